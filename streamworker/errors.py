@@ -1,0 +1,116 @@
+"""Everything streamworker raises, as one tree.
+
+::
+
+    StreamworkerError                 exit 1
+    ├── UsageError                    exit 2    the call or the command line makes no sense
+    ├── ConfigurationError            exit 78   a setting, an app or a server setting is wrong
+    ├── Unreachable                   exit 69   Redis or PostgreSQL does not answer
+    ├── StuckThread                   exit 70   a timed-out thread would not end; restart the process
+    ├── HandBackFailed                exit 75   running jobs could not be handed back at shutdown
+    ├── JobTooLarge                             the document exceeds STREAMWORKER_MAX_JOB_BYTES
+    ├── InvalidJob                              a document or payload that cannot be a job
+    └── PublishUncertain                        the reply to an enqueue was lost
+
+    HandlerSignal                     raised by handlers to say what should happen, not that something broke
+    ├── Retry(after)                  try again, charge an attempt
+    ├── Snooze(after)                 try again, charge nothing
+    └── Discard(reason)               dead letter at once
+
+Every message is one sentence that tells the reader what to do next; none holds a payload or a password.
+"""
+
+from __future__ import annotations
+
+
+class StreamworkerError(Exception):
+    """The root of the tree; ``exit_code`` is what the command line exits with."""
+
+    exit_code = 1
+
+
+class UsageError(StreamworkerError):
+    """The call or the command line makes no sense as written."""
+
+    exit_code = 2
+
+
+class ConfigurationError(StreamworkerError):
+    """A setting, the app or a server's setting is wrong; nothing was started."""
+
+    exit_code = 78
+
+
+class Unreachable(StreamworkerError):
+    """A server does not answer where the settings say it is."""
+
+    exit_code = 69
+
+
+class StuckThread(StreamworkerError):
+    """A handler's thread outlived its timeout and the grace; only a new process frees its slot."""
+
+    exit_code = 70
+
+
+class HandBackFailed(StreamworkerError):
+    """Jobs that still ran at shutdown could not be handed back; their leases must run out instead."""
+
+    exit_code = 75
+
+
+class JobTooLarge(StreamworkerError):
+    """The job's document exceeds ``STREAMWORKER_MAX_JOB_BYTES``."""
+
+
+class InvalidJob(StreamworkerError):
+    """A document or a payload that cannot be a job; ``str(error)`` says where it breaks."""
+
+
+class PublishUncertain(StreamworkerError):
+    """The connection broke before the reply: the job may or may not be queued. Use ``key=`` to enqueue again safely."""
+
+
+class HandlerSignal(Exception):  # noqa: N818 - a wish of the handler, not an error
+    """What a handler raises to choose its own ending."""
+
+
+class Retry(HandlerSignal):
+    """Try again and charge an attempt.
+
+    Args:
+        after: seconds until the next attempt; ``None`` takes the handler's backoff.
+        reason: kept as the attempt's error.
+    """
+
+    def __init__(self, after: float | None = None, reason: str = "") -> None:
+        super().__init__(reason or "the handler asked for a retry")
+        if after is not None and not 0 <= after < float("inf"):
+            raise ValueError(f"Retry(after={after!r}) needs seconds from 0 up")
+        self.after = after
+
+
+class Snooze(HandlerSignal):
+    """Try again later; this run was not a failure and charges no attempt.
+
+    Args:
+        after: seconds until the next run.
+    """
+
+    def __init__(self, after: float) -> None:
+        super().__init__(f"snoozed for {after:g} s")
+        if not 0 <= after < float("inf"):
+            raise ValueError(f"Snooze({after!r}) needs seconds from 0 up")
+        self.after = after
+
+
+class Discard(HandlerSignal):
+    """Move the job to the dead letters at once.
+
+    Args:
+        reason: what an operator will read there.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
