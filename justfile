@@ -1,0 +1,76 @@
+# Every recipe of the project. `./dev NAME` makes .venv if need be and then runs `just NAME`.
+
+set positional-arguments := true
+
+# Whoever calls `just` directly gets the same tools as ./dev, and nothing that happens to lie on the PATH.
+export PATH := justfile_directory() / ".venv/bin:" + env("PATH", "/usr/bin:/bin")
+export VIRTUAL_ENV := justfile_directory() / ".venv"
+
+# The order of CI: what breaks most often and costs least comes early, except that the tests come first.
+checks := "test compat lint types layers ceilings hosts wheel-test"
+
+_default:
+    @just --justfile {{ quote(justfile()) }} --list
+
+# The show: embedded servers, three workers, one is killed, nothing is lost
+demo *args:
+    @streamworker demo "$@"
+
+# A worker in the foreground: ./dev worker module:attr
+worker *args:
+    @streamworker worker "$@"
+
+# All tests, against embedded servers; arguments go to pytest (./dev test -k name)
+test *args:
+    pytest -n 2 "$@"
+
+# The brokers' contract against Redis 8.2 and Redis 6.2
+compat *args:
+    @python tools/compat.py "$@"
+
+# ruff: rules and formatting
+lint:
+    ruff check
+    ruff format --check
+
+# mypy --strict, and pyright over what users write
+types:
+    mypy
+    basedpyright
+
+# Imports point down (import-linter)
+layers:
+    lint-imports --no-cache
+
+# Lines a file, lines a function, positional parameters
+ceilings:
+    python tools/ceilings.py streamworker
+
+# No registry host names in tracked files
+hosts:
+    python tools/hosts.py
+
+# Build the wheel, install it with its [demo] extra into a clean environment, and call it there
+wheel-test:
+    tools/wheel-test
+
+# Everything that CI runs, in the same order; stops at the first failing check and names it
+check:
+    bash .ci/run
+
+# Let ruff repair and format
+fmt:
+    ruff check --fix
+    ruff format
+
+# Both locks anew; `./dev lock --upgrade` takes the newest versions
+lock *args:
+    uv pip compile {{ lock_options }} --extra demo --group house pyproject.toml -o requirements.lock "$@"
+    uv pip compile {{ lock_options }} --extra demo --group house --group dev -c requirements.lock pyproject.toml -o requirements-dev.lock "$@"
+
+# No host name may get in: the locks install from whatever index pip is configured for.
+lock_options := "--quiet --universal --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate --python-version 3.11"
+
+# Source distribution and wheel into dist/
+build:
+    hatchling build
