@@ -1,0 +1,215 @@
+"""What the text of a setting may look like, and the value it stands for.
+
+A `Rule` parses text or raises ValueError. Whatever `to_text` makes of a parsed value parses to the same value again, so
+a setting can travel through an environment to a child process.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, NamedTuple
+
+_QUEUE_NAME = re.compile(r"(?!.*:(?:high|low)\Z)[A-Za-z0-9._:-]{1,100}")
+_INTEGER = re.compile(r"[0-9]{1,18}")
+_DECIMAL = re.compile(r"[0-9]{1,18}(?:\.[0-9]*)?|\.[0-9]+")
+_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
+_HOST = r"(?:\[[0-9A-Fa-f:.%]+\]|[^\s:@\[\],/?#]*)(?::[0-9]{1,5})?"
+_URL = re.compile(
+    rf"(?P<scheme>[a-z0-9+]+)://(?:(?P<user>[^/?#\s]*)@)?(?P<hosts>{_HOST}(?:,{_HOST})*)(?P<path>[/?#]\S*)?"
+)
+_POSTGRES = re.compile(r"postgres(?:ql)?(?:\+[a-z0-9_]+)?://")
+_REDIS_SCHEMES = {f"{scheme}{kind}" for scheme in ("redis", "rediss") for kind in ("", "+sentinel", "+cluster")}
+
+
+class Rule(NamedTuple):
+    """How a setting is read.
+
+    Attributes:
+        allowed: completes the sentence "it must be ...".
+        parse: text → value; raises ValueError, whose message may add why, and never holds the text.
+        secret: whether the text is a URL that may hold a password.
+    """
+
+    allowed: str
+    parse: Callable[[str], Any]
+    secret: bool = False
+
+
+class QueueSpec(NamedTuple):
+    """A queue that a worker takes from.
+
+    Attributes:
+        name: the queue's name.
+        cap: jobs of it that this worker runs at most at once; ``None`` leaves it to the concurrency.
+    """
+
+    name: str
+    cap: int | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.cap is None else f"{self.name}={self.cap}"
+
+
+class Address(NamedTuple):
+    """Where to listen: a host without brackets, and a TCP port (0 takes any free one)."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def to_text(value: Any) -> str:
+    """Return the text that parses to the value; empty for ``None``."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        # repr() is exact but may use an exponent, which nobody would write for seconds.
+        text = format(Decimal(repr(value)), "f")
+        return text.rstrip("0").removesuffix(".") if "." in text else text
+    if isinstance(value, (list, tuple)) and not isinstance(value, (QueueSpec, Address)):
+        return ",".join(map(str, value))
+    return str(value)
+
+
+def one_of(words: tuple[str, ...]) -> Rule:
+    """Accept one of the words, in any case."""
+
+    def parse(text: str) -> str:
+        if text.lower() not in words:
+            raise ValueError
+        return text.lower()
+
+    return Rule(" or ".join(words), parse)
+
+
+def integer(low: int, high: int) -> Rule:
+    """Accept a whole number within the bounds, both included."""
+
+    def parse(text: str) -> int:
+        # int() alone would take "1_0", " 1" and digits of other scripts.
+        if not _INTEGER.fullmatch(text) or not low <= int(text) <= high:
+            raise ValueError
+        return int(text)
+
+    return Rule(f"a whole number from {low} to {high}", parse)
+
+
+def seconds(low: float, high: float) -> Rule:
+    """Accept a duration in seconds within the bounds, both included."""
+
+    def parse(text: str) -> float:
+        if not _DECIMAL.fullmatch(text) or not low <= float(text) <= high:
+            raise ValueError
+        return float(text)
+
+    return Rule(f"seconds from {low:g} to {high:.0f} without a unit, such as 15 or 2.5", parse)
+
+
+def pattern(expression: str, allowed: str) -> Rule:
+    """Accept text that matches the expression as a whole."""
+    compiled = re.compile(expression)
+
+    def parse(text: str) -> str:
+        if not compiled.fullmatch(text):
+            raise ValueError
+        return text
+
+    return Rule(allowed, parse)
+
+
+def queue_list() -> Rule:
+    """Accept queues separated by commas, each with or without ``=cap``."""
+    cap_of = integer(1, 10_000).parse
+
+    def parse(text: str) -> tuple[QueueSpec, ...]:
+        specs = []
+        for item in text.split(","):
+            name, equals, cap = item.strip().partition("=")
+            if not _QUEUE_NAME.fullmatch(name):
+                raise ValueError
+            specs.append(QueueSpec(name, cap_of(cap) if equals else None))
+        if len({spec.name for spec in specs}) < len(specs):
+            raise ValueError("a queue is listed twice")
+        return tuple(specs)
+
+    return Rule(
+        "queue names separated by commas, each with an optional cap, such as billing=10,email "
+        "(names: 1 to 100 of A-Z a-z 0-9 . _ : - and not ending in :high or :low; caps: 1 to 10000)",
+        parse,
+    )
+
+
+def state_path() -> Rule:
+    """Accept a path, with ``~`` for the home directory."""
+
+    def parse(text: str) -> Path:
+        try:
+            return Path(text).expanduser()
+        except RuntimeError:
+            raise ValueError("that home directory is unknown") from None
+
+    return Rule("the path of a directory", parse)
+
+
+def http_address() -> Rule:
+    """Accept ``host:port``, or ``off``."""
+
+    def parse(text: str) -> Address | None:
+        if text == "off":
+            return None
+        match = _ADDRESS.fullmatch(text)
+        if match is None or int(match[2]) > 65_535:
+            raise ValueError
+        return Address(match[1].strip("[]"), int(match[2]))
+
+    return Rule("host:port, such as 127.0.0.1:8080 or 0.0.0.0:8080, or off", parse)
+
+
+def redis_url() -> Rule:
+    """Accept the URL of a Redis server or ``embedded``. Whether a mode can use a cluster is judged by the app."""
+
+    def parse(text: str) -> str:
+        if text == "embedded":
+            return text
+        url = _match_url(text)
+        if url["scheme"] == "unix":
+            if url["hosts"] or len(url["path"] or "") < 2:
+                raise ValueError("a socket's path begins with a third slash")
+        elif url["scheme"] not in _REDIS_SCHEMES:
+            raise ValueError("the scheme is unknown")
+        return text
+
+    return Rule(
+        "redis://host:6379/0, rediss://... for TLS, unix:///path/to/socket, redis+sentinel://..., redis+cluster://..., "
+        "or embedded",
+        parse,
+        secret=True,
+    )
+
+
+def database_url() -> Rule:
+    """Accept the URL of a PostgreSQL server; ``postgres://`` and SQLAlchemy's drivers become ``postgresql://``."""
+
+    def parse(text: str) -> str:
+        plain, count = _POSTGRES.subn("postgresql://", text, count=1)
+        if not count or not _POSTGRES.match(text):
+            raise ValueError("the scheme is unknown")
+        _match_url(plain)
+        return plain
+
+    return Rule("postgresql://user:password@host:5432/name", parse, secret=True)
+
+
+def _match_url(text: str) -> re.Match[str]:
+    match = _URL.fullmatch(text)
+    if match is None:
+        # The usual reason, and the hardest to see: everything after the first / of a password becomes a path.
+        raise ValueError("it does not parse; percent-encode special characters of the password")
+    if any(int(port) > 65_535 for port in re.findall(r":([0-9]+)(?=,|\Z)", match["hosts"])):
+        raise ValueError("the port is above 65535")
+    return match

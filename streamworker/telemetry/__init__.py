@@ -1,0 +1,1 @@
+"""What the running program tells about itself; importing it changes nothing."""

@@ -1,0 +1,281 @@
+"""Logs: one line per event, for people or machines, without passwords and payloads."""
+
+import io
+import json
+import logging
+import subprocess
+import sys
+
+import pytest
+import structlog
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streamworker.settings import Settings
+from streamworker.telemetry import logs
+
+
+@pytest.fixture(autouse=True)
+def _restore():
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
+    yield
+    logs._pipeline = None
+    structlog.reset_defaults()
+    root.setLevel(level)
+    root.handlers[:] = handlers
+
+
+def text(style, level="info"):
+    stream = io.StringIO()
+    logs.configure(level, style, stream)
+    return stream
+
+
+def events(stream):
+    return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+
+def test_json_is_one_object_per_line():
+    stream = text("json")
+    logs.get_logger("streamworker.worker", worker="w-1").info(
+        "claimed", count=2, ratio=0.5, alive=True, who=None, path=("a", 1)
+    )
+    (event,) = events(stream)
+    assert event.pop("timestamp").endswith("Z")
+    assert event == {
+        "event": "claimed", "level": "info", "logger": "streamworker.worker", "worker": "w-1",
+        "count": 2, "ratio": 0.5, "alive": True, "who": None, "path": ["a", 1],
+    }  # fmt: skip
+
+
+def test_console_is_readable():
+    stream = text("console")
+    logs.get_logger("streamworker.worker").warning("claimed", count=2)
+    assert stream.getvalue().endswith("count=2\n")
+    assert "[warning  ] claimed " in stream.getvalue()
+    assert "\x1b" not in stream.getvalue(), "no colours where no terminal is"
+
+
+@pytest.mark.parametrize(("variable", "coloured"), [("FORCE_COLOR", True), ("NO_COLOR", False), (None, False)])
+def test_colours_follow_the_usual_variables(monkeypatch, variable, coloured):
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if variable:
+        monkeypatch.setenv(variable, "1")
+    stream = text("console")
+    logs.get_logger().info("hello")
+    assert ("\x1b[" in stream.getvalue()) is coloured
+
+
+@pytest.mark.parametrize("style", ["json", "console"])
+def test_levels(style):
+    stream = text(style, "warning")
+    for log in (logs.get_logger(), structlog.get_logger("user"), logging.getLogger("user")):
+        log.info("no")
+        log.warning("yes")
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 3
+    assert all("yes" in line for line in lines)
+
+
+def test_the_standard_library_takes_the_same_way():
+    stream = text("json")
+    logging.getLogger("asyncpg").error("lost %s to %s", "redis://:S3cr3t@h/0", {"payload": 1})
+    (event,) = events(stream)
+    assert event.pop("timestamp").endswith("Z")
+    assert event == {"event": "lost redis://:***@h/0 to {'payload': 1}", "level": "error", "logger": "asyncpg"}
+
+
+def test_configuring_again_replaces_and_reaches_old_loggers():
+    log = logs.get_logger()
+    first = text("json")
+    log.info("one")
+    second = text("json")
+    log.info("two")
+    logging.getLogger("x").warning("three")
+    assert [event["event"] for event in events(first)] == ["one"]
+    assert [event["event"] for event in events(second)] == ["two", "three"]
+
+
+@pytest.mark.parametrize("style", ["json", "console"])
+def test_secrets_and_payloads_never_arrive(style):
+    stream = text(style)
+    settings = Settings(redis_url="redis://:S3cr3t@h")
+    log = logs.get_logger().bind(where="postgres://u:S3cr3t@h/x")
+    log.info(
+        "lost redis://u:S3cr3t@h/0",
+        payload={"card": "S3cr3t"},
+        body=b"S3cr3t",
+        password="S3cr3t",
+        settings=settings,
+        error=ValueError("redis://:S3cr3t@h"),
+        nested=[{"Password": "S3cr3t", "deep": ({"url": "redis://:S3cr3t@h"},)}],
+        dsn="host=h password=S3cr3t",
+    )
+    with structlog.contextvars.bound_contextvars(url="redis://:S3cr3t@h"):
+        log.info("again")
+    assert "S3cr3t" not in stream.getvalue()
+    assert stream.getvalue().count("[not logged]") == 4
+    assert stream.getvalue().count("***") == 8
+
+
+@given(st.text(alphabet=st.characters(exclude_categories=["Z", "C"]), min_size=1).map(lambda text: f"S3{text}cr3t"))
+def test_no_generated_password_arrives(password):
+    event = logs.clean(
+        None, "info", {"event": f"lost redis://:{password}@h/0 now", "a": [f"postgres://u:{password}@h"]}
+    )
+    assert password not in str(event)
+    assert event["event"].startswith("lost redis://")
+    assert event["event"].endswith(" now")
+
+
+def _fail():
+    secret_local = "S3" + "cr3t"  # noqa: F841 - must not be printed with the frame
+    try:
+        raise KeyError("inner")
+    except KeyError as error:
+        raise ValueError("lost redis://:pw@h/0") from error
+
+
+@pytest.mark.parametrize("name", ["ours", "standard"])
+def test_an_exception_is_structured_in_json(name):
+    stream = text("json")
+    log = logs.get_logger() if name == "ours" else logging.getLogger("x")
+    try:
+        _fail()
+    except ValueError:
+        log.exception("boom")
+    (event,) = events(stream)
+    assert [(error["exc_type"], error["exc_value"]) for error in event["exception"]] == [
+        ("ValueError", "lost redis://:***@h/0"),
+        ("KeyError", "'inner'"),
+    ]
+    assert event["exception"][0]["frames"][-1]["name"] == "_fail"
+    assert "S3cr3t" not in stream.getvalue()
+    assert event["level"] == "error"
+
+
+def test_groups_in_groups_are_structured_to_the_last_frame():
+    stream = text("json")
+    try:
+        try:
+            _fail()
+        except ValueError as error:
+            raise ExceptionGroup("outer", [ExceptionGroup("inner", [error])]) from None
+    except ExceptionGroup:
+        logs.get_logger().exception("boom")
+    (event,) = events(stream)
+    inner = event["exception"][0]["exceptions"][0][0]["exceptions"][0][0]
+    assert inner["frames"][-1]["name"] == "_fail"
+
+
+@pytest.mark.parametrize("name", ["ours", "standard"])
+def test_an_exception_is_in_full_on_the_console(name):
+    stream = text("console")
+    log = logs.get_logger() if name == "ours" else logging.getLogger("x")
+    try:
+        _fail()
+    except ValueError:
+        log.exception("boom")
+    lines = stream.getvalue().splitlines()
+    assert "boom" in lines[0]
+    assert lines[-1] == "ValueError: lost redis://:***@h/0"
+    assert "KeyError: 'inner'" in lines
+    assert sum(line.startswith("Traceback") for line in lines) == 2
+
+
+def test_a_job_cannot_repaint_the_terminal_or_fake_a_line():
+    stream = text("console")
+    logs.get_logger().info("kind \x1b[2J\r\nfake", job_id="\u202ea\x07")
+    logs.get_logger().info("mail für José", name="Zoë")
+    first, second = stream.getvalue().splitlines()
+    assert r"kind \x1b[2J\r\nfake" in first
+    assert r"job_id=\u202ea\x07" in first
+    assert "mail für José" in second
+
+
+class _Unprintable:
+    def __str__(self):
+        raise RuntimeError("no")
+
+
+def test_values_that_json_does_not_know():
+    stream = text("json")
+    loop = []
+    loop.append(loop)
+    logs.get_logger().info("x", big=2**80, half="\ud800", bad=_Unprintable(), loop=loop, at=Settings, keys={1: 2})
+    (event,) = events(stream)
+    assert event["big"] == 2**80
+    assert event["half"] == "\ud800"
+    assert event["bad"] == "<unprintable _Unprintable>"
+    assert event["level"] == "info"
+    assert event["keys"] == {"1": 2}
+
+
+class _Broken(io.StringIO):
+    def write(self, text):
+        raise BrokenPipeError
+
+
+def test_a_broken_stream_fails_nobody():
+    logs.configure("info", "json", _Broken())
+    logs.get_logger().info("x")
+    logging.getLogger("x").warning("x")
+    closed = text("json")
+    closed.close()
+    logs.get_logger().info("x")
+
+
+def test_a_stream_of_ascii_still_gets_the_line():
+    raw = io.BytesIO()
+    logs.configure("info", "console", io.TextIOWrapper(raw, encoding="ascii"))
+    logs.get_logger().info("für")
+    assert rb"f\xfcr" in raw.getvalue()
+
+
+@pytest.mark.parametrize(("level", "style"), [("loud", "json"), ("info", "yaml")])
+def test_unknown_words_are_refused(level, style):
+    with pytest.raises(ValueError, match="configure"):
+        logs.configure(level, style)
+
+
+def test_unconfigured_we_are_a_library_of_the_standard_kind(caplog):
+    log = logs.get_logger("streamworker.app", worker="w")
+    with caplog.at_level("INFO", logger="streamworker"):
+        log.debug("no")
+        log.info("lost redis://:S3cr3t@h", name="clashes with LogRecord", payload=1, rate="100%s")
+    (record,) = caplog.records
+    assert record.name == "streamworker"
+    assert record.getMessage() == (
+        "lost redis://:***@h worker='w' name='clashes with LogRecord' payload='[not logged]' rate='100%s'"
+    )
+
+
+def test_unconfigured_a_program_with_structlog_gets_our_events():
+    with structlog.testing.capture_logs() as captured:
+        structlog.configure(processors=structlog.get_config()["processors"])
+        logs.get_logger("streamworker.app").info("x", a=1)
+    assert captured == [{"event": "x", "a": 1, "logger": "streamworker.app", "log_level": "info"}]
+
+
+def test_a_dropped_event_prepares_nothing():
+    text("json", "info")
+    seen = []
+    logs._pipeline.processors.insert(0, lambda _l, _m, event: seen.append(event) or event)
+    log = logs.get_logger().bind(a=1)
+    log.debug("x")
+    assert seen == []
+    log.info("x")
+    assert len(seen) == 1
+
+
+def test_importing_configures_nothing_and_stdout_stays_clean():
+    program = (
+        "import logging, structlog; from streamworker.telemetry import logs;"
+        "assert not structlog.is_configured() and not logging.getLogger().handlers;"
+        "logs.get_logger().warning('early'); logs.configure('info', 'json'); logs.get_logger().info('late')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == ""
+    assert [line.startswith("{") for line in done.stderr.splitlines()] == [False, True]
