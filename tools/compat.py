@@ -18,7 +18,7 @@ def main(arguments: list[str]) -> int:
     ran = 0
     for server, module in SERVERS.items():
         if importlib.util.find_spec(module) is None:
-            print(f"compat: SKIPPED {server}: no wheel for Python {sys.version.split()[0]} on this platform", flush=True)
+            print(f"compat: SKIPPED {server}: it has no wheel for this Python and platform", flush=True)
             continue
         print(f"compat: {server}", flush=True)
         command = [sys.executable, "-m", "pytest", "-n", "2", "tests/contract", *arguments]
