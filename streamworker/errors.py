@@ -71,7 +71,7 @@ class PublishUncertain(StreamworkerError):
     """The connection broke before the reply: the job may or may not be queued. Use ``key=`` to enqueue again safely."""
 
 
-class HandlerSignal(Exception):  # noqa: N818 - a wish of the handler, not an error
+class HandlerSignal(Exception):
     """What a handler raises to choose its own ending."""
 
 

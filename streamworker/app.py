@@ -1,0 +1,323 @@
+"""App: the registry of handlers and the composition root. The only place that knows modes and concrete brokers."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from datetime import UTC, datetime
+from typing import Any, TypeAlias, overload
+
+import anyio
+import anyio.to_thread
+import asyncpg
+from redis.asyncio import Redis
+from typing_extensions import TypeVar
+
+from streamworker import codec, embedded
+from streamworker.blocking import BackgroundLoop
+from streamworker.broker import Broker, Operator
+from streamworker.broker.client import Address
+from streamworker.broker.operate import StreamOperator
+from streamworker.broker.stream import StreamBroker, StreamOptions
+from streamworker.errors import ConfigurationError, UsageError
+from streamworker.execute import Middleware
+from streamworker.handlers import Handlers, Payload, check_queue
+from streamworker.job import Enqueued, Job
+from streamworker.settings import EMBEDDED, Settings
+
+S = TypeVar("S", default=Any)
+Lifespan: TypeAlias = Callable[[], AbstractAsyncContextManager[S]]
+Priority: TypeAlias = str | int
+
+
+class App(Handlers[S]):
+    """Handlers, and what producing and consuming needs. Opens nothing until entered (``async with app``).
+
+    Args:
+        settings: instead of those of the environment, which are read when the app is entered.
+        lifespan: makes an async context manager that yields the handlers' services; entered once per worker.
+        middleware: ``async def mw(ctx, call_next)``, the first outermost.
+    """
+
+    @overload
+    def __init__(
+        self: App[None], *, settings: Settings | None = None, middleware: Sequence[Middleware] = ()
+    ) -> None: ...
+    @overload
+    def __init__(
+        self, *, settings: Settings | None = None, lifespan: Lifespan[S], middleware: Sequence[Middleware] = ()
+    ) -> None: ...
+    def __init__(
+        self, *, settings: Settings | None = None, lifespan: Any = None, middleware: Sequence[Middleware] = ()
+    ) -> None:
+        super().__init__()
+        self._settings = settings
+        self._lifespan = lifespan
+        self._middleware = tuple(middleware)
+        self._entries = 0
+        self._stack: AsyncExitStack | None = None
+        self._broker: Broker | None = None
+        self._background: BackgroundLoop[App[Any]] | None = None
+        self._lock = threading.Lock()
+
+    async def __aenter__(self) -> App[S]:
+        """Open what producing needs; may be entered several times over.
+
+        Raises:
+            ConfigurationError: a setting or the server is wrong.
+            Unreachable: no server answers.
+        """
+        if self._entries == 0:
+            settings = self.resolve(None)
+            async with AsyncExitStack() as stack:
+                address = await self._address(stack, settings, None)
+                broker = self._make_broker(settings, address)
+                stack.push_async_callback(broker.close)
+                await broker.open()
+                self._stack, self._broker = stack.pop_all(), broker
+        self._entries += 1
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        """Close it when left as often as entered."""
+        self._entries -= 1
+        if self._entries == 0 and self._stack is not None:
+            stack, self._stack, self._broker = self._stack, None, None
+            await stack.aclose()
+
+    # -- producing
+
+    def job(
+        self,
+        payload: Payload,
+        /,
+        *,
+        queue: str | None = None,
+        priority: Priority = "normal",
+        delay: float | None = None,
+        run_at: datetime | None = None,
+        key: str | None = None,
+        key_ttl: float | None = None,
+        headers: dict[str, Any] | None = None,
+    ) -> Job:
+        """Make a job with options, for `enqueue_many`.
+
+        Args:
+            payload: its class names kind and queue.
+            queue: another queue than the class names.
+            priority: ``high``, ``normal``, ``low``, or a number (up to 50 high, up to 150 normal, else low).
+            delay: seconds to wait from now on.
+            run_at: not before this moment; without a time zone it is UTC.
+            key: deduplication key: while it is remembered, enqueueing again gives the earlier job's id.
+            key_ttl: seconds the key is remembered; ``STREAMWORKER_KEY_TTL`` unless given.
+            headers: travel with the job; anything JSON can hold.
+
+        Raises:
+            UsageError: the options contradict each other.
+            InvalidJob: the payload cannot be written as JSON.
+        """
+        if delay is not None and run_at is not None:
+            raise UsageError("delay and run_at say the same thing twice: give one of them")
+        if delay is not None and not 0 <= delay < float("inf"):
+            raise UsageError(f"delay={delay!r} must be seconds from 0 up")
+        if key is not None and not key:
+            raise UsageError("key='' would make every job the same: leave key out or give it a value")
+        try:
+            level = codec.level_of(priority)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        if run_at is not None and run_at.tzinfo is None:
+            run_at = run_at.replace(tzinfo=UTC)
+        return Job(
+            id=codec.new_id(),
+            queue=type(payload).__queue__ if queue is None else check_queue(queue),
+            kind=type(payload).__kind__,
+            payload=codec.encode_payload(payload),
+            level=level,
+            created_at=datetime.now(UTC),
+            run_at=run_at,
+            delay=delay,
+            key=key,
+            key_ttl=key_ttl,
+            headers=headers,
+        )
+
+    async def enqueue(
+        self,
+        payload: Payload,
+        /,
+        *,
+        queue: str | None = None,
+        priority: Priority = "normal",
+        delay: float | None = None,
+        run_at: datetime | None = None,
+        key: str | None = None,
+        key_ttl: float | None = None,
+        headers: dict[str, Any] | None = None,
+        connection: asyncpg.Connection[asyncpg.Record] | None = None,
+    ) -> Enqueued:
+        """Enqueue one job; the options are those of `job`.
+
+        Args:
+            payload: its class names kind and queue.
+            queue: see `job`.
+            priority: see `job`.
+            delay: see `job`.
+            run_at: see `job`.
+            key: see `job`.
+            key_ttl: see `job`.
+            headers: see `job`.
+            connection: an asyncpg connection in a transaction: the job commits or vanishes with the caller's rows.
+
+        Raises:
+            PublishUncertain: the reply was lost; with ``key`` enqueueing again is safe.
+            JobTooLarge: the document exceeds ``STREAMWORKER_MAX_JOB_BYTES``.
+            Unreachable: no server answers.
+        """
+        options = {"queue": queue, "priority": priority, "delay": delay, "run_at": run_at}
+        job = self.job(payload, **options, key=key, key_ttl=key_ttl, headers=headers)
+        return (await self.enqueue_many([job], connection=connection))[0]
+
+    async def enqueue_many(
+        self, jobs: Iterable[Payload | Job], /, *, connection: asyncpg.Connection[asyncpg.Record] | None = None
+    ) -> list[Enqueued]:
+        """Enqueue many jobs, up to a thousand per round trip; answers in order.
+
+        Args:
+            jobs: payloads, or jobs made with `job`.
+            connection: see `enqueue`.
+
+        Raises:
+            PublishUncertain: a reply was lost; some of the jobs may be queued.
+            JobTooLarge: a document exceeds ``STREAMWORKER_MAX_JOB_BYTES``; nothing was enqueued.
+        """
+        if connection is not None:
+            raise ConfigurationError(
+                "enqueue(connection=...) needs the PostgreSQL ledger, which this version does not have"
+            )
+        if self._broker is None:
+            raise UsageError("the app is not open: enqueue inside `async with app:`")
+        settings = self.resolve(None)
+        made = (job if isinstance(job, Job) else self.job(job) for job in jobs)
+        packed = [codec.pack(job, max_bytes=settings.max_job_bytes, key_ttl=settings.key_ttl) for job in made]
+        return await self._broker.publish(packed) if packed else []
+
+    def enqueue_blocking(self, payload: Payload, /, **options: Any) -> Enqueued:
+        """`enqueue` for sync code: a script, a thread, a sync handler. Takes the options of `job`.
+
+        Raises:
+            UsageError: called on an event loop, which it would block.
+        """
+        return self._blocking([self.job(payload, **options)])[0]
+
+    def enqueue_many_blocking(self, jobs: Iterable[Payload | Job], /) -> list[Enqueued]:
+        """`enqueue_many` for sync code."""
+        return self._blocking(list(jobs))
+
+    def _blocking(self, jobs: Sequence[Payload | Job]) -> list[Enqueued]:
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            pass
+        else:
+            raise UsageError("enqueue_blocking() would block this event loop: await enqueue() instead")
+        with self._lock:
+            if self._background is None or not self._background.alive:
+                sibling: App[Any] = App(settings=self.resolve(None))
+                self._background = BackgroundLoop(lambda: sibling)
+        return self._background.call(lambda app: app.enqueue_many(jobs))
+
+    # -- the composition root
+
+    @property
+    def handlers(self) -> Handlers[S]:
+        """The registry: the app itself."""
+        return self
+
+    @property
+    def middleware(self) -> tuple[Middleware, ...]:
+        """What wraps every handler, the first outermost."""
+        return self._middleware
+
+    @property
+    def lifespan(self) -> Lifespan[S] | None:
+        """Makes the context manager that yields the services."""
+        return self._lifespan
+
+    def resolve(self, settings: Settings | None) -> Settings:
+        """``settings``, else those of the app, else those of the environment, read once.
+
+        Raises:
+            ConfigurationError: the environment holds a wrong setting.
+        """
+        if settings is None and self._settings is None:
+            self._settings = Settings.load()
+        return settings or self._settings or Settings()
+
+    @asynccontextmanager
+    async def entered(self) -> AsyncIterator[App[S]]:
+        """The app, open; for a worker, whose handlers may enqueue."""
+        async with self:
+            yield self
+
+    async def site(
+        self, stack: AsyncExitStack, settings: Settings, redis: Redis | str | None, database: Any
+    ) -> tuple[Broker, Redis, Any]:
+        """What a worker stands on: (broker, the handlers' Redis client, database), closed with ``stack``.
+
+        Args:
+            stack: closes what is made here; what the user brought stays the user's.
+            settings: the worker's.
+            redis: a client, a URL, or ``None`` for ``REDIS_URL``.
+            database: an asyncpg pool, a URL, or ``None`` for ``DATABASE_URL``.
+        """
+        address = await self._address(stack, settings, redis)
+        broker = self._make_broker(settings, address)
+        stack.push_async_callback(broker.close)
+        client = redis
+        if not isinstance(client, Redis):
+            client = address.commands()
+            stack.push_async_callback(client.aclose)
+        url = database if isinstance(database, str) else None if database is not None else settings.database_url
+        if url is not None:
+            database = asyncpg.create_pool(url, min_size=0, max_size=10)  # connects when a handler first needs it
+            await stack.enter_async_context(database)
+        return broker, client, database
+
+    @asynccontextmanager
+    async def operator(self, settings: Settings | None = None) -> AsyncIterator[Operator]:
+        """What people do to jobs by hand, for the command line and the dashboard."""
+        async with AsyncExitStack() as stack:
+            settings = self.resolve(settings)
+            address = await self._address(stack, settings, None)
+            operator = StreamOperator(address, self._stream_options(settings))
+            stack.push_async_callback(operator.close)
+            await operator.open()
+            yield operator
+
+    async def _address(self, stack: AsyncExitStack, settings: Settings, redis: Redis | str | None) -> Address:
+        if isinstance(redis, Redis):
+            return Address.of(redis)
+        url = redis or settings.require_redis_url()
+        if url == EMBEDDED:
+            servers = await anyio.to_thread.run_sync(embedded.acquire, settings.state_dir)
+            stack.callback(servers.close)
+            url = servers.redis_url
+        return Address(url)
+
+    def _make_broker(self, settings: Settings, address: Address) -> Broker:
+        if settings.mode == "list":
+            raise ConfigurationError("STREAMWORKER_MODE=list is not there yet: leave it out, or set it to stream")
+        return StreamBroker(address, self._stream_options(settings))
+
+    def _stream_options(self, settings: Settings) -> StreamOptions:
+        queues = [(spec.name, spec.cap) for spec in settings.queues] or [(name, None) for name in self.queues]
+        return StreamOptions(
+            queues=tuple(queues),
+            group=settings.group,
+            namespace=settings.namespace,
+            lease=settings.lease,
+            weighted=settings.priority == "weighted",
+        )

@@ -1,0 +1,184 @@
+"""What a worker needs of a broker, without a Redis word. Both modes implement it; the contract suite holds them to it.
+
+Six verbs move jobs (publish, claim, renew, settle, tick, depth); `confirm` counts the delivery of a suspect just before it
+runs; the rest is opening and closing. `Operator` is what people do to jobs by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Collection, Sequence
+from typing import Protocol
+
+import msgspec
+
+from streamworker.job import Claim, Depth, Enqueued, Level, Outgoing, Settled, Verdict
+
+
+class Ending(msgspec.Struct, frozen=True):
+    """One claim to end.
+
+    Attributes:
+        claim: what is ended, and the fence.
+        verdict: how.
+        body: the document to store if the job goes on; ``None`` keeps the bytes as they are.
+        job_id: the job's id, for what is stored beside it.
+        kind: its kind, for dead letters.
+        attempts: failed attempts, this run included, for dead letters.
+    """
+
+    claim: Claim
+    verdict: Verdict
+    body: bytes | None = None
+    job_id: str = ""
+    kind: str = ""
+    attempts: int = 0
+
+
+class Broker(Protocol):
+    """Hands out claims and takes them back. Every ending is fenced by the claim it ends."""
+
+    async def open(self) -> None:
+        """Connect and check the server; producing needs no more.
+
+        Raises:
+            Unreachable: no server answers there.
+            ConfigurationError: a server answers that cannot be used.
+        """
+
+    async def join(self, worker_id: str) -> None:
+        """Become a consumer named ``worker_id``: groups exist, no foreign group reads along.
+
+        Raises:
+            ConfigurationError: another group reads one of our streams, or a permission is missing.
+        """
+
+    async def publish(self, jobs: Sequence[Outgoing]) -> list[Enqueued]:
+        """Store jobs; answers in order.
+
+        Raises:
+            PublishUncertain: the reply was lost, the jobs may or may not be stored.
+        """
+
+    async def claim(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:
+        """Up to ``limit`` jobs, orphans and new ones in order; waits up to ``wait`` seconds only if there is none.
+
+        ``running`` is everything this worker holds: never claimed again, counted against the caps of queues.
+        """
+
+    async def interrupt(self) -> None:
+        """End a waiting `claim` soon, without cancelling it; from now on claims do not wait. May be called again."""
+
+    async def confirm(self, claim: Claim) -> Claim | None:
+        """Count the delivery of a suspect that is about to run; ``None`` if it is no longer ours."""
+
+    def renew(self, claims: Collection[Claim]) -> list[Claim]:
+        """Prolong the leases, from the lease thread; returns those that are lost."""
+
+    def beat(self, report: dict[str, str | int | float]) -> None:
+        """Tell that this worker lives, from the lease thread; the report is what operators see."""
+
+    async def settle(self, items: Sequence[Ending]) -> list[Settled]:
+        """End claims, each by its verdict, each atomically and only if the claim still holds; answers in order."""
+
+    async def strays(self, running: Collection[Claim]) -> list[Claim]:
+        """Claims of ours on the server that are not in ``running``: a reply to a claim was lost on the way."""
+
+    async def tick(self) -> float:
+        """Move due jobs to their streams; returns the seconds until it should be called again."""
+
+    async def depth(self) -> list[Depth]:
+        """How much lies in each queue."""
+
+    async def leave(self) -> bool:
+        """Stop being a consumer; False if something of ours is still pending (nothing is deleted then)."""
+
+    async def close(self) -> None:
+        """Close the connections."""
+
+
+class PendingEntry(msgspec.Struct, frozen=True):
+    """One delivered and unsettled job, as operators see it (`pending --json` of the command line, in this order)."""
+
+    queue: str
+    level: Level
+    entry_id: str
+    job_id: str | None
+    kind: str | None
+    worker_id: str
+    idle_ms: int
+    deliveries: int
+    alive: bool
+
+
+class StoredJob(msgspec.Struct, frozen=True):
+    """A delayed or dead job as operators see it. ``handle`` names it for the commands that act on it."""
+
+    queue: str
+    level: Level
+    handle: str
+    job_id: str | None
+    kind: str | None
+    at_ms: int
+    body: bytes | None
+    details: dict[str, str] = {}
+
+
+class WorkerInfo(msgspec.Struct, frozen=True):
+    """A worker as operators see it: its last heartbeat, and what the groups hold under its name."""
+
+    worker_id: str
+    alive: bool
+    pending: int
+    queues: list[str]
+    report: dict[str, str]
+
+
+class Operator(Protocol):
+    """What people do by hand. Every change is fenced by what was listed; the answer tells whether it still held."""
+
+    def pending(
+        self, queues: Sequence[str], *, consumer: str | None = None, min_idle: float = 0.0
+    ) -> AsyncIterator[PendingEntry]:
+        """Delivered and unsettled jobs, oldest entry first within a queue's level, read in pages."""
+
+    async def body(self, entry: PendingEntry) -> bytes | None:
+        """The document of a pending entry; ``None`` if it was deleted underneath."""
+
+    async def release(self, entry: PendingEntry) -> bool:
+        """Give a pending job back to its queue at once, uncharged."""
+
+    async def bury(self, entry: PendingEntry, reason: str) -> bool:
+        """Move a pending job to the dead letters."""
+
+    async def drop(self, entry: PendingEntry) -> bool:
+        """Delete a pending job for good."""
+
+    def delayed(self, queues: Sequence[str]) -> AsyncIterator[StoredJob]:
+        """Parked jobs, soonest first."""
+
+    async def hasten(self, job: StoredJob) -> bool:
+        """Make a parked job ready now."""
+
+    async def forget(self, job: StoredJob) -> bool:
+        """Delete a parked job for good."""
+
+    def dead(self, queues: Sequence[str]) -> AsyncIterator[StoredJob]:
+        """Dead letters, newest first."""
+
+    async def replay(self, job: StoredJob) -> bool:
+        """Put a dead letter back on its queue with fresh attempts."""
+
+    async def erase(self, job: StoredJob) -> bool:
+        """Delete a dead letter for good."""
+
+    async def workers(self, queues: Sequence[str]) -> list[WorkerInfo]:
+        """Everyone with a heartbeat or a name in a group."""
+
+    async def prune(self, queues: Sequence[str], worker_id: str) -> bool:
+        """Delete a dead worker's name from the groups; False if it holds pending jobs or still beats."""
+
+    async def findings(self, queues: Sequence[str]) -> list[tuple[str, str]]:
+        """What of the server can lose jobs: ("error" | "warning" | "ok", sentence)."""
+
+    async def queues(self) -> list[str]:
+        """Names of all queues that exist on the server."""

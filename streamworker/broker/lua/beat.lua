@@ -1,0 +1,10 @@
+-- beat: write a worker's heartbeat; it vanishes when the worker stops writing it.
+--
+-- KEYS[1]    the worker's hash
+-- ARGV[1]    ms it lives
+-- ARGV[2..]  two a field: name, value
+--
+-- returns 1
+redis.call('HSET', KEYS[1], unpack(ARGV, 2))
+redis.call('PEXPIRE', KEYS[1], ARGV[1])
+return 1

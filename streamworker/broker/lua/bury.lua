@@ -1,0 +1,48 @@
+-- bury: move claimed entries to the dead letters, each only if the claim still holds. The bytes are taken from the stream,
+-- so that a dead letter holds exactly what the producer wrote; an entry without a field "job" keeps all its fields, each
+-- prefixed with "field:". The growing write comes first: out of memory, nothing happened.
+--
+-- KEYS[1]    stream
+-- KEYS[2]    dead stream of the queue
+-- ARGV[1]    group
+-- ARGV[2..]  ten a claim: consumer, entry id, delivery count, job id, kind, level, reason, error, attempts, failed_at
+--
+-- returns one number a claim: 1 settled, 0 lost, 2 refused
+local group = ARGV[1]
+local result = {}
+
+local function letter(i, fields)
+  local out = {}
+  for f = 1, #fields, 2 do
+    if fields[f] == 'job' then out = { 'job', fields[f + 1] } break end
+    out[#out + 1], out[#out + 2] = 'field:' .. fields[f], fields[f + 1]
+  end
+  local names = { 'id', 'kind', 'level', 'reason', 'error', 'attempts', 'failed_at' }
+  for n, name in ipairs(names) do
+    out[#out + 1], out[#out + 2] = name, ARGV[i + 2 + n]
+  end
+  out[#out + 1], out[#out + 2] = 'deliveries', ARGV[i + 2]
+  out[#out + 1], out[#out + 2] = 'worker', ARGV[i]
+  out[#out + 1], out[#out + 2] = 'entry', ARGV[i + 1]
+  return out
+end
+
+for i = 2, #ARGV, 10 do
+  local id = ARGV[i + 1]
+  local reply = redis.pcall('XPENDING', KEYS[1], group, id, id, 1)
+  local pending = not reply.err and reply[1]
+  if not pending or pending[2] ~= ARGV[i] or pending[4] ~= tonumber(ARGV[i + 2]) then
+    result[#result + 1] = 0
+  else
+    local entry = redis.call('XRANGE', KEYS[1], id, id)[1]
+    local added = entry and redis.pcall('XADD', KEYS[2], '*', unpack(letter(i, entry[2])))
+    if type(added) == 'table' and added.err then
+      result[#result + 1] = 2
+    else
+      redis.call('XACK', KEYS[1], group, id)
+      redis.call('XDEL', KEYS[1], id)
+      result[#result + 1] = 1
+    end
+  end
+end
+return result

@@ -1,0 +1,62 @@
+-- claim: take new entries from streams in the order given, never more than asked for.
+-- A stream that cannot be read (no group, wrong type) is reported and blinds none of the others.
+--
+-- KEYS[1..Q]    meta hash of each queue
+-- KEYS[Q+1..]   the streams
+-- ARGV[1]       group
+-- ARGV[2]       consumer
+-- ARGV[3]       most entries to take
+-- ARGV[4]       Q, number of queues
+-- ARGV[5]       B, number of budgets
+-- ARGV[6..]     Q allowances: most entries to take of each queue
+-- then          B budgets: most entries to take on each budget
+-- then          the walk, three numbers a step: index of the stream in KEYS, of its queue, of its budget
+--
+-- returns { taken, trouble, paused }
+--   taken    { index of the stream in KEYS, epoch, entries as XREADGROUP gives them } ...
+--   trouble  { index of the stream in KEYS, error } ...
+--   paused   indexes of queues
+local group, consumer, left = ARGV[1], ARGV[2], tonumber(ARGV[3])
+local queues, budgets = tonumber(ARGV[4]), tonumber(ARGV[5])
+local allowance, epoch, budget = {}, {}, {}
+local taken, trouble, paused = {}, {}, {}
+
+for q = 1, queues do
+  local meta = redis.pcall('HMGET', KEYS[q], 'paused', 'epoch')
+  allowance[q] = tonumber(ARGV[5 + q])
+  if meta.err then
+    trouble[#trouble + 1] = { q, meta.err }
+    allowance[q] = 0
+  else
+    epoch[q] = meta[2]
+    if meta[1] then
+      paused[#paused + 1] = q
+      allowance[q] = 0
+    end
+  end
+end
+for b = 1, budgets do budget[b] = tonumber(ARGV[5 + queues + b]) end
+
+local broken = {}
+for i = 6 + queues + budgets, #ARGV, 3 do
+  local stream, q, b = tonumber(ARGV[i]), tonumber(ARGV[i + 1]), tonumber(ARGV[i + 2])
+  local count = math.min(left, allowance[q], budget[b])
+  if count > 0 and not broken[stream] then
+    local reply
+    if epoch[q] then
+      reply = redis.pcall('XREADGROUP', 'GROUP', group, consumer, 'COUNT', count, 'STREAMS', KEYS[stream], '>')
+    else
+      reply = { err = 'NOGROUP the queue has no epoch yet' }
+    end
+    if reply and reply.err then
+      trouble[#trouble + 1] = { stream, reply.err }
+      broken[stream] = true
+    elseif reply and reply[1] then
+      local entries = reply[1][2]
+      taken[#taken + 1] = { stream, epoch[q], entries }
+      left, allowance[q], budget[b] = left - #entries, allowance[q] - #entries, budget[b] - #entries
+      if left <= 0 then break end
+    end
+  end
+end
+return { taken, trouble, paused }

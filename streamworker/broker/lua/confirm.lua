@@ -1,0 +1,15 @@
+-- confirm: count the delivery of a reserved suspect just before it runs, if it is still ours.
+--
+-- KEYS[1]  stream
+-- ARGV[1]  group
+-- ARGV[2]  consumer
+-- ARGV[3]  entry id
+-- ARGV[4]  delivery count when it was reserved
+--
+-- returns 1 confirmed (the delivery count is one higher now), 0 lost
+local reply = redis.pcall('XPENDING', KEYS[1], ARGV[1], ARGV[3], ARGV[3], 1)
+local pending = not reply.err and reply[1]
+if not pending or pending[2] ~= ARGV[2] or pending[4] ~= tonumber(ARGV[4]) then return 0 end
+if redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, ARGV[3])[1] then return 1 end
+redis.call('XACK', KEYS[1], ARGV[1], ARGV[3])
+return 0

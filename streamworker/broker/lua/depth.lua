@@ -1,0 +1,35 @@
+-- depth: how much lies in a queue. The oldest ready job of a stream is the first entry after the last delivered one.
+--
+-- KEYS[1..3]  streams
+-- KEYS[4]     due set
+-- KEYS[5]     dead stream
+-- KEYS[6]     meta hash
+-- ARGV[1]     group
+--
+-- returns { entries in the streams, pending, delayed, dead, age in ms of the oldest ready entry (-1: none), 1 if paused }
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local entries, pending, oldest = 0, 0, -1
+for k = 1, 3 do
+  local stream = KEYS[k]
+  local groups = redis.pcall('XINFO', 'GROUPS', stream)
+  local last = '0-0'
+  for _, info in ipairs(groups.err and {} or groups) do
+    local group = {}
+    for f = 1, #info, 2 do group[info[f]] = info[f + 1] end
+    if group['name'] == ARGV[1] then
+      pending = pending + group['pending']
+      last = group['last-delivered-id']
+    end
+  end
+  local length = redis.pcall('XLEN', stream)
+  if type(length) == 'number' and length > 0 then
+    entries = entries + length
+    local first = redis.call('XRANGE', stream, '(' .. last, '+', 'COUNT', 1)[1]
+    if first then oldest = math.max(oldest, now - tonumber(string.match(first[1], '^(%d+)'))) end
+  end
+end
+return {
+  entries, pending, redis.call('ZCARD', KEYS[4]), redis.call('XLEN', KEYS[5]), oldest,
+  redis.call('HEXISTS', KEYS[6], 'paused'),
+}

@@ -1,0 +1,27 @@
+-- done: acknowledge and delete finished entries, each only if the claim still holds.
+-- The fence is (consumer, delivery count): XACK itself asks nobody.
+--
+-- KEYS[1]    stream
+-- ARGV[1]    group
+-- ARGV[2]    consumer
+-- ARGV[3..]  two a claim: entry id, delivery count
+--
+-- returns one number a claim: 1 settled, 0 lost
+local group, consumer = ARGV[1], ARGV[2]
+local result, ids = {}, {}
+for i = 3, #ARGV, 2 do
+  local id = ARGV[i]
+  local reply = redis.pcall('XPENDING', KEYS[1], group, id, id, 1)
+  local pending = not reply.err and reply[1]
+  if pending and pending[2] == consumer and pending[4] == tonumber(ARGV[i + 1]) then
+    ids[#ids + 1] = id
+    result[#result + 1] = 1
+  else
+    result[#result + 1] = 0
+  end
+end
+if #ids > 0 then
+  redis.call('XACK', KEYS[1], group, unpack(ids))
+  redis.call('XDEL', KEYS[1], unpack(ids))
+end
+return result

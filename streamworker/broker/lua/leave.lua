@@ -1,0 +1,14 @@
+-- leave: delete a consumer from a queue's groups, only if nothing is pending under its name: XGROUP DELCONSUMER would
+-- delete its pending entries with it, and they would never be delivered again.
+--
+-- KEYS     streams
+-- ARGV[1]  group
+-- ARGV[2]  consumer
+--
+-- returns 1 deleted everywhere, 0 something is pending and nothing was deleted
+for _, stream in ipairs(KEYS) do
+  local reply = redis.pcall('XPENDING', stream, ARGV[1], '-', '+', 1, ARGV[2])
+  if not reply.err and reply[1] then return 0 end
+end
+for _, stream in ipairs(KEYS) do redis.pcall('XGROUP', 'DELCONSUMER', stream, ARGV[1], ARGV[2]) end
+return 1

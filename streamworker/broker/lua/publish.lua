@@ -1,0 +1,42 @@
+-- publish: store new jobs of one queue: on a stream, or parked until they are due. A deduplication key is written after its
+-- job, and while it is remembered the earlier job's id is the answer. Repeating a call with a key is safe: the same id
+-- under the same key is our own first try.
+--
+-- KEYS[1..3]  streams: high, normal, low
+-- KEYS[4]     due set
+-- KEYS[5]     bodies hash
+-- KEYS[6..]   deduplication keys
+-- ARGV        seven a job: number of its stream in KEYS, when ("" now, "+ms" from now, "ms" since the epoch),
+--             member for the due set, number of its deduplication key in KEYS (0: none), ms to remember the key,
+--             job id, body
+--
+-- returns one value a job: 1 stored, or the id of the earlier job
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local result = {}
+
+local function earlier(key, id)
+  if key == 0 then return nil end
+  local stored = redis.call('GET', KEYS[key])
+  return stored and (stored == id and 1 or stored) or nil
+end
+
+for i = 1, #ARGV, 7 do
+  local at, key, id, body = ARGV[i + 1], tonumber(ARGV[i + 3]), ARGV[i + 5], ARGV[i + 6]
+  local known = earlier(key, id)
+  if known then
+    result[#result + 1] = known
+  else
+    local due = 0
+    if string.sub(at, 1, 1) == '+' then due = now + tonumber(string.sub(at, 2)) elseif at ~= '' then due = tonumber(at) end
+    if due > now then
+      redis.call('HSET', KEYS[5], ARGV[i + 2], body)
+      redis.call('ZADD', KEYS[4], string.format('%d', due), ARGV[i + 2])
+    else
+      redis.call('XADD', KEYS[tonumber(ARGV[i])], '*', 'job', body)
+    end
+    if key > 0 then redis.call('SET', KEYS[key], id, 'PX', ARGV[i + 4]) end
+    result[#result + 1] = 1
+  end
+end
+return result

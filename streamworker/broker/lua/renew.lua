@@ -1,0 +1,25 @@
+-- renew: prolong leases, each only if the claim still holds. A plain XCLAIM would steal the entry back from its rescuer.
+-- JUSTID resets the idle time and leaves the delivery count alone.
+--
+-- KEYS[1]    stream
+-- ARGV[1]    group
+-- ARGV[2]    consumer
+-- ARGV[3..]  two a claim: entry id, delivery count
+--
+-- returns the entry ids of claims that are lost
+local ids, lost = {}, {}
+for i = 3, #ARGV, 2 do
+  local id = ARGV[i]
+  local reply = redis.pcall('XPENDING', KEYS[1], ARGV[1], id, id, 1)
+  local pending = not reply.err and reply[1]
+  if pending and pending[2] == ARGV[2] and pending[4] == tonumber(ARGV[i + 1]) then
+    ids[#ids + 1] = id
+  else
+    lost[#lost + 1] = id
+  end
+end
+if #ids > 0 then
+  ids[#ids + 1] = 'JUSTID'
+  redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, unpack(ids))
+end
+return lost

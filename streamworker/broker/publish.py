@@ -1,0 +1,106 @@
+"""Storing new jobs: a plain XADD where that is enough, one script per queue for everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final
+
+import anyio
+from redis import exceptions as redis_errors
+from redis.asyncio import Redis
+
+from streamworker.broker import scripts
+from streamworker.broker.client import understood
+from streamworker.broker.keys import QueueKeys
+from streamworker.broker.settle import due_member
+from streamworker.errors import PublishUncertain, Unreachable
+from streamworker.job import LEVELS, Enqueued, Outgoing
+
+BATCH: Final = 1000
+"""Most jobs of one round trip."""
+TRIES: Final = 3
+
+
+class Publisher:
+    """Stores jobs of any queue. Only jobs with a deduplication key are sent again after a lost reply."""
+
+    def __init__(self, client: Redis, address: object, namespace: str) -> None:
+        self._client = client
+        self._address = address
+        self._namespace = namespace
+
+    async def publish(self, jobs: Sequence[Outgoing]) -> list[Enqueued]:
+        """See `Broker.publish`."""
+        if len(jobs) == 1 and _is_plain(jobs[0]):
+            job = jobs[0]
+            stream = QueueKeys(job.queue, self._namespace).stream(job.level)
+            await self._send(lambda: self._client.execute_command("XADD", stream, "*", "job", job.body), 1)
+            return [Enqueued(job.id, new=True)]
+        by_queue: dict[str, list[int]] = {}
+        for index, job in enumerate(jobs):
+            by_queue.setdefault(job.queue, []).append(index)
+        answers: dict[int, Enqueued] = {}
+        for queue, indexes in by_queue.items():
+            for start in range(0, len(indexes), BATCH):
+                batch = indexes[start : start + BATCH]
+                stored = await self._store(QueueKeys(queue, self._namespace), [jobs[index] for index in batch])
+                answers.update(zip(batch, stored, strict=True))
+        return [answers[index] for index in range(len(jobs))]
+
+    async def _store(self, keys: QueueKeys, jobs: list[Outgoing]) -> list[Enqueued]:
+        names = [*keys.streams, keys.due, keys.bodies]
+        args: list[Any] = []
+        for job in jobs:
+            key, member, when = 0, "", ""
+            if job.key is not None:
+                names.append(keys.key(job.key))
+                key = len(names)
+            if job.delay is not None or job.run_at is not None:
+                member = due_member(job.level, job.id)
+                when = (
+                    f"+{max(0, round(job.delay * 1000))}"
+                    if job.delay is not None
+                    else str(max(0, round((job.run_at or 0) * 1000)))
+                )
+            args += (
+                LEVELS.index(job.level) + 1,
+                when,
+                member,
+                key,
+                max(1, round(job.key_ttl * 1000)),
+                job.id,
+                job.body,
+            )
+        keyed = all(job.key is not None for job in jobs)
+        reply = await self._send(lambda: scripts.PUBLISH(self._client, names, args), TRIES if keyed else 1)
+        return [
+            Enqueued(job.id, new=True) if answer == 1 else Enqueued(answer.decode(errors="replace"), new=False)
+            for job, answer in zip(jobs, reply, strict=True)
+        ]
+
+    async def _send(self, command: Callable[[], Awaitable[Any]], tries: int) -> Any:
+        """Send, and send again only what may be repeated; a lost reply is told apart from a server that is not there."""
+        for attempt in range(1, tries + 1):
+            try:
+                with understood(self._address):
+                    return await command()
+            except Unreachable as error:
+                if attempt < tries:
+                    await anyio.sleep(0.05 * attempt)
+                elif _was_sent(error.__cause__):
+                    raise PublishUncertain(
+                        f"the connection to Redis at {self._address} broke before it answered, the job may or may not be queued: "
+                        "enqueue it again with key= if it must not run twice"
+                    ) from error
+                else:
+                    raise
+        raise AssertionError("unreachable: the loop returns or raises")
+
+
+def _was_sent(cause: BaseException | None) -> bool:
+    """Whether a command can have reached the server: not if no connection came about."""
+    return not (isinstance(cause, redis_errors.ConnectionError) and "onnecting to" in str(cause))
+
+
+def _is_plain(job: Outgoing) -> bool:
+    return job.key is None and job.delay is None and job.run_at is None

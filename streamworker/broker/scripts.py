@@ -1,0 +1,60 @@
+"""The Lua files beside this one, run by digest and loaded again when the server forgot them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from hashlib import sha1
+from importlib.resources import files
+from typing import Any, Final, Protocol
+
+from redis.exceptions import NoScriptError
+
+Arg = str | bytes | int | float
+
+
+class AsyncCaller(Protocol):
+    """What a script needs of an async client."""
+
+    async def execute_command(self, *args: Any, **options: Any) -> Any:
+        """Send one command and return its raw reply."""
+
+
+class Script:
+    """One Lua file: one atomic move. Its header declares KEYS, ARGV and what it returns."""
+
+    def __init__(self, name: str) -> None:
+        self.name: Final = name
+        self.text: Final = files("streamworker.broker").joinpath("lua", f"{name}.lua").read_text("utf-8")
+        self.sha: Final = sha1(self.text.encode(), usedforsecurity=False).hexdigest()  # what EVALSHA asks for
+
+    async def __call__(self, client: AsyncCaller, keys: Sequence[str], args: Sequence[Arg]) -> Any:
+        """Run it; NOSCRIPT (restart, failover, SCRIPT FLUSH) means nothing was run, so that trying again is safe."""
+        try:
+            return await client.execute_command("EVALSHA", self.sha, len(keys), *keys, *args)
+        except NoScriptError:
+            return await client.execute_command("EVAL", self.text, len(keys), *keys, *args)
+
+    def blocking(self, call: Callable[..., Any], keys: Sequence[str], args: Sequence[Arg]) -> Any:
+        """The same with a synchronous client's ``execute_command``, for the lease thread."""
+        try:
+            return call("EVALSHA", self.sha, len(keys), *keys, *args)
+        except NoScriptError:
+            return call("EVAL", self.text, len(keys), *keys, *args)
+
+
+BEAT: Final = Script("beat")
+BURY: Final = Script("bury")
+CLAIM: Final = Script("claim")
+CONFIRM: Final = Script("confirm")
+DEPTH: Final = Script("depth")
+DONE: Final = Script("done")
+GROUPS: Final = Script("groups")
+LEAVE: Final = Script("leave")
+PARK: Final = Script("park")
+PROMOTE: Final = Script("promote")
+PUBLISH: Final = Script("publish")
+RENEW: Final = Script("renew")
+REPLAY: Final = Script("replay")
+STRAYS: Final = Script("strays")
+SWEEP: Final = Script("sweep")
+UNPARK: Final = Script("unpark")

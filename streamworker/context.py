@@ -1,0 +1,161 @@
+"""What a handler is handed beside its payload. One object a job; everything that costs is made when first asked for."""
+
+from __future__ import annotations
+
+from contextlib import AbstractAsyncContextManager
+from datetime import UTC, datetime, timedelta
+from time import monotonic
+from typing import Any, Final, Generic
+
+import asyncpg
+import msgspec
+import structlog
+from redis.asyncio import Redis
+from typing_extensions import TypeVar
+
+from streamworker import codec
+from streamworker.codec import Reading
+from streamworker.errors import ConfigurationError
+from streamworker.job import Claim, Job
+from streamworker.policy import Limits
+
+S = TypeVar("S", default=Any)
+S_co = TypeVar("S_co", covariant=True, default=Any)
+
+
+class Shared(msgspec.Struct, Generic[S]):
+    """What all jobs of one worker share. ``stopping`` is the only field that changes."""
+
+    worker_id: str
+    services: S
+    redis: Redis | None = None
+    database: Any = None
+    stopping: bool = False
+
+
+class Context(Generic[S_co]):
+    """A running job's view of its job, its worker and the user's services.
+
+    Handlers in threads may read everything here; `redis` and `database` belong to the event loop.
+    """
+
+    __slots__ = ("_attempts", "_cancelled", "_claim", "_job", "_limits", "_log", "_reading", "_shared", "deadline_at")
+
+    def __init__(self, shared: Shared[S_co], claim: Claim, reading: Reading, limits: Limits) -> None:
+        self._shared: Final = shared
+        self._claim: Final = claim
+        self._reading: Final = reading
+        self._limits: Final = limits
+        self._attempts: Final = reading.attempt_count or 0
+        self.deadline_at: float | None = None  # monotonic seconds; the executor's
+        self._cancelled = ""
+        self._job: Job | None = None
+        self._log: Any = None
+
+    @property
+    def job(self) -> Job:
+        """The job: id, queue, kind, payload text, level, attempts, hop, headers."""
+        if self._job is None:
+            reading, claim = self._reading, self._claim
+            self._job = Job(
+                id=codec.job_id(reading, claim),
+                queue=claim.queue,
+                kind=reading.kind or "",
+                payload=reading.payload,
+                level=claim.level,
+                attempts=self._attempts,
+                max_attempts=self._limits.max_attempts,
+                hop=reading.hop or 0,
+                run_at=reading.run_at,
+                headers=reading.headers,
+            )
+        return self._job
+
+    @property
+    def attempt(self) -> int:
+        """Which attempt this is, from 1."""
+        return self._attempts + 1
+
+    @property
+    def last_attempt(self) -> bool:
+        """A failure now makes the job dead."""
+        return self._attempts + 1 >= self._limits.max_attempts
+
+    @property
+    def delivery(self) -> int:
+        """How often this job was handed to a worker since it was last put on a stream; above 1, a worker was lost with it."""
+        return self._claim.count + codec.deaths_before(self._reading)
+
+    @property
+    def worker_id(self) -> str:
+        """The id of the worker that runs this job: its consumer name in the group."""
+        return self._shared.worker_id
+
+    @property
+    def services(self) -> S_co:
+        """What the app's ``lifespan`` yielded."""
+        return self._shared.services
+
+    @property
+    def redis(self) -> Redis:
+        """A Redis client for the handler's own use, with a pool of its own."""
+        if self._shared.redis is None:
+            raise ConfigurationError(
+                "ctx.redis is not there: run the handler in a worker, or pass redis= to testing.context()"
+            )
+        return self._shared.redis
+
+    @property
+    def database(self) -> Any:
+        """The database the worker was given; ``None`` without one."""
+        return self._shared.database
+
+    @property
+    def log(self) -> Any:
+        """A structlog logger bound to job id, kind, queue, worker and attempt."""
+        if self._log is None:
+            job = self.job
+            self._log = structlog.get_logger("streamworker.handler").bind(
+                job_id=job.id, kind=job.kind, queue=job.queue, worker_id=self.worker_id, attempt=self.attempt
+            )
+        return self._log
+
+    @property
+    def deadline(self) -> datetime | None:
+        """The moment (UTC) at which this run times out; ``None`` without a timeout."""
+        if self.deadline_at is None:
+            return None
+        return datetime.now(UTC) + timedelta(seconds=self.deadline_at - monotonic())
+
+    @property
+    def cancelled(self) -> bool:
+        """This run was timed out, or its claim was lost. Threads cannot be stopped: long ones should look here."""
+        return bool(self._cancelled)
+
+    def cancel(self, why: str) -> None:
+        """Note that this run shall end; called by the worker."""
+        self._cancelled = why
+
+    @property
+    def stopping(self) -> bool:
+        """The worker is shutting down and waits for this run until its grace has passed."""
+        return self._shared.stopping
+
+    def transaction(self) -> AbstractAsyncContextManager[asyncpg.Connection[asyncpg.Record]]:
+        """A PostgreSQL transaction in which the handler's writes and "this job is done" commit together.
+
+        Raises:
+            ConfigurationError: this worker has no ledger.
+        """
+        raise ConfigurationError("ctx.transaction() needs the PostgreSQL ledger, which this worker does not have")
+
+    async def complete(self, connection: asyncpg.Connection[asyncpg.Record]) -> None:
+        """Mark the job done in the caller's own transaction.
+
+        Args:
+            connection: an asyncpg connection inside a transaction.
+
+        Raises:
+            ConfigurationError: this worker has no ledger.
+        """
+        raise ConfigurationError("ctx.complete() needs the PostgreSQL ledger, which this worker does not have")

@@ -1,0 +1,88 @@
+"""Shutdown: let running jobs finish, hand the rest back uncharged, leave nothing pending under our name."""
+
+from __future__ import annotations
+
+import time
+from typing import Final, Protocol
+
+import anyio
+
+from streamworker.broker import Broker
+from streamworker.endings import ending
+from streamworker.execute import Executor, Run
+from streamworker.holdings import Holdings
+from streamworker.job import Interrupted
+from streamworker.slots import Slots
+
+HAND_BACK: Final = 5.0
+"""Seconds within which what was handed back must be settled."""
+UNWIND: Final = 2.0
+"""Seconds a cancelled handler has to clean up after itself."""
+SHUTDOWN: Final = Interrupted("the worker shut down")
+
+
+class Draining(Protocol):
+    """What draining needs of a worker."""
+
+    def finish(self, run: Run) -> None:
+        """Free the slot and settle."""
+
+    def abandon_suspects(self) -> list[Run]:
+        """Suspects that wait to run alone."""
+
+    @property
+    def executor(self) -> Executor:
+        """Prepares runs."""
+
+
+async def drain(worker: Draining, slots: Slots, holdings: Holdings, grace: float, hurry: anyio.Event) -> None:
+    """Wait for running jobs, then cancel and hand back what is left.
+
+    Args:
+        worker: whose runs these are.
+        slots: where they run.
+        holdings: what is held.
+        grace: seconds running jobs may take to finish.
+        hurry: set by a second signal: no more waiting.
+    """
+    for run in [*slots.drain_queue(), *worker.abandon_suspects()]:
+        if run.outcome is None:
+            worker.executor.prepare(run)
+        give_back(worker, run)
+    async with anyio.create_task_group() as group:
+
+        async def cut_short() -> None:
+            await hurry.wait()
+            group.cancel_scope.cancel()
+
+        group.start_soon(cut_short)
+        with anyio.move_on_after(grace):
+            while slots.running:
+                await holdings.changed(0.25)
+        group.cancel_scope.cancel()
+    for run in list(slots.running):
+        run.cancel(SHUTDOWN)
+    with anyio.move_on_after(UNWIND):
+        while any(not run.in_thread for run in slots.running):
+            await holdings.changed(0.05)
+    for run in list(slots.running):  # threads, and handlers that will not be cancelled: the process ends under them
+        slots.running.discard(run)
+        give_back(worker, run)
+
+
+def give_back(worker: Draining, run: Run) -> None:
+    """Settle a run that did not come to an end here; one that can have no other end (undecodable) gets that."""
+    if run.outcome is None:
+        run.outcome = SHUTDOWN
+    worker.finish(run)
+
+
+async def hand_back_strays(broker: Broker, executor: Executor) -> None:
+    """What is pending under our name without our holding it goes back too, or the consumer could not be deleted."""
+    runs = [Run(claim) for claim in await broker.strays(())]
+    for run in runs:
+        executor.prepare(run)
+        if run.outcome is None:
+            run.outcome = SHUTDOWN
+    if runs:
+        await broker.settle([ending(run, now=time.time(), jitter=0.5) for run in runs])

@@ -1,0 +1,124 @@
+"""How a user joins: take the users' lock, see that a supervisor lives, wait until the servers answer.
+
+Whoever holds the supervisor's lock *is* the supervisor, or is about to hand the lock to the one it spawns. So there is
+never a second one, and never a moment in which a dead one counts as alive; a published record is only believed if the
+servers in it answer.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from streamworker.embedded.binaries import Binaries
+from streamworker.embedded.layout import Layout, last_line, open_log
+from streamworker.embedded.locks import Lock
+from streamworker.embedded.probe import OK, postgres_answers, redis_answers
+from streamworker.embedded.record import DATABASE, FAILED, READY, Record, read_record
+from streamworker.errors import ConfigurationError, Unreachable
+
+LINGER = 1.0  # seconds the servers outlive their last user, so that commands typed in a row share one start
+POLL = 0.005  # seconds
+SPAWNS = 3  # supervisors one call starts before it gives up: somebody kills them
+
+# All the supervisor and the servers get of the environment: PGPORT, PGTZ and their like would change PostgreSQL, and
+# secrets do not belong into a process that outlives their owner.
+_KEPT = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
+_FIXED = {"LC_ALL": "C", "TZ": "UTC"}
+
+
+def join_users(layout: Layout, deadline: float) -> Lock:
+    """Take a share of the users' lock, waiting out a supervisor that is stopping its servers.
+
+    Args:
+        layout: the private directory.
+        deadline: in terms of ``time.monotonic()``.
+
+    Raises:
+        Unreachable: the deadline passed.
+    """
+    while True:
+        lock = Lock(layout.users_lock)
+        try:
+            if lock.try_shared() and lock.is_current():
+                return lock
+        except BaseException:
+            lock.close()
+            raise
+        lock.close()
+        if time.monotonic() > deadline:
+            raise Unreachable(f"The embedded servers of {layout.root} take too long to stop: see {layout.log}.")
+        time.sleep(POLL)
+
+
+def await_servers(layout: Layout, binaries: Binaries, deadline: float) -> Record:
+    """Wait for servers that answer, spawning a supervisor whenever there is none. The caller holds the users' lock.
+
+    Args:
+        layout: the private directory.
+        binaries: what a spawned supervisor runs.
+        deadline: in terms of ``time.monotonic()``.
+
+    Raises:
+        ConfigurationError: there is no Python to run a supervisor with.
+        Unreachable: the servers failed to start, or the deadline passed.
+    """
+    spawned = 0
+    while True:
+        supervisor = Lock(layout.supervisor_lock)
+        try:
+            if supervisor.try_exclusive():  # nobody supervises: the record is the last word of one that is dead
+                _give_up_after(spawned, layout)
+                layout.record.unlink(missing_ok=True)
+                _spawn(layout, binaries, supervisor)
+                spawned += 1
+        finally:
+            supervisor.close()
+        record = read_record(layout.record)
+        if record is not None and record.state == READY and _answers(record):
+            return record
+        if time.monotonic() > deadline:
+            last = last_line(layout.log)
+            raise Unreachable(f"The embedded servers are not ready in time; last word in {layout.log}: {last}.")
+        time.sleep(POLL)
+
+
+def _give_up_after(spawned: int, layout: Layout) -> None:
+    """Raise if a supervisor of ours said that it failed, or if one after the other died."""
+    record = read_record(layout.record)
+    if spawned >= SPAWNS or (spawned and record is not None and record.state == FAILED):
+        reason = (record.error if record else "") or f"see {layout.log}"
+        raise Unreachable(f"The embedded servers did not start: {reason}.")
+
+
+def _answers(record: Record) -> bool:
+    return (
+        redis_answers(record.redis_port, record.redis_password)
+        and postgres_answers(Path(record.socket_dir), DATABASE) == OK
+    )
+
+
+def _spawn(layout: Layout, binaries: Binaries, lock: Lock) -> None:
+    """Start a supervisor that inherits the lock: it is held without a gap, and for as long as the supervisor lives."""
+    if not sys.executable:
+        raise ConfigurationError("REDIS_URL=embedded needs a Python interpreter to run: set REDIS_URL to a server.")
+    program = Path(__file__).with_name("__main__.py")
+    arguments = (layout.root, lock.fd, LINGER, binaries.valkey, binaries.postgres)
+    log = open_log(layout.log)
+    try:
+        starter = subprocess.Popen(  # noqa: S603 - this Python and a file of ours, no shell
+            [sys.executable, "-I", "-S", str(program), *map(str, arguments)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd="/",
+            env={name: os.environ[name] for name in _KEPT if name in os.environ} | _FIXED,
+            pass_fds=(lock.fd,),
+            start_new_session=True,
+        )
+    finally:
+        os.close(log)
+    starter.wait()  # it forks the supervisor and ends; a failure shows as a lock that is free again

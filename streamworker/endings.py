@@ -1,0 +1,55 @@
+"""Outcome of a run to the ending a broker settles: the verdict, and the job's next form. Pure but for the id of the job."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from streamworker import codec
+from streamworker.broker import Ending
+from streamworker.errors import InvalidJob
+from streamworker.execute import OK, Run
+from streamworker.job import Dead, Done, Ok, ReleaseAt, RetryAt
+from streamworker.policy import DONE, judge
+
+
+def ending(run: Run, *, now: float, jitter: float) -> Ending:
+    """Judge a run that has an outcome.
+
+    Args:
+        run: prepared, with its outcome.
+        now: epoch seconds.
+        jitter: 0 to 1, where in the backoff's band a wait falls.
+    """
+    outcome = run.outcome
+    if outcome is OK or isinstance(outcome, Ok):
+        return Ending(run.claim, DONE)
+    if outcome is None or run.facts is None:
+        raise AssertionError("a run is judged after its outcome")
+    verdict = judge(outcome, run.facts, now=now, jitter=jitter)
+    attempts = run.facts.attempts
+    match verdict:
+        case Done():
+            return Ending(run.claim, verdict)
+        case Dead():
+            return Ending(run.claim, verdict, None, run.job_id, run.kind, attempts + verdict.charged)
+        case RetryAt():
+            body = _next_form(run, {"attempt_count": attempts + 1}, {codec.DELIVERIES_HEADER: None})
+        case ReleaseAt():
+            deaths = run.deliveries - 1
+            headers = {codec.DELIVERIES_HEADER: str(deaths) if deaths > 0 else None}
+            if verdict.unknown_since is not None:
+                headers[codec.UNKNOWN_HEADER] = str(int(verdict.unknown_since))
+            body = _next_form(run, {}, headers)
+    return Ending(run.claim, verdict, body, run.job_id, run.kind, attempts)
+
+
+def _next_form(run: Run, patch: dict[str, Any], headers: dict[str, str | None]) -> bytes | None:
+    """The document for the next hop; ``None`` (bytes as they are) where there is nothing readable to patch."""
+    if run.reading is None or run.claim.body is None:
+        return None
+    known = run.reading.headers or {}
+    changed = {name: value for name, value in headers.items() if value is not None or name in known}
+    try:
+        return codec.rewrite(run.claim.body, {"id": run.job_id, "hop": (run.reading.hop or 0) + 1, **patch}, changed)
+    except InvalidJob:
+        return None

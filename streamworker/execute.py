@@ -1,0 +1,277 @@
+"""Claim to Outcome: decode, find the handler, run it under its deadline.
+
+What is decided before user code runs (`prepare`) is synchronous and cheap; `call` is the only place that awaits a handler.
+A deadline costs no timer per job: whoever holds the runs looks at ``deadline`` and calls `Run.cancel`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from time import monotonic, time
+from typing import Any, TypeAlias
+
+import anyio
+import anyio.to_thread
+import msgspec
+
+from streamworker import codec
+from streamworker.codec import Reading
+from streamworker.context import Context, Shared
+from streamworker.errors import InvalidJob
+from streamworker.handlers import Handlers, Registration
+from streamworker.job import (
+    Claim,
+    Interrupted,
+    Ok,
+    Outcome,
+    Postponed,
+    Raised,
+    TimedOut,
+    Undecodable,
+    UnknownKind,
+)
+from streamworker.policy import SUSPECT_DELIVERIES, Facts, Limits, abandoned
+
+Middleware: TypeAlias = Callable[[Context[Any], Callable[[], Awaitable[Any]]], Awaitable[Any]]
+"""``async def mw(ctx, call_next)``: awaits ``call_next()`` once, and returns what that returned."""
+
+OK = Ok()
+
+
+class Run:
+    """One claim on its way through this worker, from its arrival until it is settled."""
+
+    __slots__ = (
+        "_cause", "claim", "context", "deadline", "facts", "in_thread", "outcome", "payload", "reading", "registration",
+        "settling", "started", "task",
+    )  # fmt: skip
+
+    def __init__(self, claim: Claim) -> None:
+        self.claim = claim
+        self.reading: Reading | None = None
+        self.registration: Registration | None = None
+        self.context: Context[Any] | None = None
+        self.payload: Any = None
+        self.facts: Facts | None = None
+        self.outcome: Outcome | None = None
+        self.started: float | None = None
+        self.deadline: float | None = None
+        self.in_thread = False
+        self.settling = False
+        self.task: asyncio.Task[Any] | None = None
+        self._cause: TimedOut | Interrupted | None = None
+
+    @property
+    def job_id(self) -> str:
+        """The job's id; empty if the document cannot be read."""
+        return codec.job_id(self.reading, self.claim) if self.reading is not None else ""
+
+    @property
+    def kind(self) -> str:
+        """The kind: the handler's, else what the document says."""
+        if self.registration is not None:
+            return self.registration.kind
+        return (self.reading.kind or "") if self.reading is not None else ""
+
+    @property
+    def deliveries(self) -> int:
+        """Deliveries so far, those on earlier entries of the same job included."""
+        return self.claim.count + (codec.deaths_before(self.reading) if self.reading is not None else 0)
+
+    @property
+    def suspect(self) -> bool:
+        """Two workers or more were lost with it: it must run alone."""
+        return self.deliveries >= SUSPECT_DELIVERIES
+
+    def overdue(self, now: float) -> bool:
+        """The handler is still running past its deadline (``now``: seconds of the monotonic clock)."""
+        return self.deadline is not None and self.outcome is None and now > self.deadline
+
+    def cancel(self, cause: TimedOut | Interrupted) -> None:
+        """Cancel the running handler, once for good; a thread is only told through ``ctx.cancelled``."""
+        if self.outcome is not None or self.started is None:
+            return
+        if self.context is not None:
+            self.context.cancel(type(cause).__name__)
+        if self.in_thread:
+            return
+        self._cause = self._cause or cause
+        if self.task is not None:
+            self.task.cancel()
+
+    @property
+    def cause(self) -> TimedOut | Interrupted | None:
+        """Why the handler was cancelled, if it was."""
+        return self._cause
+
+
+class Executor:
+    """Runs claims of one worker.
+
+    Args:
+        handlers: kind to handler.
+        shared: what all contexts of the worker share.
+        middleware: wraps every handler, the first outermost.
+        threads: handlers of sync functions that may run at once.
+        max_deliveries: deliveries after which a job is dead before it runs.
+        max_job_bytes: the largest document that is decoded.
+        unknown_kind_ttl: seconds an unknown kind may wait for a worker that knows it.
+    """
+
+    def __init__(
+        self,
+        handlers: Handlers[Any],
+        shared: Shared[Any],
+        *,
+        middleware: Sequence[Middleware] = (),
+        threads: int = 100,
+        max_deliveries: int = 5,
+        max_job_bytes: int = 262_144,
+        unknown_kind_ttl: float = 86_400.0,
+    ) -> None:
+        self._handlers = handlers
+        self.shared = shared
+        self._middleware = tuple(middleware)
+        self._threads = threads
+        self._limiter: anyio.CapacityLimiter | None = None
+        self._max_deliveries = max_deliveries
+        self._max_job_bytes = max_job_bytes
+        self._unknown_kind_ttl = unknown_kind_ttl
+        self._no_limits = Facts(0, Limits(), unknown_kind_ttl)
+        self._facts: dict[Registration, Facts] = {}
+
+    def prepare(self, run: Run) -> None:
+        """Decode the claim and find its handler; sets ``run.outcome`` if the job does not come to run."""
+        claim = run.claim
+        run.facts = self._no_limits
+        try:
+            run.reading = reading = self._read(claim.body)
+        except InvalidJob as error:
+            run.outcome = Undecodable(str(error))
+            return
+        run.outcome = abandoned(run.deliveries, self._max_deliveries)
+        if run.outcome is not None:
+            run.facts = self._facts_of(reading, None)
+            return
+        registration = self._handlers.find(reading.kind, claim.queue)
+        run.facts = self._facts_of(reading, registration)
+        if registration is None:
+            run.outcome = UnknownKind(reading.kind or "", codec.unknown_since(reading))
+            return
+        run.registration = registration
+        if reading.run_at is not None:
+            until = codec.when(reading)
+            if until is not None and until > time():
+                run.outcome = Postponed(until)
+                return
+        try:
+            run.payload = registration.decode(reading.payload)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError, TypeError) as error:
+            run.outcome = Undecodable(f"the payload of {registration.kind!r} does not fit: {error}")
+
+    async def call(self, run: Run) -> Outcome:
+        """Run the handler of a prepared run to its outcome. Only the end of the whole worker gets through as an exception."""
+        registration, task = run.registration, asyncio.current_task()
+        if registration is None or run.facts is None or run.reading is None:
+            raise AssertionError("a run must be prepared before it is called")
+        limits = run.facts.limits
+        context = run.context = Context(self.shared, run.claim, run.reading, limits)
+        run.task = task
+        run.in_thread = not registration.is_async
+        run.started = monotonic()
+        if limits.timeout is not None and registration.is_async:
+            run.deadline = context.deadline_at = run.started + limits.timeout
+        try:
+            if self._middleware:
+                value = await self._wrapped(run, context)
+            elif not registration.is_async:
+                value = await self._in_thread(run, context)
+            elif registration.wants_context:
+                value = await registration.function(run.payload, context)
+            else:
+                value = await registration.function(run.payload)
+        except asyncio.CancelledError as error:
+            if run.cause is None and task is not None and task.cancelling():
+                raise  # not ours: the worker itself is being torn down
+            return _uncancelled(task, run.cause) or Raised(error)
+        except GeneratorExit:
+            raise
+        except BaseException as error:  # noqa: BLE001 - SystemExit and the like in a handler end the job, not the worker
+            return _uncancelled(task, run.cause) or Raised(error)
+        if run.cause is not None:
+            _uncancelled(task, run.cause)
+        return OK if value is None else Ok(value)
+
+    async def _wrapped(self, run: Run, context: Context[Any]) -> Any:
+        registration = run.registration
+
+        async def innermost() -> Any:
+            if registration is None or not registration.is_async:
+                return await self._in_thread(run, context)
+            return await registration.function(
+                *((run.payload, context) if registration.wants_context else (run.payload,))
+            )
+
+        call: Callable[[], Awaitable[Any]] = innermost
+        for layer in reversed(self._middleware):
+            call = _bound(layer, context, call)
+        return await call()
+
+    async def _in_thread(self, run: Run, context: Context[Any]) -> Any:
+        """A sync handler in a thread; its clock starts there, and nothing can stop it."""
+        registration, facts = run.registration, run.facts
+        if registration is None or facts is None:
+            raise AssertionError("a run must be prepared before it is called")
+
+        def body() -> Outcome:
+            if facts.limits.timeout is not None:
+                run.deadline = context.deadline_at = monotonic() + facts.limits.timeout
+            try:
+                arguments = (run.payload, context) if registration.wants_context else (run.payload,)
+                return Ok(registration.function(*arguments))
+            except BaseException as error:  # noqa: BLE001 - a future cannot carry StopIteration, nor the loop SystemExit
+                return Raised(error)
+
+        if self._limiter is None:
+            self._limiter = anyio.CapacityLimiter(self._threads)
+        outcome = await anyio.to_thread.run_sync(body, limiter=self._limiter, abandon_on_cancel=True)
+        if isinstance(outcome, Raised):
+            raise outcome.error
+        return outcome.value if isinstance(outcome, Ok) else None
+
+    def _read(self, body: bytes | None) -> Reading:
+        if body is None:
+            raise InvalidJob("the entry has no field 'job'")
+        if len(body) > self._max_job_bytes:
+            raise InvalidJob(f"the document has {len(body)} bytes and {self._max_job_bytes} are allowed")
+        return codec.read(body)
+
+    def _facts_of(self, reading: Reading, registration: Registration | None) -> Facts:
+        """Shared between jobs wherever a job brings nothing of its own."""
+        if registration is not None and not reading.attempt_count and reading.max_attempts is None:
+            facts = self._facts.get(registration)
+            if facts is None:
+                facts = self._facts[registration] = Facts(0, registration.limits, self._unknown_kind_ttl)
+            return facts
+        limits = registration.limits if registration is not None else self._no_limits.limits
+        if reading.max_attempts is not None:
+            limits = msgspec.structs.replace(limits, max_attempts=max(1, reading.max_attempts))
+        return Facts(reading.attempt_count or 0, limits, self._unknown_kind_ttl)
+
+
+def _uncancelled(task: asyncio.Task[Any] | None, cause: TimedOut | Interrupted | None) -> Outcome | None:
+    """Take our own cancellations back, so that the task is as good as new for its next job."""
+    if cause is not None and task is not None:
+        while task.cancelling():
+            task.uncancel()
+    return cause
+
+
+def _bound(
+    layer: Middleware, context: Context[Any], call: Callable[[], Awaitable[Any]]
+) -> Callable[[], Awaitable[Any]]:
+    async def bound() -> Any:
+        return await layer(context, call)
+
+    return bound

@@ -1,0 +1,91 @@
+"""What this worker holds: every claim from its arrival until it is settled, and the counts operators see."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Iterator
+from typing import Final
+
+import anyio
+import msgspec
+
+from streamworker.execute import Run
+from streamworker.job import Claim
+
+
+class Counts(msgspec.Struct):
+    """What became of jobs here, since the start."""
+
+    done: int = 0
+    retried: int = 0
+    released: int = 0
+    dead: int = 0
+    lost: int = 0
+    recovered: int = 0
+
+    @property
+    def failed(self) -> int:
+        """Runs that ended in a retry or a dead letter."""
+        return self.retried + self.dead
+
+
+class Holdings(Collection[Claim]):
+    """Runs by claim. As a collection it is the claims, so that brokers never see runs."""
+
+    def __init__(self) -> None:
+        self._runs: dict[tuple[str, bytes], Run] = {}
+        self.busy = 0
+        """Runs without an outcome: they fill slots. Finished ones only wait to be settled."""
+        self.counts: Final = Counts()
+        self._changed = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    def __iter__(self) -> Iterator[Claim]:
+        return (run.claim for run in self._runs.values())
+
+    def __contains__(self, claim: object) -> bool:
+        return isinstance(claim, Claim) and (claim.place, claim.entry) in self._runs
+
+    def admit(self, claim: Claim) -> Run | None:
+        """Take a claim in; ``None`` if its entry is here already."""
+        key = (claim.place, claim.entry)
+        if key in self._runs:
+            return None
+        run = self._runs[key] = Run(claim)
+        self.busy += 1
+        return run
+
+    def find(self, claim: Claim) -> Run | None:
+        """The run of a claim, if exactly this claim is held."""
+        run = self._runs.get((claim.place, claim.entry))
+        return run if run is not None and run.claim == claim else None
+
+    def finished(self) -> None:
+        """A run got its outcome: its slot is free."""
+        self.busy -= 1
+        self._changed.set()
+
+    def forget(self, run: Run) -> None:
+        """A run is settled, or somebody else's."""
+        self._runs.pop((run.claim.place, run.claim.entry), None)
+        self._changed.set()
+
+    def snapshot(self) -> list[Run]:
+        """All runs; may be called from another thread."""
+        while True:
+            try:
+                return list(self._runs.values())
+            except RuntimeError:  # the dict changed size under the copy
+                continue
+
+    def stir(self) -> None:
+        """Wake whoever waits for a change."""
+        self._changed.set()
+
+    async def changed(self, timeout: float | None = None) -> None:
+        """Wait until something changed since the last wait, at most ``timeout`` seconds."""
+        with anyio.move_on_after(timeout):
+            await self._changed.wait()
+        self._changed.clear()

@@ -1,0 +1,58 @@
+"""Who a worker is, and what it tells of itself."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import socket
+import string
+from collections.abc import Sequence
+from typing import Final
+
+from streamworker.holdings import Holdings
+from streamworker.settings import Settings
+
+_ALPHABET: Final = string.digits + string.ascii_lowercase
+_PAGE: Final = os.sysconf("SC_PAGE_SIZE")
+
+
+def new_worker_id(name: str | None) -> str:
+    """``worker-{hostname}-{pid}-{random}``, or ``{name}-{random}``; random is 9 base-36 characters, unique per start."""
+    tail = "".join(secrets.choice(_ALPHABET) for _ in range(9))
+    if name:
+        return f"{name}-{tail}"
+    host = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname()) or "localhost"
+    return f"worker-{host}-{os.getpid()}-{tail}"
+
+
+def rss_bytes() -> int:
+    """Resident memory of this process in bytes; 0 where the system does not say."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * _PAGE
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def heartbeat(
+    settings: Settings, queues: Sequence[str], started: float, holdings: Holdings, loop_lag: float
+) -> dict[str, str | int | float]:
+    """What operators see of a worker between two heartbeats."""
+    counts = holdings.counts
+    return {
+        "hostname": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": round(started, 3),
+        "mode": settings.mode,
+        "queues": ",".join(queues),
+        "running": holdings.busy,
+        "done": counts.done,
+        "failed": counts.failed,
+        "retried": counts.retried,
+        "dead": counts.dead,
+        "recovered": counts.recovered,
+        "lost": counts.lost,
+        "rss": rss_bytes(),
+        "loop_lag": round(loop_lag, 4),
+    }

@@ -1,0 +1,223 @@
+"""What moves through the house: a Job, the Claim on it, the Outcome of running it, the Verdict on the outcome.
+
+Frozen values without behaviour. A job is data all the way: ``app.enqueue`` makes an `Outgoing`, the broker hands out
+`Claim`, ``execute`` turns a claim into an `Outcome`, ``policy.judge`` turns that into a `Verdict`, and the broker settles
+(claim, verdict). Times are seconds since the epoch; only the brokers know milliseconds.
+"""
+
+from __future__ import annotations
+
+import enum
+from datetime import datetime
+from typing import Any, Literal, TypeAlias
+
+import msgspec
+
+Level: TypeAlias = Literal["high", "normal", "low"]
+LEVELS: tuple[Level, Level, Level] = ("high", "normal", "low")
+"""The levels of a queue, in the order they are taken."""
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """One unit of work, as `App.job` makes it and as a handler sees it in ``ctx.job``.
+
+    Attributes:
+        id: the job's id; same id, same job.
+        queue: the queue's name.
+        kind: the stable name that picks the handler; empty if the producer named none.
+        payload: the payload's JSON text, undecoded.
+        level: high, normal or low.
+        attempts: failed attempts so far.
+        max_attempts: attempts allowed; ``None`` leaves it to the handler.
+        hop: how often the job was put on a stream again.
+        created_at: when the producer made it, if it said so.
+        run_at: not before this moment.
+        delay: seconds to wait from the moment of enqueueing; only on jobs to be enqueued.
+        key: deduplication key; only on jobs to be enqueued.
+        key_ttl: seconds the key is remembered; ``None`` takes ``STREAMWORKER_KEY_TTL``.
+        headers: what travels with the job besides its payload.
+    """
+
+    id: str
+    queue: str
+    kind: str
+    payload: msgspec.Raw
+    level: Level = "normal"
+    attempts: int = 0
+    max_attempts: int | None = None
+    hop: int = 0
+    created_at: datetime | None = None
+    run_at: datetime | None = None
+    delay: float | None = None
+    key: str | None = None
+    key_ttl: float | None = None
+    headers: dict[str, Any] | None = None
+
+
+class Enqueued(msgspec.Struct, frozen=True):
+    """The answer to an enqueue.
+
+    Attributes:
+        id: the job's id; with a remembered ``key``, the earlier job's.
+        new: False when ``key`` was remembered and nothing was added.
+    """
+
+    id: str
+    new: bool
+
+
+class Outgoing(msgspec.Struct, frozen=True):
+    """A job on its way to a broker: the bytes, and what the broker must know without reading them."""
+
+    id: str
+    queue: str
+    level: Level
+    body: bytes
+    delay: float | None = None
+    run_at: float | None = None
+    key: str | None = None
+    key_ttl: float = 0.0
+
+
+class Claim(msgspec.Struct, frozen=True, gc=False):
+    """A job delivered to this worker. (place, entry, consumer, count) is the fence every ending is checked against.
+
+    Attributes:
+        queue: the queue it came from.
+        level: the level of the key it lay in; retries return there.
+        place: the stream or list it is claimed in.
+        entry: its id there.
+        count: how often the server delivered this entry.
+        body: the document's bytes; ``None`` if the entry holds no document.
+        epoch: identity of the place since its group was made; entry ids repeat across epochs.
+        suspect: it was delivered so often that it must be confirmed and then run alone.
+    """
+
+    queue: str
+    level: Level
+    place: str
+    entry: bytes
+    count: int
+    body: bytes | None
+    epoch: bytes
+    suspect: bool = False
+
+
+# -- outcomes: what happened --------------------------------------------------------------------------------------------
+
+
+class Ok(msgspec.Struct, frozen=True):
+    """The handler returned."""
+
+    value: Any = None
+
+
+class Raised(msgspec.Struct, frozen=True):
+    """The handler raised; a `HandlerSignal` is the handler's own wish."""
+
+    error: BaseException
+
+
+class TimedOut(msgspec.Struct, frozen=True):
+    """The handler was still running at its deadline, ``after`` seconds."""
+
+    after: float
+
+
+class Interrupted(msgspec.Struct, frozen=True):
+    """The worker stopped the handler for reasons of its own: shutdown, or the claim was lost."""
+
+    reason: str
+
+
+class Undecodable(msgspec.Struct, frozen=True):
+    """The bytes are no job for this handler; ``error`` says where they break."""
+
+    error: str
+
+
+class UnknownKind(msgspec.Struct, frozen=True):
+    """No handler here knows the kind; unknown to the fleet since ``since`` (epoch seconds), as far as is known."""
+
+    kind: str
+    since: float | None = None
+
+
+class Postponed(msgspec.Struct, frozen=True):
+    """The document says not before ``until`` (epoch seconds), and that is still to come."""
+
+    until: float
+
+
+class Abandoned(msgspec.Struct, frozen=True):
+    """``deaths`` workers died holding it; decided before user code ran."""
+
+    deaths: int
+
+
+Outcome: TypeAlias = Ok | Raised | TimedOut | Interrupted | Undecodable | UnknownKind | Postponed | Abandoned
+
+
+# -- verdicts: what to do -----------------------------------------------------------------------------------------------
+
+
+class Done(msgspec.Struct, frozen=True):
+    """Finished for good: acknowledge and delete."""
+
+
+class RetryAt(msgspec.Struct, frozen=True):
+    """Run again at ``at`` (epoch seconds); an attempt is charged."""
+
+    at: float
+    error: str
+
+
+class Dead(msgspec.Struct, frozen=True):
+    """Move to the dead letters, bytes kept; ``charged`` tells whether this run counts as a failed attempt."""
+
+    reason: str
+    error: str = ""
+    charged: bool = False
+
+
+class ReleaseAt(msgspec.Struct, frozen=True):
+    """Give back uncharged: at once (``at=None``), or at ``at`` (epoch seconds).
+
+    ``unknown_since`` (epoch seconds) is remembered with the job, so that unknown kinds can end by age.
+    """
+
+    at: float | None = None
+    reason: str = ""
+    unknown_since: float | None = None
+
+
+Verdict: TypeAlias = Done | RetryAt | Dead | ReleaseAt
+
+
+class Settled(enum.Enum):
+    """What became of one settled item."""
+
+    SETTLED = "settled"
+    LOST = "lost"  # somebody else's by now; losing is normal, silent and counted
+    REFUSED = "refused"  # the server could not store it (out of memory): keep it and try again
+
+
+class Depth(msgspec.Struct, frozen=True):
+    """How much lies in one queue.
+
+    Attributes:
+        ready: jobs waiting to be claimed.
+        running: jobs claimed and not settled.
+        delayed: jobs parked until later.
+        dead: dead letters.
+        oldest_age: seconds the oldest ready job has waited; ``None`` when none waits.
+        paused: nothing is claimed from it.
+    """
+
+    queue: str
+    ready: int
+    running: int
+    delayed: int
+    dead: int
+    oldest_age: float | None
+    paused: bool

@@ -1,0 +1,135 @@
+"""The thread that keeps claims alive, and watches the event loop from outside.
+
+It has its own connection, so that a handler that blocks the event loop keeps its lease and is named in the log. A handler
+that runs past its deadline is renewed no more: hung is not slow.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from time import monotonic
+from typing import Final
+
+import structlog
+
+from streamworker.broker import Broker
+from streamworker.execute import Run
+from streamworker.job import Claim
+
+log = structlog.get_logger("streamworker.lease")
+
+BLOCKED_AFTER: Final = 1.0
+"""Seconds without an answer from the event loop after which the blocking handler is named."""
+Report = dict[str, str | int | float]
+
+
+class LeaseKeeper:
+    """Renews every third of a lease; beats the heart at the same time.
+
+    Args:
+        broker: whose `renew` and `beat` are called, from the thread.
+        lease: seconds.
+        runs: what this worker holds right now; must bear being called from the thread.
+        report: what the heartbeat tells.
+        lost: called on the event loop with the claims that are somebody else's by now.
+    """
+
+    def __init__(
+        self,
+        broker: Broker,
+        *,
+        lease: float,
+        runs: Callable[[], Iterable[Run]],
+        report: Callable[[], Report],
+        lost: Callable[[list[Claim]], None],
+    ) -> None:
+        self._broker = broker
+        self._interval = lease / 3
+        self._runs = runs
+        self._report = report
+        self._lost = lost
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop_thread = 0
+        self._answered = 0.0
+        self._asked = 0.0
+        self._warned_at = 0.0
+        self.loop_lag = 0.0
+        """Seconds the event loop last took to answer."""
+
+    def start(self) -> None:
+        """Start the thread; call it on the event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._loop_thread = threading.get_ident()
+        self._thread = threading.Thread(target=self._main, name="streamworker-lease", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Tell the thread to end; renewals stop with it."""
+        self._stop.set()
+
+    @property
+    def alive(self) -> bool:
+        """The thread still runs."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def _main(self) -> None:
+        next_renewal = 0.0
+        while True:
+            now = monotonic()
+            if now >= next_renewal:
+                # After a failure soon again: the lease runs down meanwhile.
+                next_renewal = now + (self._interval if self._renew(now) else min(self._interval, 0.5))
+            self._look_at_loop()
+            if self._stop.wait(min(self._interval, 0.25, max(0.01, next_renewal - monotonic()))):
+                return
+
+    def _renew(self, now: float) -> bool:
+        claims = [run.claim for run in self._runs() if not run.settling and not run.overdue(now)]
+        try:
+            lost = self._broker.renew(claims) if claims else []
+            self._broker.beat(self._report())
+        except Exception as error:  # noqa: BLE001 - whatever it is, the leases run down: say it and try again
+            log.warning("renewal_failed", claims=len(claims), error=str(error))
+            return False
+        if lost:
+            self._call(lambda: self._lost(lost))
+        return True
+
+    def _look_at_loop(self) -> None:
+        if self._asked <= self._answered:
+            self.loop_lag = max(0.0, self._answered - self._asked)
+            self._asked = monotonic()
+            self._call(self._answer)
+            return
+        blocked = monotonic() - self._asked
+        self.loop_lag = blocked
+        if blocked > BLOCKED_AFTER and blocked > 2 * (self._warned_at - self._asked):
+            self._warned_at = monotonic()
+            self._name_blocker(blocked)
+
+    def _answer(self) -> None:
+        self._answered = monotonic()
+
+    def _name_blocker(self, blocked: float) -> None:
+        task = asyncio.current_task(self._loop)
+        run = next((run for run in self._runs() if run.task is task and run.outcome is None), None)
+        frame = sys._current_frames().get(self._loop_thread)
+        where = f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else "unknown"
+        handler = run.registration.name if run is not None and run.registration is not None else "unknown"
+        log.warning(
+            "event_loop_blocked",
+            seconds=round(blocked, 1),
+            handler=handler,
+            job_id=run.job_id if run is not None else None,
+            where=where,
+            hint="make the handler a plain function (it then runs in a thread), or await in it",
+        )
+
+    def _call(self, function: Callable[[], None]) -> None:
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(function)

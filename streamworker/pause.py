@@ -1,0 +1,30 @@
+"""How long to wait after an error in a loop: 1 s, growing to 30 s, jittered, ended early by a stop."""
+
+from __future__ import annotations
+
+import random
+from typing import Final
+
+import anyio
+
+FIRST: Final = 1.0
+LONGEST: Final = 30.0
+
+
+class Pause:
+    """One loop's pauses; `reset` after a success."""
+
+    def __init__(self) -> None:
+        self._next = FIRST
+
+    def reset(self) -> None:
+        """The next pause is short again."""
+        self._next = FIRST
+
+    async def wait(self, stop: anyio.Event) -> float:
+        """Wait, or until ``stop``; returns the seconds that were meant."""
+        seconds = self._next * random.uniform(0.75, 1.25)
+        self._next = min(LONGEST, self._next * 2)
+        with anyio.move_on_after(seconds):
+            await stop.wait()
+        return seconds

@@ -1,0 +1,174 @@
+"""Outcome to Verdict: every rule about what happens to a job, and nothing else.
+
+Pure: no I/O, no clock, no randomness; the caller brings ``now`` (epoch seconds) and ``jitter`` (0 to 1).
+
+The rules, in the order they are asked:
+
+1. Ok is Done.
+2. A job whose workers died more than ``max_deliveries`` times is Dead before user code runs.
+3. What the handler wished (Retry, Snooze, Discard) is done; only Retry charges an attempt.
+4. Raised and TimedOut charge an attempt: RetryAt while attempts remain, then Dead.
+5. Interrupted and Postponed are ReleaseAt: shutdown is not a failed attempt.
+6. UnknownKind is ReleaseAt with growing delay, since a newer worker may know it, and Dead by age.
+7. Undecodable is Dead at once; its bytes are kept.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+from streamworker.errors import Discard, Retry, Snooze
+from streamworker.job import (
+    Abandoned,
+    Dead,
+    Done,
+    Interrupted,
+    Ok,
+    Outcome,
+    Postponed,
+    Raised,
+    ReleaseAt,
+    RetryAt,
+    TimedOut,
+    Undecodable,
+    UnknownKind,
+    Verdict,
+)
+
+SUSPECT_DELIVERIES: Final = 3
+"""From this delivery on a job runs alone: two workers died with it, the third shall not take neighbours along."""
+MAX_ERROR_CHARS: Final = 4000
+DONE: Final = Done()
+
+
+class Backoff(msgspec.Struct, frozen=True):
+    """Exponential backoff: ``min(cap, base * 2**failures) * (1 ± jitter)`` seconds.
+
+    Attributes:
+        base: seconds; the first retry waits twice this long.
+        cap: seconds, the longest wait before jitter.
+        jitter: 0 to 1, how far a wait may be off, so that retries of one outage do not arrive together.
+    """
+
+    base: float = 1.0
+    cap: float = 300.0
+    jitter: float = 0.25
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.base < float("inf") and 0 <= self.cap < float("inf") and 0 <= self.jitter <= 1):
+            raise ValueError(f"{self!r} needs base and cap from 0 up and jitter from 0 to 1")
+
+    def delay(self, failures: int, jitter: float) -> float:
+        """Seconds to wait after the ``failures``-th failure; ``jitter`` from 0 to 1 picks the point in the band."""
+        wait = min(self.cap, self.base * 2.0 ** min(failures, 64))
+        return wait * (1 + self.jitter * (2 * jitter - 1))
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """What a handler grants its jobs.
+
+    Attributes:
+        max_attempts: failed attempts after which a job is dead.
+        timeout: seconds a run may take; ``None`` for no limit.
+        backoff: how long to wait between attempts.
+    """
+
+    max_attempts: int = 20
+    timeout: float | None = 300.0
+    backoff: Backoff = Backoff()
+
+    def __post_init__(self) -> None:
+        if self.max_attempts < 1:
+            raise ValueError(f"max_attempts={self.max_attempts} must be 1 or more")
+        if self.timeout is not None and not 0 < self.timeout < float("inf"):
+            raise ValueError(f"timeout={self.timeout} must be seconds above 0, or None for no limit")
+
+
+class Facts(msgspec.Struct, frozen=True):
+    """What a verdict depends on besides the outcome.
+
+    Attributes:
+        attempts: failed attempts before this run.
+        limits: the handler's, with the job's own ``max_attempts`` put in.
+        unknown_kind_ttl: seconds an unknown kind may wait for a worker that knows it.
+    """
+
+    attempts: int
+    limits: Limits
+    unknown_kind_ttl: float
+
+
+def abandoned(deliveries: int, max_deliveries: int) -> Abandoned | None:
+    """The outcome of a job before it runs: too many workers died with it, or ``None``.
+
+    Args:
+        deliveries: how often it was delivered, this time included.
+        max_deliveries: how many deliveries are allowed.
+    """
+    return Abandoned(deliveries - 1) if deliveries > max_deliveries else None
+
+
+def judge(outcome: Outcome, facts: Facts, *, now: float, jitter: float) -> Verdict:
+    """What to do about an outcome.
+
+    Args:
+        outcome: what happened.
+        facts: the job's and the handler's side of it.
+        now: epoch seconds.
+        jitter: 0 to 1, where in the backoff's band the wait falls.
+    """
+    match outcome:
+        case Ok():
+            return DONE
+        case Raised(error=Discard() as wish):
+            return Dead("discarded", wish.reason)
+        case Raised(error=Snooze() as wish):
+            return ReleaseAt(now + wish.after, "snoozed")
+        case Raised(error=Retry(after=float() | int() as after) as wish):
+            return _charge(facts, str(wish), now + after)
+        case Raised(error=error):
+            return _charge(facts, describe(error), now + _wait(facts, jitter))
+        case TimedOut(after=after):
+            return _charge(facts, f"timed out after {after:g} s", now + _wait(facts, jitter))
+        case Interrupted(reason=reason):
+            return ReleaseAt(None, reason)
+        case Postponed(until=until):
+            return ReleaseAt(until, "not due yet")
+        case UnknownKind():
+            return _unknown(outcome, facts, now)
+        case Undecodable(error=message):
+            return Dead("undecodable", message[:MAX_ERROR_CHARS])
+        case Abandoned(deaths=deaths):
+            return Dead(f"worker died {deaths} times")
+
+
+def describe(error: BaseException) -> str:
+    """An error in one bounded line of text: its type and message."""
+    try:
+        message = str(error)
+    except Exception:  # noqa: BLE001 - a broken __str__ is the handler's; the job must still end
+        message = "(its message cannot be shown)"
+    return f"{type(error).__name__}: {message}"[:MAX_ERROR_CHARS]
+
+
+def _wait(facts: Facts, jitter: float) -> float:
+    return facts.limits.backoff.delay(facts.attempts + 1, jitter)
+
+
+def _charge(facts: Facts, error: str, at: float) -> Verdict:
+    failures = facts.attempts + 1
+    if failures < facts.limits.max_attempts:
+        return RetryAt(at, error)
+    return Dead(f"failed {failures} of {facts.limits.max_attempts} attempts", error, charged=True)
+
+
+def _unknown(outcome: UnknownKind, facts: Facts, now: float) -> Verdict:
+    since = now if outcome.since is None else min(outcome.since, now)
+    age = now - since
+    if age >= facts.unknown_kind_ttl:
+        return Dead("unknown kind", f"no handler for {outcome.kind!r} appeared within {facts.unknown_kind_ttl:g} s")
+    # Half its age again: patient with rolling deploys, cheap for kinds nobody will ever know, never past its end.
+    wait = min(max(1.0, age / 2), 300.0, facts.unknown_kind_ttl - age)
+    return ReleaseAt(now + wait, "unknown kind", unknown_since=since)

@@ -1,0 +1,149 @@
+"""The settle loop: group commit. While one flush is in flight the next gathers; there is no timer and no batch size to tune.
+
+Nothing is dropped on an error: the batch stays held, its leases are renewed, and it is sent again. The fence makes that
+safe: what the first try settled is LOST to the second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable
+from typing import Final
+
+import anyio
+import structlog
+
+from streamworker.broker import Broker, Ending
+from streamworker.endings import ending
+from streamworker.execute import Run
+from streamworker.holdings import Holdings
+from streamworker.job import Dead, Done, Raised, ReleaseAt, RetryAt, Settled
+from streamworker.pause import Pause
+
+log = structlog.get_logger("streamworker.worker")
+
+REFUSED_PAUSE: Final = 1.0
+"""Seconds before jobs that the server had no memory for are offered again."""
+
+
+class Settler:
+    """Settles finished runs.
+
+    Args:
+        broker: whose `settle` is called.
+        holdings: what is held; settled runs leave it.
+        parked: told the epoch seconds at which a job of ours is due again.
+    """
+
+    def __init__(self, broker: Broker, holdings: Holdings, *, parked: Callable[[float], None]) -> None:
+        self._broker = broker
+        self._holdings = holdings
+        self._parked = parked
+        self._finished: list[Run] = []
+        self._refused: list[Run] = []
+        self._uncertain: set[Run] = set()
+        self._wake = asyncio.Event()
+        self._closing = anyio.Event()
+        self._give_up_at = float("inf")
+
+    def add(self, run: Run) -> None:
+        """Settle this run with the next flush."""
+        self._finished.append(run)
+        self._wake.set()
+
+    def close(self, within: float) -> None:
+        """End the loop when all is settled, at the latest in ``within`` seconds."""
+        self._give_up_at = anyio.current_time() + within
+        self._closing.set()
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Flush until closed."""
+        pause = Pause()
+        while True:
+            if not self._finished and not await self._gather():
+                return
+            batch, self._finished = self._finished, []
+            try:
+                await self._flush(batch)
+            except Exception as error:  # noqa: BLE001 - a main loop never crashes; what it holds is tried again
+                self._keep(batch)
+                log.error("settle_failed", jobs=len(batch), error=str(error))
+                if self._closing.is_set():
+                    await anyio.sleep(0.2)
+                else:
+                    await pause.wait(self._closing)
+            else:
+                pause.reset()
+            if anyio.current_time() > self._give_up_at:
+                return
+
+    async def _gather(self) -> bool:
+        """Wait for something to settle; False when closed and nothing is left."""
+        while not self._finished:
+            if self._closing.is_set() and not self._refused:
+                return False
+            timeout = REFUSED_PAUSE if self._refused else None
+            with anyio.move_on_after(timeout) as waiting:
+                await self._wake.wait()
+            self._wake.clear()
+            if waiting.cancelled_caught or self._closing.is_set():
+                self._finished, self._refused = self._finished + self._refused, []
+        return True
+
+    async def _flush(self, batch: list[Run]) -> None:
+        now, items = time.time(), []
+        for run in batch:
+            run.settling = True  # out of the renewal set before the claim can end, or the thread would report it lost
+            items.append(ending(run, now=now, jitter=random.random()))
+        results = await self._broker.settle(items)
+        counts, forget = self._holdings.counts, self._holdings.forget
+        for run, item, result in zip(batch, items, results, strict=True):
+            if result is Settled.REFUSED:
+                run.settling = False
+                self._refused.append(run)
+                continue
+            forget(run)
+            if result is Settled.SETTLED:
+                if type(item.verdict) is Done:
+                    counts.done += 1
+                else:
+                    self._tell(run, item)
+            elif run not in self._uncertain:
+                counts.lost += 1
+                log.info("settle_lost", job_id=run.job_id, kind=run.kind, queue=run.claim.queue)
+            self._uncertain.discard(run)
+        if self._refused:
+            log.error(
+                "settle_refused", jobs=len(self._refused), hint="Redis is out of memory: raise maxmemory or delete keys"
+            )
+
+    def _keep(self, batch: list[Run]) -> None:
+        held = [run for run in batch if self._holdings.find(run.claim) is run]
+        for run in held:
+            run.settling = False
+        self._uncertain.update(held)
+        self._finished = held + self._finished
+
+    def _tell(self, run: Run, item: Ending) -> None:
+        """Count and log one ending that is not a plain success."""
+        counts = self._holdings.counts
+        facts = {"job_id": item.job_id, "kind": item.kind, "queue": run.claim.queue}
+        match item.verdict:
+            case RetryAt(at=at, error=error):
+                counts.retried += 1
+                self._parked(at)
+                log.info("job_retry", **facts, attempt=item.attempts + 1, error=error, delay=round(at - time.time(), 1))
+            case Dead(reason=reason, error=error):
+                counts.dead += 1
+                exc = run.outcome.error if isinstance(run.outcome, Raised) else None
+                log.warning("job_dead", **facts, reason=reason, error=error, exc_info=exc)
+            case ReleaseAt(at=at, reason=reason):
+                counts.released += 1
+                if at is not None:
+                    self._parked(at)
+                log.info("job_released", **facts, reason=reason)
+            case Done():
+                counts.done += 1

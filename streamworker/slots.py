@@ -1,0 +1,117 @@
+"""A fixed pool of tasks that runs claims, and the watch over their deadlines.
+
+One asyncio queue feeds the pool: a memory stream costs ten times as much, a task a job twice as much (docs/design.md,
+"Speed"). A task whose handler left a context variable behind is replaced, so that no job sees what another one set.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextvars import Context, copy_context
+from time import monotonic
+from typing import Final
+
+import anyio
+from anyio.abc import TaskGroup
+
+from streamworker.execute import Executor, Run
+from streamworker.job import TimedOut
+
+WATCH_INTERVAL: Final = 0.1
+"""Seconds between looks at the deadlines: timeouts are this precise, and cost no timer per job."""
+
+
+class Slots:
+    """Runs claims.
+
+    Args:
+        count: tasks, and so jobs that run at once.
+        executor: what a task does with a claim.
+        finished: told of every run that has an outcome.
+        isolate: asked before a suspect runs; False puts it aside for later.
+        stuck: told of a thread that outlived its deadline by more than ``grace``.
+        grace: seconds a thread may overrun its deadline before it counts as stuck.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        executor: Executor,
+        *,
+        finished: Callable[[Run], None],
+        isolate: Callable[[Run], bool],
+        stuck: Callable[[Run], None],
+        grace: float,
+    ) -> None:
+        self._count = count
+        self._executor = executor
+        self._finished = finished
+        self._isolate = isolate
+        self._stuck = stuck
+        self._grace = grace
+        self._queue: asyncio.Queue[Run] = asyncio.Queue()
+        self._pristine: Context | None = None
+        self.running: set[Run] = set()
+        """Runs whose handler has begun and not ended."""
+
+    def put(self, run: Run) -> None:
+        """Hand over a run; the next free task takes it."""
+        self._queue.put_nowait(run)
+
+    def open(self, group: TaskGroup) -> None:
+        """Start the tasks; they end when the group is cancelled."""
+        self._pristine = copy_context()
+        for number in range(self._count):
+            group.start_soon(self._slot, group, name=f"slot-{number}")
+        group.start_soon(self._watch)
+
+    def drain_queue(self) -> list[Run]:
+        """Runs that no task has taken yet; they are no longer waiting afterwards."""
+        waiting: list[Run] = []
+        while not self._queue.empty():
+            waiting.append(self._queue.get_nowait())
+        return waiting
+
+    async def _slot(self, group: TaskGroup) -> None:
+        executor, get, running, finished = self._executor, self._queue.get, self.running, self._finished
+        pristine = copy_context()
+        while True:
+            run = await get()
+            if run.outcome is None:
+                executor.prepare(run)
+            if run.outcome is None:
+                if run.suspect and not self._isolate(run):
+                    continue
+                running.add(run)
+                try:
+                    outcome = await executor.call(run)
+                finally:
+                    running.discard(run)
+                if run.outcome is not None:
+                    continue  # given back while it could not be stopped
+                run.outcome = outcome
+            finished(run)
+            if copy_context() != pristine and self._pristine is not None:
+                self._pristine.copy().run(group.start_soon, self._slot, group)
+                return
+
+    async def _watch(self) -> None:
+        again: dict[Run, float] = {}
+        while True:
+            await anyio.sleep(WATCH_INTERVAL)
+            now = monotonic()
+            for run in list(self.running):
+                if not run.overdue(now) or run.deadline is None or run.started is None:
+                    continue
+                if run.in_thread:
+                    if run.context is not None and not run.context.cancelled:
+                        run.cancel(TimedOut(run.deadline - run.started))
+                    if now > run.deadline + self._grace:
+                        self._stuck(run)
+                elif again.get(run, 0.0) <= now:
+                    # Once a second, because a handler may swallow a cancellation and go on.
+                    again[run] = now + 1.0
+                    run.cancel(TimedOut(run.deadline - run.started))
+            if again:
+                again = {run: at for run, at in again.items() if run in self.running}
