@@ -6,14 +6,13 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, TypeAlias, overload
 
-import anyio
 import anyio.to_thread
 import asyncpg
 from redis.asyncio import Redis
-from typing_extensions import TypeVar
+from typing_extensions import TypeVar, Unpack
 
 from streamworker import codec, embedded
 from streamworker.blocking import BackgroundLoop
@@ -23,13 +22,13 @@ from streamworker.broker.operate import StreamOperator
 from streamworker.broker.stream import StreamBroker, StreamOptions
 from streamworker.errors import ConfigurationError, UsageError
 from streamworker.execute import Middleware
-from streamworker.handlers import Handlers, Payload, check_queue
+from streamworker.handlers import Handlers, Payload
 from streamworker.job import Enqueued, Job
+from streamworker.jobs import JobOptions, make_job
 from streamworker.settings import EMBEDDED, Settings
 
 S = TypeVar("S", default=Any)
 Lifespan: TypeAlias = Callable[[], AbstractAsyncContextManager[S]]
-Priority: TypeAlias = str | int
 
 
 class App(Handlers[S]):
@@ -54,7 +53,7 @@ class App(Handlers[S]):
     ) -> None:
         super().__init__()
         self._settings = settings
-        self._lifespan = lifespan
+        self._lifespan: Lifespan[S] | None = lifespan
         self._middleware = tuple(middleware)
         self._entries = 0
         self._stack: AsyncExitStack | None = None
@@ -89,20 +88,34 @@ class App(Handlers[S]):
 
     # -- producing
 
-    def job(
+    def job(self, payload: Payload, /, **options: Unpack[JobOptions]) -> Job:
+        """Make a job with options, for `enqueue_many`.
+
+        Args:
+            payload: its class names kind and queue.
+            options: see `JobOptions`.
+
+        Raises:
+            UsageError: an option makes no sense, or two contradict each other.
+            InvalidJob: the payload cannot be written as JSON.
+        """
+        return make_job(payload, **options)
+
+    async def enqueue(
         self,
         payload: Payload,
         /,
         *,
         queue: str | None = None,
-        priority: Priority = "normal",
+        priority: str | int = "normal",
         delay: float | None = None,
         run_at: datetime | None = None,
         key: str | None = None,
         key_ttl: float | None = None,
         headers: dict[str, Any] | None = None,
-    ) -> Job:
-        """Make a job with options, for `enqueue_many`.
+        connection: asyncpg.Connection[asyncpg.Record] | None = None,
+    ) -> Enqueued:
+        """Enqueue one job.
 
         Args:
             payload: its class names kind and queue.
@@ -113,72 +126,18 @@ class App(Handlers[S]):
             key: deduplication key: while it is remembered, enqueueing again gives the earlier job's id.
             key_ttl: seconds the key is remembered; ``STREAMWORKER_KEY_TTL`` unless given.
             headers: travel with the job; anything JSON can hold.
-
-        Raises:
-            UsageError: the options contradict each other.
-            InvalidJob: the payload cannot be written as JSON.
-        """
-        if delay is not None and run_at is not None:
-            raise UsageError("delay and run_at say the same thing twice: give one of them")
-        if delay is not None and not 0 <= delay < float("inf"):
-            raise UsageError(f"delay={delay!r} must be seconds from 0 up")
-        if key is not None and not key:
-            raise UsageError("key='' would make every job the same: leave key out or give it a value")
-        try:
-            level = codec.level_of(priority)
-        except ValueError as error:
-            raise UsageError(str(error)) from None
-        if run_at is not None and run_at.tzinfo is None:
-            run_at = run_at.replace(tzinfo=UTC)
-        return Job(
-            id=codec.new_id(),
-            queue=type(payload).__queue__ if queue is None else check_queue(queue),
-            kind=type(payload).__kind__,
-            payload=codec.encode_payload(payload),
-            level=level,
-            created_at=datetime.now(UTC),
-            run_at=run_at,
-            delay=delay,
-            key=key,
-            key_ttl=key_ttl,
-            headers=headers,
-        )
-
-    async def enqueue(
-        self,
-        payload: Payload,
-        /,
-        *,
-        queue: str | None = None,
-        priority: Priority = "normal",
-        delay: float | None = None,
-        run_at: datetime | None = None,
-        key: str | None = None,
-        key_ttl: float | None = None,
-        headers: dict[str, Any] | None = None,
-        connection: asyncpg.Connection[asyncpg.Record] | None = None,
-    ) -> Enqueued:
-        """Enqueue one job; the options are those of `job`.
-
-        Args:
-            payload: its class names kind and queue.
-            queue: see `job`.
-            priority: see `job`.
-            delay: see `job`.
-            run_at: see `job`.
-            key: see `job`.
-            key_ttl: see `job`.
-            headers: see `job`.
             connection: an asyncpg connection in a transaction: the job commits or vanishes with the caller's rows.
 
         Raises:
+            UsageError: the app is not open, or an option makes no sense.
             PublishUncertain: the reply was lost; with ``key`` enqueueing again is safe.
             JobTooLarge: the document exceeds ``STREAMWORKER_MAX_JOB_BYTES``.
             Unreachable: no server answers.
         """
-        options = {"queue": queue, "priority": priority, "delay": delay, "run_at": run_at}
-        job = self.job(payload, **options, key=key, key_ttl=key_ttl, headers=headers)
-        return (await self.enqueue_many([job], connection=connection))[0]
+        options = JobOptions(
+            queue=queue, priority=priority, delay=delay, run_at=run_at, key=key, key_ttl=key_ttl, headers=headers
+        )
+        return (await self.enqueue_many([make_job(payload, **options)], connection=connection))[0]
 
     async def enqueue_many(
         self, jobs: Iterable[Payload | Job], /, *, connection: asyncpg.Connection[asyncpg.Record] | None = None
@@ -200,23 +159,21 @@ class App(Handlers[S]):
         if self._broker is None:
             raise UsageError("the app is not open: enqueue inside `async with app:`")
         settings = self.resolve(None)
-        made = (job if isinstance(job, Job) else self.job(job) for job in jobs)
+        made = (job if isinstance(job, Job) else make_job(job) for job in jobs)
         packed = [codec.pack(job, max_bytes=settings.max_job_bytes, key_ttl=settings.key_ttl) for job in made]
         return await self._broker.publish(packed) if packed else []
 
-    def enqueue_blocking(self, payload: Payload, /, **options: Any) -> Enqueued:
-        """`enqueue` for sync code: a script, a thread, a sync handler. Takes the options of `job`.
+    def enqueue_blocking(self, payload: Payload, /, **options: Unpack[JobOptions]) -> Enqueued:
+        """`enqueue` for sync code: a script, a thread, a sync handler.
+
+        Args:
+            payload: its class names kind and queue.
+            options: see `JobOptions`.
 
         Raises:
-            UsageError: called on an event loop, which it would block.
+            UsageError: called on an event loop, which it would block; else what `enqueue` raises.
         """
-        return self._blocking([self.job(payload, **options)])[0]
-
-    def enqueue_many_blocking(self, jobs: Iterable[Payload | Job], /) -> list[Enqueued]:
-        """`enqueue_many` for sync code."""
-        return self._blocking(list(jobs))
-
-    def _blocking(self, jobs: Sequence[Payload | Job]) -> list[Enqueued]:
+        job = make_job(payload, **options)
         try:
             asyncio.get_running_loop()
         except RuntimeError:
@@ -227,7 +184,7 @@ class App(Handlers[S]):
             if self._background is None or not self._background.alive:
                 sibling: App[Any] = App(settings=self.resolve(None))
                 self._background = BackgroundLoop(lambda: sibling)
-        return self._background.call(lambda app: app.enqueue_many(jobs))
+        return self._background.call(lambda app: app.enqueue_many([job]))[0]
 
     # -- the composition root
 

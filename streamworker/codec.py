@@ -1,7 +1,7 @@
 """Bytes to jobs and back: the one JSON document of both modes (docs/design.md, "The wire").
 
-The only importer of JSON on the hot path. Reading is strict about our own fields and blind to all others; rewriting patches
-our own keys and keeps every other byte, so that what producers of other languages add survives retries.
+The only importer of JSON on the hot path. Reading is strict about our own fields and blind to all others; rewriting
+patches our own keys and keeps every other byte, so that what producers of other languages add survives retries.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from streamworker.job import Claim, Job, Level, Outgoing
 
 MAX_ID_BYTES: Final = 200
 DELIVERIES_HEADER: Final = "streamworker-deliveries"
-"""Deaths of workers that held the job on earlier entries: a hand-back makes a new entry, whose own count starts again."""
+"""Deaths of workers that held the job on earlier entries: a hand-back makes a new entry, whose count starts again."""
 UNKNOWN_HEADER: Final = "streamworker-unknown-since"
 """Epoch seconds at which a worker first met this job without knowing its kind."""
 
@@ -48,7 +48,8 @@ class Document(msgspec.Struct, kw_only=True, omit_defaults=True):
 class Reading(msgspec.Struct, kw_only=True):
     """What of a document decides its fate; unset fields are ``None``.
 
-    ``created_at`` and ``priority`` are left unread: the key's level holds, and a producer's odd clock must not kill its job.
+    ``created_at`` and ``priority`` are left unread: the key's level holds, and a producer's odd clock must not kill
+    its job.
     """
 
     payload: msgspec.Raw

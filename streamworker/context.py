@@ -83,7 +83,7 @@ class Context(Generic[S_co]):
 
     @property
     def delivery(self) -> int:
-        """How often this job was handed to a worker since it was last put on a stream; above 1, a worker was lost with it."""
+        """How often this job was handed to a worker: above 1, a worker was lost with it."""
         return self._claim.count + codec.deaths_before(self._reading)
 
     @property
@@ -149,7 +149,7 @@ class Context(Generic[S_co]):
         """
         raise ConfigurationError("ctx.transaction() needs the PostgreSQL ledger, which this worker does not have")
 
-    async def complete(self, connection: asyncpg.Connection[asyncpg.Record]) -> None:
+    async def complete(self, connection: asyncpg.Connection[asyncpg.Record]) -> None:  # noqa: ARG002 - the API is pinned
         """Mark the job done in the caller's own transaction.
 
         Args:

@@ -1,4 +1,4 @@
-"""Outcome of a run to the ending a broker settles: the verdict, and the job's next form. Pure but for the id of the job."""
+"""Outcome of a run to the ending a broker settles: the verdict, and the job's next form. Pure."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Claim to Outcome: decode, find the handler, run it under its deadline.
 
-What is decided before user code runs (`prepare`) is synchronous and cheap; `call` is the only place that awaits a handler.
-A deadline costs no timer per job: whoever holds the runs looks at ``deadline`` and calls `Run.cancel`.
+What is decided before user code runs (`prepare`) is synchronous and cheap; `call` is the only place that awaits a
+handler. A deadline costs no timer per job: whoever holds the runs looks at ``deadline`` and
+calls `Run.cancel`.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Run:
 
     __slots__ = (
         "_cause", "claim", "context", "deadline", "facts", "in_thread", "outcome", "payload", "reading", "registration",
-        "settling", "started", "task",
+        "settling", "started", "suspect", "task",
     )  # fmt: skip
 
     def __init__(self, claim: Claim) -> None:
@@ -59,6 +60,7 @@ class Run:
         self.deadline: float | None = None
         self.in_thread = False
         self.settling = False
+        self.suspect = False  # two workers or more were lost with it: it must run alone
         self.task: asyncio.Task[Any] | None = None
         self._cause: TimedOut | Interrupted | None = None
 
@@ -76,13 +78,11 @@ class Run:
 
     @property
     def deliveries(self) -> int:
-        """Deliveries so far, those on earlier entries of the same job included."""
-        return self.claim.count + (codec.deaths_before(self.reading) if self.reading is not None else 0)
-
-    @property
-    def suspect(self) -> bool:
-        """Two workers or more were lost with it: it must run alone."""
-        return self.deliveries >= SUSPECT_DELIVERIES
+        """Deliveries so far, those on earlier entries of the same job and one that is only reserved included."""
+        count = self.claim.count + self.claim.suspect
+        if self.reading is not None and self.reading.headers is not None:
+            count += codec.deaths_before(self.reading)
+        return count
 
     def overdue(self, now: float) -> bool:
         """The handler is still running past its deadline (``now``: seconds of the monotonic clock)."""
@@ -150,10 +150,13 @@ class Executor:
         except InvalidJob as error:
             run.outcome = Undecodable(str(error))
             return
-        run.outcome = abandoned(run.deliveries, self._max_deliveries)
-        if run.outcome is not None:
-            run.facts = self._facts_of(reading, None)
-            return
+        deliveries = run.deliveries
+        if deliveries > 1:
+            run.suspect = deliveries >= SUSPECT_DELIVERIES
+            run.outcome = abandoned(deliveries, self._max_deliveries)
+            if run.outcome is not None:
+                run.facts = self._facts_of(reading, None)
+                return
         registration = self._handlers.find(reading.kind, claim.queue)
         run.facts = self._facts_of(reading, registration)
         if registration is None:
@@ -171,7 +174,7 @@ class Executor:
             run.outcome = Undecodable(f"the payload of {registration.kind!r} does not fit: {error}")
 
     async def call(self, run: Run) -> Outcome:
-        """Run the handler of a prepared run to its outcome. Only the end of the whole worker gets through as an exception."""
+        """Run the handler of a prepared run to its outcome; only the end of the whole worker gets through."""
         registration, task = run.registration, asyncio.current_task()
         if registration is None or run.facts is None or run.reading is None:
             raise AssertionError("a run must be prepared before it is called")

@@ -32,7 +32,7 @@ def check_queue(name: str) -> str:
     """
     if not QUEUE_NAME.fullmatch(name):
         raise ConfigurationError(
-            f"{name!r} is no queue name: use 1 to 100 of the characters A-Z a-z 0-9 . _ : - and do not end in :high or :low"
+            f"{name!r} is no queue name: use 1 to 100 of A-Z a-z 0-9 . _ : - and do not end in :high or :low"
         )
     return name
 
@@ -67,8 +67,8 @@ class _PayloadMeta(msgspec.StructMeta):
 class Payload(msgspec.Struct, metaclass=_PayloadMeta):
     """The typed data of a job, a frozen msgspec struct.
 
-    Class keywords: ``kind`` (the stable name that picks the handler), ``queue``, and ``aliases``, older kinds that this type
-    still answers to. The JSON holds the fields and nothing else; fields added later need defaults.
+    Class keywords: ``kind`` (the stable name that picks the handler), ``queue``, and ``aliases``, older kinds that this
+    type still answers to. The JSON holds the fields and nothing else; fields added later need defaults.
     """
 
     __kind__: ClassVar[str]
@@ -132,8 +132,8 @@ class Handlers(Generic[S]):
     def handler(self, function: Any = None, /, **options: Any) -> Any:
         """Register a handler; usable with and without parentheses.
 
-        The first parameter's annotation is the payload type; a second parameter takes the `Context`. Functions that are not
-        ``async`` run in threads, their clock starts there.
+        The first parameter's annotation is the payload type; a second parameter takes the `Context`. Functions that
+        are not ``async`` run in threads, their clock starts there.
 
         Args:
             max_attempts: failed attempts after which a job is dead; 20 unless given.
@@ -184,7 +184,8 @@ class Handlers(Generic[S]):
             taken = self._by_kind.get(name)
             if taken is not None:
                 raise ConfigurationError(
-                    f"the kind {name!r} has two handlers, {taken.name} and {registration.name}: remove one or rename the kind"
+                    f"the kind {name!r} has two handlers, {taken.name} and {registration.name}: "
+                    "remove one or rename the kind"
                 )
         for name in names:
             self._by_kind[name] = registration
@@ -227,7 +228,7 @@ def _annotation(function: Callable[..., Any], parameter: inspect.Parameter, scop
     module = getattr(inspect.unwrap(function), "__globals__", {})
     try:
         return get_type_hints(holder, globalns=module, localns=dict(scope))["payload"]
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - evaluating a user's annotation may raise anything
         raise ConfigurationError(
             f"the annotation {annotation!r} of a handler's payload cannot be resolved: import it at run time ({error})"
         ) from None

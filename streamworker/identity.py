@@ -8,6 +8,7 @@ import secrets
 import socket
 import string
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final
 
 from streamworker.holdings import Holdings
@@ -18,7 +19,7 @@ _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 
 
 def new_worker_id(name: str | None) -> str:
-    """``worker-{hostname}-{pid}-{random}``, or ``{name}-{random}``; random is 9 base-36 characters, unique per start."""
+    """``worker-{hostname}-{pid}-{random}``, or ``{name}-{random}``; random: 9 base-36 characters, unique per start."""
     tail = "".join(secrets.choice(_ALPHABET) for _ in range(9))
     if name:
         return f"{name}-{tail}"
@@ -29,8 +30,7 @@ def new_worker_id(name: str | None) -> str:
 def rss_bytes() -> int:
     """Resident memory of this process in bytes; 0 where the system does not say."""
     try:
-        with open("/proc/self/statm", "rb") as file:
-            return int(file.read().split()[1]) * _PAGE
+        return int(Path("/proc/self/statm").read_bytes().split()[1]) * _PAGE
     except (OSError, ValueError, IndexError):
         return 0
 

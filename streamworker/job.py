@@ -1,8 +1,8 @@
 """What moves through the house: a Job, the Claim on it, the Outcome of running it, the Verdict on the outcome.
 
 Frozen values without behaviour. A job is data all the way: ``app.enqueue`` makes an `Outgoing`, the broker hands out
-`Claim`, ``execute`` turns a claim into an `Outcome`, ``policy.judge`` turns that into a `Verdict`, and the broker settles
-(claim, verdict). Times are seconds since the epoch; only the brokers know milliseconds.
+`Claim`, ``execute`` turns a claim into an `Outcome`, ``policy.judge`` turns that into a `Verdict`, and the broker
+settles (claim, verdict). Times are seconds since the epoch; only the brokers know milliseconds.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Claim(msgspec.Struct, frozen=True, gc=False):
     suspect: bool = False
 
 
-# -- outcomes: what happened --------------------------------------------------------------------------------------------
+# -- outcomes: what happened
 
 
 class Ok(msgspec.Struct, frozen=True):
@@ -158,7 +158,7 @@ class Abandoned(msgspec.Struct, frozen=True):
 Outcome: TypeAlias = Ok | Raised | TimedOut | Interrupted | Undecodable | UnknownKind | Postponed | Abandoned
 
 
-# -- verdicts: what to do -----------------------------------------------------------------------------------------------
+# -- verdicts: what to do
 
 
 class Done(msgspec.Struct, frozen=True):

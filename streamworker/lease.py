@@ -1,7 +1,7 @@
 """The thread that keeps claims alive, and watches the event loop from outside.
 
-It has its own connection, so that a handler that blocks the event loop keeps its lease and is named in the log. A handler
-that runs past its deadline is renewed no more: hung is not slow.
+It has its own connection, so that a handler that blocks the event loop keeps its lease and is named in the log. A
+handler that runs past its deadline is renewed no more: hung is not slow.
 """
 
 from __future__ import annotations
@@ -72,10 +72,10 @@ class LeaseKeeper:
         """Tell the thread to end; renewals stop with it."""
         self._stop.set()
 
-    @property
-    def alive(self) -> bool:
-        """The thread still runs."""
-        return self._thread is not None and self._thread.is_alive()
+    def join(self) -> None:
+        """Wait for the thread to end."""
+        if self._thread is not None:
+            self._thread.join()
 
     def _main(self) -> None:
         next_renewal = 0.0

@@ -23,7 +23,7 @@ class Pause:
 
     async def wait(self, stop: anyio.Event) -> float:
         """Wait, or until ``stop``; returns the seconds that were meant."""
-        seconds = self._next * random.uniform(0.75, 1.25)
+        seconds = self._next * random.uniform(0.75, 1.25)  # noqa: S311 - spreads load, hides nothing
         self._next = min(LONGEST, self._next * 2)
         with anyio.move_on_after(seconds):
             await stop.wait()

@@ -1,4 +1,4 @@
-"""The settle loop: group commit. While one flush is in flight the next gathers; there is no timer and no batch size to tune.
+"""The settle loop: group commit. While one flush is in flight the next gathers; no timer, no batch size to tune.
 
 Nothing is dropped on an error: the batch stays held, its leases are renewed, and it is sent again. The fence makes that
 safe: what the first try settled is LOST to the second.
@@ -97,7 +97,7 @@ class Settler:
         now, items = time.time(), []
         for run in batch:
             run.settling = True  # out of the renewal set before the claim can end, or the thread would report it lost
-            items.append(ending(run, now=now, jitter=random.random()))
+            items.append(ending(run, now=now, jitter=random.random()))  # noqa: S311 - spreads load
         results = await self._broker.settle(items)
         counts, forget = self._holdings.counts, self._holdings.forget
         for run, item, result in zip(batch, items, results, strict=True):

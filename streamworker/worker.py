@@ -1,8 +1,8 @@
 """QueueWorker: claims jobs, runs them, settles them, and drains when told to stop.
 
 Stateless: everything it knows of a job comes from the broker and goes back there. Its loops (claiming, slots, settling,
-moving due jobs) share nothing but the runs this worker holds. An error in a loop is logged and followed by a pause; running
-jobs go on, finished ones wait in memory and keep their lease until they are settled.
+moving due jobs) share nothing but the runs this worker holds. An error in a loop is logged and followed by a pause;
+running jobs go on, finished ones wait in memory and keep their lease until they are settled.
 """
 
 from __future__ import annotations
@@ -10,19 +10,18 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections import deque
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
-from typing import Any, Final, Protocol
+from contextlib import AsyncExitStack
+from typing import Any, Final
 
 import anyio
+import anyio.to_thread
 import structlog
 
-from streamworker.broker import Broker
+from streamworker.claiming import Claimer
 from streamworker.context import Shared
 from streamworker.drain import HAND_BACK, drain, hand_back_strays
 from streamworker.errors import HandBackFailed, StuckThread
-from streamworker.execute import Executor, Middleware, Run
-from streamworker.handlers import Handlers
+from streamworker.execute import Executor, Run
 from streamworker.holdings import Holdings
 from streamworker.identity import heartbeat, new_worker_id
 from streamworker.job import Claim, Interrupted
@@ -31,40 +30,9 @@ from streamworker.pause import Pause
 from streamworker.settings import Settings
 from streamworker.settler import Settler
 from streamworker.slots import Slots
+from streamworker.workplace import Workplace
 
 log = structlog.get_logger("streamworker.worker")
-
-BLOCK: Final = 5.0
-"""Seconds one claim waits for jobs."""
-UNSETTLED: Final = 1000
-"""Finished runs that may wait to be settled before no more is claimed."""
-
-
-class Workplace(Protocol):
-    """What a worker needs of an app."""
-
-    @property
-    def handlers(self) -> Handlers[Any]:
-        """Kind to handler."""
-
-    @property
-    def middleware(self) -> tuple[Middleware, ...]:
-        """Wraps every handler."""
-
-    @property
-    def lifespan(self) -> Any:
-        """Makes the context manager that yields the services, or ``None``."""
-
-    def resolve(self, settings: Settings | None) -> Settings:
-        """The settings in force."""
-
-    def entered(self) -> AbstractAsyncContextManager[Any]:
-        """Keeps the app open, so that handlers can enqueue."""
-
-    async def site(
-        self, stack: AsyncExitStack, settings: Settings, redis: Any, database: Any
-    ) -> tuple[Broker, Any, Any]:
-        """(broker, the handlers' Redis client, the database), open until ``stack`` is left."""
 
 
 class QueueWorker:
@@ -74,8 +42,8 @@ class QueueWorker:
         app: handlers, middleware and lifespan.
         redis: a ``redis.asyncio.Redis``, a URL, or ``None`` for ``REDIS_URL``.
         database: an asyncpg pool, a URL, or ``None`` for ``DATABASE_URL``; reaches handlers as ``ctx.database``.
-        services: the user's services (an email service, pools …), reach handlers as ``ctx.services``; ``None`` enters the
-            app's ``lifespan``.
+        services: the user's services (an email service, pools …), reach handlers as ``ctx.services``; ``None`` enters
+            the app's ``lifespan``.
         settings: instead of the environment's.
         worker_id: a name for this worker; a random part is added, so that it is unique per start.
     """
@@ -95,15 +63,12 @@ class QueueWorker:
         self.worker_id: Final = new_worker_id(worker_id or self._settings.worker_id)
         self._redis, self._database, self._services = redis, database, services
         self._stopping, self._hurry, self._stopped = anyio.Event(), anyio.Event(), anyio.Event()
-        self._claimed_out, self._tick_wake = anyio.Event(), anyio.Event()
+        self._tick_wake = anyio.Event()
         self._burst = False
-        self._reconcile = False
         self._error: StuckThread | HandBackFailed | None = None
         self._signal = 0
         self._started = time.time()
         self._next_tick = 0.0
-        self._suspects: deque[Run] = deque()
-        self._alone: Run | None = None
 
     # -- the lifecycle
 
@@ -130,7 +95,7 @@ class QueueWorker:
             raise self._error
 
     async def stop(self) -> None:
-        """Claim no more, finish running jobs up to ``GRACE`` seconds, hand the rest back, clean up; returns when done."""
+        """Claim no more, finish running jobs within ``GRACE`` seconds, hand back the rest, clean up."""
         self._stopping.set()
         await self._stopped.wait()
 
@@ -179,9 +144,18 @@ class QueueWorker:
             settings.concurrency,
             self._executor,
             finished=self.finish,
-            isolate=self._may_run,
+            isolate=lambda run: self._claimer.may_run(run),  # noqa: PLW0108 - the claimer is made after the slots
             stuck=self._stuck,
             grace=settings.grace,
+        )
+        self._claimer = Claimer(
+            self._broker,
+            self._holdings,
+            self._slots.put,
+            concurrency=settings.concurrency,
+            max_deliveries=settings.max_deliveries,
+            stopping=self._stopping,
+            burst=self._burst,
         )
         self._lease = LeaseKeeper(
             self._broker, lease=settings.lease, runs=self._holdings.snapshot, report=self._report, lost=self._on_lost
@@ -197,7 +171,7 @@ class QueueWorker:
                     loops.start_soon(self._ticking)
                     loops.start_soon(self._unblocking)
                     log.info("worker_ready", worker_id=self.worker_id, queues=self._app.handlers.queues)
-                    await self._claiming()
+                    await self._claimer.run()
                     await drain(self, self._slots, self._holdings, self._settings.grace, self._hurry)
                     self._settler.close(HAND_BACK)
                 pool.cancel_scope.cancel()
@@ -207,8 +181,8 @@ class QueueWorker:
     async def _clean_up(self) -> None:
         """Leave nothing behind: no pending entry, no consumer, no heartbeat."""
         with anyio.move_on_after(5):
-            while self._lease.alive:
-                await anyio.sleep(0.01)  # the thread may be in a command; its heartbeat must not outlive us
+            # The thread may be in a command; its heartbeat must not outlive us.
+            await anyio.to_thread.run_sync(self._lease.join, abandon_on_cancel=True)
         try:
             await hand_back_strays(self._broker, self._executor)
             if not await self._broker.leave() or len(self._holdings):
@@ -216,98 +190,8 @@ class QueueWorker:
         except Exception as error:  # noqa: BLE001 - whatever keeps us from handing back: the leases will run out
             log.error("hand_back_failed", worker_id=self.worker_id, jobs=len(self._holdings), error=str(error))
             self._error = self._error or HandBackFailed(
-                f"{len(self._holdings)} jobs could not be handed back ({error}): they run elsewhere when their lease ends"
+                f"{len(self._holdings)} jobs could not be handed back ({error}): they run elsewhere after their lease"
             )
-
-    # -- claiming
-
-    async def _claiming(self) -> None:
-        pause = Pause()
-        while not self._stopping.is_set():
-            try:
-                await self._turn()
-                pause.reset()
-            except Exception as error:  # noqa: BLE001 - the main loop never crashes
-                # The reply to a claim may have been lost: what it claimed is ours without our knowing.
-                self._reconcile = True
-                log.error("main_loop_error", worker_id=self.worker_id, error=str(error), type=type(error).__name__)
-                await pause.wait(self._stopping)
-        self._claimed_out.set()
-
-    async def _turn(self) -> None:
-        holdings, concurrency = self._holdings, self._settings.concurrency
-        if self._suspects:
-            await self._run_alone()
-            return
-        room = concurrency - holdings.busy
-        if room <= 0 or len(holdings) - holdings.busy > UNSETTLED + concurrency:
-            await holdings.changed()
-            return
-        if self._reconcile:
-            self._admit(await self._broker.strays(holdings))
-            self._reconcile = False
-            return
-        # Half the slots a turn at most, so that Redis fetches while Python runs what came before.
-        claims = await self._broker.claim(min(room, max(1, concurrency // 2)), 0 if self._burst else BLOCK, holdings)
-        self._admit(claims)
-        if self._burst and not claims:
-            if not len(holdings):
-                self._stopping.set()
-            else:
-                await holdings.changed(0.1)
-
-    def _admit(self, claims: list[Claim]) -> None:
-        holdings, put = self._holdings, self._slots.put
-        for claim in claims:
-            run = holdings.admit(claim)
-            if run is None:
-                continue
-            if claim.count > 1:
-                holdings.counts.recovered += 1
-                log.info("job_recovered", queue=claim.queue, entry=claim.entry.decode(), deliveries=claim.count)
-            if claim.suspect:
-                self._suspects.append(run)
-            else:
-                put(run)
-
-    def _may_run(self, run: Run) -> bool:
-        """Asked by a slot about a suspect; not now means that the claim loop will run it alone."""
-        if run is self._alone or self._stopping.is_set():
-            return True
-        self._suspects.append(run)
-        self._holdings.stir()
-        return False
-
-    async def _run_alone(self) -> None:
-        """Let everything else finish, then run one suspect by itself: it shall not take its neighbours along."""
-        holdings = self._holdings
-        while holdings.busy > len(self._suspects):
-            if self._stopping.is_set():
-                return
-            await holdings.changed(1.0)
-        run = self._suspects.popleft()
-        if run.claim.suspect:
-            run.settling = True  # not renewed while its delivery count changes
-            claim = await self._confirm(run)
-            if claim is None:
-                holdings.finished()
-                holdings.forget(run)
-                return
-            run.claim, run.settling = claim, False
-        self._alone = run
-        self._slots.put(run)
-        while run.outcome is None and not self._stopping.is_set():
-            await holdings.changed(1.0)
-        self._alone = None
-
-    async def _confirm(self, run: Run) -> Claim | None:
-        try:
-            return await self._broker.confirm(run.claim)
-        except Exception:
-            # Counted or not, nobody knows: let go of it; the reconciliation finds it with the count it has.
-            self._holdings.finished()
-            self._holdings.forget(run)
-            raise
 
     # -- what the parts tell
 
@@ -318,8 +202,7 @@ class QueueWorker:
 
     def abandon_suspects(self) -> list[Run]:
         """Suspects that wait to run alone; they do not wait any more afterwards."""
-        waiting, self._suspects = list(self._suspects), deque()
-        return waiting
+        return self._claimer.abandon_suspects()
 
     @property
     def executor(self) -> Executor:
@@ -374,13 +257,13 @@ class QueueWorker:
         self._shared.stopping = True
         self._tick_wake.set()
         self._holdings.stir()
-        while not self._claimed_out.is_set():
+        while not self._claimer.ended.is_set():
             try:
                 await self._broker.interrupt()
             except Exception as error:  # noqa: BLE001 - then the read ends by its own timeout
                 log.warning("unblock_failed", error=str(error))
             with anyio.move_on_after(0.05):
-                await self._claimed_out.wait()
+                await self._claimer.ended.wait()
 
     async def _watch_signals(self, *, task_status: anyio.abc.TaskStatus[None]) -> None:
         with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:

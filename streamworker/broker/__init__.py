@@ -1,7 +1,7 @@
 """What a worker needs of a broker, without a Redis word. Both modes implement it; the contract suite holds them to it.
 
-Six verbs move jobs (publish, claim, renew, settle, tick, depth); `confirm` counts the delivery of a suspect just before it
-runs; the rest is opening and closing. `Operator` is what people do to jobs by hand.
+Six verbs move jobs (publish, claim, renew, settle, tick, depth); `confirm` counts the delivery of a suspect just
+before it runs; the rest is opening and closing. `Operator` is what people do to jobs by hand.
 """
 
 from __future__ import annotations

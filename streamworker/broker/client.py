@@ -66,7 +66,8 @@ class Address:
         """Without the password."""
         if self._scheme == "unix":
             return f"unix://{self._kwargs.get('path')}"
-        return f"{self._scheme}://{self._kwargs.get('host', 'localhost')}:{self._kwargs.get('port', 6379)}/{self._kwargs.get('db', 0)}"
+        host, port = self._kwargs.get("host", "localhost"), self._kwargs.get("port", 6379)
+        return f"{self._scheme}://{host}:{port}/{self._kwargs.get('db', 0)}"
 
     def _options(self) -> dict[str, Any]:
         return {

@@ -1,7 +1,7 @@
 """In which order streams are walked, and how many entries each may give. Pure.
 
-Strict: queues as listed, levels inside a queue. Weighted: levels 6:3:1 over all queues, then queues as listed; what a level
-leaves over goes to the others in strict order, so that no slot stays empty.
+Strict: queues as listed, levels inside a queue. Weighted: levels 6:3:1 over all queues, then queues as listed; what a
+level leaves over goes to the others in strict order, so that no slot stays empty.
 """
 
 from __future__ import annotations

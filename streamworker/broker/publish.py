@@ -79,7 +79,7 @@ class Publisher:
         ]
 
     async def _send(self, command: Callable[[], Awaitable[Any]], tries: int) -> Any:
-        """Send, and send again only what may be repeated; a lost reply is told apart from a server that is not there."""
+        """Send, and send again only what may be repeated; a lost reply is not a server that is not there."""
         for attempt in range(1, tries + 1):
             try:
                 with understood(self._address):
@@ -89,8 +89,8 @@ class Publisher:
                     await anyio.sleep(0.05 * attempt)
                 elif _was_sent(error.__cause__):
                     raise PublishUncertain(
-                        f"the connection to Redis at {self._address} broke before it answered, the job may or may not be queued: "
-                        "enqueue it again with key= if it must not run twice"
+                        f"the connection to Redis at {self._address} broke before it answered, the job may or may "
+                        "not be queued: enqueue it again with key= if it must not run twice"
                     ) from error
                 else:
                     raise

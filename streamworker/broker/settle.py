@@ -51,9 +51,7 @@ async def settle(
     return results
 
 
-async def _done(
-    client: scripts.AsyncCaller, group: str, consumer: str, keys: QueueKeys, items: list[Ending]
-) -> list[int]:
+async def _done(client: scripts.AsyncCaller, group: str, consumer: str, _: QueueKeys, items: list[Ending]) -> list[int]:
     args: list[Any] = [group, consumer]
     for item in items:
         args += (item.claim.entry, item.claim.count)

@@ -1,0 +1,202 @@
+"""How a worker comes to jobs in stream mode: new entries in order, orphans by sweeping, waiting when there is none."""
+
+from __future__ import annotations
+
+import secrets
+from collections import Counter
+from collections.abc import Collection, Sequence
+from time import monotonic
+from typing import Any, Final
+
+import anyio
+import structlog
+
+from streamworker.broker import scripts
+from streamworker.broker.keys import QueueKeys
+from streamworker.broker.link import BLOCK, Link
+from streamworker.broker.order import Order
+from streamworker.errors import StreamworkerError
+from streamworker.job import LEVELS, Claim, Level
+from streamworker.policy import SUSPECT_DELIVERIES
+
+log = structlog.get_logger("streamworker.broker")
+
+TROUBLE_PAUSE: Final = 60.0
+"""Seconds between complaints about a key that cannot be read."""
+
+
+class Intake:
+    """Claims entries of ``queues`` for one consumer.
+
+    Args:
+        link: the connections.
+        queues: (keys, cap) in the order they are taken.
+        group: the consumer group.
+        lease: seconds after which an unrenewed claim is an orphan.
+        weighted: weighted order of levels.
+    """
+
+    def __init__(
+        self, link: Link, queues: Sequence[tuple[QueueKeys, int | None]], *, group: str, lease: float, weighted: bool
+    ) -> None:
+        self._link = link
+        self._keys = [keys for keys, _ in queues]
+        self._caps = [cap for _, cap in queues]
+        self._group = group
+        self._lease = lease
+        self._order = Order(len(queues), weighted=weighted)
+        self._all = [keys.meta for keys in self._keys] + [stream for keys in self._keys for stream in keys.streams]
+        self.spots: Final[list[tuple[QueueKeys, Level, str]]] = [
+            (keys, level, keys.stream(level)) for keys in self._keys for level in LEVELS
+        ]
+        self.consumer = ""
+        self.epochs: dict[str, bytes] = {}
+        self.missing = 0
+        """Entries that were deleted underneath their claim, since the start."""
+        self._sweep_at = [0.0] * len(self._keys)
+        self._unreadable_until: dict[str, float] = {}
+        self._paused: frozenset[int] = frozenset()
+        self._interrupted = anyio.Event()
+
+    async def claim(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:
+        """See `Broker.claim`."""
+        now = monotonic()
+        claims = await self._sweep(limit, running, now) if min(self._sweep_at) <= now else []
+        if len(claims) < limit:
+            claims += await self._take(limit - len(claims), running)
+        if self._link.outage() > self._lease / 3:
+            # Nobody could renew meanwhile: no one is taken for dead before everyone had a lease to come back.
+            self.rest(self._lease)
+        if not claims and wait > 0 and not self._interrupted.is_set():
+            claims = await self._wait(wait, running)
+        return claims
+
+    async def ensure(self, keys: QueueKeys) -> list[str]:
+        """Make a queue's streams and groups; returns foreign groups as "stream group"."""
+        epoch, foreign = await self._link.run(
+            scripts.GROUPS, [keys.meta, *keys.streams], [self._group, secrets.token_hex(8)]
+        )
+        self.epochs[keys.queue] = epoch
+        return [name.decode(errors="replace") for name in foreign]
+
+    def rest(self, seconds: float) -> None:
+        """Take nobody for dead for some seconds."""
+        self._sweep_at = [max(at, monotonic() + seconds) for at in self._sweep_at]
+
+    def interrupt(self) -> None:
+        """No claim waits any more."""
+        self._interrupted.set()
+
+    async def _take(self, limit: int, running: Collection[Claim], *, healed: bool = False) -> list[Claim]:
+        queues, budgets = len(self._keys), self._order.budgets(limit)
+        head = [self._group, self.consumer, limit, queues, len(budgets)]
+        args = [*head, *self._allowances(limit, running), *budgets, *self._order.steps]
+        taken, trouble, paused = await self._link.read(scripts.CLAIM, self._all, args)
+        self._paused = frozenset(index - 1 for index in paused)
+        claims: list[Claim] = []
+        for index, epoch, entries in taken:
+            keys, level, place = self.spots[index - queues - 1]
+            name = keys.queue
+            self.epochs[name] = epoch
+            claims += [Claim(name, level, place, entry, 1, document(fields), epoch) for entry, fields in entries]
+        if trouble and await self._heal(trouble) and not healed and len(claims) < limit:
+            claims += await self._take(limit - len(claims), running, healed=True)
+        return claims
+
+    def _allowances(self, limit: int, running: Collection[Claim]) -> list[int]:
+        """How many entries of each queue may be taken: a cap bounds what this worker runs of it."""
+        if not any(self._caps):
+            return [limit] * len(self._caps)
+        used = Counter(claim.queue for claim in running)
+        return [
+            limit if cap is None else max(0, cap - used[keys.queue])
+            for keys, cap in zip(self._keys, self._caps, strict=True)
+        ]
+
+    async def _heal(self, trouble: list[tuple[int, bytes]]) -> bool:
+        """Make missing groups anew; what cannot be healed is said now and then, and read around."""
+        healed = False
+        for index, error in trouble:
+            key, message = self._all[index - 1], error.decode(errors="replace")
+            if index > len(self._keys) and message.startswith("NOGROUP"):
+                keys, _, _ = self.spots[index - len(self._keys) - 1]
+                await self.ensure(keys)
+                log.warning("group_recreated", queue=keys.queue, stream=key)
+                healed = True
+            elif self._unreadable_until.get(key, 0.0) < monotonic():
+                log.error("key_unreadable", key=key, error=message)
+                self._unreadable_until[key] = monotonic() + TROUBLE_PAUSE
+        return healed
+
+    async def _sweep(self, limit: int, running: Collection[Claim], now: float) -> list[Claim]:
+        claims: list[Claim] = []
+        allowances = self._allowances(limit, running)
+        for index, keys in enumerate(self._keys):
+            if self._sweep_at[index] > now or len(claims) >= limit:
+                continue
+            allowed = min(limit - len(claims), allowances[index])
+            if allowed <= 0 or index in self._paused:
+                self._sweep_at[index] = now + min(1.0, self._lease / 6)
+                continue
+            claims += await self._sweep_queue(index, keys, allowed, [*running, *claims])
+        return claims
+
+    async def _sweep_queue(self, index: int, keys: QueueKeys, limit: int, running: list[Claim]) -> list[Claim]:
+        reservable = not any(claim.suspect for claim in running)
+        held = [
+            f"{LEVELS.index(claim.level) + 2}:{claim.entry.decode()}" for claim in running if claim.queue == keys.queue
+        ]
+        args: list[Any] = [self._group, self.consumer, int(self._lease * 1000), limit]
+        args += [SUSPECT_DELIVERIES, int(reservable), *held]
+        wait, entries, missing = await self._link.read(scripts.SWEEP, [keys.meta, *keys.streams], args)
+        self._sweep_at[index] = monotonic() + wait / 1000
+        self.missing += missing
+        claims = []
+        for stream, entry, count, fields, epoch, suspect in entries:
+            level = LEVELS[stream - 2]
+            place, body = keys.stream(level), document(fields)
+            claims.append(Claim(keys.queue, level, place, entry, count, body, epoch, bool(suspect)))
+        return claims
+
+    async def _wait(self, wait: float, running: Collection[Claim]) -> list[Claim]:
+        """Block until a new entry comes, at most until the next sweep is due."""
+        now = monotonic()
+        wait = max(0.01, min(wait, BLOCK, min(self._sweep_at) - now))
+        allowances = self._allowances(1, running)
+        open_ = {keys.queue for i, keys in enumerate(self._keys) if allowances[i] > 0 and i not in self._paused}
+        spots = {
+            place: (keys, level)
+            for keys, level, place in self.spots
+            if keys.queue in open_ and self._unreadable_until.get(place, 0.0) < now
+        }
+        if not spots:  # all paused, capped or unreadable: nothing to block on
+            with anyio.move_on_after(min(wait, 1.0)):
+                await self._interrupted.wait()
+            return []
+        command = ("XREADGROUP", "GROUP", self._group, self.consumer, "BLOCK", int(wait * 1000), "COUNT", 1, "STREAMS")
+        try:
+            with self._link.watched():
+                reply = await self._link.reader.execute_command(*command, *spots, *(">" for _ in spots))
+        except StreamworkerError as error:
+            if str(error.__cause__).startswith(("NOGROUP", "UNBLOCKED")):
+                return []  # the next claim heals it
+            raise
+        claims: list[Claim] = []
+        for name, entries in reply or ():
+            place = name.decode()
+            keys, level = spots[place]
+            epoch = self.epochs.get(keys.queue, b"")
+            claims += [Claim(keys.queue, level, place, entry, 1, document(fields), epoch) for entry, fields in entries]
+        return claims
+
+
+def document(fields: list[bytes] | None) -> bytes | None:
+    """The bytes of an entry's field ``job``; ``None`` if it has none."""
+    if not fields:
+        return None
+    if fields[0] == b"job":
+        return fields[1]
+    for index in range(2, len(fields), 2):
+        if fields[index] == b"job":
+            return fields[index + 1]
+    return None

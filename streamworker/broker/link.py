@@ -1,0 +1,71 @@
+"""The connections of one broker, and how long they were down."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from time import monotonic
+from typing import Any, Final
+
+from streamworker.broker import scripts
+from streamworker.broker.client import Address, understood
+from streamworker.errors import Unreachable
+
+BLOCK: Final = 5.0
+"""Most seconds of one blocking read: Redis 6.2 does not tell a blocked reader that its stream is gone."""
+
+
+class Link:
+    """Commands, the reader and the lease thread's client to one address; all errors come out as ours."""
+
+    def __init__(self, address: Address) -> None:
+        self.address = address
+        self.commands: Final = address.commands()
+        self.reader = address.reader(BLOCK)
+        self.lease_client = address.blocking()
+        self._down_since: float | None = None
+
+    def named(self, name: str) -> None:
+        """From now on CLIENT LIST shows the reader and the lease thread's client under this name."""
+        address = self.address.renamed(name)
+        self.reader, self.lease_client = address.reader(BLOCK), address.blocking()
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self.reader.close()
+        await self.commands.aclose()
+        self.lease_client.close()
+
+    async def run(self, script: scripts.Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
+        """Run a script on a command connection."""
+        with self.watched():
+            return await script(self.commands, keys, args)
+
+    async def read(self, script: scripts.Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
+        """Run a script on the reader's connection."""
+        with self.watched():
+            return await script(self.reader, keys, args)
+
+    def in_thread(self, script: scripts.Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
+        """Run a script from the lease thread."""
+        with self.watched():
+            return script.blocking(self.lease_client.execute_command, keys, args)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Translate errors, and note since when nothing gets through."""
+        started = monotonic()
+        try:
+            with understood(self.address):
+                yield
+        except Unreachable:
+            if self._down_since is None:
+                self._down_since = started
+            raise
+
+    def outage(self) -> float:
+        """Seconds the link was down before it last came back; asked once, then 0 again."""
+        if self._down_since is None:
+            return 0.0
+        seconds, self._down_since = monotonic() - self._down_since, None
+        return seconds

@@ -1,0 +1,156 @@
+"""The claim loop: never more than the free slots, orphans and new jobs as the broker orders them, suspects alone."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+import anyio
+import structlog
+
+from streamworker.broker import Broker
+from streamworker.execute import Run
+from streamworker.holdings import Holdings
+from streamworker.job import Claim
+from streamworker.pause import Pause
+
+log = structlog.get_logger("streamworker.worker")
+
+BLOCK: Final = 5.0
+"""Seconds one claim waits for jobs."""
+UNSETTLED: Final = 1000
+"""Finished runs that may wait to be settled before no more is claimed."""
+
+
+class Claimer:
+    """Claims until told to stop.
+
+    Args:
+        broker: whose `claim` is called.
+        holdings: what this worker holds.
+        put: hands a run to the slots.
+        concurrency: slots.
+        max_deliveries: a suspect beyond them does not run any more, and need not wait to run alone.
+        stopping: set when nothing more shall be claimed.
+        burst: set ``stopping`` when nothing is ready any more.
+    """
+
+    def __init__(
+        self,
+        broker: Broker,
+        holdings: Holdings,
+        put: Callable[[Run], None],
+        *,
+        concurrency: int,
+        max_deliveries: int,
+        stopping: anyio.Event,
+        burst: bool,
+    ) -> None:
+        self._broker = broker
+        self._holdings = holdings
+        self._put = put
+        self._concurrency = concurrency
+        self._max_deliveries = max_deliveries
+        self._stopping = stopping
+        self._burst = burst
+        self._reconcile = False
+        self._suspects: deque[Run] = deque()
+        self._alone: Run | None = None
+        self.ended: Final = anyio.Event()
+
+    async def run(self) -> None:
+        """Claim; an error is logged and followed by a pause."""
+        pause = Pause()
+        while not self._stopping.is_set():
+            try:
+                await self._turn()
+                pause.reset()
+            except Exception as error:
+                # The reply to a claim may have been lost: what it claimed is ours without our knowing.
+                self._reconcile = True
+                log.error("main_loop_error", error=str(error), type=type(error).__name__)
+                log.debug("main_loop_error_traceback", exc_info=error)
+                await pause.wait(self._stopping)
+        self.ended.set()
+
+    def may_run(self, run: Run) -> bool:
+        """Asked by a slot about a suspect; not now means that the claim loop will run it alone."""
+        if run is self._alone:
+            return True
+        self._suspects.append(run)
+        self._holdings.stir()
+        return False
+
+    def abandon_suspects(self) -> list[Run]:
+        """Suspects that wait to run alone; they do not wait any more afterwards."""
+        waiting, self._suspects = list(self._suspects), deque()
+        return waiting
+
+    async def _turn(self) -> None:
+        holdings = self._holdings
+        if self._suspects:
+            await self._run_alone()
+            return
+        if self._reconcile:
+            self._admit(await self._broker.strays(holdings))
+            self._reconcile = False
+        room = self._concurrency - holdings.busy
+        if room <= 0 or len(holdings) - holdings.busy > UNSETTLED + self._concurrency:
+            await holdings.changed()
+            return
+        # Half the slots a turn at most, so that Redis fetches while Python runs what came before.
+        limit = min(room, max(1, self._concurrency // 2))
+        claims = await self._broker.claim(limit, 0 if self._burst else BLOCK, holdings)
+        self._admit(claims)
+        if self._burst and not claims:
+            if holdings:
+                await holdings.changed(0.1)
+            else:
+                self._stopping.set()
+
+    def _admit(self, claims: list[Claim]) -> None:
+        holdings, put = self._holdings, self._put
+        for claim in claims:
+            run = holdings.admit(claim)
+            if run is None:
+                continue
+            if claim.count > 1:
+                holdings.counts.recovered += 1
+                log.info("job_recovered", queue=claim.queue, entry=claim.entry.decode(), deliveries=claim.count)
+            if claim.suspect and claim.count < self._max_deliveries:
+                self._suspects.append(run)
+            else:
+                put(run)
+
+    async def _run_alone(self) -> None:
+        """Let everything else finish, then run one suspect by itself: it shall not take its neighbours along."""
+        holdings = self._holdings
+        while holdings.busy > len(self._suspects):
+            if self._stopping.is_set():
+                return
+            await holdings.changed(1.0)
+        run = self._suspects.popleft()
+        if run.claim.suspect and not await self._confirmed(run):
+            holdings.finished()
+            holdings.forget(run)
+            return
+        self._alone = run
+        self._put(run)
+        while run.outcome is None and not self._stopping.is_set():
+            await holdings.changed(1.0)
+
+    async def _confirmed(self, run: Run) -> bool:
+        """Count the delivery of a reserved suspect; False if it is not ours any more."""
+        run.settling = True  # not renewed while its delivery count changes, or the thread would report it lost
+        try:
+            claim = await self._broker.confirm(run.claim)
+        except Exception:
+            # Counted or not, nobody knows: let go of it; the reconciliation finds it with the count it has.
+            self._holdings.finished()
+            self._holdings.forget(run)
+            raise
+        if claim is None:
+            return False
+        run.claim, run.settling = claim, False
+        return True

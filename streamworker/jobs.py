@@ -1,0 +1,78 @@
+"""From a payload and options to a `Job`: what producers may say, checked where they say it."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any, TypedDict
+
+from typing_extensions import Unpack
+
+from streamworker import codec
+from streamworker.errors import UsageError
+from streamworker.handlers import Payload, check_queue
+from streamworker.job import Job
+
+
+class JobOptions(TypedDict, total=False):
+    """The options of `App.job`, `App.enqueue` and `App.enqueue_blocking`.
+
+    Attributes:
+        queue: another queue than the payload's class names.
+        priority: ``high``, ``normal`` (the default), ``low``, or a number: up to 50 high, up to 150 normal, else low.
+        delay: seconds to wait from the moment of enqueueing.
+        run_at: not before this moment; without a time zone it is UTC.
+        key: deduplication key: while it is remembered, enqueueing again gives the earlier job's id.
+        key_ttl: seconds the key is remembered; ``STREAMWORKER_KEY_TTL`` unless given.
+        headers: travel with the job; anything JSON can hold.
+    """
+
+    queue: str | None
+    priority: str | int
+    delay: float | None
+    run_at: datetime | None
+    key: str | None
+    key_ttl: float | None
+    headers: dict[str, Any] | None
+
+
+def make_job(payload: Payload, **options: Unpack[JobOptions]) -> Job:
+    """A job with a fresh id.
+
+    Args:
+        payload: its class names kind and queue.
+        options: see `JobOptions`.
+
+    Raises:
+        UsageError: an option makes no sense, or two contradict each other.
+        InvalidJob: the payload cannot be written as JSON.
+    """
+    delay, run_at, key, ttl = (options.get(name) for name in ("delay", "run_at", "key", "key_ttl"))
+    if delay is not None and run_at is not None:
+        raise UsageError("delay and run_at say the same thing twice: give one of them")
+    _check_seconds("delay", delay)
+    _check_seconds("key_ttl", ttl)
+    if key is not None and not key:
+        raise UsageError("key='' would make every job the same: leave key out or give it a value")
+    try:
+        level = codec.level_of(options.get("priority"))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    queue = options.get("queue")
+    return Job(
+        id=codec.new_id(),
+        queue=type(payload).__queue__ if queue is None else check_queue(queue),
+        kind=type(payload).__kind__,
+        payload=codec.encode_payload(payload),
+        level=level,
+        created_at=datetime.now(UTC),
+        run_at=run_at.replace(tzinfo=UTC) if run_at is not None and run_at.tzinfo is None else run_at,
+        delay=delay,
+        key=key,
+        key_ttl=ttl,
+        headers=options.get("headers"),
+    )
+
+
+def _check_seconds(name: str, value: float | None) -> None:
+    if value is not None and not 0 <= value < float("inf"):
+        raise UsageError(f"{name}={value!r} must be seconds from 0 up")

@@ -1,0 +1,38 @@
+"""What a worker needs of an app. The app implements it, so that the worker need not know apps."""
+
+from __future__ import annotations
+
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from typing import Any, Protocol
+
+from streamworker.broker import Broker
+from streamworker.execute import Middleware
+from streamworker.handlers import Handlers
+from streamworker.settings import Settings
+
+
+class Workplace(Protocol):
+    """What a worker needs of an app."""
+
+    @property
+    def handlers(self) -> Handlers[Any]:
+        """Kind to handler."""
+
+    @property
+    def middleware(self) -> tuple[Middleware, ...]:
+        """Wraps every handler."""
+
+    @property
+    def lifespan(self) -> Any:
+        """Makes the context manager that yields the services, or ``None``."""
+
+    def resolve(self, settings: Settings | None) -> Settings:
+        """The settings in force."""
+
+    def entered(self) -> AbstractAsyncContextManager[Any]:
+        """Keeps the app open, so that handlers can enqueue."""
+
+    async def site(
+        self, stack: AsyncExitStack, settings: Settings, redis: Any, database: Any
+    ) -> tuple[Broker, Any, Any]:
+        """(broker, the handlers' Redis client, the database), open until ``stack`` is left."""
