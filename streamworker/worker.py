@@ -166,6 +166,7 @@ class QueueWorker:
         try:
             async with anyio.create_task_group() as pool:
                 self._slots.open(pool)
+                pool.start_soon(self._broker.listen, self._parked)
                 async with anyio.create_task_group() as loops:
                     loops.start_soon(self._settler.run)
                     loops.start_soon(self._ticking)

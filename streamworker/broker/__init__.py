@@ -6,7 +6,7 @@ before it runs; the rest is opening and closing. `Operator` is what people do to
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from typing import Protocol
 
 import msgspec
@@ -85,6 +85,12 @@ class Broker(Protocol):
 
     async def tick(self) -> float:
         """Move due jobs to their streams; returns the seconds until it should be called again."""
+
+    async def listen(self, parked: Callable[[float], None]) -> None:
+        """Report jobs that others park: ``parked(epoch seconds)`` whenever one becomes the first to be due.
+
+        Never returns; cancel it. A hint only: what is missed here, `tick` finds.
+        """
 
     async def depth(self) -> list[Depth]:
         """How much lies in each queue."""

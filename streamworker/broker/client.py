@@ -25,6 +25,16 @@ BLOCK_SLACK: Final = 5.0
 """Seconds a blocking read may overrun its BLOCK: servers are late by up to 0.1 s, half-open connections for ever."""
 POOL_SIZE: Final = 16
 
+_ASYNC: Final[dict[str, Any]] = {
+    "redis": aioredis.Connection,
+    "rediss": aioredis.SSLConnection,
+    "unix": aioredis.UnixDomainSocketConnection,
+}
+_SYNC: Final[dict[str, Any]] = {
+    "redis": redis.Connection,
+    "rediss": redis.SSLConnection,
+    "unix": redis.UnixDomainSocketConnection,
+}
 _ADDRESS: Final = frozenset({"host", "port", "db", "username", "password", "path"})
 
 
@@ -80,13 +90,8 @@ class Address:
 
     def commands(self, size: int = POOL_SIZE) -> aioredis.Redis:
         """A client with a pool; waits for a free connection instead of failing."""
-        kind: Any = {
-            "unix": aioredis.UnixDomainSocketConnection,
-            "rediss": aioredis.SSLConnection,
-            "redis": aioredis.Connection,
-        }[self._scheme]
         pool = aioredis.BlockingConnectionPool(
-            connection_class=kind,
+            connection_class=_ASYNC[self._scheme],
             max_connections=size,
             timeout=COMMAND_TIMEOUT,
             socket_timeout=COMMAND_TIMEOUT,
@@ -95,15 +100,21 @@ class Address:
         )
         return aioredis.Redis.from_pool(pool)
 
+    def listener(self) -> aioredis.Redis:
+        """A client for a subscription: silence is normal there, and TCP keepalive notices a dead peer."""
+        pool = aioredis.ConnectionPool(
+            connection_class=_ASYNC[self._scheme],
+            max_connections=1,
+            socket_timeout=None,
+            retry=Retry(NoBackoff(), 0),
+            **self._options(),
+        )
+        return aioredis.Redis.from_pool(pool)
+
     def blocking(self) -> redis.Redis:
         """A synchronous client with one connection, for the lease thread."""
-        kind: Any = {
-            "unix": redis.UnixDomainSocketConnection,
-            "rediss": redis.SSLConnection,
-            "redis": redis.Connection,
-        }[self._scheme]
         pool = redis.ConnectionPool(
-            connection_class=kind,
+            connection_class=_SYNC[self._scheme],
             max_connections=1,
             socket_timeout=COMMAND_TIMEOUT,
             retry=SyncRetry(NoBackoff(), 0),
@@ -120,12 +131,7 @@ class Reader:
     """One connection of its own that may block, and knows its client id so that it can be unblocked from elsewhere."""
 
     def __init__(self, address: Address, block: float) -> None:
-        kind: Any = {
-            "unix": aioredis.UnixDomainSocketConnection,
-            "rediss": aioredis.SSLConnection,
-            "redis": aioredis.Connection,
-        }[address._scheme]
-        self._connection: aioredis.Connection = kind(
+        self._connection: aioredis.Connection = _ASYNC[address._scheme](
             socket_timeout=block + BLOCK_SLACK, retry=Retry(NoBackoff(), 0), **address._options()
         )
         self.client_id: int | None = None

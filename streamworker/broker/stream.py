@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import random
+from collections.abc import Callable, Collection, Sequence
+from time import monotonic
 from typing import Any, Final
 
 import msgspec
+import structlog
 
 from streamworker.broker import Ending, scripts
+from streamworker.broker.bell import listen
 from streamworker.broker.client import Address
 from streamworker.broker.intake import Intake, document
 from streamworker.broker.keys import QueueKeys, worker_key
 from streamworker.broker.link import Link
 from streamworker.broker.publish import Publisher
 from streamworker.broker.settle import settle
+from streamworker.broker.tidy import tidy
 from streamworker.errors import ConfigurationError
 from streamworker.job import Claim, Depth, Enqueued, Outgoing, Settled
 from streamworker.policy import SUSPECT_DELIVERIES
 
+log = structlog.get_logger("streamworker.broker")
+
 PROMOTE_BATCH: Final = 500
 """Most due jobs one script call moves."""
 IDLE_TICK: Final = 5.0
-"""Most seconds between looks at the due sets."""
+"""Most seconds between looks at the due sets; the bell tells of jobs that others park."""
 RENEW_BATCH: Final = 500
 OLDEST_SERVER: Final = (6, 2)
 
@@ -54,6 +61,7 @@ class StreamBroker:
         queues = [(QueueKeys(name, options.namespace), cap) for name, cap in options.queues]
         self._keys = [keys for keys, _ in queues]
         self._homes = {place: keys for keys in self._keys for place in keys.streams}
+        self._tidy_at = 0.0
         self._intake = Intake(self._link, queues, group=options.group, lease=options.lease, weighted=options.weighted)
 
     async def open(self) -> None:
@@ -169,7 +177,22 @@ class StreamBroker:
                 return 0.0
             if soonest >= 0:
                 wait = min(wait, soonest / 1000)
+        if monotonic() >= self._tidy_at:
+            await self._tidy()
         return wait
+
+    async def _tidy(self) -> None:
+        lease = self._options.lease
+        self._tidy_at = monotonic() + max(2.0, min(60.0, 4 * lease)) * random.uniform(0.8, 1.2)  # noqa: S311 - spreads load
+        for keys in self._keys:
+            for name in await tidy(
+                self._link, keys, self._options.group, namespace=self._options.namespace, idle=2 * lease
+            ):
+                log.info("consumer_pruned", queue=keys.queue, consumer=name)
+
+    async def listen(self, parked: Callable[[float], None]) -> None:
+        """See `Broker.listen`."""
+        await listen(self._link.address, [keys.due for keys in self._keys], parked)
 
     async def depth(self) -> list[Depth]:
         """See `Broker.depth`."""

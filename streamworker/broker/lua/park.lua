@@ -1,5 +1,6 @@
 -- park: end claims whose jobs go on: write the job's next form to the due set or back to its stream, then acknowledge and
 -- delete the old entry, each only if the claim still holds. The growing write comes first: out of memory, nothing happened.
+-- A job that becomes the first to be due rings the bell: a message with the ms until then, on the channel named like KEYS[2].
 --
 -- KEYS[1]    stream
 -- KEYS[2]    due set of the queue
@@ -23,6 +24,7 @@ local function store(delay, member, body)
     redis.call('HDEL', KEYS[3], member)
     return false
   end
+  if redis.call('ZRANGE', KEYS[2], 0, 0)[1] == member then redis.pcall('PUBLISH', KEYS[2], string.format('%d', delay)) end
   return true
 end
 

@@ -1,6 +1,7 @@
 -- publish: store new jobs of one queue: on a stream, or parked until they are due. A deduplication key is written after its
 -- job, and while it is remembered the earlier job's id is the answer. Repeating a call with a key is safe: the same id
--- under the same key is our own first try.
+-- under the same key is our own first try. A job that becomes the first to be due rings the bell: a message with the ms
+-- until then, on the channel named like KEYS[4].
 --
 -- KEYS[1..3]  streams: high, normal, low
 -- KEYS[4]     due set
@@ -32,6 +33,9 @@ for i = 1, #ARGV, 7 do
     if due > now then
       redis.call('HSET', KEYS[5], ARGV[i + 2], body)
       redis.call('ZADD', KEYS[4], string.format('%d', due), ARGV[i + 2])
+      if redis.call('ZRANGE', KEYS[4], 0, 0)[1] == ARGV[i + 2] then
+        redis.pcall('PUBLISH', KEYS[4], string.format('%d', due - now))
+      end
     else
       redis.call('XADD', KEYS[tonumber(ARGV[i])], '*', 'job', body)
     end
