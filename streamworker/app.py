@@ -71,7 +71,7 @@ class App(Handlers[S]):
         if self._entries == 0:
             settings = self.resolve(None)
             async with AsyncExitStack() as stack:
-                address = await self._address(stack, settings, None)
+                address, _ = await self._servers(stack, settings, None)
                 broker = self._make_broker(settings, address)
                 stack.push_async_callback(broker.close)
                 await broker.open()
@@ -230,14 +230,14 @@ class App(Handlers[S]):
             redis: a client, a URL, or ``None`` for ``REDIS_URL``.
             database: an asyncpg pool, a URL, or ``None`` for ``DATABASE_URL``.
         """
-        address = await self._address(stack, settings, redis)
+        address, default = await self._servers(stack, settings, redis)
         broker = self._make_broker(settings, address)
         stack.push_async_callback(broker.close)
         client = redis
         if not isinstance(client, Redis):
             client = address.commands()
             stack.push_async_callback(client.aclose)
-        url = database if isinstance(database, str) else None if database is not None else settings.database_url
+        url = database if isinstance(database, str) else None if database is not None else default
         if url is not None:
             database = asyncpg.create_pool(url, min_size=0, max_size=10)  # connects when a handler first needs it
             await stack.enter_async_context(database)
@@ -248,21 +248,25 @@ class App(Handlers[S]):
         """What people do to jobs by hand, for the command line and the dashboard."""
         async with AsyncExitStack() as stack:
             settings = self.resolve(settings)
-            address = await self._address(stack, settings, None)
+            address, _ = await self._servers(stack, settings, None)
             operator = StreamOperator(address, self._stream_options(settings))
             stack.push_async_callback(operator.close)
             await operator.open()
             yield operator
 
-    async def _address(self, stack: AsyncExitStack, settings: Settings, redis: Redis | str | None) -> Address:
+    async def _servers(
+        self, stack: AsyncExitStack, settings: Settings, redis: Redis | str | None
+    ) -> tuple[Address, str | None]:
+        """(where Redis is, URL of the database); the embedded pair is started if that is what the settings say."""
+        database = settings.database_url
         if isinstance(redis, Redis):
-            return Address.of(redis)
+            return Address.of(redis), database
         url = redis or settings.require_redis_url()
         if url == EMBEDDED:
             servers = await anyio.to_thread.run_sync(embedded.acquire, settings.state_dir)
             stack.callback(servers.close)
-            url = servers.redis_url
-        return Address(url)
+            url, database = servers.redis_url, database or servers.database_url
+        return Address(url), database
 
     def _make_broker(self, settings: Settings, address: Address) -> Broker:
         if settings.mode == "list":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from time import monotonic
 from typing import Final, Protocol
 
 import anyio
@@ -11,7 +12,7 @@ from streamworker.broker import Broker
 from streamworker.endings import ending
 from streamworker.execute import Executor, Run
 from streamworker.holdings import Holdings
-from streamworker.job import Interrupted
+from streamworker.job import Interrupted, TimedOut
 from streamworker.slots import Slots
 
 HAND_BACK: Final = 5.0
@@ -57,7 +58,7 @@ async def drain(worker: Draining, slots: Slots, holdings: Holdings, grace: float
 
         group.start_soon(cut_short)
         with anyio.move_on_after(grace):
-            while slots.running:
+            while any(not run.stuck for run in slots.running):
                 await holdings.changed(0.25)
         group.cancel_scope.cancel()
     for run in list(slots.running):
@@ -73,7 +74,9 @@ async def drain(worker: Draining, slots: Slots, holdings: Holdings, grace: float
 def give_back(worker: Draining, run: Run) -> None:
     """Settle a run that did not come to an end here; one that can have no other end (undecodable) gets that."""
     if run.outcome is None:
-        run.outcome = SHUTDOWN
+        # A thread past its deadline is charged, or it would stick worker after worker for ever.
+        late = run.overdue(monotonic()) and run.deadline is not None and run.started is not None
+        run.outcome = TimedOut(run.deadline - run.started) if late else SHUTDOWN
     worker.finish(run)
 
 

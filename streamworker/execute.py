@@ -45,7 +45,7 @@ class Run:
 
     __slots__ = (
         "_cause", "claim", "context", "deadline", "facts", "in_thread", "outcome", "payload", "reading", "registration",
-        "settling", "started", "suspect", "task",
+        "settling", "started", "stuck", "suspect", "task",
     )  # fmt: skip
 
     def __init__(self, claim: Claim) -> None:
@@ -60,6 +60,7 @@ class Run:
         self.deadline: float | None = None
         self.in_thread = False
         self.settling = False
+        self.stuck = False  # a thread that will not end: only a new process frees its slot
         self.suspect = False  # two workers or more were lost with it: it must run alone
         self.task: asyncio.Task[Any] | None = None
         self._cause: TimedOut | Interrupted | None = None

@@ -92,7 +92,7 @@ class Slots:
                     continue  # given back while it could not be stopped
                 run.outcome = outcome
             finished(run)
-            if copy_context() != pristine and self._pristine is not None:
+            if _changed(pristine) and self._pristine is not None:
                 self._pristine.copy().run(group.start_soon, self._slot, group)
                 return
 
@@ -107,7 +107,8 @@ class Slots:
                 if run.in_thread:
                     if run.context is not None and not run.context.cancelled:
                         run.cancel(TimedOut(run.deadline - run.started))
-                    if now > run.deadline + self._grace:
+                    if now > run.deadline + self._grace and not run.stuck:
+                        run.stuck = True
                         self._stuck(run)
                 elif again.get(run, 0.0) <= now:
                     # Once a second, because a handler may swallow a cancellation and go on.
@@ -115,3 +116,11 @@ class Slots:
                     run.cancel(TimedOut(run.deadline - run.started))
             if again:
                 again = {run: at for run, at in again.items() if run in self.running}
+
+
+def _changed(pristine: Context) -> bool:
+    """Whether a job left a context variable behind; unchanged contexts share one tree, which makes this cheap."""
+    try:
+        return copy_context() != pristine
+    except Exception:  # noqa: BLE001 - values of other people are compared; one that cannot be is not what we began with
+        return True

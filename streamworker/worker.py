@@ -65,6 +65,7 @@ class QueueWorker:
         self._stopping, self._hurry, self._stopped = anyio.Event(), anyio.Event(), anyio.Event()
         self._tick_wake = anyio.Event()
         self._burst = False
+        self._begun = False
         self._error: StuckThread | HandBackFailed | None = None
         self._signal = 0
         self._started = time.time()
@@ -78,6 +79,7 @@ class QueueWorker:
         Raises:
             StreamworkerError: it could not start (logged first), or it could not end as promised.
         """
+        self._begun = True
         log.info("worker_starting", worker_id=self.worker_id)
         try:
             async with AsyncExitStack() as stack:
@@ -97,7 +99,8 @@ class QueueWorker:
     async def stop(self) -> None:
         """Claim no more, finish running jobs within ``GRACE`` seconds, hand back the rest, clean up."""
         self._stopping.set()
-        await self._stopped.wait()
+        if self._begun:
+            await self._stopped.wait()
 
     async def run(self, *, burst: bool = False) -> int:
         """`start`, with SIGTERM and SIGINT wired to `stop`; a second signal cancels running jobs.
@@ -109,13 +112,17 @@ class QueueWorker:
             0, or 128 + the number of the second signal.
         """
         self._burst = burst
+        failure: Exception | None = None
         async with anyio.create_task_group() as group:
             if threading.current_thread() is threading.main_thread():
                 await group.start(self._watch_signals)
             try:
                 await self.start()
-            finally:
-                group.cancel_scope.cancel()
+            except Exception as error:  # noqa: BLE001 - raised below, outside of the group that would wrap it
+                failure = error
+            group.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
         return 128 + self._signal if self._signal else 0
 
     async def initialize(self, stack: AsyncExitStack) -> None:
