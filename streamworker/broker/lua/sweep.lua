@@ -26,7 +26,7 @@ local running = {}
 for i = 7, #ARGV do running[ARGV[i]] = true end
 local may_reserve = ARGV[6] == '1'
 local epoch = redis.call('HGET', KEYS[1], 'epoch') or ''
-local entries, missing, unfinished = {}, 0, false
+local entries, missing, unfinished = {}, 0, false -- unfinished: somebody should sweep again at once
 
 local function gone(stream, id)
   redis.call('XACK', stream, ARGV[1], id)
@@ -44,6 +44,7 @@ local function take(k, id)
       entries[#entries + 1] = { k, id, pending[4], entry[2], epoch, 1 }
     else
       redis.call('XCLAIM', KEYS[k], ARGV[1], ARGV[2], 0, id, 'IDLE', lease, 'JUSTID')
+      unfinished = true
     end
   else
     local entry = redis.call('XCLAIM', KEYS[k], ARGV[1], ARGV[2], 0, id)[1]
