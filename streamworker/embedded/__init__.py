@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from streamworker.embedded.binaries import find_binaries
-from streamworker.embedded.joining import await_servers, join_users
+from streamworker.embedded.joining import await_servers, is_supervised, join_users
 from streamworker.embedded.layout import Layout, default_state_dir, open_layout
 from streamworker.embedded.locks import Lock
 from streamworker.embedded.record import FAILED, STARTING, Record, read_record
@@ -104,7 +104,7 @@ def describe(state_dir: Path) -> Description:
     """
     layout = Layout(Path(state_dir).resolve() / "embedded")
     try:
-        supervised = _is_supervised(layout)
+        supervised = is_supervised(layout)
         record = read_record(layout.record)
     except OSError as error:
         raise _unusable(state_dir, error) from error
@@ -124,17 +124,6 @@ def describe(state_dir: Path) -> Description:
         record.masked_redis_url,
         record.database_url,
     )
-
-
-def _is_supervised(layout: Layout) -> bool:
-    """Whether a supervisor lives. Looking takes its lock for an instant if not; a user would just look again."""
-    if not layout.supervisor_lock.exists():
-        return False
-    lock = Lock(layout.supervisor_lock)
-    try:
-        return not lock.try_shared()
-    finally:
-        lock.close()
 
 
 def _unusable(state_dir: Path, error: OSError) -> ConfigurationError:

@@ -78,12 +78,24 @@ def await_servers(layout: Layout, binaries: Binaries, deadline: float) -> Record
         finally:
             supervisor.close()
         record = read_record(layout.record)
-        if record is not None and record.state == READY and _answers(record):
+        # Asked last, because the servers of a supervisor that was just killed may still answer.
+        if record is not None and record.state == READY and _answers(record) and is_supervised(layout):
             return record
         if time.monotonic() > deadline:
             last = last_line(layout.log)
             raise Unreachable(f"The embedded servers are not ready in time; last word in {layout.log}: {last}.")
         time.sleep(POLL)
+
+
+def is_supervised(layout: Layout) -> bool:
+    """Whether a supervisor lives. If not, asking takes its lock for an instant; a user would just look again."""
+    if not layout.supervisor_lock.exists():
+        return False
+    lock = Lock(layout.supervisor_lock)
+    try:
+        return not lock.try_shared()
+    finally:
+        lock.close()
 
 
 def _give_up_after(spawned: int, layout: Layout) -> None:
