@@ -7,7 +7,7 @@ before it runs; the rest is opening and closing. `Operator` is what people do to
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 
@@ -139,19 +139,57 @@ class WorkerInfo(msgspec.Struct, frozen=True):
     report: dict[str, str]
 
 
+class Finding(msgspec.Struct, frozen=True):
+    """One thing that was looked at: ``error`` loses jobs, ``warning`` may, ``ok`` does not.
+
+    Attributes:
+        severity: one of the three words.
+        subject: what was looked at, in two or three words.
+        sentence: what is so, and what to do about it.
+    """
+
+    severity: Literal["error", "warning", "ok"]
+    subject: str
+    sentence: str
+
+
+class Waiting(msgspec.Struct, frozen=True):
+    """How many sampled jobs of a kind lie somewhere; ``kind`` is ``None`` where the document names none."""
+
+    queue: str
+    place: Literal["ready", "delayed", "dead"]
+    kind: str | None
+    count: int
+
+
 class Operator(Protocol):
-    """What people do by hand. Every change is fenced by what was listed; the answer tells whether it still held."""
+    """What people do by hand. Every change is fenced by what was listed; the answer tells whether it still held.
+
+    Listings read in pages of bounded cost and consume nothing. Every method raises `Unreachable` when no server
+    answers, and `StreamworkerError` when the server cannot or will not do it.
+    """
 
     def pending(
-        self, queues: Sequence[str], *, consumer: str | None = None, min_idle: float = 0.0
+        self, queues: Sequence[str], *, consumer: str | None = None, min_idle: float = 0.0, only: str | None = None
     ) -> AsyncIterator[PendingEntry]:
-        """Delivered and unsettled jobs, oldest entry first within a queue's level, read in pages."""
+        """Delivered and unsettled jobs, oldest entry first within a queue's level.
+
+        Args:
+            queues: whose.
+            consumer: held by this worker.
+            min_idle: seconds they were not renewed, at least.
+            only: one entry id, found without reading the others.
+        """
 
     async def body(self, entry: PendingEntry) -> bytes | None:
-        """The document of a pending entry; ``None`` if it was deleted underneath."""
+        """The document of a pending entry; ``None`` if it has none or was deleted underneath."""
 
     async def release(self, entry: PendingEntry) -> bool:
-        """Give a pending job back to its queue at once, uncharged."""
+        """Give a pending job back to its queue at once, uncharged.
+
+        Raises:
+            StreamworkerError: it has no document that could go back.
+        """
 
     async def bury(self, entry: PendingEntry, reason: str) -> bool:
         """Move a pending job to the dead letters."""
@@ -160,7 +198,7 @@ class Operator(Protocol):
         """Delete a pending job for good."""
 
     def delayed(self, queues: Sequence[str]) -> AsyncIterator[StoredJob]:
-        """Parked jobs, soonest first."""
+        """Parked jobs, soonest first within a queue."""
 
     async def hasten(self, job: StoredJob) -> bool:
         """Make a parked job ready now."""
@@ -168,11 +206,20 @@ class Operator(Protocol):
     async def forget(self, job: StoredJob) -> bool:
         """Delete a parked job for good."""
 
-    def dead(self, queues: Sequence[str]) -> AsyncIterator[StoredJob]:
-        """Dead letters, newest first."""
+    def dead(self, queues: Sequence[str], *, only: str | None = None) -> AsyncIterator[StoredJob]:
+        """Dead letters, newest first within a queue.
+
+        Args:
+            queues: whose.
+            only: one handle, found without reading the others.
+        """
 
     async def replay(self, job: StoredJob) -> bool:
-        """Put a dead letter back on its queue with fresh attempts."""
+        """Put a dead letter back on its queue with fresh attempts; bytes that cannot be read go back unchanged.
+
+        Raises:
+            StreamworkerError: it has no document that could go back.
+        """
 
     async def erase(self, job: StoredJob) -> bool:
         """Delete a dead letter for good."""
@@ -183,8 +230,17 @@ class Operator(Protocol):
     async def prune(self, queues: Sequence[str], worker_id: str) -> bool:
         """Delete a dead worker's name from the groups; False if it holds pending jobs or still beats."""
 
-    async def findings(self, queues: Sequence[str]) -> list[tuple[str, str]]:
-        """What of the server can lose jobs: ("error" | "warning" | "ok", sentence)."""
+    async def depth(self, queues: Sequence[str]) -> list[Depth]:
+        """How much lies in each of the queues."""
+
+    async def departed(self, queues: Sequence[str]) -> list[int | None]:
+        """How many entries ever left each queue, for rates; ``None`` where the server does not count."""
+
+    async def waiting(self, queues: Sequence[str], limit: int) -> list[Waiting]:
+        """What kinds lie in the queues, judged by a sample of about ``limit`` jobs."""
+
+    async def findings(self, queues: Sequence[str]) -> list[Finding]:
+        """What of the server can lose jobs."""
 
     async def queues(self) -> list[str]:
-        """Names of all queues that exist on the server."""
+        """Names of all queues that exist on the server, sorted."""

@@ -1,0 +1,231 @@
+"""What lies on the server, read in pages of bounded cost. Nothing here consumes or changes anything."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Final, Literal
+
+from redis import exceptions as redis_errors
+from redis.asyncio import Redis
+
+from streamworker import codec
+from streamworker.broker import PendingEntry, StoredJob, Waiting, WorkerInfo, scripts
+from streamworker.broker.client import understood
+from streamworker.broker.intake import document
+from streamworker.broker.keys import WORKER_KEY, QueueKeys, worker_key
+from streamworker.errors import InvalidJob
+from streamworker.job import LEVELS, Depth, Level
+
+PAGE: Final = 100
+"""Entries of one page: documents may be large."""
+SCAN: Final = 1000
+"""Keys one step over the key space looks at."""
+
+
+class Desk:
+    """A client, and whose keys it reads; errors come out as ours."""
+
+    def __init__(self, client: Redis, address: object, group: str, namespace: str) -> None:
+        self.client: Final = client
+        self.address: Final = address
+        self.group: Final = group
+        self.namespace: Final = namespace
+
+    async def ask(self, *command: Any) -> Any:
+        """Send one command."""
+        with understood(self.address):
+            return await self.client.execute_command(*command)  # type: ignore[no-untyped-call]
+
+    async def run(self, script: scripts.Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
+        """Run a script."""
+        with understood(self.address):
+            return await script(self.client, keys, args)
+
+    async def gather(self, commands: Sequence[Sequence[Any]]) -> list[Any]:
+        """Send commands in one round trip; an error of the server's takes the place of its answer."""
+        if not commands:
+            return []
+        with understood(self.address):
+            async with self.client.pipeline(transaction=False) as pipe:
+                for command in commands:
+                    pipe.execute_command(*command)
+                answers: list[Any] = await pipe.execute(raise_on_error=False)
+                return answers
+
+    async def scan(self, pattern: str) -> AsyncIterator[str]:
+        """Names of keys; the whole key space is walked, so that only people's commands may call this."""
+        cursor: Any = 0
+        while True:
+            cursor, names = await self.ask("SCAN", cursor, "MATCH", pattern, "COUNT", SCAN)
+            for name in names:
+                yield text(name)
+            if not int(cursor):
+                return
+
+
+def text(value: Any) -> str:
+    """Bytes as text, whatever they are."""
+    return value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value)
+
+
+async def queues(desk: Desk) -> list[str]:
+    """Names of queues any key exists of, sorted."""
+    shape = re.compile(
+        rf"{re.escape(desk.namespace)}stream:\{{([A-Za-z0-9._:-]{{1,100}})\}}(?::(?:high|low|due|dead|meta))?"
+    )
+    found = set()
+    async for name in desk.scan(f"{desk.namespace}stream:{{*}}*"):
+        match = shape.fullmatch(name)
+        if match is not None:
+            found.add(match[1])
+    return sorted(found)
+
+
+async def depth(desk: Desk, keys: QueueKeys) -> Depth:
+    """How much lies in one queue."""
+    names = [*keys.streams, keys.due, keys.dead, keys.meta]
+    entries, pending_, delayed_, dead_, oldest, paused = await desk.run(scripts.DEPTH, names, [desk.group])
+    age = oldest / 1000 if oldest >= 0 else None
+    return Depth(keys.queue, max(0, entries - pending_), pending_, delayed_, dead_, age, paused=bool(paused))
+
+
+async def pending(
+    desk: Desk, keys: QueueKeys, consumer: str | None, min_idle: float, only: str | None
+) -> AsyncIterator[PendingEntry]:
+    """Pending entries of one queue; see `Operator.pending`."""
+    epoch: bytes = await desk.ask("HGET", keys.meta, "epoch") or b""
+    for level in LEVELS:
+        place = keys.stream(level)
+        start, end = only or "-", only or "+"
+        while True:
+            args = [desk.group, start, end, PAGE, max(0, round(min_idle * 1000)), consumer or ""]
+            after, rows = await desk.run(scripts.PENDING, [place], args)
+            alive = await _alive(desk, {row[1] for row in rows})
+            for entry, holder, idle, count, fields in rows:
+                job_id, kind = _named(document(fields), place, epoch, entry)
+                yield PendingEntry(
+                    keys.queue, level, text(entry), job_id, kind, text(holder), idle, count, alive=holder in alive
+                )
+            if not after:
+                break
+            start = f"({text(after)}"
+
+
+async def delayed(desk: Desk, keys: QueueKeys) -> AsyncIterator[StoredJob]:
+    """Parked jobs of one queue, soonest first."""
+    last, seen = "-inf", 0
+    while True:
+        flat = await desk.ask("ZRANGEBYSCORE", keys.due, last, "+inf", "WITHSCORES", "LIMIT", seen, PAGE)
+        if not flat:
+            return
+        page = list(zip(flat[::2], flat[1::2], strict=True))
+        bodies = await desk.ask("HMGET", keys.bodies, *(member for member, _ in page))
+        for (member, score), body in zip(page, bodies, strict=True):
+            # The next page begins at this score, behind those of it that were seen already.
+            last, seen = (last, seen + 1) if text(score) == last else (text(score), 1)
+            handle = text(member)
+            head, _, rest = handle.partition("/")
+            level: Level = head if head in LEVELS else "normal"
+            job_id, kind = codec.glance(body)
+            yield StoredJob(
+                keys.queue, level, handle, job_id or rest.rpartition("/")[0] or None, kind, int(float(score)), body
+            )
+
+
+async def dead(desk: Desk, keys: QueueKeys, only: str | None) -> AsyncIterator[StoredJob]:
+    """Dead letters of one queue, newest first."""
+    end, start = only or "+", only or "-"
+    while True:
+        page = await desk.ask("XREVRANGE", keys.dead, end, start, "COUNT", PAGE)
+        for entry, fields in page:
+            known = {text(name): value for name, value in (fields or {}).items()}
+            body = known.pop("job", None)
+            details = {name: text(value) for name, value in known.items()}
+            said = details.get("level")
+            level: Level = said if said in LEVELS else "normal"
+            handle = text(entry)
+            at = int(handle.partition("-")[0])
+            yield StoredJob(
+                keys.queue, level, handle, details.get("id") or None, details.get("kind") or None, at, body, details
+            )
+        if len(page) < PAGE or only:
+            return
+        end = f"({text(page[-1][0])}"
+
+
+async def workers(desk: Desk, keys: Sequence[QueueKeys]) -> list[WorkerInfo]:
+    """Everyone with a heartbeat or a name in a group of these queues, the living first."""
+    prefix = f"{desk.namespace}{WORKER_KEY}"
+    beating = [name async for name in desk.scan(f"{prefix}*")]
+    places = [(each.queue, place) for each in keys for place in each.streams]
+    consumers = await desk.gather([("XINFO CONSUMERS", place, desk.group) for _, place in places])
+    reports: dict[str, dict[str, str]] = {}
+    for start in range(0, len(beating), PAGE):
+        names = beating[start : start + PAGE]
+        for name, fields in zip(names, await desk.gather([("HGETALL", name) for name in names]), strict=True):
+            if isinstance(fields, dict) and fields:
+                reports[name.removeprefix(prefix)] = {text(key): text(value) for key, value in fields.items()}
+    held: Counter[str] = Counter()
+    homes: dict[str, list[str]] = {}
+    for (queue, _), answer in zip(places, consumers, strict=True):
+        if isinstance(answer, redis_errors.RedisError):
+            continue  # no such stream or group yet
+        for info in answer:
+            name = text(info["name"])
+            held[name] += info["pending"]
+            if queue not in homes.setdefault(name, []):
+                homes[name].append(queue)
+    wanted = {each.queue for each in keys}
+    found = []
+    for name in sorted(reports.keys() | homes.keys(), key=lambda name: (name not in reports, name)):
+        report = reports.get(name, {})
+        own = [queue for queue in report.get("queues", "").split(",") if queue] or homes.get(name, [])
+        if name in homes or not wanted.isdisjoint(own):
+            found.append(WorkerInfo(name, name in reports, held[name], own, report))
+    return found
+
+
+async def waiting(desk: Desk, keys: Sequence[QueueKeys], limit: int) -> list[Waiting]:
+    """Kinds in a sample of about ``limit`` jobs, shared evenly between queues and their keys."""
+    counts: Counter[tuple[str, Literal["ready", "delayed", "dead"], str | None]] = Counter()
+    share = max(10, limit // max(1, 5 * len(keys)))
+    for each in keys:
+        for place in each.streams:
+            for _, fields in await desk.ask("XRANGE", place, "-", "+", "COUNT", share):
+                body = (fields or {}).get(b"job")
+                if _readable(body):
+                    counts[each.queue, "ready", codec.glance(body)[1]] += 1
+        members = await desk.ask("ZRANGE", each.due, 0, share - 1)
+        for body in await desk.ask("HMGET", each.bodies, *members) if members else ():
+            if _readable(body):
+                counts[each.queue, "delayed", codec.glance(body)[1]] += 1
+        for _, fields in await desk.ask("XREVRANGE", each.dead, "+", "-", "COUNT", share):
+            body = (fields or {}).get(b"job")
+            if _readable(body):
+                counts[each.queue, "dead", codec.glance(body)[1]] += 1
+    return [Waiting(queue, place, kind, count) for (queue, place, kind), count in sorted(counts.items(), key=str)]
+
+
+async def _alive(desk: Desk, holders: set[bytes]) -> set[bytes]:
+    names = list(holders)
+    answers = await desk.gather([("EXISTS", worker_key(desk.namespace, text(name))) for name in names])
+    return {name for name, answer in zip(names, answers, strict=True) if answer == 1}
+
+
+def _named(body: bytes | None, place: str, epoch: bytes, entry: bytes) -> tuple[str | None, str | None]:
+    """(id, kind) as workers call the job; one without an id has the id derived from where it lies."""
+    try:
+        reading = codec.read(body or b"")
+    except InvalidJob:
+        return None, None
+    return reading.id or codec.derived_id(place, epoch, entry), reading.kind or None
+
+
+def _readable(body: bytes | None) -> bool:
+    try:
+        codec.read(body or b"")
+    except InvalidJob:
+        return False
+    return True
