@@ -1,0 +1,204 @@
+"""The audit: from what the servers hold at the end to a verdict, and what is missing. Pure.
+
+No number in here comes from a worker. The SMTP server says which recipient got how many messages, Redis says what is
+left and who held what when the worker was killed, the script says what must have happened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any, Final
+
+import msgspec
+
+from streamworker.demo import script
+from streamworker.demo.lookout import Leftovers
+from streamworker.demo.script import Script
+
+_NAMED: Final = 5
+"""Most jobs a sentence names."""
+
+
+class Killed(msgspec.Struct, frozen=True):
+    """The worker that was killed.
+
+    Attributes:
+        name: in the story.
+        worker_id: its consumer name.
+        pid: of the process.
+        held: numbers of the jobs pending under its name after its death.
+        recovery: seconds from the kill until none was left under its name; ``None`` if that did not come.
+    """
+
+    name: str
+    worker_id: str
+    pid: int
+    held: frozenset[int]
+    recovery: float | None
+
+
+class Evidence(msgspec.Struct, frozen=True, kw_only=True):
+    """What was found.
+
+    Attributes:
+        arrived: recipient to number of messages, from the SMTP server.
+        leftovers: from Redis.
+        killed: ``None`` if nobody was.
+        exits: name of every worker that was not killed, to its exit code; ``None`` if it did not end.
+    """
+
+    arrived: dict[str, int]
+    leftovers: Leftovers
+    killed: Killed | None
+    exits: dict[str, int | None]
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """One thing that was checked: its name, whether it is as promised, and one sentence for people."""
+
+    name: str
+    ok: bool
+    says: str
+
+
+class Report(msgspec.Struct, frozen=True):
+    """The audit's result."""
+
+    findings: list[Finding]
+    duplicates: int
+    """Messages beyond the first, over all recipients."""
+
+    @property
+    def ok(self) -> bool:
+        """Every job is accounted for."""
+        return all(finding.ok for finding in self.findings)
+
+    @property
+    def missing(self) -> list[str]:
+        """What is not as promised."""
+        return [finding.says for finding in self.findings if not finding.ok]
+
+
+def audit(play: Script, evidence: Evidence) -> Report:
+    """Compare what was found with what the script says.
+
+    Args:
+        play: what was played.
+        evidence: what was found afterwards.
+    """
+    duplicates, twice = _duplicates(evidence)
+    findings = [
+        _delivered(play, evidence.arrived),
+        _nobody_else(play, evidence.arrived),
+        twice,
+        _dead_letters(play, evidence.leftovers),
+        *_nothing_left(evidence.leftovers),
+        _consumers(evidence),
+        _exits(evidence.exits),
+    ]
+    if play.kill:
+        findings.append(_recovered(evidence.killed))
+    return Report(findings, duplicates)
+
+
+def _delivered(play: Script, arrived: dict[str, int]) -> Finding:
+    lost = [n for n in range(play.jobs) if not script.is_hopeless(n) and not arrived.get(script.address(n))]
+    if lost:
+        return Finding("delivered", False, f"{len(lost)} of {play.mails} recipients got no mail: {_some(lost)}")
+    return Finding("delivered", True, f"all {play.mails:,} recipients got their mail")
+
+
+def _nobody_else(play: Script, arrived: dict[str, int]) -> Finding:
+    wrong = [
+        recipient
+        for recipient, count in arrived.items()
+        if count and ((n := script.number_of(recipient)) is None or n >= play.jobs or script.is_hopeless(n))
+    ]
+    if wrong:
+        return Finding("nobody_else", False, f"{len(wrong)} got mail who should not have: {_some(wrong)}")
+    return Finding("nobody_else", True, "nobody else got any")
+
+
+def _duplicates(evidence: Evidence) -> tuple[int, Finding]:
+    """At-least-once: a mail that was sent but not yet settled when its worker died is sent once more, and no other."""
+    held = evidence.killed.held if evidence.killed else frozenset()
+    repeated = {recipient: count for recipient, count in evidence.arrived.items() if count > 1}
+    duplicates = sum(repeated.values()) - len(repeated)
+    unexplained = [
+        recipient for recipient, count in repeated.items() if count > 2 or script.number_of(recipient) not in held
+    ]
+    if unexplained:
+        says = f"{len(unexplained)} got mail more often than the kill explains: {_some(unexplained)}"
+        return duplicates, Finding("duplicates", False, says)
+    if not duplicates:
+        return 0, Finding("duplicates", True, "no mail was sent twice")
+    says = (
+        f"{duplicates} of the {len(held)} jobs of the killed worker had sent their mail but could not say so any more: "
+        "those mails came twice (at-least-once)"
+    )
+    return duplicates, Finding("duplicates", True, says)
+
+
+def _dead_letters(play: Script, leftovers: Leftovers) -> Finding:
+    found = [number for number in leftovers.dead if number is not None]
+    missing, wrong = play.dead - set(found), set(found) - play.dead
+    if len(found) != len(leftovers.dead):
+        return Finding("dead_letters", False, f"{len(leftovers.dead) - len(found)} dead letters cannot be read")
+    if missing or wrong or len(found) != len(play.dead):
+        says = (
+            f"the dead letters are not the {len(play.dead)} jobs that cannot succeed: missing {_some(missing)}, "
+            f"wrong {_some(wrong)}, double {len(found) - len(set(found))}"
+        )
+        return Finding("dead_letters", False, says)
+    return Finding("dead_letters", True, f"{len(found)} dead letters: exactly the jobs that can never succeed")
+
+
+def _nothing_left(leftovers: Leftovers) -> Iterator[Finding]:
+    places = (
+        ("streams", leftovers.streams, "jobs still in the streams"),
+        ("pending", leftovers.pending, "jobs still pending"),
+        ("delayed", leftovers.delayed, "jobs still delayed"),
+    )
+    for name, counts, words in places:
+        left = {key: count for key, count in counts.items() if count}
+        if left:
+            says = ", ".join(f"{count} in {key}" for key, count in left.items())
+            yield Finding(name, False, f"{words}: {says}")
+        else:
+            yield Finding(name, True, f"0 {words}")
+
+
+def _consumers(evidence: Evidence) -> Finding:
+    expected = {evidence.killed.worker_id} if evidence.killed else set()
+    left = [name for name in evidence.leftovers.consumers if name not in expected]
+    if left:
+        return Finding("consumers", False, f"{len(left)} workers left their name in the group: {_some(left)}")
+    if evidence.leftovers.consumers:
+        return Finding("consumers", True, "only the killed worker's name is left in the group, with nothing under it")
+    return Finding("consumers", True, "no worker left its name in the group")
+
+
+def _exits(exits: dict[str, int | None]) -> Finding:
+    wrong = [f"{name} ({'still runs' if code is None else code})" for name, code in exits.items() if code != 0]
+    if wrong:
+        return Finding("exits", False, f"{len(wrong)} workers did not end with exit code 0: {_some(wrong)}")
+    return Finding("exits", True, f"the {len(exits)} living workers drained and ended with exit code 0")
+
+
+def _recovered(killed: Killed | None) -> Finding:
+    limit = script.LEASE + script.SLACK
+    if killed is None or not killed.held:
+        return Finding("recovery", False, "no worker could be killed while it held jobs: try more jobs")
+    if killed.recovery is None:
+        return Finding("recovery", False, f"nobody took over all {len(killed.held)} jobs of the killed worker")
+    says = (
+        f"the {len(killed.held)} jobs of the killed worker ran elsewhere {killed.recovery:.1f} s after the kill "
+        f"({limit:g} s are promised: lease {script.LEASE:g} s + {script.SLACK:g} s)"
+    )
+    return Finding("recovery", killed.recovery <= limit, says)
+
+
+def _some(items: Collection[Any]) -> str:
+    named = ", ".join(str(item) for item in sorted(items)[:_NAMED])
+    more = len(items) - _NAMED
+    return (named or "none") + (f" and {more} more" if more > 0 else "")
