@@ -193,7 +193,8 @@ def rewrite(body: bytes, patch: Mapping[str, Any], headers: Mapping[str, str | N
     try:
         fields = _loose(body)
         if headers:
-            merged = dict(_loose(fields["headers"])) if fields.get("headers", b"null") != b"null" else {}
+            stored = bytes(fields.get("headers", b"null"))
+            merged = dict(_loose(stored)) if stored != b"null" else {}
             _patch(merged, headers)
             patch = {**patch, "headers": merged or None}
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -225,7 +226,7 @@ def _number_header(document: Reading, name: str, default: int) -> int:
         return default
     value = document.headers.get(name)
     if isinstance(value, int) and not isinstance(value, bool):
-        return max(0, value)
+        return value if 0 <= value <= 2**53 else default
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 16:
         return int(value)
     return default

@@ -6,7 +6,8 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Final, Generic, cast, get_type_hints, overload
+from functools import partial
+from typing import Any, ClassVar, Final, Generic, get_type_hints, overload
 
 import msgspec
 from typing_extensions import TypeVar, dataclass_transform
@@ -206,7 +207,9 @@ def _registration(function: Callable[..., Any], limits: Limits, scope: Mapping[s
     payload = _annotation(function, parameters[0], scope)
     if not (isinstance(payload, type) and issubclass(payload, Payload)) or payload is Payload:
         raise ConfigurationError(f"the first parameter of {name} must be annotated with its Payload class")
-    target = function if inspect.isroutine(function) else getattr(function, "__call__", function)  # noqa: B004
+    target = _underlying(function)
+    if inspect.isgeneratorfunction(target) or inspect.isasyncgenfunction(target):
+        raise ConfigurationError(f"{name} yields: calling it runs nothing, so it cannot be a handler")
     return Registration(
         kind=payload.__kind__,
         queue=payload.__queue__,
@@ -214,9 +217,19 @@ def _registration(function: Callable[..., Any], limits: Limits, scope: Mapping[s
         function=function,
         decode=codec.payload_decoder(payload),
         limits=limits,
-        is_async=inspect.iscoroutinefunction(inspect.unwrap(cast("Any", target))),
+        is_async=inspect.iscoroutinefunction(target),
         wants_context=len(parameters) == 2,
     )
+
+
+def _underlying(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The plain function behind decorators, partials, bound methods and callable objects: it knows how it is called."""
+    target: Any = inspect.unwrap(function)
+    while isinstance(target, partial):
+        target = inspect.unwrap(target.func)
+    if not inspect.isroutine(target):
+        target = inspect.unwrap(type(target).__call__)
+    return getattr(target, "__func__", target)  # type: ignore[no-any-return]
 
 
 def _annotation(function: Callable[..., Any], parameter: inspect.Parameter, scope: Mapping[str, Any]) -> Any:
@@ -225,7 +238,7 @@ def _annotation(function: Callable[..., Any], parameter: inspect.Parameter, scop
     if not isinstance(annotation, str):
         return annotation
     holder = type("_", (), {"__annotations__": {"payload": annotation}})
-    module = getattr(inspect.unwrap(function), "__globals__", {})
+    module = getattr(_underlying(function), "__globals__", {})
     try:
         return get_type_hints(holder, globalns=module, localns=dict(scope))["payload"]
     except Exception as error:  # noqa: BLE001 - evaluating a user's annotation may raise anything

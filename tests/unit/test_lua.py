@@ -1,0 +1,130 @@
+"""Lua files as text: each says what it takes and gives, uses what it says, and is called so."""
+
+import ast
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+
+from streamworker import broker
+from streamworker.broker import scripts
+
+FOLDER = Path(broker.__file__).parent / "lua"
+FILES = sorted(FOLDER.glob("*.lua"))
+KEYED = re.compile(
+    r"redis\.p?call\(\s*'([A-Z]+)'(?:\s*,\s*'(GROUPS|CREATE|DELCONSUMER|CREATECONSUMER|STREAM|CONSUMERS)')?\s*,\s*([^,)]+)"
+)
+
+
+def header(text: str) -> str:
+    return "".join(itertools.takewhile(lambda line: line.startswith("--"), text.splitlines(keepends=True)))
+
+
+def code(text: str) -> str:
+    return "\n".join(re.sub(r"--.*", "", line) for line in text.splitlines())
+
+
+def named(path: Path) -> str:
+    return path.stem
+
+
+def declared(text: str, array: str) -> tuple[set[int], int | None]:
+    """(single indexes, the index from which on any number may follow) of KEYS or ARGV, by the header."""
+    single: set[int] = set()
+    rest: int | None = None
+    for match in re.finditer(rf"^-- {array}(?:\[([^\]]+)\])?\s", header(text), re.MULTILINE):
+        first, dots, last = (match.group(1) or "1..").partition("..")
+        if not dots:
+            single.add(int(first))
+        elif last.isdigit():
+            single |= set(range(int(first), int(last) + 1))
+        else:
+            start = int(first) if first.isdigit() else 1
+            rest = min(rest or start, start)
+    return single, rest
+
+
+@pytest.mark.parametrize("path", FILES, ids=named)
+def test_the_header_declares_keys_arguments_and_what_is_returned(path):
+    text = path.read_text()
+    head = header(text)
+    assert head.startswith(f"-- {path.stem}: ")
+    assert re.search(r"^-- KEYS", head, re.MULTILINE)
+    assert re.search(r"^-- ARGV", head, re.MULTILINE) or "ARGV" not in code(text)
+    assert re.search(r"^-- returns? ", head, re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", FILES, ids=named)
+def test_keys_and_arguments_in_use_are_declared(path):
+    text = path.read_text()
+    for array in ("KEYS", "ARGV"):
+        single, rest = declared(text, array)
+        used = {int(number) for number in re.findall(rf"{array}\[(\d+)\]", code(text))}
+        assert {n for n in used if rest is None or n < rest} <= single, array
+        if rest is None and not re.search(rf"{array}\[[^\d]", code(text)):
+            assert single <= used, f"{array} declared but never read"
+
+
+@pytest.mark.parametrize("path", FILES, ids=named)
+def test_only_declared_keys_are_touched(path):
+    """A key made up in a script works on a single server and breaks in a cluster."""
+    body = code(path.read_text())
+    held = {"stream": r"KEYS\[|KEYS\)", "target": r"stream\[.*KEYS\["}  # locals that only ever hold a declared key
+    for command, _, key in KEYED.findall(body):
+        if command not in {"TIME", "XREADGROUP"}:
+            assert key.strip().startswith("KEYS[") or key.strip() in held, f"{command} {key}"
+    for streams in re.findall(r"'STREAMS', ([^,]+)", body):
+        assert streams.startswith("KEYS[")
+    for name, source in held.items():
+        for value in re.findall(rf"(?:local {name} =|for _, {name} in) (.+)", body):
+            assert re.search(source, value) or value.startswith("tonumber("), f"{name} = {value}"
+    if "function gone(stream" in body:
+        assert set(re.findall(r"gone\(([^,]+),", body)) == {"stream", "KEYS[k]"}
+    assert not re.search(r"'(KEYS|SCAN|FLUSHALL|FLUSHDB|EVAL|MULTI)'", body)
+
+
+@pytest.mark.parametrize("path", FILES, ids=named)
+def test_nothing_depends_on_a_clock_of_ours_or_on_chance(path):
+    body = code(path.read_text())
+    assert "math.random" not in body
+    assert "os." not in body
+    # Acknowledging frees, storing grows: the growing write comes first, or memory running out in between loses a job.
+    for function in re.split(r"\n(?=for |local function )", body):
+        acks, adds = function.find("'XACK'"), function.find("'XADD'")
+        assert not (0 <= acks < adds)
+
+
+def test_every_file_is_loaded_and_every_script_has_a_file():
+    loaded = {value.name: value for value in vars(scripts).values() if isinstance(value, scripts.Script)}
+    assert set(loaded) == {path.stem for path in FILES}
+    for name, script in loaded.items():
+        assert vars(scripts)[name.upper()] is script
+
+
+FIXED = {  # scripts whose number of keys is fixed, as the header says
+    path.stem: max(int(n) for n in re.findall(r"^-- KEYS\[(?:\d+\.\.)?(\d+)\]", path.read_text(), re.MULTILINE))
+    for path in FILES
+    if not re.search(r"^-- KEYS(\[[^\]]*\.\.\]|\s)", path.read_text(), re.MULTILINE)
+}
+
+
+def named_script(node: ast.AST) -> str:
+    """``NAME`` of ``scripts.NAME`` with a fixed number of keys."""
+    return node.attr if isinstance(node, ast.Attribute) and node.attr.isupper() and node.attr.lower() in FIXED else ""
+
+
+def test_call_sites_pass_as_many_keys_as_declared():
+    """Every ``scripts.NAME(client, [keys], ...)`` and ``run(scripts.NAME, [keys], ...)`` with a literal list."""
+    counted = set()
+    for path in FOLDER.parent.glob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(call, ast.Call):
+                continue
+            parts = [call.func, *call.args]
+            for part, keys in itertools.pairwise([parts[0], *parts[2:]] if named_script(call.func) else parts):
+                name = named_script(part)
+                if name and isinstance(keys, ast.List) and not any(isinstance(n, ast.Starred) for n in keys.elts):
+                    assert len(keys.elts) == FIXED[name.lower()], f"{path.name}:{call.lineno} {name}"
+                    counted.add(name)
+    assert counted >= {"DONE", "PARK", "BURY", "CONFIRM", "RENEW", "STRAYS"}
