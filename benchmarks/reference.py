@@ -1,5 +1,6 @@
-"""The loop everything is compared with: a fixed pool of tasks fed by an asyncio queue, XREADGROUP COUNT 100, one XACK per
-batch. No fence, no lease, no retry, no deletion: nothing can be faster and still be written in Python."""
+"""The loop everything is compared with: a pool of tasks fed by an asyncio queue, one XREADGROUP and one XACK a batch.
+
+No fence, no lease, no retry, no deletion: nothing can be faster and still be written in Python."""
 
 from __future__ import annotations
 

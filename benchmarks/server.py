@@ -1,4 +1,4 @@
-"""A Redis-compatible server on one core, and this process on another, so that a benchmark measures both and neither waits."""
+"""A Redis-compatible server on one core and this process on another, so that both work at once."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """How many jobs per second does one worker process run, as a share of the reference loop?
 
-``python -m benchmarks.throughput [--jobs N] [--slots N] [--rounds N] [--await-ms MS]``: medians, reference and worker taking turns.
+``python -m benchmarks.throughput [--jobs N] [--slots N] [--rounds N] [--await-ms MS]``: medians, taking turns.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ async def ours(url: str, jobs: int, slots: int, pause: float) -> float:
     done = asyncio.Event()
 
     @app.handler
-    async def noop(payload: Noop) -> None:
+    async def noop(_: Noop) -> None:
         nonlocal left
         if pause:
             await asyncio.sleep(pause)
