@@ -133,8 +133,8 @@ def _duplicates(evidence: Evidence) -> tuple[int, Finding]:
     if not duplicates:
         return 0, Finding("duplicates", True, "no mail was sent twice")
     says = (
-        f"{duplicates} of the {len(held)} jobs of the killed worker had sent their mail but could not say so any more: "
-        "those mails came twice (at-least-once)"
+        f"{duplicates} mails came twice (at-least-once): of the {len(held)} jobs the killed worker held, these were "
+        "sent, but not yet marked as done"
     )
     return duplicates, Finding("duplicates", True, says)
 
@@ -182,7 +182,7 @@ def _exits(exits: dict[str, int | None]) -> Finding:
     wrong = [f"{name} ({'still runs' if code is None else code})" for name, code in exits.items() if code != 0]
     if wrong:
         return Finding("exits", False, f"{len(wrong)} workers did not end with exit code 0: {_some(wrong)}")
-    return Finding("exits", True, f"the {len(exits)} living workers drained and ended with exit code 0")
+    return Finding("exits", True, f"every living worker ({len(exits)}) drained and ended with exit code 0")
 
 
 def _recovered(killed: Killed | None) -> Finding:

@@ -83,10 +83,11 @@ async def _play(play: Script, view: View) -> int:
         )
         view.say(
             f"One job in {script.FLAKY[0]} fails twice before it succeeds, one in {script.HOPELESS[0]:,} never does."
-            + (" Midway a worker is killed." if play.kill else "")
         )
+        if play.kill:
+            view.say("Midway one worker is killed with SIGKILL.")
         servers = await _servers(stack, home)
-        view.say(f"Private Valkey and PostgreSQL are up ({monotonic() - began:.1f} s); yours, if any, are not touched.")
+        view.say(f"Private Valkey and PostgreSQL are up ({monotonic() - began:.1f} s); yours are not touched.")
         mailbox = await stack.enter_async_context(Mailbox(home / "smtp.log"))
         env = {
             "STREAMWORKER_REDIS_URL": servers.redis_url,

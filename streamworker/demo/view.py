@@ -15,7 +15,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from streamworker.demo import script
-from streamworker.demo.audit import Killed, Report
+from streamworker.demo.audit import Finding, Killed, Report
 from streamworker.demo.fleet import Member
 from streamworker.demo.script import Script
 from streamworker.demo.stage import Seen, Stage
@@ -67,8 +67,7 @@ class View:
         self.say()
         self.say("The audit, counted at the servers and not by the workers:", "bold")
         for finding in report.findings:
-            mark, style = ("  ok      ", "green") if finding.ok else ("  MISSING ", "bold red")
-            self._console.print(Text.assemble((mark, style), finding.says), soft_wrap=not self._console.is_terminal)
+            self._check(finding)
         self.say()
         if report.ok:
             rate = play.jobs / timing.working if timing.working else 0.0
@@ -78,12 +77,21 @@ class View:
             self.say("Not every job is accounted for: " + "; ".join(report.missing) + ".", "bold red")
         self.say()
         self.say("What to try next:")
-        self.say("  streamworker demo --jobs 50000 --workers 4     the same with more of everything")
-        self.say("  streamworker dev myproject.jobs:app            your own handlers, on private servers like these")
-        self.say("  streamworker worker myproject.jobs:app         the same against the REDIS_URL of your environment")
+        self.say("  streamworker demo --jobs 50000 --workers 4    the same, with more of it")
+        self.say("  streamworker dev myproject.jobs:app           your handlers on servers like these")
+        self.say("  streamworker worker myproject.jobs:app        your handlers on your REDIS_URL")
         if self._as_json:
             sys.stdout.write(msgspec.json.encode(as_object(play, report, killed, timing)).decode() + "\n")
             sys.stdout.flush()
+
+    def _check(self, finding: Finding) -> None:
+        mark, style = ("  ok      ", "green") if finding.ok else ("  MISSING ", "bold red")
+        if not self._console.is_terminal:
+            self.say(mark + finding.says)
+            return
+        line = Table.grid()
+        line.add_row(Text(mark, style), finding.says)
+        self._console.print(line)
 
 
 def as_object(play: Script, report: Report, killed: Killed | None, timing: Timing) -> dict[str, Any]:
@@ -143,9 +151,9 @@ def _right(name: str) -> Column:
 
 def _state(member: Member, seen: Seen) -> tuple[str, str]:
     if member.killed:
-        return "killed", "bold red"
+        return "killed -9", "bold red"
     if member.exit_code is not None:
-        return f"ended with {member.exit_code}", "dim" if member.exit_code == 0 else "bold red"
+        return f"ended (exit {member.exit_code})", "dim" if member.exit_code == 0 else "bold red"
     return ("working", "green") if member.pid in seen.beating else ("starting", "yellow")
 
 

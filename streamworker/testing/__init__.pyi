@@ -1,0 +1,13 @@
+from streamworker.job import Abandoned as Abandoned
+from streamworker.job import Interrupted as Interrupted
+from streamworker.job import Ok as Ok
+from streamworker.job import Outcome as Outcome
+from streamworker.job import Postponed as Postponed
+from streamworker.job import Raised as Raised
+from streamworker.job import TimedOut as TimedOut
+from streamworker.job import Undecodable as Undecodable
+from streamworker.job import UnknownKind as UnknownKind
+from streamworker.testing.bare import context as context
+from streamworker.testing.bare import run as run
+from streamworker.testing.draining import Drained as Drained
+from streamworker.testing.draining import drain as drain

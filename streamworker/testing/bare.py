@@ -1,0 +1,177 @@
+"""Handlers without any server: called bare with a context, or through everything a worker does around them."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+from time import monotonic
+from typing import Any, Final, overload
+
+import anyio
+import msgspec
+from typing_extensions import TypeVar
+
+from streamworker import codec
+from streamworker.app import App
+from streamworker.context import Context, Shared
+from streamworker.errors import UsageError
+from streamworker.execute import Executor, Run
+from streamworker.handlers import Payload
+from streamworker.job import Claim, Job, Outcome, TimedOut
+from streamworker.jobs import make_job
+from streamworker.policy import Limits
+from streamworker.settings import Settings
+from streamworker.slots import Slots
+
+S = TypeVar("S", default=Any)
+
+WORKER_ID: Final = "worker-test"
+_THREAD_GRACE: Final = 1.0
+"""Seconds a thread may overrun its timeout before `run` stops waiting for it."""
+
+
+@overload
+def context(
+    job: Payload | Job,
+    /,
+    *,
+    attempt: int = 1,
+    max_attempts: int = 20,
+    timeout: float | None = 300,
+    delivery: int = 1,
+    redis: Any = None,
+    database: Any = None,
+    cancelled: bool = False,
+    stopping: bool = False,
+) -> Context[Any]: ...
+@overload
+def context(
+    job: Payload | Job,
+    /,
+    *,
+    services: S,
+    attempt: int = 1,
+    max_attempts: int = 20,
+    timeout: float | None = 300,
+    delivery: int = 1,
+    redis: Any = None,
+    database: Any = None,
+    cancelled: bool = False,
+    stopping: bool = False,
+) -> Context[S]: ...
+def context(
+    job: Payload | Job,
+    /,
+    *,
+    services: Any = None,
+    attempt: int = 1,
+    max_attempts: int = 20,
+    timeout: float | None = 300,
+    delivery: int = 1,
+    redis: Any = None,
+    database: Any = None,
+    cancelled: bool = False,
+    stopping: bool = False,
+) -> Context[Any]:
+    """Make what a handler is handed beside its payload, to call it as the plain function it is.
+
+    Args:
+        job: the payload, or a job made with ``app.job(payload, headers=...)``.
+        services: become ``ctx.services``.
+        attempt: becomes ``ctx.attempt``, from 1.
+        max_attempts: attempts after which a job is dead; with ``attempt`` it decides ``ctx.last_attempt``.
+        timeout: seconds from now until ``ctx.deadline``; ``None`` for no deadline. Nothing ends the handler by it.
+        delivery: becomes ``ctx.delivery``; above 1, a worker was lost with the job.
+        redis: becomes ``ctx.redis``.
+        database: becomes ``ctx.database``.
+        cancelled: becomes ``ctx.cancelled``.
+        stopping: becomes ``ctx.stopping``.
+
+    Raises:
+        UsageError: ``attempt`` or ``delivery`` is below 1.
+        InvalidJob: the payload cannot be written as JSON.
+    """
+    shared = Shared(WORKER_ID, services, redis, database, stopping)
+    claim = _claim(job, attempt, delivery)
+    made = Context(shared, claim, codec.read(claim.body or b""), Limits(max_attempts=max_attempts, timeout=timeout))
+    if timeout is not None:
+        made.deadline_at = monotonic() + timeout
+    if cancelled:
+        made.cancel(TimedOut.__name__)
+    return made
+
+
+async def run(
+    app: App[Any],
+    job: Payload | Job,
+    /,
+    *,
+    services: Any = None,
+    attempt: int = 1,
+    delivery: int = 1,
+    redis: Any = None,
+    database: Any = None,
+) -> Outcome:
+    """Run one job as a worker does, without Redis: encode, decode, find the handler, middleware, handler, timeout.
+
+    What a handler raises does not come out of here; it is in the outcome, as ``Raised(error)``.
+
+    Args:
+        app: its handlers and middleware.
+        job: the payload, or a job made with ``app.job(payload, headers=...)``.
+        services: become ``ctx.services``; ``None`` enters the app's ``lifespan``, as a worker does.
+        attempt: becomes ``ctx.attempt``, from 1.
+        delivery: becomes ``ctx.delivery``; a job delivered too often is ``Abandoned`` before it runs.
+        redis: becomes ``ctx.redis``.
+        database: becomes ``ctx.database``.
+
+    Raises:
+        UsageError: ``attempt`` or ``delivery`` is below 1.
+        InvalidJob: the payload cannot be written as JSON.
+    """
+    claim = _claim(job, attempt, delivery)
+    async with AsyncExitStack() as stack:
+        if services is None and app.lifespan is not None:
+            services = await stack.enter_async_context(app.lifespan())
+        shared = Shared(WORKER_ID, services, redis, database)
+        executor = Executor(app.handlers, shared, middleware=app.middleware, threads=1)
+        return await _in_slot(executor, Run(claim))
+    raise AssertionError("a lifespan must not swallow errors")
+
+
+async def _in_slot(executor: Executor, run: Run) -> Outcome:
+    """Run in a worker's own slot, which minds the deadline."""
+    ended = anyio.Event()
+
+    def abandon(stuck: Run) -> None:
+        """A worker would exit with 70; here the thread is left behind."""
+        stuck.outcome = TimedOut((stuck.deadline or 0.0) - (stuck.started or 0.0))
+        ended.set()
+
+    slots = Slots(
+        1,
+        executor,
+        finished=lambda _: ended.set(),
+        isolate=lambda _: True,
+        stuck=abandon,
+        grace=_THREAD_GRACE,
+    )
+    async with anyio.create_task_group() as group:
+        slots.open(group)
+        slots.put(run)
+        await ended.wait()
+        group.cancel_scope.cancel()
+    if run.outcome is None:
+        raise AssertionError("a run that ended has an outcome")
+    return run.outcome
+
+
+def _claim(job: Payload | Job, attempt: int, delivery: int) -> Claim:
+    """The job as a worker would get it; through its document, so that what JSON does to a payload is tested too."""
+    if attempt < 1 or delivery < 1:
+        raise UsageError(f"attempt={attempt} and delivery={delivery} count from 1")
+    made = job if isinstance(job, Job) else make_job(job)
+    if attempt > 1:
+        made = msgspec.structs.replace(made, attempts=attempt - 1)
+    settings = Settings()
+    packed = codec.pack(made, max_bytes=settings.max_job_bytes, key_ttl=settings.key_ttl)
+    return Claim(made.queue, made.level, f"test:{made.queue}", b"0-1", delivery, packed.body, b"")

@@ -1,0 +1,141 @@
+"""Handlers on a real server: a worker that ends when nothing is left to do."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from time import time
+from typing import Any, cast
+
+import anyio
+import msgspec
+from redis.asyncio import Redis
+
+from streamworker import codec
+from streamworker.app import App
+from streamworker.broker import Broker, Operator
+from streamworker.context import Context
+from streamworker.errors import HandlerSignal, Snooze, StreamworkerError
+from streamworker.execute import Middleware
+from streamworker.handlers import Handlers
+from streamworker.settings import Settings
+from streamworker.worker import QueueWorker
+
+
+class Drained(msgspec.Struct, frozen=True):
+    """What a `drain` did, and what is left.
+
+    Attributes:
+        done: runs that succeeded.
+        failed: runs that raised, timed out, or asked for `Retry` or `Discard`.
+        snoozed: runs that raised `Snooze`.
+        delayed: jobs that wait until later, afterwards.
+        dead: dead letters, afterwards.
+        errors: what handlers raised, in order, without `Retry`, `Snooze` and `Discard`.
+    """
+
+    done: int
+    failed: int
+    snoozed: int
+    delayed: int
+    dead: int
+    errors: list[BaseException]
+
+
+async def drain(app: App[Any], *, services: Any = None, delayed: bool = False, timeout: float = 30.0) -> Drained:
+    """Run a worker on the app's queues until nothing is ready, on the servers of the app's settings.
+
+    Jobs that become due meanwhile run too, and what jobs enqueue.
+
+    Args:
+        app: its settings say where; `streamworker.testing.plugin` puts it on embedded servers.
+        services: become ``ctx.services``; ``None`` enters the app's ``lifespan``, once.
+        delayed: delayed jobs, retries and snoozed jobs are due at once, until none is left.
+        timeout: seconds after which this gives up; a job that snoozes for ever never gets done.
+
+    Raises:
+        StreamworkerError: the time was up, or a worker could not start.
+    """
+    settings = app.resolve(None)
+    queues = [spec.name for spec in settings.queues] or app.queues
+    with anyio.move_on_after(timeout):
+        async with AsyncExitStack() as stack:
+            operator = await stack.enter_async_context(app.operator(settings))
+            _, redis, _ = await app.site(stack, settings, None, None)
+            if services is None and app.lifespan is not None:
+                services = await stack.enter_async_context(app.lifespan())
+            place = _Watched(app)
+            while True:
+                ready = await _hasten(operator, redis, settings.namespace, queues, everything=delayed)
+                depths = await operator.depth(queues)
+                if not ready and not any(depth.ready for depth in depths):
+                    return place.drained(sum(depth.delayed for depth in depths), sum(depth.dead for depth in depths))
+                await QueueWorker(place, redis=None, database=None, services=services).run(burst=True)
+    raise StreamworkerError(
+        f"drain() was not done within {timeout:g} s: a handler runs longer, or jobs come back for ever"
+    )
+
+
+async def _hasten(operator: Operator, redis: Redis, namespace: str, queues: list[str], *, everything: bool) -> int:
+    """Move delayed jobs to their streams, those that are due or all of them; returns how many."""
+    now = time() * 1000
+    found = [job async for job in operator.delayed(queues) if everything or job.at_ms <= now]
+    moved = 0
+    for job in found:
+        if job.at_ms > now:
+            # What the document itself says holds as well: a worker would park the job again.
+            body = codec.rewrite(job.body or b"", {"run_at": None})
+            await cast("Awaitable[int]", redis.hset(f"{namespace}stream:{{{job.queue}}}:bodies", job.handle, body))
+        moved += await operator.hasten(job)
+    return moved
+
+
+class _Watched:
+    """An app whose runs are counted; its lifespan is entered by `drain` and not by each worker."""
+
+    def __init__(self, app: App[Any]) -> None:
+        self._app = app
+        self._done = self._failed = self._snoozed = 0
+        self._errors: list[BaseException] = []
+
+    def drained(self, delayed: int, dead: int) -> Drained:
+        """The counts so far, with what is left."""
+        return Drained(self._done, self._failed, self._snoozed, delayed, dead, self._errors)
+
+    @property
+    def handlers(self) -> Handlers[Any]:
+        return self._app.handlers
+
+    @property
+    def middleware(self) -> tuple[Middleware, ...]:
+        return (self._count, *self._app.middleware)
+
+    @property
+    def lifespan(self) -> None:
+        return None
+
+    def resolve(self, settings: Settings | None) -> Settings:
+        return self._app.resolve(settings)
+
+    def entered(self) -> AbstractAsyncContextManager[Any]:
+        return self._app.entered()
+
+    async def site(
+        self, stack: AsyncExitStack, settings: Settings, redis: Any, database: Any
+    ) -> tuple[Broker, Any, Any]:
+        return await self._app.site(stack, settings, redis, database)
+
+    async def _count(self, _ctx: Context[Any], call_next: Callable[[], Awaitable[Any]]) -> Any:
+        try:
+            value = await call_next()
+        except Snooze:
+            self._snoozed += 1
+            raise
+        except BaseException as error:
+            self._failed += 1
+            if not isinstance(error, HandlerSignal | asyncio.CancelledError):
+                self._errors.append(error)
+            raise
+        self._done += 1
+        return value
