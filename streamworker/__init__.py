@@ -3,14 +3,18 @@
 Everything a user needs is imported from here; `streamworker.testing` helps to test handlers.
 """
 
-from streamworker.app import App
-from streamworker.context import Context
-from streamworker.errors import Discard, Retry, Snooze, StreamworkerError
-from streamworker.handlers import Handlers, Payload
-from streamworker.job import Enqueued, Job
-from streamworker.policy import Backoff
-from streamworker.settings import Settings
-from streamworker.worker import QueueWorker
+from importlib import import_module
+from typing import TYPE_CHECKING, Any  # noqa: TID251 - hides nothing: import-linter counts the imports below
+
+if TYPE_CHECKING:
+    from streamworker.app import App
+    from streamworker.context import Context
+    from streamworker.errors import Discard, Retry, Snooze, StreamworkerError
+    from streamworker.handlers import Handlers, Payload
+    from streamworker.job import Enqueued, Job
+    from streamworker.policy import Backoff
+    from streamworker.settings import Settings
+    from streamworker.worker import QueueWorker
 
 __all__ = [
     "App",
@@ -27,3 +31,32 @@ __all__ = [
     "Snooze",
     "StreamworkerError",
 ]
+
+_HOMES = {
+    "App": "app",
+    "Backoff": "policy",
+    "Context": "context",
+    "Discard": "errors",
+    "Enqueued": "job",
+    "Handlers": "handlers",
+    "Job": "job",
+    "Payload": "handlers",
+    "QueueWorker": "worker",
+    "Retry": "errors",
+    "Settings": "settings",
+    "Snooze": "errors",
+    "StreamworkerError": "errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when first named: `streamworker --help` and its completions shall not wait for Redis clients.
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{home}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

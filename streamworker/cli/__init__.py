@@ -1,0 +1,108 @@
+"""The command line. ``main`` turns whatever happens into an exit code and at most one sentence on standard error.
+
+What a command needs is imported when it runs: ``streamworker --help`` must not wait for Redis clients and event loops.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Final
+
+from cyclopts import CycloptsError
+
+from streamworker.cli.root import root
+from streamworker.errors import StreamworkerError
+from streamworker.masking import redact
+
+__all__ = ["main", "say"]
+
+LAST_WORDS: Final = 1.0
+"""Seconds threads may take to end when everything else has."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: instead of those of the process.
+
+    Returns:
+        The exit code: 0 ok, 1 a check found trouble or the command failed, 2 usage, 69 a server is unreachable, 70 a
+        stuck thread, 75 a hand-back failed, 78 configuration, 130 interrupted.
+    """
+    if arguments is not None:
+        return _guarded(list(arguments))
+    code = _guarded(sys.argv[1:])
+    _let_go(code)
+    return code
+
+
+def _guarded(arguments: list[str]) -> int:
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader has seen enough (`| head`); Python would complain once more when it closes the stream.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:  # noqa: BLE001 - the last resort of the program
+        return _failed(error)
+
+
+def _let_go(code: int) -> None:
+    """End the process here if threads would keep it: a handler's that is stuck must not hold up the restart."""
+    deadline = time.monotonic() + LAST_WORDS
+    others = [each for each in threading.enumerate() if each is not threading.current_thread() and not each.daemon]
+    for thread in others:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    if any(thread.is_alive() for thread in others):
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        result = root(arguments, print_error=False, exit_on_error=False, result_action="return_value")
+    except CycloptsError as error:
+        say(f"{' '.join(str(error).split())} (streamworker --help shows what there is)")
+        return 2
+    return result if isinstance(result, int) else 0
+
+
+def _failed(error: Exception) -> int:
+    if os.environ.get("STREAMWORKER_LOG_LEVEL", "").lower() == "debug":
+        say("".join(traceback.format_exception(error)))
+    known = _known(error)
+    if known is not None:
+        for line in str(known).splitlines():
+            say(line)
+        return known.exit_code
+    say(f"{type(error).__name__}: {error} (unexpected; STREAMWORKER_LOG_LEVEL=debug shows where it came from)")
+    return 1
+
+
+def _known(error: BaseException) -> StreamworkerError | None:
+    """Our own error, also out of the groups that task groups wrap errors in."""
+    if isinstance(error, StreamworkerError):
+        return error
+    if isinstance(error, BaseExceptionGroup):
+        return next((known for known in map(_known, error.exceptions) if known is not None), None)
+    return None
+
+
+def say(sentence: str) -> None:
+    """One sentence on standard error, passwords hidden."""
+    # Not through the logs: they may not be configured yet, or be JSON for machines.
+    with suppress(OSError, ValueError):  # nobody listens, and the exit code says it too
+        print(f"streamworker: {redact(sentence)}", file=sys.stderr, flush=True)

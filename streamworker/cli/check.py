@@ -1,0 +1,107 @@
+"""``streamworker check``: everything that loses jobs, before it does."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any, Final
+
+import anyio
+import msgspec
+
+from streamworker.app import App
+from streamworker.broker import Finding, Operator
+from streamworker.cli.loading import load_app, with_own
+from streamworker.cli.options import WORKER, WorkerFlags
+from streamworker.cli.output import print_json
+from streamworker.errors import StreamworkerError
+from streamworker.settings import Settings
+from streamworker.views import printable
+
+SAMPLE: Final = 1000
+"""Jobs whose kinds are looked at."""
+_SIGNS: Final = {"ok": "ok", "warning": "warn", "error": "FAIL"}
+
+
+def check(app: str | None = None, *, json: bool = False, flags: WorkerFlags = WORKER) -> int:
+    """Check settings, handlers and the server for everything that loses jobs; exits with 1 if there is an error.
+
+    Args:
+        app: module:attribute, as for the worker; without one the handlers are not checked.
+        json: One JSON object per line, for programs.
+    """
+    found = _everything(app, flags)
+    for finding in found:
+        if json:
+            print_json(msgspec.structs.asdict(finding))
+        else:
+            sentence = printable(finding.sentence)
+            sys.stdout.write(f"{_SIGNS[finding.severity]:<4}  {finding.subject:<11}  {sentence}\n")
+    return int(any(finding.severity == "error" for finding in found))
+
+
+def _everything(app: str | None, flags: WorkerFlags) -> list[Finding]:
+    """Every error is a finding here, and ends the check where nothing more can be seen without it."""
+    try:
+        settings = flags.settings(app=app)
+        flags.export()
+    except StreamworkerError as error:
+        return [Finding("error", "settings", line) for line in str(error).splitlines()]
+    found = [Finding("warning", "settings", warning) for warning in settings.warnings]
+    found = found or [Finding("ok", "settings", "every variable is known and right")]
+    loaded: App[Any] | None = None
+    if settings.app is None:
+        found.append(Finding("warning", "app", "no app is named (STREAMWORKER_APP): the handlers are not checked"))
+    else:
+        try:
+            loaded = load_app(settings)
+            settings = with_own(settings, loaded)
+            count = len(loaded.registrations)
+            found.append(
+                Finding("ok", "app", f"{settings.app} has {count} handlers")
+                if count
+                else Finding(
+                    "error", "app", f"{settings.app} has no handler: is the module that registers them imported?"
+                )
+            )
+        except StreamworkerError as error:
+            found.append(Finding("error", "app", str(error)))
+    try:
+        return [*found, *anyio.run(_server, settings, loaded)]
+    except StreamworkerError as error:
+        return [*found, Finding("error", "server", str(error))]
+
+
+async def _server(settings: Settings, app: App[Any] | None) -> list[Finding]:
+    root: App[Any] = App(settings=settings)
+    async with root.operator(settings) as operator:
+        ours = [spec.name for spec in settings.queues] or (app.queues if app is not None else [])
+        there = await operator.queues()
+        found = await operator.findings(list(dict.fromkeys([*ours, *there])))
+        if app is not None:
+            found += await _kinds(operator, app, ours)
+            unserved = sorted({registration.queue for registration in app.registrations} - set(ours))
+            if unserved:
+                what = ", ".join(unserved)
+                found.append(
+                    Finding("warning", "queues", f"the app has handlers for {what}, which STREAMWORKER_QUEUES lacks")
+                )
+    return found
+
+
+async def _kinds(operator: Operator, app: App[Any], queues: Sequence[str]) -> list[Finding]:
+    """Jobs that no handler of the app will ever run."""
+    found = []
+    for waiting in await operator.waiting(queues, SAMPLE):
+        if app.find(waiting.kind, waiting.queue) is not None:
+            continue
+        kind = f"the kind {waiting.kind!r}" if waiting.kind else "jobs without a kind"
+        found.append(
+            Finding(
+                "warning" if waiting.place == "dead" else "error",
+                "handlers",
+                f"{waiting.count} {waiting.place} jobs of {waiting.queue}: the app has no handler for {kind}; add one, "
+                "or an alias to its payload",
+            )
+        )
+    return found or [Finding("ok", "handlers", "every kind that waits has a handler")]

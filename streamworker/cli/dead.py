@@ -1,0 +1,188 @@
+"""``streamworker dead``: jobs that failed for good."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Final
+
+import msgspec
+from cyclopts import App, Parameter
+
+from streamworker.broker import Operator, StoredJob
+from streamworker.cli import say
+from streamworker.cli.acting import Deed, act, narrowed
+from streamworker.cli.details import detail
+from streamworker.cli.options import ACTING, LISTING, SERVER, Acting, Listing, ServerFlags, operate
+from streamworker.cli.output import Column, print_lines, show
+from streamworker.errors import UsageError
+from streamworker.views import DeadRow, Selection, age, chosen_dead, dead_row, printable
+
+dead = App(name="dead", help="Jobs that failed for good, and why.")
+
+_COLUMNS: Final[list[Column[DeadRow]]] = [
+    Column("queue", lambda row: row.queue, short=12),
+    Column("level", lambda row: row.level, wide=True),
+    Column("entry", lambda row: row.entry_id),
+    Column("job", lambda row: row.job_id or "?", wide=True),
+    Column("kind", lambda row: row.kind or "?", short=14),
+    Column("ago", lambda row: age(row.age_s), right=True),
+    Column("reason", lambda row: row.reason, short=26),
+    Column("error", lambda row: row.error),
+]
+
+NamedIds = Annotated[tuple[str, ...], Parameter(name="--id", help="The same, once per id.")]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """Which dead letters.
+
+    Attributes:
+        kind: Of this kind.
+        reason: With this text in their reason.
+    """
+
+    kind: str | None = None
+    reason: str | None = None
+
+
+CONDITIONS = Conditions()
+
+
+@dead.default
+@dead.command(name="list")
+def list_(
+    queue: str | None = None,
+    *,
+    conditions: Conditions = CONDITIONS,
+    payload: bool = False,
+    listing: Listing = LISTING,
+    server: ServerFlags = SERVER,
+) -> int:
+    """List dead letters, newest first.
+
+    Args:
+        queue: Only of this queue.
+        payload: Print the documents too.
+    """
+    selection = Selection(queue=queue, kind=conditions.kind, reason=conditions.reason)
+
+    async def work(operator: Operator) -> int:
+        async def rows() -> AsyncIterator[tuple[DeadRow, bytes | None]]:
+            async for job in chosen_dead(operator, selection):
+                yield dead_row(job, time.time()), job.body
+
+        return await show(listing, rows, _COLUMNS, title="dead letters", payload=payload)
+
+    return operate(server, work)
+
+
+@dead.command(name="show")
+def show_(
+    *ids: str,
+    named: NamedIds = (),
+    queue: str | None = None,
+    payload: bool = False,
+    json: bool = False,
+    server: ServerFlags = SERVER,
+) -> int:
+    """Show everything about some dead letters.
+
+    Args:
+        ids: Entry ids or job ids.
+        queue: In this queue.
+        payload: Print the documents too.
+        json: One JSON object per line, for programs.
+    """
+    wanted = (*ids, *named)
+    if not wanted:
+        raise UsageError("say which: streamworker dead show ID")
+    selection = Selection(queue=queue, ids=frozenset(wanted))
+
+    async def work(operator: Operator) -> int:
+        found: set[str | None] = set()
+        async for job in chosen_dead(operator, selection):
+            if found and not json:
+                print_lines([("--", "")])
+            found |= {job.handle, job.job_id}
+            # Fields of an entry that had no document are the producer's, and as private as a payload.
+            foreign = {name: value for name, value in job.details.items() if name.startswith("field:")}
+            more = {"pending_entry": job.details.get("entry", "")} | (foreign if payload else {})
+            detail(dead_row(job, time.time()), job.body, payload=payload, json=json, more=more)
+        missing = [name for name in wanted if name not in found]
+        for name in missing:
+            say(f"there is no dead letter {printable(name)}")
+        return int(bool(missing))
+
+    return operate(server, work)
+
+
+@dead.command
+def retry(
+    *ids: str,
+    named: NamedIds = (),
+    queue: str | None = None,
+    conditions: Conditions = CONDITIONS,
+    all: bool = False,  # noqa: A002 - the flag's name
+    acting: Acting = ACTING,
+    server: ServerFlags = SERVER,
+) -> int:
+    """Put dead letters back on their queue, with all their attempts before them.
+
+    Args:
+        ids: Entry ids or job ids.
+        queue: In this queue.
+        all: All of them.
+    """
+    selection = _selection(ids + named, queue, conditions)
+    return _change("retry", "retried", narrowed(selection, all, "retry"), acting, server, lambda it: it.replay)
+
+
+@dead.command
+def drop(
+    *ids: str,
+    named: NamedIds = (),
+    queue: str | None = None,
+    conditions: Conditions = CONDITIONS,
+    all: bool = False,  # noqa: A002 - the flag's name
+    acting: Acting = ACTING,
+    server: ServerFlags = SERVER,
+) -> int:
+    """Delete dead letters for good.
+
+    Args:
+        ids: Entry ids or job ids.
+        queue: In this queue.
+        all: All of them.
+    """
+    selection = _selection(ids + named, queue, conditions)
+    return _change("drop", "dropped", narrowed(selection, all, "drop"), acting, server, lambda it: it.erase)
+
+
+def _selection(ids: tuple[str, ...], queue: str | None, conditions: Conditions) -> Selection:
+    return Selection(queue=queue, ids=frozenset(ids), kind=conditions.kind, reason=conditions.reason)
+
+
+def _change(
+    verb: str,
+    past: str,
+    selection: Selection,
+    acting: Acting,
+    server: ServerFlags,
+    do: Callable[[Operator], Callable[[StoredJob], Awaitable[bool]]],
+) -> int:
+    async def work(operator: Operator) -> int:
+        async def items() -> AsyncIterator[StoredJob]:
+            async for job in chosen_dead(operator, selection):
+                yield msgspec.structs.replace(job, body=None)  # thousands of documents need not be kept
+
+        return await act(acting, items(), Deed(verb, past, "dead letter", do(operator), _names), selection.ids)
+
+    return operate(server, work)
+
+
+def _names(job: StoredJob) -> dict[str, Any]:
+    return {"queue": job.queue, "entry_id": job.handle, "job_id": job.job_id, "kind": job.kind}

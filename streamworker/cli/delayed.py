@@ -1,0 +1,125 @@
+"""``streamworker delayed``: jobs that wait for their time, retries among them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Annotated, Any, Final
+
+import msgspec
+from cyclopts import App, Parameter
+
+from streamworker.broker import Operator, StoredJob
+from streamworker.cli.acting import Deed, act, narrowed
+from streamworker.cli.options import ACTING, LISTING, SERVER, Acting, Listing, ServerFlags, operate
+from streamworker.cli.output import Column, show
+from streamworker.views import DelayedRow, Selection, age, chosen_delayed, delayed_row
+
+delayed = App(name="delayed", help="Jobs that wait for their time, retries among them.")
+
+_COLUMNS: Final[list[Column[DelayedRow]]] = [
+    Column("queue", lambda row: row.queue, short=14),
+    Column("level", lambda row: row.level),
+    Column("job", lambda row: row.job_id or row.entry_id),
+    Column("kind", lambda row: row.kind or "?", short=14),
+    Column("in", lambda row: age(row.due_in_s), right=True),
+    Column("at", lambda row: row.due_at, wide=True),
+    Column("entry", lambda row: row.entry_id, wide=True),
+]
+
+NamedIds = Annotated[tuple[str, ...], Parameter(name="--id", help="The same, once per id.")]
+
+
+@delayed.default
+@delayed.command(name="list")
+def list_(
+    queue: str | None = None,
+    *,
+    kind: str | None = None,
+    payload: bool = False,
+    listing: Listing = LISTING,
+    server: ServerFlags = SERVER,
+) -> int:
+    """List delayed jobs, soonest first.
+
+    Args:
+        queue: Only of this queue.
+        kind: Only of this kind.
+        payload: Print the documents too.
+    """
+    selection = Selection(queue=queue, kind=kind)
+
+    async def work(operator: Operator) -> int:
+        async def rows() -> AsyncIterator[tuple[DelayedRow, bytes | None]]:
+            async for job in chosen_delayed(operator, selection):
+                yield delayed_row(job, time.time()), job.body
+
+        return await show(listing, rows, _COLUMNS, title="delayed jobs", payload=payload)
+
+    return operate(server, work)
+
+
+@delayed.command
+def run(
+    *ids: str,
+    named: NamedIds = (),
+    queue: str | None = None,
+    kind: str | None = None,
+    all: bool = False,  # noqa: A002 - the flag's name
+    acting: Acting = ACTING,
+    server: ServerFlags = SERVER,
+) -> int:
+    """Make delayed jobs ready now.
+
+    Args:
+        ids: Job ids, or entry ids as --json shows them.
+        queue: In this queue.
+        kind: Of this kind.
+        all: All of them.
+    """
+    selection = narrowed(Selection(queue=queue, ids=frozenset((*ids, *named)), kind=kind), all, "run")
+    return _change("make ready", "made ready", selection, acting, server, lambda operator: operator.hasten)
+
+
+@delayed.command
+def drop(
+    *ids: str,
+    named: NamedIds = (),
+    queue: str | None = None,
+    kind: str | None = None,
+    all: bool = False,  # noqa: A002 - the flag's name
+    acting: Acting = ACTING,
+    server: ServerFlags = SERVER,
+) -> int:
+    """Delete delayed jobs for good.
+
+    Args:
+        ids: Job ids, or entry ids as --json shows them.
+        queue: In this queue.
+        kind: Of this kind.
+        all: All of them.
+    """
+    selection = narrowed(Selection(queue=queue, ids=frozenset((*ids, *named)), kind=kind), all, "drop")
+    return _change("drop", "dropped", selection, acting, server, lambda operator: operator.forget)
+
+
+def _change(
+    verb: str,
+    past: str,
+    selection: Selection,
+    acting: Acting,
+    server: ServerFlags,
+    do: Callable[[Operator], Callable[[StoredJob], Awaitable[bool]]],
+) -> int:
+    async def work(operator: Operator) -> int:
+        async def items() -> AsyncIterator[StoredJob]:
+            async for job in chosen_delayed(operator, selection):
+                yield msgspec.structs.replace(job, body=None)  # thousands of documents need not be kept
+
+        return await act(acting, items(), Deed(verb, past, "delayed job", do(operator), _names), selection.ids)
+
+    return operate(server, work)
+
+
+def _names(job: StoredJob) -> dict[str, Any]:
+    return {"queue": job.queue, "entry_id": job.handle, "job_id": job.job_id, "kind": job.kind}

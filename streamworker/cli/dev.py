@@ -1,0 +1,102 @@
+"""``streamworker dev``: a worker on embedded servers that starts anew whenever the code changes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType
+from typing import Final
+
+from streamworker import embedded
+from streamworker.cli.options import WORKER, WorkerFlags
+from streamworker.cli.reload import Watch
+from streamworker.environment import PREFIX
+from streamworker.settings import EMBEDDED
+from streamworker.telemetry.logs import get_logger
+
+log = get_logger("streamworker.dev")
+
+POLL: Final = 0.3
+"""Seconds between two looks at the files."""
+GRACE: Final = "2"
+"""Seconds running jobs may take at a restart, unless a setting says otherwise; then they are handed back."""
+PATIENCE: Final = 10.0
+"""Seconds beyond the grace before a worker that does not end is killed."""
+
+
+def dev(app: str | None = None, *, flags: WorkerFlags = WORKER) -> int:
+    """Run a worker for development: embedded servers unless REDIS_URL is set, restarted when a .py file changes.
+
+    Args:
+        app: module:attribute, such as shop.jobs:app; STREAMWORKER_APP unless given.
+    """
+    settings = flags.settings(app=app)
+    flags.export()
+    if app is not None:
+        os.environ[f"{PREFIX}APP"] = app
+    if "grace" not in dict(settings.sources):
+        os.environ[f"{PREFIX}GRACE"] = GRACE
+    with ExitStack() as stack:
+        if settings.redis_url in (None, EMBEDDED):
+            # Held here, so that the servers outlive the restarts of the worker.
+            servers = stack.enter_context(embedded.acquire(settings.state_dir))
+            os.environ[f"{PREFIX}REDIS_URL"] = EMBEDDED
+            log.info("embedded_servers", redis_url=servers.redis_url, database_url=servers.database_url)
+        return _Loop(Watch(Path.cwd()), settings.grace + PATIENCE).run()
+
+
+class _Loop:
+    """One worker process after the other."""
+
+    def __init__(self, watch: Watch, patience: float) -> None:
+        self._watch = watch
+        self._patience = patience
+        self._signal = 0
+
+    def run(self) -> int:
+        """Until SIGINT or SIGTERM; returns the last worker's exit code."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+        while True:
+            process = self._start()
+            changed = self._wait(process)
+            if process.poll() is None:
+                code = self._stop(process)
+            else:
+                code = process.returncode
+                if not self._signal and not changed:
+                    log.warning("worker_ended", code=code, hint="it starts again when a file changes")
+                    changed = self._wait(None)
+            if self._signal:
+                return max(code, 0)
+            log.info("restarting", changed=changed[:5])
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        # A group of its own: Ctrl-C reaches this process alone, which passes it on once; twice would cancel jobs.
+        return subprocess.Popen([sys.executable, "-m", "streamworker", "worker"], process_group=0)
+
+    def _wait(self, process: subprocess.Popen[bytes] | None) -> list[str]:
+        """Until files changed, a signal came, or the process ended."""
+        while not self._signal and (process is None or process.poll() is None):
+            time.sleep(POLL)
+            changed = self._watch.changed()
+            if changed:
+                return changed
+        return []
+
+    def _stop(self, process: subprocess.Popen[bytes]) -> int:
+        process.terminate()
+        try:
+            return process.wait(self._patience)
+        except subprocess.TimeoutExpired:
+            log.warning("worker_killed", hint="it did not end; its jobs run again after their lease")
+            process.kill()
+            return process.wait()
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        self._signal = number

@@ -1,0 +1,132 @@
+"""``streamworker enqueue``."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from datetime import UTC, datetime
+from typing import Annotated, Any, Final
+
+import anyio
+import msgspec
+from cyclopts import Parameter
+from cyclopts.validators import Number
+
+from streamworker import codec
+from streamworker.app import App
+from streamworker.cli.loading import load_app, with_own
+from streamworker.cli.options import SERVER, ServerFlags
+from streamworker.cli.output import print_json
+from streamworker.errors import ConfigurationError, InvalidJob, UsageError
+from streamworker.handlers import KIND_NAME, check_queue
+from streamworker.job import Job, Level
+from streamworker.settings import Settings
+
+BATCH: Final = 1000
+"""Jobs of one round trip."""
+
+
+def enqueue(
+    kind: str,
+    payload: str = "{}",
+    /,
+    *,
+    queue: str | None = None,
+    priority: str = "normal",
+    delay: Annotated[float | None, Parameter(validator=Number(gte=0))] = None,
+    key: str | None = None,
+    count: Annotated[int, Parameter(validator=Number(gte=1))] = 1,
+    app: str | None = None,
+    json: bool = False,
+    server: ServerFlags = SERVER,
+) -> int:
+    """Enqueue a job and print its id.
+
+    With an app the payload is checked against the type of the kind's handler, which names the queue, too. Without one,
+    --queue is needed and any JSON object will do.
+
+    Args:
+        kind: The kind, such as invoice.send.
+        payload: A JSON object; - reads it from standard input.
+        queue: Another queue than the handler's.
+        priority: high, normal, low, or a number (up to 50 high, up to 150 normal).
+        delay: Seconds to wait first.
+        key: While this key is remembered, enqueueing again gives the earlier job's id.
+        count: Enqueue so many, each with an id of its own.
+        app: module:attribute of the app whose handlers check the payload.
+        json: One JSON object per line, with id and new.
+    """
+    if key is not None and count > 1:
+        raise UsageError("--key makes all jobs the same and --count wants many: leave one of them out")
+    if key == "":
+        raise UsageError("--key is empty and would make every job the same: leave it out or give it a value")
+    level = _level(priority)
+    settings = server.settings(app=app)
+    text = sys.stdin.buffer.read() if payload == "-" else payload.encode(errors="surrogateescape")
+    if settings.app is not None:
+        server.export()
+        known = load_app(settings)
+        settings = with_own(settings, known)
+        kind, queue, raw = _checked(known, kind, queue, text)
+    else:
+        queue, raw = _unchecked(kind, queue, text)
+    job = Job(
+        id="", queue=queue, kind=kind, payload=raw, level=level, created_at=datetime.now(UTC), delay=delay, key=key
+    )
+    anyio.run(_enqueue, settings, job, count, json)
+    return 0
+
+
+async def _enqueue(settings: Settings, job: Job, count: int, json: bool) -> None:
+    async with App[Any](settings=settings) as app:
+        for start in range(0, count, BATCH):
+            size = min(BATCH, count - start)
+            jobs = [msgspec.structs.replace(job, id=codec.new_id()) for _ in range(size)]
+            for answer in await app.enqueue_many(jobs):
+                if json:
+                    print_json({"id": answer.id, "new": answer.new})
+                else:
+                    sys.stdout.write(answer.id + ("" if answer.new else " (enqueued before)") + "\n")
+
+
+def _level(priority: str) -> Level:
+    try:
+        return codec.level_of(int(priority) if priority.removeprefix("-").isdecimal() else priority)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _checked(app: App[Any], kind: str, queue: str | None, text: bytes) -> tuple[str, str, msgspec.Raw]:
+    """(kind, queue, payload) as the handler's type has them."""
+    registration = app.find(kind, "")
+    if registration is None:
+        kinds = [each.kind for each in app.registrations]
+        near = difflib.get_close_matches(kind, kinds, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sorted(kinds)) or 'none at all'}"
+        raise UsageError(f"the app has no handler for the kind {kind!r}; {hint}")
+    try:
+        value = registration.decode(msgspec.Raw(text))
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError, TypeError) as error:
+        raise InvalidJob(f"the payload is no {registration.payload.__name__}: {error}") from None
+    return registration.kind, _queue(queue) or registration.queue, codec.encode_payload(value)
+
+
+def _unchecked(kind: str, queue: str | None, text: bytes) -> tuple[str, msgspec.Raw]:
+    """(queue, payload), of which only the shape is known."""
+    checked = _queue(queue)
+    if checked is None:
+        raise UsageError("name the --queue, or the --app (STREAMWORKER_APP) whose handler knows it")
+    if not KIND_NAME.fullmatch(kind):
+        raise UsageError(f"{kind!r} is no kind: use 1 to 200 characters without white space")
+    try:
+        msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+        return checked, msgspec.Raw(msgspec.json.format(text, indent=-1))
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidJob(f"the payload must be a JSON object: {error}") from None
+
+
+def _queue(name: str | None) -> str | None:
+    try:
+        return None if name is None else check_queue(name)
+    except ConfigurationError as error:
+        raise UsageError(str(error)) from None

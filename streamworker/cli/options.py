@@ -1,0 +1,174 @@
+"""What many commands take: settings as flags, and how a listing or a change is wanted.
+
+Flags of settings stay text: `Settings` parses them as it parses the environment, and names the flag that is wrong.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Coroutine
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+import anyio
+from cyclopts import Group, Parameter
+from cyclopts.validators import Number
+
+from streamworker.app import App
+from streamworker.broker import Operator
+from streamworker.environment import PREFIX
+from streamworker.settings import Settings
+from streamworker.telemetry import logs
+
+SETTINGS = Group.create_ordered("Settings", help="Each goes before the variable of its name, STREAMWORKER_... .")
+
+Text = Annotated[str | None, Parameter(group=SETTINGS)]
+"""A setting's flag."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ServerFlags:
+    """Settings that matter to whoever looks at the server.
+
+    Attributes:
+        redis_url: redis://host:6379/0, or embedded.
+        namespace: Goes before every key.
+        group: The consumer group.
+        mode: stream or list.
+        state_dir: Where the embedded servers keep their data.
+        log_level: debug, info, warning, error or critical.
+        log_format: console or json.
+    """
+
+    redis_url: Text = None
+    namespace: Text = None
+    group: Text = None
+    mode: Text = None
+    state_dir: Text = None
+    log_level: Text = None
+    log_format: Text = None
+
+    def given(self) -> dict[str, str]:
+        """The flags that were given, by the field of `Settings`."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def export(self) -> None:
+        """Put the flags into the environment: the app, its handlers and child processes see the same settings."""
+        for name, value in self.given().items():
+            variable = f"{PREFIX}{name.upper()}"
+            os.environ[variable] = value
+            os.environ.pop(f"{variable}_FILE", None)  # set in both forms would be a contradiction
+
+    def settings(self, **more: str | None) -> Settings:
+        """The settings in force, with logs configured and warnings logged.
+
+        Raises:
+            ConfigurationError: a flag or a variable is wrong.
+        """
+        flags: dict[str, Any] = {**self.given(), **more}
+        settings = Settings.load(**flags)
+        logs.configure(settings.log_level, settings.log_format)
+        for warning in settings.warnings:
+            logs.get_logger("streamworker.cli").warning("setting_without_effect", reason=warning)
+        return settings
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class WorkerFlags(ServerFlags):
+    """All settings.
+
+    Attributes:
+        database_url: postgresql://user:password@host:5432/name.
+        database_direct_url: The same past a connection pooler.
+        queues: Queues in order, each with an optional cap: billing=10,email.
+        worker_id: A name for this worker; a random part is added.
+        concurrency: Jobs at once.
+        lease: Seconds a job stays with a worker that gives no sign.
+        grace: Seconds running jobs may take to finish at shutdown.
+        max_deliveries: Deliveries after which a job whose workers died is dead.
+        unknown_kind_ttl: Seconds a job waits for a worker that knows its kind.
+        max_job_bytes: The largest document allowed.
+        key_ttl: Seconds a deduplication key is remembered.
+        priority: strict or weighted.
+        list_pop: move or brpop (list mode).
+        ledger: auto, on or off.
+        relay: on or off.
+        http: host:port of health and metrics, or off.
+    """
+
+    database_url: Text = None
+    database_direct_url: Text = None
+    queues: Text = None
+    worker_id: Text = None
+    concurrency: Text = None
+    lease: Text = None
+    grace: Text = None
+    max_deliveries: Text = None
+    unknown_kind_ttl: Text = None
+    max_job_bytes: Text = None
+    key_ttl: Text = None
+    priority: Text = None
+    list_pop: Text = None
+    ledger: Text = None
+    relay: Text = None
+    http: Text = None
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """How a listing is wanted.
+
+    Attributes:
+        json: One JSON object per line, for programs.
+        limit: Rows at most; 50 in a table unless given, all as JSON.
+        watch: Show it again and again until Ctrl-C.
+        interval: Seconds between two looks of --watch.
+    """
+
+    json: bool = False
+    limit: Annotated[int | None, Parameter(validator=Number(gte=1))] = None
+    watch: bool = False
+    interval: Annotated[float, Parameter(validator=Number(gte=0.1, lte=3600))] = 2.0
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Acting:
+    """How a change is wanted.
+
+    Attributes:
+        yes: Do not ask.
+        dry_run: Only show what would be done.
+        limit: Change so many at most.
+        json: One JSON object per line and change, for programs.
+    """
+
+    yes: Annotated[bool, Parameter(alias="-y")] = False
+    dry_run: bool = False
+    limit: Annotated[int | None, Parameter(validator=Number(gte=1))] = None
+    json: bool = False
+
+
+SERVER = ServerFlags()
+WORKER = WorkerFlags()
+LISTING = Listing()
+ACTING = Acting()
+
+
+def operate(server: ServerFlags, work: Callable[[Operator], Coroutine[Any, Any, int]]) -> int:
+    """Run ``work`` with an operator of the server that the settings name; returns what it returns.
+
+    Raises:
+        ConfigurationError: the settings or the server are wrong.
+        Unreachable: no server answers.
+    """
+    settings = server.settings()
+
+    async def main() -> int:
+        async with App[Any](settings=settings).operator(settings) as operator:
+            return await work(operator)
+
+    return anyio.run(main)

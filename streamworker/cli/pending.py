@@ -1,0 +1,213 @@
+"""``streamworker pending``: jobs that workers hold."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Final
+
+from cyclopts import App, Parameter
+from cyclopts.validators import Number
+
+from streamworker.broker import Operator, PendingEntry
+from streamworker.cli import say
+from streamworker.cli.acting import Deed, act, narrowed
+from streamworker.cli.details import detail
+from streamworker.cli.options import ACTING, LISTING, SERVER, Acting, Listing, ServerFlags, operate
+from streamworker.cli.output import Column, print_lines, show
+from streamworker.errors import UsageError
+from streamworker.views import Selection, age, chosen_pending, printable
+
+pending = App(name="pending", help="Jobs that were delivered to a worker and are not settled.")
+
+_COLUMNS: Final[list[Column[PendingEntry]]] = [
+    Column("queue", lambda row: row.queue, short=12),
+    Column("level", lambda row: row.level),
+    Column("entry", lambda row: row.entry_id),
+    Column("job", lambda row: row.job_id or "?", wide=True),
+    Column("kind", lambda row: row.kind or "?", short=13),
+    Column("worker", lambda row: row.worker_id, short=14),
+    Column("idle", lambda row: age(row.idle_ms / 1000), right=True),
+    Column("n", lambda row: str(row.deliveries), right=True),
+    Column("", lambda row: "" if row.alive else "lost"),
+]
+
+Ids = Annotated[tuple[str, ...], Parameter(help="Entry ids or job ids.")]
+NamedIds = Annotated[tuple[str, ...], Parameter(name="--id", help="The same, once per id.")]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """Which pending jobs.
+
+    Attributes:
+        worker: Held by this worker (its full id).
+        min_idle: Not renewed for this many seconds.
+        kind: Of this kind.
+    """
+
+    worker: str | None = None
+    min_idle: Annotated[float, Parameter(validator=Number(gte=0))] = 0.0
+    kind: str | None = None
+
+    def selection(self, queue: str | None, ids: tuple[str, ...] = ()) -> Selection:
+        """As the views know it."""
+        return Selection(queue=queue, ids=frozenset(ids), worker=self.worker, min_idle=self.min_idle, kind=self.kind)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Which(Conditions):
+    """Which pending jobs are changed.
+
+    Attributes:
+        queue: In this queue.
+        all: All of them.
+        force: Those of living workers too; what they are doing is not undone, and its end will be ignored.
+    """
+
+    queue: str | None = None
+    all: bool = False
+    force: bool = False
+
+
+CONDITIONS = Conditions()
+WHICH = Which()
+
+
+@pending.default
+@pending.command(name="list")
+def list_(
+    queue: str | None = None,
+    *,
+    conditions: Conditions = CONDITIONS,
+    payload: bool = False,
+    listing: Listing = LISTING,
+    server: ServerFlags = SERVER,
+) -> int:
+    """List pending jobs: who holds them, since when they gave no sign, how often they were delivered.
+
+    Args:
+        queue: Only of this queue.
+        payload: Print the documents too.
+    """
+    selection = conditions.selection(queue)
+
+    async def work(operator: Operator) -> int:
+        async def rows() -> AsyncIterator[tuple[PendingEntry, bytes | None]]:
+            async for entry in chosen_pending(operator, selection):
+                yield entry, await operator.body(entry) if payload else None
+
+        return await show(listing, rows, _COLUMNS, title="pending jobs", payload=payload)
+
+    return operate(server, work)
+
+
+@pending.command(name="show")
+def show_(
+    *ids: str,
+    named: NamedIds = (),
+    queue: str | None = None,
+    payload: bool = False,
+    json: bool = False,
+    server: ServerFlags = SERVER,
+) -> int:
+    """Show everything about some pending jobs.
+
+    Args:
+        ids: Entry ids or job ids.
+        queue: In this queue.
+        payload: Print the documents too.
+        json: One JSON object per line, for programs.
+    """
+    wanted = (*ids, *named)
+    if not wanted:
+        raise UsageError("say which: streamworker pending show ID")
+    selection = Selection(queue=queue, ids=frozenset(wanted))
+
+    async def work(operator: Operator) -> int:
+        found: set[str | None] = set()
+        async for entry in chosen_pending(operator, selection):
+            if found and not json:
+                print_lines([("--", "")])
+            found |= {entry.entry_id, entry.job_id}
+            detail(entry, await operator.body(entry), payload=payload, json=json)
+        missing = [name for name in wanted if name not in found]
+        for name in missing:
+            say(f"there is no pending job {printable(name)}")
+        return int(bool(missing))
+
+    return operate(server, work)
+
+
+@pending.command
+def release(
+    *ids: str, named: NamedIds = (), which: Which = WHICH, acting: Acting = ACTING, server: ServerFlags = SERVER
+) -> int:
+    """Give pending jobs back to their queue at once; no attempt is charged.
+
+    Args:
+        ids: Entry ids or job ids.
+    """
+    return _change(("release", "released"), (*ids, *named), which, acting, server, lambda operator: operator.release)
+
+
+@pending.command
+def bury(
+    *ids: str,
+    reason: str = "buried by hand",
+    named: NamedIds = (),
+    which: Which = WHICH,
+    acting: Acting = ACTING,
+    server: ServerFlags = SERVER,
+) -> int:
+    """Move pending jobs to the dead letters.
+
+    Args:
+        ids: Entry ids or job ids.
+        reason: What will be read there.
+    """
+
+    def burying(operator: Operator) -> Callable[[PendingEntry], Awaitable[bool]]:
+        return lambda entry: operator.bury(entry, reason)
+
+    return _change(("bury", "buried"), (*ids, *named), which, acting, server, burying)
+
+
+@pending.command
+def drop(
+    *ids: str, named: NamedIds = (), which: Which = WHICH, acting: Acting = ACTING, server: ServerFlags = SERVER
+) -> int:
+    """Delete pending jobs for good.
+
+    Args:
+        ids: Entry ids or job ids.
+    """
+    return _change(("drop", "dropped"), (*ids, *named), which, acting, server, lambda operator: operator.drop)
+
+
+def _change(
+    words: tuple[str, str],
+    ids: tuple[str, ...],
+    which: Which,
+    acting: Acting,
+    server: ServerFlags,
+    do: Callable[[Operator], Callable[[PendingEntry], Awaitable[bool]]],
+) -> int:
+    selection = narrowed(which.selection(which.queue, ids), which.all, words[0])
+
+    def barred(entry: PendingEntry) -> str | None:
+        if entry.alive and not which.force:
+            return f"the worker {entry.worker_id} is alive and may be running it; --force changes it all the same"
+        return None
+
+    async def work(operator: Operator) -> int:
+        deed = Deed(*words, "pending job", do(operator), _names, barred)
+        return await act(acting, chosen_pending(operator, selection), deed, ids)
+
+    return operate(server, work)
+
+
+def _names(entry: PendingEntry) -> dict[str, Any]:
+    return {"queue": entry.queue, "entry_id": entry.entry_id, "job_id": entry.job_id, "kind": entry.kind}

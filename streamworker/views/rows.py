@@ -1,0 +1,147 @@
+"""Rows, one type a listing. Their fields in this order are what ``--json`` prints; `PendingEntry` is a row as it is."""
+
+from __future__ import annotations
+
+import msgspec
+
+from streamworker.broker import StoredJob, WorkerInfo
+from streamworker.job import Depth, Level
+from streamworker.views.words import moment
+
+
+class QueueRow(msgspec.Struct, frozen=True):
+    """How much lies in a queue; ``oldest_age_s`` is the age in seconds of the oldest ready job."""
+
+    queue: str
+    ready: int
+    running: int
+    delayed: int
+    dead: int
+    oldest_age_s: float | None
+    paused: bool
+
+
+class DelayedRow(msgspec.Struct, frozen=True):
+    """A parked job; ``due_in_s`` is negative for one that is overdue."""
+
+    queue: str
+    level: Level
+    entry_id: str
+    job_id: str | None
+    kind: str | None
+    due_at: str
+    due_in_s: float
+
+
+class DeadRow(msgspec.Struct, frozen=True):
+    """A dead letter: why, after how many attempts and deliveries, on which worker, how long ago."""
+
+    queue: str
+    level: Level
+    entry_id: str
+    job_id: str | None
+    kind: str | None
+    reason: str
+    error: str
+    attempts: int
+    deliveries: int
+    worker_id: str
+    failed_at: str
+    age_s: float
+
+
+class WorkerRow(msgspec.Struct, frozen=True):
+    """A worker's last heartbeat, and how many jobs are pending under its name; ``None`` where nothing beats."""
+
+    worker_id: str
+    alive: bool
+    hostname: str | None
+    pid: int | None
+    queues: list[str]
+    running: int | None
+    pending: int
+    done: int | None
+    failed: int | None
+    uptime_s: float | None
+    rss_bytes: int | None
+    loop_lag_s: float | None
+
+
+def queue_row(depth: Depth) -> QueueRow:
+    """The row of a queue."""
+    oldest = None if depth.oldest_age is None else round(depth.oldest_age, 3)
+    return QueueRow(depth.queue, depth.ready, depth.running, depth.delayed, depth.dead, oldest, depth.paused)
+
+
+def delayed_row(job: StoredJob, now: float) -> DelayedRow:
+    """The row of a parked job.
+
+    Args:
+        job: the job.
+        now: epoch seconds.
+    """
+    wait = round(job.at_ms / 1000 - now, 3)
+    return DelayedRow(job.queue, job.level, job.handle, job.job_id, job.kind, moment(job.at_ms), wait)
+
+
+def dead_row(job: StoredJob, now: float) -> DeadRow:
+    """The row of a dead letter.
+
+    Args:
+        job: the letter.
+        now: epoch seconds.
+    """
+    told = job.details
+    return DeadRow(
+        queue=job.queue,
+        level=job.level,
+        entry_id=job.handle,
+        job_id=job.job_id,
+        kind=job.kind,
+        reason=told.get("reason", ""),
+        error=told.get("error", ""),
+        attempts=_whole(told.get("attempts")) or 0,
+        deliveries=_whole(told.get("deliveries")) or 0,
+        worker_id=told.get("worker", ""),
+        failed_at=told.get("failed_at") or moment(job.at_ms),
+        age_s=round(max(0.0, now - job.at_ms / 1000), 3),
+    )
+
+
+def worker_row(info: WorkerInfo, now: float) -> WorkerRow:
+    """The row of a worker.
+
+    Args:
+        info: its heartbeat, and what the groups say.
+        now: epoch seconds.
+    """
+    told = info.report
+    started = _number(told.get("started"))
+    return WorkerRow(
+        worker_id=info.worker_id,
+        alive=info.alive,
+        hostname=told.get("hostname"),
+        pid=_whole(told.get("pid")),
+        queues=info.queues,
+        running=_whole(told.get("running")),
+        pending=info.pending,
+        done=_whole(told.get("done")),
+        failed=_whole(told.get("failed")),
+        uptime_s=None if started is None else round(max(0.0, now - started), 1),
+        rss_bytes=_whole(told.get("rss")),
+        loop_lag_s=_number(told.get("loop_lag")),
+    )
+
+
+def _number(text: str | None) -> float | None:
+    """Heartbeats are text, and anybody can write them."""
+    try:
+        value = float(text or "")
+    except ValueError:
+        return None
+    return value if abs(value) < 1e18 else None  # neither is infinity a number here, nor nan
+
+
+def _whole(text: str | None) -> int | None:
+    value = _number(text)
+    return None if value is None else int(value)

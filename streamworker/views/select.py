@@ -1,0 +1,110 @@
+"""What an operator asked for: the jobs that fit, read in pages."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Final
+
+import msgspec
+
+from streamworker.broker import Operator, PendingEntry, StoredJob
+from streamworker.views.rows import QueueRow, queue_row
+
+_ENTRY_ID: Final = re.compile(r"[0-9]{13,20}-[0-9]{1,20}")  # as servers make them; job ids may look like 2024-117
+
+
+class Selection(msgspec.Struct, frozen=True, kw_only=True):
+    """Which jobs: every condition given must hold.
+
+    Attributes:
+        queue: in this queue; ``None`` for all queues.
+        ids: entry ids or job ids; empty for all.
+        worker: held by this worker.
+        min_idle: not renewed for this many seconds.
+        kind: of this kind.
+        reason: dead for a reason that contains this text.
+    """
+
+    queue: str | None = None
+    ids: frozenset[str] = frozenset()
+    worker: str | None = None
+    min_idle: float = 0.0
+    kind: str | None = None
+    reason: str | None = None
+
+    def fits(self, job_id: str | None, entry_id: str, kind: str | None) -> bool:
+        """Whether ids and kind are those asked for."""
+        return (not self.ids or entry_id in self.ids or job_id in self.ids) and self.kind in (None, kind)
+
+    @property
+    def direct(self) -> list[str | None]:
+        """Entry ids that are found without reading all others; ``[None]`` if all must be read."""
+        if self.ids and all(_ENTRY_ID.fullmatch(name) for name in self.ids):
+            return list(self.ids)
+        return [None]
+
+    async def queues(self, operator: Operator) -> list[str]:
+        """The queue asked for, else all that exist."""
+        return [self.queue] if self.queue is not None else await operator.queues()
+
+
+async def chosen_pending(operator: Operator, selection: Selection) -> AsyncIterator[PendingEntry]:
+    """Pending jobs that fit, oldest entry first within a queue's level."""
+    queues = await selection.queues(operator)
+    for only in selection.direct:
+        async for entry in operator.pending(queues, consumer=selection.worker, min_idle=selection.min_idle, only=only):
+            if selection.fits(entry.job_id, entry.entry_id, entry.kind):
+                yield entry
+
+
+async def chosen_delayed(operator: Operator, selection: Selection) -> AsyncIterator[StoredJob]:
+    """Parked jobs that fit, soonest first within a queue."""
+    async for job in operator.delayed(await selection.queues(operator)):
+        if selection.fits(job.job_id, job.handle, job.kind):
+            yield job
+
+
+async def chosen_dead(operator: Operator, selection: Selection) -> AsyncIterator[StoredJob]:
+    """Dead letters that fit, newest first within a queue."""
+    queues = await selection.queues(operator)
+    for only in selection.direct:
+        async for job in operator.dead(queues, only=only):
+            if selection.fits(job.job_id, job.handle, job.kind) and (
+                selection.reason is None or selection.reason in job.details.get("reason", "")
+            ):
+                yield job
+
+
+class Pace:
+    """Jobs that left each queue per second, between two looks."""
+
+    def __init__(self) -> None:
+        self._before: dict[str, tuple[float, int]] = {}
+
+    def rate(self, queue: str, departed: int | None, now: float) -> float | None:
+        """Jobs per second since the last look; ``None`` at the first, and where the server does not count.
+
+        Args:
+            queue: whose.
+            departed: how many ever left it.
+            now: seconds of a clock that never goes back.
+        """
+        if departed is None:
+            return None
+        before, self._before[queue] = self._before.get(queue), (now, departed)
+        if before is None or now <= before[0]:
+            return None
+        return max(0.0, (departed - before[1]) / (now - before[0]))
+
+
+async def overview(
+    operator: Operator, queues: Sequence[str], pace: Pace | None = None
+) -> list[tuple[QueueRow, float | None]]:
+    """(row, jobs per second) of each queue; the rate needs a ``pace`` that was here before."""
+    rows = [queue_row(depth) for depth in await operator.depth(queues)]
+    if pace is None:
+        return [(row, None) for row in rows]
+    departed, now = await operator.departed(queues), time.monotonic()
+    return [(row, pace.rate(row.queue, count, now)) for row, count in zip(rows, departed, strict=True)]

@@ -1,0 +1,51 @@
+"""Numbers and foreign text as people read them."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+from typing import Final
+
+# Control characters could repaint an operator's terminal, line breaks fake a line, bidirectional marks reorder it;
+# surrogates cannot be written at all.
+_UNPRINTABLE: Final = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
+)
+
+
+def printable(text: str) -> str:
+    """The text with everything escaped that a terminal would obey instead of show."""
+    return _UNPRINTABLE.sub(lambda match: ascii(match.group())[1:-1], text)
+
+
+def age(seconds: float | None) -> str:
+    """Seconds in two units at most: ``0.3s``, ``42s``, ``5m 03s``, ``3h 20m``, ``2d 04h``; empty for ``None``."""
+    if seconds is None:
+        return ""
+    if seconds < 0:
+        return f"-{age(-seconds)}"
+    if seconds < 9.95:
+        return f"{seconds:.1f}s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02}s"
+    if whole < 86_400:
+        return f"{whole // 3600}h {whole % 3600 // 60:02}m"
+    return f"{whole // 86_400}d {whole % 86_400 // 3600:02}h"
+
+
+def moment(epoch_ms: float) -> str:
+    """Milliseconds since the epoch in ISO 8601, UTC; empty for a time no calendar has."""
+    try:
+        return datetime.fromtimestamp(epoch_ms / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    except (OverflowError, ValueError, OSError):
+        return ""
+
+
+def size(count: int | None) -> str:
+    """Bytes as ``84 MB``; empty for ``None`` and 0."""
+    if not count:
+        return ""
+    return f"{count / 1e6:.0f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
