@@ -22,6 +22,11 @@ Every message is one sentence that tells the reader what to do next; none holds 
 
 from __future__ import annotations
 
+from typing import Final
+
+LONGEST_WAIT: Final = 100 * 366 * 86_400.0
+"""Seconds anybody may ask to wait: servers count milliseconds in whole numbers, and those end."""
+
 
 class StreamworkerError(Exception):
     """The root of the tree; ``exit_code`` is what the command line exits with."""
@@ -85,8 +90,8 @@ class Retry(HandlerSignal):
 
     def __init__(self, after: float | None = None, reason: str = "") -> None:
         super().__init__(reason or "the handler asked for a retry")
-        if after is not None and not 0 <= after < float("inf"):
-            raise ValueError(f"Retry(after={after!r}) needs seconds from 0 up")
+        if after is not None and not 0 <= after <= LONGEST_WAIT:
+            raise ValueError(f"Retry(after={after!r}) needs seconds from 0 up to 100 years")
         self.after = after
 
 
@@ -99,8 +104,8 @@ class Snooze(HandlerSignal):
 
     def __init__(self, after: float) -> None:
         super().__init__(f"snoozed for {after:g} s")
-        if not 0 <= after < float("inf"):
-            raise ValueError(f"Snooze({after!r}) needs seconds from 0 up")
+        if not 0 <= after <= LONGEST_WAIT:
+            raise ValueError(f"Snooze({after!r}) needs seconds from 0 up to 100 years")
         self.after = after
 
 
@@ -113,4 +118,4 @@ class Discard(HandlerSignal):
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
-        self.reason = reason
+        self.reason = str(reason)  # many pass the exception they caught

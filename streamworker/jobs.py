@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 from typing_extensions import Unpack
 
 from streamworker import codec
-from streamworker.errors import UsageError
+from streamworker.errors import LONGEST_WAIT, UsageError
 from streamworker.handlers import Payload, check_queue
 from streamworker.job import Job
 
@@ -46,7 +46,8 @@ def make_job(payload: Payload, **options: Unpack[JobOptions]) -> Job:
         UsageError: an option makes no sense, or two contradict each other.
         InvalidJob: the payload cannot be written as JSON.
     """
-    delay, run_at, key, ttl = (options.get(name) for name in ("delay", "run_at", "key", "key_ttl"))
+    delay, run_at = options.get("delay"), options.get("run_at")
+    key, ttl = options.get("key"), options.get("key_ttl")
     if delay is not None and run_at is not None:
         raise UsageError("delay and run_at say the same thing twice: give one of them")
     _check_seconds("delay", delay)
@@ -74,5 +75,5 @@ def make_job(payload: Payload, **options: Unpack[JobOptions]) -> Job:
 
 
 def _check_seconds(name: str, value: float | None) -> None:
-    if value is not None and not 0 <= value < float("inf"):
-        raise UsageError(f"{name}={value!r} must be seconds from 0 up")
+    if value is not None and not 0 <= value <= LONGEST_WAIT:
+        raise UsageError(f"{name}={value!r} must be seconds from 0 up to 100 years")

@@ -19,7 +19,7 @@ from typing import Final
 
 import msgspec
 
-from streamworker.errors import Discard, Retry, Snooze
+from streamworker.errors import LONGEST_WAIT, Discard, Retry, Snooze
 from streamworker.job import (
     Abandoned,
     Dead,
@@ -57,8 +57,8 @@ class Backoff(msgspec.Struct, frozen=True):
     jitter: float = 0.25
 
     def __post_init__(self) -> None:
-        if not (0 <= self.base < float("inf") and 0 <= self.cap < float("inf") and 0 <= self.jitter <= 1):
-            raise ValueError(f"{self!r} needs base and cap from 0 up and jitter from 0 to 1")
+        if not (0 <= self.base < float("inf") and 0 <= self.cap <= LONGEST_WAIT and 0 <= self.jitter <= 1):
+            raise ValueError(f"{self!r} needs base and cap from 0 up, cap up to 100 years, and jitter from 0 to 1")
 
     def delay(self, failures: int, jitter: float) -> float:
         """Seconds to wait after the ``failures``-th failure; ``jitter`` from 0 to 1 picks the point in the band."""
@@ -123,11 +123,11 @@ def judge(outcome: Outcome, facts: Facts, *, now: float, jitter: float) -> Verdi
         case Ok():
             return DONE
         case Raised(error=Discard() as wish):
-            return Dead("discarded", wish.reason)
+            return Dead("discarded", wish.reason[:MAX_ERROR_CHARS])
         case Raised(error=Snooze() as wish):
             return ReleaseAt(now + wish.after, "snoozed")
         case Raised(error=Retry(after=float() | int() as after) as wish):
-            return _charge(facts, str(wish), now + after)
+            return _charge(facts, str(wish)[:MAX_ERROR_CHARS], now + after)
         case Raised(error=error):
             return _charge(facts, describe(error), now + _wait(facts, jitter))
         case TimedOut(after=after):

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 import anyio
@@ -26,6 +27,7 @@ from streamworker.job import (
     Undecodable,
     UnknownKind,
 )
+from tests.conftest import eventually
 
 
 class Note(Payload, kind="note", queue="q"):
@@ -69,8 +71,7 @@ async def in_task(function: Any, meddle: Callable[[Run], Any], **options: Any) -
         return outcome
 
     task = asyncio.create_task(slot())
-    while run.started is None:
-        await asyncio.sleep(0)
+    await eventually(lambda: run.started is not None)
     await asyncio.sleep(0)
     result = meddle(run)
     if isinstance(result, Awaitable):
@@ -290,10 +291,8 @@ async def test_a_deadline_inside_the_handler_is_its_own_error():
 async def test_cancelled_again_and_again_the_task_is_clean_in_the_end():
     async def note(payload: Note) -> None:
         for _ in range(3):
-            try:
+            with suppress(asyncio.CancelledError):
                 await asyncio.sleep(10)
-            except asyncio.CancelledError:
-                pass
 
     async def often(run: Run) -> None:
         for _ in range(3):
@@ -359,8 +358,7 @@ async def test_a_thread_is_told_but_not_stopped():
 
     async def meddle(run: Run) -> None:
         run.cancel(TimedOut(1.0))
-        while not told.is_set():
-            await asyncio.sleep(0.001)
+        await eventually(told.is_set)
         go_on.set()
 
     assert await in_task(note, meddle) == Ok("late")
@@ -375,9 +373,7 @@ async def test_the_clock_of_a_thread_starts_in_the_thread():
     made = executor(note, timeout=7, threads=1)
     first, second = prepared(made), prepared(made)
     tasks = [asyncio.create_task(made.call(run)) for run in (first, second)]
-    while first.deadline is None:
-        await asyncio.sleep(0.001)
-    await asyncio.sleep(0.01)
+    await eventually(lambda: first.deadline is not None and second.started is not None)
     assert second.started is not None and second.deadline is None and not second.overdue(1e18)
     release.set()
     assert await asyncio.gather(*tasks) == [Ok(), Ok()]

@@ -54,6 +54,7 @@ def test_a_payload_is_frozen_and_its_json_holds_the_fields_alone():
         ({"kind": "a\0", "queue": "q"}, "is no kind"),
         ({"kind": "k" * 201, "queue": "q"}, "is no kind"),
         ({"kind": "k", "queue": "q", "aliases": ("fine", "not fine")}, "is no kind"),
+        ({"kind": "k", "queue": "q", "aliases": "old"}, "must be a tuple"),
         ({"kind": "k", "queue": ""}, "is no queue name"),
         ({"kind": "k", "queue": "q:high"}, "is no queue name"),
         ({"kind": "k", "queue": "a:low"}, "is no queue name"),

@@ -52,7 +52,7 @@ def test_options():
 @pytest.mark.parametrize(
     "options",
     [
-        {"delay": -1}, {"delay": float("nan")}, {"delay": float("inf")}, {"key_ttl": -1}, {"key": ""}, {"priority": "urgent"},
+        {"delay": -1}, {"delay": float("nan")}, {"delay": float("inf")}, {"delay": 1e17}, {"key_ttl": -1}, {"key": ""}, {"priority": "urgent"},
         {"priority": True}, {"delay": 1, "run_at": datetime(2030, 1, 1, tzinfo=UTC)},
     ],
 )  # fmt: skip

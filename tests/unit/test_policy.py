@@ -121,6 +121,7 @@ def test_the_ends_of_the_band_are_reached(base, jitter, failures):
         {"base": math.nan},
         {"cap": math.inf},
         {"jitter": math.nan},
+        {"cap": 1e17},
     ],
 )
 def test_a_senseless_backoff_is_refused(wrong):
@@ -137,7 +138,7 @@ def test_senseless_limits_are_refused(wrong):
 
 
 @pytest.mark.parametrize("wish", [Retry, Snooze])
-@pytest.mark.parametrize("after", [-1, -1e-9, math.inf, math.nan])
+@pytest.mark.parametrize("after", [-1, -1e-9, math.inf, math.nan, 1e17])
 def test_wishes_for_senseless_waits_are_refused(wish, after):
     with pytest.raises(ValueError):
         wish(after)
@@ -186,3 +187,10 @@ def test_errors_are_described_in_one_bounded_line():
     assert describe(Broken()) == "Broken: (its message cannot be shown)"
     assert len(describe(ValueError("x" * 100_000))) == MAX_ERROR_CHARS
     assert len(judge(Undecodable("x" * 100_000), facts(), now=0, jitter=0).error) == MAX_ERROR_CHARS
+
+
+def test_a_discard_takes_the_exception_that_was_caught():
+    assert judge(Raised(Discard(ValueError("x" * 9000))), facts(), now=0, jitter=0) == Dead(
+        "discarded", "x" * MAX_ERROR_CHARS
+    )  # type: ignore[arg-type]
+    assert len(judge(Raised(Retry(1, "x" * 9000)), facts(2), now=0, jitter=0).error) == MAX_ERROR_CHARS

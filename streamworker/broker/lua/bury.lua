@@ -11,12 +11,16 @@
 local group = ARGV[1]
 local result = {}
 
+-- Lua cannot pass more values than this to one command; who writes more fields finds them as JSON in one.
+local MOST = 4000
+
 local function letter(i, fields)
   local out = {}
   for f = 1, #fields, 2 do
     if fields[f] == 'job' then out = { 'job', fields[f + 1] } break end
-    out[#out + 1], out[#out + 2] = 'field:' .. fields[f], fields[f + 1]
+    if #fields <= MOST then out[#out + 1], out[#out + 2] = 'field:' .. fields[f], fields[f + 1] end
   end
+  if not out[1] then out = { 'fields', cjson.encode(fields) } end
   local names = { 'id', 'kind', 'level', 'reason', 'error', 'attempts', 'failed_at' }
   for n, name in ipairs(names) do
     out[#out + 1], out[#out + 2] = name, ARGV[i + 2 + n]

@@ -1,0 +1,316 @@
+"""Publishing and claiming: order, limits, waiting, keys that are not as they should be."""
+
+import asyncio
+import json
+import time
+
+import pytest
+
+from streamworker.errors import ConfigurationError, Unreachable
+from tests.conftest import eventually
+from tests.contract.helpers import GROUP, HIGH, LOW, META, NORMAL, done, job, names, one, ripen, state, sweep_soon
+
+LEVELS = ("high", "normal", "low")
+
+
+async def test_order_over_queues_and_levels(broker_factory):
+    async with broker_factory("w", queues=("a", "b")) as broker:
+        jobs = [job(f"{q}{level}{n}", q, level) for n in range(3) for level in reversed(LEVELS) for q in ("b", "a")]
+        answers = await broker.publish(jobs)
+        assert [(answer.id, answer.new) for answer in answers] == [(each.id, True) for each in jobs]
+        claims = await broker.claim(100, 0, ())
+        assert names(claims) == [f"{q}{level}{n}" for q in "ab" for level in LEVELS for n in range(3)]
+        assert [(claim.queue, claim.level) for claim in claims] == [
+            (q, level) for q in "ab" for level in LEVELS for _ in range(3)
+        ]
+        assert all(claim.count == 1 and not claim.suspect for claim in claims)
+        assert [claim.body for claim in claims] == [
+            each.body for each in sorted(jobs, key=lambda j: names(claims).index(j.id))
+        ]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("limit", [1, 2, 3, 7, 50])
+async def test_never_more_than_asked_for(broker_factory, weighted, limit):
+    async with broker_factory("w", queues=("a", "b"), weighted=weighted) as broker:
+        await broker.publish([job(queue=q, level=level) for q in "ab" for level in LEVELS for _ in range(10)])
+        seen, claims = 0, []
+        while seen < 60:
+            new = await broker.claim(limit, 5, claims)
+            assert len(new) == min(limit, 60 - seen)
+            seen += len(new)
+            claims += new
+        assert len(set(names(claims))) == 60
+
+
+async def test_a_blocking_read_brings_at_most_one_more_of_each_other_stream(broker_factory, raw):
+    async with broker_factory("w") as broker:
+        claiming = asyncio.create_task(broker.claim(1, 5, ()))
+        await eventually(
+            lambda: any(c["cmd"].startswith("xreadgroup") and "b" in c["flags"] for c in raw.client_list())
+        )
+        with raw.pipeline(transaction=True) as pipe:
+            for stream in (LOW, NORMAL, HIGH):
+                for _ in range(5):
+                    pipe.xadd(stream, {"job": b'{"payload":{}}'})
+            pipe.execute()
+        claims = await claiming
+        assert 1 <= len(claims) <= 3
+        assert len({claim.place for claim in claims}) == len(claims)
+
+
+async def test_strict_high_leaves_low_nothing_and_weighted_its_tenth(broker_factory):
+    for weighted, expected in ((False, 0), (True, 10)):
+        async with broker_factory("w", weighted=weighted) as broker:
+            await broker.publish([job(level=level) for level in ("high", "low") for _ in range(120)])
+            claims = []
+            for _ in range(20):
+                claims += await broker.claim(5, 0, claims)
+            assert sum(claim.level == "low" for claim in claims) == pytest.approx(expected, abs=expected * 0.9)
+            low = sum(claim.level == "low" for claim in claims)
+            assert low == 0 if not weighted else low >= 10
+            await broker.settle([done(claim) for claim in claims])
+            while rest := await broker.claim(100, 0, ()):
+                await broker.settle([done(claim) for claim in rest])
+
+
+async def test_orphans_of_low_levels_are_not_starved_by_new_high_jobs(broker_factory, raw):
+    async with broker_factory("dead") as gone, broker_factory("w") as broker:
+        await gone.publish([job("orphan", level="low")])
+        ripen(raw, await one(gone))
+        await broker.publish([job(level="high") for _ in range(100)])
+        assert "orphan" in names(await broker.claim(5, 0, ()))
+
+
+async def test_caps_hold_per_queue(broker_factory):
+    async with broker_factory("w", queues=(("a", 2), "b", ("c", 1))) as broker:
+        await broker.publish([job(queue=q) for q in "abc" for _ in range(5)])
+        first = await broker.claim(100, 0, ())
+        assert sorted(claim.queue for claim in first) == ["a", "a", "b", "b", "b", "b", "b", "c"]
+        assert await broker.claim(100, 0.05, first) == []
+        rest = [claim for claim in first if claim.queue != "a"]
+        again = await broker.claim(100, 0, rest)
+        assert [claim.queue for claim in again] == ["a", "a"]
+
+
+async def test_a_capped_out_queue_does_not_wake_a_waiting_claim(broker_factory):
+    async with broker_factory("w", queues=(("a", 1), "b")) as broker:
+        await broker.publish([job(queue="a"), job(queue="a")])
+        running = [await one(broker)]
+        claiming = asyncio.create_task(broker.claim(10, 5, running))
+        await asyncio.sleep(0)
+        await broker.publish([job("wakes", queue="b")])
+        assert names(await claiming) == ["wakes"]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+async def test_a_waiting_claim_wakes_at_once(broker_factory, raw, level):
+    async with broker_factory("w", queues=("a", "b")) as broker, broker_factory() as producer:
+        slowest = 0.0
+        for n in range(5):
+            claiming = asyncio.create_task(broker.claim(10, 5, ()))
+            await eventually(lambda: any("b" in client["flags"] for client in raw.client_list()))
+            started = time.monotonic()
+            await producer.publish([job(str(n), "b", level)])
+            claims = await claiming
+            slowest = max(slowest, time.monotonic() - started)
+            assert names(claims) == [str(n)]
+            await broker.settle([done(claim) for claim in claims])
+        assert slowest < 0.1
+
+
+async def test_a_claim_waits_no_longer_than_told(broker_factory):
+    async with broker_factory("w") as broker:
+        started = time.monotonic()
+        assert await broker.claim(10, 0, ()) == []
+        assert time.monotonic() - started < 0.1
+        assert await broker.claim(10, 0.3, ()) == []
+        assert 0.25 < time.monotonic() - started < 1.0
+
+
+async def test_interrupt_ends_a_waiting_claim_and_all_later_waits(broker_factory, raw):
+    async with broker_factory("w") as broker:
+        claiming = asyncio.create_task(broker.claim(10, 5, ()))
+        await eventually(lambda: any("b" in client["flags"] for client in raw.client_list()))
+        started = time.monotonic()
+        await broker.interrupt()
+        assert await claiming == []
+        assert await broker.claim(10, 5, ()) == []
+        assert time.monotonic() - started < 0.5
+        await broker.interrupt()
+        await broker.publish([job("x")])
+        assert names(await broker.claim(10, 5, ())) == ["x"]
+
+
+async def test_two_workers_never_get_the_same_job(broker_factory):
+    async with broker_factory("one") as one_, broker_factory("two") as two:
+        await one_.publish([job(str(n)) for n in range(200)])
+        got: list[str] = []
+
+        async def take(broker) -> None:
+            held: list = []
+            while claims := await broker.claim(7, 0, held):
+                held += claims
+                got.extend(names(claims))
+
+        await asyncio.gather(take(one_), take(two))
+        assert sorted(got, key=int) == [str(n) for n in range(200)]
+
+
+async def test_an_entry_written_by_hand(broker_factory, raw):
+    raw.xadd("stream:{q}", {"job": '{"payload":{"a":1}}'})  # before any worker was there
+    async with broker_factory("w") as broker:
+        raw.xadd("stream:{q}:high", {"other": "x", "job": '{"payload":{"a":2}}', "more": "y"})
+        raw.xadd("stream:{q}:low", {"other": "x"})
+        claims = await broker.claim(10, 0, ())
+        assert [claim.body for claim in claims] == [b'{"payload":{"a":2}}', b'{"payload":{"a":1}}', None]
+        assert all(claim.epoch == raw.hget(META, "epoch") for claim in claims)
+
+
+async def test_a_paused_queue_is_passed_over(broker_factory, raw):
+    async with broker_factory("w", queues=("a", "q")) as broker:
+        raw.hset("stream:{a}:meta", "paused", "1")
+        await broker.publish([job("a", "a"), job("q", "q")])
+        assert names(await broker.claim(10, 0, ())) == ["q"]
+        claiming = asyncio.create_task(broker.claim(10, 5, ()))
+        await eventually(lambda: any("b" in client["flags"] for client in raw.client_list()))
+        await broker.publish([job("a2", "a"), job("q2", "q")])
+        assert names(await claiming) == ["q2"]
+        raw.hdel("stream:{a}:meta", "paused")
+        assert names(await broker.claim(10, 0, ())) == ["a", "a2"]
+
+
+async def test_with_everything_paused_a_claim_still_ends(broker_factory, raw):
+    async with broker_factory("w") as broker:
+        raw.hset(META, "paused", "1")
+        await broker.publish([job()])
+        assert await broker.claim(10, 0.2, ()) == []
+        claiming = asyncio.create_task(broker.claim(10, 30, ()))
+        await broker.interrupt()
+        assert await asyncio.wait_for(claiming, 3) == []
+
+
+# -- groups and keys that go missing or are not ours
+
+
+def wreck_key(raw):
+    raw.delete(NORMAL)
+
+
+def wreck_group(raw):
+    raw.xgroup_destroy(NORMAL, GROUP)
+
+
+def wreck_all(raw):
+    raw.flushall()
+
+
+def wreck_meta(raw):
+    raw.delete(META)
+
+
+WRECKS = [wreck_key, wreck_group, wreck_all, wreck_meta]
+
+
+@pytest.mark.parametrize("wreck", WRECKS)
+async def test_missing_groups_are_made_anew(broker_factory, raw, wreck):
+    async with broker_factory("w", queues=("a", "q")) as broker:
+        epoch = raw.hget(META, "epoch")
+        wreck(raw)
+        raw.xadd(NORMAL, {"job": '{"id":"q","payload":{}}'})
+        await broker.publish([job("a", "a")])
+        claims = []
+        for _ in range(3):
+            claims += await broker.claim(10, 0, claims)
+        assert sorted(names(claims)) == ["a", "q"]
+        assert raw.hget(META, "epoch") not in (None, epoch)
+        assert {claim.epoch for claim in claims if claim.queue == "q"} == {raw.hget(META, "epoch")}
+
+
+@pytest.mark.parametrize("wreck", WRECKS)
+async def test_missing_groups_are_made_anew_while_waiting(broker_factory, raw, wreck, server):
+    async with broker_factory("w", queues=("a", "q")) as broker:
+        claims: list = []
+
+        async def claiming() -> None:
+            while len(claims) < 2:
+                claims.extend(await broker.claim(10, 5, claims))
+
+        task = asyncio.create_task(claiming())
+        await eventually(lambda: any("b" in client["flags"] for client in raw.client_list()))
+        wreck(raw)
+        raw.xadd(NORMAL, {"job": '{"id":"q","payload":{}}'})
+        raw.xadd("stream:{a}", {"job": '{"id":"a","payload":{}}'})
+        # Redis 6.2 says nothing to a blocked reader, so that only the end of BLOCK (5 s) brings it on.
+        await asyncio.wait_for(task, 8)
+        assert sorted(names(claims)) == ["a", "q"]
+        assert {claim.epoch for claim in claims if claim.queue == "q"} <= {
+            raw.hget(META, "epoch")
+        } or wreck is wreck_meta
+
+
+async def test_a_group_made_anew_delivers_what_was_there_again(broker_factory, raw):
+    async with broker_factory("w") as broker:
+        await broker.publish([job("x"), job("y")])
+        first = await broker.claim(10, 0, ())
+        wreck_group(raw)
+        second = await broker.claim(10, 0, ())
+        assert names(second) == names(first)
+        assert await broker.settle([done(claim) for claim in second]) != []
+        assert state(raw)[NORMAL] == []
+
+
+@pytest.mark.parametrize("key", [HIGH, NORMAL, LOW])
+async def test_a_key_of_a_wrong_type_blinds_no_other_stream(broker_factory, raw, key):
+    async with broker_factory("w", queues=("q", "b")) as broker:
+        raw.delete(key)
+        raw.set(key, "not a stream")
+        for level in LEVELS:
+            if {"high": HIGH, "normal": NORMAL, "low": LOW}[level] != key:
+                await broker.publish([job(level, "q", level)])
+        await broker.publish([job("b", "b")])
+        claims = []
+        for _ in range(3):
+            claims += await broker.claim(10, 0, claims)
+        assert len(claims) == 3
+        claiming = asyncio.create_task(broker.claim(10, 5, claims))
+        await asyncio.sleep(0)
+        await broker.publish([job("b2", "b")])
+        assert names(await claiming) == ["b2"]
+        sweep_soon(broker)
+        assert await broker.claim(10, 0, claims) == []
+
+
+async def test_a_foreign_group_is_refused_at_the_start(broker_factory, raw):
+    async with broker_factory() as broker:
+        raw.xgroup_create(LOW, "others", mkstream=True)
+        with pytest.raises(ConfigurationError, match=r"stream:\{q\}:low is also read by the group 'others'"):
+            await broker.join("w")
+
+
+async def test_a_worker_without_queues_is_refused(broker_factory):
+    async with broker_factory(queues=()) as broker:
+        with pytest.raises(ConfigurationError, match="no queue to work on"):
+            await broker.join("w")
+
+
+async def test_no_server_is_said_in_one_sentence(broker_factory):
+    with pytest.raises(Unreachable, match="does not answer") as caught:
+        async with broker_factory("w", url="redis://:secret@127.0.0.1:1/0"):
+            pass
+    assert "secret" not in str(caught.value)
+
+
+async def test_namespaces_see_nothing_of_each_other(broker_factory, raw):
+    async with broker_factory("w", namespace="ns:") as ours, broker_factory("w") as other:
+        await ours.publish([job("x"), job("y", delay=0.0)])
+        assert await other.claim(10, 0, ()) == []
+        assert names(await ours.claim(10, 0, ())) == ["x", "y"]
+        assert raw.exists("ns:stream:{q}") and (await other.depth())[0].ready == 0
+
+
+async def test_a_job_of_another_queue_than_its_bytes_say_is_taken_where_it_lies(broker_factory, raw):
+    raw.xadd("stream:{q}:low", {"job": json.dumps({"payload": {}, "queue_name": "other", "priority": "high"})})
+    async with broker_factory("w") as broker:
+        claim = await one(broker)
+        assert (claim.queue, claim.level) == ("q", "low")
