@@ -11,9 +11,12 @@ from __future__ import annotations
 import importlib.util
 import sys
 
+from streamworker.embedded.binaries import find_binaries
 from streamworker.errors import ConfigurationError, StreamworkerError
 
 __all__ = ["main"]
+
+_CURE = "pip install 'streamworker[demo]'"
 
 
 async def main(*, jobs: int = 10_000, workers: int = 3, kill: bool = True, json: bool = False) -> int:
@@ -33,7 +36,7 @@ async def main(*, jobs: int = 10_000, workers: int = 3, kill: bool = True, json:
         servers do not start, 78 if something is not installed, 130 or 143 after a signal.
     """
     try:
-        _require("aiosmtpd", "aiosmtplib")
+        _require_extra()
         # Only now: these need the extra that was just looked for, and the worker processes need none of them.
         from streamworker.demo.run import show  # noqa: PLC0415
         from streamworker.demo.script import Script  # noqa: PLC0415
@@ -44,6 +47,13 @@ async def main(*, jobs: int = 10_000, workers: int = 3, kill: bool = True, json:
         return error.exit_code
 
 
-def _require(*packages: str) -> None:
-    if any(importlib.util.find_spec(package) is None for package in packages):
-        raise ConfigurationError("The demo needs a mail server and client: pip install 'streamworker[demo]'")
+def _require_extra() -> None:
+    if any(importlib.util.find_spec(package) is None for package in ("aiosmtpd", "aiosmtplib")):
+        raise ConfigurationError(f"it needs a mail server and a mail client: {_CURE}.")
+    try:
+        find_binaries()
+    except ConfigurationError:
+        # Its own sentence advises to set REDIS_URL, which is no cure here.
+        raise ConfigurationError(
+            f"it needs Valkey and PostgreSQL from wheels, which exist for Linux (glibc) and macOS: {_CURE}."
+        ) from None

