@@ -56,8 +56,8 @@ class _PayloadMeta(msgspec.StructMeta):
         if not root:
             if kind is None or queue is None:
                 raise TypeError(f"{name} needs a kind and a queue: class {name}(Payload, kind='...', queue='...')")
-            if isinstance(aliases, str):
-                raise TypeError(f"{name}: aliases={aliases!r} must be a tuple of kinds")  # type: ignore[unreachable]
+            if isinstance(aliases, str):  # type: ignore[unreachable]
+                raise TypeError(f"{name}: aliases={aliases!r} must be a tuple of kinds")
             for each in (kind, *aliases):
                 if not KIND_NAME.fullmatch(each):
                     raise TypeError(f"{name}: {each!r} is no kind: use 1 to 200 characters without white space")

@@ -1,0 +1,41 @@
+"""mypy --strict and basedpyright over the golden files: clean where it should be, complaining where it must."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+GOLDEN = [str(path) for path in sorted(HERE.glob("*.py")) if not path.name.startswith("test_")]
+
+
+def check(*command: str) -> None:
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=170)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.timeout(180)
+def test_mypy():
+    check(sys.executable, "-m", "mypy", "--strict", "--warn-unused-ignores", "--follow-imports=silent", *GOLDEN)
+
+
+@pytest.mark.timeout(180)
+def test_basedpyright(tmp_path):
+    program = shutil.which("basedpyright", path=str(Path(sys.executable).parent))
+    assert program, "basedpyright is not installed beside this Python"
+    rules = {
+        "include": GOLDEN,
+        "extraPaths": [str(ROOT)],
+        "pythonVersion": "3.11",
+        "typeCheckingMode": "strict",
+        "enableTypeIgnoreComments": False,  # those are mypy's; every checker has to find each mistake itself
+        "reportUnnecessaryTypeIgnoreComment": "error",
+    }
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(rules))
+    check(
+        program, "--pythonpath", sys.executable, "--level", "error", "--project", str(tmp_path / "pyrightconfig.json")
+    )
