@@ -77,7 +77,7 @@ def list_(
 
         return await show(listing, rows, _COLUMNS, title="dead letters", payload=payload)
 
-    return operate(server, work)
+    return operate(server, work, endless=listing.watch)
 
 
 @dead.command(name="show")

@@ -56,7 +56,7 @@ def list_(
 
         return await show(listing, rows, _COLUMNS, title="delayed jobs", payload=payload)
 
-    return operate(server, work)
+    return operate(server, work, endless=listing.watch)
 
 
 @delayed.command

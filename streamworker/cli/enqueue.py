@@ -28,7 +28,7 @@ BATCH: Final = 1000
 
 def enqueue(
     kind: str,
-    payload: str = "{}",
+    payload: Annotated[str, Parameter(allow_leading_hyphen=True)] = "{}",
     /,
     *,
     queue: str | None = None,

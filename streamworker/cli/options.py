@@ -158,8 +158,13 @@ LISTING = Listing()
 ACTING = Acting()
 
 
-def operate(server: ServerFlags, work: Callable[[Operator], Coroutine[Any, Any, int]]) -> int:
+def operate(server: ServerFlags, work: Callable[[Operator], Coroutine[Any, Any, int]], *, endless: bool = False) -> int:
     """Run ``work`` with an operator of the server that the settings name; returns what it returns.
+
+    Args:
+        server: flags of settings.
+        work: what is done.
+        endless: Ctrl-C is the regular end.
 
     Raises:
         ConfigurationError: the settings or the server are wrong.
@@ -171,4 +176,9 @@ def operate(server: ServerFlags, work: Callable[[Operator], Coroutine[Any, Any, 
         async with App[Any](settings=settings).operator(settings) as operator:
             return await work(operator)
 
-    return anyio.run(main)
+    try:
+        return anyio.run(main)
+    except KeyboardInterrupt:
+        if endless:
+            return 0
+        raise

@@ -101,7 +101,7 @@ def list_(
 
         return await show(listing, rows, _COLUMNS, title="pending jobs", payload=payload)
 
-    return operate(server, work)
+    return operate(server, work, endless=listing.watch)
 
 
 @pending.command(name="show")

@@ -47,4 +47,4 @@ def list_(queue: str | None = None, *, listing: Listing = LISTING, server: Serve
         columns = [*_COLUMNS, _RATE, _STATE] if listing.watch else [*_COLUMNS, _STATE]
         return await show(listing, rows, columns, title="queues", json=lambda it: plain(it[0]))
 
-    return operate(server, work)
+    return operate(server, work, endless=listing.watch)

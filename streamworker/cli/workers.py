@@ -52,7 +52,7 @@ def list_(queue: str | None = None, *, listing: Listing = LISTING, server: Serve
 
         return await show(listing, rows, _COLUMNS, title="workers")
 
-    return operate(server, work)
+    return operate(server, work, endless=listing.watch)
 
 
 @workers.command

@@ -1,0 +1,271 @@
+"""The program as people run it: real processes, a real server, a small project in a directory of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from tests.conftest import eventually_blocking
+
+ROOT = Path(__file__).parents[2]
+
+JOBS = '''
+import signal, sys, time
+from pathlib import Path
+import anyio
+from streamworker import App, Discard, Payload
+
+class Note(Payload, kind="note.write", queue="notes", aliases=("note.old",)):
+    text: str
+    times: int = 1
+
+class Hold(Payload, kind="hold", queue="holds"):
+    gate: str
+
+class Stick(Payload, kind="stick", queue="sticks"):
+    pass
+
+class Doomed(Payload, kind="doomed", queue="dooms"):
+    why: str
+
+app = App()
+not_an_app = 5
+
+@app.handler
+async def write(note: Note) -> None:
+    pass
+
+@app.handler
+async def hold(payload: Hold) -> None:
+    while not Path(payload.gate).exists():
+        await anyio.sleep(0.01)
+
+@app.handler(timeout=0.3, max_attempts=1)
+def stick(payload: Stick) -> None:
+    time.sleep(60)
+
+@app.handler
+async def doom(payload: Doomed) -> None:
+    raise Discard(payload.why)
+'''
+
+
+class Done(subprocess.CompletedProcess[str]):
+    """What a command said, and how it ended."""
+
+    @property
+    def rows(self) -> list[Any]:
+        """Standard output as JSON Lines."""
+        return [json.loads(line) for line in self.stdout.splitlines()]
+
+    @property
+    def sentence(self) -> str:
+        """Standard error, which must be one line and no traceback."""
+        lines = [line for line in self.stderr.splitlines() if not line.startswith("{")]
+        assert len(lines) == 1, self.stderr
+        assert lines[0].startswith("streamworker: ")
+        assert "Traceback" not in self.stderr
+        return lines[0].removeprefix("streamworker: ")
+
+
+class Program:
+    """Runs ``python -m streamworker`` in a project's directory, with an environment of its own."""
+
+    def __init__(self, directory: Path, url: str | None) -> None:
+        self.directory = directory
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("STREAMWORKER_") and k not in ("COLUMNS", "LINES")}
+        self.env = {**clean, "PYTHONPATH": str(ROOT), "NO_COLOR": "1", "PYTHONWARNINGS": "error", "TERM": "xterm"}
+        self.env.pop("REDIS_URL", None)
+        self.env.pop("DATABASE_URL", None)
+        if url is not None:
+            self.env["REDIS_URL"] = url
+        self.running: list[subprocess.Popen[str]] = []
+
+    def command(self, *words: object) -> list[str]:
+        return [sys.executable, "-m", "streamworker", *map(str, words)]
+
+    def __call__(self, *words: object, stdin: str | None = None, timeout: float = 20, **env: str) -> Done:
+        done = subprocess.run(
+            self.command(*words), cwd=self.directory, env={**self.env, **env}, timeout=timeout, capture_output=True,
+            text=True, **({"input": stdin} if stdin is not None else {"stdin": subprocess.DEVNULL}),
+        )  # fmt: skip
+        return Done(done.args, done.returncode, done.stdout, done.stderr)
+
+    def ok(self, *words: object, **options: Any) -> Done:
+        done = self(*words, **options)
+        assert done.returncode == 0, (done.stdout, done.stderr)
+        return done
+
+    def start(self, *words: object, **env: str) -> Running:
+        running = Running(self.command(*words), self.directory, {**self.env, **env})
+        self.running.append(running.process)
+        return running
+
+    def worker(self, *words: object, **env: str) -> Running:
+        """A worker that is ready."""
+        running = self.start("worker", "jobs:app", *words, **env)
+        eventually_blocking(lambda: running.saw("worker_ready"))
+        return running
+
+
+class Running:
+    """A process that runs beside the test; its standard error is read as it comes."""
+
+    def __init__(self, command: list[str], directory: Path, env: dict[str, str]) -> None:
+        self.process = subprocess.Popen(
+            command, cwd=directory, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.lines)
+
+    def saw(self, word: str, times: int = 1) -> bool:
+        if self.process.poll() is not None and self.text.count(word) < times:
+            self._reader.join(1)
+            assert self.text.count(word) >= times, f"it ended with {self.process.returncode}: {self.text}"
+        return self.text.count(word) >= times
+
+    @property
+    def worker_id(self) -> str:
+        return next(json.loads(line)["worker_id"] for line in self.lines if "worker_ready" in line)
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def wait(self, timeout: float = 20) -> int:
+        code = self.process.wait(timeout)
+        self._reader.join(5)
+        return code
+
+    def stop(self) -> int:
+        self.signal(signal.SIGTERM)
+        return self.wait()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+class Terminal:
+    """A command on a terminal of 80 columns and 24 lines."""
+
+    def __init__(self, program: Program, *words: object) -> None:
+        import fcntl
+        import struct
+        import termios
+
+        self._master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        self.process = subprocess.Popen(
+            program.command(*words), cwd=program.directory, env=program.env, stdin=slave, stdout=slave, stderr=slave,
+            start_new_session=True,
+        )  # fmt: skip
+        os.close(slave)
+        self.text = ""
+
+    def until(self, word: str, timeout: float = 15) -> str:
+        """Read until the word was shown."""
+        deadline = time.monotonic() + timeout
+        while word not in self.text:
+            assert self.read(deadline), f"{word!r} was not shown: {self.text!r}"
+        return self.text
+
+    def read(self, deadline: float) -> bool:
+        ready, _, _ = select.select([self._master], [], [], max(0.0, deadline - time.monotonic()))
+        if not ready:
+            return False
+        try:
+            data = os.read(self._master, 65536)
+        except OSError:  # the other side is closed
+            return False
+        self.text += data.decode(errors="replace")
+        return bool(data)
+
+    def type(self, text: str) -> None:
+        os.write(self._master, text.encode())
+
+    def wait(self, timeout: float = 15) -> int:
+        deadline = time.monotonic() + timeout
+        while self.read(deadline):
+            pass
+        code = self.process.wait(max(0.1, deadline - time.monotonic()))
+        os.close(self._master)
+        return code
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A directory with a module ``jobs`` and its ``app``."""
+    directory = tmp_path / "project"
+    directory.mkdir()
+    (directory / "jobs.py").write_text(JOBS)
+    return directory
+
+
+@pytest.fixture
+def bare(project: Path) -> Iterator[Program]:
+    """The program, with no server named."""
+    program = Program(project, None)
+    yield program
+    for process in program.running:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        assert process.stderr is not None
+        process.stderr.close()
+
+
+@pytest.fixture
+def sw(bare: Program, redis_url: str) -> Program:
+    """The program, on a real and empty server."""
+    bare.env["REDIS_URL"] = redis_url
+    return bare
+
+
+@pytest.fixture
+def held(sw: Program, raw: redis.Redis, tmp_path: Path) -> Callable[..., Running]:
+    """``held(3)``: a worker that holds three jobs of the queue holds until the file ``gate`` is there."""
+
+    def hold(count: int, *flags: object) -> Running:
+        sw.ok("enqueue", "hold", json.dumps({"gate": str(tmp_path / "gate")}), "--app", "jobs:app", "--count", count)
+        worker = sw.worker("--queues", "holds", "--grace", "0.5", *flags)
+        eventually_blocking(lambda: raw.xpending("stream:{holds}", "workers")["pending"] == count)
+        eventually_blocking(lambda: raw.exists(f"streamworker:worker:{worker.worker_id}"))
+        return worker
+
+    return hold
+
+
+@pytest.fixture
+def doomed(sw: Program) -> Callable[..., None]:
+    """``doomed("x", "y")``: dead letters of the queue dooms, discarded for these reasons."""
+
+    def die(*errors: str) -> None:
+        for error in errors:
+            sw.ok("enqueue", "doomed", json.dumps({"why": error}), "--app", "jobs:app")
+        sw.ok("worker", "jobs:app", "--burst", "--queues", "dooms")
+
+    return die

@@ -1,0 +1,210 @@
+"""What is listed is what is there: for programs exactly, for people readably."""
+
+import json
+import re
+import signal
+import time
+
+import pytest
+
+from streamworker.views import age, printable
+from streamworker.views.select import Pace
+from tests.cli.conftest import Terminal
+from tests.conftest import eventually_blocking
+
+PENDING = ["queue", "level", "entry_id", "job_id", "kind", "worker_id", "idle_ms", "deliveries", "alive"]
+QUEUES = ["queue", "ready", "running", "delayed", "dead", "oldest_age_s", "paused"]
+
+
+def test_queues(sw, raw):
+    assert sw.ok("queues").sentence == "no queues"
+    assert sw.ok("queues", "--json").stdout == ""
+    for index in range(3):
+        sw.ok("enqueue", "x", "--queue", "b", "--count", index + 1, "--priority", ("high", "normal", "low")[index])
+    sw.ok("enqueue", "x", "--queue", "b", "--delay", "60", "--count", 2)
+    raw.xadd("stream:{a}", {"job": "{}"})  # of a producer that never heard of groups
+    raw.hset("stream:{paused}:meta", "paused", "1")
+    raw.set("stream:{b}:key:stream:{nobody}", "1")
+    rows = sw.ok("queues", "list", "--json").rows
+    assert [list(row) for row in rows] == [QUEUES] * 3
+    assert [[row["queue"], *list(row.values())[1:5], row["paused"]] for row in rows] == [
+        ["a", 1, 0, 0, 0, False],
+        ["b", 6, 0, 2, 0, False],
+        ["paused", 0, 0, 0, 0, True],
+    ]
+    assert rows[2]["oldest_age_s"] is None
+    assert 0 <= rows[1]["oldest_age_s"] < 20
+    table = sw.ok("queues").stdout.splitlines()
+    assert table[0].split() == ["queue", "ready", "running", "delayed", "dead", "oldest"]
+    assert table[2].split()[:5] == ["b", "6", "0", "2", "0"]
+    assert table[3].split()[-1] == "paused"
+    assert [row["queue"] for row in sw.ok("queues", "b", "--json").rows] == ["b"]
+    assert [row["queue"] for row in sw.ok("queues", "--queue=b", "--json").rows] == ["b"]
+
+
+def test_pending_is_xpending(sw, raw, held):
+    worker = held(7)
+    rows = sw.ok("pending", "--json").rows
+    assert [list(row) for row in rows] == [PENDING] * 7
+    truth = raw.xpending_range("stream:{holds}", "workers", "-", "+", 100)
+    bodies = {entry.decode(): json.loads(fields[b"job"]) for entry, fields in raw.xrange("stream:{holds}")}
+    assert [(row["entry_id"], row["worker_id"], row["deliveries"]) for row in rows] == [
+        (item["message_id"].decode(), item["consumer"].decode(), item["times_delivered"]) for item in truth
+    ]
+    assert {row["worker_id"] for row in rows} == {worker.worker_id}
+    assert [row["job_id"] for row in rows] == [bodies[row["entry_id"]]["id"] for row in rows]
+    assert {(row["queue"], row["level"], row["kind"], row["alive"]) for row in rows} == {
+        ("holds", "normal", "hold", True)
+    }
+    assert all(0 <= row["idle_ms"] < 15_000 for row in rows)
+    assert len(sw.ok("pending", "list", "--json", "--limit", 3).rows) == 3
+    for none in (["other"], ["--worker", "nobody"], ["--min-idle", "3600"], ["--kind", "x"]):
+        assert sw.ok("pending", *none, "--json").rows == []
+    all_of_them = ["holds", "--worker", worker.worker_id, "--kind", "hold", "--min-idle", "0"]
+    assert len(sw.ok("pending", *all_of_them, "--json").rows) == 7
+    table = sw.ok("pending", "--limit", "2")
+    assert len(table.stdout.splitlines()) == 3
+    assert worker.worker_id in table.stdout
+    assert table.sentence == "there are more pending jobs: --limit shows more, --json shows all"
+    assert worker.stop() == 0  # a listing has consumed nothing, and the worker hands all of them back
+    assert sw.ok("pending", "--json").rows == []
+
+
+def test_pending_reads_every_page_and_every_level(sw, raw):
+    for stream in ("stream:{q}:high", "stream:{q}", "stream:{q}:low"):
+        raw.xgroup_create(stream, "workers", "0", mkstream=True)
+        for index in range(250):
+            raw.xadd(stream, {"job": json.dumps({"id": f"{stream}-{index}", "kind": "k", "payload": {}})})
+        raw.xreadgroup("workers", "w", {stream: ">"}, count=1000)
+    rows = sw.ok("pending", "--json").rows
+    assert [row["job_id"] for row in rows] == [
+        f"{stream}-{index}" for stream in ("stream:{q}:high", "stream:{q}", "stream:{q}:low") for index in range(250)
+    ]
+    assert not any(row["alive"] for row in rows)
+
+
+def test_jobs_without_id_and_without_sense(sw, raw):
+    """A job without an id has the one that its worker logs; what cannot be read is listed all the same."""
+    raw.xadd("stream:{notes}", {"job": '{"payload": {"text": "x"}}'})
+    raw.xadd("stream:{notes}", {"job": "nonsense\x1b[2J"})
+    raw.xadd("stream:{notes}", {"other": "field"})
+    gone = raw.xadd("stream:{notes}", {"job": "{}"})
+    raw.xgroup_create("stream:{notes}", "workers", "0")
+    raw.hset("stream:{notes}:meta", "epoch", "e1")
+    raw.xreadgroup("workers", "bad\x1b[31mname", {"stream:{notes}": ">"})
+    raw.xdel("stream:{notes}", gone)
+    rows = sw.ok("pending", "--json").rows
+    assert len(rows) == 4
+    assert re.fullmatch(r"[0-9a-f-]{36}", rows[0]["job_id"])
+    assert [row["job_id"] for row in rows[1:]] == [None] * 3
+    table = sw.ok("pending")
+    assert "\x1b" not in table.stdout
+    assert "bad\\x1b[31mname" in table.stdout
+    shown = sw.ok("pending", "show", rows[1]["entry_id"], "--payload")
+    assert "nonsense\\x1b[2J" in shown.stdout
+    assert "no job" in shown.stdout
+
+
+def test_delayed(sw, raw):
+    for delay in (300, 100, 200):
+        sw.ok("enqueue", "x", json.dumps({"n": delay}), "--queue", "q", "--delay", delay, "--priority", "low")
+    rows = sw.ok("delayed", "--json").rows
+    assert [list(row) for row in rows] == [["queue", "level", "entry_id", "job_id", "kind", "due_at", "due_in_s"]] * 3
+    assert [round(row["due_in_s"], -2) for row in rows] == [100, 200, 300]
+    assert {(row["queue"], row["level"], row["kind"]) for row in rows} == {("q", "low", "x")}
+    assert raw.zscore("stream:{q}:due", rows[0]["entry_id"]) is not None
+    assert "document" not in rows[0]
+    shown = sw.ok("delayed", "--json", "--payload", "--limit", "1").rows
+    assert [row["document"]["payload"] for row in shown] == [{"n": 100}]
+    assert sw.ok("delayed", "list", "other", "--json").rows == []
+    # Many that are due at the same millisecond, more than fit on a page.
+    raw.delete("stream:{q}:due", "stream:{q}:bodies")
+    raw.zadd("stream:{q}:due", {f"normal/j{index}/0": 1_000 + index // 150 for index in range(300)})
+    assert [row["job_id"] for row in sw.ok("delayed", "--json").rows] == sorted(
+        (f"j{index}" for index in range(300)), key=lambda name: (int(name[1:]) // 150, name)
+    )
+
+
+def test_dead(sw, doomed):
+    doomed("first", "second\x9b31m")
+    rows = sw.ok("dead", "--json").rows
+    assert [list(row) for row in rows] == [
+        ["queue", "level", "entry_id", "job_id", "kind", "reason", "error", "attempts", "deliveries", "worker_id",
+         "failed_at", "age_s"]
+    ] * 2  # fmt: skip
+    assert [row["error"] for row in rows] == ["second\x9b31m", "first"]
+    assert {(row["queue"], row["reason"], row["kind"]) for row in rows} == {("dooms", "discarded", "doomed")}
+    assert "\x9b" not in sw.ok("dead").stdout + sw.ok("dead", "--json").stdout
+    assert "why" not in sw.ok("dead", "show", rows[1]["job_id"]).stdout  # payloads are shown when asked for
+    shown = sw.ok("dead", "show", rows[1]["job_id"], "--payload", "--json").rows
+    assert [row["document"]["payload"] for row in shown] == [{"why": "first"}]
+    assert len(sw.ok("dead", "--reason", "disc", "--kind", "doomed", "--json").rows) == 2
+    assert sw.ok("dead", "--reason", "timed out", "--json").rows == []
+    assert sw("dead", "show", "nobody").sentence == "there is no dead letter nobody"
+
+
+def test_workers(sw, held):
+    worker = held(2)
+    (row,) = sw.ok("workers", "--json").rows
+    assert (row["worker_id"], row["alive"], row["pending"], row["pid"]) == (
+        worker.worker_id, True, 2, worker.process.pid,
+    )  # fmt: skip
+    eventually_blocking(lambda: sw.ok("workers", "--json").rows[0]["running"] == 2, 20)
+    assert worker.worker_id in sw.ok("workers").stdout
+    assert sw.ok("workers", "nothing", "--json").rows == []
+
+
+@pytest.mark.parametrize("words", [["pending"], ["queues"]])
+def test_watch_fits_a_small_terminal(sw, held, words):
+    held(40)
+    terminal = Terminal(sw, *words, "--watch", "--interval", "0.2")
+    terminal.until("holds")
+    shown = len(terminal.text)
+    terminal.until("Ctrl-C ends")
+    deadline = time.monotonic() + 10
+    while len(terminal.text) < 2 * shown:  # it is drawn again
+        assert terminal.read(deadline)
+    terminal.process.send_signal(signal.SIGINT)
+    assert terminal.wait() == 0
+    lines = [
+        re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line).rstrip("\r")
+        for line in terminal.text.replace("\x1b[H", "\n").split("\n")  # each picture begins at the top left
+    ]
+    assert max(map(len, lines)) <= 80, max(lines, key=len)
+    if words == ["pending"]:
+        assert "and more" in terminal.text
+        row = next(line for line in lines if "holds" in line and "hold " in line)
+        assert re.search(r"holds +normal +\d{13}-\d+ +hold +\S+…\S+ ", row), row
+
+
+def test_watch_waits_for_the_server(bare, own_server):
+    bare.env["REDIS_URL"] = own_server.url
+    assert bare("queues", "--watch", "--json").returncode == 2
+    bare.ok("enqueue", "x", "--queue", "some")
+    terminal = Terminal(bare, "queues", "--watch", "--interval", "0.1")
+    terminal.until("some")
+    own_server.kill()
+    terminal.until("does not answer")
+    own_server.start()
+    terminal.text = ""
+    terminal.until("some")
+    terminal.process.send_signal(signal.SIGINT)
+    assert terminal.wait() == 0
+    own_server.kill()
+    assert bare("queues", "--watch").returncode == 69  # at its start there is nothing to wait for
+
+
+def test_words():
+    assert [age(seconds) for seconds in (None, 0, 0.31, 9.94, 42, 303, 12_000, 187_200, -3)] == [
+        "", "0.0s", "0.3s", "9.9s", "42s", "5m 03s", "3h 20m", "2d 04h", "-3.0s",
+    ]  # fmt: skip
+    assert printable("a\x1b[1mb\nc\u202ed\x9be\ud800ü") == "a\\x1b[1mb\\nc\\u202ed\\x9be\\ud800ü"
+
+
+def test_pace():
+    pace = Pace()
+    assert pace.rate("q", None, 0) is None
+    assert pace.rate("q", 100, 1) is None
+    assert pace.rate("q", 150, 3) == 25
+    assert pace.rate("q", 10, 4) == 0  # the streams were deleted and made again
+    assert pace.rate("other", 10, 4) is None
