@@ -192,20 +192,34 @@ async def waiting(desk: Desk, keys: Sequence[QueueKeys], limit: int) -> list[Wai
     counts: Counter[tuple[str, Literal["ready", "delayed", "dead"], str | None]] = Counter()
     share = max(10, limit // max(1, 5 * len(keys)))
     for each in keys:
-        for place in each.streams:
-            for _, fields in await desk.ask("XRANGE", place, "-", "+", "COUNT", share):
-                body = (fields or {}).get(b"job")
-                if _readable(body):
-                    counts[each.queue, "ready", codec.glance(body)[1]] += 1
-        members = await desk.ask("ZRANGE", each.due, 0, share - 1)
-        for body in await desk.ask("HMGET", each.bodies, *members) if members else ():
-            if _readable(body):
-                counts[each.queue, "delayed", codec.glance(body)[1]] += 1
-        for _, fields in await desk.ask("XREVRANGE", each.dead, "+", "-", "COUNT", share):
-            body = (fields or {}).get(b"job")
-            if _readable(body):
-                counts[each.queue, "dead", codec.glance(body)[1]] += 1
+        ready = [("XRANGE", place, "-", "+", "COUNT", share) for place in each.streams]
+        *streams, dead_ = await _readable(desk, [*ready, ("XREVRANGE", each.dead, "+", "-", "COUNT", share)])
+        (members,) = await _readable(desk, [("ZRANGE", each.due, 0, share - 1)])
+        (parked,) = await _readable(desk, [("HMGET", each.bodies, *members)]) if members else ([],)
+        places: tuple[tuple[Literal["ready", "delayed", "dead"], list[bytes | None]], ...] = (
+            ("ready", [(fields or {}).get(b"job") for entries in streams for _, fields in entries]),
+            ("delayed", parked),
+            ("dead", [(fields or {}).get(b"job") for _, fields in dead_]),
+        )
+        for place, bodies in places:
+            counts.update((each.queue, place, kind) for kind in _kinds(bodies))
     return [Waiting(queue, place, kind, count) for (queue, place, kind), count in sorted(counts.items(), key=str)]
+
+
+async def _readable(desk: Desk, commands: Sequence[Sequence[Any]]) -> list[Any]:
+    """Answers in order; nothing where a key is of the wrong type, which `examine` finds."""
+    return [[] if isinstance(answer, Exception) else answer for answer in await desk.gather(commands)]
+
+
+def _kinds(bodies: Sequence[bytes | None]) -> list[str | None]:
+    """The kinds of those that can be read; the others are nobody's, with or without a handler."""
+    found = []
+    for body in bodies:
+        try:
+            found.append(codec.read(body or b"").kind or None)
+        except InvalidJob:
+            continue
+    return found
 
 
 async def _alive(desk: Desk, holders: set[bytes]) -> set[bytes]:
@@ -221,11 +235,3 @@ def _named(body: bytes | None, place: str, epoch: bytes, entry: bytes) -> tuple[
     except InvalidJob:
         return None, None
     return reading.id or codec.derived_id(place, epoch, entry), reading.kind or None
-
-
-def _readable(body: bytes | None) -> bool:
-    try:
-        codec.read(body or b"")
-    except InvalidJob:
-        return False
-    return True

@@ -16,7 +16,7 @@ from typing import Final
 
 from cyclopts import CycloptsError
 
-from streamworker.cli.root import root
+from streamworker.cli.tree import root
 from streamworker.errors import StreamworkerError
 from streamworker.masking import redact
 

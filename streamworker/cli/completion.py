@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Literal
 
-from streamworker.cli.root import root
+from streamworker.cli.tree import root
 
 
 def completion(shell: Literal["bash", "zsh", "fish"], /) -> int:

@@ -22,7 +22,7 @@ from tests.conftest import eventually_blocking
 
 ROOT = Path(__file__).parents[2]
 
-JOBS = '''
+JOBS = """
 import signal, sys, time
 from pathlib import Path
 import anyio
@@ -60,7 +60,7 @@ def stick(payload: Stick) -> None:
 @app.handler
 async def doom(payload: Doomed) -> None:
     raise Discard(payload.why)
-'''
+"""
 
 
 class Done(subprocess.CompletedProcess[str]):
@@ -86,7 +86,9 @@ class Program:
 
     def __init__(self, directory: Path, url: str | None) -> None:
         self.directory = directory
-        clean = {k: v for k, v in os.environ.items() if not k.startswith("STREAMWORKER_") and k not in ("COLUMNS", "LINES")}
+        clean = {
+            k: v for k, v in os.environ.items() if not k.startswith("STREAMWORKER_") and k not in ("COLUMNS", "LINES")
+        }
         self.env = {**clean, "PYTHONPATH": str(ROOT), "NO_COLOR": "1", "PYTHONWARNINGS": "error", "TERM": "xterm"}
         self.env.pop("REDIS_URL", None)
         self.env.pop("DATABASE_URL", None)

@@ -142,7 +142,9 @@ def test_delayed(sw, raw):
     ids = sw.ok("enqueue", "x", "--queue", "q", "--delay", 500, "--count", 4).stdout.split()
     assert sw("delayed", "run", "--yes").returncode == 2
     sw.ok("delayed", "run", ids[0], "--yes")
-    assert [json.loads(fields[b"job"])["id"] for _, fields in raw.xrange("stream:{q}")] == [ids[0]]  # without any worker
+    assert [json.loads(fields[b"job"])["id"] for _, fields in raw.xrange("stream:{q}")] == [
+        ids[0]
+    ]  # without any worker
     sw.ok("delayed", "drop", "--id", ids[1], "--yes")
     assert raw.zcard("stream:{q}:due") == raw.hlen("stream:{q}:bodies") == 2
     missing = sw("delayed", "drop", ids[1], "--yes")

@@ -1,0 +1,161 @@
+"""help, version, completion, config, check, and what importing them costs."""
+
+import importlib
+import json
+import subprocess
+import sys
+
+import pytest
+
+from streamworker.cli import tree
+from streamworker.cli.tree import root
+
+
+def test_help_imports_no_client(bare):
+    """Nobody waits for Redis clients and event loops in order to read what there is."""
+    code = (
+        "import sys; from streamworker.cli import main; main(sys.argv[1:]);"
+        "print([n for n in ('redis', 'asyncpg', 'uvloop', 'asyncio', 'structlog') if n in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--help"], env=bare.env, capture_output=True, text=True, timeout=20
+    )
+    assert done.stderr.strip() == "[]"
+    assert "pending" in done.stdout
+
+
+def test_every_command_has_help(capsys):
+    for name, *_ in tree._COMMANDS:
+        app = root[name]
+        subcommands = [sub for sub in app if not sub.startswith("-")]
+        for words in ([name], *([name, sub] for sub in subcommands)):
+            root([*words, "--help"], result_action="return_value")
+            text = capsys.readouterr().out
+            assert "Usage: streamworker" in text
+    expected = {
+        "pending": {"list", "show", "release", "bury", "drop"},
+        "delayed": {"list", "run", "drop"},
+        "dead": {"list", "show", "retry", "drop"},
+        "workers": {"list", "prune"},
+        "queues": {"list"},
+    }
+    for name, subs in expected.items():
+        assert subs <= set(root[name])
+
+
+def test_modules_are_found():
+    for _, path, *_ in tree._COMMANDS:
+        module, _, attribute = path.partition(":")
+        assert getattr(importlib.import_module(f"streamworker.cli.{module}"), attribute)
+
+
+def test_version_and_completion(bare):
+    assert bare.ok("--version").stdout.startswith("streamworker")
+    for shell in ("bash", "zsh", "fish"):
+        assert "pending" in bare.ok("completion", shell).stdout
+
+
+def test_config(bare, tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("postgresql://u:hidden2@db/x\n")
+    env = {"REDIS_URL": "redis://u:hidden1@host/0", "DATABASE_URL_FILE": str(secret), "STREAMWORKER_LEASE": "3"}
+    done = bare.ok("config", "--grace", "7.5", "--json", **env)
+    rows = {row["name"]: row for row in done.rows}
+    assert rows["STREAMWORKER_REDIS_URL"] == {
+        "name": "STREAMWORKER_REDIS_URL", "value": "redis://u:***@host/0", "source": "REDIS_URL",
+    }  # fmt: skip
+    assert rows["STREAMWORKER_LEASE"]["value"] == "3"
+    assert rows["STREAMWORKER_GRACE"] == {"name": "STREAMWORKER_GRACE", "value": "7.5", "source": "--grace"}
+    assert rows["STREAMWORKER_GROUP"]["source"] == "default"
+    table = bare.ok("config", **env)
+    assert "hidden" not in table.stdout + done.stdout
+    assert len(table.stdout.splitlines()) == len(rows) + 1
+    assert bare("config", STREAMWORKER_LEASE="soon").returncode == 78
+
+
+def found(done, subject):
+    return [(row["severity"], row["sentence"]) for row in done.rows if row["subject"] == subject]
+
+
+def test_check_of_a_sound_server(bare, own_server):
+    bare.env["REDIS_URL"] = own_server.url
+    done = bare.ok("check", "--app", "jobs:app", "--json")
+    assert {row["severity"] for row in done.rows} == {"ok"}
+    assert [list(row) for row in done.rows] == [["severity", "subject", "sentence"]] * len(done.rows)
+    with own_server.client() as client:
+        assert client.keys("*") == []
+    assert "FAIL" not in bare.ok("check").stdout
+
+
+def test_check_finds_what_loses_jobs(sw, raw):
+    raw.xadd("stream:{notes}", {"job": json.dumps({"kind": "nobody.knows", "payload": {}})})
+    raw.xadd("stream:{notes}", {"job": json.dumps({"payload": {"text": "x"}})})
+    raw.xadd("stream:{notes}:dead", {"job": json.dumps({"kind": "long.gone", "payload": {}})})
+    raw.xgroup_create("stream:{holds}", "others", "0", mkstream=True)
+    raw.set("stream:{sticks}:due", "x")
+    raw.config_set("maxmemory-policy", "allkeys-lru")
+    try:
+        done = sw(
+            "check", "--app", "jobs:app", "--json", "--queues", "notes,holds,sticks", STREAMWORKER_NOSUCHTHING="1"
+        )
+    finally:
+        raw.config_set("maxmemory-policy", "noeviction")
+    assert done.returncode == 1
+    assert [severity for severity, _ in found(done, "memory")] == ["error"]
+    assert [severity for severity, _ in found(done, "persistence")] == ["error"]
+    assert [severity for severity, _ in found(done, "settings")] == ["warning"]
+    assert found(done, "groups")[0][0] == "error"
+    assert "'others'" in found(done, "groups")[0][1]
+    assert "stream:{sticks}:due" in found(done, "keys")[0][1]
+    assert "dooms" in found(done, "queues")[0][1]
+    handlers = found(done, "handlers")
+    assert [(severity, "nobody.knows" in s, "long.gone" in s) for severity, s in handlers] == [
+        ("warning", False, True),
+        ("error", True, False),
+    ]
+
+
+@pytest.mark.parametrize("dryrun", [True, False])
+def test_check_of_a_poor_user(sw, raw, redis_url, dryrun):
+    if dryrun and int(raw.info("server")["redis_version"].split(".")[0]) < 7:
+        pytest.skip("ACL DRYRUN is of Redis 7")
+    rules = ["on", ">pw", "~*", "+@all", "-xdel", "-config", *([] if dryrun else ["-acl"])]
+    raw.execute_command("ACL", "SETUSER", "poor", *rules)
+    try:
+        raw.xgroup_create("stream:{notes}", "workers", "0", mkstream=True)
+        done = sw("check", "--json", REDIS_URL=redis_url.replace("//", "//poor:pw@"))
+    finally:
+        raw.execute_command("ACL", "DELUSER", "poor")
+    assert done.returncode == 1
+    severity, sentence = found(done, "permissions")[0]
+    assert severity == "error"
+    assert "XDEL" in sentence
+    # Redis 7 permits no channel unless told to; nothing is lost by that.
+    assert {severity for severity, _ in found(done, "permissions")[1:]} <= {"warning"}
+    assert found(done, "persistence")[0][0] == "warning"
+    assert [key for key in raw.keys("*") if b"check" in key] == []
+
+
+def test_check_says_what_it_cannot_reach(bare):
+    done = bare("check", "--json", "--app", "jobs:nope", REDIS_URL="redis://127.0.0.1:1")
+    assert done.returncode == 1
+    assert [(row["severity"], row["subject"]) for row in done.rows] == [
+        ("ok", "settings"), ("error", "app"), ("error", "server"),
+    ]  # fmt: skip
+    wrong = bare("check", "--json", STREAMWORKER_LEASE="x", STREAMWORKER_GRACE="y")
+    assert [(row["severity"], row["subject"]) for row in wrong.rows] == [("error", "settings")] * 2
+
+
+def test_a_reader_that_leaves(sw, raw):
+    """``| head`` is no error."""
+    for _ in range(3):
+        raw.xadd("stream:{q}:dead", {"job": "x" * 100_000, "reason": "r"})
+    process = subprocess.Popen(
+        sw.command("dead", "--json", "--payload"), cwd=sw.directory, env=sw.env, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+    process.stdout.read(10)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(10) == 0
+    process.stderr.close()

@@ -1,0 +1,73 @@
+"""``enqueue``: checked against the handler's type where there is an app, any JSON object where there is none."""
+
+import json
+
+import pytest
+
+
+def documents(raw, stream="stream:{notes}"):
+    return [json.loads(fields[b"job"]) for _, fields in raw.xrange(stream)]
+
+
+def test_with_an_app(sw, raw):
+    done = sw.ok("enqueue", "note.write", '{"text": "x", "unknown": 1}', "--app", "jobs:app")
+    (job,) = documents(raw)
+    assert done.stdout == job["id"] + "\n"
+    assert (job["kind"], job["queue_name"], job["payload"]) == ("note.write", "notes", {"text": "x", "times": 1})
+    old = sw.ok("enqueue", "note.old", '{"text": "y"}', "--queue", "elsewhere", "--json", STREAMWORKER_APP="jobs:app")
+    (job,) = documents(raw, "stream:{elsewhere}")
+    assert old.rows == [{"id": job["id"], "new": True}]
+    assert job["kind"] == "note.write"
+
+    wrong = sw("enqueue", "note.write", '{"text": 5}', "--app", "jobs:app")
+    assert wrong.returncode == 1
+    assert "$.text" in wrong.sentence
+    unknown = sw("enqueue", "note.wrote", "{}", "--app", "jobs:app")
+    assert unknown.returncode == 2
+    assert "did you mean 'note.write'?" in unknown.sentence
+    assert sw("enqueue", "note.write", "{}", "--app", "jobs:nothing").returncode == 78
+    assert len(documents(raw)) == 1
+
+
+def test_without_an_app(sw, raw):
+    sw.ok("enqueue", "any.kind", '{"n": 12345678901234567890123}', "--queue", "q", "--priority", "high")
+    ((_, fields),) = raw.xrange("stream:{q}:high")
+    assert b'"payload":{"n":12345678901234567890123}' in fields[b"job"]  # not a digit of it is touched
+    sw.ok("enqueue", "any.kind", "-", "--queue", "q", "--priority", "200", stdin='{"from": "stdin"}\n')
+    assert [job["payload"] for job in documents(raw, "stream:{q}:low")] == [{"from": "stdin"}]
+    sw.ok("enqueue", "any.kind", "--queue", "q", "--count", "2500", "--json")
+    assert len({job["id"] for job in documents(raw, "stream:{q}")}) == 2500
+
+
+def test_key_and_delay(sw, raw):
+    first = sw.ok("enqueue", "k", "--queue", "q", "--key", "once", "--json").rows
+    second = sw.ok("enqueue", "k", "--queue", "q", "--key", "once", "--json").rows
+    assert first == [{"id": second[0]["id"], "new": True}]
+    assert second[0]["new"] is False
+    assert "(enqueued before)" in sw.ok("enqueue", "k", "--queue", "q", "--key", "once").stdout
+    sw.ok("enqueue", "k", "--queue", "q", "--delay", "0.5")
+    assert (raw.xlen("stream:{q}"), raw.zcard("stream:{q}:due")) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["k"], 2),
+        (["k", "{}", "--queue", "q:high"], 2),
+        (["k", "{}", "--queue", "q", "--priority", "urgent"], 2),
+        (["k", "{}", "--queue", "q", "--delay", "-1"], 2),
+        (["k", "{}", "--queue", "q", "--count", "0"], 2),
+        (["k", "{}", "--queue", "q", "--key", "x", "--count", "2"], 2),
+        (["k", "{}", "--queue", "q", "--key", ""], 2),
+        (["a kind", "{}", "--queue", "q"], 2),
+        (["k", "[1]", "--queue", "q"], 1),
+        (["k", "{", "--queue", "q"], 1),
+        (["k", '{"a": 1} trailing', "--queue", "q"], 1),
+        (["k", json.dumps({"big": "x" * 30_000}), "--queue", "q"], 1),
+    ],
+)
+def test_refused(sw, raw, words, code):
+    done = sw("enqueue", *words, STREAMWORKER_MAX_JOB_BYTES="20000")
+    assert (done.returncode, done.stdout) == (code, "")
+    assert done.sentence
+    assert raw.keys("*") == []
