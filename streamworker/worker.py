@@ -15,7 +15,6 @@ from typing import Any, Final
 
 import anyio
 import anyio.to_thread
-import structlog
 
 from streamworker.claiming import Claimer
 from streamworker.context import Shared
@@ -30,9 +29,10 @@ from streamworker.pause import Pause
 from streamworker.settings import Settings
 from streamworker.settler import Settler
 from streamworker.slots import Slots
+from streamworker.telemetry.logs import get_logger
 from streamworker.workplace import Workplace
 
-log = structlog.get_logger("streamworker.worker")
+log = get_logger("streamworker.worker")
 
 
 class QueueWorker:
@@ -248,6 +248,8 @@ class QueueWorker:
     async def _ticking(self) -> None:
         pause = Pause()
         while not self._stopping.is_set():
+            # Before the look, not after it: a stop or a parked job that comes meanwhile must not be slept over.
+            self._tick_wake, self._next_tick = anyio.Event(), float("inf")
             try:
                 seconds = await self._broker.tick()
                 pause.reset()
@@ -255,7 +257,7 @@ class QueueWorker:
                 log.error("tick_failed", worker_id=self.worker_id, error=str(error))
                 await pause.wait(self._stopping)
                 continue
-            self._tick_wake, self._next_tick = anyio.Event(), time.time() + seconds
+            self._next_tick = time.time() + seconds
             with anyio.move_on_after(seconds):
                 await self._tick_wake.wait()
 

@@ -236,6 +236,17 @@ def test_a_thread_that_never_returns_costs_the_process(start, raw):
     assert raw.xinfo_consumers(Q, GROUP) == []
 
 
+def test_a_handler_past_its_deadline_is_rescued(start, raw):
+    """`hang` swallows its timeout: nobody can stop it, but its lease is renewed no more."""
+    first, second = start().ready(), start().ready()
+    put(raw, "hang", "x")
+    eventually_blocking(lambda: len(traces(raw, "hang")) == 2, 10)
+    eventually_blocking(lambda: settled(raw))
+    one, two = traced(raw, "hang", "x")
+    assert {one[0], two[0]} == {first.worker_id, second.worker_id}
+    assert (one[1:], two[1:]) == (["1", "1", "0"], ["1", "2", "0"])
+
+
 def test_a_frozen_worker_settles_nothing_when_it_thaws(start, raw):
     zombie = start(CONCURRENCY=2).ready()
     put(raw, "wait", "x")
