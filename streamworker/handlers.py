@@ -56,7 +56,7 @@ class _PayloadMeta(msgspec.StructMeta):
         if not root:
             if kind is None or queue is None:
                 raise TypeError(f"{name} needs a kind and a queue: class {name}(Payload, kind='...', queue='...')")
-            if isinstance(aliases, str):  # type: ignore[unreachable]
+            if hasattr(aliases, "lower"):  # one string would be taken letter by letter
                 raise TypeError(f"{name}: aliases={aliases!r} must be a tuple of kinds")
             for each in (kind, *aliases):
                 if not KIND_NAME.fullmatch(each):
