@@ -7,15 +7,15 @@ from collections.abc import Callable
 from typing import Final
 
 import anyio
-import structlog
 
 from streamworker.broker import Broker
 from streamworker.execute import Run
 from streamworker.holdings import Holdings
 from streamworker.job import Claim
 from streamworker.pause import Pause
+from streamworker.telemetry.logs import get_logger
 
-log = structlog.get_logger("streamworker.worker")
+log = get_logger("streamworker.worker")
 
 BLOCK: Final = 5.0
 """Seconds one claim waits for jobs."""
@@ -55,6 +55,7 @@ class Claimer:
         self._stopping = stopping
         self._burst = burst
         self._reconcile = False
+        self._quiet = False
         self._suspects: deque[Run] = deque()
         self._alone: Run | None = None
         self.ended: Final = anyio.Event()
@@ -103,11 +104,21 @@ class Claimer:
         limit = min(room, max(1, self._concurrency // 2))
         claims = await self._broker.claim(limit, 0 if self._burst else BLOCK, holdings)
         self._admit(claims)
+        if claims:
+            self._quiet = False
         if self._burst and not claims:
-            if holdings:
-                await holdings.changed(0.1)
-            else:
-                self._stopping.set()
+            await self._look_for_the_end()
+
+    async def _look_for_the_end(self) -> None:
+        """In a burst: stop once nothing is held, nothing due, and nothing ready."""
+        if self._holdings:
+            self._quiet = False
+            await self._holdings.changed(0.1)
+        elif self._quiet:
+            self._stopping.set()
+        else:
+            self._quiet = True  # what is due by now may come from this; one more claim will tell
+            await self._broker.tick()
 
     def _admit(self, claims: list[Claim]) -> None:
         holdings, put = self._holdings, self._put

@@ -9,7 +9,6 @@ from typing import Any, Final, Generic
 
 import asyncpg
 import msgspec
-import structlog
 from redis.asyncio import Redis
 from typing_extensions import TypeVar
 
@@ -18,6 +17,7 @@ from streamworker.codec import Reading
 from streamworker.errors import ConfigurationError
 from streamworker.job import Claim, Job
 from streamworker.policy import Limits
+from streamworker.telemetry.logs import get_logger
 
 S = TypeVar("S", default=Any)
 S_co = TypeVar("S_co", covariant=True, default=Any)
@@ -115,7 +115,7 @@ class Context(Generic[S_co]):
         """A structlog logger bound to job id, kind, queue, worker and attempt."""
         if self._log is None:
             job = self.job
-            self._log = structlog.get_logger("streamworker.handler").bind(
+            self._log = get_logger("streamworker.handler").bind(
                 job_id=job.id, kind=job.kind, queue=job.queue, worker_id=self.worker_id, attempt=self.attempt
             )
         return self._log

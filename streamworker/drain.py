@@ -75,8 +75,8 @@ def give_back(worker: Draining, run: Run) -> None:
     """Settle a run that did not come to an end here; one that can have no other end (undecodable) gets that."""
     if run.outcome is None:
         # A thread past its deadline is charged, or it would stick worker after worker for ever.
-        late = run.overdue(monotonic()) and run.deadline is not None and run.started is not None
-        run.outcome = TimedOut(run.deadline - run.started) if late else SHUTDOWN
+        limits = run.facts.limits if run.facts is not None and run.overdue(monotonic()) else None
+        run.outcome = TimedOut(limits.timeout) if limits is not None and limits.timeout is not None else SHUTDOWN
     worker.finish(run)
 
 

@@ -13,13 +13,12 @@ from collections.abc import Callable, Iterable
 from time import monotonic
 from typing import Final
 
-import structlog
-
 from streamworker.broker import Broker
 from streamworker.execute import Run
 from streamworker.job import Claim
+from streamworker.telemetry.logs import get_logger
 
-log = structlog.get_logger("streamworker.lease")
+log = get_logger("streamworker.lease")
 
 BLOCKED_AFTER: Final = 1.0
 """Seconds without an answer from the event loop after which the blocking handler is named."""

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Final
 
 import anyio
-import structlog
 
 from streamworker.broker import Broker, Ending
 from streamworker.endings import ending
@@ -21,8 +20,9 @@ from streamworker.execute import Run
 from streamworker.holdings import Holdings
 from streamworker.job import Dead, Done, Raised, ReleaseAt, RetryAt, Settled
 from streamworker.pause import Pause
+from streamworker.telemetry.logs import get_logger
 
-log = structlog.get_logger("streamworker.worker")
+log = get_logger("streamworker.worker")
 
 REFUSED_PAUSE: Final = 1.0
 """Seconds before jobs that the server had no memory for are offered again."""

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 import anyio
-import structlog
 
 from streamworker.broker.client import Address, understood
+from streamworker.telemetry.logs import get_logger
 
-log = structlog.get_logger("streamworker.broker")
+log = get_logger("streamworker.broker")
 
 RETRY: Final = 2.0
 """Seconds between tries to subscribe again; until then the regular ticks find what is due."""

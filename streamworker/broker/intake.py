@@ -9,7 +9,6 @@ from time import monotonic
 from typing import Any, Final
 
 import anyio
-import structlog
 
 from streamworker.broker import scripts
 from streamworker.broker.keys import QueueKeys
@@ -18,8 +17,9 @@ from streamworker.broker.order import Order
 from streamworker.errors import StreamworkerError
 from streamworker.job import LEVELS, Claim, Level
 from streamworker.policy import SUSPECT_DELIVERIES
+from streamworker.telemetry.logs import get_logger
 
-log = structlog.get_logger("streamworker.broker")
+log = get_logger("streamworker.broker")
 
 TROUBLE_PAUSE: Final = 60.0
 """Seconds between complaints about a key that cannot be read."""

@@ -36,7 +36,7 @@ class Desk:
     async def ask(self, *command: Any) -> Any:
         """Send one command."""
         with understood(self.address):
-            return await self.client.execute_command(*command)  # type: ignore[no-untyped-call]
+            return await self.client.execute_command(*command)
 
     async def run(self, script: scripts.Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
         """Run a script."""

@@ -113,7 +113,8 @@ class StreamOperator:
     async def hasten(self, job: StoredJob) -> bool:
         """See `Operator.hasten`."""
         keys = self._key(job.queue)
-        if not await self._desk.run(scripts.UNPARK, [keys.due, keys.bodies], ["hasten", job.handle]):
+        body = b"" if job.body is None else _without_date(job.body)
+        if not await self._desk.run(scripts.UNPARK, [keys.due, keys.bodies], ["hasten", job.handle, body]):
             return False
         # Now means now, also when no worker is there to look: it is first in the set, so that one batch takes it along.
         await self._desk.run(scripts.PROMOTE, [keys.due, keys.bodies, *keys.streams], [PAGE])
@@ -122,7 +123,7 @@ class StreamOperator:
     async def forget(self, job: StoredJob) -> bool:
         """See `Operator.forget`."""
         keys = self._key(job.queue)
-        return bool(await self._desk.run(scripts.UNPARK, [keys.due, keys.bodies], ["forget", job.handle]))
+        return bool(await self._desk.run(scripts.UNPARK, [keys.due, keys.bodies], ["forget", job.handle, b""]))
 
     async def dead(self, queues: Sequence[str], *, only: str | None = None) -> AsyncIterator[StoredJob]:
         """See `Operator.dead`."""
@@ -219,5 +220,13 @@ def _refreshed(letter: StoredJob, body: bytes) -> bytes:
         headers: dict[str, str | None] = {name: None for name in charged if name in known}
         patch = {"id": letter.job_id, "hop": (document.hop or 0) + 1, "attempt_count": None, "run_at": None}
         return codec.rewrite(body, patch, headers)
+    except InvalidJob:
+        return body
+
+
+def _without_date(body: bytes) -> bytes:
+    """The document without its ``run_at``, which would send it back to the due set; as it is if it cannot be read."""
+    try:
+        return codec.rewrite(body, {"run_at": None}) if codec.read(body).run_at is not None else body
     except InvalidJob:
         return body

@@ -8,7 +8,6 @@ from time import monotonic
 from typing import Any, Final
 
 import msgspec
-import structlog
 
 from streamworker.broker import Ending, scripts
 from streamworker.broker.bell import listen
@@ -22,8 +21,9 @@ from streamworker.broker.tidy import tidy
 from streamworker.errors import ConfigurationError
 from streamworker.job import Claim, Depth, Enqueued, Outgoing, Settled
 from streamworker.policy import SUSPECT_DELIVERIES
+from streamworker.telemetry.logs import get_logger
 
-log = structlog.get_logger("streamworker.broker")
+log = get_logger("streamworker.broker")
 
 PROMOTE_BATCH: Final = 500
 """Most due jobs one script call moves."""

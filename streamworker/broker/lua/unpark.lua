@@ -1,21 +1,19 @@
--- unpark: delete parked jobs for good, or make them due now.
+-- unpark: delete a parked job for good, or make it due now. A body given with it replaces the stored one, because a document
+-- that says "not before" would be parked again by the worker that reads it.
 --
--- KEYS[1]    due set of the queue
--- KEYS[2]    bodies hash of the queue
--- ARGV[1]    "forget" or "hasten"
--- ARGV[2..]  members
+-- KEYS[1]  due set of the queue
+-- KEYS[2]  bodies hash of the queue
+-- ARGV[1]  "forget" or "hasten"
+-- ARGV[2]  member
+-- ARGV[3]  body to store ("": as it is)
 --
--- returns the number of members that were still parked
-local found = 0
-for i = 2, #ARGV do
-  if redis.call('ZSCORE', KEYS[1], ARGV[i]) then
-    found = found + 1
-    if ARGV[1] == 'forget' then
-      redis.call('ZREM', KEYS[1], ARGV[i])
-      redis.call('HDEL', KEYS[2], ARGV[i])
-    else
-      redis.call('ZADD', KEYS[1], 0, ARGV[i])
-    end
-  end
+-- returns 1 done, 0 it is not parked any more
+if not redis.call('ZSCORE', KEYS[1], ARGV[2]) then return 0 end
+if ARGV[1] == 'forget' then
+  redis.call('ZREM', KEYS[1], ARGV[2])
+  redis.call('HDEL', KEYS[2], ARGV[2])
+else
+  if ARGV[3] ~= '' then redis.call('HSET', KEYS[2], ARGV[2], ARGV[3]) end
+  redis.call('ZADD', KEYS[1], 0, ARGV[2])
 end
-return found
+return 1
