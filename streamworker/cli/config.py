@@ -13,8 +13,8 @@ from streamworker.settings import Described
 
 _COLUMNS: Final[list[Column[Described]]] = [
     Column("name", lambda line: line.name),
-    Column("value", lambda line: line.value_masked),
-    Column("from", lambda line: "" if line.source == "default" else line.source),
+    Column("value", lambda line: line.value_masked, fold=True),
+    Column("from", lambda line: "" if line.source == "default" else line.source, fold=True),
 ]
 
 

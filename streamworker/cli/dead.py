@@ -28,8 +28,8 @@ _COLUMNS: Final[list[Column[DeadRow]]] = [
     Column("job", lambda row: row.job_id or "?", wide=True),
     Column("kind", lambda row: row.kind or "?", short=14),
     Column("ago", lambda row: age(row.age_s), right=True),
-    Column("reason", lambda row: row.reason, short=26),
-    Column("error", lambda row: row.error),
+    Column("reason", lambda row: row.reason, wide=True),
+    Column("error", lambda row: row.error or row.reason, rest=True),
 ]
 
 NamedIds = Annotated[tuple[str, ...], Parameter(name="--id", help="The same, once per id.")]

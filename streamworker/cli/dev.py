@@ -13,9 +13,11 @@ from types import FrameType
 from typing import Final
 
 from streamworker import embedded
+from streamworker.cli.loading import HOW
 from streamworker.cli.options import WORKER, WorkerFlags
 from streamworker.cli.reload import Watch
 from streamworker.environment import PREFIX
+from streamworker.errors import ConfigurationError
 from streamworker.settings import EMBEDDED
 from streamworker.telemetry.logs import get_logger
 
@@ -36,9 +38,11 @@ def dev(app: str | None = None, *, flags: WorkerFlags = WORKER) -> int:
         app: module:attribute, such as shop.jobs:app; STREAMWORKER_APP unless given.
     """
     settings = flags.settings(app=app)
+    if settings.app is None:
+        raise ConfigurationError(f"There is no app to run: {HOW}.")
     flags.export()
-    if app is not None:
-        os.environ[f"{PREFIX}APP"] = app
+    os.environ[f"{PREFIX}APP"] = settings.app
+    os.environ.pop(f"{PREFIX}APP_FILE", None)
     if "grace" not in dict(settings.sources):
         os.environ[f"{PREFIX}GRACE"] = GRACE
     with ExitStack() as stack:

@@ -74,6 +74,8 @@ def _broken(name: str, error: BaseException) -> ConfigurationError:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
     # Our own call comes first; behind it, the deepest line that ran is where to look.
     place = f" ({frames[-1].filename} line {frames[-1].lineno})" if len(frames) > 1 else ""
+    if isinstance(error, SyntaxError):
+        place = f" ({error.filename} line {error.lineno})"
     return ConfigurationError(
         f"The module {name} cannot be imported: {last}{place}; STREAMWORKER_LOG_LEVEL=debug shows the traceback."
     )

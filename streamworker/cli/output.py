@@ -26,7 +26,7 @@ R = TypeVar("R")
 
 ROWS: Final = 50
 """Rows of a table unless --limit says otherwise."""
-WIDE: Final = 120
+WIDE: Final = 150
 """Columns of a terminal that has room for everything."""
 # JSON may hold them, but a terminal would obey them.
 _UNPRINTABLE: Final = re.compile("[\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
@@ -41,6 +41,8 @@ class Column(NamedTuple, Generic[R]):
         right: numbers stand on the right.
         wide: left out where there is no room.
         short: how long its text may be where there is no room; the middle is left out.
+        fold: goes on in the next line where there is no room, instead of being cut off.
+        rest: is cut to the room that the others leave.
     """
 
     title: str
@@ -48,6 +50,8 @@ class Column(NamedTuple, Generic[R]):
     right: bool = False
     wide: bool = False
     short: int = 0
+    fold: bool = False
+    rest: bool = False
 
 
 def plain(row: Any) -> dict[str, Any]:
@@ -122,7 +126,7 @@ async def show(
     if not chosen:
         say(f"no {title}")
         return 0
-    console.print(_table(chosen, columns, wide=_wide(console), payload=payload))
+    console.print(_table(chosen, columns, console.width, payload=payload))
     if more:
         say(f"there are more {title}: --limit shows more, --json shows all")
     return 0
@@ -137,7 +141,7 @@ async def _watch(listing: Listing, rows: Rows[R], columns: Sequence[Column[R]], 
             head = Text(f"{title}, {time.strftime('%H:%M:%S')}, every {listing.interval:g} s, Ctrl-C ends", "dim")
             try:
                 chosen, more = await _take(rows(), min(listing.limit or room, room))
-                body: Any = _table(chosen, columns, wide=_wide(console)) if chosen else Text(f"no {title}")
+                body: Any = _table(chosen, columns, console.width) if chosen else Text(f"no {title}")
                 foot = Text("... and more" if more else "", "dim")
             except Unreachable as error:
                 body, foot = Text(printable(str(error)), "red"), Text("")
@@ -161,27 +165,42 @@ def _console() -> Console:
     return console
 
 
-def _wide(console: Console) -> bool:
-    return console.width >= WIDE
-
-
 def _table(
-    rows: Sequence[tuple[R, bytes | None]], columns: Sequence[Column[R]], *, wide: bool, payload: bool = False
+    rows: Sequence[tuple[R, bytes | None]], columns: Sequence[Column[R]], width: int, *, payload: bool = False
 ) -> Table:
+    wide = width >= WIDE
     shown = [column for column in columns if wide or not column.wide]
+    texts = [[printable(column.cell(row)) for column in shown] for row, _ in rows]
+    if not wide:
+        texts = [[_short(text, column.short) for text, column in zip(line, shown, strict=True)] for line in texts]
+    _cut_rest(texts, shown, width)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in shown:
-        table.add_column(column.title, justify="right" if column.right else "left", no_wrap=True, overflow="ellipsis")
+        table.add_column(
+            column.title,
+            justify="right" if column.right else "left",
+            no_wrap=not column.fold,
+            overflow="fold" if column.fold else "ellipsis",
+        )
     if payload:
         table.add_column("document", overflow="fold")
-    for row, body in rows:
-        cells = [printable(column.cell(row)) for column in shown]
-        if not wide:
-            cells = [_short(cell, column.short) for cell, column in zip(cells, shown, strict=True)]
-        if payload:
-            cells.append(printable((body or b"").decode(errors="backslashreplace")))
-        table.add_row(*map(Text, cells))
+    for line, (_, body) in zip(texts, rows, strict=True):
+        document_ = [printable((body or b"").decode(errors="backslashreplace"))] if payload else []
+        table.add_row(*map(Text, [*line, *document_]))
     return table
+
+
+def _cut_rest(texts: Sequence[list[str]], columns: Sequence[Column[R]], width: int) -> None:
+    others = sum(
+        2 + max([len(column.title), *(len(line[at]) for line in texts)])
+        for at, column in enumerate(columns)
+        if not column.rest
+    )
+    room = max(10, width - others - 2)
+    for at in (at for at, column in enumerate(columns) if column.rest):
+        for line in texts:
+            if len(line[at]) > room:
+                line[at] = f"{line[at][: room - 1]}…"
 
 
 def _short(text: str, most: int) -> str:

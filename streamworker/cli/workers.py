@@ -23,7 +23,7 @@ def _text(value: int | None) -> str:
 
 
 _COLUMNS: Final[list[Column[WorkerRow]]] = [
-    Column("worker", lambda row: row.worker_id, short=22),
+    Column("worker", lambda row: row.worker_id, short=24),
     Column("queues", lambda row: ",".join(row.queues), short=14),
     Column("running", lambda row: _text(row.running), right=True),
     Column("pending", lambda row: _text(row.pending), right=True),

@@ -171,6 +171,7 @@ def test_watch_fits_a_small_terminal(sw, held, words):
         for line in terminal.text.replace("\x1b[H", "\n").split("\n")  # each picture begins at the top left
     ]
     assert max(map(len, lines)) <= 80, max(lines, key=len)
+    assert ("jobs/s" in terminal.text) is (words == ["queues"])
     if words == ["pending"]:
         assert "and more" in terminal.text
         row = next(line for line in lines if "holds" in line and "hold " in line)
