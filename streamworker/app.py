@@ -9,6 +9,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from datetime import datetime
 from typing import Any, TypeAlias, overload
 
+import anyio
 import anyio.to_thread
 import asyncpg
 from redis.asyncio import Redis
@@ -56,6 +57,7 @@ class App(Handlers[S]):
         self._lifespan: Lifespan[S] | None = lifespan
         self._middleware = tuple(middleware)
         self._entries = 0
+        self._door = anyio.Lock()
         self._stack: AsyncExitStack | None = None
         self._broker: Broker | None = None
         self._background: BackgroundLoop[App[Any]] | None = None
@@ -68,15 +70,16 @@ class App(Handlers[S]):
             ConfigurationError: a setting or the server is wrong.
             Unreachable: no server answers.
         """
-        if self._entries == 0:
-            settings = self.resolve(None)
-            async with AsyncExitStack() as stack:
-                address, _ = await self._servers(stack, settings, None)
-                broker = self._make_broker(settings, address)
-                stack.push_async_callback(broker.close)
-                await broker.open()
-                self._stack, self._broker = stack.pop_all(), broker
-        self._entries += 1
+        async with self._door:
+            if self._entries == 0:
+                settings = self.resolve(None)
+                async with AsyncExitStack() as stack:
+                    address, _ = await self._servers(stack, settings, None)
+                    broker = self._make_broker(settings, address)
+                    stack.push_async_callback(broker.close)
+                    await broker.open()
+                    self._stack, self._broker = stack.pop_all(), broker
+            self._entries += 1
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:

@@ -136,22 +136,25 @@ def pack(job: Job, *, max_bytes: int, key_ttl: float) -> Outgoing:
 
     Raises:
         JobTooLarge: the document has more than ``max_bytes``.
+        InvalidJob: the headers hold something JSON cannot.
     """
-    body = _encode(
-        Document(
-            id=job.id,
-            queue_name=job.queue,
-            kind=job.kind or None,
-            priority=_PRIORITY_OF[job.level],
-            payload=job.payload,
-            created_at=job.created_at,
-            run_at=job.run_at,
-            attempt_count=job.attempts or None,
-            max_attempts=job.max_attempts,
-            hop=job.hop or None,
-            headers=job.headers,
-        )
+    document = Document(
+        id=job.id,
+        queue_name=job.queue,
+        kind=job.kind or None,
+        priority=_PRIORITY_OF[job.level],
+        payload=job.payload,
+        created_at=job.created_at,
+        run_at=job.run_at,
+        attempt_count=job.attempts or None,
+        max_attempts=job.max_attempts,
+        hop=job.hop or None,
+        headers=job.headers,
     )
+    try:
+        body = _encode(document)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidJob(f"the headers of the job {job.kind!r} cannot be written as JSON: {error}") from None
     if len(body) > max_bytes:
         raise JobTooLarge(
             f"the job {job.kind!r} has {len(body)} bytes and {max_bytes} are allowed: "

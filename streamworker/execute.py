@@ -8,6 +8,7 @@ calls `Run.cancel`.
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import Awaitable, Callable, Sequence
 from time import monotonic, time
 from typing import Any, TypeAlias
@@ -182,9 +183,8 @@ class Executor:
         limits = run.facts.limits
         context = run.context = Context(self.shared, run.claim, run.reading, limits)
         run.task = task
-        run.in_thread = not registration.is_async
         run.started = monotonic()
-        if limits.timeout is not None and registration.is_async:
+        if limits.timeout is not None:
             run.deadline = context.deadline_at = run.started + limits.timeout
         try:
             if self._middleware:
@@ -197,10 +197,12 @@ class Executor:
                 value = await registration.function(run.payload)
         except asyncio.CancelledError as error:
             if run.cause is None and task is not None and task.cancelling():
-                raise  # not ours: the worker itself is being torn down
+                raise  # the slot knows whether the worker is torn down or the handler cancelled itself
             return _uncancelled(task, run.cause) or Raised(error)
-        except GeneratorExit:
-            raise
+        except GeneratorExit as error:
+            if asyncio.current_task() is not task:
+                raise  # this coroutine is being closed from outside, and must not go on
+            return Raised(error)
         except BaseException as error:  # noqa: BLE001 - SystemExit and the like in a handler end the job, not the worker
             return _uncancelled(task, run.cause) or Raised(error)
         if run.cause is not None:
@@ -239,10 +241,17 @@ class Executor:
 
         if self._limiter is None:
             self._limiter = anyio.CapacityLimiter(self._threads)
-        outcome = await anyio.to_thread.run_sync(body, limiter=self._limiter, abandon_on_cancel=True)
+        run.in_thread = True
+        run.deadline = context.deadline_at = None
+        try:
+            outcome = await anyio.to_thread.run_sync(body, limiter=self._limiter, abandon_on_cancel=True)
+        finally:
+            run.in_thread = False
         if isinstance(outcome, Raised):
             raise outcome.error
-        return outcome.value if isinstance(outcome, Ok) else None
+        value = outcome.value if isinstance(outcome, Ok) else None
+        # A plain function around an async one: what it returned is the job itself.
+        return await value if inspect.isawaitable(value) else value
 
     def _read(self, body: bytes | None) -> Reading:
         if body is None:

@@ -16,10 +16,12 @@ import anyio
 
 from streamworker.broker import Broker, Ending
 from streamworker.endings import ending
+from streamworker.errors import ConfigurationError, Unreachable
 from streamworker.execute import Run
 from streamworker.holdings import Holdings
 from streamworker.job import Dead, Done, Raised, ReleaseAt, RetryAt, Settled
 from streamworker.pause import Pause
+from streamworker.policy import describe
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.worker")
@@ -43,6 +45,7 @@ class Settler:
         self._parked = parked
         self._finished: list[Run] = []
         self._refused: list[Run] = []
+        self._offer_at = 0.0
         self._uncertain: set[Run] = set()
         self._wake = asyncio.Event()
         self._closing = anyio.Event()
@@ -65,7 +68,7 @@ class Settler:
         while True:
             if not self._finished and not await self._gather():
                 return
-            batch, self._finished = self._finished, []
+            batch, self._finished = self._finished + self._offer_again(), []
             try:
                 await self._flush(batch)
             except Exception as error:  # noqa: BLE001 - a main loop never crashes; what it holds is tried again
@@ -85,25 +88,31 @@ class Settler:
         while not self._finished:
             if self._closing.is_set() and not self._refused:
                 return False
-            timeout = REFUSED_PAUSE if self._refused else None
-            with anyio.move_on_after(timeout) as waiting:
+            with anyio.move_on_after(REFUSED_PAUSE if self._refused else None):
                 await self._wake.wait()
             self._wake.clear()
-            if waiting.cancelled_caught or self._closing.is_set():
-                self._finished, self._refused = self._finished + self._refused, []
+            self._finished += self._offer_again()
         return True
+
+    def _offer_again(self) -> list[Run]:
+        """Refused runs whose pause is over; under load too, or they would starve."""
+        if not self._refused or (anyio.current_time() < self._offer_at and not self._closing.is_set()):
+            return []
+        again, self._refused = self._refused, []
+        return again
 
     async def _flush(self, batch: list[Run]) -> None:
         now, items = time.time(), []
         for run in batch:
             run.settling = True  # out of the renewal set before the claim can end, or the thread would report it lost
-            items.append(ending(run, now=now, jitter=random.random()))  # noqa: S311 - spreads load
-        results = await self._broker.settle(items)
+            items.append(_ending(run, now))
+        results = await self._settled(items)
         counts, forget = self._holdings.counts, self._holdings.forget
         for run, item, result in zip(batch, items, results, strict=True):
             if result is Settled.REFUSED:
                 run.settling = False
                 self._refused.append(run)
+                self._offer_at = anyio.current_time() + REFUSED_PAUSE
                 continue
             forget(run)
             if result is Settled.SETTLED:
@@ -119,6 +128,27 @@ class Settler:
             log.error(
                 "settle_refused", jobs=len(self._refused), hint="Redis is out of memory: raise maxmemory or delete keys"
             )
+
+    async def _settled(self, items: list[Ending]) -> list[Settled]:
+        """Settle; if something about one item breaks the call, settle one by one, so that it jams none but itself."""
+        try:
+            return await self._broker.settle(items)
+        except (Unreachable, ConfigurationError):
+            raise
+        except Exception as error:
+            if len(items) == 1:
+                raise
+            log.error("settle_split", jobs=len(items), error=str(error))
+        results: list[Settled] = []
+        for item in items:
+            try:
+                results += await self._broker.settle([item])
+            except (Unreachable, ConfigurationError):
+                raise
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is about this one: keep it and try again
+                log.error("settle_failed", jobs=1, job_id=item.job_id, kind=item.kind, error=str(error))
+                results.append(Settled.REFUSED)
+        return results
 
     def _keep(self, batch: list[Run]) -> None:
         held = [run for run in batch if self._holdings.find(run.claim) is run]
@@ -147,3 +177,12 @@ class Settler:
                 log.info("job_released", **facts, reason=reason)
             case Done():
                 counts.done += 1
+
+
+def _ending(run: Run, now: float) -> Ending:
+    """The ending of a run; one that cannot even be judged is dead, because it would jam everything behind it."""
+    try:
+        return ending(run, now=now, jitter=random.random())  # noqa: S311 - spreads load
+    except Exception as error:  # noqa: BLE001 - a hostile document or error object; its bytes are kept
+        log.error("ending_failed", kind=run.kind, queue=run.claim.queue, error=str(error))
+        return Ending(run.claim, Dead("undecidable", describe(error)), kind=run.kind)

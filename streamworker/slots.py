@@ -7,6 +7,7 @@ One asyncio queue feeds the pool: a memory stream costs ten times as much, a tas
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from contextvars import Context, copy_context
 from time import monotonic
@@ -16,7 +17,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from streamworker.execute import Executor, Run
-from streamworker.job import TimedOut
+from streamworker.job import Raised, TimedOut
 
 WATCH_INTERVAL: Final = 0.1
 """Seconds between looks at the deadlines: timeouts are this precise, and cost no timer per job."""
@@ -86,6 +87,10 @@ class Slots:
                 running.add(run)
                 try:
                     outcome = await executor.call(run)
+                except asyncio.CancelledError as error:
+                    if anyio.current_effective_deadline() == -math.inf:
+                        raise  # the worker is being torn down
+                    outcome = self._cancelled_itself(error)
                 finally:
                     running.discard(run)
                 if run.outcome is not None:
@@ -95,6 +100,14 @@ class Slots:
             if _changed(pristine) and self._pristine is not None:
                 self._pristine.copy().run(group.start_soon, self._slot, group)
                 return
+
+    @staticmethod
+    def _cancelled_itself(error: asyncio.CancelledError) -> Raised:
+        """A handler that cancelled the task it runs in has failed; the task goes on."""
+        task = asyncio.current_task()
+        while task is not None and task.cancelling():
+            task.uncancel()
+        return Raised(error)
 
     async def _watch(self) -> None:
         again: dict[Run, float] = {}

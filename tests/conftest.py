@@ -22,12 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import hypothesis
 import pytest
 import redis
 
 from streamworker.broker import Broker
 from streamworker.broker.client import Address
 from streamworker.broker.stream import StreamBroker, StreamOptions
+
+# Shared machines stall: how long an example takes says nothing about whether it is right.
+hypothesis.settings.register_profile("streamworker", deadline=None)
+hypothesis.settings.load_profile("streamworker")
 
 _OURS = ("stream:{", "streamworker:worker:", "queue:")
 

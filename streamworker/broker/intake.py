@@ -14,7 +14,7 @@ from streamworker.broker import scripts
 from streamworker.broker.keys import QueueKeys
 from streamworker.broker.link import BLOCK, Link
 from streamworker.broker.order import Order
-from streamworker.errors import StreamworkerError
+from streamworker.errors import StreamworkerError, Unreachable
 from streamworker.job import LEVELS, Claim, Level
 from streamworker.policy import SUSPECT_DELIVERIES
 from streamworker.telemetry.logs import get_logger
@@ -71,13 +71,16 @@ class Intake:
             claims = await self._wait(wait, running)
         return claims
 
-    async def ensure(self, keys: QueueKeys) -> list[str]:
-        """Make a queue's streams and groups; returns foreign groups as "stream group"."""
-        epoch, foreign = await self._link.run(
+    async def ensure(self, keys: QueueKeys) -> tuple[list[str], list[str]]:
+        """Make a queue's streams and groups; returns foreign groups as "stream group", troubles as "stream error"."""
+        epoch, foreign, trouble = await self._link.run(
             scripts.GROUPS, [keys.meta, *keys.streams], [self._group, secrets.token_hex(8)]
         )
         self.epochs[keys.queue] = epoch
-        return [name.decode(errors="replace") for name in foreign]
+        return (
+            [text.decode(errors="replace") for text in foreign],
+            [text.decode(errors="replace") for text in trouble],
+        )
 
     def rest(self, seconds: float) -> None:
         """Take nobody for dead for some seconds."""
@@ -91,13 +94,14 @@ class Intake:
         queues, budgets = len(self._keys), self._order.budgets(limit)
         head = [self._group, self.consumer, limit, queues, len(budgets)]
         args = [*head, *self._allowances(limit, running), *budgets, *self._order.steps]
-        taken, trouble, paused = await self._link.read(scripts.CLAIM, self._all, args)
+        taken, trouble, paused, epochs = await self._link.read(scripts.CLAIM, self._all, args)
+        for keys, epoch in zip(self._keys, epochs, strict=True):
+            self.epochs[keys.queue] = epoch
         self._paused = frozenset(index - 1 for index in paused)
         claims: list[Claim] = []
         for index, epoch, entries in taken:
             keys, level, place = self.spots[index - queues - 1]
             name = keys.queue
-            self.epochs[name] = epoch
             claims += [Claim(name, level, place, entry, 1, document(fields), epoch) for entry, fields in entries]
         if trouble and await self._heal(trouble) and not healed and len(claims) < limit:
             claims += await self._take(limit - len(claims), running, healed=True)
@@ -120,13 +124,26 @@ class Intake:
             key, message = self._all[index - 1], error.decode(errors="replace")
             if index > len(self._keys) and message.startswith("NOGROUP"):
                 keys, _, _ = self.spots[index - len(self._keys) - 1]
-                await self.ensure(keys)
-                log.warning("group_recreated", queue=keys.queue, stream=key)
-                healed = True
-            elif self._unreadable_until.get(key, 0.0) < monotonic():
-                log.error("key_unreadable", key=key, error=message)
-                self._unreadable_until[key] = monotonic() + TROUBLE_PAUSE
+                try:
+                    _, problems = await self.ensure(keys)
+                except Unreachable:
+                    raise
+                except StreamworkerError as problem:  # the meta key itself
+                    problems = [f"{key} {problem}"]
+                for place, _, text in (problem.partition(" ") for problem in problems):
+                    self._complain(place, text)
+                if key not in {problem.partition(" ")[0] for problem in problems}:
+                    log.warning("group_recreated", queue=keys.queue, stream=key)
+                    healed = True
+            else:
+                self._complain(key, message)
         return healed
+
+    def _complain(self, key: str, message: str) -> None:
+        """Say now and then that a key cannot be used, and do not block on it meanwhile."""
+        if self._unreadable_until.get(key, 0.0) < monotonic():
+            log.error("key_unreadable", key=key, error=message)
+            self._unreadable_until[key] = monotonic() + TROUBLE_PAUSE
 
     async def _sweep(self, limit: int, running: Collection[Claim], now: float) -> list[Claim]:
         claims: list[Claim] = []
@@ -148,7 +165,14 @@ class Intake:
         ]
         args: list[Any] = [self._group, self.consumer, int(self._lease * 1000), limit]
         args += [SUSPECT_DELIVERIES, int(reservable), *held]
-        wait, entries, missing = await self._link.read(scripts.SWEEP, [keys.meta, *keys.streams], args)
+        try:
+            wait, entries, missing = await self._link.read(scripts.SWEEP, [keys.meta, *keys.streams], args)
+        except Unreachable:
+            raise
+        except StreamworkerError as problem:
+            self._complain(keys.meta, str(problem))
+            self._sweep_at[index] = monotonic() + 1.0
+            return []
         self._sweep_at[index] = monotonic() + wait / 1000
         self.missing += missing
         claims = []

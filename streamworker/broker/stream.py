@@ -18,7 +18,7 @@ from streamworker.broker.link import Link
 from streamworker.broker.publish import Publisher
 from streamworker.broker.settle import settle
 from streamworker.broker.tidy import tidy
-from streamworker.errors import ConfigurationError
+from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable
 from streamworker.job import Claim, Depth, Enqueued, Outgoing, Settled
 from streamworker.policy import SUSPECT_DELIVERIES
 from streamworker.telemetry.logs import get_logger
@@ -29,6 +29,8 @@ PROMOTE_BATCH: Final = 500
 """Most due jobs one script call moves."""
 IDLE_TICK: Final = 5.0
 """Most seconds between looks at the due sets; the bell tells of jobs that others park."""
+REFUSED_TICK: Final = 1.0
+"""Seconds before due jobs that a stream did not take are offered again."""
 RENEW_BATCH: Final = 500
 OLDEST_SERVER: Final = (6, 2)
 
@@ -62,6 +64,7 @@ class StreamBroker:
         self._keys = [keys for keys, _ in queues]
         self._homes = {place: keys for keys in self._keys for place in keys.streams}
         self._tidy_at = 0.0
+        self._last_confirmed: tuple[str, bytes, int] | None = None
         self._intake = Intake(self._link, queues, group=options.group, lease=options.lease, weighted=options.weighted)
 
     async def open(self) -> None:
@@ -83,7 +86,10 @@ class StreamBroker:
         if not self._keys:
             raise ConfigurationError("there is no queue to work on: register a handler, or set STREAMWORKER_QUEUES")
         for keys in self._keys:
-            foreign = await self._intake.ensure(keys)
+            foreign, trouble = await self._intake.ensure(keys)
+            if trouble:
+                stream, _, problem = trouble[0].partition(" ")
+                raise ConfigurationError(f"the stream {stream} cannot be used: {problem}")
             if foreign:
                 stream, _, group = foreign[0].partition(" ")
                 raise ConfigurationError(
@@ -124,6 +130,9 @@ class StreamBroker:
     async def confirm(self, claim: Claim) -> Claim | None:
         """See `Broker.confirm`."""
         args = [self._options.group, self._intake.consumer, claim.entry, claim.count]
+        # Remembered, because a lost reply leaves it to `strays` to see whether this delivery was counted. One is
+        # enough: suspects run alone.
+        self._last_confirmed = (claim.place, claim.entry, claim.count)
         if await self._link.run(scripts.CONFIRM, [claim.place], args):
             return msgspec.structs.replace(claim, count=claim.count + 1, suspect=False)
         return None
@@ -163,7 +172,10 @@ class StreamBroker:
             epoch = self._intake.epochs.get(keys.queue, b"")
             args = [self._options.group, self._intake.consumer, *mine]
             for entry, count, fields in await self._link.run(scripts.STRAYS, [place], args):
-                suspect = count >= SUSPECT_DELIVERIES
+                # Claimed for real, a count is at most one below a suspect's; from there on it was only reserved, unless
+                # it is the one whose confirmation got through.
+                counted = self._last_confirmed == (place, entry, count - 1)
+                suspect = count >= SUSPECT_DELIVERIES - 1 and not counted
                 found.append(Claim(keys.queue, level, place, entry, count, document(fields), epoch, suspect))
         return found
 
@@ -172,10 +184,19 @@ class StreamBroker:
         wait = IDLE_TICK
         for keys in self._keys:
             names = [keys.due, keys.bodies, *keys.streams]
-            moved, soonest = await self._link.run(scripts.PROMOTE, names, [PROMOTE_BATCH])
-            if moved >= PROMOTE_BATCH:
-                return 0.0
-            if soonest >= 0:
+            try:
+                moved, soonest, refused = await self._link.run(scripts.PROMOTE, names, [PROMOTE_BATCH])
+            except Unreachable:
+                raise
+            except StreamworkerError as problem:  # a key of a wrong type is this queue's trouble alone
+                log.error("due_jobs_stuck", queue=keys.queue, error=str(problem))
+                continue
+            if refused:
+                log.error("due_jobs_stuck", queue=keys.queue, error=refused.decode(errors="replace"))
+                wait = min(wait, REFUSED_TICK)
+            elif moved >= PROMOTE_BATCH:
+                wait = 0.0
+            elif soonest >= 0:
                 wait = min(wait, soonest / 1000)
         if monotonic() >= self._tidy_at:
             await self._tidy()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from streamworker.errors import ConfigurationError
@@ -182,6 +182,8 @@ def test_a_raw_slash_in_a_password_gets_the_hint():
     st.sampled_from(["redis://:{}@h:x", "{}", "redis:{}@h", "x://:{}"]),
 )
 def test_no_error_shows_the_secret_of_a_wrong_url(password, form):
+    # Without a host, what follows an "@" of the password cannot be told from one.
+    assume(form != "x://:{}" or "@" not in password)
     for name in ("REDIS_URL", "DATABASE_URL"):
         message = problem({name: form.format(password)})
         assert "S3" not in message

@@ -12,10 +12,11 @@
 -- then          B budgets: most entries to take on each budget
 -- then          the walk, three numbers a step: index of the stream in KEYS, of its queue, of its budget
 --
--- returns { taken, trouble, paused }
+-- returns { taken, trouble, paused, epochs }
 --   taken    { index of the stream in KEYS, epoch, entries as XREADGROUP gives them } ...
 --   trouble  { index of the stream in KEYS, error } ...
 --   paused   indexes of queues
+--   epochs   the epoch of each queue ("": none yet)
 local group, consumer, left = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local queues, budgets = tonumber(ARGV[4]), tonumber(ARGV[5])
 local allowance, epoch, budget = {}, {}, {}
@@ -59,4 +60,6 @@ for i = 6 + queues + budgets, #ARGV, 3 do
     end
   end
 end
-return { taken, trouble, paused }
+local epochs = {}
+for q = 1, queues do epochs[q] = epoch[q] or '' end
+return { taken, trouble, paused, epochs }

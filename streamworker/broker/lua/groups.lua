@@ -7,16 +7,17 @@
 -- ARGV[1]    group
 -- ARGV[2]    a fresh random epoch, taken if one is needed
 --
--- returns { epoch, foreign groups as "stream group" ... }, or the error of the first stream that cannot be prepared
-local made, foreign = false, {}
+-- returns { epoch, foreign groups as "stream group" ..., errors of streams that cannot be prepared as "stream error" ... }
+local made, foreign, trouble = false, {}, {}
 for i = 2, #KEYS do
   local reply = redis.pcall('XGROUP', 'CREATE', KEYS[i], ARGV[1], '0', 'MKSTREAM')
   if not reply.err then
     made = true
   elseif string.sub(reply.err, 1, 9) ~= 'BUSYGROUP' then
-    return redis.error_reply(reply.err .. ' (' .. KEYS[i] .. ')')
+    trouble[#trouble + 1] = KEYS[i] .. ' ' .. reply.err
   end
-  for _, info in ipairs(redis.call('XINFO', 'GROUPS', KEYS[i])) do
+  local groups = redis.pcall('XINFO', 'GROUPS', KEYS[i])
+  for _, info in ipairs(groups.err and {} or groups) do
     for f = 1, #info, 2 do
       if info[f] == 'name' and info[f + 1] ~= ARGV[1] then foreign[#foreign + 1] = KEYS[i] .. ' ' .. info[f + 1] end
     end
@@ -27,4 +28,4 @@ if made then
 else
   redis.call('HSETNX', KEYS[1], 'epoch', ARGV[2])
 end
-return { redis.call('HGET', KEYS[1], 'epoch'), foreign }
+return { redis.call('HGET', KEYS[1], 'epoch'), foreign, trouble }

@@ -63,7 +63,12 @@ for k = 2, #KEYS do
     if reply.err then break end
     cursor, pages = reply[1], pages + 1
     for _, id in ipairs(reply[2]) do
-      if not running[k .. ':' .. id] then take(k, id) end
+      if running[k .. ':' .. id] then
+        -- Ours and overdue: looking at it must not renew it, or a hung handler would keep its lease.
+        redis.call('XCLAIM', KEYS[k], ARGV[1], ARGV[2], 0, id, 'IDLE', lease, 'JUSTID')
+      else
+        take(k, id)
+      end
     end
     if reply[3] then missing = missing + #reply[3] end
     if cursor == '0-0' then break end

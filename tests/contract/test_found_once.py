@@ -1,0 +1,293 @@
+"""What testing once found in the core, kept found: each of these failed before it was mended."""
+
+import asyncio
+import json
+import time
+from contextlib import asynccontextmanager, suppress
+
+import pytest
+
+from streamworker import App, Payload, QueueWorker, Settings
+from streamworker.errors import StreamworkerError
+from tests.conftest import eventually
+from tests.contract import helpers as h
+from tests.contract.helpers import HIGH, job, names, one, recover, ripen
+
+
+@pytest.fixture(params=["asyncio"])
+def anyio_backend(request):
+    return request.param
+
+
+class Work(Payload, kind="work", queue="q"):
+    what: str = ""
+
+
+@asynccontextmanager
+async def working(app, url, **settings):
+    worker = QueueWorker(
+        app,
+        redis=url,
+        database=None,
+        services=None,
+        settings=Settings(redis_url=url, **{"lease": 1, "grace": 0.2, "concurrency": 4, **settings}),
+    )
+    task = asyncio.create_task(worker.start())
+    try:
+        yield worker
+    finally:
+        stop = asyncio.create_task(worker.stop())
+        await asyncio.wait([task], timeout=15)
+        task.cancel()
+        stop.cancel()
+        await asyncio.gather(task, stop, return_exceptions=True)
+
+
+async def jam(raw, redis_url, error, dead=1):
+    """One job ends oddly; the jobs beside and after it must still be settled."""
+    app = App(settings=Settings(redis_url=redis_url))
+
+    @app.handler
+    async def work(payload: Work):
+        if payload.what == "odd":
+            raise error
+
+    async with app, working(app, redis_url):
+        if True:
+            await app.enqueue(Work("odd"))
+            await asyncio.sleep(0.3)
+            await app.enqueue_many([Work("fine") for _ in range(10)])
+            await eventually(lambda: raw.xlen("stream:{q}") <= 0, 5)
+
+
+async def test_tick_of_one_queue_with_a_wrong_key_blinds_no_other(raw, broker_factory):
+    async with broker_factory("w", queues=("a", "q")) as b:
+        raw.set("stream:{a}:due", "x")
+        await b.publish([job("x", delay=0.001)])
+        await asyncio.sleep(0.05)
+        with suppress(StreamworkerError):
+            await b.tick()
+        assert names(await b.claim(1, 0, ())) == ["x"]
+
+
+async def test_promote_with_a_target_of_a_wrong_type_blinds_no_other_level(raw, broker_factory):
+    async with broker_factory("w", queues=("q",)) as b:
+        raw.delete(HIGH)
+        raw.set(HIGH, "x")
+        await b.publish([job("h", level="high", delay=0.001)])
+        await asyncio.sleep(0.05)
+        await b.publish([job("x", delay=0.001)])
+        await asyncio.sleep(0.05)
+        for _ in range(2):
+            with suppress(StreamworkerError):
+                await b.tick()
+        assert names(await b.claim(1, 0, ())) == ["x"]
+
+
+async def test_meta_of_a_wrong_type_blinds_no_other_queue(raw, broker_factory):
+    async with broker_factory("w", queues=("a", "q")) as b:
+        raw.delete("stream:{a}:meta")
+        raw.set("stream:{a}:meta", "x")
+        await b.publish([job("x")])
+        got = []
+        for _ in range(3):
+            with suppress(StreamworkerError):
+                got += await b.claim(5, 0, got)
+        assert names(got) == ["x"]
+    async with broker_factory("w", queues=("q",)) as b:
+        ...
+
+
+async def test_a_wrong_type_beside_a_missing_group_blinds_nothing(raw, broker_factory):
+    async with broker_factory("w", queues=("q", "b")) as b:
+        raw.flushall()
+        raw.set(HIGH, "x")
+        await b.publish([job("x"), job("b", "b")])
+        got = []
+        for _ in range(4):
+            with suppress(StreamworkerError):
+                got += await b.claim(5, 0, got)
+        assert sorted(names(got)) == ["b", "x"]
+
+
+async def test_a_hung_handlers_own_sweep_does_not_renew_its_lease(raw, broker_factory):
+    """The holder no longer renews (past its deadline), but its own sweep resets the idle time for a whole lease."""
+    async with broker_factory("holder") as holder, broker_factory("other") as other:
+        await holder.publish([job("hung")])
+        claim = await one(holder)
+        ripen(raw, claim)
+        assert await recover(holder, raw, running=[claim]) == []
+        assert names(await recover(other, raw)) == ["hung"]
+
+
+async def test_put_back_suspects_are_no_strays_that_run_with_others(raw, broker_factory):
+    async with broker_factory("dead") as gone, broker_factory("w") as b:
+        await gone.publish([job("p1"), job("p2")])
+        for c in await gone.claim(5, 0, ()):
+            ripen(raw, c, count=2)
+        reserved = await recover(b, raw)
+        strays = await b.strays(reserved)
+        # p2 killed two workers already: handed out, it must be a suspect (its next run is its third)
+        assert all(c.suspect or c.count >= 3 for c in strays), strays
+
+
+async def test_a_reserved_suspect_found_as_a_stray_is_still_a_suspect(raw, broker_factory):
+    async with broker_factory("dead") as gone, broker_factory("w") as b:
+        await gone.publish([job("p1")])
+        ripen(raw, await one(gone), count=2)
+        (_reserved,) = await recover(b, raw)
+        (stray,) = await b.strays(())  # e.g. confirm()'s connection broke
+        assert stray.suspect and stray.count == 2
+
+
+async def test_a_confirmed_suspect_found_as_a_stray_is_not_counted_twice(raw, broker_factory):
+    async with broker_factory("dead") as gone, broker_factory("w") as b:
+        await gone.publish([job("p1")])
+        ripen(raw, await one(gone), count=2)
+        (reserved,) = await recover(b, raw)
+        await b.confirm(reserved)
+        (stray,) = await b.strays(())
+        assert stray.count + stray.suspect == 3
+
+
+async def test_epoch_made_by_another_worker_reaches_a_waiting_one(raw, broker_factory):
+    async with broker_factory("one") as a, broker_factory("two") as b:
+        raw.flushall()
+        assert await b.claim(1, 0, ()) == []  # b heals, new epoch
+        task = asyncio.create_task(a.claim(1, 5, ()))
+        await eventually(lambda: any("b" in c["flags"] for c in raw.client_list()))
+        await b.publish([job("x")])
+        (claim,) = await task
+        assert claim.epoch == raw.hget(h.META, "epoch")
+
+
+async def test_a_handler_that_cancels_its_own_task_ends_its_job(raw, redis_url):
+    app = App(settings=Settings(redis_url=redis_url))
+
+    @app.handler
+    async def work(payload: Work):
+        if payload.what == "odd":
+            asyncio.current_task().cancel()
+            await asyncio.sleep(1)
+
+    async with app, working(app, redis_url, concurrency=1):
+        if True:
+            await app.enqueue(Work("odd"))
+            await asyncio.sleep(0.3)
+            await app.enqueue(Work("fine"))
+            await eventually(lambda: raw.xlen("stream:{q}") == 0, 5)
+
+
+async def test_a_handler_that_raises_generator_exit_ends_its_job(raw, redis_url):
+    await jam(raw, redis_url, GeneratorExit())
+
+
+async def test_a_sync_handler_that_returns_a_coroutine_is_not_done(raw, redis_url):
+    """`app.handler(lambda-like wrapper)` without functools.wraps: the body never ran, yet the job is deleted."""
+    ran = []
+
+    async def real(p):
+        ran.append(p)
+
+    def deco(f):
+        def wrapper(payload: Work):
+            return f(payload)
+
+        return wrapper
+
+    app = App(settings=Settings(redis_url=redis_url))
+    app.handler(deco(real))
+    async with app, working(app, redis_url):
+        if True:
+            await app.enqueue(Work("x"))
+            await eventually(lambda: raw.xlen("stream:{q}") == 0, 5)
+            assert ran
+
+
+async def test_headers_json_cannot_hold_are_our_error(redis_url):
+    app = App(settings=Settings(redis_url=redis_url))
+    async with app:
+        with pytest.raises(StreamworkerError):
+            await app.enqueue(Work("x"), headers={"a": object()})
+
+
+async def test_refused_jobs_are_offered_again_under_load(raw, redis_url):
+    """Refused runs wait for a moment without finished ones: under load that moment never comes."""
+    from streamworker import codec
+    from streamworker.execute import OK
+    from streamworker.holdings import Holdings
+    from streamworker.job import Claim, Interrupted, Settled
+    from streamworker.policy import Facts, Limits
+    from streamworker.settler import Settler
+
+    offered = []
+
+    class Fake:
+        async def settle(self, items):
+            offered.append([i.job_id for i in items])
+            await asyncio.sleep(0.01)
+            return [Settled.REFUSED if i.job_id else Settled.SETTLED for i in items]
+
+    holdings = Holdings()
+    settler = Settler(Fake(), holdings, parked=lambda at: None)
+    n = 0
+
+    def add(outcome, name):
+        nonlocal n
+        n += 1
+        body = json.dumps({"id": name, "payload": {}}).encode()
+        run = holdings.admit(Claim("q", "normal", "s", b"%d-0" % n, 1, body, b"e"))
+        run.reading = codec.read(body)
+        run.facts = Facts(0, Limits(), 1)
+        run.outcome = outcome
+        settler.add(run)
+
+    task = asyncio.create_task(settler.run())
+    add(Interrupted("x"), "refused")
+    until = time.monotonic() + 3
+    while time.monotonic() < until:
+        add(OK, "d")
+        await asyncio.sleep(0.002)
+    count = sum("refused" in o for o in offered)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert count >= 2, count
+
+
+async def test_one_broken_ending_holds_up_nobody_else(raw, redis_url, monkeypatch):
+    """The jam behind the fixed triggers: whatever ending()/settle() raises for ONE run, the others must be settled."""
+    from streamworker import settler
+
+    real = settler.ending
+
+    def ending(run, **kw):
+        if run.reading and b'"odd"' in run.claim.body:
+            raise RuntimeError("one bad run")
+        return real(run, **kw)
+
+    monkeypatch.setattr(settler, "ending", ending)
+    app = App(settings=Settings(redis_url=redis_url))
+
+    @app.handler
+    async def work(payload: Work): ...
+
+    async with app, working(app, redis_url):
+        await app.enqueue(Work("odd"))
+        await asyncio.sleep(0.3)
+        await app.enqueue_many([Work("fine") for _ in range(10)])
+        await eventually(lambda: raw.xlen("stream:{q}") <= 1, 5)
+
+
+async def test_entering_an_app_twice_at_once_leaks_nothing(redis_url):
+    import gc
+    import warnings
+
+    app = App(settings=Settings(redis_url=redis_url))
+    await asyncio.gather(app.__aenter__(), app.__aenter__())
+    await app.enqueue(Work("x"))
+    await app.__aexit__()
+    await app.__aexit__()
+    with warnings.catch_warnings(record=True) as got:
+        warnings.simplefilter("always")
+        gc.collect()
+    assert not [str(w.message) for w in got if issubclass(w.category, ResourceWarning)]
