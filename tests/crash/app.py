@@ -1,0 +1,122 @@
+"""The app whose workers are killed: every handler writes its history with O_APPEND, past the system under test.
+
+Importing it in a worker process (``CRASH_DIR`` in the environment) also installs the witnesses on the server's side and
+the failpoints, both from outside: the package holds no code for them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+
+from streamworker import App, Backoff, Context, Discard, Payload, Snooze
+from tests.crash import failpoints, witness
+from tests.crash.history import Journal
+
+app = App()
+journal = Journal.from_environment()
+
+
+class Work(Payload, kind="work", queue="q"):
+    """One awaiting job.
+
+    Attributes:
+        seconds: how long it takes.
+        fails: attempts that raise before one succeeds.
+        snoozes: hops that snooze before one runs.
+        bad: it is discarded.
+    """
+
+    seconds: float = 0.0
+    fails: int = 0
+    snoozes: int = 0
+    bad: bool = False
+
+
+class Block(Payload, kind="block", queue="q"):
+    seconds: float
+
+
+class Thread(Payload, kind="thread", queue="q"):
+    seconds: float
+
+
+class Stuck(Payload, kind="stuck", queue="q"):
+    """Its thread never returns at the first attempt."""
+
+
+class Deaf(Payload, kind="deaf", queue="q"):
+    """Swallows its cancellation and never returns at its first delivery."""
+
+
+class Poison(Payload, kind="poison", queue="q"):
+    """Takes its worker along, always."""
+
+
+class Gated(Payload, kind="gated", queue="q"):
+    """Runs until a file of this name lies in the history's directory."""
+
+    gate: str
+
+
+@app.handler(max_attempts=4, timeout=60, backoff=Backoff(base=0.05, cap=0.5))
+async def work(payload: Work, ctx: Context) -> None:
+    with journal.run(ctx):
+        if payload.bad:
+            raise Discard("bad")
+        if payload.seconds:
+            await asyncio.sleep(payload.seconds)
+        if ctx.job.hop < payload.snoozes:
+            raise Snooze(0.05)
+        if ctx.attempt <= payload.fails:
+            raise ValueError("as planned")
+
+
+@app.handler(timeout=None)
+async def block(payload: Block, ctx: Context) -> None:
+    with journal.run(ctx):
+        time.sleep(payload.seconds)  # what a lease must survive
+
+
+@app.handler(timeout=60)
+def thread(payload: Thread, ctx: Context) -> None:
+    with journal.run(ctx):
+        time.sleep(payload.seconds)
+
+
+@app.handler(timeout=0.5, backoff=Backoff(base=0.05, jitter=0))
+def stuck(payload: Stuck, ctx: Context) -> None:
+    with journal.run(ctx):
+        if ctx.attempt == 1:
+            threading.Event().wait()
+
+
+@app.handler(timeout=0.5)
+async def deaf(payload: Deaf, ctx: Context) -> None:
+    with journal.run(ctx):
+        while ctx.delivery == 1 and ctx.job.hop == 0:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                if ctx.stopping:
+                    raise
+
+
+@app.handler(timeout=None)
+async def poison(payload: Poison, ctx: Context) -> None:
+    with journal.run(ctx):
+        os._exit(9)
+
+
+@app.handler(timeout=None)
+async def gated(payload: Gated, ctx: Context) -> None:
+    with journal.run(ctx):
+        while not journal.has_gate(payload.gate):  # noqa: ASYNC110 - a file rings no bell
+            await asyncio.sleep(0.02)
+
+
+if journal.active:
+    witness.install()
+    failpoints.install()

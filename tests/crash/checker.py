@@ -1,0 +1,215 @@
+"""Judges a history: what producers were promised, what handlers did, what the server's witnesses saw. See docs/faults.md."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tests.crash.history import read
+
+MAX_ATTEMPTS = {"work": 4}
+OWN_ENDS = {"ValueError", "Snooze", "Discard"}
+"""Ends of a run after which the job goes on by its own rules, with another hop."""
+DEADLY = {"kill", "failpoint", "poison"}
+FREEZING = {"freeze"}
+
+
+class Verdict:
+    """What the checker found; no ``violations``, or the run failed."""
+
+    def __init__(self) -> None:
+        self.violations: list[str] = []
+        self.jobs = self.done = self.dead = self.destroyed = self.runs = 0
+        self.duplicates: Counter[str] = Counter()
+        self.recovery: list[float] = []
+        self.alone: list[float] = []
+        self.lost: list[str] = []
+        self.stale_settles = 0
+        self.refused_settles = 0
+
+    def complain(self, rule: str, what: str) -> None:
+        self.violations.append(f"{rule}: {what}")
+
+
+def check(
+    directory: Path,
+    witnesses: Iterable[str],
+    dead: Iterable[str],
+    *,
+    max_deliveries: int,
+    destroyed: Iterable[str] = (),
+) -> Verdict:
+    """Judge a run that has come to rest.
+
+    Args:
+        directory: of the history.
+        witnesses: lines of the server's witness list, in order.
+        dead: ids of dead letters.
+        max_deliveries: the workers' setting.
+        destroyed: ids that a fault deleted on purpose.
+    """
+    verdict = Verdict()
+    runs = _runs(read(directory / "runs"))
+    enqueued = read(directory / "enqueued")
+    faults = read(directory / "faults")
+    settled = _fence(verdict, witnesses)
+    _nothing_lost(verdict, enqueued, runs, settled, set(dead), set(destroyed))
+    _limits(verdict, runs, max_deliveries)
+    _order(verdict, runs, faults)
+    _duplicates(verdict, runs, faults)
+    return verdict
+
+
+def _runs(lines: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Runs by job, by the time of their start; each with ``end`` (what, or None) and ``ended`` (when)."""
+    runs: dict[tuple[Any, ...], dict[str, Any]] = {}
+    by_job: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for line in lines:
+        key = (line["place"], line["entry"], line["worker"], line["count"])
+        if line["what"] == "started":
+            run = runs[key] = {**line, "end": None, "ended": None}
+            by_job[line["job"]].append(run)
+        else:
+            runs[key].update(end=line["what"], ended=line["mono"])
+    for each in by_job.values():
+        each.sort(key=lambda run: run["mono"])
+    return by_job
+
+
+def _fence(verdict: Verdict, witnesses: Iterable[str]) -> dict[tuple[str, str], list[str]]:
+    """(place, entry) to [script, worker, count] of what settled it; complains of settles by claims that were lost."""
+    settled: dict[tuple[str, str], list[str]] = {}
+    for line in witnesses:
+        script, place, entry, who, count, owner, true_count, *result = line.split(" ")
+        held = (who, count) == (owner, true_count)
+        if script == "renew":
+            if owner != who:
+                verdict.complain("fence", f"a renewal by {who} took {entry} from {owner} (delivery {true_count})")
+            continue
+        if result == ["1"]:
+            if not held:
+                verdict.complain(
+                    "fence", f"{script} by the lost claim ({who}, {count}) of {entry}: held by ({owner}, {true_count})"
+                )
+            if (place, entry) in settled:
+                verdict.complain("fence", f"{entry} was settled twice")
+            settled[place, entry] = [script, who, count]
+        elif result == ["0"]:
+            verdict.stale_settles += 1
+            if held:
+                verdict.complain("fence", f"{script} refused ({who}, {count}) the entry {entry} that it holds")
+        else:
+            verdict.refused_settles += 1
+    return settled
+
+
+def _nothing_lost(
+    verdict: Verdict,
+    enqueued: list[dict[str, Any]],
+    runs: dict[str, list[dict[str, Any]]],
+    settled: dict[tuple[str, str], list[str]],
+    dead: set[str],
+    destroyed: set[str],
+) -> None:
+    promised = {line["job"] for line in enqueued if line["what"] == "acknowledged"}
+    known = promised | {line["job"] for line in enqueued}
+    verdict.jobs = len(promised)
+    for job in known:
+        history = runs.get(job, [])
+        for run in history:
+            ending = settled.get((run["place"], run["entry"]))
+            mine = ending is not None and ending[1:] == [run["worker"], str(run["count"])]
+            if mine and ending is not None and ending[0] == "done" and run["end"] != "finished":
+                verdict.complain(
+                    "truth", f"{job} was settled as done by {run['worker']}, whose run ended as {run['end']}"
+                )
+        done = any(
+            run["end"] == "finished" and settled.get((run["place"], run["entry"]), [""])[0] == "done" for run in history
+        )
+        verdict.done += done
+        verdict.dead += job in dead
+        verdict.destroyed += job in destroyed
+        if done and job in dead:
+            # A dead letter whose run finished elsewhere: told twice, and operators would replay it.
+            verdict.complain("once", f"{job} is done and dead")
+        if job in promised and not done and job not in dead and job not in destroyed:
+            verdict.lost.append(job)
+            verdict.complain("lost", f"{job}: acknowledged, neither done nor dead; its runs: {_tell(history)}")
+
+
+def _limits(verdict: Verdict, runs: dict[str, list[dict[str, Any]]], max_deliveries: int) -> None:
+    for job, history in runs.items():
+        verdict.runs += len(history)
+        for run in history:
+            if run["delivery"] > max_deliveries:
+                verdict.complain("limits", f"{job} ran at delivery {run['delivery']} of {max_deliveries}")
+            if run["attempt"] > 4:
+                verdict.complain("limits", f"{job} ran attempt {run['attempt']}")
+        # Attempts are charged once each, whoever died meanwhile.
+        charged = [run["attempt"] for run in history]
+        if charged != sorted(charged) and not _overlapping(history):
+            verdict.complain("limits", f"{job} went back in its attempts: {_tell(history)}")
+
+
+def _overlapping(history: list[dict[str, Any]]) -> bool:
+    return any((before["ended"] or float("inf")) > after["mono"] for before, after in itertools.pairwise(history))
+
+
+def _order(verdict: Verdict, runs: dict[str, list[dict[str, Any]]], faults: list[dict[str, Any]]) -> None:
+    """Fresh entries of one stream start in their order in every worker; a lost reply may put one behind."""
+    disturbed = any(fault["worker"] == "*" for fault in faults)
+    last: dict[tuple[str, str], tuple[int, ...]] = {}
+    every = sorted((run for history in runs.values() for run in history), key=lambda run: run["mono"])
+    for run in every:
+        if run["threaded"] or run["count"] != 1 or run["delivery"] != 1:
+            continue
+        entry = tuple(int(part) for part in run["entry"].split("-"))
+        key = (run["worker"], run["place"])
+        if entry < last.get(key, (0,)) and not disturbed:
+            verdict.complain("order", f"{run['worker']} started {run['entry']} after a later one of {run['place']}")
+        last[key] = max(entry, last.get(key, (0,)))
+
+
+def _duplicates(verdict: Verdict, runs: dict[str, list[dict[str, Any]]], faults: list[dict[str, Any]]) -> None:
+    for job, history in runs.items():
+        for before, after in itertools.pairwise(history):
+            if before["end"] in OWN_ENDS and after["hop"] > before["hop"]:
+                continue
+            fault = _explanation(before, after, faults)
+            if fault is None:
+                verdict.complain("duplicate", f"{job} ran again for no reason: {_tell(history)}")
+                continue
+            verdict.duplicates[fault["what"]] += 1
+            if (
+                fault["what"] in DEADLY | FREEZING
+                and after["mono"] > fault["began"]
+                and after["count"] > before["count"]
+            ):
+                (verdict.alone if after["delivery"] >= 3 else verdict.recovery).append(after["mono"] - fault["began"])
+
+
+def _explanation(before: dict[str, Any], after: dict[str, Any], faults: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The fault between two runs of a job that explains the second: it hit the first one's worker, or everybody."""
+    # A zombie may wake and start what it had claimed before, after its successor has finished.
+    late = before["entry"] == after["entry"] and after["count"] < before["count"]
+    name = (after if late else before)["worker"].rpartition("-")[0]
+    fitting = [
+        fault
+        for fault in faults
+        if fault["worker"] in (name, "*")
+        and fault["began"] <= after["mono"]
+        and fault["ended"] + fault.get("tail", 0.0) >= (fault["began"] if late else before["mono"])
+    ]
+    own = [fault for fault in fitting if fault["worker"] == name]
+    return (own or fitting or [None])[-1]
+
+
+def _tell(history: list[dict[str, Any]]) -> str:
+    return "; ".join(
+        f"{run['worker']} {run['entry']} delivery {run['delivery']} attempt {run['attempt']} hop {run['hop']} "
+        f"at {run['mono']:.3f} {run['end']} {run['ended'] or 0:.3f}"
+        for run in history
+    )

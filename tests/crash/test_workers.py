@@ -1,0 +1,171 @@
+"""Workers are killed, frozen, stopped, blocked and poisoned. Nothing is lost, and no zombie wins."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+
+import pytest
+
+from tests.crash.app import Block, Deaf, Gated, Poison, Stuck, Thread, Work
+from tests.crash.failpoints import POINTS
+from tests.crash.rig import Rig, fine
+
+pytestmark = [pytest.mark.crash, pytest.mark.timeout(150)]
+
+
+async def test_killed_at_random(tmp_path):
+    async with Rig(tmp_path, seed=1, MAX_DELIVERIES=20) as rig:
+        for _ in range(3):
+            await rig.fleet.start()
+        stop = asyncio.Event()
+        producing = asyncio.create_task(rig.produce(stop, 60))
+        for _ in range(20):
+            await asyncio.sleep(rig.random.uniform(0.1, 0.5))
+            rig.kill(rig.random.choice(rig.fleet.alive))
+            await rig.fleet.start()
+        stop.set()
+        await producing
+        verdict = fine(await rig.finish(), rig.seed)
+    assert verdict.duplicates["kill"] and set(verdict.duplicates) == {"kill"}
+    assert max(verdict.recovery) < rig.lease + 1.5
+
+
+@pytest.mark.parametrize("point", POINTS)
+async def test_killed_at(tmp_path, point):
+    async with Rig(tmp_path, seed=2, CONCURRENCY=4, GRACE=0.2) as rig:
+        at_the_end = point in ("draining", "leaving")
+        times = 1 if at_the_end or point == "renewing" else 2
+        victim = await rig.fleet.start(at=f"{point}:{times}")
+        await rig.put(*(Work(seconds=0.05 * (n % 5)) for n in range(20)))
+        if point == "renewing":
+            await rig.put(Work(seconds=1))
+        if at_the_end:
+            await rig.put(*(Work(seconds=2) for _ in range(4)), priority="high")
+            await rig.until(rig.running, 20, "a running job")
+            rig.terminate(victim)
+        assert await victim.wait() == -signal.SIGKILL
+        fine(await rig.finish(), rig.seed)
+
+
+async def test_a_zombie_wakes_among_its_successors(tmp_path):
+    """SIGSTOP for longer than the lease, again and again: what was taken over stays taken over."""
+    async with Rig(tmp_path, seed=3, MAX_DELIVERIES=20) as rig:
+        for _ in range(3):
+            await rig.fleet.start()
+        stop = asyncio.Event()
+        producing = asyncio.create_task(rig.produce(stop, 60))
+        for _ in range(3):
+            await rig.freeze(rig.random.choice(rig.fleet.alive), rig.lease * rig.random.uniform(1.3, 2.5))
+        stop.set()
+        await producing
+        verdict = fine(await rig.finish(), rig.seed)
+    assert verdict.duplicates["freeze"] and verdict.stale_settles + verdict.duplicates["freeze"] > 0
+
+
+async def test_the_zombies_settle_is_refused(tmp_path):
+    """It finishes its job right after it wakes, while its successor still runs the same one."""
+    async with Rig(tmp_path, seed=4) as rig:
+        zombie = await rig.fleet.start()
+        (job,) = await rig.put(Gated(gate="g"))
+        await rig.until(rig.running, 20, "the zombie runs it")
+        freezing = asyncio.create_task(rig.freeze(zombie, 4.0))
+        successor = await rig.fleet.start()
+        await rig.until(lambda: rig.runs_of(job) == 2, 20, "the successor runs it")
+        began = time.monotonic()
+        successor.signal(signal.SIGSTOP)  # so that the zombie is first for sure
+        rig.open_gate("g")
+        await freezing
+        await rig.until(lambda: zombie.said("settle_lost") or zombie.said("claim_lost"), 20, "the zombie learns it")
+        successor.signal(signal.SIGCONT)
+        rig.fault("freeze", successor.name, began=began, tail=1)
+        verdict = fine(await rig.finish(), rig.seed)
+    assert verdict.stale_settles or zombie.said("claim_lost")
+
+
+async def test_a_storm_of_terminations(tmp_path):
+    async with Rig(tmp_path, seed=5, GRACE=0.5) as rig:
+        for _ in range(3):
+            await rig.fleet.start()
+        stop = asyncio.Event()
+        producing = asyncio.create_task(rig.produce(stop, 60))
+        for _ in range(12):
+            await asyncio.sleep(rig.random.uniform(0, 0.3))
+            worker = rig.random.choice(rig.fleet.alive)
+            rig.terminate(worker)
+            for _ in range(rig.random.randint(0, 3)):
+                await asyncio.sleep(rig.random.uniform(0, 0.1))
+                worker.terminate()
+            await rig.fleet.start()
+        stop.set()
+        await producing
+        verdict = fine(await rig.finish(), rig.seed)
+    assert set(verdict.duplicates) <= {"terminate"}
+
+
+async def test_a_rolling_restart_repeats_nothing(tmp_path):
+    """Each worker gets its grace, and every job fits into it."""
+    async with Rig(tmp_path, seed=6, GRACE=20) as rig:
+        for _ in range(3):
+            await rig.fleet.start()
+        stop = asyncio.Event()
+        producing = asyncio.create_task(rig.produce(stop, 60))
+        for worker in list(rig.fleet.alive):
+            fresh = await rig.fleet.start()
+            await rig.until(lambda fresh=fresh: fresh.said("worker_ready"), 20, "the new worker")
+            rig.terminate(worker)
+            assert await worker.wait() == 0
+        stop.set()
+        await producing
+        verdict = fine(await rig.finish(), rig.seed)
+    assert not verdict.duplicates
+
+
+async def test_long_jobs_run_once_however_they_pass_their_time(tmp_path):
+    """Six leases each: awaiting, in a thread, and blocking the loop for three."""
+    async with Rig(tmp_path, seed=7) as rig:
+        for _ in range(3):
+            await rig.fleet.start()
+        await rig.put(Work(seconds=6), Thread(seconds=6), Block(seconds=3), Work(seconds=6))
+        verdict = fine(await rig.finish(workers=3), rig.seed)
+    assert verdict.runs == 4 and not verdict.duplicates
+
+
+async def test_a_thread_that_never_returns_costs_one_process(tmp_path):
+    async with Rig(tmp_path, seed=8, GRACE=0.5) as rig:
+        worker = await rig.fleet.start()
+        rig.expected_codes = {70}
+        (job,) = await rig.put(Stuck())
+        await rig.put(*(Work(seconds=0.1) for _ in range(10)))
+        assert await worker.wait() == 70
+        rig.fault("stuck", worker.name, began=time.monotonic() - 10)
+        fine(await rig.finish(), rig.seed)
+        assert rig.runs_of(job) == 2
+
+
+async def test_a_handler_that_does_not_hear_its_timeout_is_rescued(tmp_path):
+    async with Rig(tmp_path, seed=9) as rig:
+        workers = [await rig.fleet.start() for _ in range(2)]
+        (job,) = await rig.put(Deaf())
+        await rig.until(lambda: rig.runs_of(job) >= 2, 30, "a second run")
+        for worker in workers:
+            rig.fault("deaf", worker.name, began=time.monotonic() - 30, tail=30)
+        fine(await rig.finish(), rig.seed)
+        assert rig.runs_of(job) == 2
+
+
+async def test_a_poison_takes_few_along_and_ends_dead(tmp_path):
+    async with Rig(tmp_path, seed=10, lease=0.6, MAX_DELIVERIES=3) as rig:
+        for _ in range(2):
+            await rig.fleet.start()
+        (job,) = await rig.put(Poison())
+        await rig.put(*(Work(seconds=0.02) for _ in range(200)))
+        deadline = time.monotonic() + 60
+        while rig.backlog() and time.monotonic() < deadline:
+            if len(rig.fleet.alive) < 2:
+                await rig.fleet.start()
+            await asyncio.sleep(0.02)
+        verdict = fine(await rig.finish(), rig.seed)
+        assert rig.runs_of(job) == 3 and rig.dead_ids() == [job]
+    assert verdict.done == 200 and rig.injected["poison"] == 3
