@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import redis
@@ -61,6 +62,11 @@ def stick(payload: Stick) -> None:
 async def doom(payload: Doomed) -> None:
     raise Discard(payload.why)
 """
+
+
+def document(kind: str, **payload: Any) -> str:
+    """A job as a producer of another language may write it: starting our own program for each costs a second."""
+    return json.dumps({"id": str(uuid4()), "kind": kind, "payload": payload})
 
 
 class Done(subprocess.CompletedProcess[str]):
@@ -252,7 +258,8 @@ def held(sw: Program, raw: redis.Redis, tmp_path: Path) -> Callable[..., Running
     """``held(3)``: a worker that holds three jobs of the queue holds until the file ``gate`` is there."""
 
     def hold(count: int, *flags: object) -> Running:
-        sw.ok("enqueue", "hold", json.dumps({"gate": str(tmp_path / "gate")}), "--app", "jobs:app", "--count", count)
+        for _ in range(count):
+            raw.xadd("stream:{holds}", {"job": document("hold", gate=str(tmp_path / "gate"))})
         worker = sw.worker("--queues", "holds", "--grace", "0.5", *flags)
         eventually_blocking(lambda: raw.xpending("stream:{holds}", "workers")["pending"] == count)
         eventually_blocking(lambda: raw.exists(f"streamworker:worker:{worker.worker_id}"))
@@ -262,12 +269,12 @@ def held(sw: Program, raw: redis.Redis, tmp_path: Path) -> Callable[..., Running
 
 
 @pytest.fixture
-def doomed(sw: Program) -> Callable[..., None]:
+def doomed(sw: Program, raw: redis.Redis) -> Callable[..., None]:
     """``doomed("x", "y")``: dead letters of the queue dooms, discarded for these reasons."""
 
     def die(*errors: str) -> None:
         for error in errors:
-            sw.ok("enqueue", "doomed", json.dumps({"why": error}), "--app", "jobs:app")
+            raw.xadd("stream:{dooms}", {"job": document("doomed", why=error)})
         sw.ok("worker", "jobs:app", "--burst", "--queues", "dooms")
 
     return die
