@@ -19,7 +19,7 @@ worker *args:
 
 # All tests, against embedded servers; arguments go to pytest (./dev test -k name)
 test *args:
-    pytest -n 2 "$@"
+    pytest -n 2 --dist worksteal "$@"
 
 # The brokers' contract against Redis 8.2 and Redis 6.2
 compat *args:
