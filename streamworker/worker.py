@@ -128,7 +128,7 @@ class QueueWorker:
     async def initialize(self, stack: AsyncExitStack) -> None:
         """Connect, check the server, create the groups, make the services; all is closed when ``stack`` is left."""
         settings, app = self._settings, self._app
-        await stack.enter_async_context(app.entered())
+        await stack.enter_async_context(app.entered(settings, self._redis))
         self._broker, redis, database = await app.site(stack, settings, self._redis, self._database)
         await self._broker.open()
         await self._broker.join(self.worker_id)
