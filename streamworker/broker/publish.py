@@ -98,7 +98,9 @@ class Publisher:
 
 
 def _was_sent(cause: BaseException | None) -> bool:
-    """Whether a command can have reached the server: not if no connection came about."""
+    """Whether a command can have been run: not if no connection came about, nor if the server said no."""
+    if isinstance(cause, redis_errors.ResponseError | redis_errors.BusyLoadingError):
+        return False
     return not (isinstance(cause, redis_errors.ConnectionError) and "onnecting to" in str(cause))
 
 
