@@ -263,3 +263,13 @@ async def test_the_first_command_after_an_outage_takes_nobody_for_dead(own_serve
     finally:
         await slow.close()
         await quick.close()
+
+
+async def test_a_worker_starts_while_the_server_is_out_of_memory(broker_factory, raw):
+    async with broker_factory("first") as broker:
+        await broker.publish([job("a")])
+    raw.config_set("maxmemory", 1)
+    async with broker_factory("second") as broker:
+        claim = await one(broker)
+        await settle_one(broker, done(claim))
+    assert raw.xlen(NORMAL) == 0
