@@ -25,6 +25,18 @@ test *args:
 compat *args:
     @python tools/compat.py "$@"
 
+# The crash suite: workers and servers are killed, frozen and cut off while jobs run
+crash *args:
+    pytest -n 2 --dist worksteal -m crash tests/crash "$@"
+
+# Faults without end on a running fleet (--minutes 10 --seed 7), and a table of what they cost
+soak *args:
+    @python -m tests.crash.soak "$@"
+
+# Jobs a second of one worker process, as a share of a bare loop in the same run
+bench *args:
+    @python -m benchmarks.throughput "$@"
+
 # ruff: rules and formatting
 lint:
     ruff check
