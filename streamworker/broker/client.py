@@ -36,7 +36,7 @@ _SYNC: Final[dict[str, Any]] = {
     "rediss": redis.SSLConnection,
     "unix": redis.UnixDomainSocketConnection,
 }
-_ADDRESS: Final = frozenset({"host", "port", "db", "username", "password", "path"})
+_ADDRESS: Final = frozenset({"host", "port", "db", "username", "password", "path", "credential_provider"})
 
 
 class Address:
@@ -60,10 +60,15 @@ class Address:
         self._name = "".join(c if c.isprintable() and c != " " else "-" for c in name)
 
     @classmethod
-    def of(cls, client: aioredis.Redis, name: str = "streamworker") -> Address:
+    def of(cls, client: object, name: str = "streamworker") -> Address:
         """The address a user's client talks to."""
+        pool = client.connection_pool if isinstance(client, aioredis.Redis) else None
+        if pool is None or not {"path", "host"} & pool.connection_kwargs.keys():
+            raise ConfigurationError(
+                "redis= takes a redis.asyncio.Redis of one server: for Sentinel or a cluster give the URL instead"
+            )
         address = cls.__new__(cls)
-        address._init(client.connection_pool.connection_kwargs, client.connection_pool.connection_class, name)
+        address._init(pool.connection_kwargs, pool.connection_class, name)
         return address
 
     def renamed(self, name: str) -> Address:

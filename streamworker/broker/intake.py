@@ -67,7 +67,7 @@ class Intake:
         now = monotonic()
         claims = await self._sweep(limit, running, now) if min(self._sweep_at) <= now else []
         if len(claims) < limit:
-            claims += await self._take(limit - len(claims), running)
+            claims += await self._take(limit - len(claims), [*running, *claims] if claims else running)
         self._rest_after_outage()
         if not claims and wait > 0 and not self._interrupted.is_set():
             claims = await self._wait(wait, running)
