@@ -14,7 +14,7 @@ SEED = 4711
 
 def main(arguments: Sequence[str]) -> int:
     folder = str(Path(__file__).parent)
-    chosen = ["-m", "crash or not crash", "-n", "2", "-q", folder, *arguments]
+    chosen = ["-m", "crash or not crash", "-n", "2", "--dist", "worksteal", "-q", folder, *arguments]
     code = subprocess.run([sys.executable, "-m", "pytest", *chosen], check=False).returncode
     if code:
         return code
