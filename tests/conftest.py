@@ -1,7 +1,8 @@
 """Servers and waiting, shared by all suites.
 
 ``STREAMWORKER_TEST_SERVER`` picks the server: ``valkey`` (default), ``redis-8.2`` or ``redis-6.2``, each a real process out
-of a wheel. ``-m slow`` runs what is too heavy for every day; without ``-m`` those tests are left out.
+of a wheel. ``STREAMWORKER_TEST_TOPOLOGY=sentinel`` or ``cluster`` runs the same tests behind those. ``-m slow`` runs what is
+too heavy for every day; without ``-m`` those tests are left out.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ class Server:
 
     def start(self) -> None:
         for _ in range(5):  # another process may take the port between looking and binding
-            port = self.port or _free_port()
+            port = self.port or free_port()
             self._process = subprocess.Popen(
                 [
                     str(server_program()), "--port", str(port), "--bind", "127.0.0.1", "--save", "",
@@ -133,17 +134,26 @@ class Server:
         self._process.send_signal(signal.SIGCONT)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 
 
+def _topology(directory: Path) -> Any:
+    kind = os.environ.get("STREAMWORKER_TEST_TOPOLOGY")
+    if not kind:
+        return Server(directory)
+    from tests.topologies.servers import MAKERS
+
+    return MAKERS[kind](directory)
+
+
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
-    """One real server for this process, without persistence."""
+    """One real server for this process, without persistence; or several, as STREAMWORKER_TEST_TOPOLOGY says."""
     directory = Path(tempfile.mkdtemp(prefix="streamworker-test-"))
-    server = Server(directory)
+    server = _topology(directory)
     try:
         yield server
     finally:
@@ -175,9 +185,9 @@ def redis_url(server: Server) -> Iterator[str]:
 
 
 @pytest.fixture
-def raw(redis_url: str) -> Iterator[redis.Redis]:
+def raw(redis_url: str, server: Server) -> Iterator[redis.Redis]:
     """A plain client, to look at the server and to do what producers and bad luck do."""
-    with redis.Redis.from_url(redis_url, protocol=2) as client:
+    with server.client() as client:
         yield client
 
 

@@ -6,7 +6,7 @@ retries by itself: redis-py's default of ten retries runs an XADD twice when a r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Final
 
@@ -17,6 +17,15 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.retry import Retry as SyncRetry
 
+from streamworker.broker import forms
+from streamworker.broker.forms import Form
+from streamworker.broker.sentinel import (
+    ManagedBlockingConnection,
+    ManagedBlockingSSLConnection,
+    ManagedConnection,
+    ManagedSSLConnection,
+    Sentinels,
+)
 from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable
 
 COMMAND_TIMEOUT: Final = 5.0
@@ -35,49 +44,52 @@ _SYNC: Final[dict[str, Any]] = {
     "rediss": redis.SSLConnection,
     "unix": redis.UnixDomainSocketConnection,
 }
-_ADDRESS: Final = frozenset({"host", "port", "db", "username", "password", "path"})
+_MANAGED: Final[dict[str, Any]] = {"redis": ManagedConnection, "rediss": ManagedSSLConnection}
+_MANAGED_SYNC: Final[dict[str, Any]] = {"redis": ManagedBlockingConnection, "rediss": ManagedBlockingSSLConnection}
 
 
 class Address:
-    """Where Redis is and how to log in; makes every kind of client.
+    """Where Redis is and how to log in; makes every kind of client. The one place that knows forms of URLs.
 
     Args:
-        url: ``redis://``, ``rediss://`` or ``unix://``.
+        url: see `forms`.
         name: client name shown by CLIENT LIST.
+
+    Raises:
+        ConfigurationError: the URL cannot be understood.
     """
 
     def __init__(self, url: str, name: str = "streamworker") -> None:
-        try:
-            probe = redis.ConnectionPool.from_url(url)
-        except (ValueError, TypeError) as error:
-            raise ConfigurationError(f"REDIS_URL cannot be understood: {error}") from None
-        self._init(probe.connection_kwargs, probe.connection_class, name)
+        self._init(forms.parse(url), name)
 
-    def _init(self, kwargs: Mapping[str, Any], kind: type[Any], name: str) -> None:
-        self._kwargs = {k: v for k, v in kwargs.items() if (k in _ADDRESS or k.startswith("ssl_")) and v is not None}
-        self._scheme = "unix" if "Unix" in kind.__name__ else "rediss" if "SSL" in kind.__name__ else "redis"
-        self._name = "".join(c if c.isprintable() and c != " " else "-" for c in name)
+    def _init(self, form: Form, name: str) -> None:
+        self._form = form
+        self._name = _shown(name)
+        self._async, self._sync = _ASYNC[form.scheme], _SYNC[form.scheme]
+        self._kwargs = dict(form.options)
+        if form.kind == "sentinel":
+            self._async, self._sync = _MANAGED[form.scheme], _MANAGED_SYNC[form.scheme]
+            self._kwargs["sentinels"] = Sentinels(form)
+        elif form.hosts:
+            self._kwargs["host"], self._kwargs["port"] = form.hosts[0]
 
     @classmethod
     def of(cls, client: aioredis.Redis, name: str = "streamworker") -> Address:
         """The address a user's client talks to."""
         address = cls.__new__(cls)
-        address._init(client.connection_pool.connection_kwargs, client.connection_pool.connection_class, name)
+        address._init(forms.of(client), name)
         return address
 
     def renamed(self, name: str) -> Address:
         """The same address with another client name."""
         other = Address.__new__(Address)
         other.__dict__.update(self.__dict__)
-        other._name = "".join(c if c.isprintable() and c != " " else "-" for c in name)
+        other._name = _shown(name)
         return other
 
     def __str__(self) -> str:
         """Without the password."""
-        if self._scheme == "unix":
-            return f"unix://{self._kwargs.get('path')}"
-        host, port = self._kwargs.get("host", "localhost"), self._kwargs.get("port", 6379)
-        return f"{self._scheme}://{host}:{port}/{self._kwargs.get('db', 0)}"
+        return str(self._form)
 
     def _options(self) -> dict[str, Any]:
         return {
@@ -91,7 +103,7 @@ class Address:
     def commands(self, size: int = POOL_SIZE) -> aioredis.Redis:
         """A client with a pool; waits for a free connection instead of failing."""
         pool = aioredis.BlockingConnectionPool(
-            connection_class=_ASYNC[self._scheme],
+            connection_class=self._async,
             max_connections=size,
             timeout=COMMAND_TIMEOUT,
             socket_timeout=COMMAND_TIMEOUT,
@@ -103,7 +115,7 @@ class Address:
     def listener(self) -> aioredis.Redis:
         """A client for a subscription: silence is normal there, and TCP keepalive notices a dead peer."""
         pool = aioredis.ConnectionPool(
-            connection_class=_ASYNC[self._scheme],
+            connection_class=self._async,
             max_connections=1,
             socket_timeout=None,
             retry=Retry(NoBackoff(), 0),
@@ -114,7 +126,7 @@ class Address:
     def blocking(self) -> redis.Redis:
         """A synchronous client with one connection, for the lease thread."""
         pool = redis.ConnectionPool(
-            connection_class=_SYNC[self._scheme],
+            connection_class=self._sync,
             max_connections=1,
             socket_timeout=COMMAND_TIMEOUT,
             retry=SyncRetry(NoBackoff(), 0),
@@ -131,7 +143,7 @@ class Reader:
     """One connection of its own that may block, and knows its client id so that it can be unblocked from elsewhere."""
 
     def __init__(self, address: Address, block: float) -> None:
-        self._connection: aioredis.Connection = _ASYNC[address._scheme](
+        self._connection: aioredis.Connection = address._async(
             socket_timeout=block + BLOCK_SLACK, retry=Retry(NoBackoff(), 0), **address._options()
         )
         self.client_id: int | None = None
@@ -178,11 +190,16 @@ def understood(address: object) -> Iterator[None]:
         raise ConfigurationError(
             f"Redis at {address} denies a command this needs ({error}): extend the ACL of this user"
         ) from error
+    except redis_errors.MovedError as error:
+        raise ConfigurationError(
+            f"Redis at {address} is a node of a cluster: write redis+cluster:// instead of redis:// in REDIS_URL"
+        ) from error
     except redis_errors.BusyLoadingError as error:
         raise Unreachable(f"Redis at {address} is still loading its data: try again when it is up") from error
     except redis_errors.InvalidResponse as error:
         raise Unreachable(f"what answers at {address} is not Redis: check host and port in REDIS_URL") from error
     except (redis_errors.ConnectionError, redis_errors.TimeoutError, OSError) as error:
+        _look_at_tls(address, error)
         raise Unreachable(
             f"Redis at {address} does not answer ({_short(error)}): check that it runs and that REDIS_URL is right"
         ) from error
@@ -192,6 +209,23 @@ def understood(address: object) -> Iterator[None]:
                 f"Redis at {address} denies a command this needs ({error}): extend the ACL of this user"
             ) from error
         raise StreamworkerError(f"Redis at {address} answered with an error: {error}") from error
+
+
+def _look_at_tls(address: object, error: Exception) -> None:
+    text = str(error)
+    if "CERTIFICATE_VERIFY_FAILED" in text:
+        raise ConfigurationError(
+            f"the certificate of Redis at {address} is not trusted ({_short(error)}): name the CA that signed it with "
+            "ssl_ca_certs in REDIS_URL, and the host as the certificate has it"
+        ) from error
+    if "CERTIFICATE_REQUIRED" in text:
+        raise ConfigurationError(
+            f"Redis at {address} wants a client certificate: name it with ssl_certfile and ssl_keyfile in REDIS_URL"
+        ) from error
+
+
+def _shown(name: str) -> str:
+    return "".join(c if c.isprintable() and c != " " else "-" for c in name)
 
 
 def _short(error: BaseException) -> str:

@@ -135,6 +135,10 @@ class Intake:
                 if key not in {problem.partition(" ")[0] for problem in problems}:
                     log.warning("group_recreated", queue=keys.queue, stream=key)
                     healed = True
+            elif message.startswith("READONLY"):
+                # The connection is to a former master: nothing can be taken there, and a new one finds its successor.
+                await self._link.reader.close()
+                raise Unreachable(f"Redis at {self._link.address} became a replica: its successor is asked next")
             else:
                 self._complain(key, message)
         return healed

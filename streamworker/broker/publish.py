@@ -11,6 +11,7 @@ from redis.asyncio import Redis
 
 from streamworker.broker import scripts
 from streamworker.broker.client import understood
+from streamworker.broker.forms import NotExecuted
 from streamworker.broker.keys import QueueKeys
 from streamworker.broker.settle import due_member
 from streamworker.errors import PublishUncertain, Unreachable
@@ -98,7 +99,9 @@ class Publisher:
 
 
 def _was_sent(cause: BaseException | None) -> bool:
-    """Whether a command can have reached the server: not if no connection came about."""
+    """Whether a command can have been executed: not if no connection came about, or the server was not in charge."""
+    if isinstance(cause, NotExecuted):
+        return False
     return not (isinstance(cause, redis_errors.ConnectionError) and "onnecting to" in str(cause))
 
 
