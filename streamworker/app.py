@@ -236,9 +236,9 @@ class App(Handlers[S]):
         address, default = await self._servers(stack, settings, redis)
         broker = self._make_broker(settings, address)
         stack.push_async_callback(broker.close)
-        client = redis
-        if not isinstance(client, Redis):
-            client = address.commands()
+        client: Any = redis
+        if client is None or isinstance(client, str):
+            client = address.for_handlers()
             stack.push_async_callback(client.aclose)
         url = database if isinstance(database, str) else None if database is not None else default
         if url is not None:
@@ -262,7 +262,7 @@ class App(Handlers[S]):
     ) -> tuple[Address, str | None]:
         """(where Redis is, URL of the database); the embedded pair is started if that is what the settings say."""
         database = settings.database_url
-        if isinstance(redis, Redis):
+        if redis is not None and not isinstance(redis, str):
             return Address.of(redis), database
         url = redis or settings.require_redis_url()
         if url == EMBEDDED:

@@ -6,19 +6,24 @@ retries by itself: redis-py's default of ten retries runs an XADD twice when a r
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, Final
 
+import msgspec
 import redis
 import redis.asyncio as aioredis
 from redis import exceptions as redis_errors
+from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.retry import Retry as SyncRetry
 
 from streamworker.broker import forms
-from streamworker.broker.forms import Form
+from streamworker.broker.cluster import ClusterBlocking, ClusterClient, ClusterReader
+from streamworker.broker.forms import Form, Host
+from streamworker.broker.reader import Reader
 from streamworker.broker.sentinel import (
     ManagedBlockingConnection,
     ManagedBlockingSSLConnection,
@@ -26,6 +31,7 @@ from streamworker.broker.sentinel import (
     ManagedSSLConnection,
     Sentinels,
 )
+from streamworker.broker.slots import Slots, slot_of
 from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable
 
 COMMAND_TIMEOUT: Final = 5.0
@@ -33,6 +39,7 @@ COMMAND_TIMEOUT: Final = 5.0
 BLOCK_SLACK: Final = 5.0
 """Seconds a blocking read may overrun its BLOCK: servers are late by up to 0.1 s, half-open connections for ever."""
 POOL_SIZE: Final = 16
+CLUSTER: Final = "Redis at {} is a node of a cluster: write redis+cluster:// instead of redis:// in REDIS_URL"
 
 _ASYNC: Final[dict[str, Any]] = {
     "redis": aioredis.Connection,
@@ -72,6 +79,7 @@ class Address:
             self._kwargs["sentinels"] = Sentinels(form)
         elif form.hosts:
             self._kwargs["host"], self._kwargs["port"] = form.hosts[0]
+        self._slots = Slots(form) if form.kind == "cluster" else None
 
     @classmethod
     def of(cls, client: aioredis.Redis, name: str = "streamworker") -> Address:
@@ -91,6 +99,23 @@ class Address:
         """Without the password."""
         return str(self._form)
 
+    @property
+    def spread(self) -> bool:
+        """Whether queues live on servers of their own: no command may touch two of them."""
+        return self._slots is not None
+
+    def home(self, key: str) -> Host | None:
+        """The node that serves a key, as far as is known; ``None`` for a single server."""
+        return self._slots.node(slot_of(key)) if self._slots is not None else None
+
+    def at(self, host: Host) -> Address:
+        """One node of the cluster."""
+        other = self.renamed(self._name)
+        other._slots = None
+        other._form = msgspec.structs.replace(self._form, kind="server", hosts=(host,))
+        other._kwargs = {**self._kwargs, "host": host[0], "port": host[1]}
+        return other
+
     def _options(self) -> dict[str, Any]:
         return {
             **self._kwargs,
@@ -101,7 +126,9 @@ class Address:
         }
 
     def commands(self, size: int = POOL_SIZE) -> aioredis.Redis:
-        """A client with a pool; waits for a free connection instead of failing."""
+        """A client with a pool, per node in a cluster; waits for a free connection instead of failing."""
+        if self._slots is not None:
+            return ClusterClient(self._slots, lambda host: self.at(host).commands(size))
         pool = aioredis.BlockingConnectionPool(
             connection_class=self._async,
             max_connections=size,
@@ -114,6 +141,8 @@ class Address:
 
     def listener(self) -> aioredis.Redis:
         """A client for a subscription: silence is normal there, and TCP keepalive notices a dead peer."""
+        if self._slots is not None:  # a cluster passes messages on to all its nodes
+            return self.at(random.choice(self._slots.masters or self._slots.candidates())).listener()  # noqa: S311
         pool = aioredis.ConnectionPool(
             connection_class=self._async,
             max_connections=1,
@@ -123,8 +152,15 @@ class Address:
         )
         return aioredis.Redis.from_pool(pool)
 
-    def blocking(self) -> redis.Redis:
-        """A synchronous client with one connection, for the lease thread."""
+    def blocking(self) -> redis.Redis | ClusterBlocking:
+        """A synchronous client with one connection, per node in a cluster, for the lease thread."""
+        if self._slots is not None:
+            return ClusterBlocking(self._slots, self._one_blocking)
+        return self._one_blocking(None)
+
+    def _one_blocking(self, host: Host | None) -> redis.Redis:
+        if host is not None:
+            return self.at(host)._one_blocking(None)
         pool = redis.ConnectionPool(
             connection_class=self._sync,
             max_connections=1,
@@ -134,41 +170,47 @@ class Address:
         )
         return redis.Redis(connection_pool=pool)
 
-    def reader(self, block: float) -> Reader:
-        """The connection for blocking reads of up to ``block`` seconds."""
-        return Reader(self, block)
+    def reader(self, block: float, control: aioredis.Redis, key: str = "") -> Reader | ClusterReader:
+        """The connection for blocking reads of up to ``block`` seconds.
 
+        Args:
+            block: seconds.
+            control: a client made by `commands`, to unblock it with.
+            key: in a cluster, whose slot it reads.
+        """
+        if self._slots is not None and isinstance(control, ClusterClient):
+            client = control
+            return ClusterReader(client, self._slots, key, lambda host: self.at(host)._reader(block, client.at(host)))
+        return self._reader(block, control)
 
-class Reader:
-    """One connection of its own that may block, and knows its client id so that it can be unblocked from elsewhere."""
+    def _reader(self, block: float, control: aioredis.Redis) -> Reader:
+        connection = self._async(socket_timeout=block + BLOCK_SLACK, retry=Retry(NoBackoff(), 0), **self._options())
+        return Reader(connection, control)
 
-    def __init__(self, address: Address, block: float) -> None:
-        self._connection: aioredis.Connection = address._async(
-            socket_timeout=block + BLOCK_SLACK, retry=Retry(NoBackoff(), 0), **address._options()
+    def for_handlers(self) -> Any:
+        """A client for users: of a cluster it is redis-py's own, which knows all commands."""
+        if self._slots is None:
+            return self.commands()
+        nodes = [ClusterNode(host, port) for host, port in self._form.hosts]
+        kept = {name: value for name, value in self._kwargs.items() if name not in ("host", "port")}
+        return aioredis.RedisCluster(
+            startup_nodes=nodes, ssl=self._form.scheme == "rediss", client_name=self._name, **kept
         )
-        self.client_id: int | None = None
 
-    async def execute_command(self, *args: Any, **_: Any) -> Any:
-        """Send one command and return its raw reply; the connection is given up on any error but the server's own."""
-        connection = self._connection
-        if not connection.is_connected:
-            self.client_id = None
-            await connection.connect()
-            await connection.send_command("CLIENT", "ID")
-            self.client_id = await connection.read_response()
-        try:
-            await connection.send_command(*args)
-            return await connection.read_response()
-        except redis_errors.ResponseError:
-            raise
-        except BaseException:
-            await connection.disconnect(nowait=True)
-            raise
+    async def masters(self, client: aioredis.Redis) -> list[aioredis.Redis]:
+        """Clients of all servers that hold keys, for what has to be asked of each."""
+        return await client.masters() if isinstance(client, ClusterClient) else [client]
 
-    async def close(self) -> None:
-        """Close the connection."""
-        with suppress(redis_errors.RedisError, OSError):
-            await self._connection.disconnect()
+    async def greet(self, client: aioredis.Redis) -> dict[str, Any]:
+        """INFO's section "server" of whoever answers.
+
+        Raises:
+            ConfigurationError: it is a node of a cluster, and the URL is not that of one.
+        """
+        info: dict[str, Any] = await client.info("server")
+        if info.get("redis_mode") == "cluster" and self._slots is None:
+            raise ConfigurationError(CLUSTER.format(self))
+        return info
 
 
 @contextmanager
@@ -191,9 +233,7 @@ def understood(address: object) -> Iterator[None]:
             f"Redis at {address} denies a command this needs ({error}): extend the ACL of this user"
         ) from error
     except redis_errors.MovedError as error:
-        raise ConfigurationError(
-            f"Redis at {address} is a node of a cluster: write redis+cluster:// instead of redis:// in REDIS_URL"
-        ) from error
+        raise ConfigurationError(CLUSTER.format(address)) from error
     except redis_errors.BusyLoadingError as error:
         raise Unreachable(f"Redis at {address} is still loading its data: try again when it is up") from error
     except redis_errors.InvalidResponse as error:

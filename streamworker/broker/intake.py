@@ -60,15 +60,14 @@ class Intake:
 
     async def claim(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:
         """See `Broker.claim`."""
-        now = monotonic()
-        claims = await self._sweep(limit, running, now) if min(self._sweep_at) <= now else []
+        claims = await self.sweep(limit, running)
         if len(claims) < limit:
-            claims += await self._take(limit - len(claims), running)
+            claims += await self.take(limit - len(claims), running)
         if self._link.outage() > self._lease / 3:
             # Nobody could renew meanwhile: no one is taken for dead before everyone had a lease to come back.
             self.rest(self._lease)
         if not claims and wait > 0 and not self._interrupted.is_set():
-            claims = await self._wait(wait, running)
+            claims = await self.wait(wait, running)
         return claims
 
     async def ensure(self, keys: QueueKeys) -> tuple[list[str], list[str]]:
@@ -90,7 +89,11 @@ class Intake:
         """No claim waits any more."""
         self._interrupted.set()
 
-    async def _take(self, limit: int, running: Collection[Claim], *, healed: bool = False) -> list[Claim]:
+    async def close(self) -> None:
+        """Nothing is left to end here; in a cluster there may be."""
+
+    async def take(self, limit: int, running: Collection[Claim], *, healed: bool = False) -> list[Claim]:
+        """New entries, in order."""
         queues, budgets = len(self._keys), self._order.budgets(limit)
         head = [self._group, self.consumer, limit, queues, len(budgets)]
         args = [*head, *self._allowances(limit, running), *budgets, *self._order.steps]
@@ -104,7 +107,7 @@ class Intake:
             name = keys.queue
             claims += [Claim(name, level, place, entry, 1, document(fields), epoch) for entry, fields in entries]
         if trouble and await self._heal(trouble) and not healed and len(claims) < limit:
-            claims += await self._take(limit - len(claims), running, healed=True)
+            claims += await self.take(limit - len(claims), running, healed=True)
         return claims
 
     def _allowances(self, limit: int, running: Collection[Claim]) -> list[int]:
@@ -149,8 +152,12 @@ class Intake:
             log.error("key_unreadable", key=key, error=message)
             self._unreadable_until[key] = monotonic() + TROUBLE_PAUSE
 
-    async def _sweep(self, limit: int, running: Collection[Claim], now: float) -> list[Claim]:
+    async def sweep(self, limit: int, running: Collection[Claim]) -> list[Claim]:
+        """Orphans, of the queues whose sweep is due."""
         claims: list[Claim] = []
+        now = monotonic()
+        if min(self._sweep_at) > now:
+            return claims
         allowances = self._allowances(limit, running)
         for index, keys in enumerate(self._keys):
             if self._sweep_at[index] > now or len(claims) >= limit:
@@ -186,7 +193,7 @@ class Intake:
             claims.append(Claim(keys.queue, level, place, entry, count, body, epoch, bool(suspect)))
         return claims
 
-    async def _wait(self, wait: float, running: Collection[Claim]) -> list[Claim]:
+    async def wait(self, wait: float, running: Collection[Claim]) -> list[Claim]:
         """Block until a new entry comes, at most until the next sweep is due."""
         now = monotonic()
         wait = max(0.01, min(wait, BLOCK, min(self._sweep_at) - now))
