@@ -208,7 +208,9 @@ class Address:
             ConfigurationError: it is a node of a cluster, and the URL is not that of one.
         """
         info: dict[str, Any] = await client.info("server")
-        if info.get("redis_mode") == "cluster" and self._slots is None:
+        if (
+            "cluster" in (info.get("redis_mode"), info.get("server_mode")) and self._slots is None
+        ):  # Valkey says "server"
             raise ConfigurationError(CLUSTER.format(self))
         return info
 

@@ -6,7 +6,6 @@ of all commands, and cannot be unblocked; these know our commands, and repeat on
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -132,20 +131,18 @@ class ClusterBlocking:
         self._slots = slots
         self._connect = connect
         self._clients: dict[Host, redis.Redis] = {}
-        self._lock = threading.Lock()
 
     def execute_command(self, *args: Any) -> Any:
         """Send a command where it belongs."""
         route = Route(self._slots, key_of(args))
-        with self._lock:
-            while True:
-                host = self._find(route)
-                try:
-                    if route.asking is not None:
-                        self._at(host).execute_command("ASKING")
-                    return self._at(host).execute_command(*args)
-                except Exception as error:  # noqa: BLE001 - judged, and raised again unless it is a redirection
-                    time.sleep(route.refused(error, host))
+        while True:
+            host = self._find(route)
+            try:
+                if route.asking is not None:  # holds for one connection, and there is but one
+                    self._at(host).execute_command("ASKING")
+                return self._at(host).execute_command(*args)
+            except Exception as error:  # noqa: BLE001 - judged, and raised again unless it is a redirection
+                time.sleep(route.refused(error, host))
 
     def _find(self, route: Route) -> Host:
         while True:

@@ -113,7 +113,7 @@ class Intakes:
         for part, read in list(self._reads.items()):
             if read.done():
                 del self._reads[part]
-                claims += read.result()
+                claims += [] if read.cancelled() else read.result()
         return claims
 
     async def _wait(self, wait: float, running: Collection[Claim]) -> list[Claim]:

@@ -24,7 +24,7 @@ class Count(Payload, kind="count", queue="q"):
     name: str
 
 
-class Other(Payload, kind="other", queue="a"):
+class Other(Payload, kind="other", queue="b"):
     name: str
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,18 @@ class Node:
 
     def client(self, **options: Any) -> redis.Redis:
         return redis.Redis(port=self.port, protocol=2, socket_timeout=5, **options)
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def pause(self) -> None:
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         if self._process is not None:
@@ -165,16 +178,46 @@ class Clustered:
         # One that is not there, so that every test walks past it.
         return f"redis+cluster://127.0.0.1:1,127.0.0.1:{self.nodes[0].port}"
 
-    def owner(self, key: str) -> Node:
+    def owner(self, key: str, via: Node | None = None) -> Node:
+        """Who serves a key, by what one node knows."""
         slot = key_slot(key.encode())
-        with self.client() as client:
+        with (via or self._alive[0]).client() as client:
             for first, last, (_, port, *_rest), *_others in client.execute_command("CLUSTER", "SLOTS"):
                 if first <= slot <= last:
                     return next(node for node in self.nodes if node.port == port)
         raise AssertionError(f"nobody serves slot {slot}")
 
+    @property
+    def _alive(self) -> list[Node]:
+        return [node for node in self.nodes if node.alive]
+
     def client(self) -> redis.Redis:
-        return Anywhere([node for node in self.nodes if node._process and node._process.poll() is None])
+        return Anywhere(self._alive)
+
+    def owner_client(self, key: str) -> redis.Redis:
+        return self.owner(key).client()
+
+    def migrate(self, key: str, source: Node, target: Node) -> None:
+        """Move a key's slot with everything in it, as cluster tools do."""
+        with self.halfway(key, source, target):
+            pass
+
+    @contextmanager
+    def halfway(self, key: str, source: Node, target: Node) -> Iterator[None]:
+        """In the block, all keys of the slot have moved and the slot itself has not."""
+        slot = key_slot(key.encode())
+        with source.client() as old, target.client() as new:
+            new.execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", self.identity(source))
+            old.execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", self.identity(target))
+            while keys := old.execute_command("CLUSTER", "GETKEYSINSLOT", slot, 1):
+                old.execute_command("MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "KEYS", *keys)
+            yield
+            while keys := old.execute_command("CLUSTER", "GETKEYSINSLOT", slot, 1):
+                old.execute_command("MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "KEYS", *keys)
+            for node in (target, source, *(each for each in self._alive if each not in (source, target))):
+                with suppress(redis.ResponseError), node.client() as client:  # replicas learn it from their masters
+                    client.execute_command("CLUSTER", "SETSLOT", slot, "NODE", self.identity(target))
+        eventually_blocking(lambda: all(self.owner(key, via=node) is target for node in self._alive), 20)
 
     def kill(self) -> None:
         for node in self.nodes:

@@ -24,16 +24,20 @@ DOCS = Path(__file__).parents[2] / "docs" / "security.md"
 Q = "stream:{q}"
 
 
+def acl_lines(namespace: str = "") -> list[list[str]]:
+    """The words of each line of the docs, with the namespace before its patterns."""
+    lines = re.findall(r"^ACL SETUSER (.+)$", DOCS.read_text(), re.MULTILINE)
+    assert [line.split()[0] for line in lines] == ["worker", "producer", "inspector"]
+    return [[re.sub(r"^([~&])", rf"\g<1>{namespace}", word) for word in line.split()] for line in lines]
+
+
 class Users:
     """A server with the three users of the docs, and its administrator's client."""
 
     def __init__(self, server: Server, namespace: str = "") -> None:
         self.server, self.raw = server, server.client()
-        lines = re.findall(r"^ACL SETUSER (.+)$", DOCS.read_text(), re.MULTILINE)
-        assert [line.split()[0] for line in lines] == ["worker", "producer", "inspector"]
-        for line in lines:
-            words = [re.sub(r"^([~&])", rf"\g<1>{namespace}", word) for word in line.split()]
-            self.raw.execute_command("ACL SETUSER", *words)
+        for line in acl_lines(namespace):
+            self.raw.execute_command("ACL SETUSER", *line)
 
     def url(self, name: str) -> str:
         return f"redis://{name}:SECRET@127.0.0.1:{self.server.port}/0"

@@ -126,3 +126,20 @@ async def test_handlers_get_a_client_to_the_master(sentinels):
     await QueueWorker(app, redis=None, database=None, services=None).run(burst=True)
     with sentinels.client() as client:
         assert client.get("queue:seen") == b"x"
+
+
+async def test_sentinels_with_a_login_of_their_own(sentinels, broker_of):
+    """The one right that docs/security.md names is enough."""
+    for node in sentinels.sentinels:
+        with node.client() as client:
+            rights = ("-@all", "+sentinel|get-master-addr-by-name")
+            client.execute_command("ACL SETUSER", "finder", "on", ">SECRET", "resetkeys", "resetchannels", *rights)
+    hosts = sentinels.url.removeprefix("redis+sentinel://")
+    async with broker_of(f"redis+sentinel://{hosts}?sentinel_username=finder&sentinel_password=SECRET") as broker:
+        await broker.publish([job("x")])
+        assert names(await broker.claim(1, 0, ())) == ["x"]
+        await asyncio.to_thread(broker.beat, {"pid": 1})
+    with pytest.raises(ConfigurationError, match="refused the login") as caught:
+        async with broker_of(f"redis+sentinel://{hosts}?sentinel_username=finder&sentinel_password=WRONG"):
+            pass
+    assert "WRONG" not in str(caught.value)

@@ -7,7 +7,7 @@ import shutil
 import ssl
 import subprocess
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -15,8 +15,10 @@ import pytest
 from streamworker import App, QueueWorker, Settings
 from streamworker.errors import ConfigurationError, Unreachable
 from tests.cli.conftest import Program
+from tests.conftest import eventually
 from tests.contract.helpers import job, names
 from tests.topologies.conftest import Count
+from tests.topologies.servers import Clustered
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="the openssl command makes the certificates")
 
@@ -154,3 +156,64 @@ async def test_tls_to_a_server_without_it(server, redis_url, broker_of):
     with pytest.raises(Unreachable, match="does not answer"):
         async with broker_of(f"rediss://127.0.0.1:{server.port}/0"):
             pass
+
+
+@pytest.mark.slow
+async def test_a_cluster_over_tls(certificates, tmp_path, broker_of):
+    servers = Clustered(tmp_path)
+    try:
+        async with AsyncExitStack() as stack:
+            ports = [await stack.enter_async_context(proxy(certificates, node.port)) for node in servers.nodes]
+            for node, port in zip(servers.nodes, ports, strict=True):
+                with node.client() as client:  # what the nodes say of themselves leads to the proxies
+                    client.config_set("cluster-announce-port", port)
+            await eventually(lambda: announced(servers) == set(ports))
+            url = f"rediss+cluster://127.0.0.1:{ports[0]}?ssl_ca_certs={certificates}/ca.pem"
+            async with broker_of(url, "a", "q", "b", "c") as broker:
+                await broker.publish([job(queue, queue) for queue in "aqbc"])
+                claims = await broker.claim(10, 0, ())
+                assert names(claims) == ["a", "q", "b", "c"]
+                assert await asyncio.to_thread(broker.renew, claims) == []
+                assert await broker.claim(10, 0.05, claims) == []
+    finally:
+        servers.kill()
+
+
+def announced(servers: Clustered) -> set[int]:
+    """The ports that every node knows of all; none while they disagree."""
+    said = []
+    for node in servers.nodes:
+        with node.client() as client:
+            said.append({port for _, _, (_, port, *_rest), *_others in client.execute_command("CLUSTER", "SLOTS")})
+    return said[0] if said.count(said[0]) == len(said) else set()
+
+
+async def test_sentinels_and_their_master_over_tls(certificates, server, redis_url, broker_of):
+    """A real Sentinel speaks no TLS to its master here, so that the one that is asked only knows the answer."""
+    async with proxy(certificates, server.port) as port:
+
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            with suppress(OSError, asyncio.IncompleteReadError):
+                while True:
+                    words = int((await reader.readuntil(b"\r\n"))[1:])
+                    command = [
+                        await reader.readexactly(int((await reader.readuntil(b"\r\n"))[1:]) + 2) for _ in range(words)
+                    ]
+                    found = command[0].strip() == b"SENTINEL"
+                    writer.write(
+                        f"*2\r\n$9\r\n127.0.0.1\r\n${len(str(port))}\r\n{port}\r\n".encode() if found else b"+OK\r\n"
+                    )
+            writer.close()
+
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificates / "server.pem", certificates / "server.key")
+        sentinel = await asyncio.start_server(answer, "127.0.0.1", 0, ssl=context)
+        at = sentinel.sockets[0].getsockname()[1]
+        url = f"rediss+sentinel://127.0.0.1:{at}/mymaster?ssl_ca_certs={certificates}/ca.pem"
+        async with broker_of(url) as broker:
+            await broker.publish([job("x")])
+            claims = await broker.claim(10, 0, ())
+            assert names(claims) == ["x"]
+            assert await asyncio.to_thread(broker.renew, claims) == []
+        sentinel.close()
+        await asyncio.sleep(0.05)  # lets the transports say goodbye before the loop closes
