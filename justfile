@@ -19,7 +19,7 @@ worker *args:
 
 # All tests, against embedded servers; arguments go to pytest (./dev test -k name)
 test *args:
-    pytest -n 2 "$@"
+    pytest -n 2 --dist worksteal "$@"
 
 # The brokers' contract against Redis 8.2 and Redis 6.2
 compat *args:
@@ -30,6 +30,18 @@ topologies *args:
     pytest -q -n 2 -m slow tests/topologies "$@"
     STREAMWORKER_TEST_TOPOLOGY=sentinel pytest -q tests/contract "$@"
     STREAMWORKER_TEST_TOPOLOGY=cluster pytest -q tests/contract "$@"
+
+# The crash suite: workers and servers are killed, frozen and cut off while jobs run
+crash *args:
+    pytest -n 2 --dist worksteal -m crash tests/crash "$@"
+
+# Faults without end on a running fleet (--minutes 10 --seed 7), and a table of what they cost
+soak *args:
+    @python -m tests.crash.soak "$@"
+
+# Jobs a second of one worker process, as a share of a bare loop in the same run
+bench *args:
+    @python -m benchmarks.throughput "$@"
 
 # ruff: rules and formatting
 lint:

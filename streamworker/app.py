@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from datetime import datetime
+from functools import partial
 from typing import Any, TypeAlias, overload
 
 import anyio
@@ -16,7 +16,7 @@ from redis.asyncio import Redis
 from typing_extensions import TypeVar, Unpack
 
 from streamworker import codec, embedded
-from streamworker.blocking import BackgroundLoop
+from streamworker.blocking import BackgroundLoop, refuse_on_loop
 from streamworker.broker import Broker, Operator
 from streamworker.broker.client import Address
 from streamworker.broker.operate import StreamOperator
@@ -57,6 +57,8 @@ class App(Handlers[S]):
         self._lifespan: Lifespan[S] | None = lifespan
         self._middleware = tuple(middleware)
         self._entries = 0
+        self._in_force = settings or Settings()
+        self._redis: Redis | str | None = None
         self._door = anyio.Lock()
         self._stack: AsyncExitStack | None = None
         self._broker: Broker | None = None
@@ -70,16 +72,7 @@ class App(Handlers[S]):
             ConfigurationError: a setting or the server is wrong.
             Unreachable: no server answers.
         """
-        async with self._door:
-            if self._entries == 0:
-                settings = self.resolve(None)
-                async with AsyncExitStack() as stack:
-                    address, _ = await self._servers(stack, settings, None)
-                    broker = self._make_broker(settings, address)
-                    stack.push_async_callback(broker.close)
-                    await broker.open()
-                    self._stack, self._broker = stack.pop_all(), broker
-            self._entries += 1
+        await self._enter(self.resolve(None), None)
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -88,6 +81,18 @@ class App(Handlers[S]):
         if self._entries == 0 and self._stack is not None:
             stack, self._stack, self._broker = self._stack, None, None
             await stack.aclose()
+
+    async def _enter(self, settings: Settings, redis: Redis | str | None) -> None:
+        async with self._door:
+            if self._entries == 0:
+                async with AsyncExitStack() as stack:
+                    address, _ = await self._servers(stack, settings, redis)
+                    broker = self._make_broker(settings, address)
+                    stack.push_async_callback(broker.close)
+                    await broker.open()
+                    self._stack, self._broker = stack.pop_all(), broker
+                    self._in_force, self._redis = settings, redis
+            self._entries += 1
 
     # -- producing
 
@@ -161,7 +166,7 @@ class App(Handlers[S]):
             )
         if self._broker is None:
             raise UsageError("the app is not open: enqueue inside `async with app:`")
-        settings = self.resolve(None)
+        settings = self._in_force
         made = (job if isinstance(job, Job) else make_job(job) for job in jobs)
         packed = [codec.pack(job, max_bytes=settings.max_job_bytes, key_ttl=settings.key_ttl) for job in made]
         return await self._broker.publish(packed) if packed else []
@@ -177,16 +182,12 @@ class App(Handlers[S]):
             UsageError: called on an event loop, which it would block; else what `enqueue` raises.
         """
         job = make_job(payload, **options)
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            pass
-        else:
-            raise UsageError("enqueue_blocking() would block this event loop: await enqueue() instead")
+        refuse_on_loop("enqueue_blocking() would block this event loop: await enqueue() instead")
         with self._lock:
             if self._background is None or not self._background.alive:
-                sibling: App[Any] = App(settings=self.resolve(None))
-                self._background = BackgroundLoop(lambda: sibling)
+                sibling: App[Any] = App()  # this app's broker belongs to another loop
+                settings = self._in_force if self._stack is not None else self.resolve(None)
+                self._background = BackgroundLoop(partial(sibling.entered, settings, self._redis))
         return self._background.call(lambda app: app.enqueue_many([job]))[0]
 
     # -- the composition root
@@ -217,10 +218,18 @@ class App(Handlers[S]):
         return settings or self._settings or Settings()
 
     @asynccontextmanager
-    async def entered(self) -> AsyncIterator[App[S]]:
-        """The app, open; for a worker, whose handlers may enqueue."""
-        async with self:
+    async def entered(self, settings: Settings, redis: Redis | str | None) -> AsyncIterator[App[S]]:
+        """The app, open where its worker is; handlers may enqueue.
+
+        Args:
+            settings: the worker's.
+            redis: what the worker was given.
+        """
+        await self._enter(settings, redis)
+        try:
             yield self
+        finally:
+            await self.__aexit__()
 
     async def site(
         self, stack: AsyncExitStack, settings: Settings, redis: Redis | str | None, database: Any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
@@ -11,8 +12,23 @@ import anyio
 from anyio.from_thread import BlockingPortal
 from typing_extensions import TypeVar
 
+from streamworker.errors import UsageError
+
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+def refuse_on_loop(sentence: str) -> None:
+    """Refuse to block an event loop.
+
+    Raises:
+        UsageError: ``sentence``, if this thread runs a loop.
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return
+    raise UsageError(sentence)
 
 
 class BackgroundLoop(Generic[T]):

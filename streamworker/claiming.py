@@ -9,6 +9,7 @@ from typing import Final
 import anyio
 
 from streamworker.broker import Broker
+from streamworker.errors import ConfigurationError
 from streamworker.execute import Run
 from streamworker.holdings import Holdings
 from streamworker.job import Claim
@@ -19,6 +20,8 @@ log = get_logger("streamworker.worker")
 
 BLOCK: Final = 5.0
 """Seconds one claim waits for jobs."""
+REFUSALS: Final = 3
+"""Times in a row a password or a permission may be refused: somebody may be changing it right now."""
 UNSETTLED: Final = 1000
 """Finished runs that may wait to be settled before no more is claimed."""
 
@@ -34,6 +37,7 @@ class Claimer:
         max_deliveries: a suspect beyond them does not run any more, and need not wait to run alone.
         stopping: set when nothing more shall be claimed.
         burst: set ``stopping`` when nothing is ready any more.
+        fatal: told when the server keeps refusing us for good.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class Claimer:
         max_deliveries: int,
         stopping: anyio.Event,
         burst: bool,
+        fatal: Callable[[ConfigurationError], None],
     ) -> None:
         self._broker = broker
         self._holdings = holdings
@@ -54,6 +59,7 @@ class Claimer:
         self._max_deliveries = max_deliveries
         self._stopping = stopping
         self._burst = burst
+        self._fatal = fatal
         self._reconcile = False
         self._quiet = False
         self._suspects: deque[Run] = deque()
@@ -62,16 +68,21 @@ class Claimer:
 
     async def run(self) -> None:
         """Claim; an error is logged and followed by a pause."""
-        pause = Pause()
+        pause, refusals = Pause(), 0
         while not self._stopping.is_set():
             try:
                 await self._turn()
                 pause.reset()
+                refusals = 0
             except Exception as error:
                 # The reply to a claim may have been lost: what it claimed is ours without our knowing.
                 self._reconcile = True
                 log.error("main_loop_error", error=str(error), type=type(error).__name__)
                 log.debug("main_loop_error_traceback", exc_info=error)
+                refusals = refusals + 1 if isinstance(error, ConfigurationError) else 0
+                if isinstance(error, ConfigurationError) and refusals >= REFUSALS:
+                    self._fatal(error)
+                    break
                 await pause.wait(self._stopping)
         self.ended.set()
 

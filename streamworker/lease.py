@@ -91,12 +91,12 @@ class LeaseKeeper:
         claims = [run.claim for run in self._runs() if not run.settling and not run.overdue(now)]
         try:
             lost = self._broker.renew(claims) if claims else []
+            if lost:  # before the heartbeat, which may fail by itself
+                self._call(lambda: self._lost(lost))
             self._broker.beat(self._report())
         except Exception as error:  # noqa: BLE001 - whatever it is, the leases run down: say it and try again
             log.warning("renewal_failed", claims=len(claims), error=str(error))
             return False
-        if lost:
-            self._call(lambda: self._lost(lost))
         return True
 
     def _look_at_loop(self) -> None:

@@ -19,7 +19,7 @@ import anyio.to_thread
 from streamworker.claiming import Claimer
 from streamworker.context import Shared
 from streamworker.drain import HAND_BACK, drain, hand_back_strays
-from streamworker.errors import HandBackFailed, StuckThread
+from streamworker.errors import ConfigurationError, HandBackFailed, StuckThread
 from streamworker.execute import Executor, Run
 from streamworker.holdings import Holdings
 from streamworker.identity import heartbeat, new_worker_id
@@ -66,7 +66,7 @@ class QueueWorker:
         self._tick_wake = anyio.Event()
         self._burst = False
         self._begun = False
-        self._error: StuckThread | HandBackFailed | None = None
+        self._error: StuckThread | HandBackFailed | ConfigurationError | None = None
         self._signal = 0
         self._started = time.time()
         self._next_tick = 0.0
@@ -128,7 +128,7 @@ class QueueWorker:
     async def initialize(self, stack: AsyncExitStack) -> None:
         """Connect, check the server, create the groups, make the services; all is closed when ``stack`` is left."""
         settings, app = self._settings, self._app
-        await stack.enter_async_context(app.entered())
+        await stack.enter_async_context(app.entered(settings, self._redis))
         self._broker, redis, database = await app.site(stack, settings, self._redis, self._database)
         await self._broker.open()
         await self._broker.join(self.worker_id)
@@ -163,6 +163,7 @@ class QueueWorker:
             max_deliveries=settings.max_deliveries,
             stopping=self._stopping,
             burst=self._burst,
+            fatal=self._refused,
         )
         self._lease = LeaseKeeper(
             self._broker, lease=settings.lease, runs=self._holdings.snapshot, report=self._report, lost=self._on_lost
@@ -234,6 +235,12 @@ class QueueWorker:
             self._error = StuckThread(f"a thread of {name} did not end after its timeout: restart this worker")
             log.error("thread_stuck", worker_id=self.worker_id, handler=name, job_id=run.job_id)
             self._stopping.set()
+
+    def _refused(self, error: ConfigurationError) -> None:
+        """The server keeps refusing us for good: only people can change that, and a restart will tell them."""
+        self._error = self._error or error
+        log.error("worker_refused", worker_id=self.worker_id, error=str(error))
+        self._stopping.set()
 
     def _report(self) -> dict[str, str | int | float]:
         return heartbeat(self._settings, self._app.handlers.queues, self._started, self._holdings, self._lease.loop_lag)

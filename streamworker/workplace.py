@@ -29,7 +29,7 @@ class Workplace(Protocol):
     def resolve(self, settings: Settings | None) -> Settings:
         """The settings in force."""
 
-    def entered(self) -> AbstractAsyncContextManager[Any]:
+    def entered(self, settings: Settings, redis: Any) -> AbstractAsyncContextManager[Any]:
         """Keeps the app open, so that handlers can enqueue."""
 
     async def site(

@@ -23,6 +23,7 @@ from redis.retry import Retry as SyncRetry
 from streamworker.broker import forms
 from streamworker.broker.cluster import ClusterBlocking, ClusterClient, ClusterReader
 from streamworker.broker.forms import Form, Host
+from streamworker.broker.reactions import Reaction, row_of
 from streamworker.broker.reader import Reader
 from streamworker.broker.sentinel import (
     ManagedBlockingConnection,
@@ -217,59 +218,64 @@ class Address:
 
 @contextmanager
 def understood(address: object) -> Iterator[None]:
-    """Turn redis-py's errors into ours, one sentence each.
+    """Turn redis-py's errors into ours, one sentence each, by the table of reactions.
 
     Raises:
         ConfigurationError: the server refuses us for good: password, permissions, not a usable server.
-        Unreachable: nobody answers, or no Redis does.
+        Unreachable: nobody answers, no Redis does, or one that can do nothing for us now.
         StreamworkerError: the server refuses a command for another reason.
     """
     try:
         yield
-    except redis_errors.AuthenticationError as error:
-        raise ConfigurationError(
+    except (redis_errors.RedisError, OSError) as error:
+        raise _ours(error, address) from error
+
+
+def _ours(error: Exception, address: object) -> StreamworkerError:
+    row = row_of(error)
+    name, reaction = (row.name, row.reaction) if row is not None else ("", Reaction.REFUSE)
+    if isinstance(error, redis_errors.MovedError):
+        return ConfigurationError(CLUSTER.format(address))
+    if name == "WRONGPASS":
+        return ConfigurationError(
             f"Redis at {address} refused the login ({error}): check the user and password in REDIS_URL"
-        ) from error
-    except redis_errors.NoPermissionError as error:
-        raise ConfigurationError(
+        )
+    if reaction is Reaction.FATAL:
+        return ConfigurationError(
             f"Redis at {address} denies a command this needs ({error}): extend the ACL of this user"
-        ) from error
-    except redis_errors.MovedError as error:
-        raise ConfigurationError(CLUSTER.format(address)) from error
-    except redis_errors.BusyLoadingError as error:
-        raise Unreachable(f"Redis at {address} is still loading its data: try again when it is up") from error
-    except redis_errors.InvalidResponse as error:
-        raise Unreachable(f"what answers at {address} is not Redis: check host and port in REDIS_URL") from error
-    except (redis_errors.ConnectionError, redis_errors.TimeoutError, OSError) as error:
-        _look_at_tls(address, error)
-        raise Unreachable(
+        )
+    if name == "LOADING":
+        return Unreachable(f"Redis at {address} is still loading its data: try again when it is up")
+    if isinstance(error, redis_errors.InvalidResponse):
+        return Unreachable(f"what answers at {address} is not Redis: check host and port in REDIS_URL")
+    if name == "no connection":
+        return _tls_trouble(error, address) or Unreachable(
             f"Redis at {address} does not answer ({_short(error)}): check that it runs and that REDIS_URL is right"
-        ) from error
-    except redis_errors.ResponseError as error:
-        if "ACL failure in script" in str(error) or str(error).startswith("NOPERM"):
-            raise ConfigurationError(
-                f"Redis at {address} denies a command this needs ({error}): extend the ACL of this user"
-            ) from error
-        raise StreamworkerError(f"Redis at {address} answered with an error: {error}") from error
+        )
+    if reaction in (Reaction.WAIT, Reaction.RECONNECT):
+        said = str(error) if str(error).startswith(name) else f"{name} {error}"
+        return Unreachable(f"Redis at {address} can do nothing for us now ({_short(said)}): it is tried again")
+    return StreamworkerError(f"Redis at {address} answered with an error: {error}")
 
 
-def _look_at_tls(address: object, error: Exception) -> None:
+def _tls_trouble(error: Exception, address: object) -> ConfigurationError | None:
     text = str(error)
     if "CERTIFICATE_VERIFY_FAILED" in text:
-        raise ConfigurationError(
+        return ConfigurationError(
             f"the certificate of Redis at {address} is not trusted ({_short(error)}): name the CA that signed it with "
             "ssl_ca_certs in REDIS_URL, and the host as the certificate has it"
-        ) from error
+        )
     if "CERTIFICATE_REQUIRED" in text:
-        raise ConfigurationError(
+        return ConfigurationError(
             f"Redis at {address} wants a client certificate: name it with ssl_certfile and ssl_keyfile in REDIS_URL"
-        ) from error
+        )
+    return None
 
 
 def _shown(name: str) -> str:
     return "".join(c if c.isprintable() and c != " " else "-" for c in name)
 
 
-def _short(error: BaseException) -> str:
+def _short(error: BaseException | str) -> str:
     text = str(error) or type(error).__name__
     return text if len(text) < 200 else text[:200] + "…"

@@ -169,10 +169,19 @@ class ClusterBlocking:
             client = self._clients[host] = self._connect(host)
         return client
 
+    @property
+    def connection_pool(self) -> ClusterBlocking:
+        """What holds the connections: this."""
+        return self
+
+    def disconnect(self) -> None:
+        """Give up all connections; the next command makes new ones."""
+        for client in self._clients.values():
+            client.connection_pool.disconnect()
+
     def close(self) -> None:
         """Close all nodes' connections."""
-        for client in self._clients.values():
-            client.close()
+        self.disconnect()
 
 
 class ClusterReader:

@@ -9,12 +9,14 @@ from time import monotonic
 from typing import Any, Final
 
 import anyio
+from redis.exceptions import ResponseError
 
 from streamworker.broker import scripts
 from streamworker.broker.keys import QueueKeys
 from streamworker.broker.link import BLOCK, Link
 from streamworker.broker.order import Order
-from streamworker.errors import StreamworkerError, Unreachable
+from streamworker.broker.reactions import Reaction, reaction_to, row_of
+from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable
 from streamworker.job import LEVELS, Claim, Level
 from streamworker.policy import SUSPECT_DELIVERIES
 from streamworker.telemetry.logs import get_logger
@@ -60,12 +62,12 @@ class Intake:
 
     async def claim(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:
         """See `Broker.claim`."""
+        # Before the sweep, or the first command that gets through again would take everybody for dead.
+        self._rest_after_outage()
         claims = await self.sweep(limit, running)
         if len(claims) < limit:
             claims += await self.take(limit - len(claims), running)
-        if self._link.outage() > self._lease / 3:
-            # Nobody could renew meanwhile: no one is taken for dead before everyone had a lease to come back.
-            self.rest(self._lease)
+        self._rest_after_outage()
         if not claims and wait > 0 and not self._interrupted.is_set():
             claims = await self.wait(wait, running)
         return claims
@@ -84,6 +86,11 @@ class Intake:
     def rest(self, seconds: float) -> None:
         """Take nobody for dead for some seconds."""
         self._sweep_at = [max(at, monotonic() + seconds) for at in self._sweep_at]
+
+    def _rest_after_outage(self) -> None:
+        """Nobody could renew meanwhile: no one is taken for dead before everyone had a lease to come back."""
+        if self._link.outage() > self._lease / 3:
+            self.rest(self._lease)
 
     def interrupt(self) -> None:
         """No claim waits any more."""
@@ -125,11 +132,12 @@ class Intake:
         healed = False
         for index, error in trouble:
             key, message = self._all[index - 1], error.decode(errors="replace")
-            if index > len(self._keys) and message.startswith("NOGROUP"):
+            reaction = reaction_to(message)
+            if index > len(self._keys) and reaction is Reaction.HEAL:
                 keys, _, _ = self.spots[index - len(self._keys) - 1]
                 try:
                     _, problems = await self.ensure(keys)
-                except Unreachable:
+                except (Unreachable, ConfigurationError):
                     raise
                 except StreamworkerError as problem:  # the meta key itself
                     problems = [f"{key} {problem}"]
@@ -138,12 +146,11 @@ class Intake:
                 if key not in {problem.partition(" ")[0] for problem in problems}:
                     log.warning("group_recreated", queue=keys.queue, stream=key)
                     healed = True
-            elif message.startswith("READONLY"):
-                # The connection is to a former master: nothing can be taken there, and a new one finds its successor.
-                await self._link.reader.close()
-                raise Unreachable(f"Redis at {self._link.address} became a replica: its successor is asked next")
-            else:
+            elif reaction in (Reaction.KEY, Reaction.HEAL, Reaction.REFUSE):
                 self._complain(key, message)
+            else:  # not this key's trouble: what a script passed on is the whole server's answer
+                with self._link.watched():
+                    raise ResponseError(message)
         return healed
 
     def _complain(self, key: str, message: str) -> None:
@@ -178,7 +185,7 @@ class Intake:
         args += [SUSPECT_DELIVERIES, int(reservable), *held]
         try:
             wait, entries, missing = await self._link.read(scripts.SWEEP, [keys.meta, *keys.streams], args)
-        except Unreachable:
+        except (Unreachable, ConfigurationError):
             raise
         except StreamworkerError as problem:
             self._complain(keys.meta, str(problem))
@@ -213,8 +220,12 @@ class Intake:
             with self._link.watched():
                 reply = await self._link.reader.execute_command(*command, *spots, *(">" for _ in spots))
         except StreamworkerError as error:
-            if str(error.__cause__).startswith(("NOGROUP", "UNBLOCKED")):
-                return []  # the next claim heals it
+            if (
+                error.__cause__ is not None
+                and (row := row_of(error.__cause__))
+                and row.name in ("NOGROUP", "UNBLOCKED")
+            ):
+                return []  # the next claim heals it, or learns that the server is another one now
             raise
         claims: list[Claim] = []
         for name, entries in reply or ():

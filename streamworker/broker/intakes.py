@@ -70,6 +70,7 @@ class Intakes:
 
     async def claim(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:
         """See `Broker.claim`."""
+        self._rest_after_outage()
         claims = self._brought()
         idle = [part for part in self._parts if part not in self._reads]
         for part in idle:  # orphans of all queues first: new jobs of the first shall not starve them
@@ -78,8 +79,7 @@ class Intakes:
         for part in idle:
             if len(claims) < limit:
                 claims += await part.take(limit - len(claims), running)
-        if self._link.longest_outage() > self._lease / 3:
-            self.rest(self._lease)
+        self._rest_after_outage()
         if not claims and wait > 0 and not self._interrupted:
             claims = await self._wait(wait, running)
         return claims
@@ -92,6 +92,11 @@ class Intakes:
         """Take nobody for dead for some seconds."""
         for part in self._parts:
             part.rest(seconds)
+
+    def _rest_after_outage(self) -> None:
+        # Of one node: whether claims elsewhere were renewed meanwhile is not worth telling apart.
+        if self._link.longest_outage() > self._lease / 3:
+            self.rest(self._lease)
 
     def interrupt(self) -> None:
         """No claim waits any more."""

@@ -10,7 +10,8 @@ from typing import Any, Final
 
 from streamworker.broker import scripts
 from streamworker.broker.client import Address, understood
-from streamworker.errors import Unreachable
+from streamworker.broker.reactions import Reaction, reaction_to
+from streamworker.errors import StreamworkerError, Unreachable
 
 BLOCK: Final = 5.0
 """Most seconds of one blocking read: Redis 6.2 does not tell a blocked reader that its stream is gone."""
@@ -26,6 +27,8 @@ class Link:
         self._branches: list[tuple[Link, str]] = []
         self.lease_client = address.blocking()
         self._down_since: float | None = None
+        self._outage = 0.0
+        self._moved = False
 
     def named(self, name: str) -> None:
         """From now on CLIENT LIST shows the reader and the lease thread's client under this name."""
@@ -57,18 +60,32 @@ class Link:
 
     async def run(self, script: scripts.Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
         """Run a script on a command connection."""
+        await self.fresh()
         with self.watched():
             return await script(self.commands, keys, args)
 
     async def read(self, script: scripts.Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
         """Run a script on the reader's connection."""
+        await self.fresh()
         with self.watched():
             return await script(self.reader, keys, args)
 
     def in_thread(self, script: scripts.Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
         """Run a script from the lease thread."""
-        with self.watched():
-            return script.blocking(self.lease_client.execute_command, keys, args)
+        try:
+            with self.watched():
+                return script.blocking(self.lease_client.execute_command, keys, args)
+        except Unreachable:
+            self.lease_client.connection_pool.disconnect()  # whatever it was: one connection, and nobody else's
+            raise
+
+    async def fresh(self) -> None:
+        """Give up connections to a server that is a replica by now: the next ones go where the address leads."""
+        if self._moved:
+            self._moved = False
+            await self.reader.close()
+            # Those in use fail by themselves and come here again.
+            await self.commands.connection_pool.disconnect(inuse_connections=False)
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -77,17 +94,26 @@ class Link:
         try:
             with understood(self.address):
                 yield
-        except Unreachable:
+        except Unreachable as error:
             if self._down_since is None:
                 self._down_since = started
+            if error.__cause__ is not None and reaction_to(error.__cause__) is Reaction.RECONNECT:
+                self._moved = True
             raise
+        except StreamworkerError:
+            self._up()
+            raise
+        self._up()
+
+    def _up(self) -> None:
+        down, self._down_since = self._down_since, None
+        if down is not None:
+            self._outage = max(self._outage, monotonic() - down)
 
     def outage(self) -> float:
-        """Seconds the link was down before it last came back; asked once, then 0 again."""
-        if self._down_since is None:
-            return 0.0
-        seconds, self._down_since = monotonic() - self._down_since, None
-        return seconds
+        """Seconds the link was down before it last came back, or is down so far; once told, it starts anew."""
+        down, seconds, self._outage = self._down_since, self._outage, 0.0
+        return seconds if down is None else max(seconds, monotonic() - down)
 
     def longest_outage(self) -> float:
         """`outage` of this link and of its branches."""

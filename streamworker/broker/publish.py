@@ -99,8 +99,8 @@ class Publisher:
 
 
 def _was_sent(cause: BaseException | None) -> bool:
-    """Whether a command can have been executed: not if no connection came about, or the server was not in charge."""
-    if isinstance(cause, NotExecuted):
+    """Whether a command can have been run: not if no connection came about, nor if a server said no."""
+    if isinstance(cause, NotExecuted | redis_errors.ResponseError | redis_errors.BusyLoadingError):
         return False
     return not (isinstance(cause, redis_errors.ConnectionError) and "onnecting to" in str(cause))
 

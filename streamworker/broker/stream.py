@@ -171,6 +171,7 @@ class StreamBroker:
 
     async def settle(self, items: Sequence[Ending]) -> list[Settled]:
         """See `Broker.settle`."""
+        await self._link.fresh()
         with self._link.watched():
             return await settle(self._link.commands, self._options.group, self._intake.consumer, self._homes, items)
 
@@ -196,7 +197,7 @@ class StreamBroker:
             names = [keys.due, keys.bodies, *keys.streams]
             try:
                 moved, soonest, refused = await self._link.run(scripts.PROMOTE, names, [PROMOTE_BATCH])
-            except Unreachable:
+            except (Unreachable, ConfigurationError):
                 raise
             except StreamworkerError as problem:  # a key of a wrong type is this queue's trouble alone
                 log.error("due_jobs_stuck", queue=keys.queue, error=str(problem))

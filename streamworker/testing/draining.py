@@ -10,9 +10,7 @@ from typing import Any
 
 import anyio
 import msgspec
-from redis.asyncio import Redis
 
-from streamworker import codec
 from streamworker.app import App
 from streamworker.broker import Broker, Operator
 from streamworker.context import Context
@@ -62,12 +60,11 @@ async def drain(app: App[Any], *, services: Any = None, delayed: bool = False, t
     with anyio.move_on_after(timeout):
         async with AsyncExitStack() as stack:
             operator = await stack.enter_async_context(app.operator(settings))
-            _, redis, _ = await app.site(stack, settings, None, None)
             if services is None and app.lifespan is not None:
                 services = await stack.enter_async_context(app.lifespan())
             place = _Watched(app)
             while True:
-                ready = await _hasten(operator, redis, settings.namespace, queues, everything=delayed)
+                ready = await _hasten(operator, queues, everything=delayed)
                 depths = await operator.depth(queues)
                 if not ready and not any(depth.ready for depth in depths):
                     return place.drained(sum(depth.delayed for depth in depths), sum(depth.dead for depth in depths))
@@ -77,16 +74,12 @@ async def drain(app: App[Any], *, services: Any = None, delayed: bool = False, t
     )
 
 
-async def _hasten(operator: Operator, redis: Redis, namespace: str, queues: list[str], *, everything: bool) -> int:
+async def _hasten(operator: Operator, queues: list[str], *, everything: bool) -> int:
     """Move delayed jobs to their streams, those that are due or all of them; returns how many."""
     now = time() * 1000
     found = [job async for job in operator.delayed(queues) if everything or job.at_ms <= now]
     moved = 0
     for job in found:
-        if job.at_ms > now:
-            # What the document itself says holds as well: a worker would park the job again.
-            body = codec.rewrite(job.body or b"", {"run_at": None})
-            await redis.hset(f"{namespace}stream:{{{job.queue}}}:bodies", job.handle, body)
         moved += await operator.hasten(job)
     return moved
 
@@ -118,8 +111,8 @@ class _Watched:
     def resolve(self, settings: Settings | None) -> Settings:
         return self._app.resolve(settings)
 
-    def entered(self) -> AbstractAsyncContextManager[Any]:
-        return self._app.entered()
+    def entered(self, settings: Settings, redis: Any) -> AbstractAsyncContextManager[Any]:
+        return self._app.entered(settings, redis)
 
     async def site(
         self, stack: AsyncExitStack, settings: Settings, redis: Any, database: Any

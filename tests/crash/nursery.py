@@ -25,6 +25,7 @@ from streamworker import StreamworkerError
 def main() -> None:
     gc.collect()
     gc.freeze()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # until the child has a handler for it
     alive: set[int] = set()
     orders = b""
     wake, waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -64,6 +65,10 @@ def _fork(order: dict[str, Any]) -> int:
     try:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(
+            signal.SIGTERM, lambda *_: sys.exit(0)
+        )  # as the command line does until the worker listens itself
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(log, 1)
         os.dup2(log, 2)
@@ -87,7 +92,6 @@ def _worker(*, uses_uvloop: bool) -> int:
     from streamworker.telemetry import logs
     from tests.crash.app import app
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # as the command line does until the worker listens itself
     settings = app.resolve(None)
     logs.configure(settings.log_level, "json")
     worker = QueueWorker(app, redis=None, database=None, services=None)

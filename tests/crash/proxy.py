@@ -17,11 +17,12 @@ class Proxy:
         truncate: the probability that a reply is cut in half and the connection closed.
         drop: the probability that a reply vanishes while the connection stays.
         reset: the probability that a connection is reset instead of answering.
+        target: port of the server for new connections.
         hole: nothing goes through in either direction, and nobody is told.
     """
 
     def __init__(self, target: int, seed: int) -> None:
-        self._target = target
+        self.target = target
         self._random = random.Random(seed)
         self._links: set[asyncio.StreamWriter] = set()
         self._open = asyncio.Event()
@@ -65,7 +66,7 @@ class Proxy:
         task.add_done_callback(self._tasks.discard)
         self._links.add(writer)
         try:
-            upstream, sink = await asyncio.open_connection("127.0.0.1", self._target)
+            upstream, sink = await asyncio.open_connection("127.0.0.1", self.target)
         except OSError:
             self._links.discard(writer)
             return _abort(writer)

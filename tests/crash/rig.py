@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import signal
 import time
@@ -204,6 +205,69 @@ class Rig:
         """How often a job was started."""
         return sum(line["job"] == job and line["what"] == "started" for line in read(self.directory / "runs"))
 
+    def done_lines(self) -> int:
+        """How many runs ended well so far."""
+        path = self.directory / "runs"
+        return path.read_text().count('"finished"') if path.exists() else 0
+
+    def held_back(self) -> int:
+        """Jobs whose endings the server has no room for, and those that come to it too."""
+        return self.running()
+
+    def refuses(self, word: str) -> bool:
+        """The server answers a write with this error."""
+        try:
+            self.raw.set("queue:crash:probe", "x", px=1)
+        except redis.RedisError as error:
+            return word in f"{word if isinstance(error, redis.exceptions.TryAgainError) else ''}{error}"
+        return False
+
+    def fail_to_save(self) -> None:
+        """A background save that comes to nothing, as on a full disk."""
+        self.raw.config_set("save", "3600 1")
+        self.raw.config_set("rdb-key-save-delay", 10_000_000)
+        self.raw.bgsave()
+        server = self.raw.info("server")["process_id"]
+        deadline = time.monotonic() + 10
+        while not (children := Path(f"/proc/{server}/task/{server}/children").read_text().split()):
+            assert time.monotonic() < deadline, "no child saves"
+        os.kill(int(children[0]), signal.SIGKILL)
+
+    def endless_script(self) -> None:
+        """Keep the server busy until SCRIPT KILL."""
+        with redis.Redis.from_url(self.server.url, protocol=2) as client, suppress(redis.RedisError):
+            client.eval("while true do end", 0)
+
+    def delete_keys(self, *keys: str) -> None:
+        """Delete keys underneath; the jobs in them are excused, and nobody else's."""
+        began = time.monotonic()
+        script = (
+            "local out = {} for _, key in ipairs(KEYS) do local kind = redis.call('TYPE', key).ok "
+            "if kind == 'stream' then for _, e in ipairs(redis.call('XRANGE', key, '-', '+')) do out[#out + 1] = e[2][2] end "
+            "elseif kind == 'hash' and string.find(key, 'bodies') then for _, v in ipairs(redis.call('HVALS', key)) do out[#out + 1] = v end end "
+            "redis.call('DEL', key) end return out"
+        )
+        for body in self.raw.eval(script, len(keys), *keys):
+            with suppress(ValueError):
+                self.destroyed.add(json.loads(body)["id"])
+        self.fault("keys deleted", began=began, tail=3 * self.lease)
+
+    def flush(self) -> None:
+        """FLUSHALL; the witness list survives, or the checker would be blind for what was before."""
+        began = time.monotonic()
+        script = (
+            "local kept = redis.call('LRANGE', KEYS[1], 0, -1) local out = {} "
+            "for _, key in ipairs(redis.call('KEYS', '*')) do local kind = redis.call('TYPE', key).ok "
+            "if kind == 'stream' then for _, e in ipairs(redis.call('XRANGE', key, '-', '+')) do out[#out + 1] = e[2][2] end "
+            "elseif kind == 'hash' and string.find(key, 'bodies') then "
+            "for _, v in ipairs(redis.call('HVALS', key)) do out[#out + 1] = v end end end "
+            "redis.call('FLUSHALL') for _, line in ipairs(kept) do redis.call('RPUSH', KEYS[1], line) end return out"
+        )
+        for body in self.raw.eval(script, 1, witness.LIST):
+            with suppress(ValueError):
+                self.destroyed.add(json.loads(body)["id"])
+        self.fault("flushall", began=began, tail=3 * self.lease)
+
     def open_gate(self, name: str) -> None:
         """Let `Gated` jobs of this gate end."""
         (self.directory / f"gate-{name}").touch()
@@ -214,6 +278,10 @@ class Rig:
             with suppress(redis.ResponseError):
                 found |= {info["name"] for info in self.raw.xinfo_consumers(stream, GROUP)}
         return found
+
+    async def all_ready(self) -> None:
+        """Whoever lives has begun to work."""
+        await self.until(lambda: all(worker.said("worker_ready") for worker in self.fleet.alive), 30, "ready workers")
 
     async def until(self, condition: Callable[[], Any], timeout: float, what: str) -> Any:
         """Wait for a condition of the server or the logs; on time-out tell what the server holds."""
@@ -252,6 +320,7 @@ class Rig:
             return all(consumer.startswith(tuple(names)) for consumer in self.consumers())
 
         await self.until(tidied, 10 * self.lease + 20, "the names of dead workers being gone")
+        await self.all_ready()
         stopping = [worker for worker in self.fleet.workers if worker.alive]
         for worker in stopping:
             worker.terminate()

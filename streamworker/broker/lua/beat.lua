@@ -5,6 +5,6 @@
 -- ARGV[2..]  two a field: name, value
 --
 -- returns 1
-redis.call('HSET', KEYS[1], unpack(ARGV, 2))
+redis.pcall('HSET', KEYS[1], unpack(ARGV, 2)) -- out of memory, an old report is better than none
 redis.call('PEXPIRE', KEYS[1], ARGV[1])
 return 1

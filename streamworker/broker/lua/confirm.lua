@@ -8,6 +8,9 @@
 --
 -- returns 1 confirmed (the delivery count is one higher now), 0 lost
 local reply = redis.pcall('XPENDING', KEYS[1], ARGV[1], ARGV[3], ARGV[3], 1)
+if reply.err and not (string.find(reply.err, 'NOGROUP', 1, true) or string.find(reply.err, 'WRONGTYPE', 1, true)) then
+  return redis.error_reply(reply.err) -- whose the claim is cannot be told: that is not lost
+end
 local pending = not reply.err and reply[1]
 if not pending or pending[2] ~= ARGV[2] or pending[4] ~= tonumber(ARGV[4]) then return 0 end
 if redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, ARGV[3])[1] then return 1 end

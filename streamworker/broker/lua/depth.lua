@@ -10,6 +10,13 @@
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local entries, pending, oldest = 0, 0, -1
+
+-- A key of a wrong type counts as empty here: one bad key must not hide the rest, and `check` names it.
+local function count(command, key)
+  local reply = redis.pcall(command, key)
+  return type(reply) == 'number' and reply or 0
+end
+
 for k = 1, 3 do
   local stream = KEYS[k]
   local groups = redis.pcall('XINFO', 'GROUPS', stream)
@@ -22,14 +29,14 @@ for k = 1, 3 do
       last = group['last-delivered-id']
     end
   end
-  local length = redis.pcall('XLEN', stream)
-  if type(length) == 'number' and length > 0 then
+  local length = count('XLEN', stream)
+  if length > 0 then
     entries = entries + length
     local first = redis.call('XRANGE', stream, '(' .. last, '+', 'COUNT', 1)[1]
     if first then oldest = math.max(oldest, now - tonumber(string.match(first[1], '^(%d+)'))) end
   end
 end
 return {
-  entries, pending, redis.call('ZCARD', KEYS[4]), redis.call('XLEN', KEYS[5]), oldest,
-  redis.call('HEXISTS', KEYS[6], 'paused'),
+  entries, pending, count('ZCARD', KEYS[4]), count('XLEN', KEYS[5]), oldest,
+  redis.pcall('HEXISTS', KEYS[6], 'paused') == 1 and 1 or 0,
 }

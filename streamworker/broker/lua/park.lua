@@ -31,6 +31,9 @@ end
 for i = 2, #ARGV, 6 do
   local id = ARGV[i + 1]
   local reply = redis.pcall('XPENDING', KEYS[1], group, id, id, 1)
+  if reply.err and not (string.find(reply.err, 'NOGROUP', 1, true) or string.find(reply.err, 'WRONGTYPE', 1, true)) then
+    return redis.error_reply(reply.err) -- whose the claim is cannot be told: that is not lost
+  end
   local pending = not reply.err and reply[1]
   if not pending or pending[2] ~= ARGV[i] or pending[4] ~= tonumber(ARGV[i + 2]) then
     result[#result + 1] = 0

@@ -11,6 +11,9 @@ local ids, lost = {}, {}
 for i = 3, #ARGV, 2 do
   local id = ARGV[i]
   local reply = redis.pcall('XPENDING', KEYS[1], ARGV[1], id, id, 1)
+  if reply.err and not (string.find(reply.err, 'NOGROUP', 1, true) or string.find(reply.err, 'WRONGTYPE', 1, true)) then
+    return redis.error_reply(reply.err) -- whose the claim is cannot be told: that is not lost
+  end
   local pending = not reply.err and reply[1]
   if pending and pending[2] == ARGV[2] and pending[4] == tonumber(ARGV[i + 1]) then
     ids[#ids + 1] = id

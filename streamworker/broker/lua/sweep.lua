@@ -60,7 +60,10 @@ for k = 2, #KEYS do
   while #entries < limit do
     -- A page looks at up to 10 x COUNT entries; a hundred pages bound what one sweep may cost the server.
     local reply = redis.pcall('XAUTOCLAIM', KEYS[k], ARGV[1], ARGV[2], lease, cursor, 'COUNT', limit - #entries, 'JUSTID')
-    if reply.err then break end
+    if reply.err then
+      if string.find(reply.err, 'NOGROUP', 1, true) or string.find(reply.err, 'WRONGTYPE', 1, true) then break end
+      return redis.error_reply(reply.err)
+    end
     cursor, pages = reply[1], pages + 1
     for _, id in ipairs(reply[2]) do
       if running[k .. ':' .. id] then
@@ -74,7 +77,7 @@ for k = 2, #KEYS do
     if cursor == '0-0' then break end
     if pages >= 100 then unfinished = true break end
   end
-  redis.call('HSET', KEYS[1], field, cursor)
+  redis.pcall('HSET', KEYS[1], field, cursor) -- out of memory, everybody sweeps from the start: orphans come first
 end
 
 -- When could the next entry become an orphan? Whoever is alive renews every third of a lease, so that only entries idle
@@ -97,5 +100,5 @@ else
     end
   end
 end
-redis.call('HSET', KEYS[1], 'sweep', string.format('%d', now + wait))
+redis.pcall('HSET', KEYS[1], 'sweep', string.format('%d', now + wait))
 return { wait, entries, missing }

@@ -1,0 +1,82 @@
+"""What a worker does about each error a server can answer with. One table; the first row that fits holds.
+
+redis-py tells some errors by class and strips their prefix, others only by text; out of a script all of them may come
+as text, and Redis 6.2 wraps that once more. So a row names both: classes, and words to look for.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Final, NamedTuple
+
+from redis import exceptions as redis_errors
+
+
+class Reaction(enum.Enum):
+    """What to do, from "try later" to "give up"."""
+
+    WAIT = "back off and try again; what runs goes on, what is finished keeps its lease"
+    RECONNECT = "give up the connections, find the address again, then as for WAIT"
+    FATAL = "only people can change it: after a few tries the worker drains and exits 78"
+    FULL = "finishing goes on; what would grow stays where it is until there is room"
+    HEAL = "make the group again, from the first entry on"
+    KEY = "say it, read around this key, serve all others"
+    RELOAD = "send the script again: nothing was run"
+    REFUSE = "say it and go on; the command is at fault"
+
+
+class Row(NamedTuple):
+    """One kind of error.
+
+    Attributes:
+        name: what the server calls it.
+        reaction: what is done.
+        classes: of redis-py.
+        words: one of them in the message is enough.
+    """
+
+    name: str
+    reaction: Reaction
+    classes: tuple[type[Exception], ...] = ()
+    words: tuple[str, ...] = ()
+
+
+_DENIED: Final = ("NOPERM", "ACL failure in script", "can't run this command or subcommand")
+
+TABLE: Final = (
+    Row("WRONGPASS", Reaction.FATAL, (redis_errors.AuthenticationError,), ("WRONGPASS", "NOAUTH")),
+    Row("NOPERM", Reaction.FATAL, (redis_errors.NoPermissionError,), _DENIED),
+    Row("READONLY", Reaction.RECONNECT, (redis_errors.ReadOnlyError,), ("READONLY",)),
+    Row("UNBLOCKED", Reaction.RECONNECT, (), ("UNBLOCKED",)),
+    Row("LOADING", Reaction.WAIT, (redis_errors.BusyLoadingError,), ("LOADING",)),
+    Row("MASTERDOWN", Reaction.WAIT, (redis_errors.MasterDownError,), ("MASTERDOWN",)),
+    Row("CLUSTERDOWN", Reaction.WAIT, (redis_errors.ClusterDownError,), ("CLUSTERDOWN",)),
+    Row("TRYAGAIN", Reaction.WAIT, (redis_errors.TryAgainError,), ("TRYAGAIN",)),
+    Row("MISCONF", Reaction.WAIT, (), ("MISCONF",)),
+    Row("NOREPLICAS", Reaction.WAIT, (), ("NOREPLICAS",)),
+    Row("BUSY", Reaction.WAIT, (), ("BUSY Redis", "BUSY Valkey", "is busy running a script")),
+    Row("OOM", Reaction.FULL, (redis_errors.OutOfMemoryError,), ("OOM command not allowed",)),
+    Row("NOSCRIPT", Reaction.RELOAD, (redis_errors.NoScriptError,), ("NOSCRIPT",)),
+    Row("NOGROUP", Reaction.HEAL, (), ("NOGROUP",)),
+    Row("WRONGTYPE", Reaction.KEY, (), ("WRONGTYPE",)),
+    Row(
+        "no connection",
+        Reaction.WAIT,
+        (redis_errors.ConnectionError, redis_errors.TimeoutError, redis_errors.InvalidResponse, OSError),
+    ),
+)
+
+
+def row_of(error: BaseException | str) -> Row | None:
+    """The row for an error, or for the text of one that a script passed on; ``None`` for any other."""
+    text = str(error)
+    for row in TABLE:
+        if isinstance(error, row.classes) or any(word in text for word in row.words):
+            return row
+    return None
+
+
+def reaction_to(error: BaseException | str) -> Reaction:
+    """What to do about an error; what the table does not know is the command's own fault."""
+    row = row_of(error)
+    return row.reaction if row is not None else Reaction.REFUSE

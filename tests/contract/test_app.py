@@ -1,0 +1,75 @@
+"""The app and its worker together, on a real server, without any setting in the environment."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from redis.asyncio import Redis
+
+from streamworker import App, Context, Payload, QueueWorker, Settings
+from streamworker.errors import UsageError
+from tests.conftest import eventually
+
+
+class Step(Payload, kind="step", queue="steps"):
+    n: int
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch):
+    for name in ("REDIS_URL", "STREAMWORKER_REDIS_URL", "DATABASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("decoding", [False, True])
+async def test_a_worker_lives_on_the_client_it_was_given_and_its_handlers_enqueue_there(raw, redis_url, decoding):
+    app = App()
+    seen: list[tuple[int, object, object]] = []
+
+    @app.handler
+    async def step(payload: Step, ctx: Context) -> None:
+        seen.append((payload.n, ctx.services, ctx.redis))
+        if payload.n == 1:
+            await app.enqueue(Step(n=2), delay=0.01)
+
+    client = Redis.from_url(redis_url, decode_responses=decoding)
+    raw.xadd("stream:{steps}", {"job": b'{"payload":{"n":1}}'})
+    worker = QueueWorker(app, redis=client, database=None, services="post", settings=Settings(lease=1))
+    task = asyncio.create_task(worker.start())
+    try:
+        await eventually(lambda: [n for n, _, _ in seen] == [1, 2], 5)
+        assert {services for _, services, _ in seen} == {"post"}
+        assert all(redis is client for _, _, redis in seen)
+    finally:
+        await worker.stop()
+        await task
+    assert await client.ping()  # what the user brought stays the user's
+    await client.aclose()
+
+
+async def test_sync_handlers_enqueue_where_their_worker_is(redis_url):
+    app = App()
+    seen: list[int] = []
+
+    @app.handler
+    def step(payload: Step) -> None:
+        seen.append(payload.n)
+        if payload.n < 3:
+            app.enqueue_blocking(Step(n=payload.n + 1))
+
+    worker = QueueWorker(app, redis=redis_url, database=None, services=None, settings=Settings(lease=1))
+    task = asyncio.create_task(worker.start())
+    try:
+        async with App(settings=Settings(redis_url=redis_url)) as producer:
+            await producer.enqueue(Step(n=1))
+        await eventually(lambda: seen == [1, 2, 3], 5)
+    finally:
+        await worker.stop()
+        await task
+
+
+async def test_enqueue_blocking_refuses_to_block_a_loop(redis_url):
+    app = App(settings=Settings(redis_url=redis_url))
+    with pytest.raises(UsageError, match="await enqueue"):
+        app.enqueue_blocking(Step(n=1))

@@ -1,0 +1,225 @@
+"""The broker's verbs in any order, by two consumers on one server, against a model of what must hold."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+import pytest
+import redis
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from streamworker.broker.client import Address
+from streamworker.broker.stream import StreamBroker, StreamOptions
+from streamworker.job import LEVELS, Claim, Settled
+from tests.contract.helpers import BODIES, DEAD, DUE, ENDINGS, GROUP, META, job, ripen, sweep_soon
+
+T = TypeVar("T")
+STREAMS = ("stream:{q}:high", "stream:{q}", "stream:{q}:low")
+NAMES = ("ada", "bob")
+
+
+class Verbs(RuleBasedStateMachine):
+    """The model: which claim of each entry is the last one that was handed out, and who has it."""
+
+    url = ""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop = asyncio.new_event_loop()
+        self.raw = redis.Redis.from_url(self.url, protocol=2)
+        self.raw.flushall()
+        self.brokers = {name: StreamBroker(Address(self.url), StreamOptions(queues=(("q", None),))) for name in NAMES}
+        self.held: dict[str, list[Claim]] = {name: [] for name in NAMES}
+        self.valid: dict[tuple[str, bytes], tuple[str, Claim]] = {}
+        self.stored = self.ended = self.dead = self.number = 0
+
+    def do(self, work: Coroutine[Any, Any, T]) -> T:
+        return self.loop.run_until_complete(work)
+
+    @initialize()
+    def open(self) -> None:
+        for name, broker in self.brokers.items():
+            self.do(broker.open())
+            self.do(broker.join(name))
+
+    def teardown(self) -> None:
+        for broker in self.brokers.values():
+            self.do(broker.close())
+        self.loop.run_until_complete(self.loop.shutdown_asyncgens())
+        self.loop.close()
+        self.raw.close()
+
+    # -- what happens
+
+    @rule(level=st.sampled_from(LEVELS), count=st.integers(1, 3))
+    def publish(self, level: Any, count: int) -> None:
+        jobs = [job(f"j{self.number + n}", level=level) for n in range(count)]
+        self.number += count
+        self.stored += count
+        self.do(self.brokers["ada"].publish(jobs))
+
+    @rule(name=st.sampled_from(NAMES), limit=st.integers(1, 4), sweeping=st.booleans())
+    def claim(self, name: str, limit: int, sweeping: bool) -> None:
+        broker = self.brokers[name]
+        self.raw.hdel(META, "sweep")
+        sweep_soon(broker)
+        if not sweeping:
+            broker._intake.rest(60)
+        claims = self.do(broker.claim(limit, 0, list(self.held[name])))
+        assert len(claims) <= limit
+        for claim in claims:
+            self._taken(name, claim)
+
+    def _taken(self, name: str, claim: Claim) -> None:
+        key = (claim.place, claim.entry)
+        assert not any((mine.place, mine.entry) == key for mine in self.held[name]), "claimed what runs here"
+        former = self.valid.get(key)
+        if former is not None:
+            # Only what is ripe may change hands, and the fence changes with it: the count, or for a suspect the owner.
+            assert key in self.ripe, "taken from somebody whose lease was alive"
+            assert (claim.count, name) != (former[1].count, former[0])
+        self.ripe.discard(key)
+        self.held[name].append(claim)
+        self.valid[key] = (name, claim)
+
+    ripe: set[tuple[str, bytes]]
+
+    @initialize()
+    def nothing_is_ripe(self) -> None:
+        self.ripe = set()
+
+    @precondition(lambda self: any(self.held.values()))
+    @rule(data=st.data(), times=st.integers(1, 2))
+    def lease_runs_out(self, data: Any, times: int) -> None:
+        """Its worker froze: it still believes in its claim."""
+        name = data.draw(st.sampled_from([name for name in NAMES if self.held[name]]))
+        claim = data.draw(st.sampled_from(self.held[name]))
+        if self.valid.get((claim.place, claim.entry)) == (name, claim):
+            ripen(self.raw, claim)
+            self.ripe.add((claim.place, claim.entry))
+
+    @precondition(lambda self: any(self.held.values()))
+    @rule(data=st.data())
+    def renew(self, data: Any) -> None:
+        name = data.draw(st.sampled_from([name for name in NAMES if self.held[name]]))
+        lost = self.brokers[name].renew(self.held[name])
+        expected = [claim for claim in self.held[name] if not self._holds(name, claim)]
+        assert sorted(lost, key=repr) == sorted(expected, key=repr)
+        for claim in self.held[name]:
+            if claim not in lost:
+                self.ripe.discard((claim.place, claim.entry))
+        self.held[name] = [claim for claim in self.held[name] if claim not in lost]
+
+    @precondition(lambda self: any(self.held.values()))
+    @rule(data=st.data(), ending=st.sampled_from(sorted(ENDINGS)))
+    def settle(self, data: Any, ending: str) -> None:
+        name = data.draw(st.sampled_from([name for name in NAMES if self.held[name]]))
+        chosen = data.draw(st.lists(st.sampled_from(self.held[name]), unique_by=repr, min_size=1))
+        results = self.do(self.brokers[name].settle([ENDINGS[ending](claim) for claim in chosen]))
+        for claim, result in zip(chosen, results, strict=True):
+            assert result is (Settled.SETTLED if self._holds(name, claim) else Settled.LOST)
+            self.held[name].remove(claim)
+            if result is Settled.SETTLED:
+                del self.valid[claim.place, claim.entry]
+                self.ripe.discard((claim.place, claim.entry))
+                self.ended += ending == "done"
+                self.dead += ending == "dead"
+
+    @precondition(lambda self: any(claim.suspect for claims in self.held.values() for claim in claims))
+    @rule(data=st.data())
+    def confirm(self, data: Any) -> None:
+        name, claim = data.draw(
+            st.sampled_from([(name, claim) for name in NAMES for claim in self.held[name] if claim.suspect])
+        )
+        counted = self.do(self.brokers[name].confirm(claim))
+        assert (counted is not None) == self._holds(name, claim)
+        self.held[name].remove(claim)
+        if counted is not None:
+            assert (counted.count, counted.suspect) == (claim.count + 1, False)
+            self.held[name].append(counted)
+            self.valid[claim.place, claim.entry] = (name, counted)
+            self.ripe.discard((claim.place, claim.entry))
+
+    @rule(name=st.sampled_from(NAMES))
+    def forget_and_find(self, name: str) -> None:
+        """A reply was lost: what the server holds under our name comes back, once."""
+        if not self.held[name]:
+            return
+        forgotten = self.held[name].pop()
+        if not self._holds(name, forgotten):
+            return
+        found = self.do(self.brokers[name].strays(self.held[name]))
+        (same,) = [claim for claim in found if (claim.place, claim.entry) == (forgotten.place, forgotten.entry)]
+        assert same.count == forgotten.count
+        self.held[name].append(same)
+        self.valid[same.place, same.entry] = (name, same)
+
+    @rule()
+    def scripts_are_forgotten(self) -> None:
+        self.raw.script_flush()
+
+    @rule(stream=st.sampled_from(STREAMS))
+    def group_is_destroyed(self, stream: str) -> None:
+        """Its entries are delivered anew, from the first one on."""
+        self.raw.xgroup_destroy(stream, GROUP)
+        self.valid = {key: value for key, value in self.valid.items() if key[0] != stream}
+        self.ripe = {key for key in self.ripe if key[0] != stream}
+
+    @rule()
+    def tick(self) -> None:
+        self.do(self.brokers["bob"].tick())
+
+    @rule(name=st.sampled_from(NAMES))
+    def leave_and_come_back(self, name: str) -> None:
+        """A name that holds something is not deleted."""
+        mine = any(owner == name for owner, _ in self.valid.values())
+        assert not mine or not self.do(self.brokers[name].leave())
+
+    def _holds(self, name: str, claim: Claim) -> bool:
+        return self.valid.get((claim.place, claim.entry)) == (name, claim)
+
+    # -- what must hold
+
+    @invariant()
+    def no_job_is_lost(self) -> None:
+        there = sum(self.raw.xlen(stream) for stream in STREAMS) + self.raw.zcard(DUE)
+        assert there + self.ended + self.dead == self.stored
+        assert self.raw.xlen(DEAD) == self.dead
+        assert self.raw.zcard(DUE) == self.raw.hlen(BODIES)
+
+    @invariant()
+    def the_server_agrees_about_every_claim(self) -> None:
+        for (place, entry), (name, claim) in self.valid.items():
+            (pending,) = self.raw.xpending_range(place, GROUP, entry, entry, 1)
+            # A sweep that passes a ripe suspect on takes its owner's name away, and nobody has it then.
+            if (place, entry) not in self.ripe:
+                assert (pending["consumer"].decode(), pending["times_delivered"]) == (name, claim.count)
+
+
+@pytest.mark.timeout(300)
+def test_verbs_in_any_order(redis_url):
+    machine = type("Machine", (Verbs,), {"url": redis_url})
+    began = time.monotonic()
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=40,
+            stateful_step_count=30,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            derandomize=True,
+        ),
+    )
+    assert time.monotonic() - began < 250
