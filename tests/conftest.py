@@ -26,6 +26,7 @@ import anyio
 import hypothesis
 import pytest
 import redis
+import redis.asyncio
 
 from streamworker.broker import Broker
 from streamworker.broker.client import Address
@@ -95,6 +96,10 @@ class Server:
 
     def client(self) -> redis.Redis:
         return redis.Redis.from_url(self.url, protocol=2)
+
+    def users_client(self, **options: Any) -> Any:
+        """``async with`` a client as users make them."""
+        return redis.asyncio.Redis.from_url(self.url, **options)
 
     def start(self) -> None:
         for _ in range(5):  # another process may take the port between looking and binding

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import redis
+import redis.asyncio
 from redis.crc import key_slot
 
 from tests.conftest import eventually_blocking, free_port, server_program
@@ -118,6 +119,13 @@ class Sentineled:
         with self.nodes[0].client() as client:
             return bool(client.info("replication")["connected_slaves"])
 
+    @asynccontextmanager
+    async def users_client(self, **options: Any) -> AsyncIterator[Any]:
+        """A client as users make them."""
+        manager = redis.asyncio.Sentinel([("127.0.0.1", each.port) for each in self.sentinels])
+        async with manager, manager.master_for(SERVICE, **options) as client:
+            yield client
+
     @property
     def master(self) -> Node:
         port = int(self.state()["port"])
@@ -193,6 +201,10 @@ class Clustered:
 
     def client(self) -> redis.Redis:
         return Anywhere(self._alive)
+
+    def users_client(self, **options: Any) -> Any:
+        """``async with`` a client as users make them."""
+        return redis.asyncio.RedisCluster(host="127.0.0.1", port=self.nodes[0].port, **options)
 
     def owner_client(self, key: str) -> redis.Redis:
         return self.owner(key).client()
