@@ -114,6 +114,9 @@ def of(client: Any) -> Form:
 
 def _server(url: str) -> Form:
     probe = redis.ConnectionPool.from_url(url)
+    unknown = sorted(name for name in probe.connection_kwargs if name.startswith("ssl_") and name not in _TLS)
+    if unknown:
+        raise ValueError(f"there is no option {', '.join(unknown)}; TLS knows {', '.join(sorted(_TLS))}")
     return _plain(probe.connection_kwargs, probe.connection_class)
 
 
@@ -163,9 +166,6 @@ def _host(text: str, port: int) -> Host:
 
 def _kept(given: Mapping[str, Any]) -> dict[str, Any]:
     """Who to log in as, and TLS; pools and retries are ours."""
-    unknown = sorted(name for name in given if name.startswith("ssl_") and name not in _TLS)
-    if unknown:
-        raise ValueError(f"there is no option {', '.join(unknown)}; TLS knows {', '.join(sorted(_TLS))}")
     return {name: value for name, value in given.items() if (name in _LOGIN or name in _TLS) and value is not None}
 
 
