@@ -89,3 +89,11 @@ lock_options := "--quiet --universal --generate-hashes --no-emit-index-url --no-
 # Source distribution and wheel into dist/
 build:
     hatchling build
+
+# Workers and servers are killed: a fixed short set; arguments go to pytest
+crash *args:
+    @python -m tests.crash.short "$@"
+
+# Faults on a running fleet: ./dev soak --minutes 10 --seed 7
+soak *args:
+    @python -m tests.crash.soak "$@"

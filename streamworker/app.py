@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
@@ -57,6 +58,7 @@ class App(Handlers[S]):
         self._lifespan: Lifespan[S] | None = lifespan
         self._middleware = tuple(middleware)
         self._entries = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._in_force = settings or Settings()
         self._redis: Redis | str | None = None
         self._door = anyio.Lock()
@@ -83,6 +85,10 @@ class App(Handlers[S]):
             await stack.aclose()
 
     async def _enter(self, settings: Settings, redis: Redis | str | None) -> None:
+        loop = asyncio.get_running_loop()
+        if self._entries and self._loop is not loop:
+            raise UsageError("this app is open on another event loop: make an App per loop, or enqueue_blocking()")
+        self._loop = loop
         async with self._door:
             if self._entries == 0:
                 async with AsyncExitStack() as stack:
@@ -219,12 +225,7 @@ class App(Handlers[S]):
 
     @asynccontextmanager
     async def entered(self, settings: Settings, redis: Redis | str | None) -> AsyncIterator[App[S]]:
-        """The app, open where its worker is; handlers may enqueue.
-
-        Args:
-            settings: the worker's.
-            redis: what the worker was given.
-        """
+        """The app, open where its worker is: handlers may enqueue."""
         await self._enter(settings, redis)
         try:
             yield self

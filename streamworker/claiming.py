@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
 from typing import Final
 
 import anyio
@@ -35,6 +35,7 @@ class Claimer:
         put: hands a run to the slots.
         concurrency: slots.
         max_deliveries: a suspect beyond them does not run any more, and need not wait to run alone.
+        caps: most jobs of a queue that run here at once.
         stopping: set when nothing more shall be claimed.
         burst: set ``stopping`` when nothing is ready any more.
         fatal: told when the server keeps refusing us for good.
@@ -48,6 +49,7 @@ class Claimer:
         *,
         concurrency: int,
         max_deliveries: int,
+        caps: Mapping[str, int],
         stopping: anyio.Event,
         burst: bool,
         fatal: Callable[[ConfigurationError], None],
@@ -57,12 +59,14 @@ class Claimer:
         self._put = put
         self._concurrency = concurrency
         self._max_deliveries = max_deliveries
+        self._caps = caps
         self._stopping = stopping
         self._burst = burst
         self._fatal = fatal
         self._reconcile = False
         self._quiet = False
         self._suspects: deque[Run] = deque()
+        self._capped: list[Run] = []
         self._alone: Run | None = None
         self.ended: Final = anyio.Event()
 
@@ -94,13 +98,16 @@ class Claimer:
         self._holdings.stir()
         return False
 
-    def abandon_suspects(self) -> list[Run]:
-        """Suspects that wait to run alone; they do not wait any more afterwards."""
-        waiting, self._suspects = list(self._suspects), deque()
+    def abandon_waiting(self) -> list[Run]:
+        """Suspects that wait to run alone and runs that wait for their cap; they do not wait any more afterwards."""
+        waiting = [*self._suspects, *self._capped]
+        self._suspects, self._capped = deque(), []
         return waiting
 
     async def _turn(self) -> None:
         holdings = self._holdings
+        if self._capped:
+            self._start_capped()
         if self._suspects:
             await self._run_alone()
             return
@@ -113,8 +120,10 @@ class Claimer:
             return
         # Half the slots a turn at most, so that Redis fetches while Python runs what came before.
         limit = min(room, max(1, self._concurrency // 2))
-        claims = await self._broker.claim(limit, 0 if self._burst else BLOCK, holdings)
+        claims = await self._broker.claim(limit, 0 if self._burst or self._capped else BLOCK, holdings)
         self._admit(claims)
+        if self._capped and not claims:
+            await holdings.changed(BLOCK)
         if claims:
             self._quiet = False
         if self._burst and not claims:
@@ -142,8 +151,25 @@ class Claimer:
                 log.info("job_recovered", queue=claim.queue, entry=claim.entry.decode(), deliveries=claim.count)
             if claim.suspect and claim.count < self._max_deliveries:
                 self._suspects.append(run)
+            elif claim.queue in self._caps:
+                self._capped.append(run)
             else:
                 put(run)
+        if self._capped:
+            self._start_capped()
+
+    def _start_capped(self) -> None:
+        """Start what the caps allow: a blocking read may bring one job a level, and the rest waits its turn."""
+        waiting, self._capped = self._capped, []
+        running = Counter(run.claim.queue for run in self._holdings.snapshot() if run.outcome is None)
+        running.subtract(run.claim.queue for run in waiting)
+        for run in waiting:
+            queue = run.claim.queue
+            if run.outcome is None and running[queue] >= self._caps[queue]:
+                self._capped.append(run)
+            else:
+                running[queue] += 1
+                self._put(run)
 
     async def _run_alone(self) -> None:
         """Let everything else finish, then run one suspect by itself: it shall not take its neighbours along."""
@@ -152,6 +178,7 @@ class Claimer:
             if self._stopping.is_set():
                 return
             await holdings.changed(1.0)
+            self._start_capped()
         run = self._suspects.popleft()
         if run.claim.suspect and not await self._confirmed(run):
             holdings.finished()

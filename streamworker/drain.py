@@ -12,7 +12,7 @@ from streamworker.broker import Broker
 from streamworker.endings import ending
 from streamworker.execute import Executor, Run
 from streamworker.holdings import Holdings
-from streamworker.job import Interrupted, TimedOut
+from streamworker.job import Interrupted, Settled, TimedOut
 from streamworker.slots import Slots
 
 HAND_BACK: Final = 5.0
@@ -28,8 +28,8 @@ class Draining(Protocol):
     def finish(self, run: Run) -> None:
         """Free the slot and settle."""
 
-    def abandon_suspects(self) -> list[Run]:
-        """Suspects that wait to run alone."""
+    def abandon_waiting(self) -> list[Run]:
+        """Runs that have not been given to a slot."""
 
     @property
     def executor(self) -> Executor:
@@ -46,7 +46,7 @@ async def drain(worker: Draining, slots: Slots, holdings: Holdings, grace: float
         grace: seconds running jobs may take to finish.
         hurry: set by a second signal: no more waiting.
     """
-    for run in [*slots.drain_queue(), *worker.abandon_suspects()]:
+    for run in [*slots.drain_queue(), *worker.abandon_waiting()]:
         if run.outcome is None:
             worker.executor.prepare(run)
         give_back(worker, run)
@@ -67,7 +67,6 @@ async def drain(worker: Draining, slots: Slots, holdings: Holdings, grace: float
         while any(not run.in_thread for run in slots.running):
             await holdings.changed(0.05)
     for run in list(slots.running):  # threads, and handlers that will not be cancelled: the process ends under them
-        slots.running.discard(run)
         give_back(worker, run)
 
 
@@ -80,12 +79,19 @@ def give_back(worker: Draining, run: Run) -> None:
     worker.finish(run)
 
 
-async def hand_back_strays(broker: Broker, executor: Executor) -> None:
-    """What is pending under our name without our holding it goes back too, or the consumer could not be deleted."""
-    runs = [Run(claim) for claim in await broker.strays(())]
-    for run in runs:
-        executor.prepare(run)
+async def hand_back_strays(broker: Broker, executor: Executor, holdings: Holdings) -> None:
+    """What is pending under our name still is settled: what is held by its outcome, what is not goes back."""
+    runs = []
+    for claim in await broker.strays(()):
+        run = holdings.find(claim) or Run(claim)
+        if run.outcome is None:
+            executor.prepare(run)
         if run.outcome is None:
             run.outcome = SHUTDOWN
-    if runs:
-        await broker.settle([ending(run, now=time.time(), jitter=0.5) for run in runs])
+        runs.append(run)
+    if not runs:
+        return
+    answers = await broker.settle([ending(run, now=time.time(), jitter=0.5) for run in runs])
+    for run, answer in zip(runs, answers, strict=True):
+        if answer is not Settled.REFUSED:
+            holdings.forget(run)

@@ -11,7 +11,7 @@ import asyncio
 import inspect
 from collections.abc import Awaitable, Callable, Sequence
 from time import monotonic, time
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import anyio
 import anyio.to_thread
@@ -33,12 +33,14 @@ from streamworker.job import (
     Undecodable,
     UnknownKind,
 )
-from streamworker.policy import SUSPECT_DELIVERIES, Facts, Limits, abandoned
+from streamworker.policy import SUSPECT_DELIVERIES, Facts, Limits, abandoned, describe, wish_in
 
 Middleware: TypeAlias = Callable[[Context[Any], Callable[[], Awaitable[Any]]], Awaitable[Any]]
 """``async def mw(ctx, call_next)``: awaits ``call_next()`` once, and returns what that returned."""
 
 OK = Ok()
+REWRITE_SLACK: Final = 1024
+"""Bytes by which a document that was put back may exceed the limit: our own keys were added to a small enough one."""
 
 
 class Run:
@@ -144,7 +146,13 @@ class Executor:
         self._facts: dict[Registration, Facts] = {}
 
     def prepare(self, run: Run) -> None:
-        """Decode the claim and find its handler; sets ``run.outcome`` if the job does not come to run."""
+        """Decode the claim and find its handler; sets ``run.outcome`` if the job does not come to run. Never raises."""
+        try:
+            self._prepare(run)
+        except Exception as error:  # noqa: BLE001 - payload types run users' code; no document may end the worker
+            run.outcome = Undecodable(f"the payload of {run.kind!r} does not fit: {describe(error)}")
+
+    def _prepare(self, run: Run) -> None:
         claim = run.claim
         run.facts = self._no_limits
         try:
@@ -170,12 +178,9 @@ class Executor:
             if until is not None and until > time():
                 run.outcome = Postponed(until)
                 return
-        try:
-            run.payload = registration.decode(reading.payload)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError, TypeError) as error:
-            run.outcome = Undecodable(f"the payload of {registration.kind!r} does not fit: {error}")
+        run.payload = registration.decode(reading.payload)
 
-    async def call(self, run: Run) -> Outcome:
+    async def call(self, run: Run) -> Outcome:  # noqa: C901 - one frame, because every job pays for it
         """Run the handler of a prepared run to its outcome; only the end of the whole worker gets through."""
         registration, task = run.registration, asyncio.current_task()
         if registration is None or run.facts is None or run.reading is None:
@@ -195,6 +200,8 @@ class Executor:
                 value = await registration.function(run.payload, context)
             else:
                 value = await registration.function(run.payload)
+            if value is not None and inspect.isawaitable(value):
+                value = await value  # a function around an async one: what it returned is the job itself
         except asyncio.CancelledError as error:
             if run.cause is None and task is not None and task.cancelling():
                 raise  # the slot knows whether the worker is torn down or the handler cancelled itself
@@ -204,7 +211,7 @@ class Executor:
                 raise  # this coroutine is being closed from outside, and must not go on
             return Raised(error)
         except BaseException as error:  # noqa: BLE001 - SystemExit and the like in a handler end the job, not the worker
-            return _uncancelled(task, run.cause) or Raised(error)
+            return _uncancelled(task, run.cause) or Raised(wish_in(error))
         if run.cause is not None:
             _uncancelled(task, run.cause)
         return OK if value is None else Ok(value)
@@ -249,14 +256,13 @@ class Executor:
             run.in_thread = False
         if isinstance(outcome, Raised):
             raise outcome.error
-        value = outcome.value if isinstance(outcome, Ok) else None
-        # A plain function around an async one: what it returned is the job itself.
-        return await value if inspect.isawaitable(value) else value
+        return outcome.value if isinstance(outcome, Ok) else None
 
     def _read(self, body: bytes | None) -> Reading:
         if body is None:
             raise InvalidJob("the entry has no field 'job'")
-        if len(body) > self._max_job_bytes:
+        excess = len(body) - self._max_job_bytes
+        if excess > 0 and not (excess <= REWRITE_SLACK and codec.read(body).hop):
             raise InvalidJob(f"the document has {len(body)} bytes and {self._max_job_bytes} are allowed")
         return codec.read(body)
 

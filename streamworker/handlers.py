@@ -206,6 +206,8 @@ def _registration(function: Callable[..., Any], limits: Limits, scope: Mapping[s
         raise ConfigurationError(
             f"the handler {name} must take a payload, and may take a context: (payload) or (payload, ctx)"
         )
+    if any(p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in inspect.signature(function).parameters.values()):
+        raise ConfigurationError(f"the handler {name} has a keyword-only parameter that nobody can give: add a default")
     payload = _annotation(function, parameters[0], scope)
     if not (isinstance(payload, type) and issubclass(payload, Payload)) or payload is Payload:
         raise ConfigurationError(f"the first parameter of {name} must be annotated with its Payload class")
@@ -219,9 +221,22 @@ def _registration(function: Callable[..., Any], limits: Limits, scope: Mapping[s
         function=function,
         decode=codec.payload_decoder(payload),
         limits=limits,
-        is_async=inspect.iscoroutinefunction(target),
-        wants_context=len(parameters) == 2,
+        is_async=inspect.iscoroutinefunction(_outermost(function)),
+        wants_context=len(parameters) == 2 and _is_context(parameters[1]),
     )
+
+
+def _outermost(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What is really called: decorators stay, partials and callable objects are seen through."""
+    target: Any = function
+    while isinstance(target, partial):
+        target = target.func
+    return target if inspect.isroutine(target) else type(target).__call__
+
+
+def _is_context(parameter: inspect.Parameter) -> bool:
+    """A second parameter takes the context unless it has a default and is annotated as something else."""
+    return parameter.default is parameter.empty or "Context" in str(parameter.annotation)
 
 
 def _underlying(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any, TypedDict
+from types import NoneType
+from typing import Any, Final, TypedDict
 
 from typing_extensions import Unpack
 
@@ -11,6 +12,16 @@ from streamworker import codec
 from streamworker.errors import LONGEST_WAIT, UsageError
 from streamworker.handlers import Payload, check_queue
 from streamworker.job import Job
+
+# What checkers know and callers without one do not: said here, before it breaks somewhere else.
+_KINDS: Final[dict[str, tuple[type, ...]]] = {
+    "queue": (str, NoneType),
+    "delay": (float, int, NoneType),
+    "run_at": (datetime, NoneType),
+    "key": (str, NoneType),
+    "key_ttl": (float, int, NoneType),
+    "headers": (dict, NoneType),
+}
 
 
 class JobOptions(TypedDict, total=False):
@@ -48,12 +59,15 @@ def make_job(payload: Payload, **options: Unpack[JobOptions]) -> Job:
     """
     delay, run_at = options.get("delay"), options.get("run_at")
     key, ttl = options.get("key"), options.get("key_ttl")
+    for name, kinds in _KINDS.items():
+        if not isinstance(options.get(name), kinds):
+            raise UsageError(f"{name}={options.get(name)!r} must be {kinds[0].__name__} or None")
     if delay is not None and run_at is not None:
         raise UsageError("delay and run_at say the same thing twice: give one of them")
     _check_seconds("delay", delay)
     _check_seconds("key_ttl", ttl)
-    if key is not None and not key:
-        raise UsageError("key='' would make every job the same: leave key out or give it a value")
+    if key is not None and (not key or not _is_text(key)):
+        raise UsageError(f"key={key!r} cannot be a key: leave it out, or give it some text")
     try:
         level = codec.level_of(options.get("priority"))
     except ValueError as error:
@@ -72,6 +86,15 @@ def make_job(payload: Payload, **options: Unpack[JobOptions]) -> Job:
         key_ttl=ttl,
         headers=options.get("headers"),
     )
+
+
+def _is_text(value: str) -> bool:
+    """Whether it can be written as UTF-8: lone surrogates cannot."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_seconds(name: str, value: float | None) -> None:

@@ -19,7 +19,7 @@ from typing import Final
 
 import msgspec
 
-from streamworker.errors import LONGEST_WAIT, Discard, Retry, Snooze
+from streamworker.errors import LONGEST_WAIT, Discard, HandlerSignal, Retry, Snooze
 from streamworker.job import (
     Abandoned,
     Dead,
@@ -142,6 +142,14 @@ def judge(outcome: Outcome, facts: Facts, *, now: float, jitter: float) -> Verdi
             return Dead("undecodable", message[:MAX_ERROR_CHARS])
         case Abandoned(deaths=deaths):
             return Dead(f"worker died {deaths} times")
+
+
+def wish_in(error: BaseException) -> BaseException:
+    """The handler's wish inside the groups that task groups wrap errors in, if it is the only error; else the error."""
+    inner = error
+    while isinstance(inner, BaseExceptionGroup) and len(inner.exceptions) == 1:
+        inner = inner.exceptions[0]
+    return inner if isinstance(inner, HandlerSignal) else error
 
 
 def describe(error: BaseException) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import time
 from collections.abc import Callable
 from typing import Final
@@ -19,13 +20,14 @@ from streamworker.endings import ending
 from streamworker.errors import ConfigurationError, Unreachable
 from streamworker.execute import Run
 from streamworker.holdings import Holdings
-from streamworker.job import Dead, Done, Raised, ReleaseAt, RetryAt, Settled
+from streamworker.job import Dead, Done, Raised, ReleaseAt, RetryAt, Settled, Undecodable
 from streamworker.pause import Pause
 from streamworker.policy import describe
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.worker")
 
+_PLACE: Final = re.compile(r"at `(\$[^`]*)`")
 REFUSED_PAUSE: Final = 1.0
 """Seconds before jobs that the server had no memory for are offered again."""
 
@@ -169,6 +171,8 @@ class Settler:
             case Dead(reason=reason, error=error):
                 counts.dead += 1
                 exc = run.outcome.error if isinstance(run.outcome, Raised) else None
+                if isinstance(run.outcome, Undecodable):
+                    error = _where(error)
                 log.warning("job_dead", **facts, reason=reason, error=error, exc_info=exc)
             case ReleaseAt(at=at, reason=reason):
                 counts.released += 1
@@ -186,3 +190,9 @@ def _ending(run: Run, now: float) -> Ending:
     except Exception as error:  # noqa: BLE001 - a hostile document or error object; its bytes are kept
         log.error("ending_failed", kind=run.kind, queue=run.claim.queue, error=str(error))
         return Ending(run.claim, Dead("undecidable", describe(error)), kind=run.kind)
+
+
+def _where(error: str) -> str:
+    """The place in a document that is wrong, without what stands there: logs hold no payloads, dead letters do."""
+    found = _PLACE.search(error)
+    return f"the document does not fit at {found.group(1)}" if found else "the document does not fit"

@@ -7,17 +7,18 @@ One asyncio queue feeds the pool: a memory stream costs ten times as much, a tas
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Callable
 from contextvars import Context, copy_context
 from time import monotonic
 from typing import Final
 
 import anyio
-from anyio.abc import TaskGroup
 
 from streamworker.execute import Executor, Run
 from streamworker.job import Raised, TimedOut
+from streamworker.telemetry.logs import get_logger
+
+log = get_logger("streamworker.worker")
 
 WATCH_INTERVAL: Final = 0.1
 """Seconds between looks at the deadlines: timeouts are this precise, and cost no timer per job."""
@@ -52,7 +53,10 @@ class Slots:
         self._stuck = stuck
         self._grace = grace
         self._queue: asyncio.Queue[Run] = asyncio.Queue()
-        self._pristine: Context | None = None
+        self._pristine = copy_context()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._watcher: asyncio.Task[None] | None = None
+        self._closing = False
         self.running: set[Run] = set()
         """Runs whose handler has begun and not ended."""
 
@@ -60,12 +64,37 @@ class Slots:
         """Hand over a run; the next free task takes it."""
         self._queue.put_nowait(run)
 
-    def open(self, group: TaskGroup) -> None:
-        """Start the tasks; they end when the group is cancelled."""
+    def open(self) -> None:
+        """Start the tasks. They are in no task group: one that a handler keeps from ending must not keep the worker."""
         self._pristine = copy_context()
-        for number in range(self._count):
-            group.start_soon(self._slot, group, name=f"slot-{number}")
-        group.start_soon(self._watch)
+        for _ in range(self._count):
+            self._spawn()
+        self._watcher = asyncio.create_task(self._watch())
+
+    async def close(self, within: float) -> list[Run]:
+        """End the tasks; returns the runs whose handlers did not end ``within`` seconds."""
+        self._closing = True
+        if self._watcher is not None:
+            self._watcher.cancel()
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(set(self._tasks), timeout=within)
+        return [run for run in self.running if run.task in self._tasks]
+
+    def _spawn(self) -> None:
+        task = asyncio.create_task(self._slot(), context=self._pristine.copy())
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """A slot gives way to a fresh one, whatever it ended of."""
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            log.error("slot_failed", error=str(error), exc_info=error)
+        if not self._closing:
+            self._spawn()
 
     def drain_queue(self) -> list[Run]:
         """Runs that no task has taken yet; they are no longer waiting afterwards."""
@@ -74,7 +103,7 @@ class Slots:
             waiting.append(self._queue.get_nowait())
         return waiting
 
-    async def _slot(self, group: TaskGroup) -> None:
+    async def _slot(self) -> None:
         executor, get, running, finished = self._executor, self._queue.get, self.running, self._finished
         pristine = copy_context()
         while True:
@@ -88,8 +117,8 @@ class Slots:
                 try:
                     outcome = await executor.call(run)
                 except asyncio.CancelledError as error:
-                    if anyio.current_effective_deadline() == -math.inf:
-                        raise  # the worker is being torn down
+                    if self._closing:
+                        raise
                     outcome = self._cancelled_itself(error)
                 finally:
                     running.discard(run)
@@ -97,8 +126,7 @@ class Slots:
                     continue  # given back while it could not be stopped
                 run.outcome = outcome
             finished(run)
-            if _changed(pristine) and self._pristine is not None:
-                self._pristine.copy().run(group.start_soon, self._slot, group)
+            if _changed(pristine):
                 return
 
     @staticmethod

@@ -7,6 +7,7 @@ running jobs go on, finished ones wait in memory and keep their lease until they
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import threading
 import time
@@ -18,18 +19,18 @@ import anyio.to_thread
 
 from streamworker.claiming import Claimer
 from streamworker.context import Shared
-from streamworker.drain import HAND_BACK, drain, hand_back_strays
-from streamworker.errors import ConfigurationError, HandBackFailed, StuckThread
+from streamworker.drain import HAND_BACK, UNWIND, drain, hand_back_strays
+from streamworker.errors import ConfigurationError, HandBackFailed, StuckThread, UsageError
 from streamworker.execute import Executor, Run
 from streamworker.holdings import Holdings
 from streamworker.identity import heartbeat, new_worker_id
 from streamworker.job import Claim, Interrupted
 from streamworker.lease import LeaseKeeper
-from streamworker.pause import Pause
 from streamworker.settings import Settings
 from streamworker.settler import Settler
 from streamworker.slots import Slots
 from streamworker.telemetry.logs import get_logger
+from streamworker.ticker import Ticker
 from streamworker.workplace import Workplace
 
 log = get_logger("streamworker.worker")
@@ -63,13 +64,12 @@ class QueueWorker:
         self.worker_id: Final = new_worker_id(worker_id or self._settings.worker_id)
         self._redis, self._database, self._services = redis, database, services
         self._stopping, self._hurry, self._stopped = anyio.Event(), anyio.Event(), anyio.Event()
-        self._tick_wake = anyio.Event()
         self._burst = False
         self._begun = False
+        self._queues = [spec.name for spec in self._settings.queues] or app.handlers.queues
         self._error: StuckThread | HandBackFailed | ConfigurationError | None = None
         self._signal = 0
         self._started = time.time()
-        self._next_tick = 0.0
 
     # -- the lifecycle
 
@@ -78,8 +78,23 @@ class QueueWorker:
 
         Raises:
             StreamworkerError: it could not start (logged first), or it could not end as promised.
+            UsageError: it was started before.
         """
+        if self._begun:
+            raise UsageError("this QueueWorker was started before: make a new one, worker ids are unique per start")
         self._begun = True
+        # A task of its own: when the caller is cancelled, what is held is handed back first and nothing is left behind.
+        life = asyncio.create_task(self._live())
+        try:
+            await asyncio.shield(life)
+        except asyncio.CancelledError:
+            self._stopping.set()
+            self._hurry.set()
+            with anyio.CancelScope(shield=True):
+                await asyncio.wait([life])
+            raise
+
+    async def _live(self) -> None:
         log.info("worker_starting", worker_id=self.worker_id)
         try:
             async with AsyncExitStack() as stack:
@@ -137,7 +152,8 @@ class QueueWorker:
             services = await stack.enter_async_context(app.lifespan())
         self._shared = Shared(self.worker_id, services, redis, database)
         self._holdings = Holdings()
-        self._settler = Settler(self._broker, self._holdings, parked=self._parked)
+        self._ticker = Ticker(self._broker, self._stopping)
+        self._settler = Settler(self._broker, self._holdings, parked=self._ticker.parked)
         self._executor = Executor(
             app.handlers,
             self._shared,
@@ -161,6 +177,7 @@ class QueueWorker:
             self._slots.put,
             concurrency=settings.concurrency,
             max_deliveries=settings.max_deliveries,
+            caps={spec.name: spec.cap for spec in settings.queues if spec.cap is not None},
             stopping=self._stopping,
             burst=self._burst,
             fatal=self._refused,
@@ -172,19 +189,21 @@ class QueueWorker:
     async def _main(self) -> None:
         self._lease.start()
         try:
-            async with anyio.create_task_group() as pool:
-                self._slots.open(pool)
-                pool.start_soon(self._broker.listen, self._parked)
+            self._slots.open()
+            async with anyio.create_task_group() as house:
+                house.start_soon(self._broker.listen, self._ticker.parked)
                 async with anyio.create_task_group() as loops:
                     loops.start_soon(self._settler.run)
-                    loops.start_soon(self._ticking)
+                    loops.start_soon(self._ticker.run)
                     loops.start_soon(self._unblocking)
-                    log.info("worker_ready", worker_id=self.worker_id, queues=self._app.handlers.queues)
+                    log.info("worker_ready", worker_id=self.worker_id, queues=self._queues)
                     await self._claimer.run()
                     await drain(self, self._slots, self._holdings, self._settings.grace, self._hurry)
                     self._settler.close(HAND_BACK)
-                pool.cancel_scope.cancel()
+                house.cancel_scope.cancel()
         finally:
+            for run in await self._slots.close(UNWIND):
+                self._stuck(run)
             self._lease.stop()
 
     async def _clean_up(self) -> None:
@@ -193,7 +212,7 @@ class QueueWorker:
             # The thread may be in a command; its heartbeat must not outlive us.
             await anyio.to_thread.run_sync(self._lease.join, abandon_on_cancel=True)
         try:
-            await hand_back_strays(self._broker, self._executor)
+            await hand_back_strays(self._broker, self._executor, self._holdings)
             if not await self._broker.leave() or len(self._holdings):
                 raise HandBackFailed("some jobs are still pending under this worker's name")
         except Exception as error:  # noqa: BLE001 - whatever keeps us from handing back: the leases will run out
@@ -209,9 +228,9 @@ class QueueWorker:
         self._holdings.finished()
         self._settler.add(run)
 
-    def abandon_suspects(self) -> list[Run]:
-        """Suspects that wait to run alone; they do not wait any more afterwards."""
-        return self._claimer.abandon_suspects()
+    def abandon_waiting(self) -> list[Run]:
+        """Runs that have not been given to a slot; they do not wait any more afterwards."""
+        return self._claimer.abandon_waiting()
 
     @property
     def executor(self) -> Executor:
@@ -230,11 +249,11 @@ class QueueWorker:
                 run.cancel(Interrupted("the claim was lost"))
 
     def _stuck(self, run: Run) -> None:
-        if self._error is None:
-            name = run.registration.name if run.registration is not None else run.kind
-            self._error = StuckThread(f"a thread of {name} did not end after its timeout: restart this worker")
-            log.error("thread_stuck", worker_id=self.worker_id, handler=name, job_id=run.job_id)
-            self._stopping.set()
+        name = run.registration.name if run.registration is not None else run.kind
+        log.error("handler_stuck", worker_id=self.worker_id, handler=name, job_id=run.job_id)
+        if not isinstance(self._error, StuckThread):
+            self._error = StuckThread(f"{name} would not end when it was told to: this process must end, start another")
+        self._stopping.set()
 
     def _refused(self, error: ConfigurationError) -> None:
         """The server keeps refusing us for good: only people can change that, and a restart will tell them."""
@@ -243,36 +262,15 @@ class QueueWorker:
         self._stopping.set()
 
     def _report(self) -> dict[str, str | int | float]:
-        return heartbeat(self._settings, self._app.handlers.queues, self._started, self._holdings, self._lease.loop_lag)
+        return heartbeat(self._settings, self._queues, self._started, self._holdings, self._lease.loop_lag)
 
-    # -- due jobs, signals
-
-    def _parked(self, at: float) -> None:
-        """A job of ours is due at ``at``: no later than that the due set is looked at."""
-        if at < self._next_tick:
-            self._tick_wake.set()
-
-    async def _ticking(self) -> None:
-        pause = Pause()
-        while not self._stopping.is_set():
-            # Before the look, not after it: a stop or a parked job that comes meanwhile must not be slept over.
-            self._tick_wake, self._next_tick = anyio.Event(), float("inf")
-            try:
-                seconds = await self._broker.tick()
-                pause.reset()
-            except Exception as error:  # noqa: BLE001 - the main loop never crashes
-                log.error("tick_failed", worker_id=self.worker_id, error=str(error))
-                await pause.wait(self._stopping)
-                continue
-            self._next_tick = time.time() + seconds
-            with anyio.move_on_after(seconds):
-                await self._tick_wake.wait()
+    # -- stops and signals
 
     async def _unblocking(self) -> None:
         """At shutdown, end the blocking read; repeated, since it may begin just after it was told."""
         await self._stopping.wait()
         self._shared.stopping = True
-        self._tick_wake.set()
+        self._ticker.wake()
         self._holdings.stir()
         while not self._claimer.ended.is_set():
             try:

@@ -83,8 +83,12 @@ class Address:
         self._slots = Slots(form) if form.kind == "cluster" else None
 
     @classmethod
-    def of(cls, client: aioredis.Redis, name: str = "streamworker") -> Address:
-        """The address a user's client talks to."""
+    def of(cls, client: object, name: str = "streamworker") -> Address:
+        """The address a user's client talks to.
+
+        Raises:
+            ConfigurationError: it is no client of ours to understand.
+        """
         address = cls.__new__(cls)
         address._init(forms.of(client), name)
         return address

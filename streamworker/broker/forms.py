@@ -39,7 +39,7 @@ _URL: Final = re.compile(
     r"(?P<path>/[^?#]*)?(?:\?(?P<query>.*))?"
 )
 _HOST: Final = re.compile(r"(?P<host>\[[^\]]+\]|[^\[\]:]+)?(?::(?P<port>\d+))?")
-_LOGIN: Final = frozenset({"db", "username", "password"})
+_LOGIN: Final = frozenset({"db", "username", "password", "credential_provider"})
 _FILES: Final = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_ca_path")
 _TLS: Final = frozenset(n for n in inspect.signature(aioredis.SSLConnection.__init__).parameters if "ssl_" in n)
 
@@ -95,20 +95,26 @@ def parse(url: str) -> Form:
 
 
 def of(client: Any) -> Form:
-    """The form of what a user's client talks to: a server, a Sentinel's master or a cluster."""
+    """The form of what a user's client talks to: a server, a Sentinel's master or a cluster.
+
+    Raises:
+        ConfigurationError: it is another thing.
+    """
     if isinstance(client, aioredis.RedisCluster):
         nodes = client.nodes_manager.startup_nodes.values()
         given = client.connection_kwargs
         scheme: Literal["redis", "rediss"] = "rediss" if _secure(given.get("connection_class")) else "redis"
         return Form("cluster", scheme, tuple((str(node.host), int(node.port)) for node in nodes), _kept(given))
-    pool = client.connection_pool
-    given = pool.connection_kwargs
+    pool = client.connection_pool if isinstance(client, aioredis.Redis) else None
+    given = pool.connection_kwargs if pool is not None else {}
     if isinstance(pool, SentinelConnectionPool):
         asked = [each.connection_pool.connection_kwargs for each in pool.sentinel_manager.sentinels]
         hosts = tuple((str(each.get("host", "localhost")), int(each.get("port", SENTINEL_PORT))) for each in asked)
         login = {name: value for name, value in (_kept(asked[0]) if asked else {}).items() if name != "db"}
         scheme = "rediss" if _secure(pool.connection_class) else "redis"
         return Form("sentinel", scheme, hosts, _kept(given), str(pool.service_name), login)
+    if pool is None or not {"path", "host"} & given.keys():
+        raise ConfigurationError("redis= takes a URL, or redis.asyncio's Redis, RedisCluster or Sentinel.master_for()")
     return _plain(given, pool.connection_class)
 
 

@@ -66,7 +66,7 @@ class Intake:
         self._rest_after_outage()
         claims = await self.sweep(limit, running)
         if len(claims) < limit:
-            claims += await self.take(limit - len(claims), running)
+            claims += await self.take(limit - len(claims), [*running, *claims] if claims else running)
         self._rest_after_outage()
         if not claims and wait > 0 and not self._interrupted.is_set():
             claims = await self.wait(wait, running)

@@ -78,7 +78,7 @@ class Intakes:
                 claims += await part.sweep(limit - len(claims), [*running, *claims])
         for part in idle:
             if len(claims) < limit:
-                claims += await part.take(limit - len(claims), running)
+                claims += await part.take(limit - len(claims), [*running, *claims] if claims else running)
         self._rest_after_outage()
         if not claims and wait > 0 and not self._interrupted:
             claims = await self._wait(wait, running)

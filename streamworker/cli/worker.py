@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import os
 import signal
 import sys
 from types import FrameType
@@ -11,9 +12,10 @@ from typing import Any
 
 import anyio
 
+from streamworker.cli import say
 from streamworker.cli.loading import load_app, with_own
 from streamworker.cli.options import WORKER, WorkerFlags
-from streamworker.errors import UsageError
+from streamworker.errors import StuckThread, UsageError
 from streamworker.worker import QueueWorker
 
 
@@ -40,7 +42,13 @@ def worker(app: str | None = None, *, burst: bool = False, processes: int = 1, f
 
 
 async def _run(made: QueueWorker, burst: bool) -> int:
-    return await made.run(burst=burst)
+    try:
+        return await made.run(burst=burst)
+    except StuckThread as error:
+        say(str(error))
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(error.exit_code)  # leaving the loop in order would wait for the handler that does not end
 
 
 def _leave(_signal: int, _frame: FrameType | None) -> Any:

@@ -155,11 +155,13 @@ async def _in_slot(executor: Executor, run: Run) -> Outcome:
         stuck=abandon,
         grace=_THREAD_GRACE,
     )
-    async with anyio.create_task_group() as group:
-        slots.open(group)
+    slots.open()
+    try:
         slots.put(run)
         await ended.wait()
-        group.cancel_scope.cancel()
+    finally:
+        with anyio.CancelScope(shield=True):
+            await slots.close(_THREAD_GRACE)
     if run.outcome is None:
         raise AssertionError("a run that ended has an outcome")
     return run.outcome

@@ -407,13 +407,12 @@ async def test_no_job_sees_a_context_variable_of_another():
 
     made = executor(note)
     slots = Slots(1, made, finished=lambda run: None, isolate=lambda run: True, stuck=lambda run: None, grace=1)
-    async with anyio.create_task_group() as group:
-        slots.open(group)
-        for _ in range(5):
-            slots.put(Run(claim()))
-        with anyio.fail_after(5):
-            await done.wait()
-        group.cancel_scope.cancel()
+    slots.open()
+    for _ in range(5):
+        slots.put(Run(claim()))
+    with anyio.fail_after(5):
+        await done.wait()
+    assert await slots.close(1) == []
     assert seen == ["unset"] * 5
 
 

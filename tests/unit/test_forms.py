@@ -1,6 +1,7 @@
 """Forms of REDIS_URL, taken apart."""
 
 import pytest
+import redis
 import redis.asyncio as aioredis
 
 from streamworker.broker import forms
@@ -94,3 +95,9 @@ async def test_users_own_clients():
     alike(manager.master_for("m", password="p", db=1), "redis+sentinel://:p@a:1,b:2/m/1?sentinel_password=s")
     alike(aioredis.RedisCluster(host="h", port=3, password="p"), "redis+cluster://:p@h:3")
     alike(aioredis.RedisCluster(host="h", port=3, ssl=True), "rediss+cluster://h:3")
+
+
+@pytest.mark.parametrize("client", [object(), redis.Redis()])
+def test_what_is_no_client_of_redis_asyncio(client):
+    with pytest.raises(ConfigurationError, match="redis= takes"):
+        forms.of(client)
