@@ -33,7 +33,7 @@ topologies *args:
 
 # The crash suite: workers and servers are killed, frozen and cut off while jobs run
 crash *args:
-    pytest -n 2 --dist worksteal -m crash tests/crash "$@"
+    @python -m tests.crash.short "$@"
 
 # Faults without end on a running fleet (--minutes 10 --seed 7), and a table of what they cost
 soak *args:
@@ -89,11 +89,3 @@ lock_options := "--quiet --universal --generate-hashes --no-emit-index-url --no-
 # Source distribution and wheel into dist/
 build:
     hatchling build
-
-# Workers and servers are killed: a fixed short set; arguments go to pytest
-crash *args:
-    @python -m tests.crash.short "$@"
-
-# Faults on a running fleet: ./dev soak --minutes 10 --seed 7
-soak *args:
-    @python -m tests.crash.soak "$@"
