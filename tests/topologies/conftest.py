@@ -72,9 +72,10 @@ async def working(url: str, **options: object) -> AsyncIterator[Ran]:
         await eventually(lambda: task.done() or (hasattr(worker, "_lease") and worker._lease._thread is not None))
         yield ran
         await worker.stop()
+    except BaseException:
+        task.cancel()
+        raise
     finally:
-        if not task.done():
-            task.cancel()
         await asyncio.wait([task])
     task.result()
 
