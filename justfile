@@ -25,6 +25,12 @@ test *args:
 compat *args:
     @python tools/compat.py "$@"
 
+# The brokers' contract behind Sentinel and on a cluster, and what breaks there: failovers, slots that move
+topologies *args:
+    pytest -q -n 2 -m slow tests/topologies "$@"
+    STREAMWORKER_TEST_TOPOLOGY=sentinel pytest -q tests/contract "$@"
+    STREAMWORKER_TEST_TOPOLOGY=cluster pytest -q tests/contract "$@"
+
 # The crash suite: workers and servers are killed, frozen and cut off while jobs run
 crash *args:
     @python -m tests.crash.short "$@"

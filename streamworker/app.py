@@ -246,9 +246,9 @@ class App(Handlers[S]):
         address, default = await self._servers(stack, settings, redis)
         broker = self._make_broker(settings, address)
         stack.push_async_callback(broker.close)
-        client = redis
-        if not isinstance(client, Redis):
-            client = address.commands()
+        client: Any = redis
+        if client is None or isinstance(client, str):
+            client = address.for_handlers()
             stack.push_async_callback(client.aclose)
         url = database if isinstance(database, str) else None if database is not None else default
         if url is not None:

@@ -1,7 +1,8 @@
 """Servers and waiting, shared by all suites.
 
 ``STREAMWORKER_TEST_SERVER`` picks the server: ``valkey`` (default), ``redis-8.2`` or ``redis-6.2``, each a real process out
-of a wheel. ``-m slow`` runs what is too heavy for every day; without ``-m`` those tests are left out.
+of a wheel. ``STREAMWORKER_TEST_TOPOLOGY=sentinel`` or ``cluster`` runs the same tests behind those. ``-m slow`` runs what is
+too heavy for every day; without ``-m`` those tests are left out.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import anyio
 import hypothesis
 import pytest
 import redis
+import redis.asyncio
 
 from streamworker.broker import Broker
 from streamworker.broker.client import Address
@@ -95,9 +97,13 @@ class Server:
     def client(self) -> redis.Redis:
         return redis.Redis.from_url(self.url, protocol=2)
 
+    def users_client(self, **options: Any) -> Any:
+        """``async with`` a client as users make them."""
+        return redis.asyncio.Redis.from_url(self.url, **options)
+
     def start(self) -> None:
         for _ in range(5):  # another process may take the port between looking and binding
-            port = self.port or _free_port()
+            port = self.port or free_port()
             self._process = subprocess.Popen(
                 [
                     str(server_program()), "--port", str(port), "--bind", "127.0.0.1", "--save", "",
@@ -133,17 +139,26 @@ class Server:
         self._process.send_signal(signal.SIGCONT)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 
 
+def _topology(directory: Path) -> Any:
+    kind = os.environ.get("STREAMWORKER_TEST_TOPOLOGY")
+    if not kind:
+        return Server(directory)
+    from tests.topologies.servers import MAKERS
+
+    return MAKERS[kind](directory)
+
+
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
-    """One real server for this process, without persistence."""
+    """One real server for this process, without persistence; or several, as STREAMWORKER_TEST_TOPOLOGY says."""
     directory = Path(tempfile.mkdtemp(prefix="streamworker-test-"))
-    server = Server(directory)
+    server = _topology(directory)
     try:
         yield server
     finally:
@@ -175,9 +190,9 @@ def redis_url(server: Server) -> Iterator[str]:
 
 
 @pytest.fixture
-def raw(redis_url: str) -> Iterator[redis.Redis]:
+def raw(redis_url: str, server: Server) -> Iterator[redis.Redis]:
     """A plain client, to look at the server and to do what producers and bad luck do."""
-    with redis.Redis.from_url(redis_url, protocol=2) as client:
+    with server.client() as client:
         yield client
 
 
@@ -215,6 +230,12 @@ def eventually_blocking(condition: Callable[[], Any], timeout: float = 10.0, int
 BrokerFactory = Callable[..., Any]
 
 
+def sweep_soon(broker: Any) -> None:
+    """The next claim looks for orphans, whatever the pace says."""
+    for intake in getattr(broker._intake, "_parts", [broker._intake]):  # in a cluster there is one per slot
+        intake._sweep_at = [0.0] * len(intake._sweep_at)
+
+
 @pytest.fixture(params=["stream"])
 def broker_factory(request: pytest.FixtureRequest, redis_url: str) -> BrokerFactory:
     """``async with broker_factory("worker-1", queues=("billing",), lease=1) as broker``: open, and joined if named.
@@ -240,7 +261,7 @@ def broker_factory(request: pytest.FixtureRequest, redis_url: str) -> BrokerFact
             if name is not None:
                 await broker.join(name)
             # A server that has just started makes everyone wait a lease before anybody is taken for dead.
-            broker._intake._sweep_at = [0.0] * len(broker._intake._sweep_at)
+            sweep_soon(broker)
             yield broker
         finally:
             await broker.close()

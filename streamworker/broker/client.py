@@ -6,18 +6,33 @@ retries by itself: redis-py's default of ten retries runs an XADD twice when a r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
+import msgspec
 import redis
 import redis.asyncio as aioredis
 from redis import exceptions as redis_errors
+from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.retry import Retry as SyncRetry
 
+from streamworker.broker import forms
+from streamworker.broker.cluster import ClusterBlocking, ClusterClient, ClusterReader
+from streamworker.broker.forms import Form, Host
 from streamworker.broker.reactions import Reaction, row_of
+from streamworker.broker.reader import Reader
+from streamworker.broker.sentinel import (
+    ManagedBlockingConnection,
+    ManagedBlockingSSLConnection,
+    ManagedConnection,
+    ManagedSSLConnection,
+    Sentinels,
+)
+from streamworker.broker.slots import Slots, slot_of
 from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable
 
 COMMAND_TIMEOUT: Final = 5.0
@@ -25,6 +40,7 @@ COMMAND_TIMEOUT: Final = 5.0
 BLOCK_SLACK: Final = 5.0
 """Seconds a blocking read may overrun its BLOCK: servers are late by up to 0.1 s, half-open connections for ever."""
 POOL_SIZE: Final = 16
+CLUSTER: Final = "Redis at {} is a node of a cluster: write redis+cluster:// instead of redis:// in REDIS_URL"
 
 _ASYNC: Final[dict[str, Any]] = {
     "redis": aioredis.Connection,
@@ -36,54 +52,74 @@ _SYNC: Final[dict[str, Any]] = {
     "rediss": redis.SSLConnection,
     "unix": redis.UnixDomainSocketConnection,
 }
-_ADDRESS: Final = frozenset({"host", "port", "db", "username", "password", "path", "credential_provider"})
+_MANAGED: Final[dict[str, Any]] = {"redis": ManagedConnection, "rediss": ManagedSSLConnection}
+_MANAGED_SYNC: Final[dict[str, Any]] = {"redis": ManagedBlockingConnection, "rediss": ManagedBlockingSSLConnection}
 
 
 class Address:
-    """Where Redis is and how to log in; makes every kind of client.
+    """Where Redis is and how to log in; makes every kind of client. The one place that knows forms of URLs.
 
     Args:
-        url: ``redis://``, ``rediss://`` or ``unix://``.
+        url: see `forms`.
         name: client name shown by CLIENT LIST.
+
+    Raises:
+        ConfigurationError: the URL cannot be understood.
     """
 
     def __init__(self, url: str, name: str = "streamworker") -> None:
-        try:
-            probe = redis.ConnectionPool.from_url(url)
-        except (ValueError, TypeError) as error:
-            raise ConfigurationError(f"REDIS_URL cannot be understood: {error}") from None
-        self._init(probe.connection_kwargs, probe.connection_class, name)
+        self._init(forms.parse(url), name)
 
-    def _init(self, kwargs: Mapping[str, Any], kind: type[Any], name: str) -> None:
-        self._kwargs = {k: v for k, v in kwargs.items() if (k in _ADDRESS or k.startswith("ssl_")) and v is not None}
-        self._scheme = "unix" if "Unix" in kind.__name__ else "rediss" if "SSL" in kind.__name__ else "redis"
-        self._name = "".join(c if c.isprintable() and c != " " else "-" for c in name)
+    def _init(self, form: Form, name: str) -> None:
+        self._form = form
+        self._name = _shown(name)
+        self._async, self._sync = _ASYNC[form.scheme], _SYNC[form.scheme]
+        self._kwargs = dict(form.options)
+        if form.kind == "sentinel":
+            self._async, self._sync = _MANAGED[form.scheme], _MANAGED_SYNC[form.scheme]
+            self._kwargs["sentinels"] = Sentinels(form)
+        elif form.hosts:
+            self._kwargs["host"], self._kwargs["port"] = form.hosts[0]
+        self._slots = Slots(form) if form.kind == "cluster" else None
 
     @classmethod
     def of(cls, client: object, name: str = "streamworker") -> Address:
-        """The address a user's client talks to."""
-        pool = client.connection_pool if isinstance(client, aioredis.Redis) else None
-        if pool is None or not {"path", "host"} & pool.connection_kwargs.keys():
-            raise ConfigurationError(
-                "redis= takes a redis.asyncio.Redis of one server: for Sentinel or a cluster give the URL instead"
-            )
+        """The address a user's client talks to.
+
+        Raises:
+            ConfigurationError: it is no client of ours to understand.
+        """
         address = cls.__new__(cls)
-        address._init(pool.connection_kwargs, pool.connection_class, name)
+        address._init(forms.of(client), name)
         return address
 
     def renamed(self, name: str) -> Address:
         """The same address with another client name."""
         other = Address.__new__(Address)
         other.__dict__.update(self.__dict__)
-        other._name = "".join(c if c.isprintable() and c != " " else "-" for c in name)
+        other._name = _shown(name)
         return other
 
     def __str__(self) -> str:
         """Without the password."""
-        if self._scheme == "unix":
-            return f"unix://{self._kwargs.get('path')}"
-        host, port = self._kwargs.get("host", "localhost"), self._kwargs.get("port", 6379)
-        return f"{self._scheme}://{host}:{port}/{self._kwargs.get('db', 0)}"
+        return str(self._form)
+
+    @property
+    def spread(self) -> bool:
+        """Whether queues live on servers of their own: no command may touch two of them."""
+        return self._slots is not None
+
+    def home(self, key: str) -> Host | None:
+        """The node that serves a key, as far as is known; ``None`` for a single server."""
+        return self._slots.node(slot_of(key)) if self._slots is not None else None
+
+    def at(self, host: Host) -> Address:
+        """One node of the cluster."""
+        other = self.renamed(self._name)
+        other._slots = None
+        other._form = msgspec.structs.replace(self._form, kind="server", hosts=(host,))
+        other._kwargs = {**self._kwargs, "host": host[0], "port": host[1]}
+        return other
 
     def _options(self) -> dict[str, Any]:
         return {
@@ -95,9 +131,11 @@ class Address:
         }
 
     def commands(self, size: int = POOL_SIZE) -> aioredis.Redis:
-        """A client with a pool; waits for a free connection instead of failing."""
+        """A client with a pool, per node in a cluster; waits for a free connection instead of failing."""
+        if self._slots is not None:
+            return ClusterClient(self._slots, lambda host: self.at(host).commands(size))
         pool = aioredis.BlockingConnectionPool(
-            connection_class=_ASYNC[self._scheme],
+            connection_class=self._async,
             max_connections=size,
             timeout=COMMAND_TIMEOUT,
             socket_timeout=COMMAND_TIMEOUT,
@@ -108,8 +146,10 @@ class Address:
 
     def listener(self) -> aioredis.Redis:
         """A client for a subscription: silence is normal there, and TCP keepalive notices a dead peer."""
+        if self._slots is not None:  # a cluster passes messages on to all its nodes
+            return self.at(random.choice(self._slots.masters or self._slots.candidates())).listener()  # noqa: S311
         pool = aioredis.ConnectionPool(
-            connection_class=_ASYNC[self._scheme],
+            connection_class=self._async,
             max_connections=1,
             socket_timeout=None,
             retry=Retry(NoBackoff(), 0),
@@ -117,10 +157,17 @@ class Address:
         )
         return aioredis.Redis.from_pool(pool)
 
-    def blocking(self) -> redis.Redis:
-        """A synchronous client with one connection, for the lease thread."""
+    def blocking(self) -> redis.Redis | ClusterBlocking:
+        """A synchronous client with one connection, per node in a cluster, for the lease thread."""
+        if self._slots is not None:
+            return ClusterBlocking(self._slots, self._one_blocking)
+        return self._one_blocking(None)
+
+    def _one_blocking(self, host: Host | None) -> redis.Redis:
+        if host is not None:
+            return self.at(host)._one_blocking(None)
         pool = redis.ConnectionPool(
-            connection_class=_SYNC[self._scheme],
+            connection_class=self._sync,
             max_connections=1,
             socket_timeout=COMMAND_TIMEOUT,
             retry=SyncRetry(NoBackoff(), 0),
@@ -128,41 +175,49 @@ class Address:
         )
         return redis.Redis(connection_pool=pool)
 
-    def reader(self, block: float) -> Reader:
-        """The connection for blocking reads of up to ``block`` seconds."""
-        return Reader(self, block)
+    def reader(self, block: float, control: aioredis.Redis, key: str = "") -> Reader | ClusterReader:
+        """The connection for blocking reads of up to ``block`` seconds.
 
+        Args:
+            block: seconds.
+            control: a client made by `commands`, to unblock it with.
+            key: in a cluster, whose slot it reads.
+        """
+        if self._slots is not None and isinstance(control, ClusterClient):
+            client = control
+            return ClusterReader(client, self._slots, key, lambda host: self.at(host)._reader(block, client.at(host)))
+        return self._reader(block, control)
 
-class Reader:
-    """One connection of its own that may block, and knows its client id so that it can be unblocked from elsewhere."""
+    def _reader(self, block: float, control: aioredis.Redis) -> Reader:
+        connection = self._async(socket_timeout=block + BLOCK_SLACK, retry=Retry(NoBackoff(), 0), **self._options())
+        return Reader(connection, control)
 
-    def __init__(self, address: Address, block: float) -> None:
-        self._connection: aioredis.Connection = _ASYNC[address._scheme](
-            socket_timeout=block + BLOCK_SLACK, retry=Retry(NoBackoff(), 0), **address._options()
+    def for_handlers(self) -> Any:
+        """A client for users: of a cluster it is redis-py's own, which knows all commands."""
+        if self._slots is None:
+            return self.commands()
+        nodes = [ClusterNode(host, port) for host, port in self._form.hosts]
+        kept = {name: value for name, value in self._kwargs.items() if name not in ("host", "port")}
+        return aioredis.RedisCluster(
+            startup_nodes=nodes, ssl=self._form.scheme == "rediss", client_name=self._name, **kept
         )
-        self.client_id: int | None = None
 
-    async def execute_command(self, *args: Any, **_: Any) -> Any:
-        """Send one command and return its raw reply; the connection is given up on any error but the server's own."""
-        connection = self._connection
-        if not connection.is_connected:
-            self.client_id = None
-            await connection.connect()
-            await connection.send_command("CLIENT", "ID")
-            self.client_id = await connection.read_response()
-        try:
-            await connection.send_command(*args)
-            return await connection.read_response()
-        except redis_errors.ResponseError:
-            raise
-        except BaseException:
-            await connection.disconnect(nowait=True)
-            raise
+    async def masters(self, client: aioredis.Redis) -> list[aioredis.Redis]:
+        """Clients of all servers that hold keys, for what has to be asked of each."""
+        return await client.masters() if isinstance(client, ClusterClient) else [client]
 
-    async def close(self) -> None:
-        """Close the connection."""
-        with suppress(redis_errors.RedisError, OSError):
-            await self._connection.disconnect()
+    async def greet(self, client: aioredis.Redis) -> dict[str, Any]:
+        """INFO's section "server" of whoever answers.
+
+        Raises:
+            ConfigurationError: it is a node of a cluster, and the URL is not that of one.
+        """
+        info: dict[str, Any] = await client.info("server")
+        if (
+            "cluster" in (info.get("redis_mode"), info.get("server_mode")) and self._slots is None
+        ):  # Valkey says "server"
+            raise ConfigurationError(CLUSTER.format(self))
+        return info
 
 
 @contextmanager
@@ -183,6 +238,8 @@ def understood(address: object) -> Iterator[None]:
 def _ours(error: Exception, address: object) -> StreamworkerError:
     row = row_of(error)
     name, reaction = (row.name, row.reaction) if row is not None else ("", Reaction.REFUSE)
+    if isinstance(error, redis_errors.MovedError):
+        return ConfigurationError(CLUSTER.format(address))
     if name == "WRONGPASS":
         return ConfigurationError(
             f"Redis at {address} refused the login ({error}): check the user and password in REDIS_URL"
@@ -196,13 +253,31 @@ def _ours(error: Exception, address: object) -> StreamworkerError:
     if isinstance(error, redis_errors.InvalidResponse):
         return Unreachable(f"what answers at {address} is not Redis: check host and port in REDIS_URL")
     if name == "no connection":
-        return Unreachable(
+        return _tls_trouble(error, address) or Unreachable(
             f"Redis at {address} does not answer ({_short(error)}): check that it runs and that REDIS_URL is right"
         )
     if reaction in (Reaction.WAIT, Reaction.RECONNECT):
         said = str(error) if str(error).startswith(name) else f"{name} {error}"
         return Unreachable(f"Redis at {address} can do nothing for us now ({_short(said)}): it is tried again")
     return StreamworkerError(f"Redis at {address} answered with an error: {error}")
+
+
+def _tls_trouble(error: Exception, address: object) -> ConfigurationError | None:
+    text = str(error)
+    if "CERTIFICATE_VERIFY_FAILED" in text:
+        return ConfigurationError(
+            f"the certificate of Redis at {address} is not trusted ({_short(error)}): name the CA that signed it with "
+            "ssl_ca_certs in REDIS_URL, and the host as the certificate has it"
+        )
+    if "CERTIFICATE_REQUIRED" in text:
+        return ConfigurationError(
+            f"Redis at {address} wants a client certificate: name it with ssl_certfile and ssl_keyfile in REDIS_URL"
+        )
+    return None
+
+
+def _shown(name: str) -> str:
+    return "".join(c if c.isprintable() and c != " " else "-" for c in name)
 
 
 def _short(error: BaseException | str) -> str:

@@ -22,11 +22,13 @@ Severity: TypeAlias = Literal["error", "warning", "ok"]
 
 async def examine(desk: Desk, queues: Sequence[QueueKeys]) -> list[Finding]:
     """Look at the server and at the keys of ``queues``."""
-    info = await _info(desk)
+    info: dict[str, Any] = {}
+    servers: list[Finding] = []
+    for each in await desk.each():
+        info = await _info(each)
+        servers += (_server(info), await _memory(each, info), await _persistence(each, info))
     found = [
-        _server(info),
-        await _memory(desk, info),
-        await _persistence(desk, info),
+        *dict.fromkeys(servers),  # the nodes of a cluster are mostly alike
         *await permissions.look(desk, queues),
         *await _keys(desk, queues),
         *await _groups(desk, queues),

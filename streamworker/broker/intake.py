@@ -64,13 +64,12 @@ class Intake:
         """See `Broker.claim`."""
         # Before the sweep, or the first command that gets through again would take everybody for dead.
         self._rest_after_outage()
-        now = monotonic()
-        claims = await self._sweep(limit, running, now) if min(self._sweep_at) <= now else []
+        claims = await self.sweep(limit, running)
         if len(claims) < limit:
-            claims += await self._take(limit - len(claims), [*running, *claims] if claims else running)
+            claims += await self.take(limit - len(claims), [*running, *claims] if claims else running)
         self._rest_after_outage()
         if not claims and wait > 0 and not self._interrupted.is_set():
-            claims = await self._wait(wait, running)
+            claims = await self.wait(wait, running)
         return claims
 
     async def ensure(self, keys: QueueKeys) -> tuple[list[str], list[str]]:
@@ -97,7 +96,11 @@ class Intake:
         """No claim waits any more."""
         self._interrupted.set()
 
-    async def _take(self, limit: int, running: Collection[Claim], *, healed: bool = False) -> list[Claim]:
+    async def close(self) -> None:
+        """Nothing is left to end here; in a cluster there may be."""
+
+    async def take(self, limit: int, running: Collection[Claim], *, healed: bool = False) -> list[Claim]:
+        """New entries, in order."""
         queues, budgets = len(self._keys), self._order.budgets(limit)
         head = [self._group, self.consumer, limit, queues, len(budgets)]
         args = [*head, *self._allowances(limit, running), *budgets, *self._order.steps]
@@ -111,7 +114,7 @@ class Intake:
             name = keys.queue
             claims += [Claim(name, level, place, entry, 1, document(fields), epoch) for entry, fields in entries]
         if trouble and await self._heal(trouble) and not healed and len(claims) < limit:
-            claims += await self._take(limit - len(claims), running, healed=True)
+            claims += await self.take(limit - len(claims), running, healed=True)
         return claims
 
     def _allowances(self, limit: int, running: Collection[Claim]) -> list[int]:
@@ -156,8 +159,12 @@ class Intake:
             log.error("key_unreadable", key=key, error=message)
             self._unreadable_until[key] = monotonic() + TROUBLE_PAUSE
 
-    async def _sweep(self, limit: int, running: Collection[Claim], now: float) -> list[Claim]:
+    async def sweep(self, limit: int, running: Collection[Claim]) -> list[Claim]:
+        """Orphans, of the queues whose sweep is due."""
         claims: list[Claim] = []
+        now = monotonic()
+        if min(self._sweep_at) > now:
+            return claims
         allowances = self._allowances(limit, running)
         for index, keys in enumerate(self._keys):
             if self._sweep_at[index] > now or len(claims) >= limit:
@@ -193,7 +200,7 @@ class Intake:
             claims.append(Claim(keys.queue, level, place, entry, count, body, epoch, bool(suspect)))
         return claims
 
-    async def _wait(self, wait: float, running: Collection[Claim]) -> list[Claim]:
+    async def wait(self, wait: float, running: Collection[Claim]) -> list[Claim]:
         """Block until a new entry comes, at most until the next sweep is due."""
         now = monotonic()
         wait = max(0.01, min(wait, BLOCK, min(self._sweep_at) - now))

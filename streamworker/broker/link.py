@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from time import monotonic
 from typing import Any, Final
 
@@ -22,7 +23,8 @@ class Link:
     def __init__(self, address: Address) -> None:
         self.address = address
         self.commands: Final = address.commands()
-        self.reader = address.reader(BLOCK)
+        self.reader = address.reader(BLOCK, self.commands)
+        self._branches: list[tuple[Link, str]] = []
         self.lease_client = address.blocking()
         self._down_since: float | None = None
         self._outage = 0.0
@@ -31,11 +33,28 @@ class Link:
     def named(self, name: str) -> None:
         """From now on CLIENT LIST shows the reader and the lease thread's client under this name."""
         address = self.address.renamed(name)
-        self.reader, self.lease_client = address.reader(BLOCK), address.blocking()
+        self.reader, self.lease_client = address.reader(BLOCK, self.commands), address.blocking()
+        for branch, key in self._branches:
+            branch.reader = address.reader(BLOCK, self.commands, key)
+
+    def branch(self, key: str) -> Link:
+        """The same link with a reader of its own, for the slot of a key."""
+        other = copy(self)
+        other._branches = []
+        other.reader = self.address.reader(BLOCK, self.commands, key)
+        self._branches.append((other, key))
+        return other
+
+    async def unblock(self) -> None:
+        """End blocking reads."""
+        for link in (self, *(branch for branch, _ in self._branches)):
+            with self.watched():
+                await link.reader.unblock()
 
     async def close(self) -> None:
         """Close all connections."""
-        await self.reader.close()
+        for link in (self, *(branch for branch, _ in self._branches)):
+            await link.reader.close()
         await self.commands.aclose()
         self.lease_client.close()
 
@@ -95,3 +114,7 @@ class Link:
         """Seconds the link was down before it last came back, or is down so far; once told, it starts anew."""
         down, seconds, self._outage = self._down_since, self._outage, 0.0
         return seconds if down is None else max(seconds, monotonic() - down)
+
+    def longest_outage(self) -> float:
+        """`outage` of this link and of its branches."""
+        return max(self.outage(), *(branch.outage() for branch, _ in self._branches), 0.0)

@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 
 from streamworker import codec
 from streamworker.broker import PendingEntry, StoredJob, Waiting, WorkerInfo, scripts
-from streamworker.broker.client import understood
+from streamworker.broker.client import Address, understood
 from streamworker.broker.intake import document
 from streamworker.broker.keys import WORKER_KEY, QueueKeys, worker_key
 from streamworker.errors import InvalidJob
@@ -27,7 +27,7 @@ SCAN: Final = 1000
 class Desk:
     """A client, and whose keys it reads; errors come out as ours."""
 
-    def __init__(self, client: Redis, address: object, group: str, namespace: str) -> None:
+    def __init__(self, client: Redis, address: Address, group: str, namespace: str) -> None:
         self.client: Final = client
         self.address: Final = address
         self.group: Final = group
@@ -56,13 +56,20 @@ class Desk:
 
     async def scan(self, pattern: str) -> AsyncIterator[str]:
         """Names of keys; the whole key space is walked, so that only people's commands may call this."""
-        cursor: Any = 0
-        while True:
-            cursor, names = await self.ask("SCAN", cursor, "MATCH", pattern, "COUNT", SCAN)
-            for name in names:
-                yield text(name)
-            if not int(cursor):
-                return
+        for desk in await self.each():
+            cursor: Any = 0
+            while True:
+                cursor, names = await desk.ask("SCAN", cursor, "MATCH", pattern, "COUNT", SCAN)
+                for name in names:
+                    yield text(name)
+                if not int(cursor):
+                    break
+
+    async def each(self) -> list[Desk]:
+        """One desk per server that holds keys: this one alone, but in a cluster."""
+        with understood(self.address):
+            clients = await self.address.masters(self.client)
+        return [Desk(client, self.address, self.group, self.namespace) for client in clients]
 
 
 def text(value: Any) -> str:

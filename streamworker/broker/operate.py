@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 
+from redis.exceptions import NoPermissionError
+
 from streamworker import codec
 from streamworker.broker import Ending, Finding, PendingEntry, StoredJob, Waiting, WorkerInfo, listings, scripts
 from streamworker.broker.client import Address, understood
@@ -38,7 +40,10 @@ class StreamOperator:
             Unreachable: none does.
         """
         with understood(self._address):
-            await self._commands.ping()
+            try:
+                await self._address.greet(self._commands)
+            except NoPermissionError:  # not everybody may ask for INFO
+                await self._commands.ping()
 
     async def close(self) -> None:
         """Close the connections."""

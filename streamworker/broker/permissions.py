@@ -17,22 +17,21 @@ PROBE: Final = "streamworker-check"
 """The queue whose keys are tried on; nobody can have jobs there."""
 
 
-# Every command of ours that an ACL can deny, in an order that works on keys that do not exist yet.
+# Every command of a worker that an ACL can deny, in an order that works on keys that do not exist yet; docs/security.md
+# has the same list.
 _COMMANDS: Final = """
     XADD @stream * job x            | XGROUP CREATE @stream @group 0 MKSTREAM       | XPENDING @stream @group
     XREADGROUP GROUP @group @me COUNT 1 STREAMS @stream >                           | XACK @stream @group 1-1
     XCLAIM @stream @group @me 0 1-1 JUSTID                                          | XDEL @stream 1-1
-    XAUTOCLAIM @stream @group @me 999999999 0-0 COUNT 1                             | XLEN @stream
-    XRANGE @stream - + COUNT 1      | XREVRANGE @dead + - COUNT 1
-    XINFO GROUPS @stream            | XINFO CONSUMERS @stream @group                | XINFO STREAM @stream
+    XAUTOCLAIM @stream @group @me 999999999 0-0 COUNT 1                             | XRANGE @stream - + COUNT 1
+    XADD @dead * job x              | XINFO GROUPS @stream  | XINFO CONSUMERS @stream @group
     XGROUP DELCONSUMER @stream @group @me
-    ZADD @due 1 x                   | ZCARD @due            | ZSCORE @due x         | ZRANGE @due 0 0
-    ZRANGEBYSCORE @due 0 1          | ZREM @due x           | HSET @bodies x x      | HGET @bodies x
-    HMGET @bodies x                 | HDEL @bodies x        | HSETNX @meta x x      | HEXISTS @meta x
-    SET @key x PX 1000              | GET @key              | PUBLISH @due 0        | HSET @beat x x
-    PEXPIRE @beat 1000              | HGETALL @beat         | EXISTS @beat          | EVALSHA @sha 1 @stream
-    EVAL return(1) 1 @stream        | TIME                  | CLIENT ID             | CLIENT UNBLOCK 0
-    DEL @beat
+    ZADD @due 1 x                   | ZRANGE @due 0 0       | ZRANGEBYSCORE @due 0 1  | ZREM @due x
+    HSET @bodies x x                | HGET @bodies x        | HDEL @bodies x
+    HSET @meta x x                  | HSETNX @meta x x      | HMGET @meta x           | HGET @meta x
+    SET @key x PX 1000              | GET @key              | PUBLISH @due 0          | HSET @beat x x
+    PEXPIRE @beat 1000              | EXISTS @beat          | DEL @beat               | TIME
+    EVALSHA @sha 1 @stream          | EVAL return(1) 1 @stream                        | CLIENT ID   | CLIENT UNBLOCK 0
 """
 
 

@@ -11,6 +11,7 @@ from redis.asyncio import Redis
 
 from streamworker.broker import scripts
 from streamworker.broker.client import understood
+from streamworker.broker.forms import NotExecuted
 from streamworker.broker.keys import QueueKeys
 from streamworker.broker.settle import due_member
 from streamworker.errors import PublishUncertain, Unreachable
@@ -98,8 +99,8 @@ class Publisher:
 
 
 def _was_sent(cause: BaseException | None) -> bool:
-    """Whether a command can have been run: not if no connection came about, nor if the server said no."""
-    if isinstance(cause, redis_errors.ResponseError | redis_errors.BusyLoadingError):
+    """Whether a command can have been run: not if no connection came about, nor if a server said no."""
+    if isinstance(cause, NotExecuted | redis_errors.ResponseError | redis_errors.BusyLoadingError):
         return False
     return not (isinstance(cause, redis_errors.ConnectionError) and "onnecting to" in str(cause))
 

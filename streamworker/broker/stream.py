@@ -13,6 +13,7 @@ from streamworker.broker import Ending, scripts
 from streamworker.broker.bell import listen
 from streamworker.broker.client import Address
 from streamworker.broker.intake import Intake, document
+from streamworker.broker.intakes import Intakes
 from streamworker.broker.keys import QueueKeys, worker_key
 from streamworker.broker.link import Link
 from streamworker.broker.publish import Publisher
@@ -65,12 +66,13 @@ class StreamBroker:
         self._homes = {place: keys for keys in self._keys for place in keys.streams}
         self._tidy_at = 0.0
         self._last_confirmed: tuple[str, bytes, int] | None = None
-        self._intake = Intake(self._link, queues, group=options.group, lease=options.lease, weighted=options.weighted)
+        intake = Intakes if address.spread else Intake
+        self._intake = intake(self._link, queues, group=options.group, lease=options.lease, weighted=options.weighted)
 
     async def open(self) -> None:
         """See `Broker.open`."""
         with self._link.watched():
-            info = await self._link.commands.info("server")
+            info = await self._link.address.greet(self._link.commands)
         version = str(info.get("redis_version", "0"))
         if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_SERVER:
             raise ConfigurationError(
@@ -109,6 +111,7 @@ class StreamBroker:
 
     async def close(self) -> None:
         """See `Broker.close`."""
+        await self._intake.close()
         await self._link.close()
 
     async def publish(self, jobs: Sequence[Outgoing]) -> list[Enqueued]:
@@ -122,10 +125,7 @@ class StreamBroker:
     async def interrupt(self) -> None:
         """See `Broker.interrupt`."""
         self._intake.interrupt()
-        reader = self._link.reader.client_id
-        if reader is not None:
-            with self._link.watched():
-                await self._link.commands.client_unblock(reader)
+        await self._link.unblock()
 
     async def confirm(self, claim: Claim) -> Claim | None:
         """See `Broker.confirm`."""
@@ -143,13 +143,23 @@ class StreamBroker:
         by_place: dict[str, dict[bytes, Claim]] = {}
         for claim in claims:
             by_place.setdefault(claim.place, {})[claim.entry] = claim
+        down: dict[object, Unreachable] = {}
         for place, mine in by_place.items():
+            home = self._link.address.home(place)
+            if home in down:
+                continue
             entries = list(mine)
             for start in range(0, len(entries), RENEW_BATCH):
                 args: list[Any] = [self._options.group, self._intake.consumer]
                 for entry in entries[start : start + RENEW_BATCH]:
                     args += (entry, mine[entry].count)
-                lost += [mine[entry] for entry in self._link.in_thread(scripts.RENEW, [place], args)]
+                try:
+                    lost += [mine[entry] for entry in self._link.in_thread(scripts.RENEW, [place], args)]
+                except Unreachable as error:  # claims on other nodes of a cluster must not run out with these
+                    down[home] = error
+                    break
+        for problem in down.values():
+            raise problem
         return lost
 
     def beat(self, report: dict[str, str | int | float]) -> None:

@@ -14,7 +14,7 @@ from streamworker.broker import Finding, Operator
 from streamworker.cli.loading import load_app, with_own
 from streamworker.cli.options import WORKER, WorkerFlags
 from streamworker.cli.output import print_json
-from streamworker.errors import StreamworkerError
+from streamworker.errors import ConfigurationError, StreamworkerError
 from streamworker.settings import Settings
 from streamworker.views import printable
 
@@ -76,8 +76,12 @@ async def _server(settings: Settings, app: App[Any] | None) -> list[Finding]:
     root: App[Any] = App(settings=settings)
     async with root.operator(settings) as operator:
         ours = [spec.name for spec in settings.queues] or (app.queues if app is not None else [])
-        there = await operator.queues()
-        found = await operator.findings(list(dict.fromkeys([*ours, *there])))
+        try:
+            there, found = await operator.queues(), []
+        except ConfigurationError:  # workers need not see the names of all keys
+            there = []
+            found = [Finding("warning", "queues", "this user may not SCAN: only the app's queues were looked at")]
+        found += await operator.findings(list(dict.fromkeys([*ours, *there])))
         if app is not None:
             found += await _kinds(operator, app, ours)
             unserved = sorted({registration.queue for registration in app.registrations} - set(ours))
@@ -92,7 +96,11 @@ async def _server(settings: Settings, app: App[Any] | None) -> list[Finding]:
 async def _kinds(operator: Operator, app: App[Any], queues: Sequence[str]) -> list[Finding]:
     """Jobs that no handler of the app will ever run."""
     found = []
-    for waiting in await operator.waiting(queues, SAMPLE):
+    try:
+        sample = await operator.waiting(queues, SAMPLE)
+    except ConfigurationError as error:
+        return [Finding("warning", "handlers", f"the kinds that wait could not be looked at: {error}")]
+    for waiting in sample:
         if app.find(waiting.kind, waiting.queue) is not None:
             continue
         kind = f"the kind {waiting.kind!r}" if waiting.kind else "jobs without a kind"

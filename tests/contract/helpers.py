@@ -10,6 +10,7 @@ import redis
 from streamworker import codec
 from streamworker.broker import Broker, Ending
 from streamworker.job import Claim, Dead, Done, Level, Outgoing, ReleaseAt, RetryAt, Settled, Verdict
+from tests.conftest import sweep_soon
 
 HIGH, NORMAL, LOW = "stream:{q}:high", "stream:{q}", "stream:{q}:low"
 DUE, BODIES, DEAD, META = "stream:{q}:due", "stream:{q}:bodies", "stream:{q}:dead", "stream:{q}:meta"
@@ -93,11 +94,6 @@ def hand_over(raw: redis.Redis, claim: Claim, consumer: str | bytes, *extra: Any
     """Give a claim to somebody else, without counting a delivery unless ``extra`` says so."""
     script = "return redis.call('XCLAIM', KEYS[1], unpack(ARGV))"  # redis-py stumbles over the reply to JUSTID
     raw.eval(script, 1, claim.place, GROUP, consumer, 0, claim.entry, *extra, "JUSTID")
-
-
-def sweep_soon(broker: Broker) -> None:
-    """The next claim looks for orphans, whatever the pace says."""
-    broker._intake._sweep_at = [0.0] * len(broker._intake._sweep_at)
 
 
 async def recover(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from redis.asyncio import Redis
 
 from streamworker import App, Context, Payload, QueueWorker, Settings
 from streamworker.errors import UsageError
@@ -23,7 +22,7 @@ def _no_environment(monkeypatch):
 
 
 @pytest.mark.parametrize("decoding", [False, True])
-async def test_a_worker_lives_on_the_client_it_was_given_and_its_handlers_enqueue_there(raw, redis_url, decoding):
+async def test_a_worker_lives_on_the_client_it_was_given_and_its_handlers_enqueue_there(raw, server, decoding):
     app = App()
     seen: list[tuple[int, object, object]] = []
 
@@ -33,19 +32,18 @@ async def test_a_worker_lives_on_the_client_it_was_given_and_its_handlers_enqueu
         if payload.n == 1:
             await app.enqueue(Step(n=2), delay=0.01)
 
-    client = Redis.from_url(redis_url, decode_responses=decoding)
-    raw.xadd("stream:{steps}", {"job": b'{"payload":{"n":1}}'})
-    worker = QueueWorker(app, redis=client, database=None, services="post", settings=Settings(lease=1))
-    task = asyncio.create_task(worker.start())
-    try:
-        await eventually(lambda: [n for n, _, _ in seen] == [1, 2], 5)
-        assert {services for _, services, _ in seen} == {"post"}
-        assert all(redis is client for _, _, redis in seen)
-    finally:
-        await worker.stop()
-        await task
-    assert await client.ping()  # what the user brought stays the user's
-    await client.aclose()
+    async with server.users_client(decode_responses=decoding) as client:
+        raw.xadd("stream:{steps}", {"job": b'{"payload":{"n":1}}'})
+        worker = QueueWorker(app, redis=client, database=None, services="post", settings=Settings(lease=1))
+        task = asyncio.create_task(worker.start())
+        try:
+            await eventually(lambda: [n for n, _, _ in seen] == [1, 2], 5)
+            assert {services for _, services, _ in seen} == {"post"}
+            assert all(redis is client for _, _, redis in seen)
+        finally:
+            await worker.stop()
+            await task
+        assert await client.ping()  # what the user brought stays the user's
 
 
 async def test_sync_handlers_enqueue_where_their_worker_is(redis_url):

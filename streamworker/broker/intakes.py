@@ -1,0 +1,149 @@
+"""How a worker comes to jobs in a cluster: one intake per slot, all of them on the same free slots.
+
+What is ready is taken in the order of the queues, as on one server. While nothing is, every slot has a blocking read of
+its own; the first that brings something ends the others by CLIENT UNBLOCK, never by cancelling. What they bring along
+is kept and waits its turn under lease, like the surplus of a single server's blocking read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from time import monotonic
+from typing import Final
+
+import anyio
+
+from streamworker.broker.intake import Intake
+from streamworker.broker.keys import QueueKeys
+from streamworker.broker.link import Link
+from streamworker.broker.slots import slot_of
+from streamworker.errors import StreamworkerError
+from streamworker.job import Claim, Level
+
+LAST_CALL: Final = 1.0
+"""Seconds a read may take to end after it was unblocked; then nobody waits for its node any more."""
+UNBLOCK_EVERY: Final = 0.02
+"""Seconds between unblockings: a read that begins just after one would block on."""
+
+
+class Intakes:
+    """One `Intake` per slot, with the face of one. See there."""
+
+    def __init__(
+        self, link: Link, queues: Sequence[tuple[QueueKeys, int | None]], *, group: str, lease: float, weighted: bool
+    ) -> None:
+        self._link = link
+        self._lease = lease
+        by_slot: dict[int, list[tuple[QueueKeys, int | None]]] = {}
+        for keys, cap in queues:
+            by_slot.setdefault(slot_of(keys.base), []).append((keys, cap))
+        self._links = [link.branch(each[0][0].base) for each in by_slot.values()]
+        self._parts = [
+            Intake(branch, each, group=group, lease=lease, weighted=weighted)
+            for branch, each in zip(self._links, by_slot.values(), strict=True)
+        ]
+        self.epochs: dict[str, bytes] = {}
+        for part in self._parts:
+            part.epochs = self.epochs
+        parts = dict(zip(by_slot, self._parts, strict=True))
+        self._homes = {keys.queue: parts[slot_of(keys.base)] for keys, _ in queues}
+        self.spots: Final[list[tuple[QueueKeys, Level, str]]] = [spot for part in self._parts for spot in part.spots]
+        self._reads: dict[Intake, asyncio.Task[list[Claim]]] = {}
+        self._interrupted = False
+
+    @property
+    def consumer(self) -> str:
+        """Whose claims these are."""
+        return self._parts[0].consumer if self._parts else ""
+
+    @consumer.setter
+    def consumer(self, name: str) -> None:
+        for part in self._parts:
+            part.consumer = name
+
+    @property
+    def missing(self) -> int:
+        """Entries that were deleted underneath their claim, since the start."""
+        return sum(part.missing for part in self._parts)
+
+    async def claim(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:
+        """See `Broker.claim`."""
+        self._rest_after_outage()
+        claims = self._brought()
+        idle = [part for part in self._parts if part not in self._reads]
+        for part in idle:  # orphans of all queues first: new jobs of the first shall not starve them
+            if len(claims) < limit:
+                claims += await part.sweep(limit - len(claims), [*running, *claims])
+        for part in idle:
+            if len(claims) < limit:
+                claims += await part.take(limit - len(claims), [*running, *claims] if claims else running)
+        self._rest_after_outage()
+        if not claims and wait > 0 and not self._interrupted:
+            claims = await self._wait(wait, running)
+        return claims
+
+    async def ensure(self, keys: QueueKeys) -> tuple[list[str], list[str]]:
+        """See `Intake.ensure`."""
+        return await self._homes[keys.queue].ensure(keys)
+
+    def rest(self, seconds: float) -> None:
+        """Take nobody for dead for some seconds."""
+        for part in self._parts:
+            part.rest(seconds)
+
+    def _rest_after_outage(self) -> None:
+        # Of one node: whether claims elsewhere were renewed meanwhile is not worth telling apart.
+        if self._link.longest_outage() > self._lease / 3:
+            self.rest(self._lease)
+
+    def interrupt(self) -> None:
+        """No claim waits any more."""
+        self._interrupted = True
+        for part in self._parts:
+            part.interrupt()
+
+    async def close(self) -> None:
+        """End what still reads; call it when nothing is claimed any more."""
+        reads, self._reads = list(self._reads.values()), {}
+        for read in reads:
+            read.cancel()
+        if reads:
+            await asyncio.wait(reads)
+
+    def _brought(self) -> list[Claim]:
+        """What ended reads brought; the first that failed raises, and the reconciliation finds what the others had."""
+        claims: list[Claim] = []
+        for part, read in list(self._reads.items()):
+            if read.done():
+                del self._reads[part]
+                claims += [] if read.cancelled() else read.result()
+        return claims
+
+    async def _wait(self, wait: float, running: Collection[Claim]) -> list[Claim]:
+        # asyncio's own tasks: a read whose node hangs outlives this call, which no task group allows.
+        for part in self._parts:
+            if part not in self._reads:
+                self._reads[part] = asyncio.ensure_future(part.wait(wait, running))
+        try:
+            await asyncio.wait(self._reads.values(), return_when=asyncio.FIRST_COMPLETED, timeout=wait + LAST_CALL)
+            give_up = monotonic() + LAST_CALL
+            while (late := self._late()) and monotonic() < give_up:
+                for branch in late.values():
+                    with suppress(StreamworkerError), anyio.move_on_after(LAST_CALL):
+                        await branch.unblock()
+                await asyncio.wait(late, timeout=UNBLOCK_EVERY)
+        except asyncio.CancelledError:
+            for read in self._reads.values():
+                read.cancel()
+            raise
+        return self._brought()
+
+    def _late(self) -> dict[asyncio.Task[list[Claim]], Link]:
+        """Reads that go on, and their connections."""
+        return {
+            self._reads[part]: branch
+            for part, branch in zip(self._parts, self._links, strict=True)
+            if part in self._reads and not self._reads[part].done()
+        }

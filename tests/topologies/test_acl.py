@@ -1,0 +1,228 @@
+"""The ACL lines of docs/security.md, as they stand there: enough for what each user does, and for nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from streamworker import App, Context, Discard, Payload, QueueWorker, Retry, Settings, Snooze
+from streamworker.broker.client import Address
+from streamworker.broker.operate import StreamOperator
+from streamworker.broker.stream import StreamOptions
+from streamworker.errors import ConfigurationError, StreamworkerError
+from tests.cli.conftest import JOBS, Program
+from tests.conftest import Server, eventually
+from tests.contract.helpers import GROUP, dead, job, names, ripen
+
+DOCS = Path(__file__).parents[2] / "docs" / "security.md"
+Q = "stream:{q}"
+
+
+def acl_lines(namespace: str = "") -> list[list[str]]:
+    """The words of each line of the docs, with the namespace before its patterns."""
+    lines = re.findall(r"^ACL SETUSER (.+)$", DOCS.read_text(), re.MULTILINE)
+    assert [line.split()[0] for line in lines] == ["worker", "producer", "inspector"]
+    return [[re.sub(r"^([~&])", rf"\g<1>{namespace}", word) for word in line.split()] for line in lines]
+
+
+class Users:
+    """A server with the three users of the docs, and its administrator's client."""
+
+    def __init__(self, server: Server, namespace: str = "") -> None:
+        self.server, self.raw = server, server.client()
+        for line in acl_lines(namespace):
+            self.raw.execute_command("ACL SETUSER", *line)
+
+    def url(self, name: str) -> str:
+        return f"redis://{name}:SECRET@127.0.0.1:{self.server.port}/0"
+
+    def as_(self, name: str) -> redis.Redis:
+        return redis.Redis.from_url(self.url(name), protocol=2)
+
+    def denials(self) -> list[tuple[str, str, str]]:
+        """What was denied, to whom, and why; a lost client name is nobody's loss."""
+        log = self.raw.acl_log()
+        return [(each["username"], each["reason"], each["object"]) for each in log]
+
+
+@pytest.fixture(params=["", "shop:"])
+def users(own_server: Server, request: pytest.FixtureRequest) -> Iterator[Users]:
+    made = Users(own_server, request.param)
+    made.namespace = request.param  # type: ignore[attr-defined]
+    yield made
+    made.raw.close()
+
+
+class Task(Payload, kind="task", queue="q"):
+    name: str
+
+
+async def test_a_worker_does_everything_a_worker_does(users):
+    namespace, raw = users.namespace, users.raw
+    q = namespace + Q
+    ran: list[str] = []
+    app = App(settings=Settings(redis_url=users.url("worker"), namespace=namespace, lease=0.5, concurrency=5))
+
+    @app.handler(max_attempts=2)
+    async def task(payload: Task, ctx: Context) -> None:
+        ran.append(payload.name)
+        match payload.name:
+            case "retry" if ctx.attempt == 1:
+                raise Retry(after=0.05)
+            case "snooze" if ran.count("snooze") == 1:
+                raise Snooze(0.05)
+            case "dead":
+                raise Discard("no")
+            case "enqueues":
+                await app.enqueue_many([Task(name="child"), app.job(Task(name="late child"), delay=0.05, key="k")])
+
+    async with app:
+        await app.enqueue_many([Task(name=name) for name in ("plain", "retry", "snooze", "dead", "enqueues")])
+        await app.enqueue(Task(name="delayed"), delay=0.1)
+        await app.enqueue(Task(name="high"), priority="high", key="high")
+        # What a worker that died left behind: a name in the group, and a job under it.
+        raw.xgroup_create(q, GROUP, "0", mkstream=True)
+        raw.hset(f"{q}:meta", "epoch", "e")
+        raw.xadd(q, {"job": '{"id":"orphan","payload":{"name":"orphan"}}'})
+        raw.xreadgroup(GROUP, "gone", {q: ">"}, count=100)
+        worker = QueueWorker(app, redis=None, database=None, services=None)
+        running = asyncio.create_task(worker.start())
+        expected = {"plain", "retry", "snooze", "dead", "enqueues", "child", "late child", "delayed", "high", "orphan"}
+        await eventually(lambda: running.done() or expected <= set(ran), 15)
+        await eventually(lambda: [c for c in raw.client_list() if c["cmd"] == "subscribe"])
+
+        async def tidied() -> bool:  # once the name has been silent for two leases
+            worker._broker._tidy_at = 0.0
+            await worker._broker.tick()
+            return b"gone" not in {each["name"] for each in raw.xinfo_consumers(q, GROUP)}
+
+        await eventually(tidied)
+        await worker.stop()
+        await running
+    assert (ran.count("retry"), ran.count("snooze"), ran.count("plain")) == (2, 2, 1)
+    assert raw.xlen(f"{q}:dead") == 1
+    assert raw.xinfo_consumers(q, GROUP) == []
+    assert not raw.keys("*streamworker:worker:*")
+    assert users.denials() == []
+
+
+async def test_a_producer_enqueues_in_every_way_and_does_nothing_else(users, broker_of):
+    namespace, raw = users.namespace, users.raw
+    app = App(settings=Settings(redis_url=users.url("producer"), namespace=namespace))
+    async with app:
+        await app.enqueue(Task(name="plain"))
+        await app.enqueue(Task(name="low"), priority="low")
+        await app.enqueue(Task(name="delayed"), delay=60)
+        assert (await app.enqueue(Task(name="keyed"), key="k")).new
+        assert not (await app.enqueue(Task(name="keyed"), key="k")).new
+        await app.enqueue_many([Task(name=str(n)) for n in range(10)])
+    assert (raw.xlen(f"{namespace}{Q}"), raw.xlen(f"{namespace}{Q}:low")) == (12, 1)
+    assert raw.zcard(f"{namespace}{Q}:due") == 1
+    assert users.denials() == []
+    q = namespace + Q
+    raw.xgroup_create(q, GROUP, "0")
+    with users.as_("producer") as client:
+        for command in (
+            ("XREADGROUP", "GROUP", GROUP, "me", "STREAMS", q, ">"), ("DEL", q), ("XRANGE", q, "-", "+"),
+            ("XDEL", q, "1-1"), ("XACK", q, GROUP, "1-1"), ("HGETALL", f"{q}:bodies"), ("FLUSHALL",), ("KEYS", "*"),
+            ("CONFIG", "GET", "*"), ("EVAL", "return redis.call('DEL', KEYS[1])", 1, q), ("SUBSCRIBE", f"{q}:due"),
+            ("SET", "other", "x"), ("XADD", "other", "*", "a", "b"), ("PUBLISH", "other", "x"),
+            ("EVAL", "return redis.call('SET', 'other', 'x')", 0),
+        ):  # fmt: skip
+            with pytest.raises(redis.ResponseError, match=r"(?i)permission|ACL failure|NOPERM"):
+                client.execute_command(*command)
+    assert raw.xlen(q) == 12
+    with pytest.raises(ConfigurationError, match="extend the ACL"):
+        async with broker_of(users.url("producer"), namespace=namespace):
+            pass
+
+
+async def filled(users: Users, broker_of: Any) -> None:
+    """Something of everything there is to list."""
+    async with broker_of(users.url("worker"), namespace=users.namespace) as broker:
+        await broker.publish([job("dead"), job("pending"), job("ready"), job("due", delay=60.0)])
+        first, *_ = await broker.claim(2, 0, ())
+        await broker.settle([dead(first)])
+        await asyncio.to_thread(broker.beat, {"pid": 1, "queues": "q"})
+
+
+async def test_an_inspector_lists_everything_and_changes_nothing(users, broker_of):
+    await filled(users, broker_of)
+    options = StreamOptions(queues=(("q", None),), namespace=users.namespace)
+    before = contents(users.raw)
+    operator = StreamOperator(Address(users.url("inspector")), options)
+    await operator.open()
+    assert await operator.queues() == ["q"]
+    (pending,) = [entry async for entry in operator.pending(["q"])]
+    assert [entry async for entry in operator.pending(["q"], consumer="w", min_idle=0, only=pending.entry_id)]
+    assert b"pending" in (await operator.body(pending) or b"")
+    (due,) = [each async for each in operator.delayed(["q"])]
+    (letter,) = [each async for each in operator.dead(["q"])]
+    assert [each.worker_id for each in await operator.workers(["q"])] == ["w"]
+    (depth,) = await operator.depth(["q"])
+    assert (depth.ready, depth.running, depth.delayed, depth.dead) == (1, 1, 1, 1)
+    assert await operator.departed(["q"]) == [1]
+    assert await operator.waiting(["q"], 100)
+    assert users.denials() == []
+    findings = {finding.subject: finding for finding in await operator.findings(["q"])}
+    assert findings["permissions"].severity == "error"  # it is no worker, and is told so
+    assert findings["groups"].severity == findings["keys"].severity == findings["clock"].severity == "ok"
+    for change in (
+        operator.release(pending), operator.bury(pending, "why"), operator.drop(pending), operator.hasten(due),
+        operator.forget(due), operator.replay(letter), operator.erase(letter), operator.prune(["q"], "nobody"),
+    ):  # fmt: skip
+        with pytest.raises(StreamworkerError, match=r"denies|refuses|could not"):
+            raise StreamworkerError(f"it could not: {await change}")
+    await operator.close()
+    q = users.namespace + Q
+    with users.as_("inspector") as client:
+        for command in (
+            ("XREADGROUP", "GROUP", GROUP, "me", "STREAMS", q, ">"), ("XADD", q, "*", "a", "b"), ("DEL", q),
+            ("EVAL", "return redis.call('XADD', KEYS[1], '*', 'a', 'b')", 1, q), ("FLUSHALL",), ("HGETALL", "other"),
+            ("XAUTOCLAIM", q, GROUP, "me", 0, "0-0"), ("XGROUP", "DELCONSUMER", q, GROUP, "w"),
+        ):  # fmt: skip
+            with pytest.raises(redis.ResponseError, match=r"(?i)permission|ACL failure|NOPERM"):
+                client.execute_command(*command)
+    assert contents(users.raw) == before
+
+
+def contents(raw: redis.Redis) -> dict[bytes, bytes]:
+    return {key: raw.dump(key) for key in raw.keys("*") if not key.endswith((b":w", b":meta"))}
+
+
+async def test_what_a_worker_orphans_is_swept_under_the_same_rights(users, broker_of):
+    if users.namespace:
+        pytest.skip("`ripen` knows keys without a namespace")
+    async with broker_of(users.url("worker"), lease=0.5) as broker:
+        await broker.publish([job("x")])
+        (claim,) = await broker.claim(1, 0, ())
+        ripen(users.raw, claim, count=3)
+        broker._intake._sweep_at = [0.0]
+        (suspect,) = await broker.claim(1, 0, ())
+        assert suspect.suspect
+        assert (await broker.confirm(suspect)) is not None
+        assert names(await broker.strays(())) == ["x"]
+    assert users.denials() == []
+
+
+@pytest.mark.parametrize("name", ["worker", "producer", "inspector"])
+def test_check_says_what_a_user_lacks(users, tmp_path, name):
+    (tmp_path / "jobs.py").write_text(JOBS)
+    program = Program(tmp_path, users.url(name))
+    program.env["STREAMWORKER_NAMESPACE"] = users.namespace
+    done = program("check", "jobs:app")
+    assert "Traceback" not in done.stdout + done.stderr
+    assert done.stderr == ""
+    lines = [line for line in done.stdout.splitlines() if " permissions " in line]
+    if name == "worker":
+        assert "every command is permitted" in "".join(lines)
+        assert "may not SCAN" in done.stdout
+    else:
+        assert "may not run" in "".join(lines) or "denies" in done.stdout
+        assert done.returncode == 1

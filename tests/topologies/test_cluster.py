@@ -1,0 +1,297 @@
+"""Queues on several masters: found, moved, lost, found again; one worker waits for all of them at once."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+import redis.asyncio as aioredis
+from redis.crc import key_slot
+
+from streamworker import App, Context, QueueWorker, Settings
+from streamworker.broker.client import Address
+from streamworker.broker.operate import StreamOperator
+from streamworker.broker.slots import key_of, slot_of
+from streamworker.broker.stream import StreamOptions
+from streamworker.errors import ConfigurationError, Unreachable
+from streamworker.job import Settled
+from tests.conftest import eventually
+from tests.contract.helpers import GROUP, done, job, names
+from tests.topologies.conftest import Count, Other, Producer, working
+from tests.topologies.servers import Clustered
+from tests.topologies.test_acl import acl_lines
+
+pytestmark = pytest.mark.slow
+
+SPREAD = ("a", "q", "b", "c")
+"""Queues of which at least two lie on different masters."""
+
+
+def blocked(cluster: Clustered) -> int:
+    with cluster.client() as client:
+        return sum("b" in each["flags"] for each in client.client_list())
+
+
+async def test_a_master_dies_under_a_running_worker(cluster):
+    dying = cluster.owner("stream:{q}")
+    surviving = next(node for node in cluster.nodes[:3] if node is not dying)
+    assert cluster.owner("stream:{b}") is not dying
+    async with working(cluster.url) as ran:
+        with Producer(lambda: cluster.owner_client("stream:{q}")) as producer:
+            await eventually(lambda: sum(ran.values()) > 100)
+            dying.kill()
+            await eventually(lambda: cluster.owner("stream:{q}", via=surviving) is not dying, 30)
+            producer.replicas = 0  # there is none left
+            before = len(producer.acknowledged)
+            await eventually(lambda: len(producer.acknowledged) > before + 100, 30)
+        await eventually(lambda: set(producer.acknowledged) <= ran.keys(), 30)
+        async with App(settings=Settings(redis_url=cluster.url)) as app:
+            await app.enqueue(Other(name="elsewhere"))
+            await app.enqueue(Count(name="here"))
+        await eventually(lambda: {"elsewhere", "here"} <= ran.keys())
+    with cluster.owner_client("stream:{q}") as client:
+        assert client.xlen("stream:{q}") == 0
+        assert client.xinfo_consumers("stream:{q}", GROUP) == []
+
+
+async def test_a_slot_moves_under_a_running_worker(cluster):
+    key = "stream:{q}"
+    source = cluster.owner(key)
+    target = next(node for node in cluster.nodes[:3] if node is not source)
+    async with working(cluster.url) as ran:
+        enqueued = set()
+        async with App(settings=Settings(redis_url=cluster.url)) as app:
+            for round_ in range(3):
+                for n in range(50):
+                    name = f"{round_}-{n}"
+                    await app.enqueue(Count(name=name))
+                    await app.enqueue(Other(name=f"other {name}"), delay=0.01)
+                    enqueued |= {name, f"other {name}"}
+                moving = asyncio.create_task(asyncio.to_thread(cluster.migrate, key, source, target))
+                while not moving.done():  # MOVED, ASK and TRYAGAIN are met here
+                    try:
+                        await app.enqueue(Count(name=f"during {round_}"), key=f"k{round_}")
+                    except Unreachable:
+                        continue
+                    enqueued.add(f"during {round_}")
+                    await asyncio.sleep(0)
+                await moving
+                assert cluster.owner(key) is target
+                source, target = target, source
+        await eventually(lambda: enqueued <= ran.keys(), 20)
+        assert not [name for name, times in ran.items() if times > 1]
+    with cluster.client() as client:
+        assert client.xlen(key) == 0
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory):
+    servers = Clustered(tmp_path_factory.mktemp("cluster"))
+    yield servers
+    servers.kill()
+
+
+@pytest.fixture
+def masters(shared):
+    """Three masters, empty."""
+    with shared.client() as client:
+        client.flushall()
+    return shared
+
+
+async def test_one_claim_waits_for_queues_on_all_masters(masters, broker_of):
+    assert len({masters.owner(f"stream:{{{queue}}}").port for queue in SPREAD}) > 1
+    async with broker_of(masters.url, *SPREAD) as broker, broker_of(masters.url, *SPREAD) as producer:
+        for queue in SPREAD * 3:
+            claiming = asyncio.create_task(broker.claim(10, 5, ()))
+            await eventually(lambda: blocked(masters) == len(SPREAD))
+            started = time.monotonic()
+            await producer.publish([job(queue, queue)])
+            claims = await claiming
+            assert time.monotonic() - started < 0.2
+            assert names(claims) == [queue]
+            assert blocked(masters) == 0
+        assert [len(part._link._branches) for part in broker._intake._parts] == [0] * len(SPREAD)
+
+
+async def test_what_several_reads_bring_at_once_is_kept(masters, broker_of):
+    async with broker_of(masters.url, *SPREAD) as broker, broker_of(masters.url) as producer:
+        for round_ in range(30):
+            claiming = asyncio.create_task(broker.claim(1, 5, ()))
+            await eventually(lambda: blocked(masters) == len(SPREAD))
+            wanted = [f"{queue}{round_}" for queue in SPREAD]
+            await asyncio.gather(*(producer.publish([job(f"{queue}{round_}", queue)]) for queue in SPREAD))
+            claims = await claiming
+            assert 1 <= len(claims) <= len(SPREAD)
+            while len(claims) < len(SPREAD):
+                claims += await broker.claim(10, 1, claims)
+            assert sorted(names(claims)) == sorted(wanted)
+            assert await broker.strays(claims) == []
+            await broker.settle([done(claim) for claim in claims])
+
+
+async def test_order_of_queues_holds_while_jobs_are_ready(masters, broker_of):
+    async with broker_of(masters.url, *SPREAD) as broker:
+        await broker.publish([job(f"{queue}{n}", queue) for n in range(5) for queue in reversed(SPREAD)])
+        assert names(await broker.claim(12, 0, ())) == [f"{queue}{n}" for queue in SPREAD for n in range(5)][:12]
+
+
+async def test_a_node_that_hangs_holds_nobody_up_for_long(masters, broker_of):
+    hanging = masters.owner("stream:{q}")
+    other = next(queue for queue in SPREAD if masters.owner(f"stream:{{{queue}}}") is not hanging)
+    async with broker_of(masters.url, "q", other) as broker, broker_of(masters.url, other) as producer:
+        claiming = asyncio.create_task(broker.claim(10, 5, ()))
+        await eventually(lambda: blocked(masters) == 2)
+        hanging.pause()
+        try:
+            started = time.monotonic()
+            await producer.publish([job("x", other)])
+            assert names(await claiming) == ["x"]
+            assert time.monotonic() - started < 3
+        finally:
+            hanging.resume()
+        await producer.publish([job("late", "q")])
+        claims: list = []
+        while not claims:
+            claims = await broker.claim(10, 5, ())
+        assert names(claims) == ["late"]
+
+
+async def test_operators_see_all_masters(masters, broker_of):
+    async with broker_of(masters.url, *SPREAD) as broker:
+        await broker.publish([job(queue, queue) for queue in SPREAD])
+        await asyncio.to_thread(broker.beat, {"pid": 1, "queues": ",".join(SPREAD)})
+        operator = StreamOperator(Address(masters.url), StreamOptions(queues=()))
+        await operator.open()
+        assert await operator.queues() == sorted(SPREAD)
+        assert [depth.ready for depth in await operator.depth(SPREAD)] == [1] * len(SPREAD)
+        assert [each.worker_id for each in await operator.workers(SPREAD)] == ["w"]
+        subjects = [finding.subject for finding in await operator.findings(SPREAD)]
+        assert subjects.count("server") == 1
+        assert len(await operator.waiting(SPREAD, 100)) == len(SPREAD)
+        await operator.close()
+        assert await broker.leave()
+
+
+async def test_a_slot_halfway_on_its_way_is_asked_for(masters, broker_of):
+    """Everything has gone, but the slot is still the old node's: ASK, for commands, the reader and the lease thread."""
+    key = "stream:{q}"
+    source = masters.owner(key)
+    target = next(node for node in masters.nodes if node is not source)
+    async with broker_of(masters.url) as broker:
+        await broker.publish([job("before")])
+        with masters.halfway(key, source, target):
+            await broker.publish([job("during")])
+            claims = await broker.claim(10, 0, ())
+            assert names(claims) == ["before", "during"]
+            assert await asyncio.to_thread(broker.renew, claims) == []
+            with target.client() as client:
+                client.execute_command("ASKING")
+                assert client.xlen(key) == 2
+        assert masters.owner(key) is target
+        assert await asyncio.to_thread(broker.renew, claims) == []
+        assert await broker.settle([done(claim) for claim in claims]) == [Settled.SETTLED] * 2
+
+
+async def test_a_slot_that_nobody_serves_is_no_answer_and_nothing_was_sent(masters, broker_of):
+    key = "stream:{q}"
+    owner = masters.owner(key)
+    async with broker_of(masters.url) as broker:
+        for node in masters.nodes:
+            with node.client() as client:
+                client.execute_command("CLUSTER", "DELSLOTS", key_slot(key.encode()))
+        with pytest.raises(Unreachable, match=r"CLUSTERDOWN|no node serves slot \d+"):
+            await broker.publish([job("x")])
+        with owner.client() as client:
+            client.execute_command("CLUSTER", "ADDSLOTS", key_slot(key.encode()))
+        for node in masters.nodes:
+            with node.client() as client:
+                await eventually(lambda client=client: client.cluster("INFO")["cluster_state"] == "ok")
+        await broker.publish([job("y")])
+        assert names(await broker.claim(10, 0, ())) == ["y"]
+
+
+@pytest.mark.parametrize("name", ["worker", "producer", "inspector"])
+async def test_the_acl_lines_of_the_docs_with_what_a_cluster_adds(masters, name):
+    for node in masters.nodes:
+        with node.client() as client:
+            client.execute_command("ACL LOG", "RESET")
+            for line in acl_lines():
+                client.execute_command("ACL SETUSER", *line, "+cluster|slots", "+asking")
+    url = masters.url.replace("//", f"//{name}:SECRET@")
+    if name == "inspector":
+        operator = StreamOperator(Address(url), StreamOptions(queues=()))
+        await operator.open()
+        assert await operator.queues() == []
+        await operator.close()
+    else:
+        app = App(settings=Settings(redis_url=url, lease=0.5))
+        ran = []
+
+        @app.handler
+        async def count(payload: Count) -> None:
+            ran.append(payload.name)
+
+        async with app:
+            await app.enqueue(Count(name="x"))
+            await app.enqueue(Count(name="late"), delay=0.05, key="k")
+            if name == "worker":
+                worker = QueueWorker(app, redis=None, database=None, services=None)
+                running = asyncio.create_task(worker.start())
+                await eventually(lambda: running.done() or sorted(ran) == ["late", "x"])
+                await worker.stop()
+                await running
+    for node in masters.nodes:
+        with node.client() as client:
+            assert client.acl_log() == []
+
+
+async def test_wrong_forms_are_said_in_one_sentence(masters, broker_of, redis_url):
+    plain = f"redis://127.0.0.1:{masters.nodes[0].port}/0"
+    with pytest.raises(ConfigurationError, match=r"is a node of a cluster: write redis\+cluster://") as caught:
+        async with broker_of(plain):
+            pass
+    assert caught.value.exit_code == 78
+    operator = StreamOperator(Address(plain), StreamOptions(queues=()))
+    with pytest.raises(ConfigurationError, match="is a node of a cluster"):
+        await operator.open()
+    await operator.close()
+    with pytest.raises(ConfigurationError, match="is no cluster: write redis://"):
+        async with broker_of(redis_url.replace("redis://", "redis+cluster://")):
+            pass
+    with pytest.raises(Unreachable, match="no node of the cluster answers"):
+        async with broker_of("redis+cluster://:secret@127.0.0.1:1,127.0.0.1:2"):
+            pass
+
+
+async def test_handlers_get_a_client_for_clusters_and_users_may_bring_one(masters):
+    app = App(settings=Settings(redis_url=masters.url))
+
+    @app.handler
+    async def count(payload: Count, ctx: Context) -> None:
+        for key in ("queue:x", "queue:y", "queue:z"):
+            await ctx.redis.set(key, payload.name)
+
+    async with app:
+        await app.enqueue(Count(name="one"))
+    await QueueWorker(app, redis=None, database=None, services=None).run(burst=True)
+    own = aioredis.RedisCluster(host="127.0.0.1", port=masters.nodes[1].port)
+    assert await own.get("queue:y") == b"one"
+    async with app:
+        await app.enqueue(Count(name="two"))
+    await QueueWorker(app, redis=own, database=None, services=None).run(burst=True)
+    assert await own.get("queue:z") == b"two"
+    await own.aclose()
+
+
+def test_keys_of_commands():
+    assert key_of(("EVALSHA", "x", 2, "k", "l", "a")) == "k"
+    assert key_of(("EVAL", "x", 0)) is None
+    assert key_of(("XREADGROUP", "GROUP", "g", "c", "COUNT", 1, "STREAMS", "k", ">")) == "k"
+    assert key_of(("XINFO CONSUMERS", "k", "g")) == key_of(("XINFO", "CONSUMERS", "k", "g")) == "k"
+    assert key_of(("XGROUP", "CREATE", b"k", "g")) == key_of(("DEL", "k")) == "k"
+    assert [
+        key_of(command) for command in (("PING",), ("INFO", "server"), ("CLIENT UNBLOCK", 1), ("ACL DRYRUN", "u"))
+    ] == [None] * 4
+    assert slot_of("stream:{q}") == slot_of("stream:{q}:due") == slot_of("{q}")

@@ -1,0 +1,103 @@
+"""Forms of REDIS_URL, taken apart."""
+
+import pytest
+import redis
+import redis.asyncio as aioredis
+
+from streamworker.broker import forms
+from streamworker.broker.client import Address
+from streamworker.errors import ConfigurationError
+
+
+@pytest.mark.parametrize(
+    ("url", "kind", "scheme", "hosts", "options", "shown"),
+    [
+        ("redis://h", "server", "redis", (("h", 6379),), {}, "redis://h:6379/0"),
+        ("redis://", "server", "redis", (("localhost", 6379),), {}, "redis://localhost:6379/0"),
+        ("rediss://u:p%2F@h:1/2", "server", "rediss", (("h", 1),), {"username": "u", "password": "p/", "db": 2}, "rediss://h:1/2"),
+        ("redis://:p@[::1]:1", "server", "redis", (("::1", 1),), {"password": "p"}, "redis://[::1]:1/0"),
+        ("unix:///run/r.sock?db=3", "server", "unix", (), {"path": "/run/r.sock", "db": 3}, "unix:///run/r.sock"),
+        (
+            "redis+sentinel://u:p@a:1,b/m/4", "sentinel", "redis", (("a", 1), ("b", 26379)),
+            {"username": "u", "password": "p", "db": 4}, "redis+sentinel://a:1,b:26379/m/4",
+        ),
+        ("rediss+sentinel://a/m", "sentinel", "rediss", (("a", 26379),), {}, "rediss+sentinel://a:26379/m/0"),
+        ("redis+cluster://a,[::1]:2", "cluster", "redis", (("a", 6379), ("::1", 2)), {}, "redis+cluster://a:6379,[::1]:2"),
+        ("rediss+cluster://:p@a/0", "cluster", "rediss", (("a", 6379),), {"password": "p"}, "rediss+cluster://a:6379"),
+    ],
+)  # fmt: skip
+def test_every_form(url, kind, scheme, hosts, options, shown):
+    form = forms.parse(url)
+    assert (form.kind, form.scheme, form.hosts, form.options) == (kind, scheme, hosts, options)
+    assert str(form) == str(Address(url)) == shown
+
+
+def test_sentinels_have_a_login_of_their_own():
+    form = forms.parse("rediss+sentinel://u:p@a/m?sentinel_username=su&sentinel_password=s%26p&ssl_cert_reqs=optional")
+    assert form.options == {"username": "u", "password": "p", "ssl_cert_reqs": "optional"}
+    assert form.sentinel_options == {"username": "su", "password": "s&p", "ssl_cert_reqs": "optional"}
+    assert forms.parse("redis+sentinel://u:p@a/m").sentinel_options == {}
+
+
+def test_tls_in_the_query(tmp_path):
+    ca = tmp_path / "ca.pem"
+    ca.touch()
+    form = forms.parse(f"rediss://h?ssl_ca_certs={ca}&ssl_check_hostname=false&socket_timeout=3")
+    assert form.options == {"ssl_ca_certs": str(ca), "ssl_check_hostname": False}
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("redis+sentinel://a", "name of their master"),
+        ("redis+sentinel://a/m/x", "name of their master"),
+        ("redis+sentinel://a/m/0/0", "name of their master"),
+        ("redis+sentinel://a/m?sentinel_pasword=S3cret", "no option sentinel_pasword"),
+        ("redis+sentinel://a,,b/m", "separated by commas"),
+        ("redis+sentinel:///m", "separated by commas"),
+        ("redis+cluster://a/1", "no databases but 0"),
+        ("redis+cluster://a?db=1", "no databases but 0"),
+        ("rediss://h?ssl_ca_cert=/x", "no option ssl_ca_cert; TLS knows"),
+        ("rediss+cluster://h?ssl_ca_certs=/no/such/file", "ssl_ca_certs=/no/such/file, which cannot be read"),
+        ("rediss://h?ssl_ca_path=/no/such/directory", "cannot be read"),
+        ("http://h", "must specify one of"),
+    ],
+)
+def test_what_cannot_be_understood_is_said_in_one_sentence(url, words):
+    with pytest.raises(ConfigurationError, match=words) as caught:
+        forms.parse(url)
+    assert str(caught.value).startswith("REDIS_URL")
+    assert "S3cret" not in str(caught.value)
+
+
+def alike(client, url):
+    ours, theirs = forms.parse(url), forms.of(client)
+    logins = [
+        {name: form.options.get(name) or None for name in ("username", "password", "db")} for form in (ours, theirs)
+    ]
+    assert logins[0] == logins[1]
+    assert (ours.kind, ours.scheme, ours.hosts, ours.service) == (
+        theirs.kind,
+        theirs.scheme,
+        theirs.hosts,
+        theirs.service,
+    )
+    assert ours.sentinel_options == theirs.sentinel_options
+
+
+async def test_users_own_clients():
+    plain = aioredis.Redis(host="h", port=1, db=2, username="u", password="p", ssl=True)
+    alike(plain, "rediss://u:p@h:1/2")
+    assert forms.of(plain).options["ssl_check_hostname"] is True
+    unix = aioredis.Redis(unix_socket_path="/run/r.sock")
+    assert str(forms.of(unix)) == "unix:///run/r.sock"
+    manager = aioredis.Sentinel([("a", 1), ("b", 2)], sentinel_kwargs={"password": "s"})
+    alike(manager.master_for("m", password="p", db=1), "redis+sentinel://:p@a:1,b:2/m/1?sentinel_password=s")
+    alike(aioredis.RedisCluster(host="h", port=3, password="p"), "redis+cluster://:p@h:3")
+    alike(aioredis.RedisCluster(host="h", port=3, ssl=True), "rediss+cluster://h:3")
+
+
+@pytest.mark.parametrize("client", [object(), redis.Redis()])
+def test_what_is_no_client_of_redis_asyncio(client):
+    with pytest.raises(ConfigurationError, match="redis= takes"):
+        forms.of(client)
