@@ -148,14 +148,10 @@ def _limits(verdict: Verdict, runs: dict[str, list[dict[str, Any]]], max_deliver
                 verdict.complain("limits", f"{job} ran at delivery {run['delivery']} of {max_deliveries}")
             if run["attempt"] > 4:
                 verdict.complain("limits", f"{job} ran attempt {run['attempt']}")
-        # Attempts are charged once each, whoever died meanwhile.
-        charged = [run["attempt"] for run in history]
-        if charged != sorted(charged) and not _overlapping(history):
+        # Each hop charges at most one attempt, and none is taken back. By hop and not by time: a zombie may start late.
+        charged = [run["attempt"] for run in sorted(history, key=lambda run: run["hop"])]
+        if charged != sorted(charged):
             verdict.complain("limits", f"{job} went back in its attempts: {_tell(history)}")
-
-
-def _overlapping(history: list[dict[str, Any]]) -> bool:
-    return any((before["ended"] or float("inf")) > after["mono"] for before, after in itertools.pairwise(history))
 
 
 def _order(verdict: Verdict, runs: dict[str, list[dict[str, Any]]], faults: list[dict[str, Any]]) -> None:

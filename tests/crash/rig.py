@@ -201,6 +201,15 @@ class Rig:
                 found += self.raw.xpending(stream, GROUP)["pending"]
         return found
 
+    def holder(self) -> Worker | None:
+        """A worker that holds jobs right now."""
+        for stream in STREAMS:
+            for pending in self.raw.xpending_range(stream, GROUP, "-", "+", 1):
+                return next(
+                    (each for each in self.fleet.alive if pending["consumer"].startswith(f"{each.name}-")), None
+                )
+        return None
+
     def runs_of(self, job: str) -> int:
         """How often a job was started."""
         return sum(line["job"] == job and line["what"] == "started" for line in read(self.directory / "runs"))

@@ -65,6 +65,7 @@ async def _soak(chosen: argparse.Namespace, directory: Path) -> tuple[Rig, Verdi
     async with rig:
         for _ in range(chosen.workers):
             await rig.fleet.start()
+        await rig.all_ready()
         stop = asyncio.Event()
         producing = asyncio.create_task(rig.produce(stop, chosen.rate))
         nemesis = Nemesis(rig, workers=chosen.workers, every=chosen.every, kinds=kinds)
