@@ -173,7 +173,7 @@ class Address:
             retry=SyncRetry(NoBackoff(), 0),
             **self._options(),
         )
-        return redis.Redis(connection_pool=pool)
+        return redis.Redis.from_pool(pool)  # owns the pool: closing the client closes its connection
 
     def reader(self, block: float, control: aioredis.Redis, key: str = "") -> Reader | ClusterReader:
         """The connection for blocking reads of up to ``block`` seconds.

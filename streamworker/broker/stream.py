@@ -19,7 +19,7 @@ from streamworker.broker.link import Link
 from streamworker.broker.publish import Publisher
 from streamworker.broker.settle import settle
 from streamworker.broker.tidy import tidy
-from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable
+from streamworker.errors import ConfigurationError, Unreachable
 from streamworker.job import Claim, Depth, Enqueued, Outgoing, Settled
 from streamworker.policy import SUSPECT_DELIVERIES
 from streamworker.telemetry.logs import get_logger
@@ -192,25 +192,25 @@ class StreamBroker:
 
     async def tick(self) -> float:
         """See `Broker.tick`."""
+        # All queues in one call, unless a cluster keeps them in different slots.
+        together = [[keys] for keys in self._keys] if self._link.address.spread else [self._keys]
+        wait = min([await self._promote(queues) for queues in together], default=IDLE_TICK)
+        if monotonic() >= self._tidy_at:
+            await self._tidy()
+        return wait
+
+    async def _promote(self, queues: Sequence[QueueKeys]) -> float:
+        names = [name for keys in queues for name in (keys.due, keys.bodies, *keys.streams)]
         wait = IDLE_TICK
-        for keys in self._keys:
-            names = [keys.due, keys.bodies, *keys.streams]
-            try:
-                moved, soonest, refused = await self._link.run(scripts.PROMOTE, names, [PROMOTE_BATCH])
-            except (Unreachable, ConfigurationError):
-                raise
-            except StreamworkerError as problem:  # a key of a wrong type is this queue's trouble alone
-                log.error("due_jobs_stuck", queue=keys.queue, error=str(problem))
-                continue
-            if refused:
+        reply = await self._link.run(scripts.PROMOTE, names, [PROMOTE_BATCH])
+        for keys, (moved, soonest, refused) in zip(queues, reply, strict=True):
+            if refused:  # a key of a wrong type, or no memory: this queue's trouble alone
                 log.error("due_jobs_stuck", queue=keys.queue, error=refused.decode(errors="replace"))
                 wait = min(wait, REFUSED_TICK)
             elif moved >= PROMOTE_BATCH:
                 wait = 0.0
             elif soonest >= 0:
                 wait = min(wait, soonest / 1000)
-        if monotonic() >= self._tidy_at:
-            await self._tidy()
         return wait
 
     async def _tidy(self) -> None:

@@ -1,32 +1,42 @@
 -- promote: move due jobs to their streams, in bounded batches, by the server's clock. Nothing is decoded: the member names
 -- the level. The growing write comes first: where it fails (out of memory, a wrong type), the job stays parked.
 --
--- KEYS[1]    due set of the queue
--- KEYS[2]    bodies hash of the queue
--- KEYS[3..5] its streams: high, normal, low
--- ARGV[1]    most jobs to move
+-- KEYS     five a queue: due set, bodies hash, its streams high, normal, low
+-- ARGV[1]  most jobs to move of each queue
 --
--- returns { moved, ms until the next job is due (-1: none), the error of a stream that took none ("": none) }
+-- returns one triple a queue: { moved, ms until its next job is due (-1: none), the error of a key that refused ("": none) }
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local stream = { high = KEYS[3], normal = KEYS[4], low = KEYS[5] }
-local moved, refused = 0, ''
-for _, member in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', string.format('%d', now), 'LIMIT', 0, ARGV[1])) do
-  local body = redis.call('HGET', KEYS[2], member)
-  if body then
-    local target = stream[string.match(member, '^(%a+)/')] or KEYS[4]
-    local added = redis.pcall('XADD', target, '*', 'job', body)
-    if type(added) == 'table' and added.err then
+
+local function failed(reply) return type(reply) == 'table' and reply.err end
+
+local function promote(k)
+  local stream = { high = KEYS[k + 2], normal = KEYS[k + 3], low = KEYS[k + 4] }
+  local moved, refused = 0, ''
+  local members = redis.pcall('ZRANGEBYSCORE', KEYS[k], '-inf', string.format('%d', now), 'LIMIT', 0, ARGV[1])
+  if members.err then return { 0, -1, members.err } end
+  for _, member in ipairs(members) do
+    local body = redis.pcall('HGET', KEYS[k + 1], member)
+    if failed(body) then return { moved, -1, body.err } end
+    local target = stream[string.match(member, '^(%a+)/')] or KEYS[k + 3]
+    local added = body and redis.pcall('XADD', target, '*', 'job', body)
+    if failed(added) then
       refused = added.err
     else
-      redis.call('HDEL', KEYS[2], member)
-      redis.call('ZREM', KEYS[1], member)
-      moved = moved + 1
+      redis.call('ZREM', KEYS[k], member)
+      if body then
+        redis.call('HDEL', KEYS[k + 1], member)
+        moved = moved + 1
+      end
     end
-  else
-    redis.call('ZREM', KEYS[1], member)
   end
+  local first = redis.call('ZRANGE', KEYS[k], 0, 0, 'WITHSCORES')
+  -- A day is soon enough to look again, and a score of inf is no integer.
+  return { moved, first[1] and math.min(math.max(0, tonumber(first[2]) - now), 86400000) or -1, refused }
 end
-local first = redis.call('ZRANGE', KEYS[1], 0, 0, 'WITHSCORES')
-if not first[1] then return { moved, -1, refused } end
-return { moved, math.max(0, tonumber(first[2]) - now), refused }
+
+local result = {}
+for k = 1, #KEYS, 5 do
+  result[#result + 1] = promote(k)
+end
+return result

@@ -100,5 +100,7 @@ else
     end
   end
 end
+-- Long waits end on whole seconds, so that a worker sweeps all its quiet queues in one wake-up.
+if wait > 2000 then wait = math.floor((now + wait) / 1000) * 1000 - now end
 redis.pcall('HSET', KEYS[1], 'sweep', string.format('%d', now + wait))
 return { wait, entries, missing }
