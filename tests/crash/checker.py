@@ -190,7 +190,8 @@ def _duplicates(verdict: Verdict, runs: dict[str, list[dict[str, Any]]], faults:
 def _explanation(before: dict[str, Any], after: dict[str, Any], faults: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The fault between two runs of a job that explains the second: it hit the first one's worker, or everybody."""
     # A zombie may wake and start what it had claimed before, after its successor has finished.
-    late = before["entry"] == after["entry"] and after["count"] < before["count"]
+    same = before["entry"] == after["entry"]
+    late = after["hop"] < before["hop"] or (same and after["count"] < before["count"])
     name = (after if late else before)["worker"].rpartition("-")[0]
     fitting = [
         fault
