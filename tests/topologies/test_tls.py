@@ -80,7 +80,8 @@ async def proxy(certificates: Path, target: int, *, client: bool = False) -> Asy
     finally:
         server.close()
         for writer in open_:
-            writer.transport.abort()
+            with suppress(AttributeError):  # Python before 3.11.3 cannot abort a TLS transport that is gone already
+                writer.transport.abort()
         await asyncio.sleep(0.05)  # lets the transports say goodbye before the loop closes
 
 
