@@ -274,7 +274,7 @@ class App(Handlers[S]):
         database = settings.database_url
         if redis is not None and not isinstance(redis, str):
             return Address.of(redis), database
-        url = redis or settings.require_redis_url()
+        url = (Settings(redis_url=redis) if redis else settings).require_redis_url()
         if url == EMBEDDED:
             servers = await anyio.to_thread.run_sync(embedded.acquire, settings.state_dir)
             stack.callback(servers.close)

@@ -20,6 +20,7 @@ _HOST = r"(?:\[[0-9A-Fa-f:.%]+\]|[^\s:@\[\],/?#]*)(?::[0-9]{1,5})?"
 _URL = re.compile(
     rf"(?P<scheme>[a-z0-9+]+)://(?:(?P<user>[^/?#\s]*)@)?(?P<hosts>{_HOST}(?:,{_HOST})*)(?P<path>[/?#]\S*)?"
 )
+_DATABASE = re.compile(r"(?:/(?:[0-9]{1,9}/?)?)?(?:\?[^#]*)?")
 _POSTGRES = re.compile(r"postgres(?:ql)?(?:\+[a-z0-9_]+)?://")
 _REDIS_SCHEMES = {f"{scheme}{kind}" for scheme in ("redis", "rediss") for kind in ("", "+sentinel", "+cluster")}
 
@@ -182,6 +183,8 @@ def redis_url() -> Rule:
                 raise ValueError("a socket's path begins with a third slash")
         elif url["scheme"] not in _REDIS_SCHEMES:
             raise ValueError("the scheme is unknown")
+        elif url["scheme"] in ("redis", "rediss") and not _DATABASE.fullmatch(url["path"] or ""):
+            raise ValueError("after the host comes the number of a database, or nothing")
         return text
 
     return Rule(
@@ -210,6 +213,11 @@ def _match_url(text: str) -> re.Match[str]:
     if match is None:
         # The usual reason, and the hardest to see: everything after the first / of a password becomes a path.
         raise ValueError("it does not parse; percent-encode special characters of the password")
+    if "@" in (match["path"] or ""):
+        # The @ of a password ended it, and what follows it was taken for the host: that would be asked, and shown.
+        raise ValueError("it has an @ behind the host; percent-encode special characters of the password: @ as %40")
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError("it is not UTF-8")
     if any(int(port) > 65_535 for port in re.findall(r":([0-9]+)(?=,|\Z)", match["hosts"])):
         raise ValueError("the port is above 65535")
     return match
