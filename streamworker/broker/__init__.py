@@ -124,7 +124,7 @@ class StoredJob(msgspec.Struct, frozen=True):
     handle: str
     job_id: str | None
     kind: str | None
-    at_ms: int
+    at_ms: float
     body: bytes | None
     details: dict[str, str] = {}
 

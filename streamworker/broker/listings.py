@@ -137,7 +137,7 @@ async def delayed(desk: Desk, keys: QueueKeys) -> AsyncIterator[StoredJob]:
             level: Level = head if head in LEVELS else "normal"
             job_id, kind = codec.glance(body)
             yield StoredJob(
-                keys.queue, level, handle, job_id or rest.rpartition("/")[0] or None, kind, int(float(score)), body
+                keys.queue, level, handle, job_id or rest.rpartition("/")[0] or None, kind, float(score), body
             )
 
 

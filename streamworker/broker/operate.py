@@ -118,8 +118,15 @@ class StreamOperator:
     async def hasten(self, job: StoredJob) -> bool:
         """See `Operator.hasten`."""
         keys = self._key(job.queue)
-        body = b"" if job.body is None else _without_date(job.body)
-        if not await self._desk.run(scripts.UNPARK, [keys.due, keys.bodies], ["hasten", job.handle, body]):
+        # Listings of thousands leave the documents out.
+        body = await self._desk.ask("HGET", keys.bodies, job.handle) if job.body is None else job.body
+        args = ["hasten", job.handle, _without_date(body) if body else b""]
+        answer = await self._desk.run(scripts.UNPARK, [keys.due, keys.bodies], args)
+        if answer == -1:
+            raise StreamworkerError(
+                f"the delayed job {job.handle} of {job.queue} has no document and cannot run: drop it"
+            )
+        if not answer:
             return False
         # Now means now, also when no worker is there to look: it is first in the set, so that one batch takes it along.
         await self._desk.run(scripts.PROMOTE, [keys.due, keys.bodies, *keys.streams], [PAGE])

@@ -16,6 +16,7 @@ from typing import Final
 
 from cyclopts import CycloptsError
 
+from streamworker.cli import stdout
 from streamworker.cli.tree import root
 from streamworker.errors import StreamworkerError
 from streamworker.masking import redact
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     if arguments is not None:
         return _guarded(list(arguments))
+    stdout.ensure()
     code = _guarded(sys.argv[1:])
     _let_go(code)
     return code
@@ -46,16 +48,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _guarded(arguments: list[str]) -> int:
     try:
         code = _run(arguments)
-        sys.stdout.flush()
-        return code
     except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # The reader has seen enough (`| head`); Python would complain once more when it closes the stream.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        code = 130
+    except stdout.Unread:
+        code = 0
     except Exception as error:  # noqa: BLE001 - the last resort of the program
-        return _failed(error)
+        code = _failed(error)
+    try:
+        stdout.flush()
+    except stdout.Unread:
+        pass
+    except StreamworkerError as error:
+        code = code or _failed(error)
+    return code
 
 
 def _let_go(code: int) -> None:
@@ -72,6 +77,10 @@ def _let_go(code: int) -> None:
 
 
 def _run(arguments: list[str]) -> int:
+    for word in arguments:
+        if any("\ud800" <= letter <= "\udfff" for letter in word):  # bytes that are no text in this locale
+            say(f"{word!a} is not text: write it in UTF-8")
+            return 2
     try:
         result = root(arguments, print_error=False, exit_on_error=False, result_action="return_value")
     except CycloptsError as error:

@@ -11,7 +11,8 @@ from typing_extensions import TypeVar
 
 from streamworker.cli import say
 from streamworker.cli.options import Acting
-from streamworker.cli.output import print_json, sentence_of
+from streamworker.cli.output import json_line, sentence_of
+from streamworker.cli.stdout import Report
 from streamworker.errors import StreamworkerError, UsageError
 from streamworker.views import Selection, printable
 
@@ -53,7 +54,7 @@ def narrowed(selection: Selection, everything: bool, verb: str) -> Selection:
 
 
 async def act(acting: Acting, items: AsyncIterator[T], deed: Deed[T], wanted: Collection[str] = ()) -> int:
-    """Do the deed to the items.
+    """Do the deed to the items, whether or not anybody reads what is said about it.
 
     All are read first: a job that is released may come by again.
 
@@ -65,7 +66,17 @@ async def act(acting: Acting, items: AsyncIterator[T], deed: Deed[T], wanted: Co
 
     Returns:
         0, or 1 if something that was named is not there, or could not be done.
+
+    Raises:
+        StreamworkerError: not all could be said, or done.
     """
+    report = Report()
+    code = await _act(acting, items, deed, wanted, report)
+    report.end()
+    return code
+
+
+async def _act(acting: Acting, items: AsyncIterator[T], deed: Deed[T], wanted: Collection[str], report: Report) -> int:
     chosen: list[T] = []
     async for item in items:
         chosen.append(item)
@@ -79,7 +90,7 @@ async def act(acting: Acting, items: AsyncIterator[T], deed: Deed[T], wanted: Co
     for item in chosen:
         reason = deed.barred(item)
         if reason is not None:
-            _tell(acting, deed, item, "skipped", reason)
+            _tell(acting, report, deed.names(item), "skipped", reason)
     bad = bool(missing) or (len(free) < len(chosen) and bool(wanted))
     if not free:
         if not chosen and not missing:
@@ -87,15 +98,15 @@ async def act(acting: Acting, items: AsyncIterator[T], deed: Deed[T], wanted: Co
         return int(bad)
     if acting.dry_run:
         for item in free:
-            _tell(acting, deed, item, f"would be {deed.past}")
+            _tell(acting, report, deed.names(item), f"would be {deed.past}")
         return int(bad)
     if not acting.yes and not _agreed(f"{deed.verb} {_count(len(free), deed.noun)}?"):
         say("nothing was changed")
         return 1
-    return max(int(bad), await _do(acting, deed, free))
+    return max(int(bad), await _do(acting, deed, free, report))
 
 
-async def _do(acting: Acting, deed: Deed[T], items: Sequence[T]) -> int:
+async def _do(acting: Acting, deed: Deed[T], items: Sequence[T], report: Report) -> int:
     tally: Counter[str] = Counter()
     try:
         for item in items:
@@ -106,26 +117,25 @@ async def _do(acting: Acting, deed: Deed[T], items: Sequence[T]) -> int:
                 result, reason = "refused", sentence_of(error)
             tally[result] += 1
             if acting.json or result == "refused":
-                _tell(acting, deed, item, result, reason)
+                _tell(acting, report, deed.names(item), result, reason)
     finally:
         # Also when the server went away in the middle: what is done is done.
         if not acting.json:
-            sys.stdout.write(f"{deed.past} {_count(tally[deed.past], deed.noun)}\n")
+            report.write(f"{deed.past} {_count(tally[deed.past], deed.noun)}\n")
         if tally["gone"]:
             say(f"{_count(tally['gone'], deed.noun)} moved on meanwhile and were left alone")
     return int(tally["refused"] > 0)
 
 
-def _tell(acting: Acting, deed: Deed[T], item: T, result: str, reason: str = "") -> None:
-    names = deed.names(item)
+def _tell(acting: Acting, report: Report, names: dict[str, Any], result: str, reason: str = "") -> None:
     if acting.json:
-        print_json({**names, "result": result, **({"reason": reason} if reason else {})})
+        report.write(json_line({**names, "result": result, **({"reason": reason} if reason else {})}))
         return
     what = printable(" ".join(str(value) for value in names.values() if value is not None))
     if reason:
         say(f"{result}: {what}: {printable(reason)}")
     else:
-        sys.stdout.write(f"{result}: {what}\n")
+        report.write(f"{result}: {what}\n")
 
 
 def _count(count: int, noun: str) -> str:

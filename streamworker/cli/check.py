@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -13,7 +12,8 @@ from streamworker.app import App
 from streamworker.broker import Finding, Operator
 from streamworker.cli.loading import load_app, with_own
 from streamworker.cli.options import WORKER, WorkerFlags
-from streamworker.cli.output import print_json
+from streamworker.cli.output import json_line
+from streamworker.cli.stdout import Report
 from streamworker.errors import ConfigurationError, StreamworkerError
 from streamworker.settings import Settings
 from streamworker.views import printable
@@ -31,12 +31,14 @@ def check(app: str | None = None, *, json: bool = False, flags: WorkerFlags = WO
         json: One JSON object per line, for programs.
     """
     found = _everything(app, flags)
+    report = Report()  # the exit code is told also to whoever reads only the first lines
     for finding in found:
         if json:
-            print_json(msgspec.structs.asdict(finding))
+            report.write(json_line(msgspec.structs.asdict(finding)))
         else:
             sentence = printable(finding.sentence)
-            sys.stdout.write(f"{_SIGNS[finding.severity]:<4}  {finding.subject:<11}  {sentence}\n")
+            report.write(f"{_SIGNS[finding.severity]:<4}  {finding.subject:<11}  {sentence}\n")
+    report.end()
     return int(any(finding.severity == "error" for finding in found))
 
 

@@ -14,7 +14,7 @@ from streamworker.broker import Operator, StoredJob
 from streamworker.cli import say
 from streamworker.cli.acting import Deed, act, narrowed
 from streamworker.cli.details import detail
-from streamworker.cli.options import ACTING, LISTING, SERVER, Acting, Listing, ServerFlags, operate
+from streamworker.cli.options import ACTING, LISTING, SERVER, Acting, Listing, QueueName, ServerFlags, operate
 from streamworker.cli.output import Column, print_lines, show
 from streamworker.errors import UsageError
 from streamworker.views import DeadRow, Selection, age, chosen_dead, dead_row, printable
@@ -55,7 +55,7 @@ CONDITIONS = Conditions()
 @dead.default
 @dead.command(name="list")
 def list_(
-    queue: str | None = None,
+    queue: QueueName = None,
     *,
     conditions: Conditions = CONDITIONS,
     payload: bool = False,
@@ -84,7 +84,7 @@ def list_(
 def show_(
     *ids: str,
     named: NamedIds = (),
-    queue: str | None = None,
+    queue: QueueName = None,
     payload: bool = False,
     json: bool = False,
     server: ServerFlags = SERVER,
@@ -124,7 +124,7 @@ def show_(
 def retry(
     *ids: str,
     named: NamedIds = (),
-    queue: str | None = None,
+    queue: QueueName = None,
     conditions: Conditions = CONDITIONS,
     all: bool = False,  # noqa: A002 - the flag's name
     acting: Acting = ACTING,
@@ -145,7 +145,7 @@ def retry(
 def drop(
     *ids: str,
     named: NamedIds = (),
-    queue: str | None = None,
+    queue: QueueName = None,
     conditions: Conditions = CONDITIONS,
     all: bool = False,  # noqa: A002 - the flag's name
     acting: Acting = ACTING,

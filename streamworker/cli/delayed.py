@@ -11,7 +11,7 @@ from cyclopts import App, Parameter
 
 from streamworker.broker import Operator, StoredJob
 from streamworker.cli.acting import Deed, act, narrowed
-from streamworker.cli.options import ACTING, LISTING, SERVER, Acting, Listing, ServerFlags, operate
+from streamworker.cli.options import ACTING, LISTING, SERVER, Acting, Listing, QueueName, ServerFlags, operate
 from streamworker.cli.output import Column, show
 from streamworker.views import DelayedRow, Selection, age, chosen_delayed, delayed_row
 
@@ -33,7 +33,7 @@ NamedIds = Annotated[tuple[str, ...], Parameter(name="--id", help="The same, onc
 @delayed.default
 @delayed.command(name="list")
 def list_(
-    queue: str | None = None,
+    queue: QueueName = None,
     *,
     kind: str | None = None,
     payload: bool = False,
@@ -63,7 +63,7 @@ def list_(
 def run(
     *ids: str,
     named: NamedIds = (),
-    queue: str | None = None,
+    queue: QueueName = None,
     kind: str | None = None,
     all: bool = False,  # noqa: A002 - the flag's name
     acting: Acting = ACTING,
@@ -85,7 +85,7 @@ def run(
 def drop(
     *ids: str,
     named: NamedIds = (),
-    queue: str | None = None,
+    queue: QueueName = None,
     kind: str | None = None,
     all: bool = False,  # noqa: A002 - the flag's name
     acting: Acting = ACTING,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from datetime import UTC, datetime
 from typing import Annotated, Any, Final
@@ -15,15 +16,17 @@ from cyclopts.validators import Number
 from streamworker import codec
 from streamworker.app import App
 from streamworker.cli.loading import load_app, with_own
-from streamworker.cli.options import SERVER, ServerFlags
-from streamworker.cli.output import print_json
-from streamworker.errors import ConfigurationError, InvalidJob, UsageError
-from streamworker.handlers import KIND_NAME, check_queue
+from streamworker.cli.options import SERVER, QueueName, Seconds, ServerFlags
+from streamworker.cli.output import json_line
+from streamworker.cli.stdout import Report
+from streamworker.errors import InvalidJob, UsageError
+from streamworker.handlers import KIND_NAME
 from streamworker.job import Job, Level
 from streamworker.settings import Settings
 
 BATCH: Final = 1000
 """Jobs of one round trip."""
+_NUMBER: Final = re.compile(r"-?[0-9]{1,18}")
 
 
 def enqueue(
@@ -31,9 +34,9 @@ def enqueue(
     payload: Annotated[str, Parameter(allow_leading_hyphen=True)] = "{}",
     /,
     *,
-    queue: str | None = None,
+    queue: QueueName = None,
     priority: str = "normal",
-    delay: Annotated[float | None, Parameter(validator=Number(gte=0))] = None,
+    delay: Seconds | None = None,
     key: str | None = None,
     count: Annotated[int, Parameter(validator=Number(gte=1))] = 1,
     app: str | None = None,
@@ -62,7 +65,7 @@ def enqueue(
         raise UsageError("--key is empty and would make every job the same: leave it out or give it a value")
     level = _level(priority)
     settings = server.settings(app=app)
-    text = sys.stdin.buffer.read() if payload == "-" else payload.encode(errors="surrogateescape")
+    text = _stdin() if payload == "-" else payload.encode()
     if settings.app is not None:
         server.export()
         known = load_app(settings)
@@ -78,20 +81,29 @@ def enqueue(
 
 
 async def _enqueue(settings: Settings, job: Job, count: int, json: bool) -> None:
+    report = Report()  # who reads one id with `| head` wants all the jobs nevertheless
     async with App[Any](settings=settings) as app:
         for start in range(0, count, BATCH):
             size = min(BATCH, count - start)
             jobs = [msgspec.structs.replace(job, id=codec.new_id()) for _ in range(size)]
             for answer in await app.enqueue_many(jobs):
                 if json:
-                    print_json({"id": answer.id, "new": answer.new})
+                    report.write(json_line({"id": answer.id, "new": answer.new}))
                 else:
-                    sys.stdout.write(answer.id + ("" if answer.new else " (enqueued before)") + "\n")
+                    report.write(answer.id + ("" if answer.new else " (enqueued before)") + "\n")
+    report.end()
+
+
+def _stdin() -> bytes:
+    try:
+        return sys.stdin.buffer.read()
+    except OSError as error:
+        raise UsageError(f"standard input cannot be read: {error.strerror or error}") from None
 
 
 def _level(priority: str) -> Level:
     try:
-        return codec.level_of(int(priority) if priority.removeprefix("-").isdecimal() else priority)
+        return codec.level_of(int(priority) if _NUMBER.fullmatch(priority) else priority)
     except ValueError as error:
         raise UsageError(str(error)) from None
 
@@ -106,27 +118,20 @@ def _checked(app: App[Any], kind: str, queue: str | None, text: bytes) -> tuple[
         raise UsageError(f"the app has no handler for the kind {kind!r}; {hint}")
     try:
         value = registration.decode(msgspec.Raw(text))
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError, TypeError) as error:
+    except Exception as error:  # noqa: BLE001 - the user's own hooks run here
         raise InvalidJob(f"the payload is no {registration.payload.__name__}: {error}") from None
-    return registration.kind, _queue(queue) or registration.queue, codec.encode_payload(value)
+    return registration.kind, queue or registration.queue, codec.encode_payload(value)
 
 
 def _unchecked(kind: str, queue: str | None, text: bytes) -> tuple[str, msgspec.Raw]:
     """(queue, payload), of which only the shape is known."""
-    checked = _queue(queue)
-    if checked is None:
+    if queue is None:
         raise UsageError("name the --queue, or the --app (STREAMWORKER_APP) whose handler knows it")
     if not KIND_NAME.fullmatch(kind):
         raise UsageError(f"{kind!r} is no kind: use 1 to 200 characters without white space")
     try:
+        text.decode()  # msgspec looks at the inside of no Raw
         msgspec.json.decode(text, type=dict[str, msgspec.Raw])
-        return checked, msgspec.Raw(msgspec.json.format(text, indent=-1))
+        return queue, msgspec.Raw(msgspec.json.format(text, indent=-1))
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidJob(f"the payload must be a JSON object: {error}") from None
-
-
-def _queue(name: str | None) -> str | None:
-    try:
-        return None if name is None else check_queue(name)
-    except ConfigurationError as error:
-        raise UsageError(str(error)) from None

@@ -17,6 +17,8 @@ from cyclopts.validators import Number
 from streamworker.app import App
 from streamworker.broker import Operator
 from streamworker.environment import PREFIX
+from streamworker.errors import LONGEST_WAIT
+from streamworker.handlers import QUEUE_NAME
 from streamworker.settings import Settings
 from streamworker.telemetry import logs
 
@@ -24,6 +26,21 @@ SETTINGS = Group.create_ordered("Settings", help="Each goes before the variable 
 
 Text = Annotated[str | None, Parameter(group=SETTINGS)]
 """A setting's flag."""
+
+
+def _queue(_: Any, name: str | None) -> None:
+    if name is not None and not QUEUE_NAME.fullmatch(name):
+        raise ValueError("Use 1 to 100 of A-Z a-z 0-9 . _ : - and do not end in :high or :low.")
+
+
+def _wait(_: Any, seconds: float | None) -> None:
+    if seconds is not None and not 0 <= seconds <= LONGEST_WAIT:
+        raise ValueError("Use seconds from 0 up to 100 years.")
+
+
+QueueName = Annotated[str | None, Parameter(validator=_queue)]
+Seconds = Annotated[float, Parameter(validator=_wait)]
+"""How long to wait, or how long ago."""
 
 
 @Parameter(name="*")

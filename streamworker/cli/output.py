@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import Any, Final, Generic, NamedTuple, TypeAlias
+from typing import Any, Final, Generic, NamedTuple, NoReturn, TypeAlias
 
 import anyio
 import msgspec
@@ -17,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 from typing_extensions import TypeVar
 
-from streamworker.cli import say
+from streamworker.cli import say, stdout
 from streamworker.cli.options import Listing
 from streamworker.errors import StreamworkerError, Unreachable, UsageError
 from streamworker.views import printable
@@ -59,10 +58,15 @@ def plain(row: Any) -> dict[str, Any]:
     return dict(row) if isinstance(row, Mapping) else msgspec.structs.asdict(row)
 
 
-def print_json(value: Any) -> None:
+def json_line(value: Any) -> str:
     """One line of JSON."""
     line = orjson.dumps(value, default=str).decode()
-    sys.stdout.write(_UNPRINTABLE.sub(lambda match: f"\\u{ord(match.group()):04x}", line) + "\n")
+    return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match.group()):04x}", line) + "\n"
+
+
+def print_json(value: Any) -> None:
+    """Print one line of JSON."""
+    stdout.write(json_line(value))
 
 
 def print_lines(lines: Sequence[tuple[str, Any]]) -> None:
@@ -70,7 +74,7 @@ def print_lines(lines: Sequence[tuple[str, Any]]) -> None:
     width = max((len(name) for name, _ in lines), default=0)
     for name, value in lines:
         if value not in (None, ""):
-            sys.stdout.write(f"{name:<{width}}  {printable(str(value))}\n")
+            stdout.write(f"{name:<{width}}  {printable(str(value))}\n")
 
 
 def document(body: bytes | None) -> Any:
@@ -112,7 +116,8 @@ async def show(
     if listing.watch:
         if listing.json:
             raise UsageError("--watch shows a table: leave out --json, or call again and again without --watch")
-        return await _watch(listing, rows, columns, title)
+        with stdout.writing():
+            return await _watch(listing, rows, columns, title)
     if listing.json:
         count = 0
         async for row, body in rows():
@@ -126,7 +131,8 @@ async def show(
     if not chosen:
         say(f"no {title}")
         return 0
-    console.print(_table(chosen, columns, console.width, payload=payload))
+    with stdout.writing():
+        console.print(_table(chosen, columns, console.width, payload=payload))
     if more:
         say(f"there are more {title}: --limit shows more, --json shows all")
     return 0
@@ -158,8 +164,14 @@ async def _take(rows: AsyncIterator[tuple[R, bytes | None]], limit: int) -> tupl
     return chosen, False
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> NoReturn:
+        # Rich's own would end the process with 1.
+        raise BrokenPipeError
+
+
 def _console() -> Console:
-    console = Console(highlight=False, markup=False, emoji=False)
+    console = _Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 10_000  # nobody's window: nothing is cut off
     return console

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Final
 
 from cyclopts import App, Parameter
-from cyclopts.validators import Number
 
 from streamworker.broker import Operator, PendingEntry
 from streamworker.cli import say
 from streamworker.cli.acting import Deed, act, narrowed
 from streamworker.cli.details import detail
-from streamworker.cli.options import ACTING, LISTING, SERVER, Acting, Listing, ServerFlags, operate
+from streamworker.cli.options import ACTING, LISTING, SERVER, Acting, Listing, QueueName, Seconds, ServerFlags, operate
 from streamworker.cli.output import Column, print_lines, show
 from streamworker.errors import UsageError
 from streamworker.views import Selection, age, chosen_pending, printable
@@ -48,7 +47,7 @@ class Conditions:
     """
 
     worker: str | None = None
-    min_idle: Annotated[float, Parameter(validator=Number(gte=0))] = 0.0
+    min_idle: Seconds = 0.0
     kind: str | None = None
 
     def selection(self, queue: str | None, ids: tuple[str, ...] = ()) -> Selection:
@@ -67,7 +66,7 @@ class Which(Conditions):
         force: Those of living workers too; what they are doing is not undone, and its end will be ignored.
     """
 
-    queue: str | None = None
+    queue: QueueName = None
     all: bool = False
     force: bool = False
 
@@ -79,7 +78,7 @@ WHICH = Which()
 @pending.default
 @pending.command(name="list")
 def list_(
-    queue: str | None = None,
+    queue: QueueName = None,
     *,
     conditions: Conditions = CONDITIONS,
     payload: bool = False,
@@ -108,7 +107,7 @@ def list_(
 def show_(
     *ids: str,
     named: NamedIds = (),
-    queue: str | None = None,
+    queue: QueueName = None,
     payload: bool = False,
     json: bool = False,
     server: ServerFlags = SERVER,

@@ -8,7 +8,7 @@ from typing import Final
 from cyclopts import App
 
 from streamworker.broker import Operator
-from streamworker.cli.options import LISTING, SERVER, Listing, ServerFlags, operate
+from streamworker.cli.options import LISTING, SERVER, Listing, QueueName, ServerFlags, operate
 from streamworker.cli.output import Column, plain, show
 from streamworker.views import Pace, QueueRow, age, overview
 
@@ -30,7 +30,7 @@ _STATE: Final[Column[_Rated]] = Column("", lambda it: "paused" if it[0].paused e
 
 @queues.default
 @queues.command(name="list")
-def list_(queue: str | None = None, *, listing: Listing = LISTING, server: ServerFlags = SERVER) -> int:
+def list_(queue: QueueName = None, *, listing: Listing = LISTING, server: ServerFlags = SERVER) -> int:
     """List queues; --watch adds how many jobs leave them per second.
 
     Args:

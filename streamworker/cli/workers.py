@@ -10,7 +10,7 @@ from cyclopts import App
 
 from streamworker.broker import Operator, WorkerInfo
 from streamworker.cli.acting import Deed, act
-from streamworker.cli.options import ACTING, LISTING, SERVER, Acting, Listing, ServerFlags, operate
+from streamworker.cli.options import ACTING, LISTING, SERVER, Acting, Listing, QueueName, ServerFlags, operate
 from streamworker.cli.output import Column, show
 from streamworker.errors import UsageError
 from streamworker.views import WorkerRow, age, size, worker_row
@@ -38,7 +38,7 @@ _COLUMNS: Final[list[Column[WorkerRow]]] = [
 
 @workers.default
 @workers.command(name="list")
-def list_(queue: str | None = None, *, listing: Listing = LISTING, server: ServerFlags = SERVER) -> int:
+def list_(queue: QueueName = None, *, listing: Listing = LISTING, server: ServerFlags = SERVER) -> int:
     """List workers, the living first.
 
     Args:

@@ -77,7 +77,7 @@ async def drain(app: App[Any], *, services: Any = None, delayed: bool = False, t
 async def _hasten(operator: Operator, queues: list[str], *, everything: bool) -> int:
     """Move delayed jobs to their streams, those that are due or all of them; returns how many."""
     now = time() * 1000
-    found = [job async for job in operator.delayed(queues) if everything or job.at_ms <= now]
+    found = [job async for job in operator.delayed(queues) if job.body is not None and (everything or job.at_ms <= now)]
     moved = 0
     for job in found:
         moved += await operator.hasten(job)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from datetime import UTC, datetime
 from typing import Final
@@ -19,9 +20,14 @@ def printable(text: str) -> str:
 
 
 def age(seconds: float | None) -> str:
-    """Seconds in two units at most: ``0.3s``, ``42s``, ``5m 03s``, ``3h 20m``, ``2d 04h``; empty for ``None``."""
+    """Seconds in two units at most: ``0.3s``, ``42s``, ``5m 03s``, ``3h 20m``, ``2d 04h``; empty for ``None``.
+
+    Infinity and its like, which anybody may have written to the server, are shown as they are.
+    """
     if seconds is None:
         return ""
+    if not math.isfinite(seconds):
+        return str(seconds)
     if seconds < 0:
         return f"-{age(-seconds)}"
     if seconds < 9.95:

@@ -1,10 +1,12 @@
 """Changing jobs by hand: asked for, fenced, and never a living worker's by accident."""
 
 import json
+import shlex
+import subprocess
 
 import pytest
 
-from tests.cli.conftest import Terminal
+from tests.cli.conftest import Terminal, document
 from tests.conftest import eventually_blocking
 
 HOLDS = "stream:{holds}"
@@ -206,3 +208,80 @@ def test_workers_prune(sw, raw, lost):
     assert [info["name"].decode() for info in raw.xinfo_consumers(HOLDS, "workers")] == [worker.worker_id]
     assert len(pending(raw)) == 1
     assert sw("workers", "prune", "nobody", "--yes").sentence == "there is no dead worker nobody"
+
+
+def test_a_date_in_the_document_does_not_park_it_again(sw, raw):
+    raw.zadd("stream:{q}:due", {"normal/a/1": 9e12})
+    raw.hset("stream:{q}:bodies", "normal/a/1", '{"run_at": "2999-01-01T00:00:00Z", "payload": {}}')
+    sw.ok("delayed", "run", "--all", "--yes")
+    assert [fields for _, fields in raw.xrange("stream:{q}")] == [{b"job": b'{"payload":{}}'}]
+
+
+def test_foreign_members_of_the_due_set(sw, raw):
+    """Anybody can write there: what is no job of ours is shown as it is, and keeps nobody from the others."""
+    ours = sw.ok("enqueue", "x", "--queue", "q", "--delay", 500).stdout.strip()
+    foreign = {"weird": "inf", "x/y": "-inf", "never": 9e15, "//": 5}
+    raw.zadd("stream:{q}:due", foreign)
+    raw.hset("stream:{q}:bodies", "weird", '{"payload": {}}')
+    raw.zadd("stream:{other}:due", {"normal/a/b": "inf"})
+    rows = sw.ok("delayed", "--json").rows
+    assert len(rows) == 6
+    told = {row["entry_id"]: (row["level"], row["job_id"], row["due_in_s"], row["due_at"]) for row in rows}
+    assert told["weird"] == ("normal", None, None, "")
+    assert told["x/y"] == ("normal", None, None, "")
+    assert told["never"][2] > 1e12
+    table = sw.ok("delayed").stdout
+    assert " inf " in table
+    assert " -inf " in table
+    done = sw("delayed", "run", "--all", "--yes", "--json")
+    assert done.returncode == 1
+    assert {row["entry_id"]: row["result"] for row in done.rows if row["queue"] == "q" and row["job_id"] != ours} == {
+        "weird": "made ready", "x/y": "refused", "never": "refused", "//": "refused",
+    }  # fmt: skip
+    assert "has no document" in done.rows[0]["reason"]
+    assert raw.xlen("stream:{q}") == 2
+    # Members without a document vanish when their time comes, as they do without anybody's help.
+    assert raw.zrange("stream:{q}:due", 0, -1) == [b"never"]
+    assert results(sw.ok("delayed", "drop", "--all", "--yes", "--json")) == ["dropped"] * 2
+
+
+@pytest.mark.parametrize("words", [["dead", "drop"], ["dead", "retry"], ["delayed", "run"], ["delayed", "drop"]])
+def test_nobody_reads_what_is_done(sw, raw, words):
+    """`... --json | head -1`: the work is finished all the same."""
+    count = 1500  # more than a pipe and our own buffer hold
+    with raw.pipeline(transaction=False) as pipe:
+        for index in range(count):
+            if words[0] == "dead":
+                pipe.xadd("stream:{q}:dead", {"job": document("x"), "id": f"{index:0100}", "reason": "made up"})
+            else:
+                pipe.zadd("stream:{q}:due", {f"normal/{index:0100}/r": 9e12})
+                pipe.hset("stream:{q}:bodies", f"normal/{index:0100}/r", "{}")
+        pipe.execute()
+    command = subprocess.Popen(
+        sw.command(*words, "--all", "--yes", "--json"), cwd=sw.directory, env=sw.env, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    json.loads(command.stdout.readline())
+    command.stdout.close()
+    assert command.stderr.read() == ""
+    command.stderr.close()
+    assert command.wait(30) == 0
+    assert raw.xlen("stream:{q}:dead") == raw.zcard("stream:{q}:due") == 0
+    assert raw.xlen("stream:{q}") == (0 if words[1] == "drop" else count)
+
+
+def test_an_error_is_told_to_whoever_stopped_reading(sw, raw):
+    raw.xadd("stream:{q}:dead", {"other": "x"})
+    refused = subprocess.run(
+        f"{shlex.join(sw.command('dead', 'retry', '--all', '--yes', '--json'))} >&-",
+        shell=True, cwd=sw.directory, env=sw.env, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (refused.returncode, refused.stderr) == (1, "")
+    full = subprocess.run(
+        f"{shlex.join(sw.command('dead', 'drop', '--all', '--yes'))} > /dev/full",
+        shell=True, cwd=sw.directory, env=sw.env, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+    )  # fmt: skip
+    assert full.returncode == 1
+    assert "No space left on device; the work was done" in full.stderr
+    assert "unexpected" not in full.stderr
+    assert raw.xlen("stream:{q}:dead") == 0

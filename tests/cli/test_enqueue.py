@@ -1,6 +1,8 @@
 """``enqueue``: checked against the handler's type where there is an app, any JSON object where there is none."""
 
 import json
+import shlex
+import subprocess
 
 import pytest
 
@@ -56,6 +58,12 @@ def test_key_and_delay(sw, raw):
         (["k", "{}", "--queue", "q:high"], 2),
         (["k", "{}", "--queue", "q", "--priority", "urgent"], 2),
         (["k", "{}", "--queue", "q", "--delay", "-1"], 2),
+        (["k", "{}", "--queue", "q", "--delay", "inf"], 2),
+        (["k", "{}", "--queue", "q", "--delay", "nan"], 2),
+        (["k", "{}", "--queue", "q", "--delay", "1e12"], 2),
+        (["k", "{}", "--queue", "q", "--priority", "9" * 5000], 2),
+        (["k", "{}", "--queue", "q", "--key", "\udcff"], 2),
+        (["k\udcff", "{}", "--queue", "q"], 2),
         (["k", "{}", "--queue", "q", "--count", "0"], 2),
         (["k", "{}", "--queue", "q", "--key", "x", "--count", "2"], 2),
         (["k", "{}", "--queue", "q", "--key", ""], 2),
@@ -70,4 +78,37 @@ def test_refused(sw, raw, words, code):
     done = sw("enqueue", *words, STREAMWORKER_MAX_JOB_BYTES="20000")
     assert (done.returncode, done.stdout) == (code, "")
     assert done.sentence
+    assert "(unexpected" not in done.stderr
     assert raw.keys("*") == []
+
+
+def test_standard_input(sw, raw):
+    """Bytes that are no text would be a dead letter; a closed one is an empty one."""
+    command = shlex.join(sw.command("enqueue", "k", "-", "--queue", "q"))
+    for words in (f'printf \'{{"a": "\\377"}}\' | {command}', f"{command} <&-"):
+        done = subprocess.run(words, shell=True, cwd=sw.directory, env=sw.env, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert "the payload must be a JSON object" in done.stderr
+    assert raw.keys("*") == []
+
+
+def test_payloads_with_code_of_their_own(sw, raw):
+    module = (sw.directory / "jobs.py").read_text()
+    hook = "    def __post_init__(self):\n        {}[self.text]\n"
+    (sw.directory / "jobs.py").write_text(module.replace("    times: int = 1\n", f"    times: int = 1\n{hook}"))
+    done = sw("enqueue", "note.write", '{"text": "x"}', "--app", "jobs:app")
+    assert done.returncode == 1
+    assert "the payload is no Note" in done.sentence
+
+
+def test_nobody_reads_the_ids(sw, raw):
+    command = subprocess.Popen(
+        sw.command("enqueue", "k", "--queue", "q", "--count", "20000"), cwd=sw.directory, env=sw.env,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert command.stdout.readline()
+    command.stdout.close()
+    assert command.stderr.read() == ""
+    command.stderr.close()
+    assert command.wait(30) == 0
+    assert raw.xlen("stream:{q}") == 20_000

@@ -1,8 +1,10 @@
 """What is listed is what is there: for programs exactly, for people readably."""
 
 import json
+import os
 import re
 import signal
+import subprocess
 import time
 
 import pytest
@@ -209,3 +211,47 @@ def test_pace():
     assert pace.rate("q", 150, 3) == 25
     assert pace.rate("q", 10, 4) == 0  # the streams were deleted and made again
     assert pace.rate("other", 10, 4) is None
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["queues", "bad name"],
+        ["queues", "q:high"],
+        ["queues", "--queue", "a}:x{b"],
+        ["pending", "bad name"],
+        ["pending", "show", "x", "--queue", "bad name"],
+        ["pending", "drop", "--all", "--yes", "--queue", ""],
+        ["delayed", "run", "--all", "--yes", "--queue", "bad name"],
+        ["dead", "list", "bad name"],
+        ["workers", "bad name"],
+        ["enqueue", "k", "--queue", "bad name"],
+        ["pending", "--min-idle", "inf"],
+        ["pending", "--min-idle", "1e30"],
+        ["pending", "--worker", "\udcff"],
+    ],
+)
+def test_words_that_mean_nothing(bare, words):
+    bare.env["REDIS_URL"] = "redis://127.0.0.1:1/0"  # nobody is asked
+    done = bare(*words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "(unexpected" not in done.sentence
+
+
+@pytest.mark.parametrize("words", [["pending"], ["pending", "--json"], ["queues", "--json"], ["queues"]])
+def test_listings_end_quietly_when_nobody_reads(sw, raw, words):
+    raw.xgroup_create("stream:{q}", "workers", "0", mkstream=True)
+    with raw.pipeline(transaction=False) as pipe:
+        for index in range(3000):
+            pipe.xadd("stream:{q}", {"job": json.dumps({"id": f"{index:0100}", "kind": "k", "payload": {}})})
+        pipe.xreadgroup("workers", "w", {"stream:{q}": ">"}, count=3000)
+        pipe.execute()
+    reading, writing = os.pipe()
+    os.close(reading)
+    limit = ["--limit", "100000"] if words == ["pending"] else []
+    with os.fdopen(writing, "w") as nobody:
+        done = subprocess.run(
+            sw.command(*words, *limit), cwd=sw.directory, env=sw.env, stdin=subprocess.DEVNULL, stdout=nobody,
+            stderr=subprocess.PIPE, text=True, timeout=30,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")

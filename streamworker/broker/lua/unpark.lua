@@ -7,12 +7,13 @@
 -- ARGV[2]  member
 -- ARGV[3]  body to store ("": as it is)
 --
--- returns 1 done, 0 it is not parked any more
+-- returns 1 done, 0 it is not parked any more, -1 it has no body and cannot run
 if not redis.call('ZSCORE', KEYS[1], ARGV[2]) then return 0 end
 if ARGV[1] == 'forget' then
   redis.call('ZREM', KEYS[1], ARGV[2])
   redis.call('HDEL', KEYS[2], ARGV[2])
 else
+  if ARGV[3] == '' and redis.call('HEXISTS', KEYS[2], ARGV[2]) == 0 then return -1 end
   if ARGV[3] ~= '' then redis.call('HSET', KEYS[2], ARGV[2], ARGV[3]) end
   redis.call('ZADD', KEYS[1], 0, ARGV[2])
 end
