@@ -16,8 +16,8 @@ from streamworker import codec
 from streamworker.context import Context
 from streamworker.errors import ConfigurationError
 from streamworker.policy import Backoff, Limits
+from streamworker.setting_rules import QUEUE_NAME
 
-QUEUE_NAME: Final = re.compile(r"(?!.*:(?:high|low)\Z)[A-Za-z0-9._:-]{1,100}")
 KIND_NAME: Final = re.compile(r"[^\s\x00-\x1f\x7f]{1,200}")
 
 P = TypeVar("P", bound="Payload")

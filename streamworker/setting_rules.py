@@ -12,7 +12,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
-_QUEUE_NAME = re.compile(r"(?!.*:(?:high|low)\Z)[A-Za-z0-9._:-]{1,100}")
+QUEUE_NAME = re.compile(r"(?!.*:(?:high|low)\Z)[A-Za-z0-9._:-]{1,100}")
 _INTEGER = re.compile(r"[0-9]{1,18}")
 _DECIMAL = re.compile(r"[0-9]{1,18}(?:\.[0-9]*)?|\.[0-9]+")
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
@@ -131,7 +131,7 @@ def queue_list() -> Rule:
         specs = []
         for item in text.split(","):
             name, equals, cap = item.strip().partition("=")
-            if not _QUEUE_NAME.fullmatch(name):
+            if not QUEUE_NAME.fullmatch(name):
                 raise ValueError
             specs.append(QueueSpec(name, cap_of(cap) if equals else None))
         if len({spec.name for spec in specs}) < len(specs):

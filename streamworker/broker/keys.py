@@ -60,11 +60,3 @@ WORKER_KEY: Final = "streamworker:worker:"
 def worker_key(namespace: str, worker_id: str) -> str:
     """The hash with a worker's heartbeat."""
     return f"{namespace}{WORKER_KEY}{worker_id}"
-
-
-def queue_of(namespace: str, key: str) -> str | None:
-    """The queue a ``…:meta`` key belongs to; ``None`` for any other key."""
-    head, tail = f"{namespace}stream:{{", "}:meta"
-    if key.startswith(head) and key.endswith(tail):
-        return key[len(head) : -len(tail)]
-    return None

@@ -7,8 +7,10 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from typing import Any, Generic, NamedTuple
 
+import msgspec
 from typing_extensions import TypeVar
 
+from streamworker.broker import StoredJob
 from streamworker.cli import say
 from streamworker.cli.options import Acting
 from streamworker.cli.output import json_line, sentence_of
@@ -51,6 +53,17 @@ def narrowed(selection: Selection, everything: bool, verb: str) -> Selection:
     if not says and not everything:
         raise UsageError(f"say what to {verb}: ids, a condition, or --all")
     return selection
+
+
+def stored_names(job: StoredJob) -> dict[str, Any]:
+    """What names a delayed job or a dead letter in what is told of it."""
+    return {"queue": job.queue, "entry_id": job.handle, "job_id": job.job_id, "kind": job.kind}
+
+
+async def without_bodies(jobs: AsyncIterator[StoredJob]) -> AsyncIterator[StoredJob]:
+    """The jobs without their documents: thousands of them need not be kept until the last is confirmed."""
+    async for job in jobs:
+        yield msgspec.structs.replace(job, body=None)
 
 
 async def act(acting: Acting, items: AsyncIterator[T], deed: Deed[T], wanted: Collection[str] = ()) -> int:

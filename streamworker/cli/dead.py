@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
-import msgspec
 from cyclopts import App, Parameter
 
 from streamworker.broker import Operator, StoredJob
 from streamworker.cli import say
-from streamworker.cli.acting import Deed, act, narrowed
+from streamworker.cli.acting import Deed, act, narrowed, stored_names, without_bodies
 from streamworker.cli.details import detail
 from streamworker.cli.options import ACTING, LISTING, SERVER, Acting, Listing, QueueName, ServerFlags, operate
 from streamworker.cli.output import Column, print_lines, show
@@ -175,14 +174,7 @@ def _change(
     do: Callable[[Operator], Callable[[StoredJob], Awaitable[bool]]],
 ) -> int:
     async def work(operator: Operator) -> int:
-        async def items() -> AsyncIterator[StoredJob]:
-            async for job in chosen_dead(operator, selection):
-                yield msgspec.structs.replace(job, body=None)  # thousands of documents need not be kept
-
-        return await act(acting, items(), Deed(verb, past, "dead letter", do(operator), _names), selection.ids)
+        deed = Deed(verb, past, "dead letter", do(operator), stored_names)
+        return await act(acting, without_bodies(chosen_dead(operator, selection)), deed, selection.ids)
 
     return operate(server, work)
-
-
-def _names(job: StoredJob) -> dict[str, Any]:
-    return {"queue": job.queue, "entry_id": job.handle, "job_id": job.job_id, "kind": job.kind}

@@ -18,7 +18,7 @@ from streamworker.app import App
 from streamworker.broker import Operator
 from streamworker.environment import PREFIX
 from streamworker.errors import LONGEST_WAIT
-from streamworker.handlers import QUEUE_NAME
+from streamworker.setting_rules import QUEUE_NAME
 from streamworker.settings import Settings
 from streamworker.telemetry import logs
 
