@@ -20,6 +20,10 @@ class QueueKeys(msgspec.Struct, frozen=True):
         """What all keys of the queue start with."""
         return f"{self.namespace}stream:{{{self.queue}}}"
 
+    def ready(self, level: Level) -> str:
+        """Where the ready jobs of a level lie."""
+        return self.stream(level)
+
     def stream(self, level: Level) -> str:
         """Ready jobs of a level."""
         return self.base if level == "normal" else f"{self.base}:{level}"
@@ -52,6 +56,32 @@ class QueueKeys(msgspec.Struct, frozen=True):
     def key(self, name: str) -> str:
         """A deduplication key."""
         return f"{self.base}:key:{name}"
+
+
+class ListKeys(QueueKeys, frozen=True):
+    """The keys of one queue in list mode: ready jobs lie in lists, all else where stream mode has it.
+
+    Delayed jobs and dead letters so survive a change of the mode. The lists are what legacy producers push to:
+    ``namespace`` does not go before them.
+    """
+
+    def ready(self, level: Level) -> str:
+        """List with the ready jobs of a level: pushed left, taken right."""
+        return f"queue:{self.queue}" if level == "normal" else f"queue:{self.queue}:{level}"
+
+    @property
+    def lists(self) -> list[str]:
+        """The three lists, in the order they are taken."""
+        return [self.ready(level) for level in LEVELS]
+
+    def claimed(self, worker_id: str) -> str:
+        """List: what a worker holds, in the order it was taken."""
+        return f"{self.namespace}queue:{self.queue}:claimed:{worker_id}"
+
+    @property
+    def leases(self) -> str:
+        """Sorted set: claim to the ms at which it was last renewed."""
+        return f"{self.base}:leases"
 
 
 WORKER_KEY: Final = "streamworker:worker:"
