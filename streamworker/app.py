@@ -3,37 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from datetime import datetime
-from functools import partial
 from typing import Any, TypeAlias, overload
 
 import anyio
 import anyio.to_thread
 import asyncpg
 from redis.asyncio import Redis
-from typing_extensions import TypeVar, Unpack
+from typing_extensions import TypeVar
 
-from streamworker import codec, embedded
-from streamworker.blocking import BackgroundLoop, refuse_on_loop
+from streamworker import embedded
 from streamworker.broker import Broker, Operator
 from streamworker.broker.client import Address
 from streamworker.broker.operate import StreamOperator
 from streamworker.broker.stream import StreamBroker, StreamOptions
 from streamworker.errors import ConfigurationError, UsageError
 from streamworker.execute import Middleware
-from streamworker.handlers import Handlers, Payload
-from streamworker.job import Enqueued, Job
-from streamworker.jobs import JobOptions, make_job
+from streamworker.handlers import Handlers
+from streamworker.producing import Producer
 from streamworker.settings import EMBEDDED, Settings
 
 S = TypeVar("S", default=Any)
 Lifespan: TypeAlias = Callable[[], AbstractAsyncContextManager[S]]
 
 
-class App(Handlers[S]):
+class App(Handlers[S], Producer):
     """Handlers, and what producing and consuming needs. Opens nothing until entered (``async with app``).
 
     Args:
@@ -53,7 +48,8 @@ class App(Handlers[S]):
     def __init__(
         self, *, settings: Settings | None = None, lifespan: Any = None, middleware: Sequence[Middleware] = ()
     ) -> None:
-        super().__init__()
+        Handlers.__init__(self)
+        Producer.__init__(self)
         self._settings = settings
         self._lifespan: Lifespan[S] | None = lifespan
         self._middleware = tuple(middleware)
@@ -64,8 +60,6 @@ class App(Handlers[S]):
         self._door = anyio.Lock()
         self._stack: AsyncExitStack | None = None
         self._broker: Broker | None = None
-        self._background: BackgroundLoop[App[Any]] | None = None
-        self._lock = threading.Lock()
 
     async def __aenter__(self) -> App[S]:
         """Open what producing needs; may be entered several times over.
@@ -100,101 +94,15 @@ class App(Handlers[S]):
                     self._in_force, self._redis = settings, redis
             self._entries += 1
 
-    # -- producing
+    # -- what producing needs
 
-    def job(self, payload: Payload, /, **options: Unpack[JobOptions]) -> Job:
-        """Make a job with options, for `enqueue_many`.
+    def _outlet(self) -> tuple[Broker | None, Settings]:
+        return self._broker, self._in_force
 
-        Args:
-            payload: its class names kind and queue.
-            options: see `JobOptions`.
-
-        Raises:
-            UsageError: an option makes no sense, or two contradict each other.
-            InvalidJob: the payload cannot be written as JSON.
-        """
-        return make_job(payload, **options)
-
-    async def enqueue(
-        self,
-        payload: Payload,
-        /,
-        *,
-        queue: str | None = None,
-        priority: str | int = "normal",
-        delay: float | None = None,
-        run_at: datetime | None = None,
-        key: str | None = None,
-        key_ttl: float | None = None,
-        headers: dict[str, Any] | None = None,
-        connection: asyncpg.Connection[asyncpg.Record] | None = None,
-    ) -> Enqueued:
-        """Enqueue one job.
-
-        Args:
-            payload: its class names kind and queue.
-            queue: another queue than the class names.
-            priority: ``high``, ``normal``, ``low``, or a number (up to 50 high, up to 150 normal, else low).
-            delay: seconds to wait from now on.
-            run_at: not before this moment; without a time zone it is UTC.
-            key: deduplication key: while it is remembered, enqueueing again gives the earlier job's id.
-            key_ttl: seconds the key is remembered; ``STREAMWORKER_KEY_TTL`` unless given.
-            headers: travel with the job; anything JSON can hold.
-            connection: an asyncpg connection in a transaction: the job commits or vanishes with the caller's rows.
-
-        Raises:
-            UsageError: the app is not open, or an option makes no sense.
-            PublishUncertain: the reply was lost; with ``key`` enqueueing again is safe.
-            JobTooLarge: the document exceeds ``STREAMWORKER_MAX_JOB_BYTES``.
-            Unreachable: no server answers.
-        """
-        options = JobOptions(
-            queue=queue, priority=priority, delay=delay, run_at=run_at, key=key, key_ttl=key_ttl, headers=headers
-        )
-        return (await self.enqueue_many([make_job(payload, **options)], connection=connection))[0]
-
-    async def enqueue_many(
-        self, jobs: Iterable[Payload | Job], /, *, connection: asyncpg.Connection[asyncpg.Record] | None = None
-    ) -> list[Enqueued]:
-        """Enqueue many jobs, up to a thousand per round trip; answers in order.
-
-        Args:
-            jobs: payloads, or jobs made with `job`.
-            connection: see `enqueue`.
-
-        Raises:
-            PublishUncertain: a reply was lost; some of the jobs may be queued.
-            JobTooLarge: a document exceeds ``STREAMWORKER_MAX_JOB_BYTES``; nothing was enqueued.
-        """
-        if connection is not None:
-            raise ConfigurationError(
-                "enqueue(connection=...) needs the PostgreSQL ledger, which this version does not have"
-            )
-        if self._broker is None:
-            raise UsageError("the app is not open: enqueue inside `async with app:`")
-        settings = self._in_force
-        made = (job if isinstance(job, Job) else make_job(job) for job in jobs)
-        packed = [codec.pack(job, max_bytes=settings.max_job_bytes, key_ttl=settings.key_ttl) for job in made]
-        return await self._broker.publish(packed) if packed else []
-
-    def enqueue_blocking(self, payload: Payload, /, **options: Unpack[JobOptions]) -> Enqueued:
-        """`enqueue` for sync code: a script, a thread, a sync handler.
-
-        Args:
-            payload: its class names kind and queue.
-            options: see `JobOptions`.
-
-        Raises:
-            UsageError: called on an event loop, which it would block; else what `enqueue` raises.
-        """
-        job = make_job(payload, **options)
-        refuse_on_loop("enqueue_blocking() would block this event loop: await enqueue() instead")
-        with self._lock:
-            if self._background is None or not self._background.alive:
-                sibling: App[Any] = App()  # this app's broker belongs to another loop
-                settings = self._in_force if self._stack is not None else self.resolve(None)
-                self._background = BackgroundLoop(partial(sibling.entered, settings, self._redis))
-        return self._background.call(lambda app: app.enqueue_many([job]))[0]
+    def _sibling(self) -> AbstractAsyncContextManager[Producer]:
+        settings = self._in_force if self._stack is not None else self.resolve(None)
+        sibling: App[Any] = App()  # this app's broker belongs to another loop
+        return sibling.entered(settings, self._redis)
 
     # -- the composition root
 

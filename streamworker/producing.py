@@ -1,0 +1,129 @@
+"""What an app offers to whoever makes jobs: one by one, by the thousand, and from sync code."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from contextlib import AbstractAsyncContextManager
+from datetime import datetime
+from typing import Any
+
+import asyncpg
+from typing_extensions import Unpack
+
+from streamworker import codec
+from streamworker.blocking import BackgroundLoop, refuse_on_loop
+from streamworker.broker import Broker
+from streamworker.errors import ConfigurationError, UsageError
+from streamworker.handlers import Payload
+from streamworker.job import Enqueued, Job
+from streamworker.jobs import JobOptions, make_job
+from streamworker.settings import Settings
+
+
+class Producer:
+    """Makes and enqueues jobs. An `App` says where they go."""
+
+    def __init__(self) -> None:
+        self._background: BackgroundLoop[Producer] | None = None
+        self._lock = threading.Lock()
+
+    def _outlet(self) -> tuple[Broker | None, Settings]:
+        """Where jobs go, ``None`` while the app is not open; and the settings in force."""
+        raise NotImplementedError
+
+    def _sibling(self) -> AbstractAsyncContextManager[Producer]:
+        """The same app, opened on another event loop."""
+        raise NotImplementedError
+
+    def job(self, payload: Payload, /, **options: Unpack[JobOptions]) -> Job:
+        """Make a job with options, for `enqueue_many`.
+
+        Args:
+            payload: its class names kind and queue.
+            options: see `JobOptions`.
+
+        Raises:
+            UsageError: an option makes no sense, or two contradict each other.
+            InvalidJob: the payload cannot be written as JSON.
+        """
+        return make_job(payload, **options)
+
+    async def enqueue(
+        self,
+        payload: Payload,
+        /,
+        *,
+        queue: str | None = None,
+        priority: str | int = "normal",
+        delay: float | None = None,
+        run_at: datetime | None = None,
+        key: str | None = None,
+        key_ttl: float | None = None,
+        headers: dict[str, Any] | None = None,
+        connection: asyncpg.Connection[asyncpg.Record] | None = None,
+    ) -> Enqueued:
+        """Enqueue one job.
+
+        Args:
+            payload: its class names kind and queue.
+            queue: another queue than the class names.
+            priority: ``high``, ``normal``, ``low``, or a number (up to 50 high, up to 150 normal, else low).
+            delay: seconds to wait from now on.
+            run_at: not before this moment; without a time zone it is UTC.
+            key: deduplication key: while it is remembered, enqueueing again gives the earlier job's id.
+            key_ttl: seconds the key is remembered; ``STREAMWORKER_KEY_TTL`` unless given.
+            headers: travel with the job; anything JSON can hold.
+            connection: an asyncpg connection in a transaction: the job commits or vanishes with the caller's rows.
+
+        Raises:
+            UsageError: the app is not open, or an option makes no sense.
+            PublishUncertain: the reply was lost; with ``key`` enqueueing again is safe.
+            JobTooLarge: the document exceeds ``STREAMWORKER_MAX_JOB_BYTES``.
+            Unreachable: no server answers.
+        """
+        options = JobOptions(
+            queue=queue, priority=priority, delay=delay, run_at=run_at, key=key, key_ttl=key_ttl, headers=headers
+        )
+        return (await self.enqueue_many([make_job(payload, **options)], connection=connection))[0]
+
+    async def enqueue_many(
+        self, jobs: Iterable[Payload | Job], /, *, connection: asyncpg.Connection[asyncpg.Record] | None = None
+    ) -> list[Enqueued]:
+        """Enqueue many jobs, up to a thousand per round trip; answers in order.
+
+        Args:
+            jobs: payloads, or jobs made with `job`.
+            connection: see `enqueue`.
+
+        Raises:
+            PublishUncertain: a reply was lost; some of the jobs may be queued.
+            JobTooLarge: a document exceeds ``STREAMWORKER_MAX_JOB_BYTES``; nothing was enqueued.
+        """
+        if connection is not None:
+            raise ConfigurationError(
+                "enqueue(connection=...) needs the PostgreSQL ledger, which this version does not have"
+            )
+        broker, settings = self._outlet()
+        if broker is None:
+            raise UsageError("the app is not open: enqueue inside `async with app:`")
+        made = (job if isinstance(job, Job) else make_job(job) for job in jobs)
+        packed = [codec.pack(job, max_bytes=settings.max_job_bytes, key_ttl=settings.key_ttl) for job in made]
+        return await broker.publish(packed) if packed else []
+
+    def enqueue_blocking(self, payload: Payload, /, **options: Unpack[JobOptions]) -> Enqueued:
+        """`enqueue` for sync code: a script, a thread, a sync handler.
+
+        Args:
+            payload: its class names kind and queue.
+            options: see `JobOptions`.
+
+        Raises:
+            UsageError: called on an event loop, which it would block; else what `enqueue` raises.
+        """
+        job = make_job(payload, **options)
+        refuse_on_loop("enqueue_blocking() would block this event loop: await enqueue() instead")
+        with self._lock:
+            if self._background is None or not self._background.alive:
+                self._background = BackgroundLoop(self._sibling)
+        return self._background.call(lambda sibling: sibling.enqueue_many([job]))[0]
