@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import secrets
-from collections import Counter
 from collections.abc import Collection, Sequence
 from time import monotonic
-from typing import Any, Final
+from typing import Any
 
-import anyio
 from redis.exceptions import ResponseError
 
 from streamworker.broker import scripts
@@ -16,18 +14,16 @@ from streamworker.broker.keys import QueueKeys
 from streamworker.broker.link import BLOCK, Link
 from streamworker.broker.order import Order
 from streamworker.broker.reactions import Reaction, reaction_to, row_of
+from streamworker.broker.taking import Taking
 from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable
-from streamworker.job import LEVELS, Claim, Level
+from streamworker.job import LEVELS, Claim
 from streamworker.policy import SUSPECT_DELIVERIES
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.broker")
 
-TROUBLE_PAUSE: Final = 60.0
-"""Seconds between complaints about a key that cannot be read."""
 
-
-class Intake:
+class Intake(Taking):
     """Claims entries of ``queues`` for one consumer.
 
     Args:
@@ -41,36 +37,11 @@ class Intake:
     def __init__(
         self, link: Link, queues: Sequence[tuple[QueueKeys, int | None]], *, group: str, lease: float, weighted: bool
     ) -> None:
-        self._link = link
-        self._keys = [keys for keys, _ in queues]
-        self._caps = [cap for _, cap in queues]
+        super().__init__(link, queues, lease=lease)
         self._group = group
-        self._lease = lease
         self._order = Order(len(queues), weighted=weighted)
         self._all = [keys.meta for keys in self._keys] + [stream for keys in self._keys for stream in keys.streams]
-        self.spots: Final[list[tuple[QueueKeys, Level, str]]] = [
-            (keys, level, keys.stream(level)) for keys in self._keys for level in LEVELS
-        ]
-        self.consumer = ""
         self.epochs: dict[str, bytes] = {}
-        self.missing = 0
-        """Entries that were deleted underneath their claim, since the start."""
-        self._sweep_at = [0.0] * len(self._keys)
-        self._unreadable_until: dict[str, float] = {}
-        self._paused: frozenset[int] = frozenset()
-        self._interrupted = anyio.Event()
-
-    async def claim(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:
-        """See `Broker.claim`."""
-        # Before the sweep, or the first command that gets through again would take everybody for dead.
-        self._rest_after_outage()
-        claims = await self.sweep(limit, running)
-        if len(claims) < limit:
-            claims += await self.take(limit - len(claims), [*running, *claims] if claims else running)
-        self._rest_after_outage()
-        if not claims and wait > 0 and not self._interrupted.is_set():
-            claims = await self.wait(wait, running)
-        return claims
 
     async def ensure(self, keys: QueueKeys) -> tuple[list[str], list[str]]:
         """Make a queue's streams and groups; returns foreign groups as "stream group", troubles as "stream error"."""
@@ -82,22 +53,6 @@ class Intake:
             [text.decode(errors="replace") for text in foreign],
             [text.decode(errors="replace") for text in trouble],
         )
-
-    def rest(self, seconds: float) -> None:
-        """Take nobody for dead for some seconds."""
-        self._sweep_at = [max(at, monotonic() + seconds) for at in self._sweep_at]
-
-    def _rest_after_outage(self) -> None:
-        """Nobody could renew meanwhile: no one is taken for dead before everyone had a lease to come back."""
-        if self._link.outage() > self._lease / 3:
-            self.rest(self._lease)
-
-    def interrupt(self) -> None:
-        """No claim waits any more."""
-        self._interrupted.set()
-
-    async def close(self) -> None:
-        """Nothing is left to end here; in a cluster there may be."""
 
     async def take(self, limit: int, running: Collection[Claim], *, healed: bool = False) -> list[Claim]:
         """New entries, in order."""
@@ -116,16 +71,6 @@ class Intake:
         if trouble and await self._heal(trouble) and not healed and len(claims) < limit:
             claims += await self.take(limit - len(claims), running, healed=True)
         return claims
-
-    def _allowances(self, limit: int, running: Collection[Claim]) -> list[int]:
-        """How many entries of each queue may be taken: a cap bounds what this worker runs of it."""
-        if not any(self._caps):
-            return [limit] * len(self._caps)
-        used = Counter(claim.queue for claim in running)
-        return [
-            limit if cap is None else max(0, cap - used[keys.queue])
-            for keys, cap in zip(self._keys, self._caps, strict=True)
-        ]
 
     async def _heal(self, trouble: list[tuple[int, bytes]]) -> bool:
         """Make missing groups anew; what cannot be healed is said now and then, and read around."""
@@ -152,12 +97,6 @@ class Intake:
                 with self._link.watched():
                     raise ResponseError(message)
         return healed
-
-    def _complain(self, key: str, message: str) -> None:
-        """Say now and then that a key cannot be used, and do not block on it meanwhile."""
-        if self._unreadable_until.get(key, 0.0) < monotonic():
-            log.error("key_unreadable", key=key, error=message)
-            self._unreadable_until[key] = monotonic() + TROUBLE_PAUSE
 
     async def sweep(self, limit: int, running: Collection[Claim]) -> list[Claim]:
         """Orphans, of the queues whose sweep is due."""
@@ -200,20 +139,12 @@ class Intake:
             claims.append(Claim(keys.queue, level, place, entry, count, body, epoch, bool(suspect)))
         return claims
 
-    async def wait(self, wait: float, running: Collection[Claim]) -> list[Claim]:
+    async def wait(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:  # noqa: ARG002 - one entry
         """Block until a new entry comes, at most until the next sweep is due."""
-        now = monotonic()
-        wait = max(0.01, min(wait, BLOCK, min(self._sweep_at) - now))
-        allowances = self._allowances(1, running)
-        open_ = {keys.queue for i, keys in enumerate(self._keys) if allowances[i] > 0 and i not in self._paused}
-        spots = {
-            place: (keys, level)
-            for keys, level, place in self.spots
-            if keys.queue in open_ and self._unreadable_until.get(place, 0.0) < now
-        }
-        if not spots:  # all paused, capped or unreadable: nothing to block on
-            with anyio.move_on_after(min(wait, 1.0)):
-                await self._interrupted.wait()
+        wait = max(0.01, min(wait, BLOCK, min(self._sweep_at) - monotonic()))
+        spots = self._open(running)
+        if not spots:
+            await self._idle(wait)
             return []
         command = ("XREADGROUP", "GROUP", self._group, self.consumer, "BLOCK", int(wait * 1000), "COUNT", 1, "STREAMS")
         try:

@@ -81,7 +81,7 @@ class Intakes:
                 claims += await part.take(limit - len(claims), [*running, *claims] if claims else running)
         self._rest_after_outage()
         if not claims and wait > 0 and not self._interrupted:
-            claims = await self._wait(wait, running)
+            claims = await self._wait(limit, wait, running)
         return claims
 
     async def ensure(self, keys: QueueKeys) -> tuple[list[str], list[str]]:
@@ -121,11 +121,11 @@ class Intakes:
                 claims += [] if read.cancelled() else read.result()
         return claims
 
-    async def _wait(self, wait: float, running: Collection[Claim]) -> list[Claim]:
+    async def _wait(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:
         # asyncio's own tasks: a read whose node hangs outlives this call, which no task group allows.
         for part in self._parts:
             if part not in self._reads:
-                self._reads[part] = asyncio.ensure_future(part.wait(wait, running))
+                self._reads[part] = asyncio.ensure_future(part.wait(limit, wait, running))
         try:
             await asyncio.wait(self._reads.values(), return_when=asyncio.FIRST_COMPLETED, timeout=wait + LAST_CALL)
             give_up = monotonic() + LAST_CALL

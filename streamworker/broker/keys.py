@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import ClassVar, Final, Literal
 
 import msgspec
 
@@ -15,6 +15,9 @@ class QueueKeys(msgspec.Struct, frozen=True):
     queue: str
     namespace: str = ""
 
+    shape: ClassVar[Literal["stream", "list"]] = "stream"
+    """What ready jobs lie in, as scripts are told it."""
+
     @property
     def base(self) -> str:
         """What all keys of the queue start with."""
@@ -23,6 +26,21 @@ class QueueKeys(msgspec.Struct, frozen=True):
     def ready(self, level: Level) -> str:
         """Where the ready jobs of a level lie."""
         return self.stream(level)
+
+    @property
+    def places(self) -> list[str]:
+        """Where ready jobs lie, in the order they are taken."""
+        return [self.ready(level) for level in LEVELS]
+
+    def adding(self, level: Level, body: bytes) -> tuple[str | bytes, ...]:
+        """The command that puts one job behind the others of its level."""
+        return ("XADD", self.ready(level), "*", "job", body)
+
+    @property
+    def types(self) -> dict[str, str]:
+        """The types of the keys that have one."""
+        ready = dict.fromkeys([*self.places, self.dead], self.shape)
+        return {**ready, self.dead: "stream", self.due: "zset", self.bodies: "hash", self.meta: "hash"}
 
     def stream(self, level: Level) -> str:
         """Ready jobs of a level."""
@@ -65,6 +83,8 @@ class ListKeys(QueueKeys, frozen=True):
     ``namespace`` does not go before them.
     """
 
+    shape: ClassVar[Literal["stream", "list"]] = "list"
+
     def ready(self, level: Level) -> str:
         """List with the ready jobs of a level: pushed left, taken right."""
         return f"queue:{self.queue}" if level == "normal" else f"queue:{self.queue}:{level}"
@@ -72,7 +92,11 @@ class ListKeys(QueueKeys, frozen=True):
     @property
     def lists(self) -> list[str]:
         """The three lists, in the order they are taken."""
-        return [self.ready(level) for level in LEVELS]
+        return self.places
+
+    def adding(self, level: Level, body: bytes) -> tuple[str | bytes, ...]:
+        """See `QueueKeys.adding`: what is taken from the right goes in at the left."""
+        return ("LPUSH", self.ready(level), body)
 
     def claimed(self, worker_id: str) -> str:
         """List: what a worker holds, in the order it was taken."""
@@ -82,6 +106,11 @@ class ListKeys(QueueKeys, frozen=True):
     def leases(self) -> str:
         """Sorted set: claim to the ms at which it was last renewed."""
         return f"{self.base}:leases"
+
+    @property
+    def types(self) -> dict[str, str]:
+        """See `QueueKeys.types`."""
+        return {**super().types, self.leases: "zset"}
 
 
 WORKER_KEY: Final = "streamworker:worker:"

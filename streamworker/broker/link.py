@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from time import monotonic
@@ -11,10 +11,11 @@ from typing import Any, Final
 from streamworker.broker import scripts
 from streamworker.broker.client import Address, understood
 from streamworker.broker.reactions import Reaction, reaction_to
-from streamworker.errors import StreamworkerError, Unreachable
+from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable
 
 BLOCK: Final = 5.0
 """Most seconds of one blocking read: Redis 6.2 does not tell a blocked reader that its stream is gone."""
+OLDEST_SERVER: Final = (6, 2)
 
 
 class Link:
@@ -29,6 +30,20 @@ class Link:
         self._down_since: float | None = None
         self._outage = 0.0
         self._moved = False
+
+    async def greet(self) -> float:
+        """Check the server; returns the seconds it has been up.
+
+        Raises:
+            ConfigurationError: it cannot be used.
+            Unreachable: none answers.
+        """
+        with self.watched():
+            info = await self.address.greet(self.commands)
+        version = str(info.get("redis_version", "0"))
+        if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_SERVER:
+            raise ConfigurationError(f"Redis at {self.address} is version {version}: streamworker needs 6.2 or newer")
+        return float(info.get("uptime_in_seconds", 0))
 
     def named(self, name: str) -> None:
         """From now on CLIENT LIST shows the reader and the lease thread's client under this name."""
@@ -78,6 +93,13 @@ class Link:
         except Unreachable:
             self.lease_client.connection_pool.disconnect()  # whatever it was: one connection, and nobody else's
             raise
+
+    def beat(self, key: str, lease: float, report: Mapping[str, str | int | float]) -> None:
+        """Write a heartbeat that lives for ``lease`` seconds, from the lease thread."""
+        args: list[Any] = [max(1000, int(lease * 1000))]
+        for name, value in report.items():
+            args += (name, value)
+        self.in_thread(scripts.BEAT, [key], args)
 
     async def fresh(self) -> None:
         """Give up connections to a server that is a replica by now: the next ones go where the address leads."""

@@ -17,7 +17,7 @@ from streamworker.broker.examine import examine
 from streamworker.broker.intake import document
 from streamworker.broker.keys import QueueKeys, worker_key
 from streamworker.broker.listings import PAGE, Desk
-from streamworker.broker.settle import settle
+from streamworker.broker.settle import StreamSender, settle
 from streamworker.broker.stream import StreamOptions
 from streamworker.errors import InvalidJob, StreamworkerError
 from streamworker.job import Claim, Dead, Depth, Done, ReleaseAt, Settled, Verdict
@@ -102,7 +102,8 @@ class StreamOperator:
             attempts = 0
         ending = Ending(claim, verdict, next_form, entry.job_id or "", entry.kind or "", attempts)
         with understood(self._address):
-            answers = await settle(self._commands, self._group, entry.worker_id, {place: keys}, [ending])
+            sender = StreamSender(self._commands, self._group, entry.worker_id)
+            answers = await settle(sender, {place: keys}, [ending])
         if answers == [Settled.REFUSED]:
             raise StreamworkerError(f"Redis at {self._address} is out of memory or refuses writes: nothing was changed")
         return answers == [Settled.SETTLED]
@@ -129,7 +130,7 @@ class StreamOperator:
         if not answer:
             return False
         # Now means now, also when no worker is there to look: it is first in the set, so that one batch takes it along.
-        await self._desk.run(scripts.PROMOTE, [keys.due, keys.bodies, *keys.streams], [PAGE])
+        await self._desk.run(scripts.PROMOTE, [keys.due, keys.bodies, *keys.places], [PAGE, keys.shape])
         return True
 
     async def forget(self, job: StoredJob) -> bool:
@@ -155,8 +156,8 @@ class StreamOperator:
                 f"the dead letter {job.handle} of {job.queue} has no field 'job' and cannot go back: drop it, "
                 "or enqueue its data anew"
             )
-        args = [job.handle, _refreshed(letter, letter.body)]
-        return bool(await self._desk.run(scripts.REPLAY, [keys.dead, keys.stream(letter.level)], args))
+        args = [job.handle, _refreshed(letter, letter.body), keys.shape]
+        return bool(await self._desk.run(scripts.REPLAY, [keys.dead, keys.ready(letter.level)], args))
 
     async def erase(self, job: StoredJob) -> bool:
         """See `Operator.erase`."""

@@ -1,4 +1,4 @@
-"""Storing new jobs: a plain XADD where that is enough, one script per queue for everything else."""
+"""Storing new jobs: one plain command where that is enough, one script per queue for everything else."""
 
 from __future__ import annotations
 
@@ -23,19 +23,25 @@ TRIES: Final = 3
 
 
 class Publisher:
-    """Stores jobs of any queue. Only jobs with a deduplication key are sent again after a lost reply."""
+    """Stores jobs of any queue. Only jobs with a deduplication key are sent again after a lost reply.
 
-    def __init__(self, client: Redis, address: object, namespace: str) -> None:
+    Args:
+        client: what to send with.
+        address: whose, for errors.
+        keys: the keys of a queue, by its name.
+    """
+
+    def __init__(self, client: Redis, address: object, keys: Callable[[str], QueueKeys]) -> None:
         self._client = client
         self._address = address
-        self._namespace = namespace
+        self._keys = keys
 
     async def publish(self, jobs: Sequence[Outgoing]) -> list[Enqueued]:
         """See `Broker.publish`."""
         if len(jobs) == 1 and _is_plain(jobs[0]):
             job = jobs[0]
-            stream = QueueKeys(job.queue, self._namespace).stream(job.level)
-            await self._send(lambda: self._client.execute_command("XADD", stream, "*", "job", job.body), 1)
+            command = self._keys(job.queue).adding(job.level, job.body)
+            await self._send(lambda: self._client.execute_command(*command), 1)
             return [Enqueued(job.id, new=True)]
         by_queue: dict[str, list[int]] = {}
         for index, job in enumerate(jobs):
@@ -44,13 +50,13 @@ class Publisher:
         for queue, indexes in by_queue.items():
             for start in range(0, len(indexes), BATCH):
                 batch = indexes[start : start + BATCH]
-                stored = await self._store(QueueKeys(queue, self._namespace), [jobs[index] for index in batch])
+                stored = await self._store(self._keys(queue), [jobs[index] for index in batch])
                 answers.update(zip(batch, stored, strict=True))
         return [answers[index] for index in range(len(jobs))]
 
     async def _store(self, keys: QueueKeys, jobs: list[Outgoing]) -> list[Enqueued]:
-        names = [*keys.streams, keys.due, keys.bodies]
-        args: list[Any] = []
+        names = [*keys.places, keys.due, keys.bodies]
+        args: list[Any] = [keys.shape]
         for job in jobs:
             key, member, when = 0, "", ""
             if job.key is not None:

@@ -1,4 +1,4 @@
-"""Ending claims in groups: one script a stream and kind of verdict, the finished ones first."""
+"""Ending claims in groups: one script a place and kind of verdict, the finished ones first."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import islice
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from streamworker.broker import Ending, scripts
 from streamworker.broker.keys import QueueKeys
@@ -24,16 +24,25 @@ def due_member(level: Level, job_id: str) -> str:
     return f"{level}/{job_id}/{secrets.token_hex(4)}"
 
 
-async def settle(
-    client: scripts.AsyncCaller, group: str, consumer: str, homes: Mapping[str, QueueKeys], items: Sequence[Ending]
-) -> list[Settled]:
-    """End claims of ``consumer``, each only if it still holds.
+class Sender(Protocol):
+    """Ends claims of one worker, all of one place; each answers 1 settled, 0 lost, 2 refused, in order."""
+
+    async def done(self, keys: QueueKeys, items: list[Ending]) -> list[int]:
+        """Delete what is finished."""
+
+    async def park(self, keys: QueueKeys, items: list[Ending]) -> list[int]:
+        """Store what goes on, then delete the claim."""
+
+    async def bury(self, keys: QueueKeys, items: list[Ending]) -> list[int]:
+        """Store a dead letter, then delete the claim."""
+
+
+async def settle(sender: Sender, homes: Mapping[str, QueueKeys], items: Sequence[Ending]) -> list[Settled]:
+    """End claims, each only if it still holds.
 
     Args:
-        client: the client to send with.
-        group: the consumer group.
-        consumer: whose claims these are.
-        homes: stream to the keys of its queue.
+        sender: whose claims these are, and what they lie in.
+        homes: place to the keys of its queue.
         items: what to end, and how.
     """
     groups: dict[tuple[int, str], list[int]] = {}
@@ -41,53 +50,76 @@ async def settle(
         verdict = item.verdict
         stage = 0 if isinstance(verdict, Done) else 2 if isinstance(verdict, Dead) else 1
         groups.setdefault((stage, item.claim.place), []).append(index)
+    stages = (sender.done, sender.park, sender.bury)
     results = [Settled.LOST] * len(items)
     for (stage, place), indexes in sorted(groups.items()):
-        keys = homes[place]
         for batch in _batches(indexes):
-            codes = await _SENDERS[stage](client, group, consumer, keys, [items[index] for index in batch])
+            codes = await stages[stage](homes[place], [items[index] for index in batch])
             for index, code in zip(batch, codes, strict=True):
                 results[index] = _CODES[code]
     return results
 
 
-async def _done(client: scripts.AsyncCaller, group: str, consumer: str, _: QueueKeys, items: list[Ending]) -> list[int]:
-    args: list[Any] = [group, consumer]
-    for item in items:
-        args += (item.claim.entry, item.claim.count)
-    return list(await scripts.DONE(client, [items[0].claim.place], args))
+class StreamSender:
+    """Claims in the pending lists of consumer groups; the fence is (consumer, delivery count).
+
+    Args:
+        client: what to send with.
+        group: the consumer group.
+        consumer: whose claims these are.
+    """
+
+    def __init__(self, client: scripts.AsyncCaller, group: str, consumer: str) -> None:
+        self._client, self._group, self._consumer = client, group, consumer
+
+    async def done(self, keys: QueueKeys, items: list[Ending]) -> list[int]:  # noqa: ARG002 - the stream is enough
+        """See `Sender.done`."""
+        args: list[Any] = [self._group, self._consumer]
+        for item in items:
+            args += (item.claim.entry, item.claim.count)
+        return list(await scripts.DONE(self._client, [items[0].claim.place], args))
+
+    async def park(self, keys: QueueKeys, items: list[Ending]) -> list[int]:
+        """See `Sender.park`."""
+        args: list[Any] = [self._group]
+        now = time.time()
+        for item in items:
+            claim = item.claim
+            args += (self._consumer, claim.entry, claim.count, *parking(item, now))
+        return list(await scripts.PARK(self._client, [items[0].claim.place, keys.due, keys.bodies], args))
+
+    async def bury(self, keys: QueueKeys, items: list[Ending]) -> list[int]:
+        """See `Sender.bury`."""
+        args: list[Any] = [self._group]
+        for item in items:
+            args += (self._consumer, item.claim.entry, item.claim.count, *obituary(item).values())
+        return list(await scripts.BURY(self._client, [items[0].claim.place, keys.dead], args))
 
 
-async def _park(
-    client: scripts.AsyncCaller, group: str, consumer: str, keys: QueueKeys, items: list[Ending]
-) -> list[int]:
-    args: list[Any] = [group]
-    now = time.time()
-    for item in items:
-        claim, verdict = item.claim, item.verdict
-        body = item.body if item.body is not None else claim.body
-        if not isinstance(verdict, RetryAt | ReleaseAt) or body is None:
-            raise StreamworkerError(f"an entry without a document cannot go on: {verdict}")
-        delay = -1 if verdict.at is None else max(0, round((verdict.at - now) * 1000))
-        args += (consumer, claim.entry, claim.count, delay, due_member(claim.level, item.job_id), body)
-    return list(await scripts.PARK(client, [items[0].claim.place, keys.due, keys.bodies], args))
+def parking(item: Ending, now: float) -> tuple[int, str, bytes]:
+    """How a job goes on: ms to wait (negative: ready at once), its member in the due set, its document."""
+    verdict = item.verdict
+    body = item.body if item.body is not None else item.claim.body
+    if not isinstance(verdict, RetryAt | ReleaseAt) or body is None:
+        raise StreamworkerError(f"an entry without a document cannot go on: {verdict}")
+    delay = -1 if verdict.at is None else max(0, round((verdict.at - now) * 1000))
+    return delay, due_member(item.claim.level, item.job_id), body
 
 
-async def _bury(
-    client: scripts.AsyncCaller, group: str, consumer: str, keys: QueueKeys, items: list[Ending]
-) -> list[int]:
-    args: list[Any] = [group]
-    now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    for item in items:
-        claim, verdict = item.claim, item.verdict
-        if not isinstance(verdict, Dead):
-            raise StreamworkerError(f"only the dead are buried, not {verdict}")
-        args += (consumer, claim.entry, claim.count, item.job_id, item.kind, claim.level)
-        args += (verdict.reason, verdict.error.encode(errors="backslashreplace"), item.attempts, now)
-    return list(await scripts.BURY(client, [items[0].claim.place, keys.dead], args))
-
-
-_SENDERS: Final = (_done, _park, _bury)
+def obituary(item: Ending) -> dict[str, Any]:
+    """What a dead letter tells of its job, in the order in which scripts take it."""
+    verdict = item.verdict
+    if not isinstance(verdict, Dead):
+        raise StreamworkerError(f"only the dead are buried, not {verdict}")
+    return {
+        "id": item.job_id,
+        "kind": item.kind,
+        "level": item.claim.level,
+        "reason": verdict.reason,
+        "error": verdict.error.encode(errors="backslashreplace"),
+        "attempts": item.attempts,
+        "failed_at": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+    }
 
 
 def _batches(indexes: Iterable[int]) -> Iterable[list[int]]:

@@ -12,12 +12,13 @@ import msgspec
 from streamworker.broker import Ending, scripts
 from streamworker.broker.bell import listen
 from streamworker.broker.client import Address
+from streamworker.broker.due import promote
 from streamworker.broker.intake import Intake, document
 from streamworker.broker.intakes import Intakes
 from streamworker.broker.keys import QueueKeys, worker_key
 from streamworker.broker.link import Link
 from streamworker.broker.publish import Publisher
-from streamworker.broker.settle import settle
+from streamworker.broker.settle import StreamSender, settle
 from streamworker.broker.tidy import tidy
 from streamworker.errors import ConfigurationError, Unreachable
 from streamworker.job import Claim, Depth, Enqueued, Outgoing, Settled
@@ -26,14 +27,7 @@ from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.broker")
 
-PROMOTE_BATCH: Final = 500
-"""Most due jobs one script call moves."""
-IDLE_TICK: Final = 5.0
-"""Most seconds between looks at the due sets; the bell tells of jobs that others park."""
-REFUSED_TICK: Final = 1.0
-"""Seconds before due jobs that a stream did not take are offered again."""
 RENEW_BATCH: Final = 500
-OLDEST_SERVER: Final = (6, 2)
 
 
 class StreamOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,7 +54,7 @@ class StreamBroker:
     def __init__(self, address: Address, options: StreamOptions) -> None:
         self._options = options
         self._link = Link(address)
-        self._publisher = Publisher(self._link.commands, address, options.namespace)
+        self._publisher = Publisher(self._link.commands, address, lambda queue: QueueKeys(queue, options.namespace))
         queues = [(QueueKeys(name, options.namespace), cap) for name, cap in options.queues]
         self._keys = [keys for keys, _ in queues]
         self._homes = {place: keys for keys in self._keys for place in keys.streams}
@@ -71,15 +65,9 @@ class StreamBroker:
 
     async def open(self) -> None:
         """See `Broker.open`."""
-        with self._link.watched():
-            info = await self._link.address.greet(self._link.commands)
-        version = str(info.get("redis_version", "0"))
-        if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_SERVER:
-            raise ConfigurationError(
-                f"Redis at {self._link.address} is version {version}: streamworker needs 6.2 or newer"
-            )
+        uptime = await self._link.greet()
         # After a restart everyone alive gets one lease to renew before anybody is taken for dead.
-        self._intake.rest(max(0.0, self._options.lease - float(info.get("uptime_in_seconds", 0))))
+        self._intake.rest(max(0.0, self._options.lease - uptime))
 
     async def join(self, worker_id: str) -> None:
         """See `Broker.join`."""
@@ -164,16 +152,14 @@ class StreamBroker:
 
     def beat(self, report: dict[str, str | int | float]) -> None:
         """See `Broker.beat`."""
-        args: list[Any] = [max(1000, int(self._options.lease * 1000))]
-        for name, value in report.items():
-            args += (name, value)
-        self._link.in_thread(scripts.BEAT, [worker_key(self._options.namespace, self._intake.consumer)], args)
+        self._link.beat(worker_key(self._options.namespace, self._intake.consumer), self._options.lease, report)
 
     async def settle(self, items: Sequence[Ending]) -> list[Settled]:
         """See `Broker.settle`."""
         await self._link.fresh()
         with self._link.watched():
-            return await settle(self._link.commands, self._options.group, self._intake.consumer, self._homes, items)
+            sender = StreamSender(self._link.commands, self._options.group, self._intake.consumer)
+            return await settle(sender, self._homes, items)
 
     async def strays(self, running: Collection[Claim]) -> list[Claim]:
         """See `Broker.strays`."""
@@ -192,25 +178,9 @@ class StreamBroker:
 
     async def tick(self) -> float:
         """See `Broker.tick`."""
-        # All queues in one call, unless a cluster keeps them in different slots.
-        together = [[keys] for keys in self._keys] if self._link.address.spread else [self._keys]
-        wait = min([await self._promote(queues) for queues in together], default=IDLE_TICK)
+        wait = await promote(self._link, self._keys)
         if monotonic() >= self._tidy_at:
             await self._tidy()
-        return wait
-
-    async def _promote(self, queues: Sequence[QueueKeys]) -> float:
-        names = [name for keys in queues for name in (keys.due, keys.bodies, *keys.streams)]
-        wait = IDLE_TICK
-        reply = await self._link.run(scripts.PROMOTE, names, [PROMOTE_BATCH])
-        for keys, (moved, soonest, refused) in zip(queues, reply, strict=True):
-            if refused:  # a key of a wrong type, or no memory: this queue's trouble alone
-                log.error("due_jobs_stuck", queue=keys.queue, error=refused.decode(errors="replace"))
-                wait = min(wait, REFUSED_TICK)
-            elif moved >= PROMOTE_BATCH:
-                wait = 0.0
-            elif soonest >= 0:
-                wait = min(wait, soonest / 1000)
         return wait
 
     async def _tidy(self) -> None:

@@ -1,14 +1,20 @@
--- promote: move due jobs to their streams, in bounded batches, by the server's clock. Nothing is decoded: the member names
+-- promote: move due jobs behind the ready ones of their level, in bounded batches, by the server's clock. Nothing is decoded: the member names
 -- the level. The growing write comes first: where it fails (out of memory, a wrong type), the job stays parked.
 --
--- KEYS     five a queue: due set, bodies hash, its streams high, normal, low
+-- KEYS     five a queue: due set, bodies hash, where its ready jobs lie: high, normal, low
 -- ARGV[1]  most jobs to move of each queue
+-- ARGV[2]  what ready jobs lie in: stream or list
 --
 -- returns one triple a queue: { moved, ms until its next job is due (-1: none), the error of a key that refused ("": none) }
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
 local function failed(reply) return type(reply) == 'table' and reply.err end
+
+local function add(target, body)
+  if ARGV[2] == 'list' then return redis.pcall('LPUSH', target, body) end
+  return redis.pcall('XADD', target, '*', 'job', body)
+end
 
 local function promote(k)
   local stream = { high = KEYS[k + 2], normal = KEYS[k + 3], low = KEYS[k + 4] }
@@ -19,7 +25,7 @@ local function promote(k)
     local body = redis.pcall('HGET', KEYS[k + 1], member)
     if failed(body) then return { moved, -1, body.err } end
     local target = stream[string.match(member, '^(%a+)/')] or KEYS[k + 3]
-    local added = body and redis.pcall('XADD', target, '*', 'job', body)
+    local added = body and add(target, body)
     if failed(added) then
       refused = added.err
     else

@@ -1,13 +1,14 @@
--- publish: store new jobs of one queue: on a stream, or parked until they are due. A deduplication key is written after its
+-- publish: store new jobs of one queue: behind the others of their level, or parked until they are due. A deduplication key is written after its
 -- job, and while it is remembered the earlier job's id is the answer. Repeating a call with a key is safe: the same id
 -- under the same key is our own first try. A job that becomes the first to be due rings the bell: a message with the ms
 -- until then, on the channel named like KEYS[4].
 --
--- KEYS[1..3]  streams: high, normal, low
+-- KEYS[1..3]  where ready jobs lie: high, normal, low
 -- KEYS[4]     due set
 -- KEYS[5]     bodies hash
 -- KEYS[6..]   deduplication keys
--- ARGV        seven a job: number of its stream in KEYS, when ("" now, "+ms" from now, "ms" since the epoch),
+-- ARGV[1]     what ready jobs lie in: stream or list
+-- ARGV[2..]   seven a job: number of its level's key in KEYS, when ("" now, "+ms" from now, "ms" since the epoch),
 --             member for the due set, number of its deduplication key in KEYS (0: none), ms to remember the key,
 --             job id, body
 --
@@ -22,7 +23,12 @@ local function earlier(key, id)
   return stored and (stored == id and 1 or stored) or nil
 end
 
-for i = 1, #ARGV, 7 do
+local function add(target, body)
+  if ARGV[1] == 'list' then return redis.call('LPUSH', target, body) end
+  return redis.call('XADD', target, '*', 'job', body)
+end
+
+for i = 2, #ARGV, 7 do
   local at, key, id, body = ARGV[i + 1], tonumber(ARGV[i + 3]), ARGV[i + 5], ARGV[i + 6]
   local known = earlier(key, id)
   if known then
@@ -37,7 +43,7 @@ for i = 1, #ARGV, 7 do
         redis.pcall('PUBLISH', KEYS[4], string.format('%d', due - now))
       end
     else
-      redis.call('XADD', KEYS[tonumber(ARGV[i])], '*', 'job', body)
+      add(KEYS[tonumber(ARGV[i])], body)
     end
     if key > 0 then redis.call('SET', KEYS[key], id, 'PX', ARGV[i + 4]) end
     result[#result + 1] = 1

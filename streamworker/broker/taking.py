@@ -1,0 +1,117 @@
+"""How a worker comes to jobs, whatever they lie in: orphans first, new ones in order, waiting when there is none."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from time import monotonic
+from typing import Final
+
+import anyio
+
+from streamworker.broker.keys import QueueKeys
+from streamworker.broker.link import Link
+from streamworker.job import LEVELS, Claim, Level
+from streamworker.telemetry.logs import get_logger
+
+log = get_logger("streamworker.broker")
+
+TROUBLE_PAUSE: Final = 60.0
+"""Seconds between complaints about a key that cannot be read."""
+
+
+class Taking:
+    """What all ways of taking share: caps, the pace of sweeps, rest after an outage, complaints about keys.
+
+    Args:
+        link: the connections.
+        queues: (keys, cap) in the order they are taken.
+        lease: seconds after which an unrenewed claim is an orphan.
+    """
+
+    def __init__(self, link: Link, queues: Sequence[tuple[QueueKeys, int | None]], *, lease: float) -> None:
+        self._link = link
+        self._keys: Final[list[QueueKeys]] = [keys for keys, _ in queues]
+        self._caps = [cap for _, cap in queues]
+        self._lease = lease
+        self.spots: Final[list[tuple[QueueKeys, Level, str]]] = [
+            (keys, level, keys.ready(level)) for keys in self._keys for level in LEVELS
+        ]
+        self.consumer = ""
+        self.missing = 0
+        """Jobs that were deleted underneath their claim, since the start."""
+        self._sweep_at = [0.0] * len(self._keys)
+        self._unreadable_until: dict[str, float] = {}
+        self._paused: frozenset[int] = frozenset()
+        self._interrupted = anyio.Event()
+
+    async def claim(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:
+        """See `Broker.claim`."""
+        # Before the sweep, or the first command that gets through again would take everybody for dead.
+        self._rest_after_outage()
+        claims = await self.sweep(limit, running)
+        if len(claims) < limit:
+            claims += await self.take(limit - len(claims), [*running, *claims] if claims else running)
+        self._rest_after_outage()
+        if not claims and wait > 0 and not self._interrupted.is_set():
+            claims = await self.wait(limit, wait, running)
+        return claims
+
+    async def sweep(self, limit: int, running: Collection[Claim]) -> list[Claim]:
+        """Orphans, of the queues whose sweep is due."""
+        raise NotImplementedError
+
+    async def take(self, limit: int, running: Collection[Claim]) -> list[Claim]:
+        """New jobs, in order."""
+        raise NotImplementedError
+
+    async def wait(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:
+        """Wait for a job, at most ``wait`` seconds."""
+        raise NotImplementedError
+
+    def rest(self, seconds: float) -> None:
+        """Take nobody for dead for some seconds."""
+        self._sweep_at = [max(at, monotonic() + seconds) for at in self._sweep_at]
+
+    def _rest_after_outage(self) -> None:
+        """Nobody could renew meanwhile: no one is taken for dead before everyone had a lease to come back."""
+        if self._link.outage() > self._lease / 3:
+            self.rest(self._lease)
+
+    def interrupt(self) -> None:
+        """No claim waits any more."""
+        self._interrupted.set()
+
+    async def close(self) -> None:
+        """End what still reads; call it when nothing is claimed any more."""
+
+    def _allowances(self, limit: int, running: Collection[Claim]) -> list[int]:
+        """How many jobs of each queue may be taken: a cap bounds what this worker runs of it."""
+        if not any(self._caps):
+            return [limit] * len(self._caps)
+        used = Counter(claim.queue for claim in running)
+        return [
+            limit if cap is None else max(0, cap - used[keys.queue])
+            for keys, cap in zip(self._keys, self._caps, strict=True)
+        ]
+
+    def _open(self, running: Collection[Claim]) -> dict[str, tuple[QueueKeys, Level]]:
+        """Where a job may be waited for: nothing paused, capped out or unreadable."""
+        now, allowances = monotonic(), self._allowances(1, running)
+        open_ = {keys.queue for i, keys in enumerate(self._keys) if allowances[i] > 0 and i not in self._paused}
+        return {
+            place: (keys, level)
+            for keys, level, place in self.spots
+            if keys.queue in open_ and self._unreadable_until.get(place, 0.0) < now
+        }
+
+    async def _idle(self, wait: float) -> None:
+        """Nothing can be waited for: all is paused, capped out or unreadable."""
+        with anyio.move_on_after(min(wait, 1.0)):
+            await self._interrupted.wait()
+
+    def _complain(self, key: str, message: str) -> None:
+        """Say now and then that a key cannot be used, and do not block on it meanwhile."""
+        if self._unreadable_until.get(key, 0.0) < monotonic():
+            log.error("key_unreadable", key=key, error=message)
+            self._unreadable_until[key] = monotonic() + TROUBLE_PAUSE
