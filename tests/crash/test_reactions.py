@@ -13,8 +13,8 @@ from streamworker.broker.reactions import TABLE, Reaction, reaction_to, row_of
 from streamworker.broker.stream import StreamBroker, StreamOptions
 from streamworker.errors import ConfigurationError, PublishUncertain, StreamworkerError, Unreachable
 from streamworker.job import Claim, Done
-from tests.conftest import Server, eventually
-from tests.contract.helpers import NORMAL, done, job, one, ripen, settle_one, sweep_soon
+from tests.conftest import Server, eventually, free_port
+from tests.contract.helpers import ENDINGS, NORMAL, done, job, one, ripen, settle_one, sweep_soon
 
 SAID = {
     "WRONGPASS": ["WRONGPASS invalid username-password pair or user is disabled.", "NOAUTH Authentication required."],
@@ -229,6 +229,36 @@ async def test_a_missing_permission_is_never_a_lost_claim(broker_factory, raw, r
             await settle_one(broker, done(claim))
     finally:
         raw.execute_command("ACL", "DELUSER", "w")
+
+
+@pytest.mark.parametrize("forgotten", ["group", "entry", "nothing"])
+async def test_a_replica_never_calls_a_claim_lost(broker_factory, raw, forgotten):
+    """A demoted master answers from its past, perhaps from somebody else's: that is READONLY, whatever it knows."""
+    try:
+        async with broker_factory("w", lease=30) as broker:
+            await broker.publish([job(str(n)) for n in range(4)])
+            claims = await broker.claim(4, 0, ())
+            if forgotten == "group":
+                raw.xgroup_destroy(NORMAL, "workers")
+            elif forgotten == "entry":
+                raw.xack(NORMAL, "workers", *(claim.entry for claim in claims))
+            raw.replicaof("127.0.0.1", free_port())
+            with pytest.raises(Unreachable, match="READONLY"):
+                await asyncio.to_thread(broker.renew, claims)
+            for ending in ENDINGS.values():
+                with pytest.raises(Unreachable, match="READONLY"):
+                    await broker.settle([ending(claim) for claim in claims])
+            with pytest.raises(Unreachable, match="READONLY"):
+                await broker.confirm(claims[0])
+            if forgotten != "nothing":
+                with pytest.raises(Unreachable, match="READONLY"):
+                    await broker.leave()
+            raw.replicaof("NO", "ONE")
+            assert sorted(map(repr, broker.renew(claims))) == sorted(
+                map(repr, claims if forgotten != "nothing" else [])
+            )
+    finally:
+        raw.replicaof("NO", "ONE")
 
 
 async def test_the_first_command_after_an_outage_takes_nobody_for_dead(own_server: Server):

@@ -7,6 +7,11 @@
 -- ARGV[4]  delivery count when it was reserved
 --
 -- returns 1 confirmed (the delivery count is one higher now), 0 lost
+-- A replica answers from its past; only who takes a write may say that a claim is lost. There is no entry 0-0.
+local proof = redis.pcall('XACK', KEYS[1], ARGV[1], '0-0')
+if type(proof) == 'table' and proof.err and string.find(proof.err, 'READONLY', 1, true) then
+  return redis.error_reply(proof.err)
+end
 local reply = redis.pcall('XPENDING', KEYS[1], ARGV[1], ARGV[3], ARGV[3], 1)
 if reply.err and not (string.find(reply.err, 'NOGROUP', 1, true) or string.find(reply.err, 'WRONGTYPE', 1, true)) then
   return redis.error_reply(reply.err) -- whose the claim is cannot be told: that is not lost

@@ -23,6 +23,13 @@ for i = 3, #ARGV, 2 do
     result[#result + 1] = 0
   end
 end
+if #ids < #result then
+  -- A replica answers from its past; only who takes a write may say that a claim is lost. There is no entry 0-0.
+  local proof = redis.pcall('XACK', KEYS[1], group, '0-0')
+  if type(proof) == 'table' and proof.err and string.find(proof.err, 'READONLY', 1, true) then
+    return redis.error_reply(proof.err)
+  end
+end
 if #ids > 0 then
   redis.call('XACK', KEYS[1], group, unpack(ids))
   redis.call('XDEL', KEYS[1], unpack(ids))

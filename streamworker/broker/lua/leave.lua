@@ -13,5 +13,10 @@ for _, stream in ipairs(KEYS) do
   end
   if not reply.err and reply[1] then return 0 end
 end
-for _, stream in ipairs(KEYS) do redis.pcall('XGROUP', 'DELCONSUMER', stream, ARGV[1], ARGV[2]) end
+for _, stream in ipairs(KEYS) do
+  local reply = redis.pcall('XGROUP', 'DELCONSUMER', stream, ARGV[1], ARGV[2])
+  if type(reply) == 'table' and reply.err and string.find(reply.err, 'READONLY', 1, true) then
+    return redis.error_reply(reply.err) -- a replica knows nothing of what is pending, nor forgets anybody
+  end
+end
 return 1

@@ -13,7 +13,7 @@
 local group = ARGV[1]
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local result = {}
+local result, settled = {}, 0
 
 local function failed(reply) return type(reply) == 'table' and reply.err end
 
@@ -40,9 +40,17 @@ for i = 2, #ARGV, 6 do
   elseif store(tonumber(ARGV[i + 3]), ARGV[i + 4], ARGV[i + 5]) then
     redis.call('XACK', KEYS[1], group, id)
     redis.call('XDEL', KEYS[1], id)
-    result[#result + 1] = 1
+    result[#result + 1], settled = 1, settled + 1
   else
     result[#result + 1] = 2
+  end
+end
+if settled < #result then
+  -- A replica answers from its past; only who takes a write may say that a claim is lost. There is no entry 0-0. Last,
+  -- because a script that has written once is not stopped any more when memory runs out.
+  local proof = redis.pcall('XACK', KEYS[1], group, '0-0')
+  if type(proof) == 'table' and proof.err and string.find(proof.err, 'READONLY', 1, true) then
+    return redis.error_reply(proof.err)
   end
 end
 return result

@@ -21,6 +21,13 @@ for i = 3, #ARGV, 2 do
     lost[#lost + 1] = id
   end
 end
+if #lost > 0 then
+  -- A replica answers from its past; only who takes a write may say that a claim is lost. There is no entry 0-0.
+  local proof = redis.pcall('XACK', KEYS[1], ARGV[1], '0-0')
+  if type(proof) == 'table' and proof.err and string.find(proof.err, 'READONLY', 1, true) then
+    return redis.error_reply(proof.err)
+  end
+end
 if #ids > 0 then
   ids[#ids + 1] = 'JUSTID'
   redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, unpack(ids))
