@@ -21,6 +21,7 @@ from streamworker.broker.stream import StreamBroker, StreamOptions
 from streamworker.errors import ConfigurationError, UsageError
 from streamworker.execute import Middleware
 from streamworker.handlers import Handlers
+from streamworker.postgres.migrate import Migrator, printed, shipped
 from streamworker.producing import Producer
 from streamworker.settings import EMBEDDED, Settings
 
@@ -174,6 +175,25 @@ class App(Handlers[S], Producer):
             stack.push_async_callback(operator.close)
             await operator.open()
             yield operator
+
+    @asynccontextmanager
+    async def migrator(self, settings: Settings | None = None) -> AsyncIterator[Migrator]:
+        """What brings the database's schema up to date, past any connection pooler.
+
+        Raises:
+            ConfigurationError: no database is named.
+        """
+        async with AsyncExitStack() as stack:
+            settings = self.resolve(settings)
+            url = settings.database_direct_url or settings.database_url
+            if url is None and settings.redis_url == EMBEDDED:
+                _, url = await self._servers(stack, settings, None)
+            yield Migrator(url or settings.require_database_url())
+
+    @staticmethod
+    def schema_sql() -> str:
+        """All migrations as SQL."""
+        return printed(shipped())
 
     async def _servers(
         self, stack: AsyncExitStack, settings: Settings, redis: Redis | str | None

@@ -10,15 +10,19 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
-from typing import Final
+from typing import Any, Final
+
+import anyio
+import msgspec
 
 from streamworker import embedded
+from streamworker.app import App
 from streamworker.cli.loading import HOW
 from streamworker.cli.options import WORKER, WorkerFlags
 from streamworker.cli.reload import Watch
 from streamworker.environment import PREFIX
 from streamworker.errors import ConfigurationError
-from streamworker.settings import EMBEDDED
+from streamworker.settings import EMBEDDED, Settings
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.dev")
@@ -50,8 +54,15 @@ def dev(app: str | None = None, *, flags: WorkerFlags = WORKER) -> int:
             # Held here, so that the servers outlive the restarts of the worker.
             servers = stack.enter_context(embedded.acquire(settings.state_dir))
             os.environ[f"{PREFIX}REDIS_URL"] = EMBEDDED
+            if settings.database_url is None:  # nobody else's: it may be brought up to date unasked
+                anyio.run(_migrate, msgspec.structs.replace(settings, redis_url=EMBEDDED))
             log.info("embedded_servers", redis_url=servers.redis_url, database_url=servers.database_url)
         return _Loop(Watch(Path.cwd()), settings.grace + PATIENCE).run()
+
+
+async def _migrate(settings: Settings) -> None:
+    async with App[Any](settings=settings).migrator(settings) as migrator:
+        await migrator.up()
 
 
 class _Loop:

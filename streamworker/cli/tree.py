@@ -40,6 +40,7 @@ _COMMANDS = (
     ("delayed", "delayed:delayed", LOOK, "Jobs that wait for their time: list, run, drop."),
     ("dead", "dead:dead", LOOK, "Jobs that failed for good: list, show, retry, drop."),
     ("workers", "workers:workers", LOOK, "Who works, and how busy they are: list, prune."),
+    ("migrate", "migrate:migrate", MORE, "The schema of the ledger in PostgreSQL: up, status, print."),
     ("check", "check:check", MORE, "Look for everything that loses jobs."),
     ("config", "config:config", MORE, "Show every setting, and where it came from."),
     ("completion", "completion:completion", MORE, "Print the completion script of a shell."),

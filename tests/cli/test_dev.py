@@ -54,6 +54,7 @@ def test_embedded(bare, project):
     bare.env["STREAMWORKER_STATE_DIR"] = str(project / "state")
     dev = bare.start("dev", "jobs:app")
     eventually_blocking(lambda: dev.saw("worker_ready"), 50)
+    assert dev.saw("0001_ledger")  # the embedded database is brought up to date unasked
     bare.ok("enqueue", "note.write", '{"text": "x"}', "--app", "jobs:app", REDIS_URL="embedded")
     eventually_blocking(lambda: bare.ok("queues", "notes", "--json", REDIS_URL="embedded").rows[0]["ready"] == 0, 20)
     assert dev.stop() == 0

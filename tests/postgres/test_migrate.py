@@ -1,0 +1,148 @@
+"""Migrations: once and in order, however many start at once; what drifted is told; print is SQL that works."""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable
+from streamworker.postgres.migrate import Migration, Migrator, load, printed, shipped
+
+ROOT = Path(__file__).parents[2]
+# A migration that takes long enough for others to arrive, and would fail if it ran twice.
+SLOW = Migration(
+    1,
+    "0001_slow",
+    "create schema if not exists streamworker; create table streamworker.once (x int); select pg_sleep(0.3);",
+)
+INDEX = Migration(
+    2, "0002_index", "-- transaction: off\ncreate index concurrently if not exists once_x on streamworker.once (x);"
+)
+
+
+def run(*words, **env):
+    clean = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith("STREAMWORKER_") and k not in ("DATABASE_URL", "REDIS_URL")
+    }
+    return subprocess.run([sys.executable, "-m", "streamworker", "migrate", *words], env={**clean, "PYTHONPATH": str(ROOT), **env},
+                          capture_output=True, text=True, timeout=30)  # fmt: skip
+
+
+async def test_five_migrators_at_once_apply_everything_once(empty_database):
+    results = await asyncio.gather(*(Migrator(empty_database, [SLOW, INDEX]).up() for _ in range(5)))
+    assert sorted(name for done in results for name in done) == ["0001_slow", "0002_index"]
+    assert [state.state for state in await Migrator(empty_database, [SLOW, INDEX]).status()] == ["applied", "applied"]
+
+
+def test_five_processes_at_once(empty_database):
+    code = textwrap.dedent("""
+        import anyio, sys
+        from streamworker.postgres.migrate import Migrator
+        print(*anyio.run(Migrator(sys.argv[1]).up))
+    """)
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, empty_database], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        for _ in range(5)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=30)[0].split() for process in processes]
+    assert [process.returncode for process in processes] == [0] * 5
+    assert sorted(name for words in said for name in words) == [each.name for each in shipped()]
+
+
+async def test_what_fails_leaves_nothing_behind_and_names_the_file(empty_database):
+    broken = Migration(
+        1, "0001_broken", "create schema if not exists streamworker; create table streamworker.a (x int); select 1/0;"
+    )
+    with pytest.raises(StreamworkerError, match="0001_broken: division by zero"):
+        await Migrator(empty_database, [broken]).up()
+    assert [state.state for state in await Migrator(empty_database, [broken]).status()] == ["missing"]
+    connection = await asyncpg.connect(empty_database)
+    assert await connection.fetchval("select to_regclass('streamworker.a')") is None
+    await connection.close()
+    assert await Migrator(empty_database, [Migration(1, "0001_broken", "select 1")]).up() == ["0001_broken"]
+
+
+async def test_a_changed_file_is_refused_in_one_sentence_and_nothing_more_is_applied(empty_database):
+    await Migrator(empty_database, [SLOW]).up()
+    changed = Migrator(empty_database, [Migration(1, "0001_slow", SLOW.sql + " "), INDEX])
+    with pytest.raises(ConfigurationError, match="0001_slow was changed after this database applied it: restore"):
+        await changed.up()
+    assert [state.state for state in await changed.status()] == ["drifted", "missing"]
+
+
+async def test_a_newer_release_is_no_trouble_for_an_older_one(empty_database):
+    await Migrator(empty_database, [SLOW, INDEX]).up()
+    older = Migrator(empty_database, [SLOW])
+    assert await older.up() == []
+    assert [state.state for state in await older.status()] == ["applied", "unknown"]
+
+
+async def test_a_server_that_is_not_there_and_a_database_that_is_not_there(empty_database, tmp_path):
+    with pytest.raises(Unreachable, match="PostgreSQL does not answer"):
+        await Migrator(f"postgresql://postgres@/x?host={tmp_path}&port=5432").up()
+    with pytest.raises(ConfigurationError, match="check DATABASE_URL"):
+        await Migrator(empty_database.replace("/test_", "/no_such_")).up()
+
+
+async def test_a_user_without_rights_is_told_what_is_missing_but_may_look_and_may_find_nothing_to_do(empty_database):
+    connection = await asyncpg.connect(empty_database)
+    await connection.execute("create role plain login")
+    try:
+        plain = Migrator(empty_database.replace("postgres@", "plain@"))
+        with pytest.raises(ConfigurationError, match="grant it to this user"):
+            await plain.up()
+        await Migrator(empty_database).up()
+        await connection.execute(
+            "grant usage on schema streamworker to plain; grant select on streamworker.schema_migrations to plain"
+        )
+        assert await plain.up() == []
+        assert {state.state for state in await plain.status()} == {"applied"}
+    finally:
+        await connection.execute("drop owned by plain; drop role plain")
+        await connection.close()
+
+
+def test_files_are_found_sorted_and_read_alike_with_any_line_ends(tmp_path):
+    (tmp_path / "0002_b.sql").write_bytes(b"select 2;\r\n")
+    (tmp_path / "0001_a.sql").write_bytes(b"-- transaction: off\nselect 1;\n")
+    (tmp_path / "README.md").write_text("no migration")
+    first, second = load(tmp_path)
+    assert (first.version, first.name, first.atomic) == (1, "0001_a", False)
+    assert second.checksum == Migration(2, "0002_b", "select 2;\n").checksum
+    assert [each.version for each in shipped()] == list(range(1, len(shipped()) + 1))
+
+
+async def test_print_is_sql_that_leaves_the_same_database(empty_database):
+    connection = await asyncpg.connect(empty_database)
+    await connection.execute(printed(shipped()))
+    await connection.close()
+    assert {state.state for state in await Migrator(empty_database).status()} == {"applied"}
+    assert await Migrator(empty_database).up() == []
+
+
+def test_the_command_line(empty_database):
+    env = {"DATABASE_URL": empty_database}
+    missing = run("status", "--json", **env)
+    assert missing.returncode == 1
+    assert {json.loads(line)["state"] for line in missing.stdout.splitlines()} == {"missing"}
+    assert "applied 0001_ledger" in run("up", **env).stdout
+    assert (
+        run(
+            "up", DATABASE_URL="postgresql://nobody@nowhere.invalid/x", STREAMWORKER_DATABASE_DIRECT_URL=empty_database
+        ).stdout
+        == "the schema is up to date\n"
+    )
+    assert run("status", **env).returncode == 0
+    assert run("print").stdout == printed(shipped())
+    none = run("up")
+    assert none.returncode == 78
+    assert "set DATABASE_URL" in none.stderr
+    assert len(none.stderr.splitlines()) == 1
