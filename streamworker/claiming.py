@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
+from time import monotonic
 from typing import Final
 
 import anyio
@@ -69,6 +70,10 @@ class Claimer:
         self._capped: list[Run] = []
         self._alone: Run | None = None
         self.ended: Final = anyio.Event()
+        self.asking_since: float | None = None
+        """When the claims began of which none has succeeded yet (time.monotonic); ``None`` while none is made."""
+        self.trouble: str | None = None
+        """Why the last turn failed."""
 
     async def run(self) -> None:
         """Claim; an error is logged and followed by a pause."""
@@ -77,8 +82,9 @@ class Claimer:
             try:
                 await self._turn()
                 pause.reset()
-                refusals = 0
+                refusals, self.trouble = 0, None
             except Exception as error:
+                self.trouble = str(error) or type(error).__name__
                 # The reply to a claim may have been lost: what it claimed is ours without our knowing.
                 self._reconcile = True
                 log.error("main_loop_error", error=str(error), type=type(error).__name__)
@@ -109,18 +115,22 @@ class Claimer:
         if self._capped:
             self._start_capped()
         if self._suspects:
+            self.asking_since = None
             await self._run_alone()
             return
+        self.asking_since = self.asking_since or monotonic()
         if self._reconcile:
             self._admit(await self._broker.strays(holdings))
             self._reconcile = False
         room = self._concurrency - holdings.busy
         if room <= 0 or len(holdings) - holdings.busy > UNSETTLED + self._concurrency:
+            self.asking_since = None
             await holdings.changed()
             return
         # Half the slots a turn at most, so that Redis fetches while Python runs what came before.
         limit = min(room, max(1, self._concurrency // 2))
         claims = await self._broker.claim(limit, 0 if self._burst or self._capped else BLOCK, holdings)
+        self.asking_since = None
         self._admit(claims)
         if self._capped and not claims:
             await holdings.changed(BLOCK)

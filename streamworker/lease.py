@@ -59,6 +59,10 @@ class LeaseKeeper:
         self._warned_at = 0.0
         self.loop_lag = 0.0
         """Seconds the event loop last took to answer."""
+        self.renewed_at: float | None = None
+        """When the server last answered this thread (time.monotonic)."""
+        self.trouble: str | None = None
+        """Why it did not the last time."""
 
     def start(self) -> None:
         """Start the thread; call it on the event loop."""
@@ -95,8 +99,10 @@ class LeaseKeeper:
                 self._call(lambda: self._lost(lost))
             self._broker.beat(self._report())
         except Exception as error:  # noqa: BLE001 - whatever it is, the leases run down: say it and try again
+            self.trouble = str(error) or type(error).__name__
             log.warning("renewal_failed", claims=len(claims), error=str(error))
             return False
+        self.renewed_at, self.trouble = monotonic(), None
         return True
 
     def _look_at_loop(self) -> None:

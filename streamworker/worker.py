@@ -22,6 +22,7 @@ from streamworker.context import Shared
 from streamworker.drain import HAND_BACK, UNWIND, drain, hand_back_strays
 from streamworker.errors import ConfigurationError, HandBackFailed, StuckThread, UsageError
 from streamworker.execute import Executor, Run
+from streamworker.health import Health
 from streamworker.holdings import Holdings
 from streamworker.identity import heartbeat, new_worker_id
 from streamworker.job import Claim, Interrupted
@@ -69,6 +70,7 @@ class QueueWorker:
         self._queues = [spec.name for spec in self._settings.queues] or app.handlers.queues
         self._error: StuckThread | HandBackFailed | ConfigurationError | None = None
         self._signal = 0
+        self._health = Health(self._settings, self.worker_id, self._stopping)
         self._started = time.time()
 
     # -- the lifecycle
@@ -99,6 +101,8 @@ class QueueWorker:
         try:
             async with AsyncExitStack() as stack:
                 try:
+                    stack.callback(self._health.close)
+                    self._health.open()
                     await self.initialize(stack)
                 except Exception as error:
                     log.error("worker_start_failed", worker_id=self.worker_id, error=str(error))
@@ -185,6 +189,7 @@ class QueueWorker:
         self._lease = LeaseKeeper(
             self._broker, lease=settings.lease, runs=self._holdings.snapshot, report=self._report, lost=self._on_lost
         )
+        self._health.watch(self._claimer, self._lease)
 
     async def _main(self) -> None:
         self._lease.start()

@@ -1,0 +1,104 @@
+"""/healthz and /readyz of one worker (``STREAMWORKER_HTTP``), answered by a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from time import monotonic
+from typing import Final
+
+import anyio
+import orjson
+
+from streamworker.claiming import Claimer
+from streamworker.lease import LeaseKeeper
+from streamworker.masking import redact
+from streamworker.settings import Settings
+from streamworker.telemetry.http import Answer, HttpThread, Route
+from streamworker.telemetry.vitals import Vitals, not_alive, not_ready
+
+ASK: Final = 0.5
+"""Seconds between two questions to the event loop whether it turns."""
+
+
+class Health:
+    """Serves a worker's health; does nothing where ``STREAMWORKER_HTTP`` is off.
+
+    Args:
+        settings: the worker's.
+        worker_id: told with every answer.
+        stopping: set when the worker drains.
+        more: other paths to serve, such as metrics.
+    """
+
+    def __init__(
+        self, settings: Settings, worker_id: str, stopping: anyio.Event, more: dict[str, Route] | None = None
+    ) -> None:
+        self._lease_seconds = settings.lease
+        self._worker_id = worker_id
+        self._stopping = stopping
+        self._claimer: Claimer | None = None
+        self._lease: LeaseKeeper | None = None
+        self._turned = monotonic()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        routes: dict[str, Route] = {
+            "/healthz": self._route(not_alive),
+            "/readyz": self._route(not_ready),
+            **(more or {}),
+        }
+        self._http = HttpThread(settings.http, routes, [self._ask_the_loop]) if settings.http is not None else None
+
+    def open(self) -> None:
+        """Start to answer; call it on the worker's event loop.
+
+        Raises:
+            ConfigurationError: the address cannot be listened on.
+        """
+        if self._http is not None:
+            self._loop, self._turned = asyncio.get_running_loop(), monotonic()
+            self._http.open()
+
+    def watch(self, claimer: Claimer, lease: LeaseKeeper) -> None:
+        """The groups are joined: from now on these two tell how the worker is."""
+        self._claimer, self._lease = claimer, lease
+
+    def close(self) -> None:
+        """Answer no more."""
+        if self._http is not None:
+            self._http.close()
+
+    def vitals(self) -> Vitals:
+        """How the worker is right now; may be called from any thread."""
+        now, claimer, lease = monotonic(), self._claimer, self._lease
+        silent = max(0.0, now - self._turned - ASK)
+        if claimer is None or lease is None:
+            return Vitals(phase="starting", lease=self._lease_seconds, loop_silent=silent)
+        asking, renewed = claimer.asking_since, lease.renewed_at
+        return Vitals(
+            phase="draining" if self._stopping.is_set() else "working",
+            lease=self._lease_seconds,
+            loop_silent=silent,
+            asking=now - asking if asking is not None else 0.0,
+            claim_trouble=claimer.trouble,
+            renewed=now - renewed if renewed is not None else None,
+            renewal_trouble=lease.trouble,
+        )
+
+    def _route(self, judge: Callable[[Vitals], str | None]) -> Route:
+        async def answer() -> Answer:
+            vitals = self.vitals()
+            why = judge(vitals)
+            told = {"ok": why is None, "phase": vitals.phase, "why": why and redact(why), "worker_id": self._worker_id}
+            return Answer(200 if why is None else 503, orjson.dumps(told) + b"\n")
+
+        return answer
+
+    async def _ask_the_loop(self) -> None:
+        while self._loop is not None:
+            with suppress(RuntimeError):  # it is closed: then nothing turns any more
+                self._loop.call_soon_threadsafe(self._answered)
+            await asyncio.sleep(ASK)
+
+    def _answered(self) -> None:
+        self._turned = monotonic()

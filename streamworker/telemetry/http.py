@@ -1,0 +1,156 @@
+"""A small HTTP server in a thread of its own, for probes: it answers while a handler blocks the worker's event loop.
+
+Only the standard library, only GET, one answer a connection. What it serves is a mapping of paths to async functions,
+which run on the thread's own event loop and must not touch the worker's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Final, NamedTuple, TypeAlias
+
+from streamworker.errors import ConfigurationError
+from streamworker.settings import Address
+from streamworker.telemetry.logs import get_logger
+
+log = get_logger("streamworker.http")
+
+PATIENCE: Final = 5.0
+"""Seconds one connection may take, from its first byte to our last."""
+CONNECTIONS: Final = 100
+"""Connections at once; more are closed unanswered."""
+HEAD: Final = 8192
+"""Bytes of a request's head."""
+_PHRASES: Final = {200: "OK", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed", 500: "Error"}
+
+
+class Answer(NamedTuple):
+    """What is sent back."""
+
+    status: int
+    body: bytes
+    content_type: str = "application/json"
+
+
+Route: TypeAlias = Callable[[], Awaitable[Answer]]
+Task: TypeAlias = Callable[[], Coroutine[Any, Any, None]]
+
+
+class HttpThread:
+    """Serves ``routes`` from `open` to `close`.
+
+    Args:
+        address: where to listen; port 0 takes any free one.
+        routes: path to what answers it.
+        tasks: run on the thread's loop as long as it serves.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        routes: Mapping[str, Route],
+        tasks: Sequence[Callable[[], Coroutine[Any, Any, None]]] = (),
+    ) -> None:
+        self._address = address
+        self._routes = routes
+        self._tasks = tasks
+        self._busy = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop = asyncio.Event()
+        self._thread: threading.Thread | None = None
+        self.port = 0
+
+    def open(self) -> None:
+        """Listen.
+
+        Raises:
+            ConfigurationError: the address cannot be listened on.
+        """
+        try:
+            family, *_, place = socket.getaddrinfo(*self._address, type=socket.SOCK_STREAM)[0]
+            listener = socket.create_server(place[:2], family=family)
+        except OSError as error:
+            raise ConfigurationError(
+                f"STREAMWORKER_HTTP={self._address} cannot be listened on ({error.strerror or error}): "
+                "choose another host:port, port 0 for any free one, or off"
+            ) from None
+        self.port = listener.getsockname()[1]
+        self._loop = loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._main, args=(loop, listener), name="streamworker-http", daemon=True)
+        self._thread.start()
+        log.info("http_listening", address=str(Address(self._address.host, self.port)), paths=sorted(self._routes))
+
+    def close(self) -> None:
+        """Stop listening; open connections are cut. May be called without `open`."""
+        if self._thread is not None and self._loop is not None:
+            with suppress(RuntimeError):  # the loop ended by itself
+                self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join(PATIENCE)
+            self._thread = None
+
+    def _main(self, loop: asyncio.AbstractEventLoop, listener: socket.socket) -> None:
+        with asyncio.Runner(loop_factory=lambda: loop) as runner:
+            runner.run(self._serve(listener))
+
+    async def _serve(self, listener: socket.socket) -> None:
+        server = await asyncio.start_server(self._connected, sock=listener, limit=HEAD)
+        tasks = [asyncio.create_task(task()) for task in self._tasks]
+        await self._stop.wait()
+        server.close()
+        for task in tasks:
+            task.cancel()
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._busy += 1
+        try:
+            if self._busy <= CONNECTIONS:
+                async with asyncio.timeout(PATIENCE):
+                    await self._answer(reader, writer)
+        except (OSError, TimeoutError, asyncio.CancelledError):
+            pass  # whoever asked has gone, or never finished asking; or we end
+        finally:
+            self._busy -= 1
+            writer.close()
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+        except asyncio.IncompleteReadError:
+            return
+        except asyncio.LimitOverrunError:
+            head = b""
+        words = head.partition(b"\r\n")[0].split(b" ")
+        if len(words) != 3 or not words[2].startswith(b"HTTP/1."):
+            method, answer = b"", Answer(400, b'{"ok":false,"why":"this is no HTTP request"}\n')
+        else:
+            method, answer = words[0], await self._look_up(words[0], words[1].partition(b"?")[0].decode("latin-1"))
+        phrase = _PHRASES.get(answer.status, "Service Unavailable")
+        lines = [
+            f"HTTP/1.1 {answer.status} {phrase}",
+            f"Content-Type: {answer.content_type}",
+            f"Content-Length: {len(answer.body)}",
+            "Cache-Control: no-store",
+            "Connection: close",
+            *(["Allow: GET, HEAD"] if answer.status == 405 else []),
+        ]
+        writer.write("\r\n".join(lines).encode() + b"\r\n\r\n" + (b"" if method == b"HEAD" else answer.body))
+        with suppress(OSError):
+            await writer.drain()
+
+    async def _look_up(self, method: bytes, path: str) -> Answer:
+        route = self._routes.get(path)
+        if route is None:
+            there = ", ".join(sorted(self._routes))
+            return Answer(404, f'{{"ok":false,"why":"there is only {there}"}}\n'.encode())
+        if method not in (b"GET", b"HEAD"):
+            return Answer(405, b'{"ok":false,"why":"only GET is served"}\n')
+        try:
+            return await route()
+        except Exception as error:
+            log.error("http_failed", path=path, error=str(error), type=type(error).__name__)
+            log.debug("http_failed_traceback", exc_info=error)
+            return Answer(500, b'{"ok":false,"why":"an error of ours, see the log"}\n')
