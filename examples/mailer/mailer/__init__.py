@@ -1,0 +1,1 @@
+"""An email pipeline on streamworker, small and complete: see the README beside it."""

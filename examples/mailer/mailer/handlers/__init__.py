@@ -1,0 +1,1 @@
+"""One file per queue. Each holds a group, ``Handlers[Services]``, that `mailer.app` includes."""
