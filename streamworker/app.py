@@ -14,7 +14,9 @@ from redis.asyncio import Redis
 from typing_extensions import TypeVar
 
 from streamworker import embedded
+from streamworker.bridging import Mover
 from streamworker.broker import Broker, Operator
+from streamworker.broker.bridge import BridgeOptions, ListBridge
 from streamworker.broker.client import Address
 from streamworker.broker.operate import StreamOperator
 from streamworker.broker.stream import StreamBroker, StreamOptions
@@ -98,7 +100,7 @@ class App(Handlers[S], Producer):
     # -- what producing needs
 
     def _outlet(self) -> tuple[Broker | None, Settings]:
-        return self._broker, self._in_force if self._broker is not None else self.resolve(None)
+        return self._broker, self._in_force
 
     def _sibling(self) -> AbstractAsyncContextManager[Producer]:
         settings = self._in_force if self._stack is not None else self.resolve(None)
@@ -194,6 +196,18 @@ class App(Handlers[S], Producer):
     def schema_sql() -> str:
         """All migrations as SQL."""
         return printed(shipped())
+
+    @asynccontextmanager
+    async def bridge(self, queues: Sequence[str] | None, settings: Settings | None = None) -> AsyncIterator[Mover]:
+        """What moves jobs out of lists into streams; ``queues=None`` takes all lists that look like a queue's."""
+        async with AsyncExitStack() as stack:
+            settings = self.resolve(settings)
+            address, _ = await self._servers(stack, settings, None)
+            chosen = tuple(queues) if queues is not None else None
+            bridge = ListBridge(address, BridgeOptions(queues=chosen, namespace=settings.namespace))
+            stack.push_async_callback(bridge.close)
+            await bridge.open()
+            yield bridge
 
     async def _servers(
         self, stack: AsyncExitStack, settings: Settings, redis: Redis | str | None

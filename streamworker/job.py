@@ -221,3 +221,25 @@ class Depth(msgspec.Struct, frozen=True):
     dead: int
     oldest_age: float | None
     paused: bool
+
+
+class Moved(msgspec.Struct, frozen=True):
+    """What one batch of a bridge did to one level of a queue.
+
+    Attributes:
+        queue: the queue's name.
+        level: high, normal or low.
+        jobs: how many were moved.
+        bytes: how many bytes they have.
+        left: how many wait to be moved.
+        trouble: why the next one cannot be moved; empty if it can.
+        lasting: people have to end that trouble.
+    """
+
+    queue: str
+    level: Level
+    jobs: int
+    bytes: int
+    left: int
+    trouble: str = ""
+    lasting: bool = False

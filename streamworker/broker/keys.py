@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar, Final, Literal
 
 import msgspec
@@ -111,6 +112,17 @@ class ListKeys(QueueKeys, frozen=True):
     def types(self) -> dict[str, str]:
         """See `QueueKeys.types`."""
         return {**super().types, self.leases: "zset"}
+
+
+_LIST: Final = re.compile(r"queue:([A-Za-z0-9._:-]{1,100}?)(?::(?:high|low))?")
+
+
+def queue_of_list(key: str) -> str | None:
+    """The queue whose ready jobs lie in a list of this name; ``None`` if it is no such name."""
+    match = _LIST.fullmatch(key)
+    if match is None or ":claimed:" in match[1] or match[1].endswith((":high", ":low")):
+        return None
+    return match[1]
 
 
 WORKER_KEY: Final = "streamworker:worker:"

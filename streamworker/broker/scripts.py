@@ -43,6 +43,7 @@ class Script:
 
 
 BEAT: Final = Script("beat")
+BRIDGE: Final = Script("bridge")
 BURY: Final = Script("bury")
 CLAIM: Final = Script("claim")
 CONFIRM: Final = Script("confirm")
@@ -57,7 +58,6 @@ PROMOTE: Final = Script("promote")
 PUBLISH: Final = Script("publish")
 RENEW: Final = Script("renew")
 REPLAY: Final = Script("replay")
-STORE: Final = Script("store")
 STRAYS: Final = Script("strays")
 SWEEP: Final = Script("sweep")
 UNPARK: Final = Script("unpark")

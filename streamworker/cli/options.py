@@ -33,12 +33,19 @@ def _queue(_: Any, name: str | None) -> None:
         raise ValueError("Use 1 to 100 of A-Z a-z 0-9 . _ : - and do not end in :high or :low.")
 
 
+def _queues(type_: Any, names: tuple[str, ...]) -> None:
+    for name in names:
+        _queue(type_, name)
+
+
 def _wait(_: Any, seconds: float | None) -> None:
     if seconds is not None and not 0 <= seconds <= LONGEST_WAIT:
         raise ValueError("Use seconds from 0 up to 100 years.")
 
 
 QueueName = Annotated[str | None, Parameter(validator=_queue)]
+QueueNames = Annotated[tuple[str, ...], Parameter(name="--queue", validator=_queues)]
+"""Queues, each with a flag of its own."""
 Seconds = Annotated[float, Parameter(validator=_wait)]
 """How long to wait, or how long ago."""
 

@@ -63,8 +63,18 @@ class Report:
 
     def write(self, text: str) -> None:
         """Write if that is still possible."""
-        try:
+        with self._tolerant():
             write(text)
+
+    def flush(self) -> None:
+        """Write what is still held back, if that is still possible."""
+        with self._tolerant():
+            flush()
+
+    @contextmanager
+    def _tolerant(self) -> Iterator[None]:
+        try:
+            yield
         except Unread:
             pass
         except StreamworkerError as error:
@@ -76,12 +86,7 @@ class Report:
         Raises:
             StreamworkerError: not all was said, although somebody may be waiting for it.
         """
-        try:
-            flush()
-        except Unread:
-            pass
-        except StreamworkerError as error:
-            self._trouble = error
+        self.flush()
         if self._trouble is not None:
             raise StreamworkerError(f"{self._trouble}; the work was done, but not all of it could be told")
 

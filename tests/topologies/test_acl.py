@@ -12,6 +12,7 @@ import pytest
 import redis
 
 from streamworker import App, Context, Discard, Payload, QueueWorker, Retry, Settings, Snooze
+from streamworker.bridging import Bridging
 from streamworker.broker.client import Address
 from streamworker.broker.operate import StreamOperator
 from streamworker.broker.stream import StreamOptions
@@ -25,10 +26,10 @@ Q = "stream:{q}"
 
 
 def acl_lines(namespace: str = "") -> list[list[str]]:
-    """The words of each line of the docs, with the namespace before its patterns."""
+    """The words of each line of the docs, with the namespace before its patterns, but the legacy lists'."""
     lines = re.findall(r"^ACL SETUSER (.+)$", DOCS.read_text(), re.MULTILINE)
-    assert [line.split()[0] for line in lines] == ["worker", "producer", "inspector"]
-    return [[re.sub(r"^([~&])", rf"\g<1>{namespace}", word) for word in line.split()] for line in lines]
+    assert [line.split()[0] for line in lines] == ["worker", "producer", "inspector", "bridge"]
+    return [[re.sub(r"^([~&])(?!queue:)", rf"\g<1>{namespace}", word) for word in line.split()] for line in lines]
 
 
 class Users:
@@ -190,6 +191,30 @@ async def test_an_inspector_lists_everything_and_changes_nothing(users, broker_o
             with pytest.raises(redis.ResponseError, match=r"(?i)permission|ACL failure|NOPERM"):
                 client.execute_command(*command)
     assert contents(users.raw) == before
+
+
+async def test_a_bridge_moves_jobs_and_does_nothing_else(users):
+    namespace, raw = users.namespace, users.raw
+    raw.lpush("queue:q", "1", "2")
+    async with App[Any](settings=Settings(redis_url=users.url("bridge"), namespace=namespace)).bridge(None) as mover:
+        bridging = Bridging(mover)
+        running = asyncio.create_task(bridging.run())
+        await eventually(lambda: raw.xlen(f"{namespace}{Q}") == 2)
+        await eventually(lambda: sum("b" in client["flags"] for client in raw.client_list()) == 3)
+        raw.lpush("queue:q:low", "3")
+        await eventually(lambda: raw.xlen(f"{namespace}{Q}:low") == 1)
+        bridging.stop()
+        await running
+    assert users.denials() == []
+    q = namespace + Q
+    with users.as_("bridge") as client:
+        for command in (
+            ("XREADGROUP", "GROUP", GROUP, "me", "STREAMS", q, ">"), ("DEL", q), ("XRANGE", q, "-", "+"), ("XDEL", q, "1-1"),
+            ("LRANGE", "queue:q", 0, -1), ("DEL", "queue:q"), ("FLUSHALL",), ("KEYS", "*"), ("XADD", "other", "*", "a", "b"),
+            ("HGETALL", f"{q}:bodies"), ("RPOP", "other"),
+        ):  # fmt: skip
+            with pytest.raises(redis.ResponseError, match=r"(?i)permission|ACL failure|NOPERM"):
+                client.execute_command(*command)
 
 
 def contents(raw: redis.Redis) -> dict[bytes, bytes]:

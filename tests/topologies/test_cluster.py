@@ -265,6 +265,15 @@ async def test_wrong_forms_are_said_in_one_sentence(masters, broker_of, redis_ur
             pass
 
 
+@pytest.mark.parametrize("form", ["redis+cluster", "redis"])
+async def test_the_bridge_refuses_a_cluster_in_one_sentence(masters, form):
+    """Whether the URL says so or not: a list and its stream lie on different nodes."""
+    url = masters.url if form == "redis+cluster" else f"redis://127.0.0.1:{masters.nodes[0].port}/0"
+    with pytest.raises(ConfigurationError, match="not for a Redis Cluster"):
+        async with App(settings=Settings(redis_url=url)).bridge(["q"]):
+            pass
+
+
 async def test_handlers_get_a_client_for_clusters_and_users_may_bring_one(masters):
     app = App(settings=Settings(redis_url=masters.url))
 

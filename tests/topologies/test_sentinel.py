@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
+from typing import Any
 
 import pytest
+import redis
 import redis.asyncio as aioredis
 
+from streamworker import App, Settings
+from streamworker.bridging import Bridging
 from streamworker.broker.client import Address
 from streamworker.errors import ConfigurationError, Unreachable
 from tests.conftest import eventually
@@ -47,6 +52,45 @@ async def test_a_demoted_master_is_left_for_the_new_one(sentinels):
             before = len(producer.acknowledged)
             await eventually(lambda: len(producer.acknowledged) > before + 50, 30)
         await eventually(lambda: set(producer.acknowledged) <= ran.keys(), 20)
+
+
+@pytest.mark.parametrize("how", ["killed", "demoted"])
+async def test_a_bridge_follows_the_master(sentinels, how):
+    old = sentinels.master
+    bridging = None
+    acknowledged: list[bytes] = []
+
+    def produce() -> None:
+        while len(acknowledged) < 2000:
+            name = b"%d" % len(acknowledged)
+            with suppress(redis.RedisError, OSError, StopIteration), sentinels.client() as client:
+                alone = how == "killed" and sentinels.master is not old
+                with client.pipeline(transaction=False) as pipe:
+                    pipe.lpush("queue:q", name)
+                    pipe.wait(0 if alone else 1, 1000)
+                    _, replicas = pipe.execute()
+                if alone or replicas:
+                    acknowledged.append(name)
+
+    async with App[Any](settings=Settings(redis_url=sentinels.url)).bridge(["q"]) as mover:
+        bridging = Bridging(mover)
+        running = asyncio.create_task(bridging.run())
+        producing = asyncio.create_task(asyncio.to_thread(produce))
+        await eventually(lambda: bridging.tally.jobs > 100)
+        if how == "killed":
+            old.kill()
+        else:
+            with sentinels.sentinels[0].client() as sentinel:
+                sentinel.execute_command("SENTINEL", "FAILOVER", "mymaster")
+        await eventually(lambda: sentinels.master is not old, 20)
+        await producing
+        with sentinels.client() as client:
+            await eventually(lambda: not client.exists("queue:q"), 60)
+            there = {fields[b"job"] for _, fields in client.xrange("stream:{q}")}
+        bridging.stop()
+        await running
+    # Replication is asynchronous: what the old master moved and had not passed on lies in the new one's list again.
+    assert set(acknowledged) <= there
 
 
 async def test_what_a_replica_refuses_is_sent_to_the_master(sentinels, broker_of):

@@ -1,6 +1,8 @@
 """Names of keys are pinned: other people's producers and dashboards rely on them."""
 
-from streamworker.broker.keys import ListKeys, QueueKeys
+import pytest
+
+from streamworker.broker.keys import ListKeys, QueueKeys, queue_of_list
 
 
 def test_streams_share_a_slot_and_a_namespace():
@@ -18,3 +20,30 @@ def test_lists_are_those_of_legacy_producers_and_all_else_is_where_stream_mode_h
     for name in ("streams", "due", "bodies", "dead", "meta"):
         assert getattr(keys, name) == getattr(streams, name)
     assert keys.key("k") == streams.key("k")
+
+
+@pytest.mark.parametrize(
+    ("key", "queue"),
+    [
+        ("queue:billing", "billing"),
+        ("queue:billing:high", "billing"),
+        ("queue:billing:low", "billing"),
+        ("queue:a:b", "a:b"),
+        ("queue:a.b-c_d:E", "a.b-c_d:E"),
+        ("queue:high", "high"),
+        ("queue:claimed:x", "claimed:x"),
+        ("queue:" + "q" * 100, "q" * 100),
+        ("queue:" + "q" * 100 + ":low", "q" * 100),
+        ("queue:billing:claimed:worker-host-1-abc", None),
+        ("queue:billing:high:low", None),
+        ("queue:" + "q" * 101, None),
+        ("queue:", None),
+        ("queue:with space", None),
+        ("queue:{tagged}", None),
+        ("queue:billing\n", None),
+        ("ns:queue:billing", None),
+        ("stream:{billing}", None),
+    ],
+)
+def test_lists_are_known_by_their_names(key, queue):
+    assert queue_of_list(key) == queue

@@ -1,0 +1,187 @@
+"""The bridge: out of the lists of legacy producers and of list mode, into the streams of the same level.
+
+Each batch is one script, so that a bridge may be killed at any moment, and any number of them may run. It reads no
+document: whatever lies in a list goes into the stream as it is, and what to make of it is for the worker to decide.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from time import monotonic
+from typing import Any, Final
+
+import anyio
+import msgspec
+from redis import exceptions as redis_errors
+
+from streamworker.broker import scripts
+from streamworker.broker.client import Address, clustered
+from streamworker.broker.doorbell import Doorbells
+from streamworker.broker.keys import ListKeys, queue_of_list
+from streamworker.broker.link import Link
+from streamworker.broker.reactions import Reaction, reaction_to
+from streamworker.errors import ConfigurationError
+from streamworker.job import LEVELS, Level, Moved
+from streamworker.telemetry.logs import get_logger
+
+log = get_logger("streamworker.broker")
+
+BATCH: Final = 500
+"""Most elements of one script call: a few milliseconds in which the server does nothing else."""
+BATCH_BYTES: Final = 1 << 20
+LANES: Final = 96
+"""Most lists of one script call, and most that have a doorbell: each is a connection."""
+SWEEP: Final = 5.0
+"""Seconds between looks at all lists: doorbells tell of new elements, and this of what they miss."""
+POLL: Final = 1.0
+"""The same where a list has no doorbell, or where something is stuck."""
+DISCOVER: Final = 5.0
+"""Seconds between looks for new queues, at least; and looking takes at most a fiftieth of the time."""
+COMPLAIN: Final = 60.0
+"""Seconds between complaints about one list."""
+CLUSTER: Final = (
+    "the bridge is not for a Redis Cluster, where a list and its stream lie on different nodes: let producers write to "
+    "the streams (XADD), or run it where the lists are on a single Redis or behind Sentinel"
+)
+_EVERYBODYS: Final = (Reaction.WAIT, Reaction.RECONNECT, Reaction.FATAL)
+"""Reactions to errors that are not about one list."""
+
+
+class BridgeOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What a bridge is told.
+
+    Attributes:
+        queues: whose lists; ``None`` for all lists whose name is that of a queue's.
+        namespace: goes before the streams; lists have none.
+    """
+
+    queues: tuple[str, ...] | None
+    namespace: str = ""
+
+
+class _Lane:
+    """One list, and the stream its elements go to."""
+
+    def __init__(self, queue: str, level: Level, list_: str, stream: str) -> None:
+        self.queue, self.level, self.list, self.stream = queue, level, list_, stream
+        self.awake, self.stuck = True, False
+        self.complain_at = 0.0
+
+
+class ListBridge:
+    """Moves elements of lists; see `streamworker.bridging.Mover`."""
+
+    def __init__(self, address: Address, options: BridgeOptions) -> None:
+        self._options = options
+        self._link = Link(address)
+        self._bells = Doorbells(self._link, LANES if options.queues is None else len(LEVELS) * len(options.queues))
+        self._lanes: deque[_Lane] = deque()
+        self._queues: set[str] = set()
+        self._sweep_at = self._discover_at = 0.0
+        self._interrupted = anyio.Event()
+
+    async def open(self) -> None:
+        """See `Mover.open`."""
+        if self._link.address.spread:
+            raise ConfigurationError(CLUSTER)
+        with self._link.watched():
+            info = await self._link.commands.info("server")
+        if clustered(info):
+            raise ConfigurationError(CLUSTER)
+        for queue in self._options.queues or ():
+            self._add(queue)
+
+    async def move(self, *, everything: bool = False) -> list[Moved]:
+        """See `Mover.move`."""
+        now = monotonic()
+        if self._options.queues is None and (everything or now >= self._discover_at):
+            await self._discover()
+        sweep = everything or now >= self._sweep_at
+        self._lanes.rotate(-1)  # a list that fills a whole batch must not keep others from theirs
+        lanes = [lane for lane in self._lanes if lane.awake or sweep]
+        moved: list[Moved] = []
+        for start in range(0, len(lanes), LANES):
+            moved += await self._batch(lanes[start : start + LANES])
+        if sweep:
+            self._sweep_at = now + POLL
+        return moved
+
+    async def wait(self) -> None:
+        """See `Mover.wait`."""
+        seconds = POLL if len(self._lanes) > LANES or any(lane.stuck for lane in self._lanes) else SWEEP
+        bells = sorted(lane.list for lane in self._lanes if not lane.stuck)[:LANES]
+        if not bells:
+            with anyio.move_on_after(seconds):
+                await self._interrupted.wait()
+        elif await self._bells.ring(bells, seconds):
+            for lane in self._lanes:
+                lane.awake = True
+
+    async def interrupt(self) -> None:
+        """See `Mover.interrupt`."""
+        self._interrupted.set()
+        await self._bells.unblock()
+
+    async def close(self) -> None:
+        """See `Mover.close`."""
+        await self._bells.close()
+        await self._link.close()
+
+    # -- which lists
+
+    def _add(self, queue: str) -> None:
+        keys = ListKeys(queue, self._options.namespace)
+        self._lanes += [_Lane(queue, level, keys.ready(level), keys.stream(level)) for level in LEVELS]
+        self._queues.add(queue)
+
+    async def _discover(self) -> None:
+        started = monotonic()
+        cursor: Any = 0
+        while True:
+            command = ("SCAN", cursor, "MATCH", "queue:*", "COUNT", 1000, "TYPE", "list")
+            with self._link.watched():
+                cursor, names = await self._link.commands.execute_command(*command)
+            for queue in {queue_of_list(name.decode(errors="replace")) for name in names}:
+                if queue is not None and queue not in self._queues:
+                    self._add(queue)
+                    log.info("bridge_found", queue=queue)
+            if not int(cursor):
+                break
+        self._discover_at = monotonic() + max(DISCOVER, 50 * (monotonic() - started))
+
+    # -- moving
+
+    async def _batch(self, lanes: Sequence[_Lane]) -> list[Moved]:
+        names = [name for lane in lanes for name in (lane.list, lane.stream)]
+        reply = await self._link.run(scripts.BRIDGE, names, [BATCH, BATCH_BYTES])
+        return [self._noted(lane, *row) for lane, row in zip(lanes, reply, strict=True)]
+
+    def _noted(self, lane: _Lane, jobs: int, size: int, left: int, error: bytes) -> Moved:
+        trouble = error.decode(errors="replace")
+        reaction = reaction_to(trouble) if trouble else None
+        if reaction in _EVERYBODYS:
+            with self._link.watched():
+                raise redis_errors.ResponseError(trouble)
+        if trouble and monotonic() >= lane.complain_at:
+            lane.complain_at = monotonic() + COMPLAIN
+            hint = _hint(lane, reaction, is_list=left >= 0)
+            log.error("bridge_stuck", queue=lane.queue, level=lane.level, error=trouble, hint=hint)
+        if not trouble:
+            lane.complain_at = 0.0
+        lane.stuck = bool(trouble)
+        # What was not empty is looked at once more before anybody waits for a ring: producers come in bursts.
+        lane.awake = not trouble and bool(jobs or left)
+        lasting = reaction in (Reaction.KEY, Reaction.REFUSE)
+        return Moved(lane.queue, lane.level, jobs, size, max(0, left), trouble, lasting)
+
+
+def _hint(lane: _Lane, reaction: Reaction | None, *, is_list: bool) -> str:
+    match reaction:
+        case Reaction.KEY:
+            key, kind = (lane.stream, "stream") if is_list else (lane.list, "list")
+            return f"the key {key} is not a {kind}: rename or delete it"
+        case Reaction.FULL:
+            return "nothing is lost: jobs are moved when there is room; let workers make some, or raise maxmemory"
+        case _:
+            return "nothing is lost: it is tried again"

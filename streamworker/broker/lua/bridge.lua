@@ -1,0 +1,37 @@
+-- bridge: move elements of lists to the streams of the same level: from the right end, the oldest, and byte for byte. The
+-- growing write comes first: where it fails, the element stays where it is, and so do those behind it. One call moves a
+-- bounded batch, so that the server is never busy for long.
+--
+-- KEYS     two a lane: list, stream
+-- ARGV[1]  most elements to move
+-- ARGV[2]  bytes after which no further element is moved
+--
+-- returns one quadruple a lane: { elements moved, their bytes, elements left (-1: unknown), the error of a key that refused
+--   ("": none) }
+local count, room = tonumber(ARGV[1]), tonumber(ARGV[2])
+
+local function failed(reply) return type(reply) == 'table' and reply.err end
+
+local function move(k)
+  -- Taking none first: whoever may not take must not add. A script that has written may also write on when memory is out:
+  -- moving does not grow, and if it stopped, workers of streams could not make room by working off what lies in lists.
+  local none = redis.pcall('RPOP', KEYS[k], 0)
+  if failed(none) then return { 0, 0, -1, none.err } end
+  local moved, bytes, refused = 0, 0, ''
+  while count > 0 and room > 0 do
+    local element = redis.call('LINDEX', KEYS[k], -1)
+    if not element then break end
+    local added = redis.pcall('XADD', KEYS[k + 1], '*', 'job', element)
+    if failed(added) then
+      refused = added.err
+      break
+    end
+    redis.call('RPOP', KEYS[k])
+    moved, bytes, count, room = moved + 1, bytes + #element, count - 1, room - #element
+  end
+  return { moved, bytes, redis.call('LLEN', KEYS[k]), refused }
+end
+
+local result = {}
+for k = 1, #KEYS, 2 do result[#result + 1] = move(k) end
+return result
