@@ -1,0 +1,93 @@
+"""A software bill of materials (CycloneDX 1.6, JSON) of the environment it runs in: Python packages and Debian's.
+
+``python tools/sbom.py FILE``. Only the standard library, so that making the list adds nothing to it. Without times and
+random numbers: the same image gives the same list.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Iterator
+from importlib.metadata import Distribution, distributions
+from pathlib import Path
+from typing import Any
+
+DPKG = Path("/var/lib/dpkg/status")
+
+
+def python_packages() -> Iterator[dict[str, Any]]:
+    """Every installed distribution, with the licence it declares."""
+    found: dict[str, Distribution] = {each.metadata["Name"].lower().replace("_", "-"): each for each in distributions()}
+    for name, each in sorted(found.items()):
+        purl = f"pkg:pypi/{name}@{each.version}"
+        component: dict[str, Any] = {
+            "type": "library",
+            "bom-ref": purl,
+            "name": name,
+            "version": each.version,
+            "purl": purl,
+        }
+        expression, licence = each.metadata.get("License-Expression"), each.metadata.get("License")
+        if expression:
+            component["licenses"] = [{"expression": expression}]
+        elif licence and "\n" not in licence:
+            component["licenses"] = [{"license": {"name": licence}}]
+        yield component
+
+
+def debian_packages(status: Path = DPKG) -> Iterator[dict[str, Any]]:
+    """Every installed package of the base image; none where dpkg is not.
+
+    Args:
+        status: dpkg's list.
+    """
+    if not status.exists():
+        return
+    for paragraph in status.read_text(encoding="utf-8").split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in paragraph.splitlines() if ": " in line and line[0] != " ")
+        if not fields.get("Status", "").endswith(" installed"):
+            continue
+        name, version = fields["Package"], fields["Version"]
+        purl = f"pkg:deb/debian/{name}@{version.replace('+', '%2B').replace(':', '%3A')}?arch={fields['Architecture']}"
+        yield {"type": "library", "bom-ref": purl, "name": name, "version": version, "purl": purl}
+
+
+def bill() -> dict[str, Any]:
+    """The document."""
+    ours = next((each for each in python_packages() if each["name"] == "streamworker"), {"version": "0"})
+    interpreter = {
+        "type": "platform",
+        "bom-ref": f"pkg:generic/python@{platform.python_version()}",
+        "name": "python",
+        "version": platform.python_version(),
+    }
+    return {
+        "bomFormat": "CycloneDX",
+        "specVersion": "1.6",
+        "version": 1,
+        "metadata": {
+            "component": {
+                "type": "container",
+                "bom-ref": "image",
+                "name": "streamworker",
+                "version": ours["version"],
+            }
+        },
+        "components": [interpreter, *python_packages(), *debian_packages()],
+    }
+
+
+def main() -> int:
+    """Write the document to the file that is named, or to standard output."""
+    text = json.dumps(bill(), indent=1) + "\n"
+    if len(sys.argv) > 1:
+        Path(sys.argv[1]).write_text(text, encoding="utf-8")
+    else:
+        sys.stdout.write(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
