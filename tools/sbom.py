@@ -17,22 +17,22 @@ from typing import Any
 DPKG = Path("/var/lib/dpkg/status")
 
 
+def library(purl: str, name: str, version: str) -> dict[str, Any]:
+    """One component."""
+    return {"type": "library", "bom-ref": purl, "name": name, "version": version, "purl": purl}
+
+
 def python_packages() -> Iterator[dict[str, Any]]:
     """Every installed distribution, with the licence it declares."""
     found: dict[str, Distribution] = {each.metadata["Name"].lower().replace("_", "-"): each for each in distributions()}
     for name, each in sorted(found.items()):
         purl = f"pkg:pypi/{name}@{each.version}"
-        component: dict[str, Any] = {
-            "type": "library",
-            "bom-ref": purl,
-            "name": name,
-            "version": each.version,
-            "purl": purl,
-        }
-        expression, licence = each.metadata.get("License-Expression"), each.metadata.get("License")
-        if expression:
+        component = library(purl, name, each.version)
+        declared = each.metadata.json  # unlike `metadata[...]`, a field may be missing here
+        expression, licence = declared.get("license_expression"), declared.get("license")
+        if isinstance(expression, str):
             component["licenses"] = [{"expression": expression}]
-        elif licence and "\n" not in licence:
+        elif isinstance(licence, str) and licence and "\n" not in licence:
             component["licenses"] = [{"license": {"name": licence}}]
         yield component
 
@@ -51,7 +51,7 @@ def debian_packages(status: Path = DPKG) -> Iterator[dict[str, Any]]:
             continue
         name, version = fields["Package"], fields["Version"]
         purl = f"pkg:deb/debian/{name}@{version.replace('+', '%2B').replace(':', '%3A')}?arch={fields['Architecture']}"
-        yield {"type": "library", "bom-ref": purl, "name": name, "version": version, "purl": purl}
+        yield library(purl, name, version)
 
 
 def bill() -> dict[str, Any]:

@@ -1,0 +1,117 @@
+"""compose.yaml, .env.example and the Dockerfile agree with the program and with each other. `./dev containers` runs them."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from streamworker import settings
+from streamworker.drain import HAND_BACK, UNWIND
+from streamworker.setting_rules import to_text
+from streamworker.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+COMPOSE = (ROOT / "compose.yaml").read_text()
+EXAMPLE = (ROOT / ".env.example").read_text()
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+
+# Where the containers decide: the two URLs are made of passwords and names, health has a port of its own inside, and
+# nothing embedded runs there.
+DECIDED = {"REDIS_URL", "DATABASE_URL", "STREAMWORKER_REDIS_URL", "STREAMWORKER_DATABASE_URL", "STREAMWORKER_HTTP", "STREAMWORKER_STATE_DIR"}  # fmt: skip
+
+LINE = re.compile(r"^(#?)([A-Z_]+)=(.*)$", re.MULTILINE)
+USED = re.compile(r"\$\{([A-Z_]+)(?::([-?])([^}]*))?\}")
+
+
+def example():
+    """Name to (whether it is commented out, value)."""
+    lines = LINE.findall(EXAMPLE)
+    assert len(lines) == len({name for _, name, _ in lines})
+    return {name: (bool(comment), value) for comment, name, value in lines}
+
+
+def test_every_setting_is_explained_and_passes_through():
+    passed = yaml.safe_load(COMPOSE)["x-streamworker"]["environment"]
+    known = set(settings._KNOWN) - DECIDED - set(settings._READ_ELSEWHERE)
+    assert known <= set(example())
+    assert known <= set(passed)
+    ours = {name for name in {*example(), *passed} if name.startswith("STREAMWORKER_")} - {"STREAMWORKER_IMAGE"}
+    assert ours <= set(settings._KNOWN)
+
+
+@pytest.mark.parametrize(
+    "name", sorted(set(settings._RULES) - {"redis_url", "database_url", "http", "state_dir", "app"})
+)
+def test_the_defaults_that_are_shown_are_the_programs(name):
+    commented, value = example()[f"STREAMWORKER_{name.upper()}"]
+    assert commented
+    assert value == to_text(getattr(Settings(), name))
+
+
+def test_every_variable_of_compose_is_explained_with_its_default():
+    used = {name: (kind, default) for name, kind, default in USED.findall(COMPOSE)}
+    for name, (kind, default) in used.items():
+        commented, value = example()[name]
+        assert commented == (kind != "?"), name
+        if kind == "-":
+            assert value == default, name
+    passed = {name for name, value in yaml.safe_load(COMPOSE)["x-streamworker"]["environment"].items() if value is None}
+    assert set(example()) == set(used) | passed
+
+
+def test_every_variable_has_words_before_it():
+    for block in re.split(r"\n\n+", EXAMPLE):
+        lines = block.strip().splitlines()
+        assert lines[0].startswith("# "), block
+
+
+def test_no_password_has_a_default():
+    assert {name for name, (commented, value) in example().items() if not commented and value == ""} == {
+        "REDIS_PASSWORD",
+        "POSTGRES_PASSWORD",
+    }
+
+
+def test_the_engine_waits_longer_than_a_drain_takes():
+    waits = float(example()["WORKER_STOP_GRACE_PERIOD"][1].removesuffix("s"))
+    assert waits > Settings().grace + HAND_BACK + UNWIND
+
+
+def test_redis_never_drops_jobs():
+    command = yaml.safe_load(COMPOSE)["services"]["redis"]["command"]
+    options = dict(zip(command[1::2], command[2::2], strict=True))
+    assert options["--maxmemory-policy"] == "noeviction"
+    assert options["--appendonly"] == "yes"
+
+
+def test_all_our_containers_are_locked_down_alike():
+    for name, service in yaml.safe_load(COMPOSE)["services"].items():
+        if name not in ("redis", "postgres"):
+            assert service["read_only"] is True
+            assert service["cap_drop"] == ["ALL"]
+            assert service["security_opt"] == ["no-new-privileges:true"]
+            assert service["image"] == "${STREAMWORKER_IMAGE:-streamworker:example}"
+
+
+def test_base_images_are_the_three():
+    bases = set(re.findall(r"^FROM (\S+:\S+)", DOCKERFILE, re.MULTILINE))
+    images = {service["image"] for service in yaml.safe_load(COMPOSE)["services"].values()}
+    assert bases | {image for image in images if "STREAMWORKER_IMAGE" not in image} == {"python:3.13-slim", "redis:8", "postgres:17"}  # fmt: skip
+
+
+def test_what_the_dockerfile_copies_is_let_through_and_nothing_else():
+    copied = {
+        word for line in re.findall(r"^COPY (?!--from)(.*)$", DOCKERFILE, re.MULTILINE) for word in line.split()[:-1]
+    }
+    ignore = (ROOT / ".dockerignore").read_text().splitlines()
+    assert ignore[1] == "*"
+    assert {line[1:] for line in ignore if line.startswith("!")} == copied
+    assert all((ROOT / word).exists() for word in copied)
+
+
+def test_the_python_of_the_image_is_one_we_support():
+    version = re.search(r"FROM python:(3\.\d+)-slim", DOCKERFILE)[1]
+    classifiers = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["classifiers"]
+    assert f"Programming Language :: Python :: {version}" in classifiers
