@@ -39,9 +39,9 @@ crash *args:
 soak *args:
     @python -m tests.crash.soak "$@"
 
-# Jobs a second of one worker process, as a share of a bare loop in the same run
+# How fast, beside a bare loop in the same run (./dev bench throughput --rounds 3); --json and --svg write files
 bench *args:
-    @python -m benchmarks.throughput "$@"
+    @python -m benchmarks "$@"
 
 # ruff: rules and formatting
 lint:

@@ -100,7 +100,7 @@ class App(Handlers[S], Producer):
     # -- what producing needs
 
     def _outlet(self) -> tuple[Broker | None, Settings]:
-        return self._broker, self._in_force
+        return self._broker, self._in_force if self._broker is not None else self.resolve(None)
 
     def _sibling(self) -> AbstractAsyncContextManager[Producer]:
         settings = self._in_force if self._stack is not None else self.resolve(None)

@@ -57,6 +57,15 @@ def make_job(payload: Payload, **options: Unpack[JobOptions]) -> Job:
         UsageError: an option makes no sense, or two contradict each other.
         InvalidJob: the payload cannot be written as JSON.
     """
+    if not options:  # bulk: there is nothing to check
+        type_ = type(payload)
+        return Job(
+            id=codec.new_id(),
+            queue=type_.__queue__,
+            kind=type_.__kind__,
+            payload=codec.encode_payload(payload),
+            created_at=datetime.now(UTC),
+        )
     delay, run_at = options.get("delay"), options.get("run_at")
     key, ttl = options.get("key"), options.get("key_ttl")
     for name, kinds in _KINDS.items():

@@ -14,10 +14,11 @@ from typing_extensions import Unpack
 from streamworker import codec
 from streamworker.blocking import BackgroundLoop, refuse_on_loop
 from streamworker.broker import Broker
-from streamworker.errors import ConfigurationError, UsageError
+from streamworker.errors import UsageError
 from streamworker.handlers import Payload
 from streamworker.job import Enqueued, Job
 from streamworker.jobs import JobOptions, make_job
+from streamworker.postgres import outbox
 from streamworker.settings import Settings
 
 
@@ -29,7 +30,7 @@ class Producer:
         self._lock = threading.Lock()
 
     def _outlet(self) -> tuple[Broker | None, Settings]:
-        """Where jobs go, ``None`` while the app is not open; and the settings in force."""
+        """Where jobs go, ``None`` while the app is not open; and the settings in force, or that would be."""
         raise NotImplementedError
 
     def _sibling(self) -> AbstractAsyncContextManager[Producer]:
@@ -80,6 +81,7 @@ class Producer:
             UsageError: the app is not open, or an option makes no sense.
             PublishUncertain: the reply was lost; with ``key`` enqueueing again is safe.
             JobTooLarge: the document exceeds ``STREAMWORKER_MAX_JOB_BYTES``.
+            ConfigurationError: the database of ``connection`` has no schema streamworker.
             Unreachable: no server answers.
         """
         options = JobOptions(
@@ -92,6 +94,8 @@ class Producer:
     ) -> list[Enqueued]:
         """Enqueue many jobs, up to a thousand per round trip; answers in order.
 
+        With ``connection`` the app need not be open: Redis is not asked.
+
         Args:
             jobs: payloads, or jobs made with `job`.
             connection: see `enqueue`.
@@ -100,14 +104,12 @@ class Producer:
             PublishUncertain: a reply was lost; some of the jobs may be queued.
             JobTooLarge: a document exceeds ``STREAMWORKER_MAX_JOB_BYTES``; nothing was enqueued.
         """
-        if connection is not None:
-            raise ConfigurationError(
-                "enqueue(connection=...) needs the PostgreSQL ledger, which this version does not have"
-            )
         broker, settings = self._outlet()
+        made = [job if isinstance(job, Job) else make_job(job) for job in jobs]
+        if connection is not None:
+            return await outbox.enqueue(connection, made, max_bytes=settings.max_job_bytes, key_ttl=settings.key_ttl)
         if broker is None:
             raise UsageError("the app is not open: enqueue inside `async with app:`")
-        made = (job if isinstance(job, Job) else make_job(job) for job in jobs)
         packed = [codec.pack(job, max_bytes=settings.max_job_bytes, key_ttl=settings.key_ttl) for job in made]
         return await broker.publish(packed) if packed else []
 

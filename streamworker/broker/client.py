@@ -33,6 +33,7 @@ from streamworker.broker.sentinel import (
     Sentinels,
 )
 from streamworker.broker.slots import Slots, slot_of
+from streamworker.broker.wires import Wire, Wires
 from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable
 
 COMMAND_TIMEOUT: Final = 5.0
@@ -189,8 +190,19 @@ class Address:
         return self._reader(block, control)
 
     def _reader(self, block: float, control: aioredis.Redis) -> Reader:
-        connection = self._async(socket_timeout=block + BLOCK_SLACK, retry=Retry(NoBackoff(), 0), **self._options())
-        return Reader(connection, control)
+        return Reader(Wire(self._connection(), block + BLOCK_SLACK), control)
+
+    def wires(self, size: int = POOL_SIZE) -> Wires | ClusterClient:
+        """What sends commands of the hot path; in a cluster there is no short cut."""
+        if self._slots is not None:
+            return ClusterClient(self._slots, lambda host: self.at(host).commands(size))
+        return Wires(self._connection, size, COMMAND_TIMEOUT)
+
+    def _connection(self) -> aioredis.Connection:
+        connection: aioredis.Connection = self._async(
+            socket_timeout=COMMAND_TIMEOUT, retry=Retry(NoBackoff(), 0), **self._options()
+        )
+        return connection
 
     def for_handlers(self) -> Any:
         """A client for users: of a cluster it is redis-py's own, which knows all commands."""

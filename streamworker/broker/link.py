@@ -11,6 +11,7 @@ from typing import Any, Final
 from streamworker.broker import scripts
 from streamworker.broker.client import Address, understood
 from streamworker.broker.reactions import Reaction, reaction_to
+from streamworker.broker.wires import Wires
 from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable
 
 BLOCK: Final = 5.0
@@ -24,6 +25,7 @@ class Link:
     def __init__(self, address: Address) -> None:
         self.address = address
         self.commands: Final = address.commands()
+        self.wires: Final = address.wires()
         self.reader = address.reader(BLOCK, self.commands)
         self._branches: list[tuple[Link, str]] = []
         self.lease_client = address.blocking()
@@ -70,6 +72,7 @@ class Link:
         """Close all connections."""
         for link in (self, *(branch for branch, _ in self._branches)):
             await link.reader.close()
+        await self.wires.aclose()
         await self.commands.aclose()
         self.lease_client.close()
 
@@ -77,7 +80,7 @@ class Link:
         """Run a script on a command connection."""
         await self.fresh()
         with self.watched():
-            return await script(self.commands, keys, args)
+            return await script(self.wires, keys, args)
 
     async def read(self, script: scripts.Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
         """Run a script on the reader's connection."""
@@ -108,6 +111,8 @@ class Link:
             await self.reader.close()
             # Those in use fail by themselves and come here again.
             await self.commands.connection_pool.disconnect(inuse_connections=False)
+            if isinstance(self.wires, Wires):
+                await self.wires.disconnect()
 
     @contextmanager
     def watched(self) -> Iterator[None]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from itertools import chain
 from typing import Any, Final
 
 import anyio
 from redis import exceptions as redis_errors
-from redis.asyncio import Redis
 
 from streamworker.broker import scripts
 from streamworker.broker.client import understood
@@ -15,7 +15,7 @@ from streamworker.broker.forms import NotExecuted
 from streamworker.broker.keys import QueueKeys
 from streamworker.broker.settle import due_member
 from streamworker.errors import PublishUncertain, Unreachable
-from streamworker.job import LEVELS, Enqueued, Outgoing
+from streamworker.job import LEVELS, Enqueued, Level, Outgoing
 
 BATCH: Final = 1000
 """Most jobs of one round trip."""
@@ -31,7 +31,7 @@ class Publisher:
         keys: the keys of a queue, by its name.
     """
 
-    def __init__(self, client: Redis, address: object, keys: Callable[[str], QueueKeys]) -> None:
+    def __init__(self, client: scripts.AsyncCaller, address: object, keys: Callable[[str], QueueKeys]) -> None:
         self._client = client
         self._address = address
         self._keys = keys
@@ -50,9 +50,18 @@ class Publisher:
         for queue, indexes in by_queue.items():
             for start in range(0, len(indexes), BATCH):
                 batch = indexes[start : start + BATCH]
-                stored = await self._store(self._keys(queue), [jobs[index] for index in batch])
-                answers.update(zip(batch, stored, strict=True))
+                some = [jobs[index] for index in batch]
+                store = self._store_plain if all(map(_is_plain, some)) else self._store
+                answers.update(zip(batch, await store(self._keys(queue), some), strict=True))
         return [answers[index] for index in range(len(jobs))]
+
+    async def _store_plain(self, keys: QueueKeys, jobs: list[Outgoing]) -> list[Enqueued]:
+        bodies: dict[Level, list[bytes]] = {level: [] for level in LEVELS}
+        for job in jobs:
+            bodies[job.level].append(job.body)
+        args = [keys.shape, *map(len, bodies.values()), *chain.from_iterable(bodies.values())]
+        await self._send(lambda: scripts.STORE(self._client, keys.places, args), 1)
+        return [Enqueued(job.id, new=True) for job in jobs]
 
     async def _store(self, keys: QueueKeys, jobs: list[Outgoing]) -> list[Enqueued]:
         names = [*keys.places, keys.due, keys.bodies]

@@ -8,36 +8,29 @@ from typing import Any
 import redis.asyncio as aioredis
 from redis import exceptions as redis_errors
 
+from streamworker.broker.wires import Wire
+
 
 class Reader:
     """One connection of its own that may block, and knows its client id so that it can be unblocked from elsewhere.
 
     Args:
-        connection: not connected yet.
+        wire: not connected yet; its limit is longer than the longest block.
         control: a client to the same server, to unblock it with.
     """
 
-    def __init__(self, connection: aioredis.Connection, control: aioredis.Redis) -> None:
-        self._connection = connection
+    def __init__(self, wire: Wire, control: aioredis.Redis) -> None:
+        self._wire = wire
         self._control = control
         self.client_id: int | None = None
 
     async def execute_command(self, *args: Any, **_: Any) -> Any:
-        """Send one command and return its raw reply; the connection is given up on any error but the server's own."""
-        connection = self._connection
-        if not connection.is_connected:
+        """Send one command and return its raw reply. Raises what `Wire.call` raises."""
+        if not self._wire.connected:
             self.client_id = None
-            await connection.connect()
-            await connection.send_command("CLIENT", "ID")
-            self.client_id = await connection.read_response()
-        try:
-            await connection.send_command(*args)
-            return await connection.read_response()
-        except redis_errors.ResponseError:
-            raise
-        except BaseException:
-            await connection.disconnect(nowait=True)
-            raise
+        if await self._wire.ready():
+            self.client_id = await self._wire.call("CLIENT", "ID")
+        return await self._wire.call(*args)
 
     async def unblock(self) -> None:
         """End its blocking read, if there is one."""
@@ -47,4 +40,4 @@ class Reader:
     async def close(self) -> None:
         """Close the connection."""
         with suppress(redis_errors.RedisError, OSError):
-            await self._connection.disconnect()
+            await self._wire.close()

@@ -54,7 +54,7 @@ class StreamBroker:
     def __init__(self, address: Address, options: StreamOptions) -> None:
         self._options = options
         self._link = Link(address)
-        self._publisher = Publisher(self._link.commands, address, lambda queue: QueueKeys(queue, options.namespace))
+        self._publisher = Publisher(self._link.wires, address, lambda queue: QueueKeys(queue, options.namespace))
         queues = [(QueueKeys(name, options.namespace), cap) for name, cap in options.queues]
         self._keys = [keys for keys, _ in queues]
         self._homes = {place: keys for keys in self._keys for place in keys.streams}
@@ -158,7 +158,7 @@ class StreamBroker:
         """See `Broker.settle`."""
         await self._link.fresh()
         with self._link.watched():
-            sender = StreamSender(self._link.commands, self._options.group, self._intake.consumer)
+            sender = StreamSender(self._link.wires, self._options.group, self._intake.consumer)
             return await settle(sender, self._homes, items)
 
     async def strays(self, running: Collection[Claim]) -> list[Claim]:

@@ -21,7 +21,6 @@ import anyio
 import asyncpg
 import msgspec
 
-import streamworker
 from streamworker.errors import ConfigurationError, StreamworkerError
 from streamworker.postgres.direct import Connection, connect, understood
 from streamworker.telemetry.logs import get_logger
@@ -82,7 +81,7 @@ def shipped() -> list[Migration]:
     Raises:
         ConfigurationError: the installation lacks them.
     """
-    package = files(streamworker)
+    package = files("streamworker")
     # In a wheel they lie inside the package; in a checkout beside it.
     for folder in (package.joinpath("_migrations"), Path(str(package)).parent / "migrations"):
         found = load(folder)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import anyio
@@ -32,11 +34,17 @@ def postgres() -> Iterator[PostgresServer]:
 def own_postgres(tmp_path: Path) -> Iterator[PostgresServer]:
     """A server of this test's own: it may be killed and started again. Its database is migrated."""
     server = PostgresServer(tmp_path / "pg")
-    anyio.run(Migrator(server.url()).up)
+    beside(Migrator(server.url()).up)
     try:
         yield server
     finally:
         server.kill()
+
+
+def beside(work: Any, *args: Any) -> None:
+    """Run a coroutine function though this thread may run an event loop: fixtures are made in any order."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(anyio.run, work, *args).result()
 
 
 async def _admin(server: PostgresServer, *statements: str) -> None:
@@ -56,7 +64,7 @@ def template(postgres: PostgresServer) -> str:
         await _admin(postgres, "create database migrated")
         await Migrator(postgres.url("migrated")).up()
 
-    anyio.run(make)
+    beside(make)
     return "migrated"
 
 
@@ -64,18 +72,18 @@ def template(postgres: PostgresServer) -> str:
 def empty_database(postgres: PostgresServer) -> Iterator[str]:
     """The URL of a database without the schema."""
     name = f"test_{uuid4().hex[:12]}"
-    anyio.run(_admin, postgres, f"create database {name}")
+    beside(_admin, postgres, f"create database {name}")
     yield postgres.url(name)
-    anyio.run(_admin, postgres, f"drop database {name} with (force)")
+    beside(_admin, postgres, f"drop database {name} with (force)")
 
 
 @pytest.fixture
 def database_url(postgres: PostgresServer, template: str) -> Iterator[str]:
     """The URL of a migrated, empty database."""
     name = f"test_{uuid4().hex[:12]}"
-    anyio.run(_admin, postgres, f"create database {name} template {template}")
+    beside(_admin, postgres, f"create database {name} template {template}")
     yield postgres.url(name)
-    anyio.run(_admin, postgres, f"drop database {name} with (force)")
+    beside(_admin, postgres, f"drop database {name} with (force)")
 
 
 @pytest.fixture
