@@ -120,7 +120,7 @@ def test_no_such_app(sw, project, app):
 
 def test_usage(sw):
     for words in (["nosuch"], ["pending", "--nosuch"], ["queues", "--limit", "x"], ["pending", "list", "a", "b"],
-                  ["queues", "--limit", "0"], ["worker", "jobs:app", "--processes", "2"]):  # fmt: skip
+                  ["queues", "--limit", "0"], ["worker", "jobs:app", "--processes", "0"]):  # fmt: skip
         done = sw(*words)
         assert done.returncode == 2, words
         assert done.sentence
