@@ -10,6 +10,7 @@ from typing import Any, TypeAlias, overload
 import anyio
 import anyio.to_thread
 import asyncpg
+import msgspec
 from redis.asyncio import Redis
 from typing_extensions import TypeVar
 
@@ -18,9 +19,12 @@ from streamworker.bridging import Mover
 from streamworker.broker import Broker, Operator
 from streamworker.broker.bridge import BridgeOptions, ListBridge
 from streamworker.broker.client import Address
+from streamworker.broker.list_operate import ListOperator
+from streamworker.broker.lists import ListBroker, ListOptions
 from streamworker.broker.operate import StreamOperator
+from streamworker.broker.popping import PoppingBroker
 from streamworker.broker.stream import StreamBroker, StreamOptions
-from streamworker.errors import ConfigurationError, UsageError
+from streamworker.errors import UsageError
 from streamworker.execute import Middleware
 from streamworker.handlers import Handlers
 from streamworker.postgres.migrate import Migrator, printed, shipped
@@ -132,7 +136,10 @@ class App(Handlers[S], Producer):
         """
         if settings is None and self._settings is None:
             self._settings = Settings.load()
-        return settings or self._settings or Settings()
+        settings = settings or self._settings or Settings()
+        # BRPOP is one job at a time: more slots could only wait.
+        popping = settings.mode == "list" and settings.list_pop == "brpop"
+        return msgspec.structs.replace(settings, concurrency=1) if popping else settings
 
     @asynccontextmanager
     async def entered(self, settings: Settings, redis: Redis | str | None) -> AsyncIterator[App[S]]:
@@ -173,7 +180,7 @@ class App(Handlers[S], Producer):
         async with AsyncExitStack() as stack:
             settings = self.resolve(settings)
             address, _ = await self._servers(stack, settings, None)
-            operator = StreamOperator(address, self._stream_options(settings))
+            operator = self._make_operator(settings, address)
             stack.push_async_callback(operator.close)
             await operator.open()
             yield operator
@@ -224,16 +231,24 @@ class App(Handlers[S], Producer):
         return Address(url), database
 
     def _make_broker(self, settings: Settings, address: Address) -> Broker:
-        if settings.mode == "list":
-            raise ConfigurationError("STREAMWORKER_MODE=list is not there yet: leave it out, or set it to stream")
-        return StreamBroker(address, self._stream_options(settings))
+        if settings.mode == "stream":
+            return StreamBroker(address, self._stream_options(settings))
+        options = ListOptions(**self._options(settings))
+        return PoppingBroker(address, options) if settings.list_pop == "brpop" else ListBroker(address, options)
+
+    def _make_operator(self, settings: Settings, address: Address) -> StreamOperator | ListOperator:
+        if settings.mode == "stream":
+            return StreamOperator(address, self._stream_options(settings))
+        return ListOperator(address, ListOptions(**self._options(settings)))
 
     def _stream_options(self, settings: Settings) -> StreamOptions:
+        return StreamOptions(group=settings.group, **self._options(settings))
+
+    def _options(self, settings: Settings) -> dict[str, Any]:
         queues = [(spec.name, spec.cap) for spec in settings.queues] or [(name, None) for name in self.queues]
-        return StreamOptions(
-            queues=tuple(queues),
-            group=settings.group,
-            namespace=settings.namespace,
-            lease=settings.lease,
-            weighted=settings.priority == "weighted",
-        )
+        return {
+            "queues": tuple(queues),
+            "namespace": settings.namespace,
+            "lease": settings.lease,
+            "weighted": settings.priority == "weighted",
+        }

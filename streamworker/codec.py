@@ -16,6 +16,7 @@ import uuid_utils
 
 from streamworker.errors import InvalidJob, JobTooLarge
 from streamworker.job import Claim, Job, Level, Outgoing
+from streamworker.marks import mark_of
 
 MAX_ID_BYTES: Final = 200
 DELIVERIES_HEADER: Final = "streamworker-deliveries"
@@ -61,10 +62,19 @@ class Reading(msgspec.Struct, kw_only=True):
     max_attempts: Count | None = None
     hop: Count | None = None
     headers: dict[str, Any] | None = None
+    streamworker: Any = None
+    """Perhaps the mark of list mode, see `marks`."""
 
 
 _encode = msgspec.json.encode
 _read: Callable[[bytes], Reading] = msgspec.json.Decoder(Reading).decode
+
+
+class _Dated(msgspec.Struct):
+    created_at: datetime | None = None
+
+
+_dated: Callable[[bytes], _Dated] = msgspec.json.Decoder(_Dated).decode
 _loose: Callable[[bytes], Any] = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
@@ -90,18 +100,26 @@ def glance(body: bytes | None) -> tuple[str | None, str | None]:
         document = read(body or b"")
     except InvalidJob:
         return None, None
-    return document.id or None, document.kind or None
+    return id_in(document), document.kind or None
 
 
 def job_id(document: Reading, claim: Claim) -> str:
     """The job's id; without one in the document, one derived from where the entry lies, the same at every delivery."""
+    return id_in(document) or derived_id(claim.place, claim.epoch, claim.entry)
+
+
+def id_in(document: Reading) -> str | None:
+    """The id that a document holds: its own, or the one that list mode gave it."""
     if document.id:
         return document.id
-    return derived_id(claim.place, claim.epoch, claim.entry)
+    mark = mark_of(document.streamworker)
+    return mark.id if mark is not None else None
 
 
 def derived_id(place: str, epoch: bytes, entry: bytes) -> str:
-    """UUIDv5 (RFC 9562) of (namespace, stream key, the stream's epoch, entry id)."""
+    """UUIDv5 (RFC 9562) of (namespace, stream key, the stream's epoch, entry id); without an epoch the entry itself."""
+    if not epoch:
+        return entry.decode()
     return str(uuid5(_NAMESPACE, f"{place}|{epoch.decode()}|{entry.decode()}"))
 
 
@@ -195,6 +213,12 @@ def rewrite(body: bytes, patch: Mapping[str, Any], headers: Mapping[str, str | N
     """
     try:
         fields = _loose(body)
+        mark = mark_of(msgspec.json.decode(fields["streamworker"])) if "streamworker" in fields else None
+        if mark is not None:  # what it says has its place in every document that we write
+            del fields["streamworker"]
+            patch = {**({} if _filled(fields.get("id")) else {"id": mark.id}), **patch}
+            if DELIVERIES_HEADER not in (headers or {}):
+                headers = {**(headers or {}), DELIVERIES_HEADER: str(deaths_before(read(body)))}
         if headers:
             stored = bytes(fields.get("headers", b"null"))
             merged = dict(_loose(stored)) if stored != b"null" else {}
@@ -216,7 +240,32 @@ def _patch(fields: dict[str, Any], patch: Mapping[str, Any]) -> None:
 
 def deaths_before(document: Reading) -> int:
     """Deaths of workers that held this job on earlier entries; 0 if nothing sane is noted."""
-    return _number_header(document, DELIVERIES_HEADER, 0)
+    mark = mark_of(document.streamworker)
+    return _number_header(document, DELIVERIES_HEADER, 0) + (mark.deliveries if mark is not None else 0)
+
+
+def charges(document: Reading) -> dict[str, None]:
+    """The patch of headers that takes back what a document is charged with: deaths, and the age of an unknown kind."""
+    known = document.headers or {}
+    marked = mark_of(document.streamworker) is not None
+    return {
+        name: None
+        for name in (DELIVERIES_HEADER, UNKNOWN_HEADER)
+        if name in known or (marked and name == DELIVERIES_HEADER)
+    }
+
+
+def made_at(body: bytes) -> float | None:
+    """Epoch seconds at which the producer made a job, if it said so."""
+    try:
+        moment = _dated(body).created_at
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+    return None if moment is None else (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+def _filled(raw: msgspec.Raw | None) -> bool:
+    return raw is not None and bytes(raw) not in (b"null", b'""')
 
 
 def unknown_since(document: Reading) -> float | None:

@@ -47,7 +47,7 @@ def _next_form(run: Run, patch: dict[str, Any], headers: dict[str, str | None]) 
     """The document for the next hop; ``None`` (bytes as they are) where there is nothing readable to patch."""
     if run.reading is None or run.claim.body is None:
         return None
-    known = run.reading.headers or {}
+    known = {**(run.reading.headers or {}), **codec.charges(run.reading)}
     changed = {name: value for name, value in headers.items() if value is not None or name in known}
     try:
         return codec.rewrite(run.claim.body, {"id": run.job_id, "hop": (run.reading.hop or 0) + 1, **patch}, changed)

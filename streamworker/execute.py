@@ -84,8 +84,9 @@ class Run:
     def deliveries(self) -> int:
         """Deliveries so far, those on earlier entries of the same job and one that is only reserved included."""
         count = self.claim.count + self.claim.suspect
-        if self.reading is not None and self.reading.headers is not None:
-            count += codec.deaths_before(self.reading)
+        reading = self.reading
+        if reading is not None and (reading.headers is not None or reading.streamworker is not None):
+            count += codec.deaths_before(reading)
         return count
 
     def overdue(self, now: float) -> bool:

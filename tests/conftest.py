@@ -29,12 +29,14 @@ import redis
 import redis.asyncio
 
 from streamworker.broker import Broker
-from streamworker.broker.client import Address
-from streamworker.broker.stream import StreamBroker, StreamOptions
+from tests.contract.ground import GROUNDS, Ground
 
 # Shared machines stall: how long an example takes says nothing about whether it is right.
 hypothesis.settings.register_profile("streamworker", deadline=None)
 hypothesis.settings.load_profile("streamworker")
+
+MODES = ("stream", "list") if os.environ.get("STREAMWORKER_TEST_TOPOLOGY") != "cluster" else ("stream",)
+"""The modes that every contract is held to; list mode refuses a cluster."""
 
 _OURS = ("stream:{", "streamworker:worker:", "queue:")
 
@@ -237,19 +239,15 @@ def eventually_blocking(condition: Callable[[], Any], timeout: float = 10.0, int
 BrokerFactory = Callable[..., Any]
 
 
-def sweep_soon(broker: Any) -> None:
-    """The next claim looks for orphans, whatever the pace says."""
-    for intake in getattr(broker._intake, "_parts", [broker._intake]):  # in a cluster there is one per slot
-        intake._sweep_at = [0.0] * len(intake._sweep_at)
+@pytest.fixture(params=MODES)
+def ground(request: pytest.FixtureRequest, raw: redis.Redis) -> Ground:
+    """The server in one mode; the contract holds in all of them."""
+    return GROUNDS[request.param](raw)
 
 
-@pytest.fixture(params=["stream"])
-def broker_factory(request: pytest.FixtureRequest, redis_url: str) -> BrokerFactory:
-    """``async with broker_factory("worker-1", queues=("billing",), lease=1) as broker``: open, and joined if named.
-
-    One parameter per mode: the contract suite holds for all of them.
-    """
-    assert request.param == "stream"
+@pytest.fixture
+def broker_factory(ground: Ground, redis_url: str) -> BrokerFactory:
+    """``async with broker_factory("worker-1", queues=("billing",), lease=1) as broker``: open, and joined if named."""
 
     @asynccontextmanager
     async def make(
@@ -261,14 +259,14 @@ def broker_factory(request: pytest.FixtureRequest, redis_url: str) -> BrokerFact
         **options: Any,
     ) -> AsyncIterator[Broker]:
         pairs = tuple(queue if isinstance(queue, tuple) else (queue, None) for queue in queues)
-        broker = StreamBroker(Address(url), StreamOptions(queues=pairs, lease=lease, **options))
+        broker = ground.broker(url, pairs, lease=lease, **options)
         try:
             await broker.open()
             broker._intake.rest(0)
             if name is not None:
                 await broker.join(name)
             # A server that has just started makes everyone wait a lease before anybody is taken for dead.
-            sweep_soon(broker)
+            ground.sweep_soon(broker)
             yield broker
         finally:
             await broker.close()

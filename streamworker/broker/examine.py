@@ -120,8 +120,7 @@ async def _persistence(desk: Desk, info: dict[str, Any]) -> Finding:
 async def _keys(desk: Desk, queues: Sequence[QueueKeys]) -> list[Finding]:
     expected: dict[str, str] = {}
     for keys in queues:
-        expected |= dict.fromkeys([*keys.streams, keys.dead], "stream")
-        expected |= {keys.due: "zset", keys.bodies: "hash", keys.meta: "hash"}
+        expected |= keys.types
     answers = await desk.gather([("TYPE", name) for name in expected])
     wrong = [
         Finding("error", "keys", f"the key {name} is a {text(kind)}, not a {expected[name]}: rename or delete it")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Collection, Sequence
 from time import monotonic
-from typing import Any
+from typing import Any, Final
 
 from redis.exceptions import ResponseError
 
@@ -21,6 +21,9 @@ from streamworker.policy import SUSPECT_DELIVERIES
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.broker")
+
+UNKNOWN_EPOCH: Final = b"0"
+"""Where a stream's epoch is not known; it is never empty, because that says that entries name their jobs."""
 
 
 class Intake(Taking):
@@ -162,7 +165,7 @@ class Intake(Taking):
         for name, entries in reply or ():
             place = name.decode()
             keys, level = spots[place]
-            epoch = self.epochs.get(keys.queue, b"")
+            epoch = self.epochs.get(keys.queue, UNKNOWN_EPOCH)
             claims += [Claim(keys.queue, level, place, entry, 1, document(fields), epoch) for entry, fields in entries]
         return claims
 

@@ -37,6 +37,10 @@ class QueueKeys(msgspec.Struct, frozen=True):
         """The command that puts one job behind the others of its level."""
         return ("XADD", self.ready(level), "*", "job", body)
 
+    def peeking(self, level: Level, count: int) -> tuple[str | int, ...]:
+        """The command that shows the first ``count`` jobs of a level and takes none."""
+        return ("XRANGE", self.ready(level), "-", "+", "COUNT", count)
+
     @property
     def types(self) -> dict[str, str]:
         """The types of the keys that have one."""
@@ -98,6 +102,10 @@ class ListKeys(QueueKeys, frozen=True):
     def adding(self, level: Level, body: bytes) -> tuple[str | bytes, ...]:
         """See `QueueKeys.adding`: what is taken from the right goes in at the left."""
         return ("LPUSH", self.ready(level), body)
+
+    def peeking(self, level: Level, count: int) -> tuple[str | int, ...]:
+        """See `QueueKeys.peeking`."""
+        return ("LRANGE", self.ready(level), -count, -1)
 
     def claimed(self, worker_id: str) -> str:
         """List: what a worker holds, in the order it was taken."""

@@ -48,8 +48,8 @@ class Link:
         return float(info.get("uptime_in_seconds", 0))
 
     def named(self, name: str) -> None:
-        """From now on CLIENT LIST shows the reader and the lease thread's client under this name."""
-        address = self.address.renamed(name)
+        """From now on CLIENT LIST shows the readers and the lease thread's client under this name."""
+        address = self.address = self.address.renamed(name)
         self.reader, self.lease_client = address.reader(BLOCK, self.commands), address.blocking()
         for branch, key in self._branches:
             branch.reader = address.reader(BLOCK, self.commands, key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from typing import Any, Final, Literal
 
 from redis import exceptions as redis_errors
@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 from streamworker import codec
 from streamworker.broker import PendingEntry, StoredJob, Waiting, WorkerInfo, scripts
 from streamworker.broker.client import Address, understood
-from streamworker.broker.intake import document
+from streamworker.broker.intake import UNKNOWN_EPOCH, document
 from streamworker.broker.keys import WORKER_KEY, QueueKeys, worker_key
 from streamworker.errors import InvalidJob
 from streamworker.job import LEVELS, Depth, Level
@@ -54,12 +54,13 @@ class Desk:
                 answers: list[Any] = await pipe.execute(raise_on_error=False)
                 return answers
 
-    async def scan(self, pattern: str) -> AsyncIterator[str]:
-        """Names of keys; the whole key space is walked, so that only people's commands may call this."""
+    async def scan(self, pattern: str, *kind: str) -> AsyncIterator[str]:
+        """Names of keys, of one type if it is named. It walks the whole key space: for people's commands alone."""
+        types = [word for name in kind for word in ("TYPE", name)]
         for desk in await self.each():
             cursor: Any = 0
             while True:
-                cursor, names = await desk.ask("SCAN", cursor, "MATCH", pattern, "COUNT", SCAN)
+                cursor, names = await desk.ask("SCAN", cursor, "MATCH", pattern, "COUNT", SCAN, *types)
                 for name in names:
                     yield text(name)
                 if not int(cursor):
@@ -102,18 +103,18 @@ async def pending(
     desk: Desk, keys: QueueKeys, consumer: str | None, min_idle: float, only: str | None
 ) -> AsyncIterator[PendingEntry]:
     """Pending entries of one queue; see `Operator.pending`."""
-    epoch: bytes = await desk.ask("HGET", keys.meta, "epoch") or b""
+    epoch: bytes = await desk.ask("HGET", keys.meta, "epoch") or UNKNOWN_EPOCH
     for level in LEVELS:
         place = keys.stream(level)
         start, end = only or "-", only or "+"
         while True:
             args = [desk.group, start, end, PAGE, max(0, round(min_idle * 1000)), consumer or ""]
             after, rows = await desk.run(scripts.PENDING, [place], args)
-            alive = await _alive(desk, {row[1] for row in rows})
+            living = await alive(desk, {row[1] for row in rows})
             for entry, holder, idle, count, fields in rows:
                 job_id, kind = _named(document(fields), place, epoch, entry)
                 yield PendingEntry(
-                    keys.queue, level, text(entry), job_id, kind, text(holder), idle, count, alive=holder in alive
+                    keys.queue, level, text(entry), job_id, kind, text(holder), idle, count, alive=holder in living
                 )
             if not after:
                 break
@@ -164,16 +165,8 @@ async def dead(desk: Desk, keys: QueueKeys, only: str | None) -> AsyncIterator[S
 
 async def workers(desk: Desk, keys: Sequence[QueueKeys]) -> list[WorkerInfo]:
     """Everyone with a heartbeat or a name in a group of these queues, the living first."""
-    prefix = f"{desk.namespace}{WORKER_KEY}"
-    beating = [name async for name in desk.scan(f"{prefix}*")]
     places = [(each.queue, place) for each in keys for place in each.streams]
     consumers = await desk.gather([("XINFO CONSUMERS", place, desk.group) for _, place in places])
-    reports: dict[str, dict[str, str]] = {}
-    for start in range(0, len(beating), PAGE):
-        names = beating[start : start + PAGE]
-        for name, fields in zip(names, await desk.gather([("HGETALL", name) for name in names]), strict=True):
-            if isinstance(fields, dict) and fields:
-                reports[name.removeprefix(prefix)] = {text(key): text(value) for key, value in fields.items()}
     held: Counter[str] = Counter()
     homes: dict[str, list[str]] = {}
     for (queue, _), answer in zip(places, consumers, strict=True):
@@ -184,13 +177,42 @@ async def workers(desk: Desk, keys: Sequence[QueueKeys]) -> list[WorkerInfo]:
             held[name] += info["pending"]
             if queue not in homes.setdefault(name, []):
                 homes[name].append(queue)
-    wanted = {each.queue for each in keys}
+    return infos(await reports(desk), homes, held, {each.queue for each in keys})
+
+
+async def reports(desk: Desk) -> dict[str, dict[str, str]]:
+    """The heartbeats, by worker id."""
+    prefix = f"{desk.namespace}{WORKER_KEY}"
+    beating = [name async for name in desk.scan(f"{prefix}*")]
+    found: dict[str, dict[str, str]] = {}
+    for start in range(0, len(beating), PAGE):
+        names = beating[start : start + PAGE]
+        for name, fields in zip(names, await desk.gather([("HGETALL", name) for name in names]), strict=True):
+            if isinstance(fields, dict) and fields:
+                found[name.removeprefix(prefix)] = {text(key): text(value) for key, value in fields.items()}
+    return found
+
+
+def infos(
+    beats: Mapping[str, dict[str, str]],
+    homes: Mapping[str, list[str]],
+    held: Mapping[str, int],
+    wanted: Collection[str],
+) -> list[WorkerInfo]:
+    """Workers, the living first.
+
+    Args:
+        beats: heartbeats, by worker id.
+        homes: queues in which a worker's name lies.
+        held: how much it holds there.
+        wanted: of these queues.
+    """
     found = []
-    for name in sorted(reports.keys() | homes.keys(), key=lambda name: (name not in reports, name)):
-        report = reports.get(name, {})
+    for name in sorted(beats.keys() | homes.keys(), key=lambda name: (name not in beats, name)):
+        report = beats.get(name, {})
         own = [queue for queue in report.get("queues", "").split(",") if queue] or homes.get(name, [])
-        if name in homes or not wanted.isdisjoint(own):
-            found.append(WorkerInfo(name, name in reports, held[name], own, report))
+        if name in homes or not set(wanted).isdisjoint(own):
+            found.append(WorkerInfo(name, name in beats, held.get(name, 0), own, report))
     return found
 
 
@@ -199,18 +221,26 @@ async def waiting(desk: Desk, keys: Sequence[QueueKeys], limit: int) -> list[Wai
     counts: Counter[tuple[str, Literal["ready", "delayed", "dead"], str | None]] = Counter()
     share = max(10, limit // max(1, 5 * len(keys)))
     for each in keys:
-        ready = [("XRANGE", place, "-", "+", "COUNT", share) for place in each.streams]
-        *streams, dead_ = await _readable(desk, [*ready, ("XREVRANGE", each.dead, "+", "-", "COUNT", share)])
+        ready = [each.peeking(level, share) for level in LEVELS]
+        *levels, dead_ = await _readable(desk, [*ready, ("XREVRANGE", each.dead, "+", "-", "COUNT", share)])
         (members,) = await _readable(desk, [("ZRANGE", each.due, 0, share - 1)])
         (parked,) = await _readable(desk, [("HMGET", each.bodies, *members)]) if members else ([],)
         places: tuple[tuple[Literal["ready", "delayed", "dead"], list[bytes | None]], ...] = (
-            ("ready", [(fields or {}).get(b"job") for entries in streams for _, fields in entries]),
+            ("ready", [_document(entry) for entries in levels for entry in entries]),
             ("delayed", parked),
-            ("dead", [(fields or {}).get(b"job") for _, fields in dead_]),
+            ("dead", [_document(entry) for entry in dead_]),
         )
         for place, bodies in places:
             counts.update((each.queue, place, kind) for kind in _kinds(bodies))
     return [Waiting(queue, place, kind, count) for (queue, place, kind), count in sorted(counts.items(), key=str)]
+
+
+def _document(entry: Any) -> bytes | None:
+    """The bytes of a stream's entry or of a list's element."""
+    if isinstance(entry, bytes):
+        return entry
+    body: bytes | None = (entry[1] or {}).get(b"job")
+    return body
 
 
 async def _readable(desk: Desk, commands: Sequence[Sequence[Any]]) -> list[Any]:
@@ -229,7 +259,8 @@ def _kinds(bodies: Sequence[bytes | None]) -> list[str | None]:
     return found
 
 
-async def _alive(desk: Desk, holders: set[bytes]) -> set[bytes]:
+async def alive(desk: Desk, holders: set[bytes]) -> set[bytes]:
+    """Those of the workers whose hearts beat."""
     names = list(holders)
     answers = await desk.gather([("EXISTS", worker_key(desk.namespace, text(name))) for name in names])
     return {name for name, answer in zip(names, answers, strict=True) if answer == 1}
@@ -241,4 +272,4 @@ def _named(body: bytes | None, place: str, epoch: bytes, entry: bytes) -> tuple[
         reading = codec.read(body or b"")
     except InvalidJob:
         return None, None
-    return reading.id or codec.derived_id(place, epoch, entry), reading.kind or None
+    return codec.id_in(reading) or codec.derived_id(place, epoch, entry), reading.kind or None

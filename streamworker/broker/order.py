@@ -15,19 +15,20 @@ WEIGHTS: Final = (6, 3, 1)
 
 
 class Order:
-    """The walk over ``queues`` queues of three streams each, as the claim script takes it.
+    """The walk over ``queues`` queues of three streams each, as the scripts that take take it.
 
     Args:
         queues: number of queues.
         weighted: weighted order instead of strict.
+        heads: keys of each queue that the script takes before all streams or lists.
     """
 
-    def __init__(self, queues: int, *, weighted: bool) -> None:
+    def __init__(self, queues: int, *, weighted: bool, heads: int = 1) -> None:
         self._weighted = weighted
         self._credit = [0] * len(LEVELS)
         levels = range(len(LEVELS))
         strict = [(queue, level) for queue in range(queues) for level in levels]
-        # Steps of (stream, queue, budget), counted from 1 as Lua does; the streams come after the queues' meta keys.
+        # Steps of (stream, queue, budget), counted from 1 as Lua does.
         if weighted:
             shares = [(queue, level, level) for level in levels for queue in range(queues)]
             rest = [(queue, level, len(LEVELS)) for level in levels for queue in range(queues)]
@@ -38,7 +39,7 @@ class Order:
         self.steps: Final[list[int]] = [
             number
             for queue, level, budget in steps
-            for number in (queues + queue * width + level + 1, queue + 1, budget + 1)
+            for number in (heads * queues + queue * width + level + 1, queue + 1, budget + 1)
         ]
 
     def budgets(self, limit: int) -> list[int]:

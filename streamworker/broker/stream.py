@@ -13,7 +13,7 @@ from streamworker.broker import Ending, scripts
 from streamworker.broker.bell import listen
 from streamworker.broker.client import Address
 from streamworker.broker.due import promote
-from streamworker.broker.intake import Intake, document
+from streamworker.broker.intake import UNKNOWN_EPOCH, Intake, document
 from streamworker.broker.intakes import Intakes
 from streamworker.broker.keys import QueueKeys, worker_key
 from streamworker.broker.link import Link
@@ -166,7 +166,7 @@ class StreamBroker:
         found: list[Claim] = []
         for keys, level, place in self._intake.spots:
             mine = [claim.entry for claim in running if claim.place == place]
-            epoch = self._intake.epochs.get(keys.queue, b"")
+            epoch = self._intake.epochs.get(keys.queue, UNKNOWN_EPOCH)
             args = [self._options.group, self._intake.consumer, *mine]
             for entry, count, fields in await self._link.run(scripts.STRAYS, [place], args):
                 # Claimed for real, a count is at most one below a suspect's; from there on it was only reserved, unless

@@ -82,6 +82,10 @@ class Taking:
         """No claim waits any more."""
         self._interrupted.set()
 
+    async def unblock(self) -> None:
+        """End a wait soon."""
+        await self._link.unblock()
+
     async def close(self) -> None:
         """End what still reads; call it when nothing is claimed any more."""
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import redis
+import pytest
 
 from streamworker import codec
 from streamworker.broker import Broker, Ending
 from streamworker.job import Claim, Dead, Done, Level, Outgoing, ReleaseAt, RetryAt, Settled, Verdict
-from tests.conftest import sweep_soon
+from tests.contract.ground import Ground
 
+# The keys of the queue q in stream mode, and those that both modes share.
 HIGH, NORMAL, LOW = "stream:{q}:high", "stream:{q}", "stream:{q}:low"
 DUE, BODIES, DEAD, META = "stream:{q}:due", "stream:{q}:bodies", "stream:{q}:dead", "stream:{q}:meta"
-GROUP = "workers"
+
+LEVELS: tuple[Level, ...] = ("high", "normal", "low")
+stream_only = pytest.mark.parametrize("ground", ["stream"], indirect=True)
+list_only = pytest.mark.parametrize("ground", ["list"], indirect=True)
 
 
 def job(name: str = "", queue: str = "q", level: Level = "normal", **options: Any) -> Outgoing:
@@ -65,40 +69,7 @@ async def settle_one(broker: Broker, ending: Ending) -> Settled:
     return result
 
 
-def state(raw: redis.Redis, queue: str = "q") -> dict[str, Any]:
-    """Everything the server holds of a queue but times, to compare before and after."""
-    base = f"stream:{{{queue}}}"
-    found: dict[str, Any] = {}
-    for key in (f"{base}:high", base, f"{base}:low", f"{base}:dead"):
-        found[key] = raw.xrange(key)
-    for key in (f"{base}:high", base, f"{base}:low"):
-        if raw.exists(key):
-            found[key + " pending"] = [
-                (entry["message_id"], entry["consumer"], entry["times_delivered"])
-                for entry in raw.xpending_range(key, GROUP, "-", "+", 10_000)
-            ]
-    found["due"] = raw.zrange(f"{base}:due", 0, -1, withscores=True)
-    found["bodies"] = raw.hgetall(f"{base}:bodies")
-    return found
-
-
-def ripen(raw: redis.Redis, claim: Claim, ms: int = 10_000_000, count: int | None = None) -> None:
-    """Make a claim's lease run out now; ``count`` sets the delivery count."""
-    consumer = raw.xpending_range(claim.place, GROUP, claim.entry, claim.entry, 1)[0]["consumer"]
-    extra = [] if count is None else ["RETRYCOUNT", count]
-    hand_over(raw, claim, consumer, "IDLE", ms, *extra)
-    raw.hdel(f"stream:{{{claim.queue}}}:meta", "sweep")
-
-
-def hand_over(raw: redis.Redis, claim: Claim, consumer: str | bytes, *extra: Any) -> None:
-    """Give a claim to somebody else, without counting a delivery unless ``extra`` says so."""
-    script = "return redis.call('XCLAIM', KEYS[1], unpack(ARGV))"  # redis-py stumbles over the reply to JUSTID
-    raw.eval(script, 1, claim.place, GROUP, consumer, 0, claim.entry, *extra, "JUSTID")
-
-
-async def recover(
-    broker: Broker, raw: redis.Redis, limit: int = 100, running: Any = (), queue: str = "q"
-) -> list[Claim]:
-    raw.hdel(f"stream:{{{queue}}}:meta", "sweep")
-    sweep_soon(broker)
+async def recover(broker: Broker, ground: Ground, limit: int = 100, running: Any = (), queue: str = "q") -> list[Claim]:
+    ground.forget_pace(queue)
+    ground.sweep_soon(broker)
     return await broker.claim(limit, 0, running)

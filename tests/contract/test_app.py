@@ -22,7 +22,7 @@ def _no_environment(monkeypatch):
 
 
 @pytest.mark.parametrize("decoding", [False, True])
-async def test_a_worker_lives_on_the_client_it_was_given_and_its_handlers_enqueue_there(raw, server, decoding):
+async def test_a_worker_lives_on_the_client_it_was_given_and_its_handlers_enqueue_there(ground, server, decoding):
     app = App()
     seen: list[tuple[int, object, object]] = []
 
@@ -33,8 +33,9 @@ async def test_a_worker_lives_on_the_client_it_was_given_and_its_handlers_enqueu
             await app.enqueue(Step(n=2), delay=0.01)
 
     async with server.users_client(decode_responses=decoding) as client:
-        raw.xadd("stream:{steps}", {"job": b'{"payload":{"n":1}}'})
-        worker = QueueWorker(app, redis=client, database=None, services="post", settings=Settings(lease=1))
+        ground.push('{"payload":{"n":1}}', queue="steps")
+        settings = Settings(lease=1, mode=ground.mode)
+        worker = QueueWorker(app, redis=client, database=None, services="post", settings=settings)
         task = asyncio.create_task(worker.start())
         try:
             await eventually(lambda: [n for n, _, _ in seen] == [1, 2], 5)
@@ -46,7 +47,7 @@ async def test_a_worker_lives_on_the_client_it_was_given_and_its_handlers_enqueu
         assert await client.ping()  # what the user brought stays the user's
 
 
-async def test_sync_handlers_enqueue_where_their_worker_is(redis_url):
+async def test_sync_handlers_enqueue_where_their_worker_is(ground, redis_url):
     app = App()
     seen: list[int] = []
 
@@ -56,10 +57,10 @@ async def test_sync_handlers_enqueue_where_their_worker_is(redis_url):
         if payload.n < 3:
             app.enqueue_blocking(Step(n=payload.n + 1))
 
-    worker = QueueWorker(app, redis=redis_url, database=None, services=None, settings=Settings(lease=1))
+    worker = QueueWorker(app, redis=redis_url, database=None, services=None, settings=Settings(lease=1, mode=ground.mode))
     task = asyncio.create_task(worker.start())
     try:
-        async with App(settings=Settings(redis_url=redis_url)) as producer:
+        async with App(settings=Settings(redis_url=redis_url, mode=ground.mode)) as producer:
             await producer.enqueue(Step(n=1))
         await eventually(lambda: seen == [1, 2, 3], 5)
     finally:

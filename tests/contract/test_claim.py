@@ -2,13 +2,21 @@
 
 import asyncio
 import json
+import re
 import time
+from contextlib import suppress
+from uuid import UUID
 
 import pytest
 
+from streamworker import codec
+from streamworker.broker.client import Address
+from streamworker.broker.lists import ListBroker, ListOptions
 from streamworker.errors import ConfigurationError, Unreachable
+from streamworker.job import Settled
 from tests.conftest import eventually
-from tests.contract.helpers import GROUP, HIGH, LOW, META, NORMAL, done, job, names, one, ripen, state, sweep_soon
+from tests.contract.ground import GROUP
+from tests.contract.helpers import LOW, META, NORMAL, done, job, list_only, names, one, stream_only
 
 LEVELS = ("high", "normal", "low")
 
@@ -43,16 +51,17 @@ async def test_never_more_than_asked_for(broker_factory, weighted, limit):
         assert len(set(names(claims))) == 60
 
 
-async def test_a_blocking_read_brings_at_most_one_more_of_each_other_stream(broker_factory, raw):
+@stream_only
+async def test_a_blocking_read_brings_at_most_one_more_of_each_other_stream(broker_factory, raw, ground):
     async with broker_factory("w") as broker:
         claiming = asyncio.create_task(broker.claim(1, 5, ()))
         await eventually(
             lambda: any(c["cmd"].startswith("xreadgroup") and "b" in c["flags"] for c in raw.client_list())
         )
         with raw.pipeline(transaction=True) as pipe:
-            for stream in (LOW, NORMAL, HIGH):
+            for level in reversed(LEVELS):
                 for _ in range(5):
-                    pipe.xadd(stream, {"job": b'{"payload":{}}'})
+                    ground.push('{"payload":{}}', level, client=pipe)
             pipe.execute()
         claims = await claiming
         assert 1 <= len(claims) <= 3
@@ -74,10 +83,10 @@ async def test_strict_high_leaves_low_nothing_and_weighted_its_tenth(broker_fact
                 await broker.settle([done(claim) for claim in rest])
 
 
-async def test_orphans_of_low_levels_are_not_starved_by_new_high_jobs(broker_factory, raw):
+async def test_orphans_of_low_levels_are_not_starved_by_new_high_jobs(broker_factory, ground):
     async with broker_factory("dead") as gone, broker_factory("w") as broker:
         await gone.publish([job("orphan", level="low")])
-        ripen(raw, await one(gone))
+        ground.ripen(await one(gone))
         await broker.publish([job(level="high") for _ in range(100)])
         assert "orphan" in names(await broker.claim(5, 0, ()))
 
@@ -104,12 +113,12 @@ async def test_a_capped_out_queue_does_not_wake_a_waiting_claim(broker_factory):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-async def test_a_waiting_claim_wakes_at_once(broker_factory, raw, level):
+async def test_a_waiting_claim_wakes_at_once(broker_factory, ground, level):
     async with broker_factory("w", queues=("a", "b")) as broker, broker_factory() as producer:
         slowest = 0.0
         for n in range(5):
             claiming = asyncio.create_task(broker.claim(10, 5, ()))
-            await eventually(lambda: any("b" in client["flags"] for client in raw.client_list()))
+            await eventually(ground.blocked)
             started = time.monotonic()
             await producer.publish([job(str(n), "b", level)])
             claims = await claiming
@@ -128,10 +137,10 @@ async def test_a_claim_waits_no_longer_than_told(broker_factory):
         assert 0.25 < time.monotonic() - started < 1.0
 
 
-async def test_interrupt_ends_a_waiting_claim_and_all_later_waits(broker_factory, raw):
+async def test_interrupt_ends_a_waiting_claim_and_all_later_waits(broker_factory, ground):
     async with broker_factory("w") as broker:
         claiming = asyncio.create_task(broker.claim(10, 5, ()))
-        await eventually(lambda: any("b" in client["flags"] for client in raw.client_list()))
+        await eventually(ground.blocked)
         started = time.monotonic()
         await broker.interrupt()
         assert await claiming == []
@@ -157,6 +166,7 @@ async def test_two_workers_never_get_the_same_job(broker_factory):
         assert sorted(got, key=int) == [str(n) for n in range(200)]
 
 
+@stream_only
 async def test_an_entry_written_by_hand(broker_factory, raw):
     raw.xadd("stream:{q}", {"job": '{"payload":{"a":1}}'})  # before any worker was there
     async with broker_factory("w") as broker:
@@ -167,13 +177,13 @@ async def test_an_entry_written_by_hand(broker_factory, raw):
         assert all(claim.epoch == raw.hget(META, "epoch") for claim in claims)
 
 
-async def test_a_paused_queue_is_passed_over(broker_factory, raw):
+async def test_a_paused_queue_is_passed_over(broker_factory, raw, ground):
     async with broker_factory("w", queues=("a", "q")) as broker:
         raw.hset("stream:{a}:meta", "paused", "1")
         await broker.publish([job("a", "a"), job("q", "q")])
         assert names(await broker.claim(10, 0, ())) == ["q"]
         claiming = asyncio.create_task(broker.claim(10, 5, ()))
-        await eventually(lambda: any("b" in client["flags"] for client in raw.client_list()))
+        await eventually(ground.blocked)
         await broker.publish([job("a2", "a"), job("q2", "q")])
         assert names(await claiming) == ["q2"]
         raw.hdel("stream:{a}:meta", "paused")
@@ -212,6 +222,7 @@ def wreck_meta(raw):
 WRECKS = [wreck_key, wreck_group, wreck_all, wreck_meta]
 
 
+@stream_only
 @pytest.mark.parametrize("wreck", WRECKS)
 async def test_missing_groups_are_made_anew(broker_factory, raw, wreck):
     async with broker_factory("w", queues=("a", "q")) as broker:
@@ -227,8 +238,9 @@ async def test_missing_groups_are_made_anew(broker_factory, raw, wreck):
         assert {claim.epoch for claim in claims if claim.queue == "q"} == {raw.hget(META, "epoch")}
 
 
+@stream_only
 @pytest.mark.parametrize("wreck", WRECKS)
-async def test_missing_groups_are_made_anew_while_waiting(broker_factory, raw, wreck, server):
+async def test_missing_groups_are_made_anew_while_waiting(broker_factory, raw, wreck, server, ground):
     async with broker_factory("w", queues=("a", "q")) as broker:
         claims: list = []
 
@@ -237,7 +249,7 @@ async def test_missing_groups_are_made_anew_while_waiting(broker_factory, raw, w
                 claims.extend(await broker.claim(10, 5, claims))
 
         task = asyncio.create_task(claiming())
-        await eventually(lambda: any("b" in client["flags"] for client in raw.client_list()))
+        await eventually(ground.blocked)
         wreck(raw)
         raw.xadd(NORMAL, {"job": '{"id":"q","payload":{}}'})
         raw.xadd("stream:{a}", {"job": '{"id":"a","payload":{}}'})
@@ -249,7 +261,8 @@ async def test_missing_groups_are_made_anew_while_waiting(broker_factory, raw, w
         } or wreck is wreck_meta
 
 
-async def test_a_group_made_anew_delivers_what_was_there_again(broker_factory, raw):
+@stream_only
+async def test_a_group_made_anew_delivers_what_was_there_again(broker_factory, raw, ground):
     async with broker_factory("w") as broker:
         await broker.publish([job("x"), job("y")])
         first = await broker.claim(10, 0, ())
@@ -257,16 +270,16 @@ async def test_a_group_made_anew_delivers_what_was_there_again(broker_factory, r
         second = await broker.claim(10, 0, ())
         assert names(second) == names(first)
         assert await broker.settle([done(claim) for claim in second]) != []
-        assert state(raw)[NORMAL] == []
+        assert ground.state()[NORMAL] == []
 
 
-@pytest.mark.parametrize("key", [HIGH, NORMAL, LOW])
-async def test_a_key_of_a_wrong_type_blinds_no_other_stream(broker_factory, raw, key):
+@pytest.mark.parametrize("wrong", LEVELS)
+async def test_a_key_of_a_wrong_type_blinds_no_other_level(broker_factory, raw, ground, wrong):
     async with broker_factory("w", queues=("q", "b")) as broker:
-        raw.delete(key)
-        raw.set(key, "not a stream")
+        raw.delete(ground.place(wrong))
+        raw.set(ground.place(wrong), "neither stream nor list")
         for level in LEVELS:
-            if {"high": HIGH, "normal": NORMAL, "low": LOW}[level] != key:
+            if level != wrong:
                 await broker.publish([job(level, "q", level)])
         await broker.publish([job("b", "b")])
         claims = []
@@ -277,10 +290,11 @@ async def test_a_key_of_a_wrong_type_blinds_no_other_stream(broker_factory, raw,
         await asyncio.sleep(0)
         await broker.publish([job("b2", "b")])
         assert names(await claiming) == ["b2"]
-        sweep_soon(broker)
+        ground.sweep_soon(broker)
         assert await broker.claim(10, 0, claims) == []
 
 
+@stream_only
 async def test_a_foreign_group_is_refused_at_the_start(broker_factory, raw):
     async with broker_factory() as broker:
         raw.xgroup_create(LOW, "others", mkstream=True)
@@ -301,16 +315,127 @@ async def test_no_server_is_said_in_one_sentence(broker_factory):
     assert "secret" not in str(caught.value)
 
 
+@stream_only
 async def test_namespaces_see_nothing_of_each_other(broker_factory, raw):
     async with broker_factory("w", namespace="ns:") as ours, broker_factory("w") as other:
         await ours.publish([job("x"), job("y", delay=0.0)])
         assert await other.claim(10, 0, ()) == []
         assert names(await ours.claim(10, 0, ())) == ["x", "y"]
-        assert raw.exists("ns:stream:{q}") and (await other.depth())[0].ready == 0
+        assert raw.exists("ns:stream:{q}:meta") and (await other.depth())[0].ready == 0
 
 
-async def test_a_job_of_another_queue_than_its_bytes_say_is_taken_where_it_lies(broker_factory, raw):
-    raw.xadd("stream:{q}:low", {"job": json.dumps({"payload": {}, "queue_name": "other", "priority": "high"})})
+async def test_a_job_of_another_queue_than_its_bytes_say_is_taken_where_it_lies(broker_factory, ground):
+    ground.push(json.dumps({"payload": {}, "queue_name": "other", "priority": "high"}), "low")
     async with broker_factory("w") as broker:
         claim = await one(broker)
         assert (claim.queue, claim.level) == ("q", "low")
+
+
+# -- what only list mode has to promise
+
+
+@list_only
+async def test_what_producers_push_left_is_taken_from_the_right_with_every_byte(broker_factory, raw):
+    bodies = [b' {"payload" : {"n":%d}, "\xc3\xa9":\t1E3 }' % n for n in range(3)] + [b"", b"{}", b"\xff\x00", b"[1]"]
+    for body in bodies:
+        raw.lpush("queue:q", body)
+    raw.lpush("queue:q:high", '{"payload":{}}')
+    async with broker_factory("w") as broker:
+        claims = await broker.claim(100, 0, ())
+        assert [claim.body for claim in claims] == [b'{"payload":{}}', *bodies]
+        assert {claim.level for claim in claims[1:]} == {"normal"}
+        held = raw.lrange("queue:q:claimed:w", 0, -1)
+        assert [wrapper.split(b" ", 3)[3] for wrapper in held] == [b'{"payload":{}}', *bodies]
+        assert not raw.exists("queue:q", "queue:q:high")
+
+
+@list_only
+async def test_identical_elements_are_different_jobs(broker_factory, raw):
+    raw.lpush("queue:q", *['{"payload":{}}'] * 100)
+    async with broker_factory("w") as broker:
+        claims = await broker.claim(100, 0, ())
+        ids = [codec.job_id(codec.read(claim.body), claim) for claim in claims]
+        assert len(set(ids)) == 100 and all(UUID(each).version == 7 for each in ids)
+        assert ids == sorted(ids)  # made by the server's clock, in the order in which they were taken
+        assert await broker.settle([done(claim) for claim in claims[:50]]) == [Settled.SETTLED] * 50
+        assert raw.llen("queue:q:claimed:w") == raw.zcard("stream:{q}:leases") == 50
+        assert sorted(claim.entry for claim in await broker.strays(())) == sorted(claim.entry for claim in claims[50:])
+
+
+@list_only
+async def test_namespaces_share_the_lists_and_nothing_else(broker_factory, raw):
+    async with broker_factory("w", namespace="ns:") as ours, broker_factory("v") as other:
+        await ours.publish([job("x"), job("y", delay=60.0)])
+        assert raw.llen("queue:q") == 1 and raw.zcard("ns:stream:{q}:due") == 1
+        assert names(await ours.claim(10, 0, ())) == ["x"]
+        assert raw.llen("ns:queue:q:claimed:w") == raw.zcard("ns:stream:{q}:leases") == 1
+        depth = (await other.depth())[0]
+        assert (depth.ready, depth.running, depth.delayed) == (0, 0, 0)
+
+
+@list_only
+async def test_a_waiting_worker_is_woken_on_lists_it_did_not_know_of(broker_factory, raw):
+    """The lists do not exist before the first job, and one bell per list waits for each of them."""
+    async with broker_factory("w", queues=("a", "q")) as broker:
+        claiming = asyncio.create_task(broker.claim(10, 5, ()))
+        await eventually(lambda: sum("b" in client["flags"] for client in raw.client_list()) == 6)
+        raw.lpush("queue:a:low", '{"id":"x","payload":{}}')
+        assert names(await claiming) == ["x"]
+
+
+@list_only
+async def test_waiting_takes_nothing_whatever_becomes_of_the_connection(broker_factory, raw, ground):
+    async with broker_factory("w") as broker:
+        for n in range(10):
+            claiming = asyncio.create_task(broker.claim(10, 5, ()))
+            await eventually(lambda: len(ground.blocked()) == 3)
+            with raw.pipeline(transaction=False) as pipe:
+                pipe.lpush("queue:q", f'{{"id":"{n}","payload":{{}}}}')
+                for client in ground.blocked():
+                    pipe.client_kill_filter(_id=client["id"])
+                pipe.execute(raise_on_error=False)
+            claims = []
+            with suppress(Unreachable):
+                claims = await claiming
+            while not claims:
+                with suppress(Unreachable):
+                    claims = await broker.claim(10, 0, ())
+            assert names(claims) == [str(n)]
+            assert await broker.settle([done(claim) for claim in claims]) == [Settled.SETTLED]
+
+
+@list_only
+@pytest.mark.parametrize("key", ["queue:q:high", "queue:q:claimed:w", "stream:{q}:leases", "stream:{q}:meta"])
+async def test_a_key_of_a_wrong_type_is_said_at_the_start(broker_factory, raw, key):
+    raw.set(key, "x")
+    with pytest.raises(ConfigurationError, match=f"the key {re.escape(key)} is a string, not a"):
+        async with broker_factory("w"):
+            pass
+
+
+@list_only
+@pytest.mark.parametrize("key", ["queue:a:claimed:w", "stream:{a}:leases", "stream:{a}:meta"])
+async def test_a_key_of_a_wrong_type_blinds_no_other_queue(broker_factory, raw, key):
+    async with broker_factory("w", queues=("a", "b")) as broker:
+        await broker.publish([job("a", "a"), job("b", "b")])
+        raw.delete(key)
+        raw.set(key, "x")
+        claims = await broker.claim(10, 0, ())
+        claims += await broker.claim(10, 0.05, claims)
+        assert names(claims) == ["b"]
+        raw.delete(key)
+        assert names(await broker.claim(10, 0, claims)) == ["a"]
+
+
+async def test_list_mode_refuses_a_cluster_in_one_sentence():
+    with pytest.raises(
+        ConfigurationError, match="list mode cannot use the Redis Cluster at .* STREAMWORKER_MODE=stream"
+    ):
+        ListBroker(Address("redis+cluster://127.0.0.1:7000"), ListOptions(queues=(("q", None),)))
+
+
+@list_only
+async def test_a_queue_named_like_what_a_worker_holds_is_refused(broker_factory):
+    with pytest.raises(ConfigurationError, match=":claimed:"):
+        async with broker_factory("w", queues=("a:claimed:b",)):
+            pass

@@ -5,13 +5,14 @@ import json
 import time
 from contextlib import asynccontextmanager, suppress
 
+import msgspec
 import pytest
 
 from streamworker import App, Payload, QueueWorker, Settings
 from streamworker.errors import StreamworkerError
 from tests.conftest import eventually
 from tests.contract import helpers as h
-from tests.contract.helpers import HIGH, job, names, one, recover, ripen
+from tests.contract.helpers import job, names, one, recover, stream_only
 
 
 @pytest.fixture(params=["asyncio"])
@@ -23,15 +24,15 @@ class Work(Payload, kind="work", queue="q"):
     what: str = ""
 
 
+@pytest.fixture
+def settings(ground, redis_url):
+    return Settings(redis_url=redis_url, mode=ground.mode, lease=1, grace=0.2, concurrency=4)
+
+
 @asynccontextmanager
-async def working(app, url, **settings):
-    worker = QueueWorker(
-        app,
-        redis=url,
-        database=None,
-        services=None,
-        settings=Settings(redis_url=url, **{"lease": 1, "grace": 0.2, "concurrency": 4, **settings}),
-    )
+async def working(app, settings, **changes):
+    settings = msgspec.structs.replace(settings, **changes)
+    worker = QueueWorker(app, redis=None, database=None, services=None, settings=settings)
     task = asyncio.create_task(worker.start())
     try:
         yield worker
@@ -43,21 +44,21 @@ async def working(app, url, **settings):
         await asyncio.gather(task, stop, return_exceptions=True)
 
 
-async def jam(raw, redis_url, error, dead=1):
+async def jam(ground, settings, error):
     """One job ends oddly; the jobs beside and after it must still be settled."""
-    app = App(settings=Settings(redis_url=redis_url))
+    app = App(settings=settings)
 
     @app.handler
     async def work(payload: Work):
         if payload.what == "odd":
             raise error
 
-    async with app, working(app, redis_url):
+    async with app, working(app, settings):
         if True:
             await app.enqueue(Work("odd"))
             await asyncio.sleep(0.3)
             await app.enqueue_many([Work("fine") for _ in range(10)])
-            await eventually(lambda: raw.xlen("stream:{q}") <= 0, 5)
+            await eventually(lambda: ground.left() <= 0, 5)
 
 
 async def test_tick_of_one_queue_with_a_wrong_key_blinds_no_other(raw, broker_factory):
@@ -70,10 +71,10 @@ async def test_tick_of_one_queue_with_a_wrong_key_blinds_no_other(raw, broker_fa
         assert names(await b.claim(1, 0, ())) == ["x"]
 
 
-async def test_promote_with_a_target_of_a_wrong_type_blinds_no_other_level(raw, broker_factory):
+async def test_promote_with_a_target_of_a_wrong_type_blinds_no_other_level(raw, broker_factory, ground):
     async with broker_factory("w", queues=("q",)) as b:
-        raw.delete(HIGH)
-        raw.set(HIGH, "x")
+        raw.delete(ground.place("high"))
+        raw.set(ground.place("high"), "x")
         await b.publish([job("h", level="high", delay=0.001)])
         await asyncio.sleep(0.05)
         await b.publish([job("x", delay=0.001)])
@@ -98,10 +99,10 @@ async def test_meta_of_a_wrong_type_blinds_no_other_queue(raw, broker_factory):
         ...
 
 
-async def test_a_wrong_type_beside_a_missing_group_blinds_nothing(raw, broker_factory):
+async def test_a_wrong_type_beside_a_missing_group_blinds_nothing(raw, broker_factory, ground):
     async with broker_factory("w", queues=("q", "b")) as b:
         raw.flushall()
-        raw.set(HIGH, "x")
+        raw.set(ground.place("high"), "x")
         await b.publish([job("x"), job("b", "b")])
         got = []
         for _ in range(4):
@@ -110,59 +111,60 @@ async def test_a_wrong_type_beside_a_missing_group_blinds_nothing(raw, broker_fa
         assert sorted(names(got)) == ["b", "x"]
 
 
-async def test_a_hung_handlers_own_sweep_does_not_renew_its_lease(raw, broker_factory):
+async def test_a_hung_handlers_own_sweep_does_not_renew_its_lease(ground, broker_factory):
     """The holder no longer renews (past its deadline), but its own sweep resets the idle time for a whole lease."""
     async with broker_factory("holder") as holder, broker_factory("other") as other:
         await holder.publish([job("hung")])
         claim = await one(holder)
-        ripen(raw, claim)
-        assert await recover(holder, raw, running=[claim]) == []
-        assert names(await recover(other, raw)) == ["hung"]
+        ground.ripen(claim)
+        assert await recover(holder, ground, running=[claim]) == []
+        assert names(await recover(other, ground)) == ["hung"]
 
 
-async def test_put_back_suspects_are_no_strays_that_run_with_others(raw, broker_factory):
+async def test_put_back_suspects_are_no_strays_that_run_with_others(ground, broker_factory):
     async with broker_factory("dead") as gone, broker_factory("w") as b:
         await gone.publish([job("p1"), job("p2")])
         for c in await gone.claim(5, 0, ()):
-            ripen(raw, c, count=2)
-        reserved = await recover(b, raw)
+            ground.ripen(c, count=2)
+        reserved = await recover(b, ground)
         strays = await b.strays(reserved)
         # p2 killed two workers already: handed out, it must be a suspect (its next run is its third)
         assert all(c.suspect or c.count >= 3 for c in strays), strays
 
 
-async def test_a_reserved_suspect_found_as_a_stray_is_still_a_suspect(raw, broker_factory):
+async def test_a_reserved_suspect_found_as_a_stray_is_still_a_suspect(ground, broker_factory):
     async with broker_factory("dead") as gone, broker_factory("w") as b:
         await gone.publish([job("p1")])
-        ripen(raw, await one(gone), count=2)
-        (_reserved,) = await recover(b, raw)
+        ground.ripen(await one(gone), count=2)
+        (_reserved,) = await recover(b, ground)
         (stray,) = await b.strays(())  # e.g. confirm()'s connection broke
         assert stray.suspect and stray.count == 2
 
 
-async def test_a_confirmed_suspect_found_as_a_stray_is_not_counted_twice(raw, broker_factory):
+async def test_a_confirmed_suspect_found_as_a_stray_is_not_counted_twice(ground, broker_factory):
     async with broker_factory("dead") as gone, broker_factory("w") as b:
         await gone.publish([job("p1")])
-        ripen(raw, await one(gone), count=2)
-        (reserved,) = await recover(b, raw)
+        ground.ripen(await one(gone), count=2)
+        (reserved,) = await recover(b, ground)
         await b.confirm(reserved)
         (stray,) = await b.strays(())
         assert stray.count + stray.suspect == 3
 
 
-async def test_epoch_made_by_another_worker_reaches_a_waiting_one(raw, broker_factory):
+@stream_only
+async def test_epoch_made_by_another_worker_reaches_a_waiting_one(raw, broker_factory, ground):
     async with broker_factory("one") as a, broker_factory("two") as b:
         raw.flushall()
         assert await b.claim(1, 0, ()) == []  # b heals, new epoch
         task = asyncio.create_task(a.claim(1, 5, ()))
-        await eventually(lambda: any("b" in c["flags"] for c in raw.client_list()))
+        await eventually(ground.blocked)
         await b.publish([job("x")])
         (claim,) = await task
         assert claim.epoch == raw.hget(h.META, "epoch")
 
 
-async def test_a_handler_that_cancels_its_own_task_ends_its_job(raw, redis_url):
-    app = App(settings=Settings(redis_url=redis_url))
+async def test_a_handler_that_cancels_its_own_task_ends_its_job(settings, ground):
+    app = App(settings=settings)
 
     @app.handler
     async def work(payload: Work):
@@ -170,19 +172,19 @@ async def test_a_handler_that_cancels_its_own_task_ends_its_job(raw, redis_url):
             asyncio.current_task().cancel()
             await asyncio.sleep(1)
 
-    async with app, working(app, redis_url, concurrency=1):
+    async with app, working(app, settings, concurrency=1):
         if True:
             await app.enqueue(Work("odd"))
             await asyncio.sleep(0.3)
             await app.enqueue(Work("fine"))
-            await eventually(lambda: raw.xlen("stream:{q}") == 0, 5)
+            await eventually(lambda: ground.left() == 0, 5)
 
 
-async def test_a_handler_that_raises_generator_exit_ends_its_job(raw, redis_url):
-    await jam(raw, redis_url, GeneratorExit())
+async def test_a_handler_that_raises_generator_exit_ends_its_job(ground, settings):
+    await jam(ground, settings, GeneratorExit())
 
 
-async def test_a_sync_handler_that_returns_a_coroutine_is_not_done(raw, redis_url):
+async def test_a_sync_handler_that_returns_a_coroutine_is_not_done(settings, ground):
     """`app.handler(lambda-like wrapper)` without functools.wraps: the body never ran, yet the job is deleted."""
     ran = []
 
@@ -195,23 +197,23 @@ async def test_a_sync_handler_that_returns_a_coroutine_is_not_done(raw, redis_ur
 
         return wrapper
 
-    app = App(settings=Settings(redis_url=redis_url))
+    app = App(settings=settings)
     app.handler(deco(real))
-    async with app, working(app, redis_url):
+    async with app, working(app, settings):
         if True:
             await app.enqueue(Work("x"))
-            await eventually(lambda: raw.xlen("stream:{q}") == 0, 5)
+            await eventually(lambda: ground.left() == 0, 5)
             assert ran
 
 
-async def test_headers_json_cannot_hold_are_our_error(redis_url):
-    app = App(settings=Settings(redis_url=redis_url))
+async def test_headers_json_cannot_hold_are_our_error(settings):
+    app = App(settings=settings)
     async with app:
         with pytest.raises(StreamworkerError):
             await app.enqueue(Work("x"), headers={"a": object()})
 
 
-async def test_refused_jobs_are_offered_again_under_load(raw, redis_url):
+async def test_refused_jobs_are_offered_again_under_load():
     """Refused runs wait for a moment without finished ones: under load that moment never comes."""
     from streamworker import codec
     from streamworker.execute import OK
@@ -254,7 +256,7 @@ async def test_refused_jobs_are_offered_again_under_load(raw, redis_url):
     assert count >= 2, count
 
 
-async def test_one_broken_ending_holds_up_nobody_else(raw, redis_url, monkeypatch):
+async def test_one_broken_ending_holds_up_nobody_else(settings, ground, monkeypatch):
     """The jam behind the fixed triggers: whatever ending()/settle() raises for ONE run, the others must be settled."""
     from streamworker import settler
 
@@ -266,24 +268,24 @@ async def test_one_broken_ending_holds_up_nobody_else(raw, redis_url, monkeypatc
         return real(run, **kw)
 
     monkeypatch.setattr(settler, "ending", ending)
-    app = App(settings=Settings(redis_url=redis_url))
+    app = App(settings=settings)
 
     @app.handler
     async def work(payload: Work): ...
 
-    async with app, working(app, redis_url):
+    async with app, working(app, settings):
         await app.enqueue(Work("odd"))
         await asyncio.sleep(0.3)
         await app.enqueue_many([Work("fine") for _ in range(10)])
-        await eventually(lambda: raw.xlen("stream:{q}") <= 1, 5)
+        await eventually(lambda: ground.left() <= 1, 5)
 
 
-async def test_entering_an_app_twice_at_once_leaks_nothing(raw, redis_url):
+async def test_entering_an_app_twice_at_once_leaks_nothing(settings, raw):
     def connected():
         return sum(client["name"] == "streamworker" for client in raw.client_list())
 
     before = connected()
-    app = App(settings=Settings(redis_url=redis_url))
+    app = App(settings=settings)
     await asyncio.gather(app.__aenter__(), app.__aenter__())
     await app.enqueue(Work("x"))
     assert connected() > before

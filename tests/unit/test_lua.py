@@ -93,6 +93,11 @@ def test_nothing_depends_on_a_clock_of_ours_or_on_chance(path):
     for function in re.split(r"\n(?=for |local function )", body):
         acks, adds = function.find("'XACK'"), function.find("'XADD'")
         assert not (0 <= acks < adds)
+    if path.stem.startswith("list_"):
+        grows = max(body.rfind(f"'{command}'") for command in ("RPUSH", "LPUSH", "XADD", "ZADD"))
+        shrinks = [body.find(f"'{command}'", grows) for command in ("LREM", "LTRIM")]
+        moved = grows >= 0 and any(word in body for word in ("'LREM'", "'LTRIM'"))
+        assert not moved or max(shrinks) > 0, "the last thing a move does is to delete"
 
 
 def test_every_file_is_loaded_and_every_script_has_a_file():

@@ -25,7 +25,7 @@ if due > now and due - now <= lease then return { due - now, {}, 0 } end
 local running = {}
 for i = 7, #ARGV do running[ARGV[i]] = true end
 local may_reserve = ARGV[6] == '1'
-local epoch = redis.call('HGET', KEYS[1], 'epoch') or ''
+local epoch = redis.call('HGET', KEYS[1], 'epoch') or '0'
 local entries, missing, unfinished = {}, 0, false -- unfinished: somebody should sweep again at once
 
 local function gone(stream, id)

@@ -1,0 +1,71 @@
+"""Ending claims in list mode; the fence is the exact string in the worker's own list."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from streamworker.broker import Ending, scripts
+from streamworker.broker.held import leased, wrapped
+from streamworker.broker.keys import ListKeys, QueueKeys, worker_key
+from streamworker.broker.settle import obituary, parking
+from streamworker.errors import UsageError
+from streamworker.job import Claim
+
+
+class ListSender:
+    """Claims in the list of one worker. See `Sender`.
+
+    Args:
+        client: what to send with.
+        worker: whose claims these are.
+    """
+
+    def __init__(self, client: scripts.AsyncCaller, worker: str) -> None:
+        self._client, self._worker = client, worker
+
+    def _fence(self, claim: Claim) -> tuple[bytes, bytes]:
+        """(member of the lease set, string in the worker's list)."""
+        return leased(claim, self._worker), wrapped(claim)
+
+    async def done(self, keys: QueueKeys, items: list[Ending]) -> list[int]:
+        """See `Sender.done`."""
+        lists = as_lists(keys)
+        args: list[Any] = []
+        for item in items:
+            args += self._fence(item.claim)
+        return list(
+            await scripts.LIST_DONE(self._client, [lists.claimed(self._worker), lists.leases, lists.meta], args)
+        )
+
+    async def park(self, keys: QueueKeys, items: list[Ending]) -> list[int]:
+        """See `Sender.park`."""
+        lists = as_lists(keys)
+        now = time.time()
+        args: list[Any] = []
+        for item in items:
+            args += (*self._fence(item.claim), *parking(item, now))
+        names = [lists.claimed(self._worker), lists.leases, items[0].claim.place, lists.due, lists.bodies, lists.meta]
+        return list(await scripts.LIST_PARK(self._client, [*names, worker_key(lists.namespace, self._worker)], args))
+
+    async def bury(self, keys: QueueKeys, items: list[Ending]) -> list[int]:
+        """See `Sender.bury`."""
+        lists = as_lists(keys)
+        args: list[Any] = []
+        for item in items:
+            claim = item.claim
+            told = {"job": claim.body or b"", **obituary(item)}
+            told |= {"deliveries": claim.count, "worker": self._worker, "entry": claim.entry}
+            args = args or [2 * len(told)]
+            args += self._fence(claim)
+            for pair in told.items():
+                args += pair
+        names = [lists.claimed(self._worker), lists.leases, lists.dead, lists.meta]
+        return list(await scripts.LIST_BURY(self._client, [*names, worker_key(lists.namespace, self._worker)], args))
+
+
+def as_lists(keys: QueueKeys) -> ListKeys:
+    """The keys as those of list mode."""
+    if not isinstance(keys, ListKeys):
+        raise UsageError(f"the queue {keys.queue} is not one of list mode")
+    return keys

@@ -1,0 +1,45 @@
+-- list_bury: move claims to the dead letters, each only if it still holds. The growing write comes first: out of memory,
+-- nothing happened. A job that was popped lies nowhere; what of such jobs was buried last is remembered with the worker's
+-- heartbeat, so that a repeat after a lost reply is a no-op.
+--
+-- KEYS[1]    claimed list of the worker
+-- KEYS[2]    lease set of the queue
+-- KEYS[3]    dead stream of the queue
+-- KEYS[4]    meta hash of the queue
+-- KEYS[5]    the worker's heartbeat
+-- ARGV[1]    F, number of values that make a letter
+-- ARGV[2..]  2 + F a claim: its member in the lease set, its string in the claimed list ("": it was popped), names and values
+--
+-- returns one number a claim: 1 settled, 0 lost, 2 refused
+local size, result, left, ended = tonumber(ARGV[1]), {}, 0, {}
+
+local function holds(member, wrapper)
+  if wrapper ~= '' then return redis.call('LPOS', KEYS[1], wrapper) end
+  local before = redis.call('HGET', KEYS[5], 'buried ' .. KEYS[3]) or ''
+  if not string.find(before, member, 1, true) then return true end
+  ended[#ended + 1] = member
+  return false
+end
+
+for i = 2, #ARGV, 2 + size do
+  local member, wrapper = ARGV[i], ARGV[i + 1]
+  if not holds(member, wrapper) then
+    result[#result + 1] = 0
+  else
+    local added = redis.pcall('XADD', KEYS[3], '*', unpack(ARGV, i + 2, i + 1 + size))
+    if type(added) == 'table' and added.err then
+      result[#result + 1] = 2
+    else
+      if wrapper == '' then
+        ended[#ended + 1] = member
+      else
+        redis.call('LREM', KEYS[1], 1, wrapper)
+        redis.call('ZREM', KEYS[2], member)
+      end
+      result[#result + 1], left = 1, left + 1
+    end
+  end
+end
+if #ended > 0 then redis.pcall('HSET', KEYS[5], 'buried ' .. KEYS[3], table.concat(ended, '\n')) end
+if left > 0 then redis.pcall('HINCRBY', KEYS[4], 'left', left) end
+return result

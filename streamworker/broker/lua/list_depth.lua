@@ -1,0 +1,25 @@
+-- list_depth: how much lies in a queue. Lists know no ages: the elements that wait longest are handed out to be asked.
+--
+-- KEYS[1..3]  lists: high, normal, low
+-- KEYS[4]     due set
+-- KEYS[5]     dead stream
+-- KEYS[6]     meta hash
+-- KEYS[7]     lease set
+--
+-- returns { ready, claimed, delayed, dead, 1 if paused, the rightmost element of each list that has one ... }
+-- A key of a wrong type counts as empty here: one bad key must not hide the rest, and `check` names it.
+local function count(command, key)
+  local reply = redis.pcall(command, key)
+  return type(reply) == 'number' and reply or 0
+end
+
+local ready, oldest = 0, {}
+for k = 1, 3 do
+  local length = count('LLEN', KEYS[k])
+  ready = ready + length
+  if length > 0 then oldest[#oldest + 1] = redis.call('LINDEX', KEYS[k], -1) end
+end
+return {
+  ready, count('ZCARD', KEYS[7]), count('ZCARD', KEYS[4]), count('XLEN', KEYS[5]),
+  redis.pcall('HEXISTS', KEYS[6], 'paused') == 1 and 1 or 0, unpack(oldest),
+}

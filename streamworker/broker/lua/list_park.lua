@@ -1,0 +1,61 @@
+-- list_park: end claims whose jobs go on: write the job's next form to the due set or behind the others of its list, then
+-- delete the claim, each only if it still holds. The growing write comes first: out of memory, nothing happened.
+-- A job that becomes the first to be due rings the bell: a message with the ms until then, on the channel named like KEYS[4].
+-- A job that was popped lies nowhere; what of such jobs was stored last is remembered with the worker's heartbeat, so that a
+-- repeat after a lost reply is a no-op.
+--
+-- KEYS[1]  claimed list of the worker
+-- KEYS[2]  lease set of the queue
+-- KEYS[3]  list of the level
+-- KEYS[4]  due set of the queue
+-- KEYS[5]  bodies hash of the queue
+-- KEYS[6]  meta hash of the queue
+-- KEYS[7]  the worker's heartbeat
+-- ARGV     five a claim: its member in the lease set, its string in the claimed list ("": it was popped), delay in ms
+--          (negative: ready at once), member for the due set, body
+--
+-- returns one number a claim: 1 settled, 0 lost, 2 refused
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local result, left, ended = {}, 0, {}
+
+local function failed(reply) return type(reply) == 'table' and reply.err end
+
+local function store(delay, member, body)
+  if delay < 0 then return not failed(redis.pcall('LPUSH', KEYS[3], body)) end
+  if failed(redis.pcall('HSET', KEYS[5], member, body)) then return false end
+  if failed(redis.pcall('ZADD', KEYS[4], string.format('%d', now + delay), member)) then
+    redis.call('HDEL', KEYS[5], member)
+    return false
+  end
+  if redis.call('ZRANGE', KEYS[4], 0, 0)[1] == member then redis.pcall('PUBLISH', KEYS[4], string.format('%d', delay)) end
+  return true
+end
+
+local function holds(member, wrapper)
+  if wrapper ~= '' then return redis.call('LPOS', KEYS[1], wrapper) end
+  local before = redis.call('HGET', KEYS[7], 'parked ' .. KEYS[3]) or ''
+  if not string.find(before, member, 1, true) then return true end
+  ended[#ended + 1] = member
+  return false
+end
+
+for i = 1, #ARGV, 5 do
+  local member, wrapper = ARGV[i], ARGV[i + 1]
+  if not holds(member, wrapper) then
+    result[#result + 1] = 0
+  elseif store(tonumber(ARGV[i + 2]), ARGV[i + 3], ARGV[i + 4]) then
+    if wrapper == '' then
+      ended[#ended + 1] = member
+    else
+      redis.call('LREM', KEYS[1], 1, wrapper)
+      redis.call('ZREM', KEYS[2], member)
+    end
+    result[#result + 1], left = 1, left + 1
+  else
+    result[#result + 1] = 2
+  end
+end
+if #ended > 0 then redis.pcall('HSET', KEYS[7], 'parked ' .. KEYS[3], table.concat(ended, '\n')) end
+if left > 0 then redis.pcall('HINCRBY', KEYS[6], 'left', left) end
+return result

@@ -1,0 +1,32 @@
+-- list_renew: prolong leases, each only if the claim still holds: whoever takes a claim away takes its lease along. Where the
+-- lease set itself was deleted, what the worker holds tells.
+--
+-- KEYS[1]  lease set of the queue
+-- KEYS[2]  claimed list of the worker
+-- ARGV     members of the lease set
+--
+-- returns the members of claims that are lost
+local time = redis.call('TIME')
+local now = string.format('%d', time[1] * 1000 + math.floor(time[2] / 1000))
+local lost, doubted, some = {}, {}, false
+
+-- A first write that changes nothing: a script that has written may write on when memory is out, and this does not grow.
+redis.call('ZREM', KEYS[1], '')
+for _, member in ipairs(ARGV) do
+  if redis.call('ZSCORE', KEYS[1], member) then
+    redis.call('ZADD', KEYS[1], now, member)
+  else
+    doubted[string.match(member, '^%S+ %d+') or member], some = member, true
+  end
+end
+if some then
+  for _, wrapper in ipairs(redis.call('LRANGE', KEYS[2], 0, -1)) do
+    local token = string.match(wrapper, '^%S+ %d+')
+    if token and doubted[token] then
+      redis.call('ZADD', KEYS[1], now, doubted[token])
+      doubted[token] = nil
+    end
+  end
+end
+for _, member in pairs(doubted) do lost[#lost + 1] = member end
+return lost

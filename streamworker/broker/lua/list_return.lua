@@ -1,0 +1,66 @@
+-- list_return: give claims whose lease ran out back to the right ends of their lists, in the order in which they were first
+-- taken, the oldest rightmost. The mark that is put in front of an element, {"streamworker":{"id":"...","deliveries":N},
+-- keeps its id and its count; bytes that are no object of JSON stay as they are. What grows is written first.
+--
+-- KEYS[1]     lease set of the queue
+-- KEYS[2..4]  its lists: high, normal, low
+-- KEYS[5..]   claimed lists of those who held the claims
+-- ARGV[1]     lease in ms: claims that were not renewed for that long are orphans
+-- ARGV[2..]   two a claim: its member in the lease set, index of its claimed list in KEYS
+--
+-- returns { number given back, number that were deleted underneath, errors of keys that refused ... }
+local lease = tonumber(ARGV[1])
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local LISTS = { high = 2, normal = 3, low = 4 }
+local wanted, orphans, returned, missing, errors = {}, {}, 0, 0, {}
+
+-- A first write that changes nothing: a script that has written may write on when memory is out, and moving does not grow.
+redis.call('ZREM', KEYS[1], '')
+
+for i = 2, #ARGV, 2 do
+  local score, k = redis.call('ZSCORE', KEYS[1], ARGV[i]), tonumber(ARGV[i + 1])
+  if score and now - tonumber(score) >= lease then
+    wanted[k] = wanted[k] or {}
+    wanted[k][string.match(ARGV[i], '^%S+ %d+') or ''] = ARGV[i]
+  end
+end
+
+for k, members in pairs(wanted) do
+  local wrappers = redis.pcall('LRANGE', KEYS[k], 0, -1)
+  if wrappers.err then
+    errors[#errors + 1] = wrappers.err
+    members = {}
+  end
+  for _, wrapper in ipairs(wrappers) do
+    local token, level, start = string.match(wrapper, '^(%S+ %d+) (%a+)%?? ()')
+    if token and members[token] and LISTS[level] then
+      orphans[#orphans + 1] = { token, k, wrapper, members[token], LISTS[level], string.sub(wrapper, start) }
+      members[token] = nil
+    end
+  end
+  for _, member in pairs(members) do
+    redis.call('ZREM', KEYS[1], member)
+    missing = missing + 1
+  end
+end
+
+local function marked(token, body)
+  local brace, rest = string.match(body, '^(%s*{)(%s*".*)$')
+  if not brace then return body end
+  local id, count = string.match(token, '^(%S+) (%d+)$')
+  return brace .. '"streamworker":{"id":"' .. id .. '","deliveries":' .. count .. '},' .. rest
+end
+
+table.sort(orphans, function(a, b) return a[1] > b[1] end)
+for _, orphan in ipairs(orphans) do
+  local reply = redis.pcall('RPUSH', KEYS[orphan[5]], marked(orphan[1], orphan[6]))
+  if type(reply) == 'table' and reply.err then
+    errors[#errors + 1] = reply.err
+  else
+    redis.call('LREM', KEYS[orphan[2]], 1, orphan[3])
+    redis.call('ZREM', KEYS[1], orphan[4])
+    returned = returned + 1
+  end
+end
+return { returned, missing, unpack(errors, 1, math.min(#errors, 10)) }

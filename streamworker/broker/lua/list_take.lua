@@ -1,0 +1,166 @@
+-- list_take: take jobs from the right ends of lists in the order given, never more than asked for, into what the worker
+-- holds. An element that was taken before carries our mark in front, its id and its deliveries (see list_return): such
+-- are at the right ends, and go before all others, whatever their level. A job stays with its id for good; without a mark
+-- it gets a fresh one, a UUIDv7 by the server's clock. Of suspects (as often delivered as ARGV[6] says) one is reserved,
+-- uncounted; further ones, and what runs here, stay where they are. What grows is written first, what shrinks last.
+--
+-- KEYS[1..Q]   meta hash of each queue; then as many lease sets; then as many claimed lists of this worker
+-- KEYS[3Q+1..] the lists, three a queue: high, normal, low
+-- ARGV[1]      worker id
+-- ARGV[2]      most jobs to take
+-- ARGV[3]      Q, number of queues
+-- ARGV[4]      B, number of budgets
+-- ARGV[5]      twelve random hexadecimal digits
+-- ARGV[6]      delivery count from which a job is a suspect
+-- ARGV[7]      1 if a suspect may be reserved, 0 if the worker has one already
+-- ARGV[8]      H, number of ids that run here
+-- ARGV[9..]    Q allowances: most jobs to take of each queue
+-- then         B budgets: most jobs to take on each budget
+-- then         H ids that run here
+-- then         the walk, three numbers a step: index of the list in KEYS, of its queue, of its budget
+--
+-- returns { taken, trouble, paused, epochs, skipped }
+--   taken    { index of the list in KEYS, { id, delivery count, 1 if a suspect, body } ... } ...
+--   trouble  { index in KEYS, error } ...
+--   paused   indexes of queues
+--   epochs   the epoch of each queue ("": none yet)
+--   skipped  indexes of lists in KEYS at whose right end something stays
+local worker, left, queues, budgets = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
+local may_reserve = ARGV[7] == '1'
+local LEVELS = { 'high', 'normal', 'low' }
+local PAGE, SKIP = 500, 500 -- elements of one move; elements that are looked at in vain
+local time = redis.call('TIME')
+local now = string.format('%d', time[1] * 1000 + math.floor(time[2] / 1000))
+local stamp, sequence = string.format('%012x', tonumber(now)), 0
+local allowance, budget, epochs, usable, running = {}, {}, {}, {}, {}
+local taken, trouble, paused, skipped, broken, empty = {}, {}, {}, {}, {}, {}
+
+local function failed(reply) return type(reply) == 'table' and reply.err end
+
+local function report(k, err) trouble[#trouble + 1] = { k, err } end
+
+for q = 1, queues do
+  local meta = redis.pcall('HMGET', KEYS[q], 'paused', 'epoch')
+  allowance[q], epochs[q] = tonumber(ARGV[8 + q]), ''
+  if meta.err then
+    report(q, meta.err)
+    allowance[q] = 0
+  else
+    if not meta[2] and redis.pcall('HSETNX', KEYS[q], 'epoch', ARGV[5]) == 1 then meta[2] = ARGV[5] end
+    epochs[q] = meta[2] or ''
+    if meta[1] then
+      paused[#paused + 1] = q
+      allowance[q] = 0
+    end
+  end
+end
+for b = 1, budgets do budget[b] = tonumber(ARGV[8 + queues + b]) end
+local walk = 9 + queues + budgets + tonumber(ARGV[8])
+for h = 9 + queues + budgets, walk - 1 do running[ARGV[h]] = true end
+
+local function fresh()
+  sequence = sequence + 1
+  local micros, order = time[2] % 1000, 32768 + sequence % 16384
+  return string.format('%s-%s-7%03x-%04x-%s', string.sub(stamp, 1, 8), string.sub(stamp, 9), micros, order, ARGV[5])
+end
+
+local function unmarked(element)
+  local brace, id, count, rest =
+    string.match(element, '^(%s*{)"streamworker":{"id":"([%x-]+)","deliveries":(%d+)},(.*)$')
+  if not id or #id ~= 36 or #count > 6 then return element end
+  return brace .. rest, id, tonumber(count)
+end
+
+-- A first write that changes nothing: a script that has written may write on when memory is out, and moving does not grow.
+local function writable(q)
+  if usable[q] == nil then
+    local leases, claimed = redis.pcall('ZREM', KEYS[queues + q], ''), redis.pcall('LLEN', KEYS[2 * queues + q])
+    usable[q] = not failed(leases) and not failed(claimed)
+    if failed(leases) then report(queues + q, leases.err) end
+    if failed(claimed) then report(2 * queues + q, claimed.err) end
+  end
+  return usable[q]
+end
+
+-- What of the right end may be taken: rows, wrappers, scored members, elements; and how many elements they span.
+local function look(i, q, most, again)
+  local level = LEVELS[(i - 3 * queues - 1) % 3 + 1]
+  local found, seen, span, length = { {}, {}, {}, {} }, 0, 0, redis.call('LLEN', KEYS[i])
+  while #found[1] < most and seen < length and seen < most + SKIP do
+    local count = math.min(most - #found[1], length - seen)
+    local page = redis.call('LRANGE', KEYS[i], -seen - count, -seen - 1)
+    for p = #page, 1, -1 do
+      local body, id, deliveries = unmarked(page[p])
+      if again and not id then return found, span end
+      seen = seen + 1
+      local suspect = id and deliveries + 1 >= tonumber(ARGV[6])
+      if id and (running[id] or suspect and not may_reserve) then
+        skipped[i] = true
+      else
+        local n = suspect and deliveries or (deliveries or 0) + 1
+        may_reserve = may_reserve and not suspect
+        id = id or fresh()
+        running[id] = true
+        found[1][#found[1] + 1] = { id, n, suspect and 1 or 0, body }
+        found[2][#found[2] + 1] = id .. ' ' .. n .. ' ' .. level .. (suspect and '? ' or ' ') .. body
+        found[3][#found[3] + 1], found[3][#found[3] + 2] = now, id .. ' ' .. n .. ' ' .. worker
+        found[4][#found[4] + 1] = page[p]
+        span = seen
+      end
+    end
+  end
+  return found, span
+end
+
+local function take(i, q, most, again)
+  local found, span = look(i, q, math.min(most, PAGE), again)
+  local rows, wrappers, members, elements = unpack(found)
+  if #rows == 0 then return 0 end
+  local held = redis.pcall('RPUSH', KEYS[2 * queues + q], unpack(wrappers))
+  local leased = failed(held) and held or redis.pcall('ZADD', KEYS[queues + q], unpack(members))
+  if failed(leased) then
+    if not failed(held) then redis.call('LTRIM', KEYS[2 * queues + q], 0, -#rows - 1) end
+    report(i, leased.err)
+    broken[i] = true
+    return 0
+  end
+  if span == #rows then
+    redis.call('LTRIM', KEYS[i], 0, -span - 1)
+  else
+    for _, element in ipairs(elements) do redis.call('LREM', KEYS[i], -1, element) end
+  end
+  taken[#taken + 1] = { i, rows }
+  left, allowance[q] = left - #rows, allowance[q] - #rows
+  return #rows
+end
+
+local function exhausted(i, q)
+  if left <= 0 or allowance[q] <= 0 or broken[i] or empty[i] then return true end
+  local length = redis.pcall('LLEN', KEYS[i])
+  if failed(length) then
+    report(i, length.err)
+    broken[i] = true
+  elseif length == 0 then
+    empty[i] = true
+  end
+  return broken[i] or empty[i] or not writable(q)
+end
+
+for i = 3 * queues + 1, #KEYS do
+  local q = math.floor((i - 3 * queues - 1) / 3) + 1
+  if not exhausted(i, q) then
+    local _, again = unmarked(redis.call('LINDEX', KEYS[i], -1))
+    while again and not exhausted(i, q) and take(i, q, math.min(left, allowance[q]), true) > 0 do end
+  end
+end
+for w = walk, #ARGV, 3 do
+  local i, q, b = tonumber(ARGV[w]), tonumber(ARGV[w + 1]), tonumber(ARGV[w + 2])
+  while budget[b] > 0 and not exhausted(i, q) do
+    local count = take(i, q, math.min(left, allowance[q], budget[b]), false)
+    if count == 0 then break end
+    budget[b] = budget[b] - count
+  end
+end
+local stay = {}
+for i in pairs(skipped) do stay[#stay + 1] = i end
+return { taken, trouble, paused, epochs, stay }

@@ -1,0 +1,202 @@
+"""What people do by hand, in either mode.
+
+Nothing here consumes: listings read in pages, and every change goes through the workers' own scripts with the holder's
+name and delivery count as the fence, so that a job that moved on meanwhile is left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from redis.exceptions import NoPermissionError
+
+from streamworker import codec
+from streamworker.broker import Ending, Finding, PendingEntry, StoredJob, Waiting, listings, scripts
+from streamworker.broker.client import Address, understood
+from streamworker.broker.examine import examine
+from streamworker.broker.keys import QueueKeys
+from streamworker.broker.listings import PAGE, Desk
+from streamworker.broker.settle import Sender, settle
+from streamworker.errors import InvalidJob, StreamworkerError
+from streamworker.job import Claim, Dead, Done, ReleaseAt, Settled, Verdict
+
+
+class Operating:
+    """What both modes of the `Operator` protocol share.
+
+    Args:
+        address: the server.
+        namespace: goes before every key of ours.
+        group: the consumer group, where there is one.
+        keys: the keys of a queue, by its name.
+    """
+
+    def __init__(self, address: Address, namespace: str, group: str, keys: Callable[[str], QueueKeys]) -> None:
+        self._address = address
+        self._namespace, self._group, self._key = namespace, group, keys
+        self._commands = address.commands()
+        self._desk = Desk(self._commands, address, group, namespace)
+
+    async def open(self) -> None:
+        """Check that a server answers.
+
+        Raises:
+            ConfigurationError: a server answers that cannot be used.
+            Unreachable: none does.
+        """
+        with understood(self._address):
+            try:
+                await self._address.greet(self._commands)
+            except NoPermissionError:  # not everybody may ask for INFO
+                await self._commands.ping()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._commands.aclose()
+
+    # -- pending
+
+    async def _claim(self, entry: PendingEntry) -> Claim | None:
+        """What is held as it was listed, without a document if that is gone; ``None`` if it is not so any more."""
+        raise NotImplementedError
+
+    def _sender(self, worker_id: str) -> Sender:
+        """Ends claims of a worker."""
+        raise NotImplementedError
+
+    async def body(self, entry: PendingEntry) -> bytes | None:
+        """See `Operator.body`."""
+        claim = await self._claim(entry)
+        return claim.body if claim is not None else None
+
+    async def release(self, entry: PendingEntry) -> bool:
+        """See `Operator.release`."""
+        claim = await self._claim(entry)
+        if claim is None:
+            return False
+        if claim.body is None:
+            raise StreamworkerError(
+                f"the entry {entry.entry_id} of {entry.queue} has no field 'job', or was deleted, and cannot go back: "
+                "drop it"
+            )
+        return await self._end(entry, claim, ReleaseAt(), _handed_back(entry, claim.body))
+
+    async def bury(self, entry: PendingEntry, reason: str) -> bool:
+        """See `Operator.bury`."""
+        claim = await self._claim(entry)
+        return claim is not None and await self._end(entry, claim, Dead(reason))
+
+    async def drop(self, entry: PendingEntry) -> bool:
+        """See `Operator.drop`."""
+        claim = await self._claim(entry)
+        return claim is not None and await self._end(entry, claim, Done())
+
+    async def _end(self, entry: PendingEntry, claim: Claim, verdict: Verdict, next_form: bytes | None = None) -> bool:
+        try:
+            attempts = codec.read(claim.body or b"").attempt_count or 0
+        except InvalidJob:
+            attempts = 0
+        ending = Ending(claim, verdict, next_form, entry.job_id or "", entry.kind or "", attempts)
+        with understood(self._address):
+            answers = await settle(self._sender(entry.worker_id), {claim.place: self._key(entry.queue)}, [ending])
+        if answers == [Settled.REFUSED]:
+            raise StreamworkerError(f"Redis at {self._address} is out of memory or refuses writes: nothing was changed")
+        return answers == [Settled.SETTLED]
+
+    # -- delayed and dead
+
+    async def delayed(self, queues: Sequence[str]) -> AsyncIterator[StoredJob]:
+        """See `Operator.delayed`."""
+        for keys in self._keys(queues):
+            async for job in listings.delayed(self._desk, keys):
+                yield job
+
+    async def hasten(self, job: StoredJob) -> bool:
+        """See `Operator.hasten`."""
+        keys = self._key(job.queue)
+        # Listings of thousands leave the documents out.
+        body = await self._desk.ask("HGET", keys.bodies, job.handle) if job.body is None else job.body
+        args = ["hasten", job.handle, _without_date(body) if body else b""]
+        answer = await self._desk.run(scripts.UNPARK, [keys.due, keys.bodies], args)
+        if answer == -1:
+            raise StreamworkerError(
+                f"the delayed job {job.handle} of {job.queue} has no document and cannot run: drop it"
+            )
+        if not answer:
+            return False
+        # Now means now, also when no worker is there to look: it is first in the set, so that one batch takes it along.
+        await self._desk.run(scripts.PROMOTE, [keys.due, keys.bodies, *keys.places], [PAGE, keys.shape])
+        return True
+
+    async def forget(self, job: StoredJob) -> bool:
+        """See `Operator.forget`."""
+        keys = self._key(job.queue)
+        return bool(await self._desk.run(scripts.UNPARK, [keys.due, keys.bodies], ["forget", job.handle, b""]))
+
+    async def dead(self, queues: Sequence[str], *, only: str | None = None) -> AsyncIterator[StoredJob]:
+        """See `Operator.dead`."""
+        for keys in self._keys(queues):
+            async for job in listings.dead(self._desk, keys, only):
+                yield job
+
+    async def replay(self, job: StoredJob) -> bool:
+        """See `Operator.replay`."""
+        keys = self._key(job.queue)
+        found = [letter async for letter in listings.dead(self._desk, keys, job.handle)]
+        if not found:
+            return False
+        letter = found[0]
+        if letter.body is None:
+            raise StreamworkerError(
+                f"the dead letter {job.handle} of {job.queue} has no field 'job' and cannot go back: drop it, "
+                "or enqueue its data anew"
+            )
+        args = [job.handle, _refreshed(letter, letter.body), keys.shape]
+        return bool(await self._desk.run(scripts.REPLAY, [keys.dead, keys.ready(letter.level)], args))
+
+    async def erase(self, job: StoredJob) -> bool:
+        """See `Operator.erase`."""
+        return bool(await self._desk.ask("XDEL", self._key(job.queue).dead, job.handle))
+
+    # -- the server
+
+    async def waiting(self, queues: Sequence[str], limit: int) -> list[Waiting]:
+        """See `Operator.waiting`."""
+        return await listings.waiting(self._desk, self._keys(queues), limit)
+
+    async def findings(self, queues: Sequence[str]) -> list[Finding]:
+        """See `Operator.findings`."""
+        return await examine(self._desk, self._keys(queues))
+
+    def _keys(self, queues: Sequence[str]) -> list[QueueKeys]:
+        return [self._key(queue) for queue in queues]
+
+
+def _handed_back(entry: PendingEntry, body: bytes) -> bytes | None:
+    """The document for the next hop. The deaths of workers stay with it: by hand is no way past MAX_DELIVERIES."""
+    try:
+        document = codec.read(body)
+        deaths = codec.deaths_before(document) + entry.deliveries - entry.alive
+        known = codec.DELIVERIES_HEADER in codec.charges(document)
+        headers = {codec.DELIVERIES_HEADER: str(deaths) if deaths else None} if deaths or known else {}
+        return codec.rewrite(body, {"id": entry.job_id, "hop": (document.hop or 0) + 1}, headers)
+    except InvalidJob:
+        return None
+
+
+def _refreshed(letter: StoredJob, body: bytes) -> bytes:
+    """The document of a dead letter with nothing charged to it; bytes that cannot be read stay as they are."""
+    try:
+        document = codec.read(body)
+        patch = {"id": letter.job_id, "hop": (document.hop or 0) + 1, "attempt_count": None, "run_at": None}
+        return codec.rewrite(body, patch, codec.charges(document))
+    except InvalidJob:
+        return body
+
+
+def _without_date(body: bytes) -> bytes:
+    """The document without its ``run_at``, which would send it back to the due set; as it is if it cannot be read."""
+    try:
+        return codec.rewrite(body, {"run_at": None}) if codec.read(body).run_at is not None else body
+    except InvalidJob:
+        return body

@@ -1,0 +1,159 @@
+"""The literal loop of old workers: ``BRPOP key... timeout``, one job at a time.
+
+A popped job lies nowhere but in this process: a crash loses it, and so does a reply that the network lost. A worker
+that stops in order loses nothing: what came last is taken and finished, or put back. For fleets whose jobs must not run
+twice after a crash; everyone else wants `lists`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from time import monotonic
+
+from streamworker import codec
+from streamworker.broker import Ending
+from streamworker.broker.held import leased
+from streamworker.broker.keys import ListKeys, QueueKeys
+from streamworker.broker.link import BLOCK, Link
+from streamworker.broker.list_settle import ListSender
+from streamworker.broker.lists import ListBroker
+from streamworker.broker.order import Order
+from streamworker.broker.orphans import Orphans
+from streamworker.broker.settle import settle
+from streamworker.broker.taking import Taking
+from streamworker.job import LEVELS, Claim, Settled
+from streamworker.marks import unmarked
+from streamworker.telemetry.logs import get_logger
+
+log = get_logger("streamworker.broker")
+
+AT_ONCE = 0.01
+"""Seconds a BRPOP waits that should not: zero would mean for ever."""
+
+
+class Popping(Taking):
+    """Pops one element at a time.
+
+    Args:
+        link: the connections.
+        queues: (keys, cap) in the order they are taken.
+        orphans: gives back what dead workers held that do not pop.
+        lease: seconds after which an unrenewed claim is an orphan.
+        weighted: weighted order of levels.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        queues: Sequence[tuple[ListKeys, int | None]],
+        *,
+        orphans: Orphans,
+        lease: float,
+        weighted: bool,
+    ) -> None:
+        super().__init__(link, queues, lease=lease)
+        self._order = Order(len(queues), weighted=weighted, heads=0)
+        self._weighted = weighted
+        self._orphans = orphans
+
+    async def sweep(self, limit: int, running: Collection[Claim]) -> list[Claim]:  # noqa: ARG002 - they need no slot
+        """See `ListIntake.sweep`."""
+        await self._orphans.give_back(running)
+        return []
+
+    async def take(self, limit: int, running: Collection[Claim]) -> list[Claim]:  # noqa: ARG002 - one job at a time
+        """What is there at once."""
+        return await self._pop(AT_ONCE, running)
+
+    async def wait(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:  # noqa: ARG002
+        """What comes within ``wait`` seconds."""
+        wait = max(AT_ONCE, min(wait, BLOCK, min(self._orphans.look_at) - monotonic()))
+        return await self._pop(wait, running)
+
+    async def _pop(self, wait: float, running: Collection[Claim]) -> list[Claim]:
+        with self._link.watched():
+            async with self._link.commands.pipeline(transaction=False) as pipe:
+                for keys in self._keys:
+                    pipe.execute_command("HEXISTS", keys.meta, "paused")
+                answers = await pipe.execute(raise_on_error=False)
+        self._paused = frozenset(index for index, answer in enumerate(answers) if answer == 1)
+        spots = self._open(running)
+        if not spots:
+            if wait > AT_ONCE:
+                await self._idle(wait)
+            return []
+        await self._link.fresh()
+        with self._link.watched():
+            reply = await self._link.reader.execute_command("BRPOP", *self._ordered(list(spots)), wait)
+        if reply is None:
+            return []
+        place, element = reply[0].decode(), reply[1]
+        keys, level = spots[place]
+        body, mark = unmarked(element)
+        entry, count = (mark.id, mark.deliveries + 1) if mark is not None else (codec.new_id(), 1)
+        return [Claim(keys.queue, level, place, entry.encode(), count, body, b"")]
+
+    def _ordered(self, places: list[str]) -> list[str]:
+        """Strictly as listed; weighted, the level whose turn it is comes first."""
+        if not self._weighted:
+            return places
+        turn = LEVELS[self._order.budgets(1).index(1)]
+        first = [place for keys, level, place in self.spots if level == turn and place in places]
+        return [*first, *(place for place in places if place not in first)]
+
+    def rest(self, seconds: float) -> None:
+        """See `Taking.rest`."""
+        self._orphans.rest(seconds)
+
+    def _rest_after_outage(self) -> None:
+        self._orphans.rest_after_outage()
+
+
+class PoppingBroker(ListBroker):
+    """List mode with BRPOP: a claim is in this process and nowhere else; there is nothing to renew or to rescue."""
+
+    def _make_intake(self, queues: Sequence[tuple[ListKeys, int | None]]) -> Taking:
+        options = self._options
+        return Popping(self._link, queues, orphans=self._orphans, lease=options.lease, weighted=options.weighted)
+
+    async def join(self, worker_id: str) -> None:
+        """See `Broker.join`."""
+        await super().join(worker_id)
+        log.warning(
+            "list_pop_brpop",
+            worker_id=worker_id,
+            danger="a crash of this worker loses the job in hand: with LIST_POP=brpop jobs run at most once",
+            cure="leave STREAMWORKER_LIST_POP out, or set it to move",
+        )
+
+    async def confirm(self, claim: Claim) -> Claim | None:
+        """See `Broker.confirm`: nothing is ever reserved."""
+        return claim
+
+    def renew(self, claims: Collection[Claim]) -> list[Claim]:
+        """See `Broker.renew`: nobody can take them away."""
+        del claims
+        return []
+
+    async def settle(self, items: Sequence[Ending]) -> list[Settled]:
+        """See `Broker.settle`; what is done left the server when it was popped."""
+        await self._link.fresh()
+        with self._link.watched():
+            return await settle(_PoppedSender(self._link.commands, self._intake.consumer), self._homes, items)
+
+    async def strays(self, running: Collection[Claim]) -> list[Claim]:
+        """See `Broker.strays`: what a lost reply brought is lost."""
+        del running
+        return []
+
+
+class _PoppedSender(ListSender):
+    """Endings of claims that lie nowhere: only whether they were stored before is asked."""
+
+    async def done(self, keys: QueueKeys, items: list[Ending]) -> list[int]:
+        """See `Sender.done`."""
+        del keys
+        return [1] * len(items)
+
+    def _fence(self, claim: Claim) -> tuple[bytes, bytes]:
+        return leased(claim, self._worker), b""

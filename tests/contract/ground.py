@@ -1,0 +1,254 @@
+"""What the brokers' contract stands on, one class a mode: what producers write, what bad luck does, what the server holds.
+
+Tests say what happens to a job; how that looks on the server is said here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import redis
+
+from streamworker.broker.client import Address
+from streamworker.broker.held import lease_of
+from streamworker.broker.keys import ListKeys, QueueKeys
+from streamworker.broker.lists import ListBroker, ListOptions
+from streamworker.broker.stream import StreamBroker, StreamOptions
+from streamworker.job import Claim, Level
+from streamworker.marks import unmarked
+
+GROUP = "workers"
+
+
+class Ground:
+    """A server in one mode."""
+
+    mode: str
+
+    def __init__(self, raw: redis.Redis) -> None:
+        self.raw = raw
+
+    def broker(self, url: str, queues: Any, **options: Any) -> Any:
+        raise NotImplementedError
+
+    def sweep_soon(self, broker: Any) -> None:
+        """The next claim looks for orphans, whatever the pace says."""
+        raise NotImplementedError
+
+    def keys(self, queue: str = "q", namespace: str = "") -> Any:
+        raise NotImplementedError
+
+    def place(self, level: Level = "normal", queue: str = "q") -> str:
+        return str(self.keys(queue).ready(level))
+
+    def push(self, body: bytes | str, level: Level = "normal", queue: str = "q", *, client: Any = None) -> None:
+        """What a producer of another language does; ``client`` may be a pipeline."""
+        (client or self.raw).execute_command(*self.keys(queue).adding(level, body))
+
+    def ready(self, level: Level = "normal", queue: str = "q") -> int:
+        """Jobs that wait to be claimed."""
+        raise NotImplementedError
+
+    def left(self, level: Level = "normal", queue: str = "q") -> int:
+        """Jobs that wait or run."""
+        raise NotImplementedError
+
+    def held(self, queue: str = "q") -> int:
+        """Jobs that are claimed."""
+        return sum(1 for _ in self.claims(queue))
+
+    def claims(self, queue: str = "q") -> Iterator[tuple[bytes, bytes, int]]:
+        """(entry, owner, delivery count) of what is claimed."""
+        raise NotImplementedError
+
+    def owner(self, claim: Claim) -> tuple[bytes, int] | None:
+        """Who holds what a claim was made of, and how often it was delivered."""
+        found = [(owner, count) for entry, owner, count in self.claims(claim.queue) if entry == claim.entry]
+        return found[0] if found else None
+
+    def deliveries(self, claim: Claim) -> int | None:
+        """How often it was delivered, whoever holds it now."""
+        owner = self.owner(claim)
+        return owner[1] if owner is not None else None
+
+    def idle(self, claim: Claim) -> int:
+        """ms since the claim was renewed."""
+        raise NotImplementedError
+
+    def hand_over(self, claim: Claim, to: str, *, count: int | None = None, idle: int = 0) -> None:
+        """Give a claim to somebody else, counting no delivery unless told to."""
+        raise NotImplementedError
+
+    def ripen(self, claim: Claim, idle: int = 10_000_000, count: int | None = None) -> None:
+        """Make a claim's lease run out now."""
+        owner = self.owner(claim)
+        assert owner is not None
+        self.hand_over(claim, owner[0].decode(), count=count, idle=idle)
+        self.forget_pace(claim.queue)
+
+    def forget_pace(self, queue: str = "q") -> None:
+        """Nobody has looked for orphans lately."""
+        self.raw.hdel(self.keys(queue).meta, "sweep", "returns")
+
+    def finish(self, claim: Claim) -> None:
+        """Somebody else ended it for good."""
+        raise NotImplementedError
+
+    def blocked(self) -> list[Any]:
+        """Clients that wait."""
+        return [client for client in self.raw.client_list() if "b" in client["flags"]]
+
+    def state(self, queue: str = "q") -> dict[str, Any]:
+        """Everything the server holds of a queue but times, to compare before and after."""
+        keys = self.keys(queue)
+        return {
+            "claimed": sorted(self.claims(queue)),
+            "due": self.raw.zrange(keys.due, 0, -1, withscores=True),
+            "bodies": self.raw.hgetall(keys.bodies),
+            "dead": self.raw.xrange(keys.dead),
+        }
+
+
+class StreamGround(Ground):
+    mode = "stream"
+
+    def broker(self, url: str, queues: Any, **options: Any) -> StreamBroker:
+        return StreamBroker(Address(url), StreamOptions(queues=queues, **options))
+
+    def sweep_soon(self, broker: Any) -> None:
+        for intake in getattr(broker._intake, "_parts", [broker._intake]):  # in a cluster there is one per slot
+            intake._sweep_at = [0.0] * len(intake._sweep_at)
+
+    def keys(self, queue: str = "q", namespace: str = "") -> QueueKeys:
+        return QueueKeys(queue, namespace)
+
+    def ready(self, level: Level = "normal", queue: str = "q") -> int:
+        place = self.place(level, queue)
+        return self.left(level, queue) - len(self._pending(place))
+
+    def left(self, level: Level = "normal", queue: str = "q") -> int:
+        return int(self.raw.xlen(self.place(level, queue)))
+
+    def _pending(self, place: str) -> list[Any]:
+        try:
+            return list(self.raw.xpending_range(place, GROUP, "-", "+", 10_000))
+        except redis.ResponseError:
+            return []  # no such stream or group
+
+    def claims(self, queue: str = "q") -> Iterator[tuple[bytes, bytes, int]]:
+        for place in self.keys(queue).streams:
+            for each in self._pending(place):
+                yield each["message_id"], each["consumer"], each["times_delivered"]
+
+    def idle(self, claim: Claim) -> int:
+        return int(self.raw.xpending_range(claim.place, GROUP, claim.entry, claim.entry, 1)[0]["time_since_delivered"])
+
+    def hand_over(self, claim: Claim, to: str, *, count: int | None = None, idle: int = 0) -> None:
+        extra = [*(["RETRYCOUNT", count] if count is not None else []), "IDLE", idle]
+        script = "return redis.call('XCLAIM', KEYS[1], unpack(ARGV))"  # redis-py stumbles over the reply to JUSTID
+        self.raw.eval(script, 1, claim.place, GROUP, to, 0, claim.entry, *extra, "JUSTID")
+
+    def finish(self, claim: Claim) -> None:
+        self.raw.xack(claim.place, GROUP, claim.entry)
+        self.raw.xdel(claim.place, claim.entry)
+
+    def state(self, queue: str = "q") -> dict[str, Any]:
+        keys = self.keys(queue)
+        return {**super().state(queue), **{place: self.raw.xrange(place) for place in keys.streams}}
+
+
+class ListGround(Ground):
+    mode = "list"
+
+    def broker(self, url: str, queues: Any, **options: Any) -> ListBroker:
+        return ListBroker(Address(url), ListOptions(queues=queues, **options))
+
+    def sweep_soon(self, broker: Any) -> None:
+        broker._orphans.look_at = [0.0] * len(broker._orphans.look_at)
+
+    def keys(self, queue: str = "q", namespace: str = "") -> ListKeys:
+        return ListKeys(queue, namespace)
+
+    def ready(self, level: Level = "normal", queue: str = "q") -> int:
+        return int(self.raw.llen(self.place(level, queue)))
+
+    def left(self, level: Level = "normal", queue: str = "q") -> int:
+        words = (level.encode(), level.encode() + b"?")
+        return self.ready(level, queue) + sum(w.split(b" ", 3)[2] in words for _, w in self._wrappers(queue))
+
+    def _leases(self, queue: str) -> dict[bytes, tuple[bytes, int, str]]:
+        members = self.raw.zrange(self.keys(queue).leases, 0, -1)
+        return {member: lease for member in members if (lease := lease_of(member)) is not None}
+
+    def _wrappers(self, queue: str) -> Iterator[tuple[str, bytes]]:
+        """(claimed list, string in it)."""
+        for name in self.raw.keys(f"queue:{queue}:claimed:*"):
+            for wrapper in self.raw.lrange(name, 0, -1):
+                yield name.decode(), wrapper
+
+    def claims(self, queue: str = "q") -> Iterator[tuple[bytes, bytes, int]]:
+        for name, wrapper in self._wrappers(queue):
+            entry, count, *_ = wrapper.split(b" ", 3)
+            yield entry, name.removeprefix(f"queue:{queue}:claimed:").encode(), int(count)
+
+    def deliveries(self, claim: Claim) -> int | None:
+        marks = (unmarked(element)[1] for element in self.raw.lrange(claim.place, 0, -1))
+        waiting = [mark.deliveries for mark in marks if mark is not None and mark.id == claim.entry.decode()]
+        return waiting[0] if waiting else super().deliveries(claim)
+
+    def _one(self, claim: Claim) -> tuple[bytes, str, bytes]:
+        """(member of the lease set, claimed list, string in it)."""
+        (member,) = (m for m, lease in self._leases(claim.queue).items() if lease[0] == claim.entry)
+        ((name, wrapper),) = ((n, w) for n, w in self._wrappers(claim.queue) if w.startswith(claim.entry))
+        return member, name, wrapper
+
+    def _now(self) -> int:
+        seconds, micros = self.raw.time()
+        return int(seconds) * 1000 + int(micros) // 1000
+
+    def idle(self, claim: Claim) -> int:
+        return self._now() - int(self.raw.zscore(self.keys(claim.queue).leases, self._one(claim)[0]) or 0)
+
+    def hand_over(self, claim: Claim, to: str, *, count: int | None = None, idle: int = 0) -> None:
+        keys = self.keys(claim.queue)
+        member, name, wrapper = self._one(claim)
+        entry, before, rest = wrapper.split(b" ", 2)
+        count = int(before) if count is None else count
+        with self.raw.pipeline(transaction=True) as pipe:
+            pipe.lrem(name, 1, wrapper)
+            pipe.zrem(keys.leases, member)
+            pipe.rpush(keys.claimed(to), b"%b %d %b" % (entry, count, rest))
+            pipe.zadd(keys.leases, {b"%b %d %b" % (entry, count, to.encode()): self._now() - idle})
+            pipe.execute()
+
+    def finish(self, claim: Claim) -> None:
+        member, name, wrapper = self._one(claim)
+        self.raw.lrem(name, 1, wrapper)
+        self.raw.zrem(self.keys(claim.queue).leases, member)
+
+    def state(self, queue: str = "q") -> dict[str, Any]:
+        keys = self.keys(queue)
+        return {
+            **super().state(queue),
+            **{place: self.raw.lrange(place, 0, -1) for place in keys.lists},
+            "leases": sorted(self._leases(queue)),
+            "held": sorted(self._wrappers(queue)),
+        }
+
+
+GROUNDS = {"stream": StreamGround, "list": ListGround}
+
+
+@contextmanager
+def out_of_memory(raw: redis.Redis) -> Iterator[None]:
+    """The server has no memory left, from now on until the end."""
+    raw.config_set("maxmemory", 1)
+    try:
+        yield
+    finally:
+        raw.config_set("maxmemory", 0)
+
+
+__all__ = ["GROUNDS", "GROUP", "Ground", "ListGround", "StreamGround", "out_of_memory"]
