@@ -57,7 +57,9 @@ async def test_sync_handlers_enqueue_where_their_worker_is(ground, redis_url):
         if payload.n < 3:
             app.enqueue_blocking(Step(n=payload.n + 1))
 
-    worker = QueueWorker(app, redis=redis_url, database=None, services=None, settings=Settings(lease=1, mode=ground.mode))
+    worker = QueueWorker(
+        app, redis=redis_url, database=None, services=None, settings=Settings(lease=1, mode=ground.mode)
+    )
     task = asyncio.create_task(worker.start())
     try:
         async with App(settings=Settings(redis_url=redis_url, mode=ground.mode)) as producer:
