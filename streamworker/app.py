@@ -9,7 +9,6 @@ from typing import Any, TypeAlias, overload
 
 import anyio
 import anyio.to_thread
-import asyncpg
 import msgspec
 from redis.asyncio import Redis
 from typing_extensions import TypeVar
@@ -24,12 +23,14 @@ from streamworker.broker.lists import ListBroker, ListOptions
 from streamworker.broker.operate import StreamOperator
 from streamworker.broker.popping import PoppingBroker
 from streamworker.broker.stream import StreamBroker, StreamOptions
+from streamworker.durable import open_durable
 from streamworker.errors import UsageError
 from streamworker.execute import Middleware
 from streamworker.handlers import Handlers
 from streamworker.postgres.migrate import Migrator, printed, shipped
 from streamworker.producing import Producer
 from streamworker.settings import EMBEDDED, Settings
+from streamworker.workplace import Site
 
 S = TypeVar("S", default=Any)
 Lifespan: TypeAlias = Callable[[], AbstractAsyncContextManager[S]]
@@ -151,15 +152,16 @@ class App(Handlers[S], Producer):
             await self.__aexit__()
 
     async def site(
-        self, stack: AsyncExitStack, settings: Settings, redis: Redis | str | None, database: Any
-    ) -> tuple[Broker, Redis, Any]:
-        """What a worker stands on: (broker, the handlers' Redis client, database), closed with ``stack``.
+        self, stack: AsyncExitStack, settings: Settings, redis: Redis | str | None, database: Any, worker_id: str
+    ) -> Site:
+        """What a worker stands on, closed with ``stack``.
 
         Args:
             stack: closes what is made here; what the user brought stays the user's.
             settings: the worker's.
             redis: a client, a URL, or ``None`` for ``REDIS_URL``.
             database: an asyncpg pool, a URL, or ``None`` for ``DATABASE_URL``.
+            worker_id: the worker's.
         """
         address, default = await self._servers(stack, settings, redis)
         broker = self._make_broker(settings, address)
@@ -168,11 +170,10 @@ class App(Handlers[S], Producer):
         if client is None or isinstance(client, str):
             client = address.for_handlers()
             stack.push_async_callback(client.aclose)
-        url = database if isinstance(database, str) else None if database is not None else default
-        if url is not None:
-            database = asyncpg.create_pool(url, min_size=0, max_size=10)  # connects when a handler first needs it
-            await stack.enter_async_context(database)
-        return broker, client, database
+        url, brought = (database, None) if isinstance(database, str) else (default, database)
+        queues = [spec.name for spec in settings.queues] or self.queues
+        database, ledger = await open_durable(stack, settings, url, brought, worker_id, queues)
+        return Site(broker, client, database, ledger)
 
     @asynccontextmanager
     async def operator(self, settings: Settings | None = None) -> AsyncIterator[Operator]:

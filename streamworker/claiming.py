@@ -40,6 +40,7 @@ class Claimer:
         stopping: set when nothing more shall be claimed.
         burst: set ``stopping`` when nothing is ready any more.
         fatal: told when the server keeps refusing us for good.
+        closed: whether nothing may be claimed right now.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Claimer:
         stopping: anyio.Event,
         burst: bool,
         fatal: Callable[[ConfigurationError], None],
+        closed: Callable[[], bool] | None = None,
     ) -> None:
         self._broker = broker
         self._holdings = holdings
@@ -64,6 +66,7 @@ class Claimer:
         self._stopping = stopping
         self._burst = burst
         self._fatal = fatal
+        self._closed = closed
         self._reconcile = False
         self._quiet = False
         self._suspects: deque[Run] = deque()
@@ -122,6 +125,9 @@ class Claimer:
         if self._reconcile:
             self._admit(await self._broker.strays(holdings))
             self._reconcile = False
+        if self._closed is not None and self._closed():
+            await holdings.changed(0.5)
+            return
         room = self._concurrency - holdings.busy
         if room <= 0 or len(holdings) - holdings.busy > UNSETTLED + self._concurrency:
             self.asking_since = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime, timedelta
-from time import monotonic
+from time import monotonic, time
 from typing import Any, Final, Generic
 
 import asyncpg
@@ -14,9 +14,11 @@ from typing_extensions import TypeVar
 
 from streamworker import codec
 from streamworker.codec import Reading
-from streamworker.errors import ConfigurationError
+from streamworker.errors import ConfigurationError, RunEnded, UsageError
 from streamworker.job import Claim, Job
 from streamworker.policy import Limits
+from streamworker.postgres import Effect, Ledger, RunRecord, Transaction
+from streamworker.records import run_record
 from streamworker.telemetry.logs import get_logger
 
 S = TypeVar("S", default=Any)
@@ -30,7 +32,14 @@ class Shared(msgspec.Struct, Generic[S]):
     services: S
     redis: Redis | None = None
     database: Any = None
+    ledger: Ledger | None = None
     stopping: bool = False
+
+
+class Refused(msgspec.Struct):
+    """Why the job could not be marked done in the handler's own transaction."""
+
+    effect: Effect
 
 
 class Context(Generic[S_co]):
@@ -39,7 +48,10 @@ class Context(Generic[S_co]):
     Handlers in threads may read everything here; `redis` and `database` belong to the event loop.
     """
 
-    __slots__ = ("_attempts", "_cancelled", "_claim", "_job", "_limits", "_log", "_reading", "_shared", "deadline_at")
+    __slots__ = (
+        "_attempts", "_cancelled", "_claim", "_job", "_limits", "_log", "_reading", "_shared", "_transaction",
+        "deadline_at",
+    )  # fmt: skip
 
     def __init__(self, shared: Shared[S_co], claim: Claim, reading: Reading, limits: Limits) -> None:
         self._shared: Final = shared
@@ -142,20 +154,54 @@ class Context(Generic[S_co]):
         return self._shared.stopping
 
     def transaction(self) -> AbstractAsyncContextManager[asyncpg.Connection[asyncpg.Record]]:
-        """A PostgreSQL transaction in which the handler's writes and "this job is done" commit together.
+        """A PostgreSQL transaction in which the handler's writes and "this job is done" commit together, once.
+
+        The block does not begin if the job was completed before, or another run of it is at work. When it was left
+        without an error the job is done, whatever the handler does afterwards; left by an error, nothing is stored.
 
         Raises:
             ConfigurationError: this worker has no ledger.
+            UsageError: this run had its transaction.
         """
-        raise ConfigurationError("ctx.transaction() needs the PostgreSQL ledger, which this worker does not have")
+        ledger = self._book("transaction")
+        if self.effect is not None:
+            raise UsageError("ctx.transaction() may be used once in a run: put what belongs together into one block")
+        self._transaction: Transaction | Refused
+        self._transaction = transaction = ledger.transaction(self._record(), self.deadline_at)
+        return transaction
 
-    async def complete(self, connection: asyncpg.Connection[asyncpg.Record]) -> None:  # noqa: ARG002 - the API is pinned
-        """Mark the job done in the caller's own transaction.
+    async def complete(self, connection: asyncpg.Connection[asyncpg.Record]) -> None:
+        """Mark the job done in the caller's own transaction: it is done if that commits.
 
         Args:
             connection: an asyncpg connection inside a transaction.
 
         Raises:
             ConfigurationError: this worker has no ledger.
+            UsageError: the connection is in no transaction.
         """
-        raise ConfigurationError("ctx.complete() needs the PostgreSQL ledger, which this worker does not have")
+        try:
+            await self._book("complete").complete(self._record(), connection)
+        except RunEnded as ended:
+            self._transaction = Refused(Effect.BUSY if ended.busy else Effect.ENDED)
+            raise
+
+    @property
+    def effect(self) -> Effect | None:
+        """What became of this run's transaction; ``None`` without one."""
+        try:
+            return self._transaction.effect
+        except AttributeError:  # set by transaction() alone: most jobs have none, and shall not pay for it
+            return None
+
+    def _book(self, what: str) -> Ledger:
+        if self._shared.ledger is None:
+            raise ConfigurationError(
+                f"ctx.{what}() needs the PostgreSQL ledger: set DATABASE_URL, and run `streamworker migrate up` once"
+            )
+        return self._shared.ledger
+
+    def _record(self) -> RunRecord:
+        reading, claim = self._reading, self._claim
+        limits = self._limits
+        return run_record(claim, reading, kind=reading.kind or "", max_attempts=limits.max_attempts, started=time())

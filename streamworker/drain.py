@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import time
+from collections.abc import Callable
 from time import monotonic
 from typing import Final, Protocol
 
 import anyio
+import anyio.abc
 
 from streamworker.broker import Broker
 from streamworker.endings import ending
@@ -79,6 +82,14 @@ def give_back(worker: Draining, run: Run) -> None:
     worker.finish(run)
 
 
+async def watch_signals(told: Callable[[int], None], *, task_status: anyio.abc.TaskStatus[None]) -> None:
+    """Report SIGTERM and SIGINT, until cancelled."""
+    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()
+        async for number in signals:
+            told(number)
+
+
 async def hand_back_strays(broker: Broker, executor: Executor, holdings: Holdings) -> None:
     """What is pending under our name still is settled: what is held by its outcome, what is not goes back."""
     runs = []
@@ -91,7 +102,7 @@ async def hand_back_strays(broker: Broker, executor: Executor, holdings: Holding
         runs.append(run)
     if not runs:
         return
-    answers = await broker.settle([ending(run, now=time.time(), jitter=0.5) for run in runs])
+    answers = await broker.settle([run.ending or ending(run, now=time.time(), jitter=0.5) for run in runs])
     for run, answer in zip(runs, answers, strict=True):
         if answer is not Settled.REFUSED:
             holdings.forget(run)

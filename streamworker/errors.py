@@ -17,6 +17,8 @@
     ├── Snooze(after)                 try again, charge nothing
     └── Discard(reason)               dead letter at once
 
+    RunEnded                          raised into handlers by ctx.transaction(): nothing more may be done for this job
+
 Every message is one sentence that tells the reader what to do next; none holds a payload or a password.
 """
 
@@ -119,3 +121,18 @@ class Discard(HandlerSignal):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = str(reason)  # many pass the exception they caught
+
+
+class RunEnded(BaseException):
+    """This run may do nothing more: its job was completed before, goes on elsewhere, or is being worked on.
+
+    No `Exception`, so that handlers that catch those do not take it for a failure of their own.
+
+    Args:
+        why: for the log.
+        busy: another run is at work, and this one may be tried again.
+    """
+
+    def __init__(self, why: str, *, busy: bool = False) -> None:
+        super().__init__(why)
+        self.busy = busy

@@ -18,6 +18,7 @@ import anyio.to_thread
 import msgspec
 
 from streamworker import codec
+from streamworker.broker import Ending
 from streamworker.codec import Reading
 from streamworker.context import Context, Shared
 from streamworker.errors import InvalidJob
@@ -34,6 +35,7 @@ from streamworker.job import (
     UnknownKind,
 )
 from streamworker.policy import SUSPECT_DELIVERIES, Facts, Limits, abandoned, describe, wish_in
+from streamworker.records import deliveries_of
 
 Middleware: TypeAlias = Callable[[Context[Any], Callable[[], Awaitable[Any]]], Awaitable[Any]]
 """``async def mw(ctx, call_next)``: awaits ``call_next()`` once, and returns what that returned."""
@@ -47,8 +49,8 @@ class Run:
     """One claim on its way through this worker, from its arrival until it is settled."""
 
     __slots__ = (
-        "_cause", "claim", "context", "deadline", "facts", "in_thread", "outcome", "payload", "reading", "registration",
-        "settling", "started", "stuck", "suspect", "task",
+        "_cause", "claim", "context", "deadline", "ending", "facts", "finished", "in_thread", "outcome", "payload",
+        "reading", "registration", "settling", "started", "stuck", "suspect", "task",
     )  # fmt: skip
 
     def __init__(self, claim: Claim) -> None:
@@ -66,6 +68,8 @@ class Run:
         self.stuck = False  # a thread that will not end: only a new process frees its slot
         self.suspect = False  # two workers or more were lost with it: it must run alone
         self.task: asyncio.Task[Any] | None = None
+        self.finished: float | None = None  # epoch seconds; this and the next only where there is a ledger
+        self.ending: Ending | None = None  # as recorded
         self._cause: TimedOut | Interrupted | None = None
 
     @property
@@ -83,11 +87,7 @@ class Run:
     @property
     def deliveries(self) -> int:
         """Deliveries so far, those on earlier entries of the same job and one that is only reserved included."""
-        count = self.claim.count + self.claim.suspect
-        reading = self.reading
-        if reading is not None and (reading.headers is not None or reading.streamworker is not None):
-            count += codec.deaths_before(reading)
-        return count
+        return deliveries_of(self.claim, self.reading)
 
     def overdue(self, now: float) -> bool:
         """The handler is still running past its deadline (``now``: seconds of the monotonic clock)."""

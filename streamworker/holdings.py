@@ -22,6 +22,8 @@ class Counts(msgspec.Struct):
     dead: int = 0
     lost: int = 0
     recovered: int = 0
+    skipped: int = 0
+    """Claims of jobs that the ledger knew as ended, or as going on elsewhere."""
 
     @property
     def failed(self) -> int:

@@ -156,7 +156,14 @@ class Abandoned(msgspec.Struct, frozen=True):
     deaths: int
 
 
-Outcome: TypeAlias = Ok | Raised | TimedOut | Interrupted | Undecodable | UnknownKind | Postponed | Abandoned
+class Recorded(msgspec.Struct, frozen=True):
+    """The ledger knows what is to be done with the job, whatever happened here; ``why`` in a word or two."""
+
+    verdict: Verdict
+    why: str
+
+
+Outcome: TypeAlias = Ok | Raised | TimedOut | Interrupted | Undecodable | UnknownKind | Postponed | Abandoned | Recorded
 
 
 # -- verdicts: what to do

@@ -12,10 +12,15 @@ LONGEST: Final = 30.0
 
 
 class Pause:
-    """One loop's pauses; `reset` after a success."""
+    """One loop's pauses; `reset` after a success.
 
-    def __init__(self) -> None:
+    Args:
+        longest: seconds.
+    """
+
+    def __init__(self, longest: float = LONGEST) -> None:
         self._next = FIRST
+        self._longest = longest
 
     def reset(self) -> None:
         """The next pause is short again."""
@@ -24,7 +29,7 @@ class Pause:
     async def wait(self, stop: anyio.Event) -> float:
         """Wait, or until ``stop``; returns the seconds that were meant."""
         seconds = self._next * random.uniform(0.75, 1.25)  # noqa: S311 - spreads load, hides nothing
-        self._next = min(LONGEST, self._next * 2)
+        self._next = min(self._longest, self._next * 2)
         with anyio.move_on_after(seconds):
             await stop.wait()
         return seconds

@@ -11,6 +11,7 @@ The rules, in the order they are asked:
 5. Interrupted and Postponed are ReleaseAt: shutdown is not a failed attempt.
 6. UnknownKind is ReleaseAt with growing delay, since a newer worker may know it, and Dead by age.
 7. Undecodable is Dead at once; its bytes are kept.
+8. Recorded is what the ledger says.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from streamworker.job import (
     Outcome,
     Postponed,
     Raised,
+    Recorded,
     ReleaseAt,
     RetryAt,
     TimedOut,
@@ -110,7 +112,7 @@ def abandoned(deliveries: int, max_deliveries: int) -> Abandoned | None:
     return Abandoned(deliveries - 1) if deliveries > max_deliveries else None
 
 
-def judge(outcome: Outcome, facts: Facts, *, now: float, jitter: float) -> Verdict:
+def judge(outcome: Outcome, facts: Facts, *, now: float, jitter: float) -> Verdict:  # noqa: C901 - a table
     """What to do about an outcome.
 
     Args:
@@ -142,6 +144,8 @@ def judge(outcome: Outcome, facts: Facts, *, now: float, jitter: float) -> Verdi
             return Dead("undecodable", message[:MAX_ERROR_CHARS])
         case Abandoned(deaths=deaths):
             return Dead(f"worker died {deaths} times")
+        case Recorded(verdict=verdict):
+            return verdict
 
 
 def wish_in(error: BaseException) -> BaseException:

@@ -45,6 +45,8 @@ class Settler:
         self._broker = broker
         self._holdings = holdings
         self._parked = parked
+        self.judge: Callable[[Run, float], Ending] = judged
+        """Run and epoch seconds to the ending; replaced where that is decided before a run comes here."""
         self._finished: list[Run] = []
         self._refused: list[Run] = []
         self._offer_at = 0.0
@@ -104,10 +106,10 @@ class Settler:
         return again
 
     async def _flush(self, batch: list[Run]) -> None:
-        now, items = time.time(), []
+        now, items, judge = time.time(), [], self.judge
         for run in batch:
             run.settling = True  # out of the renewal set before the claim can end, or the thread would report it lost
-            items.append(_ending(run, now))
+            items.append(judge(run, now))
         results = await self._settled(items)
         counts, forget = self._holdings.counts, self._holdings.forget
         for run, item, result in zip(batch, items, results, strict=True):
@@ -183,7 +185,7 @@ class Settler:
                 counts.done += 1
 
 
-def _ending(run: Run, now: float) -> Ending:
+def judged(run: Run, now: float) -> Ending:
     """The ending of a run; one that cannot even be judged is dead, because it would jam everything behind it."""
     try:
         return ending(run, now=now, jitter=random.random())  # noqa: S311 - spreads load

@@ -52,6 +52,8 @@ class Slots:
         self._isolate = isolate
         self._stuck = stuck
         self._grace = grace
+        self.prepare: Callable[[Run], None] = executor.prepare
+        """Makes a run ready for its handler; replaced, before `open`, where that is done earlier."""
         self._queue: asyncio.Queue[Run] = asyncio.Queue()
         self._pristine = copy_context()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -105,11 +107,12 @@ class Slots:
 
     async def _slot(self) -> None:
         executor, get, running, finished = self._executor, self._queue.get, self.running, self._finished
+        prepare = self.prepare
         pristine = copy_context()
         while True:
             run = await get()
             if run.outcome is None:
-                executor.prepare(run)
+                prepare(run)
             if run.outcome is None:
                 if run.suspect and not self._isolate(run):
                     continue

@@ -17,9 +17,10 @@ from typing import Any, Final
 import anyio
 import anyio.to_thread
 
+from streamworker.bookkeeping import stages
 from streamworker.claiming import Claimer
 from streamworker.context import Shared
-from streamworker.drain import HAND_BACK, UNWIND, drain, hand_back_strays
+from streamworker.drain import HAND_BACK, UNWIND, drain, hand_back_strays, watch_signals
 from streamworker.errors import ConfigurationError, HandBackFailed, StuckThread, UsageError
 from streamworker.execute import Executor, Run
 from streamworker.health import Health
@@ -65,8 +66,7 @@ class QueueWorker:
         self.worker_id: Final = new_worker_id(worker_id or self._settings.worker_id)
         self._redis, self._database, self._services = redis, database, services
         self._stopping, self._hurry, self._stopped = anyio.Event(), anyio.Event(), anyio.Event()
-        self._burst = False
-        self._begun = False
+        self._burst = self._begun = False
         self._queues = [spec.name for spec in self._settings.queues] or app.handlers.queues
         self._error: StuckThread | HandBackFailed | ConfigurationError | None = None
         self._signal = 0
@@ -134,7 +134,7 @@ class QueueWorker:
         failure: Exception | None = None
         async with anyio.create_task_group() as group:
             if threading.current_thread() is threading.main_thread():
-                await group.start(self._watch_signals)
+                await group.start(watch_signals, self._signalled)
             try:
                 await self.start()
             except Exception as error:  # noqa: BLE001 - raised below, outside of the group that would wrap it
@@ -148,13 +148,14 @@ class QueueWorker:
         """Connect, check the server, create the groups, make the services; all is closed when ``stack`` is left."""
         settings, app = self._settings, self._app
         await stack.enter_async_context(app.entered(settings, self._redis))
-        self._broker, redis, database = await app.site(stack, settings, self._redis, self._database)
+        site = await app.site(stack, settings, self._redis, self._database, self.worker_id)
+        self._broker = site.broker
         await self._broker.open()
         await self._broker.join(self.worker_id)
         services = self._services
         if services is None and app.lifespan is not None:
             services = await stack.enter_async_context(app.lifespan())
-        self._shared = Shared(self.worker_id, services, redis, database)
+        self._shared = Shared(self.worker_id, services, site.redis, site.database, site.ledger)
         self._holdings = Holdings()
         self._ticker = Ticker(self._broker, self._stopping)
         self._settler = Settler(self._broker, self._holdings, parked=self._ticker.parked)
@@ -175,16 +176,18 @@ class QueueWorker:
             stuck=self._stuck,
             grace=settings.grace,
         )
+        self._stages = stages(site.ledger, self._executor, self._slots, self._settler, self._holdings)
         self._claimer = Claimer(
             self._broker,
             self._holdings,
-            self._slots.put,
+            self._stages.put,
             concurrency=settings.concurrency,
             max_deliveries=settings.max_deliveries,
             caps={spec.name: spec.cap for spec in settings.queues if spec.cap is not None},
             stopping=self._stopping,
             burst=self._burst,
             fatal=self._refused,
+            closed=self._stages.closed,
         )
         self._lease = LeaseKeeper(
             self._broker, lease=settings.lease, runs=self._holdings.snapshot, report=self._report, lost=self._on_lost
@@ -199,11 +202,13 @@ class QueueWorker:
                 house.start_soon(self._broker.listen, self._ticker.parked)
                 async with anyio.create_task_group() as loops:
                     loops.start_soon(self._settler.run)
+                    loops.start_soon(self._stages.run)
                     loops.start_soon(self._ticker.run)
                     loops.start_soon(self._unblocking)
                     log.info("worker_ready", worker_id=self.worker_id, queues=self._queues)
                     await self._claimer.run()
                     await drain(self, self._slots, self._holdings, self._settings.grace, self._hurry)
+                    await self._stages.close(HAND_BACK)
                     self._settler.close(HAND_BACK)
                 house.cancel_scope.cancel()
         finally:
@@ -229,13 +234,13 @@ class QueueWorker:
     # -- what the parts tell
 
     def finish(self, run: Run) -> None:
-        """A run has its outcome: free the slot, settle it."""
+        """A run has its outcome: free the slot, record it, settle it."""
         self._holdings.finished()
-        self._settler.add(run)
+        self._stages.finish(run)
 
     def abandon_waiting(self) -> list[Run]:
         """Runs that have not been given to a slot; they do not wait any more afterwards."""
-        return self._claimer.abandon_waiting()
+        return self._claimer.abandon_waiting() + self._stages.abandon_waiting()
 
     @property
     def executor(self) -> Executor:
@@ -285,14 +290,11 @@ class QueueWorker:
             with anyio.move_on_after(0.05):
                 await self._claimer.ended.wait()
 
-    async def _watch_signals(self, *, task_status: anyio.abc.TaskStatus[None]) -> None:
-        with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-            task_status.started()
-            async for number in signals:
-                if not self._stopping.is_set():
-                    log.info("worker_stopping", worker_id=self.worker_id, signal=signal.Signals(number).name)
-                    self._stopping.set()
-                else:
-                    log.warning("worker_hurrying", worker_id=self.worker_id, signal=signal.Signals(number).name)
-                    self._signal = number
-                    self._hurry.set()
+    def _signalled(self, number: int) -> None:
+        if not self._stopping.is_set():
+            log.info("worker_stopping", worker_id=self.worker_id, signal=signal.Signals(number).name)
+            self._stopping.set()
+        else:
+            log.warning("worker_hurrying", worker_id=self.worker_id, signal=signal.Signals(number).name)
+            self._signal = number
+            self._hurry.set()

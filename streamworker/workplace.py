@@ -5,10 +5,29 @@ from __future__ import annotations
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Any, Protocol
 
+import msgspec
+
 from streamworker.broker import Broker
 from streamworker.execute import Middleware
 from streamworker.handlers import Handlers
+from streamworker.postgres import Ledger
 from streamworker.settings import Settings
+
+
+class Site(msgspec.Struct, frozen=True):
+    """What a worker stands on.
+
+    Attributes:
+        broker: hands out jobs.
+        redis: the handlers' client.
+        database: the handlers' database.
+        ledger: the record; ``None`` without one.
+    """
+
+    broker: Broker
+    redis: Any
+    database: Any
+    ledger: Ledger | None
 
 
 class Workplace(Protocol):
@@ -32,7 +51,5 @@ class Workplace(Protocol):
     def entered(self, settings: Settings, redis: Any) -> AbstractAsyncContextManager[Any]:
         """Keeps the app open, so that handlers can enqueue."""
 
-    async def site(
-        self, stack: AsyncExitStack, settings: Settings, redis: Any, database: Any
-    ) -> tuple[Broker, Any, Any]:
-        """(broker, the handlers' Redis client, the database), open until ``stack`` is left."""
+    async def site(self, stack: AsyncExitStack, settings: Settings, redis: Any, database: Any, worker_id: str) -> Site:
+        """What a worker stands on, open until ``stack`` is left."""

@@ -1,1 +1,148 @@
-"""The durable record in PostgreSQL."""
+"""What workers and operators need of a ledger: the durable record of jobs and their runs. No SQL words in here.
+
+The rule of the record: ``completed`` and ``cancelled`` are final; otherwise a run is recorded only if its (hop,
+deliveries) are not below what is stored. A run is recorded before its claim is settled; settling follows the answer.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Literal, Protocol, TypeAlias
+
+import msgspec
+
+Status: TypeAlias = Literal[
+    "queued", "dispatching", "dispatched", "running", "retrying", "completed", "dead", "cancelled"
+]
+FINAL: tuple[Status, Status] = ("completed", "cancelled")
+"""What no run changes any more."""
+
+
+class RunRecord(msgspec.Struct, gc=False):
+    """What is told of one run of a job. Times are epoch seconds.
+
+    Attributes:
+        job_id: the job's id.
+        queue: the queue it came from.
+        kind: its kind; empty if nobody said.
+        level: high, normal or low.
+        hop: of the entry that ran.
+        deliveries: of this run, deaths of workers on earlier entries included.
+        attempt: which attempt this run is, from 1.
+        attempts: failed attempts, this run included.
+        max_attempts: how many are allowed.
+        epoch: identity of the place it was claimed from.
+        body: the whole document.
+        payload: the payload's JSON; ``None`` if the document cannot be read.
+        headers: the document's.
+        started: when the handler began; ``None`` if it never did.
+        status: what the job is after this run.
+        outcome: one word for the attempt's log.
+        finished: when the run ended.
+        run_at: when it runs again, for jobs that do.
+        error: what went wrong.
+        result: what the handler returned, as JSON.
+    """
+
+    job_id: str
+    queue: str
+    kind: str
+    level: str
+    hop: int
+    deliveries: int
+    attempt: int
+    attempts: int
+    max_attempts: int | None
+    epoch: bytes
+    body: bytes | None
+    payload: msgspec.Raw | None
+    headers: dict[str, Any] | None
+    started: float | None
+    status: Status = "running"
+    outcome: str = ""
+    finished: float | None = None
+    run_at: float | None = None
+    error: str | None = None
+    result: bytes | None = None
+
+
+class Stored(enum.Enum):
+    """The answer to one record."""
+
+    STORED = "stored"
+    ENDED = "ended"  # completed or cancelled before: nothing was changed
+    SUPERSEDED = "superseded"  # a later hop or delivery of the job is known: nothing was changed
+    BUSY = "busy"  # somebody works on the job's record right now: tell it again later
+
+
+class Known(msgspec.Struct, frozen=True):
+    """What is known of a job before it runs.
+
+    Attributes:
+        status: what it is.
+        hop: of the last record.
+        deliveries: of the last record.
+        attempts: failed attempts.
+        run_at: when it runs again, epoch seconds.
+        error: what went wrong last.
+    """
+
+    status: Status
+    hop: int
+    deliveries: int
+    attempts: int
+    run_at: float | None
+    error: str
+
+
+class Effect(enum.Enum):
+    """What became of a run's transaction."""
+
+    OPEN = "open"
+    COMMITTED = "committed"  # the writes and "this job is done" are stored
+    UNDONE = "undone"  # nothing of it is stored
+    ENDED = "ended"  # the job had ended before, or goes on elsewhere: nothing may be done
+    BUSY = "busy"  # another run of the job holds its record
+    LOST = "lost"  # PostgreSQL went away: nothing is known to be stored
+
+
+class Transaction(AbstractAsyncContextManager[Any], Protocol):
+    """A database transaction in which the handler's writes and "this job is done" commit together."""
+
+    effect: Effect
+
+
+class Ledger(Protocol):
+    """The record of one worker. Every method raises `Unreachable` while no database answers."""
+
+    async def lookup(self, claims: Sequence[tuple[str, int]]) -> dict[str, Known]:
+        """What is known of claimed jobs, given as (job id, hop); jobs that may simply run need not be in the answer."""
+
+    async def record(self, runs: Sequence[RunRecord]) -> list[Stored]:
+        """Record finished runs; answers in order. Recording a run again changes nothing."""
+
+    async def running(self, runs: Sequence[RunRecord]) -> None:
+        """Note that these have been running for a while."""
+
+    def transaction(self, run: RunRecord, deadline: float | None) -> Transaction:
+        """The transaction of a run.
+
+        Args:
+            run: which.
+            deadline: monotonic seconds at which the run times out.
+        """
+
+    async def complete(self, run: RunRecord, connection: Any) -> None:
+        """Mark the job done in the caller's own transaction.
+
+        Raises:
+            UsageError: the connection is in no transaction.
+        """
+
+    def abandon(self) -> None:
+        """Break off whatever is under way: it fails at once, whether or not the server got it."""
+
+    async def tick(self) -> float:
+        """Forget some of what is older than its queue's retention; returns the seconds until the next need."""

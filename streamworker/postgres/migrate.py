@@ -22,7 +22,8 @@ import asyncpg
 import msgspec
 
 from streamworker.errors import ConfigurationError, StreamworkerError
-from streamworker.postgres.direct import Connection, connect, understood
+from streamworker.postgres.direct import Connection, connect
+from streamworker.postgres.failures import understood
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.migrate")

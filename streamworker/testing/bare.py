@@ -90,7 +90,7 @@ def context(
         UsageError: ``attempt`` or ``delivery`` is below 1.
         InvalidJob: the payload cannot be written as JSON.
     """
-    shared = Shared(WORKER_ID, services, redis, database, stopping)
+    shared = Shared(WORKER_ID, services, redis, database, stopping=stopping)
     claim = _claim(job, attempt, delivery)
     made = Context(shared, claim, codec.read(claim.body or b""), Limits(max_attempts=max_attempts, timeout=timeout))
     if timeout is not None:

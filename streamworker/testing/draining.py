@@ -12,13 +12,14 @@ import anyio
 import msgspec
 
 from streamworker.app import App
-from streamworker.broker import Broker, Operator
+from streamworker.broker import Operator
 from streamworker.context import Context
 from streamworker.errors import HandlerSignal, Snooze, StreamworkerError
 from streamworker.execute import Middleware
 from streamworker.handlers import Handlers
 from streamworker.settings import Settings
 from streamworker.worker import QueueWorker
+from streamworker.workplace import Site
 
 
 class Drained(msgspec.Struct, frozen=True):
@@ -114,10 +115,8 @@ class _Watched:
     def entered(self, settings: Settings, redis: Any) -> AbstractAsyncContextManager[Any]:
         return self._app.entered(settings, redis)
 
-    async def site(
-        self, stack: AsyncExitStack, settings: Settings, redis: Any, database: Any
-    ) -> tuple[Broker, Any, Any]:
-        return await self._app.site(stack, settings, redis, database)
+    async def site(self, stack: AsyncExitStack, settings: Settings, redis: Any, database: Any, worker_id: str) -> Site:
+        return await self._app.site(stack, settings, redis, database, worker_id)
 
     async def _count(self, _ctx: Context[Any], call_next: Callable[[], Awaitable[Any]]) -> Any:
         try:

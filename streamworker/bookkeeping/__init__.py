@@ -1,0 +1,119 @@
+"""What lies between claiming, running and settling: nothing, or the stages of a worker that has a ledger.
+
+With a ledger jobs are looked up before they run, and recorded before they are settled. Without one a run goes straight
+from the claim loop to the slots and from there to the settle loop, as if this room did not exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import anyio
+
+from streamworker.bookkeeping.lookup import Lookup
+from streamworker.bookkeeping.noting import Noting
+from streamworker.bookkeeping.outage import Outage
+from streamworker.bookkeeping.recorder import Recorder, decided
+from streamworker.execute import Executor, Run
+from streamworker.holdings import Holdings
+from streamworker.postgres import Ledger
+from streamworker.settler import Settler
+from streamworker.slots import Slots
+
+
+class Stages(Protocol):
+    """What a worker knows of them.
+
+    Attributes:
+        put: takes a claimed run on its way to a slot.
+        finish: takes a run that has its outcome.
+        closed: whether nothing may be claimed right now; ``None`` if that never happens.
+    """
+
+    put: Callable[[Run], None]
+    finish: Callable[[Run], None]
+    closed: Callable[[], bool] | None
+
+    def abandon_waiting(self) -> list[Run]:
+        """Runs that did not come to a slot yet; they do not wait any more afterwards."""
+
+    async def run(self) -> None:
+        """Run until closed."""
+
+    async def close(self, within: float) -> None:
+        """End them; what cannot be recorded ``within`` seconds is handed back."""
+
+
+def stages(ledger: Ledger | None, executor: Executor, slots: Slots, settler: Settler, holdings: Holdings) -> Stages:
+    """The stages of a worker.
+
+    Args:
+        ledger: the record, if there is one.
+        executor: prepares runs.
+        slots: where runs go that may run.
+        settler: where runs go that have ended.
+        holdings: what is held.
+    """
+    if ledger is None:
+        return Straight(slots, settler)
+    return Bookkeeping(ledger, executor, slots, settler, holdings)
+
+
+class Straight:
+    """No ledger."""
+
+    def __init__(self, slots: Slots, settler: Settler) -> None:
+        self.put: Callable[[Run], None] = slots.put
+        self.finish: Callable[[Run], None] = settler.add
+        self.closed: Callable[[], bool] | None = None
+
+    def abandon_waiting(self) -> list[Run]:
+        """See `Stages.abandon_waiting`."""
+        return []
+
+    async def run(self) -> None:
+        """See `Stages.run`."""
+
+    async def close(self, within: float) -> None:
+        """See `Stages.close`."""
+
+
+class Bookkeeping:
+    """Lookup before running, record before settling, and the slow loop beside them."""
+
+    def __init__(self, ledger: Ledger, executor: Executor, slots: Slots, settler: Settler, holdings: Holdings) -> None:
+        self._ledger = ledger
+        outage = Outage()
+        self._lookup = Lookup(ledger, executor, slots.put, counts=holdings.counts, outage=outage)
+        self._recorder = Recorder(ledger, settler, holdings, outage)
+        self._noting = Noting(ledger, lambda: slots.running)
+        self.put: Callable[[Run], None] = self._lookup.put
+        self.finish: Callable[[Run], None] = self._recorder.add
+        self.closed: Callable[[], bool] | None = outage.is_on
+        slots.prepare = _prepared
+        settler.judge = decided
+
+    def abandon_waiting(self) -> list[Run]:
+        """See `Stages.abandon_waiting`."""
+        return self._lookup.abandon()
+
+    async def run(self) -> None:
+        """See `Stages.run`."""
+        async with anyio.create_task_group() as loops:
+            loops.start_soon(self._lookup.run)
+            loops.start_soon(self._recorder.run)
+            loops.start_soon(self._noting.run)
+
+    async def close(self, within: float) -> None:
+        """See `Stages.close`."""
+        self._lookup.close()
+        self._noting.close()
+        with anyio.move_on_after(within):
+            await self._recorder.close(within)
+        self._ledger.abandon()
+        await self._recorder.ended.wait()
+
+
+def _prepared(run: Run) -> None:
+    """Nothing: the run was prepared when it was looked up."""

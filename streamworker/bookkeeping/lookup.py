@@ -1,0 +1,138 @@
+"""The stage between claiming and running, where there is a ledger: is this job known to have ended already?
+
+Asked in batches: while one question is on its way the next gathers, and jobs that were asked about before run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import anyio
+
+from streamworker.bookkeeping.outage import Outage
+from streamworker.errors import Unreachable
+from streamworker.execute import Executor, Run
+from streamworker.holdings import Counts
+from streamworker.job import Dead, Recorded, ReleaseAt, RetryAt
+from streamworker.pause import Pause
+from streamworker.policy import DONE
+from streamworker.postgres import FINAL, Known, Ledger
+from streamworker.telemetry.logs import get_logger
+
+log = get_logger("streamworker.worker")
+
+
+class Lookup:
+    """Prepares claimed runs and looks them up before they run.
+
+    Args:
+        ledger: what is asked.
+        executor: prepares runs: their ids and hops stand in their documents.
+        put: hands a run to the slots; one that need not run has its outcome.
+        counts: what operators see.
+        outage: told whether there was an answer.
+    """
+
+    def __init__(
+        self, ledger: Ledger, executor: Executor, put: Callable[[Run], None], *, counts: Counts, outage: Outage
+    ) -> None:
+        self._ledger = ledger
+        self._executor = executor
+        self._put = put
+        self._counts = counts
+        self._outage = outage
+        self._waiting: list[Run] = []
+        self._asking: list[Run] = []
+        self._wake = asyncio.Event()
+        self._stop = anyio.Event()
+
+    def put(self, run: Run) -> None:
+        """Take a run in."""
+        if run.outcome is None:
+            self._executor.prepare(run)
+        if run.reading is None:  # nobody can say which job it is
+            self._put(run)
+            return
+        self._waiting.append(run)
+        self._wake.set()
+
+    def abandon(self) -> list[Run]:
+        """Runs that did not come to the slots; they do not wait any more afterwards."""
+        waiting = self._asking + self._waiting
+        self._asking, self._waiting = [], []
+        return waiting
+
+    def close(self) -> None:
+        """End the loop."""
+        self._stop.set()
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Ask until closed; an error is followed by a pause, and the question asked again."""
+        pause = Pause(longest=5.0)
+        while not self._stop.is_set():
+            if not self._waiting:
+                await self._wake.wait()
+                self._wake.clear()
+                continue
+            batch, self._waiting = self._waiting, []
+            self._asking = batch
+            try:
+                known = await self._ledger.lookup([(run.job_id, _hop(run)) for run in batch])
+            except Exception as error:  # noqa: BLE001 - a main loop never crashes; what it holds is tried again
+                if isinstance(error, Unreachable):
+                    self._outage.began(error)
+                else:
+                    log.error("lookup_failed", jobs=len(batch), error=str(error))
+                self._waiting, self._asking = self._asking + self._waiting, []
+                await pause.wait(self._stop)
+                continue
+            self._outage.over()
+            pause.reset()
+            batch, self._asking = self._asking, []  # empty if they were given back meanwhile
+            if known:
+                for run in batch:
+                    found = known.get(run.job_id)
+                    if found is not None:
+                        self._apply(run, found)
+            for run in batch:
+                self._put(run)
+
+    def _apply(self, run: Run, known: Known) -> None:
+        recorded = verdict_of(known, run)
+        if recorded is None:
+            return
+        run.outcome = recorded
+        if recorded.verdict is DONE:
+            self._counts.skipped += 1
+        log.info("job_known", job_id=run.job_id, kind=run.kind, queue=run.claim.queue, reason=recorded.why)
+
+
+def verdict_of(known: Known, run: Run) -> Recorded | None:
+    """What the record says about a claim, instead of running it; ``None`` if it may run.
+
+    Args:
+        known: the record.
+        run: prepared.
+    """
+    hop = _hop(run)
+    if known.status in FINAL or known.hop > hop:
+        return Recorded(DONE, known.status if known.status in FINAL else "superseded")
+    if known.hop < hop:
+        return None
+    # A verdict was recorded for this hop, and its worker died before it could settle.
+    attempts = run.reading.attempt_count or 0 if run.reading is not None else 0
+    charged = known.attempts > attempts
+    if known.status == "retrying" and known.run_at is not None:
+        verdict = RetryAt(known.run_at, known.error) if charged else ReleaseAt(known.run_at, known.error)
+        return Recorded(verdict, "retrying")
+    if known.status == "dead" and known.deliveries < run.deliveries:
+        # Not above: then it is no second delivery, but somebody enqueued the job anew, and it may run.
+        reason, _, error = known.error.partition(": ")
+        return Recorded(Dead(reason, error, charged=charged), "dead")
+    return None
+
+
+def _hop(run: Run) -> int:
+    return 0 if run.reading is None else run.reading.hop or 0

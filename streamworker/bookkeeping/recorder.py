@@ -1,0 +1,280 @@
+"""The stage between running and settling, where there is a ledger: PostgreSQL before Redis.
+
+Group commit, as in the settle loop: while one batch is recorded the next gathers, and what was recorded is settled
+meanwhile. Settling follows the answer: a job that had ended before is done, whatever its run came to. Nothing is
+dropped on an error: runs stay held, under lease, until they are recorded, or are handed back at shutdown.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from time import monotonic, time
+from typing import Any, Final
+
+import anyio
+import msgspec
+
+from streamworker.bookkeeping.outage import Outage
+from streamworker.broker import Ending
+from streamworker.errors import Discard, Snooze, Unreachable
+from streamworker.execute import Run
+from streamworker.holdings import Holdings
+from streamworker.job import (
+    Abandoned,
+    Dead,
+    Done,
+    Interrupted,
+    Ok,
+    Outcome,
+    Postponed,
+    Raised,
+    Recorded,
+    ReleaseAt,
+    RetryAt,
+    TimedOut,
+    Undecodable,
+    UnknownKind,
+)
+from streamworker.pause import Pause
+from streamworker.policy import DONE, describe
+from streamworker.postgres import Effect, Ledger, RunRecord, Stored
+from streamworker.records import run_record, unread_record
+from streamworker.settler import Settler, judged
+from streamworker.telemetry.logs import get_logger
+
+log = get_logger("streamworker.worker")
+
+MOST: Final = 500
+"""Most runs of one statement."""
+BUSY_PAUSE: Final = 1.0
+"""Seconds before a run is recorded again whose row somebody was working on."""
+AGAIN_AFTER: Final = 2.0
+"""Seconds before a job runs again that could not take its row, or lost PostgreSQL."""
+MAX_RESULT: Final = 262_144
+"""Bytes of the largest result that is kept."""
+HANDED_BACK: Final = Interrupted("PostgreSQL was down when the worker shut down")
+_WORDS: Final[dict[type, str]] = {
+    Ok: "ok",
+    Raised: "raised",
+    TimedOut: "timed_out",
+    Interrupted: "interrupted",
+    Undecodable: "undecodable",
+    UnknownKind: "unknown_kind",
+    Abandoned: "abandoned",
+}
+
+
+class Recorder:
+    """Records finished runs and hands them on to be settled.
+
+    Args:
+        ledger: where they are recorded.
+        settler: settles what is recorded; its `judge` has to be `decided`.
+        holdings: what is held.
+        outage: told whether there was an answer.
+    """
+
+    def __init__(self, ledger: Ledger, settler: Settler, holdings: Holdings, outage: Outage) -> None:
+        self._ledger = ledger
+        self._settle = settler.add
+        self._holdings = holdings
+        self._outage = outage
+        self._finished: list[Run] = []
+        self._busy: list[Run] = []
+        self._busy_until = 0.0
+        self._wake = asyncio.Event()
+        self._closing = anyio.Event()
+        self._give_up_at = float("inf")
+        self.ended: Final = anyio.Event()
+
+    def add(self, run: Run) -> None:
+        """Record this run with the next batch."""
+        run.finished = time()
+        self._finished.append(run)
+        self._wake.set()
+
+    async def close(self, within: float) -> None:
+        """End the loop when all is handed on; what cannot be recorded in ``within`` seconds goes back to the queue."""
+        self._give_up_at = anyio.current_time() + within
+        self._closing.set()
+        self._wake.set()
+        await self.ended.wait()
+
+    async def run(self) -> None:
+        """Record until closed."""
+        pause = Pause(longest=5.0)
+        try:
+            while await self._gather():
+                batch, self._finished = self._finished[:MOST], self._finished[MOST:]
+                try:
+                    await self._record(batch)
+                except Exception as error:  # noqa: BLE001 - a main loop never crashes; what it holds is tried again
+                    self._finished = [run for run in batch if run.ending is None] + self._finished
+                    if isinstance(error, Unreachable):
+                        self._outage.began(error)
+                    else:
+                        log.error("record_failed", jobs=len(batch), error=str(error))
+                    if self._closing.is_set():
+                        await anyio.sleep(0.2)
+                    else:
+                        await pause.wait(self._closing)
+                else:
+                    self._outage.over()
+                    pause.reset()
+                if anyio.current_time() > self._give_up_at:
+                    break
+            self._hand_back()
+        finally:
+            self.ended.set()
+
+    async def _gather(self) -> bool:
+        """Wait for something to record; False when closed and nothing is left."""
+        while True:
+            if self._busy and (anyio.current_time() >= self._busy_until or self._closing.is_set()):
+                self._finished, self._busy = self._finished + self._busy, []
+            if self._finished:
+                return True
+            if self._closing.is_set():
+                return False
+            with anyio.move_on_after(BUSY_PAUSE if self._busy else None):
+                await self._wake.wait()
+            self._wake.clear()
+
+    async def _record(self, batch: Sequence[Run]) -> None:
+        now = time()
+        runs: list[Run] = []
+        endings: list[Ending] = []
+        records: list[RunRecord] = []
+        for run in batch:
+            self._correct(run, now)
+            ending = judged(run, now)
+            record = record_of(run, ending)
+            if record is None:
+                self._pass_on(run, ending)
+            else:
+                runs.append(run)
+                endings.append(ending)
+                records.append(record)
+        if not records:
+            return
+        answers = await self._ledger.record(records)
+        for run, ending, answer in zip(runs, endings, answers, strict=True):
+            if answer is Stored.STORED:
+                self._pass_on(run, ending)
+            elif answer is Stored.BUSY:
+                self._busy.append(run)
+                self._busy_until = anyio.current_time() + BUSY_PAUSE
+            else:
+                self._overruled(run, ending, answer)
+
+    def _pass_on(self, run: Run, ending: Ending) -> None:
+        run.ending = ending
+        self._settle(run)
+
+    def _overruled(self, run: Run, ending: Ending, answer: Stored) -> None:
+        """The job had ended, or goes on elsewhere: there is nothing left to do but to let go of the claim."""
+        if not isinstance(ending.verdict, Done):
+            log.info("run_overruled", job_id=run.job_id, kind=run.kind, queue=run.claim.queue, reason=answer.value)
+        elif answer is Stored.SUPERSEDED:
+            self._holdings.counts.skipped += 1
+        self._pass_on(run, Ending(run.claim, DONE))
+
+    def _correct(self, run: Run, now: float) -> None:
+        """A run's transaction decides, whatever the handler did after it."""
+        effect = run.context.effect if run.context is not None else None
+        if effect is None or effect is Effect.UNDONE or isinstance(run.outcome, Recorded):
+            return
+        if effect is Effect.COMMITTED:
+            if run.outcome is not None and not isinstance(run.outcome, Ok):
+                error = run.outcome.error if isinstance(run.outcome, Raised) else None
+                log.warning(
+                    "failed_after_commit", job_id=run.job_id, kind=run.kind, queue=run.claim.queue,
+                    outcome=_word(run.outcome), error=describe(error) if error is not None else None, exc_info=error,
+                )  # fmt: skip
+                run.outcome = Ok()
+        elif effect is Effect.ENDED:
+            run.outcome = Recorded(DONE, "ended")
+            self._holdings.counts.skipped += 1
+        elif effect is Effect.BUSY:
+            run.outcome = Recorded(ReleaseAt(now + AGAIN_AFTER, "another run of this job was at work"), "busy")
+        elif effect is Effect.LOST:
+            run.outcome = Recorded(ReleaseAt(now + AGAIN_AFTER, "PostgreSQL was lost"), "lost")
+
+    def _hand_back(self) -> None:
+        """What could not be recorded goes back to its queue, uncharged: it runs again where it can be recorded."""
+        left, self._finished, self._busy = self._finished + self._busy, [], []
+        if left:
+            log.warning("unrecorded_handed_back", jobs=len(left))
+        for run in left:
+            if run.context is None or run.context.effect is not Effect.COMMITTED:
+                run.outcome = HANDED_BACK
+            self._pass_on(run, judged(run, time()))
+
+
+def decided(run: Run, now: float) -> Ending:
+    """The ending that was decided when the run was recorded; for the settler."""
+    return run.ending if run.ending is not None else judged(run, now)
+
+
+def record_of(run: Run, ending: Ending) -> RunRecord | None:
+    """What the ledger is told of a run; ``None`` if nothing is to be told.
+
+    Args:
+        run: with its outcome.
+        ending: what becomes of it.
+    """
+    outcome, verdict = run.outcome, ending.verdict
+    if isinstance(outcome, Recorded | Postponed) or (isinstance(outcome, Interrupted) and run.started is None):
+        return None  # it is recorded, or nothing has happened
+    record = begun(run)
+    record.finished = run.finished
+    record.outcome = _word(outcome)
+    if type(verdict) is Done:
+        record.status = "completed"
+        if isinstance(outcome, Ok) and outcome.value is not None:
+            _keep_result(record, outcome.value)
+    elif isinstance(verdict, RetryAt):
+        record.status, record.run_at, record.error = "retrying", verdict.at, verdict.error
+        record.attempts += 1
+    elif isinstance(verdict, Dead):
+        record.status = "dead"
+        record.error = f"{verdict.reason}: {verdict.error}" if verdict.error else verdict.reason
+        record.attempts += verdict.charged
+    elif isinstance(verdict, ReleaseAt):
+        record.error = verdict.reason
+        if verdict.at is None:
+            record.status = "dispatched"
+        else:
+            record.status, record.run_at = "retrying", verdict.at
+    return record
+
+
+def begun(run: Run) -> RunRecord:
+    """What the ledger is told of a run that has no outcome yet."""
+    if run.reading is None:
+        return unread_record(run.claim)
+    started = None if run.started is None else time() - (monotonic() - run.started)
+    limit = run.facts.limits.max_attempts if run.facts is not None else None
+    return run_record(run.claim, run.reading, kind=run.kind, max_attempts=limit, started=started)
+
+
+def _word(outcome: Outcome | None) -> str:
+    if isinstance(outcome, Raised):
+        if isinstance(outcome.error, Snooze):
+            return "snoozed"
+        if isinstance(outcome.error, Discard):
+            return "discarded"
+    return _WORDS.get(type(outcome), "raised")
+
+
+def _keep_result(record: RunRecord, value: Any) -> None:
+    try:
+        result = msgspec.json.encode(value)
+    except Exception as error:  # noqa: BLE001 - values are users' objects; the job is done all the same
+        record.error = f"what the handler returned cannot be written as JSON: {describe(error)}"
+        return
+    if len(result) > MAX_RESULT:
+        record.error = f"what the handler returned has {len(result)} bytes and {MAX_RESULT} are kept"
+        return
+    record.result = result

@@ -1,0 +1,73 @@
+"""What asyncpg raises, as our errors. Only failures of the connection count as "PostgreSQL is down"."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+import asyncpg
+
+from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable
+
+_NO_SERVER: Final = (
+    OSError,
+    TimeoutError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.CannotConnectNowError,
+    asyncpg.TooManyConnectionsError,
+    asyncpg.AdminShutdownError,
+    asyncpg.CrashShutdownError,
+)
+_REFUSED: Final = (asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidCatalogNameError)
+# What poolers say of servers they cannot reach, and clients of connections that broke under them.
+_BROKEN: Final = ("connection is closed", "connection was closed", "pool is clos", "another operation is in progress")
+
+
+def is_outage(error: BaseException) -> bool:
+    """Whether the server could not be asked, rather than refused what it was asked."""
+    if isinstance(error, _NO_SERVER):
+        return True
+    if isinstance(error, asyncpg.ProtocolViolationError):  # PgBouncer: "server conn crashed?", "query_wait_timeout"
+        return True
+    return isinstance(error, asyncpg.InterfaceError) and any(words in str(error) for words in _BROKEN)
+
+
+def reason(error: BaseException) -> str:
+    """The error in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def sqlstate(error: BaseException) -> str:
+    """The SQLSTATE (PostgreSQL documentation, appendix A); empty if the server said none."""
+    return (error.sqlstate or "") if isinstance(error, asyncpg.PostgresError) else ""
+
+
+@contextmanager
+def understood(what: str) -> Iterator[None]:
+    """Turn what asyncpg raises into our errors.
+
+    Args:
+        what: what was being done, for the sentence.
+    """
+    try:
+        yield
+    except StreamworkerError:
+        raise
+    except Exception as error:
+        raise translated(error, what) from error
+
+
+def translated(error: Exception, what: str) -> Exception:
+    """Our error for one of asyncpg's; any other as it is."""
+    if is_outage(error):
+        return Unreachable(f"PostgreSQL does not answer while {what}: {reason(error)}")
+    if isinstance(error, _REFUSED):
+        return ConfigurationError(f"PostgreSQL refuses {what}: {reason(error)}; check DATABASE_URL")
+    if isinstance(error, asyncpg.InsufficientPrivilegeError):
+        return ConfigurationError(
+            f"PostgreSQL refuses {what}: {reason(error)}; grant it to this user, or use another one"
+        )
+    if isinstance(error, asyncpg.PostgresError | asyncpg.InterfaceError):
+        return StreamworkerError(f"PostgreSQL failed while {what}: {reason(error)}")
+    return error

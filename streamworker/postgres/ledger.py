@@ -1,0 +1,90 @@
+"""The ledger of one worker, on PostgreSQL."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from streamworker.postgres import Known, RunRecord, Stored
+from streamworker.postgres.failures import understood
+from streamworker.postgres.pool import AnyPool, Database
+from streamworker.postgres.recording import Recording
+from streamworker.postgres.retention import Retention
+from streamworker.postgres.rows import stored_id
+from streamworker.postgres.transaction import RunTransaction, complete
+
+LOOKUP: Final = """
+select id, status, hop, deliveries, attempt_count, extract(epoch from run_at)::float8 as run_at, last_error
+from streamworker.jobs
+where id = any($1::text[]) and (status in ('completed', 'cancelled', 'retrying', 'dead') or hop > $2)"""
+
+QUEUES: Final = """
+insert into streamworker.job_queues (name) select unnest($1::text[]) on conflict (name) do nothing"""
+
+
+class PostgresLedger:
+    """`Ledger` on PostgreSQL.
+
+    Args:
+        database: the ledger's own connections.
+        pool: the pool of handlers' transactions.
+        worker_id: whose runs these are.
+    """
+
+    def __init__(self, database: Database, pool: AnyPool, worker_id: str) -> None:
+        self._database = database
+        self._pool = pool
+        self._worker_id = worker_id
+        self._recording = Recording(database, worker_id)
+        self._retention = Retention(database)
+
+    async def open(self, queues: Sequence[str]) -> None:
+        """Make the queues known.
+
+        Raises:
+            Unreachable: no server answers.
+            ConfigurationError: this user may not write the ledger.
+        """
+        with understood("writing to the ledger"):
+            await self._database.fetch(QUEUES, sorted(queues))
+
+    async def lookup(self, claims: Sequence[tuple[str, int]]) -> dict[str, Known]:
+        """See `Ledger.lookup`."""
+        names = {stored_id(job_id): job_id for job_id, _ in claims}
+        with understood("looking jobs up"):
+            rows = await self._database.fetch(LOOKUP, list(names), min(hop for _, hop in claims))
+        return {
+            names[row["id"]]: Known(
+                row["status"],
+                row["hop"],
+                row["deliveries"],
+                row["attempt_count"],
+                row["run_at"],
+                row["last_error"] or "",
+            )
+            for row in rows
+        }
+
+    async def record(self, runs: Sequence[RunRecord]) -> list[Stored]:
+        """See `Ledger.record`."""
+        return await self._recording.record(runs)
+
+    async def running(self, runs: Sequence[RunRecord]) -> None:
+        """See `Ledger.running`."""
+        await self._recording.running(runs)
+
+    def transaction(self, run: RunRecord, deadline: float | None) -> RunTransaction:
+        """See `Ledger.transaction`."""
+        return RunTransaction(self._pool, self._database, run, self._worker_id, deadline)
+
+    async def complete(self, run: RunRecord, connection: Any) -> None:
+        """See `Ledger.complete`."""
+        await complete(connection, run, self._worker_id)
+
+    def abandon(self) -> None:
+        """See `Ledger.abandon`."""
+        self._database.abandon()
+
+    async def tick(self) -> float:
+        """See `Ledger.tick`."""
+        return await self._retention.tick()

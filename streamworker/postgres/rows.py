@@ -1,0 +1,76 @@
+"""Runs as values PostgreSQL can store. Text holds no NUL and no lone surrogate, and jsonb less than JSON."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Annotated, Any, Final
+from uuid import UUID, uuid5
+
+import msgspec
+
+from streamworker.postgres import RunRecord
+
+_NAMESPACE: Final = UUID("0b1d2e3c-7f55-5b0e-8a41-3f2f6c1b9d10")
+_encode = msgspec.json.encode
+# Conservative: halves of surrogate pairs that have their other half are legal, and rare enough.
+_NO_JSONB: Final = re.compile(rb"\\u(?:0000|[dD][89abAB])")
+_ODD: Final = re.compile("[\x00\ud800-\udfff]")
+
+
+class _Born(msgspec.Struct):
+    created_at: Annotated[datetime | None, msgspec.Meta(tz=None)] = None
+
+
+_born: Callable[[bytes], _Born] = msgspec.json.Decoder(_Born).decode
+
+
+def text(value: str) -> str:
+    """The text, with what PostgreSQL cannot hold written as escapes."""
+    if value.isascii() and "\x00" not in value:
+        return value
+    return _ODD.sub(lambda match: f"\\u{ord(match.group()):04x}", value)
+
+
+def stored_id(job_id: str) -> str:
+    """The id a job is stored under: its own, or for one that text cannot hold the UUIDv5 of it."""
+    if "\x00" in job_id:
+        return str(uuid5(_NAMESPACE, job_id))
+    return job_id
+
+
+def json_text(raw: msgspec.Raw | bytes | None) -> str | None:
+    """JSON as text for jsonb; ``None`` for what jsonb refuses as far as can be told cheaply."""
+    if raw is None:
+        return None
+    data = bytes(raw)
+    if b"\\u" in data and _NO_JSONB.search(data) is not None:
+        return None
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def headers_text(headers: dict[str, Any] | None) -> str | None:
+    """The headers as text for jsonb, or ``None``."""
+    return json_text(_encode(headers)) if headers else None
+
+
+def needs_document(run: RunRecord, payload: str | None, headers: str | None) -> bool:
+    """Whether the document has to be kept as bytes, because a part of it is not stored."""
+    return payload is None or (headers is None and bool(run.headers))
+
+
+def created(body: bytes | None) -> float | None:
+    """Epoch seconds at which the producer made the job, if it says so in earnest."""
+    if body is None or b'"created_at"' not in body:
+        return None
+    try:
+        moment = _born(body).created_at
+        if moment is None:
+            return None
+        return (moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)).timestamp()
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, OverflowError, ValueError):
+        return None

@@ -1,0 +1,236 @@
+"""The transaction of a run: the handler's writes and "this job is done" commit together, once.
+
+The first statement locks the job's row, so that of all runs of a job, wherever they are, one at a time may write. A
+zombie finds the row completed, or taken by a later delivery, and may do nothing; it holds the lock no longer than its
+deadline, because the server ends a session that is idle in a transaction for longer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from time import monotonic
+from types import TracebackType
+from typing import Any, Final, TypeVar
+
+import anyio
+import asyncpg
+from asyncpg.transaction import Transaction as AsyncpgTransaction
+
+from streamworker.errors import RunEnded, Unreachable, UsageError
+from streamworker.postgres import Effect, RunRecord
+from streamworker.postgres.failures import is_outage, reason
+from streamworker.postgres.pool import AnyPool, Connection, Database
+from streamworker.postgres.rows import created, headers_text, json_text, stored_id, text
+from streamworker.telemetry.logs import get_logger
+
+log = get_logger("streamworker.ledger")
+
+T = TypeVar("T")
+
+PATIENCE: Final = 10.0
+"""Seconds a commit may take."""
+RESOLVE: Final = 10.0
+"""Seconds in which the fate of a commit whose answer was lost must be found out; then the job is given back."""
+_MOST_INT: Final = 2**31 - 1
+
+TAKE: Final = """
+select streamworker.take_job($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17)"""
+
+FINISH: Final = """
+update streamworker.jobs
+set status = 'completed', finished_at = clock_timestamp(), updated_at = clock_timestamp()
+where id = $1 and hop = $2 and deliveries = $3 and status = 'running'
+returning true"""
+
+FATE: Final = """
+select status = 'completed' and hop = $2 and deliveries = $3 from streamworker.jobs where id = $1 for update"""
+
+
+class RunTransaction:
+    """`Transaction` on PostgreSQL; yields an asyncpg connection.
+
+    Args:
+        pool: the pool of the handlers.
+        ledger: asked when the answer to a commit was lost.
+        run: whose transaction.
+        worker_id: where it runs.
+        deadline: monotonic seconds at which the run times out.
+    """
+
+    def __init__(self, pool: AnyPool, ledger: Database, run: RunRecord, worker_id: str, deadline: float | None) -> None:
+        self._pool = pool
+        self._ledger = ledger
+        self._run = run
+        self._worker_id = worker_id
+        self._deadline = deadline
+        self._connection: Connection | None = None
+        self._transaction: AsyncpgTransaction | None = None
+        self.effect = Effect.UNDONE
+
+    async def __aenter__(self) -> Connection:
+        """Begin, and take the job.
+
+        Raises:
+            RunEnded: the job was completed before, goes on elsewhere, or another run holds it.
+            Unreachable: no server answers; the job is given back uncharged.
+        """
+        try:
+            connection = self._connection = await self._pool.acquire()
+            transaction = connection.transaction()
+            await transaction.start()
+            self._transaction = transaction
+            self.effect = Effect.OPEN
+            within = None if self._deadline is None else max(1, int((self._deadline - monotonic()) * 1000))
+            await take(connection, self._run, self._worker_id, becomes="running", within=within)
+        except BaseException as error:
+            await self._undo(self._effect_of(error))
+            if is_outage(error):
+                self.effect = Effect.LOST
+                raise Unreachable(f"PostgreSQL does not answer ctx.transaction(): {reason(error)}") from error
+            raise
+        return connection
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        """Commit if the block ended well, else roll back."""
+        if error is not None:
+            await self._undo(Effect.UNDONE)
+            return
+        await uninterrupted(self._commit())
+
+    async def _commit(self) -> None:
+        connection, transaction, run = self._connection, self._transaction, self._run
+        if connection is None or transaction is None:
+            raise AssertionError("a transaction is committed after it began")
+        if not connection.is_closed() and not connection.is_in_transaction():
+            await self._undo(Effect.UNDONE)
+            raise UsageError(
+                "the transaction was ended inside the block: leave commit and rollback to ctx.transaction()"
+            )
+        # A server that says nothing must not hold the handler for ever; a broken connection is resolved below.
+        patience = asyncio.get_running_loop().call_later(PATIENCE, connection.terminate)
+        try:
+            if not await connection.fetchval(FINISH, stored_id(run.job_id), run.hop, _small(run.deliveries)):
+                raise UsageError("the job's row was changed inside its own transaction: leave streamworker.jobs alone")
+            await transaction.commit()
+        except BaseException as error:
+            if not is_outage(error):
+                await self._undo(Effect.UNDONE)
+                raise
+            await self._undo(Effect.LOST)
+            self.effect = await self._resolved()
+            log.warning(
+                "commit_uncertain", job_id=run.job_id, kind=run.kind, fate=self.effect.value, error=reason(error)
+            )
+            if self.effect is not Effect.COMMITTED:
+                self.effect = Effect.LOST
+                raise Unreachable(f"PostgreSQL was lost during the commit: {reason(error)}") from error
+            return
+        finally:
+            patience.cancel()
+        self.effect = Effect.COMMITTED
+        await self._release()
+
+    async def _resolved(self) -> Effect:
+        """Whether the commit got through; asks with a lock, so that a commit still under way is waited for."""
+        run, give_up_at = self._run, monotonic() + RESOLVE
+        while True:
+            try:
+                done = await self._ledger.fetch(FATE, stored_id(run.job_id), run.hop, _small(run.deliveries))
+            except Exception as error:  # noqa: BLE001 - down, or locked by the commit itself
+                if monotonic() > give_up_at:
+                    log.debug("commit_unresolved", job_id=run.job_id, error=reason(error))
+                    return Effect.LOST
+                await anyio.sleep(0.2)
+            else:
+                return Effect.COMMITTED if done and done[0][0] else Effect.UNDONE
+
+    @staticmethod
+    def _effect_of(error: BaseException) -> Effect:
+        if isinstance(error, RunEnded):
+            return Effect.BUSY if error.busy else Effect.ENDED
+        return Effect.UNDONE
+
+    async def _undo(self, effect: Effect) -> None:
+        """Roll back, as far as there is anything to."""
+        self.effect = effect
+        transaction, connection = self._transaction, self._connection
+        try:
+            if transaction is not None and connection is not None and not connection.is_closed():
+                await transaction.rollback()
+        except Exception as error:  # noqa: BLE001 - the server rolls back by itself when the connection ends
+            log.debug("rollback_failed", job_id=self._run.job_id, error=reason(error))
+            if connection is not None:
+                connection.terminate()
+        finally:
+            await self._release()
+
+    async def _release(self) -> None:
+        connection, self._connection, self._transaction = self._connection, None, None
+        if connection is None:
+            return
+        try:
+            await self._pool.release(connection)  # type: ignore[arg-type]
+        except Exception as error:  # noqa: BLE001 - what was decided before stands
+            log.debug("release_failed", job_id=self._run.job_id, error=reason(error))
+
+
+async def complete(connection: Any, run: RunRecord, worker_id: str) -> None:
+    """See `Ledger.complete`."""
+    if not hasattr(connection, "is_in_transaction") or not hasattr(connection, "fetchval"):
+        raise UsageError("ctx.complete() needs an asyncpg connection, in a transaction of yours")
+    if not connection.is_in_transaction():
+        raise UsageError(
+            "ctx.complete() needs a connection in a transaction: use it inside `async with connection.transaction():`"
+        )
+    await take(connection, run, worker_id, becomes="completed", within=None)
+
+
+async def take(connection: Any, run: RunRecord, worker_id: str, *, becomes: str, within: int | None) -> None:
+    """Lock the job's row for a run.
+
+    Args:
+        connection: in a transaction.
+        run: which.
+        worker_id: where it runs.
+        becomes: the job's status when the transaction commits, unless it is changed before.
+        within: milliseconds the transaction may take.
+
+    Raises:
+        RunEnded: nothing may be done for this job by this run.
+    """
+    try:
+        against = await connection.fetchval(
+            TAKE, stored_id(run.job_id), run.hop, _small(run.deliveries), becomes, worker_id,
+            None if within is None else _small(within), run.queue, text(run.kind), run.level, json_text(run.payload),
+            headers_text(run.headers), run.body, _small(run.attempts),
+            None if run.max_attempts is None else _small(run.max_attempts),
+            text(run.epoch.decode(errors="backslashreplace")), created(run.body), run.started,
+        )  # fmt: skip
+    except (asyncpg.LockNotAvailableError, asyncpg.SerializationError, asyncpg.DeadlockDetectedError) as error:
+        raise RunEnded("another run of this job is at work", busy=True) from error
+    if against is not None:
+        log.info("run_ended", job_id=run.job_id, kind=run.kind, queue=run.queue, reason=against)
+        raise RunEnded(f"the job is {against}")
+
+
+async def uninterrupted(work: Awaitable[T]) -> T:
+    """Wait for ``work`` to its end; a cancellation that comes meanwhile is raised afterwards."""
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        if not task.cancelled() and task.exception() is not None:
+            log.debug("commit_failed", error=reason(task.exception()))  # type: ignore[arg-type]
+        raise cancelled
+    return task.result()
+
+
+def _small(number: int) -> int:
+    return min(number, _MOST_INT)

@@ -1,0 +1,56 @@
+"""What the ledger is told of a run, made of its claim and its document."""
+
+from __future__ import annotations
+
+from streamworker import codec
+from streamworker.codec import Reading
+from streamworker.job import Claim
+from streamworker.postgres import RunRecord
+
+
+def run_record(
+    claim: Claim, reading: Reading, *, kind: str, max_attempts: int | None, started: float | None
+) -> RunRecord:
+    """The record of a run that has begun.
+
+    Args:
+        claim: what runs.
+        reading: its document.
+        kind: the handler's kind, or the document's.
+        max_attempts: attempts allowed.
+        started: epoch seconds.
+    """
+    attempts = reading.attempt_count or 0
+    return RunRecord(
+        codec.job_id(reading, claim),
+        claim.queue,
+        kind,
+        claim.level,
+        reading.hop or 0,
+        deliveries_of(claim, reading),
+        attempts + 1,
+        attempts,
+        max_attempts,
+        claim.epoch,
+        claim.body,
+        reading.payload,
+        reading.headers,
+        started,
+    )
+
+
+def unread_record(claim: Claim) -> RunRecord:
+    """The record of a claim whose document cannot be read."""
+    job_id = codec.derived_id(claim.place, claim.epoch, claim.entry)
+    deliveries = deliveries_of(claim, None)
+    return RunRecord(
+        job_id, claim.queue, "", claim.level, 0, deliveries, 1, 0, None, claim.epoch, claim.body, None, None, None
+    )
+
+
+def deliveries_of(claim: Claim, reading: Reading | None) -> int:
+    """Deliveries so far, those on earlier entries of the same job and one that is only reserved included."""
+    count = claim.count + claim.suspect
+    if reading is None or (reading.headers is None and reading.streamworker is None):
+        return count
+    return count + codec.deaths_before(reading)
