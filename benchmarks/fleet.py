@@ -131,7 +131,7 @@ async def size(url: str, idle: int, busy: int, arguments: argparse.Namespace) ->
                 words = ["--consumers", url, queue, str(number * 10_000), str(share)]
                 children.append(await asyncio.create_subprocess_exec(sys.executable, "-m", "benchmarks.fleet", *words))
     try:
-        while (await client.info("clients"))["connected_clients"] < 4 * (idle + busy):
+        while (await client.info("clients"))["connected_clients"] < 4 * (idle + busy):  # noqa: ASYNC110 - others connect
             await asyncio.sleep(0.2)
         await asyncio.sleep(3)
         return await cost(client, arguments, busy)
