@@ -149,8 +149,9 @@ def pieces(file: BinaryIO, start: int, size: int) -> Iterator[bytes]:
 
 def children(part: Message[str, str]) -> list[Message[str, str]]:
     """The parts of a part, or the message it holds."""
-    payload: Any = part.get_payload()
-    return [child for child in payload if isinstance(child, Message)] if isinstance(payload, list) else []
+    # Of a part without parts the library would decode the text, with a charset that may be anything.
+    payload: Any = part.get_payload() if part.is_multipart() else ()
+    return [child for child in payload if isinstance(child, Message)]
 
 
 def _leaves(part: Message[str, str], *, own: bool) -> Iterator[tuple[Message[str, str], bool]]:

@@ -13,7 +13,8 @@ from mailer.messages import delivery_of
 
 Severity: TypeAlias = Literal["hard", "soft", "none"]
 
-MAX_REPORTS: Final = 1_000
+MAX_REPORTS: Final = 20
+"""A mail of ours has one recipient, so more reports than these are somebody's idea of fun; and a job has 256 KiB."""
 _STATUS: Final = re.compile(r"(?<![\d.])([245]\.\d{1,3}\.\d{1,3})(?![\d.])")
 _REPLY: Final = re.compile(r"(?<![\d.])([45])\d\d(?:[ -]|$)", re.MULTILINE)
 _ADDRESS: Final = r"[A-Za-z0-9.!#$%&'*+/=?^_`{|}~-]{1,64}@[A-Za-z0-9.-]{1,253}"
@@ -39,9 +40,8 @@ def read(incoming: Incoming) -> list[Report]:
     """One report per recipient that the message speaks of; empty if it is no bounce."""
     message = incoming.skeleton.message
     fields = _find(message, "message/delivery-status")
-    if fields is not None:
-        return _standard(children(fields))[:MAX_REPORTS]
-    return _plain(message, incoming)[:MAX_REPORTS]
+    found = _standard(children(fields)) if fields is not None else _plain(message, incoming)
+    return sorted(found, key=lambda report: ("hard", "soft", "none").index(severity(report)))[:MAX_REPORTS]
 
 
 def original_message_id(incoming: Incoming) -> str | None:
@@ -50,7 +50,8 @@ def original_message_id(incoming: Incoming) -> str | None:
         if part.get_content_type() == "message/rfc822":
             quoted: list[str] = [header(child, "Message-ID") for child in children(part)]
         elif part.get_content_type() == "text/rfc822-headers":
-            quoted = [str(part.get_payload())[:50_000]]
+            head = next((piece for piece in incoming.skeleton.body_bytes(part) if piece), b"")
+            quoted = [head[:50_000].decode("ascii", "replace")]
         else:
             continue
         for text in quoted:
@@ -98,7 +99,7 @@ def _plain(message: Message[str, str], incoming: Incoming) -> list[Report]:
         # The first address is the one that failed; behind it the quoted mail begins, with addresses of its own.
         found = _MAILED.search(text)
         named = [found[1] or found[2]] if found else []
-    return [Report(each, _status_in(text, each), "failed", _near(text, each)) for each in named]
+    return [Report(each[:320], _status_in(text, each), "failed", _near(text, each)) for each in named[:MAX_REPORTS]]
 
 
 def _status_in(text: str, recipient: str) -> str:
@@ -118,7 +119,7 @@ def _near(text: str, recipient: str, size: int = 500) -> str:
 def _typed(value: str) -> str:
     """``rfc822; someone@example.com``."""
     kind, mark, address = value.partition(";")
-    return (address if mark else kind).strip().strip("<>")[:998]
+    return (address if mark else kind).strip().strip("<>")[:320]
 
 
 def _find(message: Message[str, str], media_type: str) -> Message[str, str] | None:

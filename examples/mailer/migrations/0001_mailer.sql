@@ -1,7 +1,7 @@
 -- The tables of the mailer. They live in a schema of their own beside streamworker's ledger, in one database: only so can
 -- a handler's rows and "this job is done" commit together.
 
-create schema mailer;
+create schema if not exists mailer;
 
 -- Bytes, each stored once: raw messages, bodies, attachments. In chunks, so that nobody ever holds 50 MB in memory.
 create table mailer.email_content (

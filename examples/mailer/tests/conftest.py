@@ -2,13 +2,115 @@
 
 from __future__ import annotations
 
+import asyncio
+import io
+import secrets
 import shutil
 import ssl
 import subprocess
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import anyio
+import asyncpg
+import msgspec
 import pytest
+
+from mailer import campaigns, content, database
+from mailer.app import app
+from mailer.config import Config, Smtp
+from mailer.jobs import ProcessIncoming
+from mailer.services import Services
+from mailer.smtp import EmailService
+from mailer.testing import receiver, smtp
+from mailer.testing.receiver import Receiver
+from mailer.testing.smtp import Sink
+from mailer.webhooks import WebhookClient
+from streamworker import QueueWorker, Settings
+from streamworker.testing import drain
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: too heavy for every day; run them with -m slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.option.markexpr:
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+
+
+def beside(work: Any) -> Any:
+    """Run a coroutine in a thread: fixtures are made inside and outside of event loops."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, work).result()
+
+
+@asynccontextmanager
+async def connection(url: str) -> AsyncIterator[Any]:
+    pg = await asyncpg.connect(url)
+    try:
+        yield pg
+    finally:
+        await pg.close()
+
+
+@pytest.fixture(scope="session")
+def migrated(streamworker_servers: Any) -> str:
+    """The name of a database with all tables, to be copied."""
+
+    async def make() -> str:
+        url = streamworker_servers.database_url
+        name = f"template_{secrets.token_hex(6)}"
+        async with connection(url) as pg:
+            await pg.execute(f"create database {name}")
+        url = urlsplit(url)._replace(path=f"/{name}").geturl()
+        async with app.migrator(Settings(database_url=url)) as migrator:
+            await migrator.up()
+        async with connection(url) as pg:
+            assert await database.migrate(pg) == ["0001_mailer.sql"]
+            assert await database.migrate(pg) == []
+        return name
+
+    return str(beside(make()))
+
+
+@pytest.fixture
+def database_url(streamworker_servers: Any, migrated: str) -> Iterator[str]:
+    """A database of this test's own, with all tables."""
+    name = f"test_{secrets.token_hex(6)}"
+
+    async def run(statement: str) -> None:
+        async with connection(streamworker_servers.database_url) as pg:
+            await pg.execute(statement)
+
+    beside(run(f"create database {name} template {migrated}"))
+    yield urlsplit(streamworker_servers.database_url)._replace(path=f"/{name}").geturl()
+    beside(run(f"drop database {name} with (force)"))
+
+
+@pytest.fixture
+async def pg(database_url: str) -> AsyncIterator[Any]:
+    """A connection to it."""
+    async with connection(database_url) as pg:
+        yield pg
+
+
+@pytest.fixture
+def streamworker_settings(streamworker_settings: Settings, database_url: str) -> Settings:
+    """Where the plugin puts the app."""
+    return msgspec.structs.replace(streamworker_settings, database_url=database_url)
+
+
+@pytest.fixture
+def streamworker_app() -> Any:
+    return app
 
 
 @pytest.fixture
@@ -63,3 +165,141 @@ def corpus() -> list[Path]:
     if not files:
         pytest.skip("this Python came without its test data")
     return files
+
+
+# -- the whole pipeline
+
+
+class World:
+    """A mail server, a receiver of webhooks, and the app on servers of its own.
+
+    Attributes:
+        app: open; enqueues.
+        pg: a connection to its database.
+        sink: the mail server.
+        receiver: the receiver of webhooks.
+        services: what handlers get.
+    """
+
+    def __init__(self, app: Any, pg: Any, polling: Any, sink: Sink, receiver: Receiver, services: Services) -> None:
+        self.app, self.pg, self.sink, self.receiver, self.services = app, pg, sink, receiver, services
+        self._polling = polling  # a connection of its own, so that tests may look while the world turns
+
+    async def run(self) -> None:
+        """Work until nothing is left, whatever waits for later included."""
+        while True:
+            await self._polling.execute("update streamworker.jobs set run_at = now() where status = 'queued'")
+            await drain(self.app, services=self.services, delayed=True)
+            if not await self.left():
+                return
+
+    async def run_until(self, condition: Callable[[], Awaitable[Any]], *hasten: str) -> None:
+        """Work until something holds; jobs run when they are due, those of the kinds ``hasten`` at once."""
+        now = (
+            "update streamworker.jobs set run_at = now() where status = 'queued' and kind = any($1) and run_at > now()"
+            " returning pg_notify('streamworker', '')"
+        )
+        worker = QueueWorker(self.app, redis=None, database=None, services=self.services)
+        async with anyio.create_task_group() as group:
+            group.start_soon(worker.start)
+            with anyio.fail_after(30):
+                while not await condition():
+                    await self._polling.execute(now, hasten)
+                    await anyio.sleep(0.02)
+            await worker.stop()
+
+    async def run_patiently(self) -> None:
+        """Work until nothing is left, each job when it is due."""
+        await self.run_until(self.idle)
+
+    async def run_kind(self, *kinds: str) -> None:
+        """Work until no job of these kinds is left; they run at once, others when they are due."""
+
+        async def condition() -> bool:
+            return await self.left(*kinds) == 0
+
+        await self.run_until(condition, *kinds)
+
+    async def until(self, condition: Callable[[], Awaitable[Any]], timeout: float = 40) -> None:
+        """Wait for something that workers elsewhere do."""
+        with anyio.fail_after(timeout):
+            while not await condition():  # noqa: ASYNC110 - the database does not tell
+                await anyio.sleep(0.05)
+
+    async def idle(self) -> bool:
+        """Whether nothing is left."""
+        return await self.left() == 0
+
+    async def left(self, *kinds: str) -> int:
+        """How many jobs (of some kinds) are not finished."""
+        find = "select count(*) from streamworker.jobs where status = any($1) and (kind = any($2) or $2 = '{}')"
+        return int(await self._polling.fetchval(find, OPEN, kinds))
+
+    async def enqueue(self, *jobs: Any) -> list[str]:
+        """Enqueue in a transaction, as the mailer does everywhere; the ids."""
+        async with self.pg.transaction():
+            return [made.id for made in await self.app.enqueue_many(jobs, connection=self.pg)]
+
+    async def jobs(self, kind: str) -> list[Any]:
+        """The rows of all jobs of a kind, in the order they were made."""
+        rows = await self.pg.fetch("select * from streamworker.jobs where kind = $1 order by created_at, id", kind)
+        return list(rows)
+
+    async def campaign(self, *recipients: str, called: str = "autumn", **variables: Any) -> list[Any]:
+        """Start a campaign; the ids of its deliveries, in the order of the recipients."""
+        await campaigns.put_template(self.pg, "welcome", "Hello {{name}}", "Dear {{name}}", "<p>Dear {{name}}</p>")
+        await campaigns.start(
+            self.pg,
+            self.app,
+            name=called,
+            template="welcome",
+            sender="shop@example.com",
+            domain="example.com",
+            recipients=[{"email": each, "name": each.partition("@")[0]} | variables for each in recipients],
+        )
+        find = "select id from mailer.email_deliveries where recipient = $1 order by created_at desc limit 1"
+        return [await self.pg.fetchval(find, each) for each in recipients]
+
+    async def delivery(self, delivery_id: Any) -> Any:
+        """A delivery's row."""
+        return await self.pg.fetchrow("select * from mailer.email_deliveries where id = $1", delivery_id)
+
+    async def events(self) -> list[str]:
+        """The types of all events, in order."""
+        return [row["type"] for row in await self.pg.fetch("select type from mailer.email_events order by id")]
+
+    async def receive(self, raw: bytes, mailbox: str = "me@example.com") -> None:
+        """A message comes in."""
+        async with self.pg.transaction():
+            content_id = await content.store_file(self.pg, io.BytesIO(raw))
+            job = ProcessIncoming(content_id=content_id, mailbox=mailbox)
+            await self.app.enqueue(job, connection=self.pg)
+
+
+OPEN = ["queued", "dispatching", "dispatched", "running", "retrying"]
+
+
+@pytest.fixture
+async def world(streamworker_live_app: Any, pg: Any, database_url: str) -> AsyncIterator[World]:
+    async with (
+        smtp.serve() as sink,
+        receiver.listen() as hooks,
+        connection(database_url) as polling,
+        streamworker_live_app as app,
+    ):
+        config = Config(
+            smtp=Smtp("127.0.0.1", sink.port, "none"),
+            domain="example.com",
+            per_domain=10_000,
+            webhook_networks=(ip_network("127.0.0.1/32"),),
+        )
+        email = EmailService(config.smtp, connections=config.connections, timeout=5)
+        services = Services(
+            app=app,
+            config=config,
+            email=email,
+            webhooks=WebhookClient(allowed=config.webhook_networks, timeout=2),
+            readers=anyio.CapacityLimiter(2),
+        )
+        yield World(app, pg, polling, sink, hooks, services)
+        await email.close()

@@ -5,6 +5,7 @@ import hashlib
 import io
 import os
 import quopri
+import random
 import tracemalloc
 from email.message import EmailMessage
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mailer import incoming
+from mailer import incoming, reports
 from mailer.incoming import MAX_ATTACHMENTS, MAX_TEXT, Incoming
 
 
@@ -228,6 +229,35 @@ def test_bodies_are_bounded_and_nothing_is_lost():
 @pytest.mark.parametrize("broken", [b"=", b"====", b"QQ", b"QQ=", b"Q", b"QUJD\xff!QUJD", b"QQ==QQ=="])
 def test_broken_base64_never_raises(broken: bytes):
     read(b"Content-Type: a/b\nContent-Transfer-Encoding: base64\n\n" + broken)
+
+
+def test_mutilated_messages_never_raise(corpus: list[Path]):
+    chance = random.Random(7)
+    junk = [
+        b"\x00",
+        b"\xff\xfe",
+        b"\r\n",
+        b"\n\n",
+        b"--",
+        b"=",
+        b";",
+        b'"',
+        b"=?utf-8?q?=ff?=",
+        b"boundary=",
+        b"\r",
+        b"<",
+        b"%",
+    ]
+    originals = [path.read_bytes() for path in corpus if path.stat().st_size < 20_000]
+    for _ in range(600):
+        raw = bytearray(chance.choice(originals))
+        for _ in range(chance.randrange(1, 12)):
+            at = chance.randrange(len(raw) + 1)
+            raw[at : at + chance.randrange(4)] = chance.choice(junk)
+        found = read(bytes(raw))
+        reports.read(found)
+        reports.original_message_id(found)
+        "".join([found.subject, found.sender, *found.recipients, *found.defects]).encode()
 
 
 def test_an_empty_message():
