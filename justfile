@@ -39,6 +39,10 @@ crash *args:
 soak *args:
     @python -m tests.crash.soak "$@"
 
+# compose.yaml on a real engine: scaled, killed, upgraded and drained while 5,000 jobs run
+containers *args:
+    @python -m tests.containers "$@"
+
 # How fast, beside a bare loop in the same run (./dev bench throughput --rounds 3); --json and --svg write files
 bench *args:
     @python -m benchmarks "$@"

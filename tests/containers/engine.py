@@ -1,0 +1,195 @@
+"""The container engine: found or started, and asked by its own command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+ROOT: Final = Path(__file__).parents[2]
+BASES: Final = ("python:3.13-slim", "redis:8", "postgres:17")
+PREPARE: Final = ROOT.parent / "shared" / "containers" / "prepare"
+"""Beside the checkout, where no image registry is reachable: starts an engine and makes the base images."""
+
+
+class Unusable(Exception):
+    """There is no engine, and why."""
+
+
+class Failed(Exception):
+    """A command of the engine failed."""
+
+
+def run(*words: str, env: Mapping[str, str] | None = None, stdin: str | None = None, timeout: float = 600) -> str:
+    """Run a command in the checkout; returns what it wrote to standard output."""
+    done = subprocess.run(
+        words, cwd=ROOT, env={**os.environ, **(env or {})}, input=stdin, capture_output=True, text=True, timeout=timeout
+    )
+    if done.returncode:
+        tail = "\n".join((done.stderr or done.stdout).strip().splitlines()[-15:])
+        raise Failed(f"{' '.join(words)} ended with {done.returncode}:\n{tail}")
+    return done.stdout
+
+
+def succeeds(*words: str) -> bool:
+    """Whether a command ends well."""
+    try:
+        return subprocess.run(words, capture_output=True, timeout=60).returncode == 0
+    except OSError:
+        return False
+
+
+def get_ready() -> None:
+    """See that an engine answers and has, or can get, the base images; start one where `PREPARE` is there.
+
+    Raises:
+        Unusable: there is none, and how to get one.
+    """
+    answers = succeeds("docker", "info") and succeeds("docker", "compose", "version")
+    if answers and all(succeeds("docker", "image", "inspect", base) for base in BASES):
+        return
+    if PREPARE.exists() and os.geteuid() == 0:
+        if code := subprocess.run([PREPARE], stdin=subprocess.DEVNULL).returncode:
+            raise Unusable(
+                f"{PREPARE} could not start a Docker engine or make the base images (exit {code}, see above)"
+            )
+    elif not answers:
+        raise Unusable("no Docker engine with compose answers here: install one, or start it")
+
+
+class Compose:
+    """One project of compose.yaml.
+
+    Args:
+        name: the project's; everything it makes carries it.
+        settings: what an .env file would hold.
+        directory: where that file is written.
+    """
+
+    def __init__(self, name: str, settings: Mapping[str, str], directory: Path) -> None:
+        self.name = name
+        self._file = directory / "check.env"
+        self._file.write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
+        self.env: dict[str, str] = {}
+        """What a shell would export on top: it goes before the file."""
+
+    def __call__(self, *words: str, timeout: float = 300) -> str:
+        """``docker compose`` with these words."""
+        command = ("docker", "compose", "--project-name", self.name, "--env-file", str(self._file), *words)
+        return run(*command, env=self.env, timeout=timeout)
+
+    def scale(self, count: int, *more: str) -> None:
+        """Have so many workers."""
+        self("up", "--detach", "--no-build", *more, "--scale", f"worker={count}", "worker")
+
+    def containers(self, service: str = "worker") -> dict[str, Container]:
+        """The running ones of a service, by short id, which is their host name."""
+        ids = self("ps", "--quiet", "--status", "running", service).split()
+        return {found.id: found for found in map(inspect, ids)}
+
+    def streamworker(self, *words: str) -> str:
+        """A command in a container of its own, as people give it."""
+        return self("run", "--rm", "--no-TTY", "--no-deps", "worker", *words)
+
+    def redis(self, *words: str) -> Any:
+        """A command of Redis."""
+        return json.loads(self("exec", "--no-TTY", "redis", "redis-cli", "--json", *words))
+
+    def sql(self, statement: str) -> list[list[str]]:
+        """A statement of PostgreSQL; the rows as text."""
+        psql = ("psql", "-X", "-q", "-A", "-t", "-U", "streamworker", "-h", "127.0.0.1", "-d", "streamworker")
+        password = self._settings()["POSTGRES_PASSWORD"]
+        out = self("exec", "--no-TTY", "--env", f"PGPASSWORD={password}", "postgres", *psql, "-c", statement)
+        return [line.split("|") for line in out.splitlines()]
+
+    def _settings(self) -> dict[str, str]:
+        return dict(line.split("=", 1) for line in self._file.read_text().splitlines())
+
+
+class Container(NamedTuple):
+    """What `docker inspect` tells, as far as it matters here."""
+
+    id: str
+    full_id: str
+    name: str
+    image: str
+    started: str
+    finished: str
+    exit_code: int
+    user: str
+    read_only: bool
+
+
+def inspect(container: str) -> Container:
+    """One container by id or name."""
+    (told,) = json.loads(run("docker", "inspect", container))
+    state, config = told["State"], told["Config"]
+    return Container(
+        told["Id"][:12],
+        told["Id"],
+        told["Name"].lstrip("/"),
+        told["Image"],
+        state["StartedAt"],
+        state["FinishedAt"],
+        state["ExitCode"],
+        config["User"],
+        told["HostConfig"]["ReadonlyRootfs"],
+    )
+
+
+class Deaths:
+    """Every end of a container of one project and its exit code, as the engine tells them: `compose` removes the traces."""
+
+    def __init__(self, project: str) -> None:
+        self.codes: dict[str, int] = {}
+        """Short id of a worker to its exit code; of several ends, the last."""
+        self.unhealthy: set[str] = set()
+        self._process = subprocess.Popen(
+            [
+                "docker", "events", "--format", "{{json .}}", "--filter", "type=container",
+                "--filter", f"label=com.docker.compose.project={project}", "--filter", "event=die",
+                "--filter", "event=health_status",
+            ],
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        )  # fmt: skip
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            event = json.loads(line)
+            attributes = event["Actor"]["Attributes"]
+            if attributes.get("com.docker.compose.service") != "worker":
+                continue
+            if attributes.get("com.docker.compose.oneoff") == "True":
+                continue
+            if event["Action"] == "die":
+                self.codes[event["Actor"]["ID"][:12]] = int(attributes["exitCode"])
+            elif event["Action"].endswith("unhealthy"):
+                self.unhealthy.add(attributes["name"])
+
+    def close(self) -> None:
+        """Listen no more."""
+        self._process.terminate()
+        self._process.wait()
+        self._reader.join(5)
+
+
+def until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
+    """Poll until it holds and return what it returned.
+
+    Raises:
+        Failed: it did not come true, with its last answer.
+    """
+    deadline = time.monotonic() + seconds
+    while not (answer := condition()):
+        if time.monotonic() > deadline:
+            raise Failed(f"{what}: not within {seconds:.0f} s, the last answer was {answer!r}")
+        time.sleep(0.2)
+    return answer

@@ -1,0 +1,253 @@
+"""What is done to the fleet while it works, and what has to be so afterwards. Each scene leaves the fleet running."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Final
+
+from tests.containers.engine import ROOT, Deaths, Failed, inspect, run, until
+from tests.containers.stage import Findings, Stage, of
+
+IMAGE: Final = "streamworker:example"
+PLAIN: Final = "streamworker:check"
+NEXT: Final = "streamworker:check-next"
+ROLES: Final = ("worker", "migrate", "check", "config")
+TOOLS: Final = ("gcc", "cc", "g++", "ld", "as", "make")
+
+NEXT_RELEASE: Final = '''
+
+class SendFarewell(Payload, kind="farewell.send", queue="mail"):
+    """What only this release knows."""
+
+    to: str
+    seconds: float = 0.0
+
+
+@app.handler
+async def send_farewell(payload: SendFarewell, ctx: Context[Mail]) -> None:
+    """Send the other mail."""
+    await send_welcome(SendWelcome(to=payload.to), ctx)
+'''
+
+
+class Show:
+    """The scenes, in order.
+
+    Args:
+        stage: the project.
+        deaths: how its workers ended.
+        findings: where findings go.
+    """
+
+    def __init__(self, stage: Stage, deaths: Deaths, findings: Findings) -> None:
+        self._stage, self._compose, self._deaths, self._findings = stage, stage.compose, deaths, findings
+        self.ids: list[str] = []
+        """Every job that was enqueued."""
+        self._held_at_kill: set[str] = set()
+
+    # -- before anything runs
+
+    def image(self) -> None:
+        """The image is what a cautious operator wants."""
+        run("docker", "build", "--quiet", "--tag", PLAIN, ".")
+        run("docker", "build", "--quiet", "--tag", IMAGE, "--target", "example", ".")
+        self._findings.holds("the image builds from the hashed lock")
+        for tag in (PLAIN, IMAGE):
+            (told,) = json.loads(run("docker", "image", "inspect", tag))
+            config = told["Config"]
+            self._findings.holds(
+                f"{tag}: not root, no shell in the entry point, health by the worker itself",
+                config["User"] == "10001:10001"
+                and config["Entrypoint"] == ["streamworker"]
+                and config["Healthcheck"]["Test"][:3] == ["CMD", "python", "-m"],
+                config,
+            )
+        locked = ("docker", "run", "--rm", "--read-only", "--cap-drop", "ALL", "--network", "none")
+        look = (
+            "for tool in " + " ".join(TOOLS) + "; do command -v $tool; done; id -u; touch /x /app/x /opt/x 2>&1 | wc -l"
+        )
+        out = run(*locked, "--entrypoint", "sh", IMAGE, "-c", look).split()
+        self._findings.holds("no compiler in it, and nothing can be written", out == ["10001", "3"], out)
+        for role in ROLES:
+            run(*locked, PLAIN, role, "--help")
+        self._findings.holds(f"one image answers to every role: {', '.join(ROLES)}")
+        try:
+            run(*locked, IMAGE, "worker")
+        except Failed as error:
+            self._findings.holds(
+                "without REDIS_URL it ends with 78 and a sentence", "ended with 78" in str(error), error
+            )
+        with tempfile.TemporaryDirectory() as directory:
+            run("docker", "build", "--quiet", "--target", "sbom", "--output", directory, ".")
+            components = json.loads((Path(directory) / "sbom.cdx.json").read_text())["components"]
+        names = {each["name"] for each in components}
+        self._findings.holds(
+            f"the sbom target lists {len(components)} packages, Python's and Debian's",
+            {"redis", "streamworker", "libc6"} <= names and not {"pip", "hatchling"} & names,
+            names,
+        )
+
+    def up(self, count: int) -> None:
+        """Everything starts in order, and every replica is a consumer of its own."""
+        self._compose("up", "--detach", "--no-build", "--wait", "--scale", f"worker={count}")
+        workers = self._compose.containers()
+        migrate = inspect(f"{self._compose.name}-migrate-1")
+        self._findings.holds(
+            f"up: {count} workers, Redis, PostgreSQL and the mail catcher are healthy", len(workers) == count
+        )
+        self._findings.holds(
+            "the schema was there before any worker started",
+            migrate.exit_code == 0 and all(migrate.finished <= each.started for each in workers.values()),
+            migrate,
+        )
+        beats = self._stage.heartbeats()
+        self._findings.holds(
+            f"{count} replicas are {count} consumers, each named after its container",
+            len(beats) == count and of(beats, workers) == set(beats),
+            beats,
+        )
+        self._findings.holds(
+            "none runs as root, all with a read-only file system",
+            all(each.user == "10001:10001" and each.read_only for each in workers.values()),
+        )
+
+    def enqueue(self, count: int) -> None:
+        """Work for all that follows."""
+        self.ids += self._stage.enqueue("welcome.send", count, 1.0)
+        self._findings.holds(f"{count} jobs of one second are enqueued", len(set(self.ids)) == count)
+
+    # -- while they run
+
+    def more(self, count: int) -> None:
+        """Scaling up: the new ones work at once."""
+        self._compose.scale(count, "--no-recreate")
+        until(self._all_work(count), 60, f"{count} workers at work")
+        self._findings.holds(f"scaled to {count}: all of them work", self._still_running())
+
+    def fewer(self, count: int) -> None:
+        """Scaling down: what runs finishes or is handed back, nothing stays behind."""
+        slow = self._stage.enqueue("welcome.send", 60, 20.0, "--priority", "high")
+        self.ids += slow
+        before = self._compose.containers()
+        pending = until(lambda: self._held_of(slow), 30, "slow jobs run")
+        self._compose.scale(count, "--no-recreate")
+        left = self._compose.containers()
+        stopped = set(before) - set(left)
+        self._findings.holds(f"scaled to {count} while jobs run", len(left) == count and self._still_running(), left)
+        self._ended_well(stopped)
+        names = self._stage.consumers()
+        self._findings.holds(
+            "their consumers are gone", not of(names, stopped) and len(of(names, left)) == count, names
+        )
+        held = {job for job, worker in pending.items() if of([worker], stopped)}
+        early = held & set(self._stage.mails())
+        self._findings.holds(f"{len(held)} jobs that outlast the grace were handed back", held and not early, early)
+
+    def kill(self, count: int) -> None:
+        """SIGKILL for one: its jobs run elsewhere, and somebody clears its name away."""
+        container = next(iter(self._compose.containers().values()))
+        # Its worker by name: compose starts the container again, which has the same host name and is another consumer.
+        (victim,) = of(self._stage.heartbeats(), [container.id])
+        run("docker", "kill", "--signal", "KILL", container.full_id)
+        held = self._pending_of(victim)
+        self._held_at_kill = {str(each["job_id"]) for each in held}
+        until(lambda: container.id in self._deaths.codes, 30, "the engine tells its exit code")
+        self._findings.holds("one is killed, with jobs", held and self._deaths.codes[container.id] == 137)
+        self._compose.scale(count, "--no-recreate")
+        until(lambda: not self._pending_of(victim), 60, "the dead worker's jobs run elsewhere")
+        self._findings.holds(f"others run its {len(held)} jobs after its lease", self._still_running())
+        until(lambda: victim not in self._stage.consumers(), 150, "its consumer is pruned")
+        self._findings.holds("its consumer is pruned")
+
+    def roll(self, count: int) -> None:
+        """A changed image comes in beside the old one; jobs only it knows wait for it."""
+        with tempfile.TemporaryDirectory() as directory:
+            welcome = (ROOT / "examples" / "welcome" / "welcome.py").read_text()
+            (Path(directory) / "welcome.py").write_text(welcome + NEXT_RELEASE)
+            (Path(directory) / "Dockerfile").write_text(f"FROM {IMAGE}\nCOPY --chmod=0644 welcome.py /app/welcome.py\n")
+            run("docker", "build", "--quiet", "--tag", NEXT, directory)
+        old = self._compose.containers()
+        self._compose.env["STREAMWORKER_IMAGE"] = NEXT  # from here on, as a shell would export it: producers come first
+        new_kind = self._stage.enqueue("farewell.send", 10, 0.0, "--priority", "high")
+        self.ids += new_kind
+        until(self._stage.delayed, 30, "the unknown kind waits")
+        self._findings.holds("jobs of a kind that no worker knows yet wait, and are not dead", self._stage.dead() == 0)
+        self._compose.scale(len(old) + count, "--no-recreate", "--no-deps")
+        new = {name: each for name, each in self._compose.containers().items() if name not in old}
+        until(
+            lambda: of(self._stage.heartbeats(), new) and len(of(self._stage.heartbeats(), new)) == count,
+            60,
+            "new ones",
+        )
+        images = {each.image for each in new.values()}
+        self._findings.holds(
+            f"rolling: {count} workers of the changed image beside {len(old)} old ones",
+            len(new) == count and not images & {each.image for each in old.values()} and self._still_running(),
+        )
+        run("docker", "stop", *(each.full_id for each in old.values()))
+        run("docker", "rm", *(each.full_id for each in old.values()))
+        self._ended_well(set(old))
+        until(lambda: set(new_kind) <= set(self._stage.mails()), 60, "the new kind is done")
+        self._findings.holds("the new workers did the jobs of the new kind")
+        self._compose.scale(count, "--no-recreate")
+        self._findings.holds(
+            f"compose sees {count} workers of the changed image", set(self._compose.containers()) == set(new)
+        )
+
+    def finish(self) -> None:
+        """Every job is done, and once."""
+        until(lambda: self._stage.backlog() + self._stage.delayed() == 0, 300, "all jobs are settled")
+        mails = self._stage.mails()
+        missing = set(self.ids) - set(mails)
+        self._findings.holds(f"all {len(self.ids)} jobs are done", not missing and self._stage.dead() == 0, missing)
+        twice = {job for job, count in mails.items() if count > 1}
+        self._findings.holds(
+            f"{len(twice)} ran twice, all of them held by the worker that was killed",
+            twice <= self._held_at_kill,
+            twice,
+        )
+        names, running = self._stage.consumers(), self._compose.containers()
+        self._findings.holds("only running containers are consumers", of(names, running) == names, names)
+        self._findings.holds("no worker was ever unhealthy", not self._deaths.unhealthy, self._deaths.unhealthy)
+
+    def down(self) -> None:
+        """The end: everybody drains."""
+        workers = set(self._compose.containers())
+        self._compose("down", "--volumes", "--remove-orphans")
+        self._ended_well(workers)
+        left = run(
+            "docker", "ps", "--all", "--quiet", "--filter", f"label=com.docker.compose.project={self._compose.name}"
+        )
+        self._findings.holds("down: nothing is left", not left, left)
+
+    # -- looking
+
+    def _all_work(self, count: int) -> Callable[[], bool]:
+        def look() -> bool:
+            beats = self._stage.heartbeats()
+            return len(beats) == count and all(int(each["done"]) > 0 for each in beats.values())
+
+        return look
+
+    def _still_running(self) -> bool:
+        """What was shown was shown under load."""
+        return self._stage.backlog() > 0
+
+    def _held_of(self, ids: Collection[str]) -> dict[str, str]:
+        """Job id to worker, once all workers are full of these jobs."""
+        held = {str(each["job_id"]): str(each["worker_id"]) for each in self._stage.pending()}
+        slow = {job: worker for job, worker in held.items() if job in ids}
+        return slow if len(slow) == len(ids) else {}
+
+    def _pending_of(self, worker: str) -> list[dict[str, object]]:
+        return [each for each in self._stage.pending() if each["worker_id"] == worker]
+
+    def _ended_well(self, hosts: set[str]) -> None:
+        until(lambda: hosts <= set(self._deaths.codes), 30, "the engine tells their exit codes")
+        codes = {host: self._deaths.codes[host] for host in hosts}
+        self._findings.holds(
+            f"{len(hosts)} containers that were told to stop ended with 0", not any(codes.values()), codes
+        )

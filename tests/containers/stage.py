@@ -1,0 +1,103 @@
+"""What is looked at while the containers run: mails that came, who consumes what, and the list of findings."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.request
+from collections.abc import Iterable
+from typing import Any, Final
+
+from tests.containers.engine import Compose, Failed
+
+QUEUE: Final = "mail"
+STREAMS: Final = tuple(f"stream:{{{QUEUE}}}{level}" for level in (":high", "", ":low"))
+
+
+class Findings:
+    """What was promised and is so, one line each."""
+
+    def __init__(self) -> None:
+        self._began = self._last = time.monotonic()
+        self.count = 0
+
+    def holds(self, sentence: str, truth: object = True, detail: object = "") -> None:
+        """Print a finding.
+
+        Raises:
+            Failed: it does not hold.
+        """
+        now = time.monotonic()
+        print(f"{'ok  ' if truth else 'FAIL'} {now - self._last:6.1f} s  {sentence}", flush=True)
+        self._last = now
+        if not truth:
+            raise Failed(f"{sentence}: {detail}")
+        self.count += 1
+
+    @property
+    def seconds(self) -> float:
+        """Since the first."""
+        return time.monotonic() - self._began
+
+
+class Stage:
+    """One running project, seen from outside.
+
+    Args:
+        compose: the project.
+        mailbox: host port of its mail catcher.
+    """
+
+    def __init__(self, compose: Compose, mailbox: int) -> None:
+        self.compose = compose
+        self._mailbox = f"http://127.0.0.1:{mailbox}/ids"
+
+    def mails(self) -> dict[str, int]:
+        """Job id to how many mails it sent."""
+        with urllib.request.urlopen(self._mailbox, timeout=30) as reply:
+            seen = json.load(reply)
+        return {name.removeprefix("<").partition("@")[0]: count for name, count in seen.items()}
+
+    def enqueue(self, kind: str, count: int, seconds: float, *options: str) -> list[str]:
+        """Enqueue jobs as people do; returns their ids."""
+        payload = json.dumps({"to": "ada@example.com", "seconds": seconds})
+        out = self.compose.streamworker(
+            "enqueue", kind, payload, "--queue", QUEUE, "--count", str(count), "--json", *options
+        )
+        return [json.loads(line)["id"] for line in out.splitlines()]
+
+    def backlog(self) -> int:
+        """Jobs that wait or run in the streams."""
+        return sum(self.compose.redis("XLEN", stream) for stream in STREAMS)
+
+    def delayed(self) -> int:
+        """Jobs that wait for their time."""
+        return int(self.compose.redis("ZCARD", f"stream:{{{QUEUE}}}:due"))
+
+    def dead(self) -> int:
+        """Jobs that failed for good."""
+        return int(self.compose.redis("XLEN", f"stream:{{{QUEUE}}}:dead"))
+
+    def consumers(self) -> set[str]:
+        """Names in the groups."""
+        names: set[str] = set()
+        for stream in STREAMS:
+            if self.compose.redis("EXISTS", stream):
+                names |= {each["name"] for each in self.compose.redis("XINFO", "CONSUMERS", stream, "workers")}
+        return names
+
+    def heartbeats(self) -> dict[str, dict[str, str]]:
+        """Worker id to what its heart tells."""
+        keys = self.compose.redis("KEYS", "streamworker:worker:*")
+        return {key.removeprefix("streamworker:worker:"): self.compose.redis("HGETALL", key) for key in keys}
+
+    def pending(self) -> list[dict[str, Any]]:
+        """Jobs that workers hold, as the command line lists them."""
+        out = self.compose.streamworker("pending", "--json")
+        return [json.loads(line) for line in out.splitlines()]
+
+
+def of(names: Iterable[str], hosts: Iterable[str]) -> set[str]:
+    """The worker ids that belong to these containers."""
+    prefixes = tuple(f"worker-{host}-" for host in hosts)
+    return {name for name in names if name.startswith(prefixes)}
