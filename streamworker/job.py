@@ -219,7 +219,8 @@ class Depth(msgspec.Struct, frozen=True):
         delayed: jobs parked until later.
         dead: dead letters.
         oldest_age: seconds the oldest ready job has waited; ``None`` when none waits.
-        paused: nothing is claimed from it.
+        paused: nothing is claimed from it, whoever says so.
+        inactive: it is PostgreSQL that says so (``is_active`` is false), not an operator.
     """
 
     queue: str
@@ -229,6 +230,7 @@ class Depth(msgspec.Struct, frozen=True):
     dead: int
     oldest_age: float | None
     paused: bool
+    inactive: bool = False
 
 
 class Moved(msgspec.Struct, frozen=True):

@@ -6,12 +6,15 @@ before it runs; the rest is opening and closing. `Operator` is what people do to
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from typing import Literal, Protocol
+from collections.abc import Callable, Collection, Sequence
+from typing import Generic, Literal, Protocol, TypeAlias
 
 import msgspec
+from typing_extensions import TypeVar
 
 from streamworker.job import Claim, Depth, Enqueued, Level, Outgoing, Settled, Verdict
+
+T = TypeVar("T")
 
 
 class Ending(msgspec.Struct, frozen=True):
@@ -153,11 +156,29 @@ class Finding(msgspec.Struct, frozen=True):
     sentence: str
 
 
+Place: TypeAlias = Literal["ready", "delayed", "dead"]
+"""Where jobs lie that nobody holds."""
+
+
+class Page(msgspec.Struct, Generic[T], frozen=True):
+    """A part of a listing that costs the server little.
+
+    Attributes:
+        rows: what fits, of the entries that were looked at; may be none although there are more pages.
+        after: where the next page begins; ``None`` for the last page.
+        looked: entries that were looked at.
+    """
+
+    rows: list[T]
+    after: str | None
+    looked: int = 0
+
+
 class Waiting(msgspec.Struct, frozen=True):
     """How many sampled jobs of a kind lie somewhere; ``kind`` is ``None`` where the document names none."""
 
     queue: str
-    place: Literal["ready", "delayed", "dead"]
+    place: Place
     kind: str | None
     count: int
 
@@ -165,17 +186,24 @@ class Waiting(msgspec.Struct, frozen=True):
 class Operator(Protocol):
     """What people do by hand. Every change is fenced by what was listed; the answer tells whether it still held.
 
-    Listings read in pages of bounded cost and consume nothing. Every method raises `Unreachable` when no server
-    answers, and `StreamworkerError` when the server cannot or will not do it.
+    Listings are read page by page, each of bounded cost, and consume nothing. Every method raises `Unreachable` when no
+    server answers, and `StreamworkerError` when the server cannot or will not do it.
     """
 
-    def pending(
-        self, queues: Sequence[str], *, consumer: str | None = None, min_idle: float = 0.0, only: str | None = None
-    ) -> AsyncIterator[PendingEntry]:
-        """Delivered and unsettled jobs, oldest entry first within a queue's level.
+    async def pending(
+        self,
+        queue: str,
+        after: str = "",
+        *,
+        consumer: str | None = None,
+        min_idle: float = 0.0,
+        only: str | None = None,
+    ) -> Page[PendingEntry]:
+        """A page of delivered and unsettled jobs, oldest entry first within a level.
 
         Args:
-            queues: whose.
+            queue: whose.
+            after: where the page before ended; empty for the first.
             consumer: held by this worker.
             min_idle: seconds they were not renewed, at least.
             only: one entry id, found without reading the others.
@@ -197,8 +225,8 @@ class Operator(Protocol):
     async def drop(self, entry: PendingEntry) -> bool:
         """Delete a pending job for good."""
 
-    def delayed(self, queues: Sequence[str]) -> AsyncIterator[StoredJob]:
-        """Parked jobs, soonest first within a queue."""
+    async def delayed(self, queue: str, after: str = "") -> Page[StoredJob]:
+        """A page of parked jobs, soonest first."""
 
     async def hasten(self, job: StoredJob) -> bool:
         """Make a parked job ready now."""
@@ -206,11 +234,12 @@ class Operator(Protocol):
     async def forget(self, job: StoredJob) -> bool:
         """Delete a parked job for good."""
 
-    def dead(self, queues: Sequence[str], *, only: str | None = None) -> AsyncIterator[StoredJob]:
-        """Dead letters, newest first within a queue.
+    async def dead(self, queue: str, after: str = "", *, only: str | None = None) -> Page[StoredJob]:
+        """A page of dead letters, newest first.
 
         Args:
-            queues: whose.
+            queue: whose.
+            after: where the page before ended; empty for the first.
             only: one handle, found without reading the others.
         """
 
@@ -224,11 +253,28 @@ class Operator(Protocol):
     async def erase(self, job: StoredJob) -> bool:
         """Delete a dead letter for good."""
 
-    async def workers(self, queues: Sequence[str]) -> list[WorkerInfo]:
-        """Everyone with a heartbeat or a name in a group."""
+    async def workers(self, queues: Sequence[str], *, everywhere: bool = True) -> list[WorkerInfo]:
+        """Everyone with a name in a group, and, ``everywhere``, with a heartbeat too, which walks all keys."""
 
     async def prune(self, queues: Sequence[str], worker_id: str) -> bool:
         """Delete a dead worker's name from the groups; False if it holds pending jobs or still beats."""
+
+    async def pause(self, queue: str, note: str) -> bool:
+        """Let nobody claim from a queue any more, running jobs go on; False if an operator has paused it already.
+
+        Args:
+            queue: which.
+            note: who paused it, and when, as people read it.
+        """
+
+    async def resume(self, queue: str) -> bool:
+        """Undo `pause`; False if no operator had paused it."""
+
+    async def paused(self, queue: str) -> str | None:
+        """The note of whoever paused a queue; ``None`` if no operator has."""
+
+    async def purge(self, queue: str, place: Place, limit: int) -> int:
+        """Delete jobs for good, up to ``limit``; what workers hold is not touched. Returns how many were deleted."""
 
     async def depth(self, queues: Sequence[str]) -> list[Depth]:
         """How much lies in each of the queues."""

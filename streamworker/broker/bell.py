@@ -1,10 +1,10 @@
-"""Listening for jobs that others park, so that delays are kept to the millisecond without polling."""
+"""Listening to the bell: jobs that others park, and queues that are paused or resumed, without polling for either."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, Protocol
 
 import anyio
 
@@ -15,10 +15,22 @@ log = get_logger("streamworker.broker")
 
 RETRY: Final = 2.0
 """Seconds between tries to subscribe again; until then the regular ticks find what is due."""
+LOOK: Final = "look"
+"""The message that a queue was paused or resumed; any other is the ms until a job is due."""
 
 
-async def listen(address: Address, channels: Sequence[str], parked: Callable[[float], None]) -> None:
-    """Call ``parked(epoch seconds)`` for every ring of the bell. Never returns; cancel it.
+class Watcher(Protocol):
+    """Who waits for jobs, and must not wait for those of a queue that was just paused."""
+
+    deaf: bool
+    """Nothing is heard of the bell: waits have to be short."""
+
+    async def look_again(self) -> None:
+        """End the wait that does not know it yet."""
+
+
+async def listen(address: Address, channels: Sequence[str], parked: Callable[[float], None], watcher: Watcher) -> None:
+    """Call ``parked(epoch seconds)`` or ``watcher.look_again()`` for every ring of the bell. Never returns; cancel it.
 
     A subscription waits for no reply, so that cancelling it loses nothing.
     """
@@ -27,12 +39,17 @@ async def listen(address: Address, channels: Sequence[str], parked: Callable[[fl
         client = address.listener()
         try:
             with understood(address):
-                async with client.pubsub(ignore_subscribe_messages=True) as pubsub:
+                async with client.pubsub() as pubsub:
                     await pubsub.subscribe(*channels)
                     async for message in pubsub.listen():
-                        if message["data"].isdigit():
+                        if message["type"] == "subscribe":
+                            watcher.deaf = False
+                        elif message["data"] == LOOK.encode():
+                            await watcher.look_again()
+                        elif message["type"] == "message" and message["data"].isdigit():
                             parked(time.time() + int(message["data"]) / 1000)
         except Exception as error:  # noqa: BLE001 - a hint that fails must not end the worker
+            watcher.deaf = True
             if not said:
                 log.info("bell_silent", error=str(error), hint="delayed jobs of others may start up to 5 s late")
             said = True

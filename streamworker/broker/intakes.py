@@ -19,13 +19,12 @@ from streamworker.broker.intake import Intake
 from streamworker.broker.keys import QueueKeys
 from streamworker.broker.link import Link
 from streamworker.broker.slots import slot_of
+from streamworker.broker.taking import DEAF_WAIT, UNBLOCK_EVERY
 from streamworker.errors import StreamworkerError
 from streamworker.job import Claim, Level
 
 LAST_CALL: Final = 1.0
 """Seconds a read may take to end after it was unblocked; then nobody waits for its node any more."""
-UNBLOCK_EVERY: Final = 0.02
-"""Seconds between unblockings: a read that begins just after one would block on."""
 
 
 class Intakes:
@@ -52,6 +51,8 @@ class Intakes:
         self.spots: Final[list[tuple[QueueKeys, Level, str]]] = [spot for part in self._parts for spot in part.spots]
         self._reads: dict[Intake, asyncio.Task[list[Claim]]] = {}
         self._interrupted = False
+        self.deaf = False
+        """The bell is not heard: see `listen`."""
 
     @property
     def consumer(self) -> str:
@@ -77,12 +78,20 @@ class Intakes:
             if len(claims) < limit:
                 claims += await part.sweep(limit - len(claims), [*running, *claims])
         for part in idle:
+            part.stale = False  # whatever rings from here on, this look may not have seen
             if len(claims) < limit:
                 claims += await part.take(limit - len(claims), [*running, *claims] if claims else running)
         self._rest_after_outage()
         if not claims and wait > 0 and not self._interrupted:
-            claims = await self._wait(limit, wait, running)
+            claims = await self._wait(limit, min(wait, DEAF_WAIT) if self.deaf else wait, running)
         return claims
+
+    async def look_again(self) -> None:
+        """See `Taking.look_again`."""
+        for part in self._parts:
+            part.stir()
+        for part in self._parts:
+            await part.look_again()
 
     async def ensure(self, keys: QueueKeys) -> tuple[list[str], list[str]]:
         """See `Intake.ensure`."""
@@ -125,7 +134,7 @@ class Intakes:
         # asyncio's own tasks: a read whose node hangs outlives this call, which no task group allows.
         for part in self._parts:
             if part not in self._reads:
-                self._reads[part] = asyncio.ensure_future(part.wait(limit, wait, running))
+                self._reads[part] = asyncio.ensure_future(part.wait_unless_stale(limit, wait, running))
         try:
             await asyncio.wait(self._reads.values(), return_when=asyncio.FIRST_COMPLETED, timeout=wait + LAST_CALL)
             give_up = monotonic() + LAST_CALL

@@ -73,7 +73,7 @@ class QueueKeys(msgspec.Struct, frozen=True):
 
     @property
     def meta(self) -> str:
-        """Hash: epoch, paused, sweep cursors and tokens."""
+        """Hash: epoch, paused (by an operator), inactive (in PostgreSQL), sweep cursors and tokens."""
         return f"{self.base}:meta"
 
     def key(self, name: str) -> str:

@@ -37,9 +37,10 @@ async def queues(desk: Desk) -> list[str]:
 async def depth(run: Callable[..., Awaitable[Any]], keys: ListKeys) -> Depth:
     """How much lies in one queue; ``run`` runs a script."""
     names = [*keys.lists, keys.due, keys.dead, keys.meta, keys.leases]
-    ready, claimed, delayed, dead, paused, *oldest = await run(scripts.LIST_DEPTH, names, [])
+    ready, claimed, delayed, dead, paused, inactive, *oldest = await run(scripts.LIST_DEPTH, names, [])
     ages = [time.time() - made for element in oldest if (made := codec.made_at(element)) is not None]
-    return Depth(keys.queue, ready, claimed, delayed, dead, max(0.0, *ages) if ages else None, paused=bool(paused))
+    age = max(0.0, *ages) if ages else None
+    return Depth(keys.queue, ready, claimed, delayed, dead, age, bool(paused or inactive), bool(inactive))
 
 
 async def held(desk: Desk, keys: ListKeys, worker: str) -> AsyncIterator[Claim]:
@@ -73,8 +74,8 @@ async def pending(desk: Desk, keys: ListKeys, consumer: str | None) -> list[Pend
     return sorted(found, key=lambda entry: (LEVELS.index(entry.level), entry.entry_id))
 
 
-async def workers(desk: Desk, queues: Sequence[ListKeys]) -> list[WorkerInfo]:
-    """Everyone with a heartbeat or something claimed of these queues, the living first."""
+async def workers(desk: Desk, queues: Sequence[ListKeys], *, everywhere: bool) -> list[WorkerInfo]:
+    """Everyone with something claimed of these queues or, ``everywhere``, with a heartbeat; the living first."""
     count: Counter[str] = Counter()
     homes: dict[str, list[str]] = {}
     for keys in queues:
@@ -82,7 +83,8 @@ async def workers(desk: Desk, queues: Sequence[ListKeys]) -> list[WorkerInfo]:
             count[worker] += 1
             if keys.queue not in homes.setdefault(worker, []):
                 homes[worker].append(keys.queue)
-    return listings.infos(await listings.reports(desk), homes, count, {keys.queue for keys in queues})
+    beats = await listings.reports(desk, None if everywhere else homes)
+    return listings.infos(beats, homes, count, {keys.queue for keys in queues})
 
 
 async def _leases(desk: Desk, keys: ListKeys) -> dict[tuple[bytes, int, str], float]:

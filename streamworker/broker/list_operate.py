@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 
-from streamworker.broker import PendingEntry, WorkerInfo, list_listings
+from streamworker.broker import Page, PendingEntry, WorkerInfo, list_listings
 from streamworker.broker.client import Address
 from streamworker.broker.keys import ListKeys, worker_key
 from streamworker.broker.list_settle import ListSender
@@ -22,13 +22,21 @@ class ListOperator(Operating):
         super().__init__(address, namespace, "", lambda queue: ListKeys(queue, namespace))
 
     async def pending(
-        self, queues: Sequence[str], *, consumer: str | None = None, min_idle: float = 0.0, only: str | None = None
-    ) -> AsyncIterator[PendingEntry]:
+        self,
+        queue: str,
+        after: str = "",
+        *,
+        consumer: str | None = None,
+        min_idle: float = 0.0,
+        only: str | None = None,
+    ) -> Page[PendingEntry]:
         """See `Operator.pending`."""
-        for keys in self._lists(queues):
-            for entry in await list_listings.pending(self._desk, keys, consumer):
-                if entry.idle_ms >= min_idle * 1000 and only in (None, entry.entry_id):
-                    yield entry
+        # One page for all: what is claimed is no more than the workers have slots.
+        del after
+        (keys,) = self._lists([queue])
+        held = await list_listings.pending(self._desk, keys, consumer)
+        rows = [each for each in held if each.idle_ms >= min_idle * 1000 and only in (None, each.entry_id)]
+        return Page(rows, None, len(held))
 
     async def _claim(self, entry: PendingEntry) -> Claim | None:
         (keys,) = self._lists([entry.queue])
@@ -41,9 +49,9 @@ class ListOperator(Operating):
     def _sender(self, worker_id: str) -> ListSender:
         return ListSender(self._commands, worker_id)
 
-    async def workers(self, queues: Sequence[str]) -> list[WorkerInfo]:
+    async def workers(self, queues: Sequence[str], *, everywhere: bool = True) -> list[WorkerInfo]:
         """See `Operator.workers`."""
-        return await list_listings.workers(self._desk, self._lists(queues))
+        return await list_listings.workers(self._desk, self._lists(queues), everywhere=everywhere)
 
     async def prune(self, queues: Sequence[str], worker_id: str) -> bool:
         """See `Operator.prune`: a name that holds nothing lies nowhere."""

@@ -5,23 +5,25 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from redis import exceptions as redis_errors
 from redis.asyncio import Redis
 
 from streamworker import codec
-from streamworker.broker import PendingEntry, StoredJob, Waiting, WorkerInfo, scripts
+from streamworker.broker import Page, PendingEntry, Place, StoredJob, Waiting, WorkerInfo, scripts
 from streamworker.broker.client import Address, understood
 from streamworker.broker.intake import UNKNOWN_EPOCH, document
 from streamworker.broker.keys import WORKER_KEY, QueueKeys, worker_key
-from streamworker.errors import InvalidJob
+from streamworker.errors import InvalidJob, UsageError
 from streamworker.job import LEVELS, Depth, Level
 
 PAGE: Final = 100
 """Entries of one page: documents may be large."""
 SCAN: Final = 1000
 """Keys one step over the key space looks at."""
+ENTRY_ID: Final = re.compile(r"[0-9]{1,20}-[0-9]{1,20}")
+_SCORE: Final = re.compile(r"-?(?:inf|[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)")
 
 
 class Desk:
@@ -94,77 +96,92 @@ async def queues(desk: Desk) -> list[str]:
 async def depth(desk: Desk, keys: QueueKeys) -> Depth:
     """How much lies in one queue."""
     names = [*keys.streams, keys.due, keys.dead, keys.meta]
-    entries, pending_, delayed_, dead_, oldest, paused = await desk.run(scripts.DEPTH, names, [desk.group])
+    reply = await desk.run(scripts.DEPTH, names, [desk.group])
+    entries, pending_, delayed_, dead_, oldest, paused, inactive = reply
     age = oldest / 1000 if oldest >= 0 else None
-    return Depth(keys.queue, max(0, entries - pending_), pending_, delayed_, dead_, age, paused=bool(paused))
+    held = bool(paused or inactive)
+    return Depth(keys.queue, max(0, entries - pending_), pending_, delayed_, dead_, age, held, bool(inactive))
 
 
 async def pending(
-    desk: Desk, keys: QueueKeys, consumer: str | None, min_idle: float, only: str | None
-) -> AsyncIterator[PendingEntry]:
-    """Pending entries of one queue; see `Operator.pending`."""
+    desk: Desk, keys: QueueKeys, after: str, consumer: str | None, min_idle: float, only: str | None
+) -> Page[PendingEntry]:
+    """A page of one queue's pending entries, all of one level; see `Operator.pending`."""
+    head, _, entry_id = after.partition("/")
+    if after and (head not in LEVELS or not (entry_id == "" or ENTRY_ID.fullmatch(entry_id))):
+        raise _nowhere(after)
+    level: Level = head if head in LEVELS else LEVELS[0]
+    place = keys.stream(level)
     epoch: bytes = await desk.ask("HGET", keys.meta, "epoch") or UNKNOWN_EPOCH
-    for level in LEVELS:
-        place = keys.stream(level)
-        start, end = only or "-", only or "+"
-        while True:
-            args = [desk.group, start, end, PAGE, max(0, round(min_idle * 1000)), consumer or ""]
-            after, rows = await desk.run(scripts.PENDING, [place], args)
-            living = await alive(desk, {row[1] for row in rows})
-            for entry, holder, idle, count, fields in rows:
-                job_id, kind = _named(document(fields), place, epoch, entry)
-                yield PendingEntry(
-                    keys.queue, level, text(entry), job_id, kind, text(holder), idle, count, alive=holder in living
-                )
-            if not after:
-                break
-            start = f"({text(after)}"
-
-
-async def delayed(desk: Desk, keys: QueueKeys) -> AsyncIterator[StoredJob]:
-    """Parked jobs of one queue, soonest first."""
-    last, seen = "-inf", 0
-    while True:
-        flat = await desk.ask("ZRANGEBYSCORE", keys.due, last, "+inf", "WITHSCORES", "LIMIT", seen, PAGE)
-        if not flat:
-            return
-        page = list(zip(flat[::2], flat[1::2], strict=True))
-        bodies = await desk.ask("HMGET", keys.bodies, *(member for member, _ in page))
-        for (member, score), body in zip(page, bodies, strict=True):
-            # The next page begins at this score, behind those of it that were seen already.
-            last, seen = (last, seen + 1) if text(score) == last else (text(score), 1)
-            handle = text(member)
-            head, _, rest = handle.partition("/")
-            level: Level = head if head in LEVELS else "normal"
-            job_id, kind = codec.glance(body)
-            yield StoredJob(
-                keys.queue, level, handle, job_id or rest.rpartition("/")[0] or None, kind, float(score), body
+    start, end = only or (f"({entry_id}" if entry_id else "-"), only or "+"
+    args = [desk.group, start, end, PAGE, max(0, round(min_idle * 1000)), consumer or ""]
+    last, rows = await desk.run(scripts.PENDING, [place], args)
+    living = await alive(desk, {row[1] for row in rows})
+    found = []
+    for entry, holder, idle, count, fields in rows:
+        job_id, kind = _named(document(fields), place, epoch, entry)
+        found.append(
+            PendingEntry(
+                keys.queue, level, text(entry), job_id, kind, text(holder), idle, count, alive=holder in living
             )
+        )
+    if last and not only:
+        return Page(found, f"{level}/{text(last)}", PAGE)
+    following = LEVELS[LEVELS.index(level) + 1 :]
+    return Page(found, f"{following[0]}/" if following else None, len(rows))
 
 
-async def dead(desk: Desk, keys: QueueKeys, only: str | None) -> AsyncIterator[StoredJob]:
-    """Dead letters of one queue, newest first."""
-    end, start = only or "+", only or "-"
-    while True:
-        page = await desk.ask("XREVRANGE", keys.dead, end, start, "COUNT", PAGE)
-        for entry, fields in page:
-            known = {text(name): value for name, value in (fields or {}).items()}
-            body = known.pop("job", None)
-            details = {name: text(value) for name, value in known.items()}
-            said = details.get("level")
-            level: Level = said if said in LEVELS else "normal"
-            handle = text(entry)
-            at = int(handle.partition("-")[0])
-            yield StoredJob(
+async def delayed(desk: Desk, keys: QueueKeys, after: str) -> Page[StoredJob]:
+    """A page of one queue's parked jobs, soonest first."""
+    last, _, seen = after.partition("/") if after else ("-inf", "", "0")
+    if not _SCORE.fullmatch(last) or not seen.isdigit() or len(seen) > 9:
+        raise _nowhere(after)
+    count = int(seen)
+    flat = await desk.ask("ZRANGEBYSCORE", keys.due, last, "+inf", "WITHSCORES", "LIMIT", count, PAGE)
+    page = list(zip(flat[::2], flat[1::2], strict=True))
+    bodies = await desk.ask("HMGET", keys.bodies, *(member for member, _ in page)) if page else []
+    found = []
+    for (member, score), body in zip(page, bodies, strict=True):
+        # The next page begins at this score, behind those of it that were seen already.
+        last, count = (last, count + 1) if text(score) == last else (text(score), 1)
+        handle = text(member)
+        head, _, rest = handle.partition("/")
+        level: Level = head if head in LEVELS else "normal"
+        job_id, kind = codec.glance(body)
+        job_id = job_id or rest.rpartition("/")[0] or None
+        found.append(StoredJob(keys.queue, level, handle, job_id, kind, float(score), body))
+    return Page(found, f"{last}/{count}" if len(page) == PAGE else None, len(page))
+
+
+async def dead(desk: Desk, keys: QueueKeys, after: str, only: str | None) -> Page[StoredJob]:
+    """A page of one queue's dead letters, newest first."""
+    if after and not ENTRY_ID.fullmatch(after):
+        raise _nowhere(after)
+    end, start = only or (f"({after}" if after else "+"), only or "-"
+    page = await desk.ask("XREVRANGE", keys.dead, end, start, "COUNT", PAGE)
+    found = []
+    for entry, fields in page:
+        known = {text(name): value for name, value in (fields or {}).items()}
+        body = known.pop("job", None)
+        details = {name: text(value) for name, value in known.items()}
+        said = details.get("level")
+        level: Level = said if said in LEVELS else "normal"
+        handle = text(entry)
+        at = int(handle.partition("-")[0])
+        found.append(
+            StoredJob(
                 keys.queue, level, handle, details.get("id") or None, details.get("kind") or None, at, body, details
             )
-        if len(page) < PAGE or only:
-            return
-        end = f"({text(page[-1][0])}"
+        )
+    return Page(found, found[-1].handle if len(page) == PAGE and not only else None, len(page))
 
 
-async def workers(desk: Desk, keys: Sequence[QueueKeys]) -> list[WorkerInfo]:
-    """Everyone with a heartbeat or a name in a group of these queues, the living first."""
+def _nowhere(after: str) -> UsageError:
+    return UsageError(f"no page begins at {after[:100]!a}: begin at the first one")
+
+
+async def workers(desk: Desk, keys: Sequence[QueueKeys], *, everywhere: bool) -> list[WorkerInfo]:
+    """Everyone with a name in a group of these queues or, ``everywhere``, with a heartbeat; the living first."""
     places = [(each.queue, place) for each in keys for place in each.streams]
     consumers = await desk.gather([("XINFO CONSUMERS", place, desk.group) for _, place in places])
     held: Counter[str] = Counter()
@@ -177,17 +194,18 @@ async def workers(desk: Desk, keys: Sequence[QueueKeys]) -> list[WorkerInfo]:
             held[name] += info["pending"]
             if queue not in homes.setdefault(name, []):
                 homes[name].append(queue)
-    return infos(await reports(desk), homes, held, {each.queue for each in keys})
+    beats = await reports(desk, None if everywhere else homes)
+    return infos(beats, homes, held, {each.queue for each in keys})
 
 
-async def reports(desk: Desk) -> dict[str, dict[str, str]]:
-    """The heartbeats, by worker id."""
+async def reports(desk: Desk, names: Collection[str] | None = None) -> dict[str, dict[str, str]]:
+    """The heartbeats, by worker id: of the workers named, else all there are, for which the key space is walked."""
     prefix = f"{desk.namespace}{WORKER_KEY}"
-    beating = [name async for name in desk.scan(f"{prefix}*")]
+    beating = [name async for name in desk.scan(f"{prefix}*")] if names is None else [prefix + name for name in names]
     found: dict[str, dict[str, str]] = {}
     for start in range(0, len(beating), PAGE):
-        names = beating[start : start + PAGE]
-        for name, fields in zip(names, await desk.gather([("HGETALL", name) for name in names]), strict=True):
+        page = beating[start : start + PAGE]
+        for name, fields in zip(page, await desk.gather([("HGETALL", name) for name in page]), strict=True):
             if isinstance(fields, dict) and fields:
                 found[name.removeprefix(prefix)] = {text(key): text(value) for key, value in fields.items()}
     return found
@@ -218,14 +236,14 @@ def infos(
 
 async def waiting(desk: Desk, keys: Sequence[QueueKeys], limit: int) -> list[Waiting]:
     """Kinds in a sample of about ``limit`` jobs, shared evenly between queues and their keys."""
-    counts: Counter[tuple[str, Literal["ready", "delayed", "dead"], str | None]] = Counter()
+    counts: Counter[tuple[str, Place, str | None]] = Counter()
     share = max(10, limit // max(1, 5 * len(keys)))
     for each in keys:
         ready = [each.peeking(level, share) for level in LEVELS]
         *levels, dead_ = await _readable(desk, [*ready, ("XREVRANGE", each.dead, "+", "-", "COUNT", share)])
         (members,) = await _readable(desk, [("ZRANGE", each.due, 0, share - 1)])
         (parked,) = await _readable(desk, [("HMGET", each.bodies, *members)]) if members else ([],)
-        places: tuple[tuple[Literal["ready", "delayed", "dead"], list[bytes | None]], ...] = (
+        places: tuple[tuple[Place, list[bytes | None]], ...] = (
             ("ready", [_document(entry) for entries in levels for entry in entries]),
             ("delayed", parked),
             ("dead", [_document(entry) for entry in dead_]),

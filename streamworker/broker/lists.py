@@ -165,7 +165,7 @@ class ListBroker:
 
     async def listen(self, parked: Callable[[float], None]) -> None:
         """See `Broker.listen`."""
-        await listen(self._link.address, [keys.due for keys in self._keys], parked)
+        await listen(self._link.address, [keys.due for keys in self._keys], parked, self._intake)
 
     async def depth(self) -> list[Depth]:
         """See `Broker.depth`."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 
-from streamworker.broker import PendingEntry, WorkerInfo, listings, scripts
+from streamworker.broker import Page, PendingEntry, WorkerInfo, listings, scripts
 from streamworker.broker.client import Address
 from streamworker.broker.intake import document
 from streamworker.broker.keys import QueueKeys, worker_key
@@ -22,12 +22,16 @@ class StreamOperator(Operating):
         super().__init__(address, namespace, options.group, lambda queue: QueueKeys(queue, namespace))
 
     async def pending(
-        self, queues: Sequence[str], *, consumer: str | None = None, min_idle: float = 0.0, only: str | None = None
-    ) -> AsyncIterator[PendingEntry]:
+        self,
+        queue: str,
+        after: str = "",
+        *,
+        consumer: str | None = None,
+        min_idle: float = 0.0,
+        only: str | None = None,
+    ) -> Page[PendingEntry]:
         """See `Operator.pending`."""
-        for keys in self._keys(queues):
-            async for entry in listings.pending(self._desk, keys, consumer, min_idle, only):
-                yield entry
+        return await listings.pending(self._desk, self._key(queue), after, consumer, min_idle, only)
 
     async def _claim(self, entry: PendingEntry) -> Claim | None:
         place = self._key(entry.queue).ready(entry.level)
@@ -41,9 +45,9 @@ class StreamOperator(Operating):
     def _sender(self, worker_id: str) -> StreamSender:
         return StreamSender(self._commands, self._group, worker_id)
 
-    async def workers(self, queues: Sequence[str]) -> list[WorkerInfo]:
+    async def workers(self, queues: Sequence[str], *, everywhere: bool = True) -> list[WorkerInfo]:
         """See `Operator.workers`."""
-        return await listings.workers(self._desk, self._keys(queues))
+        return await listings.workers(self._desk, self._keys(queues), everywhere=everywhere)
 
     async def prune(self, queues: Sequence[str], worker_id: str) -> bool:
         """See `Operator.prune`."""

@@ -6,19 +6,23 @@ name and delivery count as the fence, so that a job that moved on meanwhile is l
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Final
 
 from redis.exceptions import NoPermissionError
 
 from streamworker import codec
-from streamworker.broker import Ending, Finding, PendingEntry, StoredJob, Waiting, listings, scripts
+from streamworker.broker import Ending, Finding, Page, PendingEntry, Place, StoredJob, Waiting, listings, scripts
 from streamworker.broker.client import Address, understood
 from streamworker.broker.examine import examine
 from streamworker.broker.keys import QueueKeys
-from streamworker.broker.listings import PAGE, Desk
+from streamworker.broker.listings import PAGE, Desk, text
 from streamworker.broker.settle import Sender, settle
 from streamworker.errors import InvalidJob, StreamworkerError
 from streamworker.job import Claim, Dead, Done, ReleaseAt, Settled, Verdict
+
+PURGE_BATCH: Final = 1000
+"""Jobs one script call deletes."""
 
 
 class Operating:
@@ -105,11 +109,9 @@ class Operating:
 
     # -- delayed and dead
 
-    async def delayed(self, queues: Sequence[str]) -> AsyncIterator[StoredJob]:
+    async def delayed(self, queue: str, after: str = "") -> Page[StoredJob]:
         """See `Operator.delayed`."""
-        for keys in self._keys(queues):
-            async for job in listings.delayed(self._desk, keys):
-                yield job
+        return await listings.delayed(self._desk, self._key(queue), after)
 
     async def hasten(self, job: StoredJob) -> bool:
         """See `Operator.hasten`."""
@@ -133,16 +135,14 @@ class Operating:
         keys = self._key(job.queue)
         return bool(await self._desk.run(scripts.UNPARK, [keys.due, keys.bodies], ["forget", job.handle, b""]))
 
-    async def dead(self, queues: Sequence[str], *, only: str | None = None) -> AsyncIterator[StoredJob]:
+    async def dead(self, queue: str, after: str = "", *, only: str | None = None) -> Page[StoredJob]:
         """See `Operator.dead`."""
-        for keys in self._keys(queues):
-            async for job in listings.dead(self._desk, keys, only):
-                yield job
+        return await listings.dead(self._desk, self._key(queue), after, only)
 
     async def replay(self, job: StoredJob) -> bool:
         """See `Operator.replay`."""
         keys = self._key(job.queue)
-        found = [letter async for letter in listings.dead(self._desk, keys, job.handle)]
+        found = (await listings.dead(self._desk, keys, "", job.handle)).rows
         if not found:
             return False
         letter = found[0]
@@ -158,7 +158,34 @@ class Operating:
         """See `Operator.erase`."""
         return bool(await self._desk.ask("XDEL", self._key(job.queue).dead, job.handle))
 
-    # -- the server
+    # -- queues and the server
+
+    async def pause(self, queue: str, note: str) -> bool:
+        """See `Operator.pause`."""
+        keys = self._key(queue)
+        return bool(await self._desk.run(scripts.PAUSE, [keys.meta, keys.due], [note or "paused"]))
+
+    async def resume(self, queue: str) -> bool:
+        """See `Operator.resume`."""
+        keys = self._key(queue)
+        return bool(await self._desk.run(scripts.PAUSE, [keys.meta, keys.due], [""]))
+
+    async def paused(self, queue: str) -> str | None:
+        """See `Operator.paused`."""
+        note = await self._desk.ask("HGET", self._key(queue).meta, "paused")
+        return None if note is None else text(note)
+
+    async def purge(self, queue: str, place: Place, limit: int) -> int:
+        """See `Operator.purge`."""
+        keys, gone = self._key(queue), 0
+        names = [*keys.places, keys.due, keys.bodies, keys.dead]
+        while gone < limit:
+            batch = min(PURGE_BATCH, limit - gone)
+            count = int(await self._desk.run(scripts.PURGE, names, [keys.shape, self._group, place, batch]))
+            gone += count
+            if count < batch:
+                break
+        return gone
 
     async def waiting(self, queues: Sequence[str], limit: int) -> list[Waiting]:
         """See `Operator.waiting`."""

@@ -74,9 +74,9 @@ class Popping(Taking):
         with self._link.watched():
             async with self._link.commands.pipeline(transaction=False) as pipe:
                 for keys in self._keys:
-                    pipe.execute_command("HEXISTS", keys.meta, "paused")
+                    pipe.execute_command("HMGET", keys.meta, "paused", "inactive")
                 answers = await pipe.execute(raise_on_error=False)
-        self._paused = frozenset(index for index, answer in enumerate(answers) if answer == 1)
+        self._paused = frozenset(i for i, answer in enumerate(answers) if isinstance(answer, list) and any(answer))
         spots = self._open(running)
         if not spots:
             if wait > AT_ONCE:

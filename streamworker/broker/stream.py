@@ -194,7 +194,7 @@ class StreamBroker:
 
     async def listen(self, parked: Callable[[float], None]) -> None:
         """See `Broker.listen`."""
-        await listen(self._link.address, [keys.due for keys in self._keys], parked)
+        await listen(self._link.address, [keys.due for keys in self._keys], parked, self._intake)
 
     async def depth(self) -> list[Depth]:
         """See `Broker.depth`."""
@@ -204,6 +204,8 @@ class StreamBroker:
 async def depth(link: Link, keys: QueueKeys, group: str) -> Depth:
     """How much lies in one queue."""
     names = [*keys.streams, keys.due, keys.dead, keys.meta]
-    entries, pending, delayed, dead, oldest, paused = await link.run(scripts.DEPTH, names, [group])
+    entries, pending, delayed, dead, oldest, paused, inactive = await link.run(scripts.DEPTH, names, [group])
     age = oldest / 1000 if oldest >= 0 else None
-    return Depth(keys.queue, max(0, entries - pending), pending, delayed, dead, age, paused=bool(paused))
+    return Depth(
+        keys.queue, max(0, entries - pending), pending, delayed, dead, age, bool(paused or inactive), bool(inactive)
+    )

@@ -18,6 +18,10 @@ log = get_logger("streamworker.broker")
 
 TROUBLE_PAUSE: Final = 60.0
 """Seconds between complaints about a key that cannot be read."""
+DEAF_WAIT: Final = 1.0
+"""Most seconds of a wait while the bell cannot tell that a queue was paused or resumed."""
+UNBLOCK_EVERY: Final = 0.02
+"""Seconds between unblockings: a read that begins just after one would block on."""
 
 
 class Taking:
@@ -44,6 +48,12 @@ class Taking:
         self._unreadable_until: dict[str, float] = {}
         self._paused: frozenset[int] = frozenset()
         self._interrupted = anyio.Event()
+        self._stirred = anyio.Event()
+        self.stale = False
+        """A queue was paused or resumed since the last look."""
+        self._blocked = False
+        self.deaf = False
+        """The bell is not heard: see `listen`."""
 
     async def claim(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:
         """See `Broker.claim`."""
@@ -51,11 +61,34 @@ class Taking:
         self._rest_after_outage()
         claims = await self.sweep(limit, running)
         if len(claims) < limit:
+            self.stale = False  # whatever rings from here on, this look may not have seen
             claims += await self.take(limit - len(claims), [*running, *claims] if claims else running)
         self._rest_after_outage()
         if not claims and wait > 0 and not self._interrupted.is_set():
-            claims = await self.wait(limit, wait, running)
+            claims = await self.wait_unless_stale(limit, min(wait, DEAF_WAIT) if self.deaf else wait, running)
         return claims
+
+    async def wait_unless_stale(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:
+        """`wait`, unless a queue was paused or resumed since the last look."""
+        if self.stale:
+            return []
+        self._blocked = True
+        try:
+            return await self.wait(limit, wait, running)
+        finally:
+            self._blocked = False
+
+    def stir(self) -> None:
+        """What is known of paused queues is out of date: no wait begins before the next look."""
+        self.stale = True
+        self._stirred.set()
+
+    async def look_again(self) -> None:
+        """A queue was paused or resumed: end the wait that does not know it yet."""
+        self.stir()
+        while self.stale and self._blocked:
+            await self.unblock()
+            await anyio.sleep(UNBLOCK_EVERY)
 
     async def sweep(self, limit: int, running: Collection[Claim]) -> list[Claim]:
         """Orphans, of the queues whose sweep is due."""
@@ -81,6 +114,7 @@ class Taking:
     def interrupt(self) -> None:
         """No claim waits any more."""
         self._interrupted.set()
+        self._stirred.set()
 
     async def unblock(self) -> None:
         """End a wait soon."""
@@ -111,8 +145,11 @@ class Taking:
 
     async def _idle(self, wait: float) -> None:
         """Nothing can be waited for: all is paused, capped out or unreadable."""
+        if self._interrupted.is_set() or self.stale:
+            return
+        self._stirred = anyio.Event()
         with anyio.move_on_after(min(wait, 1.0)):
-            await self._interrupted.wait()
+            await self._stirred.wait()
 
     def _complain(self, key: str, message: str) -> None:
         """Say now and then that a key cannot be used, and do not block on it meanwhile."""

@@ -16,7 +16,7 @@ from streamworker.cli.options import Acting
 from streamworker.cli.output import json_line, sentence_of
 from streamworker.cli.stdout import Report
 from streamworker.errors import StreamworkerError, UsageError
-from streamworker.views import Selection, printable
+from streamworker.views import Selection, Throttle, printable
 
 T = TypeVar("T")
 
@@ -47,7 +47,9 @@ def narrowed(selection: Selection, everything: bool, verb: str) -> Selection:
     Raises:
         UsageError: it does not.
     """
-    says = selection.ids or selection.worker or selection.min_idle or selection.kind or selection.reason
+    says = (
+        selection.ids or selection.worker or selection.min_idle or selection.kind or selection.reason or selection.text
+    )
     if says and everything:
         raise UsageError("--all and other conditions contradict each other: keep one of them")
     if not says and not everything:
@@ -66,7 +68,14 @@ async def without_bodies(jobs: AsyncIterator[StoredJob]) -> AsyncIterator[Stored
         yield msgspec.structs.replace(job, body=None)
 
 
-async def act(acting: Acting, items: AsyncIterator[T], deed: Deed[T], wanted: Collection[str] = ()) -> int:
+async def act(
+    acting: Acting,
+    items: AsyncIterator[T],
+    deed: Deed[T],
+    wanted: Collection[str] = (),
+    *,
+    rate: float | None = None,
+) -> int:
     """Do the deed to the items, whether or not anybody reads what is said about it.
 
     All are read first: a job that is released may come by again.
@@ -76,6 +85,7 @@ async def act(acting: Acting, items: AsyncIterator[T], deed: Deed[T], wanted: Co
         items: what fits.
         deed: what is done.
         wanted: ids that were named; each that no item has is said.
+        rate: items a second at most; ``None`` for as fast as it goes.
 
     Returns:
         0, or 1 if something that was named is not there, or could not be done.
@@ -84,12 +94,17 @@ async def act(acting: Acting, items: AsyncIterator[T], deed: Deed[T], wanted: Co
         StreamworkerError: not all could be said, or done.
     """
     report = Report()
-    code = await _act(acting, items, deed, wanted, report)
+    free, code = await _chosen(acting, items, deed, wanted, report)
+    if free:
+        code = max(code, await _do(acting, deed, free, report, rate))
     report.end()
     return code
 
 
-async def _act(acting: Acting, items: AsyncIterator[T], deed: Deed[T], wanted: Collection[str], report: Report) -> int:
+async def _chosen(
+    acting: Acting, items: AsyncIterator[T], deed: Deed[T], wanted: Collection[str], report: Report
+) -> tuple[list[T], int]:
+    """(what is to be done and was agreed to, the exit code so far)."""
     chosen: list[T] = []
     async for item in items:
         chosen.append(item)
@@ -108,21 +123,23 @@ async def _act(acting: Acting, items: AsyncIterator[T], deed: Deed[T], wanted: C
     if not free:
         if not chosen and not missing:
             say(f"no {deed.noun} fits")
-        return int(bad)
+        return [], int(bad)
     if acting.dry_run:
         for item in free:
             _tell(acting, report, deed.names(item), f"would be {deed.past}")
-        return int(bad)
-    if not acting.yes and not _agreed(f"{deed.verb} {_count(len(free), deed.noun)}?"):
+        return [], int(bad)
+    if not acting.yes and not agreed(f"{deed.verb} {_count(len(free), deed.noun)}?"):
         say("nothing was changed")
-        return 1
-    return max(int(bad), await _do(acting, deed, free, report))
+        return [], 1
+    return free, int(bad)
 
 
-async def _do(acting: Acting, deed: Deed[T], items: Sequence[T], report: Report) -> int:
+async def _do(acting: Acting, deed: Deed[T], items: Sequence[T], report: Report, rate: float | None) -> int:
     tally: Counter[str] = Counter()
+    pace = Throttle(rate)
     try:
         for item in items:
+            await pace.turn()
             reason = ""
             try:
                 result = deed.past if await deed.do(item) else "gone"
@@ -155,7 +172,7 @@ def _count(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-def _agreed(question: str) -> bool:
+def agreed(question: str) -> bool:
     """Ask on a terminal.
 
     Raises:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Final
 
 from cyclopts import App, Parameter
+from cyclopts.validators import Number
 
 from streamworker.broker import Operator, StoredJob
 from streamworker.cli import say
@@ -42,10 +43,12 @@ class Conditions:
     Attributes:
         kind: Of this kind.
         reason: With this text in their reason.
+        search: With this text, in upper or lower case, in id, kind, reason or error.
     """
 
     kind: str | None = None
     reason: str | None = None
+    search: str | None = None
 
 
 CONDITIONS = Conditions()
@@ -67,7 +70,7 @@ def list_(
         queue: Only of this queue.
         payload: Print the documents too.
     """
-    selection = Selection(queue=queue, kind=conditions.kind, reason=conditions.reason)
+    selection = _selection((), queue, conditions)
 
     async def work(operator: Operator) -> int:
         async def rows() -> AsyncIterator[tuple[DeadRow, bytes | None]]:
@@ -126,6 +129,7 @@ def retry(
     queue: QueueName = None,
     conditions: Conditions = CONDITIONS,
     all: bool = False,  # noqa: A002 - the flag's name
+    rate: Annotated[float | None, Parameter(validator=Number(gt=0, lte=1_000_000))] = None,
     acting: Acting = ACTING,
     server: ServerFlags = SERVER,
 ) -> int:
@@ -135,9 +139,10 @@ def retry(
         ids: Entry ids or job ids.
         queue: In this queue.
         all: All of them.
+        rate: So many a second at most; as fast as it goes unless given.
     """
-    selection = _selection(ids + named, queue, conditions)
-    return _change("retry", "retried", narrowed(selection, all, "retry"), acting, server, lambda it: it.replay)
+    selection = narrowed(_selection(ids + named, queue, conditions), all, "retry")
+    return _change(("retry", "retried"), selection, acting, server, lambda it: it.replay, rate)
 
 
 @dead.command
@@ -158,23 +163,25 @@ def drop(
         all: All of them.
     """
     selection = _selection(ids + named, queue, conditions)
-    return _change("drop", "dropped", narrowed(selection, all, "drop"), acting, server, lambda it: it.erase)
+    return _change(("drop", "dropped"), narrowed(selection, all, "drop"), acting, server, lambda it: it.erase)
 
 
 def _selection(ids: tuple[str, ...], queue: str | None, conditions: Conditions) -> Selection:
-    return Selection(queue=queue, ids=frozenset(ids), kind=conditions.kind, reason=conditions.reason)
+    return Selection(
+        queue=queue, ids=frozenset(ids), kind=conditions.kind, reason=conditions.reason, text=conditions.search
+    )
 
 
 def _change(
-    verb: str,
-    past: str,
+    words: tuple[str, str],
     selection: Selection,
     acting: Acting,
     server: ServerFlags,
     do: Callable[[Operator], Callable[[StoredJob], Awaitable[bool]]],
+    rate: float | None = None,
 ) -> int:
     async def work(operator: Operator) -> int:
-        deed = Deed(verb, past, "dead letter", do(operator), stored_names)
-        return await act(acting, without_bodies(chosen_dead(operator, selection)), deed, selection.ids)
+        deed = Deed(*words, "dead letter", do(operator), stored_names)
+        return await act(acting, without_bodies(chosen_dead(operator, selection)), deed, selection.ids, rate=rate)
 
     return operate(server, work)

@@ -44,6 +44,7 @@ def _wait(_: Any, seconds: float | None) -> None:
 
 
 QueueName = Annotated[str | None, Parameter(validator=_queue)]
+OneQueue = Annotated[str, Parameter(validator=_queue)]
 QueueNames = Annotated[tuple[str, ...], Parameter(name="--queue", validator=_queues)]
 """Queues, each with a flag of its own."""
 Seconds = Annotated[float, Parameter(validator=_wait)]

@@ -1,18 +1,27 @@
-"""``streamworker queues``."""
+"""``streamworker queues``: how full they are; pausing, resuming and emptying them."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from typing import Final
+import getpass
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Annotated, Any, Final
 
-from cyclopts import App
+from cyclopts import App, Parameter
 
-from streamworker.broker import Operator
-from streamworker.cli.options import LISTING, SERVER, Listing, QueueName, ServerFlags, operate
+from streamworker.broker import Operator, Place
+from streamworker.cli import say, stdout
+from streamworker.cli.acting import agreed
+from streamworker.cli.options import LISTING, SERVER, Listing, OneQueue, QueueName, ServerFlags, operate
 from streamworker.cli.output import Column, plain, show
-from streamworker.views import Pace, QueueRow, age, overview
+from streamworker.cli.stdout import Report
+from streamworker.errors import UsageError
+from streamworker.views import Pace, QueueRow, age, moment, overview
 
-queues = App(name="queues", help="How much is ready, running, delayed and dead in each queue.")
+queues = App(
+    name="queues", help="How much is ready, running, delayed and dead in each queue; pause, resume and purge them."
+)
 
 _Rated = tuple[QueueRow, float | None]
 
@@ -25,7 +34,12 @@ _COLUMNS: Final[list[Column[_Rated]]] = [
     Column("oldest", lambda it: age(it[0].oldest_age_s), right=True),
 ]
 _RATE: Final[Column[_Rated]] = Column("jobs/s", lambda it: "" if it[1] is None else f"{it[1]:,.1f}", right=True)
-_STATE: Final[Column[_Rated]] = Column("", lambda it: "paused" if it[0].paused else "")
+_STATE: Final[Column[_Rated]] = Column("", lambda it: state(it[0]))
+
+
+def _pinned(it: _Rated) -> dict[str, Any]:
+    """Programs rely on exactly these fields."""
+    return {name: value for name, value in plain(it[0]).items() if name != "inactive"}
 
 
 @queues.default
@@ -45,6 +59,119 @@ def list_(queue: QueueName = None, *, listing: Listing = LISTING, server: Server
                 yield row, None
 
         columns = [*_COLUMNS, _RATE, _STATE] if listing.watch else [*_COLUMNS, _STATE]
-        return await show(listing, rows, columns, title="queues", json=lambda it: plain(it[0]))
+        return await show(listing, rows, columns, title="queues", json=_pinned)
 
     return operate(server, work, endless=listing.watch)
+
+
+@queues.command
+def pause(*names: OneQueue, all: bool = False, server: ServerFlags = SERVER) -> int:  # noqa: A002 - the flag's name
+    """Let nobody claim jobs of some queues any more, within a second; what runs goes on.
+
+    Args:
+        names: The queues.
+        all: All there are.
+    """
+    note = f"by {_me()} at {moment(time.time() * 1000)}"
+    return _switch(
+        names, all, server, ("paused", "had been paused already"), lambda it: lambda name: it.pause(name, note)
+    )
+
+
+@queues.command
+def resume(*names: OneQueue, all: bool = False, server: ServerFlags = SERVER) -> int:  # noqa: A002 - the flag's name
+    """Undo a pause.
+
+    Args:
+        names: The queues.
+        all: All there are.
+    """
+    return _switch(names, all, server, ("resumed", "was not paused"), lambda operator: operator.resume)
+
+
+def _me() -> str:
+    try:
+        return f"{getpass.getuser()}@{socket.gethostname()}"
+    except (KeyError, OSError):  # a container's user may have no name
+        return socket.gethostname()
+
+
+def _switch(
+    names: tuple[str, ...],
+    everything: bool,
+    server: ServerFlags,
+    words: tuple[str, str],
+    do: Callable[[Operator], Callable[[str], Awaitable[bool]]],
+) -> int:
+    if bool(names) == everything:
+        raise UsageError("say which queues: their names, or --all")
+
+    async def work(operator: Operator) -> int:
+        there = await operator.queues()
+        report = Report()
+        for name in names or there:
+            changed = await do(operator)(name)
+            report.write(f"{name} {words[0] if changed else words[1]}\n")
+            if name not in there:
+                say(f"there is no queue {name} yet: it is {words[0]} for when it comes")
+        report.end()
+        for depth in await operator.depth(names or there):
+            if depth.inactive:
+                say(f"{depth.queue} is inactive in PostgreSQL as well (streamworker.job_queues.is_active)")
+        return 0
+
+    return operate(server, work)
+
+
+@queues.command
+def purge(
+    queue: OneQueue,
+    *,
+    ready: bool = False,
+    delayed: bool = False,
+    dead: bool = False,
+    yes: Annotated[bool, Parameter(alias="-y")] = False,
+    dry_run: bool = False,
+    server: ServerFlags = SERVER,
+) -> int:
+    """Delete jobs of a queue for good. What workers hold goes on; deduplication keys stay remembered.
+
+    Args:
+        queue: Which.
+        ready: Those that wait to be claimed.
+        delayed: Those that wait for their time, retries among them.
+        dead: The dead letters.
+        yes: Do not ask.
+        dry_run: Only show what would be deleted.
+    """
+    chosen: dict[Place, bool] = {"ready": ready, "delayed": delayed, "dead": dead}
+    places = [place for place, wanted in chosen.items() if wanted]
+    if not places:
+        raise UsageError("say what to purge: --ready, --delayed, --dead, or several of them")
+
+    async def work(operator: Operator) -> int:
+        (depth,) = await operator.depth([queue])
+        counts = {place: int(getattr(depth, place)) for place in places}
+        what = " and ".join(f"{count:,} {place}" for place, count in counts.items())
+        if dry_run:
+            stdout.write(f"would be deleted: {what} of {queue}\n")
+            return 0
+        if not any(counts.values()):
+            say(f"{queue} has nothing {' or '.join(places)}")
+            return 0
+        if not yes and not agreed(f"delete {what} of {queue} for good?"):
+            say("nothing was changed")
+            return 1
+        report = Report()
+        for place, count in counts.items():
+            # No more than was shown: what came since was not asked about.
+            report.write(f"deleted {await operator.purge(queue, place, count):,} {place} of {queue}\n")
+        report.end()
+        return 0
+
+    return operate(server, work)
+
+
+def state(row: QueueRow) -> str:
+    """Why nothing is claimed from a queue; empty if it is."""
+    return "inactive" if row.inactive else "paused" if row.paused else ""

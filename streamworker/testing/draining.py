@@ -18,6 +18,7 @@ from streamworker.errors import HandlerSignal, Snooze, StreamworkerError
 from streamworker.execute import Middleware
 from streamworker.handlers import Handlers
 from streamworker.settings import Settings
+from streamworker.views import Selection, chosen_delayed
 from streamworker.worker import QueueWorker
 from streamworker.workplace import Site
 
@@ -78,7 +79,12 @@ async def drain(app: App[Any], *, services: Any = None, delayed: bool = False, t
 async def _hasten(operator: Operator, queues: list[str], *, everything: bool) -> int:
     """Move delayed jobs to their streams, those that are due or all of them; returns how many."""
     now = time() * 1000
-    found = [job async for job in operator.delayed(queues) if job.body is not None and (everything or job.at_ms <= now)]
+    found = [
+        job
+        for queue in queues
+        async for job in chosen_delayed(operator, Selection(queue=queue))
+        if job.body is not None and (everything or job.at_ms <= now)
+    ]
     moved = 0
     for job in found:
         moved += await operator.hasten(job)

@@ -11,6 +11,7 @@ from streamworker.views.rows import (
     worker_row,
 )
 from streamworker.views.select import Pace, Selection, chosen_dead, chosen_delayed, chosen_pending, overview
+from streamworker.views.throttle import Throttle
 from streamworker.views.words import age, moment, printable, size
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Pace",
     "QueueRow",
     "Selection",
+    "Throttle",
     "WorkerRow",
     "age",
     "chosen_dead",

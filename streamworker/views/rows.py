@@ -10,7 +10,10 @@ from streamworker.views.words import moment
 
 
 class QueueRow(msgspec.Struct, frozen=True):
-    """How much lies in a queue; ``oldest_age_s`` is the age in seconds of the oldest ready job."""
+    """How much lies in a queue; ``oldest_age_s`` is the age in seconds of the oldest ready job.
+
+    ``paused`` says that nothing is claimed from it; ``inactive``, that PostgreSQL says so and not an operator.
+    """
 
     queue: str
     ready: int
@@ -19,6 +22,7 @@ class QueueRow(msgspec.Struct, frozen=True):
     dead: int
     oldest_age_s: float | None
     paused: bool
+    inactive: bool = False
 
 
 class DelayedRow(msgspec.Struct, frozen=True):
@@ -70,7 +74,9 @@ class WorkerRow(msgspec.Struct, frozen=True):
 def queue_row(depth: Depth) -> QueueRow:
     """The row of a queue."""
     oldest = None if depth.oldest_age is None else round(depth.oldest_age, 3)
-    return QueueRow(depth.queue, depth.ready, depth.running, depth.delayed, depth.dead, oldest, depth.paused)
+    return QueueRow(
+        depth.queue, depth.ready, depth.running, depth.delayed, depth.dead, oldest, depth.paused, depth.inactive
+    )
 
 
 def delayed_row(job: StoredJob, now: float) -> DelayedRow:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
 from typing import Final
 
 import msgspec
+from typing_extensions import TypeVar
 
-from streamworker.broker import Operator, PendingEntry, StoredJob
+from streamworker.broker import Operator, Page, PendingEntry, StoredJob
 from streamworker.views.rows import QueueRow, queue_row
+
+T = TypeVar("T")
 
 _ENTRY_ID: Final = re.compile(r"[0-9]{13,20}-[0-9]{1,20}")  # as servers make them; job ids may look like 2024-117
 
@@ -25,6 +29,7 @@ class Selection(msgspec.Struct, frozen=True, kw_only=True):
         min_idle: not renewed for this many seconds.
         kind: of this kind.
         reason: dead for a reason that contains this text.
+        text: this text is in id, kind, reason or error, in upper or lower case.
     """
 
     queue: str | None = None
@@ -33,10 +38,23 @@ class Selection(msgspec.Struct, frozen=True, kw_only=True):
     min_idle: float = 0.0
     kind: str | None = None
     reason: str | None = None
+    text: str | None = None
 
     def fits(self, job_id: str | None, entry_id: str, kind: str | None) -> bool:
         """Whether ids and kind are those asked for."""
         return (not self.ids or entry_id in self.ids or job_id in self.ids) and self.kind in (None, kind)
+
+    def fits_stored(self, job: StoredJob) -> bool:
+        """Whether a delayed job or a dead letter is one of those asked for."""
+        if not self.fits(job.job_id, job.handle, job.kind):
+            return False
+        reason, error = job.details.get("reason", ""), job.details.get("error", "")
+        if self.reason is not None and self.reason not in reason:
+            return False
+        if self.text is None:
+            return True
+        wanted = self.text.casefold()
+        return any(wanted in (word or "").casefold() for word in (job.job_id, job.handle, job.kind, reason, error))
 
     @property
     def direct(self) -> list[str | None]:
@@ -52,29 +70,39 @@ class Selection(msgspec.Struct, frozen=True, kw_only=True):
 
 async def chosen_pending(operator: Operator, selection: Selection) -> AsyncIterator[PendingEntry]:
     """Pending jobs that fit, oldest entry first within a queue's level."""
-    queues = await selection.queues(operator)
-    for only in selection.direct:
-        async for entry in operator.pending(queues, consumer=selection.worker, min_idle=selection.min_idle, only=only):
-            if selection.fits(entry.job_id, entry.entry_id, entry.kind):
-                yield entry
+    for queue in await selection.queues(operator):
+        for only in selection.direct:
+            ask = partial(operator.pending, queue, consumer=selection.worker, min_idle=selection.min_idle, only=only)
+            async for entry in _rows(ask):
+                if selection.fits(entry.job_id, entry.entry_id, entry.kind):
+                    yield entry
 
 
 async def chosen_delayed(operator: Operator, selection: Selection) -> AsyncIterator[StoredJob]:
     """Parked jobs that fit, soonest first within a queue."""
-    async for job in operator.delayed(await selection.queues(operator)):
-        if selection.fits(job.job_id, job.handle, job.kind):
-            yield job
+    for queue in await selection.queues(operator):
+        async for job in _rows(partial(operator.delayed, queue)):
+            if selection.fits_stored(job):
+                yield job
 
 
 async def chosen_dead(operator: Operator, selection: Selection) -> AsyncIterator[StoredJob]:
     """Dead letters that fit, newest first within a queue."""
-    queues = await selection.queues(operator)
-    for only in selection.direct:
-        async for job in operator.dead(queues, only=only):
-            if selection.fits(job.job_id, job.handle, job.kind) and (
-                selection.reason is None or selection.reason in job.details.get("reason", "")
-            ):
-                yield job
+    for queue in await selection.queues(operator):
+        for only in selection.direct:
+            async for job in _rows(partial(operator.dead, queue, only=only)):
+                if selection.fits_stored(job):
+                    yield job
+
+
+async def _rows(ask: Callable[[str], Awaitable[Page[T]]]) -> AsyncIterator[T]:
+    """The rows of all pages."""
+    after: str | None = ""
+    while after is not None:
+        page = await ask(after)
+        for row in page.rows:
+            yield row
+        after = page.after
 
 
 class Pace:

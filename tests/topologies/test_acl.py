@@ -17,6 +17,7 @@ from streamworker.broker.client import Address
 from streamworker.broker.operate import StreamOperator
 from streamworker.broker.stream import StreamOptions
 from streamworker.errors import ConfigurationError, StreamworkerError
+from streamworker.views import Selection, chosen_dead, chosen_delayed, chosen_pending
 from tests.cli.conftest import JOBS, Program
 from tests.conftest import Server, eventually
 from tests.contract.helpers import GROUP, dead, job, names, ripen
@@ -160,11 +161,13 @@ async def test_an_inspector_lists_everything_and_changes_nothing(users, broker_o
     operator = StreamOperator(Address(users.url("inspector")), options)
     await operator.open()
     assert await operator.queues() == ["q"]
-    (pending,) = [entry async for entry in operator.pending(["q"])]
-    assert [entry async for entry in operator.pending(["q"], consumer="w", min_idle=0, only=pending.entry_id)]
+    everything = Selection(queue="q")
+    (pending,) = [entry async for entry in chosen_pending(operator, everything)]
+    some = Selection(queue="q", worker="w", ids=frozenset({pending.entry_id}))
+    assert [entry async for entry in chosen_pending(operator, some)]
     assert b"pending" in (await operator.body(pending) or b"")
-    (due,) = [each async for each in operator.delayed(["q"])]
-    (letter,) = [each async for each in operator.dead(["q"])]
+    (due,) = [each async for each in chosen_delayed(operator, everything)]
+    (letter,) = [each async for each in chosen_dead(operator, everything)]
     assert [each.worker_id for each in await operator.workers(["q"])] == ["w"]
     (depth,) = await operator.depth(["q"])
     assert (depth.ready, depth.running, depth.delayed, depth.dead) == (1, 1, 1, 1)
@@ -175,7 +178,7 @@ async def test_an_inspector_lists_everything_and_changes_nothing(users, broker_o
     assert findings["permissions"].severity == "error"  # it is no worker, and is told so
     assert findings["groups"].severity == findings["keys"].severity == findings["clock"].severity == "ok"
     for change in (
-        operator.release(pending), operator.bury(pending, "why"), operator.drop(pending), operator.hasten(due),
+        operator.pause("q", "by me"), operator.resume("q"), operator.purge("q", "ready", 1), operator.release(pending), operator.bury(pending, "why"), operator.drop(pending), operator.hasten(due),
         operator.forget(due), operator.replay(letter), operator.erase(letter), operator.prune(["q"], "nobody"),
     ):  # fmt: skip
         with pytest.raises(StreamworkerError, match=r"denies|refuses|could not"):

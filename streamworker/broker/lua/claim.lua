@@ -1,5 +1,6 @@
 -- claim: take new entries from streams in the order given, never more than asked for.
--- A stream that cannot be read (no group, wrong type) is reported and blinds none of the others.
+-- A stream that cannot be read (no group, wrong type) is reported and blinds none of the others. A queue is skipped while
+-- its meta hash has the field "paused" (an operator's word) or "inactive" (the relay's: is_active is false in PostgreSQL).
 --
 -- KEYS[1..Q]    meta hash of each queue
 -- KEYS[Q+1..]   the streams
@@ -23,14 +24,14 @@ local allowance, epoch, budget = {}, {}, {}
 local taken, trouble, paused = {}, {}, {}
 
 for q = 1, queues do
-  local meta = redis.pcall('HMGET', KEYS[q], 'paused', 'epoch')
+  local meta = redis.pcall('HMGET', KEYS[q], 'paused', 'epoch', 'inactive')
   allowance[q] = tonumber(ARGV[5 + q])
   if meta.err then
     trouble[#trouble + 1] = { q, meta.err }
     allowance[q] = 0
   else
     epoch[q] = meta[2]
-    if meta[1] then
+    if meta[1] or meta[3] then
       paused[#paused + 1] = q
       allowance[q] = 0
     end

@@ -6,7 +6,8 @@
 -- KEYS[6]     meta hash
 -- ARGV[1]     group
 --
--- returns { entries in the streams, pending, delayed, dead, age in ms of the oldest ready entry (-1: none), 1 if paused }
+-- returns { entries in the streams, pending, delayed, dead, age in ms of the oldest ready entry (-1: none),
+--           1 if paused by an operator, 1 if inactive in PostgreSQL }
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local entries, pending, oldest = 0, 0, -1
@@ -38,5 +39,5 @@ for k = 1, 3 do
 end
 return {
   entries, pending, count('ZCARD', KEYS[4]), count('XLEN', KEYS[5]), oldest,
-  redis.pcall('HEXISTS', KEYS[6], 'paused') == 1 and 1 or 0,
+  redis.pcall('HEXISTS', KEYS[6], 'paused') == 1 and 1 or 0, redis.pcall('HEXISTS', KEYS[6], 'inactive') == 1 and 1 or 0,
 }

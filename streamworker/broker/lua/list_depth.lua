@@ -6,7 +6,8 @@
 -- KEYS[6]     meta hash
 -- KEYS[7]     lease set
 --
--- returns { ready, claimed, delayed, dead, 1 if paused, the rightmost element of each list that has one ... }
+-- returns { ready, claimed, delayed, dead, 1 if paused by an operator, 1 if inactive in PostgreSQL,
+--           the rightmost element of each list that has one ... }
 -- A key of a wrong type counts as empty here: one bad key must not hide the rest, and `check` names it.
 local function count(command, key)
   local reply = redis.pcall(command, key)
@@ -21,5 +22,6 @@ for k = 1, 3 do
 end
 return {
   ready, count('ZCARD', KEYS[7]), count('ZCARD', KEYS[4]), count('XLEN', KEYS[5]),
-  redis.pcall('HEXISTS', KEYS[6], 'paused') == 1 and 1 or 0, unpack(oldest),
+  redis.pcall('HEXISTS', KEYS[6], 'paused') == 1 and 1 or 0, redis.pcall('HEXISTS', KEYS[6], 'inactive') == 1 and 1 or 0,
+  unpack(oldest),
 }

@@ -3,6 +3,7 @@
 -- are at the right ends, and go before all others, whatever their level. A job stays with its id for good; without a mark
 -- it gets a fresh one, a UUIDv7 by the server's clock. Of suspects (as often delivered as ARGV[6] says) one is reserved,
 -- uncounted; further ones, and what runs here, stay where they are. What grows is written first, what shrinks last.
+-- A queue is skipped while its meta hash has the field "paused" (an operator's word) or "inactive" (the relay's).
 --
 -- KEYS[1..Q]   meta hash of each queue; then as many lease sets; then as many claimed lists of this worker
 -- KEYS[3Q+1..] the lists, three a queue: high, normal, low
@@ -40,7 +41,7 @@ local function failed(reply) return type(reply) == 'table' and reply.err end
 local function report(k, err) trouble[#trouble + 1] = { k, err } end
 
 for q = 1, queues do
-  local meta = redis.pcall('HMGET', KEYS[q], 'paused', 'epoch')
+  local meta = redis.pcall('HMGET', KEYS[q], 'paused', 'epoch', 'inactive')
   allowance[q], epochs[q] = tonumber(ARGV[8 + q]), ''
   if meta.err then
     report(q, meta.err)
@@ -48,7 +49,7 @@ for q = 1, queues do
   else
     if not meta[2] and redis.pcall('HSETNX', KEYS[q], 'epoch', ARGV[5]) == 1 then meta[2] = ARGV[5] end
     epochs[q] = meta[2] or ''
-    if meta[1] then
+    if meta[1] or meta[3] then
       paused[#paused + 1] = q
       allowance[q] = 0
     end
