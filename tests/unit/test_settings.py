@@ -184,6 +184,8 @@ def test_a_raw_slash_in_a_password_gets_the_hint():
 def test_no_error_shows_the_secret_of_a_wrong_url(password, form):
     # Without a host, what follows an "@" of the password cannot be told from one.
     assume(form != "x://:{}" or "@" not in password)
+    # And a bare password that looks like a URL is taken for one: "S3://cr3t" may be a scheme and a host.
+    assume(form != "{}" or "://" not in password)
     for name in ("REDIS_URL", "DATABASE_URL"):
         message = problem({name: form.format(password)})
         assert "S3" not in message
