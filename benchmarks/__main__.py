@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks import measure, report
 from benchmarks.measure import Row
 
-QUESTIONS = ("throughput", "enqueueing", "latency", "concurrency", "idle", "recovery")
+QUESTIONS = ("throughput", "enqueueing", "latency", "concurrency", "modes", "processes", "idle", "recovery")
 LONG = ("memory",)
 
 

@@ -52,7 +52,7 @@ class ListBroker:
         refuse_cluster(address)
         self._options = options
         self._link = Link(address)
-        self._publisher = Publisher(self._link.commands, address, lambda queue: ListKeys(queue, options.namespace))
+        self._publisher = Publisher(self._link.wires, address, lambda queue: ListKeys(queue, options.namespace))
         queues = [(ListKeys(name, options.namespace), cap) for name, cap in options.queues]
         self._keys = [keys for keys, _ in queues]
         self._homes = {place: keys for keys in self._keys for place in keys.lists}
@@ -142,7 +142,7 @@ class ListBroker:
         """See `Broker.settle`."""
         await self._link.fresh()
         with self._link.watched():
-            return await settle(ListSender(self._link.commands, self._intake.consumer), self._homes, items)
+            return await settle(ListSender(self._link.wires, self._intake.consumer), self._homes, items)
 
     async def strays(self, running: Collection[Claim]) -> list[Claim]:
         """See `Broker.strays`."""
