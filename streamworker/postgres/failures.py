@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Final
+from contextlib import contextmanager, suppress
+from typing import Any, Final
 
 import asyncpg
 
@@ -18,10 +18,11 @@ _NO_SERVER: Final = (
     asyncpg.TooManyConnectionsError,
     asyncpg.AdminShutdownError,
     asyncpg.CrashShutdownError,
+    asyncpg.IdleInTransactionSessionTimeoutError,
 )
 _REFUSED: Final = (asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidCatalogNameError)
 # What poolers say of servers they cannot reach, and clients of connections that broke under them.
-_BROKEN: Final = ("connection is closed", "connection was closed", "pool is clos", "another operation is in progress")
+_BROKEN: Final = ("connection is closed", "connection was closed", "pool is clos", "released back to the pool")
 
 
 def is_outage(error: BaseException) -> bool:
@@ -41,6 +42,20 @@ def reason(error: BaseException) -> str:
 def sqlstate(error: BaseException) -> str:
     """The SQLSTATE (PostgreSQL documentation, appendix A); empty if the server said none."""
     return (error.sqlstate or "") if isinstance(error, asyncpg.PostgresError) else ""
+
+
+def is_gone(connection: Any) -> bool:
+    """Whether a connection broke; one of a pool's is back in the pool then, and refuses every question."""
+    try:
+        return bool(connection.is_closed())
+    except asyncpg.InterfaceError:
+        return True
+
+
+def break_off(connection: Any) -> None:
+    """End a connection at once; what is under way on it fails."""
+    with suppress(asyncpg.InterfaceError):
+        connection.terminate()
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 
 from streamworker.errors import ConfigurationError
-from streamworker.postgres.failures import understood
+from streamworker.postgres.failures import break_off, is_gone, understood
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record] | PoolConnectionProxy[asyncpg.Record]"
 AnyPool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
@@ -72,10 +72,10 @@ class Database:
                     await connection.execute("commit")
             except (TimeoutError, asyncio.CancelledError):
                 # What the server does about it is unknown, and waiting for it to say so may take for ever.
-                connection.terminate()
+                break_off(connection)
                 raise
             except BaseException:
-                if not (alone and self._prepared) and not connection.is_closed():
+                if not (alone and self._prepared) and not is_gone(connection):
                     await connection.execute("rollback")
                 raise
             finally:
@@ -89,7 +89,7 @@ class Database:
     def abandon(self) -> None:
         """Break the connections that are in use by us: whatever is under way on them fails."""
         for connection in list(self._active):
-            connection.terminate()
+            break_off(connection)
 
     def close(self) -> None:
         """Close the connections that are ours; nothing is waited for."""

@@ -19,7 +19,7 @@ from asyncpg.transaction import Transaction as AsyncpgTransaction
 
 from streamworker.errors import RunEnded, Unreachable, UsageError
 from streamworker.postgres import Effect, RunRecord
-from streamworker.postgres.failures import is_outage, reason
+from streamworker.postgres.failures import break_off, is_gone, is_outage, reason
 from streamworker.postgres.pool import AnyPool, Connection, Database
 from streamworker.postgres.rows import created, headers_text, json_text, stored_id, text
 from streamworker.telemetry.logs import get_logger
@@ -34,17 +34,22 @@ RESOLVE: Final = 10.0
 """Seconds in which the fate of a commit whose answer was lost must be found out; then the job is given back."""
 _MOST_INT: Final = 2**31 - 1
 
+# The connection is the user's, with the user's type codecs: every value goes as text, and is cast by the server.
 TAKE: Final = """
-select streamworker.take_job($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17)"""
+select streamworker.take_job(
+  $1::text, $2::text::bigint, $3::text::integer, $4::text, $5::text, $6::text::integer, $7::text, $8::text, $9::text,
+  $10::text, $11::text, convert_to($12::text, 'UTF8'), $13::text::integer, $14::text::integer,
+  $15::text, $16::text::double precision, $17::text::double precision)::text"""
 
 FINISH: Final = """
 update streamworker.jobs
 set status = 'completed', finished_at = clock_timestamp(), updated_at = clock_timestamp()
-where id = $1 and hop = $2 and deliveries = $3 and status = 'running'
-returning true"""
+where id = $1::text and hop = $2::text::bigint and deliveries = $3::text::integer and status = 'running'
+returning id"""
 
 FATE: Final = """
-select status = 'completed' and hop = $2 and deliveries = $3 from streamworker.jobs where id = $1 for update"""
+select (status = 'completed' and hop = $2 and deliveries = $3) as completed
+from streamworker.jobs where id = $1 for update"""
 
 
 class RunTransaction:
@@ -104,15 +109,15 @@ class RunTransaction:
         connection, transaction, run = self._connection, self._transaction, self._run
         if connection is None or transaction is None:
             raise AssertionError("a transaction is committed after it began")
-        if not connection.is_closed() and not connection.is_in_transaction():
+        if not is_gone(connection) and not connection.is_in_transaction():
             await self._undo(Effect.UNDONE)
             raise UsageError(
                 "the transaction was ended inside the block: leave commit and rollback to ctx.transaction()"
             )
         # A server that says nothing must not hold the handler for ever; a broken connection is resolved below.
-        patience = asyncio.get_running_loop().call_later(PATIENCE, connection.terminate)
+        patience = asyncio.get_running_loop().call_later(PATIENCE, break_off, connection)
         try:
-            if not await connection.fetchval(FINISH, stored_id(run.job_id), run.hop, _small(run.deliveries)):
+            if not await connection.fetchval(FINISH, stored_id(run.job_id), str(run.hop), _small(run.deliveries)):
                 raise UsageError("the job's row was changed inside its own transaction: leave streamworker.jobs alone")
             await transaction.commit()
         except BaseException as error:
@@ -138,7 +143,7 @@ class RunTransaction:
         run, give_up_at = self._run, monotonic() + RESOLVE
         while True:
             try:
-                done = await self._ledger.fetch(FATE, stored_id(run.job_id), run.hop, _small(run.deliveries))
+                done = await self._ledger.fetch(FATE, stored_id(run.job_id), run.hop, min(run.deliveries, _MOST_INT))
             except Exception as error:  # noqa: BLE001 - down, or locked by the commit itself
                 if monotonic() > give_up_at:
                     log.debug("commit_unresolved", job_id=run.job_id, error=reason(error))
@@ -158,12 +163,11 @@ class RunTransaction:
         self.effect = effect
         transaction, connection = self._transaction, self._connection
         try:
-            if transaction is not None and connection is not None and not connection.is_closed():
+            if transaction is not None and connection is not None and not is_gone(connection):
                 await transaction.rollback()
         except Exception as error:  # noqa: BLE001 - the server rolls back by itself when the connection ends
             log.debug("rollback_failed", job_id=self._run.job_id, error=reason(error))
-            if connection is not None:
-                connection.terminate()
+            break_off(connection)
         finally:
             await self._release()
 
@@ -203,11 +207,11 @@ async def take(connection: Any, run: RunRecord, worker_id: str, *, becomes: str,
     """
     try:
         against = await connection.fetchval(
-            TAKE, stored_id(run.job_id), run.hop, _small(run.deliveries), becomes, worker_id,
+            TAKE, stored_id(run.job_id), str(run.hop), _small(run.deliveries), becomes, worker_id,
             None if within is None else _small(within), run.queue, text(run.kind), run.level, json_text(run.payload),
-            headers_text(run.headers), run.body, _small(run.attempts),
-            None if run.max_attempts is None else _small(run.max_attempts),
-            text(run.epoch.decode(errors="backslashreplace")), created(run.body), run.started,
+            headers_text(run.headers), None if run.body is None else run.body.decode(errors="replace"),
+            _small(run.attempts), None if run.max_attempts is None else _small(run.max_attempts),
+            text(run.epoch.decode(errors="backslashreplace")), _float(created(run.body)), _float(run.started),
         )  # fmt: skip
     except (asyncpg.LockNotAvailableError, asyncpg.SerializationError, asyncpg.DeadlockDetectedError) as error:
         raise RunEnded("another run of this job is at work", busy=True) from error
@@ -232,5 +236,9 @@ async def uninterrupted(work: Awaitable[T]) -> T:
     return task.result()
 
 
-def _small(number: int) -> int:
-    return min(number, _MOST_INT)
+def _small(number: int) -> str:
+    return str(min(number, _MOST_INT))
+
+
+def _float(number: float | None) -> str | None:
+    return None if number is None else repr(number)
