@@ -212,7 +212,8 @@ class App(Handlers[S], Producer):
             settings = self.resolve(settings)
             address, _ = await self._servers(stack, settings, None)
             chosen = tuple(queues) if queues is not None else None
-            bridge = ListBridge(address, BridgeOptions(queues=chosen, namespace=settings.namespace))
+            options = BridgeOptions(queues=chosen, namespace=settings.namespace, lease=settings.lease)
+            bridge = ListBridge(address, options)
             stack.push_async_callback(bridge.close)
             await bridge.open()
             yield bridge

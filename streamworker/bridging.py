@@ -46,6 +46,9 @@ class Mover(Protocol):
             Unreachable: no server answers.
         """
 
+    async def held(self) -> int:
+        """How many jobs workers of list mode hold: each may come back to its list."""
+
     async def wait(self) -> None:
         """Wait until something may have come, or it is time to look whether it has.
 
@@ -68,12 +71,14 @@ class Tally(msgspec.Struct):
         jobs: moved.
         bytes: theirs.
         left: jobs that waited in each level at the last look.
+        held: jobs that workers of list mode held; known only while draining.
         stuck: levels whose jobs cannot be moved now, and why.
     """
 
     jobs: int = 0
     bytes: int = 0
     left: dict[tuple[str, Level], int] = {}
+    held: int = 0
     stuck: dict[tuple[str, Level], str] = {}
 
     def note(self, moved: Sequence[Moved]) -> None:
@@ -93,7 +98,7 @@ class Bridging:
 
     Args:
         mover: does the moving; its owner opens and closes it.
-        drain: stop when nothing is left to be moved.
+        drain: stop when nothing is left to be moved, and nobody holds what may come back.
     """
 
     def __init__(self, mover: Mover, *, drain: bool = False) -> None:
@@ -151,7 +156,9 @@ class Bridging:
         moved = await self._mover.move(everything=self._drain)
         self.tally.note(moved)
         if self._drain and all(each.lasting or not (each.jobs or each.left) for each in moved):
-            return True
+            self.tally.held = await self._mover.held()
+            if not self.tally.held:
+                return True
         if any(each.left and not each.trouble for each in moved):
             return False
         if any(each.jobs for each in moved):

@@ -1,7 +1,8 @@
 """The bridge: out of the lists of legacy producers and of list mode, into the streams of the same level.
 
 Each batch is one script, so that a bridge may be killed at any moment, and any number of them may run. It reads no
-document: whatever lies in a list goes into the stream as it is, and what to make of it is for the worker to decide.
+document: whatever lies in a list goes into the stream as it is, and what to make of it is for the worker to decide. It
+also gives back what dead workers of list mode held: where all work on streams now, nobody else does.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from streamworker.broker.client import Address, clustered
 from streamworker.broker.doorbell import Doorbells
 from streamworker.broker.keys import ListKeys, queue_of_list
 from streamworker.broker.link import Link
+from streamworker.broker.orphans import Orphans
 from streamworker.broker.reactions import Reaction, reaction_to
 from streamworker.errors import ConfigurationError
 from streamworker.job import LEVELS, Level, Moved
@@ -35,7 +37,7 @@ LANES: Final = 96
 SWEEP: Final = 5.0
 """Seconds between looks at all lists: doorbells tell of new elements, and this of what they miss."""
 POLL: Final = 1.0
-"""The same where a list has no doorbell, or where something is stuck."""
+"""The same where a list has no doorbell, where something is stuck, or where a drain waits for workers."""
 DISCOVER: Final = 5.0
 """Seconds between looks for new queues, at least; and looking takes at most a fiftieth of the time."""
 COMPLAIN: Final = 60.0
@@ -54,10 +56,12 @@ class BridgeOptions(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         queues: whose lists; ``None`` for all lists whose name is that of a queue's.
         namespace: goes before the streams; lists have none.
+        lease: seconds after which what a worker of list mode holds and does not renew is given back; the workers'.
     """
 
     queues: tuple[str, ...] | None
     namespace: str = ""
+    lease: float = 15.0
 
 
 class _Lane:
@@ -76,9 +80,11 @@ class ListBridge:
         self._options = options
         self._link = Link(address)
         self._bells = Doorbells(self._link, LANES if options.queues is None else len(LEVELS) * len(options.queues))
+        self._orphans = Orphans(self._link, [], lease=options.lease)
         self._lanes: deque[_Lane] = deque()
-        self._queues: set[str] = set()
-        self._sweep_at = self._discover_at = 0.0
+        self._keys: dict[str, ListKeys] = {}
+        self._sweep_at = self._discover_at = self._look_at = 0.0
+        self._held = 0
         self._interrupted = anyio.Event()
 
     async def open(self) -> None:
@@ -89,6 +95,8 @@ class ListBridge:
             info = await self._link.commands.info("server")
         if clustered(info):
             raise ConfigurationError(CLUSTER)
+        # After a restart workers get one lease to renew before anybody is taken for dead.
+        self._orphans.rest(max(0.0, self._options.lease - float(info.get("uptime_in_seconds", 0))))
         for queue in self._options.queues or ():
             self._add(queue)
 
@@ -97,6 +105,8 @@ class ListBridge:
         now = monotonic()
         if self._options.queues is None and (everything or now >= self._discover_at):
             await self._discover()
+        self._orphans.rest_after_outage()
+        self._look_at = monotonic() + await self._orphans.give_back(None)
         sweep = everything or now >= self._sweep_at
         self._lanes.rotate(-1)  # a list that fills a whole batch must not keep others from theirs
         lanes = [lane for lane in self._lanes if lane.awake or sweep]
@@ -107,9 +117,20 @@ class ListBridge:
             self._sweep_at = now + POLL
         return moved
 
+    async def held(self) -> int:
+        """See `Mover.held`."""
+        with self._link.watched():
+            async with self._link.commands.pipeline(transaction=False) as pipe:
+                for keys in self._keys.values():
+                    pipe.zcard(keys.leases)
+                answers = await pipe.execute(raise_on_error=False)
+        self._held = sum(answer for answer in answers if isinstance(answer, int))
+        return self._held
+
     async def wait(self) -> None:
         """See `Mover.wait`."""
-        seconds = POLL if len(self._lanes) > LANES or any(lane.stuck for lane in self._lanes) else SWEEP
+        poll = len(self._lanes) > LANES or any(lane.stuck for lane in self._lanes) or self._held
+        seconds = max(0.0, min(POLL if poll else SWEEP, self._look_at - monotonic()))
         bells = sorted(lane.list for lane in self._lanes if not lane.stuck)[:LANES]
         if not bells:
             with anyio.move_on_after(seconds):
@@ -133,17 +154,19 @@ class ListBridge:
     def _add(self, queue: str) -> None:
         keys = ListKeys(queue, self._options.namespace)
         self._lanes += [_Lane(queue, level, keys.ready(level), keys.stream(level)) for level in LEVELS]
-        self._queues.add(queue)
+        self._orphans.add(keys)
+        self._keys[queue] = keys
 
     async def _discover(self) -> None:
-        started = monotonic()
+        started, namespace = monotonic(), self._options.namespace
         cursor: Any = 0
         while True:
-            command = ("SCAN", cursor, "MATCH", "queue:*", "COUNT", 1000, "TYPE", "list")
+            # With a namespace, what workers hold has it in front, and what waits has not.
+            command = ("SCAN", cursor, "MATCH", f"{'*' if namespace else ''}queue:*", "COUNT", 1000, "TYPE", "list")
             with self._link.watched():
                 cursor, names = await self._link.commands.execute_command(*command)
-            for queue in {queue_of_list(name.decode(errors="replace")) for name in names}:
-                if queue is not None and queue not in self._queues:
+            for queue in {queue_of_list(name.decode(errors="replace"), namespace) for name in names}:
+                if queue is not None and queue not in self._keys:
                     self._add(queue)
                     log.info("bridge_found", queue=queue)
             if not int(cursor):

@@ -125,10 +125,11 @@ class ListKeys(QueueKeys, frozen=True):
 _LIST: Final = re.compile(r"queue:([A-Za-z0-9._:-]{1,100}?)(?::(?:high|low))?")
 
 
-def queue_of_list(key: str) -> str | None:
-    """The queue whose ready jobs lie in a list of this name; ``None`` if it is no such name."""
-    match = _LIST.fullmatch(key)
-    if match is None or ":claimed:" in match[1] or match[1].endswith((":high", ":low")):
+def queue_of_list(key: str, namespace: str = "") -> str | None:
+    """The queue of a list of this name, ready jobs or what a worker holds; ``None`` if it is no such name."""
+    head, claimed, _ = key.removeprefix(namespace).partition(":claimed:")
+    match = _LIST.fullmatch(head if claimed else key)
+    if match is None or match[1].endswith((":high", ":low")):
         return None
     return match[1]
 

@@ -41,12 +41,19 @@ class Orphans:
         """Who looks."""
         self.look_at = [0.0] * len(self._keys)
         """When each queue is looked at next, by the monotonic clock."""
+        self._resting_until = 0.0
         self.missing = 0
         """Claims whose jobs were deleted underneath, since the start."""
 
+    def add(self, keys: ListKeys) -> None:
+        """One more queue."""
+        self._keys.append(keys)
+        self.look_at.append(self._resting_until)
+
     def rest(self, seconds: float) -> None:
         """Take nobody for dead for some seconds."""
-        self.look_at = [max(at, monotonic() + seconds) for at in self.look_at]
+        self._resting_until = max(self._resting_until, monotonic() + seconds)
+        self.look_at = [max(at, self._resting_until) for at in self.look_at]
 
     def rest_after_outage(self) -> None:
         """Nobody could renew meanwhile: no one is taken for dead before everyone had a lease to come back."""

@@ -11,15 +11,15 @@ from types import FrameType
 from typing import Any, Final, TextIO, cast
 
 import anyio
+from rich import text
 from rich.console import Console
 from rich.file_proxy import FileProxy
 from rich.live import Live
-from rich.text import Text
 
 from streamworker.app import App
 from streamworker.bridging import Bridging, Tally
 from streamworker.cli.loading import load_app, with_own
-from streamworker.cli.options import SERVER, QueueNames, ServerFlags
+from streamworker.cli.options import SERVER, QueueNames, ServerFlags, Text
 from streamworker.cli.output import json_line
 from streamworker.cli.stdout import Report
 from streamworker.errors import StreamworkerError, UsageError
@@ -42,6 +42,7 @@ def bridge(
     all: bool = False,  # noqa: A002
     drain: bool = False,
     json: bool = False,
+    lease: Text = None,
     server: ServerFlags = SERVER,
 ) -> int:
     """Move jobs from the lists queue:NAME, queue:NAME:high and queue:NAME:low into the streams of that queue and level.
@@ -53,12 +54,13 @@ def bridge(
         app: module:attribute, such as shop.jobs:app: moves the lists of its queues.
         queue: Only this queue; may be given several times. Else STREAMWORKER_QUEUES, else the app's.
         all: Every list that is named like a queue's, also those that come later.
-        drain: End when nothing is left in the lists.
+        drain: End when nothing is left in the lists, and no worker of list mode holds a job.
         json: One JSON object per line with the progress, the totals last.
+        lease: Seconds after which jobs of a dead worker of list mode are taken back; the same as the workers'.
     """
     # Until the bridge listens itself nothing has begun; process 1 of a container would ignore the signal.
     signal.signal(signal.SIGTERM, _leave)
-    settings = server.settings(app=app)
+    settings = server.settings(app=app, lease=lease)
     queues, settings = _chosen(settings, queue, all)
     return anyio.run(_run, settings, queues, drain, json)
 
@@ -176,7 +178,7 @@ class _Progress:
         try:
             with Live(console=console, auto_refresh=False, transient=True, redirect_stderr=False) as live:
                 while True:
-                    live.update(Text(self._sentence()), refresh=True)
+                    live.update(text.Text(self._sentence()), refresh=True)
                     await anyio.sleep(LOOK)
         finally:
             logs.configure(settings.log_level, settings.log_format)

@@ -14,23 +14,27 @@ import redis
 from streamworker import App, Context, Discard, Payload, QueueWorker, Retry, Settings, Snooze
 from streamworker.bridging import Bridging
 from streamworker.broker.client import Address
+from streamworker.broker.lists import ListBroker, ListOptions
 from streamworker.broker.operate import StreamOperator
 from streamworker.broker.stream import StreamOptions
 from streamworker.errors import ConfigurationError, StreamworkerError
 from streamworker.views import Selection, chosen_dead, chosen_delayed, chosen_pending
 from tests.cli.conftest import JOBS, Program
 from tests.conftest import Server, eventually
-from tests.contract.helpers import GROUP, dead, job, names, ripen
+from tests.contract.ground import GROUP, StreamGround
+from tests.contract.helpers import dead, job, names
 
 DOCS = Path(__file__).parents[2] / "docs" / "security.md"
 Q = "stream:{q}"
 
 
 def acl_lines(namespace: str = "") -> list[list[str]]:
-    """The words of each line of the docs, with the namespace before its patterns, but the legacy lists'."""
+    """The words of each line of the docs, with the namespace before its patterns; legacy lists have none."""
     lines = re.findall(r"^ACL SETUSER (.+)$", DOCS.read_text(), re.MULTILINE)
     assert [line.split()[0] for line in lines] == ["worker", "producer", "inspector", "bridge"]
-    return [[re.sub(r"^([~&])(?!queue:)", rf"\g<1>{namespace}", word) for word in line.split()] for line in lines]
+    put = [[re.sub(r"^([~&])", rf"\g<1>{namespace}", word) for word in line.split()] for line in lines]
+    lists = f"~{namespace}queue:*"
+    return [[*words, "~queue:*"] if namespace and lists in words else words for words in put]
 
 
 class Users:
@@ -198,11 +202,18 @@ async def test_an_inspector_lists_everything_and_changes_nothing(users, broker_o
 
 async def test_a_bridge_moves_jobs_and_does_nothing_else(users):
     namespace, raw = users.namespace, users.raw
-    raw.lpush("queue:q", "1", "2")
-    async with App[Any](settings=Settings(redis_url=users.url("bridge"), namespace=namespace)).bridge(None) as mover:
+    raw.lpush("queue:q", "1", "2", "3")
+    options = ListOptions(queues=(("q", None),), namespace=namespace, lease=0.5)
+    gone = ListBroker(Address(users.server.url), options)
+    await gone.open()
+    await gone.join("gone")
+    assert len(await gone.claim(1, 0, ())) == 1
+    await gone.close()
+    settings = Settings(redis_url=users.url("bridge"), namespace=namespace, lease=0.5)
+    async with App[Any](settings=settings).bridge(None) as mover:
         bridging = Bridging(mover)
         running = asyncio.create_task(bridging.run())
-        await eventually(lambda: raw.xlen(f"{namespace}{Q}") == 2)
+        await eventually(lambda: raw.xlen(f"{namespace}{Q}") == 3)
         await eventually(lambda: sum("b" in client["flags"] for client in raw.client_list()) == 3)
         raw.lpush("queue:q:low", "3")
         await eventually(lambda: raw.xlen(f"{namespace}{Q}:low") == 1)
@@ -213,7 +224,7 @@ async def test_a_bridge_moves_jobs_and_does_nothing_else(users):
     with users.as_("bridge") as client:
         for command in (
             ("XREADGROUP", "GROUP", GROUP, "me", "STREAMS", q, ">"), ("DEL", q), ("XRANGE", q, "-", "+"), ("XDEL", q, "1-1"),
-            ("LRANGE", "queue:q", 0, -1), ("DEL", "queue:q"), ("FLUSHALL",), ("KEYS", "*"), ("XADD", "other", "*", "a", "b"),
+            ("DEL", "queue:q"), ("LPUSH", "queue:q", "x"), ("FLUSHALL",), ("KEYS", "*"), ("XADD", "other", "*", "a", "b"),
             ("HGETALL", f"{q}:bodies"), ("RPOP", "other"),
         ):  # fmt: skip
             with pytest.raises(redis.ResponseError, match=r"(?i)permission|ACL failure|NOPERM"):
@@ -230,7 +241,7 @@ async def test_what_a_worker_orphans_is_swept_under_the_same_rights(users, broke
     async with broker_of(users.url("worker"), lease=0.5) as broker:
         await broker.publish([job("x")])
         (claim,) = await broker.claim(1, 0, ())
-        ripen(users.raw, claim, count=3)
+        StreamGround(users.raw).ripen(claim, count=3)
         broker._intake._sweep_at = [0.0]
         (suspect,) = await broker.claim(1, 0, ())
         assert suspect.suspect

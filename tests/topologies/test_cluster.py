@@ -17,7 +17,8 @@ from streamworker.broker.stream import StreamOptions
 from streamworker.errors import ConfigurationError, Unreachable
 from streamworker.job import Settled
 from tests.conftest import eventually
-from tests.contract.helpers import GROUP, done, job, names
+from tests.contract.ground import GROUP
+from tests.contract.helpers import done, job, names
 from tests.topologies.conftest import Count, Other, Producer, working
 from tests.topologies.servers import Clustered
 from tests.topologies.test_acl import acl_lines

@@ -15,7 +15,8 @@ from streamworker.bridging import Bridging
 from streamworker.broker.client import Address
 from streamworker.errors import ConfigurationError, Unreachable
 from tests.conftest import eventually
-from tests.contract.helpers import GROUP, job, names
+from tests.contract.ground import GROUP
+from tests.contract.helpers import job, names
 from tests.topologies.conftest import Count, Producer, working
 
 pytestmark = pytest.mark.slow

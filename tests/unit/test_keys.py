@@ -31,10 +31,12 @@ def test_lists_are_those_of_legacy_producers_and_all_else_is_where_stream_mode_h
         ("queue:a:b", "a:b"),
         ("queue:a.b-c_d:E", "a.b-c_d:E"),
         ("queue:high", "high"),
-        ("queue:claimed:x", "claimed:x"),
         ("queue:" + "q" * 100, "q" * 100),
         ("queue:" + "q" * 100 + ":low", "q" * 100),
-        ("queue:billing:claimed:worker-host-1-abc", None),
+        ("queue:billing:claimed:worker-host-1-abc", "billing"),
+        ("ns:queue:billing:claimed:worker-host-1-abc", "billing"),
+        ("other:queue:billing:claimed:worker-host-1-abc", None),
+        ("queue:claimed:x", None),
         ("queue:billing:high:low", None),
         ("queue:" + "q" * 101, None),
         ("queue:", None),
@@ -46,4 +48,4 @@ def test_lists_are_those_of_legacy_producers_and_all_else_is_where_stream_mode_h
     ],
 )
 def test_lists_are_known_by_their_names(key, queue):
-    assert queue_of_list(key) == queue
+    assert queue_of_list(key, "ns:") == queue
