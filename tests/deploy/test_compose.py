@@ -11,6 +11,7 @@ from streamworker import settings
 from streamworker.drain import HAND_BACK, UNWIND
 from streamworker.setting_rules import to_text
 from streamworker.settings import Settings
+from tests.deploy.tools import jsonschema_complaints
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = (ROOT / "compose.yaml").read_text()
@@ -115,3 +116,7 @@ def test_the_python_of_the_image_is_one_we_support():
     version = re.search(r"FROM python:(3\.\d+)-slim", DOCKERFILE)[1]
     classifiers = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["classifiers"]
     assert f"Programming Language :: Python :: {version}" in classifiers
+
+
+def test_compose_is_valid_by_the_specification():
+    assert jsonschema_complaints(["--builtin-schema", "vendor.compose-spec"], ROOT / "compose.yaml") == ""
