@@ -13,7 +13,8 @@ create table streamworker.job_queues (
   epoch_since timestamptz not null default now(),
   relayed bigint not null default 0,    -- entries the relays have added, as Redis counts them
   server text not null default '',      -- the run id of the server that holds the queue
-  recheck_at timestamptz                -- entries may be missing: compare job by job, then; null: no need
+  recheck_at timestamptz,               -- entries may be missing: compare job by job, then; null: no need
+  rechecks smallint not null default 0  -- so many times
 );
 
 create table streamworker.jobs (
@@ -45,10 +46,10 @@ create table streamworker.jobs (
   autovacuum_analyze_scale_factor = 0.05, autovacuum_analyze_threshold = 1000
 );
 
--- One index per hot question, each as small as the question; the relay asks by level and due time, reconciling by epoch.
+-- One index per hot question, each as small as the question: the relay asks by level and due time, reconciling by queue.
 create index jobs_queued on streamworker.jobs (level, coalesce(run_at, created_at)) where status = 'queued';
 create index jobs_dispatching on streamworker.jobs (updated_at) where status = 'dispatching';
-create index jobs_open on streamworker.jobs (queue_name, epoch, id) where status in ('dispatched', 'running', 'retrying');
+create index jobs_open on streamworker.jobs (queue_name, id) where status in ('dispatched', 'running', 'retrying');
 create index jobs_dead on streamworker.jobs (finished_at) where status = 'dead';
 create index jobs_finished on streamworker.jobs (queue_name, finished_at) where status in ('completed', 'cancelled');
 create index jobs_created on streamworker.jobs (created_at, id);
@@ -152,7 +153,8 @@ begin
       case when number <= 50 then 'high' when number > 150 then 'low' else 'normal' end,
       enqueue.run_at, enqueue.max_attempts, nullif(enqueue.headers, 'null'))
     on conflict (id) do nothing;
-  perform pg_notify('streamworker', ''); -- the same message twice in a transaction is sent once
+  -- The same message twice in a transaction is sent once.
+  perform pg_notify('streamworker', case when enqueue.run_at > now() then 'later' else '' end);
   return job;
 end
 $$;

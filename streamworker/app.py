@@ -18,6 +18,8 @@ from streamworker.bridging import Mover
 from streamworker.broker import Broker, Operator
 from streamworker.broker.bridge import BridgeOptions, ListBridge
 from streamworker.broker.client import Address
+from streamworker.broker.dispatch import RedisDispatcher
+from streamworker.broker.keys import ListKeys, QueueKeys
 from streamworker.broker.list_operate import ListOperator
 from streamworker.broker.lists import ListBroker, ListOptions
 from streamworker.broker.operate import StreamOperator
@@ -29,6 +31,7 @@ from streamworker.execute import Middleware
 from streamworker.handlers import Handlers
 from streamworker.postgres.migrate import Migrator, printed, shipped
 from streamworker.producing import Producer
+from streamworker.relaying import Relaying, nothing_to_relay, open_relaying
 from streamworker.settings import EMBEDDED, Settings
 from streamworker.workplace import Site
 
@@ -173,7 +176,11 @@ class App(Handlers[S], Producer):
         url, brought = (database, None) if isinstance(database, str) else (default, database)
         queues = [spec.name for spec in settings.queues] or self.queues
         database, ledger = await open_durable(stack, settings, url, brought, worker_id, queues)
-        return Site(broker, client, database, ledger)
+        relay: Any = nothing_to_relay
+        if ledger is not None and settings.relay == "on":
+            dispatcher = self._make_dispatcher(settings, address.renamed(worker_id))
+            relay = (await open_relaying(stack, settings, dispatcher, url, brought, queues=queues)).run
+        return Site(broker, client, database, ledger, relay)
 
     @asynccontextmanager
     async def operator(self, settings: Settings | None = None) -> AsyncIterator[Operator]:
@@ -199,6 +206,22 @@ class App(Handlers[S], Producer):
             if url is None and settings.redis_url == EMBEDDED:
                 _, url = await self._servers(stack, settings, None)
             yield Migrator(url or settings.require_database_url())
+
+    @asynccontextmanager
+    async def relaying(self, settings: Settings | None = None) -> AsyncIterator[Relaying]:
+        """A relay on its own, which also promotes due jobs of all queues.
+
+        Raises:
+            ConfigurationError: no database is named, or it has no schema streamworker.
+            Unreachable: a server does not answer.
+        """
+        async with AsyncExitStack() as stack:
+            settings = self.resolve(settings)
+            address, url = await self._servers(stack, settings, None)
+            url = url or settings.require_database_url()
+            dispatcher = self._make_dispatcher(settings, address)
+            await dispatcher.open()
+            yield await open_relaying(stack, settings, dispatcher, url, None, promoting=True)
 
     @staticmethod
     def schema_sql() -> str:
@@ -237,6 +260,11 @@ class App(Handlers[S], Producer):
             return StreamBroker(address, self._stream_options(settings))
         options = ListOptions(**self._options(settings))
         return PoppingBroker(address, options) if settings.list_pop == "brpop" else ListBroker(address, options)
+
+    def _make_dispatcher(self, settings: Settings, address: Address) -> RedisDispatcher:
+        keys = ListKeys if settings.mode == "list" else QueueKeys
+        namespace = settings.namespace
+        return RedisDispatcher(address, lambda queue: keys(queue, namespace), group=settings.group, namespace=namespace)
 
     def _make_operator(self, settings: Settings, address: Address) -> StreamOperator | ListOperator:
         if settings.mode == "stream":

@@ -149,7 +149,7 @@ class QueueWorker:
         settings, app = self._settings, self._app
         await stack.enter_async_context(app.entered(settings, self._redis))
         site = await app.site(stack, settings, self._redis, self._database, self.worker_id)
-        self._broker = site.broker
+        self._broker, self._relay = site.broker, site.relay
         await self._broker.open()
         await self._broker.join(self.worker_id)
         services = self._services
@@ -201,10 +201,9 @@ class QueueWorker:
             async with anyio.create_task_group() as house:
                 house.start_soon(self._broker.listen, self._ticker.parked)
                 async with anyio.create_task_group() as loops:
-                    loops.start_soon(self._settler.run)
-                    loops.start_soon(self._stages.run)
-                    loops.start_soon(self._ticker.run)
-                    loops.start_soon(self._unblocking)
+                    for loop in (self._settler.run, self._stages.run, self._ticker.run, self._unblocking):
+                        loops.start_soon(loop)
+                    loops.start_soon(self._relay, self._stopping)
                     log.info("worker_ready", worker_id=self.worker_id, queues=self._queues)
                     await self._claimer.run()
                     await drain(self, self._slots, self._holdings, self._settings.grace, self._hurry)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Any, Protocol
 
+import anyio
 import msgspec
 
 from streamworker.broker import Broker
@@ -22,12 +24,14 @@ class Site(msgspec.Struct, frozen=True):
         redis: the handlers' client.
         database: the handlers' database.
         ledger: the record; ``None`` without one.
+        relay: puts jobs from the ledger onto Redis until the event is set.
     """
 
     broker: Broker
     redis: Any
     database: Any
     ledger: Ledger | None
+    relay: Callable[[anyio.Event], Coroutine[Any, Any, None]]
 
 
 class Workplace(Protocol):

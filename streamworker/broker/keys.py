@@ -45,7 +45,14 @@ class QueueKeys(msgspec.Struct, frozen=True):
     def types(self) -> dict[str, str]:
         """The types of the keys that have one."""
         ready = dict.fromkeys([*self.places, self.dead], self.shape)
-        return {**ready, self.dead: "stream", self.due: "zset", self.bodies: "hash", self.meta: "hash"}
+        return {
+            **ready,
+            self.dead: "stream",
+            self.due: "zset",
+            self.bodies: "hash",
+            self.meta: "hash",
+            self.relayed: "zset",
+        }
 
     def stream(self, level: Level) -> str:
         """Ready jobs of a level."""
@@ -70,6 +77,11 @@ class QueueKeys(msgspec.Struct, frozen=True):
     def dead(self) -> str:
         """Stream of dead letters."""
         return f"{self.base}:dead"
+
+    @property
+    def relayed(self) -> str:
+        """Sorted set: jobs that relays have added and not yet noted in the ledger."""
+        return f"{self.base}:relayed"
 
     @property
     def meta(self) -> str:

@@ -35,6 +35,7 @@ _COMMANDS = (
     ("dev", "dev:dev", RUN, "Embedded servers and a worker that restarts when your code changes."),
     ("worker", "worker:worker", RUN, "Run a worker."),
     ("bridge", "bridge:bridge", RUN, "Move jobs from legacy lists (queue:NAME) into streams."),
+    ("relay", "relay:relay", RUN, "Relay jobs from PostgreSQL to Redis, and promote delayed ones."),
     ("enqueue", "enqueue:enqueue", RUN, "Enqueue a job."),
     ("queues", "queues:queues", LOOK, "How much is ready, running, delayed and dead."),
     ("pending", "pending:pending", LOOK, "Jobs that workers hold: list, show, release, bury, drop."),

@@ -46,12 +46,13 @@ with given as (
     max_attempts::integer, headers::jsonb, decode(document, 'hex')
   from taken where earlier is null
 ), told as materialized (
-  select pg_notify('streamworker', '')
+  select pg_notify('streamworker', case when bool_or(delay is null and run_at is null) then '' else 'later' end)
+  from taken
 )
 select taken.earlier from taken, told order by taken.at
 """
 NOW: Final = "select extract(epoch from clock_timestamp())::text"
-TELL: Final = "select pg_notify('streamworker', '')"
+TELL: Final = "select pg_notify('streamworker', $1::text)"
 
 _MISSING: Final = (asyncpg.InvalidSchemaNameError, asyncpg.UndefinedTableError, asyncpg.UndefinedFunctionError)
 _STRINGS: Final = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
@@ -174,7 +175,8 @@ async def _copy(connection: Any, rows: Sequence[Row]) -> None:
             yield "".join(_line(row, now) for row in rows[start : start + BATCH]).encode()
 
     await connection.copy_to_table("jobs", schema_name="streamworker", columns=columns, source=lines(), format="text")
-    await connection.fetchval(TELL)
+    later = all(row.job.delay is not None or row.job.run_at is not None for row in rows)
+    await connection.fetchval(TELL, "later" if later else "")
 
 
 def _line(row: Row, now: datetime | None) -> str:

@@ -52,6 +52,8 @@ class PostgresServer:
             for pid in (self._process.pid, *map(int, children)):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+            while any(Path(f"/proc/{pid}").exists() for pid in children):  # the new server must not meet them
+                time.sleep(0.01)
         self._process.wait()
 
     def pause(self) -> None:

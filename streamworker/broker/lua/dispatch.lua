@@ -1,0 +1,52 @@
+-- dispatch: put jobs out of the ledger behind the ready ones of their level, each at most once: what was added is
+-- remembered as "id/hop" until the relay has noted it in the ledger (ZREM), so that repeating the call adds nothing twice.
+-- A relay that was frozen comes too late: after its deadline, by this server's clock, nothing is added.
+--
+-- KEYS[1]     meta hash of the queue
+-- KEYS[2]     sorted set of what was added and is not noted yet
+-- KEYS[3..5]  where ready jobs lie: high, normal, low
+-- ARGV[1]     what they lie in: stream or list
+-- ARGV[2]     the deadline, in ms since the epoch
+-- ARGV[3]     a fresh random epoch, taken by a queue of lists that has none
+-- ARGV[4]     ms after which even what nobody noted is forgotten
+-- ARGV[5..]   three a job: number of its place in KEYS, "id/hop", body
+--
+-- returns { ms since the epoch, what was done: "added", "late" or "groups" (they must be made first), the queue's epoch,
+--           one value a job: 1 added, 0 was there, or the error }
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+if now > tonumber(ARGV[2]) then return { now, 'late', '', {} } end
+
+local epoch = redis.call('HGET', KEYS[1], 'epoch')
+if not epoch and ARGV[1] == 'list' then
+  redis.call('HSET', KEYS[1], 'epoch', ARGV[3])
+  epoch = ARGV[3]
+end
+if not epoch then return { now, 'groups', '', {} } end
+
+local function failed(reply) return type(reply) == 'table' and reply.err end
+
+local function add(place, body)
+  if ARGV[1] == 'list' then return redis.pcall('LPUSH', KEYS[place], body) end
+  return redis.pcall('XADD', KEYS[place], '*', 'job', body)
+end
+
+local result, added = {}, 0
+for i = 5, #ARGV, 3 do
+  local answer = 0
+  if not redis.call('ZSCORE', KEYS[2], ARGV[i + 1]) then
+    -- Remembered first: if there is no room for that, the job must not be added, or the next try would add it again.
+    local known = redis.pcall('ZADD', KEYS[2], string.format('%d', now), ARGV[i + 1])
+    local reply = failed(known) and known or add(tonumber(ARGV[i]), ARGV[i + 2])
+    answer = failed(reply) or 1
+    if answer == 1 then
+      added = added + 1
+    elseif not failed(known) then
+      redis.call('ZREM', KEYS[2], ARGV[i + 1])
+    end
+  end
+  result[#result + 1] = answer
+end
+if added > 0 then redis.pcall('HINCRBY', KEYS[1], 'relayed', added) end
+redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', string.format('%d', now - tonumber(ARGV[4])))
+return { now, 'added', epoch, result }

@@ -1,0 +1,16 @@
+-- hold: the ledger pauses a queue (is_active = false) or resumes it, and the bell tells those who wait for its jobs. The
+-- field "inactive" is the ledger's; "paused" beside it is an operator's. Nothing is claimed while either is there.
+--
+-- KEYS[1]  meta hash of the queue
+-- KEYS[2]  due set of the queue: the bell is the channel named like it
+-- ARGV[1]  1 pauses, 0 resumes
+--
+-- returns 1 changed, 0 it was so already
+local changed
+if ARGV[1] == '1' then
+  changed = redis.call('HSETNX', KEYS[1], 'inactive', '1')
+else
+  changed = redis.call('HDEL', KEYS[1], 'inactive')
+end
+if changed == 1 then redis.pcall('PUBLISH', KEYS[2], 'look') end
+return changed

@@ -1,0 +1,144 @@
+"""What runs wherever jobs are relayed: the relay, the watch over queues, and, alone, the promotion of due jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from functools import partial
+from typing import Any, Final
+
+import anyio
+
+from streamworker.errors import ConfigurationError
+from streamworker.handover import Dispatcher, Outbox
+from streamworker.pause import Pause
+from streamworker.postgres.listening import listen
+from streamworker.postgres.pool import borrowed_database, open_database
+from streamworker.postgres.relay import PostgresOutbox
+from streamworker.reconciling import reconcile
+from streamworker.relay import Listener, Relay
+from streamworker.settings import Settings
+from streamworker.telemetry.logs import get_logger
+from streamworker.vigil import Vigil
+
+log = get_logger("streamworker.relay")
+
+CONNECTIONS: Final = 2
+"""Most connections of a relay, besides the one that listens."""
+NEW_QUEUES: Final = 5.0
+"""Seconds between looks for queues that were not there before."""
+
+
+class Relaying:
+    """A relay and its watch.
+
+    Args:
+        outbox: where jobs wait.
+        dispatcher: where they go.
+        listener: tells of commits, if anybody does.
+        lease: seconds a running job may take to finish after a sign of loss.
+        queues: those that this process serves.
+        promoting: whether due jobs of all queues are promoted here, too.
+    """
+
+    def __init__(
+        self,
+        outbox: Outbox,
+        dispatcher: Dispatcher,
+        *,
+        listener: Listener | None,
+        lease: float,
+        queues: Sequence[str] = (),
+        promoting: bool = False,
+    ) -> None:
+        self._dispatcher = dispatcher
+        self.outbox: Final = outbox
+        self._promoting = promoting
+        self._ending = anyio.Event()
+        self.relay: Final = Relay(
+            outbox,
+            dispatcher,
+            self._ending,
+            listener=listener,
+            queues_changed=lambda: self._vigil.wake(),  # noqa: PLW0108 - made after it
+        )
+        self._vigil = Vigil(
+            outbox, dispatcher, self._ending, lease=lease, hearing=lambda: self.relay.hearing, queues=tuple(queues)
+        )
+
+    async def run(self, stopping: anyio.Event) -> None:
+        """Relay until stopped. What is under way is finished first: no command to Redis is cancelled."""
+        async with anyio.create_task_group() as loops:
+            loops.start_soon(self.relay.run)
+            loops.start_soon(self._vigil.run)
+            if self._promoting:
+                loops.start_soon(self._promote)
+            await stopping.wait()
+            self._ending.set()
+            self.relay.wake()
+            self._vigil.wake()
+
+    async def _promote(self) -> None:
+        pause = Pause()
+        while not self._ending.is_set():
+            try:
+                seconds = await self._dispatcher.promote(await self._dispatcher.queues())
+                pause.reset()
+            except Exception as error:  # noqa: BLE001 - goes on when the server does
+                log.error("promotion_failed", error=str(error))
+                await pause.wait(self._ending)
+                continue
+            with anyio.move_on_after(min(seconds, NEW_QUEUES)):
+                await self._ending.wait()
+
+    async def reconcile(self, queue: str) -> Sequence[str]:
+        """Compare a queue with the ledger now; returns the ids of jobs that were queued again."""
+        return await reconcile(self.outbox, self._dispatcher, queue, await self.outbox.now())
+
+
+async def nothing_to_relay(_stopping: anyio.Event) -> None:
+    """The relay of a worker that has none."""
+
+
+async def open_relaying(
+    stack: AsyncExitStack,
+    settings: Settings,
+    dispatcher: Dispatcher,
+    url: str | None,
+    pool: Any,
+    *,
+    queues: Sequence[str] = (),
+    promoting: bool = False,
+) -> Relaying:
+    """A relay, closed with ``stack``, the dispatcher too.
+
+    Args:
+        stack: closes what is made here.
+        settings: lease, and the way past a pooler.
+        dispatcher: where jobs go.
+        url: of the database, if there is one.
+        pool: the user's, where there is none.
+        queues: those that this process serves.
+        promoting: whether due jobs of all queues are promoted here, too.
+
+    Raises:
+        ConfigurationError: the database has no schema streamworker.
+        Unreachable: PostgreSQL does not answer.
+    """
+    stack.push_async_callback(dispatcher.close)
+    if url is not None:
+        database = await open_database(url, name="relay", connections=CONNECTIONS)
+        stack.callback(database.close)
+    else:
+        database = await borrowed_database(pool)
+    outbox = PostgresOutbox(database)
+    if not await outbox.is_there():
+        raise ConfigurationError("the schema streamworker is not there: run `streamworker migrate up`")
+    listener = listener_for(url, settings.database_direct_url, pooled=database.pooled)
+    return Relaying(outbox, dispatcher, listener=listener, lease=settings.lease, queues=queues, promoting=promoting)
+
+
+def listener_for(url: str | None, direct: str | None, *, pooled: bool) -> Listener | None:
+    """What listens for commits: nobody, if the only way leads through a pooler."""
+    way = direct or (None if pooled else url)
+    return None if way is None else partial(listen, way)
