@@ -13,11 +13,11 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from time import monotonic
 from typing import Any, Final
 
-from streamworker.broker import listings, scripts
+from streamworker.broker import list_listings, listings, scripts
 from streamworker.broker.client import Address
 from streamworker.broker.due import promote
 from streamworker.broker.intake import document
-from streamworker.broker.keys import QueueKeys
+from streamworker.broker.keys import ListKeys, QueueKeys
 from streamworker.broker.link import Link
 from streamworker.broker.listings import Desk, text
 from streamworker.codec import derived_id, glance
@@ -121,7 +121,7 @@ class RedisDispatcher:
         keys = self._keys(queue)
         async for page in self._parked(keys):
             yield page
-        async for page in self._lying(keys) if keys.shape == "list" else self._streamed(keys):
+        async for page in self._lying(keys) if isinstance(keys, ListKeys) else self._streamed(keys):
             yield page
         async for page in self._parked(keys):
             yield page
@@ -147,7 +147,7 @@ class RedisDispatcher:
                     break
                 start = f"({text(page[-1][0])}"
 
-    async def _lying(self, keys: QueueKeys) -> AsyncIterator[list[str]]:
+    async def _lying(self, keys: ListKeys) -> AsyncIterator[list[str]]:
         # From the left, where new ones come in: what moves on meanwhile moves towards us, or away for good.
         for place in keys.places:
             start = 0
@@ -157,6 +157,8 @@ class RedisDispatcher:
                 if len(page) < listings.PAGE:
                     break
                 start += listings.PAGE
+        held = await list_listings.pending(self._desk, keys, None)
+        yield [entry.job_id for entry in held if entry.job_id is not None]
 
     async def promote(self, queues: Sequence[str]) -> float:
         """See `Dispatcher.promote`."""
@@ -164,4 +166,5 @@ class RedisDispatcher:
 
     async def queues(self) -> list[str]:
         """See `Dispatcher.queues`."""
-        return await listings.queues(self._desk)
+        lists = isinstance(self._keys("any"), ListKeys)
+        return await (list_listings if lists else listings).queues(self._desk)
