@@ -240,9 +240,10 @@ BrokerFactory = Callable[..., Any]
 
 
 @pytest.fixture(params=MODES)
-def ground(request: pytest.FixtureRequest, raw: redis.Redis) -> Ground:
+def ground(request: pytest.FixtureRequest, redis_url: str, server: Server) -> Iterator[Ground]:
     """The server in one mode; the contract holds in all of them."""
-    return GROUNDS[request.param](raw)
+    with server.client() as client:
+        yield GROUNDS[request.param](client)
 
 
 @pytest.fixture

@@ -11,22 +11,21 @@ from typing import Any, Final
 from streamworker import codec
 from streamworker.broker import PendingEntry, WorkerInfo, listings, scripts
 from streamworker.broker.held import lease_of, unwrapped
-from streamworker.broker.keys import ListKeys
+from streamworker.broker.keys import ListKeys, queue_of_list
 from streamworker.broker.listings import PAGE, Desk
 from streamworker.errors import InvalidJob
 from streamworker.job import LEVELS, Claim, Depth
 
 _CLAIMED: Final = re.compile(r"queue:([A-Za-z0-9._:-]{1,100}):claimed:.+", re.DOTALL)
-_READY: Final = re.compile(r"queue:([A-Za-z0-9._:-]{1,100})")
 
 
 async def queues(desk: Desk) -> list[str]:
     """Names of queues any key exists of, sorted; lists that look like a queue's are taken for one."""
     found = set(await listings.queues(desk))
     async for name in desk.scan("queue:*", "list"):
-        match = _READY.fullmatch(name)
-        if match is not None and ":claimed:" not in name:
-            found.add(re.sub(":(high|low)$", "", match[1]))
+        queue = queue_of_list(name)
+        if queue is not None:
+            found.add(queue)
     async for name in desk.scan(f"{desk.namespace}queue:*:claimed:*", "list"):
         match = _CLAIMED.fullmatch(name.removeprefix(desk.namespace))
         if match is not None:

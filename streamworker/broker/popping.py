@@ -139,7 +139,7 @@ class PoppingBroker(ListBroker):
         """See `Broker.settle`; what is done left the server when it was popped."""
         await self._link.fresh()
         with self._link.watched():
-            return await settle(_PoppedSender(self._link.commands, self._intake.consumer), self._homes, items)
+            return await settle(_PoppedSender(self._link.wires, self._intake.consumer), self._homes, items)
 
     async def strays(self, running: Collection[Claim]) -> list[Claim]:
         """See `Broker.strays`: what a lost reply brought is lost."""

@@ -16,7 +16,7 @@ from streamworker.broker.held import lease_of
 from streamworker.broker.keys import ListKeys, QueueKeys
 from streamworker.broker.lists import ListBroker, ListOptions
 from streamworker.broker.stream import StreamBroker, StreamOptions
-from streamworker.job import Claim, Level
+from streamworker.job import LEVELS, Claim, Level
 from streamworker.marks import unmarked
 
 GROUP = "workers"
@@ -53,6 +53,18 @@ class Ground:
 
     def left(self, level: Level = "normal", queue: str = "q") -> int:
         """Jobs that wait or run."""
+        raise NotImplementedError
+
+    def empty(self, queue: str = "q") -> bool:
+        """No job of any level waits, runs or is parked."""
+        return not any(self.left(level, queue) for level in LEVELS) and not self.raw.exists(self.keys(queue).due)
+
+    def waiting(self, level: Level = "normal", queue: str = "q") -> list[bytes]:
+        """The documents that wait to be claimed, the next one first."""
+        raise NotImplementedError
+
+    def names(self, queue: str = "q") -> list[str]:
+        """Names of workers that lie on the server, heartbeats aside."""
         raise NotImplementedError
 
     def held(self, queue: str = "q") -> int:
@@ -131,6 +143,15 @@ class StreamGround(Ground):
     def left(self, level: Level = "normal", queue: str = "q") -> int:
         return int(self.raw.xlen(self.place(level, queue)))
 
+    def waiting(self, level: Level = "normal", queue: str = "q") -> list[bytes]:
+        place = self.place(level, queue)
+        pending = {each["message_id"] for each in self._pending(place)}
+        return [fields.get(b"job", b"") for entry, fields in self.raw.xrange(place) if entry not in pending]
+
+    def names(self, queue: str = "q") -> list[str]:
+        places = [place for place in self.keys(queue).streams if self.raw.exists(place)]
+        return [each["name"].decode() for place in places for each in self.raw.xinfo_consumers(place, GROUP)]
+
     def _pending(self, place: str) -> list[Any]:
         try:
             return list(self.raw.xpending_range(place, GROUP, "-", "+", 10_000))
@@ -177,6 +198,12 @@ class ListGround(Ground):
     def left(self, level: Level = "normal", queue: str = "q") -> int:
         words = (level.encode(), level.encode() + b"?")
         return self.ready(level, queue) + sum(w.split(b" ", 3)[2] in words for _, w in self._wrappers(queue))
+
+    def waiting(self, level: Level = "normal", queue: str = "q") -> list[bytes]:
+        return list(reversed(self.raw.lrange(self.place(level, queue), 0, -1)))
+
+    def names(self, queue: str = "q") -> list[str]:
+        return [name.decode().partition(":claimed:")[2] for name in self.raw.keys(f"queue:{queue}:claimed:*")]
 
     def _leases(self, queue: str) -> dict[bytes, tuple[bytes, int, str]]:
         members = self.raw.zrange(self.keys(queue).leases, 0, -1)
