@@ -17,9 +17,9 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-import redis
 
-from tests.conftest import eventually_blocking
+from tests.conftest import MODES, Server, eventually_blocking
+from tests.contract.ground import GROUNDS, Ground
 
 ROOT = Path(__file__).parents[2]
 
@@ -246,35 +246,47 @@ def bare(project: Path) -> Iterator[Program]:
         process.stderr.close()
 
 
+both_modes = pytest.mark.parametrize("ground", MODES, indirect=True)
+"""Of a command whose way to the server depends on the mode."""
+
+
 @pytest.fixture
-def sw(bare: Program, redis_url: str) -> Program:
+def ground(request: pytest.FixtureRequest, redis_url: str, server: Server) -> Iterator[Ground]:
+    """Stream mode, unless a test wants both: commands are slow to start."""
+    with server.client() as client:
+        yield GROUNDS[getattr(request, "param", "stream")](client)
+
+
+@pytest.fixture
+def sw(bare: Program, ground: Ground, redis_url: str) -> Program:
     """The program, on a real and empty server."""
     bare.env["REDIS_URL"] = redis_url
+    bare.env["STREAMWORKER_MODE"] = ground.mode
     return bare
 
 
 @pytest.fixture
-def held(sw: Program, raw: redis.Redis, tmp_path: Path) -> Callable[..., Running]:
+def held(sw: Program, ground: Ground, tmp_path: Path) -> Callable[..., Running]:
     """``held(3)``: a worker that holds three jobs of the queue holds until the file ``gate`` is there."""
 
     def hold(count: int, *flags: object) -> Running:
         for _ in range(count):
-            raw.xadd("stream:{holds}", {"job": document("hold", gate=str(tmp_path / "gate"))})
+            ground.push(document("hold", gate=str(tmp_path / "gate")), queue="holds")
         worker = sw.worker("--queues", "holds", "--grace", "0.5", *flags)
-        eventually_blocking(lambda: raw.xpending("stream:{holds}", "workers")["pending"] == count)
-        eventually_blocking(lambda: raw.exists(f"streamworker:worker:{worker.worker_id}"))
+        eventually_blocking(lambda: ground.held("holds") == count)
+        eventually_blocking(lambda: ground.raw.exists(f"streamworker:worker:{worker.worker_id}"))
         return worker
 
     return hold
 
 
 @pytest.fixture
-def doomed(sw: Program, raw: redis.Redis) -> Callable[..., None]:
+def doomed(sw: Program, ground: Ground) -> Callable[..., None]:
     """``doomed("x", "y")``: dead letters of the queue dooms, discarded for these reasons."""
 
     def die(*errors: str) -> None:
         for error in errors:
-            raw.xadd("stream:{dooms}", {"job": document("doomed", why=error)})
+            ground.push(document("doomed", why=error), queue="dooms")
         sw.ok("worker", "jobs:app", "--burst", "--queues", "dooms")
 
     return die

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from tests.cli.conftest import Terminal, document
+from tests.cli.conftest import Terminal, both_modes, document
 from tests.conftest import eventually_blocking
 
 HOLDS = "stream:{holds}"
@@ -16,8 +16,9 @@ def results(done):
     return sorted((row["result"] for row in done.rows), key=str)
 
 
-def pending(raw, stream=HOLDS):
-    return raw.xpending_range(stream, "workers", "-", "+", 1000)
+def pending(ground):
+    """Entries of what is claimed."""
+    return [entry.decode() for entry, _, _ in ground.claims("holds")]
 
 
 @pytest.fixture
@@ -33,32 +34,37 @@ def lost(sw, raw, held):
     return lose
 
 
-@pytest.mark.parametrize("verb", ["release", "bury", "drop"])
-def test_living_workers_are_left_alone(sw, raw, held, tmp_path, verb):
+@pytest.mark.parametrize(
+    ("ground", "verb"),
+    [("stream", "release"), ("stream", "bury"), ("stream", "drop"), ("list", "release")],
+    indirect=["ground"],
+)
+def test_living_workers_are_left_alone(sw, raw, held, tmp_path, verb, ground):
     worker = held(2)
-    entry = pending(raw)[0]["message_id"].decode()
+    entry = pending(ground)[0]
     refused = sw("pending", verb, entry, "--yes")
     assert refused.returncode == 1
     assert "is alive" in refused.sentence
     assert "--force" in refused.sentence
     skipped = sw.ok("pending", verb, "--all", "--yes", "--json")
     assert results(skipped) == ["skipped", "skipped"]
-    assert len(pending(raw)) == 2
+    assert len(pending(ground)) == 2
 
     forced = sw.ok("pending", verb, entry, "--yes", "--force", "--json")
     assert results(forced) == [{"release": "released", "bury": "buried", "drop": "dropped"}[verb]]
     assert raw.xlen("stream:{holds}:dead") == (verb == "bury")
     if verb == "release":  # the worker may run it again, under another entry
-        eventually_blocking(lambda: len(pending(raw)) == 2)
-    assert entry not in [item["message_id"].decode() for item in pending(raw)]
+        eventually_blocking(lambda: len(pending(ground)) == 2)
+    assert entry not in pending(ground)
     # The worker's own ending of it is lost by the fence; nothing comes back.
     (tmp_path / "gate").touch()
-    eventually_blocking(lambda: raw.xlen(HOLDS) == 0)
+    eventually_blocking(lambda: ground.left(queue="holds") == 0)
     assert worker.stop() == 0
-    assert raw.xlen(HOLDS) == 0
+    assert ground.left(queue="holds") == 0
 
 
-def test_release_of_a_dead_workers_jobs(sw, raw, lost):
+@both_modes
+def test_release_of_a_dead_workers_jobs(sw, ground, lost):
     worker = lost(3)
     before = sw.ok("pending", "--json").rows
     assert [row["alive"] for row in before] == [False] * 3
@@ -70,7 +76,7 @@ def test_release_of_a_dead_workers_jobs(sw, raw, lost):
     unasked = sw("pending", "release", first["entry_id"])
     assert unasked.returncode == 2
     assert "--yes" in unasked.sentence
-    assert len(pending(raw)) == 3
+    assert len(pending(ground)) == 3
 
     assert "released 1 pending job" in sw.ok("pending", "release", first["entry_id"], "--yes").stdout
     ids = sw.ok("pending", "release", "--id", second["job_id"], "--yes", "--json").rows
@@ -82,8 +88,8 @@ def test_release_of_a_dead_workers_jobs(sw, raw, lost):
     assert again.stderr.count("there is no pending job") == 2
     done = sw.ok("pending", "release", "--worker", worker.worker_id, "--min-idle", "0.1", "--kind", "hold", "--yes")
     assert "released 1" in done.stdout
-    assert pending(raw) == []
-    bodies = [json.loads(fields[b"job"]) for _, fields in raw.xrange(HOLDS)]
+    assert pending(ground) == []
+    bodies = [json.loads(body) for body in ground.waiting(queue="holds")]
     assert sorted(body["id"] for body in bodies) == sorted(row["job_id"] for row in before)
     # Back uncharged, one hop on, and the death of its worker is not forgotten.
     assert [(body["hop"], body.get("attempt_count"), body["headers"]) for body in bodies] == [
@@ -91,7 +97,8 @@ def test_release_of_a_dead_workers_jobs(sw, raw, lost):
     ] * 3
 
 
-def test_bury_and_drop(sw, raw, lost):
+@both_modes
+def test_bury_and_drop(sw, ground, lost):
     lost(3)
     rows = sw.ok("pending", "--json").rows
     sw.ok("pending", "bury", rows[0]["entry_id"], "--reason", "looked wrong", "--yes")
@@ -101,7 +108,7 @@ def test_bury_and_drop(sw, raw, lost):
         rows[0]["job_id"], "looked wrong", rows[0]["worker_id"], "hold",
     )  # fmt: skip
     assert [row["job_id"] for row in sw.ok("pending", "--json").rows] == [rows[2]["job_id"]]
-    assert raw.xlen(HOLDS) == 1
+    assert ground.left(queue="holds") == 1
     shown = sw.ok("pending", "show", rows[2]["job_id"], "--json").rows
     assert shown[0]["entry_id"] == rows[2]["entry_id"]
     assert "document" not in shown[0]
@@ -109,7 +116,7 @@ def test_bury_and_drop(sw, raw, lost):
     assert sw("pending", "show").returncode == 2
 
 
-def test_what_cannot_go_back(sw, raw):
+def test_what_cannot_go_back(sw, raw, ground):
     """Unreadable bytes go back as they are; an entry without a document is refused, and can be dropped."""
     entries = [raw.xadd(HOLDS, fields).decode() for fields in ({"job": "{nonsense"}, {"other": "x"}, {"job": "gone"})]
     raw.xgroup_create(HOLDS, "workers", "0")
@@ -121,14 +128,14 @@ def test_what_cannot_go_back(sw, raw):
         zip(entries, ("released", "refused", "refused"), strict=True)
     )
     assert raw.xrange(HOLDS)[-1][1] == {b"job": b"{nonsense"}
-    assert len(pending(raw)) == 2
+    assert len(pending(ground)) == 2
     sw.ok("pending", "drop", "--all", "--yes")
-    assert pending(raw) == []
+    assert pending(ground) == []
     assert [fields for _, fields in raw.xrange(HOLDS)] == [{b"job": b"{nonsense"}]
 
 
 @pytest.mark.parametrize("answer", ["y\n", "n\n", "\n"])
-def test_people_are_asked(sw, raw, lost, answer):
+def test_people_are_asked(sw, ground, lost, answer):
     lost(2)
     terminal = Terminal(sw, "pending", "drop", "--all")
     terminal.until("drop 2 pending jobs? [y/N]")
@@ -137,16 +144,15 @@ def test_people_are_asked(sw, raw, lost, answer):
     assert terminal.wait() == (0 if agreed else 1)
     assert ("dropped 2 pending jobs" in terminal.text) is agreed
     assert ("nothing was changed" in terminal.text) is not agreed
-    assert len(pending(raw)) == (0 if agreed else 2)
+    assert len(pending(ground)) == (0 if agreed else 2)
 
 
-def test_delayed(sw, raw):
+@both_modes
+def test_delayed(sw, raw, ground):
     ids = sw.ok("enqueue", "x", "--queue", "q", "--delay", 500, "--count", 4).stdout.split()
     assert sw("delayed", "run", "--yes").returncode == 2
     sw.ok("delayed", "run", ids[0], "--yes")
-    assert [json.loads(fields[b"job"])["id"] for _, fields in raw.xrange("stream:{q}")] == [
-        ids[0]
-    ]  # without any worker
+    assert [json.loads(body)["id"] for body in ground.waiting()] == [ids[0]]  # without any worker
     sw.ok("delayed", "drop", "--id", ids[1], "--yes")
     assert raw.zcard("stream:{q}:due") == raw.hlen("stream:{q}:bodies") == 2
     missing = sw("delayed", "drop", ids[1], "--yes")
@@ -154,11 +160,12 @@ def test_delayed(sw, raw):
     assert missing.sentence == f"there is no delayed job {ids[1]}"
     assert results(sw.ok("delayed", "drop", "--all", "--limit", "1", "--json", "--yes")) == ["dropped"]
     assert "made ready 1 delayed job" in sw.ok("delayed", "run", "--kind", "x", "--yes").stdout
-    assert raw.xlen("stream:{q}") == 2
+    assert ground.ready() == 2
     assert sw.ok("delayed", "run", "--all", "--yes").sentence == "no delayed job fits"
 
 
-def test_dead_retry(sw, raw, doomed):
+@both_modes
+def test_dead_retry(sw, raw, doomed, ground):
     doomed("one", "two", "three")
     letters = raw.xrange("stream:{dooms}:dead")
     body = json.loads(letters[0][1][b"job"]) | {"attempt_count": 7, "hop": 3, "theirs": [1.50]}
@@ -168,8 +175,8 @@ def test_dead_retry(sw, raw, doomed):
     assert sw("dead", "retry", "--yes").returncode == 2
 
     assert results(sw.ok("dead", "retry", body["id"], "--yes", "--json")) == ["retried"]
-    (entry,) = raw.xrange("stream:{dooms}:high")
-    again = json.loads(entry[1][b"job"])
+    (body_again,) = ground.waiting("high", "dooms")
+    again = json.loads(body_again)
     assert again.get("attempt_count") is None
     assert again["hop"] == 4
     assert again["headers"] == {"traceparent": "00"}
@@ -181,7 +188,7 @@ def test_dead_retry(sw, raw, doomed):
     assert raw.xlen("stream:{dooms}:dead") == 1
     sw.ok("dead", "retry", "--all", "--queue", "dooms", "--yes")
     assert raw.xlen("stream:{dooms}:dead") == 0
-    assert raw.xlen("stream:{dooms}") == 1
+    assert ground.ready(queue="dooms") == 1
 
 
 def test_dead_letters_that_cannot_be_read(sw, raw):
@@ -195,7 +202,7 @@ def test_dead_letters_that_cannot_be_read(sw, raw):
     assert raw.xlen("stream:{q}:dead") == 1
 
 
-def test_workers_prune(sw, raw, lost):
+def test_workers_prune(sw, raw, lost, ground):
     worker = lost(1)
     raw.xgroup_createconsumer(HOLDS, "workers", "idle-one")
     assert sw("workers", "prune").returncode == 2
@@ -206,8 +213,20 @@ def test_workers_prune(sw, raw, lost):
     assert "it is alive" in sw("workers", "prune", "busy", "--yes").sentence
     assert results(sw.ok("workers", "prune", "--all", "--yes", "--json")) == ["pruned", "skipped"]
     assert [info["name"].decode() for info in raw.xinfo_consumers(HOLDS, "workers")] == [worker.worker_id]
-    assert len(pending(raw)) == 1
+    assert len(pending(ground)) == 1
     assert sw("workers", "prune", "nobody", "--yes").sentence == "there is no dead worker nobody"
+
+
+@pytest.mark.parametrize("ground", ["list"], indirect=True)
+def test_names_of_dead_workers_in_lists_are_what_they_hold(sw, ground, lost):
+    worker = lost(1)
+    holds = sw("workers", "prune", worker.worker_id, "--yes")
+    assert holds.returncode == 1
+    assert "still holds 1 job" in holds.sentence
+    sw.ok("pending", "drop", "--worker", worker.worker_id, "--yes")
+    assert ground.names("holds") == []
+    assert sw.ok("workers", "--json").rows == []
+    assert sw("workers", "prune", worker.worker_id, "--yes").sentence == f"there is no dead worker {worker.worker_id}"
 
 
 def test_a_date_in_the_document_does_not_park_it_again(sw, raw):

@@ -27,7 +27,9 @@ def popping(redis_url, ground):
 
     @asynccontextmanager
     async def make(name: str, *queues: str, lease: float = 15.0, **options):
-        broker = PoppingBroker(Address(redis_url), ListOptions(queues=tuple((q, None) for q in queues or ("q",)), lease=lease, **options))
+        broker = PoppingBroker(
+            Address(redis_url), ListOptions(queues=tuple((q, None) for q in queues or ("q",)), lease=lease, **options)
+        )
         try:
             await broker.open()
             await broker.join(name)
@@ -76,7 +78,9 @@ async def test_an_interrupted_wait_loses_nothing_though_a_reply_is_on_its_way(po
                 claims = await claiming
                 push.join()
             assert len(claims) + raw.llen("queue:q") == 1
-            assert await broker.settle([release(claim, body=None) for claim in claims]) == [Settled.SETTLED] * len(claims)
+            assert await broker.settle([release(claim, body=None) for claim in claims]) == [Settled.SETTLED] * len(
+                claims
+            )
             assert json.loads(raw.lpop("queue:q"))["id"] == str(n)
             assert await broker.leave()
 
