@@ -190,6 +190,9 @@ class Operator(Protocol):
     server answers, and `StreamworkerError` when the server cannot or will not do it.
     """
 
+    lease: float
+    """Seconds after which a claim that nobody renewed is taken over."""
+
     async def pending(
         self,
         queue: str,

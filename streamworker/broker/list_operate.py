@@ -19,7 +19,7 @@ class ListOperator(Operating):
     def __init__(self, address: Address, options: ListOptions) -> None:
         refuse_cluster(address)
         namespace = options.namespace
-        super().__init__(address, namespace, "", lambda queue: ListKeys(queue, namespace))
+        super().__init__(address, namespace, "", lambda queue: ListKeys(queue, namespace), lease=options.lease)
 
     async def pending(
         self,

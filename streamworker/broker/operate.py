@@ -19,7 +19,9 @@ class StreamOperator(Operating):
 
     def __init__(self, address: Address, options: StreamOptions) -> None:
         namespace = options.namespace
-        super().__init__(address, namespace, options.group, lambda queue: QueueKeys(queue, namespace))
+        super().__init__(
+            address, namespace, options.group, lambda queue: QueueKeys(queue, namespace), lease=options.lease
+        )
 
     async def pending(
         self,

@@ -33,9 +33,13 @@ class Operating:
         namespace: goes before every key of ours.
         group: the consumer group, where there is one.
         keys: the keys of a queue, by its name.
+        lease: seconds a claim lives unrenewed.
     """
 
-    def __init__(self, address: Address, namespace: str, group: str, keys: Callable[[str], QueueKeys]) -> None:
+    def __init__(
+        self, address: Address, namespace: str, group: str, keys: Callable[[str], QueueKeys], *, lease: float
+    ) -> None:
+        self.lease = lease
         self._address = address
         self._namespace, self._group, self._key = namespace, group, keys
         self._commands = address.commands()

@@ -14,7 +14,7 @@ from streamworker.broker import Operator, StoredJob
 from streamworker.cli import say
 from streamworker.cli.acting import Deed, act, narrowed, stored_names, without_bodies
 from streamworker.cli.details import detail
-from streamworker.cli.options import ACTING, LISTING, SERVER, Acting, Listing, QueueName, ServerFlags, operate
+from streamworker.cli.options import ACTING, LISTING, SERVER, Acting, Listing, QueueName, ServerFlags, fleet, operate
 from streamworker.cli.output import Column, print_lines, show
 from streamworker.errors import UsageError
 from streamworker.views import DeadRow, Selection, age, chosen_dead, dead_row, printable
@@ -77,7 +77,8 @@ def list_(
             async for job in chosen_dead(operator, selection):
                 yield dead_row(job, time.time()), job.body
 
-        return await show(listing, rows, _COLUMNS, title="dead letters", payload=payload)
+        above = fleet(operator, listing, queue)
+        return await show(listing, rows, _COLUMNS, title="dead letters", payload=payload, fleet=above)
 
     return operate(server, work, endless=listing.watch)
 

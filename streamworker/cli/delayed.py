@@ -10,7 +10,7 @@ from cyclopts import App, Parameter
 
 from streamworker.broker import Operator, StoredJob
 from streamworker.cli.acting import Deed, act, narrowed, stored_names, without_bodies
-from streamworker.cli.options import ACTING, LISTING, SERVER, Acting, Listing, QueueName, ServerFlags, operate
+from streamworker.cli.options import ACTING, LISTING, SERVER, Acting, Listing, QueueName, ServerFlags, fleet, operate
 from streamworker.cli.output import Column, show
 from streamworker.views import DelayedRow, Selection, age, chosen_delayed, delayed_row
 
@@ -53,7 +53,8 @@ def list_(
             async for job in chosen_delayed(operator, selection):
                 yield delayed_row(job, time.time()), job.body
 
-        return await show(listing, rows, _COLUMNS, title="delayed jobs", payload=payload)
+        above = fleet(operator, listing, queue)
+        return await show(listing, rows, _COLUMNS, title="delayed jobs", payload=payload, fleet=above)
 
     return operate(server, work, endless=listing.watch)
 

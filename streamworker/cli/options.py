@@ -21,6 +21,7 @@ from streamworker.errors import LONGEST_WAIT
 from streamworker.setting_rules import QUEUE_NAME
 from streamworker.settings import Settings
 from streamworker.telemetry import logs
+from streamworker.views import Fleet
 
 SETTINGS = Group.create_ordered("Settings", help="Each goes before the variable of its name, STREAMWORKER_... .")
 
@@ -181,6 +182,11 @@ SERVER = ServerFlags()
 WORKER = WorkerFlags()
 LISTING = Listing()
 ACTING = Acting()
+
+
+def fleet(operator: Operator, listing: Listing, queue: str | None) -> Fleet | None:
+    """What is told above a listing that is watched; ``None`` if it is not."""
+    return Fleet(operator, operator.lease, queue) if listing.watch else None
 
 
 def operate(server: ServerFlags, work: Callable[[Operator], Coroutine[Any, Any, int]], *, endless: bool = False) -> int:

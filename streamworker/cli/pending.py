@@ -12,7 +12,18 @@ from streamworker.broker import Operator, PendingEntry
 from streamworker.cli import say
 from streamworker.cli.acting import Deed, act, narrowed
 from streamworker.cli.details import detail
-from streamworker.cli.options import ACTING, LISTING, SERVER, Acting, Listing, QueueName, Seconds, ServerFlags, operate
+from streamworker.cli.options import (
+    ACTING,
+    LISTING,
+    SERVER,
+    Acting,
+    Listing,
+    QueueName,
+    Seconds,
+    ServerFlags,
+    fleet,
+    operate,
+)
 from streamworker.cli.output import Column, print_lines, show
 from streamworker.errors import UsageError
 from streamworker.views import Selection, age, chosen_pending, printable
@@ -98,7 +109,8 @@ def list_(
             async for entry in chosen_pending(operator, selection):
                 yield entry, await operator.body(entry) if payload else None
 
-        return await show(listing, rows, _COLUMNS, title="pending jobs", payload=payload)
+        above = fleet(operator, listing, queue)
+        return await show(listing, rows, _COLUMNS, title="pending jobs", payload=payload, fleet=above)
 
     return operate(server, work, endless=listing.watch)
 

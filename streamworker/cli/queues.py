@@ -13,7 +13,7 @@ from cyclopts import App, Parameter
 from streamworker.broker import Operator, Place
 from streamworker.cli import say, stdout
 from streamworker.cli.acting import agreed
-from streamworker.cli.options import LISTING, SERVER, Listing, OneQueue, QueueName, ServerFlags, operate
+from streamworker.cli.options import LISTING, SERVER, Listing, OneQueue, QueueName, ServerFlags, fleet, operate
 from streamworker.cli.output import Column, plain, show
 from streamworker.cli.stdout import Report
 from streamworker.errors import UsageError
@@ -59,7 +59,8 @@ def list_(queue: QueueName = None, *, listing: Listing = LISTING, server: Server
                 yield row, None
 
         columns = [*_COLUMNS, _RATE, _STATE] if listing.watch else [*_COLUMNS, _STATE]
-        return await show(listing, rows, columns, title="queues", json=_pinned)
+        above = fleet(operator, listing, queue)
+        return await show(listing, rows, columns, title="queues", json=_pinned, fleet=above)
 
     return operate(server, work, endless=listing.watch)
 

@@ -10,7 +10,7 @@ from cyclopts import App
 
 from streamworker.broker import Operator, WorkerInfo
 from streamworker.cli.acting import Deed, act
-from streamworker.cli.options import ACTING, LISTING, SERVER, Acting, Listing, QueueName, ServerFlags, operate
+from streamworker.cli.options import ACTING, LISTING, SERVER, Acting, Listing, QueueName, ServerFlags, fleet, operate
 from streamworker.cli.output import Column, show
 from streamworker.errors import UsageError
 from streamworker.views import WorkerRow, age, size, worker_row
@@ -50,7 +50,8 @@ def list_(queue: QueueName = None, *, listing: Listing = LISTING, server: Server
             for info in await operator.workers([queue] if queue is not None else await operator.queues()):
                 yield worker_row(info, time.time()), None
 
-        return await show(listing, rows, _COLUMNS, title="workers")
+        above = fleet(operator, listing, queue)
+        return await show(listing, rows, _COLUMNS, title="workers", fleet=above)
 
     return operate(server, work, endless=listing.watch)
 

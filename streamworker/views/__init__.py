@@ -1,5 +1,9 @@
 """Read models: what an operator sees of a job, a queue or a worker, as frozen rows. Shared by command line and web."""
 
+from streamworker.views.attention import Notice, Stuck, attention
+from streamworker.views.fleet import Fleet, Look
+from streamworker.views.history import History, Point
+from streamworker.views.pages import Slice, dead_slice, delayed_slice, pending_slice
 from streamworker.views.rows import (
     DeadRow,
     DelayedRow,
@@ -17,19 +21,30 @@ from streamworker.views.words import age, moment, printable, size
 __all__ = [
     "DeadRow",
     "DelayedRow",
+    "Fleet",
+    "History",
+    "Look",
+    "Notice",
     "Pace",
+    "Point",
     "QueueRow",
     "Selection",
+    "Slice",
+    "Stuck",
     "Throttle",
     "WorkerRow",
     "age",
+    "attention",
     "chosen_dead",
     "chosen_delayed",
     "chosen_pending",
     "dead_row",
+    "dead_slice",
     "delayed_row",
+    "delayed_slice",
     "moment",
     "overview",
+    "pending_slice",
     "printable",
     "queue_row",
     "size",

@@ -183,11 +183,14 @@ def test_watch_fits_a_small_terminal(sw, held, words):
     terminal = Terminal(sw, *words, "--watch", "--interval", "0.2")
     terminal.until("holds")
     shown = len(terminal.text)
-    terminal.until("Ctrl-C ends")
+    terminal.until("q or Ctrl-C ends")
     deadline = time.monotonic() + 10
     while len(terminal.text) < 2 * shown:  # it is drawn again
         assert terminal.read(deadline)
-    terminal.process.send_signal(signal.SIGINT)
+    if words == ["pending"]:
+        terminal.type("xq")
+    else:
+        terminal.process.send_signal(signal.SIGINT)
     assert terminal.wait() == 0
     lines = [
         re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line).rstrip("\r")
@@ -199,6 +202,26 @@ def test_watch_fits_a_small_terminal(sw, held, words):
         assert "and more" in terminal.text
         row = next(line for line in lines if "holds" in line and "hold " in line)
         assert re.search(r"holds +normal +\d{13}-\d+ +hold +\S+…\S+ ", row), row
+
+
+def test_watch_tells_first_what_needs_attention(sw, raw, held):
+    worker = held(2, "--lease", "1")
+    worker.kill()
+    sw.ok("enqueue", "x", "--queue", "lonely")
+    sw.ok("queues", "pause", "sleepy")
+    for words in (["queues"], ["dead"]):
+        terminal = Terminal(sw, *words, "--watch", "--interval", "0.2")
+        terminal.until("no worker serves it")
+        terminal.until("vanished and still holds 2 jobs")
+        terminal.until("and 1 more to look at")
+        assert "1 ready" in terminal.text
+        assert "2 running" in terminal.text
+        terminal.type("q")
+        assert terminal.wait() == 0
+    written = sw.start("queues", "--watch", "--interval", "0.1")
+    eventually_blocking(lambda: written.saw("is no terminal"))
+    written.signal(signal.SIGINT)
+    assert written.wait() == 0
 
 
 def test_watch_waits_for_the_server(bare, own_server):
