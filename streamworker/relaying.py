@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from datetime import datetime
 from functools import partial
 from typing import Any, Final
 
@@ -15,7 +16,7 @@ from streamworker.pause import Pause
 from streamworker.postgres.listening import listen
 from streamworker.postgres.pool import borrowed_database, open_database
 from streamworker.postgres.relay import PostgresOutbox
-from streamworker.reconciling import reconcile
+from streamworker.reconciling import missing
 from streamworker.relay import Listener, Relay
 from streamworker.settings import Settings
 from streamworker.telemetry.logs import get_logger
@@ -91,9 +92,14 @@ class Relaying:
             with anyio.move_on_after(min(seconds, NEW_QUEUES)):
                 await self._ending.wait()
 
-    async def reconcile(self, queue: str) -> Sequence[str]:
-        """Compare a queue with the ledger now; returns the ids of jobs that were queued again."""
-        return await reconcile(self.outbox, self._dispatcher, queue, await self.outbox.now())
+    async def known(self) -> list[str]:
+        """The queues of the ledger."""
+        return sorted(queue.name for queue in await self.outbox.queues())
+
+    async def missing(self, queue: str) -> tuple[list[str], datetime]:
+        """(ids of open jobs of a queue that lie nowhere in Redis, the moment the look began)."""
+        before = await self.outbox.now()
+        return await missing(self.outbox, self._dispatcher, queue, before), before
 
 
 async def nothing_to_relay(_stopping: anyio.Event) -> None:

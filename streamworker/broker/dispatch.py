@@ -16,7 +16,6 @@ from typing import Any, Final
 from streamworker.broker import list_listings, listings, scripts
 from streamworker.broker.client import Address
 from streamworker.broker.due import promote
-from streamworker.broker.intake import document
 from streamworker.broker.keys import ListKeys, QueueKeys
 from streamworker.broker.link import Link
 from streamworker.broker.listings import Desk, text
@@ -129,9 +128,9 @@ class RedisDispatcher:
     async def _parked(self, keys: QueueKeys) -> AsyncIterator[list[str]]:
         cursor: Any = 0
         while True:
-            cursor, flat = await self._desk.ask("ZSCAN", keys.due, cursor, "COUNT", MEMBERS)
+            cursor, pairs = await self._desk.ask("ZSCAN", keys.due, cursor, "COUNT", MEMBERS)
             # A member is LEVEL/JOBID/random.
-            yield [text(member).partition("/")[2].rpartition("/")[0] for member in flat[::2]]
+            yield [text(member).partition("/")[2].rpartition("/")[0] for member, _ in pairs]
             if not int(cursor):
                 return
 
@@ -141,7 +140,7 @@ class RedisDispatcher:
             start = "-"
             while True:
                 page = await self._desk.ask("XRANGE", place, start, "+", "COUNT", listings.PAGE)
-                named = [(entry, glance(document(fields))[0]) for entry, fields in page]
+                named = [(entry, glance((fields or {}).get(b"job"))[0]) for entry, fields in page]
                 yield [name or derived_id(place, epoch, entry) for entry, name in named]
                 if len(page) < listings.PAGE:
                     break
@@ -166,5 +165,6 @@ class RedisDispatcher:
 
     async def queues(self) -> list[str]:
         """See `Dispatcher.queues`."""
-        lists = isinstance(self._keys("any"), ListKeys)
-        return await (list_listings if lists else listings).queues(self._desk)
+        if isinstance(self._keys("any"), ListKeys):
+            return await list_listings.queues(self._desk)
+        return await listings.queues(self._desk)
