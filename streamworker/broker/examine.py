@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Literal, TypeAlias
 
 from redis import exceptions as redis_errors
@@ -17,11 +18,16 @@ OLDEST_SERVER: Final = (6, 2)
 MOST_SKEW: Final = 1.0
 """Seconds the clocks may differ."""
 
+_ELSEWHERE: Final = {
+    "stream": "lie in lists, which stream mode does not read: run streamworker bridge",
+    "list": "lie in streams, which list mode does not read: run workers in stream mode until they are done",
+}
+
 Severity: TypeAlias = Literal["error", "warning", "ok"]
 
 
-async def examine(desk: Desk, queues: Sequence[QueueKeys]) -> list[Finding]:
-    """Look at the server and at the keys of ``queues``."""
+async def examine(desk: Desk, queues: Sequence[QueueKeys], keys_of: Callable[[str], QueueKeys]) -> list[Finding]:
+    """Look at the server and at the keys of ``queues``; ``keys_of`` knows the keys of any queue by its name."""
     info: dict[str, Any] = {}
     servers: list[Finding] = []
     for each in await desk.each():
@@ -29,9 +35,10 @@ async def examine(desk: Desk, queues: Sequence[QueueKeys]) -> list[Finding]:
         servers += (_server(info), await _memory(each, info), await _persistence(each, info))
     found = [
         *dict.fromkeys(servers),  # the nodes of a cluster are mostly alike
-        *await permissions.look(desk, queues),
+        *await permissions.look(desk, queues, keys_of),
         *await _keys(desk, queues),
         *await _groups(desk, queues),
+        *await _elsewhere(desk, queues),
         await _clock(desk),
     ]
     denied = Finding("error", "permissions", "this user may not run INFO: extend its ACL")
@@ -131,6 +138,8 @@ async def _keys(desk: Desk, queues: Sequence[QueueKeys]) -> list[Finding]:
 
 
 async def _groups(desk: Desk, queues: Sequence[QueueKeys]) -> list[Finding]:
+    if not desk.group:
+        return []  # lists have none
     places = [place for keys in queues for place in keys.streams]
     answers = await desk.gather([("XINFO GROUPS", place) for place in places])
     foreign = [
@@ -146,6 +155,19 @@ async def _groups(desk: Desk, queues: Sequence[QueueKeys]) -> list[Finding]:
         if text(group["name"]) != desk.group
     ]
     return foreign or [Finding("ok", "groups", f"no group but {desk.group!r} reads our streams")]
+
+
+async def _elsewhere(desk: Desk, queues: Sequence[QueueKeys]) -> list[Finding]:
+    """Jobs that lie where the other mode reads."""
+    commands = [(keys, command) for keys in queues for command in keys.counting_elsewhere()]
+    counts: Counter[QueueKeys] = Counter()
+    for (keys, _), answer in zip(commands, await desk.gather([c for _, c in commands]), strict=True):
+        counts[keys] += answer if isinstance(answer, int) else 0  # no access, or a key of somebody else's
+    return [
+        Finding("warning", "mode", f"{count} jobs of {keys.queue} {_ELSEWHERE[keys.shape]}")
+        for keys, count in counts.items()
+        if count
+    ]
 
 
 async def _clock(desk: Desk) -> Finding:

@@ -41,6 +41,10 @@ class QueueKeys(msgspec.Struct, frozen=True):
         """The command that shows the first ``count`` jobs of a level and takes none."""
         return ("XRANGE", self.ready(level), "-", "+", "COUNT", count)
 
+    def counting_elsewhere(self) -> list[tuple[str, str]]:
+        """Commands that count the ready jobs that lie where the other mode reads."""
+        return [("LLEN", name) for name in ListKeys(self.queue, self.namespace).lists]
+
     @property
     def types(self) -> dict[str, str]:
         """The types of the keys that have one."""
@@ -118,6 +122,10 @@ class ListKeys(QueueKeys, frozen=True):
     def peeking(self, level: Level, count: int) -> tuple[str | int, ...]:
         """See `QueueKeys.peeking`."""
         return ("LRANGE", self.ready(level), -count, -1)
+
+    def counting_elsewhere(self) -> list[tuple[str, str]]:
+        """See `QueueKeys.counting_elsewhere`."""
+        return [("XLEN", name) for name in self.streams]
 
     def claimed(self, worker_id: str) -> str:
         """List: what a worker holds, in the order it was taken."""

@@ -197,7 +197,7 @@ class Operating:
 
     async def findings(self, queues: Sequence[str]) -> list[Finding]:
         """See `Operator.findings`."""
-        return await examine(self._desk, self._keys(queues))
+        return await examine(self._desk, self._keys(queues), self._key)
 
     def _keys(self, queues: Sequence[str]) -> list[QueueKeys]:
         return [self._key(queue) for queue in queues]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Literal
 
 from redis import exceptions as redis_errors
 
 from streamworker.broker import Finding
-from streamworker.broker.keys import QueueKeys, worker_key
+from streamworker.broker.keys import ListKeys, QueueKeys, worker_key
 from streamworker.broker.listings import Desk, text
 from streamworker.errors import StreamworkerError
 
@@ -18,26 +18,39 @@ PROBE: Final = "streamworker-check"
 
 
 # Every command of a worker that an ACL can deny, in an order that works on keys that do not exist yet; docs/security.md
-# has the same list.
-_COMMANDS: Final = """
-    XADD @stream * job x            | XGROUP CREATE @stream @group 0 MKSTREAM       | XPENDING @stream @group
-    XREADGROUP GROUP @group @me COUNT 1 STREAMS @stream >                           | XACK @stream @group 1-1
-    XCLAIM @stream @group @me 0 1-1 JUSTID                                          | XDEL @stream 1-1
-    XAUTOCLAIM @stream @group @me 999999999 0-0 COUNT 1                             | XRANGE @stream - + COUNT 1
-    XADD @dead * job x              | XINFO GROUPS @stream  | XINFO CONSUMERS @stream @group
-    XGROUP DELCONSUMER @stream @group @me
+# has the same lists.
+_BOTH: Final = """
+    XADD @dead * job x
     ZADD @due 1 x                   | ZRANGE @due 0 0       | ZRANGEBYSCORE @due 0 1  | ZREM @due x
     HSET @bodies x x                | HGET @bodies x        | HDEL @bodies x
     HSET @meta x x                  | HSETNX @meta x x      | HMGET @meta x           | HGET @meta x
     SET @key x PX 1000              | GET @key              | PUBLISH @due 0          | HSET @beat x x
     PEXPIRE @beat 1000              | EXISTS @beat          | DEL @beat               | TIME
-    EVALSHA @sha 1 @stream          | EVAL return(1) 1 @stream                        | CLIENT ID   | CLIENT UNBLOCK 0
+    EVALSHA @sha 1 @ready           | EVAL return(1) 1 @ready                         | CLIENT ID   | CLIENT UNBLOCK 0
 """
+_OWN: Final[dict[str, str]] = {
+    "stream": """
+    XADD @ready * job x             | XGROUP CREATE @ready @group 0 MKSTREAM        | XPENDING @ready @group
+    XREADGROUP GROUP @group @me COUNT 1 STREAMS @ready >                            | XACK @ready @group 1-1
+    XCLAIM @ready @group @me 0 1-1 JUSTID                                           | XDEL @ready 1-1
+    XAUTOCLAIM @ready @group @me 999999999 0-0 COUNT 1                              | XRANGE @ready - + COUNT 1
+    XINFO GROUPS @ready             | XINFO CONSUMERS @ready @group
+    XGROUP DELCONSUMER @ready @group @me
+""",
+    "list": """
+    LPUSH @ready x                  | BLMOVE @ready @ready RIGHT RIGHT 0.01         | LINDEX @ready -1
+    LRANGE @ready -1 -1             | LLEN @ready           | LREM @ready -1 x      | LTRIM @ready 0 -2
+    RPUSH @claimed x                | LPOS @claimed x       | LRANGE @claimed 0 -1  | LREM @claimed 1 x
+    RPUSH @ready x                  | LLEN @claimed         | LTRIM @claimed 0 -2   | TYPE @claimed
+    ZADD @leases 1 x                | ZSCORE @leases x      | ZRANGE @leases 0 0    | ZRANGEBYSCORE @leases 0 1
+    ZREM @leases x                  | HINCRBY @meta left 1  | TYPE @ready           | HGET @beat x
+""",
+}
 
 
 def _commands(keys: QueueKeys, group: str, beat: str) -> list[tuple[str, ...]]:
     names = {
-        "@stream": keys.stream("normal"),
+        **_places(keys),
         "@dead": keys.dead,
         "@due": keys.due,
         "@bodies": keys.bodies,
@@ -48,14 +61,26 @@ def _commands(keys: QueueKeys, group: str, beat: str) -> list[tuple[str, ...]]:
         "@me": PROBE,
         "@sha": "0" * 40,
     }
-    lines = _COMMANDS.replace("|", "\n").strip().splitlines()
+    lines = (_OWN[keys.shape].strip() + _BOTH.rstrip()).replace("|", "\n").splitlines()
     return [tuple(names.get(word, word) for word in line.split()) for line in lines]
 
 
-async def look(desk: Desk, queues: Sequence[QueueKeys]) -> list[Finding]:
-    """All commands, on the keys of ``queues`` where the server can be asked about them, else on keys of our own."""
+def _places(keys: QueueKeys) -> dict[str, str]:
+    """Where jobs of a queue lie that are not parked or dead."""
+    places = {"@ready": keys.ready("normal")}
+    return places | ({"@claimed": keys.claimed(PROBE), "@leases": keys.leases} if isinstance(keys, ListKeys) else {})
+
+
+async def look(desk: Desk, queues: Sequence[QueueKeys], keys_of: Callable[[str], QueueKeys]) -> list[Finding]:
+    """All commands, on the keys of ``queues`` where the server can be asked about them, else on keys of our own.
+
+    Args:
+        desk: asks.
+        queues: whose keys.
+        keys_of: the keys of any queue, by its name.
+    """
     beat = worker_key(desk.namespace, PROBE)
-    probe = QueueKeys(PROBE, desk.namespace)
+    probe = keys_of(f"{PROBE}-{secrets.token_hex(4)}")
     user = await _user(desk)
     denied = _Denied()
     if user is not None:
@@ -92,7 +117,9 @@ class _Denied:
         if "channel" in words:
             self.channels = True
         elif "key" in words and "command" not in words:
-            self.keys |= {word for word in command if "stream:{" in word or "streamworker:worker:" in word}
+            self.keys |= {
+                word for word in command if any(part in word for part in ("stream:{", "queue:", "streamworker:worker:"))
+            }
         else:
             self.commands.add(" ".join(command[: 2 if command[0] in ("XGROUP", "XINFO", "CLIENT") else 1]))
 
@@ -119,8 +146,7 @@ async def _ask(desk: Desk, user: str, commands: Sequence[tuple[str, ...]], denie
 
 async def _try(desk: Desk, keys: QueueKeys, beat: str, denied: _Denied) -> None:
     """Run them on keys of a name of its own, which are deleted again and would end by themselves."""
-    keys = QueueKeys(f"{keys.queue}-{secrets.token_hex(4)}", keys.namespace)
-    names = [keys.stream("normal"), keys.dead, keys.due, keys.bodies, keys.meta, keys.key("x"), beat]
+    names = [*_places(keys).values(), keys.dead, keys.due, keys.bodies, keys.meta, keys.key("x"), beat]
     commands = _commands(keys, desk.group, beat)
     try:
         for command, answer in zip(commands, await desk.gather(commands), strict=True):

@@ -7,8 +7,11 @@ import sys
 
 import pytest
 
+from streamworker.broker.keys import ListKeys, QueueKeys
 from streamworker.cli import tree
 from streamworker.cli.tree import root
+from tests.cli.conftest import both_modes
+from tests.conftest import MODES
 
 
 def test_help_imports_no_client(bare):
@@ -77,8 +80,10 @@ def found(done, subject):
     return [(row["severity"], row["sentence"]) for row in done.rows if row["subject"] == subject]
 
 
-def test_check_of_a_sound_server(bare, own_server):
+@pytest.mark.parametrize("mode", MODES)
+def test_check_of_a_sound_server(bare, own_server, mode):
     bare.env["REDIS_URL"] = own_server.url
+    bare.env["STREAMWORKER_MODE"] = mode
     done = bare.ok("check", "--app", "jobs:app", "--json")
     assert {row["severity"] for row in done.rows} == {"ok"}
     assert [list(row) for row in done.rows] == [["severity", "subject", "sentence"]] * len(done.rows)
@@ -115,11 +120,15 @@ def test_check_finds_what_loses_jobs(sw, raw):
     ]
 
 
-@pytest.mark.parametrize("dryrun", [True, False])
-def test_check_of_a_poor_user(sw, raw, redis_url, dryrun):
+@pytest.mark.parametrize(
+    ("ground", "dryrun", "lacks"),
+    [("stream", True, "XDEL"), ("stream", False, "XDEL"), ("list", True, "LREM"), ("list", False, "LREM")],
+    indirect=["ground"],
+)
+def test_check_of_a_poor_user(sw, raw, redis_url, dryrun, lacks):
     if dryrun and int(raw.info("server")["redis_version"].split(".")[0]) < 7:
         pytest.skip("ACL DRYRUN is of Redis 7")
-    rules = ["on", ">pw", "~*", "+@all", "-xdel", "-config", *([] if dryrun else ["-acl"])]
+    rules = ["on", ">pw", "~*", "+@all", f"-{lacks.lower()}", "-config", *([] if dryrun else ["-acl"])]
     raw.execute_command("ACL", "SETUSER", "poor", *rules)
     try:
         raw.xgroup_create("stream:{notes}", "workers", "0", mkstream=True)
@@ -129,11 +138,21 @@ def test_check_of_a_poor_user(sw, raw, redis_url, dryrun):
     assert done.returncode == 1
     severity, sentence = found(done, "permissions")[0]
     assert severity == "error"
-    assert "XDEL" in sentence
+    assert lacks in sentence
     # Redis 7 permits no channel unless told to; nothing is lost by that.
     assert {severity for severity, _ in found(done, "permissions")[1:]} <= {"warning"}
     assert found(done, "persistence")[0][0] == "warning"
     assert [key for key in raw.keys("*") if b"check" in key] == []
+
+
+@both_modes
+def test_check_finds_what_lies_where_the_other_mode_reads(sw, ground):
+    other = {"stream": ListKeys, "list": QueueKeys}[ground.mode]("notes")
+    ground.raw.execute_command(*other.adding("low", b'{"payload":{"text":"x"}}'))
+    ((severity, sentence),) = found(sw("check", "--json", "--queues", "notes"), "mode")
+    assert severity == "warning"
+    assert "1 jobs of notes lie in" in sentence
+    assert {"stream": "run streamworker bridge", "list": "stream mode"}[ground.mode] in sentence
 
 
 def test_check_says_what_it_cannot_reach(bare):

@@ -136,7 +136,7 @@ async def test_paused_queues_are_passed_over(popping, raw):
         raw.hset("stream:{a}:meta", "paused", "1")
         await broker.publish([job("a", "a"), job("q", "q")])
         assert names(await broker.claim(1, 0, ())) == ["q"]
-        raw.hset("stream:{q}:meta", "paused", "1")
+        raw.hset("stream:{q}:meta", "inactive", "1")
         assert await broker.claim(1, 0.05, ()) == []
         raw.hdel("stream:{a}:meta", "paused")
         assert names(await broker.claim(1, 5, ())) == ["a"]

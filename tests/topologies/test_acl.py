@@ -14,6 +14,8 @@ import redis
 from streamworker import App, Context, Discard, Payload, QueueWorker, Retry, Settings, Snooze
 from streamworker.bridging import Bridging
 from streamworker.broker.client import Address
+from streamworker.broker.keys import ListKeys, QueueKeys
+from streamworker.broker.list_operate import ListOperator
 from streamworker.broker.lists import ListBroker, ListOptions
 from streamworker.broker.operate import StreamOperator
 from streamworker.broker.stream import StreamOptions
@@ -21,7 +23,7 @@ from streamworker.errors import ConfigurationError, StreamworkerError
 from streamworker.views import Selection, chosen_dead, chosen_delayed, chosen_pending
 from tests.cli.conftest import JOBS, Program
 from tests.conftest import Server, eventually
-from tests.contract.ground import GROUP, StreamGround
+from tests.contract.ground import GROUNDS, GROUP, StreamGround
 from tests.contract.helpers import dead, job, names
 
 DOCS = Path(__file__).parents[2] / "docs" / "security.md"
@@ -31,18 +33,24 @@ Q = "stream:{q}"
 def acl_lines(namespace: str = "") -> list[list[str]]:
     """The words of each line of the docs, with the namespace before its patterns; legacy lists have none."""
     lines = re.findall(r"^ACL SETUSER (.+)$", DOCS.read_text(), re.MULTILINE)
-    assert [line.split()[0] for line in lines] == ["worker", "producer", "inspector", "bridge"]
+    assert [line.split()[0] for line in lines] == ["worker", "producer", "inspector", "bridge", *BESIDES]
     put = [[re.sub(r"^([~&])", rf"\g<1>{namespace}", word) for word in line.split()] for line in lines]
     lists = f"~{namespace}queue:*"
     return [[*words, "~queue:*"] if namespace and lists in words else words for words in put]
 
 
+BESIDES = ["worker", "producer", "inspector"]
+"""Whose rights in list mode stand in lines of their own, at the end."""
+
+
 class Users:
     """A server with the three users of the docs, and its administrator's client."""
 
-    def __init__(self, server: Server, namespace: str = "") -> None:
-        self.server, self.raw = server, server.client()
-        for line in acl_lines(namespace):
+    def __init__(self, server: Server, namespace: str = "", mode: str = "stream") -> None:
+        self.server, self.raw, self.namespace = server, server.client(), namespace
+        self.ground = GROUNDS[mode](self.raw)
+        lines = acl_lines(namespace)
+        for line in lines if mode == "list" else lines[: -len(BESIDES)]:
             self.raw.execute_command("ACL SETUSER", *line)
 
     def url(self, name: str) -> str:
@@ -60,7 +68,13 @@ class Users:
 @pytest.fixture(params=["", "shop:"])
 def users(own_server: Server, request: pytest.FixtureRequest) -> Iterator[Users]:
     made = Users(own_server, request.param)
-    made.namespace = request.param  # type: ignore[attr-defined]
+    yield made
+    made.raw.close()
+
+
+@pytest.fixture(params=[("", "stream"), ("shop:", "stream"), ("", "list"), ("shop:", "list")])
+def moded(own_server: Server, request: pytest.FixtureRequest) -> Iterator[Users]:
+    made = Users(own_server, *request.param)
     yield made
     made.raw.close()
 
@@ -69,11 +83,12 @@ class Task(Payload, kind="task", queue="q"):
     name: str
 
 
-async def test_a_worker_does_everything_a_worker_does(users):
-    namespace, raw = users.namespace, users.raw
-    q = namespace + Q
+async def test_a_worker_does_everything_a_worker_does(moded):
+    users, ground, namespace, raw = moded, moded.ground, moded.namespace, moded.raw
+    keys = ground.keys("q", namespace)
     ran: list[str] = []
-    app = App(settings=Settings(redis_url=users.url("worker"), namespace=namespace, lease=0.5, concurrency=5))
+    url = users.url("worker")
+    app = App(settings=Settings(redis_url=url, mode=ground.mode, namespace=namespace, lease=0.5, concurrency=5))
 
     @app.handler(max_attempts=2)
     async def task(payload: Task, ctx: Context) -> None:
@@ -92,11 +107,13 @@ async def test_a_worker_does_everything_a_worker_does(users):
         await app.enqueue_many([Task(name=name) for name in ("plain", "retry", "snooze", "dead", "enqueues")])
         await app.enqueue(Task(name="delayed"), delay=0.1)
         await app.enqueue(Task(name="high"), priority="high", key="high")
-        # What a worker that died left behind: a name in the group, and a job under it.
-        raw.xgroup_create(q, GROUP, "0", mkstream=True)
-        raw.hset(f"{q}:meta", "epoch", "e")
-        raw.xadd(q, {"job": '{"id":"orphan","payload":{"name":"orphan"}}'})
-        raw.xreadgroup(GROUP, "gone", {q: ">"}, count=100)
+        # What a worker that died left behind: a name, and a job under it.
+        raw.execute_command(*keys.adding("normal", b'{"id":"orphan","payload":{"name":"orphan"}}'))
+        gone = ground.broker(users.server.url, (("q", None),), namespace=namespace)
+        await gone.open()
+        await gone.join("gone")
+        assert len(await gone.claim(100, 0, ())) > 1
+        await gone.close()
         worker = QueueWorker(app, redis=None, database=None, services=None)
         running = asyncio.create_task(worker.start())
         expected = {"plain", "retry", "snooze", "dead", "enqueues", "child", "late child", "delayed", "high", "orphan"}
@@ -106,16 +123,58 @@ async def test_a_worker_does_everything_a_worker_does(users):
         async def tidied() -> bool:  # once the name has been silent for two leases
             worker._broker._tidy_at = 0.0
             await worker._broker.tick()
-            return b"gone" not in {each["name"] for each in raw.xinfo_consumers(q, GROUP)}
+            return not [name for name in left_behind(raw, keys) if name == "gone"]
 
         await eventually(tidied)
         await worker.stop()
         await running
     assert (ran.count("retry"), ran.count("snooze"), ran.count("plain")) == (2, 2, 1)
-    assert raw.xlen(f"{q}:dead") == 1
-    assert raw.xinfo_consumers(q, GROUP) == []
+    assert raw.xlen(keys.dead) == 1
+    assert left_behind(raw, keys) == []
     assert not raw.keys("*streamworker:worker:*")
     assert users.denials() == []
+
+
+def left_behind(raw: redis.Redis, keys: QueueKeys) -> list[str]:
+    """Names of workers that lie on the server."""
+    if isinstance(keys, ListKeys):
+        return [name.decode().partition(":claimed:")[2] for name in raw.keys(f"{keys.namespace}queue:*:claimed:*")]
+    return [each["name"].decode() for place in keys.streams for each in raw.xinfo_consumers(place, GROUP)]
+
+
+async def test_a_producer_and_an_inspector_of_lists(own_server):
+    users = Users(own_server, "", "list")
+    app = App(settings=Settings(redis_url=users.url("producer"), mode="list"))
+    async with app:
+        await app.enqueue_many([Task(name="a"), app.job(Task(name="b"), delay=60), app.job(Task(name="c"), key="k")])
+        await app.enqueue(Task(name="d"))
+    gone = users.ground.broker(users.server.url, (("q", None),))
+    await gone.open()
+    await gone.join("gone")
+    first, *_ = await gone.claim(2, 0, ())
+    await gone.settle([dead(first)])
+    await gone.close()
+    before = contents(users.raw)
+    options = ListOptions(queues=(("q", None),))
+    operator = ListOperator(Address(users.url("inspector")), options)
+    await operator.open()
+    assert await operator.queues() == ["q"]
+    everything = Selection(queue="q")
+    (pending,) = [entry async for entry in chosen_pending(operator, everything)]
+    assert b"payload" in (await operator.body(pending) or b"")
+    assert len([each async for each in chosen_delayed(operator, everything)]) == 1
+    assert len([each async for each in chosen_dead(operator, everything)]) == 1
+    assert [each.worker_id for each in await operator.workers(["q"])] == ["gone"]
+    (depth,) = await operator.depth(["q"])
+    assert (depth.ready, depth.running, depth.delayed, depth.dead) == (1, 1, 1, 1)
+    assert await operator.departed(["q"]) == [1]
+    assert await operator.waiting(["q"], 100)
+    assert users.denials() == []
+    with pytest.raises(StreamworkerError, match="denies"):
+        await operator.drop(pending)
+    await operator.close()
+    assert contents(users.raw) == before
+    users.raw.close()
 
 
 async def test_a_producer_enqueues_in_every_way_and_does_nothing_else(users, broker_of):
