@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import redis
 
 from streamworker import App, Payload, QueueWorker, Settings
 from streamworker.broker.client import Address
+from streamworker.broker.keys import QueueKeys
 from streamworker.broker.stream import StreamBroker, StreamOptions
 from tests.conftest import eventually
 from tests.topologies.servers import Clustered, Sentineled
@@ -83,8 +84,8 @@ async def working(url: str, **options: object) -> AsyncIterator[Ran]:
 class Producer:
     """Stores jobs in a thread, each on the master and on ``replicas`` replicas before it counts as acknowledged."""
 
-    def __init__(self, client: Callable[[], redis.Redis], keys: tuple[str, ...] = ("stream:{q}",)) -> None:
-        self._client, self._keys = client, keys
+    def __init__(self, client: Callable[[], redis.Redis], queues: Sequence[QueueKeys] = (QueueKeys("q"),)) -> None:
+        self._client, self._queues = client, queues
         self.acknowledged: list[str] = []
         self.replicas = 1
         self._stop = threading.Event()
@@ -108,7 +109,8 @@ class Producer:
                         name = f"job{number}"
                         document = f'{{"id":"{name}","payload":{{"name":"{name}"}}}}'
                         with client.pipeline(transaction=False) as pipe:
-                            pipe.xadd(self._keys[number % len(self._keys)], {"job": document})
+                            keys = self._queues[number % len(self._queues)]
+                            pipe.execute_command(*keys.adding("normal", document.encode()))
                             pipe.wait(self.replicas, 1000)
                             _, replicas = pipe.execute()
                         if replicas >= self.replicas:

@@ -15,17 +15,18 @@ from streamworker.bridging import Bridging
 from streamworker.broker.client import Address
 from streamworker.errors import ConfigurationError, Unreachable
 from tests.conftest import eventually
-from tests.contract.ground import GROUP
+from tests.contract.ground import GROUNDS, GROUP
 from tests.contract.helpers import job, names
 from tests.topologies.conftest import Count, Producer, working
 
 pytestmark = pytest.mark.slow
 
 
-async def test_a_master_dies_under_a_running_worker(sentinels):
-    old = sentinels.master
-    async with working(sentinels.url) as ran:
-        with Producer(sentinels.client) as producer:
+@pytest.mark.parametrize("mode", ["stream", "list"])
+async def test_a_master_dies_under_a_running_worker(sentinels, mode):
+    old, ground = sentinels.master, GROUNDS[mode]
+    async with working(sentinels.url, mode=mode) as ran:
+        with Producer(sentinels.client, [ground(None).keys()]) as producer:
             await eventually(lambda: sum(ran.values()) > 100)
             old.kill()
             await eventually(lambda: sentinels.master is not old, 20)
@@ -35,17 +36,18 @@ async def test_a_master_dies_under_a_running_worker(sentinels):
         await eventually(lambda: set(producer.acknowledged) <= ran.keys(), 20)
         assert sentinels.master is not old
         with sentinels.client() as client:
-            await eventually(lambda: client.xlen("stream:{q}") == 0)
-            assert client.xpending("stream:{q}", GROUP)["pending"] == 0
+            await eventually(ground(client).empty)
+            assert ground(client).held() == 0
     with sentinels.client() as client:
-        assert client.xinfo_consumers("stream:{q}", GROUP) == []
+        assert ground(client).names() == []
 
 
-async def test_a_demoted_master_is_left_for_the_new_one(sentinels):
+@pytest.mark.parametrize("mode", ["stream", "list"])
+async def test_a_demoted_master_is_left_for_the_new_one(sentinels, mode):
     """The old master lives on as a replica: connections to it must not be kept."""
     old = sentinels.master
-    async with working(sentinels.url) as ran:
-        with Producer(sentinels.client) as producer:
+    async with working(sentinels.url, mode=mode) as ran:
+        with Producer(sentinels.client, [GROUNDS[mode](None).keys()]) as producer:
             await eventually(lambda: sum(ran.values()) > 50)
             with sentinels.sentinels[0].client() as sentinel:
                 sentinel.execute_command("SENTINEL", "FAILOVER", "mymaster")
