@@ -61,6 +61,7 @@ class Context(Generic[S_co]):
         self._attempts: Final = reading.attempt_count or 0
         self.deadline_at: float | None = None  # monotonic seconds; the executor's
         self._cancelled = ""
+        self._transaction: Transaction | Refused | None = None
         self._job: Job | None = None
         self._log: Any = None
 
@@ -166,7 +167,6 @@ class Context(Generic[S_co]):
         ledger = self._book("transaction")
         if self.effect is not None:
             raise UsageError("ctx.transaction() may be used once in a run: put what belongs together into one block")
-        self._transaction: Transaction | Refused
         self._transaction = transaction = ledger.transaction(self._record(), self.deadline_at)
         return transaction
 
@@ -189,10 +189,7 @@ class Context(Generic[S_co]):
     @property
     def effect(self) -> Effect | None:
         """What became of this run's transaction; ``None`` without one."""
-        try:
-            return self._transaction.effect
-        except AttributeError:  # set by transaction() alone: most jobs have none, and shall not pay for it
-            return None
+        return None if self._transaction is None else self._transaction.effect
 
     def _book(self, what: str) -> Ledger:
         if self._shared.ledger is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from time import monotonic
+from time import monotonic, time
 from typing import Final
 
 import anyio
@@ -70,7 +70,8 @@ class Noting:
             and (run.context is None or run.context.effect is not Effect.OPEN)
         ]
         if new:
-            await self._ledger.running([begun(run) for run in new])
+            begun_at = time() - monotonic()
+            await self._ledger.running([begun(run, begun_at) for run in new])
             self._noted.update(new)
 
     async def _tidy(self) -> None:

@@ -18,7 +18,7 @@ import msgspec
 from streamworker.bookkeeping.outage import Outage
 from streamworker.broker import Ending
 from streamworker.errors import Discard, Snooze, Unreachable
-from streamworker.execute import Run
+from streamworker.execute import OK, Run
 from streamworker.holdings import Holdings
 from streamworker.job import (
     Abandoned,
@@ -143,13 +143,16 @@ class Recorder:
 
     async def _record(self, batch: Sequence[Run]) -> None:
         now = time()
+        begun_at = now - monotonic()
         runs: list[Run] = []
         endings: list[Ending] = []
         records: list[RunRecord] = []
         for run in batch:
-            self._correct(run, now)
-            ending = judged(run, now)
-            record = record_of(run, ending)
+            effect = None if run.context is None else run.context.effect
+            if effect is not None:
+                self._correct(run, effect, now)
+            ending = Ending(run.claim, DONE) if run.outcome is OK else judged(run, now)
+            record = record_of(run, ending, begun_at)
             if record is None:
                 self._pass_on(run, ending)
             else:
@@ -159,9 +162,11 @@ class Recorder:
         if not records:
             return
         answers = await self._ledger.record(records)
+        settle = self._settle
         for run, ending, answer in zip(runs, endings, answers, strict=True):
             if answer is Stored.STORED:
-                self._pass_on(run, ending)
+                run.ending = ending
+                settle(run)
             elif answer is Stored.BUSY:
                 self._busy.append(run)
                 self._busy_until = anyio.current_time() + BUSY_PAUSE
@@ -180,10 +185,9 @@ class Recorder:
             self._holdings.counts.skipped += 1
         self._pass_on(run, Ending(run.claim, DONE))
 
-    def _correct(self, run: Run, now: float) -> None:
+    def _correct(self, run: Run, effect: Effect, now: float) -> None:
         """A run's transaction decides, whatever the handler did after it."""
-        effect = run.context.effect if run.context is not None else None
-        if effect is None or effect is Effect.UNDONE or isinstance(run.outcome, Recorded):
+        if isinstance(run.outcome, Recorded):
             return
         if effect is Effect.COMMITTED:
             if run.outcome is not None and not isinstance(run.outcome, Ok):
@@ -217,22 +221,23 @@ def decided(run: Run, now: float) -> Ending:
     return run.ending if run.ending is not None else judged(run, now)
 
 
-def record_of(run: Run, ending: Ending) -> RunRecord | None:
+def record_of(run: Run, ending: Ending, begun_at: float) -> RunRecord | None:
     """What the ledger is told of a run; ``None`` if nothing is to be told.
 
     Args:
         run: with its outcome.
         ending: what becomes of it.
+        begun_at: epoch seconds of the monotonic clock's zero.
     """
     outcome, verdict = run.outcome, ending.verdict
     if isinstance(outcome, Recorded | Postponed) or (isinstance(outcome, Interrupted) and run.started is None):
         return None  # it is recorded, or nothing has happened
-    record = begun(run)
+    record = begun(run, begun_at)
     record.finished = run.finished
     record.outcome = _word(outcome)
     if type(verdict) is Done:
         record.status = "completed"
-        if isinstance(outcome, Ok) and outcome.value is not None:
+        if outcome is not OK and isinstance(outcome, Ok) and outcome.value is not None:
             _keep_result(record, outcome.value)
     elif isinstance(verdict, RetryAt):
         record.status, record.run_at, record.error = "retrying", verdict.at, verdict.error
@@ -250,16 +255,23 @@ def record_of(run: Run, ending: Ending) -> RunRecord | None:
     return record
 
 
-def begun(run: Run) -> RunRecord:
-    """What the ledger is told of a run that has no outcome yet."""
+def begun(run: Run, begun_at: float) -> RunRecord:
+    """What the ledger is told of a run that has no outcome yet.
+
+    Args:
+        run: prepared.
+        begun_at: epoch seconds of the monotonic clock's zero.
+    """
     if run.reading is None:
         return unread_record(run.claim)
-    started = None if run.started is None else time() - (monotonic() - run.started)
+    started = None if run.started is None else begun_at + run.started
     limit = run.facts.limits.max_attempts if run.facts is not None else None
     return run_record(run.claim, run.reading, kind=run.kind, max_attempts=limit, started=started)
 
 
 def _word(outcome: Outcome | None) -> str:
+    if outcome is OK:
+        return "ok"
     if isinstance(outcome, Raised):
         if isinstance(outcome.error, Snooze):
             return "snoozed"

@@ -50,8 +50,10 @@ class Database:
         self.pool: Final = pool
         self.pooled: Final = pooled
         self._own: Final = own
-        self._prepared: Final = own and not pooled
-        self._active: set[Connection] = set()
+        self.straight: Final = own and not pooled
+        """A statement is one round trip: our settings hold for the session, and statements stay prepared."""
+        self.active: set[Connection] = set()
+        """In use by us."""
 
     @asynccontextmanager
     async def session(self, *, alone: bool = True) -> AsyncIterator[Connection]:
@@ -62,9 +64,9 @@ class Database:
                 around all of them.
         """
         async with self.pool.acquire(timeout=CONNECT_TIMEOUT) as connection:
-            self._active.add(connection)
+            self.active.add(connection)
             try:
-                if alone and self._prepared:
+                if alone and self.straight:
                     yield connection
                 else:
                     await connection.execute(_SET_LOCAL)
@@ -75,20 +77,24 @@ class Database:
                 break_off(connection)
                 raise
             except BaseException:
-                if not (alone and self._prepared) and not is_gone(connection):
+                if not (alone and self.straight) and not is_gone(connection):
                     await connection.execute("rollback")
                 raise
             finally:
-                self._active.discard(connection)
+                self.active.discard(connection)
 
     async def fetch(self, statement: str, *values: Any) -> list[asyncpg.Record]:
         """The rows of one statement, in a transaction of its own; raises what asyncpg raises."""
         async with self.session() as connection:
             return await connection.fetch(statement, *values)
 
+    def line(self) -> Line:
+        """A way to ask again and again."""
+        return Line(self)
+
     def abandon(self) -> None:
         """Break the connections that are in use by us: whatever is under way on them fails."""
-        for connection in list(self._active):
+        for connection in list(self.active):
             break_off(connection)
 
     def close(self) -> None:
@@ -96,6 +102,34 @@ class Database:
         self.abandon()
         if self._own:
             self.pool.terminate()
+
+
+class Line:
+    """One question at a time, on a connection that is kept where it is ours: a pool costs more than many a question."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._kept: Connection | None = None
+
+    async def fetch(self, statement: str, *values: Any) -> list[asyncpg.Record]:
+        """The rows of one statement, in a transaction of its own; raises what asyncpg raises."""
+        database = self._database
+        if not database.straight:
+            return await database.fetch(statement, *values)
+        connection = self._kept
+        if connection is None or is_gone(connection):
+            connection = self._kept = await database.pool.acquire(timeout=CONNECT_TIMEOUT)
+            database.active.add(connection)
+        try:
+            return await connection.fetch(statement, *values)
+        except (TimeoutError, asyncio.CancelledError):
+            break_off(connection)
+            raise
+        finally:
+            if is_gone(connection):
+                database.active.discard(connection)
+                self._kept = None
+                await database.pool.release(connection)  # type: ignore[arg-type]
 
 
 async def open_database(url: str, *, name: str = "ledger", connections: int = CONNECTIONS) -> Database:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from operator import itemgetter
 from typing import Any, Final, TypeAlias
 
 import anyio
 import asyncpg
 
 from streamworker.postgres import FINAL, RunRecord, Stored
-from streamworker.postgres.failures import is_outage, reason, sqlstate, translated
+from streamworker.postgres.failures import is_outage, reason, sqlstate, translated, understood
+from streamworker.postgres.packing import PACKED, packed
 from streamworker.postgres.pool import Database
 from streamworker.postgres.rows import created, headers_text, json_text, stored_id, text
 from streamworker.telemetry.logs import get_logger
@@ -35,6 +35,22 @@ _ITEMS: Final = """unnest($2::text[], $3::text[], $4::text[], $5::text[], $6::te
     hop, deliveries, run_at, started, finished, error, result, headers,
     document, epoch, created, attempt, outcome)"""
 
+ON_CONFLICT: Final = """
+  on conflict (id) do update set
+      status = excluded.status, kind = coalesce(nullif(stored.kind, ''), excluded.kind),
+      attempt_count = excluded.attempt_count, hop = excluded.hop, deliveries = excluded.deliveries,
+      run_at = coalesce(excluded.run_at, stored.run_at),
+      worker_id = excluded.worker_id, started_at = coalesce(excluded.started_at, stored.started_at),
+      finished_at = excluded.finished_at, last_error = excluded.last_error,
+      result = coalesce(excluded.result, stored.result), epoch = excluded.epoch, updated_at = now()
+    where (excluded.hop, excluded.deliveries) >= (stored.hop, stored.deliveries)
+      and stored.status not in ('completed', 'cancelled')
+      or (excluded.hop, excluded.deliveries) = (stored.hop, stored.deliveries)
+      and stored.status = 'completed' and excluded.status = 'completed'
+  returning id"""
+
+PACK: Final = PACKED + ON_CONFLICT
+
 RECORD: Final = f"""
 with items as materialized (select * from {_ITEMS}),
 logged as (
@@ -50,18 +66,7 @@ insert into streamworker.jobs as stored (id, queue_name, kind, payload, level, s
       case when status in ('completed', 'dead') then to_timestamp(finished) end, error, result::jsonb, headers::jsonb,
       document, epoch
     from items
-  on conflict (id) do update set
-      status = excluded.status, kind = coalesce(nullif(stored.kind, ''), excluded.kind),
-      attempt_count = excluded.attempt_count, hop = excluded.hop, deliveries = excluded.deliveries,
-      run_at = coalesce(excluded.run_at, stored.run_at),
-      worker_id = excluded.worker_id, started_at = coalesce(excluded.started_at, stored.started_at),
-      finished_at = excluded.finished_at, last_error = excluded.last_error,
-      result = coalesce(excluded.result, stored.result), epoch = excluded.epoch, updated_at = now()
-    where (excluded.hop, excluded.deliveries) >= (stored.hop, stored.deliveries)
-      and stored.status not in ('completed', 'cancelled')
-      or (excluded.hop, excluded.deliveries) = (stored.hop, stored.deliveries)
-      and stored.status = 'completed' and excluded.status = 'completed'
-  returning id"""  # noqa: S608 - our own text
+{ON_CONFLICT}"""  # noqa: S608 - our own text
 
 WHY: Final = "select id, status from streamworker.jobs where id = any($1::text[])"
 
@@ -81,6 +86,14 @@ insert into streamworker.jobs as stored (id, queue_name, kind, payload, level, s
   returning id"""  # noqa: S608 - our own text
 
 
+def _at_fault(error: Exception) -> bool:
+    """Whether one row is to blame, which is found by halving; raises what concerns all of them."""
+    if is_outage(error):
+        return False
+    code = sqlstate(error)
+    return code in _LOCKED or code[:2] in _ROW_FAULTS or isinstance(error, asyncpg.DataError | ValueError)
+
+
 class Recording:
     """Records runs of one worker.
 
@@ -90,7 +103,7 @@ class Recording:
     """
 
     def __init__(self, database: Database, worker_id: str) -> None:
-        self._database = database
+        self._line = database.line()
         self._worker_id = worker_id
         self._epochs: dict[bytes, str] = {}
 
@@ -98,8 +111,24 @@ class Recording:
         """See `Ledger.record`."""
         answers = [Stored.STORED] * len(runs)
         for batch in _rounds(runs):
-            await self._store(RECORD, batch, answers)
+            if not await self._pack(batch, answers):
+                await self._store(RECORD, batch, answers)
         return answers
+
+    async def _pack(self, batch: Sequence[_Item], answers: list[Stored]) -> bool:
+        """Record a batch the short way; False if it has to go the long one."""
+        values = packed([run for _, run, _ in batch], self._epochs)
+        if values is None:
+            return False
+        try:
+            stored = await self._told(PACK, values)
+        except Exception as error:
+            if _at_fault(error):
+                return False
+            raise translated(error, "recording jobs") from error
+        if len(stored) < len(batch):
+            await self._explain(batch, {row["id"] for row in stored}, answers)
+        return True
 
     async def running(self, runs: Sequence[RunRecord]) -> None:
         """See `Ledger.running`."""
@@ -109,50 +138,50 @@ class Recording:
 
     async def _store(self, statement: str, batch: Sequence[_Item], answers: list[Stored]) -> None:
         try:
-            missing = await self._told(statement, [self._row(run, bare) for _, run, bare in batch])
+            rows = [self._row(run, bare) for _, run, bare in batch]
+            stored = await self._told(statement, list(zip(*rows, strict=True)))
         except Exception as error:
-            if is_outage(error):
-                raise translated(error, "recording jobs") from error
-            code = sqlstate(error)
-            if not (code in _LOCKED or code[:2] in _ROW_FAULTS or isinstance(error, asyncpg.DataError | ValueError)):
+            if not _at_fault(error):
                 raise translated(error, "recording jobs") from error
             if len(batch) > 1:
                 middle = len(batch) // 2
                 await self._store(statement, batch[:middle], answers)
                 await self._store(statement, batch[middle:], answers)
-                return
-            index, run, bare = batch[0]
-            if code in _LOCKED:
-                answers[index] = Stored.BUSY
-            elif bare < 2:
-                note = f"not everything of this run could be stored ({sqlstate(error) or type(error).__name__})"
-                log.warning("ledger_row_reduced", job_id=run.job_id, kind=run.kind, queue=run.queue, reason=note)
-                await self._store(statement, [(index, run, bare + 1)], answers)
             else:
-                log.error("ledger_row_refused", job_id=run.job_id, kind=run.kind, queue=run.queue, error=reason(error))
+                await self._store_reduced(statement, batch[0], error, answers)
             return
-        if missing:
-            why = {row["id"]: row["status"] for row in await self._database.fetch(WHY, sorted(missing))}
-            for index, run, _ in batch:
-                status = why.get(stored_id(run.job_id))
-                if status is not None:
-                    answers[index] = Stored.ENDED if status in FINAL else Stored.SUPERSEDED
+        if len(stored) < len(batch):
+            await self._explain(batch, {row["id"] for row in stored}, answers)
 
-    async def _told(self, statement: str, rows: Sequence[Row]) -> set[str]:
-        """Run the statement; returns the ids it left alone."""
-        columns = list(zip(*rows, strict=True))
-        for tries in range(TRIES):
+    async def _store_reduced(self, statement: str, item: _Item, error: Exception, answers: list[Stored]) -> None:
+        """Store one row without what offends, or put it off if somebody works on it."""
+        index, run, bare = item
+        if sqlstate(error) in _LOCKED:
+            answers[index] = Stored.BUSY
+        elif bare < 2:
+            note = f"not everything of this run could be stored ({sqlstate(error) or type(error).__name__})"
+            log.warning("ledger_row_reduced", job_id=run.job_id, kind=run.kind, queue=run.queue, reason=note)
+            await self._store(statement, [(index, run, bare + 1)], answers)
+        else:
+            log.error("ledger_row_refused", job_id=run.job_id, kind=run.kind, queue=run.queue, error=reason(error))
+
+    async def _explain(self, batch: Sequence[_Item], stored: set[str], answers: list[Stored]) -> None:
+        """Answer for the rows that were left alone."""
+        missing = {stored_id(run.job_id): index for index, run, _ in batch if stored_id(run.job_id) not in stored}
+        with understood("recording jobs"):
+            for row in await self._line.fetch(WHY, sorted(missing)):
+                answers[missing[row["id"]]] = Stored.ENDED if row["status"] in FINAL else Stored.SUPERSEDED
+
+    async def _told(self, statement: str, values: Sequence[Any]) -> list[asyncpg.Record]:
+        """Run the statement; returns the ids of the rows it wrote."""
+        for _ in range(TRIES - 1):
             try:
-                stored = await self._database.fetch(statement, self._worker_id, *columns)
+                return await self._line.fetch(statement, self._worker_id, *values)
             except asyncpg.PostgresError as error:
-                if error.sqlstate not in _AGAIN or tries == TRIES - 1:
+                if error.sqlstate not in _AGAIN:
                     raise
-                await anyio.sleep(random.uniform(0, 0.05) * (tries + 1))  # noqa: S311 - spreads load
-            else:
-                break
-        if len(stored) == len(rows):
-            return set()
-        return {row[0] for row in rows} - {row["id"] for row in stored}
+                await anyio.sleep(random.uniform(0, 0.1))  # noqa: S311 - spreads load
+        return await self._line.fetch(statement, self._worker_id, *values)
 
     def _row(self, run: RunRecord, bare: int) -> Row:
         """The values of one run; ``bare`` leaves out what may offend: 1 payload, headers, result; 2 all that can be."""
@@ -181,15 +210,18 @@ _Item: TypeAlias = tuple[int, RunRecord, int]
 
 def _rounds(runs: Sequence[RunRecord]) -> list[list[_Item]]:
     """The runs in order of their ids, so that batches never deadlock; a job that comes twice goes another round."""
+    names = [run.job_id for run in runs]
+    order = sorted(range(len(runs)), key=names.__getitem__)
+    if len(set(names)) == len(names):
+        return [[(index, runs[index], 0) for index in order]]
     rounds: list[list[_Item]] = []
-    keyed = sorted(((run.job_id, index, run) for index, run in enumerate(runs)), key=itemgetter(0, 1))
-    last, turn = None, 0
-    for job_id, index, run in keyed:
-        turn = turn + 1 if job_id == last else 0
-        last = job_id
+    turns: dict[str, int] = {}
+    for index in order:
+        turn = turns.get(names[index], 0)
+        turns[names[index]] = turn + 1
         if turn == len(rounds):
             rounds.append([])
-        rounds[turn].append((index, run, 0))
+        rounds[turn].append((index, runs[index], 0))
     return rounds
 
 

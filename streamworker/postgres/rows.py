@@ -14,8 +14,9 @@ from streamworker.postgres import RunRecord
 
 _NAMESPACE: Final = UUID("0b1d2e3c-7f55-5b0e-8a41-3f2f6c1b9d10")
 _encode = msgspec.json.encode
-# Conservative: halves of surrogate pairs that have their other half are legal, and rare enough.
-_NO_JSONB: Final = re.compile(rb"\\u(?:0000|[dD][89abAB])")
+_NO_JSONB: Final = re.compile(r"\\u(?:0000|[dD][89a-fA-F])")
+# What looks like that and is none: an escaped backslash before a "u", and both halves of a pair.
+_HARMLESS: Final = re.compile(r"\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}")
 _ODD: Final = re.compile("[\x00\ud800-\udfff]")
 
 
@@ -44,13 +45,18 @@ def json_text(raw: msgspec.Raw | bytes | None) -> str | None:
     """JSON as text for jsonb; ``None`` for what jsonb refuses as far as can be told cheaply."""
     if raw is None:
         return None
-    data = bytes(raw)
-    if b"\\u" in data and _NO_JSONB.search(data) is not None:
-        return None
     try:
-        return data.decode()
+        written = str(raw, "utf-8")
     except UnicodeDecodeError:
         return None
+    return None if refused_by_jsonb(written) else written
+
+
+def refused_by_jsonb(written: str) -> bool:
+    """Whether JSON text holds the escape of a NUL, or of half a surrogate pair."""
+    if "\\u" not in written or _NO_JSONB.search(written) is None:
+        return False
+    return _NO_JSONB.search(_HARMLESS.sub(".", written)) is not None
 
 
 def headers_text(headers: dict[str, Any] | None) -> str | None:

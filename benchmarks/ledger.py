@@ -1,0 +1,79 @@
+"""What does the durable record cost? No-op jobs with the PostgreSQL ledger on, beside the same without it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import asyncpg
+import redis.asyncio as redis
+
+from benchmarks import measure
+from benchmarks.measure import Options, Row
+from benchmarks.worker import Bench, settings
+from streamworker import embedded
+from streamworker.postgres.migrate import Migrator
+
+SHARE = 0.4
+"""Of the throughput without a ledger: what it has to reach."""
+
+
+@contextmanager
+def database() -> Iterator[str]:
+    """URL of a fresh PostgreSQL with its defaults (fsync is on), free to run on any core."""
+    ours = os.sched_getaffinity(0)
+    state = Path(tempfile.mkdtemp(prefix="streamworker-bench-"))
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    try:
+        servers = embedded.acquire(state)
+    finally:
+        os.sched_setaffinity(0, ours)
+    try:
+        yield servers.database_url
+    finally:
+        servers.close()
+        time.sleep(2)  # they stop when nobody uses them
+        shutil.rmtree(state, ignore_errors=True)
+
+
+async def ask(url: str, options: Options) -> list[Row]:
+    """The same jobs and the same worker, until the last one is recorded and settled."""
+    client = redis.Redis.from_url(url)
+    jobs = options.jobs(100_000)
+    with database() as database_url:
+        await Migrator(database_url).up()
+
+        async def rate(**more: object) -> float:
+            await client.flushall()
+            bench = Bench(settings(url, concurrency=100, relay="off", **more))
+            await bench.fill(jobs)
+            begin = time.perf_counter()
+            async with bench.working():
+                await bench.done.wait()
+            return jobs / (time.perf_counter() - begin)
+
+        async def without() -> float:
+            return await rate()
+
+        async def recorded() -> float:
+            connection = await asyncpg.connect(database_url)
+            await connection.execute("truncate streamworker.jobs, streamworker.job_logs")
+            figure = await rate(database_url=database_url, ledger="on")
+            count = await connection.fetchval("select count(*) from streamworker.jobs where status = 'completed'")
+            await connection.close()
+            if count != jobs:
+                raise SystemExit(f"{count} of {jobs} jobs are recorded")
+            return figure
+
+        figures = await measure.take_turns(options.rounds, {"no ledger": without, "ledger": recorded})
+    await client.aclose()
+    return measure.rows_of("ledger, no-op jobs", "/s", figures, "no ledger", ledger=SHARE)
+
+
+if __name__ == "__main__":
+    measure.main(ask, __doc__)
