@@ -2,8 +2,8 @@
 
 from streamworker.health import LEDGER_AWAY
 from tests.conftest import eventually_blocking
-from tests.lifecycle.test_health import ask, raw, start, status
-from tests.lifecycle.test_worker import put, settled, traces
+from tests.lifecycle.test_health import ask, put, raw, start, status
+from tests.lifecycle.test_worker import traces
 
 __all__ = ["raw", "start"]
 
@@ -17,5 +17,5 @@ def test_postgres_away_is_not_ready_and_alive_and_comes_back(start, redis_url, r
     assert ask(worker, "/readyz")[1]["why"] == LEDGER_AWAY
     assert status(worker, "/healthz") == 200
     own_postgres.start()
-    eventually_blocking(lambda: traces(raw, "quick") == ["one"] and settled(raw), 20)
+    eventually_blocking(lambda: traces(raw, "quick") == ["one"] and not raw.xlen("stream:{q}"), 20)
     eventually_blocking(lambda: status(worker, "/readyz") == 200, 20)
