@@ -77,8 +77,6 @@ class Claimer:
         """When the claims began of which none has succeeded yet (time.monotonic); ``None`` while none is made."""
         self.trouble: str | None = None
         """Why the last turn failed."""
-        self.shut = False
-        """Nothing is claimed, because there is no ledger to record it in."""
 
     async def run(self) -> None:
         """Claim; an error is logged and followed by a pause."""
@@ -127,9 +125,7 @@ class Claimer:
         if self._reconcile:
             self._admit(await self._broker.strays(holdings))
             self._reconcile = False
-        self.shut = self._closed is not None and self._closed()
-        if self.shut:
-            self.asking_since = None
+        if self._closed is not None and self._closed():
             await holdings.changed(0.5)
             return
         room = self._concurrency - holdings.busy

@@ -231,6 +231,9 @@ class Operator(Protocol):
     async def delayed(self, queue: str, after: str = "") -> Page[StoredJob]:
         """A page of parked jobs, soonest first."""
 
+    async def delayed_job(self, queue: str, handle: str) -> StoredJob | None:
+        """One parked job, found without reading the others; ``None`` if it is not parked any more."""
+
     async def hasten(self, job: StoredJob) -> bool:
         """Make a parked job ready now."""
 

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Final
 
 from streamworker import codec
-from streamworker.broker import PendingEntry, WorkerInfo, listings, scripts
+from streamworker.broker import PendingEntry, WorkerInfo, listings, paging, scripts
 from streamworker.broker.held import lease_of, unwrapped
 from streamworker.broker.keys import ListKeys, queue_of_list
 from streamworker.broker.listings import PAGE, Desk
@@ -61,7 +61,7 @@ async def pending(desk: Desk, keys: ListKeys, consumer: str | None) -> list[Pend
     now = await desk.ask("TIME")
     renewed = await _leases(desk, keys)
     holders = {worker.encode() for _, _, worker in renewed if consumer in (None, worker)}
-    alive = await listings.alive(desk, holders)
+    alive = await paging.alive(desk, holders)
     found = []
     for holder in holders:
         worker, living = holder.decode(), holder in alive

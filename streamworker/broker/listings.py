@@ -11,19 +11,16 @@ from redis import exceptions as redis_errors
 from redis.asyncio import Redis
 
 from streamworker import codec
-from streamworker.broker import Page, PendingEntry, Place, StoredJob, Waiting, WorkerInfo, scripts
+from streamworker.broker import Place, Waiting, WorkerInfo, scripts
 from streamworker.broker.client import Address, understood
-from streamworker.broker.intake import UNKNOWN_EPOCH, document
-from streamworker.broker.keys import WORKER_KEY, QueueKeys, worker_key
-from streamworker.errors import InvalidJob, UsageError
-from streamworker.job import LEVELS, Depth, Level
+from streamworker.broker.keys import WORKER_KEY, QueueKeys
+from streamworker.errors import InvalidJob
+from streamworker.job import LEVELS, Depth
 
 PAGE: Final = 100
 """Entries of one page: documents may be large."""
 SCAN: Final = 1000
 """Keys one step over the key space looks at."""
-ENTRY_ID: Final = re.compile(r"[0-9]{1,20}-[0-9]{1,20}")
-_SCORE: Final = re.compile(r"-?(?:inf|[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)")
 
 
 class Desk:
@@ -101,83 +98,6 @@ async def depth(desk: Desk, keys: QueueKeys) -> Depth:
     age = oldest / 1000 if oldest >= 0 else None
     held = bool(paused or inactive)
     return Depth(keys.queue, max(0, entries - pending_), pending_, delayed_, dead_, age, held, bool(inactive))
-
-
-async def pending(
-    desk: Desk, keys: QueueKeys, after: str, consumer: str | None, min_idle: float, only: str | None
-) -> Page[PendingEntry]:
-    """A page of one queue's pending entries, all of one level; see `Operator.pending`."""
-    head, _, entry_id = after.partition("/")
-    if after and (head not in LEVELS or not (entry_id == "" or ENTRY_ID.fullmatch(entry_id))):
-        raise _nowhere(after)
-    level: Level = head if head in LEVELS else LEVELS[0]
-    place = keys.stream(level)
-    epoch: bytes = await desk.ask("HGET", keys.meta, "epoch") or UNKNOWN_EPOCH
-    start, end = only or (f"({entry_id}" if entry_id else "-"), only or "+"
-    args = [desk.group, start, end, PAGE, max(0, round(min_idle * 1000)), consumer or ""]
-    last, rows = await desk.run(scripts.PENDING, [place], args)
-    living = await alive(desk, {row[1] for row in rows})
-    found = []
-    for entry, holder, idle, count, fields in rows:
-        job_id, kind = _named(document(fields), place, epoch, entry)
-        found.append(
-            PendingEntry(
-                keys.queue, level, text(entry), job_id, kind, text(holder), idle, count, alive=holder in living
-            )
-        )
-    if last and not only:
-        return Page(found, f"{level}/{text(last)}", PAGE)
-    following = LEVELS[LEVELS.index(level) + 1 :]
-    return Page(found, f"{following[0]}/" if following else None, len(rows))
-
-
-async def delayed(desk: Desk, keys: QueueKeys, after: str) -> Page[StoredJob]:
-    """A page of one queue's parked jobs, soonest first."""
-    last, _, seen = after.partition("/") if after else ("-inf", "", "0")
-    if not _SCORE.fullmatch(last) or not seen.isdigit() or len(seen) > 9:
-        raise _nowhere(after)
-    count = int(seen)
-    flat = await desk.ask("ZRANGEBYSCORE", keys.due, last, "+inf", "WITHSCORES", "LIMIT", count, PAGE)
-    page = list(zip(flat[::2], flat[1::2], strict=True))
-    bodies = await desk.ask("HMGET", keys.bodies, *(member for member, _ in page)) if page else []
-    found = []
-    for (member, score), body in zip(page, bodies, strict=True):
-        # The next page begins at this score, behind those of it that were seen already.
-        last, count = (last, count + 1) if text(score) == last else (text(score), 1)
-        handle = text(member)
-        head, _, rest = handle.partition("/")
-        level: Level = head if head in LEVELS else "normal"
-        job_id, kind = codec.glance(body)
-        job_id = job_id or rest.rpartition("/")[0] or None
-        found.append(StoredJob(keys.queue, level, handle, job_id, kind, float(score), body))
-    return Page(found, f"{last}/{count}" if len(page) == PAGE else None, len(page))
-
-
-async def dead(desk: Desk, keys: QueueKeys, after: str, only: str | None) -> Page[StoredJob]:
-    """A page of one queue's dead letters, newest first."""
-    if after and not ENTRY_ID.fullmatch(after):
-        raise _nowhere(after)
-    end, start = only or (f"({after}" if after else "+"), only or "-"
-    page = await desk.ask("XREVRANGE", keys.dead, end, start, "COUNT", PAGE)
-    found = []
-    for entry, fields in page:
-        known = {text(name): value for name, value in (fields or {}).items()}
-        body = known.pop("job", None)
-        details = {name: text(value) for name, value in known.items()}
-        said = details.get("level")
-        level: Level = said if said in LEVELS else "normal"
-        handle = text(entry)
-        at = int(handle.partition("-")[0])
-        found.append(
-            StoredJob(
-                keys.queue, level, handle, details.get("id") or None, details.get("kind") or None, at, body, details
-            )
-        )
-    return Page(found, found[-1].handle if len(page) == PAGE and not only else None, len(page))
-
-
-def _nowhere(after: str) -> UsageError:
-    return UsageError(f"no page begins at {after[:100]!a}: begin at the first one")
 
 
 async def workers(desk: Desk, keys: Sequence[QueueKeys], *, everywhere: bool) -> list[WorkerInfo]:
@@ -275,19 +195,3 @@ def _kinds(bodies: Sequence[bytes | None]) -> list[str | None]:
         except InvalidJob:
             continue
     return found
-
-
-async def alive(desk: Desk, holders: set[bytes]) -> set[bytes]:
-    """Those of the workers whose hearts beat."""
-    names = list(holders)
-    answers = await desk.gather([("EXISTS", worker_key(desk.namespace, text(name))) for name in names])
-    return {name for name, answer in zip(names, answers, strict=True) if answer == 1}
-
-
-def _named(body: bytes | None, place: str, epoch: bytes, entry: bytes) -> tuple[str | None, str | None]:
-    """(id, kind) as workers call the job; one without an id has the id derived from where it lies."""
-    try:
-        reading = codec.read(body or b"")
-    except InvalidJob:
-        return None, None
-    return codec.id_in(reading) or codec.derived_id(place, epoch, entry), reading.kind or None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from streamworker.broker import Page, PendingEntry, WorkerInfo, listings, scripts
+from streamworker.broker import Page, PendingEntry, WorkerInfo, listings, paging, scripts
 from streamworker.broker.client import Address
 from streamworker.broker.intake import document
 from streamworker.broker.keys import QueueKeys, worker_key
@@ -33,7 +33,7 @@ class StreamOperator(Operating):
         only: str | None = None,
     ) -> Page[PendingEntry]:
         """See `Operator.pending`."""
-        return await listings.pending(self._desk, self._key(queue), after, consumer, min_idle, only)
+        return await paging.pending(self._desk, self._key(queue), after, consumer, min_idle, only)
 
     async def _claim(self, entry: PendingEntry) -> Claim | None:
         place = self._key(entry.queue).ready(entry.level)

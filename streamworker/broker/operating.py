@@ -12,7 +12,18 @@ from typing import Final
 from redis.exceptions import NoPermissionError
 
 from streamworker import codec
-from streamworker.broker import Ending, Finding, Page, PendingEntry, Place, StoredJob, Waiting, listings, scripts
+from streamworker.broker import (
+    Ending,
+    Finding,
+    Page,
+    PendingEntry,
+    Place,
+    StoredJob,
+    Waiting,
+    listings,
+    paging,
+    scripts,
+)
 from streamworker.broker.client import Address, understood
 from streamworker.broker.examine import examine
 from streamworker.broker.keys import QueueKeys
@@ -115,7 +126,11 @@ class Operating:
 
     async def delayed(self, queue: str, after: str = "") -> Page[StoredJob]:
         """See `Operator.delayed`."""
-        return await listings.delayed(self._desk, self._key(queue), after)
+        return await paging.delayed(self._desk, self._key(queue), after)
+
+    async def delayed_job(self, queue: str, handle: str) -> StoredJob | None:
+        """See `Operator.delayed_job`."""
+        return await paging.delayed_job(self._desk, self._key(queue), handle)
 
     async def hasten(self, job: StoredJob) -> bool:
         """See `Operator.hasten`."""
@@ -141,12 +156,12 @@ class Operating:
 
     async def dead(self, queue: str, after: str = "", *, only: str | None = None) -> Page[StoredJob]:
         """See `Operator.dead`."""
-        return await listings.dead(self._desk, self._key(queue), after, only)
+        return await paging.dead(self._desk, self._key(queue), after, only)
 
     async def replay(self, job: StoredJob) -> bool:
         """See `Operator.replay`."""
         keys = self._key(job.queue)
-        found = (await listings.dead(self._desk, keys, "", job.handle)).rows
+        found = (await paging.dead(self._desk, keys, "", job.handle)).rows
         if not found:
             return False
         letter = found[0]

@@ -44,6 +44,7 @@ _COMMANDS = (
     ("workers", "workers:workers", LOOK, "Who works, and how busy they are: list, prune."),
     ("jobs", "jobs:jobs", LOOK, "Durable jobs in the ledger."),
     ("migrate", "migrate:migrate", MORE, "The schema of the ledger in PostgreSQL: up, status, print."),
+    ("dashboard", "dashboard:dashboard", LOOK, "All of this in a browser, live."),
     ("check", "check:check", MORE, "Look for everything that loses jobs."),
     ("config", "config:config", MORE, "Show every setting, and where it came from."),
     ("completion", "completion:completion", MORE, "Print the completion script of a shell."),

@@ -89,8 +89,8 @@ def _of_queue(row: QueueRow, *, served: bool, stuck: Stuck | None, died: int) ->
         sentence = f"{name}: {count} not renewed for {age(stuck.idle_s)}, longer than a lease"
         found.append(Notice("bad", "pending", sentence, name))
     if died:
-        letters = f"{died:,} dead letter{'' if died == 1 else 's'}"
-        found.append(Notice("bad", "dead", f"{name}: {letters} more than a while ago, {row.dead:,} in all", name))
+        letters = f"{died:,} more dead letter{'' if died == 1 else 's'} in the last minutes"
+        found.append(Notice("bad", "dead", f"{name}: {letters}, {row.dead:,} in all", name))
     waited = row.oldest_age_s or 0
     if row.paused:
         by = "inactive in PostgreSQL" if row.inactive else "paused"

@@ -62,9 +62,6 @@ def show(directory: Path, jobs: int, *, keep: bool) -> int:
         scenes.kill(3)
         scenes.roll(3)
         scenes.finish()
-        scenes.switch(2, 200)
-        scenes.bridge(2, 400)
-        scenes.ledger()
         scenes.down()
     except Failed as error:
         print(f"containers: FAILED after {findings.seconds:.0f} s: {error}", file=sys.stderr)

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Final
 
 from tests.containers.engine import ROOT, Deaths, Failed, inspect, run, until
-from tests.containers.stage import QUEUE, Findings, Stage, of
+from tests.containers.stage import Findings, Stage, of
 
 IMAGE: Final = "streamworker:example"
 PLAIN: Final = "streamworker:check"
 NEXT: Final = "streamworker:check-next"
-ROLES: Final = ("worker", "bridge", "migrate", "check", "config")
+ROLES: Final = ("worker", "migrate", "check", "config")
 TOOLS: Final = ("gcc", "cc", "g++", "ld", "as", "make")
 
 NEXT_RELEASE: Final = '''
@@ -175,8 +175,7 @@ class Show:
         self.ids += new_kind
         until(self._stage.delayed, 30, "the unknown kind waits")
         self._findings.holds("jobs of a kind that no worker knows yet wait, and are not dead", self._stage.dead() == 0)
-        self._compose("run", "--rm", "--no-TTY", "migrate")
-        self._compose.scale(len(old) + count, "--no-recreate")
+        self._compose.scale(len(old) + count, "--no-recreate", "--no-deps")
         new = {name: each for name, each in self._compose.containers().items() if name not in old}
         until(
             lambda: of(self._stage.heartbeats(), new) and len(of(self._stage.heartbeats(), new)) == count,
@@ -213,38 +212,6 @@ class Show:
         names, running = self._stage.consumers(), self._compose.containers()
         self._findings.holds("only running containers are consumers", of(names, running) == names, names)
         self._findings.holds("no worker was ever unhealthy", not self._deaths.unhealthy, self._deaths.unhealthy)
-
-    def switch(self, count: int, jobs: int) -> None:
-        """STREAMWORKER_MODE moves the whole fleet, and what lies in lists is bridged back."""
-        before = set(self._compose.containers())
-        self._compose.env["STREAMWORKER_MODE"] = "list"
-        self._compose.scale(count)
-        self._ended_well(before)
-        self.ids += self._stage.enqueue("welcome.send", jobs, 0.2)
-        until(lambda: set(self.ids) <= set(self._stage.mails()), 120, "jobs of list mode are done")
-        modes = {each["mode"] for each in self._stage.heartbeats().values()}
-        self._findings.holds(f"STREAMWORKER_MODE=list: {jobs} jobs went through lists", modes == {"list"}, modes)
-
-    def bridge(self, count: int, jobs: int) -> None:
-        """Back to streams, with jobs left in lists."""
-        lists = set(self._compose.containers())
-        self.ids += self._stage.enqueue("welcome.send", jobs, 2.0)
-        self._compose.env["STREAMWORKER_MODE"] = "stream"
-        self._compose.scale(count)
-        self._ended_well(lists)
-        waiting = self._compose.redis("LLEN", f"queue:{QUEUE}")
-        self._compose.streamworker("bridge", "--drain")
-        until(lambda: set(self.ids) <= set(self._stage.mails()), 120, "the bridged jobs are done")
-        self._findings.holds(f"back to streams: {waiting} jobs that lay in lists were bridged and done", waiting)
-
-    def ledger(self) -> None:
-        """What PostgreSQL knows."""
-        rows = self._compose.sql("select id, status from streamworker.jobs")
-        recorded = {row[0] for row in rows if row[1] == "completed"}
-        missing = set(self.ids) - recorded
-        self._findings.holds(
-            f"the ledger has all {len(self.ids)} jobs as completed", not missing, (len(missing), rows[:3])
-        )
 
     def down(self) -> None:
         """The end: everybody drains."""

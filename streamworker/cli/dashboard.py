@@ -1,0 +1,39 @@
+"""``streamworker dashboard``: what operators see and do, in a browser."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from streamworker import web
+from streamworker.app import App
+from streamworker.cli.options import SERVER, ServerFlags
+
+LISTEN = "127.0.0.1:8787"
+
+
+def dashboard(
+    *,
+    listen: str = LISTEN,
+    read_only: bool = False,
+    origin: Annotated[tuple[str, ...], Parameter(name="--origin")] = (),
+    server: ServerFlags = SERVER,
+) -> int:
+    """Serve the dashboard until SIGINT or SIGTERM.
+
+    Without STREAMWORKER_DASHBOARD_USER and STREAMWORKER_DASHBOARD_PASSWORD (or its _FILE form) it listens on this
+    machine alone, or is read-only. Whatever is done with it is one line of the log.
+
+    Args:
+        listen: host:port; 127.0.0.1:8787 unless given, port 0 takes a free one.
+        read_only: Show everything but payloads, change nothing.
+        origin: What browsers see as its address, if a proxy changes the Host: https://ops.example.com.
+    """
+    web.require()
+    settings = server.settings()
+    access = web.Access.load(read_only=read_only, origins=origin)
+    serving = importlib.import_module("streamworker.web.serving")
+    code: int = serving.serve(App[Any](settings=settings), settings, access, listen)
+    return code

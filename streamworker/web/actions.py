@@ -1,0 +1,195 @@
+"""What can be done: each by one POST, fenced by what the page showed, and written to the log with who did it."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, get_args
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from streamworker.broker import Operator, Place, StoredJob
+from streamworker.errors import StreamworkerError, UsageError
+from streamworker.telemetry.logs import get_logger
+from streamworker.views import moment
+from streamworker.web.campaigns import Campaign, What
+from streamworker.web.forms import MOST_RATE, Form, Row
+from streamworker.web.pages import narrow
+from streamworker.web.shows import pending_row
+from streamworker.web.state import client, room_of, who
+
+log = get_logger("streamworker.web")
+
+LOGGED: Final = 100
+"""Rows that one line of the log names."""
+_PAST: Final = {
+    "release": "released", "bury": "moved to the dead letters", "drop": "deleted", "replay": "replayed",
+    "erase": "deleted", "hasten": "made ready", "forget": "deleted",
+}  # fmt: skip
+
+
+async def do(request: Request) -> Response:
+    """Do one of the things below."""
+    what, form = request.path_params["what"], await Form.of(request)
+    act = _DEEDS.get(what)
+    if act is None:
+        return JSONResponse({"ok": False, "message": "There is no such thing to do."}, 404)
+    room = room_of(request)
+    told: dict[str, Any] = {}
+    try:
+        told = await act(request, await room.operator(), form)
+    except StreamworkerError as error:
+        told = {"ok": False, "message": str(error)}
+        raise
+    finally:
+        rows = [f"{row.queue}/{row.handle}" for row in form.rows()[:LOGGED]]
+        named = {"queue": form.text("queue"), "worker": form.text("worker"), "rows": rows or None}
+        facts = {name: value for name, value in named.items() if value is not None}
+        log.info(
+            "dashboard_action", action=what, who=who(request), client=client(request),
+            ok=told.get("ok", True), result=told.get("message", ""), **facts,
+        )  # fmt: skip
+    return JSONResponse({"ok": True, **told})
+
+
+async def _pause(request: Request, operator: Operator, form: Form) -> dict[str, Any]:
+    queue = _queue(form)
+    changed = await operator.pause(queue, f"by {who(request)} at {moment(time.time() * 1000)}")
+    return {"message": f"{queue} is paused" if changed else f"{queue} had been paused already"}
+
+
+async def _resume(_: Request, operator: Operator, form: Form) -> dict[str, Any]:
+    queue = _queue(form)
+    changed = await operator.resume(queue)
+    return {"message": f"{queue} goes on" if changed else f"{queue} was not paused"}
+
+
+async def _purge(_: Request, operator: Operator, form: Form) -> dict[str, Any]:
+    queue, wanted = _queue(form), form.must("place")
+    place: Place | None = next((each for each in get_args(Place) if each == wanted), None)
+    if place is None:
+        raise UsageError("say what to purge: ready, delayed or dead")
+    (depth,) = await operator.depth([queue])
+    count = await operator.purge(queue, place, int(getattr(depth, place)))
+    return {"message": f"{count:,} {place} of {queue} deleted"}
+
+
+async def _prune(_: Request, operator: Operator, form: Form) -> dict[str, Any]:
+    worker = form.must("worker")
+    gone = await operator.prune(await operator.queues(), worker)
+    return {"ok": gone, "message": f"{worker} is forgotten" if gone else f"{worker} lives, or holds jobs still"}
+
+
+def _pending(what: str) -> Callable[[Request, Operator, Form], Awaitable[dict[str, Any]]]:
+    async def act(request: Request, operator: Operator, form: Form) -> dict[str, Any]:
+        me = who(request)
+
+        async def one(row: Row) -> str:
+            entry = await pending_row(operator, row.queue, row.handle)
+            if entry is None or (entry.worker_id, entry.deliveries) != (row.worker, row.deliveries):
+                return "gone"
+            if entry.alive and not form.flag("force"):
+                return "alive"
+            if what == "bury":
+                return what if await operator.bury(entry, form.text("reason") or f"buried by {me}") else "gone"
+            change = operator.release if what == "release" else operator.drop
+            return what if await change(entry) else "gone"
+
+        return await _each(form.rows(), one)
+
+    return act
+
+
+def _stored(what: str) -> Callable[[Request, Operator, Form], Awaitable[dict[str, Any]]]:
+    async def act(_: Request, operator: Operator, form: Form) -> dict[str, Any]:
+        change = getattr(operator, what)
+
+        async def one(row: Row) -> str:
+            job = StoredJob(row.queue, row.level, row.handle, None, None, 0.0, None)
+            return what if await change(job) else "gone"
+
+        return await _each(form.rows(), one)
+
+    return act
+
+
+async def _each(rows: list[Row], one: Callable[[Row], Awaitable[str]]) -> dict[str, Any]:
+    """Do it to all, and say what became of how many."""
+    if not rows:
+        raise UsageError("nothing is ticked")
+    tally: Counter[str] = Counter()
+    refused = ""
+    for row in rows:
+        try:
+            tally[await one(row)] += 1
+        except StreamworkerError as error:
+            if error.exit_code != StreamworkerError.exit_code:
+                raise
+            tally["refused"], refused = tally["refused"] + 1, str(error)
+    words = [f"{tally[name]:,} {past}" for name, past in _PAST.items() if tally[name]]
+    if tally["gone"]:
+        words.append(f"{tally['gone']:,} had moved on and were left alone")
+    if tally["alive"]:
+        words.append(f"{tally['alive']:,} left alone: their workers live and may be running them")
+    if tally["refused"]:
+        words.append(f"{tally['refused']:,} refused: {refused}")
+    return {"ok": not (tally["alive"] or tally["refused"]), "message": "; ".join(words)}
+
+
+async def _campaign(request: Request, operator: Operator, form: Form) -> dict[str, Any]:
+    """Change all that fit, at a rate, in the background."""
+    wanted = form.must("what")
+    what: What | None = next((each for each in get_args(What) if each == wanted), None)
+    if what is None:
+        raise UsageError("there is no such thing to do to many jobs")
+    selection, rate = form.selection(), form.number("rate", MOST_RATE)
+    room = room_of(request)
+    look = await room.looked()
+    place = "dead" if what in ("replay", "erase") else "delayed" if what in ("hasten", "forget") else "running"
+    expected = sum(getattr(row, place) for row, _ in look.queues if selection.queue in (None, row.queue))
+    if selection.worker is not None:
+        expected = sum(each.pending for each in look.workers if each.worker_id == selection.worker)
+    elif narrow(selection):
+        expected = 0  # how many fit is known at the end
+    campaign = Campaign(what, selection, rate or None, who(request), expected)
+    room.campaigns.begin(operator, campaign)
+    room.stir()
+    return {"message": f"Begun: {campaign.told()['title'].lower()}", "campaign": campaign.id}
+
+
+async def _stop(request: Request, _: Operator, form: Form) -> dict[str, Any]:
+    stopped = room_of(request).campaigns.stop(form.must("id"))
+    return {"message": "Stopped" if stopped else "It had ended already"}
+
+
+async def _dismiss(request: Request, _: Operator, form: Form) -> dict[str, Any]:
+    room_of(request).campaigns.dismiss(form.must("id"))
+    room_of(request).stir()
+    return {"message": ""}
+
+
+def _queue(form: Form) -> str:
+    queue = form.queue()
+    if queue is None:
+        raise UsageError("queue is missing")
+    return queue
+
+
+_DEEDS: Final[dict[str, Callable[[Request, Operator, Form], Awaitable[dict[str, Any]]]]] = {
+    "pause": _pause,
+    "resume": _resume,
+    "purge": _purge,
+    "prune": _prune,
+    "release": _pending("release"),
+    "bury": _pending("bury"),
+    "drop": _pending("drop"),
+    "replay": _stored("replay"),
+    "erase": _stored("erase"),
+    "hasten": _stored("hasten"),
+    "forget": _stored("forget"),
+    "campaign": _campaign,
+    "stop": _stop,
+    "dismiss": _dismiss,
+}

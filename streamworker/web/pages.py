@@ -1,0 +1,122 @@
+"""The listings."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from streamworker.views import (
+    Look,
+    Selection,
+    dead_row,
+    dead_slice,
+    delayed_row,
+    delayed_slice,
+    pending_slice,
+)
+from streamworker.web.forms import query
+from streamworker.web.state import render, room_of
+
+RUNNING: int = 200
+"""Jobs that are shown of one worker at most."""
+
+
+def token(*parts: Any) -> str:
+    """What names a row in a form; plain ASCII, so that nothing in it can reorder the page around it."""
+    return json.dumps(parts)
+
+
+def names(look: Look) -> list[str]:
+    """The queues there are."""
+    return [row.queue for row, _ in look.queues]
+
+
+def _page(request: Request, template: str, title: str, **values: Any) -> Response:
+    return render(request, template, title=title, **values)
+
+
+async def overview(request: Request) -> Response:
+    """Everything at a glance."""
+    look = await room_of(request).looked()
+    return _page(request, "overview.html", "Overview", fleet=look)
+
+
+async def queue(request: Request) -> Response:
+    """One queue."""
+    room, name = room_of(request), query(request).queue() or "default"
+    look, operator = await room.looked(), await room.operator()
+    (depth,) = await operator.depth([name])
+    note = await operator.paused(name)
+    workers = [worker for worker in look.workers if name in worker.queues]
+    kinds = sorted(await operator.waiting([name], 300), key=lambda each: -each.count)
+    notices = [notice for notice in look.notices if notice.queue == name]
+    return _page(
+        request, "queue.html", name, queue=depth, note=note, workers=workers, kinds=kinds, notices=notices,
+        rate=look.rates.get(name),
+    )  # fmt: skip
+
+
+async def pending(request: Request) -> Response:
+    """Pending jobs."""
+    room, form = room_of(request), query(request)
+    look, operator = await room.looked(), await room.operator()
+    selection = form.selection()
+    found = await pending_slice(operator, names(look), selection, form.text("after") or "")
+    rows = [(row, token(row.queue, row.entry_id, row.level, row.worker_id, row.deliveries)) for row in found.rows]
+    total = sum(row.running for row, _ in look.queues if selection.queue in (None, row.queue))
+    lost = [worker for worker in look.workers if not worker.alive and worker.pending]
+    return _page(
+        request, "pending.html", "Pending", rows=rows, found=found, asked=selection, total=total, lost=lost,
+        queues=names(look), lease=operator.lease,
+    )  # fmt: skip
+
+
+async def dead(request: Request) -> Response:
+    """Dead letters."""
+    room, form = room_of(request), query(request)
+    look, operator = await room.looked(), await room.operator()
+    selection = form.selection()
+    found = await dead_slice(operator, names(look), selection, form.text("after") or "")
+    rows = [(dead_row(job, look.at), token(job.queue, job.handle, job.level)) for job in found.rows]
+    total = sum(row.dead for row, _ in look.queues if selection.queue in (None, row.queue))
+    return _page(
+        request, "dead.html", "Dead letters", rows=rows, found=found, asked=selection, total=total, queues=names(look),
+        filtered=narrow(selection),
+    )  # fmt: skip
+
+
+async def delayed(request: Request) -> Response:
+    """Delayed jobs."""
+    room, form = room_of(request), query(request)
+    look, operator = await room.looked(), await room.operator()
+    selection = form.selection()
+    found = await delayed_slice(operator, names(look), selection, form.text("after") or "")
+    rows = [
+        (delayed_row(job, look.at), job.at_ms / 1000, token(job.queue, job.handle, job.level)) for job in found.rows
+    ]
+    total = sum(row.delayed for row, _ in look.queues if selection.queue in (None, row.queue))
+    return _page(
+        request, "delayed.html", "Delayed", rows=rows, found=found, asked=selection, total=total, queues=names(look)
+    )
+
+
+async def workers(request: Request) -> Response:
+    """Who works, and what one of them runs."""
+    room, form = room_of(request), query(request)
+    look, operator = await room.looked(), await room.operator()
+    chosen = form.text("worker")
+    running, more = [], False
+    if chosen is not None:
+        selection = Selection(worker=chosen)
+        homes = next((worker.queues for worker in look.workers if worker.worker_id == chosen), names(look))
+        found = await pending_slice(operator, homes, selection, "", RUNNING)
+        running, more = found.rows[:RUNNING], found.after is not None
+    return _page(request, "workers.html", "Workers", workers=look.workers, chosen=chosen, running=running, more=more)
+
+
+def narrow(selection: Selection) -> bool:
+    """Whether anything but a queue was asked for."""
+    return bool(selection.kind or selection.reason or selection.text or selection.worker or selection.min_idle)

@@ -1,0 +1,91 @@
+"""Templates, and how numbers, times and foreign text look in them."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import jinja2
+from markupsafe import Markup, escape
+from starlette.requests import Request
+from starlette.responses import HTMLResponse
+
+from streamworker.views import age, moment, printable, size
+
+HERE = Path(__file__).parent
+
+
+class Rendering:
+    """The templates. Everything that is put into them is escaped."""
+
+    def __init__(self) -> None:
+        self._environment = jinja2.Environment(
+            loader=jinja2.FileSystemLoader(HERE / "templates"),
+            autoescape=True,
+            undefined=jinja2.StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        self._environment.filters |= {
+            "age": age,
+            "count": _count,
+            "size": size,
+            "shown": _shown,
+            "ago": _ago,
+            "due": _due,
+        }
+        digest = hashlib.sha256()
+        for path in sorted((HERE / "static").iterdir()):
+            digest.update(path.read_bytes())
+        self._version = digest.hexdigest()[:10]
+
+    def page(self, request: Request, template: str, status: int = 200, **values: Any) -> HTMLResponse:
+        """A page, or only its changing part if a script on that page asks for it."""
+        scope = request.scope
+        root = scope.get("root_path", "").rstrip("/")
+        part = request.headers.get("hx-request") == "true"
+
+        def link(path: str, **query: Any) -> str:
+            kept = {name: value for name, value in query.items() if value not in (None, "")}
+            return f"{root}{path}" + (f"?{urlencode(kept)}" if kept else "")
+
+        common = {
+            "layout": "part.html" if part else "base.html",
+            "link": link,
+            "asset": lambda name: f"{root}/static/{name}?{self._version}",
+            "here": request.url.path.removeprefix(root) or "/",
+            "this": link(request.url.path.removeprefix(root) or "/", **dict(request.query_params)),
+            "csrf": scope.get("state", {}).get("csrf", ""),
+            "who": scope.get("state", {}).get("who", ""),
+            "now": time.time(),
+        }
+        text = self._environment.get_template(template).render({**common, **values})
+        return HTMLResponse(text, status, {"vary": "HX-Request"})
+
+
+def _count(value: int | None) -> str:
+    return "" if value is None else f"{value:,}"
+
+
+def _shown(text: object) -> Markup:
+    """Foreign text: what could reorder or hide the text around it is spelled out, then it is escaped."""
+    return escape(printable(str(text)))
+
+
+def _ago(at: float) -> Markup:
+    """A moment in epoch seconds, as long ago; when exactly, on hover."""
+    return _time(at, f"{age(max(0.0, time.time() - at))} ago")
+
+
+def _due(at: float) -> Markup:
+    """A moment in epoch seconds, as soon; when exactly, on hover."""
+    wait = at - time.time()
+    return _time(at, f"in {age(wait)}" if wait >= 0 else f"{age(-wait)} overdue")
+
+
+def _time(at: float, words: str) -> Markup:
+    exact = moment(at * 1000)
+    return Markup('<time datetime="{0}" title="{0}">{1}</time>').format(exact, words)

@@ -1,0 +1,174 @@
+"""What the dashboard knows between requests: one look at the fleet every few seconds, shared by all who watch."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, suppress
+from typing import Any, Final
+
+import anyio
+
+from streamworker.broker import Operator
+from streamworker.errors import StreamworkerError, Unreachable
+from streamworker.telemetry.logs import get_logger
+from streamworker.views import Fleet, Look, Point
+from streamworker.web.campaigns import Campaigns
+
+log = get_logger("streamworker.web")
+
+WATCHED: Final = 2.0
+"""Seconds between looks while somebody watches."""
+UNWATCHED: Final = 10.0
+QUIET: Final = 60.0
+"""Seconds after the last request from which nobody watches."""
+HEARTBEAT: Final = 15.0
+"""Seconds after which a silent stream of events says that it is there: proxies cut what they take for dead."""
+
+
+class Room:
+    """Opens the operator when first needed, and looks at the fleet from then on.
+
+    Args:
+        opening: makes the context manager that yields the operator.
+    """
+
+    def __init__(self, opening: Callable[[], AbstractAsyncContextManager[Operator]]) -> None:
+        self._opening = opening
+        self._task: asyncio.Task[None] | None = None
+        self._seen = time.monotonic()
+        self._changed = anyio.Event()
+        self._visited = anyio.Event()
+        self._operator: Operator | None = None
+        self.fleet: Fleet | None = None
+        self.look: Look | None = None
+        self.trouble = ""
+        self.number = 0
+        """How many looks there were."""
+        self.watchers = 0
+        self.campaigns: Final = Campaigns(self.stir)
+
+    async def operator(self) -> Operator:
+        """The operator, once the server answered.
+
+        Raises:
+            StreamworkerError: it does not.
+        """
+        self._visit()
+        if self._task is None or self._task.done():
+            # A task of asyncio's own: when it is mounted, no task group of ours is around the application.
+            self._task = asyncio.create_task(self._run(), name="streamworker-dashboard")
+        with anyio.move_on_after(10):
+            while self._operator is None and not self.trouble:
+                await self._changed.wait()
+        if self._operator is None:
+            raise Unreachable(self.trouble or "the server does not answer: check REDIS_URL")
+        return self._operator
+
+    async def looked(self) -> Look:
+        """The last look.
+
+        Raises:
+            StreamworkerError: there could be none yet.
+        """
+        await self.operator()
+        with anyio.move_on_after(10):
+            while self.look is None and not self.trouble:
+                await self._changed.wait()
+        if self.look is None:
+            raise Unreachable(self.trouble or "the server does not answer: check REDIS_URL")
+        return self.look
+
+    async def events(self) -> AsyncIterator[bool]:
+        """True for each look, False when there was none for a while."""
+        self.watchers += 1
+        try:
+            await self.operator()
+            yield True
+            while True:
+                changed, told = self._changed, False
+                self._visit()
+                with anyio.move_on_after(HEARTBEAT):
+                    await changed.wait()
+                    told = True
+                yield told
+        finally:
+            self.watchers -= 1
+
+    def stir(self) -> None:
+        """Tell all who watch that something is new."""
+        changed, self._changed = self._changed, anyio.Event()
+        self.number += 1
+        changed.set()
+
+    async def aclose(self) -> None:
+        """Close the connections; what was begun for many jobs at once ends where it is."""
+        await self.campaigns.aclose()
+        if self._task is not None:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                async with self._opening() as operator:
+                    self._operator, self.fleet, self.trouble = operator, Fleet(operator, operator.lease), ""
+                    while True:
+                        await self._look(self.fleet)
+                        with anyio.move_on_after(self._pause()):
+                            await self._wanted()
+            except StreamworkerError as error:
+                self._operator, self.trouble = None, str(error)
+                self.stir()
+                await asyncio.sleep(WATCHED)
+            except Exception as error:
+                self.trouble = f"the dashboard failed: {error}"
+                self.stir()
+                log.exception("dashboard_failed")
+                raise
+
+    async def _look(self, fleet: Fleet) -> None:
+        try:
+            self.look = await fleet.look()
+            self.trouble = ""
+        except StreamworkerError as error:
+            if self.trouble != str(error):
+                log.warning("dashboard_blind", error=str(error))
+            self.trouble = str(error)
+        self.stir()
+
+    def _visit(self) -> None:
+        self._seen = time.monotonic()
+        visited, self._visited = self._visited, anyio.Event()
+        visited.set()
+
+    def _pause(self) -> float:
+        watched = self.watchers or time.monotonic() - self._seen < QUIET
+        return WATCHED if watched else UNWATCHED
+
+    async def _wanted(self) -> None:
+        """Until somebody comes while nobody watched."""
+        await (anyio.sleep_forever() if self._pause() == WATCHED else self._visited.wait())
+
+    def past(self, queue: str) -> Sequence[Point]:
+        """What was seen of a queue, or of all together (``""``), the oldest first."""
+        return self.fleet.history.of(queue) if self.fleet is not None else ()
+
+    def told(self) -> dict[str, Any]:
+        """What all who watch are told."""
+        look = self.look
+        told: dict[str, Any] = {"trouble": self.trouble, "campaigns": self.campaigns.told()}
+        if look is not None:
+            living = sum(worker.alive for worker in look.workers)
+            point = look.total
+            told |= {
+                "point": point,
+                "workers": living,
+                "notices": len([n for n in look.notices if n.severity != "note"]),
+            }
+            told |= (
+                {"queues": {row.queue: self.past(row.queue)[-1:] for row, _ in look.queues[:200]}} if self.fleet else {}
+            )
+        return told

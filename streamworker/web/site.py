@@ -1,0 +1,91 @@
+"""The dashboard's ASGI application: its rooms, doors and guard."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+from starlette.types import Receive, Scope, Send
+
+from streamworker.app import App
+from streamworker.errors import StreamworkerError, UsageError
+from streamworker.settings import Settings
+from streamworker.web import actions, live, pages, shows
+from streamworker.web.access import Access
+from streamworker.web.guard import Guard
+from streamworker.web.render import Rendering
+from streamworker.web.room import Room
+from streamworker.web.state import render
+
+STATIC = Path(__file__).parent / "static"
+
+
+class Site:
+    """An ASGI application. Opens its connections with the first request, and closes them with its lifespan.
+
+    Args:
+        app: whose server it shows.
+        settings: where that is.
+        access: who may see and do what.
+    """
+
+    def __init__(self, app: App[Any], settings: Settings, access: Access) -> None:
+        self.read_only = access.read_only
+        self.room = Room(lambda: app.operator(settings))
+        routes = [
+            Route("/", pages.overview, name="overview"),
+            Route("/queue", pages.queue, name="queue"),
+            Route("/pending", pages.pending, name="pending"),
+            Route("/dead", pages.dead, name="dead"),
+            Route("/delayed", pages.delayed, name="delayed"),
+            Route("/workers", pages.workers, name="workers"),
+            Route("/jobs", shows.jobs, name="jobs"),
+            Route("/show", shows.show, name="show"),
+            Route("/payload", shows.payload, name="payload"),
+            Route("/events", live.events, name="events"),
+            Route("/history", live.history, name="history"),
+            Route("/do/{what}", actions.do, name="do", methods=["POST"]),
+            Mount("/static", StaticFiles(directory=STATIC), name="static"),
+        ]
+        handlers: Any = {StreamworkerError: _trouble, 404: _nothing}
+        site = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
+        site.state.room, site.state.access, site.state.rendering = self.room, access, Rendering()
+        self._guarded = Guard(site, access)
+        self._site = site
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer."""
+        if scope["type"] == "lifespan":
+            await self._site(scope, receive, send)
+        else:
+            await self._guarded(scope, receive, send)
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self.room.aclose()
+
+    @asynccontextmanager
+    async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
+        yield
+        await self.aclose()
+
+
+async def _trouble(request: Request, error: Exception) -> Response:
+    """One sentence that says what to do next."""
+    status = 400 if isinstance(error, UsageError) else 503 if getattr(error, "exit_code", 1) == 69 else 500
+    if request.method == "POST":
+        return JSONResponse({"ok": False, "message": str(error)}, status)
+    return render(request, "error.html", status, title="Trouble", sentence=str(error))
+
+
+async def _nothing(request: Request, _: Exception) -> Response:
+    if request.method == "POST":
+        return JSONResponse({"ok": False, "message": "There is no such thing to do."}, 404)
+    return render(request, "error.html", 404, title="Nothing here", sentence="There is no such page.")

@@ -1,0 +1,357 @@
+// What the pages do beyond showing: charts, live parts, ticking rows, asking before acting, keys.
+"use strict";
+(() => {
+  const $ = (selector, root = document) => root.querySelector(selector);
+  const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
+  const meta = (name) => $(`meta[name="${name}"]`).content;
+  const root = meta("root");
+  const live = $("#live");
+
+  // -- numbers
+
+  const count = (value) => value == null ? "" : Math.abs(value) >= 10000 ? short(value) : Math.round(value).toLocaleString("en");
+  const short = (value) => {
+    const size = Math.abs(value);
+    if (size >= 1e9) return `${+(value / 1e9).toFixed(1)}G`;
+    if (size >= 1e6) return `${+(value / 1e6).toFixed(1)}M`;
+    if (size >= 1e3) return `${+(value / 1e3).toFixed(1)}k`;
+    return `${+value.toFixed(size < 10 ? 1 : 0)}`;
+  };
+  const age = (seconds) => {
+    if (seconds == null) return "–";
+    if (seconds < 10) return `${+seconds.toFixed(1)}s`;
+    if (seconds < 60) return `${Math.round(seconds)}s`;
+    if (seconds < 3600) return `${Math.floor(seconds / 60)}m`;
+    if (seconds < 86400) return `${+(seconds / 3600).toFixed(1)}h`;
+    return `${+(seconds / 86400).toFixed(1)}d`;
+  };
+
+  // -- charts: points are [at, ready, running, delayed, dead, rate, oldest]
+
+  const KINDS = {
+    rate: { series: [5], unit: short, last: (point) => point[5] == null ? "–" : `${short(point[5])}/s` },
+    oldest: { series: [6], unit: age, last: (point) => age(point[6]) },
+    depth: { series: [1, 2], unit: short, last: (point) => `${short(point[1])} · ${short(point[2])}` },
+    dead: { series: [3, 4], unit: short, last: (point) => `${short(point[3])} · ${short(point[4])}` },
+  };
+  const MOST = 900;
+  const charts = [];
+  let points = [];
+  const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+
+  const columns = (kind) => [points.map((point) => point[0]), ...kind.series.map((at) => points.map((point) => point[at]))];
+
+  function draw(place) {
+    const kind = KINDS[place.dataset.chart];
+    const axis = { stroke: color("--dim"), grid: { stroke: color("--line"), width: 1 }, ticks: { show: false }, font: "10px system-ui, sans-serif" };
+    const plot = new uPlot({
+      width: place.clientWidth, height: place.clientHeight, padding: [6, 4, 0, 0],
+      cursor: { y: false, points: { size: 5 }, drag: { x: false, y: false } }, legend: { show: false },
+      scales: { x: { time: true }, y: { range: (_, low, high) => [0, Math.max(high || 0, 1) * 1.08] } },
+      axes: [
+        { ...axis, size: 20, space: 70, values: [[60, "{HH}:{mm}"], [1, "{HH}:{mm}:{ss}"]] },
+        { ...axis, size: 38, space: 26, values: (_, ticks) => ticks.map(kind.unit) },
+      ],
+      series: [{}, ...kind.series.map((_, index) => ({
+        stroke: color(index ? "--c2" : "--c1"), width: 1.5, points: { show: false }, spanGaps: false,
+        fill: index ? undefined : `color-mix(in srgb, ${color("--c1")} 12%, transparent)`,
+      }))],
+      hooks: { setCursor: [(self) => tell(place, kind, self.cursor.idx)] },
+    }, columns(kind), place);
+    charts.push({ place, kind, plot });
+    tell(place, kind, null);
+  }
+
+  function tell(place, kind, index) {
+    const head = place.parentElement.querySelector("figcaption");
+    let shown = head.querySelector("b");
+    if (!shown) shown = head.appendChild(document.createElement("b"));
+    const point = points[index ?? points.length - 1];
+    shown.textContent = point ? kind.last(point) : "";
+  }
+
+  function redraw() {
+    for (const { plot } of charts.splice(0)) plot.destroy();
+    const places = $$(".chart");
+    for (const place of places) {
+      if (points.length > 1) { place.replaceChildren(); draw(place); }
+      else if (!place.firstChild) {
+        const none = document.createElement("span");
+        none.className = "none";
+        none.textContent = "collecting…";
+        place.append(none);
+      }
+    }
+  }
+
+  function add(point) {
+    if (!$(".chart") || !point || (points.length && point[0] <= points[points.length - 1][0])) return;
+    points.push(point);
+    if (points.length > MOST) points.shift();
+    if (!charts.length) return redraw();
+    for (const { place, kind, plot } of charts) {
+      plot.setData(columns(kind));
+      tell(place, kind, plot.cursor.idx ?? null);
+    }
+  }
+
+  const sparks = new Map();
+  function spark(canvas) {
+    const past = sparks.get(canvas.dataset.spark) || [];
+    const pen = canvas.getContext("2d"), scale = devicePixelRatio || 1, width = 120, height = 22;
+    if (canvas.width !== width * scale) { canvas.width = width * scale; canvas.height = height * scale; }
+    pen.setTransform(scale, 0, 0, scale, 0, 0);
+    pen.clearRect(0, 0, width, height);
+    if (past.length < 2) return;
+    const top = Math.max(...past, 1);
+    pen.beginPath();
+    past.forEach((value, at) => pen.lineTo((at / (past.length - 1)) * width, height - 2 - (value / top) * (height - 4)));
+    pen.strokeStyle = color("--c1");
+    pen.lineWidth = 1.25;
+    pen.stroke();
+    pen.lineTo(width, height); pen.lineTo(0, height);
+    pen.globalAlpha = .12; pen.fillStyle = color("--c1"); pen.fill(); pen.globalAlpha = 1;
+  }
+  const sparkAll = () => $$("canvas[data-spark]").forEach(spark);
+
+  // -- live
+
+  const busy = () => document.hidden || $("dialog[open]") || live.contains(document.activeElement) && /^(INPUT|SELECT)$/.test(document.activeElement.tagName) && document.activeElement.type !== "checkbox";
+  const again = () => htmx.trigger(live, "again");
+  let pulse;
+
+  function looked(told) {
+    $("#trouble").hidden = !told.trouble;
+    $("#trouble").textContent = told.trouble;
+    const dot = $("#pulse");
+    dot.className = `pulse ${told.trouble ? "off" : "on"}`;
+    clearTimeout(pulse);
+    requestAnimationFrame(() => dot.classList.add("beat"));
+    pulse = setTimeout(() => { dot.className = "pulse off"; }, 20000);
+    campaigns(told.campaigns);
+    if (told.point) {
+      const [, , running, delayed, dead] = told.point;
+      badges({ running, delayed, dead, workers: told.workers, notices: told.notices });
+      const scope = $(".charts")?.dataset.queue;
+      add(scope ? (told.queues[scope] || [])[0] : told.point);
+      for (const [name, last] of Object.entries(told.queues)) {
+        if (!last.length) continue;
+        const past = sparks.get(name) || sparks.set(name, []).get(name);
+        past.push(last[0][1]);
+        if (past.length > 120) past.shift();
+      }
+    }
+    if (!busy()) again();
+  }
+
+  function badges(values) {
+    for (const badge of $$("[data-count]")) {
+      const value = values[badge.dataset.count];
+      badge.hidden = !value;
+      badge.textContent = count(value);
+      badge.classList.toggle("hot", ["dead", "notices"].includes(badge.dataset.count) && value > 0);
+    }
+  }
+
+  function campaigns(list) {
+    const place = $("#campaigns");
+    place.replaceChildren(...list.map((each) => {
+      const row = document.createElement("div");
+      row.className = `campaign ${each.state}`;
+      const name = document.createElement("b");
+      name.textContent = each.title;
+      const sum = document.createElement("span");
+      sum.className = "sum";
+      const parts = [`${each.done.toLocaleString("en")}${each.expected ? ` of ${each.expected.toLocaleString("en")}` : ""} done`];
+      if (each.rate) parts.push(`at most ${each.rate}/s`);
+      if (each.gone) parts.push(`${each.gone} had moved on`);
+      if (each.refused) parts.push(`${each.refused} refused`);
+      if (each.trouble) parts.push(each.trouble);
+      parts.push(each.state === "running" ? `by ${each.who}` : each.state);
+      sum.textContent = parts.join(" · ");
+      const button = document.createElement("button");
+      button.type = "button";
+      button.dataset.do = each.state === "running" ? "stop" : "dismiss";
+      button.dataset.id = each.id;
+      button.textContent = each.state === "running" ? "Stop" : "Dismiss";
+      row.append(name);
+      if (each.state === "running" && each.expected) {
+        const bar = document.createElement("progress");
+        bar.max = each.expected; bar.value = each.done + each.gone + each.refused;
+        row.append(bar);
+      }
+      row.append(sum, button);
+      return row;
+    }));
+  }
+
+  // -- acting
+
+  function toast(text, bad) {
+    if (!text) return;
+    const box = document.createElement("div");
+    box.className = bad ? "toast bad" : "toast";
+    box.textContent = text;
+    $("#toasts").append(box);
+    setTimeout(() => box.remove(), bad ? 12000 : 5000);
+  }
+
+  function confirmed(button) {
+    const dialog = $("#confirm"), asks = (button.dataset.ask || "").split(" ");
+    $("#confirm-title").textContent = button.dataset.confirm;
+    $("#confirm-text").textContent = button.dataset.text || "";
+    for (const name of ["rate", "reason", "force"]) $(`#confirm-${name}`).hidden = !asks.includes(name);
+    const yes = $("#confirm-yes");
+    yes.textContent = button.textContent.replace("…", "").trim();
+    yes.classList.toggle("danger", button.classList.contains("danger"));
+    dialog.returnValue = "no";
+    dialog.showModal();
+    if (!button.classList.contains("danger")) yes.focus();
+    return new Promise((resolve) => dialog.addEventListener("close", () => {
+      const form = $("form", dialog), more = {};
+      if (asks.includes("rate")) more.rate = form.elements.rate.value;
+      if (asks.includes("reason")) more.reason = form.elements.reason.value;
+      if (asks.includes("force") && form.elements.force.checked) more.force = "yes";
+      form.elements.force.checked = false;
+      resolve(dialog.returnValue === "yes" ? more : null);
+    }, { once: true }));
+  }
+
+  async function act(button) {
+    const listing = button.closest("[data-listing]");
+    const form = new URLSearchParams();
+    for (const name of ["queue", "place", "worker", "what", "kind", "search", "reason", "idle", "id"]) {
+      if (button.dataset[name]) form.append(name, button.dataset[name]);
+    }
+    if ("rows" in button.dataset) {
+      for (const box of $$('input[name="row"]:checked', listing)) form.append("row", box.value);
+      if (!form.has("row")) return toast("Nothing is ticked", true);
+    }
+    if (button.dataset.confirm) {
+      const more = await confirmed(button);
+      if (!more) return;
+      for (const [name, value] of Object.entries(more)) if (value) form.set(name, value);
+    }
+    button.disabled = true;
+    try {
+      const answer = await fetch(`${root}/do/${button.dataset.do}`, {
+        method: "POST", body: form, credentials: "same-origin",
+        headers: { "X-CSRF-Token": meta("csrf"), "Content-Type": "application/x-www-form-urlencoded" },
+      });
+      const type = answer.headers.get("content-type") || "";
+      const told = type.includes("json") ? await answer.json() : { ok: false, message: (await answer.text()).slice(0, 300) };
+      toast(told.message, !told.ok);
+      if (told.ok && "rows" in button.dataset) {
+        if (listing.dataset.leave) return void setTimeout(() => location.assign(listing.dataset.leave), 700);
+        $$("input:checked", listing).forEach((box) => { box.checked = false; });
+      }
+    } catch {
+      toast("The dashboard does not answer", true);
+    } finally {
+      button.disabled = false;
+      picked();
+    }
+    again();
+  }
+
+  function picked() {
+    for (const bar of $$("[data-bar]")) {
+      const boxes = $$('input[name="row"]', bar.closest("[data-listing]"));
+      const ticked = boxes.filter((box) => box.checked).length;
+      $("[data-picked]", bar).textContent = ticked ? `${ticked} ticked` : "nothing ticked";
+      $$("[data-rows]", bar).forEach((button) => { button.disabled = !ticked; });
+      const all = $("[data-all]", bar.closest("[data-listing]"));
+      if (all) { all.checked = ticked > 0 && ticked === boxes.length; all.indeterminate = ticked > 0 && ticked < boxes.length; }
+    }
+  }
+
+  document.addEventListener("click", (event) => {
+    const button = event.target.closest("[data-do]");
+    if (button) { event.preventDefault(); return void act(button); }
+    const row = event.target.closest("tr[data-open]");
+    if (row && !event.target.closest("a, button, input, label") && !String(getSelection())) {
+      if (event.target.closest(".tick")) { const box = $('input[name="row"]', row); box.checked = !box.checked; return picked(); }
+      if (event.metaKey || event.ctrlKey) window.open(row.dataset.open, "_blank", "noopener");
+      else location.assign(row.dataset.open);
+    }
+  });
+  document.addEventListener("change", (event) => {
+    if (event.target.matches("[data-all]")) {
+      $$('input[name="row"]', event.target.closest("[data-listing]")).forEach((box) => { box.checked = event.target.checked; });
+    }
+    if (event.target.matches('[data-all], input[name="row"]')) picked();
+    if (event.target.matches(".filter select")) event.target.form.requestSubmit();
+  });
+  document.addEventListener("submit", (event) => {
+    if (event.target.matches("[data-listing]")) event.preventDefault();
+    if (event.target.matches(".filter")) $$("input, select", event.target).forEach((field) => { field.disabled = !field.value; });
+  });
+
+  // -- keys
+
+  let going = 0;
+  function step(by) {
+    const rows = $$("#live tbody tr[data-open]");
+    if (!rows.length) return;
+    const at = rows.findIndex((row) => row.classList.contains("at"));
+    const next = rows[Math.max(0, Math.min(rows.length - 1, at < 0 ? 0 : at + by))];
+    rows.forEach((row) => row.classList.toggle("at", row === next));
+    next.focus({ preventScroll: true });
+    next.scrollIntoView({ block: "nearest" });
+  }
+  document.addEventListener("keydown", (event) => {
+    if (event.metaKey || event.ctrlKey || event.altKey || $("dialog[open]")) return;
+    const typing = event.target.matches("input:not([type=checkbox]), select, textarea");
+    if (event.key === "Escape" && typing) return event.target.blur();
+    if (typing) return;
+    const row = $("#live tr.at");
+    if (going && Date.now() - going < 1500) {
+      going = 0;
+      const target = $(`nav a[data-key="${CSS.escape(event.key)}"]`);
+      if (target) { event.preventDefault(); return target.click(); }
+    }
+    const keys = {
+      g: () => { going = Date.now(); },
+      "/": () => ($("[data-search]") || $(".filter input"))?.focus(),
+      j: () => step(1), ArrowDown: () => step(1), k: () => step(-1), ArrowUp: () => step(-1),
+      Enter: () => row && !event.target.closest("a, button") && location.assign(row.dataset.open),
+      " ": () => { const box = row && $('input[name="row"]', row); if (box) { box.checked = !box.checked; picked(); } },
+      a: () => $("[data-all]")?.click(),
+      t: () => $("#theme").click(),
+      "?": () => $("#keys").showModal(),
+    };
+    const run = keys[event.key];
+    if (!run || (event.key === "Enter" && (!row || event.target.closest("a, button"))) || (event.key === " " && !row)) return;
+    if (["ArrowDown", "ArrowUp"].includes(event.key) && !$("#live tbody tr[data-open]")) return;
+    event.preventDefault();
+    run();
+  });
+
+  // -- theme
+
+  $("#theme").addEventListener("click", () => {
+    const page = document.documentElement;
+    const dark = page.dataset.theme ? page.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+    page.dataset.theme = dark ? "light" : "dark";
+    try { localStorage.setItem("streamworker-theme", page.dataset.theme); } catch { /* storage may be off */ }
+    redraw();
+    sparkAll();
+  });
+  $("#help").addEventListener("click", () => $("#keys").showModal());
+
+  // -- begin
+
+  document.addEventListener("look", (event) => looked(JSON.parse(event.detail.data)));
+  document.addEventListener("htmx:sse:error", () => { $("#pulse").className = "pulse off"; });
+  document.addEventListener("htmx:after:swap", () => { picked(); sparkAll(); });
+  addEventListener("resize", () => { for (const { place, plot } of charts) plot.setSize({ width: place.clientWidth, height: place.clientHeight }); });
+
+  picked();
+  if ($(".chart")) {
+    const scope = $(".charts").dataset.queue;
+    redraw();
+    fetch(`${root}/history${scope ? `?queue=${encodeURIComponent(scope)}` : ""}`, { credentials: "same-origin" })
+      .then((answer) => answer.ok ? answer.json() : [])
+      .then((past) => { points = past; redraw(); });
+  }
+})();
