@@ -13,6 +13,7 @@ import anyio.abc
 
 from streamworker.broker import Broker
 from streamworker.endings import ending
+from streamworker.errors import HandBackFailed, Unreachable
 from streamworker.execute import Executor, Run
 from streamworker.holdings import Holdings
 from streamworker.job import Interrupted, Settled, TimedOut
@@ -22,6 +23,8 @@ HAND_BACK: Final = 5.0
 """Seconds within which what was handed back must be settled."""
 UNWIND: Final = 2.0
 """Seconds a cancelled handler has to clean up after itself."""
+SECOND_THOUGHT: Final = 0.2
+"""Seconds before a server that did not let us go is asked once more."""
 SHUTDOWN: Final = Interrupted("the worker shut down")
 
 
@@ -90,7 +93,26 @@ async def watch_signals(told: Callable[[int], None], *, task_status: anyio.abc.T
             told(number)
 
 
-async def hand_back_strays(broker: Broker, executor: Executor, holdings: Holdings) -> None:
+async def take_leave(broker: Broker, executor: Executor, holdings: Holdings) -> None:
+    """Leave nothing behind under our name: no pending entry, no consumer, no heartbeat.
+
+    Raises:
+        HandBackFailed: something is pending under our name still.
+        StreamworkerError: the server would not, and not at the second attempt either.
+    """
+    try:
+        await _hand_back_strays(broker, executor, holdings)
+        gone = await broker.leave()
+    except Unreachable:
+        # A connection that was idle may be the one that a failover left behind; the next one leads to the new master.
+        await anyio.sleep(SECOND_THOUGHT)
+        await _hand_back_strays(broker, executor, holdings)
+        gone = await broker.leave()
+    if not gone or len(holdings):
+        raise HandBackFailed("some jobs are still pending under this worker's name")
+
+
+async def _hand_back_strays(broker: Broker, executor: Executor, holdings: Holdings) -> None:
     """What is pending under our name still is settled: what is held by its outcome, what is not goes back."""
     runs = []
     for claim in await broker.strays(()):

@@ -20,7 +20,7 @@ import anyio.to_thread
 from streamworker.bookkeeping import stages
 from streamworker.claiming import Claimer
 from streamworker.context import Shared
-from streamworker.drain import HAND_BACK, UNWIND, drain, hand_back_strays, watch_signals
+from streamworker.drain import HAND_BACK, UNWIND, drain, take_leave, watch_signals
 from streamworker.errors import ConfigurationError, HandBackFailed, StuckThread, UsageError
 from streamworker.execute import Executor, Run
 from streamworker.health import Health
@@ -221,9 +221,7 @@ class QueueWorker:
             # The thread may be in a command; its heartbeat must not outlive us.
             await anyio.to_thread.run_sync(self._lease.join, abandon_on_cancel=True)
         try:
-            await hand_back_strays(self._broker, self._executor, self._holdings)
-            if not await self._broker.leave() or len(self._holdings):
-                raise HandBackFailed("some jobs are still pending under this worker's name")
+            await take_leave(self._broker, self._executor, self._holdings)
         except Exception as error:  # noqa: BLE001 - whatever keeps us from handing back: the leases will run out
             log.error("hand_back_failed", worker_id=self.worker_id, jobs=len(self._holdings), error=str(error))
             self._error = self._error or HandBackFailed(

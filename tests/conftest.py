@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -92,9 +92,10 @@ def server_program() -> Path:
 class Server:
     """A server process that can be killed and started again on the same port."""
 
-    def __init__(self, directory: Path, *, aof: bool = False) -> None:
+    def __init__(self, directory: Path, *, aof: bool = False, environment: Mapping[str, str] | None = None) -> None:
         self._directory = directory
         self._aof = aof
+        self._environment = {**os.environ, **(environment or {})}
         self._process: subprocess.Popen[bytes] | None = None
         self.port = 0
         self.start()
@@ -119,8 +120,7 @@ class Server:
                     "--appendonly", "yes" if self._aof else "no", "--appendfsync", "always", "--dir", str(self._directory),
                     "--logfile", str(self._directory / "server.log"), "--maxmemory-policy", "noeviction",
                 ],
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
+                env=self._environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             )  # fmt: skip
             deadline = time.monotonic() + 10
             while self._process.poll() is None and time.monotonic() < deadline:

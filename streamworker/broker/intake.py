@@ -119,14 +119,16 @@ class Intake(Taking):
         return claims
 
     async def _sweep_queue(self, index: int, keys: QueueKeys, limit: int, running: list[Claim]) -> list[Claim]:
-        reservable = not any(claim.suspect for claim in running)
         held = [
             f"{LEVELS.index(claim.level) + 2}:{claim.entry.decode()}" for claim in running if claim.queue == keys.queue
         ]
         args: list[Any] = [self._group, self.consumer, int(self._lease * 1000), limit]
-        args += [SUSPECT_DELIVERIES, int(reservable), *held]
+        expected, sent = self._clock_should_show(), monotonic()
+        args += [SUSPECT_DELIVERIES, int(self._may_reserve(index, running)), expected, *held]
         try:
-            wait, entries, missing = await self._link.read(scripts.SWEEP, [keys.meta, *keys.streams], args)
+            wait, entries, missing, passed, shown = await self._link.read(
+                scripts.SWEEP, [keys.meta, *keys.streams], args
+            )
         except (Unreachable, ConfigurationError):
             raise
         except StreamworkerError as problem:
@@ -135,6 +137,8 @@ class Intake(Taking):
             return []
         self._sweep_at[index] = monotonic() + wait / 1000
         self.missing += missing
+        self._left_to_others(index, passed)
+        self._clock_shows(shown, sent, expected)
         claims = []
         for stream, entry, count, fields, epoch, suspect in entries:
             level = LEVELS[stream - 2]

@@ -77,9 +77,10 @@ class Intakes:
         for part in idle:  # orphans of all queues first: new jobs of the first shall not starve them
             if len(claims) < limit:
                 claims += await part.sweep(limit - len(claims), [*running, *claims])
+        suspect = any(claim.suspect for claim in claims)  # it waits for everything else to end
         for part in idle:
             part.stale = False  # whatever rings from here on, this look may not have seen
-            if len(claims) < limit:
+            if len(claims) < limit and not suspect:
                 claims += await part.take(limit - len(claims), [*running, *claims] if claims else running)
         self._rest_after_outage()
         if not claims and wait > 0 and not self._interrupted:

@@ -29,6 +29,8 @@ class Link:
         self.reader = address.reader(BLOCK, self.commands)
         self._branches: list[tuple[Link, str]] = []
         self.lease_client = address.blocking()
+        self.clock: tuple[int, float] | None = None
+        """What the server's clock showed in ms when we came, and when that was by ours."""
         self._down_since: float | None = None
         self._outage = 0.0
         self._moved = False
@@ -40,8 +42,10 @@ class Link:
             ConfigurationError: it cannot be used.
             Unreachable: none answers.
         """
+        sent = monotonic()
         with self.watched():
             info = await self.address.greet(self.commands)
+        self.clock = (int(info.get("server_time_usec", 0)) // 1000, sent) if "server_time_usec" in info else None
         version = str(info.get("redis_version", "0"))
         if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_SERVER:
             raise ConfigurationError(f"Redis at {self.address} is version {version}: streamworker needs 6.2 or newer")

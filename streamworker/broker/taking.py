@@ -22,6 +22,10 @@ DEAF_WAIT: Final = 1.0
 """Most seconds of a wait while the bell cannot tell that a queue was paused or resumed."""
 UNBLOCK_EVERY: Final = 0.02
 """Seconds between unblockings: a read that begins just after one would block on."""
+PATIENCE: Final = 1.0
+"""Most seconds a busy worker leaves suspects to idle ones."""
+STEP_ASIDE: Final = 0.2
+"""Seconds it does not sweep after it left one, so that idle ones come first."""
 
 
 class Taking:
@@ -45,6 +49,8 @@ class Taking:
         self.missing = 0
         """Jobs that were deleted underneath their claim, since the start."""
         self._sweep_at = [0.0] * len(self._keys)
+        self._passing_since: list[float | None] = [None] * len(self._keys)
+        self._clock: tuple[int, float] | None = None
         self._unreadable_until: dict[str, float] = {}
         self._paused: frozenset[int] = frozenset()
         self._interrupted = anyio.Event()
@@ -60,7 +66,8 @@ class Taking:
         # Before the sweep, or the first command that gets through again would take everybody for dead.
         self._rest_after_outage()
         claims = await self.sweep(limit, running)
-        if len(claims) < limit:
+        # A suspect waits for everything else to end: nothing new comes beside it.
+        if len(claims) < limit and not any(claim.suspect for claim in claims):
             self.stale = False  # whatever rings from here on, this look may not have seen
             claims += await self.take(limit - len(claims), [*running, *claims] if claims else running)
         self._rest_after_outage()
@@ -101,6 +108,36 @@ class Taking:
     async def wait(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:
         """Wait for a job, at most ``wait`` seconds."""
         raise NotImplementedError
+
+    def _may_reserve(self, index: int, running: Collection[Claim]) -> bool:
+        """Whether a suspect of this queue may be taken.
+
+        An idle worker runs it at once. A busy one would have to finish its jobs first, claiming nothing meanwhile; if
+        it dies until then, the suspect waits for another lease. So it leaves it to idle ones, for a while.
+        """
+        since = self._passing_since[index]
+        patient = since is None or monotonic() - since < min(PATIENCE, self._lease / 3)
+        return not (running and patient) and not any(claim.suspect for claim in running)
+
+    def _left_to_others(self, index: int, suspects: int) -> None:
+        """A sweep left this many suspects to others; a negative number: it did not look."""
+        if suspects == 0:
+            self._passing_since[index] = None
+        elif suspects > 0:
+            now = monotonic()
+            self._passing_since[index] = self._passing_since[index] or now
+            self._sweep_at[index] = max(self._sweep_at[index], now + STEP_ASIDE)
+
+    def _clock_should_show(self) -> int:
+        """What the server's clock should show now, in ms, by our own, which nobody sets; 0 if we never saw it."""
+        seen = self._clock or self._link.clock
+        return 0 if seen is None else seen[0] + int((monotonic() - seen[1]) * 1000)
+
+    def _clock_shows(self, shown: int, sent: float, expected: int) -> None:
+        """What it showed in the answer to a command that was sent at ``sent`` of our clock."""
+        if expected and abs(shown - expected) > self._lease * 1000 / 3:
+            log.warning("server_clock_jumped", seconds=round((shown - expected) / 1000, 1))
+        self._clock = (shown, sent)
 
     def rest(self, seconds: float) -> None:
         """Take nobody for dead for some seconds."""

@@ -224,6 +224,33 @@ async def test_one_suspect_at_a_time_the_others_stay_ripe_and_uncounted(broker_f
         assert {ground.deliveries(claim) for claim in claims} == {SUSPECT_DELIVERIES - 1}
 
 
+@stream_only
+async def test_a_busy_worker_leaves_a_suspect_to_an_idle_one_for_a_while(broker_factory, raw, ground):
+    """It would have to finish its jobs first, and if it dies until then the suspect waits for another lease."""
+    async with (
+        broker_factory("dead", lease=0.6) as gone,
+        broker_factory("busy", lease=0.6) as busy,
+        broker_factory("idle", lease=0.6) as idle_one,
+    ):
+        await gone.publish([job(str(n)) for n in range(3)])
+        first, second, mine = await gone.claim(10, 0, ())
+        ground.hand_over(mine, "busy")
+        for claim in (first, second):
+            ground.ripen(claim, count=SUSPECT_DELIVERIES - 1)
+        assert await recover(busy, ground, running=[mine]) == []
+        await gone.publish([job("new")])
+        (taken,) = await recover(idle_one, ground)  # and nothing new beside it, which it would have to wait for
+        assert taken.suspect
+        deadline = time.monotonic() + 5
+        rest: list = []
+        while not any(claim.suspect for claim in rest) and time.monotonic() < deadline:
+            assert await asyncio.to_thread(busy.renew, [mine, *rest]) == []
+            assert await asyncio.to_thread(idle_one.renew, [taken]) == []
+            rest += await busy.claim(1, 0.02, [mine, *rest])
+        assert sorted(claim.suspect for claim in rest) == [False, True]
+        assert ground.deliveries(first) == ground.deliveries(second) == SUSPECT_DELIVERIES - 1
+
+
 async def test_a_suspect_beyond_its_deliveries_ends_by_what_was_read(broker_factory, raw, ground):
     async with broker_factory("dead") as gone, broker_factory("w") as broker:
         await gone.publish([job("poison")])

@@ -10,23 +10,44 @@
 -- ARGV[3]    lease in ms: entries idle for that long are orphans
 -- ARGV[4]    most entries to take
 -- ARGV[5]    delivery count from which an entry is a suspect
--- ARGV[6]    1 if a suspect may be reserved, 0 if the worker has one already
--- ARGV[7..]  what runs here and is passed over, as "index of the stream in KEYS:entry id"
+-- ARGV[6]    1 if a suspect may be reserved, 0 if the worker has one already or would have to finish other jobs first
+-- ARGV[7]    what the server's clock should show by the worker's own, in ms; 0 if it has not seen it yet
+-- ARGV[8..]  what runs here and is passed over, as "index of the stream in KEYS:entry id"
 --
--- returns { ms until the next sweep, entries, number of entries that were deleted underneath }
+-- returns { ms until the next sweep, entries, number of entries that were deleted underneath, number of suspects that were left
+--           to others (-1: it was too early to look), what the server's clock shows in ms }
 --   entries  { index of the stream in KEYS, id, delivery count, fields, epoch, 1 if a suspect } ...
 local lease, limit = tonumber(ARGV[3]), tonumber(ARGV[4])
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
+
+-- The clock leapt ahead: everything looks abandoned. Nobody is taken for dead before everyone had a lease to renew.
+local leap = tonumber(ARGV[7]) > 0 and now - tonumber(ARGV[7]) or 0
+if leap > lease / 3 then return { lease, {}, 0, -1, now } end
+-- It leapt back: what was claimed in its future would not age before the clock is there again. Its lease begins now.
+if leap < -lease / 3 then
+  for k = 2, #KEYS do
+    local from = '-'
+    for _ = 1, 10 do
+      local page = redis.pcall('XPENDING', KEYS[k], ARGV[1], from, '+', 1000)
+      if page.err or not page[1] then break end
+      for _, entry in ipairs(page) do
+        if entry[3] == 0 then redis.call('XCLAIM', KEYS[k], ARGV[1], entry[2], 0, entry[1], 'JUSTID') end
+        from = '(' .. entry[1]
+      end
+    end
+  end
+end
+
 local due = tonumber(redis.call('HGET', KEYS[1], 'sweep') or 0)
 -- A token further away than a lease comes from a server clock that jumped.
-if due > now and due - now <= lease then return { due - now, {}, 0 } end
+if due > now and due - now <= lease then return { due - now, {}, 0, -1, now } end
 
 local running = {}
-for i = 7, #ARGV do running[ARGV[i]] = true end
+for i = 8, #ARGV do running[ARGV[i]] = true end
 local may_reserve = ARGV[6] == '1'
 local epoch = redis.call('HGET', KEYS[1], 'epoch') or '0'
-local entries, missing, unfinished = {}, 0, false -- unfinished: somebody should sweep again at once
+local entries, missing, passed, unfinished = {}, 0, 0, false -- unfinished: somebody should sweep again at once
 
 local function gone(stream, id)
   redis.call('XACK', stream, ARGV[1], id)
@@ -44,7 +65,7 @@ local function take(k, id)
       entries[#entries + 1] = { k, id, pending[4], entry[2], epoch, 1 }
     else
       redis.call('XCLAIM', KEYS[k], ARGV[1], ARGV[2], 0, id, 'IDLE', lease, 'JUSTID')
-      unfinished = true
+      passed = passed + 1
     end
   else
     local entry = redis.call('XCLAIM', KEYS[k], ARGV[1], ARGV[2], 0, id)[1]
@@ -85,6 +106,8 @@ end
 local wait = lease
 if #entries >= limit or unfinished then
   wait = 0
+elseif passed > 0 then
+  wait = 20 -- whoever is idle can run one at once
 else
   for k = 2, #KEYS do
     local summary = redis.pcall('XPENDING', KEYS[k], ARGV[1])
@@ -103,4 +126,4 @@ end
 -- Long waits end on whole seconds, so that a worker sweeps all its quiet queues in one wake-up.
 if wait > 2000 then wait = math.floor((now + wait) / 1000) * 1000 - now end
 redis.pcall('HSET', KEYS[1], 'sweep', string.format('%d', now + wait))
-return { wait, entries, missing }
+return { wait, entries, missing, passed, now }
