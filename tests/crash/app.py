@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
+import signal
 import threading
 import time
+from contextlib import suppress
+from pathlib import Path
 
 from streamworker import App, Backoff, Context, Discard, Payload, Snooze
 from tests.crash import failpoints, witness
@@ -17,6 +21,7 @@ from tests.crash.history import Journal
 
 app = App()
 journal = Journal.from_environment()
+taken: list[bytearray] = []
 
 
 class Work(Payload, kind="work", queue="q"):
@@ -53,6 +58,17 @@ class Deaf(Payload, kind="deaf", queue="q"):
 
 class Poison(Payload, kind="poison", queue="q"):
     """Takes its worker along, always."""
+
+
+class Hungry(Payload, kind="hungry", queue="q"):
+    """Takes all the memory its process may have, at its first delivery.
+
+    Attributes:
+        then: ``raise``: the MemoryError is its end, and what it took is given back. ``keep``: all the worker has to go on
+            without. ``die``: the kernel ends the process, which is what its own killer does.
+    """
+
+    then: str
 
 
 class Gated(Payload, kind="gated", queue="q"):
@@ -108,6 +124,30 @@ async def deaf(payload: Deaf, ctx: Context) -> None:
 async def poison(payload: Poison, ctx: Context) -> None:
     with journal.run(ctx):
         os._exit(9)
+
+
+@app.handler(timeout=None, backoff=Backoff(base=0.05, jitter=0))
+def hungry(payload: Hungry, ctx: Context) -> None:
+    with journal.run(ctx):
+        if ctx.delivery > 1 or ctx.attempt > 1 or ctx.job.hop:
+            return
+        limits = resource.getrlimit(resource.RLIMIT_AS)
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (32 << 20), limits[1]))
+        try:
+            for size in (1 << 20, 1 << 14, 1 << 9, 1 << 5):
+                with suppress(MemoryError):
+                    while True:
+                        taken.append(bytearray(size))
+            if payload.then == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if payload.then == "raise":
+                time.sleep(0.5)  # the others have to do without too, meanwhile
+                raise MemoryError
+        finally:
+            if payload.then == "raise":
+                taken.clear()
+                resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 @app.handler(timeout=None)

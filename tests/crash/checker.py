@@ -26,6 +26,8 @@ class Verdict:
         self.duplicates: Counter[str] = Counter()
         self.recovery: list[float] = []
         self.alone: list[float] = []
+        self.waited: list[float] = []
+        """The same suspects, from the end of the run before: one may lose several workers that only waited with it."""
         self.lost: list[str] = []
         self.stale_settles = 0
         self.refused_settles = 0
@@ -55,11 +57,12 @@ def check(
     runs = _runs(read(directory / "runs"))
     enqueued = read(directory / "enqueued")
     faults = read(directory / "faults")
+    witnesses = list(witnesses)
     settled = _fence(verdict, witnesses)
     _nothing_lost(verdict, enqueued, runs, settled, set(dead), set(destroyed))
     _limits(verdict, runs, max_deliveries)
     _order(verdict, runs, faults)
-    _duplicates(verdict, runs, faults)
+    _duplicates(verdict, runs, faults, _takers(witnesses))
     return verdict
 
 
@@ -84,6 +87,8 @@ def _fence(verdict: Verdict, witnesses: Iterable[str]) -> dict[tuple[str, str], 
     settled: dict[tuple[str, str], list[str]] = {}
     for line in witnesses:
         script, place, entry, who, count, owner, true_count, *result = line.split(" ")
+        if script == "sweep":
+            continue
         held = (who, count) == (owner, true_count)
         if script == "renew":
             if owner != who:
@@ -104,6 +109,16 @@ def _fence(verdict: Verdict, witnesses: Iterable[str]) -> dict[tuple[str, str], 
         else:
             verdict.refused_settles += 1
     return settled
+
+
+def _takers(witnesses: Iterable[str]) -> dict[tuple[str, str], set[str]]:
+    """(place, entry) to the workers that took it over or reserved it."""
+    found: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for line in witnesses:
+        script, place, entry, who, *_ = line.split(" ")
+        if script == "sweep":
+            found[place, entry].add(who.rpartition("-")[0])
+    return found
 
 
 def _nothing_lost(
@@ -131,7 +146,7 @@ def _nothing_lost(
         )
         verdict.done += done
         verdict.dead += job in dead
-        verdict.destroyed += job in destroyed
+        verdict.destroyed += job in destroyed and not done and job not in dead
         if done and job in dead:
             # A dead letter whose run finished elsewhere: told twice, and operators would replay it.
             verdict.complain("once", f"{job} is done and dead")
@@ -169,7 +184,12 @@ def _order(verdict: Verdict, runs: dict[str, list[dict[str, Any]]], faults: list
         last[key] = max(entry, last.get(key, (0,)))
 
 
-def _duplicates(verdict: Verdict, runs: dict[str, list[dict[str, Any]]], faults: list[dict[str, Any]]) -> None:
+def _duplicates(
+    verdict: Verdict,
+    runs: dict[str, list[dict[str, Any]]],
+    faults: list[dict[str, Any]],
+    takers: dict[tuple[str, str], set[str]],
+) -> None:
     for job, history in runs.items():
         for before, after in itertools.pairwise(history):
             if before["end"] in OWN_ENDS and after["hop"] > before["hop"]:
@@ -184,7 +204,19 @@ def _duplicates(verdict: Verdict, runs: dict[str, list[dict[str, Any]]], faults:
                 and after["mono"] > fault["began"]
                 and after["count"] > before["count"]
             ):
-                (verdict.alone if after["delivery"] >= 3 else verdict.recovery).append(after["mono"] - fault["began"])
+                waited = after["mono"] - fault["began"]
+                if after["delivery"] < 3:
+                    verdict.recovery.append(waited)
+                    continue
+                verdict.waited.append(waited)
+                # Whoever held it last and died: reserved and not begun counts too.
+                holders = takers[after["place"], after["entry"]] - {after["worker"].rpartition("-")[0]}
+                deaths = [
+                    each["began"]
+                    for each in faults
+                    if each["what"] in DEADLY and each["worker"] in holders and each["began"] < after["mono"]
+                ]
+                verdict.alone.append(after["mono"] - max([fault["began"], *deaths]))
 
 
 def _explanation(before: dict[str, Any], after: dict[str, Any], faults: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -147,9 +147,8 @@ class Nemesis:
                 await asyncio.sleep(lasting)
                 self._admin("CONFIG", "SET", "maxmemory", 0)
             case "group deleted":
-                self._admin(
-                    "XGROUP", "DESTROY", ("stream:{q}:high", "stream:{q}", "stream:{q}:low")[int(dice * 3)], "workers"
-                )
+                with suppress(redis.RedisError):
+                    rig.ground.forget_groups(rig.ground.places[int(dice * 3)])
             case "reset" if proxy is not None:
                 proxy.reset_all()
             case _ if proxy is not None:

@@ -1,25 +1,24 @@
 """Forks worker processes: Python and the app are imported once, so that a worker starts within milliseconds.
 
-``python -m tests.crash.nursery`` reads one JSON object a line: ``{"env": {...}, "log": path, "uvloop": bool}``, answers
+``python -m tests.crash.nursery`` reads one JSON object a line: ``{"env": {...}, "log": path, "uvloop": bool, "fresh": bool}``, answers
 ``{"born": pid}``, and tells ``{"dead": pid, "code": n}`` (negative: a signal) of each that ended. It kills what is left
-when its input ends. Each child is a worker as the command line makes it: its own process, signals, exit code.
+when its input ends. Each child runs the command line, `streamworker worker`; a ``fresh`` one in a Python of its own.
 """
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import json
 import os
 import select
 import signal
 import sys
-from typing import Any
+from typing import Any, Final
 
-import uvloop
+import uvloop  # noqa: F401 - all of these are imported before forking, so that no child has to
 
-import tests.crash.witness  # noqa: F401 - imported before forking, so that no child has to
-from streamworker import StreamworkerError
+import tests.crash.witness  # noqa: F401
+from streamworker import cli
 
 
 def main() -> None:
@@ -65,16 +64,15 @@ def _fork(order: dict[str, Any]) -> int:
     try:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        signal.signal(
-            signal.SIGTERM, lambda *_: sys.exit(0)
-        )  # as the command line does until the worker listens itself
+        # As the command line does, which has not come to it yet.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.environ.update(order["env"])
-        code = _worker(uses_uvloop=order["uvloop"])
+        code = _worker(order)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 0
     except BaseException:
@@ -87,20 +85,15 @@ def _fork(order: dict[str, Any]) -> int:
     raise AssertionError
 
 
-def _worker(*, uses_uvloop: bool) -> int:
-    from streamworker import QueueWorker
-    from streamworker.telemetry import logs
-    from tests.crash.app import app
+COMMAND: Final = ["worker", "tests.crash.app:app"]
 
-    settings = app.resolve(None)
-    logs.configure(settings.log_level, "json")
-    worker = QueueWorker(app, redis=None, database=None, services=None)
-    try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop if uses_uvloop else None) as runner:
-            return runner.run(worker.run())
-    except StreamworkerError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+
+def _worker(order: dict[str, Any]) -> int:
+    if order["fresh"]:
+        os.execv(sys.executable, [sys.executable, "-m", "streamworker", *COMMAND])
+    if not order["uvloop"]:
+        sys.modules["uvloop"] = None  # type: ignore[assignment] # as where it is not installed
+    return cli.main(COMMAND)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,11 @@ def table(injected: Counter[str], verdict: Verdict) -> str:
     lines += [f"  {name:<24}{value:>8}" for name, value in rows]
     lines += ["", "runs repeated because of"]
     lines += [f"  {what:<24}{count:>8}" for what, count in sorted(verdict.duplicates.items())]
-    for name, values in (("recovery, s", verdict.recovery), ("recovery, alone, s", verdict.alone)):
+    for name, values in (
+        ("recovery, s", verdict.recovery),
+        ("recovery, alone, s", verdict.alone),
+        ("  since its last run, s", verdict.waited),
+    ):
         figures = "  ".join(
             f"{label} {percentile(values, part):.2f}" for label, part in (("p50", 0.5), ("p99", 0.99), ("max", 1.0))
         )

@@ -7,6 +7,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -20,16 +22,13 @@ from streamworker import App, Payload, StreamworkerError
 from streamworker.errors import PublishUncertain
 from streamworker.settings import Settings
 from tests.conftest import Server
-from tests.crash import witness
 from tests.crash.app import Block, Thread, Work
 from tests.crash.checker import Verdict, check
-from tests.crash.fleet import Fleet, Worker
+from tests.crash.clock import Clock
+from tests.crash.fleet import ROOT, Fleet, Worker, clean_environment
+from tests.crash.ground import ground
 from tests.crash.history import Log, read
 from tests.crash.proxy import Proxy
-
-GROUP = "workers"
-BASE = "stream:{q}"
-STREAMS = (f"{BASE}:high", BASE, f"{BASE}:low")
 
 ENDINGS = {0, 128 + signal.SIGTERM, -signal.SIGTERM, 75}
 """Exit codes of workers that were told to stop: once, or again (the second time perhaps after the last line of ours);
@@ -44,17 +43,27 @@ class Rig:
         seed: of everything that is random here.
         lease: the workers' lease.
         proxied: workers reach the server through a `Proxy`.
+        forgetful: the server has no append-only file.
+        clock: the server's, if it can be set.
         settings: more settings of the workers.
     """
 
     def __init__(
-        self, directory: Path, *, seed: int = 0, lease: float = 1.0, proxied: bool = False, **settings: Any
+        self,
+        directory: Path,
+        *,
+        seed: int = 0,
+        lease: float = 1.0,
+        proxied: bool = False,
+        forgetful: bool = False,
+        clock: Clock | None = None,
+        **settings: Any,
     ) -> None:
         self.directory = directory
         self.random = random.Random(seed)
         self.seed = seed
         self.lease = lease
-        self._proxied = proxied
+        self._proxied, self._forgetful, self._clock = proxied, forgetful, clock
         self._settings = {"LEASE": lease, "GRACE": 5, "CONCURRENCY": 10, "MAX_DELIVERIES": 5, **settings}
         self.max_deliveries = int(self._settings["MAX_DELIVERIES"])
         self._enqueued = Log(directory / "enqueued")
@@ -62,6 +71,8 @@ class Rig:
         self.injected: Counter[str] = Counter()
         self.destroyed: set[str] = set()
         self.expected_codes: set[int] = set()
+        self.may_stammer: set[Worker] = set()
+        """Workers whose tracebacks are excused."""
         self.unstarted = 0
         self.unexpected: list[str] = []
         """Workers that ended in a way nobody asked for."""
@@ -69,10 +80,16 @@ class Rig:
 
     async def __aenter__(self) -> Rig:
         async with AsyncExitStack() as stack:
-            self.server = await asyncio.to_thread(Server, self.directory, aof=True)
+            self.server = await asyncio.to_thread(
+                Server,
+                self.directory,
+                aof=not self._forgetful,
+                environment=self._clock.environment if self._clock is not None else None,
+            )
             stack.callback(self.server.kill)
             self.raw = redis.Redis.from_url(self.server.url, protocol=2, decode_responses=True, socket_timeout=20)
             stack.callback(self.raw.close)
+            self.ground = ground(self.raw)
             url = self.server.url
             if self._proxied:
                 self.proxy = Proxy(self.server.port, self.seed)
@@ -181,47 +198,42 @@ class Rig:
             self.fault("freeze", worker.name, began=began, tail=1.0)
 
     async def restart_server(self, down: float = 0.0) -> None:
-        """SIGKILL, and start again with its append-only file."""
+        """SIGKILL, and start again with its append-only file, or with nothing."""
+        kept = self.ground.witnesses() if self._forgetful else []
         began = time.monotonic()
         await asyncio.to_thread(self.server.kill)
         await asyncio.sleep(down)
         await asyncio.to_thread(self.server.start)
+        if self._forgetful:
+            # Whatever was promised before is gone, unless it was done by then; nobody was promised that it would last.
+            self.destroyed.update(line["job"] for line in read(self.directory / "enqueued") if line["mono"] <= began)
+            self.ground.restore(kept)
         self.fault("server restart" if down < self.lease else "outage", began=began, tail=2 * self.lease + 2)
 
     # -- the end
 
-    def backlog(self) -> int:
-        return int(sum(self.raw.xlen(stream) for stream in STREAMS) + self.raw.zcard(f"{BASE}:due"))
-
     def running(self) -> int:
         """Jobs that workers hold."""
-        found = 0
-        for stream in STREAMS:
-            with suppress(redis.ResponseError):
-                found += self.raw.xpending(stream, GROUP)["pending"]
-        return found
+        return sum(self.ground.held().values())
 
     def holder(self) -> Worker | None:
         """A worker that holds jobs right now."""
-        for stream in STREAMS:
-            for pending in self.raw.xpending_range(stream, GROUP, "-", "+", 1):
-                return next(
-                    (each for each in self.fleet.alive if pending["consumer"].startswith(f"{each.name}-")), None
-                )
+        for name in self.ground.held():
+            return next((each for each in self.fleet.alive if name.startswith(f"{each.name}-")), None)
         return None
+
+    def runs(self, job: str) -> list[dict[str, Any]]:
+        """The starts of a job."""
+        return [line for line in read(self.directory / "runs") if line["job"] == job and line["what"] == "started"]
 
     def runs_of(self, job: str) -> int:
         """How often a job was started."""
-        return sum(line["job"] == job and line["what"] == "started" for line in read(self.directory / "runs"))
+        return len(self.runs(job))
 
     def done_lines(self) -> int:
         """How many runs ended well so far."""
         path = self.directory / "runs"
         return path.read_text().count('"finished"') if path.exists() else 0
-
-    def held_back(self) -> int:
-        """Jobs whose endings the server has no room for, and those that come to it too."""
-        return self.running()
 
     def refuses(self, word: str) -> bool:
         """The server answers a write with this error."""
@@ -250,43 +262,24 @@ class Rig:
     def delete_keys(self, *keys: str) -> None:
         """Delete keys underneath; the jobs in them are excused, and nobody else's."""
         began = time.monotonic()
-        script = (
-            "local out = {} for _, key in ipairs(KEYS) do local kind = redis.call('TYPE', key).ok "
-            "if kind == 'stream' then for _, e in ipairs(redis.call('XRANGE', key, '-', '+')) do out[#out + 1] = e[2][2] end "
-            "elseif kind == 'hash' and string.find(key, 'bodies') then for _, v in ipairs(redis.call('HVALS', key)) do out[#out + 1] = v end end "
-            "redis.call('DEL', key) end return out"
-        )
-        for body in self.raw.eval(script, len(keys), *keys):
-            with suppress(ValueError):
-                self.destroyed.add(json.loads(body)["id"])
+        self.destroyed.update(self.ground.delete(keys))
         self.fault("keys deleted", began=began, tail=3 * self.lease)
 
     def flush(self) -> None:
-        """FLUSHALL; the witness list survives, or the checker would be blind for what was before."""
+        """FLUSHALL. Without a ledger what it held is gone."""
         began = time.monotonic()
-        script = (
-            "local kept = redis.call('LRANGE', KEYS[1], 0, -1) local out = {} "
-            "for _, key in ipairs(redis.call('KEYS', '*')) do local kind = redis.call('TYPE', key).ok "
-            "if kind == 'stream' then for _, e in ipairs(redis.call('XRANGE', key, '-', '+')) do out[#out + 1] = e[2][2] end "
-            "elseif kind == 'hash' and string.find(key, 'bodies') then "
-            "for _, v in ipairs(redis.call('HVALS', key)) do out[#out + 1] = v end end end "
-            "redis.call('FLUSHALL') for _, line in ipairs(kept) do redis.call('RPUSH', KEYS[1], line) end return out"
-        )
-        for body in self.raw.eval(script, 1, witness.LIST):
-            with suppress(ValueError):
-                self.destroyed.add(json.loads(body)["id"])
+        self.destroyed.update(self.ground.flush())
         self.fault("flushall", began=began, tail=3 * self.lease)
+
+    def forget_group(self, *places: str) -> None:
+        """The consumer groups of these places (none: all) are deleted underneath; no job is."""
+        began = time.monotonic()
+        self.ground.forget_groups(*places)
+        self.fault("group deleted", began=began, tail=3 * self.lease)
 
     def open_gate(self, name: str) -> None:
         """Let `Gated` jobs of this gate end."""
         (self.directory / f"gate-{name}").touch()
-
-    def consumers(self) -> set[str]:
-        found: set[str] = set()
-        for stream in STREAMS:
-            with suppress(redis.ResponseError):
-                found |= {info["name"] for info in self.raw.xinfo_consumers(stream, GROUP)}
-        return found
 
     async def all_ready(self) -> None:
         """Whoever lives has begun to work."""
@@ -302,42 +295,37 @@ class Rig:
         return answer
 
     def state(self) -> str:
-        """What the server holds, for a failing run."""
-        lines = []
-        for stream in STREAMS:
-            with suppress(redis.RedisError):
-                pending = self.raw.xpending_range(stream, GROUP, "-", "+", 5)
-                lines.append(f"{stream}: {self.raw.xlen(stream)} entries, pending {pending}")
-        with suppress(redis.RedisError):
-            lines.append(f"due {self.raw.zcard(f'{BASE}:due')}, consumers {self.consumers()}")
-        lines.append(f"alive {[worker.name for worker in self.fleet.alive]}")
-        return "; ".join(lines)
+        """What the server holds and who lives, for a failing run."""
+        return f"{self.ground.state()}; alive {[worker.name for worker in self.fleet.alive]}"
 
     async def at_rest(self, timeout: float = 60.0) -> None:
         """All jobs are ended."""
-        await self.until(lambda: self.backlog() == 0, timeout, "an empty backlog")
+        await self.until(lambda: self.ground.backlog() == 0, timeout, "an empty backlog")
 
-    async def finish(self, *, timeout: float = 60.0, workers: int = 2) -> Verdict:
-        """No more faults: come to rest, stop everybody, and judge."""
+    async def finish(self, *, timeout: float = 60.0, workers: int = 2, look: bool = False) -> Verdict:
+        """No more faults: come to rest, stop everybody, and judge.
+
+        Args:
+            timeout: seconds until nothing is left to do.
+            workers: how many are kept alive.
+            look: ask the command line too whether all is clean.
+        """
         async with asyncio.TaskGroup() as group:
             keeping = group.create_task(self._keep(workers))  # a poison may not have taken its last worker yet
             await self.at_rest(timeout)
+            await self.until(self._tidied, 10 * self.lease + 20, "the names of dead workers being gone")
             keeping.cancel()
-
-        def tidied() -> bool:
-            names = [f"{worker.name}-" for worker in self.fleet.workers if worker.alive]
-            return all(consumer.startswith(tuple(names)) for consumer in self.consumers())
-
-        await self.until(tidied, 10 * self.lease + 20, "the names of dead workers being gone")
         await self.all_ready()
+        if look:
+            await asyncio.to_thread(self._look_by_command)
         stopping = [worker for worker in self.fleet.workers if worker.alive]
         for worker in stopping:
             worker.terminate()
         codes = [await worker.wait() for worker in stopping]
         verdict = check(
             self.directory,
-            self.raw.lrange(witness.LIST, 0, -1),
-            self.dead_ids(),
+            self.ground.witnesses(),
+            self.ground.dead_ids(),
             max_deliveries=self.max_deliveries,
             destroyed=self.destroyed,
         )
@@ -348,26 +336,47 @@ class Rig:
         self._leftovers(verdict)
         return verdict
 
+    def _tidied(self) -> bool:
+        names = tuple(f"{worker.name}-" for worker in self.fleet.workers if worker.alive)
+        return all(consumer.startswith(names) for consumer in self.ground.names())
+
+    def _look_by_command(self) -> None:
+        """`pending` shows nothing, and `workers` those who live and nobody else."""
+        pending = self.command("pending", "--json")
+        assert not pending, f"seed {self.seed}: pending still shows {pending}"
+        deadline = time.monotonic() + 3 * self.lease + 10  # the dead are forgotten with their heartbeats
+        while True:
+            shown = {line["worker_id"].rpartition("-")[0] for line in self.command("workers", "--json")}
+            alive = {worker.name for worker in self.fleet.workers if worker.alive}
+            if shown == alive:
+                return
+            assert time.monotonic() < deadline, f"seed {self.seed}: workers shows {shown}, alive are {alive}"
+
+    def command(self, *words: str) -> list[dict[str, Any]]:
+        """What `streamworker WORDS` prints as JSON lines; past the proxy."""
+        environment = {**clean_environment(), "REDIS_URL": self.server.url, "STREAMWORKER_QUEUES": "q"}
+        done = subprocess.run(
+            [sys.executable, "-m", "streamworker", *words], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
     async def _keep(self, workers: int) -> None:
         while True:
             while len(self.fleet.alive) < workers:
                 await self.fleet.start()
             await asyncio.sleep(0.05)
 
-    def dead_ids(self) -> list[str]:
-        return [fields["id"] or json.loads(fields["job"])["id"] for _, fields in self.raw.xrange(f"{BASE}:dead")]
-
     def _leftovers(self, verdict: Verdict) -> None:
-        for stream in STREAMS:
-            if self.raw.xlen(stream) or (self.raw.exists(stream) and self.raw.xpending(stream, GROUP)["pending"]):
-                verdict.complain("rest", f"{stream} still holds something: {self.state()}")
-        if self.consumers():
-            verdict.complain("rest", f"consumers are left over: {self.consumers()}")
-        expected = {*STREAMS, f"{BASE}:meta", f"{BASE}:dead", witness.LIST}
-        alive = [key for key in self.raw.keys("*") if key not in expected and not self._expires_soon(key)]
-        if alive:
-            verdict.complain("rest", f"keys are left over: {alive}")
+        if self.ground.backlog() or self.ground.held():
+            verdict.complain("rest", f"something still lies there: {self.state()}")
+        if names := self.ground.names():
+            verdict.complain("rest", f"consumers are left over: {names}")
+        if left := [key for key in self.ground.keys_left() if not self._expires_soon(key)]:
+            verdict.complain("rest", f"keys are left over: {left}")
         for worker in self.fleet.workers:
+            if worker in self.may_stammer:
+                continue
             said = worker.text.replace('"exception":', "")
             if "Traceback" in said.replace("Traceback (most recent call last):\\n", ""):
                 verdict.complain("rest", f"{worker.name} printed a traceback: {said[said.index('Traceback') :][:1500]}")

@@ -80,7 +80,7 @@ async def _soak(chosen: argparse.Namespace, directory: Path) -> tuple[Rig, Verdi
             await nemesis.cease()
         stop.set()
         await producing
-        return rig, await rig.finish(timeout=120 + 10 * chosen.lease, workers=chosen.workers)
+        return rig, await rig.finish(timeout=120 + 10 * chosen.lease, workers=chosen.workers, look=True)
 
 
 if __name__ == "__main__":

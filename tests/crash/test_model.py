@@ -23,7 +23,8 @@ from hypothesis.stateful import (
 from streamworker.broker.client import Address
 from streamworker.broker.stream import StreamBroker, StreamOptions
 from streamworker.job import LEVELS, Claim, Settled
-from tests.contract.helpers import BODIES, DEAD, DUE, ENDINGS, GROUP, META, job, ripen, sweep_soon
+from tests.contract.ground import GROUP, StreamGround
+from tests.contract.helpers import BODIES, DEAD, DUE, ENDINGS, META, job
 
 T = TypeVar("T")
 STREAMS = ("stream:{q}:high", "stream:{q}", "stream:{q}:low")
@@ -77,7 +78,7 @@ class Verbs(RuleBasedStateMachine):
     def claim(self, name: str, limit: int, sweeping: bool) -> None:
         broker = self.brokers[name]
         self.raw.hdel(META, "sweep")
-        sweep_soon(broker)
+        StreamGround(self.raw).sweep_soon(broker)
         if not sweeping:
             broker._intake.rest(60)
         claims = self.do(broker.claim(limit, 0, list(self.held[name])))
@@ -113,7 +114,7 @@ class Verbs(RuleBasedStateMachine):
         name = data.draw(st.sampled_from([name for name in NAMES if self.held[name]]))
         claim = data.draw(st.sampled_from(self.held[name]))
         if self._holds(name, claim):
-            ripen(self.raw, claim)
+            StreamGround(self.raw).ripen(claim)
             self.ripe.add((claim.place, claim.entry))
 
     @precondition(lambda self: any(self.held.values()))
@@ -150,7 +151,7 @@ class Verbs(RuleBasedStateMachine):
         self.claim("ada", 4, sweeping=False)
         for claim in self.held["ada"]:
             if self._holds("ada", claim):
-                ripen(self.raw, claim)
+                StreamGround(self.raw).ripen(claim)
                 self.ripe.add((claim.place, claim.entry))
         self.claim("bob", 4, sweeping=True)
         names = NAMES if zombie_first else NAMES[::-1]

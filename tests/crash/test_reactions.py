@@ -14,7 +14,8 @@ from streamworker.broker.stream import StreamBroker, StreamOptions
 from streamworker.errors import ConfigurationError, PublishUncertain, StreamworkerError, Unreachable
 from streamworker.job import Claim, Done
 from tests.conftest import Server, eventually, free_port
-from tests.contract.helpers import ENDINGS, NORMAL, done, job, one, ripen, settle_one, sweep_soon
+from tests.contract.ground import StreamGround
+from tests.contract.helpers import ENDINGS, NORMAL, done, job, one, settle_one, stream_only
 
 SAID = {
     "WRONGPASS": ["WRONGPASS invalid username-password pair or user is disabled.", "NOAUTH Authentication required."],
@@ -50,6 +51,11 @@ RAISES = {
     Reaction.HEAL: StreamworkerError,
     Reaction.KEY: StreamworkerError,
 }
+
+
+def sweep_soon(broker):
+    for index, _ in enumerate(broker._intake._sweep_at):
+        broker._intake._sweep_at[index] = 0.0
 
 
 def test_every_row_is_here():
@@ -136,6 +142,7 @@ def test_no_connection_and_unknown_errors():
     assert reaction_to(redis.ResponseError("ERR unknown command")) is Reaction.REFUSE
 
 
+@stream_only
 async def test_noscript_is_sent_again(broker_factory, raw):
     async with broker_factory("w") as broker:
         await broker.publish([job("a")])
@@ -148,6 +155,7 @@ async def test_noscript_is_sent_again(broker_factory, raw):
     assert raw.xlen(NORMAL) == 0
 
 
+@stream_only
 async def test_nogroup_is_healed_while_waiting(broker_factory, raw):
     async with broker_factory("w") as broker:
         waiting = asyncio.create_task(broker.claim(1, 5, ()))
@@ -159,6 +167,7 @@ async def test_nogroup_is_healed_while_waiting(broker_factory, raw):
         assert claims[0].place == NORMAL
 
 
+@stream_only
 async def test_unblocked_by_force_is_no_error(broker_factory, raw):
     async with broker_factory("w") as broker:
         waiting = asyncio.create_task(broker.claim(1, 5, ()))
@@ -169,6 +178,7 @@ async def test_unblocked_by_force_is_no_error(broker_factory, raw):
         assert len(await broker.claim(1, 1, ())) == 1
 
 
+@stream_only
 async def test_out_of_memory_finishes_claims_and_rescues(broker_factory, raw):
     async with broker_factory("dead", lease=0.2) as other, broker_factory("w", lease=0.2) as broker:
         await broker.publish([job(str(n)) for n in range(3)])
@@ -198,6 +208,7 @@ DENIED = {
 }
 
 
+@stream_only
 @pytest.mark.parametrize("command", DENIED)
 async def test_a_missing_permission_is_never_a_lost_claim(broker_factory, raw, redis_url, command):
     raw.execute_command("ACL", "SETUSER", "w", "on", ">p", "~*", "&*", "+@all")
@@ -231,6 +242,7 @@ async def test_a_missing_permission_is_never_a_lost_claim(broker_factory, raw, r
         raw.execute_command("ACL", "DELUSER", "w")
 
 
+@stream_only
 @pytest.mark.parametrize("forgotten", ["group", "entry", "nothing"])
 async def test_a_replica_never_calls_a_claim_lost(broker_factory, raw, forgotten):
     """A demoted master answers from its past, perhaps from somebody else's: that is READONLY, whatever it knows."""
@@ -287,7 +299,7 @@ async def test_the_first_command_after_an_outage_takes_nobody_for_dead(own_serve
             assert await quick.claim(1, 0, ()) == []
             assert slow.renew([claim]) == []
         with own_server.client() as raw:
-            ripen(raw, claim)
+            StreamGround(raw).ripen(claim)
             await asyncio.sleep(0.7)
             assert len(await quick.claim(1, 0, ())) == 1
     finally:
@@ -295,6 +307,7 @@ async def test_the_first_command_after_an_outage_takes_nobody_for_dead(own_serve
         await quick.close()
 
 
+@stream_only
 async def test_a_worker_starts_while_the_server_is_out_of_memory(broker_factory, raw):
     async with broker_factory("first") as broker:
         await broker.publish([job("a")])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,7 +12,9 @@ import pytest
 from tests.conftest import Server
 from tests.crash.app import Gated, Work
 from tests.crash.checker import Verdict
-from tests.crash.rig import BASE, GROUP, STREAMS, Rig, fine
+from tests.crash.clock import Clock
+from tests.crash.ground import ground
+from tests.crash.rig import Rig, fine
 
 pytestmark = [pytest.mark.crash, pytest.mark.timeout(150)]
 
@@ -26,12 +27,14 @@ async def busy(rig: Rig, *, workers: int = 3, rate: float = 60) -> AsyncIterator
     await rig.all_ready()
     stop = asyncio.Event()
     producing = asyncio.create_task(rig.produce(stop, rate))
-    await rig.until(lambda: rig.raw.exists(f"{BASE}:meta") and rig.done_lines() > 20, 30, "work being done")
+    await rig.until(lambda: rig.done_lines() > 20, 30, "work being done")
     try:
         yield
         # Throughput is back without anybody's help.
         before = rig.done_lines()
         await rig.until(lambda: rig.done_lines() > before + 20, 45, "work being done again")
+        # Not only something: as much as comes in, and what waited is made up for.
+        await rig.until(lambda: rig.ground.backlog() < rate, 45, "the throughput of before")
     finally:
         stop.set()
         await producing
@@ -75,14 +78,13 @@ async def test_an_outage_of_several_leases_ends_no_running_job(tmp_path):
 async def test_groups_and_keys_are_deleted_underneath(tmp_path):
     async with Rig(tmp_path, seed=22) as rig:
         async with busy(rig):
-            for stream in STREAMS:
-                began = time.monotonic()
-                rig.raw.xgroup_destroy(stream, GROUP)
-                rig.fault("group deleted", began=began, tail=3 * rig.lease)
+            keys, places = rig.ground.keys, rig.ground.places
+            for place in places:
+                rig.forget_group(place)
                 await asyncio.sleep(0.3)
-            rig.delete_keys(*STREAMS)
+            rig.delete_keys(*places)
             await asyncio.sleep(0.5)
-            rig.delete_keys(BASE, f"{BASE}:due", f"{BASE}:bodies", f"{BASE}:meta")
+            rig.delete_keys(places[1], keys.due, keys.bodies, keys.meta)
         nobody_restarted(rig, fine(await rig.finish(), rig.seed))
         assert sum(len(worker.said("group_recreated")) for worker in rig.fleet.workers)
 
@@ -92,7 +94,42 @@ async def test_it_forgets_everything(tmp_path):
     async with Rig(tmp_path, seed=23) as rig:
         async with busy(rig):
             rig.flush()
-        fine(await rig.finish(), rig.seed)
+        nobody_restarted(rig, fine(await rig.finish(look=True), rig.seed))
+
+
+async def test_killed_and_restarted_with_nothing(tmp_path):
+    """Without persistence: what it held is gone, everything enqueued after it is done, and no worker needs help."""
+    async with Rig(tmp_path, seed=34, forgetful=True) as rig:
+        async with busy(rig):
+            for _ in range(2):
+                await rig.restart_server(0.2)
+                await asyncio.sleep(1.0)
+        nobody_restarted(rig, fine(await rig.finish(look=True), rig.seed))
+
+
+@pytest.mark.parametrize("ahead", [3600, -3600])
+async def test_its_clock_jumps(tmp_path, ahead):
+    """Who lives is not taken for dead, and who dies is: leases are counted on, whatever the clock shows."""
+    async with Rig(tmp_path, seed=35, clock=(clock := Clock(tmp_path))) as rig:
+        victim = await rig.fleet.start()
+        doomed = await rig.put(*(Gated(gate="g") for _ in range(2)))
+        await rig.until(lambda: all(map(rig.runs_of, doomed)), 20, "jobs of the victim")
+        others = [await rig.fleet.start() for _ in range(2)]
+        await rig.all_ready()  # whoever comes right after a leap cannot know of it
+        rig.kill(victim)
+        spared = await rig.put(*(Gated(gate="g") for _ in range(4)))
+        await rig.until(lambda: all(map(rig.runs_of, spared)), 20, "jobs of those who live")
+        clock.show(ahead)
+        # A blocking read that waits by a clock that was put back ends by our own, 10 s later at most.
+        await rig.until(lambda: any(each.said("server_clock_jumped") for each in others), 30, "the leap being noticed")
+        await rig.until(lambda: all(rig.runs_of(job) == 2 for job in doomed), 30, "the rescue")
+        await asyncio.sleep(2 * rig.lease)
+        rig.open_gate("g")
+        if ahead < 0:
+            clock.show(0)  # or the dead worker's name and heartbeat, which end by that clock, would last for an hour
+        verdict = fine(await rig.finish(look=True), rig.seed)
+        assert [rig.runs_of(job) for job in spared] == [1] * 4
+    assert verdict.done == 6
 
 
 async def test_connections_are_killed_and_scripts_forgotten(tmp_path):
@@ -123,11 +160,12 @@ async def test_it_is_out_of_memory(tmp_path):
     async with Rig(tmp_path, seed=26) as rig:
         async with busy(rig):
             began = time.monotonic()
-            await rig.put(*(Work(fails=1) for _ in range(5)), *(Work(seconds=0.2) for _ in range(20)))
+            # In their handlers when the memory ends, and in want of a place for their retry after it.
+            await rig.put(*(Work(seconds=0.5, fails=1) for _ in range(5)), *(Work(seconds=0.2) for _ in range(20)))
             rig.raw.config_set("maxmemory", 1)
             await rig.until(lambda: any(worker.said("settle_refused") for worker in rig.fleet.workers), 30, "a refusal")
             await rig.until(
-                lambda: sum(rig.raw.xlen(stream) for stream in STREAMS) <= rig.held_back(), 30, "all else done"
+                lambda: sum(map(rig.ground.length, rig.ground.places)) <= rig.running(), 30, "all else done"
             )
             rig.raw.config_set("maxmemory", 0)
             rig.fault("out of memory", began=began, tail=2 * rig.lease)
@@ -138,12 +176,13 @@ async def test_keys_of_a_wrong_type_stop_nobody_else(tmp_path):
     async with Rig(tmp_path, seed=27) as rig:
         worker = await rig.fleet.start()
         await rig.until(lambda: worker.said("worker_ready"), 20, "a worker")
-        rig.raw.delete(STREAMS[0])
-        rig.raw.set(STREAMS[0], "not a stream")
+        high, normal, _ = rig.ground.places
+        rig.raw.delete(high)
+        rig.raw.set(high, "nothing that jobs lie in")
         await rig.put(*(Work() for _ in range(50)))
-        await rig.until(lambda: rig.raw.xlen(BASE) == 0, 20, "the other level being done")
+        await rig.until(lambda: rig.ground.length(normal) == 0, 20, "the other level being done")
         await rig.until(lambda: worker.said("key_unreadable"), 20, "a complaint")
-        rig.raw.delete(STREAMS[0])
+        rig.raw.delete(high)
         await rig.put(*(Work() for _ in range(20)), priority="high")
         nobody_restarted(rig, fine(await rig.finish(timeout=90, workers=1), rig.seed))
 
@@ -161,8 +200,9 @@ async def test_it_becomes_a_replica_and_another_one_takes_over(tmp_path):
             rig.proxy.target = other.port
             rig.raw.replicaof("127.0.0.1", other.port)
             with other.client() as client:
-                client.xadd(BASE, {"job": json.dumps({"id": "there", "kind": "work", "payload": {}})})
-                await rig.until(lambda: client.xlen(BASE) == 0, 30, "work at the new place")
+                there = ground(client)
+                client.execute_command(*there.keys.adding("normal", b'{"id":"there","kind":"work","payload":{}}'))
+                await rig.until(lambda: there.backlog() == 0, 30, "work at the new place")
             assert rig.runs_of("there") == 1
             for worker in workers:
                 worker.terminate()

@@ -1,8 +1,8 @@
 """Witnesses on the server: scripts that move claims also write down, in the same atomic step, who held what.
 
-Every settling script and the renewal are wrapped. Before the original runs, the owner and delivery count of each claim
+Every settling script, the renewal and the sweep are wrapped. Before the original runs, the owner and delivery count of each claim
 are read from the pending list; afterwards "script entry claimed-by claimed-count true-owner true-count result" is
-pushed to ``queue:crash:witness``. Whatever the scripts believe, the list tells what was so.
+pushed to a list. Whatever the scripts believe, the list tells what was so.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ from hashlib import sha1
 from typing import Any, Final
 
 from streamworker.broker import scripts
-
-LIST: Final = "queue:crash:witness"
-"""Under a prefix that looks like a key of ours; it is on the same server so that it shares the scripts' atomicity."""
+from tests.crash.ground import WITNESSES
 
 _WRAP: Final = """
 local function original() %(text)s
@@ -41,6 +39,18 @@ for i = %(first)d, #ARGV, %(step)d do
 end
 return result
 """
+# What a sweep took over or reserved: until it ends, whoever dies with it delays it by another lease.
+_SWEEP: Final = """
+local function original() %(text)s
+end
+local result = original()
+if type(result) == 'table' and not result.err then
+  for _, taken in ipairs(result[2]) do
+    redis.pcall('RPUSH', '%(list)s', table.concat({ 'sweep', KEYS[taken[1]], taken[2], ARGV[2], taken[3], ARGV[2], taken[3] }, ' '))
+  end
+end
+return result
+"""
 # A renewal is worth a line only if it changed the owner or the count.
 _RENEWED: Final = "(before[n] ~= held(id)) and held(id) or nil"
 _SHAPES: Final[dict[str, dict[str, Any]]] = {
@@ -55,5 +65,9 @@ def install() -> None:
     """Replace the scripts' texts in this process."""
     for name, shape in _SHAPES.items():
         script = getattr(scripts, name)
-        text = _WRAP % {**shape, "text": script.text, "name": name.lower(), "list": LIST}
-        script.text, script.sha = text, sha1(text.encode(), usedforsecurity=False).hexdigest()
+        _replace(script, _WRAP % {**shape, "text": script.text, "name": name.lower(), "list": WITNESSES})
+    _replace(scripts.SWEEP, _SWEEP % {"text": scripts.SWEEP.text, "list": WITNESSES})
+
+
+def _replace(script: Any, text: str) -> None:
+    script.text, script.sha = text, sha1(text.encode(), usedforsecurity=False).hexdigest()

@@ -1,0 +1,146 @@
+"""What the harness knows of the server's keys: the only place where it does. A mode is a class here, chosen by `CRASH_MODE`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Final
+
+import redis
+
+from streamworker.broker.keys import QueueKeys
+
+QUEUE: Final = "q"
+GROUP: Final = "workers"
+WITNESSES: Final = "queue:crash:witness"
+"""What the scripts' witnesses write down; on the same server, so that it shares the scripts' atomicity."""
+MODE: Final = os.environ.get("CRASH_MODE", "stream")
+
+_BODIES: Final = """
+local function bodies(key, out)
+  local kind = redis.call('TYPE', key).ok
+  if kind == 'stream' then for _, e in ipairs(redis.call('XRANGE', key, '-', '+')) do out[#out + 1] = e[2][2] end
+  elseif kind == 'list' then for _, v in ipairs(redis.call('LRANGE', key, 0, -1)) do out[#out + 1] = v end
+  elseif kind == 'hash' and string.find(key, 'bodies') then
+    for _, v in ipairs(redis.call('HVALS', key)) do out[#out + 1] = v end
+  end
+end
+local out = {}
+"""
+
+
+class Ground:
+    """Stream mode.
+
+    Args:
+        client: decodes its answers.
+    """
+
+    keys: QueueKeys = QueueKeys(QUEUE)
+
+    def __init__(self, client: redis.Redis) -> None:
+        self._client = client
+
+    @property
+    def places(self) -> list[str]:
+        """Where ready jobs lie, in the order they are taken."""
+        return self.keys.places
+
+    @property
+    def everything(self) -> set[str]:
+        """Keys that may be there when all is done."""
+        return {*self.places, self.keys.meta, self.keys.dead, WITNESSES}
+
+    def length(self, place: str) -> int:
+        """Jobs in a place, running ones included."""
+        return int(self._client.xlen(place))
+
+    def backlog(self) -> int:
+        """Jobs that are neither done nor dead."""
+        return sum(self.length(place) for place in self.places) + int(self._client.zcard(self.keys.due))
+
+    def held(self) -> dict[str, int]:
+        """How many jobs each worker id holds."""
+        found: dict[str, int] = {}
+        for place in self.places:
+            with suppress(redis.ResponseError):
+                for each in self._client.xpending(place, GROUP)["consumers"]:
+                    found[each["name"]] = found.get(each["name"], 0) + each["pending"]
+        return found
+
+    def names(self) -> set[str]:
+        """Worker ids that are known, holding something or not."""
+        found: set[str] = set()
+        for place in self.places:
+            with suppress(redis.ResponseError):
+                found |= {info["name"] for info in self._client.xinfo_consumers(place, GROUP)}
+        return found
+
+    def forget_groups(self, *places: str) -> None:
+        """The consumer groups are deleted underneath."""
+        for place in places or self.places:
+            with suppress(redis.ResponseError):
+                self._client.xgroup_destroy(place, GROUP)
+
+    def delete(self, keys: Sequence[str]) -> list[str]:
+        """Delete keys; returns the ids of the jobs in them."""
+        script = _BODIES + "for _, key in ipairs(KEYS) do bodies(key, out) redis.call('DEL', key) end return out"
+        return _ids(self._client.eval(script, len(keys), *keys))
+
+    def flush(self) -> list[str]:
+        """FLUSHALL; returns the ids of the jobs. The witness list survives, or the checker would be blind for what was."""
+        script = _BODIES + (
+            "local kept = redis.call('LRANGE', KEYS[1], 0, -1) redis.call('DEL', KEYS[1]) "
+            "for _, key in ipairs(redis.call('KEYS', '*')) do bodies(key, out) end redis.call('FLUSHALL') "
+            "for _, line in ipairs(kept) do redis.call('RPUSH', KEYS[1], line) end return out"
+        )
+        return _ids(self._client.eval(script, 1, WITNESSES))
+
+    def witnesses(self) -> list[str]:
+        """The witnesses' lines."""
+        return list(self._client.lrange(WITNESSES, 0, -1))
+
+    def restore(self, lines: Sequence[str]) -> None:
+        """Put the witnesses' lines of before in front, after a server lost them."""
+        if lines:
+            self._client.lpush(WITNESSES, *reversed(lines))
+
+    def dead_ids(self) -> list[str]:
+        """Ids of the dead letters."""
+        return [
+            fields["id"] or json.loads(fields["job"])["id"]
+            for _, fields in self._client.xrange(self.keys.dead, "-", "+")
+        ]
+
+    def all_ids(self) -> list[str]:
+        """Ids of every job that lies anywhere, dead ones included."""
+        script = _BODIES + "for _, key in ipairs(KEYS) do bodies(key, out) end return out"
+        keys = [*self.places, self.keys.bodies]
+        return [*_ids(self._client.eval(script, len(keys), *keys)), *self.dead_ids()]
+
+    def keys_left(self) -> list[str]:
+        """Keys that are no part of an idle system; heartbeats included."""
+        return [key for key in self._client.keys("*") if key not in self.everything]
+
+    def state(self) -> str:
+        """What the server holds, for a failing run."""
+        lines = []
+        with suppress(redis.RedisError):
+            lines.append(", ".join(f"{place}: {self.length(place)}" for place in self.places))
+            lines.append(f"due {self._client.zcard(self.keys.due)}, held {self.held()}, names {self.names()}")
+        return "; ".join(lines)
+
+
+def ground(client: redis.Redis) -> Ground:
+    """The ground of the mode under test."""
+    return {"stream": Ground}[MODE](client)
+
+
+def _ids(bodies: Sequence[str]) -> list[str]:
+    found = []
+    for body in bodies:
+        with suppress(ValueError):
+            found.append(json.loads(body)["id"])
+    return found
