@@ -1,23 +1,29 @@
-"""Bridges as processes of their own, forked from one that has imported everything: many can be killed in a second."""
+"""The program as processes forked from one that has imported everything: many can be killed, and replaced, in a second."""
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
+import os
+import sys
 from multiprocessing.context import ForkServerProcess
-from typing import Any
+from pathlib import Path
 
-import anyio
+from streamworker.cli import main
 
-from streamworker import App
-from streamworker.bridging import Bridging
-from streamworker.settings import Settings
+for _command in ("bridge", "worker"):
+    importlib.import_module(f"streamworker.cli.{_command}")
 
 
 class Nursery:
-    """Starts bridges; whoever lives at the end is killed."""
+    """Starts commands; whoever lives at the end is killed.
 
-    def __init__(self, url: str, *queues: str, **settings: Any) -> None:
-        self._arguments = (url, queues, settings)
+    Args:
+        settings: variables of every child's environment; all others of streamworker's are taken out of it.
+    """
+
+    def __init__(self, **settings: str) -> None:
+        self._settings = settings
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([__name__])
         self._children: list[ForkServerProcess] = []
@@ -25,8 +31,8 @@ class Nursery:
     def __enter__(self) -> Nursery:
         return self
 
-    def start(self) -> ForkServerProcess:
-        child = self._context.Process(target=_main, args=self._arguments, daemon=True)
+    def start(self, *words: str, log: Path = Path(os.devnull), **settings: str) -> ForkServerProcess:
+        child = self._context.Process(target=_main, args=(words, {**self._settings, **settings}, log), daemon=True)
         child.start()
         self._children.append(child)
         return child
@@ -37,10 +43,12 @@ class Nursery:
             child.join()
 
 
-def _main(url: str, queues: tuple[str, ...], settings: dict[str, Any]) -> None:
-    async def run() -> None:
-        app: App[Any] = App(settings=Settings(redis_url=url, **settings))
-        async with app.bridge(queues) as mover:
-            await Bridging(mover).run()
-
-    anyio.run(run)
+def _main(words: tuple[str, ...], settings: dict[str, str], log: Path) -> None:
+    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    for name in list(os.environ):
+        if name.startswith(("STREAMWORKER_", "REDIS", "DATABASE")):
+            del os.environ[name]
+    os.environ.update(settings)
+    sys.exit(main(words))

@@ -171,14 +171,14 @@ def killed_again_and_again(server: Server, directory: Any, kills: int, *, each: 
                     return
 
     producing = threading.Thread(target=produce)
-    with Nursery(server.url, "q") as nursery:
+    with Nursery(REDIS_URL=server.url, STREAMWORKER_QUEUES="q") as nursery:
         producing.start()
-        bridges = [nursery.start(), nursery.start()]
+        bridges = [nursery.start("bridge"), nursery.start("bridge")]
         for _ in range(kills):
             time.sleep(random.uniform(0.0, 0.08))
             victim = random.randrange(2)
             bridges[victim].kill()
-            bridges[victim] = nursery.start()
+            bridges[victim] = nursery.start("bridge")
         eventually_blocking(lambda: not producing.is_alive(), 60)
         eventually_blocking(lambda: sum(raw.xlen(stream) for stream in lists.values()) >= total, 60)
     for list_, stream in lists.items():
@@ -215,8 +215,8 @@ def test_a_bridge_outlives_its_server(own_server, tmp_path):
                 stop.wait(0.05)
 
     producing = threading.Thread(target=produce)
-    with Nursery(own_server.url, "q") as nursery:
-        bridge = nursery.start()
+    with Nursery(REDIS_URL=own_server.url, STREAMWORKER_QUEUES="q") as nursery:
+        bridge = nursery.start("bridge")
         producing.start()
         for _ in range(3):
             before = len(known)
