@@ -39,6 +39,10 @@ crash *args:
 soak *args:
     @python -m tests.crash.soak "$@"
 
+# A fleet changes from lists to streams and back while producers push (--minutes 5 --kill-every 1)
+flip *args:
+    @python -m tests.bridge.flip "$@"
+
 # compose.yaml on a real engine: scaled, killed, upgraded and drained while 5,000 jobs run
 containers *args:
     @python -m tests.containers "$@"
