@@ -31,9 +31,9 @@ from streamworker.execute import Middleware
 from streamworker.handlers import Handlers
 from streamworker.postgres.migrate import Migrator, printed, shipped
 from streamworker.producing import Producer
-from streamworker.relaying import Relaying, nothing_to_relay, open_relaying
+from streamworker.relaying import NothingToRelay, Relaying, open_relaying
 from streamworker.settings import EMBEDDED, Settings
-from streamworker.workplace import Site
+from streamworker.workplace import Relays, Site
 
 S = TypeVar("S", default=Any)
 Lifespan: TypeAlias = Callable[[], AbstractAsyncContextManager[S]]
@@ -176,10 +176,10 @@ class App(Handlers[S], Producer):
         url, brought = (database, None) if isinstance(database, str) else (default, database)
         queues = [spec.name for spec in settings.queues] or self.queues
         database, ledger = await open_durable(stack, settings, url, brought, worker_id, queues)
-        relay: Any = nothing_to_relay
+        relay: Relays = NothingToRelay()
         if ledger is not None and settings.relay == "on":
             dispatcher = self._make_dispatcher(settings, address.renamed(worker_id))
-            relay = (await open_relaying(stack, settings, dispatcher, url, brought, queues=queues)).run
+            relay = await open_relaying(stack, settings, dispatcher, url, brought, queues=queues)
         return Site(broker, client, database, ledger, relay)
 
     @asynccontextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from time import monotonic
 from typing import Final
 
@@ -39,6 +39,7 @@ class Claimer:
         caps: most jobs of a queue that run here at once.
         stopping: set when nothing more shall be claimed.
         burst: set ``stopping`` when nothing is ready any more.
+        unsent: whether due jobs are still on their way from the ledger; a burst waits for them.
         fatal: told when the server keeps refusing us for good.
         closed: whether nothing may be claimed right now.
     """
@@ -54,6 +55,7 @@ class Claimer:
         caps: Mapping[str, int],
         stopping: anyio.Event,
         burst: bool,
+        unsent: Callable[[], Awaitable[bool]],
         fatal: Callable[[ConfigurationError], None],
         closed: Callable[[], bool] | None = None,
     ) -> None:
@@ -65,6 +67,7 @@ class Claimer:
         self._caps = caps
         self._stopping = stopping
         self._burst = burst
+        self._unsent = unsent
         self._fatal = fatal
         self._closed = closed
         self._reconcile = False
@@ -146,12 +149,14 @@ class Claimer:
             await self._look_for_the_end()
 
     async def _look_for_the_end(self) -> None:
-        """In a burst: stop once nothing is held, nothing due, and nothing ready."""
+        """In a burst: stop once nothing is held, nothing on its way, nothing due, and nothing ready."""
         if self._holdings:
             self._quiet = False
             await self._holdings.changed(0.1)
         elif self._quiet:
             self._stopping.set()
+        elif await self._unsent():
+            await self._holdings.changed(0.02)
         else:
             self._quiet = True  # what is due by now may come from this; one more claim will tell
             await self._broker.tick()

@@ -132,6 +132,12 @@ class Outbox(Protocol):
     async def next_due(self) -> float | None:
         """Seconds until the next queued job is due; ``None`` if there is none."""
 
+    async def hasten(self, queues: Sequence[str]) -> int:
+        """Queued jobs of these queues are due now; returns how many were not."""
+
+    async def queued(self, queues: Sequence[str]) -> tuple[int, int]:
+        """How many jobs of these queues are queued: (due, later)."""
+
     async def note(self, jobs: Sequence[Taken], epochs: Sequence[str]) -> None:
         """The jobs lie in their queues, each in the one with that epoch."""
 

@@ -73,12 +73,21 @@ class Relay:
         self._until = 0.0
         self._retake_at = 0.0
         self._met: set[str] = set()
+        self._stepping = False
         self.dispatched = 0
         """Jobs this relay has dispatched."""
 
     def wake(self) -> None:
         """Look now."""
         self._wake.set()
+
+    async def unsent(self) -> bool:
+        """Whether jobs that are due have not reached their queues yet; then they are looked for now."""
+        due = await self._outbox.next_due()
+        if due is not None and due <= 0:
+            self.wake()
+            return True
+        return self._stepping  # what it has taken is no longer queued, and perhaps not there yet
 
     async def run(self) -> None:
         """Dispatch until stopped; an error is logged and followed by a pause."""
@@ -93,6 +102,7 @@ class Relay:
         while not self._stopping.is_set():
             # Before the look, not after it: what is told meanwhile must not be slept over.
             self._wake, told, self._told = anyio.Event(), self._told, False
+            self._stepping = True
             try:
                 seconds = await self.step(told=told)
                 pause.reset()
@@ -100,6 +110,8 @@ class Relay:
                 log.error("relay_failed", error=str(error), unsent=len(self._unsent))
                 await pause.wait(self._stopping)
                 continue
+            finally:
+                self._stepping = False
             if seconds > 0:
                 with anyio.move_on_after(seconds):
                     await self._wake.wait()

@@ -79,6 +79,10 @@ class Relaying:
             self.relay.wake()
             self._vigil.wake()
 
+    async def unsent(self) -> bool:
+        """Whether jobs that are due have not reached their queues yet; then they are looked for now."""
+        return await self.relay.unsent()
+
     async def _promote(self) -> None:
         pause = Pause()
         while not self._ending.is_set():
@@ -102,8 +106,15 @@ class Relaying:
         return await missing(self.outbox, self._dispatcher, queue, before), before
 
 
-async def nothing_to_relay(_stopping: anyio.Event) -> None:
+class NothingToRelay:
     """The relay of a worker that has none."""
+
+    async def run(self, stopping: anyio.Event) -> None:
+        """Nothing to do."""
+
+    async def unsent(self) -> bool:
+        """Nothing is."""
+        return False
 
 
 async def open_relaying(

@@ -186,6 +186,7 @@ class QueueWorker:
             caps={spec.name: spec.cap for spec in settings.queues if spec.cap is not None},
             stopping=self._stopping,
             burst=self._burst,
+            unsent=self._relay.unsent,
             fatal=self._refused,
             closed=self._stages.closed,
         )
@@ -203,7 +204,7 @@ class QueueWorker:
                 async with anyio.create_task_group() as loops:
                     for loop in (self._settler.run, self._stages.run, self._ticker.run, self._unblocking):
                         loops.start_soon(loop)
-                    loops.start_soon(self._relay, self._stopping)
+                    loops.start_soon(self._relay.run, self._stopping)
                     log.info("worker_ready", worker_id=self.worker_id, queues=self._queues)
                     await self._claimer.run()
                     await drain(self, self._slots, self._holdings, self._settings.grace, self._hurry)

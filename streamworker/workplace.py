@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Any, Protocol
 
@@ -16,6 +15,16 @@ from streamworker.postgres import Ledger
 from streamworker.settings import Settings
 
 
+class Relays(Protocol):
+    """What puts jobs from the ledger onto Redis."""
+
+    async def run(self, stopping: anyio.Event, /) -> None:
+        """Relay until stopped."""
+
+    async def unsent(self) -> bool:
+        """Whether jobs that are due have not reached their queues yet; then they are looked for now."""
+
+
 class Site(msgspec.Struct, frozen=True):
     """What a worker stands on.
 
@@ -24,14 +33,14 @@ class Site(msgspec.Struct, frozen=True):
         redis: the handlers' client.
         database: the handlers' database.
         ledger: the record; ``None`` without one.
-        relay: puts jobs from the ledger onto Redis until the event is set.
+        relay: puts jobs from the ledger onto Redis.
     """
 
     broker: Broker
     redis: Any
     database: Any
     ledger: Ledger | None
-    relay: Callable[[anyio.Event], Coroutine[Any, Any, None]]
+    relay: Relays
 
 
 class Workplace(Protocol):

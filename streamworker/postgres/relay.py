@@ -115,6 +115,15 @@ from (select * from unnest($1::text[]) as lost (id) order by id) as lost
 where job.id = lost.id and job.status in ('dispatched', 'running', 'retrying') and job.updated_at < $2
 returning job.id
 """
+HASTEN: Final = """
+update streamworker.jobs set run_at = now(), updated_at = clock_timestamp()
+where status = 'queued' and coalesce(run_at, created_at) > now() and queue_name = any($1) returning 1
+"""
+QUEUED: Final = """
+select count(*) filter (where due), count(*) filter (where not due)
+from (select coalesce(run_at, created_at) <= now() as due from streamworker.jobs
+      where status = 'queued' and queue_name = any($1)) as queued
+"""
 THERE: Final = "select to_regclass('streamworker.jobs') is not null"
 CLOCK: Final = "select clock_timestamp()"
 TELL: Final = "select pg_notify('streamworker', '')"
@@ -164,6 +173,15 @@ class PostgresOutbox:
         """See `Outbox.next_due`."""
         ((seconds,),) = await self._ask("looking for queued jobs", NEXT)
         return None if seconds is None else max(0.0, float(seconds))
+
+    async def hasten(self, queues: Sequence[str]) -> int:
+        """See `Outbox.hasten`."""
+        return len(await self._ask("making queued jobs due", HASTEN, list(queues)))
+
+    async def queued(self, queues: Sequence[str]) -> tuple[int, int]:
+        """See `Outbox.queued`."""
+        ((due, later),) = await self._ask("counting queued jobs", QUEUED, list(queues))
+        return due, later
 
     async def note(self, jobs: Sequence[Taken], epochs: Sequence[str]) -> None:
         """See `Outbox.note`."""

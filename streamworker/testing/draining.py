@@ -14,9 +14,10 @@ import msgspec
 from streamworker.app import App
 from streamworker.broker import Operator
 from streamworker.context import Context
-from streamworker.errors import HandlerSignal, Snooze, StreamworkerError
+from streamworker.errors import ConfigurationError, HandlerSignal, Snooze, StreamworkerError
 from streamworker.execute import Middleware
 from streamworker.handlers import Handlers
+from streamworker.handover import Outbox
 from streamworker.settings import Settings
 from streamworker.views import Selection, chosen_delayed
 from streamworker.worker import QueueWorker
@@ -46,7 +47,7 @@ class Drained(msgspec.Struct, frozen=True):
 async def drain(app: App[Any], *, services: Any = None, delayed: bool = False, timeout: float = 30.0) -> Drained:
     """Run a worker on the app's queues until nothing is ready, on the servers of the app's settings.
 
-    Jobs that become due meanwhile run too, and what jobs enqueue.
+    Jobs that become due meanwhile run too, and what jobs enqueue; so do jobs that wait in the ledger for the relay.
 
     Args:
         app: its settings say where; `streamworker.testing.plugin` puts it on embedded servers.
@@ -62,18 +63,33 @@ async def drain(app: App[Any], *, services: Any = None, delayed: bool = False, t
     with anyio.move_on_after(timeout):
         async with AsyncExitStack() as stack:
             operator = await stack.enter_async_context(app.operator(settings))
+            outbox = await _outbox(app, settings, stack)
             if services is None and app.lifespan is not None:
                 services = await stack.enter_async_context(app.lifespan())
             place = _Watched(app)
             while True:
                 ready = await _hasten(operator, queues, everything=delayed)
+                if delayed and outbox is not None:
+                    ready += await outbox.hasten(queues)
+                due, later = (0, 0) if outbox is None else await outbox.queued(queues)
                 depths = await operator.depth(queues)
-                if not ready and not any(depth.ready for depth in depths):
-                    return place.drained(sum(depth.delayed for depth in depths), sum(depth.dead for depth in depths))
+                if not ready and not due and not any(depth.ready for depth in depths):
+                    later += sum(depth.delayed for depth in depths)
+                    return place.drained(later, sum(depth.dead for depth in depths))
                 await QueueWorker(place, redis=None, database=None, services=services).run(burst=True)
     raise StreamworkerError(
         f"drain() was not done within {timeout:g} s: a handler runs longer, or jobs come back for ever"
     )
+
+
+async def _outbox(app: App[Any], settings: Settings, stack: AsyncExitStack) -> Outbox | None:
+    """Where jobs that were enqueued in a transaction wait; ``None`` if the worker will not look there."""
+    if settings.ledger == "off" or settings.relay == "off":
+        return None
+    try:
+        return (await stack.enter_async_context(app.relaying(settings))).outbox
+    except ConfigurationError:  # no database, or no schema in it: no ledger
+        return None
 
 
 async def _hasten(operator: Operator, queues: list[str], *, everything: bool) -> int:
