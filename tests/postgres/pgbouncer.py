@@ -1,0 +1,91 @@
+"""Debian's PgBouncer in transaction mode, in front of a test's PostgreSQL."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import free_port
+from tests.postgres.servers import PostgresServer
+
+_CONFIG = """
+[databases]
+* = host={host} port=5432 user=postgres
+
+[pgbouncer]
+listen_addr = 127.0.0.1
+listen_port = {port}
+unix_socket_dir =
+auth_type = any
+pool_mode = transaction
+default_pool_size = 5
+max_client_conn = 500
+server_reset_query_always = 0
+logfile = {directory}/pgbouncer.log
+pidfile = {directory}/pgbouncer.pid
+"""
+
+
+class PgBouncer:
+    """One process; five server connections are shared by all clients, transaction by transaction."""
+
+    def __init__(self, server: PostgresServer, directory: Path) -> None:
+        program = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+        if program is None:
+            pytest.skip("pgbouncer is not installed: apt-get install pgbouncer")
+        directory.mkdir(exist_ok=True)
+        self.port = free_port()
+        config = directory / "pgbouncer.ini"
+        config.write_text(_CONFIG.format(host=server.socket_dir, port=self.port, directory=directory))
+        # It refuses to be root, as PostgreSQL does.
+        become = {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
+        if become:
+            for path in (directory, config):
+                os.chown(path, 65534, 65534)
+            for path in (server.socket_dir, *server.socket_dir.parents, directory, *directory.parents):
+                if path.owner() == "root" and str(path) not in ("/", "/tmp"):
+                    path.chmod(path.stat().st_mode | 0o011)
+            _open_to_all(server)
+        self._command, self._become = [program, str(config)], become
+        self._log = directory / "pgbouncer.log"
+        self.start()
+
+    def url(self, database: str) -> str:
+        return f"postgresql://postgres@127.0.0.1:{self.port}/{database}?sslmode=disable"
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(
+            self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **self._become
+        )
+        self._await()
+
+    def stop(self) -> None:
+        self._process.send_signal(signal.SIGKILL)
+        self._process.wait()
+
+    def _await(self) -> None:
+        import socket
+
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), 1).close()
+            except OSError:
+                log = self._log.read_text() if self._log.exists() else ""
+                assert self._process.poll() is None, log
+                assert time.monotonic() < deadline, log
+                time.sleep(0.02)
+            else:
+                return
+
+
+def _open_to_all(server: PostgresServer) -> None:
+    """The socket itself: PostgreSQL makes it for its own user."""
+    for path in server.socket_dir.glob(".s.PGSQL.*"):
+        path.chmod(0o777)

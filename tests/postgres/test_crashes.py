@@ -1,0 +1,188 @@
+"""Worker processes that are killed and frozen between PostgreSQL and Redis."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+import redis
+
+from tests.conftest import eventually
+
+ROOT = Path(__file__).parents[2]
+Q = "stream:{q}"
+
+
+class Process:
+    """One worker process."""
+
+    def __init__(self, redis_url: str, database_url: str, log: Path, **more: Any) -> None:
+        env = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("STREAMWORKER_", "REDIS", "DATABASE"))
+        }
+        env |= {"REDIS_URL": redis_url, "DATABASE_URL": database_url, "PYTHONPATH": str(ROOT)}
+        env |= {"STREAMWORKER_LEASE": "1", "STREAMWORKER_LEDGER": "on", "STREAMWORKER_RELAY": "off"}
+        env |= {name: str(value) for name, value in more.items()}
+        self.log = log
+        with log.open("wb") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tests.postgres.apps"], env=env, cwd=ROOT, stdout=out, stderr=out
+            )
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    @property
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def said(self, event: str) -> list[dict[str, Any]]:
+        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.startswith("{")]
+        return [each for each in map(json.loads, lines) if each.get("event") == event]
+
+    async def ready(self) -> Process:
+        await eventually(lambda: self.ended or self.said("worker_ready"), 30)
+        assert not self.ended, self.log.read_text()
+        return self
+
+
+Start = Callable[..., Process]
+
+
+@pytest.fixture
+def start(redis_url: str, database_url: str, tmp_path: Path) -> Iterator[Start]:
+    processes: list[Process] = []
+
+    def make(**more: Any) -> Process:
+        processes.append(Process(redis_url, database_url, tmp_path / f"worker{len(processes)}.log", **more))
+        return processes[-1]
+
+    yield make
+    for each in processes:
+        each.process.kill()
+        each.process.wait()
+        print(f"--- {each.log.name}\n{each.log.read_text(errors='replace')[-3000:]}")
+
+
+@pytest.fixture(autouse=True)
+async def table(pg: asyncpg.Connection) -> None:
+    await pg.execute("create table effect (job text, worker text)")
+
+
+def put(raw: redis.Redis, job_id: str, how: str) -> None:
+    raw.xadd(Q, {"job": json.dumps({"id": job_id, "kind": "work", "payload": {"how": how}})})
+
+
+def ran(raw: redis.Redis) -> list[list[str]]:
+    return [each.decode().split()[:2] for each in raw.lrange("queue:trace:ran", 0, -1)]
+
+
+async def job(pg: asyncpg.Connection, job_id: str = "a") -> dict[str, Any]:
+    found = await pg.fetchrow("select * from streamworker.jobs where id = $1", job_id)
+    return dict(found) if found is not None else {"status": None}
+
+
+def ended(raw: redis.Redis) -> bool:
+    return not raw.xlen(Q) and not raw.exists(f"{Q}:due")
+
+
+@pytest.mark.parametrize(
+    ("how", "hops", "status", "dead"),
+    [
+        ("ok", ["0"], "completed", 0),
+        ("write", ["0"], "completed", 0),
+        ("fail", ["0", "1"], "dead", 1),
+        ("discard", ["0"], "dead", 1),
+        ("snooze", ["0", "1"], "completed", 0),
+    ],
+)
+async def test_a_recorded_verdict_outlives_its_worker(start, raw, pg, how, hops, status, dead):
+    """Killed after PostgreSQL's commit and before Redis: applied again, not run again."""
+    doomed = await start(CRASH_AT="settle").ready()
+    put(raw, "a", how)
+    await eventually(lambda: doomed.ended, 20)
+    assert (await job(pg))["status"] is not None and raw.xlen(Q) == 1
+    await start().ready()
+    await eventually(lambda: ended(raw), 20)
+    assert ran(raw) == [["a", hop] for hop in hops]
+    assert (await job(pg))["status"] == status
+    assert raw.xlen(f"{Q}:dead") == dead
+    assert await pg.fetchval("select count(*) from effect") == (how == "write")
+    if how == "fail":
+        assert (await job(pg))["attempt_count"] == 2
+
+
+@pytest.mark.parametrize(("how", "times"), [("write", 1), ("ok", 2)])
+async def test_killed_before_the_record(start, raw, pg, how, times):
+    """What the handler committed itself is known, and does not run again; anything else does."""
+    doomed = await start(CRASH_AT="record").ready()
+    put(raw, "a", how)
+    await eventually(lambda: doomed.ended, 20)
+    assert (await job(pg))["status"] == ("completed" if how == "write" else None)
+    await start().ready()
+    await eventually(lambda: ended(raw), 20)
+    assert ran(raw) == [["a", "0"]] * times
+    assert await pg.fetchval("select count(*) from effect") == (how == "write")
+    assert (await job(pg))["status"] == "completed"
+
+
+async def test_killed_in_the_transaction(start, raw, pg):
+    doomed = await start().ready()
+    put(raw, "a", "hold")
+    await eventually(lambda: ran(raw))
+    doomed.signal(signal.SIGKILL)
+    raw.set("queue:trace:go", 1)
+    await start().ready()
+    await eventually(lambda: ended(raw), 20)
+    assert await pg.fetchval("select count(*) from effect") == 1
+    assert ((await job(pg))["status"], (await job(pg))["deliveries"]) == ("completed", 2)
+
+
+async def test_a_zombie_changes_nothing(start, raw, pg):
+    """Frozen past its lease before its first statement, it wakes when the job is done elsewhere."""
+    zombie = await start().ready()
+    put(raw, "a", "freeze")
+    await eventually(lambda: ran(raw))
+    zombie.signal(signal.SIGSTOP)
+    await start().ready()
+    await eventually(lambda: ended(raw), 20)
+    before = await job(pg)
+    assert (before["status"], before["deliveries"]) == ("completed", 2)
+    zombie.signal(signal.SIGCONT)
+    await eventually(lambda: zombie.said("run_ended") or zombie.said("claim_lost"), 20)
+    zombie.signal(signal.SIGTERM)
+    await eventually(lambda: zombie.ended, 20)
+    assert await job(pg) == before
+    assert [each["worker"] for each in await pg.fetch("select worker from effect")] == [before["worker_id"]]
+    assert not raw.exists(f"{Q}:dead")
+
+
+async def test_a_zombie_that_holds_the_row_does_not_block_its_successor_into_failure(start, raw, pg):
+    """Frozen inside its transaction: the job waits, uncharged, until the server ends the frozen session."""
+    zombie = await start().ready()
+    put(raw, "a", "hold")
+    await eventually(lambda: ran(raw))
+    await eventually(lambda: pg.fetchval("select count(*) from pg_stat_activity where state = 'idle in transaction'"))
+    zombie.signal(signal.SIGSTOP)
+    raw.set("queue:trace:go", 1)
+    successor = await start().ready()
+    await eventually(lambda: successor.said("job_released"), 20)
+    assert not successor.said("job_retry") and not successor.said("job_dead")
+    await eventually(lambda: ended(raw), 40)
+    zombie.signal(signal.SIGCONT)
+    zombie.signal(signal.SIGTERM)
+    await eventually(lambda: zombie.ended, 20)
+    stored = await job(pg)
+    assert (stored["status"], stored["attempt_count"]) == ("completed", 0)
+    assert [each["worker"] for each in await pg.fetch("select worker from effect")] == [stored["worker_id"]]
+    assert not raw.exists(f"{Q}:dead")

@@ -1,0 +1,147 @@
+"""PostgreSQL goes away under load, for a moment, for a while, at shutdown: nothing is lost, nothing done twice."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections import Counter
+from functools import partial
+from typing import Any
+
+import asyncpg
+import pytest
+
+from streamworker import App, Context
+from tests.conftest import eventually
+from tests.postgres.servers import PostgresServer
+from tests.postgres.working import Job, settings_for, working
+
+Q = "stream:{q}"
+
+
+def app_of(redis_url: str, server: PostgresServer, **more: Any) -> App[None]:
+    return App(settings=settings_for(redis_url, server.url(), **more))
+
+
+async def ended(raw: Any) -> bool:
+    return not raw.xlen(Q) and not raw.exists(f"{Q}:due")
+
+
+async def ask(server: PostgresServer, question: str) -> Any:
+    connection = await asyncpg.connect(server.url())
+    try:
+        return await connection.fetchval(question)
+    finally:
+        await connection.close()
+
+
+async def test_killed_and_restarted_under_load(redis_url, raw, own_postgres):
+    """Commits whose answers were lost are looked up; attempts that were cut off are tried again."""
+    await ask(own_postgres, "create table effect (job text)")
+    app = app_of(redis_url, own_postgres, concurrency=20)
+
+    @app.handler(max_attempts=100)
+    async def handler(_: Job, ctx: Context) -> None:
+        async with ctx.transaction() as connection:
+            await connection.execute("insert into effect values ($1)", ctx.job.id)
+
+    async with app, working(app):
+        await app.enqueue_many([Job(n=n) for n in range(1500)])
+        for done in (100, 600):
+            question = f"select count(*) >= {done} from effect"
+            await eventually(partial(ask, own_postgres, question), 30, 0.05)
+            own_postgres.kill()
+            own_postgres.start()
+        await eventually(lambda: ended(raw), 60)
+    assert await ask(own_postgres, "select count(*) from effect") == 1500
+    assert await ask(own_postgres, "select count(distinct job) from effect") == 1500
+    assert await ask(own_postgres, "select count(*) from streamworker.jobs where status = 'completed'") == 1500
+    assert not raw.exists(f"{Q}:dead")
+
+
+async def test_while_it_is_down_nothing_is_claimed_and_what_finished_is_kept(redis_url, raw, own_postgres, caplog):
+    caplog.set_level("INFO", "streamworker")
+    ran: Counter[int] = Counter()
+    app = app_of(redis_url, own_postgres, concurrency=5, lease=0.5)
+    go = asyncio.Event()
+
+    @app.handler
+    async def handler(payload: Job) -> None:
+        ran[payload.n] += 1
+        await go.wait()
+
+    async with app, working(app) as one, working(app) as two:
+        await app.enqueue_many([Job(n=n) for n in range(10)])
+        await eventually(lambda: len(ran) == 10)
+        own_postgres.kill()
+        go.set()
+        await eventually(lambda: one._stages.closed() and two._stages.closed())
+        # Three leases pass. What is finished is still ours, and what comes is left to wait.
+        await app.enqueue_many([Job(n=n) for n in range(10, 50)])
+        begun = time.monotonic()
+        while time.monotonic() < begun + 1.5:
+            await asyncio.sleep(0.05)
+            held = raw.xpending(Q, "workers")
+            assert held["pending"] <= 12  # what a blocking read brought when it was told, at most
+        assert len(ran) == 10
+        own_postgres.start()
+        await eventually(lambda: ended(raw), 30)
+        lost = one._holdings.counts.lost + two._holdings.counts.lost
+    assert lost == 0 and set(ran.values()) == {1} and len(ran) == 50
+    assert await ask(own_postgres, "select count(*) from streamworker.jobs where status = 'completed'") == 50
+    assert caplog.text.count("ledger_down") == 2 == caplog.text.count("ledger_back")  # once a worker
+
+
+@pytest.mark.parametrize("how", ["dead", "frozen"])
+async def test_at_shutdown_what_cannot_be_recorded_is_handed_back(redis_url, raw, own_postgres, how, monkeypatch):
+    monkeypatch.setattr("streamworker.worker.HAND_BACK", 1.0)
+    app = app_of(redis_url, own_postgres, concurrency=5)
+    go, ran = asyncio.Event(), []
+
+    @app.handler
+    async def handler(payload: Job) -> None:
+        ran.append(payload.n)
+        await go.wait()
+
+    async with app:
+        await app.enqueue_many([Job(n=n) for n in range(5)])
+        async with working(app) as worker:
+            await eventually(lambda: len(ran) == 5)
+            own_postgres.kill() if how == "dead" else own_postgres.pause()
+            go.set()
+            await eventually(lambda: worker._holdings.busy == 0)
+            begun = time.monotonic()
+        assert time.monotonic() - begun < 15
+    try:
+        assert raw.xpending(Q, "workers")["pending"] == 0
+        documents = [json.loads(entry[b"job"]) for _, entry in raw.xrange(Q)]
+        assert len(documents) == 5 and {each["hop"] for each in documents} == {1}
+        assert {each.get("attempt_count", 0) for each in documents} == {0}
+    finally:
+        own_postgres.resume() if how == "frozen" else None
+
+
+async def test_a_row_that_is_locked_is_recorded_later(redis_url, raw, own_postgres):
+    app = app_of(redis_url, own_postgres)
+    inside, go = asyncio.Event(), asyncio.Event()
+
+    @app.handler
+    async def handler(payload: Job) -> None:
+        if payload.n == 0:
+            inside.set()
+            await go.wait()
+
+    connection = await asyncpg.connect(own_postgres.url())
+    async with app, working(app) as worker:
+        enqueued = await app.enqueue(Job(n=0))
+        await inside.wait()
+        async with connection.transaction():
+            await connection.execute("insert into streamworker.jobs (id, queue_name) values ($1, 'q')", enqueued.id)
+            go.set()
+            await app.enqueue_many([Job(n=n) for n in range(1, 20)])
+            await eventually(lambda: worker._holdings.counts.done == 19)
+            assert raw.xlen(Q) == 1
+        await eventually(lambda: ended(raw))
+    assert await connection.fetchval("select count(*) from streamworker.jobs where status = 'completed'") == 20
+    await connection.close()
