@@ -1,0 +1,267 @@
+"""Jobs enqueued and done in PostgreSQL transactions, while workers, Redis and PostgreSQL are killed: exactly once all the same.
+
+``python -m tests.postgres.turmoil --jobs 20000`` is the whole of it: a worker is killed every second, Redis is flushed three
+times, PostgreSQL is restarted twice. `test_once_and_for_all.py` runs a small one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import asyncpg
+
+from streamworker import App, Payload, Settings
+from streamworker.postgres.migrate import Migrator
+from tests.conftest import Server
+from tests.postgres.servers import PostgresServer
+
+ROOT = Path(__file__).parents[2]
+
+PROJECT = """
+from streamworker import App, Backoff, Context
+from tests.postgres.turmoil import Write
+
+app = App()
+
+@app.handler(backoff=Backoff(base=0.2, cap=2), timeout=20)
+async def write(payload: Write, ctx: Context) -> None:
+    async with ctx.transaction() as pg:
+        await pg.execute("insert into effect (n) values ($1)", payload.n)
+"""
+
+
+class Write(Payload, kind="write", queue="writes"):
+    """One row to insert."""
+
+    n: int
+
+
+class Turmoil:
+    """Servers, workers, a producer, and what happens to them.
+
+    Args:
+        directory: for data and logs.
+        jobs: how many.
+        workers: processes at a time.
+        seed: of what is left to chance.
+    """
+
+    def __init__(self, directory: Path, *, jobs: int, workers: int, seed: int = 0) -> None:
+        self.directory = directory
+        self.jobs = jobs
+        self.random = random.Random(seed)
+        self.postgres = PostgresServer(directory / "pg")
+        (directory / "redis").mkdir()
+        self.redis = Server(directory / "redis")
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.count = workers
+        self.told: list[str] = []
+        self.started = time.monotonic()
+        (directory / "turmoil_app.py").write_text(PROJECT)
+
+    def tell(self, what: str) -> None:
+        self.told.append(f"{time.monotonic() - self.started:7.1f}  {what}")
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+        self.redis.kill()
+        self.postgres.kill()
+
+    # -- what happens
+
+    def start_worker(self) -> None:
+        env = {name: value for name, value in os.environ.items() if not name.startswith("STREAMWORKER_")}
+        env |= {
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{self.directory}", "REDIS_URL": self.redis.url, "DATABASE_URL": self.postgres.url(),
+            "STREAMWORKER_LEASE": "2", "STREAMWORKER_CONCURRENCY": "20", "STREAMWORKER_LEDGER": "on", "STREAMWORKER_GRACE": "5",
+        }  # fmt: skip
+        with (self.directory / "workers.log").open("ab") as log:
+            command = [sys.executable, "-m", "streamworker", "worker", "turmoil_app:app"]
+            self.processes.append(subprocess.Popen(command, env=env, cwd=self.directory, stderr=log, stdout=log))
+
+    def replace_the_dead(self) -> None:
+        for process in [each for each in self.processes if each.poll() is not None]:
+            self.processes.remove(process)
+        while len(self.processes) < self.count:
+            self.start_worker()
+
+    def kill_worker(self) -> None:
+        victim = self.random.choice(self.processes)
+        victim.kill()
+        victim.wait()
+        self.tell(f"killed worker {victim.pid}")
+        self.replace_the_dead()
+
+    def flush(self) -> None:
+        with self.redis.client() as client:
+            client.flushall()
+        self.tell("flushed Redis")
+
+    def restart_postgres(self) -> None:
+        self.random.choice([self.postgres.stop, self.postgres.kill])()
+        self.postgres.start()
+        self.tell("restarted PostgreSQL")
+
+    # -- the producer and the judge
+
+    async def connect(self) -> asyncpg.Connection:
+        return await asyncpg.connect(self.postgres.url(), timeout=5)
+
+    async def prepare(self) -> None:
+        await Migrator(self.postgres.url()).up()
+        pg = await self.connect()
+        # No unique index: a second row would be seen, not prevented.
+        await pg.execute("create table wanted (n int); create table effect (n int)")
+        await pg.close()
+
+    async def produce(self) -> None:
+        """Enqueue all jobs, a few per transaction; some transactions are taken back."""
+        app = App(settings=Settings())
+        pg: Any = None
+        n = 0
+        while n < self.jobs:
+            batch = range(n, min(self.jobs, n + self.random.randint(1, 40)))
+            try:
+                if pg is None:
+                    pg = await self.connect()
+                    n = await pg.fetchval("select coalesce(max(n) + 1, 0) from wanted")  # its last answer may be lost
+                    continue
+                transaction = pg.transaction()
+                await transaction.start()
+                await pg.executemany("insert into wanted values ($1)", [(each,) for each in batch])
+                await app.enqueue_many([Write(n=each) for each in batch], connection=pg)
+                if self.random.random() < 0.1:
+                    await transaction.rollback()
+                    continue
+                await transaction.commit()
+                n = batch.stop
+            except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+                pg = None
+                await anyio.sleep(0.1)
+            await anyio.lowlevel.checkpoint()
+
+    async def ask(self, question: str) -> Any:
+        """One value, however often PostgreSQL is restarted meanwhile."""
+        while True:
+            try:
+                pg = await self.connect()
+                try:
+                    answer = await pg.fetchval(question)
+                    await pg.close()
+                    return answer
+                finally:
+                    pg.terminate()
+            except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+                await anyio.sleep(0.1)
+
+    async def done(self) -> int:
+        return int(await self.ask("select count(*) from effect"))
+
+    async def open(self) -> int:
+        return int(
+            await self.ask(
+                "select count(*) from streamworker.jobs where status not in ('completed', 'dead', 'cancelled')"
+            )
+        )
+
+    async def finish(self, timeout: float) -> None:
+        """Wait until nothing is open any more; workers that died are replaced."""
+        deadline = time.monotonic() + timeout
+        while await self.open():
+            assert time.monotonic() < deadline, await self.verdict()
+            self.replace_the_dead()
+            await anyio.sleep(0.2)
+
+    async def verdict(self) -> dict[str, Any]:
+        return {
+            "wanted": await self.ask("select count(*) from wanted"),
+            "rows": await self.ask("select count(*) from effect"),
+            "distinct": await self.ask("select count(distinct n) from effect"),
+            "missing": await self.ask("select count(*) from wanted where n not in (select n from effect)"),
+            "unwanted": await self.ask("select count(*) from effect where n not in (select n from wanted)"),
+            "states": await self.ask(
+                "select json_object_agg(status, count)::text from (select status, count(*) from streamworker.jobs group by status) as states"
+            ),
+            "hops": await self.ask("select max(hop) from streamworker.jobs"),
+        }
+
+
+async def at_progress(turmoil: Turmoil, deeds: list[tuple[float, Callable[[], None]]]) -> None:
+    """Do each deed when that part of the jobs is done."""
+    for part, deed in sorted(deeds, key=lambda each: each[0]):
+        while await turmoil.done() < part * turmoil.jobs:
+            turmoil.replace_the_dead()
+            await anyio.sleep(0.05)
+        deed()
+
+
+async def all_in_all(turmoil: Turmoil, timeout: float, *nemeses: Callable[[], Awaitable[None]]) -> dict[str, Any]:
+    """Prepare, produce, let things happen, and judge."""
+    await turmoil.prepare()
+    turmoil.replace_the_dead()
+    async with anyio.create_task_group() as group:
+        group.start_soon(turmoil.produce)
+        for nemesis in nemeses:
+            group.start_soon(nemesis)
+    await turmoil.finish(timeout)
+    return await turmoil.verdict()
+
+
+async def main(jobs: int, workers: int, seed: int, timeout: float) -> int:
+    directory = Path(tempfile.mkdtemp(prefix="turmoil-"))
+    turmoil = Turmoil(directory, jobs=jobs, workers=workers, seed=seed)
+    over = asyncio.Event()
+
+    async def every_second() -> None:
+        while not over.is_set():
+            await anyio.sleep(1)
+            turmoil.kill_worker()
+
+    async def milestones() -> None:
+        deeds = [(part, turmoil.flush) for part in (0.2, 0.5, 0.8)]
+        await at_progress(turmoil, [*deeds, *((part, turmoil.restart_postgres) for part in (0.35, 0.65))])
+        await at_progress(turmoil, [(0.95, over.set)])
+
+    try:
+        verdict = await all_in_all(turmoil, timeout, every_second, milestones)
+        good = (
+            verdict["rows"] == verdict["distinct"] == verdict["wanted"] == jobs
+            and set(verdict["states"])
+            and "dead" not in verdict["states"]
+        )
+        print(
+            f"{'ok' if good else 'BAD'} in {time.monotonic() - turmoil.started:.0f} s, {len(turmoil.told)} events: {verdict}",
+            flush=True,
+        )
+        if good:
+            shutil.rmtree(directory, ignore_errors=True)
+        else:
+            print("\n".join(turmoil.told), f"\nlogs are in {directory}")
+        return 0 if good else 1
+    finally:
+        turmoil.close()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--jobs", type=int, default=20_000)
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--timeout", type=float, default=600, help="seconds for what is left at the end")
+    given = parser.parse_args()
+    sys.exit(anyio.run(main, given.jobs, given.workers, given.seed, given.timeout))
