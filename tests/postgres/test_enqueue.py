@@ -357,3 +357,24 @@ async def test_errors_of_the_users_own_transaction_stay_asyncpgs(app, pg, databa
             async with pg.transaction():
                 await app.enqueue(Bill(), key="k", connection=pg)
     await other.close()
+
+
+async def test_the_rights_that_enqueueing_needs_are_those_that_the_docs_name(app, pg, database_url):
+    role = f"shop_{database_url.partition('/test_')[2].partition('?')[0]}"
+    await pg.execute(f"create role {role} login")
+    theirs = await asyncpg.connect(database_url.replace("postgres@", f"{role}@"))
+    try:
+        with pytest.raises(ConfigurationError, match="may not enqueue"):
+            async with theirs.transaction():
+                await app.enqueue(Bill(), connection=theirs)
+        await pg.execute(f"""
+            grant usage on schema streamworker to {role}; grant select, insert on streamworker.jobs to {role};
+            grant select, insert, update on streamworker.job_keys to {role};
+            grant select on streamworker.job_queues to {role}""")
+        async with theirs.transaction():
+            await app.enqueue(Bill(), key="k", connection=theirs)
+            await app.enqueue_many([Bill()] * COPY_FROM, connection=theirs)
+            await theirs.execute("select streamworker.enqueue('k', '{}', 'q', key => 'k')")
+    finally:
+        await theirs.close()
+        await pg.execute(f"drop owned by {role}; drop role {role}")

@@ -100,8 +100,17 @@ class Turmoil:
         while len(self.processes) < self.count:
             self.start_worker()
 
+    def ready(self) -> list[subprocess.Popen[bytes]]:
+        """Workers that give signs of life: on a busy machine it takes them longer to start than to be killed."""
+        with self.redis.client() as client:
+            pids = {int(client.hget(name, "pid") or 0) for name in client.scan_iter("streamworker:worker:*")}
+        return [process for process in self.processes if process.pid in pids]
+
     def kill_worker(self) -> None:
-        victim = self.random.choice(self.processes)
+        there = self.ready()
+        if not there:
+            return
+        victim = self.random.choice(there)
         victim.kill()
         victim.wait()
         self.tell(f"killed worker {victim.pid}")
@@ -204,7 +213,7 @@ class Turmoil:
 async def at_progress(turmoil: Turmoil, deeds: list[tuple[float, Callable[[], None]]]) -> None:
     """Do each deed when that part of the jobs is done."""
     for part, deed in sorted(deeds, key=lambda each: each[0]):
-        while await turmoil.done() < part * turmoil.jobs:
+        while await turmoil.done() < part * turmoil.jobs or not turmoil.ready():
             turmoil.replace_the_dead()
             await anyio.sleep(0.05)
         deed()
