@@ -80,6 +80,8 @@ class Claimer:
         """When the claims began of which none has succeeded yet (time.monotonic); ``None`` while none is made."""
         self.trouble: str | None = None
         """Why the last turn failed."""
+        self.shut = False
+        """Nothing is claimed, because there is no ledger to record it in."""
 
     async def run(self) -> None:
         """Claim; an error is logged and followed by a pause."""
@@ -128,7 +130,9 @@ class Claimer:
         if self._reconcile:
             self._admit(await self._broker.strays(holdings))
             self._reconcile = False
-        if self._closed is not None and self._closed():
+        self.shut = self._closed is not None and self._closed()
+        if self.shut:
+            self.asking_since = None
             await holdings.changed(0.5)
             return
         room = self._concurrency - holdings.busy

@@ -20,6 +20,7 @@ from streamworker.telemetry.vitals import Vitals, not_alive, not_ready
 
 ASK: Final = 0.5
 """Seconds between two questions to the event loop whether it turns."""
+LEDGER_AWAY: Final = "PostgreSQL does not answer: nothing is claimed until it does"
 
 
 class Health:
@@ -83,6 +84,7 @@ class Health:
             claim_trouble=claimer.trouble,
             renewed=now - renewed if renewed is not None else None,
             renewal_trouble=lease.trouble,
+            away=(LEDGER_AWAY,) if claimer.shut else (),
         )
 
     def _route(self, judge: Callable[[Vitals], str | None]) -> Route:

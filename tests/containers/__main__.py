@@ -62,6 +62,10 @@ def show(directory: Path, jobs: int, *, keep: bool) -> int:
         scenes.kill(3)
         scenes.roll(3)
         scenes.finish()
+        scenes.switch(2, 200)
+        scenes.bridge(2, 400)
+        scenes.nobody(5)
+        scenes.ledger()
         scenes.down()
     except Failed as error:
         print(f"containers: FAILED after {findings.seconds:.0f} s: {error}", file=sys.stderr)
@@ -87,7 +91,7 @@ def last_words(compose: Compose) -> str:
 def clean_up(compose: Compose) -> None:
     """Leave nothing behind, however it ended."""
     try:
-        compose("down", "--volumes", "--remove-orphans", "--timeout", "5")
+        compose("--profile", "*", "down", "--volumes", "--remove-orphans", "--timeout", "5")
     except Failed as error:
         print(f"containers: {error}", file=sys.stderr)
     for tag in (PLAIN, NEXT):

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Final
 
 from tests.containers.engine import ROOT, Deaths, Failed, inspect, run, until
-from tests.containers.stage import Findings, Stage, of
+from tests.containers.stage import QUEUE, Findings, Stage, of
 
 IMAGE: Final = "streamworker:example"
 PLAIN: Final = "streamworker:check"
 NEXT: Final = "streamworker:check-next"
-ROLES: Final = ("worker", "migrate", "check", "config")
+ROLES: Final = ("worker", "relay", "bridge", "migrate", "check", "config")
 TOOLS: Final = ("gcc", "cc", "g++", "ld", "as", "make")
+AT_LEAST: Final = 2000
+"""Jobs that wait when a scene begins."""
 
 NEXT_RELEASE: Final = '''
 
@@ -121,14 +123,21 @@ class Show:
 
     # -- while they run
 
+    def _load(self) -> None:
+        """Whatever this machine's speed: what a scene shows is shown under load."""
+        if self._stage.backlog() < AT_LEAST:
+            self.ids += self._stage.enqueue("welcome.send", AT_LEAST, 1.0)
+
     def more(self, count: int) -> None:
         """Scaling up: the new ones work at once."""
+        self._load()
         self._compose.scale(count, "--no-recreate")
         until(self._all_work(count), 60, f"{count} workers at work")
         self._findings.holds(f"scaled to {count}: all of them work", self._still_running())
 
     def fewer(self, count: int) -> None:
         """Scaling down: what runs finishes or is handed back, nothing stays behind."""
+        self._load()
         slow = self._stage.enqueue("welcome.send", 60, 20.0, "--priority", "high")
         self.ids += slow
         before = self._compose.containers()
@@ -148,6 +157,7 @@ class Show:
 
     def kill(self, count: int) -> None:
         """SIGKILL for one: its jobs run elsewhere, and somebody clears its name away."""
+        self._load()
         container = next(iter(self._compose.containers().values()))
         # Its worker by name: compose starts the container again, which has the same host name and is another consumer.
         (victim,) = of(self._stage.heartbeats(), [container.id])
@@ -169,13 +179,15 @@ class Show:
             (Path(directory) / "welcome.py").write_text(welcome + NEXT_RELEASE)
             (Path(directory) / "Dockerfile").write_text(f"FROM {IMAGE}\nCOPY --chmod=0644 welcome.py /app/welcome.py\n")
             run("docker", "build", "--quiet", "--tag", NEXT, directory)
+        self._load()
         old = self._compose.containers()
         self._compose.env["STREAMWORKER_IMAGE"] = NEXT  # from here on, as a shell would export it: producers come first
         new_kind = self._stage.enqueue("farewell.send", 10, 0.0, "--priority", "high")
         self.ids += new_kind
         until(self._stage.delayed, 30, "the unknown kind waits")
         self._findings.holds("jobs of a kind that no worker knows yet wait, and are not dead", self._stage.dead() == 0)
-        self._compose.scale(len(old) + count, "--no-recreate", "--no-deps")
+        self._compose("run", "--rm", "--no-TTY", "migrate")
+        self._compose.scale(len(old) + count, "--no-recreate")
         new = {name: each for name, each in self._compose.containers().items() if name not in old}
         until(
             lambda: of(self._stage.heartbeats(), new) and len(of(self._stage.heartbeats(), new)) == count,
@@ -213,10 +225,55 @@ class Show:
         self._findings.holds("only running containers are consumers", of(names, running) == names, names)
         self._findings.holds("no worker was ever unhealthy", not self._deaths.unhealthy, self._deaths.unhealthy)
 
+    def switch(self, count: int, jobs: int) -> None:
+        """STREAMWORKER_MODE moves the whole fleet, and what lies in lists is bridged back."""
+        before = set(self._compose.containers())
+        self._compose.env["STREAMWORKER_MODE"] = "list"
+        self._compose.scale(count)
+        self._ended_well(before)
+        self.ids += self._stage.enqueue("welcome.send", jobs, 0.2)
+        until(lambda: set(self.ids) <= set(self._stage.mails()), 120, "jobs of list mode are done")
+        modes = {each["mode"] for each in self._stage.heartbeats().values()}
+        self._findings.holds(f"STREAMWORKER_MODE=list: {jobs} jobs went through lists", modes == {"list"}, modes)
+
+    def bridge(self, count: int, jobs: int) -> None:
+        """Back to streams, with jobs left in lists."""
+        lists = set(self._compose.containers())
+        self.ids += self._stage.enqueue("welcome.send", jobs, 2.0)
+        self._compose.env["STREAMWORKER_MODE"] = "stream"
+        self._compose.scale(count)
+        self._ended_well(lists)
+        waiting = self._compose.redis("LLEN", f"queue:{QUEUE}")
+        self._compose.streamworker("bridge", "--drain")
+        until(lambda: set(self.ids) <= set(self._stage.mails()), 120, "the bridged jobs are done")
+        self._findings.holds(f"back to streams: {waiting} jobs that lay in lists were bridged and done", waiting)
+
+    def nobody(self, jobs: int) -> None:
+        """No worker at all, and a relay: what gets due comes where KEDA looks."""
+        workers = set(self._compose.containers())
+        self._compose("up", "--detach", "--no-build", "relay")
+        self._compose.scale(0)
+        self._ended_well(workers)
+        self.ids += self._stage.enqueue("welcome.send", jobs, 0.0, "--delay", "3")
+        until(lambda: self._stage.backlog() == jobs, 60, "delayed jobs get ready without workers")
+        self._findings.holds(f"scaled to none: the relay makes {jobs} delayed jobs ready, so that a scaler wakes")
+        self._compose.scale(1)
+        until(lambda: set(self.ids) <= set(self._stage.mails()), 60, "they are done")
+        self._findings.holds("one worker comes, and they are done")
+
+    def ledger(self) -> None:
+        """What PostgreSQL knows."""
+        rows = self._compose.sql("select id, status from streamworker.jobs")
+        recorded = {row[0] for row in rows if row[1] == "completed"}
+        missing = set(self.ids) - recorded
+        self._findings.holds(
+            f"the ledger has all {len(self.ids)} jobs as completed", not missing, (len(missing), rows[:3])
+        )
+
     def down(self) -> None:
         """The end: everybody drains."""
         workers = set(self._compose.containers())
-        self._compose("down", "--volumes", "--remove-orphans")
+        self._compose("--profile", "*", "down", "--volumes", "--remove-orphans")
         self._ended_well(workers)
         left = run(
             "docker", "ps", "--all", "--quiet", "--filter", f"label=com.docker.compose.project={self._compose.name}"

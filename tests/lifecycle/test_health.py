@@ -16,7 +16,7 @@ import pytest
 import redis
 
 from tests.conftest import Server, eventually_blocking
-from tests.lifecycle.test_worker import Process, put, traces
+from tests.lifecycle.test_worker import Process, traces
 
 
 @pytest.fixture
@@ -37,6 +37,10 @@ def start(tmp_path: Path) -> Iterator[Any]:
     for process in processes:
         process.kill()
         assert "Traceback" not in process.log.read_text(errors="replace").replace('"exception":', "")
+
+
+def put(client: redis.Redis, kind: str, name: str, **fields: Any) -> None:
+    client.xadd("stream:{q}", {"job": json.dumps({"id": name, "kind": kind, "payload": {"name": name, **fields}})})
 
 
 def address(worker: Process) -> str:
