@@ -52,7 +52,7 @@ class ListIntake(Taking):
         self._order = Order(len(queues), weighted=weighted, heads=HEADS)
         self._orphans = orphans
         self._bells = Doorbells(link, len(self.spots))
-        self._passed: frozenset[str] = frozenset()
+        self._for_others: frozenset[str] = frozenset()
 
     async def sweep(self, limit: int, running: Collection[Claim]) -> list[Claim]:  # noqa: ARG002 - they need no slot
         """Orphans go to the right ends of their lists, and are taken from there before all others."""
@@ -73,7 +73,7 @@ class ListIntake(Taking):
         del epochs
         self._paused = frozenset(index - 1 for index in paused)
         first = HEADS * len(self._lists) + 1
-        self._passed = frozenset(self.spots[index - first][2] for index in passed)
+        self._for_others = frozenset(self.spots[index - first][2] for index in passed)
         claims: list[Claim] = []
         for index, rows in taken:
             home, level, place = self.spots[index - first]
@@ -101,7 +101,7 @@ class ListIntake(Taking):
         """Wait for a bell, and take what it announced."""
         wait = max(0.01, min(wait, BLOCK, min(self._orphans.look_at) - monotonic()))
         spots = self._open(running)
-        open_ = [place for place in spots if place not in self._passed]
+        open_ = [place for place in spots if place not in self._for_others]
         if len(open_) < len(spots):
             wait = min(wait, PASSED_PAUSE)
         if not open_:

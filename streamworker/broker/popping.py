@@ -20,7 +20,7 @@ from streamworker.broker.lists import ListBroker
 from streamworker.broker.order import Order
 from streamworker.broker.orphans import Orphans
 from streamworker.broker.settle import settle
-from streamworker.broker.taking import Taking
+from streamworker.broker.taking import DEAF_WAIT, Taking
 from streamworker.job import LEVELS, Claim, Settled
 from streamworker.marks import unmarked
 from streamworker.telemetry.logs import get_logger
@@ -55,6 +55,15 @@ class Popping(Taking):
         self._order = Order(len(queues), weighted=weighted, heads=0)
         self._weighted = weighted
         self._orphans = orphans
+
+    async def claim(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:
+        """See `Broker.claim`: BRPOP looks and waits in one."""
+        self._rest_after_outage()
+        await self.sweep(limit, running)
+        self.stale = False
+        if wait <= 0 or self._interrupted.is_set():
+            return await self.take(limit, running)
+        return await self.wait_unless_stale(limit, min(wait, DEAF_WAIT) if self.deaf else wait, running)
 
     async def sweep(self, limit: int, running: Collection[Claim]) -> list[Claim]:  # noqa: ARG002 - they need no slot
         """See `ListIntake.sweep`."""

@@ -487,3 +487,15 @@ async def test_a_thousand_orphans_come_back_in_order(broker_factory, raw, ground
         raw.zadd("stream:{q}:leases", dict.fromkeys(raw.zrange("stream:{q}:leases", 0, -1), 1))
         got = await recover(broker, ground, limit=2000)
         assert names(got) == names(claims) and {claim.count for claim in got} == {2}
+
+
+@list_only
+async def test_nothing_new_comes_beside_a_suspect(broker_factory, ground):
+    async with broker_factory("dead") as gone, broker_factory("w") as broker:
+        await gone.publish([job("poison")])
+        ground.ripen(await one(gone), count=SUSPECT_DELIVERIES - 1)
+        await gone.publish([job("new")])
+        (reserved,) = await recover(broker, ground)
+        assert reserved.suspect and names([reserved]) == ["poison"]
+        assert await broker.settle([done(reserved)]) == [Settled.SETTLED]
+        assert names(await broker.claim(10, 0, ())) == ["new"]

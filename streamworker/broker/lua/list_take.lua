@@ -27,7 +27,7 @@
 --   epochs   the epoch of each queue ("": none yet)
 --   skipped  indexes of lists in KEYS at whose right end something stays
 local worker, left, queues, budgets = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
-local may_reserve = ARGV[7] == '1'
+local may_reserve, reserved = ARGV[7] == '1', false
 local LEVELS = { 'high', 'normal', 'low' }
 local PAGE, SKIP = 500, 500 -- elements of one move; elements that are looked at in vain
 local time = redis.call('TIME')
@@ -99,7 +99,7 @@ local function look(i, q, most, again)
         skipped[i] = true
       else
         local n = suspect and deliveries or (deliveries or 0) + 1
-        may_reserve = may_reserve and not suspect
+        may_reserve, reserved = may_reserve and not suspect, reserved or suspect
         id = id or fresh()
         running[id] = true
         found[1][#found[1] + 1] = { id, n, suspect and 1 or 0, body }
@@ -154,6 +154,7 @@ for i = 3 * queues + 1, #KEYS do
     while again and not exhausted(i, q) and take(i, q, math.min(left, allowance[q]), true) > 0 do end
   end
 end
+if reserved then left = 0 end -- it waits for everything else to end: nothing new comes beside it
 for w = walk, #ARGV, 3 do
   local i, q, b = tonumber(ARGV[w]), tonumber(ARGV[w + 1]), tonumber(ARGV[w + 2])
   while budget[b] > 0 and not exhausted(i, q) do
