@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+
+from redis.exceptions import NoPermissionError
 
 from streamworker.broker import Page, PendingEntry, WorkerInfo, list_listings
-from streamworker.broker.client import Address
+from streamworker.broker.client import Address, understood
 from streamworker.broker.keys import ListKeys, worker_key
 from streamworker.broker.list_settle import ListSender
 from streamworker.broker.lists import ListOptions, refuse_cluster
@@ -20,6 +23,12 @@ class ListOperator(Operating):
         refuse_cluster(address)
         namespace = options.namespace
         super().__init__(address, namespace, "", lambda queue: ListKeys(queue, namespace), lease=options.lease)
+
+    async def open(self) -> None:
+        """See `Operating.open`."""
+        with understood(self._address), suppress(NoPermissionError):  # not everybody may ask for INFO
+            refuse_cluster(self._address, await self._commands.info("server"))
+        await super().open()
 
     async def pending(
         self,

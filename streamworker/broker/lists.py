@@ -6,13 +6,13 @@ For producers that push JSON to ``queue:*``. What is delayed or dead lies where 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
 from streamworker.broker import Ending, list_listings, scripts
 from streamworker.broker.bell import listen
-from streamworker.broker.client import Address
+from streamworker.broker.client import Address, clustered
 from streamworker.broker.due import promote
 from streamworker.broker.held import leased, unwrapped, wrapped
 from streamworker.broker.keys import ListKeys, worker_key
@@ -65,6 +65,8 @@ class ListBroker:
 
     async def open(self) -> None:
         """See `Broker.open`."""
+        with self._link.watched():
+            refuse_cluster(self._link.address, await self._link.commands.info("server"))
         uptime = await self._link.greet()
         # After a restart everyone alive gets one lease to renew before anybody is taken for dead.
         self._intake.rest(max(0.0, self._options.lease - uptime))
@@ -172,13 +174,17 @@ class ListBroker:
         return [await list_listings.depth(self._link.run, keys) for keys in self._keys]
 
 
-def refuse_cluster(address: Address) -> None:
+def refuse_cluster(address: Address, info: dict[str, Any] | None = None) -> None:
     """List mode moves jobs between keys that a cluster keeps on different nodes.
 
+    Args:
+        address: where it would work.
+        info: INFO's section "server", once that is known.
+
     Raises:
-        ConfigurationError: the address is that of a cluster.
+        ConfigurationError: there is a cluster.
     """
-    if address.spread:
+    if address.spread or (info is not None and clustered(info)):
         raise ConfigurationError(
             f"list mode cannot use the Redis Cluster at {address}, whose nodes would share a queue's lists: set "
             "STREAMWORKER_MODE=stream, or use a single server or Sentinel"

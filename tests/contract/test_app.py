@@ -6,8 +6,9 @@ import asyncio
 
 import pytest
 
-from streamworker import App, Context, Payload, QueueWorker, Settings
+from streamworker import App, Context, Payload, QueueWorker, Settings, Snooze
 from streamworker.errors import UsageError
+from streamworker.testing.draining import drain
 from tests.conftest import eventually
 
 
@@ -74,3 +75,22 @@ async def test_enqueue_blocking_refuses_to_block_a_loop(redis_url):
     app = App(settings=Settings(redis_url=redis_url))
     with pytest.raises(UsageError, match="await enqueue"):
         app.enqueue_blocking(Step(n=1))
+
+
+async def test_drain_runs_what_there_is_and_what_is_delayed(ground, redis_url):
+    app = App(settings=Settings(redis_url=redis_url, mode=ground.mode, lease=1))
+    seen: list[int] = []
+
+    @app.handler
+    async def step(payload: Step) -> None:
+        seen.append(payload.n)
+        if seen.count(3) == 1 and payload.n == 3:
+            raise Snooze(60)
+
+    async with app:
+        await app.enqueue_many([Step(n=1), app.job(Step(n=2), delay=3600), Step(n=3)])
+        drained = await drain(app)
+        assert (sorted(seen), drained.done, drained.snoozed, drained.delayed) == ([1, 3], 1, 1, 2)
+        drained = await drain(app, delayed=True)
+        assert (sorted(seen), drained.done, drained.delayed) == ([1, 2, 3, 3], 2, 0)
+    assert ground.held("steps") == ground.left(queue="steps") == 0

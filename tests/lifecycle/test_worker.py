@@ -19,7 +19,7 @@ import redis
 from streamworker.job import LEVELS, Level
 from tests.conftest import Server, eventually_blocking
 from tests.contract.ground import Ground
-from tests.contract.helpers import stream_only
+from tests.contract.helpers import list_only, stream_only
 
 ROOT = Path(__file__).parents[2]
 Q = "stream:{q}"
@@ -390,3 +390,23 @@ def test_no_server_is_exit_69_in_one_sentence(start):
     assert worker.wait() == 69
     said = worker.log.read_text()
     assert "does not answer" in said and "secret" not in said
+
+
+@list_only
+def test_brpop_runs_one_job_at_a_time_says_its_risk_and_a_stop_loses_nothing(start, raw, ground):
+    worker = start(LIST_POP="brpop", GRACE=5).ready()
+    assert worker.said("list_pop_brpop")
+    for name in ("a", "b"):
+        put(ground, "wait", name)
+    eventually_blocking(lambda: traces(raw, "wait"))
+    for n in range(200):
+        put(ground, "quick", f"{n}")
+    assert len(traces(raw, "wait")) == 1
+    raw.sadd("queue:trace:go", "a", "b")
+    eventually_blocking(lambda: len(traces(raw, "quick")) > 20)
+    worker.signal(signal.SIGTERM)
+    assert worker.wait() == 0
+    ran, waiting = traces(raw, "quick"), [json.loads(body)["id"] for body in ground.waiting()]
+    assert sorted(ran + waiting, key=int) == [f"{n}" for n in range(200)]
+    assert ran == [f"{n}" for n in range(len(ran))]
+    assert raw.keys("streamworker:worker:*") == [] and ground.names() == []

@@ -305,3 +305,25 @@ def test_keys_of_commands():
         key_of(command) for command in (("PING",), ("INFO", "server"), ("CLIENT UNBLOCK", 1), ("ACL DRYRUN", "u"))
     ] == [None] * 4
     assert slot_of("stream:{q}") == slot_of("stream:{q}:due") == slot_of("{q}")
+
+
+@pytest.mark.parametrize("pop", ["move", "brpop"])
+@pytest.mark.parametrize("form", ["redis+cluster", "redis"])
+async def test_list_mode_refuses_a_cluster_in_one_sentence(masters, form, pop):
+    """Workers, producers and people: the lists of a queue lie on different nodes."""
+    url = masters.url if form == "redis+cluster" else f"redis://127.0.0.1:{masters.nodes[0].port}/0"
+    app = App(settings=Settings(redis_url=url, mode="list", list_pop=pop))
+
+    @app.handler
+    async def count(payload: Count) -> None: ...
+
+    sentence = "list mode cannot use the Redis Cluster at .* set STREAMWORKER_MODE=stream"
+    with pytest.raises(ConfigurationError, match=sentence) as caught:
+        async with app:
+            pass
+    assert caught.value.exit_code == 78
+    with pytest.raises(ConfigurationError, match=sentence):
+        await QueueWorker(app, redis=None, database=None, services=None).start()
+    with pytest.raises(ConfigurationError, match=sentence):
+        async with app.operator():
+            pass
