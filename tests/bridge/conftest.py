@@ -14,6 +14,7 @@ from streamworker.bridging import Bridging
 from streamworker.broker import bridge as bridge_module
 from streamworker.broker.bridge import BridgeOptions, ListBridge
 from streamworker.broker.client import Address
+from tests.cli.conftest import Program, bare, project  # noqa: F401 - fixtures
 
 LISTS = ("queue:q:high", "queue:q", "queue:q:low")
 STREAMS = ("stream:{q}:high", "stream:{q}", "stream:{q}:low")
@@ -73,3 +74,10 @@ def rarely(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only doorbells tell of new elements: nobody looks in time."""
     monkeypatch.setattr(bridge_module, "SWEEP", 3600.0)
     monkeypatch.setattr(bridge_module, "POLL", 3600.0)
+
+
+@pytest.fixture
+def sw(bare: Program, redis_url: str) -> Program:  # noqa: F811
+    """The program on a real and empty server, in the mode that a test names, or in stream mode."""
+    bare.env["REDIS_URL"] = redis_url
+    return bare

@@ -237,6 +237,10 @@ class Flip:
         await self.roll("list", keep=1)
         await until(lambda: not self.in_streams(), 60 + 10 * self.lease, "empty streams")
         await self.roll("list")
+        while self.in_streams():  # the last one may have promoted a delayed job as it went
+            log = self.directory / f"burst{len(list(self.directory.glob('burst*')))}.log"
+            burst = self.nursery.start("worker", "--burst", log=log, STREAMWORKER_MODE="stream")
+            await until(lambda burst=burst: not burst.is_alive(), 60, "the end of a burst")
 
     def in_streams(self) -> int:
         return int(sum(self.raw.xlen(stream) for stream in STREAMS))

@@ -16,7 +16,7 @@ from streamworker.bridging import Bridging
 from streamworker.broker.client import Address
 from streamworker.broker.lists import ListBroker, ListOptions
 from tests.bridge.conftest import push, running, stored
-from tests.cli.conftest import Program, bare, project, sw  # noqa: F401 - fixtures
+from tests.cli.conftest import Program
 from tests.conftest import eventually, eventually_blocking
 
 LEASE = 0.6
@@ -101,7 +101,7 @@ async def test_all_finds_queues_of_which_workers_hold_everything(raw, bridge_of,
     assert payload_names(stored(raw, f"{namespace}stream:{{q}}")) == ["a"]
 
 
-def test_a_job_of_a_killed_list_worker_runs_in_stream_mode(sw: Program, raw, tmp_path):  # noqa: F811
+def test_a_job_of_a_killed_list_worker_runs_in_stream_mode(sw: Program, raw, tmp_path):
     """The whole fleet has been switched; nobody of list mode is left to give it back."""
     raw.lpush("queue:holds", json.dumps({"payload": {"gate": str(tmp_path / "gate")}}))
     settings = {"STREAMWORKER_QUEUES": "holds", "STREAMWORKER_LEASE": "1"}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import Program, bare, sw  # noqa: F401 - fixtures
+from tests.cli.conftest import Program
 from tests.conftest import eventually_blocking
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "producers"
@@ -59,7 +59,7 @@ def produce(request: pytest.FixtureRequest, redis_url: str) -> Callable[[], str]
 
 
 @pytest.fixture(params=["list", "stream"])
-def working(request: pytest.FixtureRequest, sw: Program) -> Iterator[Callable[[], Counter[str]]]:  # noqa: F811
+def working(request: pytest.FixtureRequest, sw: Program) -> Iterator[Callable[[], Counter[str]]]:
     """A worker in each mode, in stream mode with a bridge; the value tells how often it wrote to whom."""
     settings = {"STREAMWORKER_MODE": request.param, "STREAMWORKER_APP": "worker:app", "STREAMWORKER_LOG_FORMAT": "json"}
     worker = sw.start("worker", **settings)

@@ -17,12 +17,12 @@ import redis
 
 from tests.bridge.conftest import blocked, push, stored
 from tests.bridge.nursery import Nursery
-from tests.cli.conftest import Program, Running, Terminal, bare, project, sw  # noqa: F401 - fixtures
+from tests.cli.conftest import Program, Running, Terminal
 from tests.conftest import Server, eventually_blocking
 
 
 @pytest.fixture
-def bridge(sw: Program) -> Callable[..., Running]:  # noqa: F811
+def bridge(sw: Program) -> Callable[..., Running]:
     """``bridge("--queue", "q")``: a bridge that is ready."""
 
     def start(*words: object, **env: str) -> Running:
@@ -33,7 +33,7 @@ def bridge(sw: Program) -> Callable[..., Running]:  # noqa: F811
     return start
 
 
-def test_drain_moves_everything_tells_the_totals_and_ends(sw, raw):  # noqa: F811
+def test_drain_moves_everything_tells_the_totals_and_ends(sw, raw):
     push(raw, "queue:q", *[b"%d" % n for n in range(3000)])
     push(raw, "queue:q:low", b"low")
     done = sw.ok("bridge", "--queue", "q", "--drain")
@@ -43,7 +43,7 @@ def test_drain_moves_everything_tells_the_totals_and_ends(sw, raw):  # noqa: F81
     assert "moved 0 jobs" in sw.ok("bridge", "--queue", "q", "--drain").stdout
 
 
-def test_drain_leaves_what_cannot_be_moved_and_says_so(sw, raw):  # noqa: F811
+def test_drain_leaves_what_cannot_be_moved_and_says_so(sw, raw):
     raw.set("stream:{q}", "no")
     push(raw, "queue:q", b"1", b"2")
     push(raw, "queue:other", b"x")
@@ -56,7 +56,7 @@ def test_drain_leaves_what_cannot_be_moved_and_says_so(sw, raw):  # noqa: F811
     assert stored(raw, "stream:{other}") == [b"x"]
 
 
-def test_json_tells_the_totals_to_programs(sw, raw):  # noqa: F811
+def test_json_tells_the_totals_to_programs(sw, raw):
     push(raw, "queue:q", b"abc", b"d")
     (last,) = sw.ok("bridge", "--queue", "q", "--drain", "--json").rows
     assert {"state": "ended", "moved": 2, "bytes": 4, "waiting": 0, "stuck": []}.items() <= last.items()
@@ -68,7 +68,7 @@ def moved(raw: redis.Redis) -> set[str]:
     return {key.decode()[8:-1] for key in raw.keys("stream:{*}")}
 
 
-def test_whose_lists_are_moved(sw, raw):  # noqa: F811
+def test_whose_lists_are_moved(sw, raw):
     for queue in ("flag", "env", "notes", "holds", "other"):
         push(raw, f"queue:{queue}", queue.encode())
     sw.ok("bridge", "--queue", "flag", "--drain", STREAMWORKER_QUEUES="env")
@@ -93,7 +93,7 @@ def test_whose_lists_are_moved(sw, raw):  # noqa: F811
         (("--queue", "q", "--redis-url", "redis://127.0.0.1:1/0"), 69, "does not answer"),
     ],
 )
-def test_what_makes_no_sense_is_one_sentence(sw, words, code, sentence):  # noqa: F811
+def test_what_makes_no_sense_is_one_sentence(sw, words, code, sentence):
     done = sw("bridge", *words)
     assert done.returncode == code
     assert sentence in done.sentence
@@ -115,7 +115,7 @@ def test_a_signal_ends_a_busy_and_an_idle_bridge_in_order(bridge, raw, number):
     eventually_blocking(lambda: blocked(raw) == 0)
 
 
-def test_a_signal_ends_a_bridge_whose_server_is_silent(bare, own_server):  # noqa: F811
+def test_a_signal_ends_a_bridge_whose_server_is_silent(bare, own_server):
     bare.env["REDIS_URL"] = own_server.url
     running = bare.start("bridge", "--queue", "q")
     eventually_blocking(lambda: running.saw("bridge_ready"))
@@ -137,7 +137,7 @@ def test_progress_is_told_in_the_log(bridge, raw):
     assert (line["moved"], line["waiting"]) == (1, 0)
 
 
-def test_progress_is_shown_on_a_terminal(sw, raw):  # noqa: F811
+def test_progress_is_shown_on_a_terminal(sw, raw):
     terminal = Terminal(sw, "bridge", "--queue", "q")
     terminal.until("0 waiting")
     push(raw, "queue:q", b"1234567", b"x")
@@ -235,7 +235,7 @@ def test_a_bridge_outlives_its_server(own_server, tmp_path):
     assert set(there) <= set(known)
 
 
-def test_a_reader_that_goes_away_does_not_end_the_bridge(sw, raw):  # noqa: F811
+def test_a_reader_that_goes_away_does_not_end_the_bridge(sw, raw):
     push(raw, "queue:q", b"x")
     command = sw.command("bridge", "--queue", "q", "--drain", "--json")
     process = subprocess.Popen(command, cwd=sw.directory, env=sw.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
