@@ -208,6 +208,6 @@ def _schema_expected() -> Iterator[None]:
         ) from error
     except asyncpg.InsufficientPrivilegeError as error:
         raise ConfigurationError(
-            f"this connection may not enqueue ({error}): grant its user usage of the schema streamworker, select and insert on "
-            "streamworker.jobs, and select, insert, update on streamworker.job_keys"
+            f"this connection may not enqueue ({error}): grant its user usage of the schema streamworker, select and "
+            "insert on streamworker.jobs, and select, insert, update on streamworker.job_keys"
         ) from error
