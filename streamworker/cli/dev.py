@@ -1,13 +1,15 @@
-"""``streamworker dev``: a worker on embedded servers that starts anew whenever the code changes."""
+"""``streamworker dev``: a worker on embedded servers that starts anew with the code, and the dashboard."""
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
@@ -15,8 +17,9 @@ from typing import Any, Final
 import anyio
 import msgspec
 
-from streamworker import embedded
+from streamworker import embedded, web
 from streamworker.app import App
+from streamworker.cli.dashboard import LISTEN as DASHBOARD
 from streamworker.cli.loading import HOW
 from streamworker.cli.options import WORKER, WorkerFlags
 from streamworker.cli.reload import Watch
@@ -36,7 +39,7 @@ PATIENCE: Final = 10.0
 
 
 def dev(app: str | None = None, *, flags: WorkerFlags = WORKER) -> int:
-    """Run a worker for development: embedded servers unless REDIS_URL is set, restarted when a .py file changes.
+    """Run a worker and the dashboard for development, on embedded servers unless REDIS_URL is set, anew with the code.
 
     Args:
         app: module:attribute, such as shop.jobs:app; STREAMWORKER_APP unless given.
@@ -57,7 +60,40 @@ def dev(app: str | None = None, *, flags: WorkerFlags = WORKER) -> int:
             if settings.database_url is None:  # nobody else's: it may be brought up to date unasked
                 anyio.run(_migrate, msgspec.structs.replace(settings, redis_url=EMBEDDED))
             log.info("embedded_servers", redis_url=servers.redis_url, database_url=servers.database_url)
+        stack.enter_context(_dashboard())
         return _Loop(Watch(Path.cwd()), settings.grace + PATIENCE).run()
+
+
+@contextmanager
+def _dashboard() -> Iterator[None]:
+    """The dashboard beside the worker, at its usual address or, if that is taken, at a free one."""
+    try:
+        web.require()
+    except ConfigurationError as error:
+        log.info("no_dashboard", reason=str(error))
+        yield
+        return
+    listen = _free(DASHBOARD)
+    command = (sys.executable, "-m", "streamworker", "dashboard", "--listen", listen)
+    process = subprocess.Popen(command, process_group=0)  # noqa: S603 - our own program, at an address of ours
+    try:
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _free(listen: str) -> str:
+    host, _, port = listen.rpartition(":")
+    try:
+        socket.create_server((host, int(port))).close()
+    except OSError:
+        return f"{host}:0"
+    return listen
 
 
 async def _migrate(settings: Settings) -> None:

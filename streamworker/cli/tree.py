@@ -32,7 +32,7 @@ root["--version"].group = MORE
 
 _COMMANDS = (
     ("demo", "demo:demo", RUN, "See it work: embedded servers, three workers, one is killed, nothing is lost."),
-    ("dev", "dev:dev", RUN, "Embedded servers and a worker that restarts when your code changes."),
+    ("dev", "dev:dev", RUN, "Embedded servers, the dashboard and a worker that restarts when your code changes."),
     ("worker", "worker:worker", RUN, "Run a worker."),
     ("bridge", "bridge:bridge", RUN, "Move jobs from legacy lists (queue:NAME) into streams."),
     ("relay", "relay:relay", RUN, "Relay jobs from PostgreSQL to Redis, and promote delayed ones."),

@@ -66,7 +66,7 @@ class Fleet:
             Unreachable: no server answers.
         """
         now, at = time.monotonic(), time.time()
-        walk = now - self._named_at >= NAMES_EVERY
+        walk = not self._names or now - self._named_at >= NAMES_EVERY
         if walk:
             self._names = [self._only] if self._only is not None else await self._operator.queues()
         rated = await overview(self._operator, self._names, self._pace)

@@ -61,6 +61,7 @@ class Rendering:
             "csrf": scope.get("state", {}).get("csrf", ""),
             "who": scope.get("state", {}).get("who", ""),
             "now": time.time(),
+            "counts": {},
         }
         text = self._environment.get_template(template).render({**common, **values})
         return HTMLResponse(text, status, {"vary": "HX-Request"})

@@ -156,19 +156,24 @@ class Room:
         """What was seen of a queue, or of all together (``""``), the oldest first."""
         return self.fleet.history.of(queue) if self.fleet is not None else ()
 
+    def counts(self) -> dict[str, int]:
+        """The numbers beside the names of the pages."""
+        look = self.look
+        if look is None:
+            return {}
+        return {
+            "running": look.total.running,
+            "delayed": look.total.delayed,
+            "dead": look.total.dead,
+            "workers": sum(worker.alive for worker in look.workers),
+            "notices": sum(notice.severity != "note" for notice in look.notices),
+        }
+
     def told(self) -> dict[str, Any]:
         """What all who watch are told."""
         look = self.look
         told: dict[str, Any] = {"trouble": self.trouble, "campaigns": self.campaigns.told()}
         if look is not None:
-            living = sum(worker.alive for worker in look.workers)
-            point = look.total
-            told |= {
-                "point": point,
-                "workers": living,
-                "notices": len([n for n in look.notices if n.severity != "note"]),
-            }
-            told |= (
-                {"queues": {row.queue: self.past(row.queue)[-1:] for row, _ in look.queues[:200]}} if self.fleet else {}
-            )
+            told["point"], told["counts"] = look.total, self.counts()
+            told["queues"] = {row.queue: self.past(row.queue)[-1:] for row, _ in look.queues[:200]}
         return told

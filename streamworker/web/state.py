@@ -33,6 +33,7 @@ def render(request: Request, template: str, status: int = 200, **values: Any) ->
         "payloads": access.payloads,
         "look": room.look,
         "trouble": room.trouble,
+        "counts": room.counts(),
     }
     return rendering.page(request, template, status, **{**common, **values})
 

@@ -37,7 +37,7 @@ class Browser:
         assert found is not None
         return found[1]
 
-    async def do(self, what: str, **fields: Any) -> Any:
+    async def do(self, what: str, /, **fields: Any) -> Any:
         """What a button does; the answer's JSON."""
         return (await self.post(what, fields, {"x-csrf-token": await self.token(), "origin": HERE})).json()
 

@@ -130,8 +130,7 @@
     pulse = setTimeout(() => { dot.className = "pulse off"; }, 20000);
     campaigns(told.campaigns);
     if (told.point) {
-      const [, , running, delayed, dead] = told.point;
-      badges({ running, delayed, dead, workers: told.workers, notices: told.notices });
+      badges(told.counts);
       const scope = $(".charts")?.dataset.queue;
       add(scope ? (told.queues[scope] || [])[0] : told.point);
       for (const [name, last] of Object.entries(told.queues)) {

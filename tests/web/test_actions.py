@@ -1,0 +1,207 @@
+"""What the buttons do, on a real server, and what is written down about it."""
+
+from __future__ import annotations
+
+import json
+
+import anyio
+import httpx2
+import pytest
+from starlette.applications import Starlette
+from starlette.routing import Mount
+
+from streamworker import App, Settings
+from streamworker.web import Access, actions, dashboard, guard, shows
+from tests.conftest import eventually
+from tests.web.conftest import HERE, held, letter
+
+
+@pytest.fixture
+def logged(monkeypatch):
+    """Lines of the dashboard's log."""
+    lines = []
+
+    class Log:
+        def __getattr__(self, level):
+            return lambda event, **facts: lines.append({"event": event, **facts})
+
+    for module in (actions, guard, shows):
+        monkeypatch.setattr(module, "log", Log())
+    return lines
+
+
+async def test_pausing_resuming_purging(browser, raw, logged):
+    raw.xadd("stream:{q}", {"job": "{}"})
+    letter(raw)
+    assert (await browser.do("pause", queue="q"))["message"] == "q is paused"
+    assert b"by local at 20" in raw.hget("stream:{q}:meta", "paused")
+    assert "Paused by local" in await browser.text("/queue?queue=q")
+    assert (await browser.do("resume", queue="q"))["message"] == "q goes on"
+    assert raw.hget("stream:{q}:meta", "paused") is None
+    assert (await browser.do("purge", queue="q", place="dead"))["message"] == "1 dead of q deleted"
+    assert (await browser.do("purge", queue="q", place="ready"))["message"] == "1 ready of q deleted"
+    assert (await browser.do("purge", queue="q", place="running"))["ok"] is False
+    assert [(line["action"], line["who"], line["ok"]) for line in logged] == [
+        ("pause", "local", True), ("resume", "local", True), ("purge", "local", True), ("purge", "local", True),
+        ("purge", "local", False),
+    ]  # fmt: skip
+
+
+async def test_pending_jobs_of_the_dead_and_of_the_living(browser, raw, logged):
+    held(raw, 3)
+    rows = await browser.rows("/pending?queue=q")
+    assert len(rows) == 3
+    assert "vanished and still holds 3 jobs" in await browser.text("/pending")
+    told = await browser.do("release", row=[rows[0]])
+    assert told == {"ok": True, "message": "1 released"}
+    assert (await browser.do("release", row=[rows[0]]))["message"] == "1 had moved on and were left alone"
+    assert (await browser.do("bury", row=[rows[1]], reason="because"))["ok"]
+    assert raw.xrange("stream:{q}:dead")[0][1][b"reason"] == b"because"
+    raw.hset("streamworker:worker:worker-gone", "pid", "1")  # it was only slow
+    told = await browser.do("drop", row=[rows[2]])
+    assert not told["ok"]
+    assert "left alone: their workers live" in told["message"]
+    assert raw.xpending("stream:{q}", "workers")["pending"] == 1
+    assert (await browser.do("drop", row=[rows[2]], force="yes"))["ok"]
+    assert raw.xpending("stream:{q}", "workers")["pending"] == 0
+    assert logged[0]["rows"][0].startswith("q/1")
+    assert (await browser.do("release"))["message"] == "nothing is ticked"
+
+
+async def test_dead_letters(browser, raw, logged):
+    for n in range(4):
+        letter(raw, id=f"d{n}", error=f"Error {n}", job=json.dumps({"id": f"d{n}", "payload": {}, "attempt_count": 3}))
+    page = await browser.text("/dead?search=ERROR+2")
+    assert "d2" in page
+    assert "Error 1" not in page
+    rows = await browser.rows("/dead")
+    told = await browser.do("replay", row=rows[:2])
+    assert told == {"ok": True, "message": "2 replayed"}
+    assert (await browser.do("erase", row=rows))["message"] == "2 deleted; 2 had moved on and were left alone"
+    assert raw.xlen("stream:{q}:dead") == 0
+    assert [json.loads(fields[b"job"])["hop"] for _, fields in raw.xrange("stream:{q}")] == [1, 1]
+
+
+async def test_delayed_jobs(browser, raw, logged):
+    for name in ("a/1", "b"):
+        raw.zadd("stream:{q}:due", {f"normal/{name}/x": 5_000_000_000_000})
+        raw.hset("stream:{q}:bodies", f"normal/{name}/x", json.dumps({"id": name, "payload": {}}))
+    rows = await browser.rows("/delayed")
+    assert (await browser.do("hasten", row=[rows[0]]))["message"] == "1 made ready"
+    assert (await browser.do("forget", row=[rows[1]]))["message"] == "1 deleted"
+    assert raw.zcard("stream:{q}:due") == 0
+    assert [json.loads(fields[b"job"])["id"] for _, fields in raw.xrange("stream:{q}")] == ["a/1"]
+
+
+async def test_many_at_a_rate_in_the_background(browser, raw, logged):
+    for n in range(30):
+        letter(raw, id=f"d{n}", kind="good" if n % 2 else "bad")
+    await browser.text("/")
+    told = await browser.do("campaign", what="replay", queue="q", kind="good", rate="200")
+    assert told["ok"]
+    campaigns = browser.site.room.campaigns
+    await eventually(lambda: campaigns.told()[0]["state"] == "done")
+    assert campaigns.told()[0] | {"done": 15, "gone": 0, "refused": 0, "who": "local"} == campaigns.told()[0]
+    assert (raw.xlen("stream:{q}:dead"), raw.xlen("stream:{q}")) == (15, 15)
+
+    await browser.do("campaign", what="erase", rate="1")
+    await eventually(lambda: campaigns.told()[1]["done"] >= 1)
+    name = campaigns.told()[1]["id"]
+    assert (await browser.do("stop", id=name))["message"] == "Stopped"
+    await eventually(lambda: campaigns.told()[1]["state"] == "stopped")
+    assert raw.xlen("stream:{q}:dead") > 10
+    assert (await browser.do("dismiss", id=name))["ok"]
+    assert len(campaigns.told()) == 1
+    assert {line["event"] for line in logged} == {"dashboard_action"}
+
+
+async def test_everything_of_a_dead_worker_at_once(browser, raw):
+    held(raw, 150)
+    await browser.text("/")
+    await browser.do("campaign", what="release", worker="worker-gone")
+    await eventually(lambda: raw.xpending("stream:{q}", "workers")["pending"] == 0)
+    assert raw.xlen("stream:{q}") == 150
+    assert "worker-gone" in await browser.text("/workers")
+    assert (await browser.do("prune", worker="worker-gone"))["message"] == "worker-gone is forgotten"
+    assert raw.xinfo_consumers("stream:{q}", "workers") == []
+
+
+async def test_delayed_jobs_due_at_the_same_moment_are_all_reached(browser, raw):
+    pipe = raw.pipeline()
+    for n in range(1200):
+        pipe.zadd("stream:{q}:due", {f"normal/j{n}/x": 5_000_000_000_000})
+        pipe.hset("stream:{q}:bodies", f"normal/j{n}/x", json.dumps({"id": f"j{n}", "payload": {}}))
+    pipe.execute()
+    await browser.text("/")
+    await browser.do("campaign", what="forget", queue="q")
+    await eventually(lambda: raw.zcard("stream:{q}:due") == 0, 30)
+
+
+async def test_one_job_id_wherever_it_lies(browser, raw):
+    letter(raw, id="job-0")
+    held(raw, 1)
+    page = await browser.text("/jobs?id=job-0")
+    assert "Dead letters" in page
+    assert "held by" in page
+    assert "Not on the server" in await browser.text("/jobs?id=nobody")
+
+
+async def test_whoever_watches_is_told(browser, raw):
+    raw.xadd("stream:{q}", {"job": "{}"})
+    room, told = browser.site.room, []
+    events = room.events()
+    with anyio.fail_after(20):
+        while len(told) < 2:
+            if await anext(events) and room.look is not None:
+                told.append(room.told())
+    assert (told[0]["counts"]["running"], told[0]["point"].ready) == (0, 1)
+    assert room.watchers == 1
+    await events.aclose()
+    assert room.watchers == 0
+
+
+async def test_mounted_under_a_path(site_of, raw):
+    entry = letter(raw)
+    async with site_of(app=lambda site: Starlette(routes=[Mount("/ops/jobs", site)]), prefix="/ops/jobs") as browser:
+        page = await browser.text("/dead")
+        assert 'href="/ops/jobs/static/app.css' in page
+        assert f"/ops/jobs/show?place=dead&amp;queue=q&amp;id={entry}" in page
+        assert (await browser.get("/static/app.css")).status_code == 200
+        browser.client.cookies.clear()
+        assert "Path=/ops/jobs" in (await browser.get("/")).headers["set-cookie"]
+        assert (await browser.do("erase", row=await browser.rows("/dead")))["ok"]
+    assert raw.xlen("stream:{q}:dead") == 0
+
+
+async def test_the_application_around_it_says_who_it_is(site_of, raw, logged):
+    class User:
+        display_name = "ada"
+
+    def around(site):
+        async def app(scope, receive, send):
+            await site({**scope, "user": User()}, receive, send)
+
+        return app
+
+    async with site_of(app=around, outer=True) as browser:
+        await browser.do("pause", queue="q")
+        assert (await browser.get("/", headers={"host": "ops.example.com"})).status_code == 200
+    assert logged[0]["who"] == "ada"
+
+
+async def test_a_server_that_goes_away_is_said(own_server):
+    with own_server.client() as client:
+        client.xadd("stream:{q}", {"job": "{}"})
+    site = dashboard(App(settings=Settings(redis_url=own_server.url)), access=Access())
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=site), base_url=HERE) as client:
+        assert (await client.get("/")).status_code == 200
+        own_server.kill()
+        await eventually(lambda: site.room.trouble)
+        assert "does not answer" in (await client.get("/")).text  # what was seen last, and why it is old
+        answer = await client.get("/pending")
+        assert answer.status_code == 503
+        assert "does not answer" in answer.text
+        own_server.start()
+        await eventually(lambda: not site.room.trouble, 20)
+        assert (await client.get("/pending")).status_code == 200
+    await site.aclose()

@@ -1,0 +1,182 @@
+"""The dashboard in a real browser: live, by mouse and by keyboard, light and dark, on a phone, and deaf to what payloads say."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.conftest import ROOT, Running
+from tests.conftest import eventually_blocking
+from tests.web.chromium import Chromium, program
+from tests.web.conftest import held, letter
+
+pytestmark = [
+    pytest.mark.skipif(program() is None, reason="Chromium is not installed: apt-get install chromium"),
+    pytest.mark.timeout(180),
+]
+
+HOSTILE = "<script>window.pwned = 1</script><img src=x onerror='window.pwned = 2'>"
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Chromium]:
+    chromium = Chromium()
+    yield chromium
+    chromium.close()
+
+
+class Served:
+    """The program ``streamworker dashboard``, and a page of it."""
+
+    def __init__(self, url: str, page: Chromium, raw: Any) -> None:
+        self.url, self.page, self.raw = url, page, raw
+
+    def open(self, path: str) -> None:
+        self.page.open(self.url + path)
+
+    def yes(self) -> None:
+        """Agree to what is asked."""
+        self.page.until("document.querySelector('#confirm').open")
+        self.page.click("#confirm-yes")
+
+
+@pytest.fixture
+def served(redis_url: str, raw: Any, chromium: Chromium, tmp_path: Path) -> Iterator[Served]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("STREAMWORKER_")}
+    env = {**clean, "REDIS_URL": redis_url, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "streamworker", "dashboard", "--listen", "127.0.0.1:0"]
+    running = Running(command, tmp_path, env)
+    eventually_blocking(lambda: running.saw("dashboard_ready"), 30)
+    url = next(json.loads(line)["url"] for line in running.lines if "dashboard_ready" in line).rstrip("/")
+    chromium.size(1280, 800)
+    chromium.complaints.clear()
+    yield Served(url, chromium, raw)
+    complaints = list(chromium.complaints)
+    chromium.open(f"{url}/jobs")
+    running.signal(signal.SIGTERM)
+    try:
+        assert running.wait(15) == 0  # also while a page is watching
+    except subprocess.TimeoutExpired:
+        running.kill()
+        raise
+    finally:
+        running.process.stderr.close()
+    assert complaints == []  # no script failed, and the policy had nothing to forbid
+
+
+def test_it_is_live_and_pauses_a_queue(served):
+    served.raw.xadd("stream:{billing}", {"job": "{}"})
+    served.open("/")
+    page = served.page
+    page.until("document.querySelector('#q-billing td.n').innerText === '1'")
+    served.raw.xadd("stream:{billing}", {"job": "{}"})
+    page.until("document.querySelector('#q-billing td.n').innerText === '2'")  # nobody loaded the page anew
+    page.until("document.querySelector('#pulse').classList.contains('on')")
+    page.until("document.querySelectorAll('.chart canvas').length === 4")
+    page.click("#q-billing [data-do=pause]")
+    page.until("document.querySelector('#q-billing .tag')?.innerText === 'paused'")
+    assert served.raw.hexists("stream:{billing}:meta", "paused")
+    page.click("#q-billing [data-do=resume]")
+    page.until("!document.querySelector('#q-billing .tag')")
+    assert not served.raw.hexists("stream:{billing}:meta", "paused")
+
+
+def test_dead_letters_by_mouse(served):
+    for n in range(5):
+        letter(served.raw, id=f"d{n}", error=HOSTILE, reason=HOSTILE, kind="k",
+               job=json.dumps({"id": f"d{n}", "payload": {"x": HOSTILE}}))  # fmt: skip
+    served.open("/dead")
+    page = served.page
+    page.click("tbody tr:nth-child(2) input")
+    page.until("document.querySelector('[data-picked]').innerText === '1 ticked'")
+    page.click("[data-do=replay]")
+    page.until("document.querySelector('.toast')?.innerText === '1 replayed'")
+    page.until("document.querySelectorAll('#live tbody tr').length === 4")
+    assert served.raw.xlen("stream:{q}") == 1
+
+    page.click("tbody tr:first-child a.id")
+    page.until("location.pathname === '/show' && document.readyState === 'complete'")
+    assert "window.pwned" not in page.value("document.querySelector('#payload').innerText")
+    page.click("#payload button")
+    page.until("document.querySelector('pre.payload')?.innerText.includes('window.pwned')")
+    assert page.value("window.pwned") is None
+
+    served.open("/dead")
+    page.click("[data-do=campaign][data-what=replay]")
+    page.until("document.querySelector('#confirm').open")
+    page.value("document.querySelector('#confirm [name=rate]').value = 50")
+    served.yes()
+    page.until("document.querySelector('.campaign')?.innerText.includes('done')")
+    eventually_blocking(lambda: served.raw.xlen("stream:{q}") == 5)
+    page.until("document.querySelector('.empty h2')?.innerText === 'No dead letters'")
+
+
+def test_it_is_used_with_the_keyboard_alone(served):
+    held(served.raw, 3)
+    served.open("/")
+    page = served.page
+    page.press("g", "p")
+    page.until("location.pathname === '/pending' && document.readyState === 'complete' && typeof htmx === 'object'")
+    page.press("j", "j")
+    page.until("document.querySelector('tr.at') === document.querySelectorAll('tbody tr')[1]")
+    page.press(" ")
+    page.until("document.querySelectorAll('tbody tr')[1].querySelector('input').checked")
+    page.until("document.querySelector('[data-picked]').innerText === '1 ticked'")
+    page.value("document.querySelector('[data-bar] [data-do=release]').focus()")
+    page.press("Enter")
+    page.until("document.querySelector('#confirm').open")
+    page.press("Enter")  # the harmless answer has the focus
+    page.until("document.querySelector('.toast')?.innerText === '1 released'")
+    assert served.raw.xpending("stream:{q}", "workers")["pending"] == 2
+    page.press("?")
+    page.until("document.querySelector('#keys').open")
+    page.press("Enter")
+    page.until("!document.querySelector('#keys').open")
+    page.press("/")
+    page.until("document.activeElement.matches('[data-search]')")
+
+
+def test_ticks_survive_what_happens_meanwhile(served):
+    for n in range(3):
+        letter(served.raw, id=f"d{n}")
+    served.open("/dead")
+    page = served.page
+    page.click("tbody tr:nth-child(3) input")
+    letter(served.raw, id="new")
+    page.until("document.querySelectorAll('#live tbody tr').length === 4")
+    assert page.value("[...document.querySelectorAll('tbody input')].map(box => box.checked)") == [False] * 3 + [True]
+
+
+def test_light_and_dark(served):
+    served.raw.xadd("stream:{q}", {"job": "{}"})
+    page = served.page
+    color = "getComputedStyle(document.documentElement).backgroundColor"
+    served.open("/")
+    light = page.value(color)
+    page.size(1280, 800, dark=True)
+    dark = page.until(f"{color} !== {light!r} && {color}")
+    page.click("#theme")
+    page.until(f"{color} === {light!r}")
+    served.open("/dead")  # remembered, against the system's wish
+    assert page.value(color) == light
+    page.click("#theme")
+    page.until(f"{color} === {dark!r}")
+    page.value("localStorage.clear()")
+
+
+@pytest.mark.parametrize("path", ["/", "/pending", "/dead", "/delayed", "/workers", "/queue?queue=q", "/jobs?id=job-0"])
+def test_it_fits_a_phone(served, path):
+    held(served.raw, 2, worker="worker-with-a-rather-long-hostname.internal-12345-abcdefghi")
+    letter(served.raw, error="E" * 400)
+    served.page.size(375, 740)
+    served.open(path)
+    assert served.page.until("document.documentElement.scrollWidth") <= 375
+    assert served.page.value("parseFloat(getComputedStyle(document.documentElement).fontSize)") >= 13
