@@ -123,7 +123,7 @@ class Intake(Taking):
             f"{LEVELS.index(claim.level) + 2}:{claim.entry.decode()}" for claim in running if claim.queue == keys.queue
         ]
         args: list[Any] = [self._group, self.consumer, int(self._lease * 1000), limit]
-        expected, sent = self._clock_should_show(), monotonic()
+        expected, sent = self._link.clock_should_show(), monotonic()
         args += [SUSPECT_DELIVERIES, int(self._may_reserve(index, running)), expected, *held]
         try:
             wait, entries, missing, passed, shown = await self._link.read(
@@ -138,7 +138,7 @@ class Intake(Taking):
         self._sweep_at[index] = monotonic() + wait / 1000
         self.missing += missing
         self._left_to_others(index, passed)
-        self._clock_shows(shown, sent, expected)
+        self._link.clock_shows(shown, sent, expected, self._lease)
         claims = []
         for stream, entry, count, fields, epoch, suspect in entries:
             level = LEVELS[stream - 2]

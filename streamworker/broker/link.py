@@ -13,6 +13,9 @@ from streamworker.broker.client import Address, understood
 from streamworker.broker.reactions import Reaction, reaction_to
 from streamworker.broker.wires import Wires
 from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable
+from streamworker.telemetry.logs import get_logger
+
+log = get_logger("streamworker.broker")
 
 BLOCK: Final = 5.0
 """Most seconds of one blocking read: Redis 6.2 does not tell a blocked reader that its stream is gone."""
@@ -30,7 +33,7 @@ class Link:
         self._branches: list[tuple[Link, str]] = []
         self.lease_client = address.blocking()
         self.clock: tuple[int, float] | None = None
-        """What the server's clock showed in ms when we came, and when that was by ours."""
+        """What the server's clock showed in ms when it was last seen, and when that was by ours."""
         self._down_since: float | None = None
         self._outage = 0.0
         self._moved = False
@@ -107,6 +110,17 @@ class Link:
         for name, value in report.items():
             args += (name, value)
         self.in_thread(scripts.BEAT, [key], args)
+
+    def clock_should_show(self) -> int:
+        """What the server's clock should show now, in ms, by our own, which nobody sets; 0 if we never saw it."""
+        seen = self.clock
+        return 0 if seen is None else seen[0] + int((monotonic() - seen[1]) * 1000)
+
+    def clock_shows(self, shown: int, sent: float, expected: int, lease: float) -> None:
+        """What it showed in the answer to a command that was sent at ``sent`` of our clock; a leap is said."""
+        if expected and abs(shown - expected) > lease * 1000 / 3:
+            log.warning("server_clock_jumped", seconds=round((shown - expected) / 1000, 1))
+        self.clock = (shown, sent)
 
     async def fresh(self) -> None:
         """Give up connections to a server that is a replica by now: the next ones go where the address leads."""

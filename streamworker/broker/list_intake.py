@@ -65,12 +65,11 @@ class ListIntake(Taking):
         keys += [each.claimed(self.consumer) for each in self._lists] + [place for _, _, place in self.spots]
         budgets = self._order.budgets(limit)
         held = [claim.entry for claim in running]
-        reservable = not any(claim.suspect for claim in running)
         args: list[Any] = [self.consumer, limit, len(self._lists), len(budgets), secrets.token_hex(6)]
-        args += [SUSPECT_DELIVERIES, int(reservable), len(held)]
+        args += [SUSPECT_DELIVERIES, int(self._may_reserve(0, running)), len(held)]
         args += [*self._allowances(limit, running), *budgets, *held, *self._order.steps]
-        taken, trouble, paused, epochs, passed = await self._link.read(scripts.LIST_TAKE, keys, args)
-        del epochs
+        taken, trouble, paused, _, passed, suspects = await self._link.read(scripts.LIST_TAKE, keys, args)
+        self._left_to_others(0, suspects)  # of whatever queue: this looks at all of them
         self._paused = frozenset(index - 1 for index in paused)
         first = HEADS * len(self._lists) + 1
         self._for_others = frozenset(self.spots[index - first][2] for index in passed)

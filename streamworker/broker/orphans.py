@@ -70,7 +70,11 @@ class Orphans:
         due = [index for index, at in enumerate(self.look_at) if at <= now]
         if due:
             names = [name for index in due for name in (self._keys[index].meta, self._keys[index].leases)]
-            reply = await self._link.run(scripts.LIST_OVERDUE, names, [round(self._lease * 1000), MOST])
+            expected, sent = self._link.clock_should_show(), now
+            shown, *reply = await self._link.run(
+                scripts.LIST_OVERDUE, names, [round(self._lease * 1000), MOST, expected]
+            )
+            self._link.clock_shows(shown, sent, expected, self._lease)
             own = None if running is None else {(claim.queue, claim.entry) for claim in running}
             for index, (wait, members, trouble) in zip(due, reply, strict=True):
                 self.look_at[index] = monotonic() + wait / 1000

@@ -50,7 +50,6 @@ class Taking:
         """Jobs that were deleted underneath their claim, since the start."""
         self._sweep_at = [0.0] * len(self._keys)
         self._passing_since: list[float | None] = [None] * len(self._keys)
-        self._clock: tuple[int, float] | None = None
         self._unreadable_until: dict[str, float] = {}
         self._paused: frozenset[int] = frozenset()
         self._interrupted = anyio.Event()
@@ -127,17 +126,6 @@ class Taking:
             now = monotonic()
             self._passing_since[index] = self._passing_since[index] or now
             self._sweep_at[index] = max(self._sweep_at[index], now + STEP_ASIDE)
-
-    def _clock_should_show(self) -> int:
-        """What the server's clock should show now, in ms, by our own, which nobody sets; 0 if we never saw it."""
-        seen = self._clock or self._link.clock
-        return 0 if seen is None else seen[0] + int((monotonic() - seen[1]) * 1000)
-
-    def _clock_shows(self, shown: int, sent: float, expected: int) -> None:
-        """What it showed in the answer to a command that was sent at ``sent`` of our clock."""
-        if expected and abs(shown - expected) > self._lease * 1000 / 3:
-            log.warning("server_clock_jumped", seconds=round((shown - expected) / 1000, 1))
-        self._clock = (shown, sent)
 
     def rest(self, seconds: float) -> None:
         """Take nobody for dead for some seconds."""

@@ -499,3 +499,16 @@ async def test_nothing_new_comes_beside_a_suspect(broker_factory, ground):
         assert reserved.suspect and names([reserved]) == ["poison"]
         assert await broker.settle([done(reserved)]) == [Settled.SETTLED]
         assert names(await broker.claim(10, 0, ())) == ["new"]
+
+
+@list_only
+async def test_leases_of_a_future_that_was_taken_back_begin_now(broker_factory, raw, ground):
+    """The server's clock was put back: what was renewed before that would not age for an hour."""
+    async with broker_factory("dead", lease=1) as gone, broker_factory("w", lease=1) as broker:
+        await gone.publish([job("x")])
+        claim = await one(gone)
+        ground.hand_over(claim, "dead", idle=-3_600_000)
+        assert await recover(broker, ground) == []
+        assert 0 <= ground.idle(claim) < 1000
+        ground.hand_over(claim, "dead", idle=1000)
+        assert names(await recover(broker, ground)) == ["x"]

@@ -13,21 +13,22 @@
 -- ARGV[4]      B, number of budgets
 -- ARGV[5]      twelve random hexadecimal digits
 -- ARGV[6]      delivery count from which a job is a suspect
--- ARGV[7]      1 if a suspect may be reserved, 0 if the worker has one already
+-- ARGV[7]      1 if a suspect may be reserved, 0 if the worker has one already or would have to finish other jobs first
 -- ARGV[8]      H, number of ids that run here
 -- ARGV[9..]    Q allowances: most jobs to take of each queue
 -- then         B budgets: most jobs to take on each budget
 -- then         H ids that run here
 -- then         the walk, three numbers a step: index of the list in KEYS, of its queue, of its budget
 --
--- returns { taken, trouble, paused, epochs, skipped }
+-- returns { taken, trouble, paused, epochs, skipped, suspects }
 --   taken    { index of the list in KEYS, { id, delivery count, 1 if a suspect, body } ... } ...
 --   trouble  { index in KEYS, error } ...
 --   paused   indexes of queues
 --   epochs   the epoch of each queue ("": none yet)
 --   skipped  indexes of lists in KEYS at whose right end something stays
+--   suspects how many were left to others
 local worker, left, queues, budgets = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
-local may_reserve, reserved = ARGV[7] == '1', false
+local may_reserve, reserved, left_to_others = ARGV[7] == '1', false, 0
 local LEVELS = { 'high', 'normal', 'low' }
 local PAGE, SKIP = 500, 500 -- elements of one move; elements that are looked at in vain
 local time = redis.call('TIME')
@@ -97,6 +98,7 @@ local function look(i, q, most, again)
       local suspect = id and deliveries + 1 >= tonumber(ARGV[6])
       if id and (running[id] or suspect and not may_reserve) then
         skipped[i] = true
+        if not running[id] then left_to_others = left_to_others + 1 end
       else
         local n = suspect and deliveries or (deliveries or 0) + 1
         may_reserve, reserved = may_reserve and not suspect, reserved or suspect
@@ -165,4 +167,4 @@ for w = walk, #ARGV, 3 do
 end
 local stay = {}
 for i in pairs(skipped) do stay[#stay + 1] = i end
-return { taken, trouble, paused, epochs, stay }
+return { taken, trouble, paused, epochs, stay, left_to_others }
