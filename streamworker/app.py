@@ -14,6 +14,7 @@ from redis.asyncio import Redis
 from typing_extensions import TypeVar
 
 from streamworker import embedded
+from streamworker.archives import Archives
 from streamworker.bridging import Mover
 from streamworker.broker import Broker, Operator
 from streamworker.broker.bridge import BridgeOptions, ListBridge
@@ -29,7 +30,6 @@ from streamworker.durable import open_durable
 from streamworker.errors import UsageError
 from streamworker.execute import Middleware
 from streamworker.handlers import Handlers
-from streamworker.postgres.migrate import Migrator, printed, shipped
 from streamworker.producing import Producer
 from streamworker.relaying import NothingToRelay, Relaying, open_relaying
 from streamworker.settings import EMBEDDED, Settings
@@ -39,7 +39,7 @@ S = TypeVar("S", default=Any)
 Lifespan: TypeAlias = Callable[[], AbstractAsyncContextManager[S]]
 
 
-class App(Handlers[S], Producer):
+class App(Handlers[S], Producer, Archives):
     """Handlers, and what producing and consuming needs. Opens nothing until entered (``async with app``).
 
     Args:
@@ -61,6 +61,7 @@ class App(Handlers[S], Producer):
     ) -> None:
         Handlers.__init__(self)
         Producer.__init__(self)
+        Archives.__init__(self)
         self._settings = settings
         self._lifespan: Lifespan[S] | None = lifespan
         self._middleware = tuple(middleware)
@@ -194,20 +195,6 @@ class App(Handlers[S], Producer):
             yield operator
 
     @asynccontextmanager
-    async def migrator(self, settings: Settings | None = None) -> AsyncIterator[Migrator]:
-        """What brings the database's schema up to date, past any connection pooler.
-
-        Raises:
-            ConfigurationError: no database is named.
-        """
-        async with AsyncExitStack() as stack:
-            settings = self.resolve(settings)
-            url = settings.database_direct_url or settings.database_url
-            if url is None and settings.redis_url == EMBEDDED:
-                _, url = await self._servers(stack, settings, None)
-            yield Migrator(url or settings.require_database_url())
-
-    @asynccontextmanager
     async def relaying(self, settings: Settings | None = None) -> AsyncIterator[Relaying]:
         """A relay on its own, which also promotes due jobs of all queues.
 
@@ -222,11 +209,6 @@ class App(Handlers[S], Producer):
             dispatcher = self._make_dispatcher(settings, address)
             await dispatcher.open()
             yield await open_relaying(stack, settings, dispatcher, url, None, promoting=True)
-
-    @staticmethod
-    def schema_sql() -> str:
-        """All migrations as SQL."""
-        return printed(shipped())
 
     @asynccontextmanager
     async def bridge(self, queues: Sequence[str] | None, settings: Settings | None = None) -> AsyncIterator[Mover]:
@@ -254,6 +236,15 @@ class App(Handlers[S], Producer):
             stack.callback(servers.close)
             url, database = servers.redis_url, database or servers.database_url
         return Address(url), database
+
+    def _opened(self) -> tuple[AsyncExitStack | None, Settings]:
+        return self._stack, self._in_force
+
+    async def _database(self, stack: AsyncExitStack, settings: Settings) -> str:
+        url = settings.database_url
+        if url is None and settings.redis_url == EMBEDDED:
+            _, url = await self._servers(stack, settings, None)
+        return url or settings.require_database_url()
 
     def _make_broker(self, settings: Settings, address: Address) -> Broker:
         if settings.mode == "stream":

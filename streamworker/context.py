@@ -199,6 +199,4 @@ class Context(Generic[S_co]):
         return self._shared.ledger
 
     def _record(self) -> RunRecord:
-        reading, claim = self._reading, self._claim
-        limits = self._limits
-        return run_record(claim, reading, kind=reading.kind or "", max_attempts=limits.max_attempts, started=time())
+        return run_record(self._claim, self._reading, kind=self._reading.kind or "", started=time())

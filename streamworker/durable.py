@@ -9,6 +9,7 @@ from typing import Any, Final
 import asyncpg
 
 from streamworker.errors import ConfigurationError
+from streamworker.postgres.archive import PostgresArchive
 from streamworker.postgres.failures import understood
 from streamworker.postgres.ledger import PostgresLedger
 from streamworker.postgres.pool import Database, borrowed_database, open_database, require_same_database
@@ -63,6 +64,20 @@ async def open_durable(
     return database, made
 
 
+async def open_archive(stack: AsyncExitStack, url: str) -> PostgresArchive:
+    """What people ask the ledger, closed with ``stack``.
+
+    Raises:
+        ConfigurationError: the schema is not there.
+        Unreachable: PostgreSQL does not answer.
+    """
+    database = await open_database(url, name="jobs", connections=2)
+    stack.callback(database.close)
+    if not await _schema(database, required=True):
+        raise AssertionError("a schema that is required is there, or an error")
+    return PostgresArchive(database)
+
+
 async def _ledger_database(stack: AsyncExitStack, settings: Settings, url: str | None, brought: Any) -> Database | None:
     if settings.ledger == "off" or (url is None and brought is None):
         if settings.ledger == "on":
@@ -70,14 +85,21 @@ async def _ledger_database(stack: AsyncExitStack, settings: Settings, url: str |
         return None
     database = await (open_database(url) if url is not None else borrowed_database(brought))
     stack.callback(database.close)
+    if await _schema(database, required=settings.ledger == "on"):
+        return database
+    log.warning("ledger_off", reason="the schema streamworker is not there: `streamworker migrate up` makes it")
+    return None
+
+
+async def _schema(database: Database, *, required: bool) -> bool:
+    """Whether the schema is there as this release needs it."""
     with understood("looking for the schema streamworker"):
         there = (await database.fetch(_THERE))[0]
     if there["all"]:
-        return database
-    if settings.ledger == "on" or there["any"]:
+        return True
+    if required or there["any"]:
         what = "of an older release" if there["any"] else "not there"
         raise ConfigurationError(
             f"the schema streamworker is {what}: run `streamworker migrate up`, or set STREAMWORKER_LEDGER=off"
         )
-    log.warning("ledger_off", reason="the schema streamworker is not there: `streamworker migrate up` makes it")
-    return None
+    return False

@@ -168,7 +168,7 @@ class Executor:
             if run.outcome is not None:
                 run.facts = self._facts_of(reading, None)
                 return
-        registration = self._handlers.find(reading.kind, claim.queue)
+        registration = self._handlers.handler_of(reading.kind, claim.queue)
         run.facts = self._facts_of(reading, registration)
         if registration is None:
             run.outcome = UnknownKind(reading.kind or "", codec.unknown_since(reading))

@@ -164,7 +164,7 @@ class Handlers(Generic[S]):
             for registration in group.registrations:
                 self._add(registration)
 
-    def find(self, kind: str | None, queue: str) -> Registration | None:
+    def handler_of(self, kind: str | None, queue: str) -> Registration | None:
         """The handler of a kind; without a kind, that of a queue with exactly one handler."""
         if kind:
             return self._by_kind.get(kind)

@@ -8,16 +8,13 @@ from streamworker.job import Claim
 from streamworker.postgres import RunRecord
 
 
-def run_record(
-    claim: Claim, reading: Reading, *, kind: str, max_attempts: int | None, started: float | None
-) -> RunRecord:
+def run_record(claim: Claim, reading: Reading, *, kind: str, started: float | None) -> RunRecord:
     """The record of a run that has begun.
 
     Args:
         claim: what runs.
         reading: its document.
         kind: the handler's kind, or the document's.
-        max_attempts: attempts allowed.
         started: epoch seconds.
     """
     attempts = reading.attempt_count or 0
@@ -30,7 +27,7 @@ def run_record(
         deliveries_of(claim, reading),
         attempts + 1,
         attempts,
-        max_attempts,
+        reading.max_attempts,
         claim.epoch,
         claim.body,
         reading.payload,

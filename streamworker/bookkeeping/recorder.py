@@ -265,8 +265,7 @@ def begun(run: Run, begun_at: float) -> RunRecord:
     if run.reading is None:
         return unread_record(run.claim)
     started = None if run.started is None else begun_at + run.started
-    limit = run.facts.limits.max_attempts if run.facts is not None else None
-    return run_record(run.claim, run.reading, kind=run.kind, max_attempts=limit, started=started)
+    return run_record(run.claim, run.reading, kind=run.kind, started=started)
 
 
 def _word(outcome: Outcome | None) -> str:

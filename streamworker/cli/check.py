@@ -103,7 +103,7 @@ async def _kinds(operator: Operator, app: App[Any], queues: Sequence[str]) -> li
     except ConfigurationError as error:
         return [Finding("warning", "handlers", f"the kinds that wait could not be looked at: {error}")]
     for waiting in sample:
-        if app.find(waiting.kind, waiting.queue) is not None:
+        if app.handler_of(waiting.kind, waiting.queue) is not None:
             continue
         kind = f"the kind {waiting.kind!r}" if waiting.kind else "jobs without a kind"
         found.append(

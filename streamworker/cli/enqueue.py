@@ -110,7 +110,7 @@ def _level(priority: str) -> Level:
 
 def _checked(app: App[Any], kind: str, queue: str | None, text: bytes) -> tuple[str, str, msgspec.Raw]:
     """(kind, queue, payload) as the handler's type has them."""
-    registration = app.find(kind, "")
+    registration = app.handler_of(kind, "")
     if registration is None:
         kinds = [each.kind for each in app.registrations]
         near = difflib.get_close_matches(kind, kinds, 1)

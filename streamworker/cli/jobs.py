@@ -2,7 +2,276 @@
 
 from __future__ import annotations
 
-from cyclopts import App
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any, Final
 
-jobs = App(name="jobs", help="Durable jobs in the ledger.")
+import anyio
+from cyclopts import App, Parameter
+
+from streamworker.app import App as StreamworkerApp
+from streamworker.cli import say, stdout
+from streamworker.cli.acting import Deed, act, agreed
+from streamworker.cli.options import ACTING, LISTING, WORKER, Acting, Listing, QueueName, Seconds, WorkerFlags
+from streamworker.cli.output import Column, document, plain, print_json, print_lines, show
+from streamworker.errors import UsageError
+from streamworker.postgres import Archive, JobRecord, Status, Wanted
+from streamworker.views import age, printable
+from streamworker.views.ledger import JobRow, attempt_row, job_row
+
+jobs = App(name="jobs", help="Jobs in the ledger: every one that is durable, or has run.")
 jobs.command("streamworker.cli.reconcile:reconcile", name="reconcile")
+
+OPEN: Final[tuple[Status, ...]] = ("queued", "dispatching", "dispatched", "retrying")
+"""Of these a job can still be kept from running."""
+
+_COLUMNS: Final[list[Column[JobRow]]] = [
+    Column("job", lambda row: row.job_id, short=36),
+    Column("queue", lambda row: row.queue, short=12),
+    Column("kind", lambda row: row.kind or "?", short=14),
+    Column("status", lambda row: row.status),
+    Column("attempts", lambda row: str(row.attempts), right=True, wide=True),
+    Column("ago", lambda row: age(row.age_s), right=True),
+    Column("took", lambda row: "" if row.took_s is None else f"{row.took_s:.3f} s", right=True, wide=True),
+    Column("worker", lambda row: row.worker_id or "", wide=True),
+    Column("error", lambda row: row.error or "", rest=True),
+]
+
+NamedIds = Annotated[tuple[str, ...], Parameter(name="--id", help="The same, once per id.")]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """Which jobs.
+
+    Attributes:
+        kind: Of this kind.
+        status: With this status; give it again for another one.
+        since: Made in the last so many seconds.
+    """
+
+    kind: str | None = None
+    status: tuple[Status, ...] = ()
+    since: Seconds | None = None
+
+    def wanted(self, queue: str | None, ids: tuple[str, ...] = (), default: tuple[Status, ...] = ()) -> Wanted:
+        """What is asked for; ``default`` are the statuses unless some, or ids, are given."""
+        since = None if self.since is None else datetime.now(UTC) - timedelta(seconds=self.since)
+        statuses = self.status or (() if ids else default)
+        return Wanted(queue=queue, kind=self.kind, statuses=statuses, since=since, ids=frozenset(ids))
+
+
+CONDITIONS = Conditions()
+
+
+@jobs.default
+@jobs.command(name="list")
+def list_(
+    queue: QueueName = None,
+    *,
+    named: NamedIds = (),
+    conditions: Conditions = CONDITIONS,
+    payload: bool = False,
+    listing: Listing = LISTING,
+    flags: WorkerFlags = WORKER,
+) -> int:
+    """List jobs, newest first.
+
+    Args:
+        queue: Only of this queue.
+        payload: Print the documents too.
+    """
+
+    async def work(archive: Archive) -> int:
+        async def rows() -> AsyncIterator[tuple[JobRow, bytes | None]]:
+            async for job in archive.jobs(conditions.wanted(queue, named), payload=payload):
+                yield job_row(job), _body(job)
+
+        return await show(listing, rows, _COLUMNS, title="jobs", payload=payload)
+
+    return _ask(flags, work, endless=listing.watch)
+
+
+@jobs.command(name="show")
+def show_(
+    *ids: str, named: NamedIds = (), payload: bool = False, json: bool = False, flags: WorkerFlags = WORKER
+) -> int:
+    """Show everything about some jobs, and each of their attempts.
+
+    Args:
+        ids: Job ids.
+        payload: Print payload, headers and result too.
+        json: One JSON object per line, for programs.
+    """
+    wanted = (*ids, *named)
+    if not wanted:
+        raise UsageError("say which: streamworker jobs show ID")
+
+    async def work(archive: Archive) -> int:
+        missing = 0
+        for number, job_id in enumerate(wanted):
+            job = await archive.find(job_id)
+            if job is None:
+                say(f"the ledger knows no job {printable(job_id)}")
+                missing = 1
+                continue
+            attempts = [plain(attempt_row(attempt)) for attempt in await archive.attempts(job_id)]
+            private = {"headers": job.headers, "result": job.result} if payload else {}
+            if json:
+                more = private | ({"document": document(_body(job))} if payload else {})
+                print_json(plain(job_row(job)) | more | {"log": attempts})
+                continue
+            if number:
+                print_lines([("--", "")])
+            _print(job, private, attempts, payload=payload)
+        return missing
+
+    return _ask(flags, work)
+
+
+@jobs.command
+def cancel(
+    *ids: str,
+    named: NamedIds = (),
+    queue: QueueName = None,
+    conditions: Conditions = CONDITIONS,
+    all: bool = False,  # noqa: A002 - the flag's name
+    acting: Acting = ACTING,
+    flags: WorkerFlags = WORKER,
+) -> int:
+    """Keep jobs that wait from ever running. What lies in Redis is let go when a worker comes to it.
+
+    Args:
+        ids: Job ids.
+        queue: Of this queue.
+        all: All that wait.
+    """
+    wanted = _narrowed(conditions.wanted(queue, ids + named, OPEN), everything=all, verb="cancel")
+
+    async def work(archive: Archive) -> int:
+        def barred(job: JobRecord) -> str | None:
+            if job.status == "running":
+                return "it is running: what runs is not cancelled"
+            return None if job.status in OPEN else f"it is {job.status}"
+
+        deed = Deed("cancel", "cancelled", "job", lambda job: archive.cancel(job.id), _names, barred)
+        return await act(acting, archive.jobs(wanted), deed, wanted.ids)
+
+    return _ask(flags, work)
+
+
+@jobs.command
+def retry(
+    *ids: str,
+    named: NamedIds = (),
+    queue: QueueName = None,
+    conditions: Conditions = CONDITIONS,
+    all: bool = False,  # noqa: A002 - the flag's name
+    force: bool = False,
+    acting: Acting = ACTING,
+    flags: WorkerFlags = WORKER,
+) -> int:
+    """Queue jobs anew that died or were cancelled, with all their attempts before them; a relay dispatches them.
+
+    Args:
+        ids: Job ids.
+        queue: Of this queue.
+        all: All that died.
+        force: Completed ones too: they run a second time.
+    """
+    wanted = _narrowed(conditions.wanted(queue, ids + named, ("dead",)), everything=all, verb="retry")
+
+    async def work(archive: Archive) -> int:
+        def barred(job: JobRecord) -> str | None:
+            if job.status == "completed":
+                return None if force else "it is completed: --force runs it a second time"
+            return None if job.status in ("dead", "cancelled") else f"it is {job.status}"
+
+        deed = Deed("retry", "queued", "job", lambda job: archive.retry(job.id), _names, barred)
+        return await act(acting, archive.jobs(wanted), deed, wanted.ids)
+
+    return _ask(flags, work)
+
+
+@jobs.command
+def prune(
+    queue: QueueName = None,
+    *,
+    older: Seconds | None = None,
+    yes: Annotated[bool, Parameter(alias="-y")] = False,
+    dry_run: bool = False,
+    flags: WorkerFlags = WORKER,
+) -> int:
+    """Forget jobs that were completed or cancelled long ago. Workers do it by themselves; dead jobs are kept.
+
+    Args:
+        queue: Only of this queue.
+        older: Seconds ago that they ended, at least; the queue's own retention unless given.
+        yes: Do not ask.
+        dry_run: Only tell how many.
+    """
+
+    async def work(archive: Archive) -> int:
+        count = await archive.prunable(queue, older=older)
+        if dry_run or not count:
+            stdout.write(f"{count:,} jobs would be forgotten\n") if dry_run else say("no job is that old")
+            return 0
+        if not yes and not agreed(f"forget {count:,} jobs for good?"):
+            say("nothing was changed")
+            return 1
+        forgotten = 0
+        while batch := await archive.prune(queue, older=older):
+            forgotten += batch
+        stdout.write(f"forgot {forgotten:,} jobs\n")
+        return 0
+
+    return _ask(flags, work)
+
+
+def _ask(flags: WorkerFlags, work: Callable[[Archive], Coroutine[Any, Any, int]], *, endless: bool = False) -> int:
+    settings = flags.settings()
+
+    async def main() -> int:
+        async with StreamworkerApp[Any](settings=settings).archive(settings) as archive:
+            return await work(archive)
+
+    try:
+        return anyio.run(main)
+    except KeyboardInterrupt:
+        if endless:
+            return 0
+        raise
+
+
+def _narrowed(wanted: Wanted, *, everything: bool, verb: str) -> Wanted:
+    says = wanted.ids or wanted.kind or wanted.since
+    if says and everything:
+        raise UsageError("--all and other conditions contradict each other: keep one of them")
+    if not says and not everything:
+        raise UsageError(f"say what to {verb}: ids, a condition, or --all")
+    return wanted
+
+
+def _names(job: JobRecord) -> dict[str, Any]:
+    return {"queue": job.queue, "job_id": job.id, "kind": job.kind, "status": job.status}
+
+
+def _body(job: JobRecord) -> bytes | None:
+    """What there is of the document: all of it, or else the payload."""
+    if job.document is not None:
+        return job.document
+    return None if job.payload is None else bytes(job.payload)
+
+
+def _print(job: JobRecord, private: dict[str, Any], attempts: list[dict[str, Any]], *, payload: bool) -> None:
+    lines = [*plain(job_row(job)).items(), *private.items()]
+    if payload:
+        lines.append(("document", (_body(job) or b"").decode(errors="backslashreplace")))
+    for each in attempts:
+        took = "" if each["took_s"] is None else f" in {each['took_s']:.3f} s"
+        where = f" on {each['worker_id']}" if each["worker_id"] else ""
+        what = f": {each['error']}" if each["error"] else ""
+        lines.append((f"attempt {each['attempt']}", f"{each['finished_at']} {each['outcome']}{took}{where}{what}"))
+    print_lines(lines)

@@ -7,11 +7,14 @@ deliveries) are not below what is stored. A run is recorded before its claim is 
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
+from datetime import datetime
 from typing import Any, Literal, Protocol, TypeAlias
 
 import msgspec
+
+from streamworker.job import Level
 
 Status: TypeAlias = Literal[
     "queued", "dispatching", "dispatched", "running", "retrying", "completed", "dead", "cancelled"
@@ -32,7 +35,7 @@ class RunRecord(msgspec.Struct, gc=False):
         deliveries: of this run, deaths of workers on earlier entries included.
         attempt: which attempt this run is, from 1.
         attempts: failed attempts, this run included.
-        max_attempts: how many are allowed.
+        max_attempts: how many the document allows; ``None`` leaves it to the handler.
         epoch: identity of the place it was claimed from.
         body: the whole document.
         payload: the payload's JSON; ``None`` if the document cannot be read.
@@ -146,3 +149,126 @@ class Ledger(Protocol):
 
     async def tick(self) -> float:
         """Forget some of what is older than its queue's retention; returns the seconds until the next need."""
+
+
+class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A job as the ledger remembers it.
+
+    Attributes:
+        id: the job's id.
+        queue: the queue's name.
+        kind: the kind; empty if nobody named one.
+        level: high, normal or low.
+        status: what it is.
+        attempts: failed attempts so far.
+        max_attempts: attempts the job itself allows; ``None`` leaves it to the handler.
+        hop: how often it was put on a stream again.
+        deliveries: of its last run.
+        created_at: when it was made, as far as is known.
+        run_at: not before this moment.
+        started_at: when its last run began.
+        finished_at: when it was completed, cancelled, or died.
+        worker_id: where it ran last.
+        error: what went wrong last, or why its result is missing.
+        result: what the handler returned.
+        payload: the payload's JSON text, undecoded; ``None`` if it was not asked for, or is only there as ``document``.
+        headers: what travels with the job besides its payload.
+        document: the whole document, where the database cannot hold its parts.
+    """
+
+    id: str
+    queue: str
+    kind: str
+    level: Level
+    status: Status
+    attempts: int
+    max_attempts: int | None
+    hop: int
+    deliveries: int
+    created_at: datetime
+    run_at: datetime | None
+    started_at: datetime | None
+    finished_at: datetime | None
+    worker_id: str | None
+    error: str | None
+    result: Any = None
+    payload: msgspec.Raw | None = None
+    headers: dict[str, Any] | None = None
+    document: bytes | None = None
+
+
+class Attempt(msgspec.Struct, frozen=True):
+    """One run of a job.
+
+    Attributes:
+        hop: of the entry that ran.
+        deliveries: of this run.
+        attempt: which attempt it was, from 1.
+        worker_id: where it ran.
+        started_at: when the handler began; ``None`` if it never did.
+        finished_at: when it ended.
+        outcome: one word: ok, raised, timed_out, interrupted, snoozed, discarded, undecodable, unknown_kind, abandoned.
+        error: what went wrong.
+    """
+
+    hop: int
+    deliveries: int
+    attempt: int
+    worker_id: str | None
+    started_at: datetime | None
+    finished_at: datetime | None
+    outcome: str
+    error: str | None
+
+
+class Wanted(msgspec.Struct, frozen=True, kw_only=True):
+    """Which jobs of the ledger; what is not said does not matter.
+
+    Attributes:
+        queue: of this queue.
+        kind: of this kind.
+        statuses: with one of these.
+        since: made at this moment or later.
+        ids: these.
+    """
+
+    queue: str | None = None
+    kind: str | None = None
+    statuses: tuple[Status, ...] = ()
+    since: datetime | None = None
+    ids: frozenset[str] = frozenset()
+
+
+class Archive(Protocol):
+    """What people ask the ledger, and do to it. Every method raises `Unreachable` while no database answers."""
+
+    def jobs(self, wanted: Wanted, *, payload: bool = False) -> AsyncIterator[JobRecord]:
+        """Jobs, newest first, in pages of bounded cost.
+
+        Args:
+            wanted: which.
+            payload: with payload and document.
+        """
+
+    async def find(self, job_id: str) -> JobRecord | None:
+        """One job with everything that is known of it."""
+
+    async def attempts(self, job_id: str) -> list[Attempt]:
+        """The runs of a job, oldest first."""
+
+    async def cancel(self, job_id: str) -> bool:
+        """Cancel a job that does not run: it never will; False if it runs, has ended, or is not there."""
+
+    async def retry(self, job_id: str) -> bool:
+        """Queue a job anew that has ended, with all its attempts before it; False if it has not, or is not there."""
+
+    async def prunable(self, queue: str | None = None, *, older: float | None = None) -> int:
+        """How many jobs `prune` would forget.
+
+        Args:
+            queue: of this queue; all of them otherwise.
+            older: that ended this many seconds ago; the queue's own retention otherwise.
+        """
+
+    async def prune(self, queue: str | None = None, *, older: float | None = None) -> int:
+        """Forget a batch of completed and cancelled jobs, as `prunable`; returns how many: 0 when none is left."""

@@ -16,9 +16,9 @@ BREATH: Final = 0.2
 """Seconds between two batches."""
 
 # One worker at a time, whoever comes first; the others find nothing to do.
-PRUNE: Final = """
-with turn as (select pg_try_advisory_xact_lock(hashtext('streamworker.prune')) as ours),
-old as (
+TIDY: Final = """
+with turn as materialized (select pg_try_advisory_xact_lock(hashtext('streamworker.prune')) as ours),
+old as materialized (
   select job.id from streamworker.job_queues as queue
     cross join lateral (
       select id from streamworker.jobs
@@ -28,11 +28,40 @@ old as (
     ) as job
     where (select ours from turn)
     limit $1
-),
-gone as (delete from streamworker.jobs where id in (select id from old)
-    and status in ('completed', 'cancelled') returning id),
-logs as (delete from streamworker.job_logs where job_id in (select id from gone))
+), gone as (
+  delete from streamworker.jobs where id in (select id from old) and status in ('completed', 'cancelled') returning id
+), logs as (
+  delete from streamworker.job_logs where job_id in (select id from gone)
+)
 select count(*) from gone"""
+
+PRUNE: Final = """
+with old as materialized (
+  select job.id from streamworker.job_queues as queue
+    cross join lateral (
+      select id from streamworker.jobs
+        where queue_name = queue.name and status in ('completed', 'cancelled')
+          and finished_at < now() - coalesce(make_interval(secs => $3::double precision), queue.retention)
+        order by finished_at limit $1
+    ) as job
+    where $2::text is null or queue.name = $2::text
+    limit $1
+), gone as (
+  delete from streamworker.jobs where id in (select id from old) and status in ('completed', 'cancelled') returning id
+), logs as (
+  delete from streamworker.job_logs where job_id in (select id from gone)
+)
+select count(*) from gone"""
+
+
+PRUNABLE: Final = """
+select coalesce(sum(job.count), 0)::bigint from streamworker.job_queues as queue
+  cross join lateral (
+    select count(*) from streamworker.jobs
+      where queue_name = queue.name and status in ('completed', 'cancelled')
+        and finished_at < now() - coalesce(make_interval(secs => $2::double precision), queue.retention)
+  ) as job
+  where $1::text is null or queue.name = $1::text"""
 
 
 class Retention:
@@ -48,7 +77,7 @@ class Retention:
     async def tick(self) -> float:
         """Forget one batch; returns the seconds until the next."""
         with understood("forgetting old jobs"):
-            rows = await self._database.fetch(PRUNE, BATCH)
+            rows = await self._database.fetch(TIDY, BATCH)
         if rows[0][0] >= BATCH:
             return BREATH
         return INTERVAL * random.uniform(0.75, 1.25)  # noqa: S311 - spreads load

@@ -129,9 +129,9 @@ def test_a_kind_finds_its_handler_under_all_its_names():
 
     (registration,) = handlers.registrations
     for kind in ("mail.send", "mail.send.v1", "sendMail"):
-        assert handlers.find(kind, "mail") is registration
-        assert handlers.find(kind, "elsewhere") is registration
-    assert handlers.find("mail.sent", "mail") is None
+        assert handlers.handler_of(kind, "mail") is registration
+        assert handlers.handler_of(kind, "elsewhere") is registration
+    assert handlers.handler_of("mail.sent", "mail") is None
     assert handlers.queues == ["mail"]
 
 
@@ -143,15 +143,15 @@ def test_only_a_queue_with_one_handler_takes_jobs_without_kind():
     @handlers.handler
     async def lone(payload: Lone) -> None: ...
 
-    assert handlers.find(None, "lonely") is handlers.find("lone", "lonely")
-    assert handlers.find("", "mail") is handlers.find("mail.send", "mail")
-    assert handlers.find(None, "nowhere") is None
+    assert handlers.handler_of(None, "lonely") is handlers.handler_of("lone", "lonely")
+    assert handlers.handler_of("", "mail") is handlers.handler_of("mail.send", "mail")
+    assert handlers.handler_of(None, "nowhere") is None
 
     @handlers.handler
     async def other(payload: Other) -> None: ...
 
-    assert handlers.find(None, "mail") is None
-    assert handlers.find(None, "lonely") is not None
+    assert handlers.handler_of(None, "mail") is None
+    assert handlers.handler_of(None, "lonely") is not None
     assert handlers.queues == ["mail", "lonely"]
 
 
@@ -167,7 +167,7 @@ def test_groups_come_together():
     app = App()
     app.include(mail, lone)
     assert [each.kind for each in app.registrations] == ["mail.send", "lone"]
-    assert app.find("sendMail", "mail") is mail.find("mail.send", "mail")
+    assert app.handler_of("sendMail", "mail") is mail.handler_of("mail.send", "mail")
     with pytest.raises(ConfigurationError, match=r"'mail\.send' has two handlers"):
         app.include(mail)
     assert len(app.registrations) == 2
@@ -193,7 +193,7 @@ def test_a_kind_has_one_handler_also_through_aliases():
         async def old(payload: Old) -> None: ...
 
     assert [each.kind for each in handlers.registrations] == ["mail.send"]
-    assert handlers.find(None, "mail") is not None  # nothing of the refused ones stayed
+    assert handlers.handler_of(None, "mail") is not None  # nothing of the refused ones stayed
 
 
 # -- annotations; this file is under `from __future__ import annotations`, they are all strings

@@ -1,0 +1,83 @@
+"""What an app offers around its database: the schema, and what the ledger remembers."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from streamworker.durable import open_archive
+from streamworker.errors import UsageError
+from streamworker.postgres import Archive, JobRecord
+from streamworker.postgres.migrate import Migrator, printed, shipped
+from streamworker.settings import Settings
+
+
+class Archives:
+    """Opens the ledger for people and programs that ask. An `App` says where it is."""
+
+    def __init__(self) -> None:
+        self._archive: Archive | None = None
+
+    def resolve(self, settings: Settings | None) -> Settings:
+        """The settings in force."""
+        raise NotImplementedError
+
+    def _opened(self) -> tuple[AsyncExitStack | None, Settings]:
+        """What is closed with the app, ``None`` while it is not open; and the settings in force."""
+        raise NotImplementedError
+
+    async def _database(self, stack: AsyncExitStack, settings: Settings) -> str:
+        """The URL of the database; the embedded pair is started if that is what the settings say."""
+        raise NotImplementedError
+
+    async def find(self, job_id: str) -> JobRecord | None:
+        """What the ledger remembers of a job: status, attempts, result; ``None`` if it knows no such job.
+
+        A job that was enqueued straight to Redis is known once it has run, or has been running for a second.
+
+        Args:
+            job_id: as `enqueue` returned it.
+
+        Raises:
+            UsageError: the app is not open.
+            ConfigurationError: there is no database, or it has no schema streamworker.
+            Unreachable: PostgreSQL does not answer.
+        """
+        stack, settings = self._opened()
+        if stack is None:
+            raise UsageError("the app is not open: find inside `async with app:`")
+        if self._archive is None:
+            archive = await open_archive(stack, await self._database(stack, settings))
+            stack.callback(self._forget_archive)
+            self._archive = archive
+        return await self._archive.find(job_id)
+
+    def _forget_archive(self) -> None:
+        self._archive = None
+
+    @asynccontextmanager
+    async def archive(self, settings: Settings | None = None) -> AsyncIterator[Archive]:
+        """What the ledger remembers, for the command line and the dashboard.
+
+        Raises:
+            ConfigurationError: no database is named, or it has no schema streamworker.
+            Unreachable: PostgreSQL does not answer.
+        """
+        async with AsyncExitStack() as stack:
+            yield await open_archive(stack, await self._database(stack, self.resolve(settings)))
+
+    @asynccontextmanager
+    async def migrator(self, settings: Settings | None = None) -> AsyncIterator[Migrator]:
+        """What brings the database's schema up to date, past any connection pooler.
+
+        Raises:
+            ConfigurationError: no database is named.
+        """
+        async with AsyncExitStack() as stack:
+            settings = self.resolve(settings)
+            yield Migrator(settings.database_direct_url or await self._database(stack, settings))
+
+    @staticmethod
+    def schema_sql() -> str:
+        """All migrations as SQL."""
+        return printed(shipped())

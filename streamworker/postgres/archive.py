@@ -1,0 +1,161 @@
+"""What people ask the ledger by hand, and what they do to its jobs."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any, Final
+
+import asyncpg
+import msgspec
+
+from streamworker.postgres import Attempt, JobRecord, Wanted
+from streamworker.postgres.failures import understood
+from streamworker.postgres.pool import Database
+from streamworker.postgres.retention import BATCH, PRUNABLE, PRUNE
+from streamworker.postgres.rows import stored_id
+
+PAGE: Final = 500
+
+_COLUMNS: Final = """
+id, queue_name, kind, level, status, attempt_count, max_attempts, hop, deliveries, created_at, run_at, started_at,
+finished_at, worker_id, last_error"""
+
+FIND: Final = f"""
+select {_COLUMNS}, result::text, payload::text, headers::text, document
+from streamworker.jobs where id = $1"""  # noqa: S608 - our own text
+
+ATTEMPTS: Final = """
+select hop, deliveries, attempt, worker_id, started_at, finished_at, outcome, error
+from streamworker.job_logs where job_id = $1 order by hop, deliveries"""
+
+# What waits in Redis comes by once more, and is let go: workers look every job up before they run it.
+CANCEL: Final = """
+update streamworker.jobs
+set status = 'cancelled', finished_at = now(), updated_at = now()
+where id = $1 and status in ('queued', 'dispatching', 'dispatched', 'retrying')
+returning id"""
+
+# The next hop, so that no run of before can record anything any more.
+RETRY: Final = """
+with again as (
+  update streamworker.jobs
+  set status = 'queued', attempt_count = 0, hop = hop + 1, deliveries = 0, run_at = null, worker_id = null,
+    started_at = null, finished_at = null, last_error = null, result = null, updated_at = now()
+  where id = $1 and status in ('completed', 'dead', 'cancelled')
+  returning id
+)
+select pg_notify('streamworker', '') from again"""
+
+
+class PostgresArchive:
+    """`Archive` on PostgreSQL.
+
+    Args:
+        database: which.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def jobs(self, wanted: Wanted, *, payload: bool = False) -> AsyncIterator[JobRecord]:
+        """See `Archive.jobs`."""
+        conditions, values = _conditions(wanted)
+        more = ", payload::text, headers::text, document" if payload else ""
+        after = ""
+        while True:
+            where = " and ".join([*conditions, *([after] if after else [])]) or "true"
+            statement = (
+                f"select {_COLUMNS}{more} from streamworker.jobs where {where} "  # noqa: S608 - our own text
+                f"order by created_at desc, id desc limit {PAGE}"
+            )
+            with understood("reading the ledger"):
+                rows = await self._database.fetch(statement, *values)
+            for row in rows:
+                yield _record(row)
+            if len(rows) < PAGE:
+                return
+            if not after:
+                after = f"(created_at, id) < (${len(values) + 1}::timestamptz, ${len(values) + 2}::text)"
+                values = [*values, None, None]
+            values[-2:] = [rows[-1]["created_at"], rows[-1]["id"]]
+
+    async def find(self, job_id: str) -> JobRecord | None:
+        """See `Archive.find`."""
+        with understood("looking a job up"):
+            rows = await self._database.fetch(FIND, stored_id(job_id))
+        return _record(rows[0]) if rows else None
+
+    async def attempts(self, job_id: str) -> list[Attempt]:
+        """See `Archive.attempts`."""
+        with understood("reading a job's attempts"):
+            rows = await self._database.fetch(ATTEMPTS, stored_id(job_id))
+        return [Attempt(**row) for row in rows]
+
+    async def cancel(self, job_id: str) -> bool:
+        """See `Archive.cancel`."""
+        with understood("cancelling a job"):
+            return bool(await self._database.fetch(CANCEL, stored_id(job_id)))
+
+    async def retry(self, job_id: str) -> bool:
+        """See `Archive.retry`."""
+        with understood("queueing a job anew"):
+            return bool(await self._database.fetch(RETRY, stored_id(job_id)))
+
+    async def prunable(self, queue: str | None = None, *, older: float | None = None) -> int:
+        """See `Archive.prunable`."""
+        with understood("counting old jobs"):
+            return int((await self._database.fetch(PRUNABLE, queue, older))[0][0])
+
+    async def prune(self, queue: str | None = None, *, older: float | None = None) -> int:
+        """See `Archive.prune`."""
+        with understood("forgetting old jobs"):
+            return int((await self._database.fetch(PRUNE, BATCH, queue, older))[0][0])
+
+
+def _conditions(wanted: Wanted) -> tuple[list[str], list[Any]]:
+    """Only what is asked for stands in the statement, so that its plan can use the index that fits."""
+    conditions: list[str] = []
+    values: list[Any] = []
+
+    def add(condition: str, value: Any) -> None:
+        values.append(value)
+        conditions.append(condition.format(len(values)))
+
+    if wanted.queue is not None:
+        add("queue_name = ${}", wanted.queue)
+    if wanted.kind is not None:
+        add("kind = ${}", wanted.kind)
+    if wanted.since is not None:
+        add("created_at >= ${}", wanted.since)
+    if wanted.ids:
+        add("id = any(${}::text[])", [stored_id(job_id) for job_id in sorted(wanted.ids)])
+    if wanted.statuses:
+        # Written out, because partial indexes are chosen by the words; they come from a fixed list.
+        words = ", ".join(f"'{status}'" for status in wanted.statuses)
+        conditions.append(f"status in ({words})")
+    return conditions, values
+
+
+def _record(row: asyncpg.Record) -> JobRecord:
+    result, payload, headers = row.get("result"), row.get("payload"), row.get("headers")
+    return JobRecord(
+        id=row["id"],
+        queue=row["queue_name"],
+        kind=row["kind"],
+        level=row["level"],
+        status=row["status"],
+        attempts=row["attempt_count"],
+        max_attempts=row["max_attempts"],
+        hop=row["hop"],
+        deliveries=row["deliveries"],
+        created_at=row["created_at"],
+        run_at=row["run_at"],
+        started_at=row["started_at"],
+        finished_at=row["finished_at"],
+        worker_id=row["worker_id"],
+        error=row["last_error"],
+        result=None if result is None else msgspec.json.decode(result),
+        payload=None if payload is None else msgspec.Raw(payload.encode()),
+        headers=None if headers is None else msgspec.json.decode(headers),
+        document=row.get("document"),
+    )
