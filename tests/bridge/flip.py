@@ -216,9 +216,9 @@ class Flip:
                 elif len(self.fleet) > 1:
                     victim = self._random.choice(self.fleet)
                     self.fleet.remove(victim)
-                    victim.killed = time.monotonic()
                     victim.process.kill()
                     victim.process.join()
+                    victim.killed = time.monotonic()  # afterwards: until it was gone it went on starting jobs
                     mode = victim.mode if len(self.old()) < self.kept else self.mode
                     group.create_task(self.start(mode))
 
