@@ -118,7 +118,7 @@ class Link:
 
     def clock_shows(self, shown: int, sent: float, expected: int, lease: float) -> None:
         """What it showed in the answer to a command that was sent at ``sent`` of our clock; a leap is said."""
-        if expected and abs(shown - expected) > lease * 1000 / 3:
+        if expected and abs(shown - expected) > max(lease * 500, 1000):
             log.warning("server_clock_jumped", seconds=round((shown - expected) / 1000, 1))
         self.clock = (shown, sent)
 

@@ -35,6 +35,10 @@ ENDINGS = {0, 128 + signal.SIGTERM, -signal.SIGTERM, 75}
 75 where the server was away meanwhile."""
 
 
+SHIFT = int(os.environ.get("CRASH_SEED", "0"))
+"""Added to every seed: another run of the same tests."""
+
+
 class Rig:
     """Everything of one run.
 
@@ -60,8 +64,8 @@ class Rig:
         **settings: Any,
     ) -> None:
         self.directory = directory
-        self.random = random.Random(seed)
-        self.seed = seed
+        self.seed = seed + SHIFT
+        self.random = random.Random(self.seed)
         self.lease = lease
         self._proxied, self._forgetful, self._clock = proxied, forgetful, clock
         self._settings = {"LEASE": lease, "GRACE": 5, "CONCURRENCY": 10, "MAX_DELIVERIES": 5, **settings}
@@ -389,7 +393,8 @@ class Rig:
 
 def fine(verdict: Verdict, seed: int) -> Verdict:
     """Fail with everything the checker found, and the seed that replays it."""
-    assert not verdict.violations, f"seed {seed}, {len(verdict.violations)} violations:\n" + "\n".join(
-        verdict.violations[:20]
+    assert not verdict.violations, (
+        f"seed {seed} (CRASH_SEED={SHIFT}), {len(verdict.violations)} violations:\n"
+        + "\n".join(verdict.violations[:20])
     )
     return verdict

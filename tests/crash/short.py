@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.crash import soak
+from tests.crash.rig import SHIFT
 
 SEED = 4711
 
@@ -18,7 +19,9 @@ def main(arguments: Sequence[str]) -> int:
     code = subprocess.run([sys.executable, "-m", "pytest", *chosen], check=False).returncode
     if code:
         return code
-    return soak.main(["--minutes", "0.4", "--seed", str(SEED), "--workers", "4", "--lease", "1", "--every", "0.6"])
+    return soak.main(
+        ["--minutes", "0.4", "--seed", str(SEED + SHIFT), "--workers", "4", "--lease", "1", "--every", "0.6"]
+    )
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ local lease = tonumber(ARGV[1])
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
--- It leapt ahead: everything looks abandoned. Nobody is taken for dead before everyone had a lease to renew.
-local leapt = tonumber(ARGV[3]) > 0 and now - tonumber(ARGV[3]) > lease / 3
+-- It leapt ahead: everything looks abandoned. Nobody is taken for dead before everyone had a lease to renew. Half a lease is
+-- no leap yet: who renews every third of one is never idle for a whole one by it, and a slow network looks like it.
+local leapt = tonumber(ARGV[3]) > 0 and now - tonumber(ARGV[3]) > math.max(lease / 2, 1000)
 
 local function look(k)
   if leapt then return { lease, {}, '' } end

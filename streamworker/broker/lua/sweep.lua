@@ -21,11 +21,13 @@ local lease, limit = tonumber(ARGV[3]), tonumber(ARGV[4])
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
--- The clock leapt ahead: everything looks abandoned. Nobody is taken for dead before everyone had a lease to renew.
+-- The clock leapt ahead: everything looks abandoned. Nobody is taken for dead before everyone had a lease to renew. Half a
+-- lease is no leap yet: who renews every third of one is never idle for a whole one by it, and a slow network looks like it.
 local leap = tonumber(ARGV[7]) > 0 and now - tonumber(ARGV[7]) or 0
-if leap > lease / 3 then return { lease, {}, 0, -1, now } end
+local most = math.max(lease / 2, 1000)
+if leap > most then return { lease, {}, 0, -1, now } end
 -- It leapt back: what was claimed in its future would not age before the clock is there again. Its lease begins now.
-if leap < -lease / 3 then
+if leap < -most then
   for k = 2, #KEYS do
     local from = '-'
     for _ = 1, 10 do
