@@ -30,10 +30,17 @@ class Worker:
         self.code: int | None = None
         self.stopped = False
         self.told = False
+        self._ready = False
 
     @property
     def alive(self) -> bool:
         return self.code is None
+
+    @property
+    def ready(self) -> bool:
+        """It has begun to work."""
+        self._ready = self._ready or '"worker_ready"' in self.text
+        return self._ready
 
     def signal(self, number: int) -> None:
         if self.alive:

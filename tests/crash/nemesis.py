@@ -64,6 +64,8 @@ class Nemesis:
             dice = self._random.random()
             if self._ceased.is_set():
                 break
+            if what in WORKERS_ONLY and not self._enough():
+                what = ""  # nobody is left who could recover anything: that would measure how fast processes start
             task = asyncio.create_task(self._do(what, dice))
             self._running.add(task)
             task.add_done_callback(self._running.discard)
@@ -75,6 +77,10 @@ class Nemesis:
         self._ceased.set()
         while self._running:
             await asyncio.gather(*self._running)
+
+    def _enough(self) -> bool:
+        """Half of the workers are at work."""
+        return sum(worker.ready for worker in self._rig.fleet.alive) > self._workers // 2
 
     def _victim(self) -> Worker | None:
         able = [worker for worker in self._rig.fleet.alive if not worker.stopped]
@@ -99,7 +105,7 @@ class Nemesis:
                 await self._failpoint(dice)
             case "poison":
                 await self._poison()
-            case "kill" | "freeze" | "short freeze" | "terminate" | "terminate twice":
+            case "" | "kill" | "freeze" | "short freeze" | "terminate" | "terminate twice":
                 pass
             case _:
                 async with self._server_busy:  # one at a time, or nobody could tell what came of what
