@@ -105,17 +105,28 @@ class Database:
 
 
 class Line:
-    """One question at a time, on a connection that is kept where it is ours: a pool costs more than many a question."""
+    """Questions on a connection that is kept where it is ours: a pool costs more than many a question.
+
+    Who asks while another question is under way takes a connection of the pool.
+    """
 
     def __init__(self, database: Database) -> None:
         self._database = database
         self._kept: Connection | None = None
+        self._asking = False
 
     async def fetch(self, statement: str, *values: Any) -> list[asyncpg.Record]:
         """The rows of one statement, in a transaction of its own; raises what asyncpg raises."""
+        if self._asking or not self._database.straight:
+            return await self._database.fetch(statement, *values)
+        self._asking = True
+        try:
+            return await self._ask(statement, values)
+        finally:
+            self._asking = False
+
+    async def _ask(self, statement: str, values: tuple[Any, ...]) -> list[asyncpg.Record]:
         database = self._database
-        if not database.straight:
-            return await database.fetch(statement, *values)
         connection = self._kept
         if connection is None or is_gone(connection):
             connection = self._kept = await database.pool.acquire(timeout=CONNECT_TIMEOUT)

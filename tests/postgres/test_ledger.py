@@ -251,3 +251,15 @@ async def test_old_jobs_are_forgotten_by_their_queues_retention_and_the_dead_are
         *(f"{queue}-dead-{age}" for queue in ("q", "short") for age in ("new", "day", "year")),
     }  # fmt: skip
     assert {each["job_id"] for each in await pg.fetch("select job_id from streamworker.job_logs")} == left
+
+
+async def test_runs_are_recorded_while_others_are_noted(ledger, pg):
+    """Both loops of a worker ask at any moment: a connection that is in use must not be asked again."""
+    runs = [run_of(f"both-{n}") for n in range(40)]
+    noted = [run_of(f"note-{n}", status="running") for n in range(40)]
+    together = [
+        ask for run, note in zip(runs, noted, strict=True) for ask in (ledger.record([run]), ledger.running([note]))
+    ]
+    answers = await asyncio.gather(*together)
+    assert answers == [[Stored.STORED], None] * 40
+    assert await pg.fetchval("select count(*) from streamworker.jobs") == 80
