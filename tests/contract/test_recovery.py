@@ -6,12 +6,14 @@ import time
 import pytest
 
 from streamworker import codec
+from streamworker.errors import Unreachable
 from streamworker.job import Settled
 from streamworker.marks import unmarked
 from streamworker.policy import SUSPECT_DELIVERIES
-from tests.conftest import eventually
+from tests.conftest import eventually, free_port
 from tests.contract.ground import GROUP
 from tests.contract.helpers import (
+    ENDINGS,
     LEVELS,
     META,
     NORMAL,
@@ -512,3 +514,31 @@ async def test_leases_of_a_future_that_was_taken_back_begin_now(broker_factory, 
         assert 0 <= ground.idle(claim) < 1000
         ground.hand_over(claim, "dead", idle=1000)
         assert names(await recover(broker, ground)) == ["x"]
+
+
+@list_only
+@pytest.mark.parametrize("forgotten", ["claims", "nothing"])
+async def test_a_replica_never_calls_a_claim_of_a_list_lost(broker_factory, raw, ground, forgotten):
+    """A demoted master answers from its past, perhaps from somebody else's: that is READONLY, whatever it knows."""
+    async with broker_factory("w", lease=30) as broker:
+        await broker.publish([job(str(n)) for n in range(5)])
+        claims = await broker.claim(4, 0, ())
+        if forgotten == "claims":
+            raw.delete("queue:q:claimed:w", "stream:{q}:leases")
+        raw.replicaof("127.0.0.1", free_port())
+        try:
+            with pytest.raises(Unreachable, match="READONLY"):
+                await asyncio.to_thread(broker.renew, claims)
+            for ending in ENDINGS.values():
+                with pytest.raises(Unreachable, match="READONLY"):
+                    await broker.settle([ending(claim) for claim in claims])
+            with pytest.raises(Unreachable, match="READONLY"):
+                await broker.confirm(claims[0])
+            with pytest.raises(Unreachable, match="READONLY"):
+                await broker.claim(1, 0, claims)
+            with pytest.raises(Unreachable, match="READONLY"):
+                await broker.leave()
+        finally:
+            raw.replicaof("NO", "ONE")
+        lost = await asyncio.to_thread(broker.renew, claims)
+        assert sorted(map(repr, lost)) == sorted(map(repr, claims if forgotten == "claims" else []))

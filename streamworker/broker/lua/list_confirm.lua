@@ -8,10 +8,11 @@
 -- ARGV[4]  its string in the claimed list, counted
 --
 -- returns 1 confirmed, 0 lost
+-- A first write that changes nothing: a script that has written may write on when memory is out, and counting does not grow.
+-- And a replica, which answers from its past, refuses here.
+redis.call('ZREM', KEYS[2], '')
 if not redis.call('LPOS', KEYS[1], ARGV[2]) then return 0 end
 local time = redis.call('TIME')
--- A first write that changes nothing: a script that has written may write on when memory is out, and counting does not grow.
-redis.call('ZREM', KEYS[2], '')
 redis.call('ZADD', KEYS[2], string.format('%d', time[1] * 1000 + math.floor(time[2] / 1000)), ARGV[3])
 redis.call('RPUSH', KEYS[1], ARGV[4])
 redis.call('LREM', KEYS[1], 1, ARGV[2])

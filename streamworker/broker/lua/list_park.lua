@@ -58,4 +58,12 @@ for i = 1, #ARGV, 5 do
 end
 if #ended > 0 then redis.pcall('HSET', KEYS[7], 'parked ' .. KEYS[3], table.concat(ended, '\n')) end
 if left > 0 then redis.pcall('HINCRBY', KEYS[6], 'left', left) end
+if left < #result then
+  -- A replica answers from its past; only who takes a write may say that a claim is lost. Last, because a script that has
+  -- written once is not stopped any more when memory runs out.
+  local proof = redis.pcall('ZREM', KEYS[2], '')
+  if type(proof) == 'table' and proof.err and string.find(proof.err, 'READONLY', 1, true) then
+    return redis.error_reply(proof.err)
+  end
+end
 return result
