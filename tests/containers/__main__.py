@@ -44,7 +44,9 @@ def show(directory: Path, jobs: int, *, keep: bool) -> int:
     settings = {
         "REDIS_PASSWORD": secrets.token_hex(16),
         "POSTGRES_PASSWORD": secrets.token_hex(16),
+        "STREAMWORKER_DASHBOARD_PASSWORD": secrets.token_hex(16),
         "MAILBOX_PORT": str(mailbox),
+        "DASHBOARD_PORT": str(free_port()),
         "STREAMWORKER_CONCURRENCY": str(CONCURRENCY),
         "STREAMWORKER_LEASE": str(LEASE),
         "STREAMWORKER_GRACE": str(GRACE),

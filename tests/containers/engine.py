@@ -73,6 +73,7 @@ class Compose:
 
     def __init__(self, name: str, settings: Mapping[str, str], directory: Path) -> None:
         self.name = name
+        self.settings = dict(settings)
         self._file = directory / "check.env"
         self._file.write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
         self.env: dict[str, str] = {}
@@ -103,12 +104,9 @@ class Compose:
     def sql(self, statement: str) -> list[list[str]]:
         """A statement of PostgreSQL; the rows as text."""
         psql = ("psql", "-X", "-q", "-A", "-t", "-U", "streamworker", "-h", "127.0.0.1", "-d", "streamworker")
-        password = self._settings()["POSTGRES_PASSWORD"]
+        password = self.settings["POSTGRES_PASSWORD"]
         out = self("exec", "--no-TTY", "--env", f"PGPASSWORD={password}", "postgres", *psql, "-c", statement)
         return [line.split("|") for line in out.splitlines()]
-
-    def _settings(self) -> dict[str, str]:
-        return dict(line.split("=", 1) for line in self._file.read_text().splitlines())
 
 
 class Container(NamedTuple):

@@ -14,7 +14,7 @@ from tests.containers.stage import QUEUE, Findings, Stage, of
 IMAGE: Final = "streamworker:example"
 PLAIN: Final = "streamworker:check"
 NEXT: Final = "streamworker:check-next"
-ROLES: Final = ("worker", "relay", "bridge", "migrate", "check", "config")
+ROLES: Final = ("worker", "relay", "bridge", "dashboard", "migrate", "check", "config")
 TOOLS: Final = ("gcc", "cc", "g++", "ld", "as", "make")
 AT_LEAST: Final = 2000
 """Jobs that wait when a scene begins."""
@@ -104,6 +104,15 @@ class Show:
             "the schema was there before any worker started",
             migrate.exit_code == 0 and all(migrate.finished <= each.started for each in workers.values()),
             migrate,
+        )
+        password = self._compose.settings["STREAMWORKER_DASHBOARD_PASSWORD"]
+        answers = [
+            self._stage.dashboard(),
+            self._stage.dashboard(password="wrong"),
+            self._stage.dashboard(password=password),
+        ]
+        self._findings.holds(
+            "the dashboard answers, to those who know the password", answers == [401, 401, 200], answers
         )
         beats = self._stage.heartbeats()
         self._findings.holds(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import time
+import urllib.error
 import urllib.request
+from base64 import b64encode
 from collections.abc import Iterable
 from typing import Any, Final
 
@@ -57,6 +59,17 @@ class Stage:
         with urllib.request.urlopen(self._mailbox, timeout=30) as reply:
             seen = json.load(reply)
         return {name.removeprefix("<").partition("@")[0]: count for name, count in seen.items()}
+
+    def dashboard(self, *, password: str | None = None) -> int:
+        """The status of its first page, asked with or without a password."""
+        request = urllib.request.Request(f"http://127.0.0.1:{self.compose.settings['DASHBOARD_PORT']}/")
+        if password is not None:
+            request.add_header("Authorization", f"Basic {b64encode(f'operator:{password}'.encode()).decode()}")
+        try:
+            with urllib.request.urlopen(request, timeout=30) as reply:
+                return int(reply.status)
+        except urllib.error.HTTPError as error:
+            return error.code
 
     def enqueue(self, kind: str, count: int, seconds: float, *options: str) -> list[str]:
         """Enqueue jobs as people do; returns their ids."""

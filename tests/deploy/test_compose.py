@@ -72,6 +72,7 @@ def test_no_password_has_a_default():
     assert {name for name, (commented, value) in example().items() if not commented and value == ""} == {
         "REDIS_PASSWORD",
         "POSTGRES_PASSWORD",
+        "STREAMWORKER_DASHBOARD_PASSWORD",
     }
 
 
