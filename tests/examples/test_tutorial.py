@@ -1,0 +1,120 @@
+"""docs/tutorial.md, run from top to bottom in an empty directory: its files, its commands, what it says they print.
+
+The word after a block's language says what it is: a file's name, ``run`` (must succeed), ``fails`` (must not), ``setting``
+(variables for all that follows); without a word it is for readers. A ``text`` block names lines that the commands before it
+print, in that order.
+"""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TUTORIAL = ROOT / "docs/tutorial.md"
+BLOCK = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SERVER = """
+import asyncio, sys
+from aiosmtpd.smtp import SMTP
+class Handler:
+    async def handle_RCPT(self, server, session, envelope, address, options):
+        if address.startswith("nobody"):
+            return "550 5.1.1 no such user"
+        envelope.rcpt_tos.append(address)
+        return "250 OK"
+    async def handle_DATA(self, server, session, envelope):
+        print(*envelope.rcpt_tos, flush=True)
+        return "250 OK"
+async def main():
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: SMTP(Handler(), loop=loop), "127.0.0.1", int(sys.argv[1]))
+    print("ready", flush=True)
+    await server.serve_forever()
+asyncio.run(main())
+"""
+
+
+@pytest.fixture
+def mail_server(tmp_path: Path) -> Iterator[tuple[int, Path]]:
+    """A port, and a file that names who got mail."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path / "mails"
+    with log.open("wb") as out:
+        process = subprocess.Popen([sys.executable, "-c", SERVER, str(port)], stdout=out)
+    try:
+        yield port, log
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.timeout(300)
+def test_the_tutorial_does_what_it_says(tmp_path: Path, mail_server: tuple[int, Path]):
+    port, log = mail_server
+    home = tmp_path / "hello"
+    home.mkdir()
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("STREAMWORKER_", "REDIS_", "DATABASE_"))
+    }
+    environment |= {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "SMTP_PORT": str(port),
+        "COLUMNS": "200",
+    }
+    said = ""
+    ran = 0
+    for language, word, body in BLOCK.findall(TUTORIAL.read_text()):
+        if word == "setting":
+            environment |= dict(re.findall(r"^export (\w+)=(\S+)", body, re.MULTILINE))
+        elif word in ("run", "fails"):
+            shell = "set -e\n" + body
+            done = subprocess.run(
+                ["bash", "-c", shell], cwd=home, env=environment, capture_output=True, text=True, timeout=120
+            )
+            said = done.stdout + done.stderr
+            assert (done.returncode == 0) == (word == "run"), f"{body}\n{said}"
+            assert "Traceback" not in said, said
+            ran += 1
+        elif word:
+            (home / word).write_text(body)
+        elif language == "text":
+            at = 0
+            for line in body.splitlines():
+                assert line in said[at:], f"{line!r} is not in what was said:\n{said}"
+                at = said.index(line, at) + len(line)
+    assert ran >= 8
+    mails = log.read_text().split()
+    assert mails.count("ann@example.org") == 1 and mails.count("ben@example.org") == 1
+    assert "cat@example.org" in mails and 1 <= mails.count("dan@example.org") <= 3 and "nobody@example.org" not in mails
+    the_container_holds_what_it_says(home, environment)
+
+
+def the_container_holds_what_it_says(home: Path, environment: dict[str, str]) -> None:
+    """Without an engine: what is copied is there, and the command, as process of its own, ends well on SIGTERM."""
+    dockerfile = (home / "Dockerfile").read_text()
+    for name in re.findall(r"^COPY (\S+) /app/$", dockerfile, re.MULTILINE):
+        assert (home / name).is_file()
+    command = json.loads(re.findall(r"^CMD (.*)$", dockerfile, re.MULTILINE)[0])
+    with subprocess.Popen(
+        command, cwd=home, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as worker:
+        assert worker.stdout is not None
+        for line in worker.stdout:
+            if "worker_ready" in line:
+                break
+        worker.send_signal(signal.SIGTERM)
+        worker.stdout.read()
+    assert worker.returncode == 0
