@@ -230,6 +230,7 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
         statuses: with one of these.
         since: made at this moment or later.
         ids: these.
+        after: behind this one, given as (made at, id), in the order of `Archive.jobs`.
     """
 
     queue: str | None = None
@@ -237,6 +238,7 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     statuses: tuple[Status, ...] = ()
     since: datetime | None = None
     ids: frozenset[str] = frozenset()
+    after: tuple[datetime, str] | None = None
 
 
 class Archive(Protocol):

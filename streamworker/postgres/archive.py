@@ -129,6 +129,9 @@ def _conditions(wanted: Wanted) -> tuple[list[str], list[Any]]:
         add("created_at >= ${}", wanted.since)
     if wanted.ids:
         add("id = any(${}::text[])", [stored_id(job_id) for job_id in sorted(wanted.ids)])
+    if wanted.after is not None:
+        values += [wanted.after[0], stored_id(wanted.after[1])]
+        conditions.append(f"(created_at, id) < (${len(values) - 1}::timestamptz, ${len(values)}::text)")
     if wanted.statuses:
         # Written out, because partial indexes are chosen by the words; they come from a fixed list.
         words = ", ".join(f"'{status}'" for status in wanted.statuses)

@@ -3,7 +3,7 @@
 from streamworker.views.attention import Notice, Stuck, attention
 from streamworker.views.fleet import Fleet, Look
 from streamworker.views.history import History, Point
-from streamworker.views.pages import Slice, dead_slice, delayed_slice, pending_slice
+from streamworker.views.pages import BUDGET, Slice, dead_slice, delayed_slice, pending_slice
 from streamworker.views.rows import (
     DeadRow,
     DelayedRow,
@@ -19,6 +19,7 @@ from streamworker.views.throttle import Throttle
 from streamworker.views.words import age, moment, printable, size
 
 __all__ = [
+    "BUDGET",
     "DeadRow",
     "DelayedRow",
     "Fleet",

@@ -34,7 +34,7 @@ class Slice(msgspec.Struct, Generic[T], frozen=True):
 
 
 async def pending_slice(
-    operator: Operator, queues: list[str], selection: Selection, after: str = "", size: int = 50
+    operator: Operator, queues: list[str], selection: Selection, after: str = "", size: int = 50, budget: float = BUDGET
 ) -> Slice[PendingEntry]:
     """Pending jobs that fit, in the order of the queues, oldest entry first within a level.
 
@@ -44,28 +44,33 @@ async def pending_slice(
         selection: which.
         after: where the slice before ended.
         size: rows at most, about.
+        budget: seconds after which the slice ends with what it has.
     """
 
     def ask(queue: str, position: str) -> Awaitable[Page[PendingEntry]]:
         return operator.pending(queue, position, consumer=selection.worker, min_idle=selection.min_idle)
 
     return await _slice(
-        _walk(queues, selection, after), ask, lambda row: selection.fits(row.job_id, row.entry_id, row.kind), size
+        _walk(queues, selection, after),
+        ask,
+        lambda row: selection.fits(row.job_id, row.entry_id, row.kind),
+        size,
+        budget,
     )
 
 
 async def dead_slice(
-    operator: Operator, queues: list[str], selection: Selection, after: str = "", size: int = 50
+    operator: Operator, queues: list[str], selection: Selection, after: str = "", size: int = 50, budget: float = BUDGET
 ) -> Slice[StoredJob]:
     """Dead letters that fit, in the order of the queues, newest first. Arguments as of `pending_slice`."""
-    return await _slice(_walk(queues, selection, after), operator.dead, selection.fits_stored, size)
+    return await _slice(_walk(queues, selection, after), operator.dead, selection.fits_stored, size, budget)
 
 
 async def delayed_slice(
-    operator: Operator, queues: list[str], selection: Selection, after: str = "", size: int = 50
+    operator: Operator, queues: list[str], selection: Selection, after: str = "", size: int = 50, budget: float = BUDGET
 ) -> Slice[StoredJob]:
     """Delayed jobs that fit, in the order of the queues, soonest first. Arguments as of `pending_slice`."""
-    return await _slice(_walk(queues, selection, after), operator.delayed, selection.fits_stored, size)
+    return await _slice(_walk(queues, selection, after), operator.delayed, selection.fits_stored, size, budget)
 
 
 def _walk(queues: list[str], selection: Selection, after: str) -> list[tuple[str, str]]:
@@ -88,9 +93,10 @@ async def _slice(
     ask: Callable[[str, str], Awaitable[Page[T]]],
     fits: Callable[[T], bool],
     size: int,
+    budget: float,
 ) -> Slice[T]:
     rows: list[T] = []
-    looked, deadline = 0, time.monotonic() + BUDGET
+    looked, deadline = 0, time.monotonic() + budget
     for index, (queue, begin) in enumerate(walk):
         after: str | None = begin
         while after is not None:

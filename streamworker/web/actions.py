@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from streamworker.broker import Operator, Place, StoredJob
 from streamworker.errors import StreamworkerError, UsageError
+from streamworker.postgres import Archive
 from streamworker.telemetry.logs import get_logger
 from streamworker.views import moment
 from streamworker.web.campaigns import Campaign, What
@@ -44,8 +45,14 @@ async def do(request: Request) -> Response:
         told = {"ok": False, "message": str(error)}
         raise
     finally:
+        room.hurry()
         rows = [f"{row.queue}/{row.handle}" for row in form.rows()[:LOGGED]]
-        named = {"queue": form.text("queue"), "worker": form.text("worker"), "rows": rows or None}
+        named = {
+            "queue": form.text("queue"),
+            "worker": form.text("worker"),
+            "id": form.text("id"),
+            "rows": rows or None,
+        }
         facts = {name: value for name, value in named.items() if value is not None}
         log.info(
             "dashboard_action", action=what, who=who(request), client=client(request),
@@ -159,6 +166,25 @@ async def _campaign(request: Request, operator: Operator, form: Form) -> dict[st
     return {"message": f"Begun: {campaign.told()['title'].lower()}", "campaign": campaign.id}
 
 
+async def _cancel(request: Request, _: Operator, form: Form) -> dict[str, Any]:
+    archive, job_id = await _ledger(request), form.must("id")
+    done = await archive.cancel(job_id)
+    return {"ok": done, "message": f"{job_id} never runs" if done else f"{job_id} runs, or has ended"}
+
+
+async def _again(request: Request, _: Operator, form: Form) -> dict[str, Any]:
+    archive, job_id = await _ledger(request), form.must("id")
+    done = await archive.retry(job_id)
+    return {"ok": done, "message": f"{job_id} is queued; a relay dispatches it" if done else f"{job_id} has not ended"}
+
+
+async def _ledger(request: Request) -> Archive:
+    archive = await room_of(request).archive()
+    if archive is None:
+        raise UsageError("there is no ledger: set DATABASE_URL, and run streamworker migrate up")
+    return archive
+
+
 async def _stop(request: Request, _: Operator, form: Form) -> dict[str, Any]:
     stopped = room_of(request).campaigns.stop(form.must("id"))
     return {"message": "Stopped" if stopped else "It had ended already"}
@@ -190,6 +216,8 @@ _DEEDS: Final[dict[str, Callable[[Request, Operator, Form], Awaitable[dict[str, 
     "hasten": _stored("hasten"),
     "forget": _stored("forget"),
     "campaign": _campaign,
+    "cancel": _cancel,
+    "again": _again,
     "stop": _stop,
     "dismiss": _dismiss,
 }

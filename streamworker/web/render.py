@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -31,11 +32,13 @@ class Rendering:
         )
         self._environment.filters |= {
             "age": age,
-            "count": _count,
-            "size": size,
-            "shown": _shown,
             "ago": _ago,
+            "count": _count,
             "due": _due,
+            "shown": _shown,
+            "size": size,
+            "took": _took,
+            "when": _when,
         }
         digest = hashlib.sha256()
         for path in sorted((HERE / "static").iterdir()):
@@ -85,6 +88,17 @@ def _due(at: float) -> Markup:
     """A moment in epoch seconds, as soon; when exactly, on hover."""
     wait = at - time.time()
     return _time(at, f"in {age(wait)}" if wait >= 0 else f"{age(-wait)} overdue")
+
+
+def _took(seconds: float | None) -> str:
+    """How long a run took: short ones to the millisecond."""
+    return "" if seconds is None else f"{seconds * 1000:,.0f} ms" if seconds < 10 else age(seconds)
+
+
+def _when(moment_: str) -> Markup:
+    """A moment in ISO 8601, as long ago or as soon."""
+    at = datetime.fromisoformat(moment_).timestamp()
+    return _ago(at) if at <= time.time() else _due(at)
 
 
 def _time(at: float, words: str) -> Markup:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from typing import Any, Final
 
 import anyio
 
 from streamworker.broker import Operator
 from streamworker.errors import StreamworkerError, Unreachable
+from streamworker.postgres import Archive
 from streamworker.telemetry.logs import get_logger
 from streamworker.views import Fleet, Look, Point
 from streamworker.web.campaigns import Campaigns
@@ -32,14 +33,23 @@ class Room:
 
     Args:
         opening: makes the context manager that yields the operator.
+        archiving: makes the one that yields the ledger; ``None`` where there is none.
     """
 
-    def __init__(self, opening: Callable[[], AbstractAsyncContextManager[Operator]]) -> None:
+    def __init__(
+        self,
+        opening: Callable[[], AbstractAsyncContextManager[Operator]],
+        archiving: Callable[[], AbstractAsyncContextManager[Archive]] | None,
+    ) -> None:
         self._opening = opening
+        self._archiving = archiving
+        self._stack = AsyncExitStack()
+        self._door = anyio.Lock()
+        self._archive: Archive | None = None
         self._task: asyncio.Task[None] | None = None
         self._seen = time.monotonic()
         self._changed = anyio.Event()
-        self._visited = anyio.Event()
+        self._hurried = anyio.Event()
         self._operator: Operator | None = None
         self.fleet: Fleet | None = None
         self.look: Look | None = None
@@ -65,6 +75,19 @@ class Room:
         if self._operator is None:
             raise Unreachable(self.trouble or "the server does not answer: check REDIS_URL")
         return self._operator
+
+    async def archive(self) -> Archive | None:
+        """The ledger, opened when first asked for; ``None`` where there is none.
+
+        Raises:
+            StreamworkerError: it cannot be opened now.
+        """
+        if self._archiving is None:
+            return None
+        async with self._door:
+            if self._archive is None:
+                self._archive = await self._stack.enter_async_context(self._archiving())
+        return self._archive
 
     async def looked(self) -> Look:
         """The last look.
@@ -105,6 +128,8 @@ class Room:
     async def aclose(self) -> None:
         """Close the connections; what was begun for many jobs at once ends where it is."""
         await self.campaigns.aclose()
+        self._archive = None
+        await self._stack.aclose()
         if self._task is not None:
             self._task.cancel()
             with suppress(asyncio.CancelledError):
@@ -140,17 +165,23 @@ class Room:
         self.stir()
 
     def _visit(self) -> None:
+        waited = self._pause() == UNWATCHED
         self._seen = time.monotonic()
-        visited, self._visited = self._visited, anyio.Event()
-        visited.set()
+        if waited:
+            self.hurry()
+
+    def hurry(self) -> None:
+        """Look now: something was changed."""
+        hurried, self._hurried = self._hurried, anyio.Event()
+        hurried.set()
 
     def _pause(self) -> float:
         watched = self.watchers or time.monotonic() - self._seen < QUIET
         return WATCHED if watched else UNWATCHED
 
     async def _wanted(self) -> None:
-        """Until somebody comes while nobody watched."""
-        await (anyio.sleep_forever() if self._pause() == WATCHED else self._visited.wait())
+        """Until somebody changed something, or comes while nobody watched."""
+        await self._hurried.wait()
 
     def past(self, queue: str) -> Sequence[Point]:
         """What was seen of a queue, or of all together (``""``), the oldest first."""

@@ -13,7 +13,7 @@ from streamworker import codec
 from streamworker.broker import Operator, PendingEntry, StoredJob
 from streamworker.errors import InvalidJob, UsageError
 from streamworker.telemetry.logs import get_logger
-from streamworker.views import Selection, dead_row, dead_slice, delayed_slice, pending_slice, printable
+from streamworker.views import BUDGET, Selection, dead_row, dead_slice, delayed_slice, pending_slice, printable
 from streamworker.web.forms import Form, query
 from streamworker.web.pages import names, token
 from streamworker.web.state import access_of, client, render, room_of, who
@@ -55,23 +55,19 @@ async def payload(request: Request) -> Response:
     return render(request, "payload.html", title="Payload", **_document(body))
 
 
-async def jobs(request: Request) -> Response:
-    """Everything that is known of one job id."""
-    room, form = room_of(request), query(request)
+async def places(request: Request, wanted: str) -> tuple[dict[str, list[Any]], bool]:
+    """(where a job id lies on the server: (row, queue, handle) by place; whether all was looked at)."""
+    room = room_of(request)
     look, operator = await room.looked(), await room.operator()
-    wanted = form.text("id")
-    found: dict[str, Any] = {"pending": [], "delayed": [], "dead": []}
-    whole = True
-    if wanted is not None:
-        selection = Selection(ids=frozenset({wanted}))
-        there = names(look)
-        for place, slicing in (("pending", pending_slice), ("delayed", delayed_slice), ("dead", dead_slice)):
-            piece: Any = await slicing(operator, there, selection, "", 20)
-            found[place] = [
-                (row, row.queue, getattr(row, "entry_id", "") or getattr(row, "handle", "")) for row in piece.rows
-            ]
-            whole = whole and piece.after is None
-    return render(request, "jobs.html", title="Jobs", wanted=wanted, found=found, whole=whole, any=any(found.values()))
+    selection, there, whole = Selection(ids=frozenset({wanted})), names(look), True
+    found: dict[str, list[Any]] = {}
+    for place, slicing in (("pending", pending_slice), ("delayed", delayed_slice), ("dead", dead_slice)):
+        piece: Any = await slicing(operator, there, selection, "", 20, BUDGET / 3)
+        found[place] = [
+            (row, row.queue, getattr(row, "entry_id", "") or getattr(row, "handle", "")) for row in piece.rows
+        ]
+        whole = whole and piece.after is None
+    return found, whole
 
 
 async def _find(request: Request, form: Form) -> tuple[str, Any, bytes | None, str]:
@@ -131,6 +127,11 @@ def _facts(body: bytes | None) -> dict[str, Any]:
     }
 
 
+def spelled(text: str) -> str:
+    """Lines of foreign text with everything spelled out that could reorder or hide them."""
+    return "\n".join(printable(line) for line in text.split("\n"))
+
+
 def _document(body: bytes | None) -> dict[str, Any]:
     if body is None:
         return {"text": "", "cut": 0}
@@ -138,7 +139,4 @@ def _document(body: bytes | None) -> dict[str, Any]:
         text = msgspec.json.format(body, indent=2).decode()
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         text = body.decode(errors="backslashreplace")
-    return {
-        "text": "\n".join(printable(line) for line in text[:LARGEST].split("\n")),
-        "cut": max(0, len(text) - LARGEST),
-    }
+    return {"text": spelled(text[:LARGEST]), "cut": max(0, len(text) - LARGEST)}

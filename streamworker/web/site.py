@@ -16,8 +16,8 @@ from starlette.types import Receive, Scope, Send
 
 from streamworker.app import App
 from streamworker.errors import StreamworkerError, UsageError
-from streamworker.settings import Settings
-from streamworker.web import actions, live, pages, shows
+from streamworker.settings import EMBEDDED, Settings
+from streamworker.web import actions, ledger, live, pages, shows
 from streamworker.web.access import Access
 from streamworker.web.guard import Guard
 from streamworker.web.render import Rendering
@@ -38,7 +38,8 @@ class Site:
 
     def __init__(self, app: App[Any], settings: Settings, access: Access) -> None:
         self.read_only = access.read_only
-        self.room = Room(lambda: app.operator(settings))
+        durable = settings.ledger != "off" and (settings.database_url or settings.redis_url == EMBEDDED)
+        self.room = Room(lambda: app.operator(settings), (lambda: app.archive(settings)) if durable else None)
         routes = [
             Route("/", pages.overview, name="overview"),
             Route("/queue", pages.queue, name="queue"),
@@ -46,7 +47,8 @@ class Site:
             Route("/dead", pages.dead, name="dead"),
             Route("/delayed", pages.delayed, name="delayed"),
             Route("/workers", pages.workers, name="workers"),
-            Route("/jobs", shows.jobs, name="jobs"),
+            Route("/jobs", ledger.jobs, name="jobs"),
+            Route("/remembered", ledger.remembered, name="remembered"),
             Route("/show", shows.show, name="show"),
             Route("/payload", shows.payload, name="payload"),
             Route("/events", live.events, name="events"),

@@ -1,0 +1,106 @@
+"""The jobs of the ledger in the dashboard: found, with all their attempts, cancelled and queued again."""
+
+from __future__ import annotations
+
+import json
+
+import httpx2
+import pytest
+
+from streamworker import App, Settings
+from streamworker.web import Access, dashboard
+from tests.postgres.conftest import database_url, pg, postgres, template
+from tests.web.conftest import HERE, Browser, letter
+
+__all__ = ["database_url", "pg", "postgres", "template"]
+
+HOSTILE = "<script>alert(1)</script>\u202e"
+
+
+@pytest.fixture
+async def ledger(redis_url, database_url):
+    site = dashboard(App(settings=Settings(redis_url=redis_url, database_url=database_url)), access=Access())
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=site), base_url=HERE) as client:
+        yield Browser(client)
+    await site.aclose()
+
+
+async def remember(pg, job_id, status="completed", queue="q", kind="k", made="now()", error=None):
+    await pg.execute(
+        "insert into streamworker.jobs (id, queue_name, kind, payload, level, status, hop, created_at, last_error, result) "
+        f"values ($1, $2, $3, $4, 'normal', $5, 1, {made}, $6, $7)",
+        job_id, queue, kind, json.dumps({"secret": "s3cret"}), status, error, json.dumps("the r3sult"),
+    )  # fmt: skip
+
+
+async def attempt(pg, job_id, hop, outcome, error=None):
+    await pg.execute(
+        "insert into streamworker.job_logs (job_id, hop, deliveries, attempt, worker_id, started_at, finished_at, outcome, "
+        "error) values ($1, $2::bigint, 1, ($2::bigint + 1)::int, 'worker-a', now() - interval '3 s', now(), $3, $4)",
+        job_id, hop, outcome, error,
+    )  # fmt: skip
+
+
+async def test_one_job_with_all_its_attempts(ledger, pg, raw):
+    await remember(pg, "job-1", "dead", kind=HOSTILE, error=HOSTILE)
+    await attempt(pg, "job-1", 0, "raised", f"Traceback\n  line\nValueError: {HOSTILE}")
+    await attempt(pg, "job-1", 1, "timed_out")
+    letter(raw, id="job-1")
+    page = await ledger.text("/jobs?id=job-1")
+    assert page.index("attempt 1") < page.index("attempt 2")
+    assert "timed out" in page
+    assert "ValueError" in page
+    assert "Dead letters" in page  # and where it lies now
+    assert "<script>alert" not in page
+    assert "\u202e" not in page
+    assert "s3cret" not in page
+    assert "r3sult" not in page
+    shown = await ledger.text("/remembered?id=job-1")
+    assert "s3cret" in shown
+    assert "the r3sult" in shown
+    assert "Nobody knows this job" in await ledger.text("/jobs?id=nobody")
+
+
+async def test_jobs_are_found_by_what_they_are(ledger, pg):
+    for n in range(150):
+        await remember(pg, f"job-{n:03}", "dead" if n % 2 else "completed", made=f"now() - interval '{n} s'")
+    await remember(pg, "other", queue="r", kind="else")
+    page = await ledger.text("/jobs?queue=q")
+    assert "job-000" in page
+    assert "id=job-100" not in page
+    assert "id=other" not in page
+    older = page.split('rel="next" href="')[1].split('"')[0].replace("&amp;", "&")
+    page = await ledger.text(older)
+    assert "job-100" in page
+    assert "job-149" in page
+    assert "id=job-099" not in page
+    assert 'rel="next"' not in page
+    page = await ledger.text("/jobs?status=dead&kind=k")
+    assert "job-001" in page
+    assert "id=job-000" not in page
+    for nonsense in ("/jobs?status=alive", "/jobs?after=x", "/jobs?after=2026-01-01|x", "/remembered?id=nobody"):
+        assert (await ledger.get(nonsense)).status_code == 400
+
+
+async def test_cancelling_and_queueing_again(ledger, pg):
+    await remember(pg, "waits", "queued")
+    await remember(pg, "died", "dead")
+    assert (await ledger.do("cancel", id="waits"))["message"] == "waits never runs"
+    assert not (await ledger.do("cancel", id="waits"))["ok"]
+    assert (await ledger.do("again", id="died"))["ok"]
+    assert [tuple(row) for row in await pg.fetch("select id, status from streamworker.jobs order by id")] == [
+        ("died", "queued"), ("waits", "cancelled"),
+    ]  # fmt: skip
+
+
+async def test_a_ledger_that_cannot_be_opened_is_said(redis_url, raw):
+    settings = Settings(redis_url=redis_url, database_url="postgresql://127.0.0.1:1/none")
+    site = dashboard(App(settings=settings), access=Access())
+    letter(raw, id="job-1")
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=site), base_url=HERE) as client:
+        browser = Browser(client)
+        page = await browser.text("/jobs?id=job-1")
+        assert "Dead letters" in page  # Redis is looked at all the same
+        assert "banner" in page
+        assert (await browser.get("/")).status_code == 200
+    await site.aclose()
