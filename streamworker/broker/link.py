@@ -83,6 +83,12 @@ class Link:
         await self.commands.aclose()
         self.lease_client.close()
 
+    async def ask(self, *command: Any) -> Any:
+        """Send one command on a command connection."""
+        await self.fresh()
+        with self.watched():
+            return await self.commands.execute_command(*command)
+
     async def run(self, script: scripts.Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
         """Run a script on a command connection."""
         await self.fresh()

@@ -84,17 +84,15 @@ class ListBroker:
                 )
             types = {**keys.types, keys.claimed(worker_id): "list"}
             for name, wanted in types.items():
-                with self._link.watched():
-                    kind = (await self._link.commands.execute_command("TYPE", name)).decode()
+                kind = (await self._link.ask("TYPE", name)).decode()
                 if kind not in (wanted, "none"):
                     raise ConfigurationError(f"the key {name} is a {kind}, not a {wanted}: rename or delete it")
 
     async def leave(self) -> bool:
         """See `Broker.leave`."""
         mine = [keys.claimed(self._intake.consumer) for keys in self._keys]
-        with self._link.watched():
-            held = [await self._link.commands.execute_command("LLEN", name) for name in mine]
-            await self._link.commands.delete(worker_key(self._options.namespace, self._intake.consumer))
+        held = [await self._link.ask("LLEN", name) for name in mine]
+        await self._link.ask("DEL", worker_key(self._options.namespace, self._intake.consumer))
         return not any(held)
 
     async def close(self) -> None:
@@ -151,9 +149,7 @@ class ListBroker:
         known = {(claim.queue, claim.entry) for claim in running}
         found: list[Claim] = []
         for keys in self._keys:
-            with self._link.watched():
-                name = keys.claimed(self._intake.consumer)
-                wrappers = await self._link.commands.execute_command("LRANGE", name, 0, -1)
+            wrappers = await self._link.ask("LRANGE", keys.claimed(self._intake.consumer), 0, -1)
             claims = [unwrapped(keys, wrapper) for wrapper in wrappers]
             found += [claim for claim in claims if claim is not None and (keys.queue, claim.entry) not in known]
         return found

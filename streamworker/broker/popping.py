@@ -80,6 +80,7 @@ class Popping(Taking):
         return await self._pop(wait, running)
 
     async def _pop(self, wait: float, running: Collection[Claim]) -> list[Claim]:
+        await self._link.fresh()
         with self._link.watched():
             async with self._link.commands.pipeline(transaction=False) as pipe:
                 for keys in self._keys:
@@ -91,7 +92,6 @@ class Popping(Taking):
             if wait > AT_ONCE:
                 await self._idle(wait)
             return []
-        await self._link.fresh()
         with self._link.watched():
             reply = await self._link.reader.execute_command("BRPOP", *self._ordered(list(spots)), wait)
         if reply is None:

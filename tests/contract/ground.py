@@ -77,7 +77,12 @@ class Ground:
 
     def owner(self, claim: Claim) -> tuple[bytes, int] | None:
         """Who holds what a claim was made of, and how often it was delivered."""
-        found = [(owner, count) for entry, owner, count in self.claims(claim.queue) if entry == claim.entry]
+        return self.owner_of(claim.place, claim.entry, claim.queue)
+
+    def owner_of(self, place: str, entry: bytes, queue: str = "q") -> tuple[bytes, int] | None:
+        """The same by place and entry."""
+        del place  # only streams give the same entry ids
+        found = [(owner, count) for each, owner, count in self.claims(queue) if each == entry]
         return found[0] if found else None
 
     def deliveries(self, claim: Claim) -> int | None:
@@ -162,6 +167,11 @@ class StreamGround(Ground):
         for place in self.keys(queue).streams:
             for each in self._pending(place):
                 yield each["message_id"], each["consumer"], each["times_delivered"]
+
+    def owner_of(self, place: str, entry: bytes, queue: str = "q") -> tuple[bytes, int] | None:
+        del queue
+        found = [each for each in self._pending(place) if each["message_id"] == entry]
+        return (found[0]["consumer"], found[0]["times_delivered"]) if found else None
 
     def idle(self, claim: Claim) -> int:
         return int(self.raw.xpending_range(claim.place, GROUP, claim.entry, claim.entry, 1)[0]["time_since_delivered"])
