@@ -177,7 +177,8 @@ def _order(verdict: Verdict, runs: dict[str, list[dict[str, Any]]], faults: list
     for run in every:
         if run["threaded"] or run["count"] != 1 or run["delivery"] != 1:
             continue
-        entry = tuple(int(part) for part in run["entry"].split("-"))
+        # A stream's entry ids are decimal; a list's are UUIDs by the server's clock.
+        entry = tuple(int(part, 16 if len(run["entry"]) == 36 else 10) for part in run["entry"].split("-"))
         key = (run["worker"], run["place"])
         if entry < last.get(key, (0,)) and not disturbed:
             verdict.complain("order", f"{run['worker']} started {run['entry']} after a later one of {run['place']}")

@@ -13,8 +13,12 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
+from streamworker.broker.lists import ListBroker
 from streamworker.broker.stream import StreamBroker
 from streamworker.execute import Executor
+from tests.crash.ground import MODE
+
+BROKER: Any = {"stream": StreamBroker, "list": ListBroker}[MODE]
 
 POINTS = ("claimed", "started", "outcome", "settling", "settled", "draining", "leaving", "renewing")
 
@@ -39,15 +43,15 @@ def install() -> None:
 
 
 def _claimed(reached: Callable[[], None]) -> None:
-    original = StreamBroker.claim
+    original = BROKER.claim
 
-    async def claim(self: StreamBroker, *args: Any) -> Any:
+    async def claim(self: Any, *args: Any) -> Any:
         claims = await original(self, *args)
         if claims:
             reached()
         return claims
 
-    StreamBroker.claim = claim  # type: ignore[method-assign]
+    BROKER.claim = claim
 
 
 def _started(reached: Callable[[], None]) -> None:
@@ -63,9 +67,9 @@ def _started(reached: Callable[[], None]) -> None:
 
 
 def _settle(before: Callable[[], None], between: Callable[[], None], after: Callable[[], None]) -> None:
-    original = StreamBroker.settle
+    original = BROKER.settle
 
-    async def settle(self: StreamBroker, items: Any) -> Any:
+    async def settle(self: Any, items: Any) -> Any:
         before()
         half = (len(items) + 1) // 2
         first = await original(self, items[:half])
@@ -74,7 +78,7 @@ def _settle(before: Callable[[], None], between: Callable[[], None], after: Call
         after()
         return [*first, *second]
 
-    StreamBroker.settle = settle  # type: ignore[method-assign]
+    BROKER.settle = settle
 
 
 def _nothing() -> None:
@@ -82,40 +86,40 @@ def _nothing() -> None:
 
 
 def _draining(reached: Callable[[], None]) -> None:
-    interrupt, settle = StreamBroker.interrupt, StreamBroker.settle
+    interrupt, settle = BROKER.interrupt, BROKER.settle
     stopping = False
 
-    async def interrupted(self: StreamBroker) -> None:
+    async def interrupted(self: Any) -> None:
         nonlocal stopping
         stopping = True
         await interrupt(self)
 
-    async def settled(self: StreamBroker, items: Any) -> Any:
+    async def settled(self: Any, items: Any) -> Any:
         if stopping:
             reached()
         return await settle(self, items)
 
-    StreamBroker.interrupt, StreamBroker.settle = interrupted, settled  # type: ignore[method-assign]
+    BROKER.interrupt, BROKER.settle = interrupted, settled
 
 
 def _leaving(reached: Callable[[], None]) -> None:
-    original = StreamBroker.leave
+    original = BROKER.leave
 
-    async def leave(self: StreamBroker) -> bool:
+    async def leave(self: Any) -> bool:
         reached()
         return await original(self)
 
-    StreamBroker.leave = leave  # type: ignore[method-assign]
+    BROKER.leave = leave
 
 
 def _renewing(reached: Callable[[], None]) -> None:
-    original = StreamBroker.renew
+    original = BROKER.renew
 
-    def renew(self: StreamBroker, claims: Any) -> Any:
+    def renew(self: Any, claims: Any) -> Any:
         reached()
         return original(self, claims)
 
-    StreamBroker.renew = renew  # type: ignore[method-assign]
+    BROKER.renew = renew
 
 
 _PATCHES: dict[str, Callable[[Callable[[], None]], None]] = {

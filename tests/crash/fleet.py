@@ -12,13 +12,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from tests.crash.ground import MODE
+
 ROOT = Path(__file__).parents[2]
 
 
 def clean_environment() -> dict[str, str]:
     """Ours without settings of whoever runs the tests."""
     skip = ("STREAMWORKER_", "REDIS", "DATABASE", "CRASH_")
-    return {name: value for name, value in os.environ.items() if not name.startswith(skip)}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(skip)}
+    return {**kept, "CRASH_MODE": MODE, "STREAMWORKER_MODE": MODE}
 
 
 class Worker:

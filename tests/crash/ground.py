@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Final
 
 import redis
 
-from streamworker.broker.keys import QueueKeys
+from streamworker.broker.keys import ListKeys, QueueKeys
 
 QUEUE: Final = "q"
 GROUP: Final = "workers"
@@ -32,13 +33,15 @@ local out = {}
 
 
 class Ground:
-    """Stream mode.
+    """Stream mode, and what both modes share.
 
     Args:
         client: decodes its answers.
     """
 
     keys: QueueKeys = QueueKeys(QUEUE)
+    taking: str = "xreadgroup"
+    """A command without which no worker can take a job."""
 
     def __init__(self, client: redis.Redis) -> None:
         self._client = client
@@ -133,14 +136,61 @@ class Ground:
         return "; ".join(lines)
 
 
+class ListGround(Ground):
+    """List mode."""
+
+    keys: ListKeys = ListKeys(QUEUE)
+    taking = "llen"
+
+    def _claims(self) -> list[tuple[str, list[str]]]:
+        """(worker id, [id, delivery count, level, document]) of what is held."""
+        found = []
+        for name in self._client.keys(self.keys.claimed("*")):
+            worker = name.partition(":claimed:")[2]
+            found += [(worker, wrapper.split(" ", 3)) for wrapper in self._client.lrange(name, 0, -1)]
+        return found
+
+    def length(self, place: str) -> int:
+        """See `Ground.length`."""
+        level = place.removeprefix(self.keys.ready("normal")).removeprefix(":") or "normal"
+        held = sum(claim[2].removesuffix("?") == level for _, claim in self._claims())
+        return int(self._client.llen(place)) + held
+
+    def held(self) -> dict[str, int]:
+        """See `Ground.held`."""
+        found: dict[str, int] = {}
+        for worker, _ in self._claims():
+            found[worker] = found.get(worker, 0) + 1
+        return found
+
+    def names(self) -> set[str]:
+        """See `Ground.names`: whoever holds nothing lies nowhere."""
+        return set(self.held())
+
+    def forget_groups(self, *places: str) -> None:
+        """Lists have no groups; what paces the workers is deleted underneath."""
+        self._client.delete(self.keys.meta)
+
+    def all_ids(self) -> list[str]:
+        """See `Ground.all_ids`."""
+        return [*super().all_ids(), *_ids([claim[3] for _, claim in self._claims()])]
+
+
+GROUNDS: Final[dict[str, type[Ground]]] = {"stream": Ground, "list": ListGround}
+
+
 def ground(client: redis.Redis) -> Ground:
     """The ground of the mode under test."""
-    return {"stream": Ground}[MODE](client)
+    return GROUNDS[MODE](client)
+
+
+_HELD: Final = re.compile(r"\S+ \d+ [a-z]+\?? ")
+"""What stands before the document of a job that a worker of list mode holds."""
 
 
 def _ids(bodies: Sequence[str]) -> list[str]:
     found = []
     for body in bodies:
         with suppress(ValueError):
-            found.append(json.loads(body)["id"])
+            found.append(json.loads(_HELD.sub("", body, count=1))["id"])
     return found

@@ -26,7 +26,7 @@ from tests.crash.app import Block, Thread, Work
 from tests.crash.checker import Verdict, check
 from tests.crash.clock import Clock
 from tests.crash.fleet import ROOT, Fleet, Worker, clean_environment
-from tests.crash.ground import ground
+from tests.crash.ground import MODE, ground
 from tests.crash.history import Log, read
 from tests.crash.proxy import Proxy
 
@@ -101,7 +101,7 @@ class Rig:
                 stack.push_async_callback(self.proxy.close)
             self.fleet = await stack.enter_async_context(Fleet(self.directory, url, **self._settings))
             self.fleet.on_end = self._ended
-            self.app = App(settings=Settings(redis_url=self.server.url))
+            self.app = App(settings=Settings(redis_url=self.server.url, mode=MODE))
             await stack.enter_async_context(self.app)
             self._stack = stack.pop_all()
         return self

@@ -13,7 +13,7 @@ from tests.conftest import Server
 from tests.crash.app import Gated, Work
 from tests.crash.checker import Verdict
 from tests.crash.clock import Clock
-from tests.crash.ground import ground
+from tests.crash.ground import MODE, ground
 from tests.crash.rig import Rig, fine
 
 pytestmark = [pytest.mark.crash, pytest.mark.timeout(150)]
@@ -86,7 +86,8 @@ async def test_groups_and_keys_are_deleted_underneath(tmp_path):
             await asyncio.sleep(0.5)
             rig.delete_keys(places[1], keys.due, keys.bodies, keys.meta)
         nobody_restarted(rig, fine(await rig.finish(), rig.seed))
-        assert sum(len(worker.said("group_recreated")) for worker in rig.fleet.workers)
+        if MODE == "stream":
+            assert sum(len(worker.said("group_recreated")) for worker in rig.fleet.workers)
 
 
 async def test_it_forgets_everything(tmp_path):
@@ -249,7 +250,7 @@ async def test_a_refusal_for_good_ends_the_worker_with_78(tmp_path, change):
         await rig.until(lambda: rig.runs_of(job) == 1, 20, "a running job")
         began = time.monotonic()
         if change == "permission":
-            rig.raw.execute_command("ACL", "SETUSER", "w", "-xreadgroup")
+            rig.raw.execute_command("ACL", "SETUSER", "w", f"-{rig.ground.taking}")
         else:
             rig.raw.execute_command("ACL", "SETUSER", "w", "resetpass", ">other")
             rig.raw.execute_command("CLIENT", "KILL", "USER", "w")
@@ -267,7 +268,7 @@ async def test_refused_and_granted_again_is_only_a_pause(tmp_path):
         rig.raw.execute_command("ACL", "SETUSER", "w", "on", ">p", "~*", "&*", "+@all")
         worker = await rig.fleet.start(url=rig.server.url.replace("//", "//w:p@"))
         await rig.until(lambda: worker.said("worker_ready"), 20, "a worker")
-        rig.raw.execute_command("ACL", "SETUSER", "w", "-xreadgroup")
+        rig.raw.execute_command("ACL", "SETUSER", "w", f"-{rig.ground.taking}")
         await rig.put(Work())
         await rig.until(lambda: worker.said("main_loop_error"), 20, "an error")
         rig.raw.execute_command("ACL", "SETUSER", "w", "+@all")

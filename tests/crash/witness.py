@@ -11,7 +11,7 @@ from hashlib import sha1
 from typing import Any, Final
 
 from streamworker.broker import scripts
-from tests.crash.ground import WITNESSES
+from tests.crash.ground import MODE, WITNESSES
 
 _WRAP: Final = """
 local function original() %(text)s
@@ -61,12 +61,83 @@ _SHAPES: Final[dict[str, dict[str, Any]]] = {
 }
 
 
+# In list mode the truth is what lies in the workers' lists, all of them: who has an id, and how often it was delivered.
+_LIST_WRAP: Final = """
+local function original() %(text)s
+end
+local function holders()
+  local found = {}
+  for _, name in ipairs(redis.call('KEYS', 'queue:q:claimed:*')) do
+    for _, wrapper in ipairs(redis.call('LRANGE', name, 0, -1)) do
+      local id, count = string.match(wrapper, '^(%%S+) (%%d+) ')
+      if id then found[id] = string.match(name, ':claimed:(.*)$') .. ' ' .. count end
+    end
+  end
+  return found
+end
+local before = holders()
+local result = original()
+if type(result) == 'table' and result.err then return result end
+%(after)s
+return result
+"""
+_LIST_SETTLED: Final = """
+local n = 0
+for i = %(first)s, #ARGV, %(step)s do
+  n = n + 1
+  local id, count, who = string.match(ARGV[i], '^(%%S+) (%%d+) (.*)$')
+  local level = string.match(ARGV[i + 1], '^%%S+ %%d+ (%%a+)')
+  local place = level == 'normal' and 'queue:q' or 'queue:q:' .. level
+  local line = { '%(name)s', place, id, who, count, before[id] or '- 0', tostring(result[n]) }
+  redis.pcall('RPUSH', '%(list)s', table.concat(line, ' '))
+end
+"""
+_LIST_RENEWED: Final = """
+local now = holders()
+for i = 1, #ARGV do
+  local id, count, who = string.match(ARGV[i], '^(%%S+) (%%d+) (.*)$')
+  if before[id] ~= now[id] then
+    redis.pcall('RPUSH', '%(list)s', table.concat({ 'renew', 'queue:q', id, who, count, before[id] or '- 0', now[id] or '' }, ' '))
+  end
+end
+"""
+_LIST_TAKEN: Final = """
+if type(result) == 'table' then
+  for _, each in ipairs(result[1]) do
+    for _, row in ipairs(each[2]) do
+      if row[2] > 1 or row[3] == 1 then
+        redis.pcall('RPUSH', '%(list)s', table.concat({ 'sweep', KEYS[each[1]], row[1], ARGV[1], row[2], ARGV[1], row[2] }, ' '))
+      end
+    end
+  end
+end
+"""
+_LIST_SHAPES: Final[dict[str, dict[str, Any]]] = {
+    "LIST_DONE": {"after": _LIST_SETTLED, "name": "done", "first": "1", "step": "2"},
+    "LIST_PARK": {"after": _LIST_SETTLED, "name": "park", "first": "1", "step": "5"},
+    "LIST_BURY": {"after": _LIST_SETTLED, "name": "bury", "first": "2", "step": "2 + tonumber(ARGV[1])"},
+    "LIST_RENEW": {"after": _LIST_RENEWED},
+    "LIST_TAKE": {"after": _LIST_TAKEN},
+}
+
+
 def install() -> None:
     """Replace the scripts' texts in this process."""
+    {"stream": _install_stream, "list": _install_list}[MODE]()
+
+
+def _install_stream() -> None:
     for name, shape in _SHAPES.items():
         script = getattr(scripts, name)
         _replace(script, _WRAP % {**shape, "text": script.text, "name": name.lower(), "list": WITNESSES})
     _replace(scripts.SWEEP, _SWEEP % {"text": scripts.SWEEP.text, "list": WITNESSES})
+
+
+def _install_list() -> None:
+    for name, shape in _LIST_SHAPES.items():
+        script = getattr(scripts, name)
+        after = shape["after"] % {**shape, "list": WITNESSES}
+        _replace(script, _LIST_WRAP % {"text": script.text, "after": after})
 
 
 def _replace(script: Any, text: str) -> None:
