@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from time import monotonic
 
+import anyio
+
 from streamworker import codec
 from streamworker.broker import Ending
 from streamworker.broker.held import leased
@@ -60,10 +62,21 @@ class Popping(Taking):
         """See `Broker.claim`: BRPOP looks and waits in one."""
         self._rest_after_outage()
         await self.sweep(limit, running)
+        if not await self._hands_free(wait, running):
+            return []
         self.stale = False
         if wait <= 0 or self._interrupted.is_set():
             return await self.take(limit, running)
         return await self.wait_unless_stale(limit, min(wait, DEAF_WAIT) if self.deaf else wait, running)
+
+    async def _hands_free(self, wait: float, running: Collection[Claim]) -> bool:
+        """Wait until nothing is in hand: what is finished and not settled would be lost with the next one."""
+        pause = 0.0005
+        with anyio.move_on_after(wait):
+            while len(running) and not self._interrupted.is_set():
+                pause = min(2 * pause, 0.05)
+                await anyio.sleep(pause)  # settling takes no round trip but for what goes on
+        return not len(running)
 
     async def sweep(self, limit: int, running: Collection[Claim]) -> list[Claim]:  # noqa: ARG002 - they need no slot
         """See `ListIntake.sweep`."""

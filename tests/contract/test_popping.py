@@ -56,6 +56,18 @@ async def test_one_job_at_a_time_from_the_right_in_order_of_keys(popping, raw):
         assert raw.keys("*claimed*") == []
 
 
+async def test_nothing_is_popped_while_something_is_in_hand(popping, raw):
+    async with popping("w") as broker:
+        await broker.publish([job("a"), job("b")])
+        held = [await one(broker)]
+        assert await broker.claim(1, 0, held) == await broker.claim(1, 0.05, held) == []
+        claiming = asyncio.create_task(broker.claim(1, 5, held))
+        await asyncio.sleep(0.05)
+        assert raw.llen("queue:q") == 1
+        held.clear()
+        assert names(await claiming) == ["b"]
+
+
 async def test_it_waits_with_brpop_and_wakes_at_once(popping, raw, ground):
     async with popping("w") as broker:
         claiming = asyncio.create_task(broker.claim(10, 5, ()))

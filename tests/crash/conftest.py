@@ -8,6 +8,7 @@ import pytest
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "mode_free: what breaks there does not care what jobs lie in")
     config.addinivalue_line("markers", "crash: workers and servers are killed; run them with -m crash (./dev crash)")
 
 

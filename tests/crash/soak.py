@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import faulthandler
+import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -18,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.crash.checker import Verdict
+from tests.crash.ground import GROUNDS, MODE
 from tests.crash.nemesis import WORKERS_ONLY, Nemesis
 from tests.crash.report import table
 from tests.crash.rig import Rig
@@ -32,13 +35,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--every", type=float, default=0.4, help="mean seconds between faults")
     options.add_argument("--rate", type=float, default=100.0, help="jobs a second")
     options.add_argument("--faults", choices=("all", "kill", "workers"), default="all")
+    options.add_argument("--mode", choices=sorted(GROUNDS), default=MODE)
     options.add_argument("--keep", type=Path, help="a directory for history and logs; without it they are deleted")
     chosen = options.parse_args(arguments)
+    if chosen.mode != MODE:  # chosen when the harness is imported, in every process of it
+        again = [sys.executable, "-m", "tests.crash.soak", *(sys.argv[1:] if arguments is None else arguments)]
+        return subprocess.run(again, check=False, env={**os.environ, "CRASH_MODE": chosen.mode}).returncode
     faulthandler.register(signal.SIGUSR1)  # where a soak hangs
     directory = chosen.keep or Path(tempfile.mkdtemp(prefix="streamworker-soak-"))
     directory.mkdir(parents=True, exist_ok=True)
     print(
-        f"soak: seed {chosen.seed}, {chosen.minutes:g} min, {chosen.workers} workers, LEASE={chosen.lease:g}",
+        f"soak: {MODE} mode, seed {chosen.seed}, {chosen.minutes:g} min, {chosen.workers} workers, LEASE={chosen.lease:g}",
         flush=True,
     )
     rig, verdict = asyncio.run(_soak(chosen, directory))

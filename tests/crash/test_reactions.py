@@ -8,13 +8,11 @@ import time
 import pytest
 import redis
 
-from streamworker.broker.client import Address
 from streamworker.broker.reactions import TABLE, Reaction, reaction_to, row_of
-from streamworker.broker.stream import StreamBroker, StreamOptions
 from streamworker.errors import ConfigurationError, PublishUncertain, StreamworkerError, Unreachable
 from streamworker.job import Claim, Done
 from tests.conftest import Server, eventually, free_port
-from tests.contract.ground import StreamGround
+from tests.contract.ground import GROUNDS
 from tests.contract.helpers import ENDINGS, NORMAL, done, job, one, settle_one, stream_only
 
 SAID = {
@@ -98,19 +96,21 @@ class Liar:
                 size = int((await reader.readline())[1:])
                 words.append((await reader.readexactly(size + 2))[:-2])
             answer = b":7" if words[:2] == [b"CLIENT", b"ID"] else b"+OK"
-            if words[0] in (b"EVALSHA", b"EVAL", b"XADD"):
+            if words[0] in (b"EVALSHA", b"EVAL", b"XADD", b"LPUSH", b"LRANGE", b"LLEN"):
                 answer = b"-" + self._line
             writer.write(answer + b"\r\n")
             await writer.drain()
 
 
 @pytest.mark.parametrize(("name", "line"), [(name, line) for name, lines in SAID.items() for line in lines])
-async def test_what_becomes_of_each_error(name, line):
+@pytest.mark.parametrize("mode", GROUNDS)
+async def test_what_becomes_of_each_error(mode, name, line):
     row = row_of(line)
     assert row is not None and row.name == name
-    claim = Claim("q", "normal", NORMAL, b"1-1", 1, b"{}", b"")
+    ground = GROUNDS[mode](None)
+    claim = Claim("q", "normal", ground.place(), b"1-1", 1, b"{}", b"")
     async with Liar(line) as liar:
-        broker = StreamBroker(Address(liar.url), StreamOptions(queues=(("q", None),)))
+        broker = ground.broker(liar.url, (("q", None),))
         try:
             for verb in (broker.claim(1, 0, ()), broker.settle([done(claim)]), broker.strays(()), broker.leave()):
                 if name == "WRONGTYPE" or (name in ("NOGROUP", "OOM")):
@@ -142,8 +142,7 @@ def test_no_connection_and_unknown_errors():
     assert reaction_to(redis.ResponseError("ERR unknown command")) is Reaction.REFUSE
 
 
-@stream_only
-async def test_noscript_is_sent_again(broker_factory, raw):
+async def test_noscript_is_sent_again(broker_factory, ground, raw):
     async with broker_factory("w") as broker:
         await broker.publish([job("a")])
         claim = await one(broker)
@@ -152,7 +151,7 @@ async def test_noscript_is_sent_again(broker_factory, raw):
             assert broker.renew([claim]) == []
         raw.script_flush()
         await settle_one(broker, done(claim))
-    assert raw.xlen(NORMAL) == 0
+    assert ground.left() == 0
 
 
 @stream_only
@@ -178,8 +177,7 @@ async def test_unblocked_by_force_is_no_error(broker_factory, raw):
         assert len(await broker.claim(1, 1, ())) == 1
 
 
-@stream_only
-async def test_out_of_memory_finishes_claims_and_rescues(broker_factory, raw):
+async def test_out_of_memory_finishes_claims_and_rescues(broker_factory, ground, raw):
     async with broker_factory("dead", lease=0.2) as other, broker_factory("w", lease=0.2) as broker:
         await broker.publish([job(str(n)) for n in range(3)])
         await other.claim(1, 0, ())
@@ -191,12 +189,12 @@ async def test_out_of_memory_finishes_claims_and_rescues(broker_factory, raw):
         broker.beat({"pid": 1})
         await settle_one(broker, done(mine))
         await asyncio.sleep(0.25)
-        sweep_soon(broker)
+        ground.sweep_soon(broker)
         rest = await broker.claim(10, 0, ())
         assert sorted(claim.count for claim in rest) == [1, 2]
         assert all([await settle_one(broker, done(claim)) for claim in rest])
         raw.config_set("maxmemory", 0)
-    assert raw.xlen(NORMAL) == 0
+    assert ground.left() == 0
 
 
 DENIED = {
@@ -273,15 +271,16 @@ async def test_a_replica_never_calls_a_claim_lost(broker_factory, raw, forgotten
         raw.replicaof("NO", "ONE")
 
 
-async def test_the_first_command_after_an_outage_takes_nobody_for_dead(own_server: Server):
+@pytest.mark.parametrize("mode", GROUNDS)
+async def test_the_first_command_after_an_outage_takes_nobody_for_dead(mode, own_server: Server):
     """Whoever could not renew gets a lease to come back, from the very first sweep on."""
-    options = StreamOptions(queues=(("q", None),), lease=0.6)
-    slow, quick = (StreamBroker(Address(own_server.url), options) for _ in range(2))
+    of = GROUNDS[mode]
+    slow, quick = (of(None).broker(own_server.url, (("q", None),), lease=0.6) for _ in range(2))
     try:
         for broker, name in ((slow, "slow"), (quick, "quick")):
             await broker.open()
             await broker.join(name)
-            sweep_soon(broker)
+            of(None).sweep_soon(broker)
         await slow.publish([job("a")])
         claim = await one(slow)
         own_server.kill()
@@ -290,7 +289,7 @@ async def test_the_first_command_after_an_outage_takes_nobody_for_dead(own_serve
                 await quick.claim(1, 0, ())
             await asyncio.sleep(0.5)
         own_server.start()
-        sweep_soon(quick)
+        of(None).sweep_soon(quick)
         began = time.monotonic()
         assert await quick.claim(1, 0, ()) == []
         assert slow.renew([claim]) == []
@@ -299,7 +298,7 @@ async def test_the_first_command_after_an_outage_takes_nobody_for_dead(own_serve
             assert await quick.claim(1, 0, ()) == []
             assert slow.renew([claim]) == []
         with own_server.client() as raw:
-            StreamGround(raw).ripen(claim)
+            of(raw).ripen(claim)
             await asyncio.sleep(0.7)
             assert len(await quick.claim(1, 0, ())) == 1
     finally:
@@ -307,12 +306,11 @@ async def test_the_first_command_after_an_outage_takes_nobody_for_dead(own_serve
         await quick.close()
 
 
-@stream_only
-async def test_a_worker_starts_while_the_server_is_out_of_memory(broker_factory, raw):
+async def test_a_worker_starts_while_the_server_is_out_of_memory(broker_factory, ground, raw):
     async with broker_factory("first") as broker:
         await broker.publish([job("a")])
     raw.config_set("maxmemory", 1)
     async with broker_factory("second") as broker:
         claim = await one(broker)
         await settle_one(broker, done(claim))
-    assert raw.xlen(NORMAL) == 0
+    assert ground.left() == 0

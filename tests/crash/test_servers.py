@@ -90,6 +90,7 @@ async def test_groups_and_keys_are_deleted_underneath(tmp_path):
             assert sum(len(worker.said("group_recreated")) for worker in rig.fleet.workers)
 
 
+@pytest.mark.mode_free
 async def test_it_forgets_everything(tmp_path):
     """FLUSHALL: what it held is gone, and everything enqueued after it is done."""
     async with Rig(tmp_path, seed=23) as rig:
@@ -145,6 +146,7 @@ async def test_connections_are_killed_and_scripts_forgotten(tmp_path):
         nobody_restarted(rig, fine(await rig.finish(), rig.seed))
 
 
+@pytest.mark.mode_free
 @pytest.mark.parametrize("mode", ["WRITE", "ALL"])
 async def test_it_pauses_for_two_leases(tmp_path, mode):
     async with Rig(tmp_path, seed=25) as rig:
@@ -212,6 +214,7 @@ async def test_it_becomes_a_replica_and_another_one_takes_over(tmp_path):
         other.kill()
 
 
+@pytest.mark.mode_free
 async def test_it_cannot_save(tmp_path):
     """MISCONF: writes are refused until somebody makes room on the disk."""
     async with Rig(tmp_path, seed=29) as rig:
@@ -225,6 +228,7 @@ async def test_it_cannot_save(tmp_path):
         nobody_restarted(rig, fine(await rig.finish(), rig.seed))
 
 
+@pytest.mark.mode_free
 async def test_a_script_of_somebody_keeps_it_busy(tmp_path):
     async with Rig(tmp_path, seed=30) as rig:
         async with busy(rig):
@@ -239,6 +243,7 @@ async def test_a_script_of_somebody_keeps_it_busy(tmp_path):
         nobody_restarted(rig, fine(await rig.finish(), rig.seed))
 
 
+@pytest.mark.mode_free
 @pytest.mark.parametrize("change", ["permission", "password"])
 async def test_a_refusal_for_good_ends_the_worker_with_78(tmp_path, change):
     async with Rig(tmp_path, seed=31) as rig:
@@ -263,6 +268,7 @@ async def test_a_refusal_for_good_ends_the_worker_with_78(tmp_path, change):
         fine(await rig.finish(workers=1), rig.seed)
 
 
+@pytest.mark.mode_free
 async def test_refused_and_granted_again_is_only_a_pause(tmp_path):
     async with Rig(tmp_path, seed=32) as rig:
         rig.raw.execute_command("ACL", "SETUSER", "w", "on", ">p", "~*", "&*", "+@all")

@@ -112,6 +112,7 @@ async def test_a_storm_of_terminations(tmp_path):
     assert set(verdict.duplicates) <= {"terminate"}
 
 
+@pytest.mark.mode_free
 async def test_a_rolling_restart_repeats_nothing(tmp_path):
     """Each worker gets its grace, and every job fits into it."""
     async with Rig(tmp_path, seed=6, GRACE=20) as rig:
@@ -130,6 +131,7 @@ async def test_a_rolling_restart_repeats_nothing(tmp_path):
     assert not verdict.duplicates
 
 
+@pytest.mark.mode_free
 @pytest.mark.parametrize("kind", [Work, Thread, Block])
 @pytest.mark.timeout(300)
 async def test_a_long_job_runs_once_however_it_passes_its_time(tmp_path, kind):
@@ -145,6 +147,7 @@ async def test_a_long_job_runs_once_however_it_passes_its_time(tmp_path, kind):
         assert not any(worker.said("job_recovered") for worker in rig.fleet.workers)
 
 
+@pytest.mark.mode_free
 async def test_a_thread_that_never_returns_costs_one_process(tmp_path):
     async with Rig(tmp_path, seed=8, GRACE=0.5) as rig:
         worker = await rig.fleet.start()
@@ -157,6 +160,7 @@ async def test_a_thread_that_never_returns_costs_one_process(tmp_path):
         assert rig.runs_of(job) == 2
 
 
+@pytest.mark.mode_free
 async def test_a_handler_that_does_not_hear_its_timeout_is_rescued(tmp_path):
     async with Rig(tmp_path, seed=9) as rig:
         workers = [await rig.fleet.start() for _ in range(2)]
@@ -184,6 +188,7 @@ async def test_a_poison_takes_few_along_and_ends_dead(tmp_path):
     assert verdict.done == 200 and rig.injected["poison"] == 3
 
 
+@pytest.mark.mode_free
 @pytest.mark.parametrize("then", ["raise", "keep", "die"])
 async def test_a_handler_takes_all_the_memory(tmp_path, then):
     """Its worker goes on, limps or dies: nothing is lost, and the others' leases hold."""

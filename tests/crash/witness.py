@@ -87,9 +87,11 @@ for i = %(first)s, #ARGV, %(step)s do
   n = n + 1
   local id, count, who = string.match(ARGV[i], '^(%%S+) (%%d+) (.*)$')
   local level = string.match(ARGV[i + 1], '^%%S+ %%d+ (%%a+)')
-  local place = level == 'normal' and 'queue:q' or 'queue:q:' .. level
-  local line = { '%(name)s', place, id, who, count, before[id] or '- 0', tostring(result[n]) }
-  redis.pcall('RPUSH', '%(list)s', table.concat(line, ' '))
+  if level then -- what was popped lies nowhere
+    local place = level == 'normal' and 'queue:q' or 'queue:q:' .. level
+    local line = { '%(name)s', place, id, who, count, before[id] or '- 0', tostring(result[n]) }
+    redis.pcall('RPUSH', '%(list)s', table.concat(line, ' '))
+  end
 end
 """
 _LIST_RENEWED: Final = """

@@ -1,0 +1,83 @@
+"""LIST_POP=brpop: each death costs at most the job in hand, and nothing runs twice after one. ``CRASH_LONG=1``: 200 deaths."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import Counter
+
+import pytest
+
+from tests.crash.ground import MODE
+from tests.crash.history import read
+from tests.crash.rig import Rig
+
+DEATHS = 200 if os.environ.get("CRASH_LONG") else 15
+
+pytestmark = [
+    pytest.mark.crash,
+    pytest.mark.timeout(1200),
+    pytest.mark.skipif(MODE != "list", reason="of list mode: CRASH_MODE=list"),
+]
+
+
+async def test_a_death_costs_at_most_the_job_in_hand(tmp_path):
+    async with Rig(tmp_path, seed=40, LIST_POP="brpop") as rig:
+        for _ in range(4):
+            await rig.fleet.start()
+        await rig.all_ready()
+        stop = asyncio.Event()
+        producing = asyncio.create_task(rig.produce(stop, 40))
+        for _ in range(DEATHS):
+            await asyncio.sleep(rig.random.uniform(0.1, 0.4))
+            ready = await rig.until(lambda: [w for w in rig.fleet.alive if w.said("worker_ready")], 30, "a worker")
+            rig.kill(rig.random.choice(ready))
+            await rig.fleet.start()
+        stop.set()
+        await producing
+        await rig.all_ready()
+        await rig.at_rest(300)
+        for worker in list(rig.fleet.alive):  # what each has in hand is finished first
+            worker.terminate()
+            assert await worker.wait() == 0
+        assert rig.ground.backlog() == 0 and rig.ground.keys_left() == []
+        lost, repeated, promised = judge(rig)
+    print(f"deaths {DEATHS}, jobs {promised}, lost {len(lost)}, run again without a cause {len(repeated)}")
+    assert len(lost) <= DEATHS
+    assert not repeated
+    assert not rig.unexpected
+
+
+async def test_a_storm_of_terminations_costs_nothing(tmp_path):
+    async with Rig(tmp_path, seed=41, LIST_POP="brpop", GRACE=0.5) as rig:
+        for _ in range(3):
+            await rig.fleet.start()
+        stop = asyncio.Event()
+        producing = asyncio.create_task(rig.produce(stop, 40))
+        for _ in range(10):
+            await asyncio.sleep(rig.random.uniform(0.0, 0.4))
+            rig.terminate(rig.random.choice(rig.fleet.alive))
+            await rig.fleet.start()
+        stop.set()
+        await producing
+        await rig.all_ready()
+        await rig.at_rest(120)
+        for worker in list(rig.fleet.alive):
+            worker.terminate()
+            assert await worker.wait() == 0
+        lost, _, _ = judge(rig)
+        assert rig.ground.backlog() == 0
+    assert lost == []
+
+
+def judge(rig: Rig) -> tuple[list[str], list[str], int]:
+    """(lost, run again after a run that ended well or with nobody's word, promised)."""
+    promised = [line["job"] for line in read(rig.directory / "enqueued") if line["what"] == "acknowledged"]
+    runs = read(rig.directory / "runs")
+    finished = Counter(line["job"] for line in runs if line["what"] == "finished")
+    dead = set(rig.ground.dead_ids())
+    lost = [job for job in promised if not finished[job] and job not in dead]
+    # Each hop is a run of its own, asked for by the run before; the same hop twice would be a repetition.
+    started = Counter((line["job"], line["hop"]) for line in runs if line["what"] == "started")
+    repeated = [f"{job} hop {hop}" for (job, hop), times in started.items() if times > 1]
+    return lost, repeated, len(promised)
