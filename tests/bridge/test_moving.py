@@ -249,7 +249,8 @@ async def test_all_finds_lists_of_queues_and_leaves_everything_else_alone(raw, b
     async with bridge_of(None) as bridge:
         await drained(bridge)
     expected = {b"stream:{a}", b"stream:{b}:high", b"stream:{c.d-e}:low", b"stream:{nested:name}"}
-    assert set(raw.keys("stream:*")) == expected
+    # A look for orphans in between leaves its token in a meta key.
+    assert {key for key in raw.keys("stream:*") if not key.endswith(b":meta")} == expected
     assert stored(raw, "stream:{a}") == [b"queue:a"]
     assert stored(raw, "stream:{b}:high") == [b"queue:b:high"]
     assert stored(raw, "stream:{c.d-e}:low") == [b"queue:c.d-e:low"]
