@@ -92,8 +92,8 @@ class Verbs(RuleBasedStateMachine):
         if former is not None:
             # Only what is ripe may change hands, and the fence changes with it: the count, or for a suspect the owner.
             assert key in self.ripe, "taken from somebody whose lease was alive"
-            # In a list a suspect that was only reserved may come back to whom it was reserved for.
-            assert former != (name, claim.count) or (claim.suspect and self.ground.mode == "list")
+            # A suspect that was only reserved may come back to whom it was reserved for.
+            assert former != (name, claim.count) or claim.suspect
         self.ripe.discard(key)
         self.valid[key] = (name, claim.count)
         if any((mine.place, mine.entry) == key for mine in self.held[name]):
