@@ -5,6 +5,8 @@ set positional-arguments := true
 # Whoever calls `just` directly gets the same tools as ./dev, and nothing that happens to lie on the PATH.
 export PATH := justfile_directory() / ".venv/bin:" + env("PATH", "/usr/bin:/bin")
 export VIRTUAL_ENV := justfile_directory() / ".venv"
+# Some machines forbid byte code; every one of the thousand processes that the tests start would compile all it imports.
+export PYTHONDONTWRITEBYTECODE := ""
 
 _default:
     @just --justfile {{ quote(justfile()) }} --list

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Any, Final
 
 import anyio
@@ -47,6 +47,7 @@ class Room:
         self._door = anyio.Lock()
         self._archive: Archive | None = None
         self._task: asyncio.Task[None] | None = None
+        self._closing = False
         self._seen = time.monotonic()
         self._changed = anyio.Event()
         self._hurried = anyio.Event()
@@ -68,6 +69,7 @@ class Room:
         self._visit()
         if self._task is None or self._task.done():
             # A task of asyncio's own: when it is mounted, no task group of ours is around the application.
+            self._closing = False
             self._task = asyncio.create_task(self._run(), name="streamworker-dashboard")
         with anyio.move_on_after(10):
             while self._operator is None and not self.trouble:
@@ -126,33 +128,45 @@ class Room:
         changed.set()
 
     async def aclose(self) -> None:
-        """Close the connections; what was begun for many jobs at once ends where it is."""
+        """Close the connections; what was begun for many jobs at once ends where it is, and a look is finished."""
         await self.campaigns.aclose()
         self._archive = None
         await self._stack.aclose()
         if self._task is not None:
-            self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
+            self._closing = True
+            self.hurry()
+            await asyncio.wait([self._task])
 
     async def _run(self) -> None:
-        while True:
+        while not self._ending():
             try:
                 async with self._opening() as operator:
                     self._operator, self.fleet, self.trouble = operator, Fleet(operator, operator.lease), ""
-                    while True:
+                    while not self._ending():
+                        hurried = self._hurried
                         await self._look(self.fleet)
-                        with anyio.move_on_after(self._pause()):
-                            await self._wanted()
+                        await self._rest(self._pause(), hurried)
             except StreamworkerError as error:
                 self._operator, self.trouble = None, str(error)
                 self.stir()
-                await asyncio.sleep(WATCHED)
+                await self._rest(WATCHED, self._hurried)
             except Exception as error:
                 self.trouble = f"the dashboard failed: {error}"
                 self.stir()
                 log.exception("dashboard_failed")
                 raise
+
+    def _ending(self) -> bool:
+        # redis-py sends with asyncio.wait_for, which on Python 3.11 may swallow a cancellation: it is told once, by
+        # an application that ends without `aclose`, and has to be remembered.
+        task = self._task
+        return self._closing or (task is not None and task.cancelling() > 0)
+
+    async def _rest(self, seconds: float, hurried: anyio.Event) -> None:
+        """Until it is time, somebody changed something, or comes while nobody watched."""
+        if not self._ending():
+            with anyio.move_on_after(seconds):
+                await hurried.wait()
 
     async def _look(self, fleet: Fleet) -> None:
         try:
@@ -178,10 +192,6 @@ class Room:
     def _pause(self) -> float:
         watched = self.watchers or time.monotonic() - self._seen < QUIET
         return WATCHED if watched else UNWATCHED
-
-    async def _wanted(self) -> None:
-        """Until somebody changed something, or comes while nobody watched."""
-        await self._hurried.wait()
 
     def past(self, queue: str) -> Sequence[Point]:
         """What was seen of a queue, or of all together (``""``), the oldest first."""
