@@ -91,7 +91,7 @@ fmt:
 # Both locks anew; `./dev lock --upgrade` takes the newest versions
 lock *args:
     uv pip compile {{ lock_options }} --extra demo --extra web --group house pyproject.toml -o requirements.lock "$@"
-    uv pip compile {{ lock_options }} --extra demo --extra web --group house --group dev -c requirements.lock pyproject.toml -o requirements-dev.lock "$@"
+    uv pip compile {{ lock_options }} --extra demo --extra web --group house --group dev --group docs -c requirements.lock pyproject.toml -o requirements-dev.lock "$@"
 
 # No host name may get in: the locks install from whatever index pip is configured for.
 lock_options := "--quiet --universal --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate --python-version 3.11"
