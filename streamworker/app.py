@@ -30,6 +30,7 @@ from streamworker.durable import open_durable
 from streamworker.errors import UsageError
 from streamworker.execute import Middleware
 from streamworker.handlers import Handlers
+from streamworker.observe import Observer
 from streamworker.producing import Producer
 from streamworker.relaying import NothingToRelay, Relaying, open_relaying
 from streamworker.settings import EMBEDDED, Settings
@@ -46,25 +47,40 @@ class App(Handlers[S], Producer, Archives):
         settings: instead of those of the environment, which are read when the app is entered.
         lifespan: makes an async context manager that yields the handlers' services; entered once per worker.
         middleware: ``async def mw(ctx, call_next)``, the first outermost.
+        observers: told of every job (`streamworker.observe`), for error trackers, metrics and traces.
     """
 
     @overload
     def __init__(
-        self: App[None], *, settings: Settings | None = None, middleware: Sequence[Middleware] = ()
+        self: App[None],
+        *,
+        settings: Settings | None = None,
+        middleware: Sequence[Middleware] = (),
+        observers: Sequence[Observer] = (),
     ) -> None: ...
     @overload
     def __init__(
-        self, *, settings: Settings | None = None, lifespan: Lifespan[S], middleware: Sequence[Middleware] = ()
+        self,
+        *,
+        settings: Settings | None = None,
+        lifespan: Lifespan[S],
+        middleware: Sequence[Middleware] = (),
+        observers: Sequence[Observer] = (),
     ) -> None: ...
     def __init__(
-        self, *, settings: Settings | None = None, lifespan: Any = None, middleware: Sequence[Middleware] = ()
+        self,
+        *,
+        settings: Settings | None = None,
+        lifespan: Any = None,
+        middleware: Sequence[Middleware] = (),
+        observers: Sequence[Observer] = (),
     ) -> None:
         Handlers.__init__(self)
         Producer.__init__(self)
         Archives.__init__(self)
         self._settings = settings
         self._lifespan: Lifespan[S] | None = lifespan
-        self._middleware = tuple(middleware)
+        self._middleware, self._observers = tuple(middleware), tuple(observers)
         self._entries = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._in_force = settings or Settings()
@@ -127,6 +143,11 @@ class App(Handlers[S], Producer, Archives):
     def middleware(self) -> tuple[Middleware, ...]:
         """What wraps every handler, the first outermost."""
         return self._middleware
+
+    @property
+    def observers(self) -> tuple[Observer, ...]:
+        """Whom workers tell of every job."""
+        return self._observers
 
     @property
     def lifespan(self) -> Lifespan[S] | None:

@@ -18,6 +18,9 @@ from streamworker.execute import Executor, Run
 from streamworker.holdings import Holdings
 from streamworker.job import Interrupted, Settled, TimedOut
 from streamworker.slots import Slots
+from streamworker.telemetry.logs import get_logger
+
+log = get_logger("streamworker.worker")
 
 HAND_BACK: Final = 5.0
 """Seconds within which what was handed back must be settled."""
@@ -91,6 +94,22 @@ async def watch_signals(told: Callable[[int], None], *, task_status: anyio.abc.T
         task_status.started()
         async for number in signals:
             told(number)
+
+
+async def end_reading(broker: Broker, ended: anyio.Event) -> None:
+    """End the blocking read; told again and again, since it may begin just after it was told.
+
+    Args:
+        broker: whose.
+        ended: set when nothing is claimed any more.
+    """
+    while not ended.is_set():
+        try:
+            await broker.interrupt()
+        except Exception as error:  # noqa: BLE001 - then the read ends by its own timeout
+            log.warning("unblock_failed", error=str(error))
+        with anyio.move_on_after(0.05):
+            await ended.wait()
 
 
 async def take_leave(broker: Broker, executor: Executor, holdings: Holdings) -> None:

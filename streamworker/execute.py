@@ -50,7 +50,7 @@ class Run:
 
     __slots__ = (
         "_cause", "claim", "context", "deadline", "ending", "facts", "finished", "in_thread", "outcome", "payload",
-        "reading", "registration", "settling", "started", "stuck", "suspect", "task",
+        "reading", "registration", "seen", "settling", "started", "stuck", "suspect", "task",
     )  # fmt: skip
 
     def __init__(self, claim: Claim) -> None:
@@ -68,6 +68,7 @@ class Run:
         self.stuck = False  # a thread that will not end: only a new process frees its slot
         self.suspect = False  # two workers or more were lost with it: it must run alone
         self.task: asyncio.Task[Any] | None = None
+        self.seen: Any = None  # what observers are shown of it (`observe.JobRun`), once there is one to show it to
         self.finished: float | None = None  # epoch seconds; this and the next only where there is a ledger
         self.ending: Ending | None = None  # as recorded
         self._cause: TimedOut | Interrupted | None = None

@@ -43,6 +43,17 @@ SUSPECT_DELIVERIES: Final = 3
 """From this delivery on a job runs alone: two workers died with it, the third shall not take neighbours along."""
 MAX_ERROR_CHARS: Final = 4000
 DONE: Final = Done()
+_WORDS: Final[dict[type, str]] = {
+    Ok: "ok",
+    Raised: "raised",
+    TimedOut: "timed_out",
+    Interrupted: "interrupted",
+    Undecodable: "undecodable",
+    UnknownKind: "unknown_kind",
+    Postponed: "postponed",
+    Abandoned: "abandoned",
+    Recorded: "recorded",
+}
 
 
 class Backoff(msgspec.Struct, frozen=True):
@@ -154,6 +165,16 @@ def wish_in(error: BaseException) -> BaseException:
     while isinstance(inner, BaseExceptionGroup) and len(inner.exceptions) == 1:
         inner = inner.exceptions[0]
     return inner if isinstance(inner, HandlerSignal) else error
+
+
+def word_of(outcome: Outcome | None) -> str:
+    """An outcome in a word, for labels and for the ledger; ``recorded`` where the ledger had decided before."""
+    if isinstance(outcome, Raised):
+        if isinstance(outcome.error, Snooze):
+            return "snoozed"
+        if isinstance(outcome.error, Discard):
+            return "discarded"
+    return _WORDS.get(type(outcome), "raised")
 
 
 def describe(error: BaseException) -> str:

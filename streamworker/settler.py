@@ -47,6 +47,8 @@ class Settler:
         self._parked = parked
         self.judge: Callable[[Run, float], Ending] = judged
         """Run and epoch seconds to the ending; replaced where that is decided before a run comes here."""
+        self.settled: Callable[[list[Run], list[Ending], list[Settled], float], None] | None = None
+        """Told of every batch, and when (epoch seconds) it was sent; where somebody watches."""
         self._finished: list[Run] = []
         self._refused: list[Run] = []
         self._offer_at = 0.0
@@ -111,6 +113,8 @@ class Settler:
             run.settling = True  # out of the renewal set before the claim can end, or the thread would report it lost
             items.append(judge(run, now))
         results = await self._settled(items)
+        if self.settled is not None:
+            self.settled(batch, items, results, now)
         counts, forget = self._holdings.counts, self._holdings.forget
         for run, item, result in zip(batch, items, results, strict=True):
             if result is Settled.REFUSED:

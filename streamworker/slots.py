@@ -7,7 +7,7 @@ One asyncio queue feeds the pool: a memory stream costs ten times as much, a tas
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextvars import Context, copy_context
 from time import monotonic
 from typing import Final
@@ -15,7 +15,7 @@ from typing import Final
 import anyio
 
 from streamworker.execute import Executor, Run
-from streamworker.job import Raised, TimedOut
+from streamworker.job import Outcome, Raised, TimedOut
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.worker")
@@ -47,11 +47,12 @@ class Slots:
         grace: float,
     ) -> None:
         self._count = count
-        self._executor = executor
         self._finished = finished
         self._isolate = isolate
         self._stuck = stuck
         self._grace = grace
+        self.call: Callable[[Run], Awaitable[Outcome]] = executor.call
+        """Runs a prepared run to its outcome; replaced, before `open`, where somebody watches."""
         self.prepare: Callable[[Run], None] = executor.prepare
         """Makes a run ready for its handler; replaced, before `open`, where that is done earlier."""
         self._queue: asyncio.Queue[Run] = asyncio.Queue()
@@ -106,7 +107,7 @@ class Slots:
         return waiting
 
     async def _slot(self) -> None:
-        executor, get, running, finished = self._executor, self._queue.get, self.running, self._finished
+        call, get, running, finished = self.call, self._queue.get, self.running, self._finished
         prepare = self.prepare
         pristine = copy_context()
         while True:
@@ -118,7 +119,7 @@ class Slots:
                     continue
                 running.add(run)
                 try:
-                    outcome = await executor.call(run)
+                    outcome = await call(run)
                 except asyncio.CancelledError as error:
                     if self._closing:
                         raise

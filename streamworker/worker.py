@@ -20,7 +20,7 @@ import anyio.to_thread
 from streamworker.bookkeeping import stages
 from streamworker.claiming import Claimer
 from streamworker.context import Shared
-from streamworker.drain import HAND_BACK, UNWIND, drain, take_leave, watch_signals
+from streamworker.drain import HAND_BACK, UNWIND, drain, end_reading, take_leave, watch_signals
 from streamworker.errors import ConfigurationError, HandBackFailed, StuckThread, UsageError
 from streamworker.execute import Executor, Run
 from streamworker.health import Health
@@ -33,6 +33,7 @@ from streamworker.settler import Settler
 from streamworker.slots import Slots
 from streamworker.telemetry.logs import get_logger
 from streamworker.ticker import Ticker
+from streamworker.watch import watching
 from streamworker.workplace import Workplace
 
 log = get_logger("streamworker.worker")
@@ -156,8 +157,7 @@ class QueueWorker:
         if services is None and app.lifespan is not None:
             services = await stack.enter_async_context(app.lifespan())
         self._shared = Shared(self.worker_id, services, site.redis, site.database, site.ledger)
-        self._holdings = Holdings()
-        self._ticker = Ticker(self._broker, self._stopping)
+        self._holdings, self._ticker = Holdings(), Ticker(self._broker, self._stopping)
         self._settler = Settler(self._broker, self._holdings, parked=self._ticker.parked)
         self._executor = Executor(
             app.handlers,
@@ -176,6 +176,7 @@ class QueueWorker:
             stuck=self._stuck,
             grace=settings.grace,
         )
+        self._watch = watching(app.observers, self._executor, self._slots, self._settler)
         self._stages = stages(site.ledger, self._executor, self._slots, self._settler, self._holdings)
         self._claimer = Claimer(
             self._broker,
@@ -233,6 +234,8 @@ class QueueWorker:
 
     def finish(self, run: Run) -> None:
         """A run has its outcome: free the slot, record it, settle it."""
+        if self._watch is not None:
+            self._watch.finished(run)
         self._holdings.finished()
         self._stages.finish(run)
 
@@ -280,13 +283,7 @@ class QueueWorker:
         self._shared.stopping = True
         self._ticker.wake()
         self._holdings.stir()
-        while not self._claimer.ended.is_set():
-            try:
-                await self._broker.interrupt()
-            except Exception as error:  # noqa: BLE001 - then the read ends by its own timeout
-                log.warning("unblock_failed", error=str(error))
-            with anyio.move_on_after(0.05):
-                await self._claimer.ended.wait()
+        await end_reading(self._broker, self._claimer.ended)
 
     def _signalled(self, number: int) -> None:
         if not self._stopping.is_set():

@@ -11,6 +11,7 @@ import msgspec
 from streamworker.broker import Broker
 from streamworker.execute import Middleware
 from streamworker.handlers import Handlers
+from streamworker.observe import Observer
 from streamworker.postgres import Ledger
 from streamworker.settings import Settings
 
@@ -53,6 +54,10 @@ class Workplace(Protocol):
     @property
     def middleware(self) -> tuple[Middleware, ...]:
         """Wraps every handler."""
+
+    @property
+    def observers(self) -> tuple[Observer, ...]:
+        """Told of every job."""
 
     @property
     def lifespan(self) -> Any:

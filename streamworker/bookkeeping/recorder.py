@@ -17,27 +17,22 @@ import msgspec
 
 from streamworker.bookkeeping.outage import Outage
 from streamworker.broker import Ending
-from streamworker.errors import Discard, Snooze, Unreachable
+from streamworker.errors import Unreachable
 from streamworker.execute import OK, Run
 from streamworker.holdings import Holdings
 from streamworker.job import (
-    Abandoned,
     Dead,
     Done,
     Interrupted,
     Ok,
-    Outcome,
     Postponed,
     Raised,
     Recorded,
     ReleaseAt,
     RetryAt,
-    TimedOut,
-    Undecodable,
-    UnknownKind,
 )
 from streamworker.pause import Pause
-from streamworker.policy import DONE, describe
+from streamworker.policy import DONE, describe, word_of
 from streamworker.postgres import Effect, Ledger, RunRecord, Stored
 from streamworker.records import run_record, unread_record
 from streamworker.settler import Settler, judged
@@ -54,15 +49,6 @@ AGAIN_AFTER: Final = 2.0
 MAX_RESULT: Final = 262_144
 """Bytes of the largest result that is kept."""
 HANDED_BACK: Final = Interrupted("PostgreSQL was down when the worker shut down")
-_WORDS: Final[dict[type, str]] = {
-    Ok: "ok",
-    Raised: "raised",
-    TimedOut: "timed_out",
-    Interrupted: "interrupted",
-    Undecodable: "undecodable",
-    UnknownKind: "unknown_kind",
-    Abandoned: "abandoned",
-}
 
 
 class Recorder:
@@ -194,7 +180,7 @@ class Recorder:
                 error = run.outcome.error if isinstance(run.outcome, Raised) else None
                 log.warning(
                     "failed_after_commit", job_id=run.job_id, kind=run.kind, queue=run.claim.queue,
-                    outcome=_word(run.outcome), error=describe(error) if error is not None else None, exc_info=error,
+                    outcome=word_of(run.outcome), error=describe(error) if error is not None else None, exc_info=error,
                 )  # fmt: skip
                 run.outcome = Ok()
         elif effect is Effect.ENDED:
@@ -234,7 +220,7 @@ def record_of(run: Run, ending: Ending, begun_at: float) -> RunRecord | None:
         return None  # it is recorded, or nothing has happened
     record = begun(run, begun_at)
     record.finished = run.finished
-    record.outcome = _word(outcome)
+    record.outcome = word_of(outcome)
     if type(verdict) is Done:
         record.status = "completed"
         if outcome is not OK and isinstance(outcome, Ok) and outcome.value is not None:
@@ -266,17 +252,6 @@ def begun(run: Run, begun_at: float) -> RunRecord:
         return unread_record(run.claim)
     started = None if run.started is None else begun_at + run.started
     return run_record(run.claim, run.reading, kind=run.kind, started=started)
-
-
-def _word(outcome: Outcome | None) -> str:
-    if outcome is OK:
-        return "ok"
-    if isinstance(outcome, Raised):
-        if isinstance(outcome.error, Snooze):
-            return "snoozed"
-        if isinstance(outcome.error, Discard):
-            return "discarded"
-    return _WORDS.get(type(outcome), "raised")
 
 
 def _keep_result(record: RunRecord, value: Any) -> None:

@@ -18,6 +18,7 @@ from streamworker.errors import ConfigurationError, HandlerSignal, Snooze, Strea
 from streamworker.execute import Middleware
 from streamworker.handlers import Handlers
 from streamworker.handover import Outbox
+from streamworker.observe import Observer
 from streamworker.settings import Settings
 from streamworker.views import Selection, chosen_delayed
 from streamworker.worker import QueueWorker
@@ -126,6 +127,10 @@ class _Watched:
     @property
     def middleware(self) -> tuple[Middleware, ...]:
         return (self._count, *self._app.middleware)
+
+    @property
+    def observers(self) -> tuple[Observer, ...]:
+        return self._app.observers
 
     @property
     def lifespan(self) -> None:

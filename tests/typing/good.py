@@ -21,6 +21,7 @@ from streamworker import (
     Settings,
     Snooze,
 )
+from streamworker.observe import JobRun, Observer
 
 
 class SendInvoice(Payload, kind="invoice.send", queue="billing", aliases=("invoice.mail",)):
@@ -107,6 +108,18 @@ async def timed(ctx: Context[Any], call_next: Callable[[], Awaitable[Any]]) -> A
 
 
 wrapped = App(middleware=[timed])
+
+
+class Tracker(Observer):
+    def on_outcome(self, run: JobRun) -> None:
+        assert_type(run.exception, BaseException | None)
+        assert_type(run.seconds, float | None)
+
+    def on_dead(self, run: JobRun) -> None:
+        assert_type(run.job_id, str)
+
+
+watched = App(observers=[Tracker()])
 
 
 async def produce(i: UUID) -> None:

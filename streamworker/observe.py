@@ -1,0 +1,192 @@
+"""What an error tracker, a metric or a trace is told of every job: the `Observer` interface.
+
+Observers report; middleware wraps. An observer is called on the worker's event loop and must not block it.
+`on_start` and `on_outcome` are called in the task that runs the handler, so that a context variable set in the one is
+seen by the handler (in its thread, too) and can be reset in the other. What an observer raises is logged and harms no
+job.
+
+Our own metrics and traces are observers, and use nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from time import monotonic, time
+from typing import Any, Final
+
+import msgspec
+
+from streamworker import codec
+from streamworker.execute import Run
+from streamworker.job import Level, Outcome, Raised, Settled, TimedOut, Undecodable, Verdict
+from streamworker.policy import describe, word_of
+
+
+class JobRun:
+    """One claim of a job on its way through this worker. The same object in every call about it.
+
+    Attributes:
+        worker_id: who runs it.
+        started_at: epoch seconds at which its handler was called; ``None`` if it was not (undecodable, unknown kind,
+            delivered too often, recorded as ended).
+        seconds: how long the handler ran; ``None`` before it ended, and if it never began.
+        verdict: what becomes of the job; ``None`` until that is settled.
+    """
+
+    __slots__ = ("_began", "_run", "seconds", "started_at", "verdict", "worker_id")
+
+    def __init__(self, run: Run, worker_id: str) -> None:
+        self._run: Final = run
+        self.worker_id: Final = worker_id
+        self._began: float | None = None
+        self.started_at: float | None = None
+        self.seconds: float | None = None
+        self.verdict: Verdict | None = None
+
+    def start(self) -> None:
+        """Its handler is called; for the worker."""
+        self._began, self.started_at = monotonic(), time()
+
+    def end(self) -> None:
+        """It has its outcome; for the worker."""
+        if self._began is not None:
+            self.seconds = monotonic() - self._began
+
+    @property
+    def job_id(self) -> str:
+        """The job's id; empty if the document cannot be read."""
+        return self._run.job_id
+
+    @property
+    def kind(self) -> str:
+        """The job's kind: the handler's, else what the document says, which may be anything."""
+        return self._run.kind
+
+    @property
+    def known(self) -> bool:
+        """This worker has a handler of that kind."""
+        return self._run.registration is not None
+
+    @property
+    def handler(self) -> str | None:
+        """The handler's dotted name; ``None`` without one."""
+        return self._run.registration.name if self._run.registration is not None else None
+
+    @property
+    def queue(self) -> str:
+        """The queue it was taken from."""
+        return self._run.claim.queue
+
+    @property
+    def level(self) -> Level:
+        """high, normal or low."""
+        return self._run.claim.level
+
+    @property
+    def attempt(self) -> int:
+        """Which attempt this is, from 1."""
+        return (self._run.facts.attempts if self._run.facts is not None else 0) + 1
+
+    @property
+    def last_attempt(self) -> bool:
+        """A failure now makes the job dead."""
+        facts = self._run.facts
+        return facts is not None and facts.attempts + 1 >= facts.limits.max_attempts
+
+    @property
+    def deliveries(self) -> int:
+        """How often this job was handed to a worker: above 1, a worker was lost with it."""
+        return self._run.deliveries
+
+    @property
+    def headers(self) -> Mapping[str, Any]:
+        """What travels with the job besides its payload."""
+        return (self._run.reading.headers if self._run.reading is not None else None) or {}
+
+    @property
+    def payload(self) -> Any:
+        """The decoded payload, which may be private; ``None`` if it was not decoded."""
+        return self._run.payload
+
+    @property
+    def waited(self) -> float | None:
+        """Seconds from the moment the job was ready until its handler was called; ``None`` if nobody knows.
+
+        An entry of a stream tells its moment, that of a retry or a delayed job too; an element of a list only if its
+        producer said ``created_at``, and only before its first retry.
+        """
+        if self.started_at is None:
+            return None
+        since = self._ready_at()
+        return None if since is None else max(0.0, self.started_at - since)
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """What happened, as data (`streamworker.job`); ``None`` while it runs."""
+        return self._run.outcome
+
+    @property
+    def word(self) -> str:
+        """The outcome in a word: ``ok``, ``raised``, ``timed_out``, ``snoozed``, ``discarded``, ``interrupted``, …"""
+        return word_of(self._run.outcome)
+
+    @property
+    def exception(self) -> BaseException | None:
+        """What the handler raised, with its traceback; `Retry`, `Snooze` and `Discard` are raised, too."""
+        outcome = self._run.outcome
+        return outcome.error if isinstance(outcome, Raised) else None
+
+    @property
+    def error(self) -> str | None:
+        """What went wrong, in one bounded line; ``None`` if nothing did."""
+        match self._run.outcome:
+            case Raised(error=error):
+                return describe(error)
+            case TimedOut(after=after):
+                return f"timed out after {after:g} s"
+            case Undecodable():
+                return "the document does not fit"
+        return None
+
+    def _ready_at(self) -> float | None:
+        claim, reading = self._run.claim, self._run.reading
+        stamp, dash, _ = claim.entry.partition(b"-")
+        if dash and len(stamp) == 13 and stamp.isdigit():
+            return int(stamp) / 1000
+        if claim.body is None or reading is None or reading.hop:
+            return None
+        made, due = codec.made_at(claim.body), codec.when(reading)
+        return None if made is None else max(made, due or 0.0)
+
+
+class Settlement(msgspec.Struct, frozen=True):
+    """One batch of claims that was settled in one call.
+
+    Attributes:
+        items: each run, and whether its ending was stored, was somebody else's by then, or was refused for now.
+        began: epoch seconds.
+        seconds: how long the server took.
+    """
+
+    items: Sequence[tuple[JobRun, Settled]]
+    began: float
+    seconds: float
+
+
+class Observer:
+    """Told of every job. Derive from it and override what you need; what is not overridden is not called."""
+
+    def on_start(self, run: JobRun) -> None:
+        """The handler is about to be called."""
+
+    def on_outcome(self, run: JobRun) -> None:
+        """The run has its outcome: ``run.outcome``, ``run.exception``. A failed job may be tried again.
+
+        Called once for every claim, also for those that never came to run; then without `on_start`.
+        """
+
+    def on_settled(self, settlement: Settlement) -> None:
+        """Endings were sent to the broker; ``run.verdict`` says which."""
+
+    def on_dead(self, run: JobRun) -> None:
+        """The job is a dead letter now: ``run.verdict`` has reason and error, ``run.exception`` the last exception."""
