@@ -105,7 +105,7 @@ class Program:
     def command(self, *words: object) -> list[str]:
         return [sys.executable, "-m", "streamworker", *map(str, words)]
 
-    def __call__(self, *words: object, stdin: str | None = None, timeout: float = 20, **env: str) -> Done:
+    def __call__(self, *words: object, stdin: str | None = None, timeout: float = 45, **env: str) -> Done:
         done = subprocess.run(
             self.command(*words), cwd=self.directory, env={**self.env, **env}, timeout=timeout, capture_output=True,
             text=True, **({"input": stdin} if stdin is not None else {"stdin": subprocess.DEVNULL}),
