@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -53,36 +54,39 @@ class PgBouncer:
                     path.chmod(path.stat().st_mode | 0o011)
             _open_to_all(server)
         self._command, self._become = [program, str(config)], become
-        self._log = directory / "pgbouncer.log"
+        self._log, self._complaints = directory / "pgbouncer.log", directory / "pgbouncer.err"
         self.start()
 
     def url(self, database: str) -> str:
         return f"postgresql://postgres@127.0.0.1:{self.port}/{database}?sslmode=disable"
 
     def start(self) -> None:
-        self._process = subprocess.Popen(
-            self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **self._become
-        )
-        self._await()
+        # Another process of a busy machine may hold the port for a moment, as the near end of a connection.
+        for attempt in range(5, 0, -1):
+            with self._complaints.open("wb") as complaints:
+                self._process = subprocess.Popen(self._command, stdout=complaints, stderr=complaints, **self._become)
+            if self._is_up(last=attempt == 1):
+                return
+            time.sleep(0.2)
 
     def stop(self) -> None:
         self._process.send_signal(signal.SIGKILL)
         self._process.wait()
 
-    def _await(self) -> None:
-        import socket
-
-        deadline = time.monotonic() + 10
+    def _is_up(self, *, last: bool) -> bool:
+        deadline = time.monotonic() + 20
         while True:
             try:
                 socket.create_connection(("127.0.0.1", self.port), 1).close()
             except OSError:
                 log = self._log.read_text() if self._log.exists() else ""
-                assert self._process.poll() is None, log
+                if self._process.poll() is not None:
+                    assert not last, log + self._complaints.read_text()
+                    return False
                 assert time.monotonic() < deadline, log
                 time.sleep(0.02)
             else:
-                return
+                return True
 
 
 def _open_to_all(server: PostgresServer) -> None:
