@@ -11,10 +11,10 @@ import anyio
 
 from streamworker.broker import Broker
 from streamworker.errors import ConfigurationError
-from streamworker.execute import Run
 from streamworker.holdings import Holdings
 from streamworker.job import Claim
 from streamworker.pause import Pause
+from streamworker.run import Run
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.worker")

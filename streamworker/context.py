@@ -49,8 +49,8 @@ class Context(Generic[S_co]):
     """
 
     __slots__ = (
-        "_attempts", "_cancelled", "_claim", "_job", "_limits", "_log", "_reading", "_shared", "_transaction",
-        "deadline_at",
+        "_attempts", "_claim", "_job", "_limits", "_log", "_reading", "_shared", "_transaction", "deadline_at",
+        "heeded", "told",
     )  # fmt: skip
 
     def __init__(self, shared: Shared[S_co], claim: Claim, reading: Reading, limits: Limits) -> None:
@@ -60,7 +60,8 @@ class Context(Generic[S_co]):
         self._limits: Final = limits
         self._attempts: Final = reading.attempt_count or 0
         self.deadline_at: float | None = None  # monotonic seconds; the executor's
-        self._cancelled = ""
+        self.told = ""  # the worker's: why this run shall end
+        self.heeded = False  # the handler looked at ``cancelled`` after it was told
         self._transaction: Transaction | Refused | None = None
         self._job: Job | None = None
         self._log: Any = None
@@ -142,12 +143,19 @@ class Context(Generic[S_co]):
 
     @property
     def cancelled(self) -> bool:
-        """This run was timed out, or its claim was lost. Threads cannot be stopped: long ones should look here."""
-        return bool(self._cancelled)
+        """This run was cancelled or timed out, or its claim was lost.
+
+        Threads cannot be stopped: long ones should look here. A handler that returns after it has seen that its job was
+        cancelled ends as cancelled; one that never looked has done its work, and is completed.
+        """
+        if not self.told:
+            return False
+        self.heeded = True
+        return True
 
     def cancel(self, why: str) -> None:
         """Note that this run shall end; called by the worker."""
-        self._cancelled = why
+        self.told = why
 
     @property
     def stopping(self) -> bool:

@@ -14,9 +14,10 @@ import anyio.abc
 from streamworker.broker import Broker
 from streamworker.endings import ending
 from streamworker.errors import HandBackFailed, Unreachable
-from streamworker.execute import Executor, Run
+from streamworker.execute import Executor
 from streamworker.holdings import Holdings
 from streamworker.job import Interrupted, Settled, TimedOut
+from streamworker.run import Run
 from streamworker.slots import Slots
 from streamworker.telemetry.logs import get_logger
 

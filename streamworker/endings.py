@@ -7,9 +7,10 @@ from typing import Any
 from streamworker import codec
 from streamworker.broker import Ending
 from streamworker.errors import InvalidJob
-from streamworker.execute import OK, Run
-from streamworker.job import Dead, Done, Ok, ReleaseAt, RetryAt
+from streamworker.execute import OK
+from streamworker.job import Dead, Done, Drop, Ok, ReleaseAt, RetryAt
 from streamworker.policy import DONE, judge
+from streamworker.run import Run
 
 
 def ending(run: Run, *, now: float, jitter: float) -> Ending:
@@ -30,6 +31,8 @@ def ending(run: Run, *, now: float, jitter: float) -> Ending:
     match verdict:
         case Done():
             return Ending(run.claim, verdict)
+        case Drop():
+            return Ending(run.claim, verdict, None, run.job_id, run.kind)
         case Dead():
             return Ending(run.claim, verdict, None, run.job_id, run.kind, attempts + verdict.charged)
         case RetryAt():

@@ -18,24 +18,20 @@ import anyio.to_thread
 import msgspec
 
 from streamworker import codec
-from streamworker.broker import Ending
 from streamworker.codec import Reading
 from streamworker.context import Context, Shared
 from streamworker.errors import InvalidJob
 from streamworker.handlers import Handlers, Registration
 from streamworker.job import (
-    Claim,
-    Interrupted,
     Ok,
     Outcome,
     Postponed,
     Raised,
-    TimedOut,
     Undecodable,
     UnknownKind,
 )
 from streamworker.policy import SUSPECT_DELIVERIES, Facts, Limits, abandoned, describe, wish_in
-from streamworker.records import deliveries_of
+from streamworker.run import CANCELLED, Cause, Run
 
 Middleware: TypeAlias = Callable[[Context[Any], Callable[[], Awaitable[Any]]], Awaitable[Any]]
 """``async def mw(ctx, call_next)``: awaits ``call_next()`` once, and returns what that returned."""
@@ -43,73 +39,6 @@ Middleware: TypeAlias = Callable[[Context[Any], Callable[[], Awaitable[Any]]], A
 OK = Ok()
 REWRITE_SLACK: Final = 1024
 """Bytes by which a document that was put back may exceed the limit: our own keys were added to a small enough one."""
-
-
-class Run:
-    """One claim on its way through this worker, from its arrival until it is settled."""
-
-    __slots__ = (
-        "_cause", "claim", "context", "deadline", "ending", "facts", "finished", "in_thread", "outcome", "payload",
-        "reading", "registration", "seen", "settling", "started", "stuck", "suspect", "task",
-    )  # fmt: skip
-
-    def __init__(self, claim: Claim) -> None:
-        self.claim = claim
-        self.reading: Reading | None = None
-        self.registration: Registration | None = None
-        self.context: Context[Any] | None = None
-        self.payload: Any = None
-        self.facts: Facts | None = None
-        self.outcome: Outcome | None = None
-        self.started: float | None = None
-        self.deadline: float | None = None
-        self.in_thread = False
-        self.settling = False
-        self.stuck = False  # a thread that will not end: only a new process frees its slot
-        self.suspect = False  # two workers or more were lost with it: it must run alone
-        self.task: asyncio.Task[Any] | None = None
-        self.seen: Any = None  # what observers are shown of it (`observe.JobRun`), once there is one to show it to
-        self.finished: float | None = None  # epoch seconds; this and the next only where there is a ledger
-        self.ending: Ending | None = None  # as recorded
-        self._cause: TimedOut | Interrupted | None = None
-
-    @property
-    def job_id(self) -> str:
-        """The job's id; empty if the document cannot be read."""
-        return codec.job_id(self.reading, self.claim) if self.reading is not None else ""
-
-    @property
-    def kind(self) -> str:
-        """The kind: the handler's, else what the document says."""
-        if self.registration is not None:
-            return self.registration.kind
-        return (self.reading.kind or "") if self.reading is not None else ""
-
-    @property
-    def deliveries(self) -> int:
-        """Deliveries so far, those on earlier entries of the same job and one that is only reserved included."""
-        return deliveries_of(self.claim, self.reading)
-
-    def overdue(self, now: float) -> bool:
-        """The handler is still running past its deadline (``now``: seconds of the monotonic clock)."""
-        return self.deadline is not None and self.outcome is None and now > self.deadline
-
-    def cancel(self, cause: TimedOut | Interrupted) -> None:
-        """Cancel the running handler, once for good; a thread is only told through ``ctx.cancelled``."""
-        if self.outcome is not None or self.started is None:
-            return
-        if self.context is not None:
-            self.context.cancel(type(cause).__name__)
-        if self.in_thread:
-            return
-        self._cause = self._cause or cause
-        if self.task is not None:
-            self.task.cancel()
-
-    @property
-    def cause(self) -> TimedOut | Interrupted | None:
-        """Why the handler was cancelled, if it was."""
-        return self._cause
 
 
 class Executor:
@@ -162,6 +91,9 @@ class Executor:
         except InvalidJob as error:
             run.outcome = Undecodable(str(error))
             return
+        if claim.cancelled:
+            run.outcome = CANCELLED
+            return
         deliveries = run.deliveries
         if deliveries > 1:
             run.suspect = deliveries >= SUSPECT_DELIVERIES
@@ -205,7 +137,7 @@ class Executor:
             if value is not None and inspect.isawaitable(value):
                 value = await value  # a function around an async one: what it returned is the job itself
         except asyncio.CancelledError as error:
-            if run.cause is None and task is not None and task.cancelling():
+            if (run.cause is None or run.outcome is not None) and task is not None and task.cancelling():
                 raise  # the slot knows whether the worker is torn down or the handler cancelled itself
             return _uncancelled(task, run.cause) or Raised(error)
         except GeneratorExit as error:
@@ -216,6 +148,8 @@ class Executor:
             return _uncancelled(task, run.cause) or Raised(wish_in(error))
         if run.cause is not None:
             _uncancelled(task, run.cause)
+            if run.cause is CANCELLED and context.heeded:
+                return CANCELLED  # it looked, and ended early; one that did not has done its work
         return OK if value is None else Ok(value)
 
     async def _wrapped(self, run: Run, context: Context[Any]) -> Any:
@@ -281,7 +215,7 @@ class Executor:
         return Facts(reading.attempt_count or 0, limits, self._unknown_kind_ttl)
 
 
-def _uncancelled(task: asyncio.Task[Any] | None, cause: TimedOut | Interrupted | None) -> Outcome | None:
+def _uncancelled(task: asyncio.Task[Any] | None, cause: Cause | None) -> Outcome | None:
     """Take our own cancellations back, so that the task is as good as new for its next job."""
     if cause is not None and task is not None:
         while task.cancelling():

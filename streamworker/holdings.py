@@ -9,8 +9,8 @@ from typing import Final
 import anyio
 import msgspec
 
-from streamworker.execute import Run
 from streamworker.job import Claim
+from streamworker.run import Run
 
 
 class Counts(msgspec.Struct):
@@ -20,6 +20,7 @@ class Counts(msgspec.Struct):
     retried: int = 0
     released: int = 0
     dead: int = 0
+    cancelled: int = 0
     lost: int = 0
     recovered: int = 0
     skipped: int = 0

@@ -92,6 +92,7 @@ class Claim(msgspec.Struct, frozen=True, gc=False):
         epoch: identity of the place since its group was made; entry ids repeat across epochs. Empty in lists, where
             entries are UUIDs and never repeat.
         suspect: it was delivered so often that it must be confirmed and then run alone.
+        cancelled: somebody cancelled the job: it must not start any more.
     """
 
     queue: str
@@ -102,6 +103,7 @@ class Claim(msgspec.Struct, frozen=True, gc=False):
     body: bytes | None
     epoch: bytes
     suspect: bool = False
+    cancelled: bool = False
 
 
 # -- outcomes: what happened
@@ -129,6 +131,10 @@ class Interrupted(msgspec.Struct, frozen=True):
     """The worker stopped the handler for reasons of its own: shutdown, or the claim was lost."""
 
     reason: str
+
+
+class Cancelled(msgspec.Struct, frozen=True):
+    """Somebody cancelled the job, before it started or while it ran."""
 
 
 class Undecodable(msgspec.Struct, frozen=True):
@@ -163,7 +169,9 @@ class Recorded(msgspec.Struct, frozen=True):
     why: str
 
 
-Outcome: TypeAlias = Ok | Raised | TimedOut | Interrupted | Undecodable | UnknownKind | Postponed | Abandoned | Recorded
+Outcome: TypeAlias = (
+    Ok | Raised | TimedOut | Interrupted | Cancelled | Undecodable | UnknownKind | Postponed | Abandoned | Recorded
+)
 
 
 # -- verdicts: what to do
@@ -171,6 +179,10 @@ Outcome: TypeAlias = Ok | Raised | TimedOut | Interrupted | Undecodable | Unknow
 
 class Done(msgspec.Struct, frozen=True):
     """Finished for good: acknowledge and delete."""
+
+
+class Drop(msgspec.Struct, frozen=True):
+    """Ended for good without having been done: acknowledge and delete, and forget that it was cancelled."""
 
 
 class RetryAt(msgspec.Struct, frozen=True):
@@ -199,7 +211,7 @@ class ReleaseAt(msgspec.Struct, frozen=True):
     unknown_since: float | None = None
 
 
-Verdict: TypeAlias = Done | RetryAt | Dead | ReleaseAt
+Verdict: TypeAlias = Done | Drop | RetryAt | Dead | ReleaseAt
 
 
 class Settled(enum.Enum):

@@ -1,4 +1,4 @@
-"""The thread that keeps claims alive, and watches the event loop from outside.
+"""The thread that keeps claims alive, hears of cancelled jobs, and watches the event loop from outside.
 
 It has its own connection, so that a handler that blocks the event loop keeps its lease and is named in the log. A
 handler that runs past its deadline is renewed no more: hung is not slow.
@@ -9,19 +9,22 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from time import monotonic
 from typing import Final
 
 from streamworker.broker import Broker
-from streamworker.execute import Run
-from streamworker.job import Claim
+from streamworker.held import Held
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.lease")
 
 BLOCKED_AFTER: Final = 1.0
 """Seconds without an answer from the event loop after which the blocking handler is named."""
+LOOK: Final = 1.0
+"""Most seconds between looks whether what runs was cancelled; the bell asks for one at once."""
+LONG: Final = 0.5
+"""Seconds after which a run is worth asking about without the bell: shorter ones cost nothing this way."""
 Report = dict[str, str | int | float]
 
 
@@ -31,9 +34,8 @@ class LeaseKeeper:
     Args:
         broker: whose `renew` and `beat` are called, from the thread.
         lease: seconds.
-        runs: what this worker holds right now; must bear being called from the thread.
+        held: what this worker holds; told of claims that were lost, and of those whose jobs were cancelled.
         report: what the heartbeat tells.
-        lost: called on the event loop with the claims that are somebody else's by now.
     """
 
     def __init__(
@@ -41,16 +43,18 @@ class LeaseKeeper:
         broker: Broker,
         *,
         lease: float,
-        runs: Callable[[], Iterable[Run]],
+        held: Held,
         report: Callable[[], Report],
-        lost: Callable[[list[Claim]], None],
     ) -> None:
         self._broker = broker
         self._interval = lease / 3
-        self._runs = runs
+        self._held = held
+        self._runs = held.runs
         self._report = report
-        self._lost = lost
-        self._stop = threading.Event()
+        self._stopping = False
+        self._wake = threading.Event()
+        self._told = False
+        self._look_at = self._pause_until = 0.0
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loop_thread = 0
@@ -73,7 +77,13 @@ class LeaseKeeper:
 
     def stop(self) -> None:
         """Tell the thread to end; renewals stop with it."""
-        self._stop.set()
+        self._stopping = True
+        self._wake.set()
+
+    def look(self) -> None:
+        """A job was cancelled that may be ours: look now."""
+        self._told = True
+        self._wake.set()
 
     def join(self) -> None:
         """Wait for the thread to end."""
@@ -87,8 +97,11 @@ class LeaseKeeper:
             if now >= next_renewal:
                 # After a failure soon again: the lease runs down meanwhile.
                 next_renewal = now + (self._interval if self._renew(now) else min(self._interval, 0.5))
+            self._look_at_marks(monotonic())
             self._look_at_loop()
-            if self._stop.wait(min(self._interval, 0.25, max(0.01, next_renewal - monotonic()))):
+            self._wake.wait(min(self._interval, 0.25, max(0.01, next_renewal - monotonic())))
+            self._wake.clear()
+            if self._stopping:
                 return
 
     def _renew(self, now: float) -> bool:
@@ -96,7 +109,7 @@ class LeaseKeeper:
         try:
             lost = self._broker.renew(claims) if claims else []
             if lost:  # before the heartbeat, which may fail by itself
-                self._call(lambda: self._lost(lost))
+                self._call(lambda: self._held.lost(lost))
             self._broker.beat(self._report())
         except Exception as error:  # noqa: BLE001 - whatever it is, the leases run down: say it and try again
             self.trouble = str(error) or type(error).__name__
@@ -104,6 +117,31 @@ class LeaseKeeper:
             return False
         self.renewed_at, self.trouble = monotonic(), None
         return True
+
+    def _look_at_marks(self, now: float) -> None:
+        """Whether what is held was cancelled: all of it when the bell told so, else what has been running for long."""
+        told = self._told
+        if now < self._look_at and not (told and now >= self._pause_until):
+            return
+        self._told, self._look_at = False, now + LOOK
+        asked = [
+            run.claim
+            for run in self._runs()
+            if run.outcome is None
+            and not run.settling
+            and run.cause is None
+            and (told or (run.started is not None and now - run.started > LONG))
+        ]
+        if not asked:
+            return
+        try:
+            found = self._broker.cancelled(asked)
+        except Exception as error:  # noqa: BLE001 - whatever it is: the next look tells
+            self._told, self._pause_until = self._told or told, now + LOOK
+            log.warning("cancelled_unknown", claims=len(asked), error=str(error))
+            return
+        if found:
+            self._call(lambda: self._held.cancelled(found))
 
     def _look_at_loop(self) -> None:
         if self._asked <= self._answered:

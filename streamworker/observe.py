@@ -17,9 +17,9 @@ from typing import Any, Final
 import msgspec
 
 from streamworker import codec
-from streamworker.execute import Run
 from streamworker.job import Level, Outcome, Raised, Settled, TimedOut, Undecodable, Verdict
 from streamworker.policy import describe, word_of
+from streamworker.run import Run
 
 
 class JobRun:

@@ -11,7 +11,8 @@ The rules, in the order they are asked:
 5. Interrupted and Postponed are ReleaseAt: shutdown is not a failed attempt.
 6. UnknownKind is ReleaseAt with growing delay, since a newer worker may know it, and Dead by age.
 7. Undecodable is Dead at once; its bytes are kept.
-8. Recorded is what the ledger says.
+8. Cancelled is Drop: no failure, no attempt, no dead letter.
+9. Recorded is what the ledger says.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ import msgspec
 from streamworker.errors import LONGEST_WAIT, Discard, HandlerSignal, Retry, Snooze
 from streamworker.job import (
     Abandoned,
+    Cancelled,
     Dead,
     Done,
+    Drop,
     Interrupted,
     Ok,
     Outcome,
@@ -43,11 +46,13 @@ SUSPECT_DELIVERIES: Final = 3
 """From this delivery on a job runs alone: two workers died with it, the third shall not take neighbours along."""
 MAX_ERROR_CHARS: Final = 4000
 DONE: Final = Done()
+DROP: Final = Drop()
 _WORDS: Final[dict[type, str]] = {
     Ok: "ok",
     Raised: "raised",
     TimedOut: "timed_out",
     Interrupted: "interrupted",
+    Cancelled: "cancelled",
     Undecodable: "undecodable",
     UnknownKind: "unknown_kind",
     Postponed: "postponed",
@@ -147,6 +152,8 @@ def judge(outcome: Outcome, facts: Facts, *, now: float, jitter: float) -> Verdi
             return _charge(facts, f"timed out after {after:g} s", now + _wait(facts, jitter))
         case Interrupted(reason=reason):
             return ReleaseAt(None, reason)
+        case Cancelled():
+            return DROP
         case Postponed(until=until):
             return ReleaseAt(until, "not due yet")
         case UnknownKind():

@@ -18,11 +18,11 @@ import anyio
 from streamworker.broker import Broker, Ending
 from streamworker.endings import ending
 from streamworker.errors import ConfigurationError, Unreachable
-from streamworker.execute import Run
 from streamworker.holdings import Holdings
-from streamworker.job import Dead, Done, Raised, ReleaseAt, RetryAt, Settled, Undecodable
+from streamworker.job import Dead, Done, Drop, Raised, ReleaseAt, RetryAt, Settled, Undecodable
 from streamworker.pause import Pause
 from streamworker.policy import describe
+from streamworker.run import Run
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.worker")
@@ -185,6 +185,9 @@ class Settler:
                 if at is not None:
                     self._parked(at)
                 log.info("job_released", **facts, reason=reason)
+            case Drop():
+                counts.cancelled += 1
+                log.info("job_cancelled", **facts)
             case Done():
                 counts.done += 1
 

@@ -14,8 +14,9 @@ from typing import Final
 
 import anyio
 
-from streamworker.execute import Executor, Run
+from streamworker.execute import Executor
 from streamworker.job import Outcome, Raised, TimedOut
+from streamworker.run import Run
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.worker")
@@ -150,7 +151,7 @@ class Slots:
                 if not run.overdue(now) or run.deadline is None or run.started is None:
                     continue
                 if run.in_thread:
-                    if run.context is not None and not run.context.cancelled:
+                    if run.context is not None and run.context.told != TimedOut.__name__:
                         run.cancel(TimedOut(run.deadline - run.started))
                     if now > run.deadline + self._grace and not run.stuck:
                         run.stuck = True

@@ -8,9 +8,10 @@ from time import monotonic
 from typing import Any, Final, TypeVar
 
 from streamworker.broker import Ending
-from streamworker.execute import Executor, Run
+from streamworker.execute import Executor
 from streamworker.job import Dead, Outcome, Settled
 from streamworker.observe import JobRun, Observer, Settlement
+from streamworker.run import Run
 from streamworker.settler import Settler
 from streamworker.slots import Slots
 from streamworker.telemetry.logs import get_logger

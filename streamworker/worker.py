@@ -22,12 +22,13 @@ from streamworker.claiming import Claimer
 from streamworker.context import Shared
 from streamworker.drain import HAND_BACK, UNWIND, drain, end_reading, take_leave, watch_signals
 from streamworker.errors import ConfigurationError, HandBackFailed, StuckThread, UsageError
-from streamworker.execute import Executor, Run
+from streamworker.execute import Executor
 from streamworker.health import Health
+from streamworker.held import Held
 from streamworker.holdings import Holdings
 from streamworker.identity import heartbeat, new_worker_id
-from streamworker.job import Claim, Interrupted
 from streamworker.lease import LeaseKeeper
+from streamworker.run import Run
 from streamworker.settings import Settings
 from streamworker.settler import Settler
 from streamworker.slots import Slots
@@ -191,9 +192,8 @@ class QueueWorker:
             fatal=self._refused,
             closed=self._stages.closed,
         )
-        self._lease = LeaseKeeper(
-            self._broker, lease=settings.lease, runs=self._holdings.snapshot, report=self._report, lost=self._on_lost
-        )
+        held = Held(self._holdings, self._executor)
+        self._lease = LeaseKeeper(self._broker, lease=settings.lease, held=held, report=self._report)
         self._health.watch(self._claimer, self._lease)
 
     async def _main(self) -> None:
@@ -201,7 +201,7 @@ class QueueWorker:
         try:
             self._slots.open()
             async with anyio.create_task_group() as house:
-                house.start_soon(self._broker.listen, self._ticker.parked)
+                house.start_soon(self._broker.listen, self._ticker.parked, self._lease.look)
                 async with anyio.create_task_group() as loops:
                     for loop in (self._settler.run, self._stages.run, self._ticker.run, self._unblocking):
                         loops.start_soon(loop)
@@ -247,17 +247,6 @@ class QueueWorker:
     def executor(self) -> Executor:
         """What prepares and calls runs."""
         return self._executor
-
-    def _on_lost(self, claims: list[Claim]) -> None:
-        for claim in claims:
-            run = self._holdings.find(claim)
-            if run is None or run.settling or run.outcome is not None:
-                continue
-            log.warning("claim_lost", job_id=run.job_id, kind=run.kind, queue=claim.queue, deliveries=claim.count)
-            if run.started is None:
-                run.outcome = Interrupted("the claim was lost")
-            else:
-                run.cancel(Interrupted("the claim was lost"))
 
     def _stuck(self, run: Run) -> None:
         name = run.registration.name if run.registration is not None else run.kind

@@ -15,9 +15,10 @@ from streamworker.bookkeeping.lookup import Lookup
 from streamworker.bookkeeping.noting import Noting
 from streamworker.bookkeeping.outage import Outage
 from streamworker.bookkeeping.recorder import Recorder, decided
-from streamworker.execute import Executor, Run
+from streamworker.execute import Executor
 from streamworker.holdings import Holdings
 from streamworker.postgres import Ledger
+from streamworker.run import Run
 from streamworker.settler import Settler
 from streamworker.slots import Slots
 

@@ -7,20 +7,25 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Final
 
 import anyio
 
 from streamworker.bookkeeping.outage import Outage
 from streamworker.errors import Unreachable
-from streamworker.execute import Executor, Run
+from streamworker.execute import Executor
 from streamworker.holdings import Counts
-from streamworker.job import Dead, Recorded, ReleaseAt, RetryAt
+from streamworker.job import Cancelled, Dead, Recorded, ReleaseAt, RetryAt
 from streamworker.pause import Pause
 from streamworker.policy import DONE
 from streamworker.postgres import FINAL, Known, Ledger
+from streamworker.run import Run
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.worker")
+
+SUPERSEDED: Final = "superseded"
+"""A later hop of the job is known: this one is let go, and the other goes on."""
 
 
 class Lookup:
@@ -101,7 +106,7 @@ class Lookup:
 
     def _apply(self, run: Run, known: Known) -> None:
         recorded = verdict_of(known, run)
-        if recorded is None:
+        if recorded is None or (isinstance(run.outcome, Cancelled) and recorded.why != SUPERSEDED):
             return
         run.outcome = recorded
         if recorded.verdict is DONE:
@@ -118,7 +123,7 @@ def verdict_of(known: Known, run: Run) -> Recorded | None:
     """
     hop = _hop(run)
     if known.status in FINAL or known.hop > hop:
-        return Recorded(DONE, known.status if known.status in FINAL else "superseded")
+        return Recorded(DONE, known.status if known.status in FINAL else SUPERSEDED)
     if known.hop < hop:
         return None
     # A verdict was recorded for this hop, and its worker died before it could settle.

@@ -10,8 +10,8 @@ import anyio
 
 from streamworker.bookkeeping.recorder import begun
 from streamworker.errors import Unreachable
-from streamworker.execute import Run
 from streamworker.postgres import Effect, Ledger
+from streamworker.run import Run
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.worker")

@@ -18,11 +18,12 @@ import msgspec
 from streamworker.bookkeeping.outage import Outage
 from streamworker.broker import Ending
 from streamworker.errors import Unreachable
-from streamworker.execute import OK, Run
+from streamworker.execute import OK
 from streamworker.holdings import Holdings
 from streamworker.job import (
     Dead,
     Done,
+    Drop,
     Interrupted,
     Ok,
     Postponed,
@@ -35,6 +36,7 @@ from streamworker.pause import Pause
 from streamworker.policy import DONE, describe, word_of
 from streamworker.postgres import Effect, Ledger, RunRecord, Stored
 from streamworker.records import run_record, unread_record
+from streamworker.run import Run
 from streamworker.settler import Settler, judged
 from streamworker.telemetry.logs import get_logger
 
@@ -165,6 +167,9 @@ class Recorder:
 
     def _overruled(self, run: Run, ending: Ending, answer: Stored) -> None:
         """The job had ended, or goes on elsewhere: there is nothing left to do but to let go of the claim."""
+        if isinstance(ending.verdict, Drop) and answer is Stored.ENDED:
+            self._pass_on(run, ending)  # as it should be; and its mark goes
+            return
         if not isinstance(ending.verdict, Done):
             log.info("run_overruled", job_id=run.job_id, kind=run.kind, queue=run.claim.queue, reason=answer.value)
         elif answer is Stored.SUPERSEDED:
@@ -225,6 +230,8 @@ def record_of(run: Run, ending: Ending, begun_at: float) -> RunRecord | None:
         record.status = "completed"
         if outcome is not OK and isinstance(outcome, Ok) and outcome.value is not None:
             _keep_result(record, outcome.value)
+    elif isinstance(verdict, Drop):
+        record.status = "cancelled"
     elif isinstance(verdict, RetryAt):
         record.status, record.run_at, record.error = "retrying", verdict.at, verdict.error
         record.attempts += 1

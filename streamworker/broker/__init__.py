@@ -4,6 +4,7 @@ Six verbs move jobs (publish, claim, renew, settle, tick, depth); `confirm` coun
 before it runs; the rest is opening and closing. `Operator` is what people do to jobs by hand.
 """
 
+# ceiling: two protocols whose docstrings are the contract; a reader wants each in one piece
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
@@ -77,6 +78,16 @@ class Broker(Protocol):
     def renew(self, claims: Collection[Claim]) -> list[Claim]:
         """Prolong the leases, from the lease thread; returns those that are lost."""
 
+    def cancelled(self, claims: Collection[Claim]) -> list[Claim]:
+        """Those whose jobs were cancelled since they were claimed; called from the lease thread."""
+
+    async def cancel(self, queue: str, job_id: str) -> bool:
+        """Cancel a job wherever it is; True if it was delayed: then it is gone already.
+
+        One that waits is claimed as ``cancelled``, one that is held is found by `cancelled`. Settling it with `Drop`
+        forgets that it was cancelled; what is never claimed is forgotten after a week.
+        """
+
     def beat(self, report: dict[str, str | int | float]) -> None:
         """Tell that this worker lives, from the lease thread; the report is what operators see."""
 
@@ -89,10 +100,11 @@ class Broker(Protocol):
     async def tick(self) -> float:
         """Move due jobs to their streams; returns the seconds until it should be called again."""
 
-    async def listen(self, parked: Callable[[float], None]) -> None:
+    async def listen(self, parked: Callable[[float], None], cancelled: Callable[[], None] = ...) -> None:
         """Report jobs that others park: ``parked(epoch seconds)`` whenever one becomes the first to be due.
 
-        Never returns; cancel it. A hint only: what is missed here, `tick` finds.
+        And ``cancelled()`` whenever a job is cancelled that may be held here. Never returns; cancel it. Hints only:
+        what is missed here, `tick` and `cancelled` find.
         """
 
     async def depth(self) -> list[Depth]:
@@ -227,6 +239,12 @@ class Operator(Protocol):
 
     async def drop(self, entry: PendingEntry) -> bool:
         """Delete a pending job for good."""
+
+    async def cancel(self, queue: str, job_id: str) -> bool:
+        """See `Broker.cancel`."""
+
+    async def reprieve(self, queue: str, job_id: str) -> bool:
+        """Take `cancel` back for a job that shall run again; False if it was not cancelled, or has ended since."""
 
     async def delayed(self, queue: str, after: str = "") -> Page[StoredJob]:
         """A page of parked jobs, soonest first."""

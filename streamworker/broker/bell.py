@@ -1,4 +1,4 @@
-"""Listening to the bell: jobs that others park, and queues that are paused or resumed, without polling for either."""
+"""Listening to the bell, without polling: jobs that others park or cancel, queues that are paused or resumed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ log = get_logger("streamworker.broker")
 RETRY: Final = 2.0
 """Seconds between tries to subscribe again; until then the regular ticks find what is due."""
 LOOK: Final = "look"
-"""The message that a queue was paused or resumed; any other is the ms until a job is due."""
+"""The message that a queue was paused or resumed."""
+CANCEL: Final = "cancel"
+"""The message that a job was cancelled; any other is the ms until a job is due."""
 
 
 class Watcher(Protocol):
@@ -29,10 +31,16 @@ class Watcher(Protocol):
         """End the wait that does not know it yet."""
 
 
-async def listen(address: Address, channels: Sequence[str], parked: Callable[[float], None], watcher: Watcher) -> None:
-    """Call ``parked(epoch seconds)`` or ``watcher.look_again()`` for every ring of the bell. Never returns; cancel it.
+async def listen(
+    address: Address,
+    channels: Sequence[str],
+    parked: Callable[[float], None],
+    watcher: Watcher,
+    cancelled: Callable[[bytes], None],
+) -> None:
+    """Call ``parked(epoch seconds)``, ``cancelled(channel)`` or ``watcher.look_again()`` for every ring of the bell.
 
-    A subscription waits for no reply, so that cancelling it loses nothing.
+    Never returns; cancel it. A subscription waits for no reply, so that cancelling it loses nothing.
     """
     said = False
     while True:
@@ -45,6 +53,9 @@ async def listen(address: Address, channels: Sequence[str], parked: Callable[[fl
                         if message["type"] == "subscribe":
                             watcher.deaf = False
                         elif message["data"] == LOOK.encode():
+                            await watcher.look_again()
+                        elif message["data"] == CANCEL.encode():
+                            cancelled(message["channel"])
                             await watcher.look_again()
                         elif message["type"] == "message" and message["data"].isdigit():
                             parked(time.time() + int(message["data"]) / 1000)

@@ -62,10 +62,11 @@ class Intake(Taking):
         queues, budgets = len(self._keys), self._order.budgets(limit)
         head = [self._group, self.consumer, limit, queues, len(budgets)]
         args = [*head, *self._allowances(limit, running), *budgets, *self._order.steps]
-        taken, trouble, paused, epochs = await self._link.read(scripts.CLAIM, self._all, args)
+        taken, trouble, paused, epochs, cancelled = await self._link.read(scripts.CLAIM, self._all, args)
         for keys, epoch in zip(self._keys, epochs, strict=True):
             self.epochs[keys.queue] = epoch
         self._paused = frozenset(index - 1 for index in paused)
+        self.marked = frozenset(self._keys[index - 1].queue for index in cancelled)
         claims: list[Claim] = []
         for index, epoch, entries in taken:
             keys, level, place = self.spots[index - queues - 1]

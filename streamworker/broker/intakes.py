@@ -65,6 +65,11 @@ class Intakes:
             part.consumer = name
 
     @property
+    def marked(self) -> frozenset[str]:
+        """See `Taking.marked`."""
+        return frozenset().union(*(part.marked for part in self._parts))
+
+    @property
     def missing(self) -> int:
         """Entries that were deleted underneath their claim, since the start."""
         return sum(part.missing for part in self._parts)

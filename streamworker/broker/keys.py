@@ -56,6 +56,7 @@ class QueueKeys(msgspec.Struct, frozen=True):
             self.bodies: "hash",
             self.meta: "hash",
             self.relayed: "zset",
+            self.cancelled: "zset",
         }
 
     def stream(self, level: Level) -> str:
@@ -88,8 +89,13 @@ class QueueKeys(msgspec.Struct, frozen=True):
         return f"{self.base}:relayed"
 
     @property
+    def cancelled(self) -> str:
+        """Sorted set: ids of cancelled jobs that have not ended yet, to the ms at which that is forgotten."""
+        return f"{self.base}:cancelled"
+
+    @property
     def meta(self) -> str:
-        """Hash: epoch, paused (by an operator), inactive (in PostgreSQL), sweep cursors and tokens."""
+        """Hash: epoch, paused (by an operator), inactive (in PostgreSQL), cancelled (some jobs), cursors, tokens."""
         return f"{self.base}:meta"
 
     def key(self, name: str) -> str:

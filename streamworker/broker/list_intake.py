@@ -68,9 +68,10 @@ class ListIntake(Taking):
         args: list[Any] = [self.consumer, limit, len(self._lists), len(budgets), secrets.token_hex(6)]
         args += [SUSPECT_DELIVERIES, int(self._may_reserve(0, running)), len(held)]
         args += [*self._allowances(limit, running), *budgets, *held, *self._order.steps]
-        taken, trouble, paused, _, passed, suspects = await self._link.read(scripts.LIST_TAKE, keys, args)
+        taken, trouble, paused, _, passed, suspects, cancelled = await self._link.read(scripts.LIST_TAKE, keys, args)
         self._left_to_others(0, suspects)  # of whatever queue: this looks at all of them
         self._paused = frozenset(index - 1 for index in paused)
+        self.marked = frozenset(self._keys[index - 1].queue for index in cancelled)
         first = HEADS * len(self._lists) + 1
         self._for_others = frozenset(self.spots[index - first][2] for index in passed)
         claims: list[Claim] = []

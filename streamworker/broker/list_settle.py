@@ -38,6 +38,15 @@ class ListSender:
             await scripts.LIST_DONE(self._client, [lists.claimed(self._worker), lists.leases, lists.meta], args)
         )
 
+    async def finish(self, keys: QueueKeys, items: list[Ending]) -> list[int]:
+        """See `Sender.finish`."""
+        lists = as_lists(keys)
+        args: list[Any] = []
+        for item in items:
+            args += (*self._fence(item.claim), item.job_id)
+        names = [lists.claimed(self._worker), lists.leases, lists.meta, lists.cancelled]
+        return list(await scripts.LIST_FINISH(self._client, names, args))
+
     async def park(self, keys: QueueKeys, items: list[Ending]) -> list[int]:
         """See `Sender.park`."""
         lists = as_lists(keys)

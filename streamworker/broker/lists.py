@@ -12,6 +12,7 @@ import msgspec
 
 from streamworker.broker import Ending, list_listings, scripts
 from streamworker.broker.bell import listen
+from streamworker.broker.cancels import Cancels, cancel
 from streamworker.broker.client import Address, clustered
 from streamworker.broker.due import promote
 from streamworker.broker.held import leased, unwrapped, wrapped
@@ -56,6 +57,7 @@ class ListBroker:
         queues = [(ListKeys(name, options.namespace), cap) for name, cap in options.queues]
         self._keys = [keys for keys, _ in queues]
         self._homes = {place: keys for keys in self._keys for place in keys.lists}
+        self._cancels = Cancels(self._link, self._keys)
         self._orphans = Orphans(self._link, self._keys, lease=options.lease)
         self._intake = self._make_intake(queues)
 
@@ -106,7 +108,7 @@ class ListBroker:
 
     async def claim(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:
         """See `Broker.claim`."""
-        return await self._intake.claim(limit, wait, running)
+        return await self._cancels.judged(await self._intake.claim(limit, wait, running), self._intake.marked)
 
     async def interrupt(self) -> None:
         """See `Broker.interrupt`."""
@@ -134,6 +136,14 @@ class ListBroker:
                 lost += [mine[member] for member in self._link.in_thread(scripts.LIST_RENEW, names, batch)]
         return lost
 
+    def cancelled(self, claims: Collection[Claim]) -> list[Claim]:
+        """See `Broker.cancelled`."""
+        return self._cancels.find(claims)
+
+    async def cancel(self, queue: str, job_id: str) -> bool:
+        """See `Broker.cancel`."""
+        return await cancel(self._link, ListKeys(queue, self._options.namespace), job_id)
+
     def beat(self, report: dict[str, str | int | float]) -> None:
         """See `Broker.beat`."""
         self._link.beat(worker_key(self._options.namespace, self._intake.consumer), self._options.lease, report)
@@ -152,7 +162,7 @@ class ListBroker:
             wrappers = await self._link.ask("LRANGE", keys.claimed(self._intake.consumer), 0, -1)
             claims = [unwrapped(keys, wrapper) for wrapper in wrappers]
             found += [claim for claim in claims if claim is not None and (keys.queue, claim.entry) not in known]
-        return found
+        return await self._cancels.judged(found, {keys.queue for keys in self._keys})
 
     async def tick(self) -> float:
         """See `Broker.tick`."""
@@ -161,9 +171,14 @@ class ListBroker:
         self._orphans.rest_after_outage()
         return min(wait, await self._orphans.give_back(None))
 
-    async def listen(self, parked: Callable[[float], None]) -> None:
+    async def listen(self, parked: Callable[[float], None], cancelled: Callable[[], None] = lambda: None) -> None:
         """See `Broker.listen`."""
-        await listen(self._link.address, [keys.due for keys in self._keys], parked, self._intake)
+
+        def told(channel: bytes) -> None:
+            self._cancels.rang(channel)
+            cancelled()
+
+        await listen(self._link.address, [keys.due for keys in self._keys], parked, self._intake, told)
 
     async def depth(self) -> list[Depth]:
         """See `Broker.depth`."""

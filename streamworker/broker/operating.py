@@ -20,6 +20,7 @@ from streamworker.broker import (
     Place,
     StoredJob,
     Waiting,
+    cancels,
     listings,
     paging,
     scripts,
@@ -121,6 +122,14 @@ class Operating:
         if answers == [Settled.REFUSED]:
             raise StreamworkerError(f"Redis at {self._address} is out of memory or refuses writes: nothing was changed")
         return answers == [Settled.SETTLED]
+
+    async def cancel(self, queue: str, job_id: str) -> bool:
+        """See `Operator.cancel`."""
+        return await cancels.cancel(self._desk, self._key(queue), job_id)
+
+    async def reprieve(self, queue: str, job_id: str) -> bool:
+        """See `Operator.reprieve`."""
+        return await cancels.reprieve(self._desk, self._key(queue), job_id)
 
     # -- delayed and dead
 

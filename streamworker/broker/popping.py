@@ -23,6 +23,7 @@ from streamworker.broker.order import Order
 from streamworker.broker.orphans import Orphans
 from streamworker.broker.settle import settle
 from streamworker.broker.taking import DEAF_WAIT, Taking
+from streamworker.errors import StreamworkerError
 from streamworker.job import LEVELS, Claim, Settled
 from streamworker.marks import unmarked
 from streamworker.telemetry.logs import get_logger
@@ -97,9 +98,11 @@ class Popping(Taking):
         with self._link.watched():
             async with self._link.commands.pipeline(transaction=False) as pipe:
                 for keys in self._keys:
-                    pipe.execute_command("HMGET", keys.meta, "paused", "inactive")
+                    pipe.execute_command("HMGET", keys.meta, "paused", "inactive", "cancelled")
                 answers = await pipe.execute(raise_on_error=False)
-        self._paused = frozenset(i for i, answer in enumerate(answers) if isinstance(answer, list) and any(answer))
+        known = {i: answer for i, answer in enumerate(answers) if isinstance(answer, list)}
+        self._paused = frozenset(i for i, answer in known.items() if any(answer[:2]))
+        self.marked = frozenset(self._keys[i].queue for i, answer in known.items() if answer[2])
         spots = self._open(running)
         if not spots:
             if wait > AT_ONCE:
@@ -156,6 +159,15 @@ class PoppingBroker(ListBroker):
         """See `Broker.renew`: nobody can take them away."""
         del claims
         return []
+
+    async def claim(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:
+        """See `Broker.claim`."""
+        claims = await self._intake.claim(limit, wait, running)
+        try:
+            return await self._cancels.judged(claims, self._intake.marked)
+        except StreamworkerError as error:  # the job is in our hands and nowhere else
+            log.warning("cancelled_unknown", jobs=len(claims), error=str(error))
+            return claims
 
     async def settle(self, items: Sequence[Ending]) -> list[Settled]:
         """See `Broker.settle`; what is done left the server when it was popped."""

@@ -12,10 +12,11 @@ from typing import Any, Final, Protocol
 from streamworker.broker import Ending, scripts
 from streamworker.broker.keys import QueueKeys
 from streamworker.errors import StreamworkerError
-from streamworker.job import Dead, Done, Level, ReleaseAt, RetryAt, Settled
+from streamworker.job import Dead, Done, Drop, Level, ReleaseAt, RetryAt, Settled
 
 BATCH: Final = 500
 """Most claims of one script call, so that it never blocks the server for long."""
+_STAGES: Final[dict[type, int]] = {Drop: 1, RetryAt: 2, ReleaseAt: 2, Dead: 3}
 _CODES: Final = (Settled.LOST, Settled.SETTLED, Settled.REFUSED)
 
 
@@ -29,6 +30,9 @@ class Sender(Protocol):
 
     async def done(self, keys: QueueKeys, items: list[Ending]) -> list[int]:
         """Delete what is finished."""
+
+    async def finish(self, keys: QueueKeys, items: list[Ending]) -> list[int]:
+        """Delete what ended without having been done, and the mark that it was cancelled."""
 
     async def park(self, keys: QueueKeys, items: list[Ending]) -> list[int]:
         """Store what goes on, then delete the claim."""
@@ -48,9 +52,9 @@ async def settle(sender: Sender, homes: Mapping[str, QueueKeys], items: Sequence
     groups: dict[tuple[int, str], list[int]] = {}
     for index, item in enumerate(items):
         verdict = item.verdict
-        stage = 0 if isinstance(verdict, Done) else 2 if isinstance(verdict, Dead) else 1
+        stage = 0 if isinstance(verdict, Done) else _STAGES[type(verdict)]
         groups.setdefault((stage, item.claim.place), []).append(index)
-    stages = (sender.done, sender.park, sender.bury)
+    stages = (sender.done, sender.finish, sender.park, sender.bury)
     results = [Settled.LOST] * len(items)
     for (stage, place), indexes in sorted(groups.items()):
         for batch in _batches(indexes):
@@ -78,6 +82,13 @@ class StreamSender:
         for item in items:
             args += (item.claim.entry, item.claim.count)
         return list(await scripts.DONE(self._client, [items[0].claim.place], args))
+
+    async def finish(self, keys: QueueKeys, items: list[Ending]) -> list[int]:
+        """See `Sender.finish`."""
+        args: list[Any] = [self._group, self._consumer]
+        for item in items:
+            args += (item.claim.entry, item.claim.count, item.job_id)
+        return list(await scripts.FINISH(self._client, [items[0].claim.place, keys.cancelled, keys.meta], args))
 
     async def park(self, keys: QueueKeys, items: list[Ending]) -> list[int]:
         """See `Sender.park`."""

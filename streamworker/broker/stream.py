@@ -11,6 +11,7 @@ import msgspec
 
 from streamworker.broker import Ending, scripts
 from streamworker.broker.bell import listen
+from streamworker.broker.cancels import Cancels, cancel
 from streamworker.broker.client import Address
 from streamworker.broker.due import promote
 from streamworker.broker.intake import UNKNOWN_EPOCH, Intake, document
@@ -58,6 +59,7 @@ class StreamBroker:
         queues = [(QueueKeys(name, options.namespace), cap) for name, cap in options.queues]
         self._keys = [keys for keys, _ in queues]
         self._homes = {place: keys for keys in self._keys for place in keys.streams}
+        self._cancels = Cancels(self._link, self._keys)
         self._tidy_at = 0.0
         self._last_confirmed: tuple[str, bytes, int] | None = None
         intake = Intakes if address.spread else Intake
@@ -108,7 +110,7 @@ class StreamBroker:
 
     async def claim(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:
         """See `Broker.claim`."""
-        return await self._intake.claim(limit, wait, running)
+        return await self._cancels.judged(await self._intake.claim(limit, wait, running), self._intake.marked)
 
     async def interrupt(self) -> None:
         """See `Broker.interrupt`."""
@@ -150,6 +152,14 @@ class StreamBroker:
             raise problem
         return lost
 
+    def cancelled(self, claims: Collection[Claim]) -> list[Claim]:
+        """See `Broker.cancelled`."""
+        return self._cancels.find(claims)
+
+    async def cancel(self, queue: str, job_id: str) -> bool:
+        """See `Broker.cancel`."""
+        return await cancel(self._link, QueueKeys(queue, self._options.namespace), job_id)
+
     def beat(self, report: dict[str, str | int | float]) -> None:
         """See `Broker.beat`."""
         self._link.beat(worker_key(self._options.namespace, self._intake.consumer), self._options.lease, report)
@@ -174,7 +184,7 @@ class StreamBroker:
                 counted = self._last_confirmed == (place, entry, count - 1)
                 suspect = count >= SUSPECT_DELIVERIES - 1 and not counted
                 found.append(Claim(keys.queue, level, place, entry, count, document(fields), epoch, suspect))
-        return found
+        return await self._cancels.judged(found, {keys.queue for keys in self._keys})
 
     async def tick(self) -> float:
         """See `Broker.tick`."""
@@ -192,9 +202,14 @@ class StreamBroker:
             ):
                 log.info("consumer_pruned", queue=keys.queue, consumer=name)
 
-    async def listen(self, parked: Callable[[float], None]) -> None:
+    async def listen(self, parked: Callable[[float], None], cancelled: Callable[[], None] = lambda: None) -> None:
         """See `Broker.listen`."""
-        await listen(self._link.address, [keys.due for keys in self._keys], parked, self._intake)
+
+        def told(channel: bytes) -> None:
+            self._cancels.rang(channel)
+            cancelled()
+
+        await listen(self._link.address, [keys.due for keys in self._keys], parked, self._intake, told)
 
     async def depth(self) -> list[Depth]:
         """See `Broker.depth`."""

@@ -52,6 +52,8 @@ class Taking:
         self._passing_since: list[float | None] = [None] * len(self._keys)
         self._unreadable_until: dict[str, float] = {}
         self._paused: frozenset[int] = frozenset()
+        self.marked = frozenset(keys.queue for keys in self._keys)
+        """Queues with cancelled jobs, by the last look; before the first one nobody knows."""
         self._interrupted = anyio.Event()
         self._stirred = anyio.Event()
         self.stale = False

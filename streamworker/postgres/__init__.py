@@ -207,7 +207,8 @@ class Attempt(msgspec.Struct, frozen=True):
         worker_id: where it ran.
         started_at: when the handler began; ``None`` if it never did.
         finished_at: when it ended.
-        outcome: one word: ok, raised, timed_out, interrupted, snoozed, discarded, undecodable, unknown_kind, abandoned.
+        outcome: one word: ok, raised, timed_out, interrupted, snoozed, discarded, undecodable, unknown_kind, abandoned,
+            cancelled.
         error: what went wrong.
     """
 

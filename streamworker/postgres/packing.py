@@ -50,7 +50,7 @@ insert into streamworker.jobs as stored (id, queue_name, kind, payload, level, s
     deliveries, run_at, worker_id, created_at, started_at, finished_at, last_error, result, headers, epoch)
   select id, queue, kind, payload, level, status, attempts, max_attempts, hop,
       deliveries, to_timestamp(run_at), $1, coalesce(created_at, now()), started_at,
-      case when status in ('completed', 'dead') then finished_at end, error, result, headers, epoch
+      case when status in ('completed', 'cancelled', 'dead') then finished_at end, error, result, headers, epoch
     from items
 """
 

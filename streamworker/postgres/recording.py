@@ -63,8 +63,8 @@ insert into streamworker.jobs as stored (id, queue_name, kind, payload, level, s
     deliveries, run_at, worker_id, created_at, started_at, finished_at, last_error, result, headers, document, epoch)
   select id, queue_name, kind, payload::jsonb, level, status, attempts, max_attempts, hop,
       deliveries, to_timestamp(run_at), $1, coalesce(to_timestamp(created), now()), to_timestamp(started),
-      case when status in ('completed', 'dead') then to_timestamp(finished) end, error, result::jsonb, headers::jsonb,
-      document, epoch
+      case when status in ('completed', 'cancelled', 'dead') then to_timestamp(finished) end, error, result::jsonb,
+      headers::jsonb, document, epoch
     from items
 {ON_CONFLICT}"""  # noqa: S608 - our own text
 

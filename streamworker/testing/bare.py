@@ -14,11 +14,12 @@ from streamworker import codec
 from streamworker.app import App
 from streamworker.context import Context, Shared
 from streamworker.errors import UsageError
-from streamworker.execute import Executor, Run
+from streamworker.execute import Executor
 from streamworker.handlers import Payload
 from streamworker.job import Claim, Job, Outcome, TimedOut
 from streamworker.jobs import make_job
 from streamworker.policy import Limits
+from streamworker.run import Run
 from streamworker.settings import Settings
 from streamworker.slots import Slots
 

@@ -7,7 +7,7 @@ import pytest
 from streamworker import Backoff, codec
 from streamworker.endings import ending
 from streamworker.errors import Discard, Snooze
-from streamworker.execute import OK, Run
+from streamworker.execute import OK
 from streamworker.job import (
     Abandoned,
     Claim,
@@ -22,6 +22,7 @@ from streamworker.job import (
     UnknownKind,
 )
 from streamworker.policy import Facts, Limits
+from streamworker.run import Run
 
 NOW = 1_000_000.0
 

@@ -14,7 +14,7 @@ import pytest
 
 from streamworker import Context, Discard, Handlers, Payload, codec
 from streamworker.context import Shared
-from streamworker.execute import Executor, Run
+from streamworker.execute import Executor
 from streamworker.job import (
     Abandoned,
     Claim,
@@ -27,6 +27,7 @@ from streamworker.job import (
     Undecodable,
     UnknownKind,
 )
+from streamworker.run import Run
 from tests.conftest import eventually
 
 

@@ -13,24 +13,26 @@
 -- then          B budgets: most entries to take on each budget
 -- then          the walk, three numbers a step: index of the stream in KEYS, of its queue, of its budget
 --
--- returns { taken, trouble, paused, epochs }
+-- returns { taken, trouble, paused, epochs, cancelled }
 --   taken    { index of the stream in KEYS, epoch, entries as XREADGROUP gives them } ...
 --   trouble  { index of the stream in KEYS, error } ...
 --   paused   indexes of queues
 --   epochs   the epoch of each queue ("": none yet)
+--   cancelled  indexes of queues with jobs that were cancelled and have not ended yet
 local group, consumer, left = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local queues, budgets = tonumber(ARGV[4]), tonumber(ARGV[5])
 local allowance, epoch, budget = {}, {}, {}
-local taken, trouble, paused = {}, {}, {}
+local taken, trouble, paused, cancelled = {}, {}, {}, {}
 
 for q = 1, queues do
-  local meta = redis.pcall('HMGET', KEYS[q], 'paused', 'epoch', 'inactive')
+  local meta = redis.pcall('HMGET', KEYS[q], 'paused', 'epoch', 'inactive', 'cancelled')
   allowance[q] = tonumber(ARGV[5 + q])
   if meta.err then
     trouble[#trouble + 1] = { q, meta.err }
     allowance[q] = 0
   else
     epoch[q] = meta[2]
+    if meta[4] then cancelled[#cancelled + 1] = q end
     if meta[1] or meta[3] then
       paused[#paused + 1] = q
       allowance[q] = 0
@@ -63,4 +65,4 @@ for i = 6 + queues + budgets, #ARGV, 3 do
 end
 local epochs = {}
 for q = 1, queues do epochs[q] = epoch[q] or '' end
-return { taken, trouble, paused, epochs }
+return { taken, trouble, paused, epochs, cancelled }

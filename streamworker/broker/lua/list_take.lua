@@ -20,13 +20,14 @@
 -- then         H ids that run here
 -- then         the walk, three numbers a step: index of the list in KEYS, of its queue, of its budget
 --
--- returns { taken, trouble, paused, epochs, skipped, suspects }
+-- returns { taken, trouble, paused, epochs, skipped, suspects, cancelled }
 --   taken    { index of the list in KEYS, { id, delivery count, 1 if a suspect, body } ... } ...
 --   trouble  { index in KEYS, error } ...
 --   paused   indexes of queues
 --   epochs   the epoch of each queue ("": none yet)
 --   skipped  indexes of lists in KEYS at whose right end something stays
 --   suspects how many were left to others
+--   cancelled  indexes of queues with jobs that were cancelled and have not ended yet
 local worker, left, queues, budgets = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
 local may_reserve, reserved, left_to_others = ARGV[7] == '1', false, 0
 local LEVELS = { 'high', 'normal', 'low' }
@@ -35,14 +36,14 @@ local time = redis.call('TIME')
 local now = string.format('%d', time[1] * 1000 + math.floor(time[2] / 1000))
 local stamp, sequence = string.format('%012x', tonumber(now)), 0
 local allowance, budget, epochs, usable, running = {}, {}, {}, {}, {}
-local taken, trouble, paused, skipped, broken, empty = {}, {}, {}, {}, {}, {}
+local taken, trouble, paused, skipped, broken, empty, cancelled = {}, {}, {}, {}, {}, {}, {}
 
 local function failed(reply) return type(reply) == 'table' and reply.err end
 
 local function report(k, err) trouble[#trouble + 1] = { k, err } end
 
 for q = 1, queues do
-  local meta = redis.pcall('HMGET', KEYS[q], 'paused', 'epoch', 'inactive')
+  local meta = redis.pcall('HMGET', KEYS[q], 'paused', 'epoch', 'inactive', 'cancelled')
   allowance[q], epochs[q] = tonumber(ARGV[8 + q]), ''
   if meta.err then
     report(q, meta.err)
@@ -50,6 +51,7 @@ for q = 1, queues do
   else
     if not meta[2] and redis.pcall('HSETNX', KEYS[q], 'epoch', ARGV[5]) == 1 then meta[2] = ARGV[5] end
     epochs[q] = meta[2] or ''
+    if meta[4] then cancelled[#cancelled + 1] = q end
     if meta[1] or meta[3] then
       paused[#paused + 1] = q
       allowance[q] = 0
@@ -167,4 +169,4 @@ for w = walk, #ARGV, 3 do
 end
 local stay = {}
 for i in pairs(skipped) do stay[#stay + 1] = i end
-return { taken, trouble, paused, epochs, stay, left_to_others }
+return { taken, trouble, paused, epochs, stay, left_to_others, cancelled }

@@ -1,0 +1,19 @@
+-- cancels: which of some jobs were cancelled. Where no mark is left, that is noted, so that nobody asks again.
+--
+-- KEYS[1]  cancelled set of the queue
+-- KEYS[2]  meta hash of the queue
+-- ARGV     job ids
+--
+-- returns the numbers of those that were, from 1
+if redis.call('EXISTS', KEYS[1]) == 0 then
+  redis.call('HDEL', KEYS[2], 'cancelled')
+  return {}
+end
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local result = {}
+for i, id in ipairs(ARGV) do
+  local until_ms = redis.call('ZSCORE', KEYS[1], id)
+  if until_ms and tonumber(until_ms) > now then result[#result + 1] = i end
+end
+return result

@@ -1,0 +1,90 @@
+"""One claim on its way through this worker."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Final, TypeAlias
+
+from streamworker import codec
+from streamworker.broker import Ending
+from streamworker.codec import Reading
+from streamworker.context import Context
+from streamworker.handlers import Registration
+from streamworker.job import Cancelled, Claim, Interrupted, Outcome, TimedOut
+from streamworker.policy import Facts
+from streamworker.records import deliveries_of
+
+CANCELLED: Final = Cancelled()
+Cause: TypeAlias = TimedOut | Interrupted | Cancelled
+"""Why a worker stops a handler."""
+
+
+class Run:
+    """One claim on its way through this worker, from its arrival until it is settled."""
+
+    __slots__ = (
+        "_cause", "claim", "context", "deadline", "ending", "facts", "finished", "in_thread", "outcome", "payload",
+        "reading", "registration", "seen", "settling", "started", "stuck", "suspect", "task",
+    )  # fmt: skip
+
+    def __init__(self, claim: Claim) -> None:
+        self.claim = claim
+        self.reading: Reading | None = None
+        self.registration: Registration | None = None
+        self.context: Context[Any] | None = None
+        self.payload: Any = None
+        self.facts: Facts | None = None
+        self.outcome: Outcome | None = None
+        self.started: float | None = None
+        self.deadline: float | None = None
+        self.in_thread = False
+        self.settling = False
+        self.stuck = False  # a thread that will not end: only a new process frees its slot
+        self.suspect = False  # two workers or more were lost with it: it must run alone
+        self.task: asyncio.Task[Any] | None = None
+        self.seen: Any = None  # what observers are shown of it (`observe.JobRun`), once there is one to show it to
+        self.finished: float | None = None  # epoch seconds; this and the next only where there is a ledger
+        self.ending: Ending | None = None  # as recorded
+        self._cause: Cause | None = None
+
+    @property
+    def job_id(self) -> str:
+        """The job's id; empty if the document cannot be read."""
+        return codec.job_id(self.reading, self.claim) if self.reading is not None else ""
+
+    @property
+    def kind(self) -> str:
+        """The kind: the handler's, else what the document says."""
+        if self.registration is not None:
+            return self.registration.kind
+        return (self.reading.kind or "") if self.reading is not None else ""
+
+    @property
+    def deliveries(self) -> int:
+        """Deliveries so far, those on earlier entries of the same job and one that is only reserved included."""
+        return deliveries_of(self.claim, self.reading)
+
+    def overdue(self, now: float) -> bool:
+        """The handler is still running past its deadline (``now``: seconds of the monotonic clock)."""
+        return self.deadline is not None and self.outcome is None and now > self.deadline
+
+    def cancel(self, cause: Cause) -> None:
+        """Cancel the running handler, once for good; a thread is only told through ``ctx.cancelled``."""
+        if self.outcome is not None or self.started is None:
+            return
+        if self.context is not None:
+            self.context.cancel(type(cause).__name__)
+        if cause is CANCELLED:
+            if self._cause is CANCELLED:
+                return  # told once: it may take its time to clean up, until its deadline
+            self._cause = self._cause or cause
+        if self.in_thread:
+            return
+        self._cause = self._cause or cause
+        if self.task is not None:
+            self.task.cancel()
+
+    @property
+    def cause(self) -> Cause | None:
+        """Why the handler was cancelled, if it was."""
+        return self._cause
