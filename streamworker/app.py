@@ -14,7 +14,6 @@ from redis.asyncio import Redis
 from typing_extensions import TypeVar
 
 from streamworker import embedded
-from streamworker.archives import Archives
 from streamworker.bridging import Mover
 from streamworker.broker import Broker, Operator
 from streamworker.broker.bridge import BridgeOptions, ListBridge
@@ -29,6 +28,7 @@ from streamworker.broker.stream import StreamBroker, StreamOptions
 from streamworker.durable import open_durable
 from streamworker.errors import UsageError
 from streamworker.execute import Middleware
+from streamworker.following import Follower
 from streamworker.handlers import Handlers
 from streamworker.observe import Observer
 from streamworker.producing import Producer
@@ -40,7 +40,7 @@ S = TypeVar("S", default=Any)
 Lifespan: TypeAlias = Callable[[], AbstractAsyncContextManager[S]]
 
 
-class App(Handlers[S], Producer, Archives):
+class App(Handlers[S], Follower):
     """Handlers, and what producing and consuming needs. Opens nothing until entered (``async with app``).
 
     Args:
@@ -76,8 +76,7 @@ class App(Handlers[S], Producer, Archives):
         observers: Sequence[Observer] = (),
     ) -> None:
         Handlers.__init__(self)
-        Producer.__init__(self)
-        Archives.__init__(self)
+        Follower.__init__(self)
         self._settings = settings
         self._lifespan: Lifespan[S] | None = lifespan
         self._middleware, self._observers = tuple(middleware), tuple(observers)

@@ -9,7 +9,7 @@ from streamworker.durable import open_archive
 from streamworker.errors import UsageError
 from streamworker.postgres import Archive, JobRecord
 from streamworker.postgres.migrate import Migrator, printed, shipped
-from streamworker.settings import Settings
+from streamworker.settings import EMBEDDED, Settings
 
 
 class Archives:
@@ -17,6 +17,7 @@ class Archives:
 
     def __init__(self) -> None:
         self._archive: Archive | None = None
+        self._looked = False
 
     def resolve(self, settings: Settings | None) -> Settings:
         """The settings in force."""
@@ -47,13 +48,26 @@ class Archives:
         if stack is None:
             raise UsageError("the app is not open: find inside `async with app:`")
         if self._archive is None:
-            archive = await open_archive(stack, await self._database(stack, settings))
-            stack.callback(self._forget_archive)
-            self._archive = archive
-        return await self._archive.find(job_id)
+            self._keep(stack, await open_archive(stack, await self._database(stack, settings)))
+        return None if self._archive is None else await self._archive.find(job_id)
+
+    async def _kept_archive(self) -> Archive | None:
+        """The ledger, if the settings name one and it is there; looked for once."""
+        stack, settings = self._opened()
+        if stack is None:
+            raise UsageError("the app is not open: do this inside `async with app:`")
+        named = settings.database_url is not None or settings.redis_url == EMBEDDED
+        if not self._looked and named and settings.ledger != "off":
+            archive = await open_archive(stack, await self._database(stack, settings), required=settings.ledger == "on")
+            self._keep(stack, archive)
+        return self._archive
+
+    def _keep(self, stack: AsyncExitStack, archive: Archive | None) -> None:
+        self._archive, self._looked = archive, True
+        stack.callback(self._forget_archive)
 
     def _forget_archive(self) -> None:
-        self._archive = None
+        self._archive, self._looked = None, False
 
     @asynccontextmanager
     async def archive(self, settings: Settings | None = None) -> AsyncIterator[Archive]:
@@ -64,7 +78,10 @@ class Archives:
             Unreachable: PostgreSQL does not answer.
         """
         async with AsyncExitStack() as stack:
-            yield await open_archive(stack, await self._database(stack, self.resolve(settings)))
+            archive = await open_archive(stack, await self._database(stack, self.resolve(settings)))
+            if archive is None:
+                raise AssertionError("a ledger that is required is there, or an error")
+            yield archive
 
     @asynccontextmanager
     async def migrator(self, settings: Settings | None = None) -> AsyncIterator[Migrator]:

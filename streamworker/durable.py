@@ -64,8 +64,8 @@ async def open_durable(
     return database, made
 
 
-async def open_archive(stack: AsyncExitStack, url: str) -> PostgresArchive:
-    """What people ask the ledger, closed with ``stack``.
+async def open_archive(stack: AsyncExitStack, url: str, *, required: bool = True) -> PostgresArchive | None:
+    """What people ask the ledger, closed with ``stack``; ``None`` without its schema, unless it is ``required``.
 
     Raises:
         ConfigurationError: the schema is not there.
@@ -73,9 +73,7 @@ async def open_archive(stack: AsyncExitStack, url: str) -> PostgresArchive:
     """
     database = await open_database(url, name="jobs", connections=2)
     stack.callback(database.close)
-    if not await _schema(database, required=True):
-        raise AssertionError("a schema that is required is there, or an error")
-    return PostgresArchive(database)
+    return PostgresArchive(database) if await _schema(database, required=required) else None
 
 
 async def _ledger_database(stack: AsyncExitStack, settings: Settings, url: str | None, brought: Any) -> Database | None:

@@ -24,6 +24,7 @@ _BOTH: Final = """
     ZADD @due 1 x                   | ZRANGE @due 0 0       | ZRANGEBYSCORE @due 0 1  | ZREM @due x
     HSET @bodies x x                | HGET @bodies x        | HDEL @bodies x
     HSET @meta x x                  | HSETNX @meta x x      | HMGET @meta x           | HGET @meta x
+    HDEL @meta x                    | ZSCORE @cancelled x   | ZREM @cancelled x       | EXISTS @cancelled
     SET @key x PX 1000              | GET @key              | PUBLISH @due 0          | HSET @beat x x
     PEXPIRE @beat 1000              | EXISTS @beat          | DEL @beat               | TIME
     EVALSHA @sha 1 @ready           | EVAL return(1) 1 @ready                         | CLIENT ID   | CLIENT UNBLOCK 0
@@ -55,6 +56,7 @@ def _commands(keys: QueueKeys, group: str, beat: str) -> list[tuple[str, ...]]:
         "@due": keys.due,
         "@bodies": keys.bodies,
         "@meta": keys.meta,
+        "@cancelled": keys.cancelled,
         "@key": keys.key("x"),
         "@beat": beat,
         "@group": group,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Final
@@ -11,16 +12,19 @@ import anyio
 from cyclopts import App, Parameter
 
 from streamworker.app import App as StreamworkerApp
+from streamworker.broker import Operator
 from streamworker.cli import say, stdout
 from streamworker.cli.acting import Deed, act, agreed
 from streamworker.cli.options import ACTING, LISTING, WORKER, Acting, Listing, QueueName, Seconds, WorkerFlags
 from streamworker.cli.output import Column, document, plain, print_json, print_lines, show
 from streamworker.errors import UsageError
 from streamworker.postgres import Archive, JobRecord, Status, Wanted
+from streamworker.settings import Settings
 from streamworker.views import age, printable
 from streamworker.views.ledger import JobRow, attempt_row, job_row
 
 jobs = App(name="jobs", help="Jobs in the ledger: every one that is durable, or has run.")
+jobs.command("streamworker.cli.cancel:cancel", name="cancel")
 jobs.command("streamworker.cli.reconcile:reconcile", name="reconcile")
 
 OPEN: Final[tuple[Status, ...]] = ("queued", "dispatching", "dispatched", "retrying")
@@ -132,37 +136,6 @@ def show_(
 
 
 @jobs.command
-def cancel(
-    *ids: str,
-    named: NamedIds = (),
-    queue: QueueName = None,
-    conditions: Conditions = CONDITIONS,
-    all: bool = False,  # noqa: A002 - the flag's name
-    acting: Acting = ACTING,
-    flags: WorkerFlags = WORKER,
-) -> int:
-    """Keep jobs that wait from ever running. What lies in Redis is let go when a worker comes to it.
-
-    Args:
-        ids: Job ids.
-        queue: Of this queue.
-        all: All that wait.
-    """
-    wanted = _narrowed(conditions.wanted(queue, ids + named, OPEN), everything=all, verb="cancel")
-
-    async def work(archive: Archive) -> int:
-        def barred(job: JobRecord) -> str | None:
-            if job.status == "running":
-                return "it is running: what runs is not cancelled"
-            return None if job.status in OPEN else f"it is {job.status}"
-
-        deed = Deed("cancel", "cancelled", "job", lambda job: archive.cancel(job.id), _names, barred)
-        return await act(acting, archive.jobs(wanted), deed, wanted.ids)
-
-    return _ask(flags, work)
-
-
-@jobs.command
 def retry(
     *ids: str,
     named: NamedIds = (),
@@ -181,7 +154,7 @@ def retry(
         all: All that died.
         force: Completed ones too: they run a second time.
     """
-    wanted = _narrowed(conditions.wanted(queue, ids + named, ("dead",)), everything=all, verb="retry")
+    wanted = narrowed(conditions.wanted(queue, ids + named, ("dead",)), everything=all, verb="retry")
 
     async def work(archive: Archive) -> int:
         def barred(job: JobRecord) -> str | None:
@@ -189,9 +162,16 @@ def retry(
                 return None if force else "it is completed: --force runs it a second time"
             return None if job.status in ("dead", "cancelled") else f"it is {job.status}"
 
-        deed = Deed("retry", "queued", "job", lambda job: archive.retry(job.id), _names, barred)
-        return await act(acting, archive.jobs(wanted), deed, wanted.ids)
+        async def do(job: JobRecord) -> bool:
+            if operator is not None:
+                await operator.reprieve(job.queue, job.id)
+            return await archive.retry(job.id)
 
+        async with redis_too(settings) as operator:
+            deed = Deed("retry", "queued", "job", do, _names, barred)
+            return await act(acting, archive.jobs(wanted), deed, wanted.ids)
+
+    settings = flags.settings()
     return _ask(flags, work)
 
 
@@ -245,7 +225,22 @@ def _ask(flags: WorkerFlags, work: Callable[[Archive], Coroutine[Any, Any, int]]
         raise
 
 
-def _narrowed(wanted: Wanted, *, everything: bool, verb: str) -> Wanted:
+@asynccontextmanager
+async def redis_too(settings: Settings) -> AsyncIterator[Operator | None]:
+    """For what lies in Redis; ``None`` where only the ledger is known."""
+    if settings.redis_url is None:
+        yield None
+        return
+    async with StreamworkerApp[Any](settings=settings).operator(settings) as operator:
+        yield operator
+
+
+def narrowed(wanted: Wanted, *, everything: bool, verb: str) -> Wanted:
+    """``wanted``, if it says which jobs are meant.
+
+    Raises:
+        UsageError: it does not.
+    """
     says = wanted.ids or wanted.kind or wanted.since
     if says and everything:
         raise UsageError("--all and other conditions contradict each other: keep one of them")

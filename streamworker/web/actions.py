@@ -10,6 +10,7 @@ from typing import Any, Final, get_args
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from streamworker import following
 from streamworker.broker import Operator, Place, StoredJob
 from streamworker.errors import StreamworkerError, UsageError
 from streamworker.postgres import Archive
@@ -166,14 +167,18 @@ async def _campaign(request: Request, operator: Operator, form: Form) -> dict[st
     return {"message": f"Begun: {campaign.told()['title'].lower()}", "campaign": campaign.id}
 
 
-async def _cancel(request: Request, _: Operator, form: Form) -> dict[str, Any]:
+async def _cancel(request: Request, operator: Operator, form: Form) -> dict[str, Any]:
     archive, job_id = await _ledger(request), form.must("id")
-    done = await archive.cancel(job_id)
-    return {"ok": done, "message": f"{job_id} never runs" if done else f"{job_id} runs, or has ended"}
+    job = await archive.find(job_id)
+    answer = "ended" if job is None else await following.cancel(archive, operator, job.queue, job_id)
+    words = {"cancelled": "never runs", "asked": "is told to end", "ended": "has ended, or is not there"}
+    return {"ok": answer != "ended", "message": f"{job_id} {words[answer]}"}
 
 
-async def _again(request: Request, _: Operator, form: Form) -> dict[str, Any]:
+async def _again(request: Request, operator: Operator, form: Form) -> dict[str, Any]:
     archive, job_id = await _ledger(request), form.must("id")
+    if (job := await archive.find(job_id)) is not None:
+        await operator.reprieve(job.queue, job_id)
     done = await archive.retry(job_id)
     return {"ok": done, "message": f"{job_id} is queued; a relay dispatches it" if done else f"{job_id} has not ended"}
 
