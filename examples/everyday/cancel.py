@@ -20,7 +20,7 @@ class Export(Payload, kind="export", queue="exports"):
 
 
 app = App()
-began = asyncio.Event()
+began, ended = asyncio.Event(), asyncio.Event()
 
 
 @app.handler(timeout=600)
@@ -33,6 +33,7 @@ async def export(payload: Export, ctx: Context) -> None:
             await asyncio.sleep(0.1)
     finally:
         print(payload.name, "tidied up, cancelled:", ctx.cancelled)
+        ended.set()
 
 
 async def main() -> None:
@@ -46,10 +47,9 @@ async def main() -> None:
         async with asyncio.TaskGroup() as group:
             group.create_task(worker.start())
             await began.wait()
-            print("running.csv:", await app.cancel(running.id))
-            async with app.operator() as operator:
-                while (await operator.depth(["exports"]))[0].running:
-                    await asyncio.sleep(0.1)
+            answer = await app.cancel(running.id)
+            await ended.wait()
+            print("running.csv:", answer)
             await worker.stop()
         print("nothing is left")
 

@@ -9,7 +9,12 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples/everyday"
 PRINTED = {
-    "cancel": ["later.csv: cancelled", "running.csv began", "running.csv: asked", "running.csv tidied up, cancelled: True"],
+    "cancel": [
+        "later.csv: cancelled",
+        "running.csv began",
+        "running.csv: asked",
+        "running.csv tidied up, cancelled: True",
+    ],
 }
 
 
