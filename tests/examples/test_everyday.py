@@ -12,8 +12,8 @@ PRINTED = {
     "cancel": [
         "later.csv: cancelled",
         "running.csv began",
-        "running.csv: asked",
         "running.csv tidied up, cancelled: True",
+        "running.csv: asked",
     ],
 }
 
