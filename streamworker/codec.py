@@ -16,6 +16,7 @@ import uuid_utils
 
 from streamworker.errors import InvalidJob, JobTooLarge
 from streamworker.job import Claim, Job, Level, Outgoing
+from streamworker.limits import TURN_HEADER
 from streamworker.marks import mark_of
 
 MAX_ID_BYTES: Final = 200
@@ -250,7 +251,7 @@ def charges(document: Reading) -> dict[str, None]:
     marked = mark_of(document.streamworker) is not None
     return {
         name: None
-        for name in (DELIVERIES_HEADER, UNKNOWN_HEADER)
+        for name in (DELIVERIES_HEADER, UNKNOWN_HEADER, TURN_HEADER)
         if name in known or (marked and name == DELIVERIES_HEADER)
     }
 

@@ -8,7 +8,8 @@ from streamworker import codec
 from streamworker.broker import Ending
 from streamworker.errors import InvalidJob
 from streamworker.execute import OK
-from streamworker.job import Dead, Done, Drop, Ok, ReleaseAt, RetryAt
+from streamworker.job import Dead, Deferred, Done, Drop, Ok, ReleaseAt, RetryAt
+from streamworker.limits import TURN_HEADER
 from streamworker.policy import DONE, judge
 from streamworker.run import Run
 
@@ -27,7 +28,7 @@ def ending(run: Run, *, now: float, jitter: float) -> Ending:
     if outcome is None or run.facts is None:
         raise AssertionError("a run is judged after its outcome")
     verdict = judge(outcome, run.facts, now=now, jitter=jitter)
-    attempts = run.facts.attempts
+    attempts, member = run.facts.attempts, ""
     match verdict:
         case Done():
             return Ending(run.claim, verdict)
@@ -36,14 +37,20 @@ def ending(run: Run, *, now: float, jitter: float) -> Ending:
         case Dead():
             return Ending(run.claim, verdict, None, run.job_id, run.kind, attempts + verdict.charged)
         case RetryAt():
-            body = _next_form(run, {"attempt_count": attempts + 1}, {codec.DELIVERIES_HEADER: None})
+            headers: dict[str, str | None] = {codec.DELIVERIES_HEADER: None, TURN_HEADER: None}
+            body = _next_form(run, {"attempt_count": attempts + 1}, headers)
         case ReleaseAt():
             deaths = run.deliveries - 1
             headers = {codec.DELIVERIES_HEADER: str(deaths) if deaths > 0 else None}
+            if isinstance(outcome, Deferred):
+                headers[TURN_HEADER] = outcome.turn
+                member = outcome.member
+            elif run.started is not None:
+                headers[TURN_HEADER] = None  # it had its turn
             if verdict.unknown_since is not None:
                 headers[codec.UNKNOWN_HEADER] = str(int(verdict.unknown_since))
             body = _next_form(run, {}, headers)
-    return Ending(run.claim, verdict, body, run.job_id, run.kind, attempts)
+    return Ending(run.claim, verdict, body, run.job_id, run.kind, attempts, member)
 
 
 def _next_form(run: Run, patch: dict[str, Any], headers: dict[str, str | None]) -> bytes | None:

@@ -107,6 +107,7 @@ class Executor:
             run.outcome = UnknownKind(reading.kind or "", codec.unknown_since(reading))
             return
         run.registration = registration
+        run.special = registration.special or run.suspect
         if reading.run_at is not None:
             until = codec.when(reading)
             if until is not None and until > time():

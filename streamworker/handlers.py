@@ -15,9 +15,11 @@ from typing_extensions import TypeVar, dataclass_transform
 from streamworker import codec
 from streamworker.context import Context
 from streamworker.errors import ConfigurationError
+from streamworker.limits import Quota, quota
 from streamworker.policy import Backoff, Limits
 from streamworker.setting_rules import QUEUE_NAME
 
+QUOTA: Final = ("concurrency", "rate", "burst", "limit_by")
 KIND_NAME: Final = re.compile(r"[^\s\x00-\x1f\x7f]{1,200}")
 
 P = TypeVar("P", bound="Payload")
@@ -90,6 +92,9 @@ class Registration(msgspec.Struct, frozen=True):
     limits: Limits
     is_async: bool
     wants_context: bool
+    quota: Quota | None = None
+    special: bool = False
+    """It does not simply run: it is limited, or gathered."""
 
     @property
     def name(self) -> str:
@@ -130,7 +135,16 @@ class Handlers(Generic[S]):
     def handler(self, function: Callable[[P], R], /) -> Callable[[P], R]: ...
     @overload
     def handler(
-        self, /, *, max_attempts: int = 20, timeout: float | None = 300, backoff: Backoff = Backoff()
+        self,
+        /,
+        *,
+        max_attempts: int = 20,
+        timeout: float | None = 300,
+        backoff: Backoff = Backoff(),
+        concurrency: int | None = None,
+        rate: str | None = None,
+        burst: int | None = None,
+        limit_by: str | None = None,
     ) -> Decorator[S]: ...
     def handler(self, function: Any = None, /, **options: Any) -> Any:
         """Register a handler; usable with and without parentheses.
@@ -142,16 +156,21 @@ class Handlers(Generic[S]):
             max_attempts: failed attempts after which a job is dead; 20 unless given.
             timeout: seconds one run may take, 300 unless given; ``None`` for no limit must be written out.
             backoff: waits between attempts; ``Backoff(base=1, cap=300, jitter=0.25)`` unless given.
+            concurrency: most jobs of this kind that run at once in the whole fleet.
+            rate: how many may start in a time in the whole fleet: ``"100/s"``, ``"600/min"``, ``"5/10s"``.
+            burst: starts that may come at once; a tenth of a second's worth of ``rate``, at least 1, unless given.
+            limit_by: a field of the payload: each of its values has limits of its own.
 
         Raises:
             ConfigurationError: the function cannot be a handler, or its kind has one.
         """
         try:
+            limited = quota(**{name: options.pop(name) for name in QUOTA if name in options})
             limits = Limits(**options)
         except (TypeError, ValueError) as error:
             raise ConfigurationError(f"the handler's options are wrong: {error}") from None
         scope = sys._getframe(1).f_locals  # payload types defined inside functions are visible only there
-        decorator = Decorator[S](lambda target: self._add(_registration(target, limits, scope)))
+        decorator = Decorator[S](lambda target: self._add(_registration(target, limits, limited, scope)))
         return decorator if function is None else decorator(function)
 
     def include(self, *groups: Handlers[S]) -> None:
@@ -195,7 +214,9 @@ class Handlers(Generic[S]):
         self._by_queue.setdefault(registration.queue, []).append(registration)
 
 
-def _registration(function: Callable[..., Any], limits: Limits, scope: Mapping[str, Any]) -> Registration:
+def _registration(
+    function: Callable[..., Any], limits: Limits, limited: Quota | None, scope: Mapping[str, Any]
+) -> Registration:
     name = getattr(function, "__qualname__", repr(function))
     parameters = [
         p
@@ -214,6 +235,8 @@ def _registration(function: Callable[..., Any], limits: Limits, scope: Mapping[s
     target = _underlying(function)
     if inspect.isgeneratorfunction(target) or inspect.isasyncgenfunction(target):
         raise ConfigurationError(f"{name} yields: calling it runs nothing, so it cannot be a handler")
+    if limited is not None and limited.limit_by and limited.limit_by not in payload.__struct_fields__:
+        raise ConfigurationError(f"the handler {name} is limited by {limited.limit_by!r}, no field of its payload")
     return Registration(
         kind=payload.__kind__,
         queue=payload.__queue__,
@@ -223,6 +246,8 @@ def _registration(function: Callable[..., Any], limits: Limits, scope: Mapping[s
         limits=limits,
         is_async=inspect.iscoroutinefunction(_outermost(function)),
         wants_context=len(parameters) == 2 and _is_context(parameters[1]),
+        quota=limited,
+        special=limited is not None,
     )
 
 

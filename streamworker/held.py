@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
+from typing import Final
+
 from streamworker.execute import Executor
 from streamworker.holdings import Holdings
 from streamworker.job import Claim, Interrupted
@@ -17,11 +20,16 @@ class Held:
     Args:
         holdings: what is held.
         executor: prepares runs.
+        kept: renews what goes along with claims; ``None`` if nothing does.
     """
 
-    def __init__(self, holdings: Holdings, executor: Executor) -> None:
+    def __init__(
+        self, holdings: Holdings, executor: Executor, kept: Callable[[Collection[Claim]], None] | None = None
+    ) -> None:
         self._holdings = holdings
         self._executor = executor
+        self.kept: Final = kept
+        """Told, in the thread, of claims that were renewed."""
 
     def runs(self) -> list[Run]:
         """All runs, from their arrival until they are settled."""

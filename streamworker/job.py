@@ -156,6 +156,20 @@ class Postponed(msgspec.Struct, frozen=True):
     until: float
 
 
+class Deferred(msgspec.Struct, frozen=True):
+    """A limit of its kind does not let it run before ``until`` (epoch seconds), unless it is called sooner.
+
+    Attributes:
+        until: when it comes again by itself.
+        turn: what it brings along then, see `codec.TURN_HEADER`.
+        member: what it is called by while it waits: its member in the due set.
+    """
+
+    until: float
+    turn: str
+    member: str
+
+
 class Abandoned(msgspec.Struct, frozen=True):
     """``deaths`` workers died holding it; decided before user code ran."""
 
@@ -170,7 +184,17 @@ class Recorded(msgspec.Struct, frozen=True):
 
 
 Outcome: TypeAlias = (
-    Ok | Raised | TimedOut | Interrupted | Cancelled | Undecodable | UnknownKind | Postponed | Abandoned | Recorded
+    Ok
+    | Raised
+    | TimedOut
+    | Interrupted
+    | Cancelled
+    | Undecodable
+    | UnknownKind
+    | Postponed
+    | Deferred
+    | Abandoned
+    | Recorded
 )
 
 

@@ -8,7 +8,7 @@ The rules, in the order they are asked:
 2. A job whose workers died more than ``max_deliveries`` times is Dead before user code runs.
 3. What the handler wished (Retry, Snooze, Discard) is done; only Retry charges an attempt.
 4. Raised and TimedOut charge an attempt: RetryAt while attempts remain, then Dead.
-5. Interrupted and Postponed are ReleaseAt: shutdown is not a failed attempt.
+5. Interrupted, Postponed and Deferred are ReleaseAt: neither shutdown nor a limit is a failed attempt.
 6. UnknownKind is ReleaseAt with growing delay, since a newer worker may know it, and Dead by age.
 7. Undecodable is Dead at once; its bytes are kept.
 8. Cancelled is Drop: no failure, no attempt, no dead letter.
@@ -26,6 +26,7 @@ from streamworker.job import (
     Abandoned,
     Cancelled,
     Dead,
+    Deferred,
     Done,
     Drop,
     Interrupted,
@@ -53,6 +54,7 @@ _WORDS: Final[dict[type, str]] = {
     TimedOut: "timed_out",
     Interrupted: "interrupted",
     Cancelled: "cancelled",
+    Deferred: "deferred",
     Undecodable: "undecodable",
     UnknownKind: "unknown_kind",
     Postponed: "postponed",
@@ -156,6 +158,8 @@ def judge(outcome: Outcome, facts: Facts, *, now: float, jitter: float) -> Verdi
             return DROP
         case Postponed(until=until):
             return ReleaseAt(until, "not due yet")
+        case Deferred(until=until):
+            return ReleaseAt(until, "a limit of its kind")
         case UnknownKind():
             return _unknown(outcome, facts, now)
         case Undecodable(error=message):

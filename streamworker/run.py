@@ -23,8 +23,8 @@ class Run:
     """One claim on its way through this worker, from its arrival until it is settled."""
 
     __slots__ = (
-        "_cause", "claim", "context", "deadline", "ending", "facts", "finished", "in_thread", "outcome", "payload",
-        "reading", "registration", "seen", "settling", "started", "stuck", "suspect", "task",
+        "_cause", "claim", "context", "deadline", "ending", "facts", "finished", "in_thread", "outcome", "passed",
+        "payload", "reading", "registration", "seen", "settling", "special", "started", "stuck", "suspect", "task",
     )  # fmt: skip
 
     def __init__(self, claim: Claim) -> None:
@@ -41,6 +41,7 @@ class Run:
         self.settling = False
         self.stuck = False  # a thread that will not end: only a new process frees its slot
         self.suspect = False  # two workers or more were lost with it: it must run alone
+        self.special = self.passed = False  # it does not simply run: see `entrance`; its limit let it through
         self.task: asyncio.Task[Any] | None = None
         self.seen: Any = None  # what observers are shown of it (`observe.JobRun`), once there is one to show it to
         self.finished: float | None = None  # epoch seconds; this and the next only where there is a ledger

@@ -19,7 +19,7 @@ from streamworker.broker import Broker, Ending
 from streamworker.endings import ending
 from streamworker.errors import ConfigurationError, Unreachable
 from streamworker.holdings import Holdings
-from streamworker.job import Dead, Done, Drop, Raised, ReleaseAt, RetryAt, Settled, Undecodable
+from streamworker.job import Dead, Deferred, Done, Drop, Raised, ReleaseAt, RetryAt, Settled, Undecodable
 from streamworker.pause import Pause
 from streamworker.policy import describe
 from streamworker.run import Run
@@ -184,7 +184,8 @@ class Settler:
                 counts.released += 1
                 if at is not None:
                     self._parked(at)
-                log.info("job_released", **facts, reason=reason)
+                # A kind with a limit releases all the time: that is its ordinary way.
+                (log.debug if isinstance(run.outcome, Deferred) else log.info)("job_released", **facts, reason=reason)
             case Drop():
                 counts.cancelled += 1
                 log.info("job_cancelled", **facts)

@@ -32,7 +32,7 @@ class Slots:
         count: tasks, and so jobs that run at once.
         executor: what a task does with a claim.
         finished: told of every run that has an outcome.
-        isolate: asked before a suspect runs; False puts it aside for later.
+        isolate: asked before a run that is `Run.special`; False puts it aside for later.
         stuck: told of a thread that outlived its deadline by more than ``grace``.
         grace: seconds a thread may overrun its deadline before it counts as stuck.
     """
@@ -116,7 +116,7 @@ class Slots:
             if run.outcome is None:
                 prepare(run)
             if run.outcome is None:
-                if run.suspect and not self._isolate(run):
+                if run.special and not self._isolate(run):
                     continue
                 running.add(run)
                 try:

@@ -21,6 +21,7 @@ from streamworker.bookkeeping import stages
 from streamworker.claiming import Claimer
 from streamworker.context import Shared
 from streamworker.drain import HAND_BACK, UNWIND, drain, end_reading, take_leave, watch_signals
+from streamworker.entrance import Entrance
 from streamworker.errors import ConfigurationError, HandBackFailed, StuckThread, UsageError
 from streamworker.execute import Executor
 from streamworker.health import Health
@@ -161,19 +162,15 @@ class QueueWorker:
         self._holdings, self._ticker = Holdings(), Ticker(self._broker, self._stopping)
         self._settler = Settler(self._broker, self._holdings, parked=self._ticker.parked)
         self._executor = Executor(
-            app.handlers,
-            self._shared,
-            middleware=app.middleware,
-            threads=settings.concurrency,
-            max_deliveries=settings.max_deliveries,
-            max_job_bytes=settings.max_job_bytes,
+            app.handlers, self._shared, middleware=app.middleware, threads=settings.concurrency,
+            max_deliveries=settings.max_deliveries, max_job_bytes=settings.max_job_bytes,
             unknown_kind_ttl=settings.unknown_kind_ttl,
-        )
+        )  # fmt: skip
         self._slots = Slots(
             settings.concurrency,
             self._executor,
             finished=self.finish,
-            isolate=lambda run: self._claimer.may_run(run),  # noqa: PLW0108 - the claimer is made after the slots
+            isolate=lambda run: self._entrance.may_run(run),  # noqa: PLW0108 - made after the slots
             stuck=self._stuck,
             grace=settings.grace,
         )
@@ -192,7 +189,10 @@ class QueueWorker:
             fatal=self._refused,
             closed=self._stages.closed,
         )
-        held = Held(self._holdings, self._executor)
+        self._entrance = Entrance(
+            self._broker, app.handlers, isolate=self._claimer.may_run, put=self._slots.put, finished=self.finish
+        )
+        held = Held(self._holdings, self._executor, self._entrance.kept)
         self._lease = LeaseKeeper(self._broker, lease=settings.lease, held=held, report=self._report)
         self._health.watch(self._claimer, self._lease)
 
@@ -203,14 +203,16 @@ class QueueWorker:
             async with anyio.create_task_group() as house:
                 house.start_soon(self._broker.listen, self._ticker.parked, self._lease.look)
                 async with anyio.create_task_group() as loops:
-                    for loop in (self._settler.run, self._stages.run, self._ticker.run, self._unblocking):
-                        loops.start_soon(loop)
+                    for part in (self._settler, self._stages, self._entrance, self._ticker):
+                        loops.start_soon(part.run)
+                    loops.start_soon(self._unblocking)
                     loops.start_soon(self._relay.run, self._stopping)
                     log.info("worker_ready", worker_id=self.worker_id, queues=self._queues)
                     await self._claimer.run()
                     await drain(self, self._slots, self._holdings, self._settings.grace, self._hurry)
                     await self._stages.close(HAND_BACK)
                     self._settler.close(HAND_BACK)
+                    self._entrance.close(HAND_BACK)
                 house.cancel_scope.cancel()
         finally:
             for run in await self._slots.close(UNWIND):
@@ -237,11 +239,13 @@ class QueueWorker:
         if self._watch is not None:
             self._watch.finished(run)
         self._holdings.finished()
+        if run.special:
+            self._entrance.leave(run)
         self._stages.finish(run)
 
     def abandon_waiting(self) -> list[Run]:
         """Runs that have not been given to a slot; they do not wait any more afterwards."""
-        return self._claimer.abandon_waiting() + self._stages.abandon_waiting()
+        return self._claimer.abandon_waiting() + self._stages.abandon_waiting() + self._entrance.abandon_waiting()
 
     @property
     def executor(self) -> Executor:

@@ -22,6 +22,7 @@ from streamworker.execute import OK
 from streamworker.holdings import Holdings
 from streamworker.job import (
     Dead,
+    Deferred,
     Done,
     Drop,
     Interrupted,
@@ -221,7 +222,8 @@ def record_of(run: Run, ending: Ending, begun_at: float) -> RunRecord | None:
         begun_at: epoch seconds of the monotonic clock's zero.
     """
     outcome, verdict = run.outcome, ending.verdict
-    if isinstance(outcome, Recorded | Postponed) or (isinstance(outcome, Interrupted) and run.started is None):
+    unbegun = isinstance(outcome, Interrupted) and run.started is None
+    if unbegun or isinstance(outcome, Recorded | Postponed | Deferred):
         return None  # it is recorded, or nothing has happened
     record = begun(run, begun_at)
     record.finished = run.finished

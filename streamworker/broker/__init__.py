@@ -1,7 +1,6 @@
 """What a worker needs of a broker, without a Redis word. Both modes implement it; the contract suite holds them to it.
 
-Six verbs move jobs (publish, claim, renew, settle, tick, depth); `confirm` counts the delivery of a suspect just
-before it runs; the rest is opening and closing. `Operator` is what people do to jobs by hand.
+Six verbs move jobs (publish, claim, renew, settle, tick, depth). `Operator` is what people do to jobs by hand.
 """
 
 # ceiling: two protocols whose docstrings are the contract; a reader wants each in one piece
@@ -14,6 +13,7 @@ import msgspec
 from typing_extensions import TypeVar
 
 from streamworker.job import Claim, Depth, Enqueued, Level, Outgoing, Settled, Verdict
+from streamworker.limits import Limiting
 
 T = TypeVar("T")
 
@@ -28,6 +28,7 @@ class Ending(msgspec.Struct, frozen=True):
         job_id: the job's id, for what is stored beside it.
         kind: its kind, for dead letters.
         attempts: failed attempts, this run included, for dead letters.
+        member: what it is called by while it waits for a limit; empty where it is not called.
     """
 
     claim: Claim
@@ -36,9 +37,10 @@ class Ending(msgspec.Struct, frozen=True):
     job_id: str = ""
     kind: str = ""
     attempts: int = 0
+    member: str = ""
 
 
-class Broker(Protocol):
+class Broker(Limiting, Protocol):
     """Hands out claims and takes them back. Every ending is fenced by the claim it ends."""
 
     async def open(self) -> None:

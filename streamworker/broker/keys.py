@@ -102,6 +102,15 @@ class QueueKeys(msgspec.Struct, frozen=True):
         """A deduplication key."""
         return f"{self.base}:key:{name}"
 
+    def limit(self, name: str) -> list[str]:
+        """The keys of a limit, see ``lua/limit.lua``: who holds it, whose turn it is, and its bucket."""
+        return [f"{self.base}:limit:{part}:{name}" for part in ("holds", "turns", "bucket")]
+
+    @property
+    def calls(self) -> str:
+        """Sorted set: jobs that waited for a limit and were called, to the ms of the call."""
+        return f"{self.base}:limit:calls"
+
 
 class ListKeys(QueueKeys, frozen=True):
     """The keys of one queue in list mode: ready jobs lie in lists, all else where stream mode has it.

@@ -55,7 +55,8 @@ class ListSender:
         for item in items:
             args += (*self._fence(item.claim), *parking(item, now))
         names = [lists.claimed(self._worker), lists.leases, items[0].claim.place, lists.due, lists.bodies, lists.meta]
-        return list(await scripts.LIST_PARK(self._client, [*names, worker_key(lists.namespace, self._worker)], args))
+        names += [worker_key(lists.namespace, self._worker), lists.calls]
+        return list(await scripts.LIST_PARK(self._client, names, args))
 
     async def bury(self, keys: QueueKeys, items: list[Ending]) -> list[int]:
         """See `Sender.bury`."""

@@ -17,6 +17,7 @@ from streamworker.broker.client import Address, clustered
 from streamworker.broker.due import promote
 from streamworker.broker.held import leased, unwrapped, wrapped
 from streamworker.broker.keys import ListKeys, worker_key
+from streamworker.broker.limits import Limiter
 from streamworker.broker.link import Link
 from streamworker.broker.list_intake import ListIntake
 from streamworker.broker.list_settle import ListSender
@@ -26,6 +27,7 @@ from streamworker.broker.settle import settle
 from streamworker.broker.taking import Taking
 from streamworker.errors import ConfigurationError
 from streamworker.job import Claim, Depth, Enqueued, Outgoing, Settled
+from streamworker.limits import Answer, Asking, Hold
 
 RENEW_BATCH: Final = 500
 
@@ -59,6 +61,7 @@ class ListBroker:
         self._homes = {place: keys for keys in self._keys for place in keys.lists}
         self._cancels = Cancels(self._link, self._keys)
         self._orphans = Orphans(self._link, self._keys, lease=options.lease)
+        self._limits = Limiter(self._link, self._keys, lease=options.lease)
         self._intake = self._make_intake(queues)
 
     def _make_intake(self, queues: Sequence[tuple[ListKeys, int | None]]) -> Taking:
@@ -153,6 +156,14 @@ class ListBroker:
         await self._link.fresh()
         with self._link.watched():
             return await settle(ListSender(self._link.wires, self._intake.consumer), self._homes, items)
+
+    async def limit(self, queue: str, asking: Sequence[Asking], leaving: Sequence[Hold]) -> list[Answer]:
+        """See `Broker.limit`."""
+        return await self._limits.ask(self._intake.consumer, queue, asking, leaving)
+
+    def retain(self, holds: Collection[Hold]) -> None:
+        """See `Broker.retain`."""
+        self._limits.retain(holds)
 
     async def strays(self, running: Collection[Claim]) -> list[Claim]:
         """See `Broker.strays`."""

@@ -27,6 +27,8 @@ _BOTH: Final = """
     HDEL @meta x                    | ZSCORE @cancelled x   | ZREM @cancelled x       | EXISTS @cancelled
     SET @key x PX 1000              | GET @key              | PUBLISH @due 0          | HSET @beat x x
     PEXPIRE @beat 1000              | EXISTS @beat          | DEL @beat               | TIME
+    ZSCORE @calls x                 | ZCARD @holds          | ZCOUNT @holds 0 1      | PTTL @holds
+    ZREMRANGEBYSCORE @holds 0 0
     EVALSHA @sha 1 @ready           | EVAL return(1) 1 @ready                         | CLIENT ID   | CLIENT UNBLOCK 0
 """
 _OWN: Final[dict[str, str]] = {
@@ -58,6 +60,8 @@ def _commands(keys: QueueKeys, group: str, beat: str) -> list[tuple[str, ...]]:
         "@meta": keys.meta,
         "@cancelled": keys.cancelled,
         "@key": keys.key("x"),
+        "@calls": keys.calls,
+        "@holds": keys.limit("x")[0],
         "@beat": beat,
         "@group": group,
         "@me": PROBE,

@@ -97,7 +97,7 @@ class StreamSender:
         for item in items:
             claim = item.claim
             args += (self._consumer, claim.entry, claim.count, *parking(item, now))
-        return list(await scripts.PARK(self._client, [items[0].claim.place, keys.due, keys.bodies], args))
+        return list(await scripts.PARK(self._client, [items[0].claim.place, keys.due, keys.bodies, keys.calls], args))
 
     async def bury(self, keys: QueueKeys, items: list[Ending]) -> list[int]:
         """See `Sender.bury`."""
@@ -114,7 +114,7 @@ def parking(item: Ending, now: float) -> tuple[int, str, bytes]:
     if not isinstance(verdict, RetryAt | ReleaseAt) or body is None:
         raise StreamworkerError(f"an entry without a document cannot go on: {verdict}")
     delay = -1 if verdict.at is None else max(0, round((verdict.at - now) * 1000))
-    return delay, due_member(item.claim.level, item.job_id), body
+    return delay, item.member or due_member(item.claim.level, item.job_id), body
 
 
 def obituary(item: Ending) -> dict[str, Any]:

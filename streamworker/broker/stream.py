@@ -17,12 +17,14 @@ from streamworker.broker.due import promote
 from streamworker.broker.intake import UNKNOWN_EPOCH, Intake, document
 from streamworker.broker.intakes import Intakes
 from streamworker.broker.keys import QueueKeys, worker_key
+from streamworker.broker.limits import Limiter
 from streamworker.broker.link import Link
 from streamworker.broker.publish import Publisher
 from streamworker.broker.settle import StreamSender, settle
 from streamworker.broker.tidy import tidy
 from streamworker.errors import ConfigurationError, Unreachable
 from streamworker.job import Claim, Depth, Enqueued, Outgoing, Settled
+from streamworker.limits import Answer, Asking, Hold
 from streamworker.policy import SUSPECT_DELIVERIES
 from streamworker.telemetry.logs import get_logger
 
@@ -63,6 +65,7 @@ class StreamBroker:
         self._tidy_at = 0.0
         self._last_confirmed: tuple[str, bytes, int] | None = None
         intake = Intakes if address.spread else Intake
+        self._limits = Limiter(self._link, self._keys, lease=options.lease)
         self._intake = intake(self._link, queues, group=options.group, lease=options.lease, weighted=options.weighted)
 
     async def open(self) -> None:
@@ -170,6 +173,14 @@ class StreamBroker:
         with self._link.watched():
             sender = StreamSender(self._link.wires, self._options.group, self._intake.consumer)
             return await settle(sender, self._homes, items)
+
+    async def limit(self, queue: str, asking: Sequence[Asking], leaving: Sequence[Hold]) -> list[Answer]:
+        """See `Broker.limit`."""
+        return await self._limits.ask(self._intake.consumer, queue, asking, leaving)
+
+    def retain(self, holds: Collection[Hold]) -> None:
+        """See `Broker.retain`."""
+        self._limits.retain(holds)
 
     async def strays(self, running: Collection[Claim]) -> list[Claim]:
         """See `Broker.strays`."""

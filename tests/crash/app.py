@@ -77,6 +77,24 @@ class Gated(Payload, kind="gated", queue="q"):
     gate: str
 
 
+class Limited(Payload, kind="limited", queue="q"):
+    """At most `LIMIT` of them run at once, in all workers."""
+
+    seconds: float = 0.0
+    gate: str = ""
+
+
+LIMIT = 3
+
+
+@app.handler(timeout=60, concurrency=LIMIT)
+async def limited(payload: Limited, ctx: Context) -> None:
+    with journal.run(ctx):
+        await asyncio.sleep(payload.seconds)
+        while payload.gate and not journal.has_gate(payload.gate):  # noqa: ASYNC110 - a file rings no bell
+            await asyncio.sleep(0.02)
+
+
 @app.handler(max_attempts=4, timeout=60, backoff=Backoff(base=0.05, cap=0.5))
 async def work(payload: Work, ctx: Context) -> None:
     with journal.run(ctx):

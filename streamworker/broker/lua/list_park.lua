@@ -11,6 +11,7 @@
 -- KEYS[5]  bodies hash of the queue
 -- KEYS[6]  meta hash of the queue
 -- KEYS[7]  the worker's heartbeat
+-- KEYS[8]  calls of the queue: who waited for a limit and was called meanwhile is ready at once
 -- ARGV     five a claim: its member in the lease set, its string in the claimed list ("": it was popped), delay in ms
 --          (negative: ready at once), member for the due set, body
 --
@@ -22,7 +23,7 @@ local result, left, ended = {}, 0, {}
 local function failed(reply) return type(reply) == 'table' and reply.err end
 
 local function store(delay, member, body)
-  if delay < 0 then return not failed(redis.pcall('LPUSH', KEYS[3], body)) end
+  if delay < 0 or redis.call('ZSCORE', KEYS[8], member) then return not failed(redis.pcall('LPUSH', KEYS[3], body)) end
   if failed(redis.pcall('HSET', KEYS[5], member, body)) then return false end
   if failed(redis.pcall('ZADD', KEYS[4], string.format('%d', now + delay), member)) then
     redis.call('HDEL', KEYS[5], member)

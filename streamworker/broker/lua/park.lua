@@ -5,6 +5,7 @@
 -- KEYS[1]    stream
 -- KEYS[2]    due set of the queue
 -- KEYS[3]    bodies hash of the queue
+-- KEYS[4]    calls of the queue: who waited for a limit and was called meanwhile goes back to the stream at once
 -- ARGV[1]    group
 -- ARGV[2..]  six a claim: consumer, entry id, delivery count, delay in ms (negative: back to the stream at once),
 --            member for the due set, body
@@ -18,7 +19,7 @@ local result, settled = {}, 0
 local function failed(reply) return type(reply) == 'table' and reply.err end
 
 local function store(delay, member, body)
-  if delay < 0 then return not failed(redis.pcall('XADD', KEYS[1], '*', 'job', body)) end
+  if delay < 0 or redis.call('ZSCORE', KEYS[4], member) then return not failed(redis.pcall('XADD', KEYS[1], '*', 'job', body)) end
   if failed(redis.pcall('HSET', KEYS[3], member, body)) then return false end
   if failed(redis.pcall('ZADD', KEYS[2], string.format('%d', now + delay), member)) then
     redis.call('HDEL', KEYS[3], member)

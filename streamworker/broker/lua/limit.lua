@@ -1,0 +1,156 @@
+-- limit: who of kinds with limits may run now. First the holds of runs that ended are given back, then jobs ask in order. A limit
+-- caps how many run at once (a hold each, which lapses unless `retain` renews it) and spaces their starts (a token bucket,
+-- as GCRA keeps it: one number). Turns go by arrival: whoever may not run yet is noted and parked, and as soon as there is room
+-- the first of those noted are called, that is moved from the due set behind the ready jobs. A called one that does not come
+-- in time (dropped, paused, behind a long backlog) holds nobody up: it carries its arrival with it and is first when it comes.
+--
+-- KEYS[1]    due set of the queue
+-- KEYS[2]    bodies hash of the queue
+-- KEYS[3..5] where its ready jobs lie: high, normal, low
+-- KEYS[6]    calls of the queue: member of the due set to the ms at which it was called. Whoever parks a job looks here: it may
+--            have been called since it asked
+-- KEYS[7..]  three a limit: its holds (token to the ms at which it lapses), its turns (member to arrival in ms), its bucket (µs
+--            at which it is full again)
+-- ARGV[1]    what ready jobs lie in: stream or list
+-- ARGV[2]    ms a hold lives unless renewed
+-- ARGV[3]    ms a called one may take to come
+-- ARGV[4]    N, number of limits
+-- ARGV[5]    F, number of holds to give back
+-- ARGV[6..]  three a limit: most that run at once (0: any), µs between starts (0: none), starts that may come at once
+-- then       two a hold to give back: its limit (from 1), token
+-- then       five a job that asks: its limit, token of its hold, member for the due set if it has to wait, the member it waited under
+--            before ("": none), its arrival in ms as it was told then (0: it comes for the first time)
+--
+-- returns { 1 it may run / 0 not yet, ms to wait, arrival } for each that asks
+local life, patience = tonumber(ARGV[2]), tonumber(ARGV[3])
+local limits, leaving = tonumber(ARGV[4]), tonumber(ARGV[5])
+local time = redis.call('TIME')
+local micros = time[1] * 1000000 + time[2]
+local now = math.floor(micros / 1000)
+local stream = { high = KEYS[3], normal = KEYS[4], low = KEYS[5] }
+local cap, gap, burst, running, full = {}, {}, {}, {}, {}
+local DAY, MOST = 86400000, 100
+
+local function key(n) return 7 + 3 * (n - 1) end
+local function whole(number) return string.format('%d', number) end
+
+local function live(k, ms) -- a key lives as long as its longest-lived member needs it, and a little longer
+  if redis.call('PTTL', KEYS[k]) < ms then redis.call('PEXPIRE', KEYS[k], whole(ms)) end
+end
+
+local function room(n)
+  local free = math.huge
+  if cap[n] > 0 then free = cap[n] - running[n] end
+  if gap[n] > 0 then free = math.min(free, math.floor((micros - math.max(micros, full[n])) / gap[n]) + burst[n]) end
+  return free
+end
+
+-- ms until there may be room for the one that has `rank` others before it. Calls come sooner; this is for those that got lost.
+local function wait(n, rank)
+  local ms = 1
+  if gap[n] > 0 then
+    ms = math.max(ms, math.ceil((math.max(micros, full[n]) + (rank + 1 - burst[n]) * gap[n] - micros) / 1000))
+  end
+  if cap[n] > 0 then
+    -- With places free, those in front of it were called: should they not come, somebody has to notice.
+    local pace, held = running[n] < cap[n] and math.min(patience, life) or life, nil
+    if pace == life and rank < cap[n] then held = redis.call('ZRANGE', KEYS[key(n)], rank, rank, 'WITHSCORES')[2] end
+    ms = math.max(ms, held and tonumber(held) - now + 1 or pace * (1 + math.floor(rank / cap[n])))
+  end
+  return math.min(ms, DAY)
+end
+
+local function forget(n, member)
+  redis.call('ZREM', KEYS[key(n) + 1], member)
+  redis.call('ZREM', KEYS[6], member)
+end
+
+local function promote(member) -- the growing write first: without memory, it stays parked
+  local target = stream[string.match(member, '^(%a+)/')] or KEYS[4]
+  local body = redis.call('HGET', KEYS[2], member)
+  if body then
+    local added
+    if ARGV[1] == 'list' then added = redis.pcall('LPUSH', target, body) else added = redis.pcall('XADD', target, '*', 'job', body) end
+    if type(added) == 'table' and added.err then return false end
+  end
+  redis.call('ZREM', KEYS[1], member)
+  redis.call('HDEL', KEYS[2], member)
+  return true
+end
+
+local function call(n)
+  local free, spare = math.min(room(n), MOST), 1
+  if free < 1 then return end
+  for _, member in ipairs(redis.call('ZRANGE', KEYS[key(n) + 1], 0, whole(free))) do
+    if free < 1 then break end
+    if not redis.call('ZSCORE', KEYS[6], member) then
+      if redis.call('ZSCORE', KEYS[1], member) then
+        if not promote(member) then break end
+      elseif spare > 0 then -- it is about to be parked, or gone: one more is called, in case it is gone
+        free, spare = free + 1, 0
+      end
+      redis.call('ZADD', KEYS[6], whole(now), member)
+      live(6, 20 * patience)
+    end
+    free = free - 1
+  end
+end
+
+-- Those who were called and did not come are passed over. Turns are called in order: whoever was called is among the first.
+local function pass_over(n)
+  for _, member in ipairs(redis.call('ZRANGE', KEYS[key(n) + 1], 0, MOST)) do
+    local called = redis.call('ZSCORE', KEYS[6], member)
+    if not called then return end
+    if now - called > patience then forget(n, member) end
+  end
+end
+
+local function ask(n, token, member, before, arrival, order)
+  forget(n, member)
+  if before ~= '' then forget(n, before) end
+  if cap[n] > 0 and redis.call('ZSCORE', KEYS[key(n)], token) then return { 1, 0, '' } end -- the reply was lost
+  local first = arrival <= 0 or arrival > now
+  if first then arrival = now + order / 1000 end -- those of one call keep their order
+  local stamp = string.format('%.3f', arrival)
+  local rank = redis.call('ZCOUNT', KEYS[key(n) + 1], '-inf', (first and '' or '(') .. stamp)
+  if rank < room(n) then
+    if cap[n] > 0 then
+      redis.call('ZADD', KEYS[key(n)], whole(now + life), token)
+      live(key(n), life)
+      running[n] = running[n] + 1
+    end
+    if gap[n] > 0 then
+      full[n] = math.max(micros, full[n]) + gap[n]
+      redis.call('SET', KEYS[key(n) + 2], whole(full[n]), 'PX', whole(math.ceil((full[n] - micros) / 1000)))
+    end
+    return { 1, 0, stamp }
+  end
+  local ms = wait(n, rank)
+  redis.call('ZADD', KEYS[key(n) + 1], stamp, member)
+  live(key(n) + 1, ms + life)
+  return { 0, ms, stamp }
+end
+
+local at = 6
+redis.call('ZREMRANGEBYSCORE', KEYS[6], '-inf', whole(now - 10 * patience))
+for n = 1, limits do
+  cap[n], gap[n], burst[n] = tonumber(ARGV[at]), tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2])
+  at = at + 3
+  redis.call('ZREMRANGEBYSCORE', KEYS[key(n)], '-inf', whole(now))
+  pass_over(n)
+end
+for _ = 1, leaving do
+  redis.call('ZREM', KEYS[key(tonumber(ARGV[at]))], ARGV[at + 1])
+  at = at + 2
+end
+for n = 1, limits do
+  running[n] = redis.call('ZCARD', KEYS[key(n)])
+  full[n] = tonumber(redis.call('GET', KEYS[key(n) + 2]) or 0)
+end
+local result, order = {}, 0
+for i = at, #ARGV, 5 do
+  result[#result + 1] = ask(tonumber(ARGV[i]), ARGV[i + 1], ARGV[i + 2], ARGV[i + 3], tonumber(ARGV[i + 4]), order)
+  order = order + 1
+end
+for n = 1, limits do call(n) end
+return result

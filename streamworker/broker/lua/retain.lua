@@ -1,0 +1,12 @@
+-- retain: renew the holds of runs whose leases were renewed. One that was given back meanwhile, or has lapsed, does not come back.
+--
+-- KEYS       the holds of each limit
+-- ARGV[1]    ms a hold lives unless renewed
+-- ARGV[2..]  two a hold: its limit (from 1), token
+--
+-- returns 1
+local time = redis.call('TIME')
+local till = string.format('%d', time[1] * 1000 + math.floor(time[2] / 1000) + ARGV[1])
+for i = 2, #ARGV, 2 do redis.call('ZADD', KEYS[tonumber(ARGV[i])], 'XX', till, ARGV[i + 1]) end
+for k = 1, #KEYS do redis.call('PEXPIRE', KEYS[k], ARGV[1]) end
+return 1

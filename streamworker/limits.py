@@ -1,0 +1,150 @@
+"""Limits of kinds: how much of one may run in the whole fleet, and what workers and brokers say about it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Final, Protocol
+
+import msgspec
+
+from streamworker.job import Claim
+
+TURN_HEADER: Final = "streamworker-turn"
+"""Of a job that waited for a limit: ``ARRIVAL MARK``, when it came there (ms by the server's clock), and the end of the
+member that it waited under."""
+
+_TURN: Final = re.compile(r"[0-9]{1,15}(\.[0-9]{1,3})? [0-9a-f]{8}")
+_RATE: Final = re.compile(r"\s*(\d+)\s*/\s*(\d+(?:\.\d+)?)?\s*(s|sec|second|m|min|minute|h|hour|d|day)\s*")
+_SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+_MOST: Final = 100_000
+"""Most starts a second, and most jobs at once: above this a limit is a mistake."""
+
+
+class Quota(msgspec.Struct, frozen=True):
+    """What a handler's kind may do in the whole fleet.
+
+    Attributes:
+        concurrency: most jobs that run at once; 0 for any number.
+        gap: seconds between two starts; 0 for none.
+        burst: starts that may come at once.
+        limit_by: the payload's field of whose values each has a limit of its own; empty for one limit for all.
+    """
+
+    concurrency: int = 0
+    gap: float = 0.0
+    burst: int = 1
+    limit_by: str = ""
+
+
+def quota(
+    concurrency: int | None = None, rate: str | None = None, burst: int | None = None, limit_by: str | None = None
+) -> Quota | None:
+    """What a handler's options come to; ``None`` without any.
+
+    Args:
+        concurrency: most jobs that run at once.
+        rate: starts in a time, ``"100/s"``, ``"600/min"``, ``"5/10s"``.
+        burst: starts that may come at once; a tenth of a second's worth, at least 1, unless given.
+        limit_by: a field of the payload.
+
+    Raises:
+        ValueError: they are none.
+    """
+    if concurrency is None and rate is None:
+        if burst is not None or limit_by is not None:
+            raise ValueError("burst and limit_by say nothing without concurrency= or rate=")
+        return None
+    if concurrency is not None and (isinstance(concurrency, bool) or not 1 <= concurrency <= _MOST):
+        raise ValueError(f"concurrency={concurrency!r} must be from 1 to {_MOST}")
+    gap = _gap(rate) if rate is not None else 0.0
+    if burst is not None and (rate is None or isinstance(burst, bool) or not 1 <= burst <= _MOST):
+        raise ValueError(f"burst={burst!r} must be from 1 to {_MOST}, and needs rate=")
+    if limit_by is not None and not limit_by:
+        raise ValueError("limit_by must name a field of the payload")
+    return Quota(concurrency or 0, gap, burst or max(1, int(0.1 / gap) if gap else 1), limit_by or "")
+
+
+def _gap(rate: str) -> float:
+    """Seconds between starts."""
+    match = _RATE.fullmatch(rate)
+    count = int(match[1]) if match else 0
+    seconds = float(match[2] or 1) * _SECONDS[match[3][0]] if match else 0.0
+    if not count or not seconds or not 1 / _MOST <= seconds / count <= 86_400:
+        raise ValueError(f"rate={rate!r} must be a number of starts in a time: '100/s', '600/min', '5/10s', '10/h'")
+    return seconds / count
+
+
+class Limit(msgspec.Struct, frozen=True):
+    """The limit of a kind, or of one value of its payload.
+
+    Attributes:
+        queue: the jobs' queue.
+        name: the kind, and the value.
+        concurrency: most that run at once; 0 for any number.
+        gap: seconds between two starts; 0 for none.
+        burst: starts that may come at once after a while without any.
+    """
+
+    queue: str
+    name: str
+    concurrency: int = 0
+    gap: float = 0.0
+    burst: int = 1
+
+
+class Asking(msgspec.Struct, frozen=True):
+    """A claimed job that may run only if its limit lets it.
+
+    Attributes:
+        claim: the job.
+        limit: which.
+        job_id: the job's id.
+        mark: eight hexadecimal digits by which it is told from others of its id, should it have to wait.
+        turn: what it was told when it asked before; empty the first time.
+    """
+
+    claim: Claim
+    limit: Limit
+    job_id: str
+    mark: str
+    turn: str = ""
+
+
+class Hold(msgspec.Struct, frozen=True):
+    """One of the places of a limit, held by a running job until it ends."""
+
+    limit: Limit
+    token: str
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """What becomes of a job that asked.
+
+    Attributes:
+        hold: it may run; ``None``: not yet.
+        wait: seconds after which it shall ask again, unless it is called sooner.
+        turn: what it has to bring along then.
+        member: what it is called by meanwhile.
+    """
+
+    hold: Hold | None
+    wait: float = 0.0
+    turn: str = ""
+    member: str = ""
+
+
+class Limiting(Protocol):
+    """What brokers do about limits."""
+
+    async def limit(self, queue: str, asking: Sequence[Asking], leaving: Sequence[Hold]) -> list[Answer]:
+        """Give holds back and ask for others, all of one queue; answers in order. Safe to repeat after an error."""
+
+    def retain(self, holds: Collection[Hold]) -> None:
+        """Renew holds, from the lease thread: those of runs whose claims were renewed."""
+
+
+def turn_in(headers: Mapping[str, Any] | None) -> str:
+    """What a job was told when it had to wait; empty if it never had to, or says something odd."""
+    turn = headers.get(TURN_HEADER, "") if headers is not None else ""
+    return turn if isinstance(turn, str) and _TURN.fullmatch(turn) else ""
