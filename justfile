@@ -58,6 +58,36 @@ lint:
     ruff check
     ruff format --check
 
+# The site, strictly, into build/site (docs-serve shows it while you write)
+docs *args:
+    @NO_MKDOCS_2_WARNING=1 mkdocs build "$@"
+    @echo "docs: build/site/index.html"
+
+# The site at http://127.0.0.1:8000, anew after every change
+docs-serve *args:
+    @NO_MKDOCS_2_WARNING=1 mkdocs serve "$@"
+
+# Every code block of README and docs, run or checked; and pages that are a story, followed
+docs-test *args:
+    pytest -q -n 2 tests/docs "$@"
+
+# What commands really print, into the pages that show it (console blocks)
+capture *args:
+    python -m tools.capture "$@"
+
+# The pictures: of concepts, and of the demo from a real run
+picture:
+    python -m tools.pictures
+    python -m tools.terminal docs/images/demo.svg streamworker demo
+
+# Links between pages, and their anchors; ./dev links --external asks the addresses too
+links *args:
+    python -m tools.links "$@"
+
+# Spelling of prose, comments and docstrings
+spell:
+    codespell
+
 # mypy --strict, and pyright over what users write
 types:
     mypy
@@ -95,6 +125,14 @@ lock *args:
 
 # No host name may get in: the locks install from whatever index pip is configured for.
 lock_options := "--quiet --universal --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate --python-version 3.11"
+
+# What the next release says (changes/ and CHANGELOG.md); --release 0.2.0 writes it
+changelog *args:
+    @python -m tools.changelog "$@"
+
+# What is published, into dist/: built twice, checked in clean environments
+release:
+    @python -m tools.release
 
 # Source distribution and wheel into dist/
 build:

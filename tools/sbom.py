@@ -1,7 +1,8 @@
 """A software bill of materials (CycloneDX 1.6, JSON) of the environment it runs in: Python packages and Debian's.
 
-``python tools/sbom.py FILE``. Only the standard library, so that making the list adds nothing to it. Without times and
-random numbers: the same image gives the same list.
+``python tools/sbom.py FILE``; with ``--wheel`` only what a wheel brings along, which no Debian package is. Only the
+standard library, so that making the list adds nothing to it. Without times and random numbers: the same image gives the
+same list.
 """
 
 from __future__ import annotations
@@ -54,9 +55,14 @@ def debian_packages(status: Path = DPKG) -> Iterator[dict[str, Any]]:
         yield library(purl, name, version)
 
 
-def bill() -> dict[str, Any]:
-    """The document."""
+def bill(*, wheel: bool = False) -> dict[str, Any]:
+    """The document.
+
+    Args:
+        wheel: it is about a wheel and its requirements, not about an image.
+    """
     ours = next((each for each in python_packages() if each["name"] == "streamworker"), {"version": "0"})
+    others = (each for each in python_packages() if not (wheel and each["name"] == "streamworker"))
     interpreter = {
         "type": "platform",
         "bom-ref": f"pkg:generic/python@{platform.python_version()}",
@@ -69,21 +75,24 @@ def bill() -> dict[str, Any]:
         "version": 1,
         "metadata": {
             "component": {
-                "type": "container",
-                "bom-ref": "image",
+                "type": "library" if wheel else "container",
+                "bom-ref": "wheel" if wheel else "image",
                 "name": "streamworker",
                 "version": ours["version"],
             }
         },
-        "components": [interpreter, *python_packages(), *debian_packages()],
+        "components": [*others] if wheel else [interpreter, *others, *debian_packages()],
     }
 
 
 def main() -> int:
     """Write the document to the file that is named, or to standard output."""
-    text = json.dumps(bill(), indent=1) + "\n"
-    if len(sys.argv) > 1:
-        Path(sys.argv[1]).write_text(text, encoding="utf-8")
+    words = sys.argv[1:]
+    wheel = "--wheel" in words
+    text = json.dumps(bill(wheel=wheel), indent=1) + "\n"
+    names = [word for word in words if word != "--wheel"]
+    if names:
+        Path(names[0]).write_text(text, encoding="utf-8")
     else:
         sys.stdout.write(text)
     return 0

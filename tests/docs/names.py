@@ -1,0 +1,27 @@
+"""What fragments of Python on the pages take for granted. `tests.docs.running` puts real things behind these names."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+from uuid import UUID, uuid4
+
+import asyncpg
+
+from streamworker import *  # noqa: F403 - every public name, as after the imports at a page's top
+from streamworker import App, Payload
+
+
+class SendInvoice(Payload, kind="invoice.send", queue="billing"):
+    invoice_id: UUID
+    copy_to: str | None = None
+
+
+@asynccontextmanager
+async def lifespan() -> AsyncIterator[Any]:
+    yield None
+
+
+app: App[Any] = App(lifespan=lifespan)
+connection: "asyncpg.Connection[asyncpg.Record]"
+i: UUID = uuid4()
+invoice_id: UUID = uuid4()

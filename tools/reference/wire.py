@@ -1,0 +1,70 @@
+"""The document of a job, from the type that writes it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+import msgspec
+
+from streamworker import codec
+from streamworker.codec import Document
+from tools.reference.tables import code, table
+
+_WHAT: Final = {
+    "id": f"Any text up to {codec.MAX_ID_BYTES} bytes. Same id, same job. Without one the job gets one when it is first taken.",
+    "queue_name": "The queue; the key's unless given.",
+    "kind": "Picks the handler. A queue with exactly one handler needs none.",
+    "priority": "Up to 50 is high, up to 150 normal, above that low; or one of the words. 100 unless given. Once a job lies in a "
+    "key, that key's level holds.",
+    "payload": "What the handler gets, decoded as its `Payload`.",
+    "created_at": "When the producer made it, RFC 3339.",
+    "run_at": "Not before this moment, RFC 3339; without a zone it is UTC.",
+    "attempt_count": "Failed attempts so far.",
+    "max_attempts": "Failed attempts after which the job is dead; the handler's unless given.",
+    "hop": "How often the job was put on a stream again: retry, release, replay, dispatch.",
+    "headers": "What travels with the job besides its payload, such as `traceparent`.",
+}
+
+
+def page() -> str:
+    """The page."""
+    document = json.loads(msgspec.json.encode(msgspec.json.schema(Document)))
+    schema: dict[str, Any] = next(iter(document["$defs"].values()))
+    required = set(schema["required"])
+    rows = [
+        [code(name), _type(schema["properties"][name]), "yes" if name in required else "", _WHAT[name]]
+        for name in (field.encode_name for field in msgspec.structs.fields(Document))
+    ]
+    shown = {key: value for key, value in schema.items() if key not in ("title", "description")}
+    return f"""# The wire
+
+Made from `streamworker.codec.Document`. A job is one JSON object: the field `job` of a stream's entry, or an element of a list.
+Any language may write it, and only `payload` is required:
+
+```json
+{{"payload": {{"invoice_id": 7}}}}
+```
+
+{table(["field", "type", "required", "what"], rows)}
+Every field but `payload` may also be null. Fields that streamworker does not know stay in the document, byte for byte, however
+often the job is retried. A document above `STREAMWORKER_MAX_JOB_BYTES`, or one that is no such object, goes to the dead letters
+with its bytes kept. Two headers are written by streamworker itself: `{codec.DELIVERIES_HEADER}` and `{codec.UNKNOWN_HEADER}`.
+
+## JSON Schema
+
+```json
+{json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **shown}, indent=2)}
+```
+"""
+
+
+def _type(schema: dict[str, Any]) -> str:
+    kinds = schema.get("anyOf", [schema])
+    names = []
+    for each in kinds:
+        if "enum" in each:
+            names += [json.dumps(word) for word in each["enum"]]
+        elif each.get("type") not in (None, "null"):
+            names.append(each.get("format", each["type"]))
+    return ", ".join(names) or "object"
