@@ -71,6 +71,10 @@ docs-serve *args:
 docs-test *args:
     pytest -q -n 2 tests/docs "$@"
 
+# README and tutorial alone, in a fresh clone with an empty home, the commands copied out of the files (five minutes)
+newcomer *args:
+    pytest -q -m slow tests/docs/test_newcomer.py "$@"
+
 # What commands really print, into the pages that show it (console blocks)
 capture *args:
     python -m tools.capture "$@"

@@ -16,6 +16,10 @@ class SendInvoice(Payload, kind="invoice.send", queue="billing"):
     copy_to: str | None = None
 
 
+class Export(Payload, kind="export", queue="exports"):
+    name: str
+
+
 @asynccontextmanager
 async def lifespan() -> AsyncIterator[Any]:
     yield None

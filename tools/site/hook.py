@@ -23,7 +23,15 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, name, content=sources.shown(path)))
     for name, make in reference.PAGES.items():
         files.append(File.generated(config, name, content=make()))
+    placed = str(config.nav)
+    new = [file.src_uri for file in files.documentation_pages() if "/" not in file.src_uri and file.src_uri not in placed]
+    _guides(config.nav or []).extend(sorted(new))
     return files
+
+
+def _guides(nav: list[Any]) -> list[Any]:
+    """Where a page goes that ``nav`` does not name: nobody's page is missing because somebody forgot a line."""
+    return next(section["Guides"] for section in nav if "Guides" in section)
 
 
 def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
