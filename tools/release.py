@@ -64,8 +64,6 @@ def exported(folder: Path) -> tuple[Path, str]:
     packed = subprocess.run([*git, "archive", "--format=tar", "HEAD"], check=True, capture_output=True).stdout
     with tarfile.open(fileobj=BytesIO(packed)) as archive:
         archive.extractall(folder, filter="data")
-    if subprocess.run([*git, "status", "--porcelain"], check=True, capture_output=True).stdout.strip():
-        say("what is not committed is not in it")
     made = subprocess.run(
         [*git, "log", "-1", "--format=%ct"], check=True, capture_output=True, text=True
     ).stdout.strip()
@@ -157,6 +155,9 @@ def check_types(python: Path, work: Path) -> None:
 
 def main() -> int:
     """Build, check, and lay it into ``dist/``."""
+    status = subprocess.run(["git", "-C", str(ROOT), "status", "--porcelain"], check=True, capture_output=True)
+    if status.stdout.strip():
+        say("what is not committed is not in it")
     said = changelog.unreleased(
         (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), changelog.fragments(ROOT / "changes")
     )
