@@ -24,7 +24,9 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     for name, make in reference.PAGES.items():
         files.append(File.generated(config, name, content=make()))
     placed = str(config.nav)
-    new = [file.src_uri for file in files.documentation_pages() if "/" not in file.src_uri and file.src_uri not in placed]
+    new = [
+        file.src_uri for file in files.documentation_pages() if "/" not in file.src_uri and file.src_uri not in placed
+    ]
     _guides(config.nav or []).extend(sorted(new))
     return files
 
