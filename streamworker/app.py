@@ -204,11 +204,13 @@ class App(Handlers[S], Follower):
         return Site(broker, client, database, ledger, relay)
 
     @asynccontextmanager
-    async def operator(self, settings: Settings | None = None) -> AsyncIterator[Operator]:
-        """What people do to jobs by hand, for the command line and the dashboard."""
+    async def operator(
+        self, settings: Settings | None = None, redis: Redis | str | None = None
+    ) -> AsyncIterator[Operator]:
+        """What people do to jobs by hand, for the command line, the dashboard and /metrics."""
         async with AsyncExitStack() as stack:
             settings = self.resolve(settings)
-            address, _ = await self._servers(stack, settings, None)
+            address, _ = await self._servers(stack, settings, redis)
             operator = self._make_operator(settings, address)
             stack.push_async_callback(operator.close)
             await operator.open()

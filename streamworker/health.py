@@ -1,4 +1,4 @@
-"""/healthz and /readyz of one worker (``STREAMWORKER_HTTP``), answered by a thread of its own."""
+"""/healthz, /readyz and /metrics of one worker (``STREAMWORKER_HTTP``), answered by a thread of its own."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from typing import Final
 import anyio
 import orjson
 
+from streamworker.broker import Broker
 from streamworker.claiming import Claimer
+from streamworker.holdings import Holdings
 from streamworker.lease import LeaseKeeper
 from streamworker.masking import redact
+from streamworker.metering import Metering
+from streamworker.observe import Observer
 from streamworker.settings import Settings
 from streamworker.telemetry.http import Answer, HttpThread, Route
 from streamworker.telemetry.vitals import Vitals, not_alive, not_ready
@@ -30,12 +34,13 @@ class Health:
         settings: the worker's.
         worker_id: told with every answer.
         stopping: set when the worker drains.
-        more: other paths to serve, such as metrics.
+        metering: answers scrapes; ``None`` where nobody shall.
     """
 
     def __init__(
-        self, settings: Settings, worker_id: str, stopping: anyio.Event, more: dict[str, Route] | None = None
+        self, settings: Settings, worker_id: str, stopping: anyio.Event, metering: Metering | None = None
     ) -> None:
+        self._metering = metering
         self._lease_seconds = settings.lease
         self._worker_id = worker_id
         self._stopping = stopping
@@ -46,9 +51,12 @@ class Health:
         routes: dict[str, Route] = {
             "/healthz": self._route(not_alive),
             "/readyz": self._route(not_ready),
-            **(more or {}),
         }
-        self._http = HttpThread(settings.http, routes, [self._ask_the_loop]) if settings.http is not None else None
+        tasks = [self._ask_the_loop]
+        if metering is not None:
+            routes["/metrics"] = metering.answer
+            tasks.append(metering.look)
+        self._http = HttpThread(settings.http, routes, tasks) if settings.http is not None else None
 
     def open(self) -> None:
         """Start to answer; call it on the worker's event loop.
@@ -60,12 +68,21 @@ class Health:
             self._loop, self._turned = asyncio.get_running_loop(), monotonic()
             self._http.open()
 
-    def watch(self, claimer: Claimer, lease: LeaseKeeper) -> None:
-        """The groups are joined: from now on these two tell how the worker is."""
+    @property
+    def observers(self) -> tuple[Observer, ...]:
+        """Who counts, where somebody may ask."""
+        return (self._metering.observer,) if self._metering is not None else ()
+
+    def watch(self, claimer: Claimer, lease: LeaseKeeper, holdings: Holdings, broker: Broker) -> None:
+        """The groups are joined: from now on these tell how the worker is."""
         self._claimer, self._lease = claimer, lease
+        if self._metering is not None:
+            self._metering.watch(holdings, lease, broker)
 
     def close(self) -> None:
         """Answer no more."""
+        if self._metering is not None:
+            self._metering.end()
         if self._http is not None:
             self._http.close()
 

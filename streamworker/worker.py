@@ -29,6 +29,7 @@ from streamworker.held import Held
 from streamworker.holdings import Holdings
 from streamworker.identity import heartbeat, new_worker_id
 from streamworker.lease import LeaseKeeper
+from streamworker.metering import Metering
 from streamworker.run import Run
 from streamworker.settings import Settings
 from streamworker.settler import Settler
@@ -73,7 +74,8 @@ class QueueWorker:
         self._queues = [spec.name for spec in self._settings.queues] or app.handlers.queues
         self._error: StuckThread | HandBackFailed | ConfigurationError | None = None
         self._signal = 0
-        self._health = Health(self._settings, self.worker_id, self._stopping)
+        metering = Metering(app, self._settings, redis, self._queues) if self._settings.http is not None else None
+        self._health = Health(self._settings, self.worker_id, self._stopping, metering)
         self._started = time.time()
 
     # -- the lifecycle
@@ -174,7 +176,7 @@ class QueueWorker:
             stuck=self._stuck,
             grace=settings.grace,
         )
-        self._watch = watching(app.observers, self._executor, self._slots, self._settler)
+        self._watch = watching((*app.observers, *self._health.observers), self._executor, self._slots, self._settler)
         self._stages = stages(site.ledger, self._executor, self._slots, self._settler, self._holdings)
         self._claimer = Claimer(
             self._broker,
@@ -194,7 +196,7 @@ class QueueWorker:
         )
         held = Held(self._holdings, self._executor, self._entrance.kept)
         self._lease = LeaseKeeper(self._broker, lease=settings.lease, held=held, report=self._report)
-        self._health.watch(self._claimer, self._lease)
+        self._health.watch(self._claimer, self._lease, self._holdings, self._broker)
 
     async def _main(self) -> None:
         self._lease.start()

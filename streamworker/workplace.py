@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import anyio
 import msgspec
 
-from streamworker.broker import Broker
+from streamworker.broker import Broker, Operator
 from streamworker.execute import Middleware
 from streamworker.handlers import Handlers
 from streamworker.observe import Observer
@@ -62,6 +62,9 @@ class Workplace(Protocol):
     @property
     def lifespan(self) -> Any:
         """Makes the context manager that yields the services, or ``None``."""
+
+    def operator(self, settings: Settings, redis: Any) -> AbstractAsyncContextManager[Operator]:
+        """Looks at queues, on the event loop that enters it."""
 
     def resolve(self, settings: Settings | None) -> Settings:
         """The settings in force."""

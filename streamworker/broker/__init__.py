@@ -112,6 +112,10 @@ class Broker(Limiting, Protocol):
     async def depth(self) -> list[Depth]:
         """How much lies in each queue."""
 
+    @property
+    def reconnects(self) -> int:
+        """How often the server answered again after it had not."""
+
     async def leave(self) -> bool:
         """Stop being a consumer; False if something of ours is still pending (nothing is deleted then)."""
 

@@ -37,6 +37,7 @@ class Link:
         self._down_since: float | None = None
         self._outage = 0.0
         self._moved = False
+        self._returns = 0
 
     async def greet(self) -> float:
         """Check the server; returns the seconds it has been up.
@@ -160,6 +161,11 @@ class Link:
         down, self._down_since = self._down_since, None
         if down is not None:
             self._outage = max(self._outage, monotonic() - down)
+            self._returns += 1
+
+    def reconnects(self) -> int:
+        """How often it came back, its branches too."""
+        return self._returns + sum(branch._returns for branch, _ in self._branches)
 
     def outage(self) -> float:
         """Seconds the link was down before it last came back, or is down so far; once told, it starts anew."""

@@ -191,6 +191,11 @@ class ListBroker:
 
         await listen(self._link.address, [keys.due for keys in self._keys], parked, self._intake, told)
 
+    @property
+    def reconnects(self) -> int:
+        """See `Broker.reconnects`."""
+        return self._link.reconnects()
+
     async def depth(self) -> list[Depth]:
         """See `Broker.depth`."""
         return [await list_listings.depth(self._link.run, keys) for keys in self._keys]

@@ -222,6 +222,11 @@ class StreamBroker:
 
         await listen(self._link.address, [keys.due for keys in self._keys], parked, self._intake, told)
 
+    @property
+    def reconnects(self) -> int:
+        """See `Broker.reconnects`."""
+        return self._link.reconnects()
+
     async def depth(self) -> list[Depth]:
         """See `Broker.depth`."""
         return [await depth(self._link, keys, self._options.group) for keys in self._keys]

@@ -136,6 +136,9 @@ class _Watched:
     def lifespan(self) -> None:
         return None
 
+    def operator(self, settings: Settings, redis: Any) -> AbstractAsyncContextManager[Operator]:
+        return self._app.operator(settings, redis)
+
     def resolve(self, settings: Settings | None) -> Settings:
         return self._app.resolve(settings)
 
