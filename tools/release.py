@@ -141,11 +141,11 @@ def check_types(python: Path, work: Path) -> None:
     shutil.copy(ROOT / "tests/typing/good.py", folder)
     run(BIN / "mypy", "--strict", "--config-file=", "--python-executable", python, "good.py", cwd=folder)
     project = folder / "pyrightconfig.json"
-    pyright = [BIN / "basedpyright", "--pythonpath", python, "--level", "error", "--project", project]
+    pyright: list[str | Path] = [BIN / "basedpyright", "--pythonpath", python, "--level", "error", "--project", project]
     project.write_text('{"typeCheckingMode": "standard", "include": ["good.py"]}')
     run(*pyright, cwd=folder)
     # asyncpg's own types are unknown to pyright's strict mode; docs/postgres.md says what helps.
-    pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-input"]
+    pip: list[str | Path] = [python, "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-input"]
     run(*pip, "-c", work / "constraints.txt", "asyncpg-stubs", cwd=work)
     project.write_text('{"typeCheckingMode": "strict", "include": ["good.py"]}')
     run(*pyright, cwd=folder)

@@ -20,6 +20,18 @@ class Export(Payload, kind="export", queue="exports"):
     name: str
 
 
+class Resize(Payload, kind="resize", queue="pictures"):
+    name: str
+
+
+class CallPartner(Payload, kind="partner.call", queue="partner"):
+    order: int
+
+
+class BuildReport(Payload, kind="report.build", queue="reports"):
+    tenant_id: str
+
+
 @asynccontextmanager
 async def lifespan() -> AsyncIterator[Any]:
     yield None
