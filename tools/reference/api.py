@@ -7,7 +7,10 @@ from typing import Final
 
 import streamworker
 
-_PLAIN: Final = "    options:\n      members: true\n"
+# What the house itself calls on an App; nothing of it is pinned.
+_OURS: Final = ("site", "entered", "resolve", "handler_of", "registrations", "handlers")
+_FILTERS: Final = ", ".join(f'"!^{name}$"' for name in _OURS)
+_PLAIN: Final = f'    options:\n      filters: ["!^_", {_FILTERS}]\n'
 # For type checkers the module is a stub without it.
 _TESTING: Final[dict[str, str]] = vars(import_module("streamworker.testing"))["_HOMES"]
 _FIRST: Final = ("App", "Handlers", "Payload", "Context", "Backoff", "Retry", "Snooze", "Discard")

@@ -9,6 +9,15 @@ from streamworker.broker.keys import ListKeys, QueueKeys, worker_key
 from streamworker.job import LEVELS
 from tools.reference.tables import code, table
 
+_TYPES: Final = {
+    "Sorted set": "zset",
+    "Hash": "hash",
+    "Stream": "stream",
+    "Set": "set",
+    "List": "list",
+    "String": "string",
+}
+_LIMIT: Final = ("zset", "zset", "string")
 _NOT_KEYS: Final = {"base", "places", "streams", "lists", "types"}
 
 
@@ -23,13 +32,14 @@ def page() -> str:
     rows.append(
         [code(stream.key("K")), "string", _doc(QueueKeys.key) + " → the id of the job, while it is remembered."]
     )
+    rows += [[code(key), kind, _doc(QueueKeys.limit)] for key, kind in zip(stream.limit("NAME"), _LIMIT, strict=True)]
     only = [[code(lists.ready(level)), "list", f"{_doc(ListKeys.ready)} ({level})"] for level in LEVELS]
     only.append([code(lists.claimed("ID")), "list", _doc(ListKeys.claimed)])
     only += [row for row in _properties(ListKeys, lists) if row not in rows]
     worker = [
         code(worker_key("", "ID")),
         "hash",
-        _doc(worker_key) + ": its heartbeat; it ends by itself when the worker does.",
+        _doc(worker_key) + "; it ends by itself, soon after the worker.",
     ]
     head = ["key", "type", "what"]
     return f"""# Keys in Redis
@@ -56,8 +66,17 @@ def _properties(cls: type[QueueKeys], made: QueueKeys) -> list[list[str]]:
     for name, member in inspect.getmembers(cls, lambda each: isinstance(each, property)):
         if name not in _NOT_KEYS:
             key = getattr(made, name)
-            rows.append([code(key), made.types[key], _doc(member)])
+            rows.append([code(key), made.types.get(key) or _said(_doc(member)), _doc(member)])
     return rows
+
+
+def _said(doc: str) -> str:
+    """The type of a key by the first words about it.
+
+    Raises:
+        LookupError: they do not say.
+    """
+    return next(kind for words, kind in _TYPES.items() if doc.startswith(words))
 
 
 def _doc(member: object) -> str:

@@ -23,7 +23,7 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, name, content=sources.shown(path)))
     for name, make in reference.PAGES.items():
         files.append(File.generated(config, name, content=make()))
-    placed = str(config.nav)
+    placed = repr(config.nav)
     new = [
         file.src_uri for file in files.documentation_pages() if "/" not in file.src_uri and file.src_uri not in placed
     ]
