@@ -13,7 +13,7 @@ from streamworker import Settings
 from streamworker.codec import Document
 from streamworker.environment import PREFIX
 from tools import changelog, links, pictures
-from tools.reference import api, cli, keys, scripts, settings, wire
+from tools.reference import api, cli, keys, metrics, scripts, settings, wire
 from tools.site import prose, sources
 
 ROOT = Path(__file__).parents[2]
@@ -46,6 +46,11 @@ def test_every_field_and_key_and_script_is_there():
     assert "`stream:{Q}:due`" in keys.page() and "`queue:Q:claimed:ID`" in keys.page()
     page = scripts.page()
     assert all(f"## {path.stem}\n" in page for path in (ROOT / "streamworker/broker/lua").glob("*.lua"))
+
+
+def test_every_metric_is_there():
+    names = {each.name for each in metrics.families()}
+    assert len(names) > 20 and all(f"| `{name}` |" in metrics.page() for name in names)
 
 
 def test_pictures_are_what_their_tool_draws():

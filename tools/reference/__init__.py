@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from tools.reference import api, cli, keys, schema, scripts, settings, wire
+from tools.reference import api, cli, keys, metrics, schema, scripts, settings, wire
 
 PAGES: Final[dict[str, Callable[[], str]]] = {
     "reference/settings.md": settings.page,
@@ -17,6 +17,7 @@ PAGES: Final[dict[str, Callable[[], str]]] = {
     "reference/testing.md": api.testing_page,
     "reference/wire.md": wire.page,
     "reference/keys.md": keys.page,
+    "reference/metrics.md": metrics.page,
     "reference/scripts.md": scripts.page,
     "reference/schema.md": schema.page,
 }

@@ -23,6 +23,7 @@ def page() -> str:
         "# Python API\n\nWhat `from streamworker import …` gives. Everything else is not public and may change at any time.\n"
     ]
     parts += [f"## {name}\n\n{_directive(name)}" for name in names]
+    parts.append("## Observers\n\n::: streamworker.observe\n    options:\n      show_root_heading: false\n")
     parts.append(
         "## Errors\n\n::: streamworker.errors\n    options:\n      members: false\n      show_root_heading: false\n"
     )
