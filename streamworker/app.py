@@ -30,7 +30,7 @@ from streamworker.errors import UsageError
 from streamworker.execute import Middleware
 from streamworker.following import Follower
 from streamworker.handlers import Handlers
-from streamworker.observe import Observer
+from streamworker.observe import Observer, Sender
 from streamworker.producing import Producer
 from streamworker.relaying import NothingToRelay, Relaying, open_relaying
 from streamworker.settings import EMBEDDED, Settings
@@ -80,6 +80,7 @@ class App(Handlers[S], Follower):
         self._settings = settings
         self._lifespan: Lifespan[S] | None = lifespan
         self._middleware, self._observers = tuple(middleware), tuple(observers)
+        self._senders = tuple(each for each in observers if isinstance(each, Sender))
         self._entries = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._in_force = settings or Settings()

@@ -9,13 +9,15 @@ from typing import Final
 
 import anyio
 
+from streamworker import codec
 from streamworker.broker import Broker
-from streamworker.errors import ConfigurationError
+from streamworker.errors import ConfigurationError, InvalidJob
 from streamworker.holdings import Holdings
 from streamworker.job import Claim
 from streamworker.pause import Pause
 from streamworker.run import Run
 from streamworker.telemetry.logs import get_logger
+from streamworker.traceparent import trace_id
 
 log = get_logger("streamworker.worker")
 
@@ -173,7 +175,7 @@ class Claimer:
                 continue
             if claim.count > 1:
                 holdings.counts.recovered += 1
-                log.info("job_recovered", queue=claim.queue, entry=claim.entry.decode(), deliveries=claim.count)
+                tell_recovered(claim)
             if claim.suspect and claim.count < self._max_deliveries:
                 self._suspects.append(run)
             elif claim.queue in self._caps:
@@ -228,3 +230,23 @@ class Claimer:
             return False
         run.claim, run.settling = claim, False
         return True
+
+
+def tell_recovered(claim: Claim) -> None:
+    """Log that a job came from a worker that died, or vanished with it."""
+    try:
+        reading = codec.read(claim.body or b"")
+    except InvalidJob:  # it has no id to be told by
+        log.info("job_recovered", queue=claim.queue, entry=claim.entry.decode(), deliveries=claim.count)
+        return
+    trace = trace_id(reading.headers)
+    log.info(
+        "job_recovered",
+        job_id=codec.job_id(reading, claim),
+        kind=reading.kind or "",
+        queue=claim.queue,
+        attempt=(reading.attempt_count or 0) + 1,
+        entry=claim.entry.decode(),
+        deliveries=claim.count + codec.deaths_before(reading),
+        **({"trace_id": trace} if trace is not None else {}),
+    )

@@ -10,6 +10,7 @@ from typing import Any, Final, Generic
 import asyncpg
 import msgspec
 from redis.asyncio import Redis
+from structlog.contextvars import get_contextvars
 from typing_extensions import TypeVar
 
 from streamworker import codec
@@ -20,6 +21,7 @@ from streamworker.policy import Limits
 from streamworker.postgres import Effect, Ledger, RunRecord, Transaction
 from streamworker.records import run_record
 from streamworker.telemetry.logs import get_logger
+from streamworker.traceparent import trace_id
 
 S = TypeVar("S", default=Any)
 S_co = TypeVar("S_co", covariant=True, default=Any)
@@ -126,12 +128,14 @@ class Context(Generic[S_co]):
 
     @property
     def log(self) -> Any:
-        """A structlog logger bound to job id, kind, queue, worker and attempt."""
+        """A structlog logger bound to job id, kind, queue, worker, attempt, and trace id if the job has one."""
         if self._log is None:
-            job = self.job
+            job, trace = self.job, trace_id(self._reading.headers)
             self._log = get_logger("streamworker.handler").bind(
                 job_id=job.id, kind=job.kind, queue=job.queue, worker_id=self.worker_id, attempt=self.attempt
             )
+            if trace is not None and "trace_id" not in get_contextvars():  # a tracer knows better
+                self._log = self._log.bind(trace_id=trace)
         return self._log
 
     @property

@@ -10,6 +10,7 @@ import asyncio
 import sys
 import threading
 from collections.abc import Callable
+from contextvars import copy_context
 from time import monotonic
 from typing import Final
 
@@ -72,7 +73,9 @@ class LeaseKeeper:
         """Start the thread; call it on the event loop."""
         self._loop = asyncio.get_running_loop()
         self._loop_thread = threading.get_ident()
-        self._thread = threading.Thread(target=self._main, name="streamworker-lease", daemon=True)
+        # In a copy of this context: its lines are this worker's, too.
+        target = copy_context().run
+        self._thread = threading.Thread(target=target, args=(self._main,), name="streamworker-lease", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:

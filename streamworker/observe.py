@@ -11,15 +11,17 @@ Our own metrics and traces are observers, and use nothing else.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from time import monotonic, time
 from typing import Any, Final
 
 import msgspec
 
 from streamworker import codec
-from streamworker.job import Level, Outcome, Raised, Settled, TimedOut, Undecodable, Verdict
+from streamworker.job import Job, Level, Outcome, Raised, Settled, TimedOut, Undecodable, Verdict
 from streamworker.policy import describe, word_of
 from streamworker.run import Run
+from streamworker.traceparent import trace_id
 
 
 class JobRun:
@@ -31,9 +33,11 @@ class JobRun:
             delivered too often, recorded as ended).
         seconds: how long the handler ran; ``None`` before it ended, and if it never began.
         verdict: what becomes of the job; ``None`` until that is settled.
+        trace_id: of the trace it is seen in, in hexadecimal: that of the job's headers, unless a tracer says another.
+            Log lines about the job hold it.
     """
 
-    __slots__ = ("_began", "_run", "seconds", "started_at", "verdict", "worker_id")
+    __slots__ = ("_began", "_run", "seconds", "started_at", "trace_id", "verdict", "worker_id")
 
     def __init__(self, run: Run, worker_id: str) -> None:
         self._run: Final = run
@@ -42,6 +46,7 @@ class JobRun:
         self.started_at: float | None = None
         self.seconds: float | None = None
         self.verdict: Verdict | None = None
+        self.trace_id: str | None = trace_id(self.headers)
 
     def start(self) -> None:
         """Its handler is called; for the worker."""
@@ -190,3 +195,15 @@ class Observer:
 
     def on_dead(self, run: JobRun) -> None:
         """The job is a dead letter now: ``run.verdict`` has reason and error, ``run.exception`` the last exception."""
+
+
+class Sender(Observer):
+    """An observer that is also there when jobs are sent, such as a tracer."""
+
+    def sending(self, jobs: Sequence[Job]) -> AbstractContextManager[Sequence[Job]]:
+        """Around an enqueue; the jobs it yields are those that are sent. What it raises, the caller of enqueue gets.
+
+        Args:
+            jobs: those of one call, in order.
+        """
+        return nullcontext(jobs)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractAsyncContextManager, ExitStack
 from datetime import datetime
 from typing import Any
 
@@ -18,6 +18,7 @@ from streamworker.errors import UsageError
 from streamworker.handlers import Payload
 from streamworker.job import Enqueued, Job
 from streamworker.jobs import JobOptions, make_job
+from streamworker.observe import Sender
 from streamworker.postgres import outbox
 from streamworker.settings import Settings
 
@@ -26,6 +27,7 @@ class Producer:
     """Makes and enqueues jobs. An `App` says where they go."""
 
     def __init__(self) -> None:
+        self._senders: tuple[Sender, ...] = ()
         self._background: BackgroundLoop[Producer] | None = None
         self._lock = threading.Lock()
 
@@ -104,8 +106,21 @@ class Producer:
             PublishUncertain: a reply was lost; some of the jobs may be queued.
             JobTooLarge: a document exceeds ``STREAMWORKER_MAX_JOB_BYTES``; nothing was enqueued.
         """
-        broker, settings = self._outlet()
         made = [job if isinstance(job, Job) else make_job(job) for job in jobs]
+        if not self._senders or not made:
+            return await self._send(made, connection)
+        with ExitStack() as stack:
+            return await self._send(self._seen_off(stack, made), connection)
+
+    def _seen_off(self, stack: ExitStack, jobs: Sequence[Job]) -> Sequence[Job]:
+        for sender in self._senders:
+            jobs = stack.enter_context(sender.sending(jobs))
+        return jobs
+
+    async def _send(
+        self, made: Sequence[Job], connection: asyncpg.Connection[asyncpg.Record] | None = None
+    ) -> list[Enqueued]:
+        broker, settings = self._outlet()
         if connection is not None:
             return await outbox.enqueue(connection, made, max_bytes=settings.max_job_bytes, key_ttl=settings.key_ttl)
         if broker is None:
@@ -128,4 +143,7 @@ class Producer:
         with self._lock:
             if self._background is None or not self._background.alive:
                 self._background = BackgroundLoop(self._sibling)
-        return self._background.call(lambda sibling: sibling.enqueue_many([job]))[0]
+        background = self._background
+        with ExitStack() as stack:  # here, where the caller's context is; the sibling has no senders
+            sent = self._seen_off(stack, [job])
+            return background.call(lambda sibling: sibling.enqueue_many(sent))[0]

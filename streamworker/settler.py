@@ -24,6 +24,7 @@ from streamworker.pause import Pause
 from streamworker.policy import describe
 from streamworker.run import Run
 from streamworker.telemetry.logs import get_logger
+from streamworker.traceparent import trace_id
 
 log = get_logger("streamworker.worker")
 
@@ -130,7 +131,7 @@ class Settler:
                     self._tell(run, item)
             elif run not in self._uncertain:
                 counts.lost += 1
-                log.info("settle_lost", job_id=run.job_id, kind=run.kind, queue=run.claim.queue)
+                log.info("settle_lost", **facts_of(run))
             self._uncertain.discard(run)
         if self._refused:
             log.error(
@@ -168,12 +169,12 @@ class Settler:
     def _tell(self, run: Run, item: Ending) -> None:
         """Count and log one ending that is not a plain success."""
         counts = self._holdings.counts
-        facts = {"job_id": item.job_id, "kind": item.kind, "queue": run.claim.queue}
+        facts = facts_of(run)
         match item.verdict:
             case RetryAt(at=at, error=error):
                 counts.retried += 1
                 self._parked(at)
-                log.info("job_retry", **facts, attempt=item.attempts + 1, error=error, delay=round(at - time.time(), 1))
+                log.info("job_retry", **facts, error=error, delay=round(at - time.time(), 1))
             case Dead(reason=reason, error=error):
                 counts.dead += 1
                 exc = run.outcome.error if isinstance(run.outcome, Raised) else None
@@ -191,6 +192,17 @@ class Settler:
                 log.info("job_cancelled", **facts)
             case Done():
                 counts.done += 1
+
+
+def facts_of(run: Run) -> dict[str, str | int]:
+    """What every line about a run holds; the worker's id is bound to all of its lines."""
+    facts: dict[str, str | int] = {"job_id": run.job_id, "kind": run.kind, "queue": run.claim.queue}
+    if run.facts is not None:
+        facts["attempt"] = run.facts.attempts + 1
+    trace = run.seen.trace_id if run.seen is not None else trace_id(run.reading.headers if run.reading else None)
+    if trace is not None:
+        facts["trace_id"] = trace
+    return facts
 
 
 def judged(run: Run, now: float) -> Ending:

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import anyio
 import anyio.to_thread
+from structlog.contextvars import bind_contextvars
 
 from streamworker.bookkeeping import stages
 from streamworker.claiming import Claimer
@@ -102,6 +103,7 @@ class QueueWorker:
             raise
 
     async def _live(self) -> None:
+        bind_contextvars(worker_id=self.worker_id)  # every line of this worker's tasks has it; they copy this context
         log.info("worker_starting", worker_id=self.worker_id)
         try:
             async with AsyncExitStack() as stack:
