@@ -8,11 +8,17 @@ from collections.abc import Sequence
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from time import time
+from typing import Any
+from uuid import uuid4
 
 import pytest
 
+from mailer.app import app
+from mailer.handlers.webhook import call_webhook
+from mailer.jobs import CallWebhook
 from mailer.testing.receiver import listen
 from mailer.webhooks import Forbidden, NoAnswer, Resolver, WebhookClient, is_public, signature
+from streamworker import Discard, testing
 
 pytestmark = pytest.mark.anyio
 
@@ -198,3 +204,12 @@ async def test_the_certificate_is_checked_against_the_name(server_tls: ssl.SSLCo
 
 def test_what_is_public():
     assert is_public(ip_address("93.184.215.14")) and is_public(ip_address("2606:2800:21f:cb07:6820:80da:af6b:8b2c"))
+
+
+async def test_a_delivery_whose_webhook_was_deleted_is_not_tried_again(pg: Any):
+    """The handler as the function it is, and then through JSON, middleware and timeout (docs/testing.md)."""
+    payload = CallWebhook(webhook_delivery_id=uuid4())
+    with pytest.raises(Discard, match="the webhook was deleted"):
+        await call_webhook(payload, testing.context(payload, database=pg))
+    outcome = await testing.run(app, payload, services=object(), database=pg)
+    assert isinstance(outcome, testing.Raised) and isinstance(outcome.error, Discard)
