@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from streamworker import codec
+from streamworker import codec, notes
 from streamworker.broker import Ending
 from streamworker.errors import InvalidJob
 from streamworker.execute import OK
@@ -24,7 +24,10 @@ def ending(run: Run, *, now: float, jitter: float) -> Ending:
     """
     outcome = run.outcome
     if outcome is OK or isinstance(outcome, Ok):
-        return Ending(run.claim, DONE)
+        if (keep := keeping(run)) is None:
+            return Ending(run.claim, DONE)
+        note = notes.completed(outcome.value)
+        return Ending(run.claim, DONE, None, run.job_id, run.kind, note=note, keep=keep)
     if outcome is None or run.facts is None:
         raise AssertionError("a run is judged after its outcome")
     verdict = judge(outcome, run.facts, now=now, jitter=jitter)
@@ -33,9 +36,10 @@ def ending(run: Run, *, now: float, jitter: float) -> Ending:
         case Done():
             return Ending(run.claim, verdict)
         case Drop():
-            return Ending(run.claim, verdict, None, run.job_id, run.kind)
+            return Ending(run.claim, verdict, None, run.job_id, run.kind, keep=keeping(run) or 0.0)
         case Dead():
-            return Ending(run.claim, verdict, None, run.job_id, run.kind, attempts + verdict.charged)
+            charged, keep = attempts + verdict.charged, keeping(run) or 0.0
+            return Ending(run.claim, verdict, None, run.job_id, run.kind, charged, keep=keep)
         case RetryAt():
             headers: dict[str, str | None] = {codec.DELIVERIES_HEADER: None, TURN_HEADER: None}
             body = _next_form(run, {"attempt_count": attempts + 1}, headers)
@@ -51,6 +55,11 @@ def ending(run: Run, *, now: float, jitter: float) -> Ending:
                 headers[codec.UNKNOWN_HEADER] = str(int(verdict.unknown_since))
             body = _next_form(run, {}, headers)
     return Ending(run.claim, verdict, body, run.job_id, run.kind, attempts, member)
+
+
+def keeping(run: Run) -> float | None:
+    """Seconds for which its end is kept in Redis, if its handler says so."""
+    return None if run.facts is None else run.facts.limits.result_ttl
 
 
 def _next_form(run: Run, patch: dict[str, Any], headers: dict[str, str | None]) -> bytes | None:

@@ -10,7 +10,12 @@
     ├── HandBackFailed                exit 75   running jobs could not be handed back at shutdown
     ├── JobTooLarge                             the document exceeds STREAMWORKER_MAX_JOB_BYTES
     ├── InvalidJob                              a document or payload that cannot be a job
-    └── PublishUncertain                        the reply to an enqueue was lost
+    ├── PublishUncertain                        the reply to an enqueue was lost
+    └── NoResult                                App.result() has none to give
+        ├── JobDead                             the job is a dead letter
+        ├── JobCancelled                        somebody cancelled it
+        ├── ResultNotKept                       it is completed, and nobody kept what its handler returned
+        └── ResultTimeout                       it has not ended in time (a TimeoutError, too)
 
     HandlerSignal                     raised by handlers to say what should happen, not that something broke
     ├── Retry(after)                  try again, charge an attempt
@@ -76,6 +81,39 @@ class InvalidJob(StreamworkerError):
 
 class PublishUncertain(StreamworkerError):
     """The connection broke before the reply: the job may or may not be queued. Use ``key=`` to enqueue again safely."""
+
+
+class NoResult(StreamworkerError):
+    """`App.result` has no result to give.
+
+    Args:
+        sentence: why, and what to do.
+        job_id: of the job.
+    """
+
+    def __init__(self, sentence: str, job_id: str = "") -> None:
+        super().__init__(sentence)
+        self.job_id = job_id
+
+
+class JobDead(NoResult):
+    """The job failed for good and is a dead letter; ``reason`` is what is written on it."""
+
+    def __init__(self, sentence: str, job_id: str = "", reason: str = "") -> None:
+        super().__init__(sentence, job_id)
+        self.reason = reason
+
+
+class JobCancelled(NoResult):
+    """Somebody cancelled the job."""
+
+
+class ResultNotKept(NoResult):
+    """The job is completed, but nobody kept what its handler returned."""
+
+
+class ResultTimeout(NoResult, TimeoutError):
+    """The job has not ended within the time that was given; it goes on."""
 
 
 class HandlerSignal(Exception):

@@ -93,13 +93,14 @@ class Executor:
             return
         if claim.cancelled:
             run.outcome = CANCELLED
+            run.facts = self._facts_of(reading, self._handlers.handler_of(reading.kind, claim.queue))
             return
         deliveries = run.deliveries
         if deliveries > 1:
             run.suspect = deliveries >= SUSPECT_DELIVERIES
             run.outcome = abandoned(deliveries, self._max_deliveries)
             if run.outcome is not None:
-                run.facts = self._facts_of(reading, None)
+                run.facts = self._facts_of(reading, self._handlers.handler_of(reading.kind, claim.queue))
                 return
         registration = self._handlers.handler_of(reading.kind, claim.queue)
         run.facts = self._facts_of(reading, registration)

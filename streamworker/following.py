@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Final, Literal, Protocol, TypeAlias
+from time import monotonic
+from typing import Any, Final, Literal, Protocol, TypeAlias
 
+import msgspec
+
+from streamworker import notes
 from streamworker.archives import Archives
-from streamworker.errors import UsageError
+from streamworker.broker import Hearing
+from streamworker.errors import JobCancelled, JobDead, ResultNotKept, ResultTimeout, UsageError
 from streamworker.handlers import check_queue
 from streamworker.postgres import FINAL, Archive
 from streamworker.producing import Producer
 
 Answer: TypeAlias = Literal["cancelled", "asked", "ended"]
 """What became of a call to `Follower.cancel`."""
+LOOK: Final = 10.0
+"""Seconds between looks while nothing is heard: what was told while the connection was down is found then."""
 NEVER_SENT: Final = "queued"
 """The status of a job that has not left the ledger."""
 
@@ -64,6 +71,38 @@ class Follower(Producer, Archives):
         where = record.queue if record is not None else self._where(queue)
         return await cancel(archive, broker, where, job_id)
 
+    async def result(self, job_id: str, /, *, timeout: float | None = None, queue: str | None = None) -> Any:
+        """What a job's handler returned, as soon as the job has ended. Waits for an event, and polls nothing.
+
+        With a ledger results are there for as long as it remembers the job. Without one they are kept in Redis for
+        ``result_ttl`` seconds, if the handler says so; other jobs can be waited for, too, but leave nothing to return.
+
+        Args:
+            job_id: as `enqueue` returned it.
+            timeout: seconds to wait at most; ``None`` waits for as long as it takes.
+            queue: where the job lies; unless given, wherever the ledger says, or any queue that this app has handlers
+                for.
+
+        Raises:
+            JobDead: the job is a dead letter.
+            JobCancelled: somebody cancelled it.
+            ResultNotKept: it is completed, and what its handler returned was not kept, or could not be.
+            ResultTimeout: it has not ended in time; it goes on.
+            UsageError: the app is not open, or nobody can tell where the job lies.
+            Unreachable: a server does not answer.
+        """
+        broker, _ = self._outlet()
+        if broker is None:
+            raise UsageError("the app is not open: wait for results inside `async with app:`")
+        archive = await self._kept_archive()
+        record = None if archive is None else await archive.find(job_id)
+        queues = [record.queue] if record is not None else [check_queue(queue)] if queue is not None else self.queues
+        if not queues:
+            raise UsageError("nobody here can tell where this job lies: say queue=")
+        end = None if timeout is None else monotonic() + timeout
+        async with broker.ended(queues, job_id) as hearing:
+            return await _await_result(hearing, archive, job_id, end)
+
     def _where(self, queue: str | None) -> str:
         """The queue of a job that no ledger knows."""
         if queue is not None:
@@ -73,6 +112,52 @@ class Follower(Producer, Archives):
         raise UsageError(
             "nobody here can tell where this job lies: say queue=, or set DATABASE_URL if there is a ledger"
         )
+
+
+async def _await_result(hearing: Hearing, archive: Archive | None, job_id: str, end: float | None) -> Any:
+    """Look, then listen, and look again when there may be something new."""
+    while True:
+        note = await _noted(hearing, archive, job_id)
+        look_at = monotonic() + LOOK
+        while note is None:
+            left = min(look_at, end if end is not None else look_at) - monotonic()
+            told = await hearing.heard(max(0.0, left))
+            if told is None and end is not None and monotonic() >= end:
+                raise ResultTimeout(f"the job {job_id} has not ended yet: wait for longer, or look at it", job_id)
+            if not told:
+                break
+            note = notes.read(told)
+            if note is not None and note.status == "completed" and not bytes(note.result):
+                # Told by a worker that keeps nothing in Redis: the ledger has it, if there is one.
+                note = await _noted(hearing, archive, job_id) or note
+        if note is not None:
+            return _value(note, job_id)
+
+
+async def _noted(hearing: Hearing, archive: Archive | None, job_id: str) -> notes.Note | None:
+    """What is kept of a job's end, in Redis or in the ledger."""
+    kept = await hearing.kept()
+    if kept is not None and (note := notes.read(kept)) is not None:
+        return note
+    record = None if archive is None else await archive.find(job_id)
+    if record is None or record.status not in ("completed", "dead", "cancelled"):
+        return None
+    lost = record.result is None and record.error is not None
+    kept_none = record.status != "completed" or lost
+    result = msgspec.Raw() if kept_none else msgspec.Raw(msgspec.json.encode(record.result))
+    return notes.Note(record.status, result, record.error)
+
+
+def _value(note: notes.Note, job_id: str) -> Any:
+    if note.status == "dead":
+        why = note.error or "nobody said why"
+        raise JobDead(f"the job {job_id} is a dead letter ({why}): look at it, and retry or drop it", job_id, why)
+    if note.status == "cancelled":
+        raise JobCancelled(f"the job {job_id} was cancelled", job_id)
+    if not bytes(note.result):
+        why = note.error or "set result_ttl on its handler, or use the ledger"
+        raise ResultNotKept(f"the job {job_id} is completed, but has no result: {why}", job_id)
+    return msgspec.json.decode(note.result)
 
 
 async def cancel(archive: Archive | None, canceller: Canceller | None, queue: str, job_id: str) -> Answer:

@@ -145,6 +145,7 @@ class Handlers(Generic[S]):
         rate: str | None = None,
         burst: int | None = None,
         limit_by: str | None = None,
+        result_ttl: float | None = None,
     ) -> Decorator[S]: ...
     def handler(self, function: Any = None, /, **options: Any) -> Any:
         """Register a handler; usable with and without parentheses.
@@ -160,6 +161,7 @@ class Handlers(Generic[S]):
             rate: how many may start in a time in the whole fleet: ``"100/s"``, ``"600/min"``, ``"5/10s"``.
             burst: starts that may come at once; a tenth of a second's worth of ``rate``, at least 1, unless given.
             limit_by: a field of the payload: each of its values has limits of its own.
+            result_ttl: seconds for which `App.result` finds in Redis how a job ended; not kept there unless given.
 
         Raises:
             ConfigurationError: the function cannot be a handler, or its kind has one.

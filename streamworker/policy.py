@@ -93,13 +93,18 @@ class Limits(msgspec.Struct, frozen=True):
         max_attempts: failed attempts after which a job is dead.
         timeout: seconds a run may take; ``None`` for no limit.
         backoff: how long to wait between attempts.
+        result_ttl: seconds for which it is kept in Redis how a job ended, and what its handler returned; ``None`` keeps
+            nothing.
     """
 
     max_attempts: int = 20
     timeout: float | None = 300.0
     backoff: Backoff = Backoff()
+    result_ttl: float | None = None
 
     def __post_init__(self) -> None:
+        if self.result_ttl is not None and not 0 < self.result_ttl <= LONGEST_WAIT:
+            raise ValueError(f"result_ttl={self.result_ttl} must be seconds above 0, up to 100 years, or None")
         if self.max_attempts < 1:
             raise ValueError(f"max_attempts={self.max_attempts} must be 1 or more")
         if self.timeout is not None and not 0 < self.timeout < float("inf"):

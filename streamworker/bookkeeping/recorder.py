@@ -13,10 +13,11 @@ from time import monotonic, time
 from typing import Any, Final
 
 import anyio
-import msgspec
 
+from streamworker import notes
 from streamworker.bookkeeping.outage import Outage
 from streamworker.broker import Ending
+from streamworker.endings import keeping
 from streamworker.errors import Unreachable
 from streamworker.execute import OK
 from streamworker.holdings import Holdings
@@ -49,8 +50,6 @@ BUSY_PAUSE: Final = 1.0
 """Seconds before a run is recorded again whose row somebody was working on."""
 AGAIN_AFTER: Final = 2.0
 """Seconds before a job runs again that could not take its row, or lost PostgreSQL."""
-MAX_RESULT: Final = 262_144
-"""Bytes of the largest result that is kept."""
 HANDED_BACK: Final = Interrupted("PostgreSQL was down when the worker shut down")
 
 
@@ -140,7 +139,7 @@ class Recorder:
             effect = None if run.context is None else run.context.effect
             if effect is not None:
                 self._correct(run, effect, now)
-            ending = Ending(run.claim, DONE) if run.outcome is OK else judged(run, now)
+            ending = Ending(run.claim, DONE) if run.outcome is OK and keeping(run) is None else judged(run, now)
             record = record_of(run, ending, begun_at)
             if record is None:
                 self._pass_on(run, ending)
@@ -265,11 +264,6 @@ def begun(run: Run, begun_at: float) -> RunRecord:
 
 def _keep_result(record: RunRecord, value: Any) -> None:
     try:
-        result = msgspec.json.encode(value)
-    except Exception as error:  # noqa: BLE001 - values are users' objects; the job is done all the same
-        record.error = f"what the handler returned cannot be written as JSON: {describe(error)}"
-        return
-    if len(result) > MAX_RESULT:
-        record.error = f"what the handler returned has {len(result)} bytes and {MAX_RESULT} are kept"
-        return
-    record.result = result
+        record.result = notes.result_json(value)
+    except ValueError as error:  # the job is done all the same
+        record.error = str(error)

@@ -7,6 +7,7 @@ Six verbs move jobs (publish, claim, renew, settle, tick, depth). `Operator` is 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Generic, Literal, Protocol, TypeAlias
 
 import msgspec
@@ -29,6 +30,8 @@ class Ending(msgspec.Struct, frozen=True):
         kind: its kind, for dead letters.
         attempts: failed attempts, this run included, for dead letters.
         member: what it is called by while it waits for a limit; empty where it is not called.
+        note: what is told of a job that has ended for good, see `streamworker.notes`; ``None`` says only how.
+        keep: seconds for which that can be read; 0 tells it to those who wait right now.
     """
 
     claim: Claim
@@ -38,6 +41,18 @@ class Ending(msgspec.Struct, frozen=True):
     kind: str = ""
     attempts: int = 0
     member: str = ""
+    note: bytes | None = None
+    keep: float = 0.0
+
+
+class Hearing(Protocol):
+    """How one job ends."""
+
+    async def kept(self) -> bytes | None:
+        """The note that was kept of it, if there is one; and for the next half a minute its end is told."""
+
+    async def heard(self, timeout: float) -> bytes | None:
+        """The next note; empty if some may have been missed, ``None`` after ``timeout`` seconds without one."""
 
 
 class Broker(Limiting, Protocol):
@@ -88,6 +103,13 @@ class Broker(Limiting, Protocol):
 
         One that waits is claimed as ``cancelled``, one that is held is found by `cancelled`. Settling it with `Drop`
         forgets that it was cancelled; what is never claimed is forgotten after a week.
+        """
+
+    def ended(self, queues: Sequence[str], job_id: str) -> AbstractAsyncContextManager[Hearing]:
+        """Hears of the end of a job that lies in one of the queues; what is said from the block's begin on is heard.
+
+        Raises:
+            Unreachable: no server answers.
         """
 
     def beat(self, report: dict[str, str | int | float]) -> None:

@@ -13,11 +13,11 @@ from typing import Any, Final, Protocol
 
 import msgspec
 
-from streamworker import codec
+from streamworker import notes
 from streamworker.broker import scripts
 from streamworker.broker.keys import QueueKeys
 from streamworker.broker.link import Link
-from streamworker.errors import InvalidJob
+from streamworker.broker.settle import id_of
 from streamworker.job import Claim
 
 LIFE: Final = 7 * 86_400
@@ -99,14 +99,6 @@ class Cancels:
         return found
 
 
-def id_of(claim: Claim) -> str | None:
-    """The id of a claim's job; ``None`` if its document cannot be read."""
-    try:
-        return codec.job_id(codec.read(claim.body or b""), claim)
-    except InvalidJob:
-        return None
-
-
 async def cancel(server: Server, keys: QueueKeys, job_id: str) -> bool:
     """Cancel a job of a queue, wherever it is; True if it was delayed: then it is gone already.
 
@@ -122,6 +114,7 @@ async def cancel(server: Server, keys: QueueKeys, job_id: str) -> bool:
         gone = bool(await server.run(scripts.UNPARK, [keys.due, keys.bodies], ["forget", member, b""])) or gone
     if gone:
         await reprieve(server, keys, job_id)
+        await server.run(scripts.TELL, [keys.meta, keys.result(job_id)], [notes.CANCELLED])
     return gone
 
 

@@ -98,6 +98,10 @@ class QueueKeys(msgspec.Struct, frozen=True):
         """Hash: epoch, paused (by an operator), inactive (in PostgreSQL), cancelled (some jobs), cursors, tokens."""
         return f"{self.base}:meta"
 
+    def result(self, job_id: str) -> str:
+        """How a job ended, kept for a while; and the channel on which that is told."""
+        return f"{self.base}:result:{job_id}"
+
     def key(self, name: str) -> str:
         """A deduplication key."""
         return f"{self.base}:key:{name}"

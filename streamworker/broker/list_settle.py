@@ -8,7 +8,7 @@ from typing import Any
 from streamworker.broker import Ending, scripts
 from streamworker.broker.held import leased, wrapped
 from streamworker.broker.keys import ListKeys, QueueKeys, worker_key
-from streamworker.broker.settle import obituary, parking
+from streamworker.broker.settle import note, obituary, parking, tell
 from streamworker.errors import UsageError
 from streamworker.job import Claim
 
@@ -23,6 +23,7 @@ class ListSender:
 
     def __init__(self, client: scripts.AsyncCaller, worker: str) -> None:
         self._client, self._worker = client, worker
+        self.waited = False
 
     def _fence(self, claim: Claim) -> tuple[bytes, bytes]:
         """(member of the lease set, string in the worker's list)."""
@@ -34,17 +35,24 @@ class ListSender:
         args: list[Any] = []
         for item in items:
             args += self._fence(item.claim)
-        return list(
-            await scripts.LIST_DONE(self._client, [lists.claimed(self._worker), lists.leases, lists.meta], args)
-        )
+        names = [lists.claimed(self._worker), lists.leases, lists.meta]
+        codes: list[int]
+        *codes, waited = await scripts.LIST_DONE(self._client, names, args)
+        self.waited = bool(waited)
+        return codes
+
+    async def tell(self, keys: QueueKeys, items: list[Ending]) -> None:
+        """See `Sender.tell`."""
+        await tell(self._client, keys, items)
 
     async def finish(self, keys: QueueKeys, items: list[Ending]) -> list[int]:
         """See `Sender.finish`."""
         lists = as_lists(keys)
         args: list[Any] = []
         for item in items:
-            args += (*self._fence(item.claim), item.job_id)
+            args += (*self._fence(item.claim), item.job_id, *note(item))
         names = [lists.claimed(self._worker), lists.leases, lists.meta, lists.cancelled]
+        names += [keys.result(item.job_id) for item in items]
         return list(await scripts.LIST_FINISH(self._client, names, args))
 
     async def park(self, keys: QueueKeys, items: list[Ending]) -> list[int]:
@@ -67,11 +75,12 @@ class ListSender:
             told = {"job": claim.body or b"", **obituary(item)}
             told |= {"deliveries": claim.count, "worker": self._worker, "entry": claim.entry}
             args = args or [2 * len(told)]
-            args += self._fence(claim)
+            args += (*self._fence(claim), *note(item))
             for pair in told.items():
                 args += pair
         names = [lists.claimed(self._worker), lists.leases, lists.dead, lists.meta]
-        return list(await scripts.LIST_BURY(self._client, [*names, worker_key(lists.namespace, self._worker)], args))
+        names += [worker_key(lists.namespace, self._worker), *(keys.result(item.job_id) for item in items)]
+        return list(await scripts.LIST_BURY(self._client, names, args))
 
 
 def as_lists(keys: QueueKeys) -> ListKeys:

@@ -6,15 +6,17 @@ For producers that push JSON to ``queue:*``. What is delayed or dead lies where 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Any, Final
 
 import msgspec
 
-from streamworker.broker import Ending, list_listings, scripts
+from streamworker.broker import Ending, Hearing, list_listings, scripts
 from streamworker.broker.bell import listen
 from streamworker.broker.cancels import Cancels, cancel
 from streamworker.broker.client import Address, clustered
 from streamworker.broker.due import promote
+from streamworker.broker.ears import Ears
 from streamworker.broker.held import leased, unwrapped, wrapped
 from streamworker.broker.keys import ListKeys, worker_key
 from streamworker.broker.limits import Limiter
@@ -25,6 +27,7 @@ from streamworker.broker.orphans import Orphans
 from streamworker.broker.publish import Publisher
 from streamworker.broker.settle import settle
 from streamworker.broker.taking import Taking
+from streamworker.broker.waiting import waiting
 from streamworker.errors import ConfigurationError
 from streamworker.job import Claim, Depth, Enqueued, Outgoing, Settled
 from streamworker.limits import Answer, Asking, Hold
@@ -60,6 +63,7 @@ class ListBroker:
         self._keys = [keys for keys, _ in queues]
         self._homes = {place: keys for keys in self._keys for place in keys.lists}
         self._cancels = Cancels(self._link, self._keys)
+        self._ears = Ears(address)
         self._orphans = Orphans(self._link, self._keys, lease=options.lease)
         self._limits = Limiter(self._link, self._keys, lease=options.lease)
         self._intake = self._make_intake(queues)
@@ -102,6 +106,7 @@ class ListBroker:
 
     async def close(self) -> None:
         """See `Broker.close`."""
+        await self._ears.close()
         await self._intake.close()
         await self._link.close()
 
@@ -146,6 +151,11 @@ class ListBroker:
     async def cancel(self, queue: str, job_id: str) -> bool:
         """See `Broker.cancel`."""
         return await cancel(self._link, ListKeys(queue, self._options.namespace), job_id)
+
+    def ended(self, queues: Sequence[str], job_id: str) -> AbstractAsyncContextManager[Hearing]:
+        """See `Broker.ended`."""
+        keys = [ListKeys(queue, self._options.namespace) for queue in queues]
+        return waiting(self._link, self._ears, keys, job_id)
 
     def beat(self, report: dict[str, str | int | float]) -> None:
         """See `Broker.beat`."""

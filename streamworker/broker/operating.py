@@ -180,7 +180,8 @@ class Operating:
                 "or enqueue its data anew"
             )
         args = [job.handle, _refreshed(letter, letter.body), keys.shape]
-        return bool(await self._desk.run(scripts.REPLAY, [keys.dead, keys.ready(letter.level)], args))
+        names = [keys.dead, keys.ready(letter.level), keys.result(letter.job_id or "")]
+        return bool(await self._desk.run(scripts.REPLAY, names, args))
 
     async def erase(self, job: StoredJob) -> bool:
         """See `Operator.erase`."""

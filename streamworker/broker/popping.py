@@ -13,7 +13,7 @@ from time import monotonic
 import anyio
 
 from streamworker import codec
-from streamworker.broker import Ending
+from streamworker.broker import Ending, scripts
 from streamworker.broker.held import leased
 from streamworker.broker.keys import ListKeys, QueueKeys
 from streamworker.broker.link import BLOCK, Link
@@ -58,6 +58,8 @@ class Popping(Taking):
         self._order = Order(len(queues), weighted=weighted, heads=0)
         self._weighted = weighted
         self._orphans = orphans
+        self.waited: frozenset[str] = frozenset()
+        """Queues with jobs whose end somebody waits for, by the last look."""
 
     async def claim(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:
         """See `Broker.claim`: BRPOP looks and waits in one."""
@@ -98,11 +100,12 @@ class Popping(Taking):
         with self._link.watched():
             async with self._link.commands.pipeline(transaction=False) as pipe:
                 for keys in self._keys:
-                    pipe.execute_command("HMGET", keys.meta, "paused", "inactive", "cancelled")
+                    pipe.execute_command("HMGET", keys.meta, "paused", "inactive", "cancelled", "waits")
                 answers = await pipe.execute(raise_on_error=False)
         known = {i: answer for i, answer in enumerate(answers) if isinstance(answer, list)}
         self._paused = frozenset(i for i, answer in known.items() if any(answer[:2]))
         self.marked = frozenset(self._keys[i].queue for i, answer in known.items() if answer[2])
+        self.waited = frozenset(self._keys[i].queue for i, answer in known.items() if answer[3])
         spots = self._open(running)
         if not spots:
             if wait > AT_ONCE:
@@ -173,7 +176,8 @@ class PoppingBroker(ListBroker):
         """See `Broker.settle`; what is done left the server when it was popped."""
         await self._link.fresh()
         with self._link.watched():
-            return await settle(_PoppedSender(self._link.wires, self._intake.consumer), self._homes, items)
+            waited = self._intake.waited if isinstance(self._intake, Popping) else frozenset()
+            return await settle(_PoppedSender(self._link.wires, self._intake.consumer, waited), self._homes, items)
 
     async def strays(self, running: Collection[Claim]) -> list[Claim]:
         """See `Broker.strays`: what a lost reply brought is lost."""
@@ -184,9 +188,13 @@ class PoppingBroker(ListBroker):
 class _PoppedSender(ListSender):
     """Endings of claims that lie nowhere: only whether they were stored before is asked."""
 
+    def __init__(self, client: scripts.AsyncCaller, worker: str, waited: frozenset[str]) -> None:
+        super().__init__(client, worker)
+        self._waited = waited
+
     async def done(self, keys: QueueKeys, items: list[Ending]) -> list[int]:
         """See `Sender.done`."""
-        del keys
+        self.waited = keys.queue in self._waited
         return [1] * len(items)
 
     def _fence(self, claim: Claim) -> tuple[bytes, bytes]:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from itertools import islice
 from typing import Any, Final, Protocol
 
+from redis.exceptions import RedisError
+
+from streamworker import codec, notes
 from streamworker.broker import Ending, scripts
 from streamworker.broker.keys import QueueKeys
-from streamworker.errors import StreamworkerError
-from streamworker.job import Dead, Done, Drop, Level, ReleaseAt, RetryAt, Settled
+from streamworker.errors import InvalidJob, StreamworkerError
+from streamworker.job import Claim, Dead, Done, Drop, Level, ReleaseAt, RetryAt, Settled
 
 BATCH: Final = 500
 """Most claims of one script call, so that it never blocks the server for long."""
-_STAGES: Final[dict[type, int]] = {Drop: 1, RetryAt: 2, ReleaseAt: 2, Dead: 3}
+_STAGES: Final[dict[type, int]] = {Done: 0, Drop: 1, RetryAt: 2, ReleaseAt: 2, Dead: 3}
 _CODES: Final = (Settled.LOST, Settled.SETTLED, Settled.REFUSED)
 
 
@@ -28,11 +32,17 @@ def due_member(level: Level, job_id: str) -> str:
 class Sender(Protocol):
     """Ends claims of one worker, all of one place; each answers 1 settled, 0 lost, 2 refused, in order."""
 
+    waited: bool
+    """Whether somebody waited for jobs of the queue to end, when `done` was last called."""
+
     async def done(self, keys: QueueKeys, items: list[Ending]) -> list[int]:
         """Delete what is finished."""
 
+    async def tell(self, keys: QueueKeys, items: list[Ending]) -> None:
+        """Tell those who wait that it is."""
+
     async def finish(self, keys: QueueKeys, items: list[Ending]) -> list[int]:
-        """Delete what ended without having been done, and the mark that it was cancelled."""
+        """Delete what has ended and leaves something behind, or was cancelled."""
 
     async def park(self, keys: QueueKeys, items: list[Ending]) -> list[int]:
         """Store what goes on, then delete the claim."""
@@ -52,7 +62,9 @@ async def settle(sender: Sender, homes: Mapping[str, QueueKeys], items: Sequence
     groups: dict[tuple[int, str], list[int]] = {}
     for index, item in enumerate(items):
         verdict = item.verdict
-        stage = 0 if isinstance(verdict, Done) else _STAGES[type(verdict)]
+        stage = _STAGES[type(verdict)]
+        if stage == 0 and item.note is not None:
+            stage = 1
         groups.setdefault((stage, item.claim.place), []).append(index)
     stages = (sender.done, sender.finish, sender.park, sender.bury)
     results = [Settled.LOST] * len(items)
@@ -61,6 +73,9 @@ async def settle(sender: Sender, homes: Mapping[str, QueueKeys], items: Sequence
             codes = await stages[stage](homes[place], [items[index] for index in batch])
             for index, code in zip(batch, codes, strict=True):
                 results[index] = _CODES[code]
+            if stage == 0 and sender.waited:
+                told = [items[index] for index, code in zip(batch, codes, strict=True) if code == 1]
+                await sender.tell(homes[place], told)
     return results
 
 
@@ -75,20 +90,29 @@ class StreamSender:
 
     def __init__(self, client: scripts.AsyncCaller, group: str, consumer: str) -> None:
         self._client, self._group, self._consumer = client, group, consumer
+        self.waited = False
 
-    async def done(self, keys: QueueKeys, items: list[Ending]) -> list[int]:  # noqa: ARG002 - the stream is enough
+    async def done(self, keys: QueueKeys, items: list[Ending]) -> list[int]:
         """See `Sender.done`."""
         args: list[Any] = [self._group, self._consumer]
         for item in items:
             args += (item.claim.entry, item.claim.count)
-        return list(await scripts.DONE(self._client, [items[0].claim.place], args))
+        codes: list[int]
+        *codes, waited = await scripts.DONE(self._client, [items[0].claim.place, keys.meta], args)
+        self.waited = bool(waited)
+        return codes
+
+    async def tell(self, keys: QueueKeys, items: list[Ending]) -> None:
+        """See `Sender.tell`."""
+        await tell(self._client, keys, items)
 
     async def finish(self, keys: QueueKeys, items: list[Ending]) -> list[int]:
         """See `Sender.finish`."""
         args: list[Any] = [self._group, self._consumer]
         for item in items:
-            args += (item.claim.entry, item.claim.count, item.job_id)
-        return list(await scripts.FINISH(self._client, [items[0].claim.place, keys.cancelled, keys.meta], args))
+            args += (item.claim.entry, item.claim.count, item.job_id, *note(item))
+        names = [items[0].claim.place, keys.cancelled, keys.meta, *(keys.result(item.job_id) for item in items)]
+        return list(await scripts.FINISH(self._client, names, args))
 
     async def park(self, keys: QueueKeys, items: list[Ending]) -> list[int]:
         """See `Sender.park`."""
@@ -103,8 +127,39 @@ class StreamSender:
         """See `Sender.bury`."""
         args: list[Any] = [self._group]
         for item in items:
-            args += (self._consumer, item.claim.entry, item.claim.count, *obituary(item).values())
-        return list(await scripts.BURY(self._client, [items[0].claim.place, keys.dead], args))
+            args += (self._consumer, item.claim.entry, item.claim.count, *obituary(item).values(), *note(item))
+        names = [items[0].claim.place, keys.dead, *(keys.result(item.job_id) for item in items)]
+        return list(await scripts.BURY(self._client, names, args))
+
+
+async def tell(client: scripts.AsyncCaller, keys: QueueKeys, items: Iterable[Ending]) -> None:
+    """Tell those who wait that jobs are done. A hint: whoever misses it looks now and then."""
+    ids = [item.job_id or id_of(item.claim) for item in items]
+    names = [keys.result(job_id) for job_id in ids if job_id]
+    if names:
+        with suppress(RedisError, OSError):
+            await scripts.TELL(client, [keys.meta, *names], [notes.COMPLETED] * len(names))
+
+
+def note(item: Ending) -> tuple[int, bytes]:
+    """What is told of an ending: ms for which it can be read (0: not at all), and the note."""
+    told = item.note
+    if told is None:
+        verdict = item.verdict
+        why = f"{verdict.reason}: {verdict.error}" if isinstance(verdict, Dead) and verdict.error else None
+        if isinstance(verdict, Dead):
+            told = notes.written(notes.Note("dead", error=why or verdict.reason))
+        else:
+            told = notes.CANCELLED if isinstance(verdict, Drop) else notes.COMPLETED
+    return round(item.keep * 1000), told
+
+
+def id_of(claim: Claim) -> str | None:
+    """The id of a claim's job; ``None`` if its document cannot be read."""
+    try:
+        return codec.job_id(codec.read(claim.body or b""), claim)
+    except InvalidJob:
+        return None
 
 
 def parking(item: Ending, now: float) -> tuple[int, str, bytes]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractAsyncContextManager
 from time import monotonic
 from typing import Any, Final
 
 import msgspec
 
-from streamworker.broker import Ending, scripts
+from streamworker.broker import Ending, Hearing, scripts
 from streamworker.broker.bell import listen
 from streamworker.broker.cancels import Cancels, cancel
 from streamworker.broker.client import Address
 from streamworker.broker.due import promote
+from streamworker.broker.ears import Ears
 from streamworker.broker.intake import UNKNOWN_EPOCH, Intake, document
 from streamworker.broker.intakes import Intakes
 from streamworker.broker.keys import QueueKeys, worker_key
@@ -22,6 +24,7 @@ from streamworker.broker.link import Link
 from streamworker.broker.publish import Publisher
 from streamworker.broker.settle import StreamSender, settle
 from streamworker.broker.tidy import tidy
+from streamworker.broker.waiting import waiting
 from streamworker.errors import ConfigurationError, Unreachable
 from streamworker.job import Claim, Depth, Enqueued, Outgoing, Settled
 from streamworker.limits import Answer, Asking, Hold
@@ -62,6 +65,7 @@ class StreamBroker:
         self._keys = [keys for keys, _ in queues]
         self._homes = {place: keys for keys in self._keys for place in keys.streams}
         self._cancels = Cancels(self._link, self._keys)
+        self._ears = Ears(address)
         self._tidy_at = 0.0
         self._last_confirmed: tuple[str, bytes, int] | None = None
         intake = Intakes if address.spread else Intake
@@ -104,6 +108,7 @@ class StreamBroker:
 
     async def close(self) -> None:
         """See `Broker.close`."""
+        await self._ears.close()
         await self._intake.close()
         await self._link.close()
 
@@ -162,6 +167,11 @@ class StreamBroker:
     async def cancel(self, queue: str, job_id: str) -> bool:
         """See `Broker.cancel`."""
         return await cancel(self._link, QueueKeys(queue, self._options.namespace), job_id)
+
+    def ended(self, queues: Sequence[str], job_id: str) -> AbstractAsyncContextManager[Hearing]:
+        """See `Broker.ended`."""
+        keys = [QueueKeys(queue, self._options.namespace) for queue in queues]
+        return waiting(self._link, self._ears, keys, job_id)
 
     def beat(self, report: dict[str, str | int | float]) -> None:
         """See `Broker.beat`."""

@@ -9,6 +9,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples/everyday"
 PRINTED = {
+    "results": ["[{'sum': 0}, {'sum': 2}, {'sum': 4}]", "dead: discarded: no negative numbers"],
     "cancel": [
         "later.csv: cancelled",
         "running.csv began",

@@ -4,8 +4,10 @@
 --
 -- KEYS[1]    stream
 -- KEYS[2]    dead stream of the queue
+-- KEYS[3..]  one a claim: where it is kept how its job ended, and the channel on which that is told
 -- ARGV[1]    group
--- ARGV[2..]  ten a claim: consumer, entry id, delivery count, job id, kind, level, reason, error, attempts, failed_at
+-- ARGV[2..]  twelve a claim: consumer, entry id, delivery count, job id, kind, level, reason, error, attempts, failed_at,
+--            ms to keep the note (0: not at all), note
 --
 -- returns one number a claim: 1 settled, 0 lost, 2 refused
 local group = ARGV[1]
@@ -31,7 +33,13 @@ local function letter(i, fields)
   return out
 end
 
-for i = 2, #ARGV, 10 do
+-- The job has ended whether or not there is room to keep how: whoever waits right now hears it all the same.
+local function keep(k, ms, note)
+  if tonumber(ms) > 0 then redis.pcall('SET', KEYS[k], note, 'PX', ms) end
+  redis.pcall('PUBLISH', KEYS[k], note)
+end
+
+for i = 2, #ARGV, 12 do
   local id = ARGV[i + 1]
   local reply = redis.pcall('XPENDING', KEYS[1], group, id, id, 1)
   if reply.err and not (string.find(reply.err, 'NOGROUP', 1, true) or string.find(reply.err, 'WRONGTYPE', 1, true)) then
@@ -48,6 +56,7 @@ for i = 2, #ARGV, 10 do
     else
       redis.call('XACK', KEYS[1], group, id)
       redis.call('XDEL', KEYS[1], id)
+      keep(3 + #result, ARGV[i + 10], ARGV[i + 11])
       result[#result + 1], settled = 1, settled + 1
     end
   end

@@ -2,11 +2,12 @@
 -- The fence is (consumer, delivery count): XACK itself asks nobody.
 --
 -- KEYS[1]    stream
+-- KEYS[2]    meta hash of the queue
 -- ARGV[1]    group
 -- ARGV[2]    consumer
 -- ARGV[3..]  two a claim: entry id, delivery count
 --
--- returns one number a claim: 1 settled, 0 lost
+-- returns one number a claim: 1 settled, 0 lost; and one more, 1 if somebody waits for jobs of the queue to end
 local group, consumer = ARGV[1], ARGV[2]
 local result, ids = {}, {}
 for i = 3, #ARGV, 2 do
@@ -34,4 +35,5 @@ if #ids > 0 then
   redis.call('XACK', KEYS[1], group, unpack(ids))
   redis.call('XDEL', KEYS[1], unpack(ids))
 end
+result[#result + 1] = type(redis.pcall('HGET', KEYS[2], 'waits')) == 'string' and 1 or 0
 return result

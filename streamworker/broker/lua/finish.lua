@@ -1,16 +1,25 @@
--- finish: acknowledge and delete ended entries, as done does, and with each the mark that its job was cancelled.
+-- finish: acknowledge and delete ended entries, as done does, each only if the claim still holds. How a job ended is kept
+-- for a while and told to those who wait for it; the mark that it was cancelled goes.
 --
 -- KEYS[1]    stream
 -- KEYS[2]    cancelled set of the queue
 -- KEYS[3]    meta hash of the queue
+-- KEYS[4..]  one a claim: where it is kept how its job ended, and the channel on which that is told
 -- ARGV[1]    group
 -- ARGV[2]    consumer
--- ARGV[3..]  three a claim: entry id, delivery count, job id
+-- ARGV[3..]  five a claim: entry id, delivery count, job id, ms to keep the note (0: not at all), note
 --
 -- returns one number a claim: 1 settled, 0 lost
 local group, consumer = ARGV[1], ARGV[2]
 local result, settled = {}, 0
-for i = 3, #ARGV, 3 do
+
+-- The job has ended whether or not there is room to keep how: whoever waits right now hears it all the same.
+local function keep(k, ms, note)
+  if tonumber(ms) > 0 then redis.pcall('SET', KEYS[k], note, 'PX', ms) end
+  redis.pcall('PUBLISH', KEYS[k], note)
+end
+
+for i = 3, #ARGV, 5 do
   local id = ARGV[i]
   local reply = redis.pcall('XPENDING', KEYS[1], group, id, id, 1)
   if reply.err and not (string.find(reply.err, 'NOGROUP', 1, true) or string.find(reply.err, 'WRONGTYPE', 1, true)) then
@@ -21,6 +30,7 @@ for i = 3, #ARGV, 3 do
     redis.call('XACK', KEYS[1], group, id)
     redis.call('XDEL', KEYS[1], id)
     redis.call('ZREM', KEYS[2], ARGV[i + 2])
+    keep(4 + #result, ARGV[i + 3], ARGV[i + 4])
     result[#result + 1], settled = 1, settled + 1
   else
     result[#result + 1] = 0

@@ -7,8 +7,10 @@
 -- KEYS[3]    dead stream of the queue
 -- KEYS[4]    meta hash of the queue
 -- KEYS[5]    the worker's heartbeat
+-- KEYS[6..]  one a claim: where it is kept how its job ended, and the channel on which that is told
 -- ARGV[1]    F, number of values that make a letter
--- ARGV[2..]  2 + F a claim: its member in the lease set, its string in the claimed list ("": it was popped), names and values
+-- ARGV[2..]  4 + F a claim: its member in the lease set, its string in the claimed list ("": it was popped), ms to keep the
+--            note (0: not at all), note, names and values
 --
 -- returns one number a claim: 1 settled, 0 lost, 2 refused
 local size, result, left, ended = tonumber(ARGV[1]), {}, 0, {}
@@ -21,12 +23,18 @@ local function holds(member, wrapper)
   return false
 end
 
-for i = 2, #ARGV, 2 + size do
+-- The job has ended whether or not there is room to keep how: whoever waits right now hears it all the same.
+local function keep(k, ms, note)
+  if tonumber(ms) > 0 then redis.pcall('SET', KEYS[k], note, 'PX', ms) end
+  redis.pcall('PUBLISH', KEYS[k], note)
+end
+
+for i = 2, #ARGV, 4 + size do
   local member, wrapper = ARGV[i], ARGV[i + 1]
   if not holds(member, wrapper) then
     result[#result + 1] = 0
   else
-    local added = redis.pcall('XADD', KEYS[3], '*', unpack(ARGV, i + 2, i + 1 + size))
+    local added = redis.pcall('XADD', KEYS[3], '*', unpack(ARGV, i + 4, i + 3 + size))
     if type(added) == 'table' and added.err then
       result[#result + 1] = 2
     else
@@ -36,6 +44,7 @@ for i = 2, #ARGV, 2 + size do
         redis.call('LREM', KEYS[1], 1, wrapper)
         redis.call('ZREM', KEYS[2], member)
       end
+      keep(6 + #result, ARGV[i + 2], ARGV[i + 3])
       result[#result + 1], left = 1, left + 1
     end
   end

@@ -6,7 +6,7 @@
 -- KEYS[3]  meta hash of the queue
 -- ARGV     two a claim: its member in the lease set, its string in the claimed list
 --
--- returns one number a claim: 1 settled, 0 lost
+-- returns one number a claim: 1 settled, 0 lost; and one more, 1 if somebody waits for jobs of the queue to end
 local result, left = {}, 0
 for i = 1, #ARGV, 2 do
   local gone = redis.call('LREM', KEYS[1], 1, ARGV[i + 1])
@@ -14,4 +14,5 @@ for i = 1, #ARGV, 2 do
   result[#result + 1], left = gone, left + gone
 end
 if left > 0 then redis.pcall('HINCRBY', KEYS[3], 'left', left) end
+result[#result + 1] = type(redis.pcall('HGET', KEYS[3], 'waits')) == 'string' and 1 or 0
 return result

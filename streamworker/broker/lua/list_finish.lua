@@ -1,19 +1,29 @@
--- list_finish: delete ended claims, as list_done does, and with each the mark that its job was cancelled. A job that was popped
--- lies nowhere: only its mark goes.
+-- list_finish: delete ended claims, as list_done does, each only if it still holds. How a job ended is kept for a while and
+-- told to those who wait for it; the mark that it was cancelled goes. A job that was popped lies nowhere.
 --
 -- KEYS[1]  claimed list of the worker
 -- KEYS[2]  lease set of the queue
 -- KEYS[3]  meta hash of the queue
 -- KEYS[4]  cancelled set of the queue
--- ARGV     three a claim: its member in the lease set, its string in the claimed list ("": it was popped), job id
+-- KEYS[5..] one a claim: where it is kept how its job ended, and the channel on which that is told
+-- ARGV     five a claim: its member in the lease set, its string in the claimed list ("": it was popped), job id, ms to keep
+--          the note (0: not at all), note
 --
 -- returns one number a claim: 1 settled, 0 lost
 local result, left = {}, 0
-for i = 1, #ARGV, 3 do
+
+-- The job has ended whether or not there is room to keep how: whoever waits right now hears it all the same.
+local function keep(k, ms, note)
+  if tonumber(ms) > 0 then redis.pcall('SET', KEYS[k], note, 'PX', ms) end
+  redis.pcall('PUBLISH', KEYS[k], note)
+end
+
+for i = 1, #ARGV, 5 do
   local gone = ARGV[i + 1] == '' and 1 or redis.call('LREM', KEYS[1], 1, ARGV[i + 1])
   if gone == 1 then
     redis.call('ZREM', KEYS[2], ARGV[i])
     redis.call('ZREM', KEYS[4], ARGV[i + 2])
+    keep(5 + #result, ARGV[i + 3], ARGV[i + 4])
   end
   result[#result + 1], left = gone, left + gone
 end

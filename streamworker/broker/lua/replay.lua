@@ -2,6 +2,7 @@
 --
 -- KEYS[1]  dead stream
 -- KEYS[2]  where the ready jobs of its level lie
+-- KEYS[3]  where it is kept how its job ended
 -- ARGV[1]  id of the dead letter
 -- ARGV[2]  body
 -- ARGV[3]  what ready jobs lie in: stream or list
@@ -14,4 +15,5 @@ else
   redis.call('XADD', KEYS[2], '*', 'job', ARGV[2])
 end
 redis.call('XDEL', KEYS[1], ARGV[1])
+redis.call('DEL', KEYS[3])
 return 1

@@ -1,0 +1,155 @@
+"""Hearing of jobs that have ended, for all who wait in this process, over one connection; none while nobody waits."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Any, Final
+
+import anyio
+from redis.exceptions import RedisError
+
+from streamworker.broker.client import Address, understood
+from streamworker.errors import Unreachable
+from streamworker.telemetry.logs import get_logger
+
+log = get_logger("streamworker.broker")
+
+RETRY: Final = 1.0
+"""Seconds between tries to subscribe again."""
+PATIENCE: Final = 10.0
+"""Seconds a subscription may take."""
+
+
+class Ear:
+    """One who waits."""
+
+    def __init__(self, channels: Sequence[bytes]) -> None:
+        self.missing = set(channels)
+        self.open = asyncio.Event()
+        self._told: asyncio.Queue[bytes] = asyncio.Queue()
+
+    def subscribed(self, channel: bytes) -> None:
+        """From now on a channel is heard. When that begins anew, something may have been missed."""
+        if self.open.is_set():
+            self.tell(b"")
+        self.missing.discard(channel)
+        if not self.missing:
+            self.open.set()
+
+    def tell(self, note: bytes) -> None:
+        """Something was said."""
+        self._told.put_nowait(note)
+
+    async def heard(self, timeout: float) -> bytes | None:
+        """The next note; empty if some may have been missed, ``None`` after ``timeout`` seconds without one."""
+        with anyio.move_on_after(timeout):
+            return await self._told.get()
+        return None
+
+
+class Ears:
+    """Those who wait, and the task that hears for them.
+
+    Args:
+        address: the server's.
+    """
+
+    def __init__(self, address: Address) -> None:
+        self._address = address
+        self._ears: dict[bytes, set[Ear]] = {}
+        self._heard: set[bytes] = set()
+        self._pubsub: Any = None
+        self._task: asyncio.Task[None] | None = None
+
+    @asynccontextmanager
+    async def on(self, channels: Sequence[str]) -> AsyncIterator[Ear]:
+        """An ear on some channels, open before the block begins.
+
+        Raises:
+            Unreachable: no server answers.
+        """
+        names = [channel.encode() for channel in channels]
+        ear = Ear(names)
+        for name in names:
+            self._ears.setdefault(name, set()).add(ear)
+        try:
+            await self._begin(names, ear)
+            with anyio.move_on_after(PATIENCE):
+                await ear.open.wait()
+            if not ear.open.is_set():
+                raise Unreachable(f"Redis at {self._address} takes no subscription: check the server and its ACL")
+            yield ear
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._end(names, ear)
+
+    async def _begin(self, names: list[bytes], ear: Ear) -> None:
+        if self._task is None or self._task.done():
+            self._heard.clear()
+            self._task = asyncio.create_task(self._listen())
+            return
+        for name in names:
+            if name in self._heard:
+                ear.subscribed(name)
+        if ear.missing and self._pubsub is not None:
+            with suppress(RedisError, OSError):  # then the task subscribes to everything anew
+                await self._pubsub.subscribe(*ear.missing)
+
+    async def _end(self, names: list[bytes], ear: Ear) -> None:
+        gone = []
+        for name in names:
+            self._ears[name].discard(ear)
+            if not self._ears[name]:
+                del self._ears[name]
+                gone.append(name)
+        self._heard.difference_update(gone)
+        if gone and self._pubsub is not None:
+            with suppress(RedisError, OSError):
+                await self._pubsub.unsubscribe(*gone)  # its answer also tells the task to end
+
+    async def _listen(self) -> None:
+        said = False
+        while self._ears:
+            client = self._address.listener()
+            try:
+                with understood(self._address):
+                    async with client.pubsub() as pubsub:
+                        await pubsub.subscribe(*self._ears)
+                        self._pubsub = pubsub
+                        said = False
+                        while self._ears:
+                            self._on(await pubsub.get_message(timeout=None))
+            except Exception as error:  # noqa: BLE001 - those who wait read for themselves meanwhile
+                if not said:
+                    log.info("ears_closed", error=str(error), hint="whoever waits for a result looks every 10 s")
+                said = True
+                await anyio.sleep(RETRY)
+            finally:
+                self._pubsub = None
+                self._heard.clear()
+                with anyio.CancelScope(shield=True), anyio.move_on_after(1):
+                    await client.aclose()
+
+    def _on(self, message: Any) -> None:
+        if message is None:
+            return
+        channel = message["channel"]
+        for ear in list(self._ears.get(channel, ())):
+            if message["type"] == "subscribe":
+                ear.subscribed(channel)
+            elif message["type"] == "message":
+                ear.tell(message["data"])
+        if message["type"] == "subscribe" and channel in self._ears:
+            self._heard.add(channel)
+
+    async def close(self) -> None:
+        """End the task, when nobody waits any more."""
+        task, self._task = self._task, None
+        if task is not None and not task.done():
+            if self._pubsub is not None:
+                with suppress(RedisError, OSError):
+                    await self._pubsub.unsubscribe()
+            await asyncio.wait([task], timeout=RETRY)
+            task.cancel()

@@ -1,0 +1,11 @@
+-- wait: somebody waits for a job of a queue to end. While its meta hash says so, ends are told that leave nothing behind.
+--
+-- KEYS[1]   meta hash of the queue
+-- KEYS[2]   what was kept of the job's end
+-- ARGV[1]   ms for which ends are told
+--
+-- returns what was kept, or nil
+local time = redis.call('TIME')
+local until_ms = time[1] * 1000 + math.floor(time[2] / 1000) + tonumber(ARGV[1])
+redis.pcall('HSET', KEYS[1], 'waits', string.format('%d', until_ms)) -- out of memory, whoever waits looks now and then
+return redis.call('GET', KEYS[2])

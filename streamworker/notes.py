@@ -1,0 +1,66 @@
+"""What is told of a job that has ended: to those who wait for it, and for a while to those who come later."""
+
+from __future__ import annotations
+
+from typing import Any, Final, Literal
+
+import msgspec
+
+MAX_RESULT: Final = 262_144
+"""Bytes of the largest result that is kept."""
+
+
+class Note(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How a job ended.
+
+    Attributes:
+        status: as the ledger calls it.
+        result: what its handler returned, as JSON; empty where it is not kept here.
+        error: why it is dead, or why there is no result.
+    """
+
+    status: Literal["completed", "dead", "cancelled"]
+    result: msgspec.Raw = msgspec.Raw()
+    error: str | None = None
+
+
+_decoder: Final = msgspec.json.Decoder(Note)
+COMPLETED: Final = b'{"status":"completed"}'
+CANCELLED: Final = b'{"status":"cancelled"}'
+
+
+def written(note: Note) -> bytes:
+    """A note as bytes."""
+    return msgspec.json.encode(note)
+
+
+def read(told: bytes) -> Note | None:
+    """A note; ``None`` for bytes that are none."""
+    try:
+        return _decoder.decode(told)
+    except msgspec.MsgspecError:
+        return None
+
+
+def result_json(value: Any) -> bytes:
+    """What a handler returned, as it is kept.
+
+    Raises:
+        ValueError: it cannot be kept; the message says why.
+    """
+    try:
+        result = msgspec.json.encode(value)
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"[:1000]
+        raise ValueError(f"what the handler returned cannot be written as JSON: {what}") from error
+    if len(result) > MAX_RESULT:
+        raise ValueError(f"what the handler returned has {len(result)} bytes and {MAX_RESULT} are kept")
+    return result
+
+
+def completed(value: Any) -> bytes:
+    """The note of a job whose handler returned ``value``."""
+    try:
+        return written(Note("completed", msgspec.Raw(result_json(value))))
+    except ValueError as error:
+        return written(Note("completed", error=str(error)))
