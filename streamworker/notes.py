@@ -30,7 +30,9 @@ CANCELLED: Final = b'{"status":"cancelled"}'
 
 
 def written(note: Note) -> bytes:
-    """A note as bytes."""
+    """A note as bytes; half a surrogate pair in its error is spelled out."""
+    if note.error is not None and not note.error.isascii():
+        note = msgspec.structs.replace(note, error=note.error.encode(errors="backslashreplace").decode())
     return msgspec.json.encode(note)
 
 

@@ -116,8 +116,11 @@ class Ears:
             try:
                 with understood(self._address):
                     async with client.pubsub() as pubsub:
-                        await pubsub.subscribe(*self._ears)
-                        self._pubsub = pubsub
+                        asked = set(self._ears)
+                        await pubsub.subscribe(*asked)
+                        self._pubsub = pubsub  # from here on everybody subscribes for himself
+                        if late := set(self._ears) - asked:
+                            await pubsub.subscribe(*late)
                         said = False
                         while self._ears:
                             self._on(await pubsub.get_message(timeout=None))

@@ -207,7 +207,7 @@ async def scene(ground, redis_url):
     scene = Scene(ground, redis_url)
     async with scene.app:
         life = asyncio.create_task(scene.worker.start())
-        await eventually(lambda: hasattr(scene.worker, "_lease") and scene.worker._lease.renewed_at)
+        await eventually(lambda: hasattr(scene.worker, "_lease") and scene.worker._lease.renewed_at, 30)
         try:
             yield scene
         finally:
