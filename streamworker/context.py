@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime, timedelta
 from time import monotonic, time
@@ -51,8 +52,8 @@ class Context(Generic[S_co]):
     """
 
     __slots__ = (
-        "_attempts", "_claim", "_job", "_limits", "_log", "_reading", "_shared", "_transaction", "deadline_at",
-        "heeded", "told",
+        "_attempts", "_batch", "_claim", "_job", "_limits", "_log", "_reading", "_shared", "_transaction",
+        "deadline_at", "heeded", "told",
     )  # fmt: skip
 
     def __init__(self, shared: Shared[S_co], claim: Claim, reading: Reading, limits: Limits) -> None:
@@ -86,6 +87,21 @@ class Context(Generic[S_co]):
                 headers=reading.headers,
             )
         return self._job
+
+    @property
+    def batch(self) -> Sequence[Context[S_co]]:
+        """In middleware around a handler of batches: the contexts of all its jobs, once it was called. Else empty."""
+        return getattr(self, "_batch", ())
+
+    @batch.setter
+    def batch(self, contexts: Sequence[Context[S_co]]) -> None:
+        self._batch = contexts
+
+    def beside(self, claim: Claim, reading: Reading, limits: Limits) -> Context[S_co]:
+        """The context of another job of the same call; called by the worker."""
+        other = Context(self._shared, claim, reading, limits)
+        other.deadline_at = self.deadline_at
+        return other
 
     @property
     def attempt(self) -> int:

@@ -1,9 +1,13 @@
-"""What a special run has to pass before its handler is called: suspects run alone, limited kinds wait their turn."""
+"""What a special run has to pass before its handler is called.
+
+Suspects run alone, kinds with limits wait for their turn, and those that are called for several jobs wait for others.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
+from streamworker.batches import Batches, Carrier
 from streamworker.gate import Gate
 from streamworker.handlers import Handlers
 from streamworker.job import Claim
@@ -16,7 +20,8 @@ class Entrance:
 
     Args:
         broker: knows about limits.
-        handlers: whether any kind has one.
+        handlers: whether any kind has one, or is called for several jobs at once.
+        slots: of the worker.
         isolate: asked before a suspect runs; False puts it aside for later.
         put: hands a run back to the slots.
         finished: told of runs that have an outcome without having run.
@@ -27,13 +32,17 @@ class Entrance:
         broker: Limiting,
         handlers: Handlers[object],
         *,
+        slots: int,
         isolate: Callable[[Run], bool],
         put: Callable[[Run], None],
         finished: Callable[[Run], None],
     ) -> None:
         self._isolate = isolate
         limited = any(registration.quota is not None for registration in handlers.registrations)
+        gathering = any(registration.together is not None for registration in handlers.registrations)
+        self._finished = finished
         self._gate = Gate(broker, put, finished) if limited else None
+        self._batches = Batches(slots, put, finished) if gathering else None
         self.kept: Callable[[Collection[Claim]], None] | None = self._gate.retain if self._gate is not None else None
         """What the lease thread renews along with claims."""
 
@@ -41,16 +50,24 @@ class Entrance:
         """Whether a prepared special run may run now; if not, it waits here or elsewhere, and comes again."""
         if run.suspect and not self._isolate(run):
             return False
-        return self._gate is None or self._gate.may_run(run)
+        if self._gate is not None and not self._gate.may_run(run):
+            return False
+        return self._batches is None or self._batches.may_run(run)
 
-    def leave(self, run: Run) -> None:
-        """A special run has its outcome."""
+    def left(self, run: Run) -> bool:
+        """A special run has its outcome. True if it stood for others, which are finished by that, each for itself."""
+        if isinstance(run, Carrier):
+            for item in run.disperse():
+                self._finished(item)
+            return True
         if self._gate is not None:
             self._gate.leave(run)
+        return False
 
     def abandon_waiting(self) -> list[Run]:
         """Runs that wait here; they do not wait any more afterwards."""
-        return self._gate.abandon_waiting() if self._gate is not None else []
+        waiting = self._gate.abandon_waiting() if self._gate is not None else []
+        return waiting + (self._batches.abandon_waiting() if self._batches is not None else [])
 
     async def run(self) -> None:
         """Run until closed."""

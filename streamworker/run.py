@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias
 
 from streamworker import codec
 from streamworker.broker import Ending
@@ -19,12 +19,20 @@ Cause: TypeAlias = TimedOut | Interrupted | Cancelled
 """Why a worker stops a handler."""
 
 
+class Shared(Protocol):
+    """A call for several jobs."""
+
+    def shed(self) -> None:
+        """One of its jobs was cancelled: the call ends when all of them are."""
+
+
 class Run:
     """One claim on its way through this worker, from its arrival until it is settled."""
 
     __slots__ = (
-        "_cause", "claim", "context", "deadline", "ending", "facts", "finished", "in_thread", "outcome", "passed",
-        "payload", "reading", "registration", "seen", "settling", "special", "started", "stuck", "suspect", "task",
+        "_cause", "batch", "claim", "context", "deadline", "ending", "facts", "finished", "in_thread", "outcome",
+        "passed", "payload", "reading", "registration", "seen", "settling", "special", "started", "stuck", "suspect",
+        "task",
     )  # fmt: skip
 
     def __init__(self, claim: Claim) -> None:
@@ -42,6 +50,7 @@ class Run:
         self.stuck = False  # a thread that will not end: only a new process frees its slot
         self.suspect = False  # two workers or more were lost with it: it must run alone
         self.special = self.passed = False  # it does not simply run: see `entrance`; its limit let it through
+        self.batch: Shared | None = None  # where it runs together with others
         self.task: asyncio.Task[Any] | None = None
         self.seen: Any = None  # what observers are shown of it (`observe.JobRun`), once there is one to show it to
         self.finished: float | None = None  # epoch seconds; this and the next only where there is a ledger
@@ -79,6 +88,10 @@ class Run:
             if self._cause is CANCELLED:
                 return  # told once: it may take its time to clean up, until its deadline
             self._cause = self._cause or cause
+        if self.batch is not None:
+            self._cause = self._cause or cause
+            self.batch.shed()
+            return
         if self.in_thread:
             return
         self._cause = self._cause or cause

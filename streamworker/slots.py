@@ -113,7 +113,7 @@ class Slots:
         pristine = copy_context()
         while True:
             run = await get()
-            if run.outcome is None:
+            if run.facts is None and run.outcome is None:
                 prepare(run)
             if run.outcome is None:
                 if run.special and not self._isolate(run):

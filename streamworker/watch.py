@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any, Final, TypeVar
 
+from streamworker.batches import each_of
 from streamworker.broker import Ending
 from streamworker.execute import Executor
 from streamworker.job import Dead, Outcome, Settled
@@ -43,10 +44,11 @@ class Watch:
 
     async def call(self, run: Run) -> Outcome:
         """`Executor.call`, seen."""
-        seen = self._seen(run)
-        seen.start()
-        for told in self._on_start:
-            self._tell(told, seen)
+        for each in each_of((run,)):
+            seen = self._seen(each)
+            seen.start()
+            for told in self._on_start:
+                self._tell(told, seen)
         return await self._executor.call(run)
 
     def finished(self, run: Run) -> None:

@@ -194,8 +194,9 @@ class QueueWorker:
             closed=self._stages.closed,
         )
         self._entrance = Entrance(
-            self._broker, app.handlers, isolate=self._claimer.may_run, put=self._slots.put, finished=self.finish
-        )
+            self._broker, app.handlers, slots=settings.concurrency, isolate=self._claimer.may_run,
+            put=self._slots.put, finished=self.finish,
+        )  # fmt: skip
         held = Held(self._holdings, self._executor, self._entrance.kept)
         self._lease = LeaseKeeper(self._broker, lease=settings.lease, held=held, report=self._report)
         self._health.watch(self._claimer, self._lease, self._holdings, self._broker)
@@ -240,11 +241,11 @@ class QueueWorker:
 
     def finish(self, run: Run) -> None:
         """A run has its outcome: free the slot, record it, settle it."""
+        if run.special and self._entrance.left(run):
+            return
         if self._watch is not None:
             self._watch.finished(run)
         self._holdings.finished()
-        if run.special:
-            self._entrance.leave(run)
         self._stages.finish(run)
 
     def abandon_waiting(self) -> list[Run]:

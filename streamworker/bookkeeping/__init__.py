@@ -11,6 +11,7 @@ from typing import Protocol
 
 import anyio
 
+from streamworker.batches import each_of
 from streamworker.bookkeeping.lookup import Lookup
 from streamworker.bookkeeping.noting import Noting
 from streamworker.bookkeeping.outage import Outage
@@ -88,7 +89,7 @@ class Bookkeeping:
         outage = Outage()
         self._lookup = Lookup(ledger, executor, slots.put, counts=holdings.counts, outage=outage)
         self._recorder = Recorder(ledger, settler, holdings, outage)
-        self._noting = Noting(ledger, lambda: slots.running)
+        self._noting = Noting(ledger, lambda: list(each_of(slots.running)))
         self.put: Callable[[Run], None] = self._lookup.put
         self.finish: Callable[[Run], None] = self._recorder.add
         self.closed: Callable[[], bool] | None = outage.is_on

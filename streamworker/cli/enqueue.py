@@ -20,8 +20,8 @@ from streamworker.cli.options import SERVER, QueueName, Seconds, ServerFlags
 from streamworker.cli.output import json_line
 from streamworker.cli.stdout import Report
 from streamworker.errors import InvalidJob, UsageError
-from streamworker.handlers import KIND_NAME
 from streamworker.job import Job, Level
+from streamworker.payload import KIND_NAME
 from streamworker.settings import Settings
 
 BATCH: Final = 1000

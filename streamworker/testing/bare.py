@@ -12,6 +12,7 @@ from typing_extensions import TypeVar
 
 from streamworker import codec
 from streamworker.app import App
+from streamworker.batches import Carrier
 from streamworker.context import Context, Shared
 from streamworker.errors import UsageError
 from streamworker.execute import Executor
@@ -148,11 +149,24 @@ async def _in_slot(executor: Executor, run: Run) -> Outcome:
         stuck.outcome = TimedOut((stuck.deadline or 0.0) - (stuck.started or 0.0))
         ended.set()
 
+    def may_run(prepared: Run) -> bool:
+        """One job is a batch of one."""
+        together = prepared.registration is not None and prepared.registration.together is not None
+        if together and not isinstance(prepared, Carrier):
+            slots.put(Carrier([prepared]))
+            return False
+        return True
+
+    def finished(ran: Run) -> None:
+        if isinstance(ran, Carrier):
+            list(ran.disperse())
+        ended.set()
+
     slots = Slots(
         1,
         executor,
-        finished=lambda _: ended.set(),
-        isolate=lambda _: True,
+        finished=finished,
+        isolate=may_run,
         stuck=abandon,
         grace=_THREAD_GRACE,
     )

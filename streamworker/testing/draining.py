@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from time import time
 from typing import Any
@@ -13,12 +12,12 @@ import msgspec
 
 from streamworker.app import App
 from streamworker.broker import Operator
-from streamworker.context import Context
 from streamworker.errors import ConfigurationError, HandlerSignal, Snooze, StreamworkerError
 from streamworker.execute import Middleware
 from streamworker.handlers import Handlers
 from streamworker.handover import Outbox
-from streamworker.observe import Observer
+from streamworker.job import Ok
+from streamworker.observe import JobRun, Observer
 from streamworker.settings import Settings
 from streamworker.views import Selection, chosen_delayed
 from streamworker.worker import QueueWorker
@@ -108,17 +107,38 @@ async def _hasten(operator: Operator, queues: list[str], *, everything: bool) ->
     return moved
 
 
+class _Counting(Observer):
+    """Counts what handlers came to."""
+
+    def __init__(self) -> None:
+        self.done = self.failed = self.snoozed = 0
+        self.errors: list[BaseException] = []
+
+    def on_outcome(self, run: JobRun) -> None:
+        """See `Observer.on_outcome`."""
+        if run.started_at is None:
+            return
+        if isinstance(run.outcome, Ok):
+            self.done += 1
+        elif isinstance(run.exception, Snooze):
+            self.snoozed += 1
+        else:
+            self.failed += 1
+            if run.exception is not None and not isinstance(run.exception, HandlerSignal | asyncio.CancelledError):
+                self.errors.append(run.exception)
+
+
 class _Watched:
     """An app whose runs are counted; its lifespan is entered by `drain` and not by each worker."""
 
     def __init__(self, app: App[Any]) -> None:
         self._app = app
-        self._done = self._failed = self._snoozed = 0
-        self._errors: list[BaseException] = []
+        self._counts = _Counting()
 
     def drained(self, delayed: int, dead: int) -> Drained:
         """The counts so far, with what is left."""
-        return Drained(self._done, self._failed, self._snoozed, delayed, dead, self._errors)
+        counts = self._counts
+        return Drained(counts.done, counts.failed, counts.snoozed, delayed, dead, counts.errors)
 
     @property
     def handlers(self) -> Handlers[Any]:
@@ -126,11 +146,11 @@ class _Watched:
 
     @property
     def middleware(self) -> tuple[Middleware, ...]:
-        return (self._count, *self._app.middleware)
+        return self._app.middleware
 
     @property
     def observers(self) -> tuple[Observer, ...]:
-        return self._app.observers
+        return (self._counts, *self._app.observers)
 
     @property
     def lifespan(self) -> None:
@@ -147,17 +167,3 @@ class _Watched:
 
     async def site(self, stack: AsyncExitStack, settings: Settings, redis: Any, database: Any, worker_id: str) -> Site:
         return await self._app.site(stack, settings, redis, database, worker_id)
-
-    async def _count(self, _ctx: Context[Any], call_next: Callable[[], Awaitable[Any]]) -> Any:
-        try:
-            value = await call_next()
-        except Snooze:
-            self._snoozed += 1
-            raise
-        except BaseException as error:
-            self._failed += 1
-            if not isinstance(error, HandlerSignal | asyncio.CancelledError):
-                self._errors.append(error)
-            raise
-        self._done += 1
-        return value

@@ -87,6 +87,30 @@ class Limited(Payload, kind="limited", queue="q"):
 LIMIT = 3
 
 
+class Gathered(Payload, kind="gathered", queue="q"):
+    """Called together with others; each is finished a little after the one before."""
+
+    seconds: float = 0.0
+    gate: str = ""
+    fails: int = 0
+
+
+@app.handler(timeout=60, batch=8, linger=0.05, max_attempts=4, backoff=Backoff(base=0.05, cap=0.5))
+async def gathered(payloads: list[Gathered], contexts: list[Context]) -> list[Exception | None]:
+    outcomes: list[Exception | None] = []
+    runs = [journal.run(ctx) for ctx in contexts]
+    for run in runs:
+        run.__enter__()
+    for payload, ctx, run in zip(payloads, contexts, runs, strict=True):
+        await asyncio.sleep(payload.seconds)
+        while payload.gate and not journal.has_gate(payload.gate):  # noqa: ASYNC110 - a file rings no bell
+            await asyncio.sleep(0.02)
+        error = ValueError("as planned") if ctx.attempt <= payload.fails else None
+        run.__exit__(type(error) if error is not None else None, error, None)
+        outcomes.append(error)
+    return outcomes
+
+
 @app.handler(timeout=60, concurrency=LIMIT)
 async def limited(payload: Limited, ctx: Context) -> None:
     with journal.run(ctx):

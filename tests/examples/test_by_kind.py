@@ -28,3 +28,11 @@ def test_limits(ground, redis_url):
     said = run("limits.py", redis_url, ground.mode)
     match = re.fullmatch(r"10 calls in (\d+\.\d) s, 9 reports, one at a time for each tenant\n", said)
     assert match and float(match[1]) >= 0.8
+
+
+def test_batches(ground, redis_url, raw):
+    said = run("batches.py", redis_url, ground.mode)
+    match = re.fullmatch(r"199 rows in (\d+) inserts\n", said)
+    assert match and int(match[1]) < 50
+    ((_, letter),) = raw.xrange("stream:{views}:dead")
+    assert letter[b"reason"] == b"discarded"

@@ -33,6 +33,19 @@ class Cleanup(Payload, kind="cleanup", queue="chores"):
     pass
 
 
+class SendMany(Payload, kind="many", queue="chores"):
+    number: int
+    copy_to: str = ""
+
+
+class SendMore(Payload, kind="more", queue="chores"):
+    number: int
+
+
+class SendFew(Payload, kind="few", queue="chores"):
+    number: int
+
+
 @dataclass
 class Services:
     mails: list[str]
@@ -151,3 +164,21 @@ async def work() -> None:
     assert_type(worker.worker_id, str)
     assert_type(await worker.run(burst=True), int)
     await worker.stop()
+
+
+# Handlers of batches, and limits.
+@plain.handler(batch=100, linger=0.05, concurrency=5, rate="100/s", limit_by="copy_to")
+async def many(payloads: list[SendMany], contexts: list[Context]) -> list[Exception | None]:
+    assert_type(payloads[0].number, int)
+    assert_type(contexts[0].attempt, int)
+    return [None for _ in payloads]
+
+
+@plain.handler(batch=10)
+def many_in_thread(payloads: list[SendMore]) -> None:
+    assert_type(payloads[0].number, int)
+
+
+@plain.handler(concurrency=5)
+async def few(payload: SendFew, ctx: Context) -> None:
+    assert_type(payload.number, int)
