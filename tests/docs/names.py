@@ -32,6 +32,15 @@ class BuildReport(Payload, kind="report.build", queue="reports"):
     tenant_id: str
 
 
+class Add(Payload, kind="add", queue="sums"):
+    a: int
+    b: int
+
+
+def report(error: BaseException | None, **facts: Any) -> None:
+    """Stands for an error tracker."""
+
+
 @asynccontextmanager
 async def lifespan() -> AsyncIterator[Any]:
     yield None

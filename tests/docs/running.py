@@ -6,11 +6,12 @@ import asyncio
 import importlib
 import sys
 import traceback
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import asyncpg
 
-from streamworker import App
+from streamworker import App, QueueWorker
 from tests.docs import names, snippets
 
 TABLES = """
@@ -41,12 +42,19 @@ async def run(name: str) -> None:
     if fragment is None:
         return
     app = getattr(module, "app", None)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(45), AsyncExitStack() as stack:
         if isinstance(app, App):
-            async with app:
-                await fragment()
-        else:
-            await fragment()
+            await stack.enter_async_context(app)
+            if app.queues:  # what is enqueued runs, as on a reader's machine
+                worker = QueueWorker(app, redis=None, database=None, services=None)
+                running = asyncio.create_task(worker.run())
+                stack.push_async_callback(wait_for, running)
+                stack.push_async_callback(worker.stop)
+        await fragment()
+
+
+async def wait_for(task: asyncio.Task[int]) -> None:
+    await task
 
 
 if __name__ == "__main__":

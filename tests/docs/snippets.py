@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ast
 import builtins
-import re
 import symtable
 from pathlib import Path
 
@@ -33,13 +32,11 @@ def write(blocks: list[Block], folder: Path) -> list[tuple[Block, str]]:
 
 def module(block: Block, bound: dict[str, str], package: str) -> tuple[str, set[str]]:
     """A block as the text of a module, and the names it binds."""
-    awaits = has_top_level_await(block.body)
-    body = block.body
-    if awaits:
-        head, body = _imports_first(body)
-        body = f"{head}async def {FRAGMENT}() -> None:\n" + "".join(
-            f"    {line}\n" if line else "\n" for line in body.splitlines()
-        )
+    head, tail = split(block.body)
+    body = head
+    if tail:
+        body += f"\n\nasync def {FRAGMENT}() -> None:\n"
+        body += "".join(f"    {line}\n" if line else "\n" for line in tail.splitlines())
     ast.parse(body)
     table = symtable.symtable(body, block.where, "exec")
     binds = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
@@ -55,22 +52,23 @@ def module(block: Block, bound: dict[str, str], package: str) -> tuple[str, set[
     return "\n".join([*lines, body]), binds - {FRAGMENT}
 
 
-def has_top_level_await(text: str) -> bool:
-    try:
-        compile(text, "block", "exec")
-    except SyntaxError as error:
-        if not re.search("outside|await", str(error)):
-            raise
-        compile(text, "block", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
-        return True
-    return False
-
-
-def _imports_first(text: str) -> tuple[str, str]:
-    """Imports of a fragment belong to its module, so that later blocks have them too."""
+def split(text: str) -> tuple[str, str]:
+    """What may stand in a module, and the rest, from the first statement on that awaits something."""
+    tree = compile(text, "block", "exec", flags=ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
     lines = text.splitlines(keepends=True)
-    heads = [line for line in lines if re.match(r"(from \S+ )?import [^(]+$", line)]
-    return "".join(heads), "".join(line for line in lines if line not in heads)
+    for statement in tree.body:
+        if _awaits(statement):
+            at = statement.lineno - 1
+            return "".join(lines[:at]), "".join(lines[at:])
+    return text, ""
+
+
+def _awaits(node: ast.AST) -> bool:
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        return False
+    if isinstance(node, ast.Await | ast.AsyncWith | ast.AsyncFor):
+        return True
+    return any(_awaits(child) for child in ast.iter_child_nodes(node))
 
 
 def _free(table: symtable.SymbolTable) -> set[str]:
