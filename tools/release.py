@@ -110,16 +110,18 @@ def build(work: Path) -> tuple[Path, Path]:
     return sdist, wheel
 
 
-def installed(package: Path, work: Path, extras: str) -> Path:
-    """A clean environment with the package in it; its Python."""
+def installed(package: Path, work: Path, *more: str, extras: str = "") -> Path:
+    """A clean environment with the package, what it requires, and no more but ``more``; its Python."""
     constraints = work / "constraints.txt"
     found = _LOCKED.findall((ROOT / "requirements.lock").read_text(encoding="utf-8"))
     constraints.write_text("".join(f"{name}{marker}\n" for name, marker in found), encoding="utf-8")
     home = work / f"venv-{package.suffix.strip('.')}"
-    run(sys.executable, "-m", "venv", home, cwd=work)
+    run(sys.executable, "-m", "venv", "--without-pip", home, cwd=work)
     python = home / "bin/python"
-    pip: list[str | Path] = [python, "-m", "pip", "--disable-pip-version-check"]
-    run(*pip, "install", "-q", "--no-input", "-c", constraints, f"{package}[{extras}]", "pytest", cwd=work)
+    # pip of this Python, so that the environment holds nothing that users do not get.
+    pip: list[str | Path] = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python]
+    asked = f"{package}[{extras}]" if extras else package
+    run(*pip, "install", "-q", "--no-input", "--no-compile", "-c", constraints, asked, *more, cwd=work)
     run(*pip, "check", cwd=work)
     return python
 
@@ -142,11 +144,7 @@ def check_types(python: Path, work: Path) -> None:
     run(BIN / "mypy", "--strict", "--config-file=", "--python-executable", python, "good.py", cwd=folder)
     project = folder / "pyrightconfig.json"
     pyright: list[str | Path] = [BIN / "basedpyright", "--pythonpath", python, "--level", "error", "--project", project]
-    project.write_text('{"typeCheckingMode": "standard", "include": ["good.py"]}')
-    run(*pyright, cwd=folder)
-    # asyncpg's own types are unknown to pyright's strict mode; docs/postgres.md says what helps.
-    pip: list[str | Path] = [python, "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-input"]
-    run(*pip, "-c", work / "constraints.txt", "asyncpg-stubs", cwd=work)
+    # With the stubs that docs/postgres.md names: asyncpg's own types are unknown to pyright's strict mode.
     project.write_text('{"typeCheckingMode": "strict", "include": ["good.py"]}')
     run(*pyright, cwd=folder)
 
@@ -162,15 +160,17 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="streamworker-release-") as home:
         work = Path(home)
         sdist, wheel = build(work)
-        python = installed(wheel, work, "demo,web")
+        python = installed(wheel, work, "pytest", "asyncpg-stubs", extras="demo,web")
         check(python, work, jobs=1000)
         say("the wheel in a clean environment: entry points, plugin, demo")
         check_types(python, work)
         say("its types, under mypy --strict and basedpyright")
-        check(installed(sdist, work, "demo,web"), work, jobs=200)
-        say("the sdist in a clean environment: the same")
-        bare = installed_bare(wheel, work)
-        run(bare, ROOT / "tools/sbom.py", "--wheel", work / f"{wheel.stem.partition('-py')[0]}.cdx.json", cwd=work)
+        # Its wheel is the same bytes: what is left to see is that it installs, with nothing but what it requires.
+        python = installed(sdist, work)
+        run(python, "-c", "import streamworker as s; [getattr(s, name) for name in s.__all__]", cwd=work)
+        run(python.parent / "streamworker", "--version", cwd=work)
+        say("the sdist in a clean environment, without any extra")
+        run(python, ROOT / "tools/sbom.py", "--wheel", work / f"{wheel.stem.partition('-py')[0]}.cdx.json", cwd=work)
         DIST.mkdir(exist_ok=True)
         for old in DIST.iterdir():
             if old.is_file():
@@ -184,16 +184,6 @@ def main() -> int:
     if said:
         say("CHANGELOG.md still calls it unreleased: ./dev changelog --release VERSION, commit, and run this again")
     return 0
-
-
-def installed_bare(wheel: Path, work: Path) -> Path:
-    """An environment with the wheel and what it requires, and no more: what the list of components tells."""
-    home = work / "venv-bare"
-    run(sys.executable, "-m", "venv", "--without-pip", home, cwd=work)
-    python = home / "bin/python"
-    pip: list[str | Path] = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python]
-    run(*pip, "install", "-q", "--no-input", "-c", work / "constraints.txt", wheel, cwd=work)
-    return python
 
 
 if __name__ == "__main__":
