@@ -14,7 +14,7 @@ from streamworker.broker.keys import QueueKeys
 from streamworker.broker.link import BLOCK, Link
 from streamworker.broker.order import Order
 from streamworker.broker.reactions import Reaction, reaction_to, row_of
-from streamworker.broker.taking import Taking
+from streamworker.broker.taking import JUST_LOOKED, Taking
 from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable
 from streamworker.job import LEVELS, Claim
 from streamworker.policy import SUSPECT_DELIVERIES
@@ -59,6 +59,8 @@ class Intake(Taking):
 
     async def take(self, limit: int, running: Collection[Claim], *, healed: bool = False) -> list[Claim]:
         """New entries, in order."""
+        if self.draining:
+            return []
         queues, budgets = len(self._keys), self._order.budgets(limit)
         head = [self._group, self.consumer, limit, queues, len(budgets)]
         args = [*head, *self._allowances(limit, running), *budgets, *self._order.steps]
@@ -106,6 +108,10 @@ class Intake(Taking):
         """Orphans, of the queues whose sweep is due."""
         claims: list[Claim] = []
         now = monotonic()
+        if not running and self.draining:  # idle at last
+            self._sweep_at = [
+                at if since is None else 0.0 for at, since in zip(self._sweep_at, self._draining_since, strict=True)
+            ]
         if min(self._sweep_at) > now:
             return claims
         allowances = self._allowances(limit, running)
@@ -114,6 +120,7 @@ class Intake(Taking):
                 continue
             allowed = min(limit - len(claims), allowances[index])
             if allowed <= 0 or index in self._paused:
+                self._draining_since[index] = None
                 self._sweep_at[index] = now + min(1.0, self._lease / 6)
                 continue
             claims += await self._sweep_queue(index, keys, allowed, [*running, *claims])
@@ -125,9 +132,9 @@ class Intake(Taking):
         ]
         args: list[Any] = [self._group, self.consumer, int(self._lease * 1000), limit]
         expected, sent = self._link.clock_should_show(), monotonic()
-        args += [SUSPECT_DELIVERIES, int(self._may_reserve(index, running)), expected, *held]
+        args += [SUSPECT_DELIVERIES, self._about_suspects(index, running), expected, *held]
         try:
-            wait, entries, missing, passed, shown = await self._link.read(
+            wait, entries, missing, passed, shown, granted = await self._link.read(
                 scripts.SWEEP, [keys.meta, *keys.streams], args
             )
         except (Unreachable, ConfigurationError):
@@ -135,10 +142,13 @@ class Intake(Taking):
         except StreamworkerError as problem:
             self._complain(keys.meta, str(problem))
             self._sweep_at[index] = monotonic() + 1.0
+            self._draining_since[index] = None
             return []
         self._sweep_at[index] = monotonic() + wait / 1000
         self.missing += missing
-        self._left_to_others(index, passed)
+        if passed < 0 and wait > JUST_LOOKED * 1000:
+            passed = 0  # whoever looked last had none to leave
+        self._left_to_others(index, passed, granted=bool(granted))
         self._link.clock_shows(shown, sent, expected, self._lease)
         claims = []
         for stream, entry, count, fields, epoch, suspect in entries:

@@ -19,7 +19,7 @@ from streamworker.broker.intake import Intake
 from streamworker.broker.keys import QueueKeys
 from streamworker.broker.link import Link
 from streamworker.broker.slots import slot_of
-from streamworker.broker.taking import DEAF_WAIT, UNBLOCK_EVERY
+from streamworker.broker.taking import DEAF_WAIT, DRAIN_LOOK, UNBLOCK_EVERY
 from streamworker.errors import StreamworkerError
 from streamworker.job import Claim, Level
 
@@ -82,13 +82,16 @@ class Intakes:
         for part in idle:  # orphans of all queues first: new jobs of the first shall not starve them
             if len(claims) < limit:
                 claims += await part.sweep(limit - len(claims), [*running, *claims])
+        draining = any(part.draining for part in self._parts)
         suspect = any(claim.suspect for claim in claims)  # it waits for everything else to end
         for part in idle:
             part.stale = False  # whatever rings from here on, this look may not have seen
-            if len(claims) < limit and not suspect:
+            if len(claims) < limit and not suspect and not draining:
                 claims += await part.take(limit - len(claims), [*running, *claims] if claims else running)
         self._rest_after_outage()
-        if not claims and wait > 0 and not self._interrupted:
+        if not claims and wait > 0 and draining:
+            await anyio.sleep(min(wait, DRAIN_LOOK))
+        elif not claims and wait > 0 and not self._interrupted:
             claims = await self._wait(limit, min(wait, DEAF_WAIT) if self.deaf else wait, running)
         return claims
 

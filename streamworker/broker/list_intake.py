@@ -66,10 +66,12 @@ class ListIntake(Taking):
         budgets = self._order.budgets(limit)
         held = [claim.entry for claim in running]
         args: list[Any] = [self.consumer, limit, len(self._lists), len(budgets), secrets.token_hex(6)]
-        args += [SUSPECT_DELIVERIES, int(self._may_reserve(0, running)), len(held)]
+        args += [SUSPECT_DELIVERIES, self._about_suspects(0, running), len(held)]
         args += [*self._allowances(limit, running), *budgets, *held, *self._order.steps]
-        taken, trouble, paused, _, passed, suspects, cancelled = await self._link.read(scripts.LIST_TAKE, keys, args)
-        self._left_to_others(0, suspects)  # of whatever queue: this looks at all of them
+        answer = await self._link.read(scripts.LIST_TAKE, keys, args)
+        taken, trouble, paused, _, passed, suspects, cancelled, granted = answer
+        # Of whatever queue: this looks at all of them.
+        self._left_to_others(0, suspects, granted=bool(granted))
         self._paused = frozenset(index - 1 for index in paused)
         self.marked = frozenset(self._keys[index - 1].queue for index in cancelled)
         first = HEADS * len(self._lists) + 1
@@ -118,6 +120,7 @@ class ListIntake(Taking):
 
     def rest(self, seconds: float) -> None:
         """See `Taking.rest`."""
+        self._drain_no_more()
         self._orphans.rest(seconds)
 
     def _rest_after_outage(self) -> None:

@@ -22,10 +22,16 @@ DEAF_WAIT: Final = 1.0
 """Most seconds of a wait while the bell cannot tell that a queue was paused or resumed."""
 UNBLOCK_EVERY: Final = 0.02
 """Seconds between unblockings: a read that begins just after one would block on."""
-PATIENCE: Final = 1.0
+PATIENCE: Final = 0.6
 """Most seconds a busy worker leaves suspects to idle ones."""
 STEP_ASIDE: Final = 0.2
 """Seconds it does not sweep after it left one, so that idle ones come first."""
+DRAIN_LOOK: Final = 0.05
+"""Seconds between looks whether a worker that drains for a suspect has become idle."""
+JUST_LOOKED: Final = 0.05
+"""Seconds; whoever left suspects to others has the next sweep made sooner than that."""
+LEAVE, RESERVE, ASK, DRAIN = range(4)
+"""About suspects: leave them; take one, being idle; ask to be the one that drains; drain unasked."""
 
 
 class Taking:
@@ -50,6 +56,7 @@ class Taking:
         """Jobs that were deleted underneath their claim, since the start."""
         self._sweep_at = [0.0] * len(self._keys)
         self._passing_since: list[float | None] = [None] * len(self._keys)
+        self._draining_since: list[float | None] = [None] * len(self._keys)
         self._unreadable_until: dict[str, float] = {}
         self._paused: frozenset[int] = frozenset()
         self.marked = frozenset(keys.queue for keys in self._keys)
@@ -73,8 +80,16 @@ class Taking:
             claims += await self.take(limit - len(claims), [*running, *claims] if claims else running)
         self._rest_after_outage()
         if not claims and wait > 0 and not self._interrupted.is_set():
+            if self.draining:
+                await self._idle(min(wait, DRAIN_LOOK))
+                return claims
             claims = await self.wait_unless_stale(limit, min(wait, DEAF_WAIT) if self.deaf else wait, running)
         return claims
+
+    @property
+    def draining(self) -> bool:
+        """Nothing new is taken, so that this worker becomes idle and can run a suspect alone."""
+        return any(self._draining_since)
 
     async def wait_unless_stale(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:
         """`wait`, unless a queue was paused or resumed since the last look."""
@@ -110,27 +125,45 @@ class Taking:
         """Wait for a job, at most ``wait`` seconds."""
         raise NotImplementedError
 
-    def _may_reserve(self, index: int, running: Collection[Claim]) -> bool:
-        """Whether a suspect of this queue may be taken.
+    def _about_suspects(self, index: int, running: Collection[Claim]) -> int:
+        """What to do about suspects of this queue.
 
-        An idle worker runs it at once. A busy one would have to finish its jobs first, claiming nothing meanwhile; if
-        it dies until then, the suspect waits for another lease. So it leaves it to idle ones, for a while.
+        An idle worker takes one and runs it at once. A busy one leaves it to idle ones for a while; if there are none,
+        it asks to be the one that takes nothing new until it is idle. The suspect is nobody's meanwhile: whoever is
+        idle first takes it, and a worker that dies while it drains delays it by a second. After a lease it asks no
+        more, so that another one, whose jobs are shorter, may drain too.
         """
-        since = self._passing_since[index]
-        patient = since is None or monotonic() - since < min(PATIENCE, self._lease / 3)
-        return not (running and patient) and not any(claim.suspect for claim in running)
+        if any(claim.suspect for claim in running):
+            return LEAVE
+        if not running:
+            return RESERVE
+        now, passing, draining = monotonic(), self._passing_since[index], self._draining_since[index]
+        if draining is not None:
+            return ASK if now - draining < self._lease else DRAIN
+        patient = passing is None or now - passing < min(PATIENCE, self._lease / 3)
+        return LEAVE if patient else ASK
 
-    def _left_to_others(self, index: int, suspects: int) -> None:
-        """A sweep left this many suspects to others; a negative number: it did not look."""
+    def _left_to_others(self, index: int, suspects: int, *, granted: bool) -> None:
+        """A look left this many suspects to others; a negative number: it was too early to look."""
+        now = monotonic()
         if suspects == 0:
-            self._passing_since[index] = None
-        elif suspects > 0:
-            now = monotonic()
+            self._passing_since[index] = self._draining_since[index] = None
+            return
+        draining = self._draining_since[index]
+        if granted:
+            self._draining_since[index] = draining or now
+        elif draining is not None and now - draining < self._lease:
+            self._draining_since[index] = None  # it asked, and another one does
+        if suspects > 0:
             self._passing_since[index] = self._passing_since[index] or now
             self._sweep_at[index] = max(self._sweep_at[index], now + STEP_ASIDE)
 
+    def _drain_no_more(self) -> None:
+        self._draining_since = [None] * len(self._keys)
+
     def rest(self, seconds: float) -> None:
         """Take nobody for dead for some seconds."""
+        self._drain_no_more()
         self._sweep_at = [max(at, monotonic() + seconds) for at in self._sweep_at]
 
     def _rest_after_outage(self) -> None:

@@ -198,10 +198,11 @@ async def test_a_suspect_is_reserved_counted_when_confirmed_and_alone(broker_fac
         poison, innocent = await gone.claim(10, 0, ())
         ground.ripen(poison, count=SUSPECT_DELIVERIES - 1)
         ground.ripen(innocent)
-        got = {name: claim for claim in await recover(broker, ground) for name in names([claim])}
-        assert got["innocent"].count == 2 and not got["innocent"].suspect
-        reserved = got["poison"]
-        assert reserved.suspect and reserved.count == SUSPECT_DELIVERIES - 1
+        (other,) = await recover(broker, ground)  # nothing comes beside a suspect, and it beside nothing
+        assert names([other]) == ["innocent"] and other.count == 2 and not other.suspect
+        assert await settle_one(broker, done(other)) is Settled.SETTLED
+        (reserved,) = await recover(broker, ground)
+        assert names([reserved]) == ["poison"] and reserved.suspect and reserved.count == SUSPECT_DELIVERIES - 1
         assert ground.owner(reserved) == (b"w", SUSPECT_DELIVERIES - 1)
         assert await asyncio.to_thread(broker.renew, [reserved]) == []
         confirmed = await broker.confirm(reserved)
@@ -226,31 +227,99 @@ async def test_one_suspect_at_a_time_the_others_stay_ripe_and_uncounted(broker_f
         assert {ground.deliveries(claim) for claim in claims} == {SUSPECT_DELIVERIES - 1}
 
 
-@stream_only
-async def test_a_busy_worker_leaves_a_suspect_to_an_idle_one_for_a_while(broker_factory, raw, ground):
-    """It would have to finish its jobs first, and if it dies until then the suspect waits for another lease."""
+async def suspects_and_a_job(broker, ground, owner):
+    """Two suspects of a dead worker, and a claim that ``owner`` runs; the suspects lie ripe."""
+    await broker.publish([job(str(n)) for n in range(3)])
+    first, second, mine = await broker.claim(10, 0, ())
+    ground.hand_over(mine, owner)
+    for claim in (first, second):
+        ground.ripen(claim, count=SUSPECT_DELIVERIES - 1)
+    return mine
+
+
+async def until_it_drains(broker, running):
+    """Claim until new jobs are left alone."""
+    deadline = time.monotonic() + 10
+    while not broker._intake.draining:
+        assert time.monotonic() < deadline
+        assert await asyncio.to_thread(broker.renew, running) == []
+        assert not any(claim.suspect for claim in await broker.claim(1, 0.02, running))
+
+
+async def test_a_busy_worker_leaves_suspects_to_idle_ones_and_only_then_drains(broker_factory, ground):
+    """What it drains for is nobody's meanwhile: whoever is idle first takes it."""
     async with (
-        broker_factory("dead", lease=0.6) as gone,
-        broker_factory("busy", lease=0.6) as busy,
-        broker_factory("idle", lease=0.6) as idle_one,
+        broker_factory("dead", lease=1) as gone,
+        broker_factory("busy", lease=1) as busy,
+        broker_factory("idle", lease=1) as idle_one,
     ):
-        await gone.publish([job(str(n)) for n in range(3)])
-        first, second, mine = await gone.claim(10, 0, ())
-        ground.hand_over(mine, "busy")
-        for claim in (first, second):
-            ground.ripen(claim, count=SUSPECT_DELIVERIES - 1)
-        assert await recover(busy, ground, running=[mine]) == []
+        mine = await suspects_and_a_job(gone, ground, "busy")
+        assert await recover(busy, ground, running=[mine]) == [] and not busy._intake.draining
         await gone.publish([job("new")])
+        assert names(await busy.claim(1, 0, [mine])) == ["new"]  # it does not drain at once
+        await until_it_drains(busy, [mine])
+        await gone.publish([job("newer")])
+        assert await busy.claim(1, 0, [mine]) == []
         (taken,) = await recover(idle_one, ground)  # and nothing new beside it, which it would have to wait for
         assert taken.suspect
-        deadline = time.monotonic() + 5
-        rest: list = []
-        while not any(claim.suspect for claim in rest) and time.monotonic() < deadline:
-            assert await asyncio.to_thread(busy.renew, [mine, *rest]) == []
-            assert await asyncio.to_thread(idle_one.renew, [taken]) == []
-            rest += await busy.claim(1, 0.02, [mine, *rest])
-        assert sorted(claim.suspect for claim in rest) == [False, True]
-        assert ground.deliveries(first) == ground.deliveries(second) == SUSPECT_DELIVERIES - 1
+        assert await settle_one(busy, done(mine)) is Settled.SETTLED
+        (other,) = await recover(busy, ground)  # idle at last
+        assert other.suspect and names([other]) != names([taken])
+        for broker, claim in ((idle_one, taken), (busy, other)):
+            counted = await broker.confirm(claim)
+            assert counted is not None and await settle_one(broker, done(counted)) is Settled.SETTLED
+        assert names(await recover(busy, ground)) == ["newer"] and not busy._intake.draining
+
+
+async def test_only_one_worker_drains_and_another_one_follows_when_it_dies(broker_factory, ground):
+    async with (
+        broker_factory("dead", lease=1) as gone,
+        broker_factory("one", lease=1) as one_,
+        broker_factory("two", lease=1) as two,
+    ):
+        await gone.publish([job("others")])
+        other = await one(two)
+        mine = await suspects_and_a_job(gone, ground, "one")
+        await until_it_drains(one_, [mine])
+        two._intake._passing_since = one_._intake._passing_since = [time.monotonic() - 60]
+        for _ in range(3):  # both ask, and the first one has the word
+            assert await recover(one_, ground, running=[mine]) == [] and one_._intake.draining
+            assert await recover(two, ground, running=[other]) == [] and not two._intake.draining
+        await until_it_drains(two, [other])  # "one" asks no more
+
+
+async def test_nobody_drains_for_what_somebody_else_has_taken(broker_factory, ground):
+    async with (
+        broker_factory("dead", lease=1) as gone,
+        broker_factory("busy", lease=1) as busy,
+        broker_factory("idle", lease=1) as idle_one,
+        broker_factory("third", lease=1) as third,
+    ):
+        mine = await suspects_and_a_job(gone, ground, "busy")
+        await until_it_drains(busy, [mine])
+        for broker in (idle_one, third):
+            (taken,) = await recover(broker, ground)
+            counted = await broker.confirm(taken)
+            assert counted is not None and await settle_one(broker, done(counted)) is Settled.SETTLED
+        await gone.publish([job("new")])
+        assert names(await recover(busy, ground, running=[mine])) == ["new"]
+
+
+async def test_a_pause_ends_the_draining(broker_factory, raw, ground):
+    """What is paused is not looked at, and nothing else shall wait for it."""
+    async with broker_factory("dead", lease=1) as gone, broker_factory("w", queues=("q", "a"), lease=1) as broker:
+        mine = await suspects_and_a_job(gone, ground, "w")
+        await until_it_drains(broker, [mine])
+        raw.hset("stream:{q}:meta", "paused", "1")
+        await gone.publish([job("new", "a")])
+        await until(broker, [mine], "new")
+
+
+async def until(broker, running, name):
+    """Claim until this job comes."""
+    deadline = time.monotonic() + 10
+    while names(await broker.claim(1, 0.02, running)) != [name]:
+        assert time.monotonic() < deadline
 
 
 async def test_a_suspect_beyond_its_deliveries_ends_by_what_was_read(broker_factory, raw, ground):

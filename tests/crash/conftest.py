@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import Any
 
 import pytest
+
+from tests.crash.watchdog import watchdog
+
+PATIENCE = 90.0
+"""Seconds a test may hang beyond its own timeout."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -19,6 +25,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("crash"):
             item.add_marker(skip)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    marker = item.get_closest_marker("timeout")
+    capture = item.config.pluginmanager.getplugin("capturemanager")
+    limit = (marker.args[0] if marker is not None else 60) + PATIENCE
+    with watchdog(limit, item.nodeid, first=lambda: capture.suspend_global_capture(in_=False)):
+        return (yield)
 
 
 @pytest.fixture(params=[pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio")])

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import faulthandler
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -24,6 +22,7 @@ from tests.crash.ground import GROUNDS, MODE
 from tests.crash.nemesis import WORKERS_ONLY, Nemesis
 from tests.crash.report import table
 from tests.crash.rig import Rig
+from tests.crash.watchdog import watchdog
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,14 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.mode != MODE:  # chosen when the harness is imported, in every process of it
         again = [sys.executable, "-m", "tests.crash.soak", *(sys.argv[1:] if arguments is None else arguments)]
         return subprocess.run(again, check=False, env={**os.environ, "CRASH_MODE": chosen.mode}).returncode
-    faulthandler.register(signal.SIGUSR1)  # where a soak hangs
     directory = chosen.keep or Path(tempfile.mkdtemp(prefix="streamworker-soak-"))
     directory.mkdir(parents=True, exist_ok=True)
     print(
         f"soak: {MODE} mode, seed {chosen.seed}, {chosen.minutes:g} min, {chosen.workers} workers, LEASE={chosen.lease:g}",
         flush=True,
     )
-    rig, verdict = asyncio.run(_soak(chosen, directory))
+    with watchdog(chosen.minutes * 60 + 300 + 20 * chosen.lease, f"soak, seed {chosen.seed}"):
+        rig, verdict = asyncio.run(_soak(chosen, directory))
     print(table(rig.injected, verdict))
     for violation in verdict.violations[:50]:
         print(f"violation: {violation}")

@@ -1,8 +1,10 @@
 -- list_take: take jobs from the right ends of lists in the order given, never more than asked for, into what the worker
 -- holds. An element that was taken before carries our mark in front, its id and its deliveries (see list_return): such
 -- are at the right ends, and go before all others, whatever their level. A job stays with its id for good; without a mark
--- it gets a fresh one, a UUIDv7 by the server's clock. Of suspects (as often delivered as ARGV[6] says) one is reserved,
--- uncounted; further ones, and what runs here, stay where they are. What grows is written first, what shrinks last.
+-- it gets a fresh one, a UUIDv7 by the server's clock. Suspects (as often delivered as ARGV[6] says) stay where they
+-- are, and so does what runs here; a worker that is idle and finds nothing else that was taken before reserves one, uncounted.
+-- Where nobody is idle, one worker at a time takes nothing new until it is: the field "drainer" of meta holds its name, for a
+-- second, so that another one follows when it dies. What grows is written first, what shrinks last.
 -- A queue is skipped while its meta hash has the field "paused" (an operator's word) or "inactive" (the relay's).
 --
 -- KEYS[1..Q]   meta hash of each queue; then as many lease sets; then as many claimed lists of this worker
@@ -13,14 +15,15 @@
 -- ARGV[4]      B, number of budgets
 -- ARGV[5]      twelve random hexadecimal digits
 -- ARGV[6]      delivery count from which a job is a suspect
--- ARGV[7]      1 if a suspect may be reserved, 0 if the worker has one already or would have to finish other jobs first
+-- ARGV[7]      what the worker does about suspects: 1 it is idle and takes one, 2 it asks to be the one that drains, 3 it drains
+--              unasked, 0 it leaves them to others
 -- ARGV[8]      H, number of ids that run here
 -- ARGV[9..]    Q allowances: most jobs to take of each queue
 -- then         B budgets: most jobs to take on each budget
 -- then         H ids that run here
 -- then         the walk, three numbers a step: index of the list in KEYS, of its queue, of its budget
 --
--- returns { taken, trouble, paused, epochs, skipped, suspects, cancelled }
+-- returns { taken, trouble, paused, epochs, skipped, suspects, cancelled, drains }
 --   taken    { index of the list in KEYS, { id, delivery count, 1 if a suspect, body } ... } ...
 --   trouble  { index in KEYS, error } ...
 --   paused   indexes of queues
@@ -28,8 +31,10 @@
 --   skipped  indexes of lists in KEYS at whose right end something stays
 --   suspects how many were left to others
 --   cancelled  indexes of queues with jobs that were cancelled and have not ended yet
+--   drains   1 if this worker shall take nothing new
 local worker, left, queues, budgets = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
-local may_reserve, reserved, left_to_others = ARGV[7] == '1', false, 0
+local may_reserve, reserved, left_to_others, drains = false, false, 0, ARGV[7] == '3' and 1 or 0
+local TERM = 1000 -- ms a worker is the one that drains
 local LEVELS = { 'high', 'normal', 'low' }
 local PAGE, SKIP = 500, 500 -- elements of one move; elements that are looked at in vain
 local time = redis.call('TIME')
@@ -37,6 +42,7 @@ local now = string.format('%d', time[1] * 1000 + math.floor(time[2] / 1000))
 local stamp, sequence = string.format('%012x', tonumber(now)), 0
 local allowance, budget, epochs, usable, running = {}, {}, {}, {}, {}
 local taken, trouble, paused, skipped, broken, empty, cancelled = {}, {}, {}, {}, {}, {}, {}
+local suspects = {} -- queues of which some were left
 
 local function failed(reply) return type(reply) == 'table' and reply.err end
 
@@ -100,7 +106,7 @@ local function look(i, q, most, again)
       local suspect = id and deliveries + 1 >= tonumber(ARGV[6])
       if id and (running[id] or suspect and not may_reserve) then
         skipped[i] = true
-        if not running[id] then left_to_others = left_to_others + 1 end
+        if not running[id] then left_to_others, suspects[q] = left_to_others + 1, true end
       else
         local n = suspect and deliveries or (deliveries or 0) + 1
         may_reserve, reserved = may_reserve and not suspect, reserved or suspect
@@ -151,14 +157,42 @@ local function exhausted(i, q)
   return broken[i] or empty[i] or not writable(q)
 end
 
-for i = 3 * queues + 1, #KEYS do
-  local q = math.floor((i - 3 * queues - 1) / 3) + 1
-  if not exhausted(i, q) then
-    local _, again = unmarked(redis.call('LINDEX', KEYS[i], -1))
-    while again and not exhausted(i, q) and take(i, q, math.min(left, allowance[q]), true) > 0 do end
+local function take_marked(most)
+  for i = 3 * queues + 1, #KEYS do
+    local q = math.floor((i - 3 * queues - 1) / 3) + 1
+    if not exhausted(i, q) then
+      local _, again = unmarked(redis.call('LINDEX', KEYS[i], -1))
+      while again and not exhausted(i, q) and take(i, q, math.min(left, allowance[q], most), true) > 0 do
+        if reserved then return end
+      end
+    end
   end
 end
-if reserved then left = 0 end -- it waits for everything else to end: nothing new comes beside it
+
+-- Whether this worker is the one that drains, from now on or for another second.
+local function appointed(q)
+  local who, till = string.match(redis.call('HGET', KEYS[q], 'drainer') or '', '^(.*) (%d+)$')
+  till = tonumber(till or 0)
+  if who and who ~= worker and till > tonumber(now) and till - tonumber(now) <= TERM then return false end
+  redis.pcall('HSET', KEYS[q], 'drainer', worker .. ' ' .. string.format('%d', now + TERM)) -- out of memory, everybody does
+  return true
+end
+
+take_marked(left)
+if left_to_others > 0 then
+  if ARGV[7] == '1' and #taken == 0 then
+    may_reserve, left_to_others = true, 0
+    take_marked(1)
+    may_reserve = false
+  elseif ARGV[7] == '2' then
+    for q in pairs(suspects) do
+      if drains == 0 and appointed(q) then drains = 1 end
+    end
+  end
+else
+  drains = 0
+end
+if reserved or drains == 1 then left = 0 end -- nothing new comes beside a suspect, which waits for everything else to end
 for w = walk, #ARGV, 3 do
   local i, q, b = tonumber(ARGV[w]), tonumber(ARGV[w + 1]), tonumber(ARGV[w + 2])
   while budget[b] > 0 and not exhausted(i, q) do
@@ -169,4 +203,4 @@ for w = walk, #ARGV, 3 do
 end
 local stay = {}
 for i in pairs(skipped) do stay[#stay + 1] = i end
-return { taken, trouble, paused, epochs, stay, left_to_others, cancelled }
+return { taken, trouble, paused, epochs, stay, left_to_others, cancelled, drains }

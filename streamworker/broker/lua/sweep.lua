@@ -1,7 +1,9 @@
 -- sweep: take over entries whose lease ran out (XAUTOCLAIM with a kept cursor), at most as many as asked for.
--- The delivery count is read before an entry is claimed for real: one that would reach the suspects' count is only reserved
--- (ours, but not counted) so that it can be confirmed when it can run alone; further suspects go back, ripe, for other workers.
--- One sweep at a time per queue: the token in meta says when the next one is due.
+-- The delivery count is read before an entry is claimed for real. One that would reach the suspects' count runs alone: it is
+-- only reserved (ours, but not counted), so that it can be confirmed, and only by a worker that is idle and finds nothing else;
+-- until then suspects stay ripe, for whoever is idle first. Where nobody is, one worker at a time takes nothing new until it is:
+-- the field "drainer" of meta holds its name, for a second, so that another one follows when it dies.
+-- A paused queue is not swept. One sweep at a time per queue: the token in meta says when the next one is due.
 --
 -- KEYS[1]    meta hash of the queue
 -- KEYS[2..]  its streams
@@ -10,12 +12,13 @@
 -- ARGV[3]    lease in ms: entries idle for that long are orphans
 -- ARGV[4]    most entries to take
 -- ARGV[5]    delivery count from which an entry is a suspect
--- ARGV[6]    1 if a suspect may be reserved, 0 if the worker has one already or would have to finish other jobs first
+-- ARGV[6]    what the worker does about suspects: 1 it is idle and takes one, 2 it asks to be the one that drains, else it leaves
+--            them to others
 -- ARGV[7]    what the server's clock should show by the worker's own, in ms; 0 if it has not seen it yet
 -- ARGV[8..]  what runs here and is passed over, as "index of the stream in KEYS:entry id"
 --
 -- returns { ms until the next sweep, entries, number of entries that were deleted underneath, number of suspects that were left
---           to others (-1: it was too early to look), what the server's clock shows in ms }
+--           to others (-1: it was too early to look), what the server's clock shows in ms, 1 if this worker shall drain }
 --   entries  { index of the stream in KEYS, id, delivery count, fields, epoch, 1 if a suspect } ...
 local lease, limit = tonumber(ARGV[3]), tonumber(ARGV[4])
 local time = redis.call('TIME')
@@ -25,7 +28,7 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 -- lease is no leap yet: who renews every third of one is never idle for a whole one by it, and a slow network looks like it.
 local leap = tonumber(ARGV[7]) > 0 and now - tonumber(ARGV[7]) or 0
 local most = math.max(lease / 2, 1000)
-if leap > most then return { lease, {}, 0, -1, now } end
+if leap > most then return { lease, {}, 0, -1, now, 0 } end
 -- It leapt back: what was claimed in its future would not age before the clock is there again. Its lease begins now.
 if leap < -most then
   for k = 2, #KEYS do
@@ -41,15 +44,29 @@ if leap < -most then
   end
 end
 
+local paused = redis.call('HMGET', KEYS[1], 'paused', 'inactive')
+if paused[1] or paused[2] then return { 1000, {}, 0, 0, now, 0 } end
+
+-- Whether this worker is the one that drains, from now on or for another second.
+local TERM = 1000
+local function drains()
+  if ARGV[6] ~= '2' then return 0 end
+  local who, till = string.match(redis.call('HGET', KEYS[1], 'drainer') or '', '^(.*) (%d+)$')
+  till = tonumber(till or 0)
+  if who and who ~= ARGV[2] and till > now and till - now <= TERM then return 0 end
+  redis.pcall('HSET', KEYS[1], 'drainer', ARGV[2] .. ' ' .. string.format('%d', now + TERM)) -- out of memory, everybody does
+  return 1
+end
+
 local due = tonumber(redis.call('HGET', KEYS[1], 'sweep') or 0)
 -- A token further away than a lease comes from a server clock that jumped.
-if due > now and due - now <= lease then return { due - now, {}, 0, -1, now } end
+if due > now and due - now <= lease then return { due - now, {}, 0, -1, now, drains() } end
 
 local running = {}
 for i = 8, #ARGV do running[ARGV[i]] = true end
-local may_reserve = ARGV[6] == '1'
 local epoch = redis.call('HGET', KEYS[1], 'epoch') or '0'
 local entries, missing, passed, unfinished = {}, 0, 0, false -- unfinished: somebody should sweep again at once
+local suspect -- the first one that was passed
 
 local function gone(stream, id)
   redis.call('XACK', stream, ARGV[1], id)
@@ -60,15 +77,8 @@ local function take(k, id)
   local pending = redis.call('XPENDING', KEYS[k], ARGV[1], id, id, 1)[1]
   if not pending then return end
   if pending[4] + 1 >= tonumber(ARGV[5]) then
-    if may_reserve then
-      local entry = redis.call('XRANGE', KEYS[k], id, id)[1]
-      if not entry then return gone(KEYS[k], id) end
-      may_reserve = false
-      entries[#entries + 1] = { k, id, pending[4], entry[2], epoch, 1 }
-    else
-      redis.call('XCLAIM', KEYS[k], ARGV[1], ARGV[2], 0, id, 'IDLE', lease, 'JUSTID')
-      passed = passed + 1
-    end
+    redis.call('XCLAIM', KEYS[k], ARGV[1], ARGV[2], 0, id, 'IDLE', lease, 'JUSTID')
+    suspect, passed = suspect or { k, id, pending[4] }, passed + 1
   else
     local entry = redis.call('XCLAIM', KEYS[k], ARGV[1], ARGV[2], 0, id)[1]
     if not entry then return gone(KEYS[k], id) end
@@ -103,6 +113,18 @@ for k = 2, #KEYS do
   redis.pcall('HSET', KEYS[1], field, cursor) -- out of memory, everybody sweeps from the start: orphans come first
 end
 
+if suspect and ARGV[6] == '1' and #entries == 0 then
+  local k, id, count = unpack(suspect)
+  local entry = redis.call('XRANGE', KEYS[k], id, id)[1]
+  passed = passed - 1
+  if entry then
+    redis.call('XCLAIM', KEYS[k], ARGV[1], ARGV[2], 0, id, 'JUSTID')
+    entries[1] = { k, id, count, entry[2], epoch, 1 }
+  else
+    gone(KEYS[k], id)
+  end
+end
+
 -- When could the next entry become an orphan? Whoever is alive renews every third of a lease, so that only entries idle
 -- for half a lease need watching; entries claimed from now on have a whole one.
 local wait = lease
@@ -128,4 +150,4 @@ end
 -- Long waits end on whole seconds, so that a worker sweeps all its quiet queues in one wake-up.
 if wait > 2000 then wait = math.floor((now + wait) / 1000) * 1000 - now end
 redis.pcall('HSET', KEYS[1], 'sweep', string.format('%d', now + wait))
-return { wait, entries, missing, passed, now }
+return { wait, entries, missing, passed, now, passed > 0 and drains() or 0 }

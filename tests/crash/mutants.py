@@ -1,0 +1,215 @@
+"""``python -m tests.crash.mutants [NAME…]``: takes one safety out of a copy of the sources, and shows that the suite fails without it.
+
+A suite that passes proves nothing unless it can fail. Each mutant is the checkout with one rule removed; the tests that
+guard the rule run against it, after the same tests ran green against an unchanged copy. ``--whole`` runs all of the
+suite on each mutant, which takes minutes a piece.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).parents[2]
+LIMIT: Final = 600
+"""Seconds one run may take; ``--whole`` twice as many."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One rule less.
+
+    Attributes:
+        name: of the rule.
+        mode: whose suite runs.
+        without: what is gone, in words.
+        edits: (file below ``streamworker/``, text that stands there once, what stands there instead).
+        tests: what guards the rule.
+    """
+
+    name: str
+    mode: str
+    without: str
+    edits: tuple[tuple[str, str, str], ...]
+    tests: tuple[str, ...]
+
+
+_LUA: Final = "broker/lua/"
+_ZOMBIES: Final = (
+    "test_model.py",
+    "test_workers.py::test_a_zombie_wakes_among_its_successors",
+    "test_workers.py::test_the_zombies_settle_is_refused",
+)
+_HELD: Final = "local function holds(member, wrapper)\n"
+
+MUTANTS: Final = (
+    Mutant(
+        "fence",
+        "stream",
+        "done, park and bury ask nobody whether the claim still holds",
+        (
+            (
+                _LUA + "done.lua",
+                "if pending and pending[2] == consumer and pending[4] == tonumber(ARGV[i + 1]) then",
+                "if true then",
+            ),
+            (
+                _LUA + "park.lua",
+                "if not pending or pending[2] ~= ARGV[i] or pending[4] ~= tonumber(ARGV[i + 2]) then",
+                "if false then",
+            ),
+            (
+                _LUA + "bury.lua",
+                "if not pending or pending[2] ~= ARGV[i] or pending[4] ~= tonumber(ARGV[i + 2]) then",
+                "if false then",
+            ),
+        ),
+        _ZOMBIES,
+    ),
+    Mutant(
+        "renewal",
+        "stream",
+        "a renewal is a plain XCLAIM, which takes the entry back from whoever rescued it",
+        (
+            (
+                _LUA + "renew.lua",
+                "if pending and pending[2] == ARGV[2] and pending[4] == tonumber(ARGV[i + 1]) then",
+                "if true then",
+            ),
+        ),
+        _ZOMBIES,
+    ),
+    Mutant(
+        "nogroup",
+        "stream",
+        "a missing consumer group is not made again",
+        (("broker/intake.py", "if index > len(self._keys) and reaction is Reaction.HEAL:", "if index < 0:"),),
+        ("test_model.py", "test_servers.py::test_groups_and_keys_are_deleted_underneath"),
+    ),
+    Mutant(
+        "list fence",
+        "list",
+        "done, park and bury ask nobody whether the claim still holds",
+        (
+            (_LUA + "list_done.lua", "if gone == 1 then redis.call(", "gone = 1\n  if gone == 1 then redis.call("),
+            (_LUA + "list_park.lua", _HELD, _HELD + "  if wrapper ~= '' then return true end\n"),
+            (_LUA + "list_bury.lua", _HELD, _HELD + "  if wrapper ~= '' then return true end\n"),
+        ),
+        _ZOMBIES,
+    ),
+    Mutant(
+        "list renewal",
+        "list",
+        "a renewal writes a lease for a claim that somebody else took over",
+        ((_LUA + "list_renew.lua", "if redis.call('ZSCORE', KEYS[1], member) then", "if true then"),),
+        _ZOMBIES,
+    ),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = argparse.ArgumentParser(
+        prog="mutants", description="Shows that the crash suite fails without each safety."
+    )
+    options.add_argument("names", nargs="*", metavar="NAME", help=", ".join(mutant.name for mutant in MUTANTS))
+    options.add_argument("--whole", action="store_true", help="all of the suite on each mutant")
+    chosen = options.parse_args(arguments)
+    wanted = [mutant for mutant in MUTANTS if not chosen.names or mutant.name in chosen.names]
+    if not wanted:
+        options.error(f"there is no mutant of that name: {', '.join(mutant.name for mutant in MUTANTS)}")
+    survivors = []
+    with tempfile.TemporaryDirectory(prefix="streamworker-mutants-") as place:
+        for mode in dict.fromkeys(mutant.mode for mutant in wanted):
+            tests = sorted({test for mutant in wanted if mutant.mode == mode for test in mutant.tests})
+            code, seconds, output = _run(_copy(Path(place) / f"whole-{mode}"), mode, tests, LIMIT)
+            print(f"unchanged, {mode} mode: {'passed' if code == 0 else 'FAILED'} in {seconds:.0f} s", flush=True)
+            if code:
+                print(output[-4000:])
+                return 1
+        for mutant in wanted:
+            root = _copy(Path(place) / mutant.name.replace(" ", "-"))
+            for edit in mutant.edits:
+                _mutate(root, *edit)
+            tests = ["."] if chosen.whole else list(mutant.tests)
+            code, seconds, output = _run(root, mutant.mode, tests, LIMIT * (1 + chosen.whole))
+            print(f"without {mutant.name!r} ({mutant.without}), {mutant.mode} mode, {seconds:.0f} s:")
+            print(_told(output), flush=True)
+            if code != 1:  # pytest's code for "tests ran, and some failed"
+                survivors.append(mutant.name)
+                print(output[-2000:] if code else "  every test passed", flush=True)
+    if survivors:
+        print(f"mutants: the suite does not see what is missing: {', '.join(survivors)}")
+        return 1
+    print(f"mutants: {len(wanted)} of {len(wanted)} make the suite fail")
+    return 0
+
+
+def _copy(target: Path) -> Path:
+    target.mkdir()
+    for folder in ("streamworker", "tests", "migrations"):
+        shutil.copytree(ROOT / folder, target / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", target)
+    (target / "examples" / "mailer").mkdir(parents=True)  # pytest's pythonpath names it
+    return target
+
+
+def _mutate(root: Path, file: str, old: str, new: str) -> None:
+    path = root / "streamworker" / file
+    text = path.read_text()
+    if text.count(old) != 1:
+        sys.exit(
+            f"mutants: {file} holds {old!r} {text.count(old)} times: the sources have changed, change the mutant too"
+        )
+    path.write_text(text.replace(old, new))
+
+
+def _run(root: Path, mode: str, tests: Sequence[str], limit: float) -> tuple[int, float, str]:
+    """(pytest's exit code, seconds, what it said); the copy's sources come before the installed ones."""
+    environment = {**os.environ, "CRASH_MODE": mode, "PYTHONPATH": str(root)}
+    # The model runs in both modes from one source; what it says of the other one is nobody's business here.
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "crash or not crash",
+        "-p",
+        "no:cacheprovider",
+        "-n",
+        "2",
+        "-q",
+        "--tb=short",
+    ]
+    command += [
+        "-k",
+        "not test_verbs_in_any_order" + f" or {mode}",
+        *(str(root / "tests" / "crash" / test) for test in tests),
+    ]
+    began = time.monotonic()
+    try:
+        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired as late:
+        output = late.stdout or b""
+        return -1, time.monotonic() - began, f"{output.decode(errors='replace')}\nit did not end in {limit:g} s"
+    return done.returncode, time.monotonic() - began, done.stdout + done.stderr
+
+
+def _told(output: str) -> str:
+    """The tests that failed, each with the first words of why."""
+    lines = re.findall(r"^(?:FAILED|ERROR) .*$", output, re.MULTILINE)
+    reasons = re.findall(r"^E +((?:fence|lost|once|truth|limits|order|duplicate|rest|exit): .*)$", output, re.MULTILINE)
+    return "\n".join(f"  {line[:240]}" for line in [*lines, *reasons[:3]]) or "  nothing failed"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
