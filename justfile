@@ -41,6 +41,10 @@ crash *args:
 soak *args:
     @python -m tests.crash.soak "$@"
 
+# Takes one safety at a time out of a copy of the sources, and shows that the crash suite fails without it
+mutants *args:
+    @python -m tests.crash.mutants "$@"
+
 # A fleet changes from lists to streams and back while producers push (--minutes 5 --kill-every 1)
 flip *args:
     @python -m tests.bridge.flip "$@"

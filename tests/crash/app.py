@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from streamworker import App, Backoff, Context, Discard, Payload, Snooze
-from tests.crash import failpoints, witness
+from tests.crash import failpoints, stalls, witness
 from tests.crash.history import Journal
 
 app = App()
@@ -202,3 +202,4 @@ async def gated(payload: Gated, ctx: Context) -> None:
 if journal.active:
     witness.install()
     failpoints.install()
+    stalls.watch(Path(os.environ["CRASH_DIR"]), os.environ["STREAMWORKER_WORKER_ID"])

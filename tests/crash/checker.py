@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,10 @@ class Verdict:
         self.lost: list[str] = []
         self.stale_settles = 0
         self.refused_settles = 0
+        self.starved = 0
+        """Runs that were repeated because the machine did not let a worker renew its lease."""
+        self.stalled = 0.0
+        """Seconds the machine did not let the harness or the server run."""
 
     def complain(self, rule: str, what: str) -> None:
         self.violations.append(f"{rule}: {what}")
@@ -42,6 +46,7 @@ def check(
     dead: Iterable[str],
     *,
     max_deliveries: int,
+    lease: float,
     destroyed: Iterable[str] = (),
 ) -> Verdict:
     """Judge a run that has come to rest.
@@ -51,6 +56,7 @@ def check(
         witnesses: lines of the server's witness list, in order.
         dead: ids of dead letters.
         max_deliveries: the workers' setting.
+        lease: the workers' setting, in seconds.
         destroyed: ids that a fault deleted on purpose.
     """
     verdict = Verdict()
@@ -62,7 +68,9 @@ def check(
     _nothing_lost(verdict, enqueued, runs, settled, set(dead), set(destroyed))
     _limits(verdict, runs, max_deliveries)
     _order(verdict, runs, faults)
-    _duplicates(verdict, runs, faults, _takers(witnesses))
+    stalls = read(directory / "stalls")
+    verdict.stalled = sum(stall["late"] for stall in stalls if stall["worker"] == "*")
+    _duplicates(verdict, runs, faults, _takers(witnesses), lambda *pair: _starved(*pair, stalls, lease))
     return verdict
 
 
@@ -190,12 +198,16 @@ def _duplicates(
     runs: dict[str, list[dict[str, Any]]],
     faults: list[dict[str, Any]],
     takers: dict[tuple[str, str], set[str]],
+    starved: Callable[[dict[str, Any], dict[str, Any]], bool],
 ) -> None:
     for job, history in runs.items():
         for before, after in itertools.pairwise(history):
             if before["end"] in OWN_ENDS and after["hop"] > before["hop"]:
                 continue
             fault = _explanation(before, after, faults)
+            if fault is None and starved(before, after):
+                verdict.starved += 1
+                continue
             if fault is None:
                 verdict.complain("duplicate", f"{job} ran again for no reason: {_tell(history)}")
                 continue
@@ -220,12 +232,19 @@ def _duplicates(
                 verdict.alone.append(after["mono"] - max([fault["began"], *deaths]))
 
 
-def _explanation(before: dict[str, Any], after: dict[str, Any], faults: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The fault between two runs of a job that explains the second: it hit the first one's worker, or everybody."""
-    # A zombie may wake and start what it had claimed before, after its successor has finished.
+def _suspect_of(before: dict[str, Any], after: dict[str, Any]) -> tuple[str, bool]:
+    """The worker whose fate may explain a repeated run, and whether that is a zombie that came late.
+
+    A zombie may wake and start what it had claimed before, after its successor has finished.
+    """
     same = before["entry"] == after["entry"]
     late = after["hop"] < before["hop"] or (same and after["count"] < before["count"])
-    name = (after if late else before)["worker"].rpartition("-")[0]
+    return (after if late else before)["worker"].rpartition("-")[0], late
+
+
+def _explanation(before: dict[str, Any], after: dict[str, Any], faults: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The fault between two runs of a job that explains the second: it hit the first one's worker, or everybody."""
+    name, late = _suspect_of(before, after)
     fitting = [
         fault
         for fault in faults
@@ -235,6 +254,23 @@ def _explanation(before: dict[str, Any], after: dict[str, Any], faults: list[dic
     ]
     own = [fault for fault in fitting if fault["worker"] == name]
     return (own or fitting or [None])[-1]
+
+
+def _starved(before: dict[str, Any], after: dict[str, Any], stalls: list[dict[str, Any]], lease: float) -> bool:
+    """The machine kept the first run's worker, or everybody, from running for half of the lease that it lost.
+
+    A lease is renewed when a third of it is over, so that two thirds can be waited out; what is not written down (delays
+    of less than 50 ms) takes its share of that.
+    """
+    name, _ = _suspect_of(before, after)
+    lost = sum(
+        stall["late"]
+        for stall in stalls
+        if stall["worker"] in (name, "*")
+        and stall["began"] <= after["mono"]
+        and stall["mono"] >= after["mono"] - 2 * lease
+    )
+    return lost >= lease / 2
 
 
 def _tell(history: list[dict[str, Any]]) -> str:

@@ -25,10 +25,12 @@ def table(injected: Counter[str], verdict: Verdict) -> str:
         ("deleted by a fault", f"{verdict.destroyed}"),
         ("runs", f"{verdict.runs}"),
         ("stale settles refused", f"{verdict.stale_settles}"),
+        ("machine stalled, s", f"{verdict.stalled:.1f}"),
     ]
     lines += [f"  {name:<24}{value:>8}" for name, value in rows]
     lines += ["", "runs repeated because of"]
     lines += [f"  {what:<24}{count:>8}" for what, count in sorted(verdict.duplicates.items())]
+    lines.append(f"  {'no processor':<24}{verdict.starved:>8}")
     for name, values in (
         ("recovery, s", verdict.recovery),
         ("recovery, alone, s", verdict.alone),

