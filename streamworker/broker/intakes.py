@@ -70,6 +70,11 @@ class Intakes:
         return frozenset().union(*(part.marked for part in self._parts))
 
     @property
+    def draining(self) -> bool:
+        """See `Taking.draining`."""
+        return any(part.draining for part in self._parts)
+
+    @property
     def missing(self) -> int:
         """Entries that were deleted underneath their claim, since the start."""
         return sum(part.missing for part in self._parts)
@@ -82,7 +87,7 @@ class Intakes:
         for part in idle:  # orphans of all queues first: new jobs of the first shall not starve them
             if len(claims) < limit:
                 claims += await part.sweep(limit - len(claims), [*running, *claims])
-        draining = any(part.draining for part in self._parts)
+        draining = self.draining
         suspect = any(claim.suspect for claim in claims)  # it waits for everything else to end
         for part in idle:
             part.stale = False  # whatever rings from here on, this look may not have seen

@@ -281,7 +281,8 @@ async def test_only_one_worker_drains_and_another_one_follows_when_it_dies(broke
         other = await one(two)
         mine = await suspects_and_a_job(gone, ground, "one")
         await until_it_drains(one_, [mine])
-        two._intake._passing_since = one_._intake._passing_since = [time.monotonic() - 60]
+        for part in getattr(two._intake, "_parts", [two._intake]):
+            part._passing_since = [time.monotonic() - 60]
         for _ in range(3):  # both ask, and the first one has the word
             assert await recover(one_, ground, running=[mine]) == [] and one_._intake.draining
             assert await recover(two, ground, running=[other]) == [] and not two._intake.draining

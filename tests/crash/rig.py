@@ -75,6 +75,8 @@ class Rig:
         self._faults = Log(directory / "faults")
         self.injected: Counter[str] = Counter()
         self.destroyed: set[str] = set()
+        self._forgotten_at = 0.0
+        """When the server last forgot everything, by being killed."""
         self.expected_codes: set[int] = set()
         self.may_stammer: set[Worker] = set()
         """Workers whose tracebacks are excused."""
@@ -130,7 +132,7 @@ class Rig:
 
     async def put(self, *payloads: Payload, **options: Any) -> list[str]:
         """Enqueue; what is acknowledged is written down, and so is what only may have been."""
-        jobs = [self.app.job(payload, **options) for payload in payloads]
+        jobs, sent = [self.app.job(payload, **options) for payload in payloads], time.monotonic()
         try:
             answers = await self.app.enqueue_many(jobs)
         except PublishUncertain:
@@ -138,7 +140,7 @@ class Rig:
                 self._enqueued.add(what="uncertain", job=job.id)
             raise
         for answer in answers:
-            self._enqueued.add(what="acknowledged", job=answer.id)
+            self._enqueued.add(what="acknowledged", job=answer.id, sent=sent)
         return [answer.id for answer in answers]
 
     async def produce(self, stop: asyncio.Event, rate: float) -> None:
@@ -221,11 +223,11 @@ class Rig:
         kept = self.ground.witnesses() if self._forgetful else []
         began = time.monotonic()
         await asyncio.to_thread(self.server.kill)
+        gone = time.monotonic()
         await asyncio.sleep(down)
         await asyncio.to_thread(self.server.start)
         if self._forgetful:
-            # Whatever was promised before is gone, unless it was done by then; nobody was promised that it would last.
-            self.destroyed.update(line["job"] for line in read(self.directory / "enqueued") if line["mono"] <= began)
+            self._forgotten_at = gone
             self.ground.restore(kept)
         self.fault("server restart" if down < self.lease else "outage", began=began, tail=2 * self.lease + 2)
 
@@ -341,6 +343,9 @@ class Rig:
         for worker in stopping:
             worker.terminate()
         codes = [await worker.wait() for worker in stopping]
+        # What was sent to a server that then forgot is gone, unless it was done by then; nobody was promised that it would last.
+        enqueued = read(self.directory / "enqueued")
+        self.destroyed.update(line["job"] for line in enqueued if line.get("sent", 0.0) < self._forgotten_at)
         verdict = check(
             self.directory,
             self.ground.witnesses(),

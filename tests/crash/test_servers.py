@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
+import redis
 
 from tests.conftest import Server
 from tests.crash.app import Gated, Work
@@ -202,7 +203,7 @@ async def test_it_becomes_a_replica_and_another_one_takes_over(tmp_path):
             await rig.at_rest()
             rig.proxy.target = other.port
             rig.raw.replicaof("127.0.0.1", other.port)
-            with other.client() as client:
+            with redis.Redis.from_url(other.url, protocol=2, decode_responses=True) as client:
                 there = ground(client)
                 client.execute_command(*there.keys.adding("normal", b'{"id":"there","kind":"work","payload":{}}'))
                 await rig.until(lambda: there.backlog() == 0, 30, "work at the new place")

@@ -77,14 +77,17 @@ async def test_the_zombies_settle_is_refused(tmp_path):
     async with Rig(tmp_path, seed=4) as rig:
         zombie = await rig.fleet.start()
         (job,) = await rig.put(Gated(gate="g"))
-        await rig.until(rig.running, 20, "the zombie runs it")
-        freezing = asyncio.create_task(rig.freeze(zombie, 4.0))
+        await rig.until(lambda: rig.runs_of(job) == 1, 30, "the zombie runs it")
         successor = await rig.fleet.start()
-        await rig.until(lambda: rig.runs_of(job) == 2, 20, "the successor runs it")
+        await rig.all_ready()
+        frozen = time.monotonic()
+        zombie.signal(signal.SIGSTOP)
+        await rig.until(lambda: rig.runs_of(job) == 2, 30, "the successor runs it")
         began = time.monotonic()
         successor.signal(signal.SIGSTOP)  # so that the zombie is first for sure
         rig.open_gate("g")
-        await freezing
+        zombie.signal(signal.SIGCONT)
+        rig.fault("freeze", zombie.name, began=frozen, tail=1)
         await rig.until(lambda: zombie.said("settle_lost") or zombie.said("claim_lost"), 20, "the zombie learns it")
         successor.signal(signal.SIGCONT)
         rig.fault("freeze", successor.name, began=began, tail=1)
