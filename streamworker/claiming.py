@@ -25,6 +25,8 @@ BLOCK: Final = 5.0
 """Seconds one claim waits for jobs."""
 REFUSALS: Final = 3
 """Times in a row a password or a permission may be refused: somebody may be changing it right now."""
+SETTLES: Final = 1.0
+"""Most seconds after a suspect's run in which nothing is claimed because it is not settled yet."""
 UNSETTLED: Final = 1000
 """Finished runs that may wait to be settled before no more is claimed."""
 
@@ -215,6 +217,10 @@ class Claimer:
         self._put(run)
         while run.outcome is None and not self._stopping.is_set():
             await holdings.changed(1.0)
+        # Settled, too: who holds something is not idle, and would leave the next suspect to others for a while.
+        with anyio.move_on_after(SETTLES):
+            while holdings.find(run.claim) is run and not self._stopping.is_set():
+                await holdings.changed()
 
     async def _confirmed(self, run: Run) -> bool:
         """Count the delivery of a reserved suspect; False if it is not ours any more."""

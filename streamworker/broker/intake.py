@@ -14,7 +14,7 @@ from streamworker.broker.keys import QueueKeys
 from streamworker.broker.link import BLOCK, Link
 from streamworker.broker.order import Order
 from streamworker.broker.reactions import Reaction, reaction_to, row_of
-from streamworker.broker.taking import JUST_LOOKED, Taking
+from streamworker.broker.taking import JUST_LOOKED, LEAVE, RESERVE, Taking
 from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable
 from streamworker.job import LEVELS, Claim
 from streamworker.policy import SUSPECT_DELIVERIES
@@ -132,7 +132,8 @@ class Intake(Taking):
         ]
         args: list[Any] = [self._group, self.consumer, int(self._lease * 1000), limit]
         expected, sent = self._link.clock_should_show(), monotonic()
-        args += [SUSPECT_DELIVERIES, self._about_suspects(index, running), expected, *held]
+        wish = self._about_suspects(index, running)
+        args += [SUSPECT_DELIVERIES, wish, expected, *held]
         try:
             wait, entries, missing, passed, shown, granted = await self._link.read(
                 scripts.SWEEP, [keys.meta, *keys.streams], args
@@ -148,7 +149,9 @@ class Intake(Taking):
         self.missing += missing
         if passed < 0 and wait > JUST_LOOKED * 1000:
             passed = 0  # whoever looked last had none to leave
-        self._left_to_others(index, passed, granted=bool(granted))
+        if wish == RESERVE and entries and not entries[0][5]:
+            wish = LEAVE  # not idle any more
+        self._left_to_others(index, passed, wish, granted=bool(granted))
         self._link.clock_shows(shown, sent, expected, self._lease)
         claims = []
         for stream, entry, count, fields, epoch, suspect in entries:

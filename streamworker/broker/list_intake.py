@@ -16,7 +16,7 @@ from streamworker.broker.link import BLOCK, Link
 from streamworker.broker.order import Order
 from streamworker.broker.orphans import Orphans
 from streamworker.broker.reactions import Reaction, reaction_to
-from streamworker.broker.taking import Taking
+from streamworker.broker.taking import LEAVE, RESERVE, Taking
 from streamworker.errors import StreamworkerError
 from streamworker.job import Claim
 from streamworker.policy import SUSPECT_DELIVERIES
@@ -66,12 +66,14 @@ class ListIntake(Taking):
         budgets = self._order.budgets(limit)
         held = [claim.entry for claim in running]
         args: list[Any] = [self.consumer, limit, len(self._lists), len(budgets), secrets.token_hex(6)]
-        args += [SUSPECT_DELIVERIES, self._about_suspects(0, running), len(held)]
+        wish = self._about_suspects(0, running)
+        args += [SUSPECT_DELIVERIES, wish, len(held)]
         args += [*self._allowances(limit, running), *budgets, *held, *self._order.steps]
         answer = await self._link.read(scripts.LIST_TAKE, keys, args)
         taken, trouble, paused, _, passed, suspects, cancelled, granted = answer
-        # Of whatever queue: this looks at all of them.
-        self._left_to_others(0, suspects, granted=bool(granted))
+        if wish == RESERVE and taken and not taken[0][1][0][2]:
+            wish = LEAVE  # not idle any more
+        self._left_to_others(0, suspects, wish, granted=bool(granted))  # of whatever queue: this looks at all of them
         self._paused = frozenset(index - 1 for index in paused)
         self.marked = frozenset(self._keys[index - 1].queue for index in cancelled)
         first = HEADS * len(self._lists) + 1

@@ -143,18 +143,24 @@ class Taking:
         patient = passing is None or now - passing < min(PATIENCE, self._lease / 3)
         return LEAVE if patient else ASK
 
-    def _left_to_others(self, index: int, suspects: int, *, granted: bool) -> None:
-        """A look left this many suspects to others; a negative number: it was too early to look."""
-        now = monotonic()
+    def _left_to_others(self, index: int, suspects: int, wish: int, *, granted: bool) -> None:
+        """A look left suspects to others.
+
+        Args:
+            index: of the queue.
+            suspects: how many; a negative number: it was too early to look.
+            wish: what was said about them.
+            granted: this worker drains.
+        """
+        now, draining = monotonic(), self._draining_since[index]
         if suspects == 0:
             self._passing_since[index] = self._draining_since[index] = None
-            return
-        draining = self._draining_since[index]
-        if granted:
-            self._draining_since[index] = draining or now
-        elif draining is not None and now - draining < self._lease:
-            self._draining_since[index] = None  # it asked, and another one does
-        if suspects > 0:
+        elif wish == RESERVE:  # idle, and nothing new comes before the next one, unless that takes too long
+            late = draining is not None and now - draining > self._lease
+            self._draining_since[index] = None if late else draining or now
+        elif wish == ASK:
+            self._draining_since[index] = (draining or now) if granted else None
+        if suspects > 0 and wish != RESERVE:
             self._passing_since[index] = self._passing_since[index] or now
             self._sweep_at[index] = max(self._sweep_at[index], now + STEP_ASIDE)
 

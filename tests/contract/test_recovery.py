@@ -306,6 +306,24 @@ async def test_nobody_drains_for_what_somebody_else_has_taken(broker_factory, gr
         assert names(await recover(busy, ground, running=[mine])) == ["new"]
 
 
+async def test_an_idle_worker_runs_one_suspect_after_the_other_before_anything_new(broker_factory, ground):
+    async with broker_factory("dead", lease=1) as gone, broker_factory("w", lease=1) as broker:
+        await gone.publish([job(str(n)) for n in range(4)])
+        for claim in await gone.claim(10, 0, ()):
+            ground.ripen(claim, count=SUSPECT_DELIVERIES - 1)
+        await gone.publish([job("new")])
+        taken = await recover(broker, ground)
+        deadline = time.monotonic() + 10
+        while len(taken) < 5:
+            assert time.monotonic() < deadline
+            counted = await broker.confirm(taken[-1])
+            assert counted is not None and await settle_one(broker, done(counted)) is Settled.SETTLED
+            while not (more := await broker.claim(10, 0.02, ())):
+                assert time.monotonic() < deadline
+            taken += more
+        assert sorted(names(taken)[:4]) == ["0", "1", "2", "3"] and names(taken)[4] == "new"
+
+
 async def test_a_pause_ends_the_draining(broker_factory, raw, ground):
     """What is paused is not looked at, and nothing else shall wait for it."""
     async with broker_factory("dead", lease=1) as gone, broker_factory("w", queues=("q", "a"), lease=1) as broker:

@@ -181,9 +181,9 @@ end
 take_marked(left)
 if left_to_others > 0 then
   if ARGV[7] == '1' and #taken == 0 then
-    may_reserve, left_to_others = true, 0
+    may_reserve = true
     take_marked(1)
-    may_reserve = false
+    may_reserve, left_to_others = false, left_to_others - 1
   elseif ARGV[7] == '2' then
     for q in pairs(suspects) do
       if drains == 0 and appointed(q) then drains = 1 end

@@ -128,7 +128,7 @@ end
 -- When could the next entry become an orphan? Whoever is alive renews every third of a lease, so that only entries idle
 -- for half a lease need watching; entries claimed from now on have a whole one.
 local wait = lease
-if #entries >= limit or unfinished then
+if #entries >= limit or unfinished or passed > 0 and entries[1] and entries[1][6] == 1 then
   wait = 0
 elseif passed > 0 then
   wait = 20 -- whoever is idle can run one at once
