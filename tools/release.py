@@ -82,8 +82,8 @@ def build(work: Path) -> tuple[Path, Path]:
     made = built(first, work / "dist", epoch)
     old = os.umask(0o077)
     try:
-        second, _ = exported(work / "elsewhere/two")
-        again = built(second, work / "dist-again", epoch)
+        second, moment = exported(work / "elsewhere/two")
+        again = built(second, work / "dist-again", moment)
         (sdist,) = (work / "dist").glob("*.tar.gz")
         (wheel,) = (work / "dist").glob("*.whl")
         with tarfile.open(sdist) as archive:
