@@ -25,6 +25,7 @@ from streamworker.broker.lists import ListBroker, ListOptions
 from streamworker.broker.operate import StreamOperator
 from streamworker.broker.popping import PoppingBroker
 from streamworker.broker.stream import StreamBroker, StreamOptions
+from streamworker.cron import Calendar
 from streamworker.durable import open_durable
 from streamworker.errors import UsageError
 from streamworker.execute import Middleware
@@ -40,7 +41,7 @@ S = TypeVar("S", default=Any)
 Lifespan: TypeAlias = Callable[[], AbstractAsyncContextManager[S]]
 
 
-class App(Handlers[S], Follower):
+class App(Handlers[S], Follower, Calendar):
     """Handlers, and what producing and consuming needs. Opens nothing until entered (``async with app``).
 
     Args:
@@ -77,6 +78,7 @@ class App(Handlers[S], Follower):
     ) -> None:
         Handlers.__init__(self)
         Follower.__init__(self)
+        Calendar.__init__(self)
         self._settings = settings
         self._lifespan: Lifespan[S] | None = lifespan
         self._middleware, self._observers = tuple(middleware), tuple(observers)

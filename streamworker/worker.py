@@ -20,6 +20,7 @@ from structlog.contextvars import bind_contextvars
 
 from streamworker.bookkeeping import stages
 from streamworker.claiming import Claimer
+from streamworker.clock import Clock
 from streamworker.context import Shared
 from streamworker.drain import HAND_BACK, UNWIND, drain, end_reading, take_leave, watch_signals
 from streamworker.entrance import Entrance
@@ -212,6 +213,8 @@ class QueueWorker:
                         loops.start_soon(part.run)
                     loops.start_soon(self._unblocking)
                     loops.start_soon(self._relay.run, self._stopping)
+                    if self._app.schedules and not self._burst:
+                        loops.start_soon(Clock(self._broker, self._app.schedules, self._settings, self._stopping).run)
                     log.info("worker_ready", worker_id=self.worker_id, queues=self._queues)
                     await self._claimer.run()
                     await drain(self, self._slots, self._holdings, self._settings.grace, self._hurry)

@@ -9,6 +9,7 @@ import anyio
 import msgspec
 
 from streamworker.broker import Broker, Operator
+from streamworker.cron import Schedule
 from streamworker.execute import Middleware
 from streamworker.handlers import Handlers
 from streamworker.observe import Observer
@@ -50,6 +51,10 @@ class Workplace(Protocol):
     @property
     def handlers(self) -> Handlers[Any]:
         """Kind to handler."""
+
+    @property
+    def schedules(self) -> list[Schedule]:
+        """What is enqueued by the calendar."""
 
     @property
     def middleware(self) -> tuple[Middleware, ...]:

@@ -45,6 +45,38 @@ class Ending(msgspec.Struct, frozen=True):
     keep: float = 0.0
 
 
+class Tick(msgspec.Struct, frozen=True):
+    """One tick of a schedule.
+
+    Attributes:
+        queue: where its job goes.
+        level: and on which level.
+        schedule: its name, one of a kind in the queue.
+        at: epoch seconds.
+        body: the job's document; empty if the tick passes without one.
+    """
+
+    queue: str
+    level: Level
+    schedule: str
+    at: float
+    body: bytes
+
+
+class Ticked(msgspec.Struct, frozen=True):
+    """What became of a tick that was proposed.
+
+    Attributes:
+        early: seconds it is still to come, by the server's clock.
+        added: its job was added by this call.
+        now: the server's clock, in epoch seconds.
+    """
+
+    early: float
+    added: bool
+    now: float
+
+
 class Hearing(Protocol):
     """How one job ends."""
 
@@ -104,6 +136,9 @@ class Broker(Limiting, Protocol):
         One that waits is claimed as ``cancelled``, one that is held is found by `cancelled`. Settling it with `Drop`
         forgets that it was cancelled; what is never claimed is forgotten after a week.
         """
+
+    async def propose(self, tick: Tick) -> Ticked:
+        """Add the job of a tick, once, however many propose it and how often; a schedule's first tick adds none."""
 
     def ended(self, queues: Sequence[str], job_id: str) -> AbstractAsyncContextManager[Hearing]:
         """Hears of the end of a job that lies in one of the queues; what is said from the block's begin on is heard.
@@ -270,6 +305,9 @@ class Operator(Protocol):
 
     async def cancel(self, queue: str, job_id: str) -> bool:
         """See `Broker.cancel`."""
+
+    async def ticks(self, queue: str) -> dict[str, float]:
+        """The last tick of each schedule of a queue, in epoch seconds."""
 
     async def reprieve(self, queue: str, job_id: str) -> bool:
         """Take `cancel` back for a job that shall run again; False if it was not cancelled, or has ended since."""

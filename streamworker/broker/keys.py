@@ -57,6 +57,7 @@ class QueueKeys(msgspec.Struct, frozen=True):
             self.meta: "hash",
             self.relayed: "zset",
             self.cancelled: "zset",
+            self.crons: "hash",
         }
 
     def stream(self, level: Level) -> str:
@@ -97,6 +98,11 @@ class QueueKeys(msgspec.Struct, frozen=True):
     def meta(self) -> str:
         """Hash: epoch, paused (by an operator), inactive (in PostgreSQL), cancelled (some jobs), cursors, tokens."""
         return f"{self.base}:meta"
+
+    @property
+    def crons(self) -> str:
+        """Hash: schedule to the ms of its last tick."""
+        return f"{self.base}:cron"
 
     def result(self, job_id: str) -> str:
         """How a job ended, kept for a while; and the channel on which that is told."""

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import msgspec
 
-from streamworker.broker import Ending, Hearing, list_listings, scripts
+from streamworker.broker import Ending, Hearing, Tick, Ticked, list_listings, scripts
 from streamworker.broker.bell import listen
 from streamworker.broker.cancels import Cancels, cancel
 from streamworker.broker.client import Address, clustered
@@ -113,6 +113,10 @@ class ListBroker:
     async def publish(self, jobs: Sequence[Outgoing]) -> list[Enqueued]:
         """See `Broker.publish`."""
         return await self._publisher.publish(jobs)
+
+    async def propose(self, tick: Tick) -> Ticked:
+        """See `Broker.propose`."""
+        return await self._publisher.propose(tick)
 
     async def claim(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:
         """See `Broker.claim`."""

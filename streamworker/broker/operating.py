@@ -127,6 +127,12 @@ class Operating:
         """See `Operator.cancel`."""
         return await cancels.cancel(self._desk, self._key(queue), job_id)
 
+    async def ticks(self, queue: str) -> dict[str, float]:
+        """See `Operator.ticks`."""
+        found = await self._desk.ask("HGETALL", self._key(queue).crons)
+        pairs = found.items() if isinstance(found, dict) else zip(found[::2], found[1::2], strict=True)
+        return {text(schedule): int(at) / 1000 for schedule, at in pairs}
+
     async def reprieve(self, queue: str, job_id: str) -> bool:
         """See `Operator.reprieve`."""
         return await cancels.reprieve(self._desk, self._key(queue), job_id)

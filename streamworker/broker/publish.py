@@ -9,7 +9,7 @@ from typing import Any, Final
 import anyio
 from redis import exceptions as redis_errors
 
-from streamworker.broker import scripts
+from streamworker.broker import Tick, Ticked, scripts
 from streamworker.broker.client import understood
 from streamworker.broker.forms import NotExecuted
 from streamworker.broker.keys import QueueKeys
@@ -54,6 +54,14 @@ class Publisher:
                 store = self._store_plain if all(map(_is_plain, some)) else self._store
                 answers.update(zip(batch, await store(self._keys(queue), some), strict=True))
         return [answers[index] for index in range(len(jobs))]
+
+    async def propose(self, tick: Tick) -> Ticked:
+        """See `Broker.propose`. Sending it again is safe."""
+        keys = self._keys(tick.queue)
+        args: list[str | bytes | int | float] = [tick.schedule, round(tick.at * 1000), keys.shape, tick.body]
+        names = [keys.crons, keys.ready(tick.level)]
+        early, added, now = await self._send(lambda: scripts.CRON(self._client, names, args), TRIES)
+        return Ticked(early / 1000, bool(added), now / 1000)
 
     async def _store_plain(self, keys: QueueKeys, jobs: list[Outgoing]) -> list[Enqueued]:
         bodies: dict[Level, list[bytes]] = {level: [] for level in LEVELS}

@@ -42,6 +42,7 @@ _COMMANDS = (
     ("delayed", "delayed:delayed", LOOK, "Jobs that wait for their time: list, run, drop."),
     ("dead", "dead:dead", LOOK, "Jobs that failed for good: list, show, retry, drop."),
     ("workers", "workers:workers", LOOK, "Who works, and how busy they are: list, prune."),
+    ("cron", "cron:cron", LOOK, "What is enqueued by the calendar, and when next."),
     ("jobs", "jobs:jobs", LOOK, "Durable jobs in the ledger."),
     ("migrate", "migrate:migrate", MORE, "The schema of the ledger in PostgreSQL: up, status, print."),
     ("dashboard", "dashboard:dashboard", LOOK, "All of this in a browser, live."),

@@ -12,6 +12,7 @@ import msgspec
 
 from streamworker.app import App
 from streamworker.broker import Operator
+from streamworker.cron import Schedule
 from streamworker.errors import ConfigurationError, HandlerSignal, Snooze, StreamworkerError
 from streamworker.execute import Middleware
 from streamworker.handlers import Handlers
@@ -147,6 +148,10 @@ class _Watched:
     @property
     def middleware(self) -> tuple[Middleware, ...]:
         return self._app.middleware
+
+    @property
+    def schedules(self) -> list[Schedule]:
+        return []  # what is there is drained; the calendar goes on elsewhere
 
     @property
     def observers(self) -> tuple[Observer, ...]:

@@ -1,5 +1,6 @@
 """The files of examples/everyday, each run as a program by itself, as its first lines say."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples/everyday"
 PRINTED = {
     "results": ["[{'sum': 0}, {'sum': 2}, {'sum': 4}]", "dead: discarded: no negative numbers"],
+    "cron": ["one job a tick: True"],
     "cancel": [
         "later.csv: cancelled",
         "running.csv began",
@@ -30,3 +32,18 @@ def test_example(name: str, redis_url: str) -> None:
     lines = done.stdout.splitlines()
     places = [lines.index(line) for line in PRINTED[name]]
     assert places == sorted(places), done.stdout
+
+
+def test_the_schedules_are_listed(redis_url: str) -> None:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("STREAMWORKER_", "DATABASE"))}
+    done = subprocess.run(
+        [sys.executable, "-m", "streamworker", "cron", "list", "--json"], cwd=EXAMPLES, capture_output=True, text=True,
+        env={**clean, "REDIS_URL": redis_url, "STREAMWORKER_APP": "cron:app"}, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["name"] for row in rows] == ["every second", "at night"]
+    assert list(rows[1]) == ["name", "queue", "kind", "expression", "tz", "missed", "last", "next"]
+    assert rows[1]["last"] is None
+    assert len(rows[1]["next"]) == 3
+    assert all("T03:00:00+0" in moment for moment in rows[1]["next"])
