@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.containers.engine import Compose, Deaths, Failed, Unusable, get_ready, succeeds
+from tests.containers.engine import Compose, Deaths, Engine, Failed, Unusable, succeeds
 from tests.containers.scenes import NEXT, PLAIN, Show
 from tests.containers.stage import Findings, Stage
 
@@ -30,12 +30,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--keep", action="store_true", help="leave the containers of a failed run for inspection")
     options = parser.parse_args(arguments)
     try:
-        get_ready()
+        with Engine(keep=options.keep), tempfile.TemporaryDirectory(prefix="streamworker-containers-") as directory:
+            return show(Path(directory), options.jobs, keep=options.keep)
     except Unusable as why:
-        print(f"containers: skipped, {why}" if options.or_skip else f"containers: {why}", file=sys.stderr)
+        print(f"containers: skipped, {why}" if options.or_skip else f"containers: {why}", flush=True)
         return 0 if options.or_skip else 1
-    with tempfile.TemporaryDirectory(prefix="streamworker-containers-") as directory:
-        return show(Path(directory), options.jobs, keep=options.keep)
+    except Failed as why:
+        print(f"containers: {why}", file=sys.stderr)
+        return 1
 
 
 def show(directory: Path, jobs: int, *, keep: bool) -> int:

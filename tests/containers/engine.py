@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import signal
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -15,6 +19,7 @@ ROOT: Final = Path(__file__).parents[2]
 BASES: Final = ("python:3.13-slim", "redis:8", "postgres:17")
 PREPARE: Final = ROOT.parent / "shared" / "containers" / "prepare"
 """Beside the checkout, where no image registry is reachable: starts an engine and makes the base images."""
+TURN: Final = Path(tempfile.gettempdir()) / f"streamworker-containers-{os.getuid()}.turn"
 
 
 class Unusable(Exception):
@@ -40,26 +45,91 @@ def succeeds(*words: str) -> bool:
     """Whether a command ends well."""
     try:
         return subprocess.run(words, capture_output=True, timeout=60).returncode == 0
-    except OSError:
+    except (OSError, subprocess.TimeoutExpired):
         return False
 
 
-def get_ready() -> None:
-    """See that an engine answers and has, or can get, the base images; start one where `PREPARE` is there.
+class Engine:
+    """The engine of this machine: used as it is where one answers, else started by `PREPARE` and stopped again.
 
-    Raises:
-        Unusable: there is none, and how to get one.
+    Runs of several checkouts take turns: they build images of the same names, and whoever started the engine ends it.
+
+    Args:
+        keep: leave an engine that was started here running.
     """
-    answers = succeeds("docker", "info") and succeeds("docker", "compose", "version")
-    if answers and all(succeeds("docker", "image", "inspect", base) for base in BASES):
-        return
-    if PREPARE.exists() and os.geteuid() == 0:
-        if code := subprocess.run([PREPARE], stdin=subprocess.DEVNULL).returncode:
-            raise Unusable(
-                f"{PREPARE} could not start a Docker engine or make the base images (exit {code}, see above)"
-            )
-    elif not answers:
-        raise Unusable("no Docker engine with compose answers here: install one, or start it")
+
+    def __init__(self, *, keep: bool = False) -> None:
+        self._keep = keep
+        self._turn = TURN.open("w")
+        self._ours: int | None = None
+
+    def __enter__(self) -> Engine:
+        """See that an engine answers and has, or can get, the base images.
+
+        Raises:
+            Unusable: none can be had here, and why.
+            Failed: there is one, and the base images could not be made.
+        """
+        fcntl.flock(self._turn, fcntl.LOCK_EX)
+        try:
+            self._get_ready()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._ours is not None and not self._keep:
+            stop(self._ours)
+        self._turn.close()
+
+    def _get_ready(self) -> None:
+        if answered := answers():
+            if all(succeeds("docker", "image", "inspect", base) for base in BASES):
+                return
+        elif not (PREPARE.exists() and os.geteuid() == 0):
+            raise Unusable("no Docker engine with compose answers here: install one, or start it")
+        if not PREPARE.exists():
+            return  # the engine gets the images where everybody does
+        print("containers: preparing an engine and base images, two minutes the first time", flush=True)
+        # Not through a pipe: the engine inherits what its starter writes to, and would hold it open for ever.
+        with tempfile.TemporaryFile("w+") as said:
+            code = subprocess.run([PREPARE], stdin=subprocess.DEVNULL, stdout=said, stderr=said).returncode
+            said.seek(0)
+            lines = said.read().split("\n")
+        if not answered:
+            self._ours = started_by_prepare()
+        if code:
+            last = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+            sentence = f"{PREPARE} ended with {code}: {last}"
+            raise Failed(sentence) if answers() else Unusable(f"no Docker engine can be started here, {sentence}")
+
+
+def answers() -> bool:
+    """Whether an engine with compose is there."""
+    return succeeds("docker", "info") and succeeds("docker", "compose", "version")
+
+
+def started_by_prepare() -> int | None:
+    """The process that `PREPARE` has just made; its note may also be an old one, of a process that is something else now."""
+    file = Path(os.environ.get("CONTAINERS_STATE", "/var/cache/streamworker-containers")) / "dockerd.pid"
+    noted = int(file.read_text()) if file.exists() else 0
+    return noted if b"dockerd" in cmdline(noted) else None
+
+
+def stop(engine: int) -> None:
+    """End an engine in good order; its images stay on disk for the next time."""
+    with suppress(ProcessLookupError):
+        os.kill(engine, signal.SIGTERM)
+        until(lambda: not cmdline(engine), 60, "the engine ends")
+
+
+def cmdline(process: int) -> bytes:
+    """What a process is; empty once it ended, even if nobody has waited for it."""
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 class Compose:

@@ -5,17 +5,17 @@ What matters about a mail that was not sent is what may be done next, so there a
 - `Refused`: the server will never take this mail. Trying again is spam.
 - `NotNow`: the server did not take it. Trying again later is right, and sends it once.
 - `Unknown`: the server had the whole mail, and its answer was lost. Trying again may send it twice, not trying again
-  may
-  lose it; SMTP has no third way. Repeats carry the same Message-ID, by which receivers may drop them.
+  may lose it; SMTP has no third way. Repeats carry the same Message-ID, by which receivers may drop them.
 """
 
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from time import monotonic
-from typing import Final
+from typing import Final, TypeAlias
 
 import aiosmtplib
 from aiosmtplib import (
@@ -30,6 +30,8 @@ from mailer.config import Smtp
 
 # Said in answer to MAIL: about our credentials and not about the mail. An operator will put it right.
 _OURS: Final = frozenset({530, 534, 535, 538})
+
+Send: TypeAlias = Callable[[str, str, bytes], Awaitable[str]]
 
 
 class SmtpError(Exception):
@@ -91,6 +93,16 @@ class EmailService:
         self._longest_idle = idle
         self._timeout = timeout
 
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[Send]:
+        """Wait until a connection is free; yields what sends one mail over it.
+
+        Whoever has to note that a mail is about to go out does it in here: before, the mail may wait behind others for
+        as long as a slow server likes.
+        """
+        async with self._turns:
+            yield self._send
+
     async def send(self, sender: str, recipient: str, message: bytes) -> str:
         """Send one mail to one recipient; returns what the server said when it took it.
 
@@ -104,17 +116,19 @@ class EmailService:
             NotNow: the server did not take it.
             Unknown: the server may have taken it.
         """
-        async with self._turns:
-            connection = self._take()
-            try:
-                reply = await self._converse(connection, sender, recipient, message)
-            except BaseException:
-                # Half a dialogue cannot be continued by the next job; cancellation ends up here too.
-                connection.client.close()
-                raise
-            finally:
-                self._put(connection)
-            return reply
+        async with self.turn() as send:
+            return await send(sender, recipient, message)
+
+    async def _send(self, sender: str, recipient: str, message: bytes) -> str:
+        connection = self._take()
+        try:
+            return await self._converse(connection, sender, recipient, message)
+        except BaseException:
+            # Half a dialogue cannot be continued by the next job; cancellation ends up here too.
+            connection.client.close()
+            raise
+        finally:
+            self._put(connection)
 
     async def close(self) -> None:
         """Say goodbye on all idle connections."""

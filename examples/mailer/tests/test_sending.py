@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import anyio
 import pytest
 
 from mailer.jobs import SendEmail
@@ -108,6 +109,27 @@ async def test_the_suppressed_are_never_mailed(world: Any, address: str):
     statuses = await world.pg.fetch("select status from mailer.email_deliveries where lower(recipient) like 'ann@%'")
     assert [row["status"] for row in statuses] == ["suppressed"]
     assert "suppressed" in await world.events()
+
+
+async def test_a_suppression_reaches_mails_that_wait_for_a_connection(world: Any):
+    """Only a mail whose dialogue has begun is beyond recall; one that queues for a connection is not, nor is it in doubt."""
+    one = EmailService(world.services.config.smtp, connections=1)
+    world.services, there = replace(world.services, email=one), world.services
+    people = [f"ann@{number}.example" for number in range(4)]  # of one domain they would take turns
+    deliveries = await world.campaign(*people)
+    world.sink.gate.clear()
+    async with anyio.create_task_group() as group:
+        group.start_soon(world.run_patiently)
+        with anyio.fail_after(30):
+            await world.sink.waiting.wait()
+        await world.pg.executemany("insert into mailer.suppressions values ($1, 'x')", [(each,) for each in people])
+        world.sink.gate.set()
+    await one.close()
+    world.services = there
+    assert len(world.sink.mails) == 1
+    rows = [await world.delivery(each) for each in deliveries]
+    assert sorted(row["status"] for row in rows) == ["sent", "suppressed", "suppressed", "suppressed"]
+    assert sum(row["attempts"] for row in rows) == 1 and sum(row["uncertain"] for row in rows) == 0
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ What is certain, and what is not. A delivery is recorded as sent once: the row, 
 is done" commit together. The mail itself is at least once, as everything over SMTP: a worker that dies between the
 server's 250 and that commit leaves the row in ``sending``, and the next run has to send again, because nobody can ask
 the server. It does so with the same Message-ID, and counts the attempt in ``uncertain``: the sum over a campaign is
-the most duplicates it can have caused.
+the most duplicates it can have caused, and at most `Config.connections` for each worker that died.
 """
 
 from __future__ import annotations
@@ -91,11 +91,16 @@ async def send_email(payload: SendEmail, ctx: Context[Services]) -> None:
 
 async def _send(ctx: Context[Services], delivery: Delivery, message: bytes) -> None:
     services = ctx.services
-    if not await ctx.database.fetchval(_BEGIN, delivery.id, ctx.job.id):
-        raise Snooze(1)  # suppressed, or somebody else's, since we looked: look again
-    sender = bounce_address(delivery.id, services.config.domain)
     try:
-        reply = await services.email.send(sender, delivery.recipient, message)
+        # From beginning to commit inside the turn: what waits for a connection can still be suppressed, and of a worker
+        # that dies no more mails are in doubt than it has connections.
+        async with services.email.turn() as send:
+            if not await ctx.database.fetchval(_BEGIN, delivery.id, ctx.job.id):
+                raise Snooze(1)  # suppressed, or somebody else's, since we looked: look again
+            reply = await send(bounce_address(delivery.id, services.config.domain), delivery.recipient, message)
+            async with ctx.transaction() as pg:
+                await pg.execute(_END, delivery.id, "sent", reply, 0)
+                await events.record(pg, services.app, delivery.id, "sent")
     except Refused as refusal:
         await _fail(ctx, delivery.id, refusal.reply)
         raise Discard(refusal.reply) from None
@@ -110,9 +115,6 @@ async def _send(ctx: Context[Services], delivery: Delivery, message: bytes) -> N
         if ctx.last_attempt:
             await _fail(ctx, delivery.id, silence.reply, uncertain=1)
         raise Retry(reason=silence.reply) from None
-    async with ctx.transaction() as pg:
-        await pg.execute(_END, delivery.id, "sent", reply, 0)
-        await events.record(pg, services.app, delivery.id, "sent")
 
 
 async def _fail(ctx: Context[Services], delivery_id: UUID, reply: str, *, uncertain: Literal[0, 1] = 0) -> None:
