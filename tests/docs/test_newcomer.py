@@ -17,8 +17,6 @@ from tests.docs.blocks import ROOT, Block, blocks_of
 from tests.examples.test_tutorial import follow, mail_server
 from tools.walk import environment
 
-__all__ = ["mail_server"]
-
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 # `./dev test` as it stands is the whole suite, which CI runs anyway: here it has to set up everything and run the first tests.
 A_FEW = os.environ.get("NEWCOMER_TESTS", "tests/unit/test_policy.py tests/unit/test_testing.py")
@@ -79,11 +77,11 @@ def test_without_a_checkout(newcomer: Newcomer, published: dict[str, str]):
     assert "Nothing is lost: 10,000 of 10,000 jobs are accounted for." in said
 
 
-def test_the_tutorial(newcomer: Newcomer, published: dict[str, str], mail_server: tuple[int, Path]):
-    port, log = mail_server
+def test_the_tutorial(newcomer: Newcomer, published: dict[str, str]):
     newcomer.run(newcomer.block("docs/tutorial.md", "mkdir hello").body, newcomer.home, **published)
     hello = newcomer.home / "hello"
-    env = {**newcomer.env, "PATH": f"{hello / '.venv/bin'}{os.pathsep}{newcomer.env['PATH']}", "SMTP_PORT": str(port)}
+    env = {**newcomer.env, "PATH": f"{hello / '.venv/bin'}{os.pathsep}{newcomer.env['PATH']}"}
     env.pop("PYTEST_ADDOPTS")
-    assert follow(hello, {**env, "COLUMNS": "200"}) >= 8
-    assert log.read_text().split().count("ann@example.org") == 1
+    with mail_server() as (port, mails):
+        assert follow(hello, {**env, "COLUMNS": "200", "SMTP_PORT": str(port)}) >= 8
+    assert mails.count("ann@example.org") == 1
