@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.containers import tutorial
 from tests.containers.engine import Compose, Deaths, Engine, Failed, Unusable, succeeds
 from tests.containers.scenes import NEXT, PLAIN, Show
 from tests.containers.stage import Findings, Stage
@@ -55,7 +56,8 @@ def show(directory: Path, jobs: int, *, keep: bool) -> int:
     }
     compose = Compose(f"streamworker-check-{secrets.token_hex(3)}", settings, directory)
     deaths, findings = Deaths(compose.name), Findings()
-    scenes = Show(Stage(compose, mailbox), deaths, findings)
+    stage = Stage(compose, mailbox)
+    scenes = Show(stage, deaths, findings)
     print(f"containers: {jobs} jobs, project {compose.name}")
     try:
         scenes.image()
@@ -70,6 +72,7 @@ def show(directory: Path, jobs: int, *, keep: bool) -> int:
         scenes.bridge(2, 400)
         scenes.nobody(5)
         scenes.ledger()
+        tutorial.tutorial(stage, findings)
         scenes.down()
     except Failed as error:
         print(f"containers: FAILED after {findings.seconds:.0f} s: {error}", file=sys.stderr)
@@ -98,7 +101,7 @@ def clean_up(compose: Compose) -> None:
         compose("--profile", "*", "down", "--volumes", "--remove-orphans", "--timeout", "5")
     except Failed as error:
         print(f"containers: {error}", file=sys.stderr)
-    for tag in (PLAIN, NEXT):
+    for tag in (PLAIN, NEXT, tutorial.IMAGE, tutorial.WHEELS):
         succeeds("docker", "image", "rm", tag)
 
 

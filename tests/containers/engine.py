@@ -171,9 +171,9 @@ class Compose:
         """A command of Redis."""
         return json.loads(self("exec", "--no-TTY", "redis", "redis-cli", "--json", *words))
 
-    def sql(self, statement: str) -> list[list[str]]:
+    def sql(self, statement: str, *, database: str = "streamworker") -> list[list[str]]:
         """A statement of PostgreSQL; the rows as text."""
-        psql = ("psql", "-X", "-q", "-A", "-t", "-U", "streamworker", "-h", "127.0.0.1", "-d", "streamworker")
+        psql = ("psql", "-X", "-q", "-A", "-t", "-U", "streamworker", "-h", "127.0.0.1", "-d", database)
         password = self.settings["POSTGRES_PASSWORD"]
         out = self("exec", "--no-TTY", "--env", f"PGPASSWORD={password}", "postgres", *psql, "-c", statement)
         return [line.split("|") for line in out.splitlines()]

@@ -73,8 +73,8 @@ class Show:
         )
         out = run(*locked, "--entrypoint", "sh", IMAGE, "-c", look).split()
         self._findings.holds("no compiler in it, and nothing can be written", out == ["10001", "3"], out)
-        for role in ROLES:
-            run(*locked, PLAIN, role, "--help")
+        each = "; ".join(f"streamworker {role} --help" for role in ROLES)
+        run(*locked, "--entrypoint", "sh", PLAIN, "-e", "-c", each)
         self._findings.holds(f"one image answers to every role: {', '.join(ROLES)}")
         try:
             run(*locked, IMAGE, "worker")

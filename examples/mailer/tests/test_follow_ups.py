@@ -8,7 +8,7 @@ import asyncpg
 import pytest
 
 from mailer import campaigns
-from mailer.jobs import CountEvents, WarmupEngagement, WarmupInbound, WarmupOutbound
+from mailer.jobs import CountEvents, HandleBounce, Report, WarmupEngagement, WarmupInbound, WarmupOutbound
 
 pytestmark = pytest.mark.anyio
 
@@ -128,6 +128,26 @@ async def test_events_are_counted_once_however_often_they_are_counted(world: Any
     await world.run()
     assert sorted(await metrics(world)) == [(1, 0, 0, 0, 0), (8, 1, 1, 0, 0)]
     assert await world.pg.fetchval("select counted from mailer.analytics_progress") == 11
+
+
+async def test_bounces_are_counted_for_their_campaign(world: Any):
+    """From the report that comes in to the figure of the day: two mails back for good, one for now, twice."""
+    hard, also, soft, *_ = await world.campaign(*[f"{number}@example.org" for number in range(5)])
+    await world.run()
+    for delivery, status, source in (
+        (hard, "5.1.1", "a"),
+        (also, "5.1.1", "b"),
+        (also, "5.1.1", "b"),  # the same report, taken in twice
+        (soft, "4.2.2", "c"),
+        (soft, "4.2.2", "d"),
+    ):
+        report = Report("somebody@example.org", status, "failed", "")
+        await world.enqueue(HandleBounce(source=source, delivery_id=delivery, message_id=None, reports=[report]))
+    await world.enqueue(CountEvents())
+    await world.run()
+    await world.enqueue(CountEvents())
+    await world.run()
+    assert await metrics(world) == [(5, 0, 0, 2, 2)]
 
 
 async def test_an_event_that_commits_late_is_not_lost(world: Any, database_url: str):
