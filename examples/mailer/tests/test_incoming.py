@@ -94,6 +94,7 @@ def test_a_large_body_comes_out_as_it_went_in(encoding: str, end: bytes):
     ]
 
 
+@pytest.mark.timeout(300)
 def test_50_megabytes_in_little_memory(tmp_path: Path):
     block = os.urandom(57 * 1024)
     with (tmp_path / "message").open("w+b") as file, (tmp_path / "scratch").open("w+b") as scratch:
@@ -126,6 +127,7 @@ def test_a_message_cannot_name_bytes_that_are_not_its_own():
 NESTED = b"".join(b'Content-Type: multipart/mixed; boundary="b%d"\n\n--b%d\n' % (n, n) for n in range(3000))
 
 
+@pytest.mark.timeout(300)
 def test_multiparts_inside_multiparts():
     found = read(b"From: a@b.example\nSubject: deep\n" + NESTED + b"\nhello\n")
     assert found.subject == "deep" and "too many parts inside each other: only the headers were read" in found.defects

@@ -107,6 +107,7 @@ async def test_the_standard_librarys_corpus(world: Any, corpus: list[Path]):
     assert {job["status"] for job in await world.jobs("email.bounce")} == {"completed"}
 
 
+@pytest.mark.timeout(300)
 async def test_an_attachment_of_50_megabytes(world: Any, tmp_path: Path):
     block = os.urandom(57 * 1024)
     raw = (
