@@ -19,7 +19,7 @@ from tests.containers.scenes import NEXT, PLAIN, Show
 from tests.containers.stage import Findings, Stage
 
 CONCURRENCY = 20
-LEASE = 5
+LEASE = 10
 GRACE = 3
 
 

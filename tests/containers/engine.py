@@ -167,6 +167,10 @@ class Compose:
         """A command in a container of its own, as people give it."""
         return self("run", "--rm", "--no-TTY", "--no-deps", "worker", *words)
 
+    def inside(self, *words: str) -> str:
+        """A command in a worker's container, which is faster."""
+        return self("exec", "--no-TTY", "worker", "streamworker", *words)
+
     def redis(self, *words: str) -> Any:
         """A command of Redis."""
         return json.loads(self("exec", "--no-TTY", "redis", "redis-cli", "--json", *words))

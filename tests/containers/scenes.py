@@ -18,6 +18,10 @@ ROLES: Final = ("worker", "relay", "bridge", "dashboard", "migrate", "check", "c
 TOOLS: Final = ("gcc", "cc", "g++", "ld", "as", "make")
 AT_LEAST: Final = 2000
 """Jobs that wait when a scene begins."""
+SLOW: Final = 30.0
+"""Seconds of a job that no grace is long enough for."""
+PATIENCE: Final = 180
+"""Seconds until something that takes a few counts as never: machines may be busy."""
 
 NEXT_RELEASE: Final = '''
 
@@ -127,7 +131,7 @@ class Show:
 
     def enqueue(self, count: int) -> None:
         """Work for all that follows."""
-        self.ids += self._stage.enqueue("welcome.send", count, 1.0)
+        self.ids += self._stage.enqueue("welcome.send", count, 1.0, fresh=True)
         self._findings.holds(f"{count} jobs of one second are enqueued", len(set(self.ids)) == count)
 
     # -- while they run
@@ -141,16 +145,16 @@ class Show:
         """Scaling up: the new ones work at once."""
         self._load()
         self._compose.scale(count, "--no-recreate")
-        until(self._all_work(count), 60, f"{count} workers at work")
+        until(self._all_work(count), PATIENCE, f"{count} workers at work")
         self._findings.holds(f"scaled to {count}: all of them work", self._still_running())
 
     def fewer(self, count: int) -> None:
         """Scaling down: what runs finishes or is handed back, nothing stays behind."""
         self._load()
-        slow = self._stage.enqueue("welcome.send", 60, 20.0, "--priority", "high")
-        self.ids += slow
         before = self._compose.containers()
-        pending = until(lambda: self._held_of(slow), 30, "slow jobs run")
+        slow = self._stage.enqueue("welcome.send", 60, SLOW, "--priority", "high")
+        self.ids += slow
+        until(lambda: len(self._holders(slow)) > count, PATIENCE, "slow jobs run on more workers than will be left")
         self._compose.scale(count, "--no-recreate")
         left = self._compose.containers()
         stopped = set(before) - set(left)
@@ -160,9 +164,12 @@ class Show:
         self._findings.holds(
             "their consumers are gone", not of(names, stopped) and len(of(names, left)) == count, names
         )
-        held = {job for job, worker in pending.items() if of([worker], stopped)}
-        early = held & set(self._stage.mails())
-        self._findings.holds(f"{len(held)} jobs that outlast the grace were handed back", held and not early, early)
+        handed = self._stage.handed_back()
+        self._findings.holds(
+            f"{len(handed)} jobs that outlast the grace were handed back, by those that stopped and nobody else",
+            set(handed) & set(slow) and of(handed.values(), stopped) == set(handed.values()),
+            handed,
+        )
 
     def kill(self, count: int) -> None:
         """SIGKILL for one: its jobs run elsewhere, and somebody clears its name away."""
@@ -170,15 +177,16 @@ class Show:
         container = next(iter(self._compose.containers().values()))
         # Its worker by name: compose starts the container again, which has the same host name and is another consumer.
         (victim,) = of(self._stage.heartbeats(), [container.id])
+        until(lambda: self._held_by(victim), PATIENCE, "it has jobs")
         run("docker", "kill", "--signal", "KILL", container.full_id)
-        held = self._pending_of(victim)
-        self._held_at_kill = {str(each["job_id"]) for each in held}
-        until(lambda: container.id in self._deaths.codes, 30, "the engine tells its exit code")
-        self._findings.holds("one is killed, with jobs", held and self._deaths.codes[container.id] == 137)
+        self._held_at_kill = self._held_by(victim)
+        until(lambda: container.id in self._deaths.codes, PATIENCE, "the engine tells its exit code")
+        held = len(self._held_at_kill)
+        self._findings.holds("one is killed, with jobs", held and self._deaths.codes[container.id] == 137, held)
         self._compose.scale(count, "--no-recreate")
-        until(lambda: not self._pending_of(victim), 60, "the dead worker's jobs run elsewhere")
-        self._findings.holds(f"others run its {len(held)} jobs after its lease", self._still_running())
-        until(lambda: victim not in self._stage.consumers(), 150, "its consumer is pruned")
+        until(lambda: not self._held_by(victim), PATIENCE, "the dead worker's jobs run elsewhere")
+        self._findings.holds(f"others run its {held} jobs after its lease", self._still_running())
+        until(lambda: victim not in self._stage.consumers(), 2 * PATIENCE, "its consumer is pruned")
         self._findings.holds("its consumer is pruned")
 
     def roll(self, count: int) -> None:
@@ -191,16 +199,16 @@ class Show:
         self._load()
         old = self._compose.containers()
         self._compose.env["STREAMWORKER_IMAGE"] = NEXT  # from here on, as a shell would export it: producers come first
-        new_kind = self._stage.enqueue("farewell.send", 10, 0.0, "--priority", "high")
+        new_kind = self._stage.enqueue("farewell.send", 10, 0.0, "--priority", "high", fresh=True)
         self.ids += new_kind
-        until(self._stage.delayed, 30, "the unknown kind waits")
+        until(self._stage.delayed, PATIENCE, "the unknown kind waits")
         self._findings.holds("jobs of a kind that no worker knows yet wait, and are not dead", self._stage.dead() == 0)
         self._compose("run", "--rm", "--no-TTY", "migrate")
         self._compose.scale(len(old) + count, "--no-recreate")
         new = {name: each for name, each in self._compose.containers().items() if name not in old}
         until(
             lambda: of(self._stage.heartbeats(), new) and len(of(self._stage.heartbeats(), new)) == count,
-            60,
+            PATIENCE,
             "new ones",
         )
         images = {each.image for each in new.values()}
@@ -211,7 +219,7 @@ class Show:
         run("docker", "stop", *(each.full_id for each in old.values()))
         run("docker", "rm", *(each.full_id for each in old.values()))
         self._ended_well(set(old))
-        until(lambda: set(new_kind) <= set(self._stage.mails()), 60, "the new kind is done")
+        until(lambda: set(new_kind) <= set(self._stage.mails()), PATIENCE, "the new kind is done")
         self._findings.holds("the new workers did the jobs of the new kind")
         self._compose.scale(count, "--no-recreate")
         self._findings.holds(
@@ -220,7 +228,7 @@ class Show:
 
     def finish(self) -> None:
         """Every job is done, and once."""
-        until(lambda: self._stage.backlog() + self._stage.delayed() == 0, 300, "all jobs are settled")
+        until(lambda: self._stage.backlog() + self._stage.delayed() == 0, 3 * PATIENCE, "all jobs are settled")
         mails = self._stage.mails()
         missing = set(self.ids) - set(mails)
         self._findings.holds(f"all {len(self.ids)} jobs are done", not missing and self._stage.dead() == 0, missing)
@@ -241,7 +249,7 @@ class Show:
         self._compose.scale(count)
         self._ended_well(before)
         self.ids += self._stage.enqueue("welcome.send", jobs, 0.2)
-        until(lambda: set(self.ids) <= set(self._stage.mails()), 120, "jobs of list mode are done")
+        until(lambda: set(self.ids) <= set(self._stage.mails()), PATIENCE, "jobs of list mode are done")
         modes = {each["mode"] for each in self._stage.heartbeats().values()}
         self._findings.holds(f"STREAMWORKER_MODE=list: {jobs} jobs went through lists", modes == {"list"}, modes)
 
@@ -254,7 +262,7 @@ class Show:
         self._ended_well(lists)
         waiting = self._compose.redis("LLEN", f"queue:{QUEUE}")
         self._compose.streamworker("bridge", "--drain")
-        until(lambda: set(self.ids) <= set(self._stage.mails()), 120, "the bridged jobs are done")
+        until(lambda: set(self.ids) <= set(self._stage.mails()), PATIENCE, "the bridged jobs are done")
         self._findings.holds(f"back to streams: {waiting} jobs that lay in lists were bridged and done", waiting)
 
     def nobody(self, jobs: int) -> None:
@@ -263,11 +271,11 @@ class Show:
         self._compose("up", "--detach", "--no-build", "relay")
         self._compose.scale(0)
         self._ended_well(workers)
-        self.ids += self._stage.enqueue("welcome.send", jobs, 0.0, "--delay", "3")
-        until(lambda: self._stage.backlog() == jobs, 60, "delayed jobs get ready without workers")
+        self.ids += self._stage.enqueue("welcome.send", jobs, 0.0, "--delay", "3", fresh=True)
+        until(lambda: self._stage.backlog() == jobs, PATIENCE, "delayed jobs get ready without workers")
         self._findings.holds(f"scaled to none: the relay makes {jobs} delayed jobs ready, so that a scaler wakes")
         self._compose.scale(1)
-        until(lambda: set(self.ids) <= set(self._stage.mails()), 60, "they are done")
+        until(lambda: set(self.ids) <= set(self._stage.mails()), PATIENCE, "they are done")
         self._findings.holds("one worker comes, and they are done")
 
     def ledger(self) -> None:
@@ -302,17 +310,15 @@ class Show:
         """What was shown was shown under load."""
         return self._stage.backlog() > 0
 
-    def _held_of(self, ids: Collection[str]) -> dict[str, str]:
-        """Job id to worker, once all workers are full of these jobs."""
-        held = {str(each["job_id"]): str(each["worker_id"]) for each in self._stage.pending()}
-        slow = {job: worker for job, worker in held.items() if job in ids}
-        return slow if len(slow) == len(ids) else {}
+    def _holders(self, ids: Collection[str]) -> set[str]:
+        """The workers that hold some of these jobs."""
+        return {worker for job, worker in self._stage.pending().items() if job in ids}
 
-    def _pending_of(self, worker: str) -> list[dict[str, object]]:
-        return [each for each in self._stage.pending() if each["worker_id"] == worker]
+    def _held_by(self, worker: str) -> set[str]:
+        return {job for job, holder in self._stage.pending().items() if holder == worker}
 
     def _ended_well(self, hosts: set[str]) -> None:
-        until(lambda: hosts <= set(self._deaths.codes), 30, "the engine tells their exit codes")
+        until(lambda: hosts <= set(self._deaths.codes), PATIENCE, "the engine tells their exit codes")
         codes = {host: self._deaths.codes[host] for host in hosts}
         self._findings.holds(
             f"{len(hosts)} containers that were told to stop ended with 0", not any(codes.values()), codes

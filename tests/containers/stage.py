@@ -8,12 +8,25 @@ import urllib.error
 import urllib.request
 from base64 import b64encode
 from collections.abc import Iterable
-from typing import Any, Final
+from typing import Final
 
 from tests.containers.engine import Compose, Failed
 
 QUEUE: Final = "mail"
 STREAMS: Final = tuple(f"stream:{{{QUEUE}}}{level}" for level in (":high", "", ":low"))
+
+HELD: Final = """
+local held = {}
+for _, stream in ipairs(KEYS) do
+  if redis.call('EXISTS', stream) == 1 then
+    for _, claim in ipairs(redis.call('XPENDING', stream, 'workers', '-', '+', 1000)) do
+      local entry = redis.call('XRANGE', stream, claim[1], claim[1])[1]
+      if entry then held[#held + 1] = {cjson.decode(entry[2][2]).id, claim[2]} end
+    end
+  end
+end
+return cjson.encode(held)
+"""
 
 
 class Findings:
@@ -71,12 +84,19 @@ class Stage:
         except urllib.error.HTTPError as error:
             return error.code
 
-    def enqueue(self, kind: str, count: int, seconds: float, *options: str) -> list[str]:
-        """Enqueue jobs as people do; returns their ids."""
+    def enqueue(self, kind: str, count: int, seconds: float, *options: str, fresh: bool = False) -> list[str]:
+        """Enqueue jobs as people do; returns their ids.
+
+        Args:
+            kind: of the jobs.
+            count: of the jobs.
+            seconds: how long each takes.
+            options: of the command.
+            fresh: in a container of its own, with what the environment says now, and not in one that runs.
+        """
         payload = json.dumps({"to": "ada@example.com", "seconds": seconds})
-        out = self.compose.streamworker(
-            "enqueue", kind, payload, "--queue", QUEUE, "--count", str(count), "--json", *options
-        )
+        call = self.compose.streamworker if fresh else self.compose.inside
+        out = call("enqueue", kind, payload, "--queue", QUEUE, "--count", str(count), "--json", *options)
         return [json.loads(line)["id"] for line in out.splitlines()]
 
     def backlog(self) -> int:
@@ -104,10 +124,15 @@ class Stage:
         keys = self.compose.redis("KEYS", "streamworker:worker:*")
         return {key.removeprefix("streamworker:worker:"): self.compose.redis("HGETALL", key) for key in keys}
 
-    def pending(self) -> list[dict[str, Any]]:
-        """Jobs that workers hold, as the command line lists them."""
-        out = self.compose.streamworker("pending", "--json")
-        return [json.loads(line) for line in out.splitlines()]
+    def pending(self) -> dict[str, str]:
+        """Job id to the worker that holds it, at one moment."""
+        said = self.compose.redis("EVAL", HELD, str(len(STREAMS)), *STREAMS)
+        return dict(json.loads(said) or ())
+
+    def handed_back(self) -> dict[str, str]:
+        """Job id to the worker that did not finish it, as the ledger has it."""
+        rows = self.compose.sql("select job_id, worker_id from streamworker.job_logs where outcome = 'interrupted'")
+        return {row[0]: row[1] for row in rows}
 
 
 def of(names: Iterable[str], hosts: Iterable[str]) -> set[str]:

@@ -48,8 +48,8 @@ def tutorial(stage: Stage, findings: Findings) -> None:
     try:
         said = run(*common, "--rm", IMAGE, "streamworker", "enqueue", "welcome.send", json.dumps(WELCOMED), "--json")
         job = json.loads(said)["id"]
-        until(lambda: job in stage.mails(), 60, "the tutorial's mail arrives")
-        welcomed = until(lambda: compose.sql("select address from welcomed", database="hello"), 30, "it is recorded")
+        until(lambda: job in stage.mails(), 180, "the tutorial's mail arrives")
+        welcomed = until(lambda: compose.sql("select address from welcomed", database="hello"), 180, "it is recorded")
         run("docker", "stop", name)
         ended = inspect(name)
     finally:
