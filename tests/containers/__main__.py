@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import secrets
+import signal
 import socket
 import sys
 import tempfile
@@ -30,6 +31,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--or-skip", action="store_true", help="end with 0 where there is no engine")
     parser.add_argument("--keep", action="store_true", help="leave the containers of a failed run for inspection")
     options = parser.parse_args(arguments)
+    # However it ends, nothing may stay behind: what cleans up is behind `finally`.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         with Engine(keep=options.keep), tempfile.TemporaryDirectory(prefix="streamworker-containers-") as directory:
             return show(Path(directory), options.jobs, keep=options.keep)
