@@ -53,6 +53,7 @@ class Show:
         self.ids: list[str] = []
         """Every job that was enqueued."""
         self._held_at_kill: set[str] = set()
+        self._victim = ""
 
     # -- before anything runs
 
@@ -186,8 +187,7 @@ class Show:
         self._compose.scale(count, "--no-recreate")
         until(lambda: not self._held_by(victim), PATIENCE, "the dead worker's jobs run elsewhere")
         self._findings.holds(f"others run its {held} jobs after its lease", self._still_running())
-        until(lambda: victim not in self._stage.consumers(), 2 * PATIENCE, "its consumer is pruned")
-        self._findings.holds("its consumer is pruned")
+        self._victim = victim
 
     def roll(self, count: int) -> None:
         """A changed image comes in beside the old one; jobs only it knows wait for it."""
@@ -238,6 +238,8 @@ class Show:
             twice <= self._held_at_kill,
             twice,
         )
+        until(lambda: self._victim not in self._stage.consumers(), 2 * PATIENCE, "the killed one's consumer is pruned")
+        self._findings.holds("the consumer of the one that was killed is pruned")
         names, running = self._stage.consumers(), self._compose.containers()
         self._findings.holds("only running containers are consumers", of(names, running) == names, names)
         self._findings.holds("no worker was ever unhealthy", not self._deaths.unhealthy, self._deaths.unhealthy)
