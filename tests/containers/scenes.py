@@ -18,8 +18,8 @@ ROLES: Final = ("worker", "relay", "bridge", "dashboard", "migrate", "check", "c
 TOOLS: Final = ("gcc", "cc", "g++", "ld", "as", "make")
 AT_LEAST: Final = 2000
 """Jobs that wait when a scene begins."""
-SLOW: Final = 30.0
-"""Seconds of a job that no grace is long enough for."""
+SLOW: Final = 20.0
+"""Seconds of a job that no grace is long enough for, and its handler's timeout (30) is."""
 PATIENCE: Final = 180
 """Seconds until something that takes a few counts as never: machines may be busy."""
 
