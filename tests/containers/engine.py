@@ -161,7 +161,7 @@ class Compose:
     def containers(self, service: str = "worker") -> dict[str, Container]:
         """The running ones of a service, by short id, which is their host name."""
         ids = self("ps", "--quiet", "--status", "running", service).split()
-        return {found.id: found for found in map(inspect, ids)}
+        return {found.id: found for found in inspect(*ids)}
 
     def streamworker(self, *words: str) -> str:
         """A command in a container of its own, as people give it."""
@@ -173,13 +173,14 @@ class Compose:
 
     def redis(self, *words: str) -> Any:
         """A command of Redis."""
-        return json.loads(self("exec", "--no-TTY", "redis", "redis-cli", "--json", *words))
+        return json.loads(run("docker", "exec", f"{self.name}-redis-1", "redis-cli", "--json", *words))
 
     def sql(self, statement: str, *, database: str = "streamworker") -> list[list[str]]:
         """A statement of PostgreSQL; the rows as text."""
         psql = ("psql", "-X", "-q", "-A", "-t", "-U", "streamworker", "-h", "127.0.0.1", "-d", database)
         password = self.settings["POSTGRES_PASSWORD"]
-        out = self("exec", "--no-TTY", "--env", f"PGPASSWORD={password}", "postgres", *psql, "-c", statement)
+        execute = ("docker", "exec", "--env", f"PGPASSWORD={password}", f"{self.name}-postgres-1")
+        out = run(*execute, *psql, "-c", statement)
         return [line.split("|") for line in out.splitlines()]
 
 
@@ -197,9 +198,12 @@ class Container(NamedTuple):
     read_only: bool
 
 
-def inspect(container: str) -> Container:
-    """One container by id or name."""
-    (told,) = json.loads(run("docker", "inspect", container))
+def inspect(*containers: str) -> list[Container]:
+    """Some containers, by id or name."""
+    return [_container(told) for told in json.loads(run("docker", "inspect", *containers))] if containers else []
+
+
+def _container(told: dict[str, Any]) -> Container:
     state, config = told["State"], told["Config"]
     return Container(
         told["Id"][:12],

@@ -101,7 +101,7 @@ class Show:
         """Everything starts in order, and every replica is a consumer of its own."""
         self._compose("up", "--detach", "--no-build", "--wait", "--scale", f"worker={count}")
         workers = self._compose.containers()
-        migrate = inspect(f"{self._compose.name}-migrate-1")
+        (migrate,) = inspect(f"{self._compose.name}-migrate-1")
         self._findings.holds(
             f"up: {count} workers, Redis, PostgreSQL and the mail catcher are healthy", len(workers) == count
         )

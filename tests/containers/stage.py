@@ -15,6 +15,28 @@ from tests.containers.engine import Compose, Failed
 QUEUE: Final = "mail"
 STREAMS: Final = tuple(f"stream:{{{QUEUE}}}{level}" for level in (":high", "", ":low"))
 
+# One question each: starting redis-cli in a container costs more than all that it may be asked.
+BACKLOG: Final = """
+local sum = 0
+for _, stream in ipairs(KEYS) do sum = sum + redis.call('XLEN', stream) end
+return sum
+"""
+CONSUMERS: Final = """
+local names = {}
+for _, stream in ipairs(KEYS) do
+  if redis.call('EXISTS', stream) == 1 then
+    for _, consumer in ipairs(redis.call('XINFO', 'CONSUMERS', stream, 'workers')) do names[#names + 1] = consumer[2] end
+  end
+end
+return cjson.encode(names)
+"""
+HEARTS: Final = """
+local hearts = {}
+for _, key in ipairs(redis.call('KEYS', 'streamworker:worker:*')) do
+  hearts[#hearts + 1] = {key, redis.call('HGETALL', key)}
+end
+return cjson.encode(hearts)
+"""
 HELD: Final = """
 local held = {}
 for _, stream in ipairs(KEYS) do
@@ -101,7 +123,7 @@ class Stage:
 
     def backlog(self) -> int:
         """Jobs that wait or run in the streams."""
-        return sum(self.compose.redis("XLEN", stream) for stream in STREAMS)
+        return int(self.compose.redis("EVAL", BACKLOG, str(len(STREAMS)), *STREAMS))
 
     def delayed(self) -> int:
         """Jobs that wait for their time."""
@@ -113,16 +135,12 @@ class Stage:
 
     def consumers(self) -> set[str]:
         """Names in the groups."""
-        names: set[str] = set()
-        for stream in STREAMS:
-            if self.compose.redis("EXISTS", stream):
-                names |= {each["name"] for each in self.compose.redis("XINFO", "CONSUMERS", stream, "workers")}
-        return names
+        return set(json.loads(self.compose.redis("EVAL", CONSUMERS, str(len(STREAMS)), *STREAMS)))
 
     def heartbeats(self) -> dict[str, dict[str, str]]:
         """Worker id to what its heart tells."""
-        keys = self.compose.redis("KEYS", "streamworker:worker:*")
-        return {key.removeprefix("streamworker:worker:"): self.compose.redis("HGETALL", key) for key in keys}
+        beats = json.loads(self.compose.redis("EVAL", HEARTS, "0")) or []
+        return {key.removeprefix("streamworker:worker:"): dict(zip(pairs[::2], pairs[1::2], strict=True)) for key, pairs in beats}
 
     def pending(self) -> dict[str, str]:
         """Job id to the worker that holds it, at one moment."""

@@ -51,7 +51,7 @@ def tutorial(stage: Stage, findings: Findings) -> None:
         until(lambda: job in stage.mails(), 180, "the tutorial's mail arrives")
         welcomed = until(lambda: compose.sql("select address from welcomed", database="hello"), 180, "it is recorded")
         run("docker", "stop", name)
-        ended = inspect(name)
+        (ended,) = inspect(name)
     finally:
         run("docker", "rm", "--force", name)
     findings.holds(
