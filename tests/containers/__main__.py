@@ -21,7 +21,7 @@ from tests.containers.stage import Findings, Stage
 
 CONCURRENCY = 20
 LEASE = 10
-GRACE = 3
+GRACE = 5
 
 
 def main(arguments: Sequence[str]) -> int:

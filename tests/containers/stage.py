@@ -140,7 +140,10 @@ class Stage:
     def heartbeats(self) -> dict[str, dict[str, str]]:
         """Worker id to what its heart tells."""
         beats = json.loads(self.compose.redis("EVAL", HEARTS, "0")) or []
-        return {key.removeprefix("streamworker:worker:"): dict(zip(pairs[::2], pairs[1::2], strict=True)) for key, pairs in beats}
+        return {
+            key.removeprefix("streamworker:worker:"): dict(zip(pairs[::2], pairs[1::2], strict=True))
+            for key, pairs in beats
+        }
 
     def pending(self) -> dict[str, str]:
         """Job id to the worker that holds it, at one moment."""
@@ -151,6 +154,10 @@ class Stage:
         """Job id to the worker that did not finish it, as the ledger has it."""
         rows = self.compose.sql("select job_id, worker_id from streamworker.job_logs where outcome = 'interrupted'")
         return {row[0]: row[1] for row in rows}
+
+    def cut_off(self) -> set[str]:
+        """Jobs with a run that did not end well, as the ledger has it: their mail may have been out already."""
+        return {row[0] for row in self.compose.sql("select job_id from streamworker.job_logs where outcome <> 'ok'")}
 
 
 def of(names: Iterable[str], hosts: Iterable[str]) -> set[str]:
