@@ -34,6 +34,9 @@ class Fleet:
             "DATABASE_URL": settings.database_url,
             "STREAMWORKER_NAMESPACE": settings.namespace,
             "STREAMWORKER_LEASE": "4",  # a machine that is busy must not lose what a living worker holds
+            # Twice the connections. Whatever a worker holds has met one death more when it dies, and a job that met two
+            # runs alone: workers that hold a hundred and die every few seconds would do little else.
+            "STREAMWORKER_CONCURRENCY": "20",
             "STREAMWORKER_MODE": settings.mode,
             "MAILER_SMTP_URL": f"smtp://127.0.0.1:{world.sink.port}",
             "MAILER_DOMAIN": "example.com",
