@@ -54,7 +54,7 @@ class Worker:
         self.told = True
         self.signal(signal.SIGTERM)
 
-    async def wait(self, timeout: float = 30.0) -> int:
+    async def wait(self, timeout: float = 120.0) -> int:
         async with asyncio.timeout(timeout):
             await self.ended.wait()
         assert self.code is not None
@@ -136,7 +136,7 @@ class Fleet:
             fresh = fresh or len(self.workers) % 10 == 9
             order = {"env": environment, "log": str(log), "uvloop": len(self.workers) % 2 == 0, "fresh": fresh}
             self._process.stdin.write(json.dumps(order).encode() + b"\n")
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(120):
                 worker = Worker(name, log, await self._births.get(), at)
             self.workers.append(worker)
             return worker

@@ -36,6 +36,8 @@ ENDINGS = {0, 128 + signal.SIGTERM, -signal.SIGTERM, 75}
 75 where the server was away meanwhile."""
 
 
+SLOWER = 4
+"""How much slower than a quiet machine this one may be: deadlines of waits are stretched by it."""
 SHIFT = int(os.environ.get("CRASH_SEED", "0"))
 """Added to every seed: another run of the same tests."""
 
@@ -308,10 +310,12 @@ class Rig:
 
     async def until(self, condition: Callable[[], Any], timeout: float, what: str) -> Any:
         """Wait for a condition of the server or the logs; on time-out tell what the server holds."""
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + timeout * SLOWER
         while not (answer := condition()):
             if time.monotonic() > deadline:
-                raise AssertionError(f"{what} did not come true in {timeout} s (seed {self.seed}): {self.state()}")
+                raise AssertionError(
+                    f"{what} did not come true in {timeout * SLOWER} s (seed {self.seed}): {self.state()}"
+                )
             await asyncio.sleep(0.02)
         return answer
 
@@ -369,7 +373,7 @@ class Rig:
         """`pending` shows nothing, and `workers` those who live and nobody else."""
         pending = self.command("pending", "--json")
         assert not pending, f"seed {self.seed}: pending still shows {pending}"
-        deadline = time.monotonic() + 3 * self.lease + 10  # the dead are forgotten with their heartbeats
+        deadline = time.monotonic() + 3 * self.lease + 10 * SLOWER  # the dead are forgotten with their heartbeats
         while True:
             shown = {line["worker_id"].rpartition("-")[0] for line in self.command("workers", "--json")}
             alive = {worker.name for worker in self.fleet.workers if worker.alive}

@@ -22,7 +22,7 @@ from tests.crash.ground import GROUNDS
 from tests.crash.rig import SHIFT
 
 SEED = 4711
-LIMIT = 1500
+LIMIT = 3000
 """Seconds after which not even the watchdogs of the tests and the soak can be relied on."""
 
 

@@ -17,7 +17,7 @@ from tests.crash.clock import Clock
 from tests.crash.ground import MODE, ground
 from tests.crash.rig import Rig, fine
 
-pytestmark = [pytest.mark.crash, pytest.mark.timeout(150)]
+pytestmark = [pytest.mark.crash, pytest.mark.timeout(400)]
 
 
 @asynccontextmanager

@@ -16,7 +16,7 @@ from tests.crash.rig import Rig, fine
 LONG = (3.0, 60.0) if os.environ.get("CRASH_LONG") else (1.5, 6.0)
 """Lease and duration of the long jobs, in seconds; CRASH_LONG=1 takes a minute for each kind."""
 
-pytestmark = [pytest.mark.crash, pytest.mark.timeout(150)]
+pytestmark = [pytest.mark.crash, pytest.mark.timeout(400)]
 
 
 async def test_killed_at_random(tmp_path):
@@ -136,7 +136,7 @@ async def test_a_rolling_restart_repeats_nothing(tmp_path):
 
 @pytest.mark.mode_free
 @pytest.mark.parametrize("kind", [Work, Thread, Block])
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(400)
 async def test_a_long_job_runs_once_however_it_passes_its_time(tmp_path, kind):
     """Awaiting, in a thread, or blocking the loop, with an idle worker beside it: many leases long. See LONG below."""
     lease, seconds = LONG
@@ -181,7 +181,7 @@ async def test_a_poison_takes_few_along_and_ends_dead(tmp_path):
             await rig.fleet.start()
         (job,) = await rig.put(Poison())
         await rig.put(*(Work(seconds=0.02) for _ in range(200)))
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 200
         while rig.ground.backlog() and time.monotonic() < deadline:
             if len(rig.fleet.alive) < 2:
                 await rig.fleet.start()
