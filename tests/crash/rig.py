@@ -361,7 +361,8 @@ class Rig:
         for each in self.unexpected:
             verdict.complain("exit", each)
         if any(codes):
-            verdict.complain("rest", f"workers ended with {codes}")
+            last = "".join(worker.text[-400:] for worker in stopping if worker.code)
+            verdict.complain("rest", f"workers ended with {codes}: {last}")
         self._leftovers(verdict)
         return verdict
 
