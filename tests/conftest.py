@@ -211,7 +211,7 @@ def anyio_backend(request: pytest.FixtureRequest) -> Any:
 
 
 async def eventually(
-    condition: Callable[[], Any] | Callable[[], Awaitable[Any]], timeout: float = 10.0, interval: float = 0.005
+    condition: Callable[[], Any] | Callable[[], Awaitable[Any]], timeout: float = 45.0, interval: float = 0.005
 ) -> Any:
     """Poll until ``condition`` holds and return what it returned; fail at the deadline, with its last answer."""
     deadline = time.monotonic() + timeout
@@ -226,7 +226,7 @@ async def eventually(
         await anyio.sleep(interval)
 
 
-def eventually_blocking(condition: Callable[[], Any], timeout: float = 10.0, interval: float = 0.01) -> Any:
+def eventually_blocking(condition: Callable[[], Any], timeout: float = 45.0, interval: float = 0.01) -> Any:
     """`eventually` for tests without an event loop."""
     deadline = time.monotonic() + timeout
     while not (answer := condition()):
