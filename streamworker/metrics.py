@@ -94,20 +94,25 @@ class Metrics(Observer):
         for run, result in settlement.items:
             if result is Settled.REFUSED:
                 continue  # it is offered again
-            place = _place(run)
+            place = (run.queue, run.kind if run.known else UNKNOWN)
             word = (*place, run.word)
             jobs[word] = jobs.get(word, 0) + 1
             if result is Settled.SETTLED and isinstance(run.verdict, RetryAt):
                 self._retries[place] = self._retries.get(place, 0) + 1
             if (seconds := run.seconds) is None:
                 continue
-            (durations.get(place) or durations.setdefault(place, Tally(_SECONDS))).add(seconds)
-            if (waited := run.waited) is not None:
-                (waits.get(place) or waits.setdefault(place, Tally(_WAITS))).add(waited)
+            if (tally := durations.get(place)) is None:
+                tally = durations[place] = Tally(_SECONDS)
+            tally.add(seconds)
+            if (waited := run.waited) is None:
+                continue
+            if (tally := waits.get(place)) is None:
+                tally = waits[place] = Tally(_WAITS)
+            tally.add(waited)
 
     def on_dead(self, run: JobRun) -> None:
         """Count a dead letter."""
-        word = (*_place(run), run.word)
+        word = (run.queue, run.kind if run.known else UNKNOWN, run.word)
         self._dead[word] = self._dead.get(word, 0) + 1
 
     def numbers(self) -> list[tuple[Family, Numbers]]:
@@ -144,7 +149,3 @@ def of_queues(depths: list[Depth]) -> list[tuple[Family, Numbers]]:
         PAUSED: lambda depth: float(depth.paused or depth.inactive),
     }
     return [(family, {(each.queue,): measure(each) for each in depths}) for family, measure in measures.items()]
-
-
-def _place(run: JobRun) -> tuple[str, str]:
-    return (run.queue, run.kind if run.known else UNKNOWN)

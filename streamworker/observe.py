@@ -28,34 +28,23 @@ class JobRun:
     """One claim of a job on its way through this worker. The same object in every call about it.
 
     Attributes:
-        worker_id: who runs it.
-        started_at: epoch seconds at which its handler was called; ``None`` if it was not (undecodable, unknown kind,
-            delivered too often, recorded as ended).
-        seconds: how long the handler ran; ``None`` before it ended, and if it never began.
+        queue: the queue it was taken from.
+        kind: the job's kind: the handler's, else what the document says, which may be anything.
+        known: this worker has a handler of that kind.
         verdict: what becomes of the job; ``None`` until that is settled.
-        trace_id: of the trace it is seen in, in hexadecimal: that of the job's headers, unless a tracer says another.
-            Log lines about the job hold it.
     """
 
-    __slots__ = ("_began", "_run", "seconds", "started_at", "trace_id", "verdict", "worker_id")
+    __slots__ = ("_run", "_trace_id", "kind", "known", "queue", "verdict", "worker_id")
 
     def __init__(self, run: Run, worker_id: str) -> None:
         self._run: Final = run
+        self._trace_id: str | None = None
         self.worker_id: Final = worker_id
-        self._began: float | None = None
-        self.started_at: float | None = None
-        self.seconds: float | None = None
+        self.queue: Final = run.claim.queue
+        registration = run.registration
+        self.known: Final = registration is not None
+        self.kind: Final = registration.kind if registration is not None else run.kind
         self.verdict: Verdict | None = None
-        self.trace_id: str | None = trace_id(self.headers)
-
-    def start(self) -> None:
-        """Its handler is called; for the worker."""
-        self._began, self.started_at = monotonic(), time()
-
-    def end(self) -> None:
-        """It has its outcome; for the worker."""
-        if self._began is not None:
-            self.seconds = monotonic() - self._began
 
     @property
     def job_id(self) -> str:
@@ -63,24 +52,9 @@ class JobRun:
         return self._run.job_id
 
     @property
-    def kind(self) -> str:
-        """The job's kind: the handler's, else what the document says, which may be anything."""
-        return self._run.kind
-
-    @property
-    def known(self) -> bool:
-        """This worker has a handler of that kind."""
-        return self._run.registration is not None
-
-    @property
     def handler(self) -> str | None:
         """The handler's dotted name; ``None`` without one."""
         return self._run.registration.name if self._run.registration is not None else None
-
-    @property
-    def queue(self) -> str:
-        """The queue it was taken from."""
-        return self._run.claim.queue
 
     @property
     def level(self) -> Level:
@@ -114,16 +88,44 @@ class JobRun:
         return self._run.payload
 
     @property
+    def trace_id(self) -> str | None:
+        """The trace it is seen in, in hexadecimal: that of its headers, unless a tracer said another.
+
+        Log lines about the job hold it.
+        """
+        return self._trace_id or trace_id(self.headers)
+
+    @trace_id.setter
+    def trace_id(self, value: str) -> None:
+        self._trace_id = value
+
+    @property
+    def started_at(self) -> float | None:
+        """Epoch seconds at which its handler was called; ``None`` if it was not.
+
+        Such are the undecodable, of unknown kind, delivered too often, or recorded as ended.
+        """
+        started = self._run.started
+        return None if started is None else time() - monotonic() + started
+
+    @property
+    def seconds(self) -> float | None:
+        """How long the handler ran; ``None`` before it ended, and if it never began."""
+        started, ended = self._run.started, self._run.ended
+        return None if started is None or ended is None else ended - started
+
+    @property
     def waited(self) -> float | None:
         """Seconds from the moment the job was ready until its handler was called; ``None`` if nobody knows.
 
         An entry of a stream tells its moment, that of a retry or a delayed job too; an element of a list only if its
         producer said ``created_at``, and only before its first retry.
         """
-        if self.started_at is None:
+        started = self.started_at
+        if started is None:
             return None
         since = self._ready_at()
-        return None if since is None else max(0.0, self.started_at - since)
+        return None if since is None else max(0.0, started - since)
 
     @property
     def outcome(self) -> Outcome | None:

@@ -185,6 +185,8 @@ def wish_in(error: BaseException) -> BaseException:
 
 def word_of(outcome: Outcome | None) -> str:
     """An outcome in a word, for labels and for the ledger; ``recorded`` where the ledger had decided before."""
+    if type(outcome) is Ok:
+        return "ok"
     if isinstance(outcome, Raised):
         if isinstance(outcome.error, Snooze):
             return "snoozed"

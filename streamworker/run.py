@@ -30,7 +30,7 @@ class Run:
     """One claim on its way through this worker, from its arrival until it is settled."""
 
     __slots__ = (
-        "_cause", "batch", "claim", "context", "deadline", "ending", "facts", "finished", "in_thread", "outcome",
+        "_cause", "batch", "claim", "context", "deadline", "ended", "ending", "facts", "finished", "in_thread", "outcome",
         "passed", "payload", "reading", "registration", "seen", "settling", "special", "started", "stuck", "suspect",
         "task",
     )  # fmt: skip
@@ -53,6 +53,7 @@ class Run:
         self.batch: Shared | None = None  # where it runs together with others
         self.task: asyncio.Task[Any] | None = None
         self.seen: Any = None  # what observers are shown of it (`observe.JobRun`), once there is one to show it to
+        self.ended: float | None = None  # like `started`; only where there are observers
         self.finished: float | None = None  # epoch seconds; this and the next only where there is a ledger
         self.ending: Ending | None = None  # as recorded
         self._cause: Cause | None = None

@@ -42,21 +42,27 @@ class Watch:
         self._on_settled = _overridden(observers, "on_settled")
         self._on_dead = _overridden(observers, "on_dead")
 
+    @property
+    def watches_starts(self) -> bool:
+        """Somebody is to be told before a handler is called."""
+        return bool(self._on_start)
+
     async def call(self, run: Run) -> Outcome:
         """`Executor.call`, seen."""
         for each in each_of((run,)):
             seen = self._seen(each)
-            seen.start()
+            each.started = monotonic()
             for told in self._on_start:
                 self._tell(told, seen)
         return await self._executor.call(run)
 
     def finished(self, run: Run) -> None:
         """A run has its outcome."""
-        seen = self._seen(run)
-        seen.end()
-        for told in self._on_outcome:
-            self._tell(told, seen)
+        run.ended = monotonic()
+        if self._on_outcome:
+            seen = self._seen(run)
+            for told in self._on_outcome:
+                self._tell(told, seen)
 
     def settled(self, batch: Sequence[Run], items: Sequence[Ending], results: Sequence[Settled], began: float) -> None:
         """A batch was settled.
@@ -110,7 +116,9 @@ def watching(observers: Sequence[Observer], executor: Executor, slots: Slots, se
     if not observers:
         return None
     watch = Watch(observers, executor)
-    slots.call, settler.settled = watch.call, watch.settled
+    settler.settled = watch.settled
+    if watch.watches_starts:
+        slots.call = watch.call
     return watch
 
 
