@@ -23,6 +23,9 @@ from streamworker.policy import describe, word_of
 from streamworker.run import Run
 from streamworker.traceparent import trace_id
 
+_DASH: Final = 13
+"""Where the dash is in the id of a stream's entry, whose first part is milliseconds."""
+
 
 class JobRun:
     """One claim of a job on its way through this worker. The same object in every call about it.
@@ -121,11 +124,14 @@ class JobRun:
         An entry of a stream tells its moment, that of a retry or a delayed job too; an element of a list only if its
         producer said ``created_at``, and only before its first retry.
         """
-        started = self.started_at
+        started, entry = self._run.started, self._run.claim.entry
         if started is None:
             return None
-        since = self._ready_at()
-        return None if since is None else max(0.0, started - since)
+        if entry[_DASH : _DASH + 1] == b"-" and entry[:_DASH].isdigit():  # every job of a stream pays for this
+            since: float | None = int(entry[:_DASH]) / 1000
+        else:
+            since = self._told_by_producer()
+        return None if since is None else max(0.0, time() - monotonic() + started - since)
 
     @property
     def outcome(self) -> Outcome | None:
@@ -155,11 +161,8 @@ class JobRun:
                 return "the document does not fit"
         return None
 
-    def _ready_at(self) -> float | None:
+    def _told_by_producer(self) -> float | None:
         claim, reading = self._run.claim, self._run.reading
-        stamp, dash, _ = claim.entry.partition(b"-")
-        if dash and len(stamp) == 13 and stamp.isdigit():
-            return int(stamp) / 1000
         if claim.body is None or reading is None or reading.hop:
             return None
         made, due = codec.made_at(claim.body), codec.when(reading)

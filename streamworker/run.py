@@ -30,9 +30,9 @@ class Run:
     """One claim on its way through this worker, from its arrival until it is settled."""
 
     __slots__ = (
-        "_cause", "batch", "claim", "context", "deadline", "ended", "ending", "facts", "finished", "in_thread", "outcome",
-        "passed", "payload", "reading", "registration", "seen", "settling", "special", "started", "stuck", "suspect",
-        "task",
+        "_cause", "batch", "claim", "context", "deadline", "ended", "ending", "facts", "finished", "in_thread",
+        "outcome", "passed", "payload", "reading", "registration", "seen", "settling", "special", "started", "stuck",
+        "suspect", "task",
     )  # fmt: skip
 
     def __init__(self, claim: Claim) -> None:

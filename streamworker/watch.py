@@ -76,7 +76,7 @@ class Watch:
         pairs: list[tuple[JobRun, Settled]] = []
         dead: list[JobRun] = []
         for run, item, result in zip(batch, items, results, strict=True):
-            seen = self._seen(run)
+            seen = run.seen or self._seen(run)
             seen.verdict = item.verdict
             pairs.append((seen, result))
             if result is Settled.SETTLED and isinstance(item.verdict, Dead):

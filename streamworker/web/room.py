@@ -22,6 +22,8 @@ log = get_logger("streamworker.web")
 WATCHED: Final = 2.0
 """Seconds between looks while somebody watches."""
 UNWATCHED: Final = 10.0
+PATIENCE: Final = 0.2
+"""Seconds a page waits for a new look when the last one is old."""
 QUIET: Final = 60.0
 """Seconds after the last request from which nobody watches."""
 HEARTBEAT: Final = 15.0
@@ -101,6 +103,11 @@ class Room:
         with anyio.move_on_after(10):
             while self.look is None and not self.trouble:
                 await self._changed.wait()
+        if self.look is not None and time.time() - self.look.at > 2 * WATCHED:
+            # Nobody watched: what was seen then is not shown as what is. A server that is slow must not hold the page.
+            self.hurry()
+            with anyio.move_on_after(PATIENCE):
+                await self._changed.wait()
         if self.look is None:
             raise Unreachable(self.trouble or "the server does not answer: check REDIS_URL")
         return self.look
@@ -151,10 +158,11 @@ class Room:
                 self.stir()
                 await self._rest(WATCHED, self._hurried)
             except Exception as error:
-                self.trouble = f"the dashboard failed: {error}"
+                # Whatever it is: who watches shall see that the page is old, and go on when it is over.
+                self._operator, self.trouble = None, f"the dashboard failed: {error}"
                 self.stir()
                 log.exception("dashboard_failed")
-                raise
+                await self._rest(WATCHED, self._hurried)
 
     def _ending(self) -> bool:
         # redis-py sends with asyncio.wait_for, which on Python 3.11 may swallow a cancellation: it is told once, by

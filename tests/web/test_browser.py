@@ -126,6 +126,7 @@ def test_it_is_used_with_the_keyboard_alone(served):
     page = served.page
     page.press("g", "p")
     page.until("location.pathname === '/pending' && document.readyState === 'complete' && typeof htmx === 'object'")
+    page.until("document.querySelectorAll('tbody tr').length === 3")
     page.press("j", "j")
     page.until("document.querySelector('tr.at') === document.querySelectorAll('tbody tr')[1]")
     page.press(" ")
