@@ -131,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     place = Path(tempfile.mkdtemp(prefix="streamworker-mutants-"))
     for mode in dict.fromkeys(mutant.mode for mutant in wanted):
         tests = sorted({test for mutant in wanted if mutant.mode == mode for test in mutant.tests})
-        code, seconds, output = _run(_copy(place / f"whole-{mode}"), mode, tests, LIMIT)
+        code, seconds, output = _run(_copy(place / f"whole-{mode}"), mode, tests, LIMIT, all_of_them=True)
         print(f"unchanged, {mode} mode: {'passed' if code == 0 else 'FAILED'} in {seconds:.0f} s", flush=True)
         if code:
             print(f"{output[-4000:]}\nwhat it left is in {place}")
@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for edit in mutant.edits:
             _mutate(root, *edit)
         tests = ["."] if chosen.whole else list(mutant.tests)
-        code, seconds, output = _run(root, mutant.mode, tests, LIMIT * (1 + chosen.whole))
+        code, seconds, output = _run(root, mutant.mode, tests, LIMIT * (1 + 2 * chosen.whole), all_of_them=chosen.whole)
         print(f"without {mutant.name!r} ({mutant.without}), {mutant.mode} mode, {seconds:.0f} s:")
         print(_told(output), flush=True)
         if code != 1:  # pytest's code for "tests ran, and some failed"
@@ -174,12 +174,13 @@ def _mutate(root: Path, file: str, old: str, new: str) -> None:
     path.write_text(text.replace(old, new))
 
 
-def _run(root: Path, mode: str, tests: Sequence[str], limit: float) -> tuple[int, float, str]:
+def _run(root: Path, mode: str, tests: Sequence[str], limit: float, *, all_of_them: bool) -> tuple[int, float, str]:
     """(pytest's exit code, seconds, what it said); the copy's sources come before the installed ones."""
     environment = {**os.environ, "CRASH_MODE": mode, "PYTHONPATH": str(root)}
     # The model runs in both modes from one source; what it says of the other one is nobody's business here.
     chosen = ["-m", "crash or not crash", "-k", f"not test_verbs_in_any_order or {mode}"]
     house = ["-p", "no:cacheprovider", "-n", "2", "-q", "--tb=short", "--basetemp", str(root / "left")]
+    house += [] if all_of_them else ["--maxfail=1"]  # one is enough
     files = [str(root / "tests" / "crash" / test) for test in tests]
     command = [sys.executable, "-m", "pytest", *chosen, *house, *files]
     began = time.monotonic()
