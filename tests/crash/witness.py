@@ -56,7 +56,7 @@ _RENEWED: Final = "(before[n] ~= held(id)) and held(id) or nil"
 _SHAPES: Final[dict[str, dict[str, Any]]] = {
     "DONE": {"first": 3, "step": 2, "entry": 0, "who": "ARGV[2]", "outcome": "tostring(result[n])"},
     "PARK": {"first": 2, "step": 6, "entry": 1, "who": "ARGV[i]", "outcome": "tostring(result[n])"},
-    "BURY": {"first": 2, "step": 10, "entry": 1, "who": "ARGV[i]", "outcome": "tostring(result[n])"},
+    "BURY": {"first": 2, "step": 12, "entry": 1, "who": "ARGV[i]", "outcome": "tostring(result[n])"},
     "RENEW": {"first": 3, "step": 2, "entry": 0, "who": "ARGV[2]", "outcome": _RENEWED},
 }
 
@@ -117,7 +117,7 @@ end
 _LIST_SHAPES: Final[dict[str, dict[str, Any]]] = {
     "LIST_DONE": {"after": _LIST_SETTLED, "name": "done", "first": "1", "step": "2"},
     "LIST_PARK": {"after": _LIST_SETTLED, "name": "park", "first": "1", "step": "5"},
-    "LIST_BURY": {"after": _LIST_SETTLED, "name": "bury", "first": "2", "step": "2 + tonumber(ARGV[1])"},
+    "LIST_BURY": {"after": _LIST_SETTLED, "name": "bury", "first": "2", "step": "4 + tonumber(ARGV[1])"},
     "LIST_RENEW": {"after": _LIST_RENEWED},
     "LIST_TAKE": {"after": _LIST_TAKEN},
 }
