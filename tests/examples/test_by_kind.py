@@ -11,16 +11,14 @@ from pathlib import Path
 EXAMPLES = Path(__file__).parents[2] / "examples/everyday"
 
 
-def run(program: str, redis_url: str, mode: str, *arguments: str, **environment: str) -> str:
+def run(program: str, redis_url: str, mode: str, *, dies: bool = False) -> str:
     clean = {
         name: value for name, value in os.environ.items() if not name.startswith(("STREAMWORKER_", "REDIS", "DATABASE"))
     }
-    clean |= {"REDIS_URL": redis_url, "STREAMWORKER_MODE": mode, "STREAMWORKER_LOG_LEVEL": "warning", **environment}
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / program, *arguments], env=clean, capture_output=True, text=True, timeout=120
-    )
+    clean |= {"REDIS_URL": redis_url, "STREAMWORKER_MODE": mode, "STREAMWORKER_LOG_LEVEL": "warning"}
+    done = subprocess.run([sys.executable, EXAMPLES / program], env=clean, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
+    assert dies or "Traceback" not in done.stderr  # a dead letter is logged with its traceback
     return done.stdout
 
 
@@ -36,3 +34,18 @@ def test_batches(ground, redis_url, raw):
     assert match and int(match[1]) < 50
     ((_, letter),) = raw.xrange("stream:{views}:dead")
     assert letter[b"reason"] == b"discarded"
+
+
+def test_middleware(ground, redis_url):
+    said = run("middleware.py", redis_url, ground.mode).splitlines()
+    assert sorted(said[:3]) == ["HELLO Bob OF umbrella", "hello Ada of acme", "hello Eve of nobody"]
+    assert said[3:] == ["greet took 0 s", "greet took 0 s", "shout took 0 s"]
+
+
+def test_sentry(ground, redis_url):
+    said = run("sentry.py", redis_url, ground.mode, dies=True).splitlines()
+    assert sorted(said) == [
+        "25.0",
+        "error: ZeroDivisionError in divide, attempt 2, after ['dividing, attempt 2']",
+        "warning: ZeroDivisionError in divide, attempt 1, after ['dividing, attempt 1']",
+    ]
