@@ -7,8 +7,10 @@ import time
 import anyio
 import pytest
 
+from streamworker import App, Payload
 from tests.conftest import eventually
 from tests.contract.helpers import job, names
+from tests.contract.test_limits import settings, working
 
 
 @pytest.fixture
@@ -132,3 +134,40 @@ async def test_purging_many(broker_factory, operator_of):
         await broker.publish([job(level="low") for _ in range(2500)])
         assert await operator_of.purge("q", "ready", 2400) == 2400
         assert (await operator_of.depth(["q"]))[0].ready == 100
+
+
+async def test_a_fleet_pauses_within_a_second_and_what_runs_goes_on(operator_of, ground, raw):
+    """Whole workers, busy and idle ones, and a kind that waits for its turn."""
+    began: list[str] = []
+    gate = anyio.Event()
+    app = App(settings=settings(raw, ground, concurrency=3))
+
+    class Plain(Payload, kind="plain", queue="q"):
+        pass
+
+    class Turn(Payload, kind="turn", queue="q"):
+        pass
+
+    @app.handler
+    async def plain(payload: Plain) -> None:
+        began.append("plain")
+
+    @app.handler(concurrency=1)
+    async def turn(payload: Turn) -> None:
+        began.append("turn")
+        await gate.wait()
+
+    async with app, working(app, workers=3):
+        await app.enqueue_many([Turn(), Turn(), Plain()])
+        await eventually(lambda: sorted(began) == ["plain", "turn"])
+        await eventually(lambda: raw.zcard("stream:{q}:due") == 1)
+        assert await operator_of.pause("q", "by me")
+        await anyio.sleep(1.0)  # the promise
+        await app.enqueue_many([Plain() for _ in range(20)])
+        gate.set()  # what runs ends, and calls the next, who has to wait as well
+        await eventually(lambda: ground.held() == 0)
+        await anyio.sleep(0.5)
+        assert sorted(began) == ["plain", "turn"]
+        assert await operator_of.resume("q")
+        await eventually(lambda: len(began) == 23, timeout=30)
+        await eventually(ground.empty, timeout=30)

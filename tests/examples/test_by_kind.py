@@ -49,3 +49,11 @@ def test_sentry(ground, redis_url):
         "error: ZeroDivisionError in divide, attempt 2, after ['dividing, attempt 2']",
         "warning: ZeroDivisionError in divide, attempt 1, after ['dividing, attempt 1']",
     ]
+
+
+def test_pause(ground, redis_url):
+    assert run("pause.py", redis_url, ground.mode).splitlines() == [
+        "1 sent, 10 wait, paused by me: the printer is out of paper",
+        "11 sent",
+        "1 delayed deleted",
+    ]
