@@ -37,6 +37,14 @@ class Add(Payload, kind="add", queue="sums"):
     b: int
 
 
+class DailyReport(Payload, kind="report.daily", queue="reports"):
+    day: str = "today"
+
+
+class Poll(Payload, kind="poll", queue="polls"):
+    source: str
+
+
 def report(error: BaseException | None, **facts: Any) -> None:
     """Stands for an error tracker."""
 
