@@ -20,9 +20,13 @@ from streamworker.errors import ConfigurationError, RunEnded, UsageError
 from streamworker.job import Claim, Job
 from streamworker.policy import Limits
 from streamworker.postgres import Effect, Ledger, RunRecord, Transaction
+from streamworker.progress import Progress
 from streamworker.records import run_record
 from streamworker.telemetry.logs import get_logger
 from streamworker.traceparent import trace_id
+
+MAX_NOTE: Final = 200
+"""Characters of a note that are kept."""
 
 S = TypeVar("S", default=Any)
 S_co = TypeVar("S_co", covariant=True, default=Any)
@@ -52,7 +56,7 @@ class Context(Generic[S_co]):
     """
 
     __slots__ = (
-        "_attempts", "_batch", "_claim", "_job", "_limits", "_log", "_reading", "_shared", "_transaction",
+        "_attempts", "_batch", "_claim", "_job", "_limits", "_log", "_progress", "_reading", "_shared", "_transaction",
         "deadline_at", "heeded", "told",
     )  # fmt: skip
 
@@ -172,6 +176,25 @@ class Context(Generic[S_co]):
             return False
         self.heeded = True
         return True
+
+    def progress(self, done: float, total: float | None = None, note: str = "") -> None:
+        """Say how far the job has come, for `pending`, `jobs show` and the dashboard. Costs next to nothing.
+
+        The worker writes it down once a second at most, and forgets it with the run. Handlers in threads may call it.
+
+        Args:
+            done: how much of it is done.
+            total: of how much; ``None`` if nobody knows.
+            note: what it is doing, in a few words; operators read it.
+        """
+        if not (done >= 0 and (total is None or total >= 0)) or float("inf") in (done, total):
+            raise UsageError(f"progress({done!r}, {total!r}) needs numbers from 0 up")
+        self._progress = Progress(done, total, str(note)[:MAX_NOTE], time())
+
+    @property
+    def reported(self) -> Progress | None:
+        """What the handler last said with `progress`."""
+        return getattr(self, "_progress", None)  # unset until then: most jobs never say anything
 
     def cancel(self, why: str) -> None:
         """Note that this run shall end; called by the worker."""

@@ -16,6 +16,7 @@ from typing import Final
 
 from streamworker.broker import Broker
 from streamworker.held import Held
+from streamworker.progress import Progress
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.lease")
@@ -24,6 +25,8 @@ BLOCKED_AFTER: Final = 1.0
 """Seconds without an answer from the event loop after which the blocking handler is named."""
 LOOK: Final = 1.0
 """Most seconds between looks whether what runs was cancelled; the bell asks for one at once."""
+TELL: Final = 1.0
+"""Seconds between writing down how far jobs have come."""
 LONG: Final = 0.5
 """Seconds after which a run is worth asking about without the bell: shorter ones cost nothing this way."""
 Report = dict[str, str | int | float]
@@ -55,7 +58,8 @@ class LeaseKeeper:
         self._stopping = False
         self._wake = threading.Event()
         self._told = False
-        self._look_at = self._pause_until = 0.0
+        self._look_at = self._pause_until = self._tell_at = 0.0
+        self._progress: dict[str, Progress] = {}
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loop_thread = 0
@@ -101,6 +105,7 @@ class LeaseKeeper:
                 # After a failure soon again: the lease runs down meanwhile.
                 next_renewal = now + (self._interval if self._renew(now) else min(self._interval, 0.5))
             self._look_at_marks(monotonic())
+            self._tell_progress(monotonic())
             self._look_at_loop()
             self._wake.wait(min(self._interval, 0.25, max(0.01, next_renewal - monotonic())))
             self._wake.clear()
@@ -148,6 +153,26 @@ class LeaseKeeper:
             return
         if found:
             self._call(lambda: self._held.cancelled(found))
+
+    def _tell_progress(self, now: float) -> None:
+        """Write down what handlers have said since the last time, and forget jobs that have ended."""
+        if now < self._tell_at:
+            return
+        self._tell_at = now + TELL
+        said: dict[str, Progress] = {}
+        for run in self._runs():
+            if run.context is not None and run.outcome is None and (word := run.context.reported) is not None:
+                said[run.job_id] = word
+        new = {job_id: word for job_id, word in said.items() if self._progress.get(job_id) is not word}
+        ended = self._progress.keys() - said.keys()
+        if not new and not ended:
+            return
+        try:
+            self._broker.progress(new, ended)
+        except Exception as error:  # noqa: BLE001 - it is written with the next one
+            log.warning("progress_untold", jobs=len(new), error=str(error))
+            return
+        self._progress = said
 
     def _look_at_loop(self) -> None:
         if self._asked <= self._answered:

@@ -6,7 +6,7 @@ Six verbs move jobs (publish, claim, renew, settle, tick, depth). `Operator` is 
 # ceiling: two protocols whose docstrings are the contract; a reader wants each in one piece
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Generic, Literal, Protocol, TypeAlias
 
@@ -15,6 +15,7 @@ from typing_extensions import TypeVar
 
 from streamworker.job import Claim, Depth, Enqueued, Level, Outgoing, Settled, Verdict
 from streamworker.limits import Limiting
+from streamworker.progress import Progress
 
 T = TypeVar("T")
 
@@ -147,6 +148,9 @@ class Broker(Limiting, Protocol):
             Unreachable: no server answers.
         """
 
+    def progress(self, told: Mapping[str, Progress], ended: Collection[str]) -> None:
+        """Write down how far jobs of this worker have come, by their ids, and forget others; from the lease thread."""
+
     def beat(self, report: dict[str, str | int | float]) -> None:
         """Tell that this worker lives, from the lease thread; the report is what operators see."""
 
@@ -192,6 +196,7 @@ class PendingEntry(msgspec.Struct, frozen=True):
     idle_ms: int
     deliveries: int
     alive: bool
+    progress: Progress | None = None
 
 
 class StoredJob(msgspec.Struct, frozen=True):
@@ -305,6 +310,9 @@ class Operator(Protocol):
 
     async def cancel(self, queue: str, job_id: str) -> bool:
         """See `Broker.cancel`."""
+
+    async def progress(self, jobs: Sequence[tuple[str, str]]) -> list[Progress | None]:
+        """How far jobs have come that run, each given as (worker id, job id)."""
 
     async def ticks(self, queue: str) -> dict[str, float]:
         """The last tick of each schedule of a queue, in epoch seconds."""

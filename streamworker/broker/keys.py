@@ -179,6 +179,8 @@ def queue_of_list(key: str, namespace: str = "") -> str | None:
     return match[1]
 
 
+PROGRESS: Final = "progress:"
+"""What goes before a job's id in its worker's heartbeat, for how far it has come."""
 WORKER_KEY: Final = "streamworker:worker:"
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from time import monotonic
 from typing import Any, Final
 
+import msgspec
+
 from streamworker.broker import scripts
 from streamworker.broker.client import Address, understood
+from streamworker.broker.keys import PROGRESS
 from streamworker.broker.reactions import Reaction, reaction_to
 from streamworker.broker.wires import Wires
 from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable
+from streamworker.progress import Progress
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.broker")
@@ -117,6 +121,13 @@ class Link:
         for name, value in report.items():
             args += (name, value)
         self.in_thread(scripts.BEAT, [key], args)
+
+    def progress(self, key: str, lease: float, told: Mapping[str, Progress], ended: Collection[str]) -> None:
+        """Write into a heartbeat how far jobs have come, and forget others, from the lease thread."""
+        args: list[Any] = [max(1000, int(lease * 1000)), len(ended), *(PROGRESS + job_id for job_id in ended)]
+        for job_id, word in told.items():
+            args += (PROGRESS + job_id, msgspec.json.encode(word))
+        self.in_thread(scripts.PROGRESS, [key], args)
 
     def clock_should_show(self) -> int:
         """What the server's clock should show now, in ms, by our own, which nobody sets; 0 if we never saw it."""

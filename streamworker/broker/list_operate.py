@@ -45,7 +45,7 @@ class ListOperator(Operating):
         (keys,) = self._lists([queue])
         held = await list_listings.pending(self._desk, keys, consumer)
         rows = [each for each in held if each.idle_ms >= min_idle * 1000 and only in (None, each.entry_id)]
-        return Page(rows, None, len(held))
+        return await self._with_progress(Page(rows, None, len(held)))
 
     async def _claim(self, entry: PendingEntry) -> Claim | None:
         (keys,) = self._lists([entry.queue])

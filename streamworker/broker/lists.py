@@ -5,7 +5,7 @@ For producers that push JSON to ``queue:*``. What is delayed or dead lies where 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Final
 
@@ -31,6 +31,7 @@ from streamworker.broker.waiting import waiting
 from streamworker.errors import ConfigurationError
 from streamworker.job import Claim, Depth, Enqueued, Outgoing, Settled
 from streamworker.limits import Answer, Asking, Hold
+from streamworker.progress import Progress
 
 RENEW_BATCH: Final = 500
 
@@ -160,6 +161,11 @@ class ListBroker:
         """See `Broker.ended`."""
         keys = [ListKeys(queue, self._options.namespace) for queue in queues]
         return waiting(self._link, self._ears, keys, job_id)
+
+    def progress(self, told: Mapping[str, Progress], ended: Collection[str]) -> None:
+        """See `Broker.progress`."""
+        key = worker_key(self._options.namespace, self._intake.consumer)
+        self._link.progress(key, self._options.lease, told, ended)
 
     def beat(self, report: dict[str, str | int | float]) -> None:
         """See `Broker.beat`."""

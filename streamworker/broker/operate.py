@@ -33,7 +33,8 @@ class StreamOperator(Operating):
         only: str | None = None,
     ) -> Page[PendingEntry]:
         """See `Operator.pending`."""
-        return await paging.pending(self._desk, self._key(queue), after, consumer, min_idle, only)
+        page = await paging.pending(self._desk, self._key(queue), after, consumer, min_idle, only)
+        return await self._with_progress(page)
 
     async def _claim(self, entry: PendingEntry) -> Claim | None:
         place = self._key(entry.queue).ready(entry.level)

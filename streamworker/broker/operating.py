@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Final
 
+import msgspec
 from redis.exceptions import NoPermissionError
 
 from streamworker import codec
@@ -27,11 +28,12 @@ from streamworker.broker import (
 )
 from streamworker.broker.client import Address, understood
 from streamworker.broker.examine import examine
-from streamworker.broker.keys import QueueKeys
+from streamworker.broker.keys import PROGRESS, QueueKeys, worker_key
 from streamworker.broker.listings import PAGE, Desk, text
 from streamworker.broker.settle import Sender, settle
 from streamworker.errors import InvalidJob, StreamworkerError
 from streamworker.job import Claim, Dead, Done, ReleaseAt, Settled, Verdict
+from streamworker.progress import Progress, read
 
 PURGE_BATCH: Final = 1000
 """Jobs one script call deletes."""
@@ -126,6 +128,22 @@ class Operating:
     async def cancel(self, queue: str, job_id: str) -> bool:
         """See `Operator.cancel`."""
         return await cancels.cancel(self._desk, self._key(queue), job_id)
+
+    async def progress(self, jobs: Sequence[tuple[str, str]]) -> list[Progress | None]:
+        """See `Operator.progress`."""
+        commands = [("HGET", worker_key(self._namespace, worker), PROGRESS + job_id) for worker, job_id in jobs]
+        answers = await self._desk.gather(commands)
+        return [read(answer) if isinstance(answer, bytes) else None for answer in answers]
+
+    async def _with_progress(self, page: Page[PendingEntry]) -> Page[PendingEntry]:
+        """The page with what handlers say of their progress."""
+        places = [index for index, row in enumerate(page.rows) if row.alive and row.job_id]
+        found = await self.progress([(page.rows[index].worker_id, page.rows[index].job_id or "") for index in places])
+        rows = list(page.rows)
+        for index, word in zip(places, found, strict=True):
+            if word is not None:
+                rows[index] = msgspec.structs.replace(rows[index], progress=word)
+        return Page(rows, page.after, page.looked)
 
     async def ticks(self, queue: str) -> dict[str, float]:
         """See `Operator.ticks`."""

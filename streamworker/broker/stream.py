@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from time import monotonic
 from typing import Any, Final
@@ -29,6 +29,7 @@ from streamworker.errors import ConfigurationError, Unreachable
 from streamworker.job import Claim, Depth, Enqueued, Outgoing, Settled
 from streamworker.limits import Answer, Asking, Hold
 from streamworker.policy import SUSPECT_DELIVERIES
+from streamworker.progress import Progress
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.broker")
@@ -176,6 +177,11 @@ class StreamBroker:
         """See `Broker.ended`."""
         keys = [QueueKeys(queue, self._options.namespace) for queue in queues]
         return waiting(self._link, self._ears, keys, job_id)
+
+    def progress(self, told: Mapping[str, Progress], ended: Collection[str]) -> None:
+        """See `Broker.progress`."""
+        key = worker_key(self._options.namespace, self._intake.consumer)
+        self._link.progress(key, self._options.lease, told, ended)
 
     def beat(self, report: dict[str, str | int | float]) -> None:
         """See `Broker.beat`."""

@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Final
 
 import anyio
+import msgspec
 from cyclopts import App, Parameter
 
 from streamworker.app import App as StreamworkerApp
@@ -19,6 +20,7 @@ from streamworker.cli.options import ACTING, LISTING, WORKER, Acting, Listing, Q
 from streamworker.cli.output import Column, document, plain, print_json, print_lines, show
 from streamworker.errors import UsageError
 from streamworker.postgres import Archive, JobRecord, Status, Wanted
+from streamworker.progress import Progress
 from streamworker.settings import Settings
 from streamworker.views import age, printable
 from streamworker.views.ledger import JobRow, attempt_row, job_row
@@ -112,6 +114,7 @@ def show_(
     wanted = (*ids, *named)
     if not wanted:
         raise UsageError("say which: streamworker jobs show ID")
+    settings = flags.settings()
 
     async def work(archive: Archive) -> int:
         missing = 0
@@ -122,14 +125,18 @@ def show_(
                 missing = 1
                 continue
             attempts = [plain(attempt_row(attempt)) for attempt in await archive.attempts(job_id)]
+            progress = await _progress(settings, job) if job.status == "running" else None
             private = {"headers": job.headers, "result": job.result} if payload else {}
             if json:
                 more = private | ({"document": document(_body(job))} if payload else {})
-                print_json(plain(job_row(job)) | more | {"log": attempts})
+                told = {} if progress is None else {"progress": msgspec.structs.asdict(progress)}
+                print_json(plain(job_row(job)) | more | {"log": attempts} | told)
                 continue
             if number:
                 print_lines([("--", "")])
             _print(job, private, attempts, payload=payload)
+            if progress is not None:
+                print_lines([("progress", progress.text)])
         return missing
 
     return _ask(flags, work)
@@ -233,6 +240,14 @@ async def redis_too(settings: Settings) -> AsyncIterator[Operator | None]:
         return
     async with StreamworkerApp[Any](settings=settings).operator(settings) as operator:
         yield operator
+
+
+async def _progress(settings: Settings, job: JobRecord) -> Progress | None:
+    """How far a running job has come; ``None`` if nobody says so, or nobody said where Redis is."""
+    async with redis_too(settings) as operator:
+        if operator is None or job.worker_id is None:
+            return None
+        return (await operator.progress([(job.worker_id, job.id)]))[0]
 
 
 def narrowed(wanted: Wanted, *, everything: bool, verb: str) -> Wanted:

@@ -26,8 +26,13 @@ _UNPRINTABLE: Final = re.compile("[\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u20
 
 
 def plain(row: Any) -> dict[str, Any]:
-    """A row as a dictionary, in the order of its fields."""
-    return dict(row) if isinstance(row, Mapping) else msgspec.structs.asdict(row)
+    """A row as a dictionary, in the order of its fields; ``progress`` is there only if somebody told any."""
+    if isinstance(row, Mapping):
+        return dict(row)
+    fields = msgspec.structs.asdict(row)
+    if "progress" in fields and (progress := fields.pop("progress")) is not None:
+        fields["progress"] = msgspec.structs.asdict(progress)
+    return fields
 
 
 def json_line(value: Any) -> str:

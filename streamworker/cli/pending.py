@@ -39,7 +39,7 @@ _COLUMNS: Final[list[Column[PendingEntry]]] = [
     Column("worker", lambda row: row.worker_id, short=14),
     Column("idle", lambda row: age(row.idle_ms / 1000), right=True),
     Column("n", lambda row: str(row.deliveries), right=True),
-    Column("", lambda row: "" if row.alive else "lost"),
+    Column("", lambda row: "lost" if not row.alive else "" if row.progress is None else row.progress.text, rest=True),
 ]
 
 Ids = Annotated[tuple[str, ...], Parameter(help="Entry ids or job ids.")]

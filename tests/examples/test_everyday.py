@@ -12,6 +12,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples/everyday"
 PRINTED = {
     "results": ["[{'sum': 0}, {'sum': 2}, {'sum': 4}]", "dead: discarded: no negative numbers"],
     "cron": ["one job a tick: True"],
+    "progress": ["10000 of 10000 (100 %) loading"],
     "cancel": [
         "later.csv: cancelled",
         "running.csv began",

@@ -1,0 +1,15 @@
+-- progress: write into a worker's heartbeat how far its jobs have come, and forget those that have ended.
+--
+-- KEYS[1]  the worker's hash
+-- ARGV[1]  ms it lives
+-- ARGV[2]  N, number of fields to forget
+-- ARGV[3..] N fields, then two a job: field, what its handler said
+--
+-- returns 1
+local forgotten = tonumber(ARGV[2])
+if forgotten > 0 then redis.call('HDEL', KEYS[1], unpack(ARGV, 3, 2 + forgotten)) end
+if #ARGV > 2 + forgotten then
+  redis.pcall('HSET', KEYS[1], unpack(ARGV, 3 + forgotten)) -- out of memory, an old word is better than none
+  redis.call('PEXPIRE', KEYS[1], ARGV[1])
+end
+return 1
