@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from streamworker.views import (
+    BUDGET,
     Look,
     Selection,
     dead_row,
@@ -112,7 +113,7 @@ async def workers(request: Request) -> Response:
     if chosen is not None:
         selection = Selection(worker=chosen)
         homes = next((worker.queues for worker in look.workers if worker.worker_id == chosen), names(look))
-        found = await pending_slice(operator, homes, selection, "", RUNNING)
+        found = await pending_slice(operator, homes, selection, "", RUNNING, BUDGET / 2)
         running, more = found.rows[:RUNNING], found.after is not None
     return _page(request, "workers.html", "Workers", workers=look.workers, chosen=chosen, running=running, more=more)
 

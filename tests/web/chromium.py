@@ -106,6 +106,10 @@ class Chromium:
         self._ask("Page.navigate", url=url)
         self.until("document.readyState === 'complete' && typeof htmx === 'object'")
 
+    def leave(self) -> None:
+        """Go nowhere: a page that stays would call for its server after that has ended."""
+        self._ask("Page.navigate", url="about:blank")
+
     def value(self, script: str) -> Any:
         answer = self._ask("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
         if "exceptionDetails" in answer:

@@ -69,6 +69,7 @@ def served(redis_url: str, raw: Any, chromium: Chromium, tmp_path: Path) -> Iter
         running.kill()
         raise
     finally:
+        chromium.leave()
         running.process.stderr.close()
     assert complaints == []  # no script failed, and the policy had nothing to forbid
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -240,3 +242,13 @@ def test_access_comes_from_the_environment(tmp_path):
     assert Access.load({}) == Access()
     with pytest.raises(ConfigurationError, match="neither of them"):
         Access.load({"STREAMWORKER_DASHBOARD_USER": "me"})
+
+
+async def test_scripts_hold_the_page_until_all_of_them_are_there(browser):
+    """htmx begins as soon as the document is loaded: an extension that is deferred may come too late to be live."""
+    page = await browser.text("/")
+    scripts = re.findall(r"<script([^>]*)>", page.partition("<body>")[2])
+    assert [Path(re.search(r'src="([^"?]*)', each)[1]).name for each in scripts] == [
+        "htmx.min.js", "hx-sse.min.js", "uplot.min.js", "app.js",
+    ]  # fmt: skip
+    assert not any(word in each for each in scripts for word in ("defer", "async", "module"))
