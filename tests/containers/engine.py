@@ -84,21 +84,22 @@ class Engine:
         self._turn.close()
 
     def _get_ready(self) -> None:
-        if answered := answers():
+        if answers():
             if all(succeeds("docker", "image", "inspect", base) for base in BASES):
                 return
         elif not (PREPARE.exists() and os.geteuid() == 0):
             raise Unusable("no Docker engine with compose answers here: install one, or start it")
         if not PREPARE.exists():
             return  # the engine gets the images where everybody does
+        before = noted_engine()
         print("containers: preparing an engine and base images, two minutes the first time", flush=True)
         # Not through a pipe: the engine inherits what its starter writes to, and would hold it open for ever.
         with tempfile.TemporaryFile("w+") as said:
             code = subprocess.run([PREPARE], stdin=subprocess.DEVNULL, stdout=said, stderr=said).returncode
             said.seek(0)
             lines = said.read().split("\n")
-        if not answered:
-            self._ours = started_by_prepare()
+        if (engine := noted_engine()) != before:
+            self._ours = engine
         if code:
             last = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
             sentence = f"{PREPARE} ended with {code}: {last}"
@@ -110,8 +111,8 @@ def answers() -> bool:
     return succeeds("docker", "info") and succeeds("docker", "compose", "version")
 
 
-def started_by_prepare() -> int | None:
-    """The process that `PREPARE` has just made; its note may also be an old one, of a process that is something else now."""
+def noted_engine() -> int | None:
+    """The process that `PREPARE` made, if it lives: its note may be an old one, of a process that is something else now."""
     file = Path(os.environ.get("CONTAINERS_STATE", "/var/cache/streamworker-containers")) / "dockerd.pid"
     noted = int(file.read_text()) if file.exists() else 0
     return noted if b"dockerd" in cmdline(noted) else None

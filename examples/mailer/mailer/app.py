@@ -38,4 +38,6 @@ async def lifespan() -> AsyncIterator[Services]:
 
 
 app = App(lifespan=lifespan)
-app.include(sending, processing, bounce, warmup, analytics, webhook)
+# In this order workers take from the queues: what suppresses an address comes before what would mail it, and a campaign
+# of a million comes last.
+app.include(bounce, processing, webhook, warmup, analytics, sending)
