@@ -31,8 +31,6 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--or-skip", action="store_true", help="end with 0 where there is no engine")
     parser.add_argument("--keep", action="store_true", help="leave the containers of a failed run for inspection")
     options = parser.parse_args(arguments)
-    # However it ends, nothing may stay behind: what cleans up is behind `finally`.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         with Engine(keep=options.keep), tempfile.TemporaryDirectory(prefix="streamworker-containers-") as directory:
             return show(Path(directory), options.jobs, keep=options.keep)
@@ -116,4 +114,6 @@ def free_port() -> int:
 
 
 if __name__ == "__main__":
+    # However it ends, nothing may stay behind: what cleans up is behind `finally`.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main(sys.argv[1:]))

@@ -6,6 +6,7 @@ from typing import Any
 import anyio
 import pytest
 
+from mailer.app import app
 from mailer.jobs import SendEmail
 from mailer.smtp import EmailService
 
@@ -176,3 +177,9 @@ async def test_personal_data_cannot_write_headers(world: Any):
     (mail,) = world.sink.mails
     assert mail.message["Bcc"] is None and mail.recipient == "ann@example.org"
     assert mail.message["Subject"] == "Hello x Bcc: everybody@example.org free pills"
+
+
+def test_what_suppresses_comes_before_what_sends():
+    """Workers take from the queues in this order: a campaign must not keep its own bounces waiting."""
+    queues = list(app.queues)
+    assert queues.index("bounce") == 0 and queues.index("email:processing") < queues.index("email-sending")
