@@ -17,7 +17,7 @@ from tests.docs.blocks import ROOT, Block, blocks_of
 from tests.examples.test_tutorial import follow, mail_server
 from tools.walk import environment
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 # `./dev test` as it stands is the whole suite, which CI runs anyway: here it has to set up everything and run the first tests.
 A_FEW = os.environ.get("NEWCOMER_TESTS", "tests/unit/test_policy.py tests/unit/test_testing.py")
 
@@ -37,7 +37,7 @@ class Newcomer:
     def run(self, script: str, where: Path, **more: str) -> str:
         done = subprocess.run(
             ["bash", "-c", "set -e\n" + script], cwd=where, env={**self.env, **more}, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL, timeout=900,
+            stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL, timeout=2400,
         )  # fmt: skip
         assert done.returncode == 0, f"{script}\n{done.stdout[-6000:]}"
         return done.stdout
