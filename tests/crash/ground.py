@@ -31,6 +31,18 @@ end
 local out = {}
 """
 
+_COUNT: Final = """
+local commands, n = { stream = 'XLEN', list = 'LLEN', zset = 'ZCARD' }, 0
+if ARGV[1] ~= '' then
+  for _, key in ipairs(redis.call('KEYS', ARGV[1])) do KEYS[#KEYS + 1] = key end
+end
+for _, key in ipairs(KEYS) do
+  local command = commands[redis.call('TYPE', key).ok]
+  if command then n = n + redis.call(command, key) end
+end
+return n
+"""
+
 
 class Ground:
     """Stream mode, and what both modes share.
@@ -40,6 +52,8 @@ class Ground:
     """
 
     keys: QueueKeys = QueueKeys(QUEUE)
+    elsewhere: str = ""
+    """Where else jobs lie, as a pattern."""
     taking: str = "xreadgroup"
     """A command without which no worker can take a job."""
 
@@ -62,7 +76,9 @@ class Ground:
 
     def backlog(self) -> int:
         """Jobs that are neither done nor dead."""
-        return sum(self.length(place) for place in self.places) + int(self._client.zcard(self.keys.due))
+        # At one moment: a job that moves from one key to the next between two looks would lie nowhere.
+        names = [*self.places, self.keys.due]
+        return int(self._client.eval(_COUNT, len(names), *names, self.elsewhere))
 
     def held(self) -> dict[str, int]:
         """How many jobs each worker id holds."""
@@ -144,6 +160,7 @@ class ListGround(Ground):
     """List mode."""
 
     keys: ListKeys = ListKeys(QUEUE)
+    elsewhere = "queue:q:claimed:*"
     taking = "llen"
 
     def _claims(self) -> list[tuple[str, list[str]]]:
