@@ -57,6 +57,10 @@ containers *args:
 bench *args:
     @python -m benchmarks "$@"
 
+# Other job queues on the same workload, each in an environment of its own (./dev bench-peers blitzq arq --rounds 3)
+bench-peers *args:
+    @python -m benchmarks.peers "$@"
+
 # ruff: rules and formatting
 lint:
     ruff check

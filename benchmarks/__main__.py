@@ -10,7 +10,10 @@ from pathlib import Path
 from benchmarks import measure, report
 from benchmarks.measure import Row
 
-QUESTIONS = ("throughput", "enqueueing", "latency", "concurrency", "modes", "processes", "idle", "recovery")
+QUESTIONS = (
+    "throughput", "cost", "enqueueing", "latency", "ledger", "transactions", "concurrency", "modes", "processes",
+    "idle", "recovery",
+)  # fmt: skip
 LONG = ("memory",)
 
 

@@ -38,9 +38,16 @@ async def fill(client: redis.Redis, jobs: int) -> None:
 
 
 async def consume(url: str, jobs: int, *, slots: int, handler: Callable[[Payload], Awaitable[None]]) -> float:
-    """Jobs per second over ``jobs`` jobs with ``slots`` tasks."""
+    """Jobs per second over ``jobs`` jobs with ``slots`` tasks, filled in before."""
     client = redis.Redis.from_url(url, protocol=2)
     await fill(client, jobs)
+    await client.aclose()
+    return jobs / await drain(url, jobs, slots=slots, handler=handler)
+
+
+async def drain(url: str, jobs: int, *, slots: int, handler: Callable[[Payload], Awaitable[None]]) -> float:
+    """Seconds for ``jobs`` jobs that lie on the stream."""
+    client = redis.Redis.from_url(url, protocol=2)
     envelope, payload = msgspec.json.Decoder(Envelope).decode, msgspec.json.Decoder(Payload).decode
     queue: asyncio.Queue[bytes] = asyncio.Queue()
     idle = asyncio.Event()
@@ -72,4 +79,4 @@ async def consume(url: str, jobs: int, *, slots: int, handler: Callable[[Payload
     for task in tasks:
         task.cancel()
     await client.aclose()
-    return jobs / seconds
+    return seconds

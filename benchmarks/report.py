@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +15,8 @@ from rich.table import Table
 
 from benchmarks.measure import Row
 
+OURS = ("worker", "streamworker", "enqueue", "enqueue_many", "stream", "list", "ledger", "ctx.transaction()")
+"""What is drawn in colour, beside what it is compared with."""
 INK, BAR, FADED, WIDTH = "#24292f", "#c0392b", "#b8c0c8", 760
 
 
@@ -42,18 +44,19 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
-def as_json(rows: Sequence[Row], path: Path) -> None:
-    """Write the rows with what they were measured on."""
+def as_json(rows: Sequence[Row], path: Path, missing: Mapping[str, str] | None = None) -> None:
+    """Write the rows with what they were measured on, and who could not be measured and why."""
     packages = {name: version(name) for name in ("redis", "hiredis", "uvloop", "msgspec")}
     where = {"python": platform.python_version(), "machine": platform.machine(), "cores": os.cpu_count(), **packages}
     document = {
         "where": where,
+        "missing": dict(missing or {}),
         "rows": [{**msgspec.to_builtins(row), "median": row.value, "ratio": row.ratio} for row in rows],
     }
     path.write_bytes(msgspec.json.format(msgspec.json.encode(document), indent=2) + b"\n")
 
 
-def as_svg(rows: Sequence[Row], path: Path, title: str) -> None:
+def as_svg(rows: Sequence[Row], path: Path, title: str, missing: Mapping[str, str] | None = None) -> None:
     """Draw horizontal bars: one group a question, the longest bar of a group is its largest median."""
     lines: list[str] = []
     y = 44
@@ -64,13 +67,16 @@ def as_svg(rows: Sequence[Row], path: Path, title: str) -> None:
         y += 10
         for row in group:
             width = max(1.0, 360 * row.value / largest)
-            fill = FADED if not row.against else BAR
+            fill = BAR if row.what in OURS else FADED
             told = number(row.value) + ("" if row.ratio is None else f"  ({row.ratio:.2f} of {row.versus})")
             lines.append(f'<text x="230" y="{y + 14}" text-anchor="end">{escape(row.what)}</text>')
             lines.append(f'<rect x="240" y="{y + 3}" width="{width:.0f}" height="14" rx="2" fill="{fill}"/>')
             lines.append(f'<text x="{246 + width:.0f}" y="{y + 14}">{escape(told)}</text>')
             y += 20
         y += 24
+    for name, trouble in (missing or {}).items():
+        lines.append(f'<text x="16" y="{y}">not measured: {escape(name)} ({escape(trouble)})</text>')
+        y += 20
     body = "\n".join(lines)
     path.write_text(
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{y}" viewBox="0 0 {WIDTH} {y}" '

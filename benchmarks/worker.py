@@ -68,6 +68,11 @@ class Bench:
             await self.done.wait()
             return jobs / (time.perf_counter() - begin)
 
+    async def drained(self) -> None:
+        """Work until everything is done, settled and cleaned up."""
+        async with self.working():
+            await self.done.wait()
+
 
 def settings(url: str, **more: object) -> Settings:
     """Defaults, but for the log."""

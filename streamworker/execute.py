@@ -74,7 +74,7 @@ class Executor:
         self._max_job_bytes = max_job_bytes
         self._unknown_kind_ttl = unknown_kind_ttl
         self._no_limits = Facts(0, Limits(), unknown_kind_ttl)
-        self._facts: dict[Registration, Facts] = {}
+        self._facts: dict[str, Facts] = {}  # by kind: hashing a registration would hash all it holds
 
     def prepare(self, run: Run) -> None:
         """Decode the claim and find its handler; sets ``run.outcome`` if the job does not come to run. Never raises."""
@@ -116,26 +116,23 @@ class Executor:
                 return
         run.payload = registration.decode(reading.payload)
 
-    async def call(self, run: Run) -> Outcome:  # noqa: C901 - one frame, because every job pays for it
+    async def call(self, run: Run) -> Outcome:
         """Run the handler of a prepared run to its outcome; only the end of the whole worker gets through."""
         registration, task = run.registration, asyncio.current_task()
         if registration is None or run.facts is None or run.reading is None:
             raise AssertionError("a run must be prepared before it is called")
         limits = run.facts.limits
-        context = run.context = Context(self.shared, run.claim, run.reading, limits)
         run.task = task
-        run.started = monotonic()
+        run.started = now = monotonic()
         if limits.timeout is not None:
-            run.deadline = context.deadline_at = run.started + limits.timeout
+            run.deadline = now + limits.timeout
         try:
-            if self._middleware:
-                value = await self._wrapped(run, context)
-            elif not registration.is_async:
-                value = await self._in_thread(run, context)
-            elif registration.wants_context:
-                value = await registration.function(run.payload, context)
-            else:
+            if registration.is_async and not registration.wants_context and not self._middleware:
                 value = await registration.function(run.payload)
+            else:
+                run.context = context = Context(self.shared, run.claim, run.reading, limits)
+                context.deadline_at = run.deadline
+                value = await self._in_context(run, registration, context)
             if value is not None and inspect.isawaitable(value):
                 value = await value  # a function around an async one: what it returned is the job itself
         except asyncio.CancelledError as error:
@@ -150,15 +147,20 @@ class Executor:
             return _uncancelled(task, run.cause) or Raised(wish_in(error))
         if run.cause is not None:
             _uncancelled(task, run.cause)
-            if run.cause is CANCELLED and context.heeded:
+            if run.cause is CANCELLED and run.context is not None and run.context.heeded:
                 return CANCELLED  # it looked, and ended early; one that did not has done its work
         return OK if value is None else Ok(value)
 
-    async def _wrapped(self, run: Run, context: Context[Any]) -> Any:
-        registration = run.registration
+    async def _in_context(self, run: Run, registration: Registration, context: Context[Any]) -> Any:
+        if self._middleware:
+            return await self._wrapped(run, registration, context)
+        if registration.is_async:
+            return await registration.function(run.payload, context)
+        return await self._in_thread(run, context)
 
+    async def _wrapped(self, run: Run, registration: Registration, context: Context[Any]) -> Any:
         async def innermost() -> Any:
-            if registration is None or not registration.is_async:
+            if not registration.is_async:
                 return await self._in_thread(run, context)
             return await registration.function(
                 *((run.payload, context) if registration.wants_context else (run.payload,))
@@ -207,9 +209,9 @@ class Executor:
     def _facts_of(self, reading: Reading, registration: Registration | None) -> Facts:
         """Shared between jobs wherever a job brings nothing of its own."""
         if registration is not None and not reading.attempt_count and reading.max_attempts is None:
-            facts = self._facts.get(registration)
+            facts = self._facts.get(registration.kind)
             if facts is None:
-                facts = self._facts[registration] = Facts(0, registration.limits, self._unknown_kind_ttl)
+                facts = self._facts[registration.kind] = Facts(0, registration.limits, self._unknown_kind_ttl)
             return facts
         limits = registration.limits if registration is not None else self._no_limits.limits
         if reading.max_attempts is not None:

@@ -18,10 +18,11 @@ import anyio
 from streamworker.broker import Broker, Ending
 from streamworker.endings import ending
 from streamworker.errors import ConfigurationError, Unreachable
+from streamworker.execute import OK
 from streamworker.holdings import Holdings
 from streamworker.job import Dead, Deferred, Done, Drop, Raised, ReleaseAt, RetryAt, Settled, Undecodable
 from streamworker.pause import Pause
-from streamworker.policy import describe
+from streamworker.policy import DONE, describe
 from streamworker.run import Run
 from streamworker.telemetry.logs import get_logger
 from streamworker.traceparent import trace_id
@@ -207,6 +208,8 @@ def facts_of(run: Run) -> dict[str, str | int]:
 
 def judged(run: Run, now: float) -> Ending:
     """The ending of a run; one that cannot even be judged is dead, because it would jam everything behind it."""
+    if run.outcome is OK:  # nearly all
+        return Ending(run.claim, DONE)
     try:
         return ending(run, now=now, jitter=random.random())  # noqa: S311 - spreads load
     except Exception as error:  # noqa: BLE001 - a hostile document or error object; its bytes are kept

@@ -1,5 +1,6 @@
 -- done: acknowledge and delete finished entries, each only if the claim still holds.
--- The fence is (consumer, delivery count): XACK itself asks nobody.
+-- The fence is (consumer, delivery count): XACK itself asks nobody. One look at the consumer's pending entries between the
+-- first and the last in question finds nearly all; one by one would cost the server twice as much.
 --
 -- KEYS[1]    stream
 -- KEYS[2]    meta hash of the queue
@@ -9,15 +10,32 @@
 --
 -- returns one number a claim: 1 settled, 0 lost; and one more, 1 if somebody waits for jobs of the queue to end
 local group, consumer = ARGV[1], ARGV[2]
-local result, ids = {}, {}
+local result, ids, counts = {}, {}, {}
+
+local function look(from, to, most)
+  local page = redis.pcall('XPENDING', KEYS[1], group, from, to, most, consumer)
+  if not page.err then
+    for _, entry in ipairs(page) do counts[entry[1]] = entry[4] end
+    return nil
+  end
+  if string.find(page.err, 'NOGROUP', 1, true) or string.find(page.err, 'WRONGTYPE', 1, true) then return nil end
+  return page.err -- whose the claim is cannot be told: that is not lost
+end
+
+-- Compared as texts, which is cheap; whatever that or the length of the page leaves out is looked at by itself.
+local first, last = ARGV[3], ARGV[3]
+for i = 5, #ARGV, 2 do
+  if ARGV[i] < first then first = ARGV[i] elseif ARGV[i] > last then last = ARGV[i] end
+end
+local trouble = look(string.match(first, '^%d+'), string.match(last, '^%d+'), #ARGV)
+if trouble then return redis.error_reply(trouble) end
 for i = 3, #ARGV, 2 do
   local id = ARGV[i]
-  local reply = redis.pcall('XPENDING', KEYS[1], group, id, id, 1)
-  if reply.err and not (string.find(reply.err, 'NOGROUP', 1, true) or string.find(reply.err, 'WRONGTYPE', 1, true)) then
-    return redis.error_reply(reply.err) -- whose the claim is cannot be told: that is not lost
+  if not counts[id] then
+    trouble = look(id, id, 1)
+    if trouble then return redis.error_reply(trouble) end
   end
-  local pending = not reply.err and reply[1]
-  if pending and pending[2] == consumer and pending[4] == tonumber(ARGV[i + 1]) then
+  if counts[id] == tonumber(ARGV[i + 1]) then
     ids[#ids + 1] = id
     result[#result + 1] = 1
   else
