@@ -61,6 +61,10 @@ bench *args:
 bench-peers *args:
     @python -m benchmarks.peers "$@"
 
+# A thousand idle workers and two hundred busy ones against one Redis (--idle 0 500 1000 --busy 200 --seconds 30)
+bench-fleet *args:
+    @python -m benchmarks.fleet "$@"
+
 # ruff: rules and formatting
 lint:
     ruff check
