@@ -45,6 +45,13 @@ class Poll(Payload, kind="poll", queue="polls"):
     source: str
 
 
+class Load(Payload, kind="load", queue="loads"):
+    file: str
+
+
+rows: list[dict[str, str]] = [{"name": "Ann"}]
+
+
 def report(error: BaseException | None, **facts: Any) -> None:
     """Stands for an error tracker."""
 
