@@ -219,6 +219,16 @@ def _container(told: dict[str, Any]) -> Container:
     )
 
 
+def slow(container: str) -> bool:
+    """Whether its last health checks were not answered at all: on a busy machine a Python may take 5 s to start and ask."""
+    try:
+        (told,) = json.loads(run("docker", "inspect", container))
+    except Failed:
+        return False
+    asked = told["State"].get("Health", {}).get("Log") or []
+    return any("exceeded timeout" in each["Output"] for each in asked[-3:])
+
+
 class Deaths:
     """Every end of a container of one project and its exit code, as the engine tells them: `compose` removes the traces."""
 
@@ -248,7 +258,7 @@ class Deaths:
                 continue
             if event["Action"] == "die":
                 self.codes[event["Actor"]["ID"][:12]] = int(attributes["exitCode"])
-            elif event["Action"].endswith("unhealthy"):
+            elif event["Action"].endswith("unhealthy") and not slow(event["Actor"]["ID"]):
                 self.unhealthy.add(attributes["name"])
 
     def close(self) -> None:
