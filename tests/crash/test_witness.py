@@ -19,5 +19,5 @@ def test_a_witness_walks_the_arguments_as_its_script_does(name, shape):
     if "step" not in shape:
         assert not walks
         return
-    ((first, step),) = walks
-    assert (str(shape["first"]), str(shape["step"]).replace(SIZE, "size")) == (first, step)
+    # The last walk settles; one before it may look ahead.
+    assert (str(shape["first"]), str(shape["step"]).replace(SIZE, "size")) == walks[-1]
