@@ -16,7 +16,7 @@ from typing import Final
 import anyio
 
 from streamworker.broker import Broker, Ending
-from streamworker.endings import ending
+from streamworker.endings import ending, keeping
 from streamworker.errors import ConfigurationError, Unreachable
 from streamworker.execute import OK
 from streamworker.holdings import Holdings
@@ -208,7 +208,7 @@ def facts_of(run: Run) -> dict[str, str | int]:
 
 def judged(run: Run, now: float) -> Ending:
     """The ending of a run; one that cannot even be judged is dead, because it would jam everything behind it."""
-    if run.outcome is OK:  # nearly all
+    if run.outcome is OK and keeping(run) is None:  # nearly all
         return Ending(run.claim, DONE)
     try:
         return ending(run, now=now, jitter=random.random())  # noqa: S311 - spreads load
