@@ -71,4 +71,5 @@ async def _run(made: QueueWorker, burst: bool, supervisor: int | None) -> int:
 
 
 def _leave(_signal: int, _frame: FrameType | None) -> Any:
-    sys.exit(0)
+    # Not an exception: where a callback of the import system is interrupted, it would be printed and forgotten.
+    os._exit(0)

@@ -64,8 +64,9 @@ def _fork(order: dict[str, Any]) -> int:
     try:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        # As the command line does, which has not come to it yet.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        # As the command line does, which has not come to it yet. An exception could come out of a callback of the import
+        # system, which swallows it and prints a traceback; nothing is held yet that would have to be put away.
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(log, 1)
