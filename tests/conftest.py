@@ -236,6 +236,13 @@ def eventually_blocking(condition: Callable[[], Any], timeout: float = 45.0, int
     return answer
 
 
+def nothing_left(raw: redis.Redis, key: str) -> bool:
+    """Whether no job of the queue is ready, running or delayed, at one moment: between two looks one may change places."""
+    with raw.pipeline(transaction=True) as pipe:
+        ready, delayed = pipe.xlen(key).zcard(f"{key}:due").execute()
+    return not ready and not delayed
+
+
 BrokerFactory = Callable[..., Any]
 
 

@@ -15,7 +15,7 @@ import asyncpg
 import pytest
 import redis
 
-from tests.conftest import eventually
+from tests.conftest import eventually, nothing_left
 
 ROOT = Path(__file__).parents[2]
 Q = "stream:{q}"
@@ -93,7 +93,7 @@ async def job(pg: asyncpg.Connection, job_id: str = "a") -> dict[str, Any]:
 
 
 def ended(raw: redis.Redis) -> bool:
-    return not raw.xlen(Q) and not raw.exists(f"{Q}:due")
+    return nothing_left(raw, Q)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import asyncpg
 import pytest
 
 from streamworker import App, Context
-from tests.conftest import eventually
+from tests.conftest import eventually, nothing_left
 from tests.postgres.servers import PostgresServer
 from tests.postgres.working import Job, settings_for, working
 
@@ -25,7 +25,7 @@ def app_of(redis_url: str, server: PostgresServer, **more: Any) -> App[None]:
 
 
 async def ended(raw: Any) -> bool:
-    return not raw.xlen(Q) and not raw.exists(f"{Q}:due")
+    return nothing_left(raw, Q)
 
 
 async def ask(server: PostgresServer, question: str) -> Any:

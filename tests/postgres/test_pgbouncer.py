@@ -13,7 +13,7 @@ import pytest
 
 from streamworker import App, Context
 from streamworker.postgres.pool import open_database
-from tests.conftest import eventually
+from tests.conftest import eventually, nothing_left
 from tests.postgres.pgbouncer import PgBouncer
 from tests.postgres.servers import PostgresServer
 from tests.postgres.working import Job, settings_for, working
@@ -118,7 +118,7 @@ async def test_a_restarted_pooler(redis_url, database_url, postgres, raw, pg, tm
             await connection.execute("insert into effect values ($1)", ctx.job.id)
 
     async def ended() -> bool:
-        return not raw.xlen(Q) and not raw.exists(f"{Q}:due")
+        return nothing_left(raw, Q)
 
     async with app, working(app):
         await app.enqueue_many([Job(n=n) for n in range(600)])
