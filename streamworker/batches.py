@@ -87,8 +87,11 @@ class Carrier(Run):
         if not isinstance(self.outcome, Ok) or not self.results:
             return item.cause or self.outcome or ALL_LOST
         outcome = self.results[number]
-        heeded = item.context is not None and item.context.heeded
-        return CANCELLED if item.cause is CANCELLED and heeded and isinstance(outcome, Ok) else outcome
+        if item.cause is None:
+            return outcome
+        # As for a job that runs alone: whatever it raises then, or returns after it looked, is not its end.
+        heeded = item.cause is CANCELLED and item.context is not None and item.context.heeded
+        return item.cause if heeded or isinstance(outcome, Raised) else outcome
 
 
 def _outcome(value: Any) -> Outcome:

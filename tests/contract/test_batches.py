@@ -223,6 +223,103 @@ async def test_when_all_are_lost_the_call_is_cancelled(ground, raw):
             await eventually(lambda: worker._holdings.counts.lost == 2)
 
 
+@pytest.mark.parametrize(
+    ("how", "others"),
+    [
+        ("returns a failure", "done"),
+        ("returns without looking", "done"),
+        ("looks and returns", "done"),
+        ("raises", "dead"),
+    ],
+)
+async def test_one_that_is_cancelled_ends_alone(ground, raw, how, others):
+    """The call goes on. The job ends as cancelled, unless the call returned and nobody had looked: then it is done."""
+    began: list[int] = []
+    told: list[bool] = []
+    gate = anyio.Event()
+    app = App(settings=settings(raw, ground, lease=3.0))
+
+    @app.handler(batch=3, linger=60, max_attempts=1)
+    async def rows(payloads: list[Row], contexts: list[Context]) -> list[Exception | None] | None:
+        began.append(len(payloads))
+        await gate.wait()
+        told.extend(bool(context.told) for context in contexts)
+        if how == "looks and returns":
+            assert [context.cancelled for context in contexts] == told
+        if how == "raises":
+            raise ValueError("all of them")
+        failed = how == "returns a failure"
+        return [ValueError("no") if failed and context.told else None for context in contexts]
+
+    async with app:
+        made = [await app.enqueue(Row(n=n)) for n in range(3)]
+        async with working(app) as (worker,):
+            await eventually(lambda: began == [3])
+            assert await app.cancel(made[1].id) == "asked"
+            victim = next(run for run in worker._holdings.snapshot() if run.job_id == made[1].id)
+            await eventually(lambda: victim.cause is not None)
+            gate.set()
+            await eventually(ground.empty)
+            counts = worker._holdings.counts
+    cancelled = int(how != "returns without looking")
+    assert (counts.cancelled, counts.retried, counts.lost) == (cancelled, 0, 0)
+    assert (counts.done, counts.dead) == ((3 - cancelled, 0) if others == "done" else (0, 2))
+    dead = {fields[b"id"].decode() for _, fields in raw.xrange("stream:{q}:dead")}
+    assert dead == (set() if others == "done" else {made[0].id, made[2].id})
+    assert told == [False, True, False] and began == [3]
+    assert bool(raw.exists("stream:{q}:cancelled")) != bool(
+        cancelled
+    )  # only who ends as cancelled takes the mark along
+
+
+async def test_when_all_are_cancelled_the_call_is(ground, raw):
+    began: list[int] = []
+    ended: list[str] = []
+    app = App(settings=settings(raw, ground, lease=3.0))
+
+    @app.handler(batch=2, linger=60)
+    async def rows(payloads: list[Row]) -> None:
+        began.append(len(payloads))
+        try:
+            await anyio.sleep_forever()
+        except BaseException as error:
+            ended.append(type(error).__name__)
+            raise
+
+    async with app:
+        made = [await app.enqueue(Row(n=n)) for n in range(2)]
+        async with working(app) as (worker,):
+            await eventually(lambda: began == [2])
+            for each in made:
+                await app.cancel(each.id)
+            await eventually(lambda: worker._holdings.counts.cancelled == 2)
+            await eventually(ground.empty)
+    assert ended == ["CancelledError"]
+    assert not raw.exists("stream:{q}:cancelled", "stream:{q}:dead")
+
+
+async def test_one_that_is_cancelled_while_it_waits_for_others_is_not_called(ground, raw):
+    seen: list[list[int]] = []
+    app = App(settings=settings(raw, ground, lease=3.0))
+
+    @app.handler(batch=2, linger=60)
+    async def rows(payloads: list[Row]) -> None:
+        seen.append([payload.n for payload in payloads])
+
+    async with app:
+        made = await app.enqueue(Row(n=0))
+        async with working(app) as (worker,):
+            await eventually(lambda: ground.held() == 1)
+            await app.cancel(made.id)
+            (run,) = await eventually(worker._holdings.snapshot)
+            await eventually(lambda: run.outcome is not None)
+            await app.enqueue(Row(n=1))  # makes the batch full
+            await eventually(lambda: worker._holdings.counts.cancelled == 1)
+            await eventually(lambda: worker._holdings.counts.done == 1)
+            await eventually(ground.empty)
+    assert seen == [[1]]
+
+
 async def test_a_suspect_is_a_batch_of_one(ground, raw):
     sizes: list[tuple[int, ...]] = []
     app = App(settings=settings(raw, ground))
