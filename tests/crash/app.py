@@ -87,6 +87,24 @@ class Limited(Payload, kind="limited", queue="q"):
 LIMIT = 3
 
 
+class Kept(Payload, kind="kept", queue="q"):
+    """Its result, the number of its delivery, is kept.
+
+    Attributes:
+        gate: it runs until a file of this name lies in the history's directory.
+        careful: cancelled, it says so by another, and puts things away until a third is there.
+    """
+
+    gate: str = ""
+    careful: bool = False
+
+
+class Ticked(Payload, kind="ticked", queue="q"):
+    """Made by the calendar; its run writes the schedule and the tick down."""
+
+    seconds: float = 0.0
+
+
 class Gathered(Payload, kind="gathered", queue="q"):
     """Called together with others; each is finished a little after the one before."""
 
@@ -117,6 +135,37 @@ async def limited(payload: Limited, ctx: Context) -> None:
         await asyncio.sleep(payload.seconds)
         while payload.gate and not journal.has_gate(payload.gate):  # noqa: ASYNC110 - a file rings no bell
             await asyncio.sleep(0.02)
+
+
+@app.handler(timeout=60, result_ttl=60)
+async def kept(payload: Kept, ctx: Context) -> int:
+    with journal.run(ctx):
+        try:
+            while payload.gate and not journal.has_gate(payload.gate):  # noqa: ASYNC110 - a file rings no bell
+                await asyncio.sleep(0.02)
+        except asyncio.CancelledError:
+            if payload.careful:
+                journal.open_gate(f"{payload.gate}-told")
+                while not journal.has_gate(f"{payload.gate}-clean"):  # noqa: ASYNC110 - a file rings no bell
+                    await asyncio.sleep(0.02)
+            raise
+        return ctx.delivery
+
+
+@app.handler(timeout=60)
+async def ticked(payload: Ticked, ctx: Context) -> None:
+    headers = ctx.job.headers or {}
+    with journal.run(ctx, schedule=headers["cron"], tick=headers["tick"]):
+        await asyncio.sleep(payload.seconds)
+
+
+YEAR = "0 0 1 1 *"
+EVERY = 2
+"""Seconds between ticks of the schedule "often"."""
+if journal.has_gate("calendar"):  # a worker with schedules; without them the other scenes come to rest
+    app.cron(f"*/{EVERY} * * * * *", Ticked(seconds=0.3), name="often")
+    app.cron(YEAR, Ticked(seconds=0.3), name="last")
+    app.cron(YEAR, Ticked(), name="skip", missed="skip")
 
 
 @app.handler(max_attempts=4, timeout=60, backoff=Backoff(base=0.05, cap=0.5))

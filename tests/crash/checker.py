@@ -137,6 +137,7 @@ def _nothing_lost(
     dead: set[str],
     destroyed: set[str],
 ) -> None:
+    cancelled = {line["job"] for line in enqueued if line["what"] == "cancelled"}
     promised = {line["job"] for line in enqueued if line["what"] == "acknowledged"}
     known = promised | {line["job"] for line in enqueued}
     verdict.jobs = len(promised)
@@ -158,7 +159,7 @@ def _nothing_lost(
         if done and job in dead:
             # A dead letter whose run finished elsewhere: told twice, and operators would replay it.
             verdict.complain("once", f"{job} is done and dead")
-        if job in promised and not done and job not in dead and job not in destroyed:
+        if job in promised and not done and job not in dead | destroyed | cancelled:
             verdict.lost.append(job)
             verdict.complain("lost", f"{job}: acknowledged, neither done nor dead; its runs: {_tell(history)}")
 

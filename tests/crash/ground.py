@@ -68,7 +68,7 @@ class Ground:
     @property
     def everything(self) -> set[str]:
         """Keys that may be there when all is done."""
-        return {*self.places, self.keys.meta, self.keys.dead, WITNESSES}
+        return {*self.places, self.keys.meta, self.keys.dead, self.keys.crons, WITNESSES}
 
     def length(self, place: str) -> int:
         """Jobs in a place, running ones included."""
@@ -144,8 +144,9 @@ class Ground:
         return [key for key in self._client.keys("*") if key not in self.everything and not self._ends_by_itself(key)]
 
     def _ends_by_itself(self, key: str) -> bool:
-        """What is noted of turns and calls of limits: forgotten a little after the last who asked."""
-        return key.startswith(f"{self.keys.base}:limit:") and 0 <= int(self._client.pttl(key)) < 600_000
+        """What is noted of turns and calls of limits, and how jobs ended: forgotten after a while."""
+        noted = (f"{self.keys.base}:limit:", self.keys.result(""))
+        return key.startswith(noted) and 0 <= int(self._client.pttl(key)) < 600_000
 
     def state(self) -> str:
         """What the server holds, for a failing run."""

@@ -58,13 +58,18 @@ class Journal:
     def has_gate(self, name: str) -> bool:
         return self._directory is not None and (self._directory / f"gate-{name}").exists()
 
+    def open_gate(self, name: str) -> None:
+        if self._directory is not None:
+            (self._directory / f"gate-{name}").touch()
+
     @contextmanager
-    def run(self, ctx: Context) -> Iterator[None]:
+    def run(self, ctx: Context, **more: Any) -> Iterator[None]:
         """``started`` and how it ended: ``finished`` (the effect), ``cancelled``, or the name of the error."""
         facts = {
             "job": ctx.job.id, "worker": ctx.worker_id, "delivery": ctx.delivery, "attempt": ctx.attempt,
             "hop": ctx.job.hop, "place": ctx._claim.place, "entry": ctx._claim.entry.decode(), "count": ctx._claim.count,
             "threaded": threading.current_thread() is not threading.main_thread(),
+            **more,
         }  # fmt: skip
         self._write("started", facts)
         try:

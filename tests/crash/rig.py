@@ -176,6 +176,12 @@ class Rig:
             return Thread(seconds=self.random.uniform(0.0, 0.2))
         return Block(seconds=self.random.uniform(0.0, 0.1))
 
+    async def cancel(self, *jobs: str) -> None:
+        """Cancel jobs; what is acknowledged is written down: they need not be done any more."""
+        for job in jobs:
+            await self.app.cancel(job, queue="q")
+            self._enqueued.add(what="cancelled", job=job)
+
     # -- faults
 
     def _ended(self, worker: Worker) -> None:

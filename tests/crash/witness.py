@@ -10,6 +10,7 @@ from __future__ import annotations
 from hashlib import sha1
 from typing import Any, Final
 
+from streamworker import notes
 from streamworker.broker import scripts
 from tests.crash.ground import MODE, WITNESSES
 
@@ -34,7 +35,7 @@ for i = %(first)d, #ARGV, %(step)d do
   local who = %(who)s
   local outcome = %(outcome)s
   if outcome then
-    redis.pcall('RPUSH', '%(list)s', table.concat({ '%(name)s', KEYS[1], id, who, count, before[n], outcome }, ' '))
+    redis.pcall('RPUSH', '%(list)s', table.concat({ %(name)s, KEYS[1], id, who, count, before[n], outcome }, ' '))
   end
 end
 return result
@@ -53,8 +54,18 @@ return result
 """
 # A renewal is worth a line only if it changed the owner or the count.
 _RENEWED: Final = "(before[n] ~= held(id)) and held(id) or nil"
+# What is finished was done, unless its note says that it was cancelled.
+_FINISHED: Final = f"""(ARGV[i + 4] == '{notes.CANCELLED.decode()}' and 'drop' or 'done')"""
 _SHAPES: Final[dict[str, dict[str, Any]]] = {
     "DONE": {"first": 3, "step": 2, "entry": 0, "who": "ARGV[2]", "outcome": "tostring(result[n])"},
+    "FINISH": {
+        "name": _FINISHED,
+        "first": 3,
+        "step": 5,
+        "entry": 0,
+        "who": "ARGV[2]",
+        "outcome": "tostring(result[n])",
+    },
     "PARK": {"first": 2, "step": 6, "entry": 1, "who": "ARGV[i]", "outcome": "tostring(result[n])"},
     "BURY": {"first": 2, "step": 12, "entry": 1, "who": "ARGV[i]", "outcome": "tostring(result[n])"},
     "RENEW": {"first": 3, "step": 2, "entry": 0, "who": "ARGV[2]", "outcome": _RENEWED},
@@ -89,7 +100,7 @@ for i = %(first)s, #ARGV, %(step)s do
   local level = string.match(ARGV[i + 1], '^%%S+ %%d+ (%%a+)')
   if level then -- what was popped lies nowhere
     local place = level == 'normal' and 'queue:q' or 'queue:q:' .. level
-    local line = { '%(name)s', place, id, who, count, before[id] or '- 0', tostring(result[n]) }
+    local line = { %(name)s, place, id, who, count, before[id] or '- 0', tostring(result[n]) }
     redis.pcall('RPUSH', '%(list)s', table.concat(line, ' '))
   end
 end
@@ -115,9 +126,10 @@ if type(result) == 'table' then
 end
 """
 _LIST_SHAPES: Final[dict[str, dict[str, Any]]] = {
-    "LIST_DONE": {"after": _LIST_SETTLED, "name": "done", "first": "1", "step": "2"},
-    "LIST_PARK": {"after": _LIST_SETTLED, "name": "park", "first": "1", "step": "5"},
-    "LIST_BURY": {"after": _LIST_SETTLED, "name": "bury", "first": "2", "step": "4 + tonumber(ARGV[1])"},
+    "LIST_DONE": {"after": _LIST_SETTLED, "name": "'done'", "first": "1", "step": "2"},
+    "LIST_FINISH": {"after": _LIST_SETTLED, "name": _FINISHED, "first": "1", "step": "5"},
+    "LIST_PARK": {"after": _LIST_SETTLED, "name": "'park'", "first": "1", "step": "5"},
+    "LIST_BURY": {"after": _LIST_SETTLED, "name": "'bury'", "first": "2", "step": "4 + tonumber(ARGV[1])"},
     "LIST_RENEW": {"after": _LIST_RENEWED},
     "LIST_TAKE": {"after": _LIST_TAKEN},
 }
@@ -131,7 +143,8 @@ def install() -> None:
 def _install_stream() -> None:
     for name, shape in _SHAPES.items():
         script = getattr(scripts, name)
-        _replace(script, _WRAP % {**shape, "text": script.text, "name": name.lower(), "list": WITNESSES})
+        facts = {"name": f"'{name.lower()}'", **shape, "text": script.text, "list": WITNESSES}
+        _replace(script, _WRAP % facts)
     _replace(scripts.SWEEP, _SWEEP % {"text": scripts.SWEEP.text, "list": WITNESSES})
 
 
