@@ -19,7 +19,6 @@ from tests.web.chromium import Chromium, program
 from tests.web.conftest import held, letter
 
 pytestmark = [
-    pytest.mark.slow,  # on a loaded machine now and then a page does not show in time what was just stored
     pytest.mark.skipif(program() is None, reason="Chromium is not installed: apt-get install chromium"),
     pytest.mark.timeout(180),
 ]
