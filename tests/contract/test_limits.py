@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -244,7 +245,10 @@ async def test_a_turn_that_makes_no_sense_is_a_first_time(broker_factory, ground
 
 def settings(raw: Any, ground: Any, **options: Any) -> Settings:
     port = raw.connection_pool.connection_kwargs["port"]
-    return Settings(redis_url=f"redis://127.0.0.1:{port}/0", mode=ground.mode, **options)
+    # A node of a cluster leads to the others.
+    cluster = os.environ.get("STREAMWORKER_TEST_TOPOLOGY") == "cluster"
+    url = f"redis+cluster://127.0.0.1:{port}" if cluster else f"redis://127.0.0.1:{port}/0"
+    return Settings(redis_url=url, mode=ground.mode, **options)
 
 
 @asynccontextmanager
