@@ -20,7 +20,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.retry import Retry as SyncRetry
 
-from streamworker.broker import forms
+from streamworker.broker import connections, forms
 from streamworker.broker.cluster import ClusterBlocking, ClusterClient, ClusterReader
 from streamworker.broker.forms import Form, Host
 from streamworker.broker.reactions import Reaction, row_of
@@ -44,9 +44,9 @@ POOL_SIZE: Final = 16
 CLUSTER: Final = "Redis at {} is a node of a cluster: write redis+cluster:// instead of redis:// in REDIS_URL"
 
 _ASYNC: Final[dict[str, Any]] = {
-    "redis": aioredis.Connection,
-    "rediss": aioredis.SSLConnection,
-    "unix": aioredis.UnixDomainSocketConnection,
+    "redis": connections.Connection,
+    "rediss": connections.SSLConnection,
+    "unix": connections.UnixDomainSocketConnection,
 }
 _SYNC: Final[dict[str, Any]] = {
     "redis": redis.Connection,

@@ -16,6 +16,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.retry import Retry as SyncRetry
 
+from streamworker.broker import connections
 from streamworker.broker.forms import Form, Host, NotExecuted
 from streamworker.errors import ConfigurationError
 
@@ -48,7 +49,7 @@ class Sentinels:
             ConnectionError: no Sentinel answers.
             ConfigurationError: what answers is none, refuses us, or knows no such master.
         """
-        kind: Any = aioredis.SSLConnection if self._form.scheme == "rediss" else aioredis.Connection
+        kind: Any = connections.SSLConnection if self._form.scheme == "rediss" else connections.Connection
         search = _Search(self._form, self._hosts)
         for host, port in search:
             connection = kind(host=host, port=port, retry=Retry(NoBackoff(), 0), **self._options)
@@ -156,11 +157,11 @@ class _Managed:
             raise NotExecuted(f"{here.host}:{here.port} is not the master any more") from error
 
 
-class ManagedConnection(_Managed, aioredis.Connection):
+class ManagedConnection(_Managed, connections.Connection):
     """To the master."""
 
 
-class ManagedSSLConnection(_Managed, aioredis.SSLConnection):
+class ManagedSSLConnection(_Managed, connections.SSLConnection):
     """To the master, over TLS."""
 
 
