@@ -21,7 +21,7 @@ from streamworker.broker.client import Address
 from streamworker.broker.dispatch import RedisDispatcher
 from streamworker.broker.keys import ListKeys, QueueKeys
 from streamworker.broker.list_operate import ListOperator
-from streamworker.broker.lists import ListBroker, ListOptions
+from streamworker.broker.lists import ListBroker
 from streamworker.broker.operate import StreamOperator
 from streamworker.broker.popping import PoppingBroker
 from streamworker.broker.stream import StreamBroker, StreamOptions
@@ -272,9 +272,9 @@ class App(Handlers[S], Follower, Calendar):
         return url or settings.require_database_url()
 
     def _make_broker(self, settings: Settings, address: Address) -> Broker:
+        options = self._options(settings)
         if settings.mode == "stream":
-            return StreamBroker(address, self._stream_options(settings))
-        options = ListOptions(**self._options(settings))
+            return StreamBroker(address, options)
         return PoppingBroker(address, options) if settings.list_pop == "brpop" else ListBroker(address, options)
 
     def _make_dispatcher(self, settings: Settings, address: Address) -> RedisDispatcher:
@@ -283,18 +283,15 @@ class App(Handlers[S], Follower, Calendar):
         return RedisDispatcher(address, lambda queue: keys(queue, namespace), group=settings.group, namespace=namespace)
 
     def _make_operator(self, settings: Settings, address: Address) -> StreamOperator | ListOperator:
-        if settings.mode == "stream":
-            return StreamOperator(address, self._stream_options(settings))
-        return ListOperator(address, ListOptions(**self._options(settings)))
+        kind = StreamOperator if settings.mode == "stream" else ListOperator
+        return kind(address, self._options(settings))
 
-    def _stream_options(self, settings: Settings) -> StreamOptions:
-        return StreamOptions(group=settings.group, **self._options(settings))
-
-    def _options(self, settings: Settings) -> dict[str, Any]:
+    def _options(self, settings: Settings) -> StreamOptions:
         queues = [(spec.name, spec.cap) for spec in settings.queues] or [(name, None) for name in self.queues]
-        return {
-            "queues": tuple(queues),
-            "namespace": settings.namespace,
-            "lease": settings.lease,
-            "weighted": settings.priority == "weighted",
-        }
+        return StreamOptions(
+            queues=tuple(queues),
+            group=settings.group,
+            namespace=settings.namespace,
+            lease=settings.lease,
+            weighted=settings.priority == "weighted",
+        )

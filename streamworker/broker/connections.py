@@ -1,7 +1,7 @@
 """redis-py's connections with one change: a task that writes can be cancelled.
 
-redis-py bounds a write with ``asyncio.wait_for``, which on Python 3.11 forgets a cancellation that arrives just as what it
-waits for ends (https://github.com/python/cpython/issues/86296): Ctrl-C is lost, a task that was told to end goes on.
+redis-py bounds a write with ``asyncio.wait_for``, which on Python 3.11 forgets a cancellation that arrives just as what
+it waits for ends (https://github.com/python/cpython/issues/86296): Ctrl-C is lost, a task that shall end goes on.
 ``asyncio.timeout`` forgets nothing, and needs no task for each write.
 """
 

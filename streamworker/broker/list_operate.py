@@ -11,15 +11,16 @@ from streamworker.broker import Page, PendingEntry, WorkerInfo, list_listings
 from streamworker.broker.client import Address, understood
 from streamworker.broker.keys import ListKeys, worker_key
 from streamworker.broker.list_settle import ListSender
-from streamworker.broker.lists import ListOptions, refuse_cluster
+from streamworker.broker.lists import refuse_cluster
 from streamworker.broker.operating import Operating
+from streamworker.broker.serving import Options
 from streamworker.job import Claim, Depth
 
 
 class ListOperator(Operating):
     """List mode of the `Operator` protocol."""
 
-    def __init__(self, address: Address, options: ListOptions) -> None:
+    def __init__(self, address: Address, options: Options) -> None:
         refuse_cluster(address)
         namespace = options.namespace
         super().__init__(address, namespace, "", lambda queue: ListKeys(queue, namespace), lease=options.lease)

@@ -7,8 +7,9 @@ twice after a crash; everyone else wants `lists`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from time import monotonic
+from typing import ClassVar
 
 import anyio
 
@@ -140,9 +141,7 @@ class Popping(Taking):
 class PoppingBroker(ListBroker):
     """List mode with BRPOP: a claim is in this process and nowhere else; there is nothing to renew or to rescue."""
 
-    def _make_intake(self, queues: Sequence[tuple[ListKeys, int | None]]) -> Taking:
-        options = self._options
-        return Popping(self._link, queues, orphans=self._orphans, lease=options.lease, weighted=options.weighted)
+    _taking: ClassVar[Callable[..., Taking]] = Popping
 
     async def join(self, worker_id: str) -> None:
         """See `Broker.join`."""

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 import redis
-import redis.asyncio as aioredis
 from redis import exceptions as redis_errors
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff

@@ -14,7 +14,8 @@ import pytest
 from streamworker import codec
 from streamworker.bridging import Bridging
 from streamworker.broker.client import Address
-from streamworker.broker.lists import ListBroker, ListOptions
+from streamworker.broker.lists import ListBroker
+from streamworker.broker.serving import Options
 from tests.bridge.conftest import push, running, stored
 from tests.cli.conftest import Program
 from tests.conftest import eventually, eventually_blocking
@@ -28,7 +29,7 @@ def lister(redis_url: str) -> Callable[..., Any]:
 
     @asynccontextmanager
     async def make(name: str, **options: Any) -> AsyncIterator[ListBroker]:
-        broker = ListBroker(Address(redis_url), ListOptions(queues=(("q", None),), **{"lease": LEASE, **options}))
+        broker = ListBroker(Address(redis_url), Options(queues=(("q", None),), **{"lease": LEASE, **options}))
         try:
             await broker.open()
             await broker.join(name)

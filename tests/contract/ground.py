@@ -14,7 +14,8 @@ import redis
 from streamworker.broker.client import Address
 from streamworker.broker.held import lease_of
 from streamworker.broker.keys import ListKeys, QueueKeys
-from streamworker.broker.lists import ListBroker, ListOptions
+from streamworker.broker.lists import ListBroker
+from streamworker.broker.serving import Options
 from streamworker.broker.stream import StreamBroker, StreamOptions
 from streamworker.job import LEVELS, Claim, Level
 from streamworker.marks import unmarked
@@ -194,7 +195,7 @@ class ListGround(Ground):
     mode = "list"
 
     def broker(self, url: str, queues: Any, **options: Any) -> ListBroker:
-        return ListBroker(Address(url), ListOptions(queues=queues, **options))
+        return ListBroker(Address(url), Options(queues=queues, **options))
 
     def sweep_soon(self, broker: Any) -> None:
         broker._orphans.look_at = [0.0] * len(broker._orphans.look_at)

@@ -11,7 +11,8 @@ import pytest
 
 from streamworker import codec
 from streamworker.broker.client import Address
-from streamworker.broker.lists import ListBroker, ListOptions
+from streamworker.broker.lists import ListBroker
+from streamworker.broker.serving import Options
 from streamworker.errors import ConfigurationError, Unreachable
 from streamworker.job import Settled
 from tests.conftest import eventually
@@ -431,7 +432,7 @@ async def test_list_mode_refuses_a_cluster_in_one_sentence():
     with pytest.raises(
         ConfigurationError, match="list mode cannot use the Redis Cluster at .* STREAMWORKER_MODE=stream"
     ):
-        ListBroker(Address("redis+cluster://127.0.0.1:7000"), ListOptions(queues=(("q", None),)))
+        ListBroker(Address("redis+cluster://127.0.0.1:7000"), Options(queues=(("q", None),)))
 
 
 @list_only

@@ -10,8 +10,8 @@ import pytest
 
 from streamworker import codec
 from streamworker.broker.client import Address
-from streamworker.broker.lists import ListOptions
 from streamworker.broker.popping import PoppingBroker
+from streamworker.broker.serving import Options
 from streamworker.errors import StreamworkerError, Unreachable
 from streamworker.job import Settled
 from tests.conftest import eventually
@@ -28,7 +28,7 @@ def popping(redis_url, ground):
     @asynccontextmanager
     async def make(name: str, *queues: str, lease: float = 15.0, **options):
         broker = PoppingBroker(
-            Address(redis_url), ListOptions(queues=tuple((q, None) for q in queues or ("q",)), lease=lease, **options)
+            Address(redis_url), Options(queues=tuple((q, None) for q in queues or ("q",)), lease=lease, **options)
         )
         try:
             await broker.open()

@@ -16,8 +16,9 @@ from streamworker.bridging import Bridging
 from streamworker.broker.client import Address
 from streamworker.broker.keys import ListKeys, QueueKeys
 from streamworker.broker.list_operate import ListOperator
-from streamworker.broker.lists import ListBroker, ListOptions
+from streamworker.broker.lists import ListBroker
 from streamworker.broker.operate import StreamOperator
+from streamworker.broker.serving import Options
 from streamworker.broker.stream import StreamOptions
 from streamworker.errors import ConfigurationError, StreamworkerError
 from streamworker.views import Selection, chosen_dead, chosen_delayed, chosen_pending
@@ -155,7 +156,7 @@ async def test_a_producer_and_an_inspector_of_lists(own_server):
     await gone.settle([dead(first)])
     await gone.close()
     before = contents(users.raw)
-    options = ListOptions(queues=(("q", None),))
+    options = Options(queues=(("q", None),))
     operator = ListOperator(Address(users.url("inspector")), options)
     await operator.open()
     assert await operator.queues() == ["q"]
@@ -262,7 +263,7 @@ async def test_an_inspector_lists_everything_and_changes_nothing(users, broker_o
 async def test_a_bridge_moves_jobs_and_does_nothing_else(users):
     namespace, raw = users.namespace, users.raw
     raw.lpush("queue:q", "1", "2", "3")
-    options = ListOptions(queues=(("q", None),), namespace=namespace, lease=0.5)
+    options = Options(queues=(("q", None),), namespace=namespace, lease=0.5)
     gone = ListBroker(Address(users.server.url), options)
     await gone.open()
     await gone.join("gone")
