@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
+import anyio
 import pytest
 
-from streamworker import codec
+from streamworker import QueueWorker, Settings, codec
 from streamworker.broker import Broker, Ending
 from streamworker.job import Claim, Dead, Done, Level, Outgoing, ReleaseAt, RetryAt, Settled, Verdict
 from tests.contract.ground import Ground
@@ -73,3 +77,26 @@ async def recover(broker: Broker, ground: Ground, limit: int = 100, running: Any
     ground.forget_pace(queue)
     ground.sweep_soon(broker)
     return await broker.claim(limit, 0, running)
+
+
+def settings(raw: Any, ground: Any, **options: Any) -> Settings:
+    """Those of a worker on the server that ``raw`` talks to."""
+    port = raw.connection_pool.connection_kwargs["port"]
+    # A node of a cluster leads to the others.
+    cluster = os.environ.get("STREAMWORKER_TEST_TOPOLOGY") == "cluster"
+    url = f"redis+cluster://127.0.0.1:{port}" if cluster else f"redis://127.0.0.1:{port}/0"
+    return Settings(redis_url=url, mode=ground.mode, **options)
+
+
+@asynccontextmanager
+async def working(app: Any, workers: int = 1, **options: Any) -> AsyncIterator[list[QueueWorker]]:
+    """Workers of this process, stopped at the end."""
+    async with anyio.create_task_group() as group:
+        made = [QueueWorker(app, redis=None, database=None, services=None) for _ in range(workers)]
+        for worker in made:
+            group.start_soon(worker.start)
+        try:
+            yield made
+        finally:
+            for worker in made:
+                await worker.stop()

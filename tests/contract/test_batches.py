@@ -13,7 +13,7 @@ from streamworker.errors import ConfigurationError
 from streamworker.job import Ok, Raised
 from streamworker.observe import JobRun, Observer
 from tests.conftest import eventually
-from tests.contract.test_limits import settings, working
+from tests.contract.helpers import settings, working
 
 
 class Row(Payload, kind="row", queue="q"):

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from time import monotonic
 from typing import Any
 
 import anyio
 import pytest
 
-from streamworker import App, Backoff, Context, Payload, QueueWorker, Retry, Settings
+from streamworker import App, Backoff, Context, Payload, Retry, Settings
 from streamworker.errors import ConfigurationError
 from streamworker.gate import limit_name
 from streamworker.limits import Asking, Hold, Limit, quota
 from tests.conftest import eventually
-from tests.contract.helpers import document, job, names
+from tests.contract.helpers import document, job, names, settings, working
 
 TWO = Limit("q", "k", concurrency=2)
 
@@ -241,27 +238,6 @@ async def test_a_turn_that_makes_no_sense_is_a_first_time(broker_factory, ground
 
 
 # -- whole workers
-
-
-def settings(raw: Any, ground: Any, **options: Any) -> Settings:
-    port = raw.connection_pool.connection_kwargs["port"]
-    # A node of a cluster leads to the others.
-    cluster = os.environ.get("STREAMWORKER_TEST_TOPOLOGY") == "cluster"
-    url = f"redis+cluster://127.0.0.1:{port}" if cluster else f"redis://127.0.0.1:{port}/0"
-    return Settings(redis_url=url, mode=ground.mode, **options)
-
-
-@asynccontextmanager
-async def working(app: Any, workers: int = 1, **options: Any) -> AsyncIterator[list[QueueWorker]]:
-    async with anyio.create_task_group() as group:
-        made = [QueueWorker(app, redis=None, database=None, services=None) for _ in range(workers)]
-        for worker in made:
-            group.start_soon(worker.start)
-        try:
-            yield made
-        finally:
-            for worker in made:
-                await worker.stop()
 
 
 class Work(Payload, kind="work", queue="q"):

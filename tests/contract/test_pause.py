@@ -9,8 +9,7 @@ import pytest
 
 from streamworker import App, Payload
 from tests.conftest import eventually
-from tests.contract.helpers import job, names
-from tests.contract.test_limits import settings, working
+from tests.contract.helpers import job, names, settings, working
 
 
 @pytest.fixture

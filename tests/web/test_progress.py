@@ -10,7 +10,7 @@ import httpx2
 from streamworker import App, Context, Payload, Settings
 from streamworker.web import Access, dashboard
 from tests.conftest import eventually
-from tests.contract.test_limits import working
+from tests.contract.helpers import working
 from tests.web.conftest import HERE, Browser
 
 
