@@ -19,7 +19,12 @@ from workload import CONCURRENCY, Workload  # noqa: E402
 
 work = Workload()
 app = Celery("bench", broker=work.url)
-app.conf.update(task_ignore_result=True, worker_prefetch_multiplier=10, broker_connection_retry_on_startup=True)
+app.conf.update(
+    task_ignore_result=True,
+    worker_prefetch_multiplier=10,
+    broker_connection_retry_on_startup=True,
+    worker_redirect_stdouts=False,  # or the figures go to its log
+)
 
 
 @app.task(name="job")
