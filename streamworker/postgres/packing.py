@@ -21,8 +21,22 @@ _MICROSECONDS: Final = 1e6
 _MOST_INT: Final = 2**31 - 1
 _encode = msgspec.json.encode
 
+ON_CONFLICT: Final = """
+  on conflict (id) do update set
+      status = excluded.status, kind = coalesce(nullif(stored.kind, ''), excluded.kind),
+      attempt_count = excluded.attempt_count, hop = excluded.hop, deliveries = excluded.deliveries,
+      run_at = coalesce(excluded.run_at, stored.run_at),
+      worker_id = excluded.worker_id, started_at = coalesce(excluded.started_at, stored.started_at),
+      finished_at = excluded.finished_at, last_error = excluded.last_error,
+      result = coalesce(excluded.result, stored.result), epoch = excluded.epoch, updated_at = now()
+    where (excluded.hop, excluded.deliveries) >= (stored.hop, stored.deliveries)
+      and stored.status not in ('completed', 'cancelled')
+      or (excluded.hop, excluded.deliveries) = (stored.hop, stored.deliveries)
+      and stored.status = 'completed' and excluded.status = 'completed'
+  returning id"""
+
 # Ordered, so that all batches lock their rows in the order of the ids.
-PACKED: Final = """
+_PACKED: Final = """
 with shapes as materialized (
   select * from json_to_recordset($2::text::json) as shape (
     n integer, queue text, kind text, level text, status text, attempts integer, max_attempts integer, hop bigint,
@@ -45,18 +59,25 @@ with shapes as materialized (
       (job_id, hop, deliveries, attempt, worker_id, started_at, finished_at, outcome, error)
     select id, hop, deliveries, attempt, $1, started_at, finished_at, outcome, error from items
     on conflict do nothing
-)
-insert into streamworker.jobs as stored (id, queue_name, kind, payload, level, status, attempt_count, max_attempts, hop,
-    deliveries, run_at, worker_id, created_at, started_at, finished_at, last_error, result, headers, epoch)
-  select id, queue, kind, payload, level, status, attempts, max_attempts, hop,
-      deliveries, to_timestamp(run_at), $1, coalesce(created_at, now()), started_at,
-      case when status in ('completed', 'cancelled', 'dead') then finished_at end, error, result, headers, epoch
-    from items
+), written as (
+  insert into streamworker.jobs as stored (id, queue_name, kind, payload, level, status, attempt_count, max_attempts,
+      hop, deliveries, run_at, worker_id, created_at, started_at, finished_at, last_error, result, headers, epoch)
+    select id, queue, kind, payload, level, status, attempts, max_attempts, hop,
+        deliveries, to_timestamp(run_at), $1, coalesce(created_at, now()), started_at,
+        case when status in ('completed', 'cancelled', 'dead') then finished_at end, error, result, headers, epoch
+      from items
 """
+
+# The ids of what was written only if something was not: nearly always one null instead of hundreds.
+_LEFT_ALONE: Final = """
+)
+select case when count(*) < (select count(*) from items) then coalesce(array_agg(id), '{}') end as ids from written"""
+
+PACK: Final = _PACKED + ON_CONFLICT + _LEFT_ALONE
 
 
 def packed(runs: Sequence[RunRecord], epochs: dict[bytes, str]) -> tuple[Any, ...] | None:
-    """The values of `PACKED` from the second on; ``None`` if the runs do not fit it.
+    """The values of `PACK` from the second on; ``None`` if the runs do not fit it.
 
     Args:
         runs: in the order of their ids, no id twice.

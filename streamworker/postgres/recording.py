@@ -11,7 +11,7 @@ import asyncpg
 
 from streamworker.postgres import FINAL, RunRecord, Stored
 from streamworker.postgres.failures import is_outage, reason, sqlstate, translated, understood
-from streamworker.postgres.packing import PACKED, packed
+from streamworker.postgres.packing import ON_CONFLICT, PACK, packed
 from streamworker.postgres.pool import Database
 from streamworker.postgres.rows import created, headers_text, json_text, stored_id, text
 from streamworker.telemetry.logs import get_logger
@@ -34,22 +34,6 @@ _ITEMS: Final = """unnest($2::text[], $3::text[], $4::text[], $5::text[], $6::te
   as item (id, queue_name, kind, payload, level, status, attempts, max_attempts,
     hop, deliveries, run_at, started, finished, error, result, headers,
     document, epoch, created, attempt, outcome)"""
-
-ON_CONFLICT: Final = """
-  on conflict (id) do update set
-      status = excluded.status, kind = coalesce(nullif(stored.kind, ''), excluded.kind),
-      attempt_count = excluded.attempt_count, hop = excluded.hop, deliveries = excluded.deliveries,
-      run_at = coalesce(excluded.run_at, stored.run_at),
-      worker_id = excluded.worker_id, started_at = coalesce(excluded.started_at, stored.started_at),
-      finished_at = excluded.finished_at, last_error = excluded.last_error,
-      result = coalesce(excluded.result, stored.result), epoch = excluded.epoch, updated_at = now()
-    where (excluded.hop, excluded.deliveries) >= (stored.hop, stored.deliveries)
-      and stored.status not in ('completed', 'cancelled')
-      or (excluded.hop, excluded.deliveries) = (stored.hop, stored.deliveries)
-      and stored.status = 'completed' and excluded.status = 'completed'
-  returning id"""
-
-PACK: Final = PACKED + ON_CONFLICT
 
 RECORD: Final = f"""
 with items as materialized (select * from {_ITEMS}),
@@ -121,13 +105,13 @@ class Recording:
         if values is None:
             return False
         try:
-            stored = await self._told(PACK, values)
+            stored = (await self._told(PACK, values))[0]["ids"]
         except Exception as error:
             if _at_fault(error):
                 return False
             raise translated(error, "recording jobs") from error
-        if len(stored) < len(batch):
-            await self._explain(batch, {row["id"] for row in stored}, answers)
+        if stored is not None:
+            await self._explain(batch, set(stored), answers)
         return True
 
     async def running(self, runs: Sequence[RunRecord]) -> None:
@@ -173,7 +157,7 @@ class Recording:
                 answers[missing[row["id"]]] = Stored.ENDED if row["status"] in FINAL else Stored.SUPERSEDED
 
     async def _told(self, statement: str, values: Sequence[Any]) -> list[asyncpg.Record]:
-        """Run the statement; returns the ids of the rows it wrote."""
+        """Run the statement; again if it met a deadlock or a conflict."""
         for _ in range(TRIES - 1):
             try:
                 return await self._line.fetch(statement, self._worker_id, *values)
