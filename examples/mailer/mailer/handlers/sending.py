@@ -57,7 +57,7 @@ class Delivery:
     suppressed: bool
     reply: str
     recipient: str
-    mail: Mail | None
+    message: bytes | None
     mistake: str
 
 
@@ -79,14 +79,14 @@ async def send_email(payload: SendEmail, ctx: Context[Services]) -> None:
             await pg.execute(_END, delivery.id, "suppressed", "the address is suppressed", 0)
             await events.record(pg, ctx.services.app, delivery.id, "suppressed")
         return
-    if delivery.mail is None:
+    if delivery.message is None:
         await _fail(ctx, delivery.id, delivery.mistake)
         raise Discard(delivery.mistake)
 
     rate = ctx.services.config.per_domain
     if wait := await wait_for_turn(ctx.redis, domain_of(delivery.recipient), str(delivery.id), rate):
         raise Snooze(wait)
-    await _send(ctx, delivery, build(delivery.mail))
+    await _send(ctx, delivery, delivery.message)
 
 
 async def _send(ctx: Context[Services], delivery: Delivery, message: bytes) -> None:
@@ -128,12 +128,11 @@ async def _load(pool: Any, delivery_id: UUID) -> Delivery | None:
     row = await pool.fetchrow(_LOAD, delivery_id)
     if row is None:
         return None
-    mail, mistake = None, ""
+    message, mistake = None, ""
     try:
-        mail = _mail(row)
-        build(mail)
+        message = build(_mail(row))
     except (TemplateError, BadAddress) as error:
-        mail, mistake = None, f"{type(error).__name__}: {error}"
+        mistake = f"{type(error).__name__}: {error}"
     return Delivery(
         row["id"],
         row["status"],
@@ -141,7 +140,7 @@ async def _load(pool: Any, delivery_id: UUID) -> Delivery | None:
         row["is_suppressed"],
         row["reply"] or "",
         row["recipient"],
-        mail,
+        message,
         mistake,
     )
 
