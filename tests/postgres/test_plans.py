@@ -110,7 +110,9 @@ def nodes(plan):
 
 
 def test_statements_are_found():
-    assert {"relay.CLAIM", "relay.NOTE", "outbox.ENQUEUE", "recording.RECORD", "packing.PACK", "ledger.LOOKUP"} <= set(ALL)
+    assert {"relay.CLAIM", "relay.NOTE", "outbox.ENQUEUE", "recording.RECORD", "packing.PACK", "ledger.LOOKUP"} <= set(
+        ALL
+    )
 
 
 @pytest.mark.parametrize("name", ALL)
