@@ -228,8 +228,8 @@ class World:
                 await anyio.sleep(0.05)
 
     async def idle(self) -> bool:
-        """Whether nothing is left."""
-        return await self.left() == 0
+        """Whether nothing is left; cheap among many thousands, because it is asked all the time."""
+        return not await self._polling.fetchval(SOME_OPEN)
 
     async def left(self, *kinds: str) -> int:
         """How many jobs (of some kinds) are not finished."""
@@ -278,6 +278,10 @@ class World:
 
 
 OPEN = ["queued", "dispatching", "dispatched", "running", "retrying"]
+# In the words of the ledger's partial indexes.
+SOME_OPEN = """select exists (select from streamworker.jobs where status = 'queued')
+    or exists (select from streamworker.jobs where status = 'dispatching')
+    or exists (select from streamworker.jobs where status in ('dispatched', 'running', 'retrying'))"""
 
 
 @pytest.fixture
