@@ -118,7 +118,8 @@ class Executor:
 
     async def call(self, run: Run) -> Outcome:
         """Run the handler of a prepared run to its outcome; only the end of the whole worker gets through."""
-        registration, task = run.registration, asyncio.current_task()
+        # A slot knows its task: asking asyncio, which is Python code before 3.12, is dear for each job.
+        registration, task = run.registration, run.task or asyncio.current_task()
         if registration is None or run.facts is None or run.reading is None:
             raise AssertionError("a run must be prepared before it is called")
         limits = run.facts.limits

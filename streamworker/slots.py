@@ -163,7 +163,7 @@ class Slots:
 
     async def _slot(self) -> None:
         call, get, running, finished = self.call, self._line.get, self.running, self._finished
-        prepare = self.prepare
+        prepare, task = self.prepare, asyncio.current_task()
         pristine = copy_context()
         while True:
             run = await get()
@@ -173,6 +173,7 @@ class Slots:
                 if run.special and not self._isolate(run):
                     continue
                 running.add(run)
+                run.task = task
                 try:
                     outcome = await call(run)
                 except asyncio.CancelledError as error:
