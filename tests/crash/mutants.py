@@ -60,7 +60,7 @@ MUTANTS: Final = (
         (
             (
                 _LUA + "done.lua",
-                "if pending and pending[2] == consumer and pending[4] == tonumber(ARGV[i + 1]) then",
+                "if counts[id] == tonumber(ARGV[i + 1]) then",
                 "if true then",
             ),
             (
