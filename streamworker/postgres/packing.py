@@ -35,7 +35,7 @@ ON_CONFLICT: Final = """
       and stored.status = 'completed' and excluded.status = 'completed'
   returning id"""
 
-# Ordered, so that all batches lock their rows in the order of the ids. `1e6` alone is a numeric, whose division is dear.
+# Ordered, so that all batches lock their rows in the order of the ids. `1e6` alone would be a numeric: dear to divide by.
 _PACKED: Final = """
 with shapes as materialized (
   select * from json_to_recordset($2::text::json) as shape (
@@ -43,9 +43,9 @@ with shapes as materialized (
     deliveries integer, run_at double precision, error text, epoch text, attempt integer, outcome text)
 ), items as materialized (
   select item.id, item.payload::jsonb, item.headers::jsonb, item.result::jsonb, shape.*,
-      to_timestamp($3::double precision + item.started::double precision / 1e6::double precision) as started_at,
-      to_timestamp($3::double precision + item.finished::double precision / 1e6::double precision) as finished_at,
-      to_timestamp($3::double precision + item.created::double precision / 1e6::double precision) as created_at
+      to_timestamp($3::float8 + item.started::float8 / 1e6::float8) as started_at,
+      to_timestamp($3::float8 + item.finished::float8 / 1e6::float8) as finished_at,
+      to_timestamp($3::float8 + item.created::float8 / 1e6::float8) as created_at
     from unnest(
       string_to_array($4::text, e'\\x1f'), string_to_array($5::text, e'\\x1f'), string_to_array($6::text, e'\\x1f'),
       string_to_array($7::text, e'\\x1f', e'\\x1e'), string_to_array($8::text, e'\\x1f', e'\\x1e'),
