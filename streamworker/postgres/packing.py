@@ -35,7 +35,7 @@ ON_CONFLICT: Final = """
       and stored.status = 'completed' and excluded.status = 'completed'
   returning id"""
 
-# Ordered, so that all batches lock their rows in the order of the ids. `1e6` alone would be a numeric: dear to divide by.
+# Ordered, so that all batches lock their rows in the order of the ids. `1e6` alone is a numeric: dear to divide by.
 _PACKED: Final = """
 with shapes as materialized (
   select * from json_to_recordset($2::text::json) as shape (
