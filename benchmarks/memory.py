@@ -27,11 +27,10 @@ async def watched(url: str, waiting: int, total: int) -> dict[str, float]:
     """MB at the start, among ``waiting`` jobs, and after ``total`` jobs; run in a process of its own."""
     bench = Bench(settings(url))
     figures: dict[str, float] = {}
+    bench.left = waiting + total  # before the worker starts: it does tens of thousands in its first second
     worker = QueueWorker(bench.app, redis=None, database=None, services=None)
-    task = asyncio.create_task(worker.start())
-    await asyncio.sleep(1)
     figures["start"] = resident()
-    bench.left = waiting + total
+    task = asyncio.create_task(worker.start())
     while bench.left > total:
         await asyncio.sleep(0.2)
         figures["waiting"] = max(figures.get("waiting", 0.0), resident())
