@@ -48,6 +48,8 @@ class Doorbells:
             StreamworkerError: a list cannot be waited for.
         """
         for key in keys:
+            if key not in self._readers:
+                self._readers[key] = self._link.address.reader(self._block, self._link.commands)
             if key not in self._waits:
                 # Tasks of asyncio's own: a wait outlives this call, which no task group allows.
                 self._waits[key] = asyncio.ensure_future(self._wait(key))
@@ -61,9 +63,7 @@ class Doorbells:
         return any(not task.cancelled() and task.result() for task in done)
 
     async def _wait(self, key: str) -> bool:
-        reader = self._readers.get(key)
-        if reader is None:
-            reader = self._readers[key] = self._link.address.reader(self._block, self._link.commands)
+        reader = self._readers[key]
         try:
             with understood(self._link.address):
                 reply = await reader.execute_command("BLMOVE", key, key, "RIGHT", "RIGHT", self._block)

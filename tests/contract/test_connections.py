@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 
 import pytest
 
 from streamworker.broker.client import Address
+from streamworker.broker.doorbell import Doorbells
+from streamworker.broker.link import Link
 
 
 @pytest.mark.anyio
@@ -28,3 +31,16 @@ async def test_a_cancelled_task_ends_wherever_its_command_is(redis_url, steps):
     await client.aclose()
     assert done
     assert task.cancelled()
+
+
+@pytest.mark.anyio
+@pytest.mark.skipif(os.environ.get("STREAMWORKER_TEST_TOPOLOGY") == "cluster", reason="of list mode")
+async def test_a_wait_that_has_not_begun_can_be_ended(redis_url):
+    link = Link(Address(redis_url))
+    bells = Doorbells(link, 1)
+    waiting = asyncio.create_task(bells.ring(["queue:q"], 0.2))
+    await asyncio.sleep(0)  # the bell is put up, and its task has not had its turn
+    await bells.unblock()
+    assert not await waiting
+    await bells.close()
+    await link.close()
