@@ -251,6 +251,19 @@ class Rig:
             return next((each for each in self.fleet.alive if name.startswith(f"{each.name}-")), None)
         return None
 
+    def amid(self) -> Worker | None:
+        """A worker that has begun a job and not ended it; one that only holds some repeats nothing when it is killed."""
+        begun: dict[tuple[str, int], str] = {}
+        for line in read(self.directory / "runs"):
+            if line["what"] == "started":
+                begun[line["job"], line["hop"]] = line["worker"]
+            else:
+                begun.pop((line["job"], line["hop"]), None)
+        names = set(begun.values()) & set(self.ground.held())  # a run that failed is not written down: it holds no more
+        return next(
+            (each for each in self.fleet.alive if any(name.startswith(f"{each.name}-") for name in names)), None
+        )
+
     def runs(self, job: str) -> list[dict[str, Any]]:
         """The starts of a job."""
         return [line for line in read(self.directory / "runs") if line["job"] == job and line["what"] == "started"]

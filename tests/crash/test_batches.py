@@ -36,7 +36,7 @@ async def test_killed_at_random_with_failures_among_them(tmp_path):
         await rig.all_ready()
         for _ in range(5):
             await rig.put(*(Gathered(seconds=0.02, fails=rig.random.choice((0, 0, 1))) for _ in range(12)))
-            rig.kill(await rig.until(rig.holder, 60, "a worker that runs something"))
+            rig.kill(await rig.until(rig.amid, 60, "a worker amid its jobs"))
             await rig.fleet.start()
             await asyncio.sleep(rig.random.uniform(0.1, 0.4))
         verdict = fine(await rig.finish(timeout=120), rig.seed)
