@@ -143,10 +143,13 @@ def _nothing_lost(
     verdict.jobs = len(promised)
     for job in known:
         history = runs.get(job, [])
+        # A group that was deleted counts anew: the same worker may come to the same claim twice, and finish the second.
+        finished = {(run["entry"], run["worker"], run["count"]) for run in history if run["end"] == "finished"}
         for run in history:
             ending = settled.get((run["place"], run["entry"]))
             mine = ending is not None and ending[1:] == [run["worker"], str(run["count"])]
-            if mine and ending is not None and ending[0] == "done" and run["end"] != "finished":
+            token = (run["entry"], run["worker"], run["count"])
+            if mine and ending is not None and ending[0] == "done" and token not in finished:
                 verdict.complain(
                     "truth", f"{job} was settled as done by {run['worker']}, whose run ended as {run['end']}"
                 )
