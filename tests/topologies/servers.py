@@ -252,6 +252,9 @@ class Anywhere(redis.Redis):
             return answers[0]
         if args[0] in ("KEYS", "CLIENT LIST"):
             return [each for client in self._masters for each in client.execute_command(*args, **options)]
+        if args[0] == "CLIENT KILL" and len(args) == 2:  # by its address, out of the list above: one of them knows it
+            host = next(client for client in self._masters if _knows(client, args[1]))
+            return host.execute_command(*args, **options)
         try:
             return super().execute_command(*args, **options)
         except redis.exceptions.MovedError as moved:
@@ -269,6 +272,10 @@ def _serves(client: redis.Redis, key: str) -> bool:
     except redis.ResponseError:
         return False
     return True
+
+
+def _knows(client: redis.Redis, address: str) -> bool:
+    return any(each["addr"] == address for each in client.client_list())
 
 
 def _text(value: Any) -> str:
