@@ -35,7 +35,9 @@ from tests.contract.ground import GROUNDS, Ground
 hypothesis.settings.register_profile("streamworker", deadline=None)
 hypothesis.settings.load_profile("streamworker")
 
-MODES = ("stream", "list") if os.environ.get("STREAMWORKER_TEST_TOPOLOGY") != "cluster" else ("stream",)
+TOPOLOGY = os.environ.get("STREAMWORKER_TEST_TOPOLOGY")
+CLUSTER = TOPOLOGY == "cluster"
+MODES = ("stream",) if CLUSTER else ("stream", "list")
 """The modes that every contract is held to; list mode refuses a cluster."""
 
 _OURS = ("stream:{", "streamworker:worker:", "queue:")
@@ -155,12 +157,11 @@ def free_port() -> int:
 
 
 def _topology(directory: Path) -> Any:
-    kind = os.environ.get("STREAMWORKER_TEST_TOPOLOGY")
-    if not kind:
+    if not TOPOLOGY:
         return Server(directory)
     from tests.topologies.servers import MAKERS
 
-    return MAKERS[kind](directory)
+    return MAKERS[TOPOLOGY](directory)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,6 @@ import anyio
 from streamworker import notes
 from streamworker.bookkeeping.outage import Outage
 from streamworker.broker import Ending
-from streamworker.endings import keeping
 from streamworker.errors import Unreachable
 from streamworker.execute import OK
 from streamworker.holdings import Holdings
@@ -139,7 +138,7 @@ class Recorder:
             effect = None if run.context is None else run.context.effect
             if effect is not None:
                 self._correct(run, effect, now)
-            ending = Ending(run.claim, DONE) if run.outcome is OK and keeping(run) is None else judged(run, now)
+            ending = judged(run, now)
             record = record_of(run, ending, begun_at)
             if record is None:
                 self._pass_on(run, ending)

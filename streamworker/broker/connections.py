@@ -21,7 +21,11 @@ class _Bounded:
         here: Any = self
         if not here.is_connected:
             await here.connect()
-        limit, here.socket_timeout = here.socket_timeout, None  # nobody else uses a connection meanwhile
+        limit = here.socket_timeout
+        if limit is None:  # the hot path: `Wire` bounds the whole exchange
+            await super().send_packed_command(command, check_health)  # type: ignore[misc]
+            return
+        here.socket_timeout = None  # nobody else uses a connection meanwhile
         try:
             async with asyncio.timeout(limit):
                 await super().send_packed_command(command, check_health)  # type: ignore[misc]

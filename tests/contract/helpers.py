@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 from streamworker import QueueWorker, Settings, codec
 from streamworker.broker import Broker, Ending
 from streamworker.job import Claim, Dead, Done, Level, Outgoing, ReleaseAt, RetryAt, Settled, Verdict
+from tests.conftest import CLUSTER
 from tests.contract.ground import Ground
 
 # The keys of the queue q in stream mode, and those that both modes share.
@@ -83,8 +83,7 @@ def settings(raw: Any, ground: Any, **options: Any) -> Settings:
     """Those of a worker on the server that ``raw`` talks to."""
     port = raw.connection_pool.connection_kwargs["port"]
     # A node of a cluster leads to the others.
-    cluster = os.environ.get("STREAMWORKER_TEST_TOPOLOGY") == "cluster"
-    url = f"redis+cluster://127.0.0.1:{port}" if cluster else f"redis://127.0.0.1:{port}/0"
+    url = f"redis+cluster://127.0.0.1:{port}" if CLUSTER else f"redis://127.0.0.1:{port}/0"
     return Settings(redis_url=url, mode=ground.mode, **options)
 
 

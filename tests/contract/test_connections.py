@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import os
 
 import pytest
 
 from streamworker.broker.client import Address
 from streamworker.broker.doorbell import Doorbells
 from streamworker.broker.link import Link
+from tests.conftest import CLUSTER
 
 
-@pytest.mark.anyio
 @pytest.mark.parametrize("steps", range(12))
 async def test_a_cancelled_task_ends_wherever_its_command_is(redis_url, steps):
     client = Address(redis_url).commands()
@@ -33,8 +32,7 @@ async def test_a_cancelled_task_ends_wherever_its_command_is(redis_url, steps):
     assert task.cancelled()
 
 
-@pytest.mark.anyio
-@pytest.mark.skipif(os.environ.get("STREAMWORKER_TEST_TOPOLOGY") == "cluster", reason="of list mode")
+@pytest.mark.skipif(CLUSTER, reason="of list mode")
 async def test_a_wait_that_has_not_begun_can_be_ended(redis_url):
     link = Link(Address(redis_url))
     bells = Doorbells(link, 1)

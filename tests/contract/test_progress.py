@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 from contextlib import asynccontextmanager
 
@@ -13,7 +12,7 @@ from streamworker import App, Context, Payload, QueueWorker, Settings
 from streamworker.broker.link import Link
 from streamworker.errors import UsageError
 from streamworker.testing import context
-from tests.conftest import eventually
+from tests.conftest import CLUSTER, eventually
 
 
 class Load(Payload, kind="load", queue="q"):
@@ -122,7 +121,7 @@ async def test_whoever_says_nothing_costs_nothing(scene, raw):
         assert fields(raw) == []
 
 
-@pytest.mark.skipif(os.environ.get("STREAMWORKER_TEST_TOPOLOGY") == "cluster", reason="counts the commands of one node")
+@pytest.mark.skipif(CLUSTER, reason="counts the commands of one node")
 async def test_what_has_not_changed_is_not_written_again(scene, raw, monkeypatch):
     written: list[dict[str, object]] = []
     original = Link.progress

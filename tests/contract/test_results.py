@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from typing import Any
 
 import anyio
@@ -13,7 +12,7 @@ from streamworker import App, Backoff, Context, Discard, Payload, QueueWorker, S
 from streamworker.broker.waiting import Waiting
 from streamworker.errors import JobCancelled, JobDead, ResultNotKept, ResultTimeout, UsageError
 from streamworker.testing.draining import drain
-from tests.conftest import eventually
+from tests.conftest import CLUSTER, eventually
 from tests.contract.ground import out_of_memory
 
 
@@ -197,7 +196,7 @@ async def test_a_replayed_letter_is_not_dead_any_more(scene, ground, redis_url, 
 
 
 @pytest.mark.skipif(
-    os.environ.get("STREAMWORKER_TEST_TOPOLOGY") == "cluster",
+    CLUSTER,
     reason="the memory of one node is not that of the queue's",
 )
 async def test_without_memory_the_job_ends_all_the_same(scene, working, ground, raw):

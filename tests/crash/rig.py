@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -248,8 +248,13 @@ class Rig:
     def holder(self) -> Worker | None:
         """A worker that holds jobs right now."""
         for name in self.ground.held():
-            return next((each for each in self.fleet.alive if name.startswith(f"{each.name}-")), None)
+            return self.living([name])
         return None
+
+    def living(self, worker_ids: Collection[str]) -> Worker | None:
+        """A living worker with one of these ids."""
+        names = {worker_id.rpartition("-")[0] for worker_id in worker_ids}
+        return next((each for each in self.fleet.alive if each.name in names), None)
 
     def amid(self) -> Worker | None:
         """A worker that has begun a job and not ended it; one that only holds some repeats nothing when it is killed."""
@@ -259,10 +264,8 @@ class Rig:
                 begun[line["job"], line["hop"]] = line["worker"]
             else:
                 begun.pop((line["job"], line["hop"]), None)
-        names = set(begun.values()) & set(self.ground.held())  # a run that failed is not written down: it holds no more
-        return next(
-            (each for each in self.fleet.alive if any(name.startswith(f"{each.name}-") for name in names)), None
-        )
+        # The end of a run that failed is not written down; but it holds no more.
+        return self.living(set(begun.values()) & set(self.ground.held()))
 
     def runs(self, job: str) -> list[dict[str, Any]]:
         """The starts of a job."""

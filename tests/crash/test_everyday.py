@@ -84,8 +84,7 @@ async def test_killed_at_random_around_a_cancellation(tmp_path):
 
 def runner(rig: Rig, jobs: list[str]) -> Worker | None:
     """A living worker that has started one of them."""
-    names = {run["worker"].rpartition("-")[0] for job in jobs for run in rig.runs(job)}
-    return next((worker for worker in rig.fleet.alive if worker.name in names), None)
+    return rig.living({run["worker"] for job in jobs for run in rig.runs(job)})
 
 
 async def test_a_zombie_does_not_bring_a_cancelled_job_back(tmp_path):
