@@ -47,8 +47,8 @@ async def test_killed_at(tmp_path, point):
         if point == "renewing":
             await rig.put(Work(seconds=1))
         if at_the_end:
-            await rig.put(*(Work(seconds=2) for _ in range(4)), priority="high")
-            await rig.until(rig.running, 20, "a running job")
+            long = await rig.put(*(Work(seconds=2) for _ in range(4)), priority="high")
+            await rig.until(lambda: any(map(rig.runs_of, long)), 20, "one that outlasts its grace")
             rig.terminate(victim)
         assert await victim.wait() == -signal.SIGKILL
         fine(await rig.finish(), rig.seed)
