@@ -16,7 +16,7 @@ DEATHS = 200 if os.environ.get("CRASH_LONG") else 15
 
 pytestmark = [
     pytest.mark.crash,
-    pytest.mark.timeout(1200),
+    pytest.mark.timeout(1200 if os.environ.get("CRASH_LONG") else 400),
     pytest.mark.skipif(MODE != "list", reason="of list mode: CRASH_MODE=list"),
 ]
 
