@@ -1,4 +1,4 @@
-"""``python -m tests.crash.short [--mode list]``: the fixed short set with pytest, then half a minute of soak for the table.
+"""``python -m tests.crash.short [--mode list]``: the fixed short set with pytest, then a quarter of a minute of soak for the table.
 
 Without ``--mode`` both modes, one after the other; in list mode then without the tests marked ``mode_free``, whose faults
 do not care what jobs lie in. What is not marked ``crash`` in this folder (the broker's model, the reactions) belongs to
@@ -43,10 +43,10 @@ def _run(mode: str, marks: str, arguments: Sequence[str]) -> int:
     environment = {**os.environ, "CRASH_MODE": mode}
     place = Path(tempfile.mkdtemp(prefix=f"streamworker-crash-{mode}-"))
     folder = str(Path(__file__).parent)
-    tests = ["-m", marks, "-n", "2", "--dist", "worksteal", "-q", "--basetemp", str(place / "tests")]
+    tests = ["-m", marks, "-n", "3", "--dist", "worksteal", "-q", "--basetemp", str(place / "tests")]
     tests += ["-o", "tmp_path_retention_policy=failed", folder, *arguments]
     seed = str(SEED + SHIFT)
-    soak = ["--minutes", "0.4", "--seed", seed, "--workers", "4", "--lease", "1", "--every", "0.6"]
+    soak = ["--minutes", "0.25", "--seed", seed, "--workers", "4", "--lease", "1", "--every", "0.6"]
     for command in (["pytest", *tests], ["tests.crash.soak", *soak, "--keep", str(place / "soak")]):
         code = _ended([sys.executable, "-m", *command], environment)
         if code:
