@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import statistics
+import sys
 import time
-from collections.abc import Awaitable, Callable
 
 import redis.asyncio as redis
 
@@ -14,66 +15,55 @@ from benchmarks.measure import Options, Row
 from benchmarks.worker import Noop, settings
 from streamworker import App, QueueWorker
 
-RATE = 100
+WARM = 50
+"""Jobs at the beginning that are not counted: connections are made, code runs for the first time."""
 
 
-async def paced(jobs: int, send: Callable[[int], Awaitable[None]]) -> None:
-    """Send ``jobs`` jobs, one every hundredth of a second, late or not."""
-    begin = time.perf_counter()
-    for n in range(jobs):
-        await asyncio.sleep(max(0.0, begin + n / RATE - time.perf_counter()))
-        await send(n)
+async def producer(url: str, contestant: str, jobs: int) -> asyncio.subprocess.Process:
+    """A producer in a process of its own, on whichever core is free."""
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "benchmarks.producer", url, contestant, str(WARM + jobs)),
+        preexec_fn=lambda: os.sched_setaffinity(0, range(os.cpu_count() or 1)),
+    )
 
 
 async def bare(url: str, jobs: int) -> list[float]:
-    """Milliseconds from before XADD to after XREADGROUP, in one process like ours."""
-    producer, consumer = redis.Redis.from_url(url, protocol=2), redis.Redis.from_url(url, protocol=2)
-    await producer.flushall()
-    await producer.xgroup_create("bare", "workers", "0", mkstream=True)
-    sent, waits = [0.0] * jobs, []
-
-    async def consume() -> None:
-        while len(waits) < jobs:
-            reply = await consumer.xreadgroup("workers", "me", {"bare": ">"}, count=100, block=5000)
-            now = time.perf_counter()
-            for entry, fields in reply[0][1] if reply else ():
-                waits.append((now - sent[int(fields[b"n"])]) * 1000)
-                await consumer.xack("bare", "workers", entry)
-
-    async def send(n: int) -> None:
-        sent[n] = time.perf_counter()
-        await producer.execute_command("XADD", "bare", "*", "n", n)
-
-    await asyncio.gather(consume(), paced(jobs, send))
-    await producer.aclose()
+    """Milliseconds from before XADD to after XREADGROUP."""
+    consumer = redis.Redis.from_url(url, protocol=2)
+    await consumer.flushall()
+    await consumer.xgroup_create("bare", "workers", "0", mkstream=True)
+    waits: list[float] = []
+    process = await producer(url, "bare", jobs)
+    while len(waits) < WARM + jobs:
+        reply = await consumer.xreadgroup("workers", "me", {"bare": ">"}, count=100, block=5000)
+        now = time.perf_counter_ns()
+        for entry, fields in reply[0][1] if reply else ():
+            waits.append((now - int(fields[b"n"])) / 1e6)
+            await consumer.xack("bare", "workers", entry)
+    await process.wait()
     await consumer.aclose()
-    return waits
+    return waits[WARM:]
 
 
 async def ours(url: str, jobs: int) -> list[float]:
     """Milliseconds from before `enqueue` to the first line of the handler."""
     app = App(settings=settings(url))
-    sent, waits, done = [0.0] * jobs, [], asyncio.Event()
+    waits, done = [], asyncio.Event()
 
     @app.handler
     async def started(payload: Noop) -> None:
-        waits.append((time.perf_counter() - sent[payload.n]) * 1000)
-        if len(waits) == jobs:
+        waits.append((time.perf_counter_ns() - payload.n) / 1e6)
+        if len(waits) == WARM + jobs:
             done.set()
 
-    async def send(n: int) -> None:
-        sent[n] = time.perf_counter()
-        await app.enqueue(Noop(n=n))
-
     worker = QueueWorker(app, redis=None, database=None, services=None)
-    async with app:
-        task = asyncio.create_task(worker.start())
-        await asyncio.sleep(0.5)
-        await paced(jobs, send)
-        await done.wait()
-        await worker.stop()
-        await task
-    return waits
+    task = asyncio.create_task(worker.start())
+    process = await producer(url, "worker", jobs)
+    await done.wait()
+    await process.wait()
+    await worker.stop()
+    await task
+    return waits[WARM:]
 
 
 async def ask(url: str, options: Options) -> list[Row]:
