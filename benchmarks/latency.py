@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import statistics
 import sys
 import time
@@ -12,18 +11,17 @@ import redis.asyncio as redis
 
 from benchmarks import measure
 from benchmarks.measure import Options, Row
+from benchmarks.peers.workload import WARM
+from benchmarks.server import on_any_core
 from benchmarks.worker import Noop, settings
 from streamworker import App, QueueWorker
-
-WARM = 50
-"""Jobs at the beginning that are not counted: connections are made, code runs for the first time."""
 
 
 async def producer(url: str, contestant: str, jobs: int) -> asyncio.subprocess.Process:
     """A producer in a process of its own, on whichever core is free."""
     return await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "benchmarks.producer", url, contestant, str(WARM + jobs)),
-        preexec_fn=lambda: os.sched_setaffinity(0, range(os.cpu_count() or 1)),
+        preexec_fn=on_any_core,
     )
 
 
@@ -59,8 +57,9 @@ async def ours(url: str, jobs: int) -> list[float]:
     worker = QueueWorker(app, redis=None, database=None, services=None)
     task = asyncio.create_task(worker.start())
     process = await producer(url, "worker", jobs)
+    if await process.wait():  # nobody would ever come to the last job
+        raise SystemExit("the producer failed: see above")
     await done.wait()
-    await process.wait()
     await worker.stop()
     await task
     return waits[WARM:]

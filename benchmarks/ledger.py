@@ -15,6 +15,7 @@ import redis.asyncio as redis
 
 from benchmarks import measure
 from benchmarks.measure import Options, Row
+from benchmarks.server import on_any_core
 from benchmarks.worker import Bench, settings
 from streamworker import embedded
 from streamworker.postgres.migrate import Migrator
@@ -28,7 +29,7 @@ def database() -> Iterator[str]:
     """URL of a fresh PostgreSQL with its defaults (fsync is on), free to run on any core."""
     ours = os.sched_getaffinity(0)
     state = Path(tempfile.mkdtemp(prefix="streamworker-bench-"))
-    os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    on_any_core()
     try:
         servers = embedded.acquire(state)
     finally:

@@ -11,6 +11,7 @@ import redis.asyncio as redis
 
 from benchmarks import measure
 from benchmarks.measure import Options, Row
+from benchmarks.server import on_any_core
 from benchmarks.worker import settings
 from streamworker import App, Payload
 
@@ -39,7 +40,7 @@ async def run(url: str, jobs: int, processes: int) -> float:
     child = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "streamworker", "worker", APP, "--processes", str(processes), "--concurrency", "20",
         env={**os.environ, "REDIS_URL": url, "STREAMWORKER_LOG_LEVEL": "warning"},
-        preexec_fn=lambda: os.sched_setaffinity(0, range(os.cpu_count() or 1)),
+        preexec_fn=on_any_core,
     )  # fmt: skip
     while (  # noqa: ASYNC110 - other processes
         await client.exists("stream:{burning}") == 0

@@ -14,10 +14,9 @@ from collections.abc import Awaitable, Callable
 import redis.asyncio as redis
 import uvloop
 
+from benchmarks.peers.workload import RATE
 from benchmarks.worker import Noop, settings
 from streamworker import App
-
-RATE = 100
 
 
 async def paced(jobs: int, send: Callable[[int], Awaitable[object]]) -> None:

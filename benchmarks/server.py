@@ -18,6 +18,11 @@ def cores() -> tuple[int, int]:
     return available[0], available[-1]
 
 
+def on_any_core() -> None:
+    """Undo the pinning of this process, for what it starts from now on."""
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))
+
+
 @contextmanager
 def server() -> Iterator[str]:
     """URL of a fresh server without persistence, pinned to its core; this process is pinned to the other."""
