@@ -32,7 +32,7 @@ async def test_a_cancelled_task_ends_wherever_its_command_is(redis_url, steps):
     assert task.cancelled()
 
 
-@pytest.mark.skipif(CLUSTER, reason="of list mode")
+@pytest.mark.skipif(CLUSTER, reason="of list mode, which refuses a cluster")
 async def test_a_wait_that_has_not_begun_can_be_ended(redis_url):
     link = Link(Address(redis_url))
     bells = Doorbells(link, 1)

@@ -195,10 +195,7 @@ async def test_a_replayed_letter_is_not_dead_any_more(scene, ground, redis_url, 
     assert not raw.exists(key)
 
 
-@pytest.mark.skipif(
-    CLUSTER,
-    reason="the memory of one node is not that of the queue's",
-)
+@pytest.mark.skipif(CLUSTER, reason="the memory of one node is not that of the queue's")
 async def test_without_memory_the_job_ends_all_the_same(scene, working, ground, raw):
     made = await scene.app.enqueue(Ask(how="wait"))
     got: list[Any] = []

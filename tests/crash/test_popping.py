@@ -12,11 +12,11 @@ from tests.crash.ground import MODE
 from tests.crash.history import read
 from tests.crash.rig import Rig
 
-DEATHS = 200 if os.environ.get("CRASH_LONG") else 15
+DEATHS, LIMIT = (200, 1200) if os.environ.get("CRASH_LONG") else (15, 400)
 
 pytestmark = [
     pytest.mark.crash,
-    pytest.mark.timeout(1200 if os.environ.get("CRASH_LONG") else 400),
+    pytest.mark.timeout(LIMIT),
     pytest.mark.skipif(MODE != "list", reason="of list mode: CRASH_MODE=list"),
 ]
 
