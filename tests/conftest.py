@@ -124,11 +124,12 @@ class Server:
                 ],
                 env=self._environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             )  # fmt: skip
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + 60
             while self._process.poll() is None and time.monotonic() < deadline:
                 try:
                     with redis.Redis(port=port) as client:
-                        if client.info("server")["process_id"] == self._process.pid:
+                        told = client.info()  # which a server tells while it still reads its append-only file
+                        if told["process_id"] == self._process.pid and not told["loading"]:
                             self.port = port
                             return
                 except redis.RedisError:
