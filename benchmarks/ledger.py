@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import asyncpg
@@ -22,6 +23,8 @@ from streamworker.postgres.migrate import Migrator
 
 SHARE = 0.4
 """Of the throughput without a ledger: what it has to reach."""
+SLOTS = (100, 400)
+"""The default, and more: a record takes longer than a no-op job, so that more jobs at once make larger batches."""
 
 
 @contextmanager
@@ -43,37 +46,38 @@ def database() -> Iterator[str]:
 
 
 async def ask(url: str, options: Options) -> list[Row]:
-    """The same jobs and the same worker, until the last one is recorded and settled."""
+    """The same jobs and the same worker, until the last one is recorded and settled; with few slots and with many."""
     client = redis.Redis.from_url(url)
     jobs = options.jobs(100_000)
+    rows: list[Row] = []
     with database() as database_url:
         await Migrator(database_url).up()
 
-        async def rate(**more: object) -> float:
+        async def rate(slots: int, **more: object) -> float:
             await client.flushall()
-            bench = Bench(settings(url, concurrency=100, relay="off", **more))
+            bench = Bench(settings(url, concurrency=slots, relay="off", **more))
             await bench.fill(jobs)
             begin = time.perf_counter()
             async with bench.working():
                 await bench.done.wait()
             return jobs / (time.perf_counter() - begin)
 
-        async def without() -> float:
-            return await rate()
-
-        async def recorded() -> float:
+        async def recorded(slots: int) -> float:
             connection = await asyncpg.connect(database_url)
             await connection.execute("truncate streamworker.jobs, streamworker.job_logs")
-            figure = await rate(database_url=database_url, ledger="on")
+            figure = await rate(slots, database_url=database_url, ledger="on")
             count = await connection.fetchval("select count(*) from streamworker.jobs where status = 'completed'")
             await connection.close()
             if count != jobs:
                 raise SystemExit(f"{count} of {jobs} jobs are recorded")
             return figure
 
-        figures = await measure.take_turns(options.rounds, {"no ledger": without, "ledger": recorded})
+        for slots in SLOTS:
+            contestants = {"no ledger": partial(rate, slots), "ledger": partial(recorded, slots)}
+            figures = await measure.take_turns(options.rounds, contestants)
+            rows += measure.rows_of(f"ledger, {slots} no-op jobs at once", "/s", figures, "no ledger", ledger=SHARE)
     await client.aclose()
-    return measure.rows_of("ledger, no-op jobs", "/s", figures, "no ledger", ledger=SHARE)
+    return rows
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ class Document(msgspec.Struct, kw_only=True, omit_defaults=True):
 class Reading(msgspec.Struct, kw_only=True):
     """What of a document decides its fate; unset fields are ``None``.
 
-    ``created_at`` and ``priority`` are left unread: the key's level holds, and a producer's odd clock must not kill
+    ``created_at`` and ``priority`` are not looked into: the key's level holds, and a producer's odd clock must not kill
     its job.
     """
 
@@ -63,6 +63,7 @@ class Reading(msgspec.Struct, kw_only=True):
     max_attempts: Count | None = None
     hop: Count | None = None
     headers: dict[str, Any] | None = None
+    created_at: msgspec.Raw = msgspec.Raw()
     streamworker: Any = None
     """Perhaps the mark of list mode, see `marks`."""
 

@@ -57,7 +57,7 @@ class Context(Generic[S_co]):
 
     __slots__ = (
         "_attempts", "_batch", "_claim", "_job", "_limits", "_log", "_progress", "_reading", "_shared", "_transaction",
-        "deadline_at", "heeded", "told",
+        "booked", "deadline_at", "heeded", "told",
     )  # fmt: skip
 
     def __init__(self, shared: Shared[S_co], claim: Claim, reading: Reading, limits: Limits) -> None:
@@ -69,6 +69,7 @@ class Context(Generic[S_co]):
         self.deadline_at: float | None = None  # monotonic seconds; the executor's
         self.told = ""  # the worker's: why this run shall end
         self.heeded = False  # the handler looked at ``cancelled`` after it was told
+        self.booked = False  # this run may have written to the ledger itself
         self._transaction: Transaction | Refused | None = None
         self._job: Job | None = None
         self._log: Any = None
@@ -247,6 +248,7 @@ class Context(Generic[S_co]):
             raise ConfigurationError(
                 f"ctx.{what}() needs the PostgreSQL ledger: set DATABASE_URL, and run `streamworker migrate up` once"
             )
+        self.booked = True
         return self._shared.ledger
 
     def _record(self) -> RunRecord:

@@ -33,6 +33,7 @@ def run_record(claim: Claim, reading: Reading, *, kind: str, started: float | No
         reading.payload,
         reading.headers,
         started,
+        reading.created_at,
     )
 
 

@@ -30,7 +30,7 @@ class Run:
     """One claim on its way through this worker, from its arrival until it is settled."""
 
     __slots__ = (
-        "_cause", "batch", "claim", "context", "deadline", "ended", "ending", "facts", "finished", "in_thread",
+        "_cause", "batch", "claim", "context", "deadline", "ended", "ending", "facts", "finished", "in_thread", "new",
         "outcome", "passed", "payload", "reading", "registration", "seen", "settling", "special", "started", "stuck",
         "suspect", "task",
     )  # fmt: skip
@@ -54,8 +54,9 @@ class Run:
         self.task: asyncio.Task[Any] | None = None
         self.seen: Any = None  # what observers are shown of it (`observe.JobRun`), once there is one to show it to
         self.ended: float | None = None  # like `started`; only where there are observers
-        self.finished: float | None = None  # epoch seconds; this and the next only where there is a ledger
+        self.finished: float | None = None  # epoch seconds; this and the next two only where there is a ledger
         self.ending: Ending | None = None  # as recorded
+        self.new = False  # the ledger was asked, and knew nothing of the job
         self._cause: Cause | None = None
 
     @property

@@ -71,6 +71,8 @@ class Noting:
         ]
         if new:
             begun_at = time() - monotonic()
+            for run in new:
+                run.new = False  # whatever comes of this
             await self._ledger.running([begun(run, begun_at) for run in new])
             self._noted.update(new)
 

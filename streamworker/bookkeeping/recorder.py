@@ -1,8 +1,9 @@
 """The stage between running and settling, where there is a ledger: PostgreSQL before Redis.
 
 Group commit, as in the settle loop: while one batch is recorded the next gathers, and what was recorded is settled
-meanwhile. Settling follows the answer: a job that had ended before is done, whatever its run came to. Nothing is
-dropped on an error: runs stay held, under lease, until they are recorded, or are handed back at shutdown.
+meanwhile. Under load a second batch does not wait for the first, or all would stand still while the database waits for
+its disk. Settling follows the answer: a job that had ended before is done, whatever its run came to. Nothing is dropped
+on an error: runs stay held, under lease, until they are recorded, or are handed back at shutdown.
 """
 
 from __future__ import annotations
@@ -45,6 +46,10 @@ log = get_logger("streamworker.worker")
 
 MOST: Final = 500
 """Most runs of one statement."""
+LANES: Final = 2
+"""Batches that may be under way."""
+WORTH_IT: Final = 50
+"""Runs that are worth a batch beside another."""
 BUSY_PAUSE: Final = 1.0
 """Seconds before a run is recorded again whose row somebody was working on."""
 AGAIN_AFTER: Final = 2.0
@@ -68,6 +73,7 @@ class Recorder:
         self._holdings = holdings
         self._outage = outage
         self._finished: list[Run] = []
+        self._under_way = 0
         self._busy: list[Run] = []
         self._busy_until = 0.0
         self._wake = asyncio.Event()
@@ -90,37 +96,44 @@ class Recorder:
 
     async def run(self) -> None:
         """Record until closed."""
-        pause = Pause(longest=5.0)
         try:
-            while await self._gather():
-                batch, self._finished = self._finished[:MOST], self._finished[MOST:]
-                try:
-                    await self._record(batch)
-                except Exception as error:  # noqa: BLE001 - a main loop never crashes; what it holds is tried again
-                    self._finished = [run for run in batch if run.ending is None] + self._finished
-                    if isinstance(error, Unreachable):
-                        self._outage.began(error)
-                    else:
-                        log.error("record_failed", jobs=len(batch), error=str(error))
-                    if self._closing.is_set():
-                        await anyio.sleep(0.2)
-                    else:
-                        await pause.wait(self._closing)
-                else:
-                    self._outage.over()
-                    pause.reset()
-                if anyio.current_time() > self._give_up_at:
-                    break
+            async with anyio.create_task_group() as lanes:
+                for _ in range(LANES):
+                    lanes.start_soon(self._lane)
             self._hand_back()
         finally:
             self.ended.set()
+
+    async def _lane(self) -> None:
+        pause = Pause(longest=5.0)
+        while await self._gather():
+            batch, self._finished = self._finished[:MOST], self._finished[MOST:]
+            self._under_way += 1
+            try:
+                await self._record(batch)
+            except Exception as error:  # noqa: BLE001 - a main loop never crashes; what it holds is tried again
+                self._finished = [run for run in batch if run.ending is None] + self._finished
+                if isinstance(error, Unreachable):
+                    self._outage.began(error)
+                else:
+                    log.error("record_failed", jobs=len(batch), error=str(error))
+                if self._closing.is_set():
+                    await anyio.sleep(0.2)
+                else:
+                    await pause.wait(self._closing)
+            else:
+                self._outage.over()
+                pause.reset()
+            self._under_way -= 1
+            if anyio.current_time() > self._give_up_at:
+                break
 
     async def _gather(self) -> bool:
         """Wait for something to record; False when closed and nothing is left."""
         while True:
             if self._busy and (anyio.current_time() >= self._busy_until or self._closing.is_set()):
                 self._finished, self._busy = self._finished + self._busy, []
-            if self._finished:
+            if self._finished and (not self._under_way or len(self._finished) >= WORTH_IT):
                 return True
             if self._closing.is_set():
                 return False
@@ -220,12 +233,14 @@ def record_of(run: Run, ending: Ending, begun_at: float) -> RunRecord | None:
         begun_at: epoch seconds of the monotonic clock's zero.
     """
     outcome, verdict = run.outcome, ending.verdict
-    unbegun = isinstance(outcome, Interrupted) and run.started is None
-    if unbegun or isinstance(outcome, Recorded | Postponed | Deferred):
-        return None  # it is recorded, or nothing has happened
+    if type(outcome) is not Ok:
+        unbegun = isinstance(outcome, Interrupted) and run.started is None
+        if unbegun or isinstance(outcome, Recorded | Postponed | Deferred):
+            return None  # it is recorded, or nothing has happened
     record = begun(run, begun_at)
     record.finished = run.finished
     record.outcome = word_of(outcome)
+    record.new = run.new and (run.context is None or not run.context.booked)
     if type(verdict) is Done:
         record.status = "completed"
         if outcome is not OK and isinstance(outcome, Ok) and outcome.value is not None:

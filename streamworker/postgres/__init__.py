@@ -7,7 +7,7 @@ deliveries) are not below what is stored. A run is recorded before its claim is 
 from __future__ import annotations
 
 import enum
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import datetime
 from typing import Any, Literal, Protocol, TypeAlias
@@ -41,12 +41,15 @@ class RunRecord(msgspec.Struct, gc=False):
         payload: the payload's JSON; ``None`` if the document cannot be read.
         headers: the document's.
         started: when the handler began; ``None`` if it never did.
+        created: when the producer made the job, as the JSON it is in the document.
         status: what the job is after this run.
         outcome: one word for the attempt's log.
         finished: when the run ended.
         run_at: when it runs again, for jobs that do.
         error: what went wrong.
         result: what the handler returned, as JSON.
+        new: nothing was known of the job before it ran, and nothing has been written since: it is recorded without
+            looking for its row first. A guess; if it is wrong, that only costs time.
     """
 
     job_id: str
@@ -63,12 +66,14 @@ class RunRecord(msgspec.Struct, gc=False):
     payload: msgspec.Raw | None
     headers: dict[str, Any] | None
     started: float | None
+    created: msgspec.Raw | None = None
     status: Status = "running"
     outcome: str = ""
     finished: float | None = None
     run_at: float | None = None
     error: str | None = None
     result: bytes | None = None
+    new: bool = False
 
 
 class Stored(enum.Enum):
@@ -120,8 +125,8 @@ class Transaction(AbstractAsyncContextManager[Any], Protocol):
 class Ledger(Protocol):
     """The record of one worker. Every method raises `Unreachable` while no database answers."""
 
-    async def lookup(self, claims: Sequence[tuple[str, int]]) -> dict[str, Known]:
-        """What is known of claimed jobs, given as (job id, hop); jobs that may simply run need not be in the answer."""
+    async def lookup(self, job_ids: Collection[str]) -> dict[str, Known]:
+        """What is known of claimed jobs; of a job that is not in the answer, nothing."""
 
     async def record(self, runs: Sequence[RunRecord]) -> list[Stored]:
         """Record finished runs; answers in order. Recording a run again changes nothing."""

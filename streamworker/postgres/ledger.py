@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Final
 
 from streamworker.postgres import Known, RunRecord, Stored
@@ -16,7 +16,7 @@ from streamworker.postgres.transaction import RunTransaction, complete
 LOOKUP_ARRAY: Final = """
 select id, status, hop, deliveries, attempt_count, extract(epoch from run_at)::float8 as run_at, last_error
 from streamworker.jobs
-where id = any($1::text[]) and (status in ('completed', 'cancelled', 'retrying', 'dead') or hop > $2)"""
+where id = any($1::text[])"""
 LOOKUP: Final = LOOKUP_ARRAY.replace("$1::text[]", "string_to_array($1::text, e'\\x1f')")
 
 QUEUES: Final = """
@@ -50,17 +50,16 @@ class PostgresLedger:
         with understood("writing to the ledger"):
             await self._database.fetch(QUEUES, sorted(queues))
 
-    async def lookup(self, claims: Sequence[tuple[str, int]]) -> dict[str, Known]:
+    async def lookup(self, job_ids: Collection[str]) -> dict[str, Known]:
         """See `Ledger.lookup`."""
-        names = {stored_id(job_id): job_id for job_id, _ in claims}
-        lowest = min(hop for _, hop in claims)
+        names = {stored_id(job_id): job_id for job_id in job_ids}
         with understood("looking jobs up"):
             # One text costs a tenth of an array; ids with the separator in them are another matter.
             joined = "\x1f".join(names)
             if joined.count("\x1f") == len(names) - 1:
-                rows = await self._line.fetch(LOOKUP, joined, lowest)
+                rows = await self._line.fetch(LOOKUP, joined)
             else:
-                rows = await self._line.fetch(LOOKUP_ARRAY, list(names), lowest)
+                rows = await self._line.fetch(LOOKUP_ARRAY, list(names))
         return {
             names[row["id"]]: Known(
                 row["status"],

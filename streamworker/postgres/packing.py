@@ -1,13 +1,14 @@
 """Many runs as a few values: what an array of every column costs to encode is most of what recording costs.
 
-Columns that differ from run to run are joined into one text each, with a control character that neither JSON nor any
-sane id contains; everything else stands once per *shape*, as JSON. Whatever does not fit that goes the long way
-(`recording.RECORD`), which can also tell which row is at fault.
+Columns that differ from run to run are one text each: numbers as PostgreSQL writes arrays, and texts joined with a
+control character that neither JSON nor any sane id contains. Everything else stands once per *shape*, as JSON. Whatever
+does not fit that goes the long way (`recording.RECORD`), which can also tell which row is at fault.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, Final
 
 import msgspec
@@ -17,9 +18,11 @@ from streamworker.postgres.rows import created, headers_text, refused_by_jsonb
 
 _COLUMN: Final = "\x1f"
 _NULL: Final = "\x1e"
-_MICROSECONDS: Final = 1e6
-_MOST_INT: Final = 2**31 - 1
 _encode = msgspec.json.encode
+_shape_of: Final[Callable[[RunRecord], tuple[Any, ...]]] = attrgetter(
+    "queue", "kind", "level", "status", "attempts", "max_attempts", "hop", "deliveries", "run_at", "error", "epoch",
+    "attempt", "outcome",
+)  # fmt: skip
 
 ON_CONFLICT: Final = """
   on conflict (id) do update set
@@ -35,45 +38,48 @@ ON_CONFLICT: Final = """
       and stored.status = 'completed' and excluded.status = 'completed'
   returning id"""
 
-# Ordered, so that all batches lock their rows in the order of the ids. `1e6` alone is a numeric: dear to divide by.
-_PACKED: Final = """
+# Ordered, so that all batches lock their rows in the order of the ids.
+_UNPACKED: Final = """
 with shapes as materialized (
   select * from json_to_recordset($2::text::json) as shape (
     n integer, queue text, kind text, level text, status text, attempts integer, max_attempts integer, hop bigint,
     deliveries integer, run_at double precision, error text, epoch text, attempt integer, outcome text)
 ), items as materialized (
   select item.id, item.payload::jsonb, item.headers::jsonb, item.result::jsonb, shape.*,
-      to_timestamp($3::float8 + item.started::float8 / 1e6::float8) as started_at,
-      to_timestamp($3::float8 + item.finished::float8 / 1e6::float8) as finished_at,
-      to_timestamp($3::float8 + item.created::float8 / 1e6::float8) as created_at
+      to_timestamp($3::float8 + item.started) as started_at, to_timestamp($3::float8 + item.finished) as finished_at,
+      to_timestamp($3::float8 + item.created) as created_at
     from unnest(
-      string_to_array($4::text, e'\\x1f'), string_to_array($5::text, e'\\x1f'), string_to_array($6::text, e'\\x1f'),
+      string_to_array($4::text, e'\\x1f'), $5::text::integer[], string_to_array($6::text, e'\\x1f'),
       string_to_array($7::text, e'\\x1f', e'\\x1e'), string_to_array($8::text, e'\\x1f', e'\\x1e'),
-      string_to_array($9::text, e'\\x1f', e'\\x1e'), string_to_array($10::text, e'\\x1f', e'\\x1e'),
-      string_to_array($11::text, e'\\x1f', e'\\x1e')
+      $9::text::float8[], $10::text::float8[], $11::text::float8[]
     ) with ordinality as item (id, shape, payload, headers, result, started, finished, created, place)
-    join shapes as shape on shape.n = item.shape::integer
+    join shapes as shape on shape.n = item.shape
     order by item.place
-), logged as (
+)"""
+_LOG: Final = """
   insert into streamworker.job_logs
       (job_id, hop, deliveries, attempt, worker_id, started_at, finished_at, outcome, error)
-    select id, hop, deliveries, attempt, $1, started_at, finished_at, outcome, error from items
-    on conflict do nothing
-), written as (
+    select id, hop, deliveries, attempt, $1, started_at, finished_at, outcome, error from items"""
+_STORE: Final = """
   insert into streamworker.jobs as stored (id, queue_name, kind, payload, level, status, attempt_count, max_attempts,
       hop, deliveries, run_at, worker_id, created_at, started_at, finished_at, last_error, result, headers, epoch)
     select id, queue, kind, payload, level, status, attempts, max_attempts, hop,
         deliveries, to_timestamp(run_at), $1, coalesce(created_at, now()), started_at,
         case when status in ('completed', 'cancelled', 'dead') then finished_at end, error, result, headers, epoch
-      from items
-"""
+      from items"""
 
 # The ids of what was written only if something was not: nearly always one null instead of hundreds.
 _LEFT_ALONE: Final = """
-)
 select case when count(*) < (select count(*) from items) then coalesce(array_agg(id), '{}') end as ids from written"""
 
-PACK: Final = _PACKED + ON_CONFLICT + _LEFT_ALONE
+PACK: Final = f"""{_UNPACKED},
+logged as ({_LOG}
+  on conflict do nothing),
+written as ({_STORE}{ON_CONFLICT})
+{_LEFT_ALONE}"""
+
+PACK_NEW: Final = f"{_UNPACKED}, logged as ({_LOG}) {_STORE}"
+"""The same for jobs that have no row yet, or error 23505: to be ready for a conflict costs a third of all."""
 
 
 def packed(runs: Sequence[RunRecord], epochs: dict[bytes, str]) -> tuple[Any, ...] | None:
@@ -84,58 +90,48 @@ def packed(runs: Sequence[RunRecord], epochs: dict[bytes, str]) -> tuple[Any, ..
         epochs: bytes to text, kept between calls.
     """
     base = runs[0].finished or 0.0
-    shapes: dict[tuple[Any, ...], str] = {}
-    places, payloads, headers, results = [], [], [], []
-    started, finished, born = [], [], []
-    some_headers = some_results = False
+    shapes: dict[tuple[Any, ...], int] = {}
+    headers = results = None
     try:
-        for run in runs:
-            shape = (
-                run.queue, run.kind, run.level, run.status, run.attempts, run.max_attempts, run.hop, run.deliveries,
-                run.run_at, run.error, run.epoch, run.attempt, run.outcome,
-            )  # fmt: skip
-            place = shapes.get(shape)
-            if place is None:
-                place = shapes[shape] = str(len(shapes))
-            places.append(place)
-            payloads.append(str(run.payload, "utf-8"))  # type: ignore[arg-type]
-            if run.headers:
-                some_headers = True
-                headers.append(headers_text(run.headers) or "\x00")
-            else:
-                headers.append(_NULL)
-            if run.result is not None:
-                some_results = True
-                results.append(run.result.decode())
-            else:
-                results.append(_NULL)
-            started.append(_NULL if run.started is None else str(int((run.started - base) * _MICROSECONDS)))
-            finished.append(_NULL if run.finished is None else str(int((run.finished - base) * _MICROSECONDS)))
-            at = created(run.body)
-            born.append(_NULL if at is None else str(int((at - base) * _MICROSECONDS)))
-    except (TypeError, UnicodeError, OverflowError):
-        return None
-    columns = [[run.job_id for run in runs], places, payloads]
-    texts = [_joined(column) for column in columns]
-    texts.append(_joined(headers) if some_headers else None)
-    texts.append(_joined(results) if some_results else None)
-    texts += [_joined(started), _joined(finished), _joined(born)]
-    wanted = [True, True, True, some_headers, some_results, True, True, True]
-    if any(text is None and needed for text, needed in zip(texts, wanted, strict=True)):
+        places = [shapes.setdefault(shape, len(shapes)) for shape in map(_shape_of, runs)]
+        ids = _joined([run.job_id for run in runs])
+        payloads = _checked(_COLUMN.encode().join([run.payload for run in runs]).decode(), len(runs))  # type: ignore[misc]
+        if any(run.headers for run in runs):
+            headers = _joined([(headers_text(run.headers) or "\x00") if run.headers else _NULL for run in runs])
+        if any(run.result is not None for run in runs):
+            results = _joined([_NULL if run.result is None else run.result.decode() for run in runs])
+    except (TypeError, ValueError):  # no payload, or no UTF-8 in it; or what does not fit
         return None
     described = _described(shapes, epochs)
-    return None if described is None else (described, base, *texts)
-
-
-def _joined(column: list[str]) -> str | None:
-    """One text; ``None`` if it could not be taken apart again, or not be stored."""
-    text = _COLUMN.join(column)
-    if text.count(_COLUMN) != len(column) - 1 or "\x00" in text or refused_by_jsonb(text):
+    if described is None:
         return None
+    started = _times([run.started for run in runs], base)
+    finished = _times([run.finished for run in runs], base)
+    born = _times([created(run) for run in runs], base)
+    return (described, base, ids, _array(places), payloads, headers, results, started, finished, born)
+
+
+def _joined(column: list[str]) -> str:
+    return _checked(_COLUMN.join(column), len(column))
+
+
+def _checked(text: str, count: int) -> str:
+    """The text; ValueError if it could not be taken apart again, or not be stored."""
+    if text.count(_COLUMN) != count - 1 or "\x00" in text or refused_by_jsonb(text):
+        raise ValueError("this does not fit")
     return text
 
 
-def _described(shapes: dict[tuple[Any, ...], str], epochs: dict[bytes, str]) -> str | None:
+def _array(numbers: Sequence[float | None]) -> str:
+    """As PostgreSQL reads it."""
+    return f"{{{_encode(numbers)[1:-1].decode()}}}"
+
+
+def _times(moments: Sequence[float | None], base: float) -> str:
+    return _array([None if moment is None else moment - base for moment in moments])
+
+
+def _described(shapes: dict[tuple[Any, ...], int], epochs: dict[bytes, str]) -> str | None:
     rows = []
     for shape, place in shapes.items():
         queue, kind, level, status, attempts, limit, hop, deliveries, run_at, error, epoch, attempt, outcome = shape
@@ -143,7 +139,7 @@ def _described(shapes: dict[tuple[Any, ...], str], epochs: dict[bytes, str]) -> 
         if name is None:
             name = epochs[epoch] = epoch.decode(errors="backslashreplace")
         rows.append({
-            "n": int(place), "queue": queue, "kind": kind, "level": level, "status": status,
+            "n": place, "queue": queue, "kind": kind, "level": level, "status": status,
             "attempts": attempts, "max_attempts": limit, "hop": hop, "deliveries": deliveries, "run_at": run_at,
             "error": error, "epoch": name, "attempt": attempt, "outcome": outcome,
         })  # fmt: skip

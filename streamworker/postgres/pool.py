@@ -25,8 +25,8 @@ AnyPool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
 CONNECT_TIMEOUT: Final = 10.0
 COMMAND_TIMEOUT: Final = 30.0
 """Seconds after which a server that says nothing counts as down."""
-CONNECTIONS: Final = 4
-"""Most connections of one ledger: recording, looking up, noting what runs, cleaning up."""
+CONNECTIONS: Final = 5
+"""Most connections of one ledger: recording two batches, looking up, noting what runs, cleaning up."""
 SETTINGS: Final = {
     "lock_timeout": "250ms",
     "statement_timeout": "20s",
@@ -88,9 +88,9 @@ class Database:
         async with self.session() as connection:
             return await connection.fetch(statement, *values)
 
-    def line(self) -> Line:
-        """A way to ask again and again."""
-        return Line(self)
+    def line(self, width: int = 1) -> Line:
+        """A way to ask again and again, ``width`` questions at once."""
+        return Line(self, width)
 
     def abandon(self) -> None:
         """Break the connections that are in use by us: whatever is under way on them fails."""
@@ -105,32 +105,28 @@ class Database:
 
 
 class Line:
-    """Questions on a connection that is kept where it is ours: a pool costs more than many a question.
+    """Questions on connections that are kept where they are ours: a pool costs more than many a question.
 
-    Who asks while another question is under way takes a connection of the pool.
+    Who asks while ``width`` questions are under way takes a connection of the pool.
     """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, width: int) -> None:
         self._database = database
-        self._kept: Connection | None = None
-        self._asking = False
+        self._room = width
+        self._kept: list[Connection] = []
 
     async def fetch(self, statement: str, *values: Any) -> list[asyncpg.Record]:
         """The rows of one statement, in a transaction of its own; raises what asyncpg raises."""
-        if self._asking or not self._database.straight:
+        if not self._room or not self._database.straight:
             return await self._database.fetch(statement, *values)
-        self._asking = True
+        self._room -= 1
         try:
             return await self._ask(statement, values)
         finally:
-            self._asking = False
+            self._room += 1
 
     async def _ask(self, statement: str, values: tuple[Any, ...]) -> list[asyncpg.Record]:
-        database = self._database
-        connection = self._kept
-        if connection is None or is_gone(connection):
-            connection = self._kept = await database.pool.acquire(timeout=CONNECT_TIMEOUT)
-            database.active.add(connection)
+        connection = await self._connection()
         try:
             return await connection.fetch(statement, *values)
         except (TimeoutError, asyncio.CancelledError):
@@ -138,9 +134,23 @@ class Line:
             raise
         finally:
             if is_gone(connection):
-                database.active.discard(connection)
-                self._kept = None
-                await database.pool.release(connection)  # type: ignore[arg-type]
+                await self._let_go(connection)
+            else:
+                self._kept.append(connection)
+
+    async def _connection(self) -> Connection:
+        while self._kept:
+            connection = self._kept.pop()
+            if not is_gone(connection):
+                return connection
+            await self._let_go(connection)
+        connection = await self._database.pool.acquire(timeout=CONNECT_TIMEOUT)
+        self._database.active.add(connection)
+        return connection
+
+    async def _let_go(self, connection: Connection) -> None:
+        self._database.active.discard(connection)
+        await self._database.pool.release(connection)  # type: ignore[arg-type]
 
 
 async def open_database(url: str, *, name: str = "ledger", connections: int = CONNECTIONS) -> Database:

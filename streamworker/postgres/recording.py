@@ -11,7 +11,7 @@ import asyncpg
 
 from streamworker.postgres import FINAL, RunRecord, Stored
 from streamworker.postgres.failures import is_outage, reason, sqlstate, translated, understood
-from streamworker.postgres.packing import ON_CONFLICT, PACK, packed
+from streamworker.postgres.packing import ON_CONFLICT, PACK, PACK_NEW, packed
 from streamworker.postgres.pool import Database
 from streamworker.postgres.rows import created, headers_text, json_text, stored_id, text
 from streamworker.telemetry.logs import get_logger
@@ -26,6 +26,8 @@ _AGAIN: Final = ("40P01", "40001")
 _LOCKED: Final = ("55P03", "57014")
 """Lock not available, statement timeout: somebody holds one of the rows."""
 _ROW_FAULTS: Final = ("22", "23", "54")
+WORTH_IT: Final = 40
+"""Jobs without a row, among others, that are worth a statement of their own."""
 _MOST_INT: Final = 2**31 - 1
 
 _ITEMS: Final = """unnest($2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::int[], $9::int[],
@@ -87,7 +89,7 @@ class Recording:
     """
 
     def __init__(self, database: Database, worker_id: str) -> None:
-        self._line = database.line()
+        self._line = database.line(2)  # a worker records two batches at once
         self._worker_id = worker_id
         self._epochs: dict[bytes, str] = {}
 
@@ -95,16 +97,24 @@ class Recording:
         """See `Ledger.record`."""
         answers = [Stored.STORED] * len(runs)
         for batch in _rounds(runs):
-            if not await self._pack(batch, answers):
-                await self._store(RECORD, batch, answers)
+            for part, new in _parted(batch):
+                if not await self._pack(part, answers, new=new):
+                    await self._store(RECORD, part, answers)
         return answers
 
-    async def _pack(self, batch: Sequence[_Item], answers: list[Stored]) -> bool:
+    async def _pack(self, batch: Sequence[_Item], answers: list[Stored], *, new: bool) -> bool:
         """Record a batch the short way; False if it has to go the long one."""
         values = packed([run for _, run, _ in batch], self._epochs)
         if values is None:
             return False
         try:
+            if new:
+                try:
+                    await self._told(PACK_NEW, values)
+                except asyncpg.UniqueViolationError:
+                    log.debug("jobs_not_new", jobs=len(batch))  # somebody else was faster, or our own last try
+                else:
+                    return True
             stored = (await self._told(PACK, values))[0]["ids"]
         except Exception as error:
             if _at_fault(error):
@@ -183,7 +193,7 @@ class Recording:
             stored_id(run.job_id), run.queue, text(run.kind) if bare < 2 else "", payload, run.level, run.status,
             min(run.attempts, _MOST_INT), None if run.max_attempts is None else min(run.max_attempts, _MOST_INT),
             run.hop, min(run.deliveries, _MOST_INT), run.run_at if bare < 2 else None, run.started, run.finished,
-            error, result, headers, None if whole else run.body, epoch, created(run.body) if bare < 2 else None,
+            error, result, headers, None if whole else run.body, epoch, created(run) if bare < 2 else None,
             min(run.attempt, _MOST_INT), run.outcome,
         )  # fmt: skip
 
@@ -207,6 +217,16 @@ def _rounds(runs: Sequence[RunRecord]) -> list[list[_Item]]:
             rounds.append([])
         rounds[turn].append((index, runs[index], 0))
     return rounds
+
+
+def _parted(batch: list[_Item]) -> list[tuple[list[_Item], bool]]:
+    """Parts to be recorded by a statement each, and whether their jobs have no row yet."""
+    new = [item for item in batch if item[1].new]
+    if len(new) == len(batch):
+        return [(batch, True)]
+    if len(new) < WORTH_IT:
+        return [(batch, False)]
+    return [(new, True), ([item for item in batch if not item[1].new], False)]
 
 
 def _error(run: RunRecord, result: str | None) -> str | None:

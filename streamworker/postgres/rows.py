@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, TypeAlias
 from uuid import UUID, uuid5
 
 import msgspec
@@ -20,10 +20,14 @@ _HARMLESS: Final = re.compile(r"\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F
 _ODD: Final = re.compile("[\x00\ud800-\udfff]")
 
 
+_Moment: TypeAlias = Annotated[datetime | None, msgspec.Meta(tz=None)]
+
+
 class _Born(msgspec.Struct):
-    created_at: Annotated[datetime | None, msgspec.Meta(tz=None)] = None
+    created_at: _Moment = None
 
 
+_moment: Callable[[msgspec.Raw], _Moment] = msgspec.json.Decoder(_Moment).decode
 _born: Callable[[bytes], _Born] = msgspec.json.Decoder(_Born).decode
 
 
@@ -69,12 +73,13 @@ def needs_document(run: RunRecord, payload: str | None, headers: str | None) -> 
     return payload is None or (headers is None and bool(run.headers))
 
 
-def created(body: bytes | None) -> float | None:
+def created(run: RunRecord) -> float | None:
     """Epoch seconds at which the producer made the job, if it says so in earnest."""
-    if body is None or b'"created_at"' not in body:
-        return None
     try:
-        moment = _born(body).created_at
+        if run.created is None:
+            moment = _born(run.body or b"{}").created_at
+        else:
+            moment = _moment(run.created) if run.created else None
         if moment is None:
             return None
         return (moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)).timestamp()

@@ -219,3 +219,61 @@ async def test_ten_thousand_jobs(redis_url, database_url, pg, raw):
             await eventually(lambda: ended(raw), 50)
     assert await pg.fetchval("select count(*) from streamworker.jobs where status = 'completed'") == 10_000
     assert await pg.fetchval("select count(*) from streamworker.job_logs where outcome = 'ok'") == 10_000
+
+
+async def test_only_jobs_without_a_row_are_taken_for_new(app, raw, pg, database_url, caplog):
+    """A wrong guess is put right, but it costs the whole batch a second statement, and a line in the server's log."""
+    caplog.set_level("DEBUG", "streamworker")
+
+    @app.handler(max_attempts=2, backoff=Backoff(base=0.01, jitter=0))
+    async def handler(payload: Job, ctx: Context) -> None:
+        match payload.n:
+            case 1 if ctx.attempt == 1:
+                raise ValueError("once")
+            case 2 if ctx.job.hop == 0:
+                raise Snooze(0.05)
+            case 3:
+                async with ctx.transaction():
+                    pass
+            case 4:
+                connection = await asyncpg.connect(database_url)
+                async with connection.transaction():
+                    await ctx.complete(connection)
+                await connection.close()
+            case 5:  # until it is noted as running
+
+                async def noted() -> bool:
+                    return await status(pg, ctx.job.id) == "running"
+
+                await eventually(noted)
+
+    async with app, working(app):
+        for n in range(6):
+            await app.enqueue(Job(n=n))
+        await eventually(lambda: ended(raw))
+    assert await pg.fetchval("select count(*) from streamworker.jobs where status = 'completed'") == 6
+    assert "jobs_not_new" not in caplog.text
+
+
+async def test_a_job_that_others_record_meanwhile_is_no_longer_new(app, raw, pg, caplog):
+    caplog.set_level("DEBUG", "streamworker")
+    began, gate = [], asyncio.Event()
+
+    @app.handler
+    async def handler(payload: Job) -> None:
+        began.append(payload.n)
+        if payload.n == 0:
+            await gate.wait()
+
+    async with app, working(app):
+        put(raw, "twice")
+        put(raw, "beside it", payload={"n": 1})
+        await eventually(lambda: len(began) == 2)
+        await pg.execute(
+            "insert into streamworker.jobs (id, queue_name, status, hop) values ('twice', 'q', 'dispatched', 1)"
+        )
+        gate.set()
+        await eventually(lambda: ended(raw))
+    assert "jobs_not_new" in caplog.text
+    assert await status(pg, "beside it") == "completed"
+    assert await status(pg, "twice") == "dispatched"  # the later hop goes on
