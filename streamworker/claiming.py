@@ -39,6 +39,7 @@ class Claimer:
         holdings: what this worker holds.
         put: hands a run to the slots.
         concurrency: slots.
+        most: jobs of one claim, whatever room there is.
         max_deliveries: a suspect beyond them does not run any more, and need not wait to run alone.
         caps: most jobs of a queue that run here at once.
         stopping: set when nothing more shall be claimed.
@@ -55,6 +56,7 @@ class Claimer:
         put: Callable[[Run], None],
         *,
         concurrency: int,
+        most: int,
         max_deliveries: int,
         caps: Mapping[str, int],
         stopping: anyio.Event,
@@ -67,6 +69,7 @@ class Claimer:
         self._holdings = holdings
         self._put = put
         self._concurrency = concurrency
+        self._most = most
         self._max_deliveries = max_deliveries
         self._caps = caps
         self._stopping = stopping
@@ -144,9 +147,7 @@ class Claimer:
             self.asking_since = None
             await holdings.changed()
             return
-        # Half the slots a turn at most, so that Redis fetches while Python runs what came before.
-        limit = min(room, max(1, self._concurrency // 2))
-        claims = await self._broker.claim(limit, 0 if self._burst or self._capped else BLOCK, holdings)
+        claims = await self._broker.claim(min(room, self._most), 0 if self._burst or self._capped else BLOCK, holdings)
         self.asking_since = None
         self._admit(claims)
         if self._capped and not claims:

@@ -186,6 +186,7 @@ class QueueWorker:
             self._holdings,
             self._stages.put,
             concurrency=settings.concurrency,
+            most=self._stages.most(settings.concurrency),
             max_deliveries=settings.max_deliveries,
             caps={spec.name: spec.cap for spec in settings.queues if spec.cap is not None},
             stopping=self._stopping,

@@ -7,7 +7,7 @@ from the claim loop to the slots and from there to the settle loop, as if this r
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Final, Protocol
 
 import anyio
 
@@ -23,6 +23,9 @@ from streamworker.run import Run
 from streamworker.settler import Settler
 from streamworker.slots import Slots
 
+TOGETHER: Final = 100
+"""Jobs that make a good batch."""
+
 
 class Stages(Protocol):
     """What a worker knows of them.
@@ -36,6 +39,9 @@ class Stages(Protocol):
     put: Callable[[Run], None]
     finish: Callable[[Run], None]
     closed: Callable[[], bool] | None
+
+    def most(self, slots: int) -> int:
+        """Most jobs of one claim, so that nothing waits for anything else all of the time."""
 
     def abandon_waiting(self) -> list[Run]:
         """Runs that did not come to a slot yet; they do not wait any more afterwards."""
@@ -70,6 +76,10 @@ class Straight:
         self.finish: Callable[[Run], None] = settler.add
         self.closed: Callable[[], bool] | None = None
 
+    def most(self, slots: int) -> int:
+        """See `Stages.most`: half the slots, so that Redis fetches while Python runs what came before."""
+        return max(1, slots // 2)
+
     def abandon_waiting(self) -> list[Run]:
         """See `Stages.abandon_waiting`."""
         return []
@@ -95,6 +105,10 @@ class Bookkeeping:
         self.closed: Callable[[], bool] | None = outage.is_on
         slots.prepare = _prepared
         settler.judge = decided
+
+    def most(self, slots: int) -> int:
+        """See `Stages.most`: there is enough to do meanwhile, and what is claimed together costs one question."""
+        return max(min(slots, TOGETHER), slots // 2)
 
     def abandon_waiting(self) -> list[Run]:
         """See `Stages.abandon_waiting`."""
