@@ -96,7 +96,10 @@ class Settler:
         while not self._finished:
             if self._closing.is_set() and not self._refused:
                 return False
-            with anyio.move_on_after(REFUSED_PAUSE if self._refused else None):
+            if self._refused:
+                with anyio.move_on_after(REFUSED_PAUSE):
+                    await self._wake.wait()
+            else:
                 await self._wake.wait()
             self._wake.clear()
             self._finished += self._offer_again()

@@ -85,7 +85,8 @@ class Recorder:
         """Record this run with the next batch."""
         run.finished = time()
         self._finished.append(run)
-        self._wake.set()
+        if self._wanted():
+            self._wake.set()
 
     async def close(self, within: float) -> None:
         """End the loop when all is handed on; what cannot be recorded in ``within`` seconds goes back to the queue."""
@@ -133,13 +134,20 @@ class Recorder:
         while True:
             if self._busy and (anyio.current_time() >= self._busy_until or self._closing.is_set()):
                 self._finished, self._busy = self._finished + self._busy, []
-            if self._finished and (not self._under_way or len(self._finished) >= WORTH_IT):
+            if self._finished and self._wanted():
                 return True
             if self._closing.is_set():
                 return False
-            with anyio.move_on_after(BUSY_PAUSE if self._busy else None):
+            if self._busy:
+                with anyio.move_on_after(BUSY_PAUSE):
+                    await self._wake.wait()
+            else:
                 await self._wake.wait()
             self._wake.clear()
+
+    def _wanted(self) -> bool:
+        """Whether what has finished is worth a batch right now."""
+        return not self._under_way or len(self._finished) >= WORTH_IT
 
     async def _record(self, batch: Sequence[Run]) -> None:
         now = time()
