@@ -47,7 +47,7 @@ class Document(msgspec.Struct, kw_only=True, omit_defaults=True):
     headers: dict[str, Any] | None = None
 
 
-class Reading(msgspec.Struct, kw_only=True):
+class Reading(msgspec.Struct, kw_only=True, gc=False):
     """What of a document decides its fate; unset fields are ``None``.
 
     ``created_at`` and ``priority`` are not looked into: the key's level holds, and a producer's odd clock must not kill

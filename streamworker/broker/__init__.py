@@ -20,7 +20,7 @@ from streamworker.progress import Progress
 T = TypeVar("T")
 
 
-class Ending(msgspec.Struct, frozen=True):
+class Ending(msgspec.Struct, frozen=True, gc=False):
     """One claim to end.
 
     Attributes:
