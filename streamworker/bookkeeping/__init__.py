@@ -41,7 +41,7 @@ class Stages(Protocol):
     closed: Callable[[], bool] | None
 
     def most(self, slots: int) -> int:
-        """Most jobs of one claim, so that nothing waits for anything else all of the time."""
+        """Most jobs of one claim: what all stages get through best."""
 
     def abandon_waiting(self) -> list[Run]:
         """Runs that did not come to a slot yet; they do not wait any more afterwards."""
@@ -77,7 +77,7 @@ class Straight:
         self.closed: Callable[[], bool] | None = None
 
     def most(self, slots: int) -> int:
-        """See `Stages.most`: half the slots, so that Redis fetches while Python runs what came before."""
+        """Half the slots, so that Redis fetches while Python runs what came before."""
         return max(1, slots // 2)
 
     def abandon_waiting(self) -> list[Run]:
@@ -107,7 +107,7 @@ class Bookkeeping:
         settler.judge = decided
 
     def most(self, slots: int) -> int:
-        """See `Stages.most`: there is enough to do meanwhile, and what is claimed together costs one question."""
+        """More where the slots are few: what is claimed together is looked up together, and records go on meanwhile."""
         return max(min(slots, TOGETHER), slots // 2)
 
     def abandon_waiting(self) -> list[Run]:
