@@ -172,7 +172,11 @@ async def test_a_zombie_that_holds_the_row_does_not_block_its_successor_into_fai
     zombie = await start().ready()
     put(raw, "a", "hold")
     await eventually(lambda: ran(raw))
-    await eventually(lambda: pg.fetchval("select count(*) from pg_stat_activity where state = 'idle in transaction'"))
+    # The handler's own statement is done: before that, its transaction may have begun and hold nothing yet.
+    holds = (
+        "select count(*) from pg_stat_activity where state = 'idle in transaction' and query like 'insert into effect%'"
+    )
+    await eventually(lambda: pg.fetchval(holds))
     zombie.signal(signal.SIGSTOP)
     raw.set("queue:trace:go", 1)
     successor = await start().ready()
