@@ -17,12 +17,14 @@ from benchmarks.worker import Noop, settings
 from streamworker import App, QueueWorker
 
 
-async def producer(url: str, contestant: str, jobs: int) -> asyncio.subprocess.Process:
-    """A producer in a process of its own, on whichever core is free."""
-    return await asyncio.create_subprocess_exec(
+async def produce(url: str, contestant: str, jobs: int) -> None:
+    """Send the jobs from a process of its own, on whichever core is free."""
+    process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "benchmarks.producer", url, contestant, str(WARM + jobs)),
         preexec_fn=on_any_core,
     )
+    if await process.wait():  # nobody would ever come to the last job
+        raise SystemExit("the producer failed: see above")
 
 
 async def bare(url: str, jobs: int) -> list[float]:
@@ -31,14 +33,14 @@ async def bare(url: str, jobs: int) -> list[float]:
     await consumer.flushall()
     await consumer.xgroup_create("bare", "workers", "0", mkstream=True)
     waits: list[float] = []
-    process = await producer(url, "bare", jobs)
-    while len(waits) < WARM + jobs:
-        reply = await consumer.xreadgroup("workers", "me", {"bare": ">"}, count=100, block=5000)
-        now = time.perf_counter_ns()
-        for entry, fields in reply[0][1] if reply else ():
-            waits.append((now - int(fields[b"n"])) / 1e6)
-            await consumer.xack("bare", "workers", entry)
-    await process.wait()
+    async with asyncio.TaskGroup() as group:
+        group.create_task(produce(url, "bare", jobs))
+        while len(waits) < WARM + jobs:
+            reply = await consumer.xreadgroup("workers", "me", {"bare": ">"}, count=100, block=5000)
+            now = time.perf_counter_ns()
+            for entry, fields in reply[0][1] if reply else ():
+                waits.append((now - int(fields[b"n"])) / 1e6)
+                await consumer.xack("bare", "workers", entry)
     await consumer.aclose()
     return waits[WARM:]
 
@@ -56,9 +58,7 @@ async def ours(url: str, jobs: int) -> list[float]:
 
     worker = QueueWorker(app, redis=None, database=None, services=None)
     task = asyncio.create_task(worker.start())
-    process = await producer(url, "worker", jobs)
-    if await process.wait():  # nobody would ever come to the last job
-        raise SystemExit("the producer failed: see above")
+    await produce(url, "worker", jobs)
     await done.wait()
     await worker.stop()
     await task

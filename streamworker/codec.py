@@ -73,9 +73,10 @@ _read: Callable[[bytes], Reading] = msgspec.json.Decoder(Reading).decode
 
 
 class _Dated(msgspec.Struct):
-    created_at: datetime | None = None
+    created_at: msgspec.Raw = msgspec.Raw()
 
 
+_moment: Callable[[msgspec.Raw], datetime | None] = msgspec.json.Decoder(datetime | None).decode
 _dated: Callable[[bytes], _Dated] = msgspec.json.Decoder(_Dated).decode
 _loose: Callable[[bytes], Any] = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
@@ -257,10 +258,11 @@ def charges(document: Reading) -> dict[str, None]:
     }
 
 
-def made_at(body: bytes) -> float | None:
-    """Epoch seconds at which the producer made a job, if it said so."""
+def made_at(document: Reading | bytes) -> float | None:
+    """Epoch seconds at which the producer made a job, if it said so; of a document that was read, or of its bytes."""
     try:
-        moment = _dated(body).created_at
+        told = (_dated(document) if isinstance(document, bytes) else document).created_at
+        moment = _moment(told) if told else None
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
     return None if moment is None else (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()

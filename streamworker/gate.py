@@ -104,7 +104,7 @@ class Gate:
             except Exception as error:  # noqa: BLE001 - a main loop never crashes; what waits is asked about again
                 if not isinstance(error, Unreachable):
                     log.error("limits_failed", jobs=len(self._asking), error=str(error))
-                await (anyio.sleep(0.2) if self._closing.is_set() else pause.wait(self._closing))
+                await pause.wait(self._closing, least=0.2)
             if anyio.current_time() > self._give_up_at:
                 return
 

@@ -165,7 +165,7 @@ class JobRun:
         claim, reading = self._run.claim, self._run.reading
         if claim.body is None or reading is None or reading.hop:
             return None
-        made, due = codec.made_at(claim.body), codec.when(reading)
+        made, due = codec.made_at(reading), codec.when(reading)
         return None if made is None else max(made, due or 0.0)
 
 

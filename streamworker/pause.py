@@ -26,8 +26,16 @@ class Pause:
         """The next pause is short again."""
         self._next = FIRST
 
-    async def wait(self, stop: anyio.Event) -> float:
-        """Wait, or until ``stop``; returns the seconds that were meant."""
+    async def wait(self, stop: anyio.Event, *, least: float = 0.0) -> float:
+        """Wait, or until ``stop``; returns the seconds that were meant.
+
+        Args:
+            stop: ends the wait.
+            least: seconds that are waited if ``stop`` is set already, by loops that have to go on all the same.
+        """
+        if least and stop.is_set():
+            await anyio.sleep(least)
+            return least
         seconds = self._next * random.uniform(0.75, 1.25)  # noqa: S311 - spreads load, hides nothing
         self._next = min(self._longest, self._next * 2)
         with anyio.move_on_after(seconds):

@@ -33,7 +33,7 @@ def run_record(claim: Claim, reading: Reading, *, kind: str, started: float | No
         reading.payload,
         reading.headers,
         started,
-        reading.created_at,
+        codec.made_at(reading),
     )
 
 
@@ -42,8 +42,9 @@ def unread_record(claim: Claim) -> RunRecord:
     job_id = codec.derived_id(claim.place, claim.epoch, claim.entry)
     deliveries = deliveries_of(claim, None)
     return RunRecord(
-        job_id, claim.queue, "", claim.level, 0, deliveries, 1, 0, None, claim.epoch, claim.body, None, None, None
-    )
+        job_id, claim.queue, "", claim.level, 0, deliveries, 1, 0, None, claim.epoch, claim.body, None, None, None,
+        None if claim.body is None else codec.made_at(claim.body),
+    )  # fmt: skip
 
 
 def deliveries_of(claim: Claim, reading: Reading | None) -> int:

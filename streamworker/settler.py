@@ -82,10 +82,7 @@ class Settler:
             except Exception as error:  # noqa: BLE001 - a main loop never crashes; what it holds is tried again
                 self._keep(batch)
                 log.error("settle_failed", jobs=len(batch), error=str(error))
-                if self._closing.is_set():
-                    await anyio.sleep(0.2)
-                else:
-                    await pause.wait(self._closing)
+                await pause.wait(self._closing, least=0.2)
             else:
                 pause.reset()
             if anyio.current_time() > self._give_up_at:
@@ -96,10 +93,7 @@ class Settler:
         while not self._finished:
             if self._closing.is_set() and not self._refused:
                 return False
-            if self._refused:
-                with anyio.move_on_after(REFUSED_PAUSE):
-                    await self._wake.wait()
-            else:
+            with anyio.move_on_after(REFUSED_PAUSE if self._refused else None):
                 await self._wake.wait()
             self._wake.clear()
             self._finished += self._offer_again()

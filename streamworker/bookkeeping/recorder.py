@@ -36,7 +36,7 @@ from streamworker.job import (
 )
 from streamworker.pause import Pause
 from streamworker.policy import DONE, describe, word_of
-from streamworker.postgres import Effect, Ledger, RunRecord, Stored
+from streamworker.postgres import LANES, Effect, Ledger, RunRecord, Stored
 from streamworker.records import run_record, unread_record
 from streamworker.run import Run
 from streamworker.settler import Settler, judged
@@ -46,8 +46,6 @@ log = get_logger("streamworker.worker")
 
 MOST: Final = 500
 """Most runs of one statement."""
-LANES: Final = 2
-"""Batches that may be under way."""
 WORTH_IT: Final = 50
 """Runs that are worth a batch beside another."""
 BUSY_PAUSE: Final = 1.0
@@ -118,10 +116,7 @@ class Recorder:
                     self._outage.began(error)
                 else:
                     log.error("record_failed", jobs=len(batch), error=str(error))
-                if self._closing.is_set():
-                    await anyio.sleep(0.2)
-                else:
-                    await pause.wait(self._closing)
+                await pause.wait(self._closing, least=0.2)
             else:
                 self._outage.over()
                 pause.reset()
@@ -138,10 +133,7 @@ class Recorder:
                 return True
             if self._closing.is_set():
                 return False
-            if self._busy:
-                with anyio.move_on_after(BUSY_PAUSE):
-                    await self._wake.wait()
-            else:
+            with anyio.move_on_after(BUSY_PAUSE if self._busy else None):
                 await self._wake.wait()
             self._wake.clear()
 

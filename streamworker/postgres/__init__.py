@@ -10,7 +10,7 @@ import enum
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import datetime
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Final, Literal, Protocol, TypeAlias
 
 import msgspec
 
@@ -19,6 +19,8 @@ from streamworker.job import Level
 Status: TypeAlias = Literal[
     "queued", "dispatching", "dispatched", "running", "retrying", "completed", "dead", "cancelled"
 ]
+LANES: Final = 2
+"""Batches that one worker records at once."""
 FINAL: tuple[Status, Status] = ("completed", "cancelled")
 """What no run changes any more."""
 
@@ -41,7 +43,7 @@ class RunRecord(msgspec.Struct, gc=False):
         payload: the payload's JSON; ``None`` if the document cannot be read.
         headers: the document's.
         started: when the handler began; ``None`` if it never did.
-        created: when the producer made the job, as the JSON it is in the document.
+        created: when the producer made the job, if it said so.
         status: what the job is after this run.
         outcome: one word for the attempt's log.
         finished: when the run ended.
@@ -66,7 +68,7 @@ class RunRecord(msgspec.Struct, gc=False):
     payload: msgspec.Raw | None
     headers: dict[str, Any] | None
     started: float | None
-    created: msgspec.Raw | None = None
+    created: float | None = None
     status: Status = "running"
     outcome: str = ""
     finished: float | None = None

@@ -10,7 +10,7 @@ from streamworker.postgres.failures import understood
 from streamworker.postgres.pool import AnyPool, Database
 from streamworker.postgres.recording import Recording
 from streamworker.postgres.retention import Retention
-from streamworker.postgres.rows import stored_id
+from streamworker.postgres.rows import SEPARATOR, separable, stored_id
 from streamworker.postgres.transaction import RunTransaction, complete
 
 LOOKUP_ARRAY: Final = """
@@ -52,9 +52,8 @@ class PostgresLedger:
 
     async def lookup(self, job_ids: Collection[str]) -> dict[str, Known]:
         """See `Ledger.lookup`."""
-        # One text costs a tenth of an array; ids with the separator in them, or a NUL, are another matter.
-        joined = "\x1f".join(job_ids)
-        plain = joined.count("\x1f") == len(job_ids) - 1 and "\x00" not in joined
+        joined = SEPARATOR.join(job_ids)
+        plain = separable(joined, len(job_ids))
         names = {} if plain else {stored_id(job_id): job_id for job_id in job_ids}
         with understood("looking jobs up"):
             if plain:

@@ -14,9 +14,8 @@ from typing import Any, Final
 import msgspec
 
 from streamworker.postgres import RunRecord
-from streamworker.postgres.rows import created, headers_text, refused_by_jsonb
+from streamworker.postgres.rows import SEPARATOR, headers_text, refused_by_jsonb, separable
 
-_COLUMN: Final = "\x1f"
 _NULL: Final = "\x1e"
 _encode = msgspec.json.encode
 _shape_of: Final[Callable[[RunRecord], tuple[Any, ...]]] = attrgetter(
@@ -95,7 +94,7 @@ def packed(runs: Sequence[RunRecord], epochs: dict[bytes, str]) -> tuple[Any, ..
     try:
         places = [shapes.setdefault(shape, len(shapes)) for shape in map(_shape_of, runs)]
         ids = _joined([run.job_id for run in runs])
-        payloads = _checked(_COLUMN.encode().join([run.payload for run in runs]).decode(), len(runs))  # type: ignore[misc]
+        payloads = _checked(SEPARATOR.encode().join([run.payload for run in runs]).decode(), len(runs))  # type: ignore[misc]
         if any(run.headers for run in runs):
             headers = _joined([(headers_text(run.headers) or "\x00") if run.headers else _NULL for run in runs])
         if any(run.result is not None for run in runs):
@@ -107,17 +106,17 @@ def packed(runs: Sequence[RunRecord], epochs: dict[bytes, str]) -> tuple[Any, ..
         return None
     started = _times([run.started for run in runs], base)
     finished = _times([run.finished for run in runs], base)
-    born = _times([created(run) for run in runs], base)
+    born = _times([run.created for run in runs], base)
     return (described, base, ids, _array(places), payloads, headers, results, started, finished, born)
 
 
 def _joined(column: list[str]) -> str:
-    return _checked(_COLUMN.join(column), len(column))
+    return _checked(SEPARATOR.join(column), len(column))
 
 
 def _checked(text: str, count: int) -> str:
     """The text; ValueError if it could not be taken apart again, or not be stored."""
-    if text.count(_COLUMN) != count - 1 or "\x00" in text or refused_by_jsonb(text):
+    if not separable(text, count) or refused_by_jsonb(text):
         raise ValueError("this does not fit")
     return text
 

@@ -17,6 +17,7 @@ import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 
 from streamworker.errors import ConfigurationError
+from streamworker.postgres import LANES
 from streamworker.postgres.failures import break_off, is_gone, understood
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record] | PoolConnectionProxy[asyncpg.Record]"
@@ -25,8 +26,8 @@ AnyPool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
 CONNECT_TIMEOUT: Final = 10.0
 COMMAND_TIMEOUT: Final = 30.0
 """Seconds after which a server that says nothing counts as down."""
-CONNECTIONS: Final = 5
-"""Most connections of one ledger: recording two batches, looking up, noting what runs, cleaning up."""
+CONNECTIONS: Final = LANES + 3
+"""Most connections of one ledger: recording, looking up, noting what runs, cleaning up."""
 SETTINGS: Final = {
     "lock_timeout": "250ms",
     "statement_timeout": "20s",

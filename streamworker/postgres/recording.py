@@ -9,11 +9,11 @@ from typing import Any, Final, TypeAlias
 import anyio
 import asyncpg
 
-from streamworker.postgres import FINAL, RunRecord, Stored
+from streamworker.postgres import FINAL, LANES, RunRecord, Stored
 from streamworker.postgres.failures import is_outage, reason, sqlstate, translated, understood
 from streamworker.postgres.packing import ON_CONFLICT, PACK, PACK_NEW, packed
 from streamworker.postgres.pool import Database
-from streamworker.postgres.rows import created, headers_text, json_text, stored_id, text
+from streamworker.postgres.rows import headers_text, json_text, stored_id, text
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.ledger")
@@ -89,7 +89,7 @@ class Recording:
     """
 
     def __init__(self, database: Database, worker_id: str) -> None:
-        self._line = database.line(2)  # a worker records two batches at once
+        self._line = database.line(LANES)
         self._worker_id = worker_id
         self._epochs: dict[bytes, str] = {}
 
@@ -108,13 +108,8 @@ class Recording:
         if values is None:
             return False
         try:
-            if new:
-                try:
-                    await self._told(PACK_NEW, values)
-                except asyncpg.UniqueViolationError:
-                    log.debug("jobs_not_new", jobs=len(batch))  # somebody else was faster, or our own last try
-                else:
-                    return True
+            if new and await self._all_new(values, len(batch)):
+                return True
             stored = (await self._told(PACK, values))[0]["ids"]
         except Exception as error:
             if _at_fault(error):
@@ -122,6 +117,15 @@ class Recording:
             raise translated(error, "recording jobs") from error
         if stored is not None:
             await self._explain(batch, set(stored), answers)
+        return True
+
+    async def _all_new(self, values: Sequence[Any], count: int) -> bool:
+        """Record jobs that are taken for new; False if one of them is not, and nothing was recorded."""
+        try:
+            await self._told(PACK_NEW, values)
+        except asyncpg.UniqueViolationError:
+            log.debug("jobs_not_new", jobs=count)  # somebody else was faster, or our own last try
+            return False
         return True
 
     async def running(self, runs: Sequence[RunRecord]) -> None:
@@ -193,7 +197,7 @@ class Recording:
             stored_id(run.job_id), run.queue, text(run.kind) if bare < 2 else "", payload, run.level, run.status,
             min(run.attempts, _MOST_INT), None if run.max_attempts is None else min(run.max_attempts, _MOST_INT),
             run.hop, min(run.deliveries, _MOST_INT), run.run_at if bare < 2 else None, run.started, run.finished,
-            error, result, headers, None if whole else run.body, epoch, created(run) if bare < 2 else None,
+            error, result, headers, None if whole else run.body, epoch, run.created if bare < 2 else None,
             min(run.attempt, _MOST_INT), run.outcome,
         )  # fmt: skip
 

@@ -21,7 +21,7 @@ from streamworker.errors import RunEnded, Unreachable, UsageError
 from streamworker.postgres import Effect, RunRecord
 from streamworker.postgres.failures import break_off, is_gone, is_outage, reason
 from streamworker.postgres.pool import AnyPool, Connection, Database
-from streamworker.postgres.rows import created, headers_text, json_text, stored_id, text
+from streamworker.postgres.rows import headers_text, json_text, stored_id, text
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.ledger")
@@ -211,7 +211,7 @@ async def take(connection: Any, run: RunRecord, worker_id: str, *, becomes: str,
             None if within is None else _small(within), run.queue, text(run.kind), run.level, json_text(run.payload),
             headers_text(run.headers), None if run.body is None else run.body.decode(errors="replace"),
             _small(run.attempts), None if run.max_attempts is None else _small(run.max_attempts),
-            text(run.epoch.decode(errors="backslashreplace")), _float(created(run)), _float(run.started),
+            text(run.epoch.decode(errors="backslashreplace")), _float(run.created), _float(run.started),
         )  # fmt: skip
     except (asyncpg.LockNotAvailableError, asyncpg.SerializationError, asyncpg.DeadlockDetectedError) as error:
         raise RunEnded("another run of this job is at work", busy=True) from error

@@ -277,3 +277,28 @@ async def test_a_job_that_others_record_meanwhile_is_no_longer_new(app, raw, pg,
     assert "jobs_not_new" in caplog.text
     assert await status(pg, "beside it") == "completed"
     assert await status(pg, "twice") == "dispatched"  # the later hop goes on
+
+
+@pytest.mark.parametrize(
+    ("told", "payload", "stored"),
+    [
+        ('"2026-01-02T03:04:05.5Z"', "{}", "2026-01-02T03:04:05.500000+00:00"),
+        ('"2026-01-02T04:04:05+01:00"', "{}", "2026-01-02T03:04:05+00:00"),
+        ('"2026-01-02T03:04:05"', "{}", "2026-01-02T03:04:05+00:00"),
+        ('"2026-01-02T03:04:05Z"', '{"n": "seven"}', "2026-01-02T03:04:05+00:00"),
+        ('"2026-01-02T03:04:05Z", "headers": 7', "{}", "2026-01-02T03:04:05+00:00"),  # no document of a job
+        ('"some time"', "{}", None),
+        ("null", "{}", None),
+        ("[7]", "{}", None),
+    ],
+)
+async def test_when_a_job_was_made_is_what_its_producer_said_if_it_makes_sense(app, raw, pg, told, payload, stored):
+    @app.handler
+    async def handler(payload: Job) -> None: ...
+
+    before = await pg.fetchval("select clock_timestamp()")
+    async with app, working(app):
+        raw.xadd(Q, {"job": f'{{"id": "a", "kind": "job", "payload": {payload}, "created_at": {told}}}'})
+        await eventually(lambda: ended(raw))
+    created = await pg.fetchval("select created_at from streamworker.jobs")
+    assert created.isoformat() == stored if stored else created > before

@@ -13,6 +13,7 @@ import asyncpg
 import msgspec
 import pytest
 
+from streamworker import codec
 from streamworker.errors import RunEnded, Unreachable, UsageError
 from streamworker.postgres import Effect, RunRecord
 from streamworker.postgres.ledger import PostgresLedger
@@ -40,7 +41,21 @@ async def opened(database_url: str, handlers_url: str, **options: Any) -> AsyncI
 def run(job_id: str = "a", *, hop: int = 0, deliveries: int = 1, payload: bytes = b'{"n": 1}') -> RunRecord:
     body = b'{"id": "%s", "payload": %s, "created_at": "2026-01-02T03:04:05Z"}' % (job_id.encode(), payload)
     return RunRecord(
-        job_id, "q", "k", "normal", hop, deliveries, 1, 0, 20, b"e", body, msgspec.Raw(payload), {"h": 1}, time.time()
+        job_id,
+        "q",
+        "k",
+        "normal",
+        hop,
+        deliveries,
+        1,
+        0,
+        20,
+        b"e",
+        body,
+        msgspec.Raw(payload),
+        {"h": 1},
+        time.time(),
+        codec.made_at(body),
     )
 
 
