@@ -3,7 +3,6 @@
 Six verbs move jobs (publish, claim, renew, settle, tick, depth). `Operator` is what people do to jobs by hand.
 """
 
-# ceiling: two protocols whose docstrings are the contract; a reader wants each in one piece
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence

@@ -24,11 +24,11 @@ def function(lines: int, comment: str = "", indent: str = "") -> str:
 
 def test_at_the_ceilings_nothing_is_said(check):
     parameters = "def work(a, b, /, c, d, e, f, *rest, g=1, h=2, **more):\n    pass\n"
-    assert check(parameters + function(50) + "# filler\n" * (300 - 52)) == []
+    assert check(parameters + function(50) + "# filler\n" * (600 - 52)) == []
 
 
 def test_a_long_file(check):
-    assert check("x = 1\n" * 301) == ["1: 301 lines, more than 300"]
+    assert check("x = 1\n" * 601) == ["1: 601 lines, more than 600"]
 
 
 @pytest.mark.parametrize(
@@ -40,11 +40,17 @@ def test_a_long_file(check):
     ],
 )
 def test_a_long_file_with_a_reason(check, top):
-    assert check(top + "x = 1\n" * 301) == []
+    assert check(top + "x = 1\n" * 601) == []
+
+
+def test_no_reason_excuses_a_thousand_lines(check):
+    top = "# ceiling: one table that reads as one\n"
+    assert check(top + "x = 1\n" * 999) == []
+    assert check(top + "x = 1\n" * 1000) == ["1: 1001 lines, more than 1000, which no reason excuses"]
 
 
 def test_a_reason_below_the_first_statement_does_not_count(check):
-    assert check("x = 1\n# ceiling: one table that reads as one\n" + "x = 1\n" * 300) == ["1: 302 lines, more than 300"]
+    assert check("x = 1\n# ceiling: one table that reads as one\n" + "x = 1\n" * 600) == ["1: 602 lines, more than 600"]
 
 
 def test_a_long_function(check):
@@ -54,7 +60,7 @@ def test_a_long_function(check):
 
 
 def test_the_reason_of_the_file_excuses_no_function(check):
-    assert check("# ceiling: one table that reads as one\n" + function(51) + "# filler\n" * 300) == [
+    assert check("# ceiling: one table that reads as one\n" + function(51) + "# filler\n" * 600) == [
         "2: work: 51 lines, more than 50"
     ]
 
@@ -97,12 +103,12 @@ def test_a_reason_that_outlived_its_cause(check):
 
 def test_main_names_the_offenders_and_exits_1(tmp_path, capsys):
     (tmp_path / "inner").mkdir()
-    (tmp_path / "inner" / "long.py").write_text("x = 1\n" * 301)
+    (tmp_path / "inner" / "long.py").write_text("x = 1\n" * 601)
     (tmp_path / "short.py").write_text("x = 1\n")
 
     assert ceilings.main([str(tmp_path)]) == 1
     printed = capsys.readouterr()
-    assert printed.out == f"{tmp_path / 'inner' / 'long.py'}:1: 301 lines, more than 300\n"
+    assert printed.out == f"{tmp_path / 'inner' / 'long.py'}:1: 601 lines, more than 600\n"
     assert "write '# ceiling: <reason>'" in printed.err
 
     assert ceilings.main([str(tmp_path / "short.py")]) == 0
