@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from contextlib import suppress
 from time import monotonic
 from typing import Final
 
@@ -11,7 +12,7 @@ import anyio
 
 from streamworker import codec
 from streamworker.broker import Broker
-from streamworker.errors import ConfigurationError, InvalidJob
+from streamworker.errors import ConfigurationError, InvalidJob, StreamworkerError
 from streamworker.holdings import Holdings
 from streamworker.job import Claim
 from streamworker.pause import Pause
@@ -147,15 +148,44 @@ class Claimer:
             self.asking_since = None
             await holdings.changed()
             return
-        claims = await self._broker.claim(min(room, self._most), 0 if self._burst or self._capped else BLOCK, holdings)
+        claims = await self._claim(min(room, self._most))
         self.asking_since = None
         self._admit(claims)
-        if self._capped and not claims:
-            await holdings.changed(BLOCK)
         if claims:
             self._quiet = False
         if self._burst and not claims:
             await self._look_for_the_end()
+
+    async def _claim(self, limit: int) -> list[Claim]:
+        """Claim; an ending of a queue at its cap ends the wait, because there is room for one more of it."""
+        wait, holdings = 0.0 if self._burst else BLOCK, self._holdings
+        if not self._caps:
+            return await self._broker.claim(limit, wait, holdings)
+        held = Counter(run.claim.queue for run in holdings.snapshot() if run.outcome is None)
+        full = {queue for queue, cap in self._caps.items() if held[queue] >= cap}
+        if not full or not wait:
+            return await self._broker.claim(limit, wait, holdings, holdings.ended)
+        claims: list[Claim] = []
+        failure: Exception | None = None
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._watch_for_room, full)
+            try:
+                claims = await self._broker.claim(limit, wait, holdings, holdings.ended)
+            except Exception as error:  # noqa: BLE001 - raised below, outside of the group that would wrap it
+                failure = error
+            group.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+        return claims
+
+    async def _watch_for_room(self, full: Collection[str]) -> None:
+        """Tell the waiting claim that a queue which was at its cap has room again; until cancelled."""
+        while True:
+            await self._holdings.changed()
+            running = self._running()
+            if any(running[queue] < self._caps[queue] for queue in full):
+                with suppress(StreamworkerError):  # then the wait ends by itself
+                    await self._broker.look_again()
 
     async def _look_for_the_end(self) -> None:
         """In a burst: stop once nothing is held, nothing on its way, nothing due, and nothing ready."""
@@ -190,9 +220,8 @@ class Claimer:
 
     def _start_capped(self) -> None:
         """Start what the caps allow: a blocking read may bring one job a level, and the rest waits its turn."""
-        waiting, self._capped = self._capped, []
-        running = Counter(run.claim.queue for run in self._holdings.snapshot() if run.outcome is None)
-        running.subtract(run.claim.queue for run in waiting)
+        running, waiting = self._running(), self._capped
+        self._capped = []
         for run in waiting:
             queue = run.claim.queue
             if run.outcome is None and running[queue] >= self._caps[queue]:
@@ -200,6 +229,12 @@ class Claimer:
             else:
                 running[queue] += 1
                 self._put(run)
+
+    def _running(self) -> Counter[str]:
+        """How many jobs of each queue run; those that wait for their cap do not."""
+        running = Counter(run.claim.queue for run in self._holdings.snapshot() if run.outcome is None)
+        running.subtract(run.claim.queue for run in self._capped if run.outcome is None)
+        return running
 
     async def _run_alone(self) -> None:
         """Let everything else finish, then run one suspect by itself: it shall not take its neighbours along."""

@@ -65,6 +65,10 @@ class Holdings(Collection[Claim]):
         run = self._runs.get((claim.place, claim.entry))
         return run if run is not None and run.claim == claim else None
 
+    def ended(self, queue: str) -> int:
+        """How many runs of a queue have an outcome and only wait to be settled."""
+        return sum(run.outcome is not None and run.claim.queue == queue for run in self._runs.values())
+
     def finished(self) -> None:
         """A run got its outcome: its slot is free."""
         self.busy -= 1

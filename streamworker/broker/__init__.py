@@ -112,11 +112,20 @@ class Broker(Limiting, Protocol):
             PublishUncertain: the reply was lost, the jobs may or may not be stored.
         """
 
-    async def claim(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:
+    async def claim(
+        self, limit: int, wait: float, running: Collection[Claim], ended: Callable[[str], int] = ...
+    ) -> list[Claim]:
         """Up to ``limit`` jobs, orphans and new ones in order; waits up to ``wait`` seconds only if there is none.
 
-        ``running`` is everything this worker holds: never claimed again, counted against the caps of queues.
+        Args:
+            limit: most jobs.
+            wait: seconds.
+            running: everything this worker holds: never claimed again, counted against the caps of queues.
+            ended: how many of ``running`` of a queue have ended and only wait to be settled: they fill no cap.
         """
+
+    async def look_again(self) -> None:
+        """A queue that was at its cap has room again: end a waiting `claim` soon, without cancelling it."""
 
     async def interrupt(self) -> None:
         """End a waiting `claim` soon, without cancelling it; from now on claims do not wait. May be called again."""

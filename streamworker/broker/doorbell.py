@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Collection
 from contextlib import suppress
-from typing import Final
+from typing import Any, Final
 
 import anyio
 
@@ -39,6 +39,7 @@ class Doorbells:
         self._block = max(BLOCK, 3.0 * count)
         self._readers: dict[str, Reader | ClusterReader] = {}
         self._waits: dict[str, asyncio.Task[bool]] = {}
+        self._recalled: asyncio.Future[None] | None = None
 
     async def ring(self, keys: Collection[str], wait: float) -> bool:
         """Wait until one of the lists may hold something, at most ``wait`` seconds; False if none does.
@@ -54,7 +55,11 @@ class Doorbells:
                 # Tasks of asyncio's own: a wait outlives this call, which no task group allows.
                 self._waits[key] = asyncio.ensure_future(self._wait(key))
         watched = {self._waits[key]: key for key in keys}
-        done, _ = await asyncio.wait(watched, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
+        self._recalled = asyncio.get_running_loop().create_future()
+        ends: list[asyncio.Future[Any]] = [*watched, self._recalled]
+        await asyncio.wait(ends, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
+        self._recalled = None
+        done = [task for task in watched if task.done()]
         for task in done:
             del self._waits[watched[task]]
         failures = [error for task in done if not task.cancelled() and (error := task.exception()) is not None]
@@ -75,6 +80,11 @@ class Doorbells:
             await reader.close()  # whatever it was, the next wait finds its server anew
             raise
         return reply is not None
+
+    def recall(self) -> None:
+        """End `ring` now; the lists are waited for on."""
+        if self._recalled is not None and not self._recalled.done():
+            self._recalled.set_result(None)
 
     async def unblock(self) -> None:
         """End all waits soon."""

@@ -119,7 +119,10 @@ class Intake(Taking):
             if self._sweep_at[index] > now or len(claims) >= limit:
                 continue
             allowed = min(limit - len(claims), allowances[index])
-            if allowed <= 0 or index in self._paused:
+            if allowed <= 0 and index not in self._paused:
+                self._draining_since[index] = None
+                continue
+            if index in self._paused:
                 self._draining_since[index] = None
                 self._sweep_at[index] = now + min(1.0, self._lease / 6)
                 continue
@@ -162,7 +165,7 @@ class Intake(Taking):
 
     async def wait(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:  # noqa: ARG002 - one entry
         """Block until a new entry comes, at most until the next sweep is due."""
-        wait = max(0.01, min(wait, BLOCK, min(self._sweep_at) - monotonic()))
+        wait = max(0.01, min(wait, BLOCK, self._next_sweep(running) - monotonic()))
         spots = self._open(running)
         if not spots:
             await self._idle(wait)

@@ -8,7 +8,7 @@ is kept and waits its turn under lease, like the surplus of a single server's bl
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from time import monotonic
 from typing import Final
@@ -19,7 +19,7 @@ from streamworker.broker.intake import Intake
 from streamworker.broker.keys import QueueKeys
 from streamworker.broker.link import Link
 from streamworker.broker.slots import slot_of
-from streamworker.broker.taking import DEAF_WAIT, DRAIN_LOOK, UNBLOCK_EVERY
+from streamworker.broker.taking import DEAF_WAIT, DRAIN_LOOK, UNBLOCK_EVERY, none_ended
 from streamworker.errors import StreamworkerError
 from streamworker.job import Claim, Level
 
@@ -79,8 +79,12 @@ class Intakes:
         """Entries that were deleted underneath their claim, since the start."""
         return sum(part.missing for part in self._parts)
 
-    async def claim(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:
+    async def claim(
+        self, limit: int, wait: float, running: Collection[Claim], ended: Callable[[str], int] = none_ended
+    ) -> list[Claim]:
         """See `Broker.claim`."""
+        for part in self._parts:
+            part.ended = ended
         self._rest_after_outage()
         claims = self._brought()
         idle = [part for part in self._parts if part not in self._reads]

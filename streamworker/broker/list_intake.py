@@ -128,6 +128,10 @@ class ListIntake(Taking):
     def _rest_after_outage(self) -> None:
         self._orphans.rest_after_outage()
 
+    async def end_wait(self) -> None:
+        """See `Taking.end_wait`: the lists are waited for on."""
+        self._bells.recall()
+
     async def unblock(self) -> None:
         """End waits."""
         await self._bells.unblock()

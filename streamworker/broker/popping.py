@@ -23,7 +23,7 @@ from streamworker.broker.lists import ListBroker
 from streamworker.broker.order import Order
 from streamworker.broker.orphans import Orphans
 from streamworker.broker.settle import settle
-from streamworker.broker.taking import DEAF_WAIT, Taking
+from streamworker.broker.taking import DEAF_WAIT, Taking, none_ended
 from streamworker.errors import StreamworkerError
 from streamworker.job import LEVELS, Claim, Settled
 from streamworker.marks import unmarked
@@ -62,8 +62,11 @@ class Popping(Taking):
         self.waited: frozenset[str] = frozenset()
         """Queues with jobs whose end somebody waits for, by the last look."""
 
-    async def claim(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:
-        """See `Broker.claim`: BRPOP looks and waits in one."""
+    async def claim(
+        self, limit: int, wait: float, running: Collection[Claim], ended: Callable[[str], int] = none_ended
+    ) -> list[Claim]:
+        """See `Broker.claim`: BRPOP looks and waits in one, with nothing in hand, so that no cap is ever met."""
+        del ended
         self._rest_after_outage()
         await self.sweep(limit, running)
         if not await self._hands_free(wait, running):
@@ -162,9 +165,11 @@ class PoppingBroker(ListBroker):
         del claims
         return []
 
-    async def claim(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:
+    async def claim(
+        self, limit: int, wait: float, running: Collection[Claim], ended: Callable[[str], int] = none_ended
+    ) -> list[Claim]:
         """See `Broker.claim`."""
-        claims = await self._intake.claim(limit, wait, running)
+        claims = await self._intake.claim(limit, wait, running, ended)
         try:
             return await self._cancels.judged(claims, self._intake.marked)
         except StreamworkerError as error:  # the job is in our hands and nowhere else

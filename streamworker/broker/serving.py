@@ -19,7 +19,7 @@ from streamworker.broker.keys import QueueKeys, worker_key
 from streamworker.broker.limits import Limiter
 from streamworker.broker.link import Link
 from streamworker.broker.publish import Publisher
-from streamworker.broker.taking import Taking
+from streamworker.broker.taking import Taking, none_ended
 from streamworker.broker.waiting import waiting
 from streamworker.job import Claim, Enqueued, Outgoing
 from streamworker.limits import Answer, Asking, Hold
@@ -101,9 +101,15 @@ class Serving(Generic[K, I]):
         """See `Broker.propose`."""
         return await self._publisher.propose(tick)
 
-    async def claim(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:
+    async def claim(
+        self, limit: int, wait: float, running: Collection[Claim], ended: Callable[[str], int] = none_ended
+    ) -> list[Claim]:
         """See `Broker.claim`."""
-        return await self._cancels.judged(await self._intake.claim(limit, wait, running), self._intake.marked)
+        return await self._cancels.judged(await self._intake.claim(limit, wait, running, ended), self._intake.marked)
+
+    async def look_again(self) -> None:
+        """See `Broker.look_again`."""
+        await self._intake.look_again()
 
     def cancelled(self, claims: Collection[Claim]) -> list[Claim]:
         """See `Broker.cancelled`."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from time import monotonic
 from typing import Final
 
@@ -34,6 +35,12 @@ LEAVE, RESERVE, ASK, DRAIN = range(4)
 """About suspects: leave them; take one, being idle; ask to be the one that drains; drain unasked."""
 
 
+def none_ended(queue: str) -> int:
+    """Nothing of what runs waits to be settled: see ``ended`` of `Broker.claim`."""
+    del queue
+    return 0
+
+
 class Taking:
     """What all ways of taking share: caps, the pace of sweeps, rest after an outage, complaints about keys.
 
@@ -52,6 +59,8 @@ class Taking:
             (keys, level, keys.ready(level)) for keys in self._keys for level in LEVELS
         ]
         self.consumer = ""
+        self.ended: Callable[[str], int] = none_ended
+        """See `Broker.claim`."""
         self.missing = 0
         """Jobs that were deleted underneath their claim, since the start."""
         self._sweep_at = [0.0] * len(self._keys)
@@ -64,13 +73,16 @@ class Taking:
         self._interrupted = anyio.Event()
         self._stirred = anyio.Event()
         self.stale = False
-        """A queue was paused or resumed since the last look."""
+        """Since the last look a queue was paused or resumed, or has room again."""
         self._blocked = False
         self.deaf = False
         """The bell is not heard: see `listen`."""
 
-    async def claim(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:
+    async def claim(
+        self, limit: int, wait: float, running: Collection[Claim], ended: Callable[[str], int] = none_ended
+    ) -> list[Claim]:
         """See `Broker.claim`."""
+        self.ended = ended
         # Before the sweep, or the first command that gets through again would take everybody for dead.
         self._rest_after_outage()
         claims = await self.sweep(limit, running)
@@ -92,7 +104,7 @@ class Taking:
         return any(self._draining_since)
 
     async def wait_unless_stale(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:
-        """`wait`, unless a queue was paused or resumed since the last look."""
+        """`wait`, unless what it would wait for is out of date."""
         if self.stale:
             return []
         self._blocked = True
@@ -102,16 +114,21 @@ class Taking:
             self._blocked = False
 
     def stir(self) -> None:
-        """What is known of paused queues is out of date: no wait begins before the next look."""
+        """Which queues can be waited for is out of date: no wait begins before the next look."""
         self.stale = True
         self._stirred.set()
 
     async def look_again(self) -> None:
-        """A queue was paused or resumed: end the wait that does not know it yet."""
+        """A queue was paused or resumed, or has room again: end the wait that does not know it yet."""
         self.stir()
         while self.stale and self._blocked:
-            await self.unblock()
+            with anyio.CancelScope(shield=True):  # it may be a command
+                await self.end_wait()
             await anyio.sleep(UNBLOCK_EVERY)
+
+    async def end_wait(self) -> None:
+        """End a wait that may go on elsewhere."""
+        await self.unblock()
 
     async def sweep(self, limit: int, running: Collection[Claim]) -> list[Claim]:
         """Orphans, of the queues whose sweep is due."""
@@ -195,9 +212,14 @@ class Taking:
             return [limit] * len(self._caps)
         used = Counter(claim.queue for claim in running)
         return [
-            limit if cap is None else max(0, cap - used[keys.queue])
+            limit if cap is None else max(0, cap - used[keys.queue] + self.ended(keys.queue))
             for keys, cap in zip(self._keys, self._caps, strict=True)
         ]
+
+    def _next_sweep(self, running: Collection[Claim]) -> float:
+        """When the next sweep is due (monotonic seconds); a queue at its cap is swept as soon as it has room."""
+        allowances = self._allowances(1, running)
+        return min((at for at, room in zip(self._sweep_at, allowances, strict=True) if room > 0), default=math.inf)
 
     def _open(self, running: Collection[Claim]) -> dict[str, tuple[QueueKeys, Level]]:
         """Where a job may be waited for: nothing paused, capped out or unreadable."""
@@ -213,6 +235,7 @@ class Taking:
         """Nothing can be waited for: all is paused, capped out or unreadable."""
         if self._interrupted.is_set() or self.stale:
             return
+        self._blocked = False  # this wait needs no command to end
         self._stirred = anyio.Event()
         with anyio.move_on_after(min(wait, 1.0)):
             await self._stirred.wait()

@@ -7,17 +7,19 @@ import time
 from contextlib import suppress
 from uuid import UUID
 
+import anyio
 import pytest
 
-from streamworker import codec
+from streamworker import App, Payload, codec
 from streamworker.broker.client import Address
 from streamworker.broker.lists import ListBroker
 from streamworker.broker.serving import Options
 from streamworker.errors import ConfigurationError, Unreachable
 from streamworker.job import Settled
+from streamworker.setting_rules import QueueSpec
 from tests.conftest import eventually
 from tests.contract.ground import GROUP
-from tests.contract.helpers import LOW, META, NORMAL, done, job, list_only, names, one, stream_only
+from tests.contract.helpers import LOW, META, NORMAL, done, job, list_only, names, one, settings, stream_only, working
 
 LEVELS = ("high", "normal", "low")
 
@@ -111,6 +113,61 @@ async def test_a_capped_out_queue_does_not_wake_a_waiting_claim(broker_factory):
         await asyncio.sleep(0)
         await broker.publish([job("wakes", queue="b")])
         assert names(await claiming) == ["wakes"]
+
+
+@pytest.mark.parametrize("cap_of_b", [1, None])
+async def test_a_capped_queue_goes_on_as_soon_as_one_of_its_jobs_ends(raw, ground, cap_of_b):
+    """Whatever the worker waits for meanwhile: nothing at all (all queues at their caps), or jobs of another queue."""
+    ran: list[int] = []
+    app = App(settings=settings(raw, ground, queues=(QueueSpec("a", 1), QueueSpec("b", cap_of_b))))
+
+    class Capped(Payload, kind="capped", queue="a"):
+        n: int
+
+    class Held(Payload, kind="held", queue="b"):
+        pass
+
+    release = asyncio.Event()
+
+    @app.handler
+    async def capped(payload: Capped) -> None:
+        await asyncio.sleep(0.002)
+        ran.append(payload.n)
+
+    @app.handler
+    async def held(payload: Held) -> None:
+        await release.wait()
+
+    async with app:
+        await app.enqueue(Held())
+        await app.enqueue_many([Capped(n=n) for n in range(30)])
+    async with working(app):
+        # One look a second, or one at the end of a blocking read, would take 30 s and more.
+        await eventually(lambda: len(ran) == 30, 15)
+        release.set()
+    assert ran == list(range(30))
+
+
+async def test_a_waiting_claim_looks_again_when_told_that_there_is_room(broker_factory, ground):
+    async with broker_factory("w", queues=(("a", 1), "b")) as broker:
+        await broker.publish([job("first", queue="a"), job("second", queue="a")])
+        running = [await one(broker)]
+        claiming = asyncio.create_task(broker.claim(10, 5, running))
+        await eventually(ground.blocked)
+        running.clear()
+        with anyio.fail_after(3):
+            await broker.look_again()
+            assert await claiming == []
+            assert names(await broker.claim(10, 5, running)) == ["second"]
+
+
+async def test_what_has_ended_fills_no_cap(broker_factory):
+    async with broker_factory("w", queues=(("a", 2),)) as broker:
+        await broker.publish([job(queue="a") for _ in range(5)])
+        running = await broker.claim(10, 0, ())
+        assert await broker.claim(10, 0, running, lambda queue: 0) == []
+        running += await broker.claim(10, 0, running, lambda queue: 1)
+        assert len(running) == 3
 
 
 @pytest.mark.parametrize("level", LEVELS)
