@@ -120,11 +120,23 @@ class KnownQueue(msgspec.Struct, frozen=True):
     due: bool
 
 
+class Lost(msgspec.Struct, frozen=True):
+    """What became of jobs that Redis lost.
+
+    Attributes:
+        queued: ids of those that are queued again.
+        locked: ids of those that could not be: a run of theirs is in its transaction.
+    """
+
+    queued: list[str]
+    locked: list[str]
+
+
 class Outbox(Protocol):
     """What a relay needs of the ledger. Every method raises `Unreachable` when no server answers."""
 
     async def claim(self) -> list[Taken]:
-        """Take due jobs for dispatching, in order: they are at their next hop then."""
+        """Take due jobs for dispatching, in order: they are at their next hop then. The unreadable ones are dead."""
 
     async def retake(self) -> list[Taken]:
         """Take over jobs that a relay left half dispatched a while ago; their hop stays."""
@@ -138,8 +150,12 @@ class Outbox(Protocol):
     async def queued(self, queues: Sequence[str]) -> tuple[int, int]:
         """How many jobs of these queues are queued: (due, later)."""
 
-    async def note(self, jobs: Sequence[Taken], epochs: Sequence[str]) -> None:
-        """The jobs lie in their queues, each in the one with that epoch."""
+    async def note(self, jobs: Sequence[Taken], epochs: Sequence[str]) -> set[str]:
+        """The jobs are in their queues, each in the one with that epoch.
+
+        Returns:
+            Ids of jobs that could not be noted yet, because a run of theirs has locked them.
+        """
 
     async def meet(self, queues: Mapping[str, str]) -> None:
         """Make sure that the queues are known; the epochs count only for those that have none yet."""
@@ -163,8 +179,14 @@ class Outbox(Protocol):
     async def recheck(self, queue: str, within: float) -> datetime | None:
         """Take the due comparison of a queue for ``within`` seconds: now, or ``None`` if somebody else has it."""
 
-    async def rechecked(self, queue: str, again: float) -> None:
-        """It is done; the next one, if there is one, in ``again`` seconds."""
+    async def rechecked(self, queue: str, again: float, *, done: bool = True) -> None:
+        """The comparison has ended; the next one, if there is one, in ``again`` seconds.
+
+        Args:
+            queue: whose.
+            again: seconds.
+            done: it counts; one that met locked jobs does not, and is made again.
+        """
 
     async def now(self) -> datetime:
         """The ledger's clock."""
@@ -172,8 +194,8 @@ class Outbox(Protocol):
     async def open_ids(self, queue: str, after: str, before: datetime) -> list[str]:
         """Ids of jobs that should lie in the queue, unchanged since ``before``: a page, from ``after`` on."""
 
-    async def lost(self, ids: Sequence[str], before: datetime) -> list[str]:
-        """Queue those jobs again that are still open and unchanged since ``before``; returns their ids."""
+    async def lost(self, ids: Sequence[str], before: datetime) -> Lost:
+        """Queue those jobs again that are still open and unchanged since ``before``."""
 
     async def prune_keys(self) -> None:
         """Delete some deduplication keys that are remembered no more."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from datetime import datetime
 
-from streamworker.handover import Dispatcher, Outbox
+from streamworker.handover import Dispatcher, Lost, Outbox
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.relay")
@@ -32,9 +31,9 @@ async def missing(outbox: Outbox, dispatcher: Dispatcher, queue: str, before: da
         found += sorted(unseen)
 
 
-async def reconcile(outbox: Outbox, dispatcher: Dispatcher, queue: str, before: datetime) -> Sequence[str]:
-    """Queue what is missing again; returns the ids."""
+async def reconcile(outbox: Outbox, dispatcher: Dispatcher, queue: str, before: datetime) -> Lost:
+    """Queue what is missing again."""
     gone = await outbox.lost(await missing(outbox, dispatcher, queue, before), before)
-    if gone:
-        log.warning("jobs_lost_by_redis", queue=queue, jobs=len(gone), hint="they are dispatched again")
+    if gone.queued:
+        log.warning("jobs_lost_by_redis", queue=queue, jobs=len(gone.queued), hint="they are dispatched again")
     return gone

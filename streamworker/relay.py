@@ -30,6 +30,10 @@ BLIND: Final = (0.05, 0.5)
 """Shortest and longest pause between looks while nobody tells of commits."""
 SIGHTED: Final = 5.0
 """Longest pause while notifications come in."""
+NOTE_AGAIN: Final = 1.0
+"""Seconds before a job is noted again whose row a run had locked."""
+UNNOTED: Final = 10_000
+"""Most jobs that are noted later."""
 LOSING: Final = (0.005, 0.25)
 """Shortest and longest pause of a relay that was told of jobs and found that others had taken them."""
 
@@ -69,6 +73,8 @@ class Relay:
         self._losses = 0
         self._idle = BLIND[0]
         self._unsent: list[Taken] = []
+        self._unnoted: list[tuple[Taken, str]] = []
+        self._note_at = 0.0
         self._doubted: str | None = None
         self._until = 0.0
         self._retake_at = 0.0
@@ -121,6 +127,8 @@ class Relay:
         if self._doubted is not None:  # Redis was away: nothing more is taken before it is back
             await self._dispatcher.pulses([self._doubted])
             self._doubted = None
+        if self._unnoted and monotonic() >= self._note_at:
+            await self._note([])
         if self._unsent:
             await self._dispatch()
             return 0.0
@@ -153,6 +161,8 @@ class Relay:
         due = await self._outbox.next_due()
         # Due now and yet not ours: somebody else is taking it.
         due = float("inf") if due is None else max(due, BLIND[0])
+        if self._unnoted:
+            due = min(due, max(BLIND[0], self._note_at - monotonic()))
         if self.hearing:
             return min(due, SIGHTED * random.uniform(0.8, 1.0))  # noqa: S311 - spreads load
         self._idle = min(BLIND[1], self._idle * 1.5)
@@ -199,13 +209,22 @@ class Relay:
         return [(job, done.epoch) for job, there in zip(jobs, done.there, strict=True) if there], done.error
 
     async def _note(self, sent: Sequence[tuple[Taken, str]]) -> None:
-        if not sent:
-            return
-        await self._outbox.note([job for job, _ in sent], [epoch for _, epoch in sent])
         self.dispatched += len(sent)
+        noting, self._unnoted = [*self._unnoted, *sent], []
+        if not noting:
+            return
+        try:
+            locked = await self._outbox.note([job for job, _ in noting], [epoch for _, epoch in noting])
+        except StreamworkerError:
+            self._unnoted = noting
+            raise
+        # Redis remembers what is not noted, so that nobody who takes it over adds it again.
+        self._unnoted = [(job, epoch) for job, epoch in noting if job.id in locked][-UNNOTED:]
+        self._note_at = monotonic() + NOTE_AGAIN
         by_queue: dict[str, list[Dispatch]] = {}
-        for job, _ in sent:
-            by_queue.setdefault(job.queue, []).append(Dispatch(job.id, job.hop, job.level, b""))
+        for job, _ in noting:
+            if job.id not in locked:
+                by_queue.setdefault(job.queue, []).append(Dispatch(job.id, job.hop, job.level, b""))
         for queue, jobs in by_queue.items():
             await self._dispatcher.forget(queue, jobs)
 

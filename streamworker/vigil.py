@@ -131,5 +131,5 @@ class Vigil:
         if before is None:
             return
         lost = await reconcile(self._outbox, self._dispatcher, queue, before)
-        await self._outbox.rechecked(queue, 4 * self._lease)
-        log.info("queue_compared", queue=queue, lost=len(lost))
+        await self._outbox.rechecked(queue, self._lease if lost.locked else 4 * self._lease, done=not lost.locked)
+        log.info("queue_compared", queue=queue, lost=len(lost.queued), locked=len(lost.locked))

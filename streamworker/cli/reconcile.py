@@ -11,6 +11,7 @@ import anyio
 from streamworker.app import App
 from streamworker.cli.acting import Deed, act
 from streamworker.cli.options import ACTING, WORKER, Acting, QueueName, WorkerFlags
+from streamworker.errors import StreamworkerError
 
 
 class Missing(NamedTuple):
@@ -42,7 +43,10 @@ def reconcile(queue: QueueName = None, *, acting: Acting = ACTING, flags: Worker
                         yield Missing(name, job_id, before)
 
             async def again(job: Missing) -> bool:
-                return bool(await relaying.outbox.lost([job.job_id], job.before))
+                lost = await relaying.outbox.lost([job.job_id], job.before)
+                if lost.locked:
+                    raise StreamworkerError("a run of it is in its transaction: try again when that has ended")
+                return bool(lost.queued)
 
             deed = Deed("queue again", "queued again", "lost job", again, _names)
             return await act(acting, missing(), deed)

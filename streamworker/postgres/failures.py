@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Final
@@ -21,6 +22,8 @@ _NO_SERVER: Final = (
     asyncpg.IdleInTransactionSessionTimeoutError,
 )
 _REFUSED: Final = (asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidCatalogNameError)
+_ROW_FAULTS: Final = ("22", "23", "54")
+_VALUES: Final = (ValueError, ArithmeticError, TypeError, RecursionError, struct.error)
 # What poolers say of servers they cannot reach, and clients of connections that broke under them.
 _BROKEN: Final = ("connection is closed", "connection was closed", "pool is clos", "released back to the pool")
 
@@ -42,6 +45,20 @@ def reason(error: BaseException) -> str:
 def sqlstate(error: BaseException) -> str:
     """The SQLSTATE (PostgreSQL documentation, appendix A); empty if the server said none."""
     return (error.sqlstate or "") if isinstance(error, asyncpg.PostgresError) else ""
+
+
+def is_one_rows_fault(error: BaseException) -> bool:
+    """Whether one row, or one value, is to blame for what failed, and the rest of its batch would do without it.
+
+    Of the server's errors these are the classes 22 (data exception), 23 (integrity constraint violation) and 54
+    (program limit exceeded) of PostgreSQL's appendix A. What is raised on our side of the connection, such as an
+    OverflowError of a time that Python does not have, is about a value, too. Everything else is the server's trouble.
+    """
+    if isinstance(error, StreamworkerError) or is_outage(error):
+        return False
+    if isinstance(error, asyncpg.PostgresError):
+        return sqlstate(error)[:2] in _ROW_FAULTS
+    return isinstance(error, _VALUES)
 
 
 def is_gone(connection: Any) -> bool:

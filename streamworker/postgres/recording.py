@@ -10,7 +10,7 @@ import anyio
 import asyncpg
 
 from streamworker.postgres import FINAL, LANES, RunRecord, Stored
-from streamworker.postgres.failures import is_outage, reason, sqlstate, translated, understood
+from streamworker.postgres.failures import is_one_rows_fault, reason, sqlstate, translated, understood
 from streamworker.postgres.packing import ON_CONFLICT, PACK, PACK_NEW, packed
 from streamworker.postgres.pool import Database
 from streamworker.postgres.rows import headers_text, json_text, stored_id, text
@@ -25,7 +25,6 @@ TRIES: Final = 5
 _AGAIN: Final = ("40P01", "40001")
 _LOCKED: Final = ("55P03", "57014")
 """Lock not available, statement timeout: somebody holds one of the rows."""
-_ROW_FAULTS: Final = ("22", "23", "54")
 WORTH_IT: Final = 40
 """Jobs without a row, among others, that are worth a statement of their own."""
 _MOST_INT: Final = 2**31 - 1
@@ -74,10 +73,7 @@ insert into streamworker.jobs as stored (id, queue_name, kind, payload, level, s
 
 def _at_fault(error: Exception) -> bool:
     """Whether one row is to blame, which is found by halving; raises what concerns all of them."""
-    if is_outage(error):
-        return False
-    code = sqlstate(error)
-    return code in _LOCKED or code[:2] in _ROW_FAULTS or isinstance(error, asyncpg.DataError | ValueError)
+    return sqlstate(error) in _LOCKED or is_one_rows_fault(error)
 
 
 class Recording:

@@ -1,6 +1,7 @@
 """The relay's side of PostgreSQL: queued rows are taken, dispatched and noted; what Redis lost is queued again.
 
-Each statement is a transaction of its own: no row is locked while Redis is asked.
+Each statement is a transaction of its own: no row is locked while Redis is asked, and a row that somebody else has
+locked is passed over. A row that no worker could read becomes dead with its reason, and its neighbours go on.
 """
 
 from __future__ import annotations
@@ -14,10 +15,14 @@ import msgspec
 
 from streamworker import codec
 from streamworker.errors import InvalidJob
-from streamworker.handover import KnownQueue, Taken
+from streamworker.handover import KnownQueue, Lost, Taken
 from streamworker.job import LEVELS, Job, Level
-from streamworker.postgres.failures import understood
+from streamworker.postgres.failures import is_one_rows_fault, reason, translated, understood
 from streamworker.postgres.pool import Database
+from streamworker.postgres.rows import text, within_python
+from streamworker.telemetry.logs import get_logger
+
+log = get_logger("streamworker.relay")
 
 LIMIT: Final = 200
 """Most jobs of one level in one batch."""
@@ -27,53 +32,91 @@ TAKEOVER: Final = 10.0
 """Seconds after which rows that a relay left half dispatched are taken by another. Longer than an attempt is valid."""
 PAGE: Final = 100_000
 """Ids of open jobs that are compared at once."""
+LARGEST: Final = 64 * 1_048_576
+"""Most bytes of a document on its way to Redis, whatever the limits of the workers."""
+UNREADABLE: Final = "no worker can read it"
 FLIP: Final = 500
 KEYS: Final = 1000
 
-_COLUMNS: Final = """job.id, job.queue_name, job.kind, job.payload::text as payload, job.level, job.attempt_count,
-  job.max_attempts, job.hop, job.headers::text as headers, job.document, job.created_at,
-  coalesce(job.run_at, job.created_at) as due"""
+# asyncpg cannot hold every time that PostgreSQL can, so the order is made before the rows come here.
+_RETURNED: Final = f"""returning job.id, job.queue_name, job.kind, job.payload::text as payload, job.level,
+  job.attempt_count, job.max_attempts, job.hop, job.headers::text as headers, job.document,
+  {within_python("job.created_at")}, coalesce(job.run_at, job.created_at) as due"""
+_IN_ORDER: Final = """
+select id, queue_name, kind, payload, level, attempt_count, max_attempts, hop, headers, document, created_at from taken
+order by array_position(array['high', 'normal', 'low'], level), due, id"""
+_NEXT_HOP: Final = f"least(job.hop, {2**63 - 2}) + 1"
+_DEAD: Final = "status = 'dead', last_error = $3, finished_at = clock_timestamp(), updated_at = clock_timestamp()"
 
 
 def _due(level: Level) -> str:
     return f"""{level} as materialized (
   select id, coalesce(run_at, created_at) as due,
-    coalesce(pg_column_size(payload), 0) + coalesce(pg_column_size(document), 0) as bytes
+    1 + coalesce(pg_column_size(payload), 0) + coalesce(pg_column_size(document), 0) as bytes
   from streamworker.jobs
   where status = 'queued' and level = '{level}' and coalesce(run_at, created_at) <= now()
   order by coalesce(run_at, created_at) limit $1 for update skip locked
 )"""  # noqa: S608 - words of ours, here and below
 
 
-CLAIM: Final = f"""
-with {", ".join(map(_due, LEVELS))}, due as (
+_QUEUED: Final = f"""{", ".join(map(_due, LEVELS))}, due as (
   select id, sum(bytes) over (order by rank, due, id) - bytes as before from (
     select 1 as rank, * from high union all select 2, * from normal union all select 3, * from low
   ) as found
-)
-update streamworker.jobs as job
-set status = 'dispatching', hop = job.hop + 1, deliveries = 0, updated_at = clock_timestamp()
-from due where job.id = due.id and due.before < $2
-returning {_COLUMNS}
-"""  # noqa: S608
-RETAKE: Final = f"""
-with stuck as materialized (
+)"""  # noqa: S608
+_STUCK: Final = """stuck as materialized (
   select id from streamworker.jobs
   where status = 'dispatching' and updated_at < now() - make_interval(secs => $2)
   order by updated_at limit $1 for update skip locked
-)
-update streamworker.jobs as job set updated_at = clock_timestamp() from stuck where job.id = stuck.id
-returning {_COLUMNS}
+)"""
+CLAIM: Final = f"""
+with {_QUEUED}, taken as (
+  update streamworker.jobs as job
+  set status = 'dispatching', hop = {_NEXT_HOP}, deliveries = 0, updated_at = clock_timestamp()
+  from due where job.id = due.id and due.before < $2
+  {_RETURNED}
+){_IN_ORDER}
 """  # noqa: S608
+RETAKE: Final = f"""
+with {_STUCK}, taken as (
+  update streamworker.jobs as job set updated_at = clock_timestamp() from stuck where job.id = stuck.id
+  {_RETURNED}
+){_IN_ORDER}
+"""  # noqa: S608
+# Nothing of the row is returned: it is the one that cannot be read.
+BURY_QUEUED: Final = f"""
+with {_QUEUED}
+update streamworker.jobs as job set {_DEAD} from due where job.id = due.id and due.before < $2 returning 1
+"""  # noqa: S608
+BURY_STUCK: Final = f"""
+with {_STUCK}
+update streamworker.jobs as job set {_DEAD} from stuck where job.id = stuck.id returning 1
+"""  # noqa: S608
+BURY: Final = """
+update streamworker.jobs as job
+set status = 'dead', last_error = odd.reason, finished_at = clock_timestamp(), updated_at = clock_timestamp()
+from (select * from unnest($1::text[], $2::bigint[], $3::text[]) as odd (id, hop, reason) order by id) as odd
+where job.id = odd.id and job.hop = odd.hop and job.status = 'dispatching'
+"""
 _SOONEST: Final = """(select extract(epoch from coalesce(run_at, created_at)) from streamworker.jobs
   where status = 'queued' and level = '%s' order by coalesce(run_at, created_at) limit 1)"""
 NEXT: Final = f"""
 select least({", ".join(_SOONEST % level for level in LEVELS)}) - extract(epoch from clock_timestamp())
 """  # noqa: S608
+# A row that is locked belongs to a run that is faster than the note; returned, to be noted later.
 NOTE: Final = """
-update streamworker.jobs as job set status = 'dispatched', epoch = sent.epoch, updated_at = clock_timestamp()
-from (select * from unnest($1::text[], $2::bigint[], $3::text[]) as sent (id, hop, epoch) order by id) as sent
-where job.id = sent.id and job.hop = sent.hop and job.status = 'dispatching'
+with sent as materialized (select * from unnest($1::text[], $2::bigint[], $3::text[]) as sent (id, hop, epoch)),
+open as materialized (
+  select job.id from streamworker.jobs as job join sent on job.id = sent.id
+  where job.hop = sent.hop and job.status = 'dispatching'
+), free as materialized (
+  select job.id, sent.epoch from streamworker.jobs as job join sent on job.id = sent.id
+  where job.hop = sent.hop and job.status = 'dispatching' order by job.id for update of job skip locked
+), noted as (
+  update streamworker.jobs as job set status = 'dispatched', epoch = free.epoch, updated_at = clock_timestamp()
+  from free where job.id = free.id returning job.id
+)
+select id from open where id not in (select id from noted)
 """
 MEET: Final = """
 insert into streamworker.job_queues as known (name, epoch)
@@ -97,8 +140,8 @@ update streamworker.job_queues set recheck_at = now() + make_interval(secs => $2
 where name = $1 and recheck_at <= now() returning clock_timestamp()
 """
 RECHECKED: Final = """
-update streamworker.job_queues set rechecks = rechecks - 1,
-  recheck_at = case when rechecks > 1 then now() + make_interval(secs => $2) end
+update streamworker.job_queues set rechecks = rechecks - $3::integer,
+  recheck_at = case when rechecks > $3::integer then now() + make_interval(secs => $2) end
 where name = $1 and recheck_at is not null
 """
 OPEN: Final = """
@@ -106,15 +149,25 @@ select id from streamworker.jobs
 where queue_name = $1 and id > $2 and status in ('dispatched', 'running', 'retrying') and updated_at < $3
 order by id limit $4
 """
-# The next hop at once: what a worker tells of the lost one from now on is not heard.
-LOST: Final = """
-update streamworker.jobs as job
-set status = 'queued', hop = job.hop + 1, deliveries = 0, worker_id = null, updated_at = clock_timestamp(),
-  run_at = case when job.status = 'retrying' then job.run_at else coalesce(job.run_at, now()) end
-from (select * from unnest($1::text[]) as lost (id) order by id) as lost
-where job.id = lost.id and job.status in ('dispatched', 'running', 'retrying') and job.updated_at < $2
-returning job.id
-"""
+# The next hop at once, so that nothing recorded of the lost one counts any more. A locked row is passed over, and
+# returned as such: its run may be frozen in its transaction, and must not keep the others.
+LOST: Final = f"""
+with lost as materialized (
+  select job.id from streamworker.jobs as job
+  where job.id = any($1::text[]) and job.status in ('dispatched', 'running', 'retrying') and job.updated_at < $2
+), free as materialized (
+  select job.id from streamworker.jobs as job
+  where job.id = any($1::text[]) and job.status in ('dispatched', 'running', 'retrying') and job.updated_at < $2
+  order by job.id for update skip locked
+), again as (
+  update streamworker.jobs as job
+  set status = 'queued', hop = {_NEXT_HOP}, deliveries = 0, worker_id = null, updated_at = clock_timestamp(),
+    run_at = case when job.status = 'retrying' then job.run_at else coalesce(job.run_at, now()) end
+  from free where job.id = free.id
+  returning job.id
+)
+select id, id in (select id from again) as queued from lost
+"""  # noqa: S608
 HASTEN: Final = """
 update streamworker.jobs set run_at = now(), updated_at = clock_timestamp()
 where status = 'queued' and coalesce(run_at, created_at) > now() and queue_name = any($1) returning 1
@@ -163,11 +216,66 @@ class PostgresOutbox:
 
     async def claim(self) -> list[Taken]:
         """See `Outbox.claim`."""
-        return _taken(await self._ask("taking queued jobs", CLAIM, LIMIT, BYTES))
+        return await self._taken("taking queued jobs", CLAIM, BURY_QUEUED, BYTES, 1)
 
     async def retake(self, older: float = TAKEOVER) -> list[Taken]:
         """See `Outbox.retake`."""
-        return _taken(await self._ask("taking over dispatched jobs", RETAKE, LIMIT, older))
+        return await self._taken("taking over dispatched jobs", RETAKE, BURY_STUCK, older, older)
+
+    async def _taken(self, what: str, take: str, bury: str, some: float, one: float) -> list[Taken]:
+        """Jobs, in order. Those that no worker could read are dead now.
+
+        Args:
+            what: is being done.
+            take: the statement.
+            bury: makes the first of those that it would take dead.
+            some: its second value.
+            one: the same for a single job.
+        """
+        # What is claimed and cannot be received is taken over later; what is taken over must stay as it was then.
+        fetch = self._database.fetch if take is CLAIM else self._received
+        try:
+            rows = await fetch(take, LIMIT, some)
+        except Exception as error:
+            if not is_one_rows_fault(error):
+                raise translated(error, what) from error
+        else:
+            return await self._readable(rows)
+        taken: list[Taken] = []
+        for _ in range(LIMIT):  # one of them cannot even be taken: each by itself
+            try:
+                rows = await self._received(take, 1, one)
+            except Exception as error:
+                if not is_one_rows_fault(error):
+                    raise translated(error, what) from error
+                log.error("relay_job_dead", error=reason(error), hint="its row cannot be read")
+                await self._ask("burying a job that cannot be read", bury, 1, one, f"{UNREADABLE}: {reason(error)}")
+                continue
+            if not rows:
+                break
+            taken += await self._readable(rows)
+        return taken
+
+    async def _received(self, statement: str, *values: Any) -> list[asyncpg.Record]:
+        """The rows of a statement that has no effect unless they all arrive."""
+        async with self._database.session(alone=False) as connection:
+            return await connection.fetch(statement, *values)
+
+    async def _readable(self, rows: Sequence[asyncpg.Record]) -> list[Taken]:
+        taken: list[Taken] = []
+        odd: list[tuple[str, int, str]] = []
+        for row in rows:
+            try:
+                body = document(row)
+            except InvalidJob as error:
+                whose = {"job_id": row["id"], "kind": row["kind"], "queue": row["queue_name"]}
+                log.error("relay_job_dead", **whose, error=str(error))
+                odd.append((row["id"], row["hop"], text(f"{UNREADABLE}: {error}")))
+            else:
+                taken.append(Taken(row["id"], row["queue_name"], row["level"], row["hop"], body))
+        if odd:
+            await self._ask("burying jobs that cannot be read", BURY, *map(list, zip(*odd, strict=True)))
+        return taken
 
     async def next_due(self) -> float | None:
         """See `Outbox.next_due`."""
@@ -183,10 +291,10 @@ class PostgresOutbox:
         ((due, later),) = await self._ask("counting queued jobs", QUEUED, list(queues))
         return due, later
 
-    async def note(self, jobs: Sequence[Taken], epochs: Sequence[str]) -> None:
+    async def note(self, jobs: Sequence[Taken], epochs: Sequence[str]) -> set[str]:
         """See `Outbox.note`."""
         ids, hops = [job.id for job in jobs], [job.hop for job in jobs]
-        await self._ask("noting dispatched jobs", NOTE, ids, hops, list(epochs))
+        return {row[0] for row in await self._ask("noting dispatched jobs", NOTE, ids, hops, list(epochs))}
 
     # -- queues
 
@@ -213,9 +321,9 @@ class PostgresOutbox:
         rows = await self._ask("taking a comparison", RECHECK, queue, within)
         return rows[0][0] if rows else None
 
-    async def rechecked(self, queue: str, again: float) -> None:
+    async def rechecked(self, queue: str, again: float, *, done: bool = True) -> None:
         """See `Outbox.rechecked`."""
-        await self._ask("noting a comparison", RECHECKED, queue, again)
+        await self._ask("noting a comparison", RECHECKED, queue, again, int(done))
 
     async def now(self) -> datetime:
         """See `Outbox.now`."""
@@ -227,35 +335,45 @@ class PostgresOutbox:
         """See `Outbox.open_ids`."""
         return [row[0] for row in await self._ask("looking for open jobs", OPEN, queue, after, before, PAGE)]
 
-    async def lost(self, ids: Sequence[str], before: datetime) -> list[str]:
+    async def lost(self, ids: Sequence[str], before: datetime) -> Lost:
         """See `Outbox.lost`."""
-        found: list[str] = []
+        queued: list[str] = []
+        locked: list[str] = []
         for start in range(0, len(ids), FLIP):
-            rows = await self._ask("queueing lost jobs again", LOST, list(ids[start : start + FLIP]), before)
-            found += [row[0] for row in rows]
-        if found:
+            for row in await self._ask("queueing lost jobs again", LOST, list(ids[start : start + FLIP]), before):
+                (queued if row["queued"] else locked).append(row["id"])
+        if queued:
             await self._ask("telling relays", TELL)
-        return found
+        return Lost(queued, locked)
 
     async def prune_keys(self) -> None:
         """See `Outbox.prune_keys`."""
         await self._ask("deleting old keys", PRUNE_KEYS, KEYS)
 
 
-def _taken(rows: Sequence[asyncpg.Record]) -> list[Taken]:
-    ordered = sorted(rows, key=lambda row: (LEVELS.index(row["level"]), row["due"], row["id"]))
-    return [Taken(row["id"], row["queue_name"], row["level"], row["hop"], document(row)) for row in ordered]
-
-
 def document(row: asyncpg.Record) -> bytes:
-    """What goes to Redis for a row. ``run_at`` is left out: the moment has come, by the database's clock."""
+    """What goes to Redis for a row. ``run_at`` is left out: the moment has come, by the database's clock.
+
+    Raises:
+        InvalidJob: no worker could read it.
+    """
     hop, attempts = row["hop"], row["attempt_count"]
     if row["document"] is not None:
-        try:
-            patch = {"id": row["id"], "hop": hop, "attempt_count": attempts or None, "run_at": None}
-            return codec.rewrite(row["document"], patch)
-        except InvalidJob:  # its worker will say so
-            return bytes(row["document"])
+        patch = {"id": row["id"], "hop": hop, "attempt_count": attempts or None, "run_at": None}
+        body = codec.rewrite(row["document"], patch)
+    else:
+        body = _packed(row, hop, attempts)
+    if len(body) > LARGEST:
+        raise InvalidJob(f"the document has {len(body)} bytes and {LARGEST} are the most for any worker")
+    codec.read(body)
+    return body
+
+
+def _packed(row: asyncpg.Record, hop: int, attempts: int) -> bytes:
+    try:
+        headers = None if row["headers"] is None else msgspec.json.decode(row["headers"])
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise InvalidJob(f"the headers cannot be read: {error}") from None
     job = Job(
         id=row["id"],
         queue=row["queue_name"],
@@ -266,7 +384,7 @@ def document(row: asyncpg.Record) -> bytes:
         max_attempts=row["max_attempts"],
         hop=hop,
         created_at=row["created_at"],
-        headers=None if row["headers"] is None else msgspec.json.decode(row["headers"]),
+        headers=headers,
     )
     # Limits were checked when it was enqueued; another driver's jobs meet the worker's.
     return codec.pack(job, max_bytes=2**62, key_ttl=0).body

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from datetime import UTC, datetime
 from typing import Any, Final
 from uuid import UUID, uuid5
 
@@ -58,3 +59,15 @@ def refused_by_jsonb(written: str) -> bool:
 def headers_text(headers: dict[str, Any] | None) -> str | None:
     """The headers as text for jsonb, or ``None``."""
     return json_text(_encode(headers)) if headers else None
+
+
+EARLIEST: Final = datetime(1, 1, 2, tzinfo=UTC)
+LATEST: Final = datetime(9999, 12, 30, tzinfo=UTC)
+"""Times between these are times for Python in every time zone."""
+
+
+def within_python(column: str) -> str:
+    """SQL for a column of times, moved to `EARLIEST` or `LATEST` where Python has no such time; keeps its name."""
+    early, late = (f"timestamptz '{moment.isoformat()}'" for moment in (EARLIEST, LATEST))
+    name = column.rpartition(".")[2]
+    return f"case when {column} < {early} then {early} when {column} > {late} then {late} else {column} end as {name}"

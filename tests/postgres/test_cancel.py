@@ -12,6 +12,7 @@ import anyio
 import pytest
 
 from streamworker import App, Context
+from streamworker.handover import Lost
 from tests.conftest import eventually
 from tests.postgres.working import Job, settings_for, working
 
@@ -92,7 +93,7 @@ async def test_a_lost_redis_does_not_bring_it_back(scene, pg, raw):
         raw.flushall()
         ids, before = await relaying.missing("q")
         assert ids == []
-        assert await relaying.outbox.lost([made.id], before) == []
+        assert await relaying.outbox.lost([made.id], before) == Lost([], [])
     assert await status(pg, made.id) == "cancelled"
 
 

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import anyio
+import anyio.to_thread
+import asyncpg
 import pytest
 
 from streamworker import App, Payload, Settings
@@ -361,3 +363,76 @@ async def test_is_active_pauses_and_resumes_a_queue_for_everybody(redis_url, dat
 
 async def dispatched(pg):
     return (await statuses(pg)).get("dispatched")
+
+
+# -- while a run holds its row
+
+
+@pytest.fixture
+async def other(database_url):
+    """The connection of a run that is frozen, or whose machine is gone, between two statements of its transaction."""
+    connection = await asyncpg.connect(database_url)
+    await connection.execute("begin")
+    yield connection
+    connection.terminate()
+
+
+LOCK = "select 1 from streamworker.jobs where id = $1 for update"
+
+
+async def test_a_run_that_is_frozen_in_its_transaction_keeps_no_other_lost_job(outbox, dispatcher, pg, raw, other):
+    ids = await commit(pg, *(Bill(number=n) for n in range(50)))
+    await Relay(outbox, dispatcher, anyio.Event()).step()
+    await vigil_of(outbox, dispatcher).look()
+    await other.execute(LOCK, ids[7])
+    raw.flushall()
+    await compare(outbox, dispatcher, pg)
+    assert await statuses(pg) == {"queued": 49, "dispatched": 1}
+    (queue,) = await pg.fetch("select rechecks, recheck_at - now() as again from streamworker.job_queues")
+    assert queue["rechecks"] == 3, "a comparison that met a locked job does not count"
+    assert queue["again"].total_seconds() <= 0.2, "it is made again within a lease"
+    await other.execute("rollback")
+    await pg.execute("update streamworker.job_queues set recheck_at = now()")
+    await vigil_of(outbox, dispatcher).look()
+    assert await statuses(pg) == {"queued": 50}
+
+
+async def test_reconcile_by_hand_passes_over_a_job_that_is_locked_and_says_so(
+    redis_url, database_url, outbox, pg, raw, other
+):
+    dispatcher = RedisDispatcher(Address(redis_url), QueueKeys, group="workers", namespace="")
+    ids = await commit(pg, *(Bill(number=n) for n in range(4)))
+    await Relay(outbox, dispatcher, anyio.Event()).step()
+    await dispatcher.close()
+    raw.delete("stream:{billing}")
+    await other.execute(LOCK, ids[1])
+    done = await anyio.to_thread.run_sync(cli, redis_url, database_url, "jobs", "reconcile", "billing", "--yes")
+    assert (done.returncode, done.stdout) == (1, "queued again 3 lost jobs\n")
+    assert f"refused: billing {ids[1]}: a run of it is in its transaction" in done.stderr
+    assert await statuses(pg) == {"dispatched": 1, "queued": 3}
+
+
+@pytest.mark.parametrize("ends", ["commit", "rollback"])
+async def test_a_row_that_a_fast_run_has_locked_is_noted_later(outbox, dispatcher, pg, raw, other, ends):
+    """The relay goes on, Redis remembers the job meanwhile, and forgets it once the run has ended or it is noted."""
+    ids = await commit(pg, *(Bill(number=n) for n in range(3)))
+    relay = Relay(outbox, dispatcher, anyio.Event())
+    add = dispatcher.dispatch
+
+    async def dispatch(*args):
+        done = await add(*args)  # a worker may be faster than the note
+        await other.execute("update streamworker.jobs set status = 'completed' where id = $1", ids[1])
+        return done
+
+    dispatcher.dispatch = dispatch
+    assert await relay.step() == 0
+    assert await statuses(pg) == {"dispatched": 2, "dispatching": 1}
+    relayed = dispatcher._keys("billing").relayed
+    assert raw.zrange(relayed, 0, -1) == [f"{ids[1]}/1".encode()]
+    assert await relay.step() <= 1.0, "it is noted again soon"
+    await other.execute(ends)
+    relay._note_at = 0.0
+    await relay.step()
+    assert not raw.exists(relayed)
+    left = {"commit": {"dispatched": 2, "completed": 1}, "rollback": {"dispatched": 3}}
+    assert await statuses(pg) == left[ends]
