@@ -31,16 +31,17 @@ class Archives:
         """The URL of the database; the embedded pair is started if that is what the settings say."""
         raise NotImplementedError
 
-    async def find(self, job_id: str) -> JobRecord | None:
+    async def find(self, job_id: str, *, queue: str | None = None) -> JobRecord | None:
         """What the ledger remembers of a job: status, attempts, result; ``None`` if it knows no such job.
 
         A job that was enqueued straight to Redis is known once it has run, or has been running for a second.
 
         Args:
             job_id: as `enqueue` returned it.
+            queue: its queue; needed only where several queues have a job with this id.
 
         Raises:
-            UsageError: the app is not open.
+            UsageError: the app is not open, or several queues have a job with this id.
             ConfigurationError: there is no database, or it has no schema streamworker.
             Unreachable: PostgreSQL does not answer.
         """
@@ -49,7 +50,7 @@ class Archives:
             raise UsageError("the app is not open: find inside `async with app:`")
         if self._archive is None:
             self._keep(stack, await open_archive(stack, await self._database(stack, settings)))
-        return None if self._archive is None else await self._archive.find(job_id)
+        return None if self._archive is None else await self._archive.find(job_id, queue)
 
     async def _kept_archive(self) -> Archive | None:
         """The ledger, if the settings name one and it is there; looked for once."""

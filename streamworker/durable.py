@@ -21,8 +21,11 @@ log = get_logger("streamworker.ledger")
 HANDLERS: Final = 10
 """Most connections of the pool that handlers get."""
 
+# The key of a job is (id, queue_name).
 _THERE: Final = """
-select to_regclass('streamworker.jobs') is not null as any, to_regproc('streamworker.take_job') is not null as all"""
+select to_regclass('streamworker.jobs') is not null as any, exists (
+  select from pg_index where indexrelid = to_regclass('streamworker.jobs_pkey') and indnkeyatts = 2
+) as all"""
 
 
 async def open_durable(

@@ -53,7 +53,7 @@ class Follower(Producer, Archives):
         Args:
             job_id: as `enqueue` returned it.
             queue: where it lies. Needed only if there is no ledger that knows the job, and this app has handlers for
-                none or for several queues.
+                none or for several queues; or if several queues have a job with this id.
 
         Returns:
             ``cancelled``: it will not run any more. ``asked``: it waits or runs, or is not known at all; whoever has it
@@ -67,7 +67,7 @@ class Follower(Producer, Archives):
         if broker is None:
             raise UsageError("the app is not open: cancel inside `async with app:`")
         archive = await self._kept_archive()
-        record = None if archive is None else await archive.find(job_id)
+        record = None if archive is None else await archive.find(job_id, queue)
         where = record.queue if record is not None else self._where(queue)
         return await cancel(archive, broker, where, job_id)
 
@@ -81,7 +81,7 @@ class Follower(Producer, Archives):
             job_id: as `enqueue` returned it.
             timeout: seconds to wait at most; ``None`` waits for as long as it takes.
             queue: where the job lies; unless given, wherever the ledger says, or any queue that this app has handlers
-                for.
+                for. Needed if several queues have a job with this id.
 
         Raises:
             JobDead: the job is a dead letter.
@@ -95,13 +95,13 @@ class Follower(Producer, Archives):
         if broker is None:
             raise UsageError("the app is not open: wait for results inside `async with app:`")
         archive = await self._kept_archive()
-        record = None if archive is None else await archive.find(job_id)
+        record = None if archive is None else await archive.find(job_id, queue)
         queues = [record.queue] if record is not None else [check_queue(queue)] if queue is not None else self.queues
         if not queues:
             raise UsageError("nobody here can tell where this job lies: say queue=")
         end = None if timeout is None else monotonic() + timeout
         async with broker.ended(queues, job_id) as hearing:
-            return await _await_result(hearing, archive, job_id, end)
+            return await _await_result(hearing, archive, (queues[0] if len(queues) == 1 else None, job_id), end)
 
     def _where(self, queue: str | None) -> str:
         """The queue of a job that no ledger knows."""
@@ -114,10 +114,13 @@ class Follower(Producer, Archives):
         )
 
 
-async def _await_result(hearing: Hearing, archive: Archive | None, job_id: str, end: float | None) -> Any:
-    """Look, then listen, and look again when there may be something new."""
+async def _await_result(
+    hearing: Hearing, archive: Archive | None, job: tuple[str | None, str], end: float | None
+) -> Any:
+    """Look, then listen, and look again when there may be something new; ``job`` is its queue, if known, and its id."""
+    _, job_id = job
     while True:
-        note = await _noted(hearing, archive, job_id)
+        note = await _noted(hearing, archive, *job)
         look_at = monotonic() + LOOK
         while note is None:
             left = min(look_at, end if end is not None else look_at) - monotonic()
@@ -129,17 +132,17 @@ async def _await_result(hearing: Hearing, archive: Archive | None, job_id: str, 
             note = notes.read(told)
             if note is not None and note.status == "completed" and not bytes(note.result):
                 # Told by a worker that keeps nothing in Redis: the ledger has it, if there is one.
-                note = await _noted(hearing, archive, job_id) or note
+                note = await _noted(hearing, archive, *job) or note
         if note is not None:
             return _value(note, job_id)
 
 
-async def _noted(hearing: Hearing, archive: Archive | None, job_id: str) -> notes.Note | None:
+async def _noted(hearing: Hearing, archive: Archive | None, queue: str | None, job_id: str) -> notes.Note | None:
     """What is kept of a job's end, in Redis or in the ledger."""
     kept = await hearing.kept()
     if kept is not None and (note := notes.read(kept)) is not None:
         return note
-    record = None if archive is None else await archive.find(job_id)
+    record = None if archive is None else await archive.find(job_id, queue)
     if record is None or record.status not in ("completed", "dead", "cancelled"):
         return None
     lost = record.result is None and record.error is not None
@@ -172,17 +175,17 @@ async def cancel(archive: Archive | None, canceller: Canceller | None, queue: st
     Raises:
         UsageError: the job may be running, and nobody said where Redis is.
     """
-    record = None if archive is None else await archive.find(job_id)
+    record = None if archive is None else await archive.find(job_id, queue)
     if record is not None and (record.status in FINAL or record.status == "dead"):
         return "ended"
     if canceller is None:
-        if archive is not None and await archive.cancel(job_id):
+        if archive is not None and await archive.cancel(queue, job_id):
             return "cancelled"
         raise UsageError(f"the job {job_id} may be running: set REDIS_URL, so that its worker can be told")
     if archive is None or record is None:
         return "cancelled" if await canceller.cancel(queue, job_id) else "asked"
-    final = await archive.cancel(job_id)
+    final = await archive.cancel(queue, job_id)
     if final and record.status == NEVER_SENT:
         return "cancelled"
-    gone = await canceller.cancel(record.queue, job_id)
+    gone = await canceller.cancel(queue, job_id)
     return "cancelled" if final or gone else "asked"

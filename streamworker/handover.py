@@ -150,11 +150,11 @@ class Outbox(Protocol):
     async def queued(self, queues: Sequence[str]) -> tuple[int, int]:
         """How many jobs of these queues are queued: (due, later)."""
 
-    async def note(self, jobs: Sequence[Taken], epochs: Sequence[str]) -> set[str]:
+    async def note(self, jobs: Sequence[Taken], epochs: Sequence[str]) -> set[tuple[str, str]]:
         """The jobs are in their queues, each in the one with that epoch.
 
         Returns:
-            Ids of jobs that could not be noted yet, because a run of theirs has locked them.
+            (queue, id) of jobs that could not be noted yet, because a run of theirs has locked them.
         """
 
     async def meet(self, queues: Mapping[str, str]) -> None:
@@ -194,8 +194,8 @@ class Outbox(Protocol):
     async def open_ids(self, queue: str, after: str, before: datetime) -> list[str]:
         """Ids of jobs that should lie in the queue, unchanged since ``before``: a page, from ``after`` on."""
 
-    async def lost(self, ids: Sequence[str], before: datetime) -> Lost:
-        """Queue those jobs again that are still open and unchanged since ``before``."""
+    async def lost(self, queue: str, ids: Sequence[str], before: datetime) -> Lost:
+        """Queue those jobs of a queue again that are still open and unchanged since ``before``."""
 
     async def prune_keys(self) -> None:
         """Delete some deduplication keys that are remembered no more."""

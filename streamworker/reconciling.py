@@ -33,7 +33,7 @@ async def missing(outbox: Outbox, dispatcher: Dispatcher, queue: str, before: da
 
 async def reconcile(outbox: Outbox, dispatcher: Dispatcher, queue: str, before: datetime) -> Lost:
     """Queue what is missing again."""
-    gone = await outbox.lost(await missing(outbox, dispatcher, queue, before), before)
+    gone = await outbox.lost(queue, await missing(outbox, dispatcher, queue, before), before)
     if gone.queued:
         log.warning("jobs_lost_by_redis", queue=queue, jobs=len(gone.queued), hint="they are dispatched again")
     return gone

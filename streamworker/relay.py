@@ -219,11 +219,11 @@ class Relay:
             self._unnoted = noting
             raise
         # Redis remembers what is not noted, so that nobody who takes it over adds it again.
-        self._unnoted = [(job, epoch) for job, epoch in noting if job.id in locked][-UNNOTED:]
+        self._unnoted = [(job, epoch) for job, epoch in noting if (job.queue, job.id) in locked][-UNNOTED:]
         self._note_at = monotonic() + NOTE_AGAIN
         by_queue: dict[str, list[Dispatch]] = {}
         for job, _ in noting:
-            if job.id not in locked:
+            if (job.queue, job.id) not in locked:
                 by_queue.setdefault(job.queue, []).append(Dispatch(job.id, job.hop, job.level, b""))
         for queue, jobs in by_queue.items():
             await self._dispatcher.forget(queue, jobs)

@@ -84,7 +84,7 @@ class Lookup:
             batch, self._waiting = self._waiting, []
             self._asking = batch
             try:
-                known = await self._ledger.lookup([run.job_id for run in batch])
+                known = await self._ledger.lookup([(run.claim.queue, run.job_id) for run in batch])
             except Exception as error:  # noqa: BLE001 - a main loop never crashes; what it holds is tried again
                 if isinstance(error, Unreachable):
                     self._outage.began(error)
@@ -97,7 +97,7 @@ class Lookup:
             pause.reset()
             batch, self._asking = self._asking, []  # empty if they were given back meanwhile
             for run in batch:
-                found = known.get(run.job_id) if known else None
+                found = known.get((run.claim.queue, run.job_id)) if known else None
                 if found is None:
                     run.new = True
                 else:

@@ -12,7 +12,7 @@ from streamworker import following
 from streamworker.app import App as StreamworkerApp
 from streamworker.broker import Operator
 from streamworker.cli.acting import Deed, act
-from streamworker.cli.jobs import CONDITIONS, OPEN, Conditions, NamedIds, narrowed, redis_too
+from streamworker.cli.jobs import CONDITIONS, OPEN, Conditions, NamedIds, narrowed, redis_too, unambiguous
 from streamworker.cli.options import ACTING, WORKER, Acting, QueueName, WorkerFlags
 from streamworker.errors import UsageError
 from streamworker.postgres import Archive, Status, Wanted
@@ -76,7 +76,7 @@ async def _targets(archive: Archive | None, wanted: Wanted, queue: str | None) -
     """What the ledger knows of it, and what else was named: that can only lie in Redis."""
     known = set()
     if archive is not None:
-        async for job in archive.jobs(wanted):
+        async for job in unambiguous(archive, wanted):
             known.add(job.id)
             yield _Target(job.queue, job.id, job.kind, job.status)
     if queue is not None:

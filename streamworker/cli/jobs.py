@@ -102,12 +102,18 @@ def list_(
 
 @jobs.command(name="show")
 def show_(
-    *ids: str, named: NamedIds = (), payload: bool = False, json: bool = False, flags: WorkerFlags = WORKER
+    *ids: str,
+    named: NamedIds = (),
+    queue: QueueName = None,
+    payload: bool = False,
+    json: bool = False,
+    flags: WorkerFlags = WORKER,
 ) -> int:
     """Show everything about some jobs, and each of their attempts.
 
     Args:
         ids: Job ids.
+        queue: Of this queue; needed where several queues have a job with that id.
         payload: Print payload, headers and result too.
         json: One JSON object per line, for programs.
     """
@@ -119,12 +125,12 @@ def show_(
     async def work(archive: Archive) -> int:
         missing = 0
         for number, job_id in enumerate(wanted):
-            job = await archive.find(job_id)
+            job = await archive.find(job_id, queue)
             if job is None:
                 say(f"the ledger knows no job {printable(job_id)}")
                 missing = 1
                 continue
-            attempts = [plain(attempt_row(attempt)) for attempt in await archive.attempts(job_id)]
+            attempts = [plain(attempt_row(attempt)) for attempt in await archive.attempts(job.queue, job_id)]
             progress = await _progress(settings, job) if job.status == "running" else None
             private = {"headers": job.headers, "result": job.result} if payload else {}
             if json:
@@ -172,11 +178,11 @@ def retry(
         async def do(job: JobRecord) -> bool:
             if operator is not None:
                 await operator.reprieve(job.queue, job.id)
-            return await archive.retry(job.id)
+            return await archive.retry(job.queue, job.id)
 
         async with redis_too(settings) as operator:
             deed = Deed("retry", "queued", "job", do, _names, barred)
-            return await act(acting, archive.jobs(wanted), deed, wanted.ids)
+            return await act(acting, unambiguous(archive, wanted), deed, wanted.ids)
 
     settings = flags.settings()
     return _ask(flags, work)
@@ -262,6 +268,30 @@ def narrowed(wanted: Wanted, *, everything: bool, verb: str) -> Wanted:
     if not says and not everything:
         raise UsageError(f"say what to {verb}: ids, a condition, or --all")
     return wanted
+
+
+async def unambiguous(archive: Archive, wanted: Wanted) -> AsyncIterator[JobRecord]:
+    """The jobs that are wanted.
+
+    Raises:
+        UsageError: they are named by ids, one of which stands for jobs of several queues.
+    """
+    jobs = archive.jobs(wanted)
+    if not wanted.ids or wanted.queue is not None:
+        async for job in jobs:
+            yield job
+        return
+    found = [job async for job in jobs]
+    queues: dict[str, list[str]] = {}
+    for job in found:
+        queues.setdefault(job.id, []).append(job.queue)
+    for job_id, names in queues.items():
+        if len(names) > 1:
+            raise UsageError(
+                f"several queues have a job with the id {printable(job_id)} ({', '.join(sorted(names))}): add --queue"
+            )
+    for job in found:
+        yield job
 
 
 def _names(job: JobRecord) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def reconcile(queue: QueueName = None, *, acting: Acting = ACTING, flags: Worker
                         yield Missing(name, job_id, before)
 
             async def again(job: Missing) -> bool:
-                lost = await relaying.outbox.lost([job.job_id], job.before)
+                lost = await relaying.outbox.lost(job.queue, [job.job_id], job.before)
                 if lost.locked:
                     raise StreamworkerError("a run of it is in its transaction: try again when that has ended")
                 return bool(lost.queued)

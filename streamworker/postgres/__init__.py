@@ -19,6 +19,8 @@ from streamworker.job import Level
 Status: TypeAlias = Literal[
     "queued", "dispatching", "dispatched", "running", "retrying", "completed", "dead", "cancelled"
 ]
+JobKey: TypeAlias = tuple[str, str]
+"""What names a job in the ledger: its queue, and its id within that."""
 LANES: Final = 2
 """Batches that one worker records at once."""
 FINAL: tuple[Status, Status] = ("completed", "cancelled")
@@ -127,8 +129,8 @@ class Transaction(AbstractAsyncContextManager[Any], Protocol):
 class Ledger(Protocol):
     """The record of one worker. Every method raises `Unreachable` while no database answers."""
 
-    async def lookup(self, job_ids: Collection[str]) -> dict[str, Known]:
-        """What is known of claimed jobs; of a job that is not in the answer, nothing."""
+    async def lookup(self, jobs: Collection[JobKey]) -> dict[JobKey, Known]:
+        """What is known of claimed jobs; of a job that is not in the answer, nothing. It may hold jobs besides."""
 
     async def record(self, runs: Sequence[RunRecord]) -> list[Stored]:
         """Record finished runs; answers in order. Recording a run again changes nothing."""
@@ -238,7 +240,7 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
         statuses: with one of these.
         since: made at this moment or later.
         ids: these.
-        after: behind this one, given as (made at, id), in the order of `Archive.jobs`.
+        after: behind this one, given as (made at, id, queue), in the order of `Archive.jobs`.
     """
 
     queue: str | None = None
@@ -246,7 +248,7 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     statuses: tuple[Status, ...] = ()
     since: datetime | None = None
     ids: frozenset[str] = frozenset()
-    after: tuple[datetime, str] | None = None
+    after: tuple[datetime, str, str] | None = None
 
 
 class Archive(Protocol):
@@ -260,16 +262,24 @@ class Archive(Protocol):
             payload: with payload and document.
         """
 
-    async def find(self, job_id: str) -> JobRecord | None:
-        """One job with everything that is known of it."""
+    async def find(self, job_id: str, queue: str | None = None) -> JobRecord | None:
+        """One job with everything that is known of it.
 
-    async def attempts(self, job_id: str) -> list[Attempt]:
+        Args:
+            job_id: its id.
+            queue: its queue; needed only where several queues have a job with this id.
+
+        Raises:
+            UsageError: several queues have one, and it is not said which is meant.
+        """
+
+    async def attempts(self, queue: str, job_id: str) -> list[Attempt]:
         """The runs of a job, oldest first."""
 
-    async def cancel(self, job_id: str) -> bool:
+    async def cancel(self, queue: str, job_id: str) -> bool:
         """Cancel a job that does not run: it never will; False if it runs, has ended, or is not there."""
 
-    async def retry(self, job_id: str) -> bool:
+    async def retry(self, queue: str, job_id: str) -> bool:
         """Queue a job anew that has ended, with all its attempts before it; False if it has not, or is not there."""
 
     async def prunable(self, queue: str | None = None, *, older: float | None = None) -> int:

@@ -8,6 +8,7 @@ from typing import Any, Final
 import asyncpg
 import msgspec
 
+from streamworker.errors import UsageError
 from streamworker.postgres import Attempt, JobRecord, Wanted
 from streamworker.postgres.failures import understood
 from streamworker.postgres.pool import Database
@@ -22,17 +23,18 @@ finished_at, worker_id, last_error"""
 
 FIND: Final = f"""
 select {_COLUMNS}, result::text, payload::text, headers::text, document
-from streamworker.jobs where id = $1"""  # noqa: S608 - our own text
+from streamworker.jobs where id = $1 and ($2::text is null or queue_name = $2)
+order by queue_name limit 20"""  # noqa: S608 - our own text
 
 ATTEMPTS: Final = """
 select hop, deliveries, attempt, worker_id, started_at, finished_at, outcome, error
-from streamworker.job_logs where job_id = $1 order by hop, deliveries"""
+from streamworker.job_logs where job_id = $1 and queue_name in ($2, '') order by hop, deliveries"""
 
 # What waits in Redis comes by once more, and is let go: workers look every job up before they run it.
 CANCEL: Final = """
 update streamworker.jobs
 set status = 'cancelled', finished_at = now(), updated_at = now()
-where id = $1 and status in ('queued', 'dispatching', 'dispatched', 'retrying')
+where id = $1 and queue_name = $2 and status in ('queued', 'dispatching', 'dispatched', 'retrying')
 returning id"""
 
 # The next hop, so that no run of before can record anything any more.
@@ -41,7 +43,7 @@ with again as (
   update streamworker.jobs
   set status = 'queued', attempt_count = 0, hop = hop + 1, deliveries = 0, run_at = null, worker_id = null,
     started_at = null, finished_at = null, last_error = null, result = null, updated_at = now()
-  where id = $1 and status in ('completed', 'dead', 'cancelled')
+  where id = $1 and queue_name = $2 and status in ('completed', 'dead', 'cancelled')
   returning id
 )
 select pg_notify('streamworker', '') from again"""
@@ -66,7 +68,7 @@ class PostgresArchive:
             where = " and ".join([*conditions, *([after] if after else [])]) or "true"
             statement = (
                 f"select {_COLUMNS}{more} from streamworker.jobs where {where} "  # noqa: S608 - our own text
-                f"order by created_at desc, id desc limit {PAGE}"
+                f"order by created_at desc, id desc, queue_name desc limit {PAGE}"
             )
             with understood("reading the ledger"):
                 rows = await self._database.fetch(statement, *values)
@@ -75,31 +77,34 @@ class PostgresArchive:
             if len(rows) < PAGE:
                 return
             if not after:
-                after = f"(created_at, id) < (${len(values) + 1}::timestamptz, ${len(values) + 2}::text)"
-                values = [*values, None, None]
-            values[-2:] = [rows[-1]["created_at"], rows[-1]["id"]]
+                after = _behind(len(values))
+                values = [*values, None, None, None]
+            values[-3:] = [rows[-1]["created_at"], rows[-1]["id"], rows[-1]["queue_name"]]
 
-    async def find(self, job_id: str) -> JobRecord | None:
+    async def find(self, job_id: str, queue: str | None = None) -> JobRecord | None:
         """See `Archive.find`."""
         with understood("looking a job up"):
-            rows = await self._database.fetch(FIND, stored_id(job_id))
+            rows = await self._database.fetch(FIND, stored_id(job_id), queue)
+        if len(rows) > 1:
+            names = ", ".join(row["queue_name"] for row in rows)
+            raise UsageError(f"several queues have a job with the id {job_id} ({names}): say which queue is meant")
         return _record(rows[0]) if rows else None
 
-    async def attempts(self, job_id: str) -> list[Attempt]:
+    async def attempts(self, queue: str, job_id: str) -> list[Attempt]:
         """See `Archive.attempts`."""
         with understood("reading a job's attempts"):
-            rows = await self._database.fetch(ATTEMPTS, stored_id(job_id))
+            rows = await self._database.fetch(ATTEMPTS, stored_id(job_id), queue)
         return [Attempt(**row) for row in rows]
 
-    async def cancel(self, job_id: str) -> bool:
+    async def cancel(self, queue: str, job_id: str) -> bool:
         """See `Archive.cancel`."""
         with understood("cancelling a job"):
-            return bool(await self._database.fetch(CANCEL, stored_id(job_id)))
+            return bool(await self._database.fetch(CANCEL, stored_id(job_id), queue))
 
-    async def retry(self, job_id: str) -> bool:
+    async def retry(self, queue: str, job_id: str) -> bool:
         """See `Archive.retry`."""
         with understood("queueing a job anew"):
-            return bool(await self._database.fetch(RETRY, stored_id(job_id)))
+            return bool(await self._database.fetch(RETRY, stored_id(job_id), queue))
 
     async def prunable(self, queue: str | None = None, *, older: float | None = None) -> int:
         """See `Archive.prunable`."""
@@ -130,13 +135,19 @@ def _conditions(wanted: Wanted) -> tuple[list[str], list[Any]]:
     if wanted.ids:
         add("id = any(${}::text[])", [stored_id(job_id) for job_id in sorted(wanted.ids)])
     if wanted.after is not None:
-        values += [wanted.after[0], stored_id(wanted.after[1])]
-        conditions.append(f"(created_at, id) < (${len(values) - 1}::timestamptz, ${len(values)}::text)")
+        conditions.append(_behind(len(values)))
+        values += [wanted.after[0], stored_id(wanted.after[1]), wanted.after[2]]
     if wanted.statuses:
         # Written out, because partial indexes are chosen by the words; they come from a fixed list.
         words = ", ".join(f"'{status}'" for status in wanted.statuses)
         conditions.append(f"status in ({words})")
     return conditions, values
+
+
+def _behind(count: int) -> str:
+    """The condition of a page that goes on behind a row; its three values come after ``count`` others."""
+    at, job_id, queue = (f"${count + n}" for n in (1, 2, 3))
+    return f"(created_at, id, queue_name) < ({at}::timestamptz, {job_id}::text, {queue}::text)"
 
 
 def _record(row: asyncpg.Record) -> JobRecord:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any, Final
 
-from streamworker.postgres import Known, RunRecord, Stored
+from streamworker.postgres import JobKey, Known, RunRecord, Stored
 from streamworker.postgres.failures import understood
 from streamworker.postgres.pool import AnyPool, Database
 from streamworker.postgres.recording import Recording
@@ -14,7 +14,7 @@ from streamworker.postgres.rows import SEPARATOR, separable, stored_id
 from streamworker.postgres.transaction import RunTransaction, complete
 
 LOOKUP_ARRAY: Final = """
-select id, status, hop, deliveries, attempt_count, extract(epoch from run_at)::float8 as run_at, last_error
+select id, queue_name, status, hop, deliveries, attempt_count, extract(epoch from run_at)::float8 as run_at, last_error
 from streamworker.jobs
 where id = any($1::text[])"""
 LOOKUP: Final = LOOKUP_ARRAY.replace("$1::text[]", "string_to_array($1::text, e'\\x1f')")
@@ -50,8 +50,9 @@ class PostgresLedger:
         with understood("writing to the ledger"):
             await self._database.fetch(QUEUES, sorted(queues))
 
-    async def lookup(self, job_ids: Collection[str]) -> dict[str, Known]:
+    async def lookup(self, jobs: Collection[JobKey]) -> dict[JobKey, Known]:
         """See `Ledger.lookup`."""
+        job_ids = [job_id for _, job_id in jobs]
         joined = SEPARATOR.join(job_ids)
         plain = separable(joined, len(job_ids))
         names = {} if plain else {stored_id(job_id): job_id for job_id in job_ids}
@@ -61,7 +62,7 @@ class PostgresLedger:
             else:
                 rows = await self._line.fetch(LOOKUP_ARRAY, list(names))
         return {
-            names.get(row["id"], row["id"]): Known(
+            (row["queue_name"], names.get(row["id"], row["id"])): Known(
                 row["status"],
                 row["hop"],
                 row["deliveries"],

@@ -1,8 +1,8 @@
 """Numbered SQL files, applied once and in order, however many processes start at once.
 
 A file runs in one transaction together with the note that it was applied. Its first line may be
-``-- transaction: off`` (CREATE INDEX CONCURRENTLY); such a file holds one statement, safe to run again. Files that were
-applied must not change: their checksums are kept.
+``-- transaction: off`` (CREATE INDEX CONCURRENTLY); such a file holds statements that are safe to run again, parted by
+lines ``-- next`` and sent one by one. Files that were applied must not change: their checksums are kept.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ PATIENCE: Final = 300.0
 """Seconds to wait for another migrator."""
 _NAME: Final = re.compile(r"(\d{4})_[a-z0-9_]+\.sql")
 _OFF: Final = "-- transaction: off"
+_NEXT: Final = re.compile(r"^-- next$", re.MULTILINE)
 _TABLE: Final = """create schema if not exists streamworker;
 create table if not exists streamworker.schema_migrations (
   version integer primary key,
@@ -65,6 +66,11 @@ class Migration(msgspec.Struct, frozen=True):
     def atomic(self) -> bool:
         """Whether it runs in a transaction."""
         return not self.sql.startswith(_OFF)
+
+    @property
+    def statements(self) -> list[str]:
+        """What is sent one by one: several statements sent together would run in a transaction."""
+        return [self.sql] if self.atomic else _NEXT.split(self.sql)
 
 
 class State(msgspec.Struct, frozen=True):
@@ -189,7 +195,8 @@ async def _applied(connection: Connection, migration: Migration) -> bool:
             "select checksum from streamworker.schema_migrations where version = $1", migration.version
         )
         if checksum is None:
-            await connection.execute(migration.sql)
+            for statement in migration.statements:
+                await connection.execute(statement)
             values = (migration.version, migration.name, migration.checksum)
             await connection.execute(f"{_RECORD} ($1, $2, $3)", *values)
         elif checksum != migration.checksum:

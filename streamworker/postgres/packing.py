@@ -24,7 +24,7 @@ _shape_of: Final[Callable[[RunRecord], tuple[Any, ...]]] = attrgetter(
 )  # fmt: skip
 
 ON_CONFLICT: Final = """
-  on conflict (id) do update set
+  on conflict (queue_name, id) do update set
       status = excluded.status, kind = coalesce(nullif(stored.kind, ''), excluded.kind),
       attempt_count = excluded.attempt_count, hop = excluded.hop, deliveries = excluded.deliveries,
       run_at = coalesce(excluded.run_at, stored.run_at),
@@ -57,8 +57,8 @@ with shapes as materialized (
 )"""
 _LOG: Final = """
   insert into streamworker.job_logs
-      (job_id, hop, deliveries, attempt, worker_id, started_at, finished_at, outcome, error)
-    select id, hop, deliveries, attempt, $1, started_at, finished_at, outcome, error from items"""
+      (job_id, queue_name, hop, deliveries, attempt, worker_id, started_at, finished_at, outcome, error)
+    select id, queue, hop, deliveries, attempt, $1, started_at, finished_at, outcome, error from items"""
 _STORE: Final = """
   insert into streamworker.jobs as stored (id, queue_name, kind, payload, level, status, attempt_count, max_attempts,
       hop, deliveries, run_at, worker_id, created_at, started_at, finished_at, last_error, result, headers, epoch)

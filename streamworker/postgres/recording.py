@@ -40,8 +40,9 @@ RECORD: Final = f"""
 with items as materialized (select * from {_ITEMS}),
 logged as (
   insert into streamworker.job_logs
-      (job_id, hop, deliveries, attempt, worker_id, started_at, finished_at, outcome, error)
-    select id, hop, deliveries, attempt, $1, to_timestamp(started), to_timestamp(finished), outcome, error from items
+      (job_id, queue_name, hop, deliveries, attempt, worker_id, started_at, finished_at, outcome, error)
+    select id, queue_name, hop, deliveries, attempt, $1, to_timestamp(started), to_timestamp(finished), outcome, error
+      from items
     on conflict do nothing
 )
 insert into streamworker.jobs as stored (id, queue_name, kind, payload, level, status, attempt_count, max_attempts, hop,
@@ -53,7 +54,7 @@ insert into streamworker.jobs as stored (id, queue_name, kind, payload, level, s
     from items
 {ON_CONFLICT}"""  # noqa: S608 - our own text
 
-WHY: Final = "select id, status from streamworker.jobs where id = any($1::text[])"
+WHY: Final = "select id, queue_name, status from streamworker.jobs where id = any($1::text[])"
 
 RUNNING: Final = f"""
 insert into streamworker.jobs as stored (id, queue_name, kind, payload, level, status, attempt_count, max_attempts, hop,
@@ -61,7 +62,7 @@ insert into streamworker.jobs as stored (id, queue_name, kind, payload, level, s
   select id, queue_name, kind, payload::jsonb, level, status, attempts, max_attempts, hop,
       deliveries, $1, coalesce(to_timestamp(created), now()), to_timestamp(started), headers::jsonb, document, epoch
     from {_ITEMS}
-  on conflict (id) do update set
+  on conflict (queue_name, id) do update set
       status = excluded.status, hop = excluded.hop, deliveries = excluded.deliveries, worker_id = excluded.worker_id,
       started_at = excluded.started_at, epoch = excluded.epoch, updated_at = now()
     where stored.status not in ('completed', 'cancelled')
@@ -161,10 +162,14 @@ class Recording:
 
     async def _explain(self, batch: Sequence[_Item], stored: set[str], answers: list[Stored]) -> None:
         """Answer for the rows that were left alone."""
-        missing = {stored_id(run.job_id): index for index, run, _ in batch if stored_id(run.job_id) not in stored}
+        names = {(stored_id(run.job_id), run.queue): index for index, run, _ in batch}
+        missing = {name: index for name, index in names.items() if name[0] not in stored}
         with understood("recording jobs"):
-            for row in await self._line.fetch(WHY, sorted(missing)):
-                answers[missing[row["id"]]] = Stored.ENDED if row["status"] in FINAL else Stored.SUPERSEDED
+            for row in await self._line.fetch(WHY, sorted({job_id for job_id, _ in missing})):
+                index = missing.get((row["id"], row["queue_name"]))
+                if index is None:  # another queue's job of that name
+                    continue
+                answers[index] = Stored.ENDED if row["status"] in FINAL else Stored.SUPERSEDED
 
     async def _told(self, statement: str, values: Sequence[Any]) -> list[asyncpg.Record]:
         """Run the statement; again if it met a deadlock or a conflict."""
@@ -203,7 +208,7 @@ _Item: TypeAlias = tuple[int, RunRecord, int]
 
 
 def _rounds(runs: Sequence[RunRecord]) -> list[list[_Item]]:
-    """The runs in order of their ids, so that batches never deadlock; a job that comes twice goes another round."""
+    """The runs in order of their ids, so that batches never deadlock; an id that comes twice goes another round."""
     names = [run.job_id for run in runs]
     order = sorted(range(len(runs)), key=names.__getitem__)
     if len(set(names)) == len(names):

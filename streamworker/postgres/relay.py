@@ -51,7 +51,7 @@ _DEAD: Final = "status = 'dead', last_error = $3, finished_at = clock_timestamp(
 
 def _due(level: Level) -> str:
     return f"""{level} as materialized (
-  select id, coalesce(run_at, created_at) as due,
+  select id, queue_name, coalesce(run_at, created_at) as due,
     1 + coalesce(pg_column_size(payload), 0) + coalesce(pg_column_size(document), 0) as bytes
   from streamworker.jobs
   where status = 'queued' and level = '{level}' and coalesce(run_at, created_at) <= now()
@@ -60,12 +60,12 @@ def _due(level: Level) -> str:
 
 
 _QUEUED: Final = f"""{", ".join(map(_due, LEVELS))}, due as (
-  select id, sum(bytes) over (order by rank, due, id) - bytes as before from (
+  select id, queue_name, sum(bytes) over (order by rank, due, id, queue_name) - bytes as before from (
     select 1 as rank, * from high union all select 2, * from normal union all select 3, * from low
   ) as found
 )"""  # noqa: S608
 _STUCK: Final = """stuck as materialized (
-  select id from streamworker.jobs
+  select id, queue_name from streamworker.jobs
   where status = 'dispatching' and updated_at < now() - make_interval(secs => $2)
   order by updated_at limit $1 for update skip locked
 )"""
@@ -73,30 +73,36 @@ CLAIM: Final = f"""
 with {_QUEUED}, taken as (
   update streamworker.jobs as job
   set status = 'dispatching', hop = {_NEXT_HOP}, deliveries = 0, updated_at = clock_timestamp()
-  from due where job.id = due.id and due.before < $2
+  from due where job.id = due.id and job.queue_name = due.queue_name and due.before < $2
   {_RETURNED}
 ){_IN_ORDER}
 """  # noqa: S608
 RETAKE: Final = f"""
 with {_STUCK}, taken as (
-  update streamworker.jobs as job set updated_at = clock_timestamp() from stuck where job.id = stuck.id
+  update streamworker.jobs as job set updated_at = clock_timestamp() from stuck
+  where job.id = stuck.id and job.queue_name = stuck.queue_name
   {_RETURNED}
 ){_IN_ORDER}
 """  # noqa: S608
 # Nothing of the row is returned: it is the one that cannot be read.
 BURY_QUEUED: Final = f"""
 with {_QUEUED}
-update streamworker.jobs as job set {_DEAD} from due where job.id = due.id and due.before < $2 returning 1
+update streamworker.jobs as job set {_DEAD} from due
+where job.id = due.id and job.queue_name = due.queue_name and due.before < $2 returning 1
 """  # noqa: S608
 BURY_STUCK: Final = f"""
 with {_STUCK}
-update streamworker.jobs as job set {_DEAD} from stuck where job.id = stuck.id returning 1
+update streamworker.jobs as job set {_DEAD} from stuck
+where job.id = stuck.id and job.queue_name = stuck.queue_name returning 1
 """  # noqa: S608
 BURY: Final = """
 update streamworker.jobs as job
 set status = 'dead', last_error = odd.reason, finished_at = clock_timestamp(), updated_at = clock_timestamp()
-from (select * from unnest($1::text[], $2::bigint[], $3::text[]) as odd (id, hop, reason) order by id) as odd
-where job.id = odd.id and job.hop = odd.hop and job.status = 'dispatching'
+from (
+  select * from unnest($1::text[], $2::bigint[], $3::text[], $4::text[]) as odd (id, hop, reason, queue_name)
+  order by id, queue_name
+) as odd
+where job.id = odd.id and job.queue_name = odd.queue_name and job.hop = odd.hop and job.status = 'dispatching'
 """
 _SOONEST: Final = """(select extract(epoch from coalesce(run_at, created_at)) from streamworker.jobs
   where status = 'queued' and level = '%s' order by coalesce(run_at, created_at) limit 1)"""
@@ -105,18 +111,20 @@ select least({", ".join(_SOONEST % level for level in LEVELS)}) - extract(epoch 
 """  # noqa: S608
 # A row that is locked belongs to a run that is faster than the note; returned, to be noted later.
 NOTE: Final = """
-with sent as materialized (select * from unnest($1::text[], $2::bigint[], $3::text[]) as sent (id, hop, epoch)),
-open as materialized (
-  select job.id from streamworker.jobs as job join sent on job.id = sent.id
+with sent as materialized (
+  select * from unnest($1::text[], $2::bigint[], $3::text[], $4::text[]) as sent (id, hop, epoch, queue_name)
+), open as materialized (
+  select job.id, job.queue_name from streamworker.jobs as job join sent using (id, queue_name)
   where job.hop = sent.hop and job.status = 'dispatching'
 ), free as materialized (
-  select job.id, sent.epoch from streamworker.jobs as job join sent on job.id = sent.id
-  where job.hop = sent.hop and job.status = 'dispatching' order by job.id for update of job skip locked
+  select job.id, job.queue_name, sent.epoch from streamworker.jobs as job join sent using (id, queue_name)
+  where job.hop = sent.hop and job.status = 'dispatching'
+  order by job.id, job.queue_name for update of job skip locked
 ), noted as (
   update streamworker.jobs as job set status = 'dispatched', epoch = free.epoch, updated_at = clock_timestamp()
-  from free where job.id = free.id returning job.id
+  from free where job.id = free.id and job.queue_name = free.queue_name returning job.id, job.queue_name
 )
-select id from open where id not in (select id from noted)
+select queue_name, id from open where (id, queue_name) not in (select id, queue_name from noted)
 """
 MEET: Final = """
 insert into streamworker.job_queues as known (name, epoch)
@@ -154,16 +162,18 @@ order by id limit $4
 LOST: Final = f"""
 with lost as materialized (
   select job.id from streamworker.jobs as job
-  where job.id = any($1::text[]) and job.status in ('dispatched', 'running', 'retrying') and job.updated_at < $2
+  where job.id = any($1::text[]) and job.queue_name = $3 and job.status in ('dispatched', 'running', 'retrying')
+    and job.updated_at < $2
 ), free as materialized (
   select job.id from streamworker.jobs as job
-  where job.id = any($1::text[]) and job.status in ('dispatched', 'running', 'retrying') and job.updated_at < $2
+  where job.id = any($1::text[]) and job.queue_name = $3 and job.status in ('dispatched', 'running', 'retrying')
+    and job.updated_at < $2
   order by job.id for update skip locked
 ), again as (
   update streamworker.jobs as job
   set status = 'queued', hop = {_NEXT_HOP}, deliveries = 0, worker_id = null, updated_at = clock_timestamp(),
     run_at = case when job.status = 'retrying' then job.run_at else coalesce(job.run_at, now()) end
-  from free where job.id = free.id
+  from free where job.id = free.id and job.queue_name = $3
   returning job.id
 )
 select id, id in (select id from again) as queued from lost
@@ -263,14 +273,14 @@ class PostgresOutbox:
 
     async def _readable(self, rows: Sequence[asyncpg.Record]) -> list[Taken]:
         taken: list[Taken] = []
-        odd: list[tuple[str, int, str]] = []
+        odd: list[tuple[str, int, str, str]] = []
         for row in rows:
             try:
                 body = document(row)
             except InvalidJob as error:
                 whose = {"job_id": row["id"], "kind": row["kind"], "queue": row["queue_name"]}
                 log.error("relay_job_dead", **whose, error=str(error))
-                odd.append((row["id"], row["hop"], text(f"{UNREADABLE}: {error}")))
+                odd.append((row["id"], row["hop"], text(f"{UNREADABLE}: {error}"), row["queue_name"]))
             else:
                 taken.append(Taken(row["id"], row["queue_name"], row["level"], row["hop"], body))
         if odd:
@@ -291,10 +301,11 @@ class PostgresOutbox:
         ((due, later),) = await self._ask("counting queued jobs", QUEUED, list(queues))
         return due, later
 
-    async def note(self, jobs: Sequence[Taken], epochs: Sequence[str]) -> set[str]:
+    async def note(self, jobs: Sequence[Taken], epochs: Sequence[str]) -> set[tuple[str, str]]:
         """See `Outbox.note`."""
-        ids, hops = [job.id for job in jobs], [job.hop for job in jobs]
-        return {row[0] for row in await self._ask("noting dispatched jobs", NOTE, ids, hops, list(epochs))}
+        ids, hops, queues = [job.id for job in jobs], [job.hop for job in jobs], [job.queue for job in jobs]
+        rows = await self._ask("noting dispatched jobs", NOTE, ids, hops, list(epochs), queues)
+        return {(row["queue_name"], row["id"]) for row in rows}
 
     # -- queues
 
@@ -335,12 +346,13 @@ class PostgresOutbox:
         """See `Outbox.open_ids`."""
         return [row[0] for row in await self._ask("looking for open jobs", OPEN, queue, after, before, PAGE)]
 
-    async def lost(self, ids: Sequence[str], before: datetime) -> Lost:
+    async def lost(self, queue: str, ids: Sequence[str], before: datetime) -> Lost:
         """See `Outbox.lost`."""
         queued: list[str] = []
         locked: list[str] = []
         for start in range(0, len(ids), FLIP):
-            for row in await self._ask("queueing lost jobs again", LOST, list(ids[start : start + FLIP]), before):
+            some = list(ids[start : start + FLIP])
+            for row in await self._ask("queueing lost jobs again", LOST, some, before, queue):
                 (queued if row["queued"] else locked).append(row["id"])
         if queued:
             await self._ask("telling relays", TELL)

@@ -19,7 +19,7 @@ BREATH: Final = 0.2
 TIDY: Final = """
 with turn as materialized (select pg_try_advisory_xact_lock(hashtext('streamworker.prune')) as ours),
 old as materialized (
-  select job.id from streamworker.job_queues as queue
+  select job.id, queue.name as queue_name from streamworker.job_queues as queue
     cross join lateral (
       select id from streamworker.jobs
         where queue_name = queue.name and status in ('completed', 'cancelled')
@@ -29,15 +29,18 @@ old as materialized (
     where (select ours from turn)
     limit $1
 ), gone as (
-  delete from streamworker.jobs where id in (select id from old) and status in ('completed', 'cancelled') returning id
+  delete from streamworker.jobs as job using old
+    where job.id = old.id and job.queue_name = old.queue_name and job.status in ('completed', 'cancelled')
+    returning job.id, job.queue_name
 ), logs as (
-  delete from streamworker.job_logs where job_id in (select id from gone)
+  delete from streamworker.job_logs as log using gone
+    where log.job_id = gone.id and log.queue_name in (gone.queue_name, '')
 )
 select count(*) from gone"""
 
 PRUNE: Final = """
 with old as materialized (
-  select job.id from streamworker.job_queues as queue
+  select job.id, queue.name as queue_name from streamworker.job_queues as queue
     cross join lateral (
       select id from streamworker.jobs
         where queue_name = queue.name and status in ('completed', 'cancelled')
@@ -47,9 +50,12 @@ with old as materialized (
     where $2::text is null or queue.name = $2::text
     limit $1
 ), gone as (
-  delete from streamworker.jobs where id in (select id from old) and status in ('completed', 'cancelled') returning id
+  delete from streamworker.jobs as job using old
+    where job.id = old.id and job.queue_name = old.queue_name and job.status in ('completed', 'cancelled')
+    returning job.id, job.queue_name
 ), logs as (
-  delete from streamworker.job_logs where job_id in (select id from gone)
+  delete from streamworker.job_logs as log using gone
+    where log.job_id = gone.id and log.queue_name in (gone.queue_name, '')
 )
 select count(*) from gone"""
 

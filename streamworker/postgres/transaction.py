@@ -44,12 +44,13 @@ select streamworker.take_job(
 FINISH: Final = """
 update streamworker.jobs
 set status = 'completed', finished_at = clock_timestamp(), updated_at = clock_timestamp()
-where id = $1::text and hop = $2::text::bigint and deliveries = $3::text::integer and status = 'running'
+where id = $1::text and queue_name = $4::text and hop = $2::text::bigint and deliveries = $3::text::integer
+  and status = 'running'
 returning id"""
 
 FATE: Final = """
 select (status = 'completed' and hop = $2 and deliveries = $3) as completed
-from streamworker.jobs where id = $1 for update"""
+from streamworker.jobs where id = $1 and queue_name = $4 for update"""
 
 
 class RunTransaction:
@@ -117,7 +118,8 @@ class RunTransaction:
         # A server that says nothing must not hold the handler for ever; a broken connection is resolved below.
         patience = asyncio.get_running_loop().call_later(PATIENCE, break_off, connection)
         try:
-            if not await connection.fetchval(FINISH, stored_id(run.job_id), str(run.hop), _small(run.deliveries)):
+            key = (stored_id(run.job_id), str(run.hop), _small(run.deliveries), run.queue)
+            if not await connection.fetchval(FINISH, *key):
                 raise UsageError("the job's row was changed inside its own transaction: leave streamworker.jobs alone")
             await transaction.commit()
         except BaseException as error:
@@ -143,7 +145,8 @@ class RunTransaction:
         run, give_up_at = self._run, monotonic() + RESOLVE
         while True:
             try:
-                done = await self._ledger.fetch(FATE, stored_id(run.job_id), run.hop, min(run.deliveries, _MOST_INT))
+                key = (stored_id(run.job_id), run.hop, min(run.deliveries, _MOST_INT), run.queue)
+                done = await self._ledger.fetch(FATE, *key)
             except Exception as error:  # noqa: BLE001 - down, or locked by the commit itself
                 if monotonic() > give_up_at:
                     log.debug("commit_unresolved", job_id=run.job_id, error=reason(error))

@@ -169,7 +169,7 @@ async def _campaign(request: Request, operator: Operator, form: Form) -> dict[st
 
 async def _cancel(request: Request, operator: Operator, form: Form) -> dict[str, Any]:
     archive, job_id = await _ledger(request), form.must("id")
-    job = await archive.find(job_id)
+    job = await archive.find(job_id, form.queue())
     answer = "ended" if job is None else await following.cancel(archive, operator, job.queue, job_id)
     words = {"cancelled": "never runs", "asked": "is told to end", "ended": "has ended, or is not there"}
     return {"ok": answer != "ended", "message": f"{job_id} {words[answer]}"}
@@ -177,9 +177,10 @@ async def _cancel(request: Request, operator: Operator, form: Form) -> dict[str,
 
 async def _again(request: Request, operator: Operator, form: Form) -> dict[str, Any]:
     archive, job_id = await _ledger(request), form.must("id")
-    if (job := await archive.find(job_id)) is not None:
+    done = False
+    if (job := await archive.find(job_id, form.queue())) is not None:
         await operator.reprieve(job.queue, job_id)
-    done = await archive.retry(job_id)
+        done = await archive.retry(job.queue, job_id)
     return {"ok": done, "message": f"{job_id} is queued; a relay dispatches it" if done else f"{job_id} has not ended"}
 
 

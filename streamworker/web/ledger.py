@@ -35,18 +35,20 @@ async def jobs(request: Request) -> Response:
     except StreamworkerError as error:
         trouble = str(error)
     values: dict[str, Any] = {"durable": archive is not None, "ledger_trouble": trouble}
-    if wanted is not None:
-        values |= await _one(request, archive, wanted)
-        return render(request, "job.html", title=printable(wanted), wanted=wanted, **values)
-    look, asked = await room_of(request).looked(), _asked(form)
+    asked = _asked(form) if wanted is None else Wanted(queue=form.queue(), ids=frozenset({wanted}))
     rows, after = await _page(archive, asked) if archive is not None else ([], None)
+    if wanted is not None and len(rows) < 2:  # more: several queues have a job with this id
+        queue = rows[0].queue if rows else asked.queue
+        values |= await _one(request, archive, wanted, queue)
+        return render(request, "job.html", title=printable(wanted), wanted=wanted, queue=queue, **values)
+    look = await room_of(request).looked()
     values |= {"asked": asked, "rows": [job_row(job) for job in rows], "after": after}
     return render(request, "jobs.html", title="Jobs", queues=names(look), statuses=get_args(Status), **values)
 
 
-async def _one(request: Request, archive: Archive | None, wanted: str) -> dict[str, Any]:
-    job = await archive.find(wanted) if archive is not None else None
-    attempts = await archive.attempts(wanted) if archive is not None and job is not None else []
+async def _one(request: Request, archive: Archive | None, wanted: str, queue: str | None) -> dict[str, Any]:
+    job = await archive.find(wanted, queue) if archive is not None else None
+    attempts = await archive.attempts(job.queue, wanted) if archive is not None and job is not None else []
     found, whole = await places(request, wanted)
     return {
         "job": job_row(job) if job is not None else None,
@@ -61,8 +63,9 @@ async def remembered(request: Request) -> Response:
     """What the ledger remembers of a job that may be private. Whoever looks is remembered."""
     if not access_of(request).payloads:
         raise UsageError("payloads are shown only where a password is asked for, or on this machine")
-    archive, wanted = await room_of(request).archive(), query(request).must("id")
-    job = await archive.find(wanted) if archive is not None else None
+    archive, form = await room_of(request).archive(), query(request)
+    wanted = form.must("id")
+    job = await archive.find(wanted, form.queue()) if archive is not None else None
     if job is None:
         raise UsageError("the ledger knows no such job")
     log.info("dashboard_payload_shown", who=who(request), place="ledger", job_id=wanted, client=client(request))
@@ -81,7 +84,7 @@ async def _page(archive: Archive, asked: Wanted) -> tuple[list[JobRecord], str |
     rows: list[JobRecord] = []
     async for job in archive.jobs(asked):
         if len(rows) == SIZE:
-            return rows, f"{rows[-1].created_at.isoformat()}|{rows[-1].id}"
+            return rows, f"{rows[-1].created_at.isoformat()}|{rows[-1].queue}|{rows[-1].id}"
         rows.append(job)
     return rows, None
 
@@ -94,14 +97,15 @@ def _asked(form: Form) -> Wanted:
     return Wanted(queue=form.queue(), kind=form.text("kind"), statuses=statuses, after=_after(form.text("after")))
 
 
-def _after(text: str | None) -> tuple[datetime, str] | None:
+def _after(text: str | None) -> tuple[datetime, str, str] | None:
     if text is None:
         return None
-    moment, separator, job_id = text.partition("|")
+    moment, _, rest = text.partition("|")
+    queue, separator, job_id = rest.partition("|")
     try:
         at = datetime.fromisoformat(moment)
     except ValueError:
         at = None
     if at is None or at.tzinfo is None or not separator:
         raise UsageError("no page begins there: begin at the first one")
-    return at, job_id
+    return at, job_id, queue

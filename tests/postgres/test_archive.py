@@ -75,9 +75,14 @@ async def test_cancel_and_retry(archive, pg):
     words = ("queued", "dispatching", "dispatched", "running", "retrying", "completed", "dead", "cancelled")
     for status in words:
         await pg.execute(INSERT, status, "q", "k", status, now)
-    assert [word for word in words if await archive.cancel(word)] == ["queued", "dispatching", "dispatched", "retrying"]
-    assert not await archive.cancel("nobody")
-    assert [word for word in words if await archive.retry(word)] == [
+    assert [word for word in words if await archive.cancel("q", word)] == [
+        "queued",
+        "dispatching",
+        "dispatched",
+        "retrying",
+    ]
+    assert not await archive.cancel("q", "nobody")
+    assert [word for word in words if await archive.retry("q", word)] == [
         "queued", "dispatching", "dispatched", "retrying", "completed", "dead", "cancelled",
     ]  # fmt: skip
     rows = await pg.fetch("select status, hop, attempt_count, finished_at from streamworker.jobs where id <> 'running'")
@@ -87,7 +92,7 @@ async def test_cancel_and_retry(archive, pg):
 async def test_a_run_of_before_cannot_undo_a_retry(archive, database, pg):
     ledger = PostgresLedger(database, database.pool, "zombie")
     await ledger.record([run_of("a", hop=2, status="dead", error="no")])
-    assert await archive.retry("a")
+    assert await archive.retry("q", "a")
     await ledger.record([run_of("a", hop=2, deliveries=9, status="dead", error="still no")])
     assert await pg.fetchval("select status from streamworker.jobs") == "queued"
 

@@ -93,7 +93,7 @@ async def test_a_lost_redis_does_not_bring_it_back(scene, pg, raw):
         raw.flushall()
         ids, before = await relaying.missing("q")
         assert ids == []
-        assert await relaying.outbox.lost([made.id], before) == Lost([], [])
+        assert await relaying.outbox.lost("q", [made.id], before) == Lost([], [])
     assert await status(pg, made.id) == "cancelled"
 
 

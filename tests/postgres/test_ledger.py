@@ -190,7 +190,7 @@ async def test_one_row_at_fault_holds_up_nobody(ledger, pg, name):
 @pytest.mark.parametrize("job_id", ["x" * 200, "ä" * 100, "a\x00b", "'; drop table jobs --", "\U0001f600", "a\nb"])
 async def test_every_id_a_document_may_have(ledger, job_id):
     assert await ledger.record([run_of(job_id)]) == [Stored.STORED]
-    assert (await ledger.lookup([job_id]))[job_id].status == "completed"
+    assert (await ledger.lookup([("q", job_id)]))["q", job_id].status == "completed"
 
 
 async def test_looking_up(ledger, pg):
@@ -202,7 +202,8 @@ async def test_looking_up(ledger, pg):
         run_of("on", status="running", outcome="x"),
         run_of("ahead", hop=3, status="dispatched", outcome="x"),
     ])  # fmt: skip
-    known = await ledger.lookup(["done", "again", "gone", "on", "ahead", "never seen"])
+    names = ["done", "again", "gone", "on", "ahead", "never seen"]
+    known = {job_id: found for (_, job_id), found in (await ledger.lookup([("q", name) for name in names])).items()}
     assert sorted(known) == ["again", "ahead", "done", "gone", "on"]
     assert known["done"].status == "completed"
     assert known["again"] == Known("retrying", 0, 1, 1, pytest.approx(at, abs=0.001), "no")

@@ -11,6 +11,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 
+from streamworker.embedded.binaries import find_binaries
 from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable
 from streamworker.postgres.migrate import Migration, Migrator, load, printed, shipped
 
@@ -121,9 +122,8 @@ def test_files_are_found_sorted_and_read_alike_with_any_line_ends(tmp_path):
 
 
 async def test_print_is_sql_that_leaves_the_same_database(empty_database):
-    connection = await asyncpg.connect(empty_database)
-    await connection.execute(printed(shipped()))
-    await connection.close()
+    psql = [find_binaries().postgres.with_name("psql"), "-q", "-v", "ON_ERROR_STOP=1", "-d", empty_database, "-f", "-"]
+    subprocess.run(psql, input=printed(shipped()), text=True, check=True, timeout=60)
     assert {state.state for state in await Migrator(empty_database).status()} == {"applied"}
     assert await Migrator(empty_database).up() == []
 
