@@ -106,7 +106,7 @@ async def test_one_that_is_queued_again_runs(scene, pg, raw):
     )
     async with scene.operator() as operator, scene.archive() as archive:
         await operator.reprieve("q", "again")
-        assert await archive.retry("again")
+        assert await archive.retry("q", "again")
     async with working(scene):
         await eventually(lambda: scene.ran == ["again"])
 
