@@ -27,13 +27,13 @@ from streamworker.broker.popping import PoppingBroker
 from streamworker.broker.stream import StreamBroker, StreamOptions
 from streamworker.cron import Calendar
 from streamworker.durable import open_durable
-from streamworker.errors import UsageError
+from streamworker.errors import ConfigurationError, UsageError
 from streamworker.execute import Middleware
 from streamworker.following import Follower
 from streamworker.handlers import Handlers
 from streamworker.observe import Observer, Sender
 from streamworker.producing import Producer
-from streamworker.relaying import NothingToRelay, Relaying, open_relaying
+from streamworker.relaying import NothingToRelay, Relaying, Scheduler, open_relaying
 from streamworker.settings import EMBEDDED, Settings
 from streamworker.workplace import Relays, Site
 
@@ -220,8 +220,31 @@ class App(Handlers[S], Follower, Calendar):
             yield operator
 
     @asynccontextmanager
+    async def relay_process(self, settings: Settings | None = None) -> AsyncIterator[Relaying | Scheduler]:
+        """What ``streamworker relay`` runs: due jobs of all queues, this app's schedules, and with a ledger the relay.
+
+        Raises:
+            ConfigurationError: the ledger is on without a database, or the database has no schema streamworker.
+            Unreachable: a server does not answer.
+        """
+        async with AsyncExitStack() as stack:
+            settings = self.resolve(settings)
+            address, url = await self._servers(stack, settings, None)
+            if url is None and settings.ledger == "on":
+                raise ConfigurationError("STREAMWORKER_LEDGER is 'on' but there is no PostgreSQL: set DATABASE_URL")
+            dispatcher = self._make_dispatcher(settings, address)
+            scheduler = Scheduler(dispatcher, self.schedules, settings)
+            if url is None or settings.ledger == "off":
+                stack.push_async_callback(dispatcher.close)
+                await dispatcher.open()
+                yield scheduler
+            else:
+                await dispatcher.open()
+                yield await open_relaying(stack, settings, dispatcher, url, None, scheduler=scheduler)
+
+    @asynccontextmanager
     async def relaying(self, settings: Settings | None = None) -> AsyncIterator[Relaying]:
-        """A relay on its own, which also promotes due jobs of all queues.
+        """A relay, for those who look after its outbox.
 
         Raises:
             ConfigurationError: no database is named, or it has no schema streamworker.
@@ -233,7 +256,7 @@ class App(Handlers[S], Follower, Calendar):
             url = url or settings.require_database_url()
             dispatcher = self._make_dispatcher(settings, address)
             await dispatcher.open()
-            yield await open_relaying(stack, settings, dispatcher, url, None, promoting=True)
+            yield await open_relaying(stack, settings, dispatcher, url, None)
 
     @asynccontextmanager
     async def bridge(self, queues: Sequence[str] | None, settings: Settings | None = None) -> AsyncIterator[Mover]:

@@ -1,18 +1,21 @@
 """The loop that proposes the ticks of an app's schedules. Every worker has one, and there is no leader.
 
-It sleeps until the next tick, by the server's clock, and sends one command then; between ticks it sends nothing.
+It sleeps until the next tick and sends one command then. Once a minute it proposes the last tick again: that asks the
+server for its clock, registers the schedule where Redis lost it, and adds nothing that was added before. Between two
+answers time is counted by the monotonic clock, which nobody can put back.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
-from time import time
-from typing import Final
+from time import monotonic, time
+from typing import Final, Protocol
 
 import anyio
 
 from streamworker import codec
-from streamworker.broker import Broker, Tick
+from streamworker.broker import Tick, Ticked
 from streamworker.cron import Schedule
 from streamworker.pause import Pause
 from streamworker.settings import Settings
@@ -23,7 +26,16 @@ log = get_logger("streamworker.worker")
 LATE: Final = 60.0
 """Seconds after which a tick counts as missed."""
 LOOK: Final = 60.0
-"""Most seconds of one sleep: a machine that was suspended notices soon that time went by."""
+"""Most seconds between two proposals of a schedule, unless there are more schedules than that: one a second, then."""
+AGAIN: Final = 0.05
+"""Fewest seconds after which a tick that came too early is proposed again."""
+
+
+class Proposals(Protocol):
+    """Where ticks are proposed."""
+
+    async def propose(self, tick: Tick) -> Ticked:
+        """See `Broker.propose`."""
 
 
 class Clock:
@@ -34,12 +46,12 @@ class Clock:
         schedules: of the app.
         settings: how large a job may be.
         stopping: ends the loop.
-        now: this machine's clock, which may be wrong.
+        now: this machine's clock, which may be wrong: the first guess at the server's.
     """
 
     def __init__(
         self,
-        broker: Broker,
+        broker: Proposals,
         schedules: Sequence[Schedule],
         settings: Settings,
         stopping: anyio.Event,
@@ -48,13 +60,14 @@ class Clock:
         self._broker = broker
         self._settings = settings
         self._stopping = stopping
-        self._clock = now
-        self._offset = 0.0  # of the server's clock from ours
-        self._due = dict.fromkeys(schedules, 0.0)
+        self._server = now()
+        self._asked = monotonic()
+        self._due = dict.fromkeys(schedules, float("-inf"))  # by the server's clock
+        self._before: dict[Schedule, float] = {}  # the tick that was proposed last
 
     def now(self) -> float:
-        """The server's clock, as far as it is known."""
-        return self._clock() + self._offset
+        """The server's clock: what it showed when it was asked last, and what has passed since then."""
+        return self._server + monotonic() - self._asked
 
     async def run(self) -> None:
         """Propose until stopped; an error is logged and followed by a pause."""
@@ -71,11 +84,11 @@ class Clock:
                 await self._stopping.wait()
 
     async def step(self) -> float:
-        """Propose what is due; returns the seconds until the next tick."""
-        for schedule, due in list(self._due.items()):
-            if due <= self.now():
+        """Propose what is due; returns the seconds until the next look."""
+        for schedule in list(self._due):
+            if self._due[schedule] <= self.now():
                 self._due[schedule] = await self._propose(schedule)
-        return max(0.0, min(LOOK, min(self._due.values(), default=0.0) - self.now()))
+        return max(0.0, min(self._due.values(), default=0.0) - self.now())
 
     async def _propose(self, schedule: Schedule) -> float:
         """Propose the last tick of a schedule; returns when to look again."""
@@ -86,10 +99,21 @@ class Clock:
             settings = self._settings
             body = codec.pack(schedule.tick(at), max_bytes=settings.max_job_bytes, key_ttl=settings.key_ttl).body
         job = schedule.job
-        answer = await self._broker.propose(Tick(job.queue, job.level, schedule.key, at, body))
-        self._offset = answer.now - self._clock()
+        tick = Tick(job.queue, job.level, schedule.key, at, body, schedule.name, self._before.get(schedule), now)
+        answer = await self._broker.propose(tick)
+        self._set(answer.now)
         if answer.added:
             log.info("cron_tick", schedule=schedule.name, kind=job.kind, queue=job.queue)
-        if answer.early > 0:  # our clock was ahead: now it is known by how much
-            return self.now() + min(answer.early, 1.0)
-        return schedule.next(max(at, self.now()))
+        if answer.early > 0:  # our clock was wrong: now it is known by how much
+            return answer.now + min(max(answer.early, AGAIN), 1.0)
+        self._before[schedule] = at
+        # From the tick, not from now: one that came meanwhile is due at once. Ticks are whole seconds apart, so that a
+        # schedule is proposed once a second at most, whatever it says.
+        look = max(LOOK, float(len(self._due))) * random.uniform(0.9, 1.0)  # noqa: S311 - spreads load
+        return max(min(schedule.next(at), answer.now + look), float(int(answer.now) + 1))
+
+    def _set(self, server: float) -> None:
+        """The server's clock shows this now. Where somebody has set it, all waits stay as long as they are."""
+        moved = server - self.now()
+        self._due = {schedule: due + moved for schedule, due in self._due.items()}
+        self._server, self._asked = server, monotonic()

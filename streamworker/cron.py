@@ -2,13 +2,21 @@
 
 Expressions are those of Debian's cron (five fields, six with seconds), and daylight saving is handled as it does: what
 falls into the hour that is skipped runs when that is over, and what falls into the hour that comes twice runs once,
-unless it runs every hour anyway.
+unless its minute or its hour starts with ``*``: that runs by elapsed time, in both hours.
+
+The cron library is asked for times of day only, without a zone; which moments those are is decided here. Given a zone,
+it answers with moments in the past during an hour that comes twice, and with wrong ones where the clock is set by half
+an hour.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from copy import copy
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final, Literal, TypeAlias
+from functools import lru_cache
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 from uuid import UUID, uuid5
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
@@ -33,6 +41,14 @@ _ALIASES: Final = {
     "@yearly": "0 0 1 1 *",
     "@annually": "0 0 1 1 *",
 }
+_EPOCH: Final = datetime(1970, 1, 1)  # noqa: DTZ001 - times of day have no zone here
+_PATIENCE: Final = 60 * 366 * 86_400
+"""Seconds within which an expression that ever ticks has ticked; the cron library looks 50 years ahead."""
+_YEAR: Final = 366 * 86_400
+_STEP: Final = 6 * 3600
+"""Seconds between looks for changes of a zone's offset: none has been changed and changed back within so few."""
+_LONGEST: Final = 26 * 3600
+"""Seconds by which a clock is set back at most: a day, when a country moves across the date line."""
 
 
 class Schedule(msgspec.Struct, frozen=True, eq=False):
@@ -58,18 +74,40 @@ class Schedule(msgspec.Struct, frozen=True, eq=False):
         return f"{self.name} {self.expression} {self.zone}"
 
     def next(self, now: float) -> float:
-        """The first tick after ``now`` (both in epoch seconds)."""
-        return self._ticks(_at(now, self.zone)).__next__().timestamp()
+        """The first tick after ``now`` (both in epoch seconds).
+
+        Raises:
+            StopIteration: there is none within 50 years.
+        """
+        tick = self._first(math.floor(now), None)
+        if tick is None:
+            raise StopIteration
+        return float(tick)
 
     def previous(self, now: float) -> float:
-        """The last tick at or before ``now``."""
-        moment = _at(now, self.zone).replace(microsecond=0).astimezone(UTC) + timedelta(seconds=1)
-        return self._ticks(moment.astimezone(ZoneInfo(self.zone)), reverse=True).__next__().timestamp()
+        """The last tick at or before ``now``: the one after which `next` finds none up to ``now``.
+
+        Raises:
+            StopIteration: there was none within 60 years.
+        """
+        end, back = math.floor(now), 64
+        while self._first(end - back, end) is None:
+            if back > _PATIENCE:
+                raise StopIteration
+            back *= 2
+        low, high = end - back, end  # a tick lies behind the first, none behind the second
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self._first(middle, end) is None else (middle, high)
+        return float(high)
 
     def upcoming(self, now: float, count: int) -> list[datetime]:
         """The next ticks, in the schedule's own time zone."""
-        ticks = self._ticks(_at(now, self.zone))
-        return [next(ticks) for _ in range(count)]
+        found: list[datetime] = []
+        for _ in range(count):
+            now = self.next(now)
+            found.append(self.moment(now))
+        return found
 
     def moment(self, at: float) -> datetime:
         """Epoch seconds in the schedule's own time zone."""
@@ -82,8 +120,80 @@ class Schedule(msgspec.Struct, frozen=True, eq=False):
         job_id = str(uuid5(_NAMESPACE, f"{self.job.queue}/{self.key}/{round(at)}"))
         return msgspec.structs.replace(self.job, id=job_id, created_at=moment, headers=headers)
 
-    def _ticks(self, start: datetime, *, reverse: bool = False) -> CronSim:
-        return CronSim(_ALIASES.get(self.expression, self.expression), start, reverse=reverse)
+    def _first(self, after: int, until: int | None) -> int | None:
+        """The first tick after a moment, up to another one if that is given (epoch seconds)."""
+        expression = _ALIASES.get(self.expression, self.expression)
+        once = not any(field.startswith("*") for field in expression.split()[-5:-3])  # minute and hour
+        offset = _offset(self.zone, after)
+        wall = after + offset  # what the clock on the wall shows, in seconds; ticks come behind it
+        if once:  # what it shows twice has ticked the first time
+            wall = max([wall, *(each.at + each.before - 1 for each in _changes(self.zone, after - _LONGEST, after))])
+        while (shown := _shown(expression, wall)) is not None:
+            tick = shown - offset
+            end = tick if until is None else min(tick, until)
+            change = next(_changes(self.zone, after, end), None)
+            if change is None:
+                return tick if tick == end else None
+            if once and shown < change.at + change.after:
+                return change.at  # what it never shows runs when that is over
+            after, offset = change.at, change.after
+            wall = max(wall, after + max(change.before, offset) - 1) if once else after + offset - 1
+        return None
+
+
+class _Change(NamedTuple):
+    """A change of a zone's offset from UTC, all in seconds: of the epoch, and before and after it."""
+
+    at: int
+    before: int
+    after: int
+
+
+def _offset(zone: str, at: int) -> int:
+    offset = datetime.fromtimestamp(at, ZoneInfo(zone)).utcoffset() or timedelta(0)
+    return round(offset.total_seconds())
+
+
+def _changes(zone: str, after: int, until: int) -> Iterator[_Change]:
+    """Changes of a zone's offset after a moment and up to another, in order."""
+    for year in range(after // _YEAR, until // _YEAR + 1):
+        yield from (change for change in _changes_of(zone, year) if after < change.at <= until)
+
+
+@lru_cache(maxsize=4096)
+def _changes_of(zone: str, year: int) -> tuple[_Change, ...]:
+    """Changes in one of the years since 1970, each of 366 days. The standard library knows them and does not tell."""
+    found: list[_Change] = []
+    start, end = year * _YEAR - 1, (year + 1) * _YEAR - 1
+    before = _offset(zone, start)
+    while start < end:
+        stop = min(start + _STEP, end)
+        after = _offset(zone, stop)
+        if after != before:
+            low, high = start, stop
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (middle, high) if _offset(zone, middle) == before else (low, middle)
+            after = _offset(zone, high)
+            found.append(_Change(high, before, after))
+            stop = high
+        start, before = stop, after
+    return tuple(found)
+
+
+@lru_cache(maxsize=1024)
+def _parsed(expression: str) -> CronSim:
+    return CronSim(expression, _EPOCH)
+
+
+def _shown(expression: str, wall: int) -> int | None:
+    """The next time of day and date that fits, after another one: both in seconds since 1970, without a zone."""
+    ticks = copy(_parsed(expression))
+    ticks.dt = _EPOCH + timedelta(seconds=wall)
+    try:
+        return round((next(ticks) - _EPOCH).total_seconds())
+    except StopIteration:
+        return None
 
 
 def schedule(

@@ -1,4 +1,4 @@
-"""What runs wherever jobs are relayed: the relay, the watch over queues, and, alone, the promotion of due jobs."""
+"""What runs wherever jobs are relayed: the relay and the watch over queues; without workers, the scheduler too."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from datetime import datetime
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import anyio
 
+from streamworker.broker import Tick, Ticked
+from streamworker.clock import Clock
+from streamworker.cron import Schedule
 from streamworker.errors import ConfigurationError
 from streamworker.handover import Dispatcher, Outbox
 from streamworker.pause import Pause
@@ -30,6 +33,54 @@ NEW_QUEUES: Final = 5.0
 """Seconds between looks for queues that were not there before."""
 
 
+class Promoting(Protocol):
+    """What a scheduler needs of Redis."""
+
+    async def promote(self, queues: Sequence[str]) -> float:
+        """See `Dispatcher.promote`."""
+
+    async def queues(self) -> list[str]:
+        """See `Dispatcher.queues`."""
+
+    async def propose(self, tick: Tick) -> Ticked:
+        """See `Broker.propose`."""
+
+
+class Scheduler:
+    """What makes jobs ready when their time comes, where no worker may be: due jobs of all queues, and an app's ticks.
+
+    Args:
+        dispatcher: where the jobs are.
+        schedules: of the app; none where no app is known.
+        settings: how large a job may be.
+    """
+
+    dispatched: Final = 0
+    """Jobs it took from a ledger."""
+
+    def __init__(self, dispatcher: Promoting, schedules: Sequence[Schedule], settings: Settings) -> None:
+        self._dispatcher, self._schedules, self._settings = dispatcher, schedules, settings
+
+    async def run(self, stopping: anyio.Event) -> None:
+        """Promote and tick until stopped; no command to Redis is cancelled."""
+        async with anyio.create_task_group() as loops:
+            loops.start_soon(self._promote, stopping)
+            loops.start_soon(Clock(self._dispatcher, self._schedules, self._settings, stopping).run)
+
+    async def _promote(self, stopping: anyio.Event) -> None:
+        pause = Pause()
+        while not stopping.is_set():
+            try:
+                seconds = await self._dispatcher.promote(await self._dispatcher.queues())
+                pause.reset()
+            except Exception as error:  # noqa: BLE001 - goes on when the server does
+                log.error("promotion_failed", error=str(error))
+                await pause.wait(stopping)
+                continue
+            with anyio.move_on_after(min(seconds, NEW_QUEUES)):
+                await stopping.wait()
+
+
 class Relaying:
     """A relay and its watch.
 
@@ -39,7 +90,7 @@ class Relaying:
         listener: tells of commits, if anybody does.
         lease: seconds a running job may take to finish after a sign of loss.
         queues: those that this process serves.
-        promoting: whether due jobs of all queues are promoted here, too.
+        scheduler: runs beside it, if there is one.
     """
 
     def __init__(
@@ -50,11 +101,11 @@ class Relaying:
         listener: Listener | None,
         lease: float,
         queues: Sequence[str] = (),
-        promoting: bool = False,
+        scheduler: Scheduler | None = None,
     ) -> None:
         self._dispatcher = dispatcher
         self.outbox: Final = outbox
-        self._promoting = promoting
+        self._scheduler = scheduler
         self._ending = anyio.Event()
         self.relay: Final = Relay(
             outbox,
@@ -72,8 +123,8 @@ class Relaying:
         async with anyio.create_task_group() as loops:
             loops.start_soon(self.relay.run)
             loops.start_soon(self._vigil.run)
-            if self._promoting:
-                loops.start_soon(self._promote)
+            if self._scheduler is not None:
+                loops.start_soon(self._scheduler.run, self._ending)
             await stopping.wait()
             self._ending.set()
             self.relay.wake()
@@ -83,18 +134,10 @@ class Relaying:
         """Whether jobs that are due have not reached their queues yet; then they are looked for now."""
         return await self.relay.unsent()
 
-    async def _promote(self) -> None:
-        pause = Pause()
-        while not self._ending.is_set():
-            try:
-                seconds = await self._dispatcher.promote(await self._dispatcher.queues())
-                pause.reset()
-            except Exception as error:  # noqa: BLE001 - goes on when the server does
-                log.error("promotion_failed", error=str(error))
-                await pause.wait(self._ending)
-                continue
-            with anyio.move_on_after(min(seconds, NEW_QUEUES)):
-                await self._ending.wait()
+    @property
+    def dispatched(self) -> int:
+        """Jobs it has dispatched."""
+        return self.relay.dispatched
 
     async def known(self) -> list[str]:
         """The queues of the ledger."""
@@ -125,7 +168,7 @@ async def open_relaying(
     pool: Any,
     *,
     queues: Sequence[str] = (),
-    promoting: bool = False,
+    scheduler: Scheduler | None = None,
 ) -> Relaying:
     """A relay, closed with ``stack``, the dispatcher too.
 
@@ -136,7 +179,7 @@ async def open_relaying(
         url: of the database, if there is one.
         pool: the user's, where there is none.
         queues: those that this process serves.
-        promoting: whether due jobs of all queues are promoted here, too.
+        scheduler: runs beside it, if there is one.
 
     Raises:
         ConfigurationError: the database has no schema streamworker.
@@ -152,7 +195,7 @@ async def open_relaying(
     if not await outbox.is_there():
         raise ConfigurationError("the schema streamworker is not there: run `streamworker migrate up`")
     listener = listener_for(url, settings.database_direct_url, pooled=database.pooled)
-    return Relaying(outbox, dispatcher, listener=listener, lease=settings.lease, queues=queues, promoting=promoting)
+    return Relaying(outbox, dispatcher, listener=listener, lease=settings.lease, queues=queues, scheduler=scheduler)
 
 
 def listener_for(url: str | None, direct: str | None, *, pooled: bool) -> Listener | None:

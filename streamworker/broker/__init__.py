@@ -51,9 +51,13 @@ class Tick(msgspec.Struct, frozen=True):
     Attributes:
         queue: where its job goes.
         level: and on which level.
-        schedule: its name, one of a kind in the queue.
+        schedule: what its last tick is remembered by, one of a kind in the queue.
         at: epoch seconds.
         body: the job's document; empty if the tick passes without one.
+        name: of the schedule, whatever its expression is; of two with one name the one whose worker started last is in
+            force. Empty if it has none.
+        before: the tick that this worker proposed before; ``None`` if this is its first.
+        now: what the worker takes for the server's clock, in epoch seconds; ``None`` if it does not say.
     """
 
     queue: str
@@ -61,13 +65,17 @@ class Tick(msgspec.Struct, frozen=True):
     schedule: str
     at: float
     body: bytes
+    name: str = ""
+    before: float | None = None
+    now: float | None = None
 
 
 class Ticked(msgspec.Struct, frozen=True):
     """What became of a tick that was proposed.
 
     Attributes:
-        early: seconds it is still to come, by the server's clock.
+        early: seconds until it should be proposed again: it is still to come by the server's clock, or the worker is
+            mistaken about that clock by more than five seconds. 0 if it is dealt with.
         added: its job was added by this call.
         now: the server's clock, in epoch seconds.
     """

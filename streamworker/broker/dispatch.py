@@ -13,12 +13,13 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from time import monotonic
 from typing import Any, Final
 
-from streamworker.broker import list_listings, listings, scripts
+from streamworker.broker import Tick, Ticked, list_listings, listings, scripts
 from streamworker.broker.client import Address
 from streamworker.broker.due import promote
 from streamworker.broker.keys import ListKeys, QueueKeys
 from streamworker.broker.link import Link
 from streamworker.broker.listings import Desk, text
+from streamworker.broker.publish import Publisher
 from streamworker.codec import derived_id, glance
 from streamworker.errors import StreamworkerError
 from streamworker.handover import Dispatch, Dispatched, Pulse
@@ -44,6 +45,7 @@ class RedisDispatcher:
         self._keys = keys
         self._group = group
         self._desk = Desk(self._link.commands, address, group, namespace)
+        self._publisher = Publisher(self._link.wires, address, keys)
         self._clocks: dict[object, float] = {}
 
     async def open(self) -> None:
@@ -162,6 +164,10 @@ class RedisDispatcher:
     async def promote(self, queues: Sequence[str]) -> float:
         """See `Dispatcher.promote`."""
         return await promote(self._link, [self._keys(queue) for queue in queues])
+
+    async def propose(self, tick: Tick) -> Ticked:
+        """See `Broker.propose`."""
+        return await self._publisher.propose(tick)
 
     async def queues(self) -> list[str]:
         """See `Dispatcher.queues`."""

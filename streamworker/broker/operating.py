@@ -149,7 +149,8 @@ class Operating:
         """See `Operator.ticks`."""
         found = await self._desk.ask("HGETALL", self._key(queue).crons)
         pairs = found.items() if isinstance(found, dict) else zip(found[::2], found[1::2], strict=True)
-        return {text(schedule): int(at) / 1000 for schedule, at in pairs}
+        # Beside the ticks lies which schedule of a name is in force, as a time and the schedule.
+        return {text(schedule): int(at) / 1000 for schedule, at in pairs if at.isdigit()}
 
     async def reprieve(self, queue: str, job_id: str) -> bool:
         """See `Operator.reprieve`."""

@@ -20,6 +20,8 @@ from streamworker.job import LEVELS, Enqueued, Level, Outgoing
 BATCH: Final = 1000
 """Most jobs of one round trip."""
 TRIES: Final = 3
+IN_FORCE: Final = 180.0
+"""Seconds a schedule stays in force after its last proposal: workers propose at least once a minute."""
 
 
 class Publisher:
@@ -58,7 +60,9 @@ class Publisher:
     async def propose(self, tick: Tick) -> Ticked:
         """See `Broker.propose`. Sending it again is safe."""
         keys = self._keys(tick.queue)
-        args: list[str | bytes | int | float] = [tick.schedule, round(tick.at * 1000), keys.shape, tick.body]
+        args: list[str | bytes | int | float] = [tick.schedule, round(tick.at * 1000), keys.shape, tick.body, tick.name]
+        args += ["" if each is None else round(each * 1000) for each in (tick.before, tick.now)]
+        args.append(round(IN_FORCE * 1000))
         names = [keys.crons, keys.ready(tick.level)]
         early, added, now = await self._send(lambda: scripts.CRON(self._client, names, args), TRIES)
         return Ticked(early / 1000, bool(added), now / 1000)

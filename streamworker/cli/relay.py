@@ -1,4 +1,4 @@
-"""``streamworker relay``: the relay on its own."""
+"""``streamworker relay``: what moves jobs where no worker may be."""
 
 from __future__ import annotations
 
@@ -9,23 +9,33 @@ from typing import Any
 import anyio
 
 from streamworker.app import App
+from streamworker.cli.loading import load_app, with_own
 from streamworker.cli.options import WORKER, WorkerFlags
+from streamworker.relaying import Scheduler
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.relay")
 
 
-def relay(*, flags: WorkerFlags = WORKER) -> int:
-    """Put jobs that were enqueued in PostgreSQL transactions onto Redis, and promote due jobs of all queues.
+def relay(app: str | None = None, *, flags: WorkerFlags = WORKER) -> int:
+    """Promote due jobs of all queues, enqueue what the app schedules, and relay what waits in PostgreSQL.
 
-    Every worker does the first unless STREAMWORKER_RELAY=off. On its own it keeps delayed jobs coming while no worker
-    runs, so that workers can be scaled down to none.
+    Every worker does this, too (the last unless STREAMWORKER_RELAY=off). On its own it does so while no worker runs, so
+    that workers can be scaled down to none: with or without PostgreSQL, and without an app but for its schedules.
+
+    Args:
+        app: module:attribute of the app whose schedules tick, such as shop.jobs:app; STREAMWORKER_APP unless given.
     """
-    settings = flags.settings()
+    settings = flags.settings(app=app)
+    flags.export()
+    loaded: App[Any] = App(settings=settings)
+    if settings.app is not None:
+        loaded = load_app(settings)
+        settings = with_own(settings, loaded)
 
     async def main() -> int:
         stopping = anyio.Event()
-        async with App[Any](settings=settings).relaying(settings) as relaying, anyio.create_task_group() as group:
+        async with loaded.relay_process(settings) as relaying, anyio.create_task_group() as group:
 
             async def watch(*, task_status: anyio.abc.TaskStatus[None]) -> None:
                 with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
@@ -34,10 +44,10 @@ def relay(*, flags: WorkerFlags = WORKER) -> int:
                         stopping.set()
 
             await group.start(watch)
-            log.info("relay_ready")
+            log.info("relay_ready", schedules=len(loaded.schedules), ledger=not isinstance(relaying, Scheduler))
             await relaying.run(stopping)
             group.cancel_scope.cancel()
-        log.info("relay_stopped", dispatched=relaying.relay.dispatched)
+        log.info("relay_stopped", dispatched=relaying.dispatched)
         return 0
 
     return anyio.run(main, backend_options={"use_uvloop": importlib.util.find_spec("uvloop") is not None})

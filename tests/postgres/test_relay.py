@@ -25,7 +25,7 @@ from streamworker.postgres import relay as sql
 from streamworker.postgres.pool import open_database
 from streamworker.postgres.relay import PostgresOutbox
 from streamworker.relay import Relay
-from streamworker.relaying import Relaying, listener_for
+from streamworker.relaying import Relaying, Scheduler, listener_for
 from tests.conftest import eventually
 from tests.postgres.working import settings_for, working
 
@@ -468,7 +468,7 @@ async def test_due_jobs_of_all_queues_are_promoted_by_a_relay_on_its_own(outbox,
     async with App(settings=Settings(redis_url=redis_url)) as producer:
         await producer.enqueue(Note(text="x"), delay=0.2)
         await producer.enqueue(Bill(), delay=0.2, queue="elsewhere")
-    async with running(outbox, streams, promoting=True):
+    async with running(outbox, streams, scheduler=Scheduler(streams, [], Settings())):
         await eventually(lambda: raw.xlen("stream:{notes}") == raw.xlen("stream:{elsewhere}") == 1)
 
 
@@ -529,9 +529,10 @@ async def test_the_relay_as_a_process_of_its_own(pg, raw, redis_url, database_ur
     assert "relay_stopped" in said
 
 
-def test_the_relay_without_a_database_or_without_the_schema_says_what_to_do(redis_url, empty_database):
+def test_the_relay_without_the_database_or_the_schema_that_it_was_told_of_says_what_to_do(redis_url, empty_database):
     for env, code, words in (
-        ({}, 78, "set DATABASE_URL"),
+        ({"STREAMWORKER_LEDGER": "on"}, 78, "set DATABASE_URL"),
+        ({"STREAMWORKER_APP": "not_there:app"}, 78, "There is no module"),
         ({"DATABASE_URL": empty_database}, 78, "streamworker migrate up"),
     ):
         clean = {k: v for k, v in os.environ.items() if not k.startswith("STREAMWORKER_") and k != "DATABASE_URL"}

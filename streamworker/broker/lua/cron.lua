@@ -1,21 +1,42 @@
 -- cron: one tick of a schedule. Every worker proposes it; the first after its moment, by this server's clock, adds the job.
--- A schedule that is not known yet begins with this tick, and adds nothing.
+-- A schedule that is not known yet begins with this tick, and adds nothing, unless its proposer has known it since an
+-- earlier tick: then the hash was lost meanwhile, and the tick was not. Of two schedules of one name the one whose worker
+-- started last is in force: the other one adds nothing until the first has not been proposed for a while. A proposer whose
+-- clock is wrong by seconds has proposed the wrong tick: it is told to come again.
 --
--- KEYS[1]  hash of the queue: schedule -> ms of its last tick
+-- KEYS[1]  hash of the queue: schedule -> ms of its last tick, and "current:NAME" -> ms it was proposed last, and schedule
 -- KEYS[2]  where the ready jobs of the level lie
 -- ARGV[1]  the schedule
 -- ARGV[2]  ms of the tick
 -- ARGV[3]  what ready jobs lie in: stream or list
 -- ARGV[4]  the job ("": the tick passes without one)
+-- ARGV[5]  its name, shared by all forms it ever had ("": it has none)
+-- ARGV[6]  ms of the tick that its proposer proposed before ("": this is its first)
+-- ARGV[7]  ms that the proposer takes for now ("": it does not say)
+-- ARGV[8]  ms after which a schedule that is not proposed any more is in force no longer
 --
--- returns { ms until the tick (0: it is not to come), 1 if the job was added by this call, ms of the server's clock }
+-- returns { ms until it should be proposed again (0: it need not), 1 if the job was added by this call, ms of the server's clock }
 local time = redis.call('TIME')
 local now, tick = time[1] * 1000 + math.floor(time[2] / 1000), tonumber(ARGV[2])
+if ARGV[7] ~= '' and math.abs(tonumber(ARGV[7]) - now) > 5000 then return { 1, 0, now } end
 if tick > now then return { tick - now, 0, now } end
-local last = redis.call('HGET', KEYS[1], ARGV[1])
-if last and tonumber(last) >= tick then return { 0, 0, now } end
+
+local before = tonumber(ARGV[6])
+local last = tonumber(redis.call('HGET', KEYS[1], ARGV[1]) or '')
+local field, seen, current = 'current:' .. ARGV[5], nil, nil
+if ARGV[5] ~= '' then seen, current = string.match(redis.call('HGET', KEYS[1], field) or '', '^(%d+) (.*)$') end
+local replaces = current and current ~= ARGV[1]
+if replaces and before then
+  if now - tonumber(seen) < tonumber(ARGV[8]) then return { 0, 0, now } end
+  last = tonumber(seen) -- what has ticked since then did not
+elseif replaces then
+  last = nil
+elseif not last and before and before < tick then
+  last = before
+end
+
 local added = 0
-if last and ARGV[4] ~= '' then
+if last and last < tick and ARGV[4] ~= '' then
   if ARGV[3] == 'list' then
     redis.call('LPUSH', KEYS[2], ARGV[4])
   else
@@ -23,5 +44,7 @@ if last and ARGV[4] ~= '' then
   end
   added = 1
 end
-redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+if replaces then redis.call('HDEL', KEYS[1], current) end
+if ARGV[5] ~= '' then redis.call('HSET', KEYS[1], field, string.format('%d', now) .. ' ' .. ARGV[1]) end
+if not last or last < tick then redis.call('HSET', KEYS[1], ARGV[1], ARGV[2]) end
 return { 0, added, now }
