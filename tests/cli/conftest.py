@@ -11,13 +11,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pytest
 
+from tests import forkserver
 from tests.conftest import MODES, Server, eventually_blocking
 from tests.contract.ground import GROUNDS, Ground
 
@@ -87,8 +88,19 @@ class Done(subprocess.CompletedProcess[str]):
         return lines[0].removeprefix("streamworker: ")
 
 
+def _read_by_python(env: Mapping[str, str]) -> bool:
+    """Whether the environment holds what Python reads before its first line, which a forked process cannot."""
+    return any(
+        name.startswith(("LC_", "LANG")) or (name.startswith("PYTHON") and name not in ("PYTHONPATH", "PYTHONWARNINGS"))
+        for name in env
+    )
+
+
 class Program:
-    """Runs ``python -m streamworker`` in a project's directory, with an environment of its own."""
+    """Runs ``streamworker`` in a project's directory, with an environment of its own.
+
+    Each call is a process; it comes from the fork server, unless ``fresh`` asks for a Python of its own.
+    """
 
     def __init__(self, directory: Path, url: str | None) -> None:
         self.directory = directory
@@ -100,16 +112,23 @@ class Program:
         self.env.pop("DATABASE_URL", None)
         if url is not None:
             self.env["REDIS_URL"] = url
-        self.running: list[subprocess.Popen[str]] = []
+        self.running: list[forkserver.Forked] = []
 
     def command(self, *words: object) -> list[str]:
         return [sys.executable, "-m", "streamworker", *map(str, words)]
 
-    def __call__(self, *words: object, stdin: str | None = None, timeout: float = 45, **env: str) -> Done:
-        done = subprocess.run(
-            self.command(*words), cwd=self.directory, env={**self.env, **env}, timeout=timeout, capture_output=True,
-            text=True, **({"input": stdin} if stdin is not None else {"stdin": subprocess.DEVNULL}),
-        )  # fmt: skip
+    def __call__(
+        self, *words: object, stdin: str | None = None, timeout: float = 45, fresh: bool = False, **env: str
+    ) -> Done:
+        if fresh or _read_by_python(env):
+            done = subprocess.run(
+                self.command(*words), cwd=self.directory, env={**self.env, **env}, timeout=timeout, capture_output=True,
+                text=True, **({"input": stdin} if stdin is not None else {"stdin": subprocess.DEVNULL}),
+            )  # fmt: skip
+        else:
+            done = forkserver.run(
+                [*map(str, words)], input=stdin, timeout=timeout, cwd=self.directory, env={**self.env, **env}
+            )
         return Done(done.args, done.returncode, done.stdout, done.stderr)
 
     def ok(self, *words: object, **options: Any) -> Done:
@@ -118,7 +137,7 @@ class Program:
         return done
 
     def start(self, *words: object, **env: str) -> Running:
-        running = Running(self.command(*words), self.directory, {**self.env, **env})
+        running = Running([*map(str, words)], self.directory, {**self.env, **env})
         self.running.append(running.process)
         return running
 
@@ -132,11 +151,8 @@ class Program:
 class Running:
     """A process that runs beside the test; its standard error is read as it comes."""
 
-    def __init__(self, command: list[str], directory: Path, env: dict[str, str]) -> None:
-        self.process = subprocess.Popen(
-            command, cwd=directory, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+    def __init__(self, words: list[str], directory: Path, env: dict[str, str]) -> None:
+        self.process = forkserver.forked(words, cwd=directory, env=env)
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -187,8 +203,8 @@ class Terminal:
 
         self._master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-        self.process = subprocess.Popen(
-            program.command(*words), cwd=program.directory, env=program.env, stdin=slave, stdout=slave, stderr=slave,
+        self.process = forkserver.forked(
+            [*map(str, words)], cwd=program.directory, env=program.env, stdin=slave, stdout=slave, stderr=slave,
             start_new_session=True,
         )  # fmt: skip
         os.close(slave)

@@ -1,0 +1,300 @@
+"""The program as real processes that start within milliseconds: forked from one that has imported everything.
+
+Starting Python and importing the command line costs half a second of processor time, a thousand times in this suite.
+A child of the fork server is a process as any other: its own pid, signals, environment, working directory, standard
+streams and exit code; it ends as Python ends, `threading` and `atexit` included. What Python reads before its first
+line (``PYTHON*``, the locale) is the fork server's: who tests that starts a Python of its own.
+
+``forked(["worker", "jobs:app"], cwd=…, env=…)`` has the face of `subprocess.Popen`. The server is started by the first
+call, and ends with the process that called.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import pkgutil
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, Final
+
+ROOT: Final = Path(__file__).parents[1]
+MAX_ORDER: Final = 1 << 20
+"""Bytes of one order: words and environment."""
+
+# -- the caller's side
+
+_server: tuple[int, subprocess.Popen[bytes], str] | None = None
+
+
+class Forked:
+    """One process of the fork server; the part of `subprocess.Popen` that tests use."""
+
+    def __init__(self, connection: socket.socket, args: Sequence[str]) -> None:
+        self._connection = connection
+        self.args = list(args)
+        self.stdin: IO[str] | None = None
+        self.stdout: IO[str] | None = None
+        self.stderr: IO[str] | None = None
+        self.returncode: int | None = None
+        self.pid = int(_receive(connection))
+
+    def poll(self) -> int | None:
+        """The exit code (negative: a signal), ``None`` while it runs."""
+        return self._ended(0)
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end.
+
+        Raises:
+            subprocess.TimeoutExpired: it has not ended after ``timeout`` seconds.
+        """
+        code = self._ended(timeout)
+        if code is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0)
+        return code
+
+    def _ended(self, timeout: float | None) -> int | None:
+        if self.returncode is None and select.select([self._connection], [], [], timeout)[0]:
+            self.returncode = int(_receive(self._connection))
+            self._connection.close()
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self, input: str | None = None, timeout: float | None = None) -> tuple[str, str]:  # noqa: A002
+        """Write ``input``, read both streams to their ends, and wait; as `subprocess.Popen.communicate`."""
+        end = None if timeout is None else time.monotonic() + timeout
+        texts: dict[IO[str], list[bytes]] = {stream: [] for stream in (self.stdout, self.stderr) if stream is not None}
+        if self.stdin is not None:
+            with self.stdin:
+                self.stdin.write(input or "")
+        open_streams = list(texts)
+        while open_streams:
+            left = None if end is None else end - time.monotonic()
+            ready, _, _ = select.select(open_streams, [], [], left if left is None else max(0.0, left))
+            if not ready:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0)
+            for stream in ready:
+                data = os.read(stream.fileno(), 65536)
+                texts[stream].append(data)
+                if not data:
+                    open_streams.remove(stream)
+        self.wait(None if end is None else max(0.1, end - time.monotonic()))
+        said = []
+        for stream in (self.stdout, self.stderr):
+            said.append(b"".join(texts[stream]).decode(errors="replace") if stream is not None else "")
+            if stream is not None:
+                stream.close()
+        return said[0], said[1]
+
+
+def forked(
+    words: Sequence[str],
+    *,
+    cwd: Path,
+    env: Mapping[str, str],
+    stdin: int = subprocess.DEVNULL,
+    stdout: int | IO[Any] = subprocess.DEVNULL,
+    stderr: int | IO[Any] = subprocess.PIPE,
+    start_new_session: bool = False,
+) -> Forked:
+    """Start ``streamworker WORDS`` as a process of its own.
+
+    Args:
+        words: of the command line, without the program's name.
+        cwd: the working directory; importable, as with ``python -m``.
+        env: the whole environment.
+        stdin: a descriptor, ``PIPE`` or ``DEVNULL``, as for `subprocess.Popen`; so are the next two.
+        stdout: where standard output goes.
+        stderr: where standard error goes.
+        start_new_session: make it the leader of a session: it and its children share no process group with the test.
+    """
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection.connect(_address())
+    ends: dict[str, int] = {}
+    theirs: list[int] = []
+    mine: list[int] = []
+    for name, wanted in (("stdin", stdin), ("stdout", stdout), ("stderr", stderr)):
+        if wanted == subprocess.PIPE:
+            reader, writer = os.pipe()
+            theirs.append(reader if name == "stdin" else writer)
+            ends[name] = writer if name == "stdin" else reader
+            mine.append(theirs[-1])
+        elif wanted == subprocess.DEVNULL:
+            theirs.append(os.open(os.devnull, os.O_RDWR))
+            mine.append(theirs[-1])
+        else:
+            theirs.append(wanted if isinstance(wanted, int) else wanted.fileno())
+    order = {"words": [*words], "cwd": str(cwd), "env": dict(env), "session": start_new_session}
+    socket.send_fds(connection, [json.dumps(order).encode()], theirs)
+    process = Forked(connection, words)
+    for descriptor in mine:
+        os.close(descriptor)
+    for name, descriptor in ends.items():
+        # Unbuffered underneath, for `communicate` reads the descriptor itself.
+        setattr(process, name, os.fdopen(descriptor, "w" if name == "stdin" else "r", errors="replace"))
+    return process
+
+
+def run(words: Sequence[str], *, input: str | None = None, timeout: float, **options: Any) -> subprocess.CompletedProcess[str]:  # noqa: A002
+    """`forked`, with its output read to the end; as `subprocess.run` with ``capture_output`` and ``text``."""
+    process = forked(
+        words, stdin=subprocess.DEVNULL if input is None else subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, **options,
+    )  # fmt: skip
+    try:
+        out, err = process.communicate(input, timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return subprocess.CompletedProcess(["streamworker", *words], process.wait(), out, err)
+
+
+def _address() -> str:
+    """Where the fork server of this process listens; started if there is none."""
+    global _server  # noqa: PLW0603 - one a process, as the process that it is
+    if _server is None or _server[0] != os.getpid() or _server[1].poll() is not None:
+        mine, theirs = socket.socketpair()
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("STREAMWORKER_", "PYTEST_"))}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.forkserver", str(theirs.fileno())], cwd=ROOT, pass_fds=[theirs.fileno()],
+            env=environment, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        theirs.close()
+        address = mine.recv(200)  # at its end, when the last copy of `mine` is closed, the server ends
+        _server = (os.getpid(), process, "\0" + address.decode())
+        _keep.append(mine)
+    return _server[2]
+
+
+_keep: list[socket.socket] = []
+
+
+def _receive(connection: socket.socket) -> bytes:
+    data = connection.recv(100)
+    if not data:
+        raise RuntimeError("the fork server ended")
+    return data
+
+
+# -- the server's side
+
+
+def _main(alive: socket.socket) -> int:
+    _import_all()
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    name = f"streamworker-forkserver-{os.getpid()}"
+    listener.bind("\0" + name)
+    listener.listen(100)
+    wake, waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal: the tests end first
+    alive.send(name.encode())
+    children: dict[int, socket.socket] = {}
+    while True:
+        ready, _, _ = select.select([alive, listener, wake], [], [])
+        if wake in ready:
+            os.read(wake, 1000)
+        for pid in list(children):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                connection = children.pop(pid)
+                try:
+                    connection.send(str(os.waitstatus_to_exitcode(status)).encode())
+                except OSError:
+                    pass  # the test did not wait
+                connection.close()
+        if alive in ready:
+            for pid in children:
+                os.kill(pid, signal.SIGKILL)
+            return 0
+        if listener in ready:
+            connection, _ = listener.accept()
+            data, descriptors, _, _ = socket.recv_fds(connection, MAX_ORDER, 3)
+            pid = os.fork()
+            if not pid:
+                for mine in (alive, listener, connection, *children.values()):
+                    mine.close()
+                for mine in (wake, waker):
+                    os.close(mine)
+                return _child(json.loads(data), descriptors)
+            for descriptor in descriptors:
+                os.close(descriptor)
+            children[pid] = connection
+            connection.send(str(pid).encode())
+
+
+def _child(order: dict[str, Any], descriptors: Sequence[int]) -> int:
+    """Become ``python -m streamworker WORDS``; returns its exit code."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if order["session"]:
+        os.setsid()
+    for number, descriptor in enumerate(descriptors):
+        os.dup2(descriptor, number)
+    for descriptor in descriptors:
+        if descriptor > 2:
+            os.close(descriptor)
+    os.environ.clear()
+    os.environ.update(order["env"])
+    time.tzset()
+    os.chdir(order["cwd"])
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    sys.path[:] = [order["cwd"], *paths, *[path for path in sys.path if path not in ("", str(ROOT), *paths)]]
+    sys.argv[:] = ["streamworker", *order["words"]]
+    for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
+        buffering = 1 if name == "stderr" or os.isatty(number) else -1
+        stream = open(number, mode, buffering, encoding="utf-8", errors="backslashreplace" if number == 2 else "strict")  # noqa: SIM115, PTH123
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+    if os.environ.get("PYTHONWARNINGS") == "error":
+        warnings.simplefilter("error")
+    from streamworker.cli import main
+
+    try:
+        return main()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+        return 1
+
+
+def _import_all() -> None:
+    """Import what commands import when they run, so that no child has to."""
+    import streamworker
+
+    for module in pkgutil.walk_packages(streamworker.__path__, "streamworker."):
+        if not module.name.endswith("__main__") and ".testing" not in module.name:
+            importlib.import_module(module.name)
+    for name in ("uvloop", "rich.live", "rich.table", "rich.console"):
+        importlib.import_module(name)
+    import gc
+
+    gc.collect()
+    gc.freeze()
+
+
+if __name__ == "__main__":
+    sys.exit(_main(socket.socket(fileno=int(sys.argv[1]))))
