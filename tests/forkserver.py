@@ -11,10 +11,12 @@ call, and ends with the process that called.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
 import pkgutil
+import runpy
 import select
 import signal
 import socket
@@ -24,8 +26,12 @@ import time
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Final
+
+import streamworker
+from streamworker import cli
 
 ROOT: Final = Path(__file__).parents[1]
 MAX_ORDER: Final = 1 << 20
@@ -116,8 +122,9 @@ def forked(
     stdout: int | IO[Any] = subprocess.DEVNULL,
     stderr: int | IO[Any] = subprocess.PIPE,
     start_new_session: bool = False,
+    module: str = "streamworker",
 ) -> Forked:
-    """Start ``streamworker WORDS`` as a process of its own.
+    """Start ``python -m streamworker WORDS`` as a process of its own.
 
     Args:
         words: of the command line, without the program's name.
@@ -127,6 +134,7 @@ def forked(
         stdout: where standard output goes.
         stderr: where standard error goes.
         start_new_session: make it the leader of a session: it and its children share no process group with the test.
+        module: another one than ``streamworker`` to run as ``__main__``.
     """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     connection.connect(_address())
@@ -144,7 +152,7 @@ def forked(
             mine.append(theirs[-1])
         else:
             theirs.append(wanted if isinstance(wanted, int) else wanted.fileno())
-    order = {"words": [*words], "cwd": str(cwd), "env": dict(env), "session": start_new_session}
+    order = {"words": [*words], "cwd": str(cwd), "env": dict(env), "session": start_new_session, "module": module}
     socket.send_fds(connection, [json.dumps(order).encode()], theirs)
     process = Forked(connection, words)
     for descriptor in mine:
@@ -155,7 +163,13 @@ def forked(
     return process
 
 
-def run(words: Sequence[str], *, input: str | None = None, timeout: float, **options: Any) -> subprocess.CompletedProcess[str]:  # noqa: A002
+def run(
+    words: Sequence[str],
+    *,
+    input: str | None = None,  # noqa: A002
+    timeout: float,
+    **options: Any,
+) -> subprocess.CompletedProcess[str]:
     """`forked`, with its output read to the end; as `subprocess.run` with ``capture_output`` and ``text``."""
     process = forked(
         words, stdin=subprocess.DEVNULL if input is None else subprocess.PIPE, stdout=subprocess.PIPE,
@@ -215,15 +229,7 @@ def _main(alive: socket.socket) -> int:
         ready, _, _ = select.select([alive, listener, wake], [], [])
         if wake in ready:
             os.read(wake, 1000)
-        for pid in list(children):
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            if ended:
-                connection = children.pop(pid)
-                try:
-                    connection.send(str(os.waitstatus_to_exitcode(status)).encode())
-                except OSError:
-                    pass  # the test did not wait
-                connection.close()
+        _reap(children)
         if alive in ready:
             for pid in children:
                 os.kill(pid, signal.SIGKILL)
@@ -242,6 +248,15 @@ def _main(alive: socket.socket) -> int:
                 os.close(descriptor)
             children[pid] = connection
             connection.send(str(pid).encode())
+
+
+def _reap(children: dict[int, socket.socket]) -> None:
+    """Tell who waits for a child that it has ended."""
+    for pid in list(children):
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            with children.pop(pid) as connection, suppress(OSError):  # the test did not wait
+                connection.send(str(os.waitstatus_to_exitcode(status)).encode())
 
 
 def _child(order: dict[str, Any], descriptors: Sequence[int]) -> int:
@@ -270,10 +285,11 @@ def _child(order: dict[str, Any], descriptors: Sequence[int]) -> int:
         setattr(sys, f"__{name}__", stream)
     if os.environ.get("PYTHONWARNINGS") == "error":
         warnings.simplefilter("error")
-    from streamworker.cli import main
-
     try:
-        return main()
+        if order["module"] != "streamworker":
+            runpy.run_module(order["module"], run_name="__main__", alter_sys=True)
+            return 0
+        return cli.main()
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
     except BaseException:
@@ -283,15 +299,11 @@ def _child(order: dict[str, Any], descriptors: Sequence[int]) -> int:
 
 def _import_all() -> None:
     """Import what commands import when they run, so that no child has to."""
-    import streamworker
-
     for module in pkgutil.walk_packages(streamworker.__path__, "streamworker."):
         if not module.name.endswith("__main__") and ".testing" not in module.name:
             importlib.import_module(module.name)
     for name in ("uvloop", "rich.live", "rich.table", "rich.console"):
         importlib.import_module(name)
-    import gc
-
     gc.collect()
     gc.freeze()
 

@@ -7,8 +7,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Collection
@@ -21,6 +19,7 @@ import redis
 from streamworker import App, Payload, StreamworkerError
 from streamworker.errors import PublishUncertain
 from streamworker.settings import Settings
+from tests import forkserver
 from tests.conftest import Server
 from tests.crash import stalls
 from tests.crash.app import Block, Thread, Work
@@ -407,9 +406,7 @@ class Rig:
     def command(self, *words: str) -> list[dict[str, Any]]:
         """What `streamworker WORDS` prints as JSON lines; past the proxy."""
         environment = {**clean_environment(), "REDIS_URL": self.server.url, "STREAMWORKER_QUEUES": "q"}
-        done = subprocess.run(
-            [sys.executable, "-m", "streamworker", *words], cwd=ROOT, env=environment, capture_output=True, text=True
-        )
+        done = forkserver.run(words, cwd=ROOT, env=environment, timeout=60)
         assert done.returncode == 0, done.stderr
         return [json.loads(line) for line in done.stdout.splitlines()]
 

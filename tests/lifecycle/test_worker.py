@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,6 +15,7 @@ import pytest
 import redis
 
 from streamworker.job import LEVELS, Level
+from tests import forkserver
 from tests.conftest import Server, eventually_blocking
 from tests.contract.ground import Ground
 from tests.contract.helpers import list_only, stream_only
@@ -40,8 +39,8 @@ class Process:
         env |= {f"STREAMWORKER_{name}": str(value) for name, value in {**defaults, **settings}.items()}
         self.log = log
         with log.open("wb") as out:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.lifecycle.apps", *arguments], env=env, cwd=ROOT, stdout=out, stderr=out
+            self._process = forkserver.forked(
+                arguments, module="tests.lifecycle.apps", env=env, cwd=ROOT, stdout=out, stderr=out
             )
 
     def signal(self, number: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,6 +18,7 @@ from streamworker.postgres import Wanted
 from streamworker.postgres.archive import PAGE, PostgresArchive
 from streamworker.postgres.ledger import PostgresLedger
 from streamworker.postgres.pool import Database, open_database
+from tests import forkserver
 from tests.conftest import eventually
 from tests.postgres.conftest import beside
 from tests.postgres.test_ledger import run_of
@@ -148,10 +148,7 @@ def streamworker(database_url: str) -> Run:
     env = {**clean, "PYTHONPATH": str(ROOT), "DATABASE_URL": database_url, "NO_COLOR": "1"}
 
     def run(*words: str, **more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "streamworker", "jobs", *words], env={**env, **more}, stdin=subprocess.DEVNULL,
-            capture_output=True, text=True, timeout=50,
-        )  # fmt: skip
+        return forkserver.run(["jobs", *words], env={**env, **more}, cwd=ROOT, timeout=50)
 
     return run
 

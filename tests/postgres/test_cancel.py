@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import anyio
@@ -13,6 +11,7 @@ import pytest
 
 from streamworker import App, Context
 from streamworker.handover import Lost
+from tests import forkserver
 from tests.conftest import eventually
 from tests.postgres.working import Job, settings_for, working
 
@@ -117,10 +116,7 @@ def streamworker(redis_url, database_url):
     env = {**clean, "PYTHONPATH": str(ROOT), "DATABASE_URL": database_url, "REDIS_URL": redis_url, "NO_COLOR": "1"}
 
     def run(*words, **more):
-        return subprocess.run(
-            [sys.executable, "-m", "streamworker", *words], env={**env, **more}, stdin=subprocess.DEVNULL,
-            capture_output=True, text=True, timeout=50,
-        )  # fmt: skip
+        return forkserver.run(words, env={**env, **more}, cwd=ROOT, timeout=50)
 
     return run
 

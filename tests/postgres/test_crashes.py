@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import asyncpg
 import pytest
 import redis
 
+from tests import forkserver
 from tests.conftest import eventually, nothing_left
 
 ROOT = Path(__file__).parents[2]
@@ -35,8 +34,8 @@ class Process:
         env |= {name: str(value) for name, value in more.items()}
         self.log = log
         with log.open("wb") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.postgres.apps"], env=env, cwd=ROOT, stdout=out, stderr=out
+            self.process = forkserver.forked(
+                [], module="tests.postgres.apps", env=env, cwd=ROOT, stdout=out, stderr=out
             )
 
     def signal(self, number: int) -> None:

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import anyio
@@ -19,6 +17,7 @@ from streamworker.postgres.pool import open_database
 from streamworker.postgres.relay import PostgresOutbox
 from streamworker.relay import Relay
 from streamworker.vigil import Vigil
+from tests import forkserver
 from tests.conftest import eventually
 from tests.postgres.working import settings_for, working
 
@@ -300,9 +299,7 @@ def cli(redis_url, database_url, *words):
         "DATABASE_URL": database_url,
         "PYTHONWARNINGS": "error",
     }
-    return subprocess.run(
-        [sys.executable, "-m", "streamworker", *words], env=env, capture_output=True, text=True, timeout=30
-    )
+    return forkserver.run(words, env=env, cwd=ROOT, timeout=30)
 
 
 async def test_reconcile_by_hand(redis_url, database_url, outbox, pg, raw):

@@ -14,6 +14,7 @@ import pytest
 from streamworker.embedded.binaries import find_binaries
 from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable
 from streamworker.postgres.migrate import Migration, Migrator, load, printed, shipped
+from tests import forkserver
 
 ROOT = Path(__file__).parents[2]
 # A migration that takes long enough for others to arrive, and would fail if it ran twice.
@@ -33,8 +34,7 @@ def run(*words, **env):
         for k, v in os.environ.items()
         if not k.startswith("STREAMWORKER_") and k not in ("DATABASE_URL", "REDIS_URL")
     }
-    return subprocess.run([sys.executable, "-m", "streamworker", "migrate", *words], env={**clean, "PYTHONPATH": str(ROOT), **env},
-                          capture_output=True, text=True, timeout=30)  # fmt: skip
+    return forkserver.run(["migrate", *words], env={**clean, "PYTHONPATH": str(ROOT), **env}, cwd=ROOT, timeout=30)
 
 
 async def test_five_migrators_at_once_apply_everything_once(empty_database):

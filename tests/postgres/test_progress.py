@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import anyio
 
 from streamworker import App, Context
+from tests import forkserver
 from tests.conftest import eventually
 from tests.postgres.working import Job, settings_for, working
 
@@ -21,10 +20,7 @@ ROOT = Path(__file__).parents[2]
 def command(redis_url, database_url, *words):
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("STREAMWORKER_", "REDIS"))}
     env = {**clean, "PYTHONPATH": str(ROOT), "DATABASE_URL": database_url, "REDIS_URL": redis_url, "NO_COLOR": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "streamworker", *words], env={**env, "COLUMNS": "200"}, stdin=subprocess.DEVNULL,
-        capture_output=True, text=True, timeout=50,
-    )  # fmt: skip
+    done = forkserver.run(words, env={**env, "COLUMNS": "200"}, cwd=ROOT, timeout=50)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -4,8 +4,6 @@ import asyncio
 import json
 import os
 import random
-import subprocess
-import sys
 import time
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -26,6 +24,7 @@ from streamworker.postgres.pool import open_database
 from streamworker.postgres.relay import PostgresOutbox
 from streamworker.relay import Relay
 from streamworker.relaying import Relaying, Scheduler, listener_for
+from tests import forkserver
 from tests.conftest import eventually
 from tests.postgres.working import settings_for, working
 
@@ -513,9 +512,7 @@ async def test_a_worker_told_not_to_leaves_jobs_where_they_are(pg, raw, redis_ur
 async def test_the_relay_as_a_process_of_its_own(pg, raw, redis_url, database_url):
     env = {k: v for k, v in os.environ.items() if not k.startswith("STREAMWORKER_")}
     env |= {"PYTHONPATH": str(ROOT), "REDIS_URL": redis_url, "DATABASE_URL": database_url, "PYTHONWARNINGS": "error"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "streamworker", "relay"], env=env, stderr=subprocess.PIPE, text=True
-    )
+    process = forkserver.forked(["relay"], env=env, cwd=ROOT)
     try:
         await commit(pg, Bill())
         await eventually(lambda: raw.xlen("stream:{billing}") == 1, 20)
@@ -537,9 +534,7 @@ def test_the_relay_without_the_database_or_the_schema_that_it_was_told_of_says_w
     ):
         clean = {k: v for k, v in os.environ.items() if not k.startswith("STREAMWORKER_") and k != "DATABASE_URL"}
         clean |= {"PYTHONPATH": str(ROOT), "REDIS_URL": redis_url, **env}
-        said = subprocess.run(
-            [sys.executable, "-m", "streamworker", "relay"], env=clean, capture_output=True, text=True, timeout=20
-        )
+        said = forkserver.run(["relay"], env=clean, cwd=ROOT, timeout=20)
         assert said.returncode == code, said.stderr
         assert words in said.stderr
         assert len([line for line in said.stderr.splitlines() if not line.startswith("{")]) == 1

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,8 +51,7 @@ class Served:
 def served(redis_url: str, raw: Any, chromium: Chromium, tmp_path: Path) -> Iterator[Served]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("STREAMWORKER_")}
     env = {**clean, "REDIS_URL": redis_url, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "streamworker", "dashboard", "--listen", "127.0.0.1:0"]
-    running = Running(command, tmp_path, env)
+    running = Running(["dashboard", "--listen", "127.0.0.1:0"], tmp_path, env)
     eventually_blocking(lambda: running.saw("dashboard_ready"), 30)
     url = next(json.loads(line)["url"] for line in running.lines if "dashboard_ready" in line).rstrip("/")
     chromium.size(1280, 800)
