@@ -29,6 +29,7 @@ Every message is one sentence that tells the reader what to do next; none holds 
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Final
 
 LONGEST_WAIT: Final = 100 * 366 * 86_400.0
@@ -120,6 +121,13 @@ class HandlerSignal(Exception):
     """What a handler raises to choose its own ending."""
 
 
+def _check_seconds(wish: str, after: object) -> None:
+    if isinstance(after, timedelta):
+        raise TypeError(f"{wish} needs seconds as a number: write {after.total_seconds():g}, or .total_seconds()")
+    if isinstance(after, bool) or not isinstance(after, (int, float)):
+        raise TypeError(f"{wish} needs seconds as a number, such as 60, and was given {type(after).__name__}")
+
+
 class Retry(HandlerSignal):
     """Try again and charge an attempt.
 
@@ -130,6 +138,8 @@ class Retry(HandlerSignal):
 
     def __init__(self, after: float | None = None, reason: str = "") -> None:
         super().__init__(reason or "the handler asked for a retry")
+        if after is not None:
+            _check_seconds(f"Retry(after={after!r})", after)
         if after is not None and not 0 <= after <= LONGEST_WAIT:
             raise ValueError(f"Retry(after={after!r}) needs seconds from 0 up to 100 years")
         self.after = after
@@ -143,6 +153,7 @@ class Snooze(HandlerSignal):
     """
 
     def __init__(self, after: float) -> None:
+        _check_seconds(f"Snooze({after!r})", after)
         super().__init__(f"snoozed for {after:g} s")
         if not 0 <= after <= LONGEST_WAIT:
             raise ValueError(f"Snooze({after!r}) needs seconds from 0 up to 100 years")

@@ -30,7 +30,8 @@ from streamworker.job import (
     Undecodable,
     UnknownKind,
 )
-from streamworker.policy import SUSPECT_DELIVERIES, Facts, Limits, abandoned, describe, wish_in
+from streamworker.policy import SUSPECT_DELIVERIES, Facts, Limits, abandoned, wish_in
+from streamworker.redact import describe
 from streamworker.run import CANCELLED, Cause, Run
 
 Middleware: TypeAlias = Callable[[Context[Any], Callable[[], Awaitable[Any]]], Awaitable[Any]]
@@ -80,7 +81,7 @@ class Executor:
         """Decode the claim and find its handler; sets ``run.outcome`` if the job does not come to run. Never raises."""
         try:
             self._prepare(run)
-        except Exception as error:  # noqa: BLE001 - payload types run users' code; no document may end the worker
+        except BaseException as error:  # noqa: BLE001 - payload types run users' code; no document may end the worker
             run.outcome = Undecodable(f"the payload of {run.kind!r} does not fit: {describe(error)}")
 
     def _prepare(self, run: Run) -> None:

@@ -126,7 +126,11 @@ async def _await_result(
             left = min(look_at, end if end is not None else look_at) - monotonic()
             told = await hearing.heard(max(0.0, left))
             if told is None and end is not None and monotonic() >= end:
-                raise ResultTimeout(f"the job {job_id} has not ended yet: wait for longer, or look at it", job_id)
+                raise ResultTimeout(
+                    f"the job {job_id} has not ended yet, or longer ago than its result is kept (result_ttl): wait for "
+                    "longer, or look at it",
+                    job_id,
+                )
             if not told:
                 break
             note = notes.read(told)
@@ -140,11 +144,12 @@ async def _await_result(
 async def _noted(hearing: Hearing, archive: Archive | None, queue: str | None, job_id: str) -> notes.Note | None:
     """What is kept of a job's end, in Redis or in the ledger."""
     kept = await hearing.kept()
-    if kept is not None and (note := notes.read(kept)) is not None:
+    note = notes.read(kept) if kept is not None else None
+    if note is not None and (archive is None or note.status != "completed" or bytes(note.result)):
         return note
     record = None if archive is None else await archive.find(job_id, queue)
     if record is None or record.status not in ("completed", "dead", "cancelled"):
-        return None
+        return note
     lost = record.result is None and record.error is not None
     kept_none = record.status != "completed" or lost
     result = msgspec.Raw() if kept_none else msgspec.Raw(msgspec.json.encode(record.result))

@@ -15,9 +15,9 @@ from streamworker.broker import Broker
 from streamworker.claiming import Claimer
 from streamworker.holdings import Holdings
 from streamworker.lease import LeaseKeeper
-from streamworker.masking import redact
 from streamworker.metering import Metering
 from streamworker.observe import Observer
+from streamworker.redact import redact
 from streamworker.settings import Settings
 from streamworker.telemetry.http import Answer, HttpThread, Route
 from streamworker.telemetry.vitals import Vitals, not_alive, not_ready

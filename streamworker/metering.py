@@ -20,7 +20,7 @@ from streamworker.holdings import Holdings
 from streamworker.identity import rss_bytes
 from streamworker.job import Depth
 from streamworker.lease import LeaseKeeper
-from streamworker.masking import redact
+from streamworker.redact import redact
 from streamworker.settings import Settings
 from streamworker.telemetry.exposition import CONTENT_TYPE, Family, Numbers, render
 from streamworker.telemetry.http import Answer

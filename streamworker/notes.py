@@ -6,6 +6,8 @@ from typing import Any, Final, Literal
 
 import msgspec
 
+from streamworker.redact import describe
+
 MAX_RESULT: Final = 262_144
 """Bytes of the largest result that is kept."""
 
@@ -37,7 +39,9 @@ def written(note: Note) -> bytes:
 
 
 def read(told: bytes) -> Note | None:
-    """A note; ``None`` for bytes that are none."""
+    """A note, or for a number the note of a result that was kept for so many ms; ``None`` for bytes that are none."""
+    if told.isdigit():
+        return Note("completed", error=f"its result was kept for {int(told[:18]) / 1000:g} s and has expired")
     try:
         return _decoder.decode(told)
     except msgspec.MsgspecError:
@@ -52,9 +56,9 @@ def result_json(value: Any) -> bytes:
     """
     try:
         result = msgspec.json.encode(value)
-    except Exception as error:
-        what = f"{type(error).__name__}: {error}"[:1000]
-        raise ValueError(f"what the handler returned cannot be written as JSON: {what}") from error
+    except BaseException as error:  # noqa: BLE001 - a user's objects run code here, and it must not end the worker
+        what = describe(error)[:1000]
+        raise ValueError(f"what the handler returned cannot be written as JSON: {what}") from None
     if len(result) > MAX_RESULT:
         raise ValueError(f"what the handler returned has {len(result)} bytes and {MAX_RESULT} are kept")
     return result

@@ -19,7 +19,8 @@ import msgspec
 
 from streamworker import codec
 from streamworker.job import Job, Level, Outcome, Raised, Settled, TimedOut, Undecodable, Verdict
-from streamworker.policy import describe, word_of
+from streamworker.policy import word_of
+from streamworker.redact import describe
 from streamworker.run import Run
 from streamworker.traceparent import trace_id
 

@@ -17,7 +17,7 @@ The rules, in the order they are asked:
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -42,10 +42,10 @@ from streamworker.job import (
     UnknownKind,
     Verdict,
 )
+from streamworker.redact import describe, fit, text_of
 
 SUSPECT_DELIVERIES: Final = 3
 """From this delivery on a job runs alone: two workers died with it, the third shall not take neighbours along."""
-MAX_ERROR_CHARS: Final = 4000
 DONE: Final = Done()
 DROP: Final = Drop()
 _WORDS: Final[dict[type, str]] = {
@@ -148,11 +148,11 @@ def judge(outcome: Outcome, facts: Facts, *, now: float, jitter: float) -> Verdi
         case Ok():
             return DONE
         case Raised(error=Discard() as wish):
-            return Dead("discarded", wish.reason[:MAX_ERROR_CHARS])
+            return Dead("discarded", fit(text_of(wish, how=_reason)))
         case Raised(error=Snooze() as wish):
             return ReleaseAt(now + wish.after, "snoozed")
         case Raised(error=Retry(after=float() | int() as after) as wish):
-            return _charge(facts, str(wish)[:MAX_ERROR_CHARS], now + after)
+            return _charge(facts, fit(text_of(wish)), now + after)
         case Raised(error=error):
             return _charge(facts, describe(error), now + _wait(facts, jitter))
         case TimedOut(after=after):
@@ -168,7 +168,7 @@ def judge(outcome: Outcome, facts: Facts, *, now: float, jitter: float) -> Verdi
         case UnknownKind():
             return _unknown(outcome, facts, now)
         case Undecodable(error=message):
-            return Dead("undecodable", message[:MAX_ERROR_CHARS])
+            return Dead("undecodable", fit(message))
         case Abandoned(deaths=deaths):
             return Dead(f"worker died {deaths} times")
         case Recorded(verdict=verdict):
@@ -195,13 +195,8 @@ def word_of(outcome: Outcome | None) -> str:
     return _WORDS.get(type(outcome), "raised")
 
 
-def describe(error: BaseException) -> str:
-    """An error in one bounded line of text: its type and message."""
-    try:
-        message = str(error)
-    except Exception:  # noqa: BLE001 - a broken __str__ is the handler's; the job must still end
-        message = "(its message cannot be shown)"
-    return f"{type(error).__name__}: {message}"[:MAX_ERROR_CHARS]
+def _reason(wish: Any) -> str:
+    return str(wish.reason)
 
 
 def _wait(facts: Facts, jitter: float) -> float:

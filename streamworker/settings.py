@@ -16,7 +16,7 @@ import msgspec
 
 from streamworker.environment import PREFIX, Found, judge_names, lookup
 from streamworker.errors import ConfigurationError
-from streamworker.masking import MASK, mask_url, redact
+from streamworker.redact import MASK, mask_url, redact
 from streamworker.setting_rules import (
     Address,
     QueueSpec,
@@ -230,7 +230,9 @@ def _parse(rule: Rule, found: Found) -> Any:
         return rule.parse(found.value)
     except ValueError as error:
         shown = MASK if found.private else repr(_shown(rule, found.value)[:100])
-        hint = f" ({error})" if str(error) else ""
+        quoted = len(found.value) > 1 and found.value[0] == found.value[-1] and found.value[0] in "\"'"
+        why = "it stands in quotes, which `docker run --env-file` keeps: remove them" if quoted else str(error)
+        hint = f" ({why})" if why else ""
         raise ConfigurationError(f"{found.source} is {shown}{hint}; it must be {rule.allowed}.") from None
 
 

@@ -22,7 +22,8 @@ from streamworker.execute import OK
 from streamworker.holdings import Holdings
 from streamworker.job import Dead, Deferred, Done, Drop, Raised, ReleaseAt, RetryAt, Settled, Undecodable
 from streamworker.pause import Pause
-from streamworker.policy import DONE, describe
+from streamworker.policy import DONE
+from streamworker.redact import describe
 from streamworker.run import Run
 from streamworker.telemetry.logs import get_logger
 from streamworker.traceparent import trace_id
@@ -209,8 +210,8 @@ def judged(run: Run, now: float) -> Ending:
         return Ending(run.claim, DONE)
     try:
         return ending(run, now=now, jitter=random.random())  # noqa: S311 - spreads load
-    except Exception as error:  # noqa: BLE001 - a hostile document or error object; its bytes are kept
-        log.error("ending_failed", kind=run.kind, queue=run.claim.queue, error=str(error))
+    except BaseException as error:  # noqa: BLE001 - a hostile document or error object; its bytes are kept
+        log.error("ending_failed", kind=run.kind, queue=run.claim.queue, error=describe(error))
         return Ending(run.claim, Dead("undecidable", describe(error)), kind=run.kind)
 
 

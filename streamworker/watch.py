@@ -12,6 +12,7 @@ from streamworker.broker import Ending
 from streamworker.execute import Executor
 from streamworker.job import Dead, Outcome, Settled
 from streamworker.observe import JobRun, Observer, Settlement
+from streamworker.redact import name_of, text_of
 from streamworker.run import Run
 from streamworker.settler import Settler
 from streamworker.slots import Slots
@@ -97,11 +98,11 @@ class Watch:
     def _tell(self, told: Callable[[T], None], what: T) -> None:
         try:
             told(what)
-        except Exception as error:
-            name = getattr(told, "__qualname__", repr(told))
+        except BaseException as error:
+            name = text_of(getattr(told, "__qualname__", name_of(told)))
             if monotonic() - self._said.get(name, float("-inf")) >= SILENCE:
                 self._said[name] = monotonic()
-                log.error("observer_failed", observer=name, error=str(error), exc_info=error)
+                log.error("observer_failed", observer=name, error=text_of(error), exc_info=error)
 
 
 def watching(observers: Sequence[Observer], executor: Executor, slots: Slots, settler: Settler) -> Watch | None:

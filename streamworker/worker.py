@@ -32,6 +32,7 @@ from streamworker.holdings import Holdings
 from streamworker.identity import heartbeat, new_worker_id
 from streamworker.lease import LeaseKeeper
 from streamworker.metering import Metering
+from streamworker.redact import text_of
 from streamworker.run import Run
 from streamworker.settings import Settings
 from streamworker.settler import Settler
@@ -113,7 +114,7 @@ class QueueWorker:
                     self._health.open()
                     await self.initialize(stack)
                 except Exception as error:
-                    log.error("worker_start_failed", worker_id=self.worker_id, error=str(error))
+                    log.error("worker_start_failed", worker_id=self.worker_id, error=text_of(error))
                     raise
                 await self._main()
                 await self._clean_up()

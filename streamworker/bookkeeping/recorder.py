@@ -35,9 +35,10 @@ from streamworker.job import (
     RetryAt,
 )
 from streamworker.pause import Pause
-from streamworker.policy import DONE, describe, word_of
+from streamworker.policy import DONE, word_of
 from streamworker.postgres import LANES, Effect, Ledger, RunRecord, Stored
 from streamworker.records import run_record, unread_record
+from streamworker.redact import describe
 from streamworker.run import Run
 from streamworker.settler import Settler, judged
 from streamworker.telemetry.logs import get_logger

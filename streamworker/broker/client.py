@@ -15,6 +15,7 @@ import msgspec
 import redis
 import redis.asyncio as aioredis
 from redis import exceptions as redis_errors
+from redis.asyncio import connection as redis_connection
 from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -82,6 +83,8 @@ class Address:
         elif form.hosts:
             self._kwargs["host"], self._kwargs["port"] = form.hosts[0]
         self._slots = Slots(form) if form.kind == "cluster" else None
+        if form.scheme == "rediss":
+            _check_tls(form.options)
 
     @classmethod
     def of(cls, client: object, name: str = "streamworker") -> Address:
@@ -259,6 +262,11 @@ def _ours(error: Exception, address: object) -> StreamworkerError:
         return ConfigurationError(
             f"Redis at {address} refused the login ({error}): check the user and password in REDIS_URL"
         )
+    if "DB index is out of range" in str(error):
+        return ConfigurationError(
+            f"Redis at {address} has no database of that number: choose a lower one in REDIS_URL, or raise `databases` "
+            "in the server's configuration"
+        )
     if reaction is Reaction.FATAL:
         return ConfigurationError(
             f"Redis at {address} denies a command this needs ({error}): extend the ACL of this user"
@@ -289,6 +297,24 @@ def _tls_trouble(error: Exception, address: object) -> ConfigurationError | None
             f"Redis at {address} wants a client certificate: name it with ssl_certfile and ssl_keyfile in REDIS_URL"
         )
     return None
+
+
+def _check_tls(options: dict[str, Any]) -> None:
+    """See that certificates, ciphers and flags can be used, before anything is connected.
+
+    Raises:
+        ConfigurationError: they cannot.
+    """
+    tls = {name: value for name, value in options.items() if name.startswith("ssl_")}
+    if not tls:
+        return
+    try:
+        redis_connection.SSLConnection(**tls).ssl_context.get()
+    except (redis_errors.RedisError, OSError, ValueError, TypeError) as error:
+        raise ConfigurationError(
+            f"the TLS options in REDIS_URL cannot be used ({_short(error)}): check the files and words of "
+            f"{', '.join(sorted(tls))}"
+        ) from None
 
 
 def _shown(name: str) -> str:

@@ -9,7 +9,8 @@
     rediss+sentinel://…  rediss+cluster://…               TLS to every node, and to the Sentinels
 
 What TLS needs stands in the query, under redis-py's names: ``ssl_ca_certs``, ``ssl_certfile``, ``ssl_keyfile``,
-``ssl_password``, ``ssl_check_hostname``, ``ssl_cert_reqs`` and their like.
+``ssl_password``, ``ssl_check_hostname``, ``ssl_cert_reqs`` and their like. What else redis-py knows there
+(``socket_timeout``, ``max_connections``, …) holds for ``ctx.redis``.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import msgspec
 import redis
 import redis.asyncio as aioredis
 from redis.asyncio.sentinel import SentinelConnectionPool
+from redis.connection import parse_url
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from streamworker.errors import ConfigurationError
@@ -42,6 +44,15 @@ _HOST: Final = re.compile(r"(?P<host>\[[^\]]+\]|[^\[\]:]+)?(?::(?P<port>\d+))?")
 _LOGIN: Final = frozenset({"db", "username", "password", "credential_provider"})
 _FILES: Final = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_ca_path")
 _TLS: Final = frozenset(n for n in inspect.signature(aioredis.SSLConnection.__init__).parameters if "ssl_" in n)
+_CERT_REQS: Final = ("none", "optional", "required")
+CLIENT: Final = frozenset(
+    {
+        "client_name", "decode_responses", "encoding", "encoding_errors", "health_check_interval", "lib_name",
+        "lib_version", "max_connections", "protocol", "retry_on_timeout", "socket_connect_timeout", "socket_keepalive",
+        "socket_read_size", "socket_timeout", "timeout",
+    }
+)  # fmt: skip
+"""Options for the client that handlers get; connections of ours have their own."""
 
 
 class NotExecuted(RedisConnectionError):
@@ -58,6 +69,7 @@ class Form(msgspec.Struct, frozen=True):
         options: what redis-py's connections want to know: login, database, path, TLS.
         service: the name under which Sentinels know the master.
         sentinel_options: the same as ``options`` for connections to Sentinels.
+        client: what the client of handlers wants to know besides.
     """
 
     kind: Literal["server", "sentinel", "cluster"]
@@ -66,6 +78,7 @@ class Form(msgspec.Struct, frozen=True):
     options: dict[str, Any]
     service: str = ""
     sentinel_options: dict[str, Any] = {}
+    client: dict[str, Any] = {}
 
     def __str__(self) -> str:
         """Without passwords."""
@@ -104,7 +117,8 @@ def of(client: Any) -> Form:
         nodes = client.nodes_manager.startup_nodes.values()
         given = client.connection_kwargs
         scheme: Literal["redis", "rediss"] = "rediss" if _secure(given.get("connection_class")) else "redis"
-        return Form("cluster", scheme, tuple((str(node.host), int(node.port)) for node in nodes), _kept(given))
+        hosts = tuple((str(node.host), int(node.port)) for node in nodes)
+        return Form("cluster", scheme, hosts, _kept(given))
     pool = client.connection_pool if isinstance(client, aioredis.Redis) else None
     given = pool.connection_kwargs if pool is not None else {}
     if isinstance(pool, SentinelConnectionPool):
@@ -119,18 +133,32 @@ def of(client: Any) -> Form:
 
 
 def _server(url: str) -> Form:
-    probe = redis.ConnectionPool.from_url(url)
-    unknown = sorted(name for name in probe.connection_kwargs if name.startswith("ssl_") and name not in _TLS)
-    if unknown:
+    given: dict[str, Any] = dict(parse_url(url))
+    kind = given.pop("connection_class", redis.Connection)
+    tls = sorted(name for name in given if name.startswith("ssl"))
+    if unknown := [name for name in tls if name not in _TLS]:
         raise ValueError(f"there is no option {', '.join(unknown)}; TLS knows {', '.join(sorted(_TLS))}")
-    return _plain(probe.connection_kwargs, probe.connection_class)
+    if tls and not _secure(kind):
+        raise ValueError(f"{tls[0]} is about TLS, and the URL has none: write rediss:// instead of redis://")
+    unknown = sorted(given.keys() - _TLS - _LOGIN - CLIENT - {"host", "port", "path"})
+    if unknown:
+        raise ValueError(f"there is no option {', '.join(unknown)}; redis-py knows {', '.join(sorted(CLIENT))}")
+    if "ssl_cert_reqs" in given:
+        # Celery and the ssl module of Python call them CERT_NONE and so on.
+        word = str(given["ssl_cert_reqs"]).lower().removeprefix("cert_")
+        if word not in _CERT_REQS:
+            raise ValueError(f"ssl_cert_reqs is one of {', '.join(_CERT_REQS)}")
+        given["ssl_cert_reqs"] = word
+    if "decode_responses" in given:
+        given["decode_responses"] = str(given["decode_responses"]).lower() in ("1", "true", "yes", "on")
+    return _plain(given, kind)
 
 
 def _plain(given: Mapping[str, Any], kind: type[Any]) -> Form:
     if "Unix" in kind.__name__:
-        return Form("server", "unix", (), {**_kept(given), "path": given.get("path")})
+        return Form("server", "unix", (), {**_kept(given), "path": given.get("path")}, client=_client(given))
     host = (str(given.get("host") or "localhost"), int(given.get("port") or REDIS_PORT))
-    return Form("server", "rediss" if _secure(kind) else "redis", (host,), _kept(given))
+    return Form("server", "rediss" if _secure(kind) else "redis", (host,), _kept(given), client=_client(given))
 
 
 def _several(match: re.Match[str]) -> Form:
@@ -143,12 +171,14 @@ def _several(match: re.Match[str]) -> Form:
     asked = {name: value for name, value in query if name.startswith("sentinel_")}
     rest = urlencode([(name, value) for name, value in query if name not in asked])
     # redis-py reads login and query as it does everywhere else; hosts and path are ours.
-    given = _server(f"{scheme}://{user}localhost/?{rest}").options
+    plain = _server(f"{scheme}://{user}localhost/?{rest}")
+    given = plain.options
     path = [unquote(part) for part in (match["path"] or "").strip("/").split("/") if part]
     if match["kind"] == "cluster":
         if path not in ([], ["0"]) or given.get("db"):
             raise ValueError("a cluster has no databases but 0")
-        return Form("cluster", scheme, hosts, {name: value for name, value in given.items() if name != "db"})
+        options = {name: value for name, value in given.items() if name != "db"}
+        return Form("cluster", scheme, hosts, options, client=plain.client)
     if not path or len(path) > 2 or (len(path) == 2 and not path[1].isdigit()):
         raise ValueError(
             "after the Sentinels comes the name of their master, as in redis+sentinel://host:26379/mymaster/0"
@@ -160,7 +190,7 @@ def _several(match: re.Match[str]) -> Form:
     tls = {name: value for name, value in given.items() if name in _TLS}
     if len(path) == 2:
         given = {**given, "db": int(path[1])}
-    return Form("sentinel", scheme, hosts, given, path[0], {**tls, **login})
+    return Form("sentinel", scheme, hosts, given, path[0], {**tls, **login}, plain.client)
 
 
 def _host(text: str, port: int) -> Host:
@@ -173,6 +203,10 @@ def _host(text: str, port: int) -> Host:
 def _kept(given: Mapping[str, Any]) -> dict[str, Any]:
     """Who to log in as, and TLS; pools and retries are ours."""
     return {name: value for name, value in given.items() if (name in _LOGIN or name in _TLS) and value is not None}
+
+
+def _client(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if name in CLIENT and value is not None}
 
 
 def _secure(kind: Any) -> bool:

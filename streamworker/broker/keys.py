@@ -108,6 +108,10 @@ class QueueKeys(msgspec.Struct, frozen=True):
         """How a job ended, kept for a while; and the channel on which that is told."""
         return f"{self.base}:result:{job_id}"
 
+    def ended(self, job_id: str) -> str:
+        """For how many ms the result of a job was kept: remembered a minute longer than `result` itself."""
+        return f"{self.base}:ended:{job_id}"
+
     def key(self, name: str) -> str:
         """A deduplication key."""
         return f"{self.base}:key:{name}"

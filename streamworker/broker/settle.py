@@ -111,7 +111,7 @@ class StreamSender:
         args: list[Any] = [self._group, self._consumer]
         for item in items:
             args += (item.claim.entry, item.claim.count, item.job_id, *note(item))
-        names = [items[0].claim.place, keys.cancelled, keys.meta, *(keys.result(item.job_id) for item in items)]
+        names = [items[0].claim.place, keys.cancelled, keys.meta, *kept_at(keys, items)]
         return list(await scripts.FINISH(self._client, names, args))
 
     async def park(self, keys: QueueKeys, items: list[Ending]) -> list[int]:
@@ -139,6 +139,11 @@ async def tell(client: scripts.AsyncCaller, keys: QueueKeys, items: Iterable[End
     if names:
         with suppress(RedisError, OSError):
             await scripts.TELL(client, [keys.meta, *names], [notes.COMPLETED] * len(names))
+
+
+def kept_at(keys: QueueKeys, items: Iterable[Ending]) -> list[str]:
+    """Two keys for each ending: where it is kept how the job ended, and where it is remembered that this was kept."""
+    return [key for item in items for key in (keys.result(item.job_id), keys.ended(item.job_id))]
 
 
 def note(item: Ending) -> tuple[int, bytes]:

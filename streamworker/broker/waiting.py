@@ -28,7 +28,8 @@ class Waiting:
         """See `Hearing.kept`."""
         found: bytes | None = None
         for keys in self._queues:
-            answer = await self._link.run(scripts.WAIT, [keys.meta, keys.result(self._job_id)], [round(TOLD * 1000)])
+            names = [keys.meta, keys.result(self._job_id), keys.ended(self._job_id)]
+            answer = await self._link.run(scripts.WAIT, names, [round(TOLD * 1000)])
             found = found or answer
         return found
 

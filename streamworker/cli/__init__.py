@@ -19,12 +19,14 @@ from cyclopts import CycloptsError
 from streamworker.cli import stdout
 from streamworker.cli.tree import root
 from streamworker.errors import StreamworkerError
-from streamworker.masking import redact
+from streamworker.redact import clean_block, cut_lines, name_of, redact, text_of
 
 __all__ = ["main", "say"]
 
 LAST_WORDS: Final = 1.0
 """Seconds threads may take to end when everything else has."""
+LONGEST: Final = 64_000
+"""Characters that are said at once: a traceback has many."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -97,7 +99,7 @@ def _failed(error: Exception) -> int:
         for line in str(known).splitlines():
             say(line)
         return known.exit_code
-    say(f"{type(error).__name__}: {error} (unexpected; STREAMWORKER_LOG_LEVEL=debug shows where it came from)")
+    say(f"{name_of(error)}: {text_of(error)} (unexpected; STREAMWORKER_LOG_LEVEL=debug shows where it came from)")
     return 1
 
 
@@ -111,7 +113,7 @@ def _known(error: BaseException) -> StreamworkerError | None:
 
 
 def say(sentence: str) -> None:
-    """One sentence on standard error, passwords hidden."""
+    """One sentence on standard error, passwords hidden and controls spelled out."""
     # Not through the logs: they may not be configured yet, or be JSON for machines.
     with suppress(OSError, ValueError):  # nobody listens, and the exit code says it too
-        print(f"streamworker: {redact(sentence)}", file=sys.stderr, flush=True)
+        print(f"streamworker: {clean_block(redact(cut_lines(sentence, LONGEST)))}", file=sys.stderr, flush=True)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
 import msgspec
 import orjson
@@ -15,14 +14,12 @@ from streamworker.cli.options import Listing
 from streamworker.cli.tables import ROWS, Column, Rows, console, table, take
 from streamworker.cli.watching import watch
 from streamworker.errors import StreamworkerError, UsageError
+from streamworker.redact import clean_json
 from streamworker.views import Fleet, printable
 
 __all__ = ["Column", "document", "json_line", "plain", "print_json", "print_lines", "sentence_of", "show"]
 
 R = TypeVar("R")
-
-# JSON may hold them, but a terminal would obey them.
-_UNPRINTABLE: Final = re.compile("[\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
 
 
 def plain(row: Any) -> dict[str, Any]:
@@ -37,8 +34,7 @@ def plain(row: Any) -> dict[str, Any]:
 
 def json_line(value: Any) -> str:
     """One line of JSON."""
-    line = orjson.dumps(value, default=str).decode()
-    return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match.group()):04x}", line) + "\n"
+    return clean_json(orjson.dumps(value, default=str).decode()) + "\n"
 
 
 def print_json(value: Any) -> None:

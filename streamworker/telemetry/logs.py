@@ -4,8 +4,8 @@ Nothing is configured at import. A program calls `configure` once; a library cal
 `configure` was called (streamworker used inside somebody else's program), events go to the standard library's logger
 ``streamworker``, or to structlog if that program configured it.
 
-Every line of ours is cleaned: passwords of URLs become ``***``, and values under keys that hold payloads or secrets are
-not written at all.
+Every line of ours is cleaned: passwords of URLs become ``***``, values under keys that hold payloads or secrets are not
+written at all, controls are spelled out, and texts are bounded. A value that cannot be shown fails nobody.
 """
 
 from __future__ import annotations
@@ -13,24 +13,36 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
+import stat
 import sys
 import threading
-from typing import Any, Literal, NamedTuple, TextIO, cast
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, Final, Literal, NamedTuple, TextIO, cast
 
 import orjson
 import structlog
 from structlog.typing import EventDict, FilteringBoundLogger, Processor, WrappedLogger
 
-from streamworker.masking import redact
+from streamworker.redact import MAX_CHARS, clean_block, clean_json, cut, cut_lines, describe, redact, text_of
+from streamworker.redact import clean as one_line
+
+if sys.platform != "win32":
+    import fcntl
 
 _REFUSED_KEYS = frozenset({"payload", "body", "bodies", "password", "passwd", "secret", "authorization"})
 _REFUSED = "[not logged]"
 _MAX_DEPTH = 12  # the frames of an exception in a group in a group need all of it
-# Control characters could repaint an operator's terminal, line breaks fake a line, bidirectional marks reorder it.
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-_CONTROL_IN_BLOCK = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_MAX_ITEMS: Final = 100
+"""Items of one list or dictionary that are written."""
+_MAX_BLOCK: Final = 16_000
+"""Characters of a traceback or a stack."""
 _BLOCKS = ("exception", "stack")
+_TURN: Final = 5.0
+"""Seconds to wait for the other processes that write to the same pipe."""
+_TURN_LOST: Final = 60.0
+"""Seconds without waiting after one of them kept it for longer: it is frozen."""
 
 
 class _Sink:
@@ -40,6 +52,7 @@ class _Sink:
         self._stream = stream
         # Reentrant: a signal handler may log while its own thread is writing.
         self._lock = threading.RLock()
+        self._turn = _Turn(stream)
 
     def msg(self, line: str) -> None:
         try:
@@ -49,7 +62,7 @@ class _Sink:
 
     def _write(self, text: str) -> None:
         try:
-            with self._lock:
+            with self._lock, self._turn:
                 self._stream.write(text)
                 self._stream.flush()
         except UnicodeEncodeError:
@@ -61,6 +74,53 @@ class _Sink:
     log = debug = info = warn = warning = error = critical = fatal = exception = failure = err = msg
 
 
+class _Turn:
+    """A line of its own for each of several processes that write to one pipe or socket, as those of a supervisor do.
+
+    The kernel writes up to PIPE_BUF bytes (4,096) in one piece; longer lines are cut into one another where the reader
+    is slow. A record lock on the pipe itself excludes other processes, needs no file, and ends with its process.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._depth = 0
+        self._again_at = 0.0
+        self._number: int | None = None
+        try:
+            number = stream.fileno()
+            mode = os.fstat(number).st_mode
+        except (OSError, ValueError, AttributeError):
+            return  # no file of the system's
+        if sys.platform != "win32" and (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
+            self._number = number
+
+    def __enter__(self) -> None:
+        self._depth += 1
+        if self._number is None or self._depth > 1 or time.monotonic() < self._again_at:
+            return
+        give_up_at = time.monotonic() + _TURN
+        while True:
+            try:
+                fcntl.lockf(self._number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                if time.monotonic() > give_up_at:
+                    self._again_at = time.monotonic() + _TURN_LOST
+                    return
+                time.sleep(0.002)
+            except OSError:
+                self._number = None  # a system without locks on pipes
+                return
+            else:
+                return
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        if self._number is not None and not self._depth:
+            try:
+                fcntl.lockf(self._number, fcntl.LOCK_UN)
+            except OSError:
+                self._number = None
+
+
 class _SinkHandler(logging.Handler):
     """Sends the standard library's records to the sink."""
 
@@ -70,9 +130,11 @@ class _SinkHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            self._sink.msg(self.format(record))
-        except Exception:  # noqa: BLE001 - the contract of logging.Handler: a bad record never reaches its caller
-            self.handleError(record)
+            line = self.format(record)
+        except BaseException:  # noqa: BLE001 - a bad record never reaches its caller, even if its __str__ raises SystemExit
+            get_logger(text_of(record.name)).error("record_unprintable", file=record.pathname, line=record.lineno)
+        else:
+            self._sink.msg(line)
 
 
 class _Pipeline(NamedTuple):
@@ -164,12 +226,29 @@ def _chains(format: str, stream: TextIO) -> tuple[list[Processor], list[Processo
         head.append(structlog.processors.TimeStamper(fmt="iso", utc=True))
         # Locals of the frames hold payloads and passwords.
         transformer = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
-        return head, [structlog.processors.ExceptionRenderer(transformer), clean, _to_json]
+        return head, [structlog.processors.ExceptionRenderer(cast("Any", _safely(transformer))), clean, _to_json]
     head.append(structlog.processors.TimeStamper(fmt="%Y-%m-%d %H:%M:%S", utc=False))
     renderer = structlog.dev.ConsoleRenderer(
         colors=_wants_colors(stream), exception_formatter=structlog.dev.plain_traceback
     )
-    return head, [structlog.processors.format_exc_info, clean, _escape_controls, renderer]
+    text = structlog.processors.ExceptionRenderer(cast("Any", _safely(_formatted)))
+    return head, [text, clean, _escape_controls, renderer]
+
+
+def _safely(formatter: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A formatter of exceptions that shows what can be shown of one whose own methods raise."""
+
+    def safe(exc_info: Any) -> Any:
+        try:
+            return formatter(exc_info)
+        except BaseException:  # noqa: BLE001 - a user's __str__ or __repr__ may raise SystemExit, too
+            return describe(exc_info[1]) if formatter is _formatted else _safely(_formatted)(exc_info)
+
+    return safe
+
+
+def _formatted(exc_info: Any) -> str:
+    return "".join(traceback.format_exception(*exc_info)).removesuffix("\n")
 
 
 def _route_standard_library(sink: _Sink, level: int, head: list[Processor], tail: list[Processor]) -> None:
@@ -212,46 +291,57 @@ def _wants_colors(stream: TextIO) -> bool:
 def clean(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
     """Hide passwords, drop payloads, and turn what JSON does not know into text; a structlog processor."""
     exc_info = event.pop("exc_info", None)
-    cleaned: EventDict = _clean(dict(event), _MAX_DEPTH)
+    cleaned: EventDict = {
+        key: _REFUSED if key.lower() in _REFUSED_KEYS else _clean(value, _MAX_DEPTH) for key, value in event.items()
+    }
+    for name in _BLOCKS:
+        if type(block := event.get(name)) is str:
+            cleaned[name] = cut_lines(redact(cut_lines(block, 2 * _MAX_BLOCK)), _MAX_BLOCK)
     if exc_info is not None:
-        cleaned["exc_info"] = exc_info  # rendered by whoever comes next, who needs the exception itself
+        cleaned["exc_info"] = exc_info  # rendered by the next processor, which needs the exception itself
     return cleaned
 
 
 def _clean(value: Any, depth: int) -> Any:
     kind = type(value)
     if kind is str:
-        return redact(value)
+        return value if len(value) < 3 else _bounded(value)
     if kind in (int, float, bool) or value is None:
         return value
     if depth == 0:
         return "..."
     if kind is dict:
-        return {
-            str(key): _REFUSED if str(key).lower() in _REFUSED_KEYS else _clean(item, depth - 1)
-            for key, item in value.items()
+        pairs = ((text_of(key), item) for key, item in list(value.items())[:_MAX_ITEMS])
+        cleaned = {
+            cut(key): _REFUSED if key.lower() in _REFUSED_KEYS else _clean(item, depth - 1) for key, item in pairs
         }
+        return cleaned if len(value) <= _MAX_ITEMS else {**cleaned, "…": f"{len(value) - _MAX_ITEMS:,} more"}
     if kind in (list, tuple, set, frozenset):
-        return [_clean(item, depth - 1) for item in value]
-    try:
-        return redact(repr(value) if isinstance(value, BaseException) else str(value))
-    except Exception:  # noqa: BLE001 - a value that cannot be printed must not fail the job that logs it
-        return f"<unprintable {kind.__name__}>"
+        items = [_clean(item, depth - 1) for item in list(value)[:_MAX_ITEMS]]
+        return items if len(value) <= _MAX_ITEMS else [*items, f"… {len(value) - _MAX_ITEMS:,} more"]
+    return _bounded(text_of(value, how=repr if issubclass(kind, BaseException) else str))
+
+
+def _bounded(text: str) -> str:
+    """Of a text of 20 MB only the beginning is searched for passwords."""
+    if len(text) <= MAX_CHARS:
+        return redact(text)
+    return f"{redact(text[: 2 * MAX_CHARS])[:MAX_CHARS]}… ({len(text) - MAX_CHARS:,} characters more)"
 
 
 def _to_json(_logger: WrappedLogger, _method: str, event: EventDict) -> str:
     try:
-        return orjson.dumps(event).decode()
+        line = orjson.dumps(event).decode()
     except TypeError:
         # Integers above 64 bits and lone surrogates, which the slower one writes.
         return json.dumps(event)
+    return clean_json(line)
 
 
 def _escape_controls(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
     for key, value in event.items():
         if isinstance(value, str) and not value.isprintable():
-            pattern = _CONTROL_IN_BLOCK if key in _BLOCKS else _CONTROL
-            event[key] = pattern.sub(lambda match: ascii(match.group())[1:-1], value)
+            event[key] = clean_block(value) if key in _BLOCKS else one_line(value)
     return event
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from streamworker.postgres import Attempt, JobRecord
+from streamworker.redact import redact
 
 
 class JobRow(msgspec.Struct, frozen=True):
@@ -66,7 +67,7 @@ def job_row(job: JobRecord) -> JobRow:
         _took(job.started_at, job.finished_at),
         round(time.time() - job.created_at.timestamp(), 3),
         job.worker_id,
-        job.error,
+        job.error and redact(job.error),
     )
 
 
@@ -81,7 +82,7 @@ def attempt_row(attempt: Attempt) -> AttemptRow:
         _moment(attempt.finished_at),
         _took(attempt.started_at, attempt.finished_at),
         attempt.worker_id,
-        attempt.error,
+        attempt.error and redact(attempt.error),
     )
 
 

@@ -6,6 +6,7 @@ import msgspec
 
 from streamworker.broker import StoredJob, WorkerInfo
 from streamworker.job import Depth, Level
+from streamworker.redact import redact
 from streamworker.views.words import moment
 
 
@@ -104,8 +105,8 @@ def dead_row(job: StoredJob, now: float) -> DeadRow:
         entry_id=job.handle,
         job_id=job.job_id,
         kind=job.kind,
-        reason=told.get("reason", ""),
-        error=told.get("error", ""),
+        reason=redact(told.get("reason", "")),
+        error=redact(told.get("error", "")),
         attempts=_whole(told.get("attempts")) or 0,
         deliveries=_whole(told.get("deliveries")) or 0,
         worker_id=told.get("worker", ""),

@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from datetime import UTC, datetime
-from typing import Final
 
-# Control characters could repaint an operator's terminal, line breaks fake a line, bidirectional marks reorder it;
-# surrogates cannot be written at all.
-_UNPRINTABLE: Final = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
-)
+from streamworker.redact import clean as printable
 
-
-def printable(text: str) -> str:
-    """The text with everything escaped that a terminal would obey instead of show."""
-    return _UNPRINTABLE.sub(lambda match: ascii(match.group())[1:-1], text)
+__all__ = ["age", "moment", "printable", "size"]
 
 
 def age(seconds: float | None) -> str:

@@ -168,6 +168,30 @@ async def test_time_runs_out(scene):
         await scene.app.result("nobody", timeout=0)
 
 
+async def test_a_result_that_has_expired_is_said_to_be(scene, working, raw):
+    made = await scene.app.enqueue(Ask())
+    assert await scene.app.result(made.id, timeout=30) == {"sum": 3}
+    remembered = f"stream:{{q}}:ended:{made.id}"
+    assert 60 < raw.ttl(remembered) <= 120
+    raw.delete(f"stream:{{q}}:result:{made.id}")  # as its time does
+    with pytest.raises(
+        ResultNotKept, match="is completed, but has no result: its result was kept for 60 s and has expired"
+    ):
+        await scene.app.result(made.id, timeout=30)
+    raw.delete(remembered)
+    with pytest.raises(ResultTimeout, match="longer ago than its result is kept"):
+        await scene.app.result(made.id, timeout=0.1)
+
+
+async def test_a_cancelled_job_is_not_remembered_as_completed(scene, working, raw):
+    made = await scene.app.enqueue(Ask(how="forever"))
+    await eventually(lambda: raw.keys("streamworker:worker:*"))
+    await scene.app.cancel(made.id)
+    with pytest.raises(JobCancelled):
+        await scene.app.result(made.id, timeout=30)
+    assert not raw.keys("*:ended:*")
+
+
 async def test_an_ear_survives_its_connection(scene, working, raw):
     made = await scene.app.enqueue(Ask(how="wait"))
 

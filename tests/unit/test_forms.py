@@ -61,6 +61,12 @@ def test_tls_in_the_query(tmp_path):
         ("rediss+cluster://h?ssl_ca_certs=/no/such/file", "ssl_ca_certs=/no/such/file, which cannot be read"),
         ("rediss://h?ssl_ca_path=/no/such/directory", "cannot be read"),
         ("http://h", "must specify one of"),
+        ("rediss://h?ssl_cert_reqs=maybe", "ssl_cert_reqs is one of none, optional, required"),
+        ("redis://h?ssl_cert_reqs=none", "ssl_cert_reqs is about TLS, and the URL has none: write rediss://"),
+        ("redis+sentinel://h/m?ssl_ca_certs=/x", "write rediss://"),
+        ("redis://h?socket_timeout=soon", "socket_timeout"),
+        ("redis://h?max_conections=3", "no option max_conections"),
+        ("redis+cluster://h?max_conections=3", "no option max_conections"),
     ],
 )
 def test_what_cannot_be_understood_is_said_in_one_sentence(url, words):
@@ -101,3 +107,30 @@ async def test_users_own_clients():
 def test_what_is_no_client_of_redis_asyncio(client):
     with pytest.raises(ConfigurationError, match="redis= takes"):
         forms.of(client)
+
+
+@pytest.mark.parametrize("word", ["CERT_NONE", "cert_none", "none", "None"])
+def test_celerys_words_for_certificates(word):
+    assert forms.parse(f"rediss://h?ssl_cert_reqs={word}").options["ssl_cert_reqs"] == "none"
+    Address(f"rediss+cluster://h?ssl_cert_reqs={word}")
+
+
+@pytest.mark.parametrize(
+    "option", ["ssl_ca_certs=/etc/hostname", "ssl_ciphers=none-such", "ssl_certfile=/etc/hostname"]
+)
+def test_tls_that_cannot_work_is_said_before_anything_is_connected(option):
+    with pytest.raises(
+        ConfigurationError, match=f"TLS options in REDIS_URL cannot be used .*{option.partition('=')[0]}"
+    ):
+        Address(f"rediss://h?{option}")
+
+
+def test_options_of_the_clients_of_handlers():
+    url = "redis://h?socket_timeout=3&max_connections=7&timeout=1.5&decode_responses=true&health_check_interval=9"
+    form = forms.parse(url)
+    assert form.options == {}
+    assert form.client == {
+        "socket_timeout": 3.0, "max_connections": 7, "timeout": 1.5, "decode_responses": True, "health_check_interval": 9,
+    }  # fmt: skip
+    assert forms.parse("redis+cluster://h?socket_timeout=3").client == {"socket_timeout": 3.0}
+    assert forms.parse("redis+sentinel://h/m?socket_timeout=3").client == {"socket_timeout": 3.0}

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import os
 import subprocess
 import sys
 
@@ -279,3 +280,122 @@ def test_importing_configures_nothing_and_stdout_stays_clean():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == ""
     assert [line.startswith("{") for line in done.stderr.splitlines()] == [False, True]
+
+
+@pytest.mark.parametrize("style", ["json", "console"])
+def test_no_control_of_foreign_text_is_written(style):
+    stream = text(style)
+    codes = [
+        *range(0x20),
+        *range(0x7F, 0xA0),
+        0x61C,
+        0x200E,
+        0x200F,
+        0x2028,
+        0x2029,
+        *range(0x202A, 0x202F),
+        *range(0x2066, 0x206A),
+    ]
+    odd = "".join(map(chr, codes))
+    try:
+        raise ValueError(odd)
+    except ValueError:
+        logs.get_logger().exception("a" + odd, job_id=odd, nested={"x": [odd], odd: 1})
+    logging.getLogger("x").warning("b %s", odd)
+    written = stream.getvalue()
+    assert not [hex(ord(each)) for each in written if each not in "\t\n" and ord(each) in codes]
+    if style == "json":
+        first, second = written.split("\n")[:2]
+        assert json.loads(first)["job_id"] == odd
+        assert json.loads(second)["event"] == "b " + odd
+        assert len(written.splitlines()) == 2
+
+
+@pytest.mark.parametrize("style", ["json", "console"])
+@pytest.mark.parametrize("name", ["ours", "standard"])
+def test_a_message_of_20_mb_is_a_short_line(style, name):
+    stream = text(style)
+    log = logs.get_logger() if name == "ours" else logging.getLogger("x")
+    try:
+        raise ValueError("x" * 20_000_000)
+    except ValueError:
+        log.exception("boom")
+    logs.get_logger().info("y", a="y" * 20_000_000, b=["z"] * 1_000_000, c={str(n): n for n in range(100_000)})
+    lines = stream.getvalue().splitlines()
+    assert max(map(len, lines)) < 20_000
+    assert len(stream.getvalue()) < 60_000
+    if style == "json":
+        assert json.loads(lines[0])["exception"][0]["exc_type"] == "ValueError"
+        assert json.loads(lines[1])["a"].endswith("(19,996,000 characters more)")
+
+
+@pytest.mark.parametrize("style", ["json", "console"])
+@pytest.mark.parametrize("raised", [SystemExit(3), KeyboardInterrupt(), RecursionError(), ValueError("x")])
+def test_objects_that_raise_are_written_all_the_same(style, raised):
+    class Hostile(Exception):
+        def __str__(self):
+            raise raised
+
+        __repr__ = __str__
+
+    class Key:
+        __hash__ = object.__hash__
+
+        def __str__(self):
+            raise raised
+
+    stream = text(style)
+    root = logging.getLogger()
+    root.handlers[:] = [each for each in root.handlers if isinstance(each, logs._SinkHandler)]  # pytest's would raise
+    try:
+        try:
+            raise Hostile
+        except Hostile as inner:
+            raise ExceptionGroup("g", [Hostile(), ValueError("v")]) from inner
+    except ExceptionGroup:
+        logs.get_logger().exception("boom", thing=Hostile(), keys={Key(): Hostile()}, many=[Hostile()])
+        logging.getLogger("x").exception("bang %s", "a")
+    logging.getLogger("x").error("%s", Hostile())
+    logs.get_logger().info("after")
+    written = stream.getvalue()
+    for word in ("boom", "bang", "record_unprintable", "after", "<unprintable Hostile>", "Hostile"):
+        assert word in written
+    assert "test_objects_that_raise" in written, "the traceback is there"
+
+
+def test_lines_of_several_processes_are_not_torn(tmp_path):
+    """A slow reader keeps the pipe full; lines above PIPE_BUF used to be cut into one another."""
+    program = (
+        "import sys; from streamworker.telemetry import logs; logs.configure('info', 'json'); log = logs.get_logger();"
+        "[log.info('x', who=sys.argv[1], n=n, text=sys.argv[1] * 3900, more=sys.argv[1] * 3900) for n in range(150)]"
+    )
+    read, write = os.pipe()
+    with (
+        subprocess.Popen([sys.executable, "-c", program, "a"], stderr=write) as one,
+        subprocess.Popen([sys.executable, "-c", program, "b"], stderr=write) as two,
+    ):
+        os.close(write)
+        with open(read, "rb", buffering=0) as pipe:  # noqa: PTH123
+            parts = []
+            while part := pipe.read(3000):
+                parts.append(part)
+        assert one.wait() == two.wait() == 0
+    lines = [json.loads(line) for line in b"".join(parts).splitlines()]
+    assert sorted((line["who"], line["n"]) for line in lines) == sorted((who, n) for who in "ab" for n in range(150))
+
+
+def test_a_frozen_process_does_not_silence_the_others(monkeypatch):
+    """One that was stopped while it wrote holds the pipe's lock: after a while the others write without it."""
+    monkeypatch.setattr(logs, "_TURN", 0.2)
+    program = "import fcntl, sys, time; fcntl.lockf(2, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"
+    read, write = os.pipe()
+    with subprocess.Popen([sys.executable, "-c", program], stderr=write, stdout=subprocess.PIPE) as frozen:
+        try:
+            assert frozen.stdout.readline() == b"held\n"
+            with open(write, "w") as stream, open(read) as pipe:  # noqa: PTH123
+                logs.configure("info", "json", stream)
+                logs.get_logger().info("first")
+                logs.get_logger().info("second")
+                assert [json.loads(pipe.readline())["event"] for _ in range(2)] == ["first", "second"]
+        finally:
+            frozen.kill()

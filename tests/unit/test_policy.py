@@ -22,7 +22,9 @@ from streamworker.job import (
     Undecodable,
     UnknownKind,
 )
-from streamworker.policy import MAX_ERROR_CHARS, Backoff, Facts, Limits, abandoned, describe, judge
+from streamworker.policy import Backoff, Facts, Limits, abandoned, judge
+from streamworker.redact import MAX_CHARS as MAX_ERROR_CHARS
+from streamworker.redact import describe
 
 NOW = 1_000_000.0
 LIMITS = Limits(max_attempts=3, backoff=Backoff(base=1, cap=300, jitter=0.25))

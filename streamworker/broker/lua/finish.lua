@@ -4,7 +4,8 @@
 -- KEYS[1]    stream
 -- KEYS[2]    cancelled set of the queue
 -- KEYS[3]    meta hash of the queue
--- KEYS[4..]  one a claim: where it is kept how its job ended, and the channel on which that is told
+-- KEYS[4..]  two a claim: where it is kept how its job ended, which is the channel on which that is told, too; and
+--            where it is remembered a minute longer for how long a result was kept
 -- ARGV[1]    group
 -- ARGV[2]    consumer
 -- ARGV[3..]  five a claim: entry id, delivery count, job id, ms to keep the note (0: not at all), note
@@ -15,7 +16,12 @@ local result, settled = {}, 0
 
 -- The job has ended whether or not there is room to keep how: whoever waits right now hears it all the same.
 local function keep(k, ms, note)
-  if tonumber(ms) > 0 then redis.pcall('SET', KEYS[k], note, 'PX', ms) end
+  if tonumber(ms) > 0 then
+    redis.pcall('SET', KEYS[k], note, 'PX', ms)
+    if string.find(note, '"completed"', 1, true) then
+      redis.pcall('SET', KEYS[k + 1], ms, 'PX', string.format('%d', ms + 60000))
+    end
+  end
   redis.pcall('PUBLISH', KEYS[k], note)
 end
 
@@ -30,7 +36,7 @@ for i = 3, #ARGV, 5 do
     redis.call('XACK', KEYS[1], group, id)
     redis.call('XDEL', KEYS[1], id)
     redis.call('ZREM', KEYS[2], ARGV[i + 2])
-    keep(4 + #result, ARGV[i + 3], ARGV[i + 4])
+    keep(4 + 2 * #result, ARGV[i + 3], ARGV[i + 4])
     result[#result + 1], settled = 1, settled + 1
   else
     result[#result + 1] = 0

@@ -5,7 +5,8 @@
 -- KEYS[2]  lease set of the queue
 -- KEYS[3]  meta hash of the queue
 -- KEYS[4]  cancelled set of the queue
--- KEYS[5..] one a claim: where it is kept how its job ended, and the channel on which that is told
+-- KEYS[5..] two a claim: where it is kept how its job ended, which is the channel on which that is told, too; and
+--           where it is remembered a minute longer for how long a result was kept
 -- ARGV     five a claim: its member in the lease set, its string in the claimed list ("": it was popped), job id, ms to keep
 --          the note (0: not at all), note
 --
@@ -14,7 +15,12 @@ local result, left = {}, 0
 
 -- The job has ended whether or not there is room to keep how: whoever waits right now hears it all the same.
 local function keep(k, ms, note)
-  if tonumber(ms) > 0 then redis.pcall('SET', KEYS[k], note, 'PX', ms) end
+  if tonumber(ms) > 0 then
+    redis.pcall('SET', KEYS[k], note, 'PX', ms)
+    if string.find(note, '"completed"', 1, true) then
+      redis.pcall('SET', KEYS[k + 1], ms, 'PX', string.format('%d', ms + 60000))
+    end
+  end
   redis.pcall('PUBLISH', KEYS[k], note)
 end
 
@@ -23,7 +29,7 @@ for i = 1, #ARGV, 5 do
   if gone == 1 then
     redis.call('ZREM', KEYS[2], ARGV[i])
     redis.call('ZREM', KEYS[4], ARGV[i + 2])
-    keep(5 + #result, ARGV[i + 3], ARGV[i + 4])
+    keep(5 + 2 * #result, ARGV[i + 3], ARGV[i + 4])
   end
   result[#result + 1], left = gone, left + gone
 end
