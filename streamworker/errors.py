@@ -29,7 +29,6 @@ Every message is one sentence that tells the reader what to do next; none holds 
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import Final
 
 LONGEST_WAIT: Final = 100 * 366 * 86_400.0
@@ -122,8 +121,8 @@ class HandlerSignal(Exception):
 
 
 def _check_seconds(wish: str, after: object) -> None:
-    if isinstance(after, timedelta):
-        raise TypeError(f"{wish} needs seconds as a number: write {after.total_seconds():g}, or .total_seconds()")
+    if callable(seconds := getattr(after, "total_seconds", None)):  # a timedelta
+        raise TypeError(f"{wish} needs seconds as a number: write {seconds():g}, or .total_seconds()")
     if isinstance(after, bool) or not isinstance(after, (int, float)):
         raise TypeError(f"{wish} needs seconds as a number, such as 60, and was given {type(after).__name__}")
 

@@ -140,9 +140,6 @@ def _server(url: str) -> Form:
         raise ValueError(f"there is no option {', '.join(unknown)}; TLS knows {', '.join(sorted(_TLS))}")
     if tls and not _secure(kind):
         raise ValueError(f"{tls[0]} is about TLS, and the URL has none: write rediss:// instead of redis://")
-    unknown = sorted(given.keys() - _TLS - _LOGIN - CLIENT - {"host", "port", "path"})
-    if unknown:
-        raise ValueError(f"there is no option {', '.join(unknown)}; redis-py knows {', '.join(sorted(CLIENT))}")
     if "ssl_cert_reqs" in given:
         # Celery and the ssl module of Python call them CERT_NONE and so on.
         word = str(given["ssl_cert_reqs"]).lower().removeprefix("cert_")

@@ -65,8 +65,6 @@ def test_tls_in_the_query(tmp_path):
         ("redis://h?ssl_cert_reqs=none", "ssl_cert_reqs is about TLS, and the URL has none: write rediss://"),
         ("redis+sentinel://h/m?ssl_ca_certs=/x", "write rediss://"),
         ("redis://h?socket_timeout=soon", "socket_timeout"),
-        ("redis://h?max_conections=3", "no option max_conections"),
-        ("redis+cluster://h?max_conections=3", "no option max_conections"),
     ],
 )
 def test_what_cannot_be_understood_is_said_in_one_sentence(url, words):

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from datetime import timedelta
 
 import pytest
 from hypothesis import given
@@ -196,3 +197,18 @@ def test_a_discard_takes_the_exception_that_was_caught():
         "discarded", "x" * MAX_ERROR_CHARS
     )  # type: ignore[arg-type]
     assert len(judge(Raised(Retry(1, "x" * 9000)), facts(2), now=0, jitter=0).error) == MAX_ERROR_CHARS
+
+
+@pytest.mark.parametrize(
+    ("wish", "words"),
+    [
+        (lambda: Snooze(timedelta(minutes=5)), "write 300, or .total_seconds"),
+        (lambda: Retry(after=timedelta(minutes=5)), "write 300, or .total_seconds"),
+        (lambda: Retry(after="60"), "needs seconds as a number, such as 60, and was given str"),
+        (lambda: Snooze(None), "was given NoneType"),
+        (lambda: Snooze(True), "was given bool"),
+    ],
+)
+def test_wishes_take_seconds_and_say_so(wish, words):
+    with pytest.raises(TypeError, match=words):
+        wish()
