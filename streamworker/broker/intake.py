@@ -51,6 +51,7 @@ class Intake(Taking):
         epoch, foreign, trouble = await self._link.run(
             scripts.GROUPS, [keys.meta, *keys.streams], [self._group, secrets.token_hex(8)]
         )
+        await self._link.run(scripts.LEASE, [keys.meta], [self.consumer, int(self._lease * 1000)])
         self.epochs[keys.queue] = epoch
         return (
             [text.decode(errors="replace") for text in foreign],
@@ -138,7 +139,7 @@ class Intake(Taking):
         wish = self._about_suspects(index, running)
         args += [SUSPECT_DELIVERIES, wish, expected, *held]
         try:
-            wait, entries, missing, passed, shown, granted = await self._link.read(
+            wait, entries, missing, passed, shown, granted, longest = await self._link.read(
                 scripts.SWEEP, [keys.meta, *keys.streams], args
             )
         except (Unreachable, ConfigurationError):
@@ -149,13 +150,15 @@ class Intake(Taking):
             self._draining_since[index] = None
             return []
         self._sweep_at[index] = monotonic() + wait / 1000
+        self._longest[index] = longest / 1000
         self.missing += missing
         if passed < 0 and wait > JUST_LOOKED * 1000:
             passed = 0  # whoever looked last had none to leave
         if wish == RESERVE and entries and not entries[0][5]:
             wish = LEAVE  # not idle any more
         self._left_to_others(index, passed, wish, granted=bool(granted))
-        self._link.clock_shows(shown, sent, expected, self._lease)
+        if self._link.clock_shows(shown, sent, expected, self._lease):
+            self.rest(self._lease)  # the other queues, too: nobody could renew in the time that was left out
         claims = []
         for stream, entry, count, fields, epoch, suspect in entries:
             level = LEVELS[stream - 2]

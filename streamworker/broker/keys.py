@@ -96,7 +96,7 @@ class QueueKeys(msgspec.Struct, frozen=True):
 
     @property
     def meta(self) -> str:
-        """Hash: epoch, paused (by an operator), inactive (in PostgreSQL), cancelled (some jobs), cursors, tokens."""
+        """Hash: epoch, paused (by an operator), inactive (in PostgreSQL), cancelled (some), leases, cursors, tokens."""
         return f"{self.base}:meta"
 
     @property

@@ -134,11 +134,17 @@ class Link:
         seen = self.clock
         return 0 if seen is None else seen[0] + int((monotonic() - seen[1]) * 1000)
 
-    def clock_shows(self, shown: int, sent: float, expected: int, lease: float) -> None:
-        """What it showed in the answer to a command that was sent at ``sent`` of our clock; a leap is said."""
-        if expected and abs(shown - expected) > max(lease * 500, 1000):
+    def clock_shows(self, shown: int, sent: float, expected: int, lease: float) -> bool:
+        """What it showed in the answer to a command that was sent at ``sent`` of our clock; a leap is said.
+
+        Returns:
+            True if it leapt ahead, so that everything looks abandoned.
+        """
+        ahead = shown - expected if expected else 0
+        if abs(ahead) > max(lease * 500, 1000):
             log.warning("server_clock_jumped", seconds=round((shown - expected) / 1000, 1))
         self.clock = (shown, sent)
+        return ahead > max(lease * 500, 1000)
 
     async def fresh(self) -> None:
         """Give up connections to a server that is a replica by now: the next ones go where the address leads."""

@@ -5,7 +5,8 @@ For producers that push JSON to ``queue:*``. What is delayed or dead lies where 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from time import monotonic
 from typing import Any, ClassVar
 
 import msgspec
@@ -21,6 +22,7 @@ from streamworker.broker.orphans import Orphans
 from streamworker.broker.serving import RENEW_BATCH, Options, Serving
 from streamworker.broker.settle import settle
 from streamworker.broker.taking import Taking
+from streamworker.broker.tidy import forget_leases, tidy_pause
 from streamworker.errors import ConfigurationError
 from streamworker.job import Claim, Depth, Settled
 
@@ -33,6 +35,7 @@ class ListBroker(Serving[ListKeys, Taking]):
     def __init__(self, address: Address, options: Options) -> None:
         refuse_cluster(address)
         super().__init__(address, options)
+        self._tidy_at = 0.0
 
     def _key(self, queue: str) -> ListKeys:
         return ListKeys(queue, self._options.namespace)
@@ -41,6 +44,10 @@ class ListBroker(Serving[ListKeys, Taking]):
         lease, weighted = self._options.lease, self._options.weighted
         self._orphans = Orphans(self._link, self._keys, lease=lease)
         return self._taking(self._link, queues, orphans=self._orphans, lease=lease, weighted=weighted)
+
+    @property
+    def _lease_ms(self) -> int:
+        return round(self._options.lease * 1000)
 
     async def open(self) -> None:
         """See `Broker.open`."""
@@ -64,11 +71,15 @@ class ListBroker(Serving[ListKeys, Taking]):
                 kind = (await self._link.ask("TYPE", name)).decode()
                 if kind not in (wanted, "none"):
                     raise ConfigurationError(f"the key {name} is a {kind}, not a {wanted}: rename or delete it")
+            await self._link.run(scripts.LEASE, [keys.meta], [worker_id, self._lease_ms])
 
     async def leave(self) -> bool:
         """See `Broker.leave`."""
         mine = [keys.claimed(self._intake.consumer) for keys in self._keys]
         held = [await self._link.ask("LLEN", name) for name in mine]
+        for keys, jobs in zip(self._keys, held, strict=True):
+            if not jobs:
+                await self._link.run(scripts.LEASE, [keys.meta], [self._intake.consumer, 0])
         await self._link.ask("DEL", self._name)
         return not any(held)
 
@@ -92,9 +103,9 @@ class ListBroker(Serving[ListKeys, Taking]):
             by_queue.setdefault(self._homes[claim.place], {})[leased(claim, self._intake.consumer)] = claim
         lost: list[Claim] = []
         for keys, mine in by_queue.items():
-            members, names = list(mine), [keys.leases, keys.claimed(self._intake.consumer)]
+            members, names = list(mine), [keys.leases, keys.claimed(self._intake.consumer), keys.meta]
             for start in range(0, len(members), RENEW_BATCH):
-                batch = members[start : start + RENEW_BATCH]
+                batch = [self._intake.consumer, self._lease_ms, *members[start : start + RENEW_BATCH]]
                 lost += [mine[member] for member in self._link.in_thread(scripts.LIST_RENEW, names, batch)]
         return lost
 
@@ -119,7 +130,17 @@ class ListBroker(Serving[ListKeys, Taking]):
         wait = await promote(self._link, self._keys)
         # Here too, because nobody claims while all slots are busy.
         self._orphans.rest_after_outage()
+        if monotonic() >= self._tidy_at:
+            self._tidy_at = monotonic() + tidy_pause(self._options.lease)
+            for keys in self._keys:
+                await forget_leases(self._link, keys, self._options.namespace, self._holds_nothing_of(keys))
         return min(wait, await self._orphans.give_back(None))
+
+    def _holds_nothing_of(self, keys: ListKeys) -> Callable[[str], Awaitable[bool]]:
+        async def gone(worker: str) -> bool:
+            return not await self._link.ask("LLEN", keys.claimed(worker))
+
+        return gone
 
     async def depth(self) -> list[Depth]:
         """See `Broker.depth`."""

@@ -37,6 +37,7 @@ class Orphans:
         self._link = link
         self._keys = list(queues)
         self._lease = lease
+        self._longest = 0.0
         self.worker = ""
         """Who looks."""
         self.look_at = [0.0] * len(self._keys)
@@ -52,6 +53,7 @@ class Orphans:
 
     def rest(self, seconds: float) -> None:
         """Take nobody for dead for some seconds."""
+        seconds = max(seconds, self._longest) if seconds > 0 else seconds
         self._resting_until = max(self._resting_until, monotonic() + seconds)
         self.look_at = [max(at, self._resting_until) for at in self.look_at]
 
@@ -76,8 +78,9 @@ class Orphans:
             )
             self._link.clock_shows(shown, sent, expected, self._lease)
             own = None if running is None else {(claim.queue, claim.entry) for claim in running}
-            for index, (wait, members, trouble) in zip(due, reply, strict=True):
+            for index, (wait, members, trouble, longest) in zip(due, reply, strict=True):
                 self.look_at[index] = monotonic() + wait / 1000
+                self._longest = max(self._longest, longest / 1000)
                 keys = self._keys[index]
                 if trouble:
                     log.error("orphans_unreadable", queue=keys.queue, error=trouble.decode(errors="replace"))
@@ -93,10 +96,10 @@ class Orphans:
             lease = lease_of(member)
             if lease is None or (lease[2] == self.worker and (own is None or (keys.queue, lease[0]) in own)):
                 continue  # whoever runs it here past its deadline must not find it in the list again
-            entries.append((member, holders.setdefault(lease[2], len(holders) + 5)))
-        names = [keys.leases, *keys.lists, *(keys.claimed(worker) for worker in holders)]
+            entries.append((member, holders.setdefault(lease[2], len(holders) + 6)))
+        names = [keys.leases, *keys.lists, keys.meta, *(keys.claimed(worker) for worker in holders)]
         for start in range(0, len(entries), BATCH):
-            args: list[Any] = [round(self._lease * 1000)]
+            args: list[Any] = [round(max(self._lease, self._longest) * 1000)]
             for entry in entries[start : start + BATCH]:
                 args += entry
             returned, missing, *errors = await self._link.run(scripts.LIST_RETURN, names, args)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Collection, Sequence
 from time import monotonic
 from typing import Any
@@ -18,7 +17,7 @@ from streamworker.broker.keys import QueueKeys
 from streamworker.broker.link import Link
 from streamworker.broker.serving import RENEW_BATCH, Options, Serving
 from streamworker.broker.settle import StreamSender, settle
-from streamworker.broker.tidy import tidy
+from streamworker.broker.tidy import forget_leases, tidy, tidy_pause
 from streamworker.errors import ConfigurationError, Unreachable
 from streamworker.job import Claim, Depth, Settled
 from streamworker.policy import SUSPECT_DELIVERIES
@@ -76,7 +75,10 @@ class StreamBroker(Serving[QueueKeys, Intake | Intakes]):
         gone = True
         for keys in self._keys:
             args = [self._group, self._intake.consumer]
-            gone = bool(await self._link.run(scripts.LEAVE, keys.streams, args)) and gone
+            left = bool(await self._link.run(scripts.LEAVE, keys.streams, args))
+            if left:
+                await self._link.run(scripts.LEASE, [keys.meta], [self._intake.consumer, 0])
+            gone = gone and left
         with self._link.watched():
             await self._link.commands.delete(self._name)
         return gone
@@ -104,16 +106,16 @@ class StreamBroker(Serving[QueueKeys, Intake | Intakes]):
             by_place.setdefault(claim.place, {})[claim.entry] = claim
         down: dict[object, Unreachable] = {}
         for place, mine in by_place.items():
-            home = self._link.address.home(place)
+            home, meta = self._link.address.home(place), self._homes[place].meta
             if home in down:
                 continue
             entries = list(mine)
             for start in range(0, len(entries), RENEW_BATCH):
-                args: list[Any] = [self._group, self._intake.consumer]
+                args: list[Any] = [self._group, self._intake.consumer, int(self._options.lease * 1000)]
                 for entry in entries[start : start + RENEW_BATCH]:
                     args += (entry, mine[entry].count)
                 try:
-                    lost += [mine[entry] for entry in self._link.in_thread(scripts.RENEW, [place], args)]
+                    lost += [mine[entry] for entry in self._link.in_thread(scripts.RENEW, [place, meta], args)]
                 except Unreachable as error:  # claims on other nodes of a cluster must not run out with these
                     down[home] = error
                     break
@@ -152,10 +154,15 @@ class StreamBroker(Serving[QueueKeys, Intake | Intakes]):
 
     async def _tidy(self) -> None:
         lease = self._options.lease
-        self._tidy_at = monotonic() + max(2.0, min(60.0, 4 * lease)) * random.uniform(0.8, 1.2)  # noqa: S311 - spreads load
+        self._tidy_at = monotonic() + tidy_pause(lease)
         for keys in self._keys:
             for name in await tidy(self._link, keys, self._group, namespace=self._options.namespace, idle=2 * lease):
                 log.info("consumer_pruned", queue=keys.queue, consumer=name)
+
+            async def gone(name: str, keys: QueueKeys = keys) -> bool:
+                return bool(await self._link.run(scripts.LEAVE, keys.streams, [self._group, name]))
+
+            await forget_leases(self._link, keys, self._options.namespace, gone)
 
     async def depth(self) -> list[Depth]:
         """See `Broker.depth`."""

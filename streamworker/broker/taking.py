@@ -64,6 +64,8 @@ class Taking:
         self.missing = 0
         """Jobs that were deleted underneath their claim, since the start."""
         self._sweep_at = [0.0] * len(self._keys)
+        self._longest = [0.0] * len(self._keys)
+        """The longest lease of each queue's workers, by the last look."""
         self._passing_since: list[float | None] = [None] * len(self._keys)
         self._draining_since: list[float | None] = [None] * len(self._keys)
         self._unreadable_until: dict[str, float] = {}
@@ -185,9 +187,13 @@ class Taking:
         self._draining_since = [None] * len(self._keys)
 
     def rest(self, seconds: float) -> None:
-        """Take nobody for dead for some seconds."""
+        """Take nobody for dead for some seconds, or for a lease of those who have a longer one than we."""
         self._drain_no_more()
-        self._sweep_at = [max(at, monotonic() + seconds) for at in self._sweep_at]
+        now, more = monotonic(), seconds > 0
+        self._sweep_at = [
+            max(at, now + max(seconds, longest if more else 0.0))
+            for at, longest in zip(self._sweep_at, self._longest, strict=True)
+        ]
 
     def _rest_after_outage(self) -> None:
         """Nobody could renew meanwhile: no one is taken for dead before everyone had a lease to come back."""

@@ -634,3 +634,82 @@ async def test_a_replica_never_calls_a_claim_of_a_list_lost(broker_factory, raw,
             raw.replicaof("NO", "ONE")
         lost = await asyncio.to_thread(broker.renew, claims)
         assert sorted(map(repr, lost)) == sorted(map(repr, claims if forgotten == "claims" else []))
+
+
+# -- workers with different leases
+
+
+async def test_a_claim_is_judged_by_the_lease_of_who_holds_it(broker_factory, ground):
+    async with broker_factory("long", lease=60) as long, broker_factory("short", lease=0.5) as short:
+        await long.publish([job(str(n), level=level) for n, level in enumerate(("high", "normal", "low"))])
+        claims = await long.claim(10, 0, ())
+        for idle in (600, 59_000):
+            for claim in claims:
+                ground.ripen(claim, idle)
+            assert await recover(short, ground) == []
+            assert [ground.owner(claim) for claim in claims] == [(b"long", 1)] * 3
+        for claim in claims:
+            ground.ripen(claim, 60_100)
+        assert sorted(names(await recover(short, ground))) == ["0", "1", "2"]
+
+
+async def test_what_a_worker_of_a_short_lease_held_is_rescued_by_one_of_a_long_lease_in_time(broker_factory, ground):
+    async with broker_factory("short", lease=0.5) as short, broker_factory("long", lease=60) as long:
+        assert await recover(long, ground) == []  # it says when the next look is due
+        await short.publish([job("x")])
+        await one(short)
+        ground.sweep_soon(long)
+        got: list = []
+
+        async def rescued() -> bool:
+            got.extend(await long.claim(10, 0.05, got))
+            return len(got) == 1
+
+        await eventually(rescued, 3)
+
+
+async def test_an_orphan_of_a_short_lease_behind_many_claims_of_a_long_one_is_found(broker_factory, ground):
+    async with broker_factory("long", lease=60) as long, broker_factory("short", lease=0.5) as short:
+        await long.publish([job(str(n)) for n in range(450)])
+        held = await long.claim(450, 0, ())
+        await long.publish([job("x")])
+        for claim in [*held, await one(short)]:
+            ground.ripen(claim, 1000)
+        assert names(await recover(short, ground, limit=3)) == ["x"]
+        assert all(ground.owner(claim) == (b"long", 1) for claim in held[::50])
+
+
+async def test_a_worker_that_told_no_lease_is_given_the_longest(broker_factory, raw, ground):
+    """One of an earlier version; or somebody deleted the meta hash, until that worker renews again."""
+    async with (
+        broker_factory("old", lease=60) as old,
+        broker_factory("long", lease=30) as long,
+        broker_factory("short", lease=0.5) as short,
+    ):
+        await old.publish([job("x")])
+        claim = await one(old)
+        leases = raw.hget(META, "leases").replace(b"old 60000\n", b"")
+        raw.hset(META, "leases", leases)
+        ground.ripen(claim, 29_000)
+        assert await recover(short, ground) == []
+        assert await asyncio.to_thread(old.renew, [claim]) == []
+        assert raw.hget(META, "leases") == leases + b"old 60000\n"
+        ground.ripen(claim, 31_000)
+        assert await recover(long, ground) == []
+
+
+async def test_leases_of_workers_that_left_or_died_are_forgotten(broker_factory, raw, ground):
+    async with broker_factory("w") as broker, broker_factory("dead", lease=2) as gone, broker_factory("left") as left:
+        await broker.publish([job("x")])
+        claim = await one(gone)
+        assert raw.hget(META, "leases") == b"w 15000\ndead 2000\nleft 15000\n"
+        await left.leave()
+        broker.beat({"pid": 1})
+        broker._tidy_at = 0.0
+        await broker.tick()
+        assert raw.hget(META, "leases") == b"w 15000\ndead 2000\n"  # it holds something: its lease counts still
+        ground.ripen(claim)
+        assert names(await recover(broker, ground)) == ["x"]
+        broker._tidy_at = 0.0
+        await broker.tick()
+        assert raw.hget(META, "leases") == b"w 15000\n"

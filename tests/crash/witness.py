@@ -68,7 +68,7 @@ _SHAPES: Final[dict[str, dict[str, Any]]] = {
     },
     "PARK": {"first": 2, "step": 6, "entry": 1, "who": "ARGV[i]", "outcome": "tostring(result[n])"},
     "BURY": {"first": 2, "step": 12, "entry": 1, "who": "ARGV[i]", "outcome": "tostring(result[n])"},
-    "RENEW": {"first": 3, "step": 2, "entry": 0, "who": "ARGV[2]", "outcome": _RENEWED},
+    "RENEW": {"first": 4, "step": 2, "entry": 0, "who": "ARGV[2]", "outcome": _RENEWED},
 }
 
 
@@ -107,7 +107,7 @@ end
 """
 _LIST_RENEWED: Final = """
 local now = holders()
-for i = 1, #ARGV do
+for i = 3, #ARGV do
   local id, count, who = string.match(ARGV[i], '^(%%S+) (%%d+) (.*)$')
   if before[id] ~= now[id] then
     redis.pcall('RPUSH', '%(list)s', table.concat({ 'renew', 'queue:q', id, who, count, before[id] or '- 0', now[id] or '' }, ' '))

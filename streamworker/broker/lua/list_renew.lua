@@ -1,9 +1,12 @@
 -- list_renew: prolong leases, each only if the claim still holds: whoever takes a claim away takes its lease along. Where the
--- lease set itself was deleted, what the worker holds tells.
+-- lease set itself was deleted, what the worker holds tells. The worker's lease is written where whoever looks for orphans finds it.
 --
 -- KEYS[1]  lease set of the queue
 -- KEYS[2]  claimed list of the worker
--- ARGV     members of the lease set
+-- KEYS[3]  meta hash of the queue
+-- ARGV[1]  worker id
+-- ARGV[2]  its lease in ms
+-- ARGV[3..]  members of the lease set
 --
 -- returns the members of claims that are lost
 local time = redis.call('TIME')
@@ -12,7 +15,12 @@ local lost, doubted, some = {}, {}, false
 
 -- A first write that changes nothing: a script that has written may write on when memory is out, and this does not grow.
 redis.call('ZREM', KEYS[1], '')
-for _, member in ipairs(ARGV) do
+local known = redis.pcall('HGET', KEYS[3], 'leases') or ''
+if type(known) == 'string' and not string.find('\n' .. known, '\n' .. ARGV[1] .. ' ', 1, true) then
+  redis.pcall('HSET', KEYS[3], 'leases', known .. ARGV[1] .. ' ' .. ARGV[2] .. '\n') -- somebody deleted it
+end
+for a = 3, #ARGV do
+  local member = ARGV[a]
   if redis.call('ZSCORE', KEYS[1], member) then
     redis.call('ZADD', KEYS[1], now, member)
   else

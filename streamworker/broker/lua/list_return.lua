@@ -4,8 +4,9 @@
 --
 -- KEYS[1]     lease set of the queue
 -- KEYS[2..4]  its lists: high, normal, low
--- KEYS[5..]   claimed lists of those who held the claims
--- ARGV[1]     lease in ms: claims that were not renewed for that long are orphans
+-- KEYS[5]     meta hash of the queue
+-- KEYS[6..]   claimed lists of those who held the claims
+-- ARGV[1]     lease in ms of workers that left none, see lease.lua: claims that were not renewed for a lease are orphans
 -- ARGV[2..]   two a claim: its member in the lease set, index of its claimed list in KEYS
 --
 -- returns { number given back, number that were deleted underneath, errors of keys that refused ... }
@@ -13,14 +14,16 @@ local lease = tonumber(ARGV[1])
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local LISTS = { high = 2, normal = 3, low = 4 }
-local wanted, orphans, returned, missing, errors = {}, {}, 0, 0, {}
+local leases, wanted, orphans, returned, missing, errors = {}, {}, {}, 0, 0, {}
 
 -- A first write that changes nothing: a script that has written may write on when memory is out, and moving does not grow.
 redis.call('ZREM', KEYS[1], '')
 
+for name, ms in string.gmatch(redis.pcall('HGET', KEYS[5], 'leases') or '', '(%S+) (%d+)\n') do leases[name] = tonumber(ms) end
 for i = 2, #ARGV, 2 do
   local score, k = redis.call('ZSCORE', KEYS[1], ARGV[i]), tonumber(ARGV[i + 1])
-  if score and now - tonumber(score) >= lease then
+  local its = leases[string.match(ARGV[i], '^%S+ %d+ (.+)$') or ''] or lease
+  if score and now - tonumber(score) >= its then
     wanted[k] = wanted[k] or {}
     wanted[k][string.match(ARGV[i], '^%S+ %d+') or ''] = ARGV[i]
   end

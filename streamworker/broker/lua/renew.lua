@@ -1,14 +1,16 @@
 -- renew: prolong leases, each only if the claim still holds. A plain XCLAIM would steal the entry back from its rescuer.
--- JUSTID resets the idle time and leaves the delivery count alone.
+-- JUSTID resets the idle time and leaves the delivery count alone. The worker's lease is written where whoever sweeps looks for it.
 --
 -- KEYS[1]    stream
+-- KEYS[2]    meta hash of the queue
 -- ARGV[1]    group
 -- ARGV[2]    consumer
--- ARGV[3..]  two a claim: entry id, delivery count
+-- ARGV[3]    its lease in ms
+-- ARGV[4..]  two a claim: entry id, delivery count
 --
 -- returns the entry ids of claims that are lost
 local ids, lost = {}, {}
-for i = 3, #ARGV, 2 do
+for i = 4, #ARGV, 2 do
   local id = ARGV[i]
   local reply = redis.pcall('XPENDING', KEYS[1], ARGV[1], id, id, 1)
   if reply.err and not (string.find(reply.err, 'NOGROUP', 1, true) or string.find(reply.err, 'WRONGTYPE', 1, true)) then
@@ -29,6 +31,10 @@ if #lost > 0 then
   end
 end
 if #ids > 0 then
+  local known = redis.pcall('HGET', KEYS[2], 'leases') or ''
+  if type(known) == 'string' and not string.find('\n' .. known, '\n' .. ARGV[2] .. ' ', 1, true) then
+    redis.pcall('HSET', KEYS[2], 'leases', known .. ARGV[2] .. ' ' .. ARGV[3] .. '\n') -- somebody deleted it
+  end
   ids[#ids + 1] = 'JUSTID'
   redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, unpack(ids))
 end

@@ -1,4 +1,6 @@
--- sweep: take over entries whose lease ran out (XAUTOCLAIM with a kept cursor), at most as many as asked for.
+-- sweep: take over entries whose lease ran out (XAUTOCLAIM with a kept cursor), at most as many as asked for. The lease is that of
+-- the worker that holds an entry, see lease.lua. Who left none there is given the longest that is known.
+-- Where leases differ, XPENDING is asked, which tells the holder, and only what is an orphan by its holder's lease is touched.
 -- The delivery count is read before an entry is claimed for real. One that would reach the suspects' count runs alone: it is
 -- only reserved (ours, but not counted), so that it can be confirmed, and only by a worker that is idle and finds nothing else;
 -- until then suspects stay ripe, for whoever is idle first. Where nobody is, one worker at a time takes nothing new until it is:
@@ -9,7 +11,7 @@
 -- KEYS[2..]  its streams
 -- ARGV[1]    group
 -- ARGV[2]    consumer
--- ARGV[3]    lease in ms: entries idle for that long are orphans
+-- ARGV[3]    the worker's lease in ms
 -- ARGV[4]    most entries to take
 -- ARGV[5]    delivery count from which an entry is a suspect
 -- ARGV[6]    what the worker does about suspects: 1 it is idle and takes one, 2 it asks to be the one that drains, else it leaves
@@ -18,7 +20,8 @@
 -- ARGV[8..]  what runs here and is passed over, as "index of the stream in KEYS:entry id"
 --
 -- returns { ms until the next sweep, entries, number of entries that were deleted underneath, number of suspects that were left
---           to others (-1: it was too early to look), what the server's clock shows in ms, 1 if this worker shall drain }
+--           to others (-1: it was too early to look), what the server's clock shows in ms, 1 if this worker shall drain, the
+--           longest lease of the queue's workers in ms (0: not looked up) }
 --   entries  { index of the stream in KEYS, id, delivery count, fields, epoch, 1 if a suspect } ...
 local lease, limit = tonumber(ARGV[3]), tonumber(ARGV[4])
 local time = redis.call('TIME')
@@ -28,7 +31,7 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 -- lease is no leap yet: who renews every third of one is never idle for a whole one by it, and a slow network looks like it.
 local leap = tonumber(ARGV[7]) > 0 and now - tonumber(ARGV[7]) or 0
 local most = math.max(lease / 2, 1000)
-if leap > most then return { lease, {}, 0, -1, now, 0 } end
+if leap > most then return { lease, {}, 0, -1, now, 0, 0 } end
 -- It leapt back: what was claimed in its future would not age before the clock is there again. Its lease begins now.
 if leap < -most then
   for k = 2, #KEYS do
@@ -45,7 +48,7 @@ if leap < -most then
 end
 
 local paused = redis.call('HMGET', KEYS[1], 'paused', 'inactive')
-if paused[1] or paused[2] then return { 1000, {}, 0, 0, now, 0 } end
+if paused[1] or paused[2] then return { 1000, {}, 0, 0, now, 0, 0 } end
 
 -- Whether this worker is the one that drains, from now on or for another second.
 local TERM = 1000
@@ -60,7 +63,14 @@ end
 
 local due = tonumber(redis.call('HGET', KEYS[1], 'sweep') or 0)
 -- A token further away than a lease comes from a server clock that jumped.
-if due > now and due - now <= lease then return { due - now, {}, 0, -1, now, drains() } end
+if due > now and due - now <= lease then return { due - now, {}, 0, -1, now, drains(), 0 } end
+
+local leases, shortest, longest = {}, lease, lease
+for name, ms in string.gmatch(redis.call('HGET', KEYS[1], 'leases') or '', '(%S+) (%d+)\n') do
+  leases[name] = tonumber(ms)
+  shortest, longest = math.min(shortest, leases[name]), math.max(longest, leases[name])
+end
+if leap > math.max(shortest / 2, 1000) then return { longest, {}, 0, -1, now, 0, longest } end
 
 local running = {}
 for i = 8, #ARGV do running[ARGV[i]] = true end
@@ -86,20 +96,37 @@ local function take(k, id)
   end
 end
 
+-- A page of orphans from a cursor on: { the next cursor, ids, ids that were deleted underneath }, as XAUTOCLAIM answers.
+local function page(k, cursor, most)
+  if shortest == longest then
+    -- It looks at up to 10 x COUNT entries.
+    return redis.pcall('XAUTOCLAIM', KEYS[k], ARGV[1], ARGV[2], lease, cursor, 'COUNT', most, 'JUSTID')
+  end
+  local rows = redis.pcall('XPENDING', KEYS[k], ARGV[1], 'IDLE', shortest, cursor == '0-0' and '-' or cursor, '+', most + 100)
+  if rows.err then return rows end
+  local ids = {}
+  for r, row in ipairs(rows) do
+    if #ids >= most then return { row[1], ids } end
+    if row[3] >= (leases[row[2]] or longest) then ids[#ids + 1] = row[1] end
+    if r == most + 100 then return { row[1], ids } end -- seen again with the next page, which is longer than one
+  end
+  return { '0-0', ids }
+end
+
 for k = 2, #KEYS do
   local field = 'cursor:' .. k
   local cursor = redis.call('HGET', KEYS[1], field) or '0-0'
   local pages = 0
   while #entries < limit do
-    -- A page looks at up to 10 x COUNT entries; a hundred pages bound what one sweep may cost the server.
-    local reply = redis.pcall('XAUTOCLAIM', KEYS[k], ARGV[1], ARGV[2], lease, cursor, 'COUNT', limit - #entries, 'JUSTID')
+    local reply = page(k, cursor, limit - #entries) -- a hundred of them bound what one sweep may cost the server
     if reply.err then
       if string.find(reply.err, 'NOGROUP', 1, true) or string.find(reply.err, 'WRONGTYPE', 1, true) then break end
       return redis.error_reply(reply.err)
     end
     cursor, pages = reply[1], pages + 1
     for _, id in ipairs(reply[2]) do
-      if running[k .. ':' .. id] then
+      if running[k .. ':' .. id] and shortest < longest then -- ours and overdue, and untouched
+      elseif running[k .. ':' .. id] then
         -- Ours and overdue: looking at it must not renew it, or a hung handler would keep its lease.
         redis.call('XCLAIM', KEYS[k], ARGV[1], ARGV[2], 0, id, 'IDLE', lease, 'JUSTID')
       else
@@ -127,7 +154,7 @@ end
 
 -- When could the next entry become an orphan? Whoever is alive renews every third of a lease, so that only entries idle
 -- for half a lease need watching; entries claimed from now on have a whole one.
-local wait = lease
+local wait = shortest
 if #entries >= limit or unfinished or passed > 0 and entries[1] and entries[1][6] == 1 then
   wait = 0
 elseif passed > 0 then
@@ -139,10 +166,11 @@ else
     if count > 10000 then
       wait = math.min(wait, 500)
     elseif count > 0 then
-      local old = redis.call('XPENDING', KEYS[k], ARGV[1], 'IDLE', math.floor(lease / 2), '-', '+', 100)
-      wait = math.min(wait, math.floor(lease / 2))
+      local old = redis.call('XPENDING', KEYS[k], ARGV[1], 'IDLE', math.floor(shortest / 2), '-', '+', 100)
+      wait = math.min(wait, math.floor(shortest / 2))
       for _, entry in ipairs(old) do
-        wait = math.min(wait, math.max(lease - entry[3], 100), 500)
+        local its = leases[entry[2]] or longest
+        if entry[3] >= math.floor(its / 2) then wait = math.min(wait, math.max(its - entry[3], 100), 500) end
       end
     end
   end
@@ -150,4 +178,4 @@ end
 -- Long waits end on whole seconds, so that a worker sweeps all its quiet queues in one wake-up.
 if wait > 2000 then wait = math.floor((now + wait) / 1000) * 1000 - now end
 redis.pcall('HSET', KEYS[1], 'sweep', string.format('%d', now + wait))
-return { wait, entries, missing, passed, now, passed > 0 and drains() or 0 }
+return { wait, entries, missing, passed, now, passed > 0 and drains() or 0, longest }
