@@ -289,6 +289,6 @@ def tell_recovered(claim: Claim) -> None:
         queue=claim.queue,
         attempt=(reading.attempt_count or 0) + 1,
         entry=claim.entry.decode(),
-        deliveries=claim.count + codec.deaths_before(reading),
+        deliveries=claim.count + codec.state_of(reading, claim.secret).deliveries,
         **({"trace_id": trace} if trace is not None else {}),
     )

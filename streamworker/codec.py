@@ -16,14 +16,21 @@ import uuid_utils
 
 from streamworker.errors import InvalidJob, JobTooLarge
 from streamworker.job import Claim, Job, Level, Outgoing
-from streamworker.limits import TURN_HEADER
-from streamworker.marks import mark_of
+from streamworker.marks import (
+    MARK_FIELD,
+    MOST,
+    NOTHING,
+    OLD_HEADERS,
+    STATE_FIELD,
+    State,
+    believed,
+    mark_of,
+    old_state,
+    proven,
+    sealed,
+)
 
 MAX_ID_BYTES: Final = 200
-DELIVERIES_HEADER: Final = "streamworker-deliveries"
-"""Deaths of workers that held the job on earlier entries: a hand-back makes a new entry, whose count starts again."""
-UNKNOWN_HEADER: Final = "streamworker-unknown-since"
-"""Epoch seconds at which a worker first met this job without knowing its kind."""
 
 _NAMESPACE: Final = UUID("6f0fd0a5-3c0b-5d3e-9a55-0b6a2f7c1e84")
 _PRIORITY_OF: Final[dict[Level, int]] = {"high": 50, "normal": 100, "low": 200}
@@ -66,6 +73,8 @@ class Reading(msgspec.Struct, kw_only=True, gc=False):
     created_at: msgspec.Raw = msgspec.Raw()
     streamworker: Any = None
     """Perhaps the mark of list mode, see `marks`."""
+    state: Any = msgspec.field(default=None, name=STATE_FIELD)
+    """What the document tells of the job's state; `state_of` says what of it is believed."""
 
 
 _encode = msgspec.json.encode
@@ -94,6 +103,9 @@ def read(body: bytes) -> Reading:
     name = document.id
     if name is not None and len(name) * 4 > MAX_ID_BYTES and len(name.encode()) > MAX_ID_BYTES:
         raise InvalidJob(f"the document is no job: its id has more than {MAX_ID_BYTES} bytes")
+    if document.headers and not OLD_HEADERS.isdisjoint(document.headers):
+        document.state = old_state(document.headers, document.state)
+        document.headers = document.headers or None
     return document
 
 
@@ -203,59 +215,69 @@ def payload_decoder(type_: Any) -> Callable[[msgspec.Raw], Any]:
     return msgspec.json.Decoder(type_).decode
 
 
-def rewrite(body: bytes, patch: Mapping[str, Any], headers: Mapping[str, str | None] | None = None) -> bytes:
+def rewrite(body: bytes, patch: Mapping[str, Any], *, state: State | None = None, secret: bytes = b"") -> bytes:
     """The document with our own keys patched and every other key kept byte for byte.
 
     Args:
         body: a readable document.
         patch: wire names to new values; ``None`` removes the key.
-        headers: header names to new values; ``None`` removes one.
+        state: what is remembered of the job from now on; ``None`` leaves what the document says of it.
+        secret: what the queue's state is sealed with; without one none is written.
 
     Raises:
         InvalidJob: ``body`` is no document.
     """
     try:
         fields = _loose(body)
-        mark = mark_of(msgspec.json.decode(fields["streamworker"])) if "streamworker" in fields else None
-        if mark is not None:  # what it says has its place in every document that we write
-            del fields["streamworker"]
-            patch = {**({} if _filled(fields.get("id")) else {"id": mark.id}), **patch}
-            if DELIVERIES_HEADER not in (headers or {}):
-                headers = {**(headers or {}), DELIVERIES_HEADER: str(deaths_before(read(body)))}
-        if headers:
-            stored = bytes(fields.get("headers", b"null"))
-            merged = dict(_loose(stored)) if stored != b"null" else {}
-            _patch(merged, headers)
-            patch = {**patch, "headers": merged or None}
+        if state is not None:
+            _forget_state(fields)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidJob(f"the document is no job: {error}") from None
-    _patch(fields, patch)
-    return _encode(fields)
-
-
-def _patch(fields: dict[str, Any], patch: Mapping[str, Any]) -> None:
     for name, value in patch.items():
         if value is None:
             fields.pop(name, None)
         else:
             fields[name] = value
+    if state is not None and state != NOTHING and secret:
+        fields[STATE_FIELD] = sealed(state, _name_in(fields), secret)
+    return _encode(fields)
 
 
-def deaths_before(document: Reading) -> int:
-    """Deaths of workers that held this job on earlier entries; 0 if nothing sane is noted."""
+def _forget_state(fields: dict[str, Any]) -> None:
+    """Take all state of ours out of a document; the id that a mark gives stays with it."""
+    fields.pop(STATE_FIELD, None)
+    mark = mark_of(msgspec.json.decode(fields[MARK_FIELD])) if MARK_FIELD in fields else None
+    if mark is not None:
+        del fields[MARK_FIELD]
+        if not _filled(fields.get("id")):
+            fields["id"] = mark.id
+    if b'"streamworker-' in bytes(fields.get("headers", b"")):
+        headers = {name: value for name, value in _loose(fields["headers"]).items() if name not in OLD_HEADERS}
+        if headers:
+            fields["headers"] = headers
+        else:
+            del fields["headers"]
+
+
+def _name_in(fields: Mapping[str, Any]) -> str:
+    name = fields.get("id") or ""
+    return name if isinstance(name, str) else msgspec.json.decode(name, type=str | None) or ""
+
+
+def state_of(document: Reading, secret: bytes) -> State:
+    """What workers remember of the job; what they did not write themselves is not believed.
+
+    Args:
+        document: as it was read.
+        secret: the queue's, see `Claim.secret`.
+    """
+    if document.state is None and document.streamworker is None:
+        return NOTHING
+    state = believed(document.state, id_in(document), secret, hop=document.hop or 0)
     mark = mark_of(document.streamworker)
-    return _number_header(document, DELIVERIES_HEADER, 0) + (mark.deliveries if mark is not None else 0)
-
-
-def charges(document: Reading) -> dict[str, None]:
-    """The patch of headers that takes back what a document is charged with: deaths, and the age of an unknown kind."""
-    known = document.headers or {}
-    marked = mark_of(document.streamworker) is not None
-    return {
-        name: None
-        for name in (DELIVERIES_HEADER, UNKNOWN_HEADER, TURN_HEADER)
-        if name in known or (marked and name == DELIVERIES_HEADER)
-    }
+    if mark is None or not proven(mark, secret):
+        return state
+    return msgspec.structs.replace(state, deliveries=min(MOST, state.deliveries + mark.deliveries))
 
 
 def made_at(document: Reading | bytes) -> float | None:
@@ -270,22 +292,6 @@ def made_at(document: Reading | bytes) -> float | None:
 
 def _filled(raw: msgspec.Raw | None) -> bool:
     return raw is not None and bytes(raw) not in (b"null", b'""')
-
-
-def unknown_since(document: Reading) -> float | None:
-    """Epoch seconds since when nobody knew the kind; ``None`` if this is the first time."""
-    return _number_header(document, UNKNOWN_HEADER, 0) or None
-
-
-def _number_header(document: Reading, name: str, default: int) -> int:
-    if document.headers is None:
-        return default
-    value = document.headers.get(name)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value if 0 <= value <= 2**53 else default
-    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 16:
-        return int(value)
-    return default
 
 
 def when(document: Reading) -> float | None:

@@ -121,7 +121,7 @@ class Context(Generic[S_co]):
     @property
     def delivery(self) -> int:
         """How often this job was handed to a worker: above 1, a worker was lost with it."""
-        return self._claim.count + codec.deaths_before(self._reading)
+        return self._claim.count + codec.state_of(self._reading, self._claim.secret).deliveries
 
     @property
     def worker_id(self) -> str:

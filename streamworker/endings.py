@@ -9,7 +9,7 @@ from streamworker.broker import Ending
 from streamworker.errors import InvalidJob
 from streamworker.execute import OK
 from streamworker.job import Dead, Deferred, Done, Drop, Ok, ReleaseAt, RetryAt
-from streamworker.limits import TURN_HEADER
+from streamworker.marks import NOTHING, State
 from streamworker.policy import DONE, judge
 from streamworker.run import Run
 
@@ -41,19 +41,11 @@ def ending(run: Run, *, now: float, jitter: float) -> Ending:
             charged, keep = attempts + verdict.charged, keeping(run) or 0.0
             return Ending(run.claim, verdict, None, run.job_id, run.kind, charged, keep=keep)
         case RetryAt():
-            headers: dict[str, str | None] = {codec.DELIVERIES_HEADER: None, TURN_HEADER: None}
-            body = _next_form(run, {"attempt_count": attempts + 1}, headers)
+            body = _next_form(run, {"attempt_count": attempts + 1}, NOTHING)
         case ReleaseAt():
-            deaths = run.deliveries - 1
-            headers = {codec.DELIVERIES_HEADER: str(deaths) if deaths > 0 else None}
+            body = _next_form(run, {}, _state(run, verdict))
             if isinstance(outcome, Deferred):
-                headers[TURN_HEADER] = outcome.turn
                 member = outcome.member
-            elif run.started is not None:
-                headers[TURN_HEADER] = None  # it had its turn
-            if verdict.unknown_since is not None:
-                headers[codec.UNKNOWN_HEADER] = str(int(verdict.unknown_since))
-            body = _next_form(run, {}, headers)
     return Ending(run.claim, verdict, body, run.job_id, run.kind, attempts, member)
 
 
@@ -62,13 +54,25 @@ def keeping(run: Run) -> float | None:
     return None if run.facts is None else run.facts.limits.result_ttl
 
 
-def _next_form(run: Run, patch: dict[str, Any], headers: dict[str, str | None]) -> bytes | None:
+def _state(run: Run, verdict: ReleaseAt) -> State:
+    """What is remembered of a job that goes back uncharged."""
+    before = NOTHING if run.reading is None else codec.state_of(run.reading, run.claim.secret)
+    turn, since = before.turn, before.unknown_since
+    if isinstance(run.outcome, Deferred):
+        turn = run.outcome.turn
+    elif run.started is not None:
+        turn = ""  # it had its turn
+    if verdict.unknown_since is not None:
+        since = int(verdict.unknown_since)
+    return State(max(0, run.deliveries - 1), turn, since)
+
+
+def _next_form(run: Run, patch: dict[str, Any], state: State) -> bytes | None:
     """The document for the next hop; ``None`` (bytes as they are) where there is nothing readable to patch."""
     if run.reading is None or run.claim.body is None:
         return None
-    known = {**(run.reading.headers or {}), **codec.charges(run.reading)}
-    changed = {name: value for name, value in headers.items() if value is not None or name in known}
+    patch = {"id": run.job_id, "hop": (run.reading.hop or 0) + 1, **patch}
     try:
-        return codec.rewrite(run.claim.body, {"id": run.job_id, "hop": (run.reading.hop or 0) + 1, **patch}, changed)
+        return codec.rewrite(run.claim.body, patch, state=state, secret=run.claim.secret)
     except InvalidJob:
         return None

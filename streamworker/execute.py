@@ -106,7 +106,8 @@ class Executor:
         registration = self._handlers.handler_of(reading.kind, claim.queue)
         run.facts = self._facts_of(reading, registration)
         if registration is None:
-            run.outcome = UnknownKind(reading.kind or "", codec.unknown_since(reading))
+            since = codec.state_of(reading, claim.secret).unknown_since
+            run.outcome = UnknownKind(reading.kind or "", since or None)
             return
         run.registration = registration
         run.special = registration.special or run.suspect

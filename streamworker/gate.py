@@ -16,9 +16,10 @@ from typing import Any, Final
 import anyio
 import msgspec
 
+from streamworker import codec
 from streamworker.errors import Unreachable
 from streamworker.job import Claim, Deferred
-from streamworker.limits import Answer, Asking, Hold, Limit, Limiting, Quota, turn_in
+from streamworker.limits import Answer, Asking, Hold, Limit, Limiting, Quota
 from streamworker.pause import Pause
 from streamworker.run import Run
 from streamworker.telemetry.logs import get_logger
@@ -143,7 +144,7 @@ def asking_of(run: Run) -> Asking | None:
     quota = registration.quota
     name = limit_name(registration.kind, quota, run.payload)
     limit = Limit(run.claim.queue, name, quota.concurrency, quota.gap, quota.burst)
-    return Asking(run.claim, limit, run.job_id, secrets.token_hex(4), turn_in(reading.headers))
+    return Asking(run.claim, limit, run.job_id, secrets.token_hex(4), codec.state_of(reading, run.claim.secret).turn)
 
 
 def limit_name(kind: str, quota: Quota, payload: Any) -> str:

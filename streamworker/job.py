@@ -93,6 +93,7 @@ class Claim(msgspec.Struct, frozen=True, gc=False):
             entries are UUIDs and never repeat.
         suspect: it was delivered so often that it must be confirmed and then run alone.
         cancelled: somebody cancelled the job: it must not start any more.
+        secret: what the queue's state of jobs is sealed with (`marks`); empty where it is not known.
     """
 
     queue: str
@@ -104,6 +105,7 @@ class Claim(msgspec.Struct, frozen=True, gc=False):
     epoch: bytes
     suspect: bool = False
     cancelled: bool = False
+    secret: bytes = b""
 
 
 # -- outcomes: what happened
@@ -161,7 +163,7 @@ class Deferred(msgspec.Struct, frozen=True):
 
     Attributes:
         until: when it comes again by itself.
-        turn: what it brings along then, see `codec.TURN_HEADER`.
+        turn: what it brings along then, see `marks.State`.
         member: what it is called by while it waits: its member in the due set.
     """
 

@@ -12,6 +12,7 @@ from streamworker import codec
 from streamworker.errors import LONGEST_WAIT, UsageError
 from streamworker.handlers import Payload, check_queue
 from streamworker.job import Job
+from streamworker.marks import reserved_in
 
 # What checkers know and callers without one do not: said here, before it breaks somewhere else.
 _KINDS: Final[dict[str, tuple[type, ...]]] = {
@@ -77,6 +78,7 @@ def make_job(payload: Payload, **options: Unpack[JobOptions]) -> Job:
     _check_seconds("key_ttl", ttl)
     if key is not None and (not key or not _is_text(key)):
         raise UsageError(f"key={key!r} cannot be a key: leave it out, or give it some text")
+    _check_headers(options.get("headers"))
     try:
         level = codec.level_of(options.get("priority"))
     except ValueError as error:
@@ -95,6 +97,12 @@ def make_job(payload: Payload, **options: Unpack[JobOptions]) -> Job:
         key_ttl=ttl,
         headers=options.get("headers"),
     )
+
+
+def _check_headers(headers: dict[str, Any] | None) -> None:
+    name = reserved_in(headers) if headers else None
+    if name is not None:
+        raise UsageError(f"the header {name!r} has a name that streamworker keeps for itself: rename it")
 
 
 def _is_text(value: str) -> bool:

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Final, Protocol
+from collections.abc import Collection, Sequence
+from typing import Final, Protocol
 
 import msgspec
 
 from streamworker.job import Claim
 
-TURN_HEADER: Final = "streamworker-turn"
-"""Of a job that waited for a limit: ``ARRIVAL MARK``, when it came there (ms by the server's clock), and the end of the
-member that it waited under."""
-
-_TURN: Final = re.compile(r"[0-9]{1,15}(\.[0-9]{1,3})? [0-9a-f]{8}")
 _RATE: Final = re.compile(r"\s*(\d+)\s*/\s*(\d+(?:\.\d+)?)?\s*(s|sec|second|m|min|minute|h|hour|d|day)\s*")
 _SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 _MOST: Final = 100_000
@@ -142,9 +137,3 @@ class Limiting(Protocol):
 
     def retain(self, holds: Collection[Hold]) -> None:
         """Renew holds, from the lease thread: those of runs whose claims were renewed."""
-
-
-def turn_in(headers: Mapping[str, Any] | None) -> str:
-    """What a job was told when it had to wait; empty if it never had to, or says something odd."""
-    turn = headers.get(TURN_HEADER, "") if headers is not None else ""
-    return turn if isinstance(turn, str) and _TURN.fullmatch(turn) else ""

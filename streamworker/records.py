@@ -50,6 +50,6 @@ def unread_record(claim: Claim) -> RunRecord:
 def deliveries_of(claim: Claim, reading: Reading | None) -> int:
     """Deliveries so far, those on earlier entries of the same job and one that is only reserved included."""
     count = claim.count + claim.suspect
-    if reading is None or (reading.headers is None and reading.streamworker is None):
+    if reading is None or (reading.state is None and reading.streamworker is None):
         return count
-    return count + codec.deaths_before(reading)
+    return count + codec.state_of(reading, claim.secret).deliveries

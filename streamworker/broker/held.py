@@ -20,14 +20,14 @@ def wrapped(claim: Claim) -> bytes:
     return b"%b %d %b%b %b" % (claim.entry, claim.count, claim.level.encode(), reserved, claim.body or b"")
 
 
-def unwrapped(keys: ListKeys, wrapper: bytes) -> Claim | None:
-    """The claim a string stands for; ``None`` if it is none of ours."""
+def unwrapped(keys: ListKeys, wrapper: bytes, secret: bytes = b"") -> Claim | None:
+    """The claim a string stands for; ``None`` if it is none of ours. See `Claim.secret`."""
     parts = wrapper.split(b" ", 3)
     level = _LEVELS.get(parts[2].removesuffix(b"?")) if len(parts) == 4 else None
     if level is None or not parts[1].isdigit():
         return None
     entry, count, word, body = parts
-    return Claim(keys.queue, level, keys.ready(level), entry, int(count), body, b"", word.endswith(b"?"))
+    return Claim(keys.queue, level, keys.ready(level), entry, int(count), body, b"", word.endswith(b"?"), secret=secret)
 
 
 def leased(claim: Claim, worker: str) -> bytes:

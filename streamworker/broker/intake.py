@@ -48,6 +48,7 @@ class Intake(Taking):
 
     async def ensure(self, keys: QueueKeys) -> tuple[list[str], list[str]]:
         """Make a queue's streams and groups; returns foreign groups as "stream group", troubles as "stream error"."""
+        await self.seal(keys)  # first: whether others worked on the queue before is told by its epoch
         epoch, foreign, trouble = await self._link.run(
             scripts.GROUPS, [keys.meta, *keys.streams], [self._group, secrets.token_hex(8)]
         )
@@ -62,19 +63,22 @@ class Intake(Taking):
         """New entries, in order."""
         if self.draining:
             return []
+        await self._seal_again()
         queues, budgets = len(self._keys), self._order.budgets(limit)
         head = [self._group, self.consumer, limit, queues, len(budgets)]
         args = [*head, *self._allowances(limit, running), *budgets, *self._order.steps]
-        taken, trouble, paused, epochs, cancelled = await self._link.read(scripts.CLAIM, self._all, args)
-        for keys, epoch in zip(self._keys, epochs, strict=True):
-            self.epochs[keys.queue] = epoch
+        taken, trouble, paused, epochs, cancelled, sealed = await self._link.read(scripts.CLAIM, self._all, args)
+        for keys, epoch, secret in zip(self._keys, epochs, sealed, strict=True):
+            self.epochs[keys.queue], self.secrets[keys.queue] = epoch, secret
         self._paused = frozenset(index - 1 for index in paused)
         self.marked = frozenset(self._keys[index - 1].queue for index in cancelled)
         claims: list[Claim] = []
         for index, epoch, entries in taken:
             keys, level, place = self.spots[index - queues - 1]
-            name = keys.queue
-            claims += [Claim(name, level, place, entry, 1, document(fields), epoch) for entry, fields in entries]
+            name, secret = keys.queue, self.secrets[keys.queue]
+            claims += [
+                Claim(name, level, place, entry, 1, document(fields), epoch, secret=secret) for entry, fields in entries
+            ]
         if trouble and await self._heal(trouble) and not healed and len(claims) < limit:
             claims += await self.take(limit - len(claims), running, healed=True)
         return claims
@@ -159,11 +163,11 @@ class Intake(Taking):
         self._left_to_others(index, passed, wish, granted=bool(granted))
         if self._link.clock_shows(shown, sent, expected, self._lease):
             self.rest(self._lease)  # the other queues, too: nobody could renew in the time that was left out
-        claims = []
+        claims, secret = [], self.secrets.get(keys.queue, b"")
         for stream, entry, count, fields, epoch, suspect in entries:
             level = LEVELS[stream - 2]
             place, body = keys.stream(level), document(fields)
-            claims.append(Claim(keys.queue, level, place, entry, count, body, epoch, bool(suspect)))
+            claims.append(Claim(keys.queue, level, place, entry, count, body, epoch, bool(suspect), secret=secret))
         return claims
 
     async def wait(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:  # noqa: ARG002 - one entry
@@ -190,7 +194,11 @@ class Intake(Taking):
             place = name.decode()
             keys, level = spots[place]
             epoch = self.epochs.get(keys.queue, UNKNOWN_EPOCH)
-            claims += [Claim(keys.queue, level, place, entry, 1, document(fields), epoch) for entry, fields in entries]
+            secret = self.secrets.get(keys.queue, b"")
+            claims += [
+                Claim(keys.queue, level, place, entry, 1, document(fields), epoch, secret=secret)
+                for entry, fields in entries
+            ]
         return claims
 
 

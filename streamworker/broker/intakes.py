@@ -44,8 +44,9 @@ class Intakes:
             for branch, each in zip(self._links, by_slot.values(), strict=True)
         ]
         self.epochs: dict[str, bytes] = {}
+        self.secrets: dict[str, bytes] = {}
         for part in self._parts:
-            part.epochs = self.epochs
+            part.epochs, part.secrets = self.epochs, self.secrets
         parts = dict(zip(by_slot, self._parts, strict=True))
         self._homes = {keys.queue: parts[slot_of(keys.base)] for keys, _ in queues}
         self.spots: Final[list[tuple[QueueKeys, Level, str]]] = [spot for part in self._parts for spot in part.spots]

@@ -96,7 +96,7 @@ class QueueKeys(msgspec.Struct, frozen=True):
 
     @property
     def meta(self) -> str:
-        """Hash: epoch, paused (by an operator), inactive (in PostgreSQL), cancelled (some), leases, cursors, tokens."""
+        """Hash: epoch, secret, paused (by hand), inactive (in PostgreSQL), cancelled (some), leases, cursors, tokens."""
         return f"{self.base}:meta"
 
     @property
@@ -183,6 +183,8 @@ def queue_of_list(key: str, namespace: str = "") -> str | None:
     return match[1]
 
 
+SECRET: Final = "secret"  # noqa: S105 - the name of a field
+"""Field of a queue's meta hash: what its state of jobs is sealed with (`streamworker.marks`)."""
 PROGRESS: Final = "progress:"
 """What goes before a job's id in its worker's heartbeat, for how far it has come."""
 WORKER_KEY: Final = "streamworker:worker:"

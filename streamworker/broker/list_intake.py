@@ -61,6 +61,7 @@ class ListIntake(Taking):
 
     async def take(self, limit: int, running: Collection[Claim]) -> list[Claim]:
         """Elements, in order."""
+        await self._seal_again()
         keys = [each.meta for each in self._lists] + [each.leases for each in self._lists]
         keys += [each.claimed(self.consumer) for each in self._lists] + [place for _, _, place in self.spots]
         budgets = self._order.budgets(limit)
@@ -70,7 +71,8 @@ class ListIntake(Taking):
         args += [SUSPECT_DELIVERIES, wish, len(held)]
         args += [*self._allowances(limit, running), *budgets, *held, *self._order.steps]
         answer = await self._link.read(scripts.LIST_TAKE, keys, args)
-        taken, trouble, paused, _, passed, suspects, cancelled, granted = answer
+        taken, trouble, paused, _, passed, suspects, cancelled, granted, sealed = answer
+        self.secrets.update(zip((each.queue for each in self._lists), sealed, strict=True))
         if wish == RESERVE and taken and not taken[0][1][0][2]:
             wish = LEAVE  # not idle any more
         self._left_to_others(0, suspects, wish, granted=bool(granted))  # of whatever queue: this looks at all of them
@@ -81,9 +83,9 @@ class ListIntake(Taking):
         claims: list[Claim] = []
         for index, rows in taken:
             home, level, place = self.spots[index - first]
-            name = home.queue
+            name, secret = home.queue, self.secrets[home.queue]
             claims += [
-                Claim(name, level, place, entry, count, body, b"", bool(suspect))
+                Claim(name, level, place, entry, count, body, b"", bool(suspect), secret=secret)
                 for entry, count, suspect, body in rows
             ]
         for index, error in trouble:

@@ -71,6 +71,7 @@ class ListBroker(Serving[ListKeys, Taking]):
                 kind = (await self._link.ask("TYPE", name)).decode()
                 if kind not in (wanted, "none"):
                     raise ConfigurationError(f"the key {name} is a {kind}, not a {wanted}: rename or delete it")
+            await self._intake.seal(keys)
             await self._link.run(scripts.LEASE, [keys.meta], [worker_id, self._lease_ms])
 
     async def leave(self) -> bool:
@@ -121,7 +122,8 @@ class ListBroker(Serving[ListKeys, Taking]):
         found: list[Claim] = []
         for keys in self._keys:
             wrappers = await self._link.ask("LRANGE", keys.claimed(self._intake.consumer), 0, -1)
-            claims = [unwrapped(keys, wrapper) for wrapper in wrappers]
+            secret = self._intake.secrets.get(keys.queue, b"")
+            claims = [unwrapped(keys, wrapper, secret) for wrapper in wrappers]
             found += [claim for claim in claims if claim is not None and (keys.queue, claim.entry) not in known]
         return await self._cancels.judged(found, {keys.queue for keys in self._keys})
 

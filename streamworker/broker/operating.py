@@ -28,11 +28,12 @@ from streamworker.broker import (
 )
 from streamworker.broker.client import Address, understood
 from streamworker.broker.examine import examine
-from streamworker.broker.keys import PROGRESS, QueueKeys, worker_key
+from streamworker.broker.keys import PROGRESS, SECRET, QueueKeys, worker_key
 from streamworker.broker.listings import PAGE, Desk, text
 from streamworker.broker.settle import Sender, settle
 from streamworker.errors import InvalidJob, StreamworkerError
 from streamworker.job import Claim, Dead, Done, ReleaseAt, Settled, Verdict
+from streamworker.marks import NOTHING
 from streamworker.progress import Progress, read
 
 PURGE_BATCH: Final = 1000
@@ -101,7 +102,8 @@ class Operating:
                 f"the entry {entry.entry_id} of {entry.queue} has no field 'job', or was deleted, and cannot go back: "
                 "drop it"
             )
-        return await self._end(entry, claim, ReleaseAt(), _handed_back(entry, claim.body))
+        secret = await self._desk.ask("HGET", self._key(entry.queue).meta, SECRET)
+        return await self._end(entry, claim, ReleaseAt(), _handed_back(entry, claim.body, secret or b""))
 
     async def bury(self, entry: PendingEntry, reason: str) -> bool:
         """See `Operator.bury`."""
@@ -253,14 +255,14 @@ class Operating:
         return [self._key(queue) for queue in queues]
 
 
-def _handed_back(entry: PendingEntry, body: bytes) -> bytes | None:
+def _handed_back(entry: PendingEntry, body: bytes, secret: bytes) -> bytes | None:
     """The document for the next hop. The deaths of workers stay with it: by hand is no way past MAX_DELIVERIES."""
     try:
         document = codec.read(body)
-        deaths = codec.deaths_before(document) + entry.deliveries - entry.alive
-        known = codec.DELIVERIES_HEADER in codec.charges(document)
-        headers = {codec.DELIVERIES_HEADER: str(deaths) if deaths else None} if deaths or known else {}
-        return codec.rewrite(body, {"id": entry.job_id, "hop": (document.hop or 0) + 1}, headers)
+        before = codec.state_of(document, secret)
+        state = msgspec.structs.replace(before, deliveries=before.deliveries + entry.deliveries - entry.alive)
+        patch = {"id": entry.job_id, "hop": (document.hop or 0) + 1}
+        return codec.rewrite(body, patch, state=state, secret=secret)
     except InvalidJob:
         return None
 
@@ -270,7 +272,7 @@ def _refreshed(letter: StoredJob, body: bytes) -> bytes:
     try:
         document = codec.read(body)
         patch = {"id": letter.job_id, "hop": (document.hop or 0) + 1, "attempt_count": None, "run_at": None}
-        return codec.rewrite(body, patch, codec.charges(document))
+        return codec.rewrite(body, patch, state=NOTHING)
     except InvalidJob:
         return body
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from time import monotonic
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import anyio
 
 from streamworker import codec
 from streamworker.broker import Ending, scripts
 from streamworker.broker.held import leased
-from streamworker.broker.keys import ListKeys, QueueKeys
+from streamworker.broker.keys import SECRET, ListKeys, QueueKeys
 from streamworker.broker.link import BLOCK, Link
 from streamworker.broker.list_settle import ListSender
 from streamworker.broker.lists import ListBroker
@@ -31,6 +31,7 @@ from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.broker")
 
+_ASKED: Final = ("paused", "inactive", "cancelled", "waits", SECRET)
 AT_ONCE = 0.01
 """Seconds a BRPOP waits that should not: zero would mean for ever."""
 
@@ -104,12 +105,14 @@ class Popping(Taking):
         with self._link.watched():
             async with self._link.commands.pipeline(transaction=False) as pipe:
                 for keys in self._keys:
-                    pipe.execute_command("HMGET", keys.meta, "paused", "inactive", "cancelled", "waits")
+                    pipe.execute_command("HMGET", keys.meta, *_ASKED)
                 answers = await pipe.execute(raise_on_error=False)
         known = {i: answer for i, answer in enumerate(answers) if isinstance(answer, list)}
         self._paused = frozenset(i for i, answer in known.items() if any(answer[:2]))
         self.marked = frozenset(self._keys[i].queue for i, answer in known.items() if answer[2])
         self.waited = frozenset(self._keys[i].queue for i, answer in known.items() if answer[3])
+        self.secrets.update({self._keys[i].queue: answer[4] or b"" for i, answer in known.items()})
+        await self._seal_again()  # before anything is popped, which an error would lose
         spots = self._open(running)
         if not spots:
             if wait > AT_ONCE:
@@ -121,9 +124,10 @@ class Popping(Taking):
             return []
         place, element = reply[0].decode(), reply[1]
         keys, level = spots[place]
-        body, mark = unmarked(element)
+        secret = self.secrets.get(keys.queue, b"")
+        body, mark = unmarked(element, secret)
         entry, count = (mark.id, mark.deliveries + 1) if mark is not None else (codec.new_id(), 1)
-        return [Claim(keys.queue, level, place, entry.encode(), count, body, b"")]
+        return [Claim(keys.queue, level, place, entry.encode(), count, body, b"", secret=secret)]
 
     def _ordered(self, places: list[str]) -> list[str]:
         """Strictly as listed; weighted, the level whose turn it is comes first."""

@@ -136,13 +136,15 @@ class StreamBroker(Serving[QueueKeys, Intake | Intakes]):
         for keys, level, place in self._intake.spots:
             mine = [claim.entry for claim in running if claim.place == place]
             epoch = self._intake.epochs.get(keys.queue, UNKNOWN_EPOCH)
+            secret = self._intake.secrets.get(keys.queue, b"")
             args = [self._group, self._intake.consumer, *mine]
             for entry, count, fields in await self._link.run(scripts.STRAYS, [place], args):
                 # Claimed for real, a count is at most one below a suspect's; from there on it was only reserved, unless
                 # it is the one whose confirmation got through.
                 counted = self._last_confirmed == (place, entry, count - 1)
                 suspect = count >= SUSPECT_DELIVERIES - 1 and not counted
-                found.append(Claim(keys.queue, level, place, entry, count, document(fields), epoch, suspect))
+                body = document(fields)
+                found.append(Claim(keys.queue, level, place, entry, count, body, epoch, suspect, secret=secret))
         return await self._cancels.judged(found, {keys.queue for keys in self._keys})
 
     async def tick(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from time import monotonic
@@ -10,6 +11,7 @@ from typing import Final
 
 import anyio
 
+from streamworker.broker import scripts
 from streamworker.broker.keys import QueueKeys
 from streamworker.broker.link import Link
 from streamworker.job import LEVELS, Claim, Level
@@ -61,6 +63,9 @@ class Taking:
         self.consumer = ""
         self.ended: Callable[[str], int] = none_ended
         """See `Broker.claim`."""
+        self.secrets: dict[str, bytes] = {}
+        """What the state of each queue's jobs is sealed with, by the last look."""
+        self._seal_at = 0.0
         self.missing = 0
         """Jobs that were deleted underneath their claim, since the start."""
         self._sweep_at = [0.0] * len(self._keys)
@@ -119,6 +124,18 @@ class Taking:
         """Which queues can be waited for is out of date: no wait begins before the next look."""
         self.stale = True
         self._stirred.set()
+
+    async def seal(self, keys: QueueKeys) -> None:
+        """Make sure that the queue has a secret, see `streamworker.marks`."""
+        self.secrets[keys.queue] = await self._link.run(scripts.SECRET, [keys.meta], [secrets.token_hex(16)])
+
+    async def _seal_again(self) -> None:
+        """Give queues that lost their secret a new one, now and then. Before a claim: an error would lose its reply."""
+        if monotonic() >= self._seal_at and not all(self.secrets.get(keys.queue) for keys in self._keys):
+            self._seal_at = monotonic() + TROUBLE_PAUSE
+            for keys in self._keys:
+                if not self.secrets.get(keys.queue):
+                    await self.seal(keys)
 
     async def look_again(self) -> None:
         """A queue was paused or resumed, or has room again: end the wait that does not know it yet."""

@@ -17,6 +17,7 @@ from streamworker import codec
 from streamworker.errors import InvalidJob
 from streamworker.handover import KnownQueue, Lost, Taken
 from streamworker.job import LEVELS, Job, Level
+from streamworker.marks import NOTHING, OLD_HEADERS
 from streamworker.postgres.failures import is_one_rows_fault, reason, translated, understood
 from streamworker.postgres.pool import Database
 from streamworker.postgres.rows import text, within_python
@@ -372,7 +373,7 @@ def document(row: asyncpg.Record) -> bytes:
     hop, attempts = row["hop"], row["attempt_count"]
     if row["document"] is not None:
         patch = {"id": row["id"], "hop": hop, "attempt_count": attempts or None, "run_at": None}
-        body = codec.rewrite(row["document"], patch)
+        body = codec.rewrite(row["document"], patch, state=NOTHING)
     else:
         body = _packed(row, hop, attempts)
     if len(body) > LARGEST:
@@ -386,6 +387,8 @@ def _packed(row: asyncpg.Record, hop: int, attempts: int) -> bytes:
         headers = None if row["headers"] is None else msgspec.json.decode(row["headers"])
     except (msgspec.MsgspecError, RecursionError) as error:
         raise InvalidJob(f"the headers cannot be read: {error}") from None
+    if isinstance(headers, dict):  # rows that earlier versions wrote hold state of theirs
+        headers = {name: value for name, value in headers.items() if name not in OLD_HEADERS} or None
     job = Job(
         id=row["id"],
         queue=row["queue_name"],

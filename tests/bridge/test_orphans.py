@@ -64,7 +64,8 @@ async def test_what_the_dead_held_is_first_in_its_stream_in_order_with_id_and_co
     assert payload_names(there) == ["d", "a", "b", "c"]
     readings = [codec.read(body) for body in there]
     assert [codec.id_in(reading) for reading in readings[1:]] == [claim.entry.decode() for claim in claims]
-    assert [codec.deaths_before(reading) for reading in readings] == [0, 1, 1, 1]
+    secret = raw.hget("stream:{q}:meta", "secret")
+    assert [codec.state_of(reading, secret).deliveries for reading in readings] == [0, 1, 1, 1]
     assert raw.keys("queue:*") == []
     assert raw.zcard("stream:{q}:leases") == 0
 

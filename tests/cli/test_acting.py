@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 
+from streamworker import codec
 from tests.cli.conftest import Terminal, both_modes, document
 from tests.conftest import eventually_blocking
 
@@ -64,7 +65,7 @@ def test_living_workers_are_left_alone(sw, raw, held, tmp_path, verb, ground):
 
 
 @both_modes
-def test_release_of_a_dead_workers_jobs(sw, ground, lost):
+def test_release_of_a_dead_workers_jobs(sw, raw, ground, lost):
     worker = lost(3)
     before = sw.ok("pending", "--json").rows
     assert [row["alive"] for row in before] == [False] * 3
@@ -92,9 +93,10 @@ def test_release_of_a_dead_workers_jobs(sw, ground, lost):
     bodies = [json.loads(body) for body in ground.waiting(queue="holds")]
     assert sorted(body["id"] for body in bodies) == sorted(row["job_id"] for row in before)
     # Back uncharged, one hop on, and the death of its worker is not forgotten.
-    assert [(body["hop"], body.get("attempt_count"), body["headers"]) for body in bodies] == [
-        (1, None, {"streamworker-deliveries": "1"})
-    ] * 3
+    assert [(body["hop"], body.get("attempt_count"), "headers" in body) for body in bodies] == [(1, None, False)] * 3
+    secret = raw.hget("stream:{holds}:meta", "secret")
+    states = [codec.state_of(codec.read(body), secret) for body in ground.waiting(queue="holds")]
+    assert [state.deliveries for state in states] == [1] * 3
 
 
 @both_modes
@@ -170,6 +172,7 @@ def test_dead_retry(sw, raw, doomed, ground):
     letters = raw.xrange("stream:{dooms}:dead")
     body = json.loads(letters[0][1][b"job"]) | {"attempt_count": 7, "hop": 3, "theirs": [1.50]}
     body["headers"] = {"streamworker-deliveries": "4", "streamworker-unknown-since": "5", "traceparent": "00"}
+    body["streamworker_state"] = {"deliveries": 4, "seal": "0"}
     raw.xadd("stream:{dooms}:dead", {"job": json.dumps(body), "id": body["id"], "level": "high", "reason": "made up"})
     raw.xdel("stream:{dooms}:dead", letters[0][0])
     assert sw("dead", "retry", "--yes").returncode == 2
@@ -179,7 +182,7 @@ def test_dead_retry(sw, raw, doomed, ground):
     again = json.loads(body_again)
     assert again.get("attempt_count") is None
     assert again["hop"] == 4
-    assert again["headers"] == {"traceparent": "00"}
+    assert again["headers"] == {"traceparent": "00"} and "streamworker_state" not in again
     assert again["theirs"] == [1.50]
     assert again["id"] == body["id"]
     assert sw("dead", "retry", body["id"], "--yes").returncode == 1

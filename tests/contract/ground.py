@@ -232,7 +232,8 @@ class ListGround(Ground):
             yield entry, name.removeprefix(f"queue:{queue}:claimed:").encode(), int(count)
 
     def deliveries(self, claim: Claim) -> int | None:
-        marks = (unmarked(element)[1] for element in self.raw.lrange(claim.place, 0, -1))
+        secret = self.raw.hget(self.keys(claim.queue).meta, "secret") or b""
+        marks = (unmarked(element, secret)[1] for element in self.raw.lrange(claim.place, 0, -1))
         waiting = [mark.deliveries for mark in marks if mark is not None and mark.id == claim.entry.decode()]
         return waiting[0] if waiting else super().deliveries(claim)
 

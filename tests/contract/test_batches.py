@@ -11,6 +11,7 @@ import pytest
 from streamworker import App, Backoff, Context, Discard, Payload, QueueWorker, Retry, Settings, Snooze, testing
 from streamworker.errors import ConfigurationError
 from streamworker.job import Ok, Raised
+from streamworker.marks import State, sealed
 from streamworker.observe import JobRun, Observer
 from tests.conftest import eventually
 from tests.contract.helpers import settings, working
@@ -328,7 +329,9 @@ async def test_a_suspect_is_a_batch_of_one(ground, raw):
     async def rows(payloads: list[Row], contexts: list[Context]) -> None:
         sizes.append(tuple(context.delivery for context in contexts))
 
-    suspect = {"id": "s", "kind": "row", "payload": {"n": 0}, "headers": {"streamworker-deliveries": "2"}}
+    raw.hset("stream:{q}:meta", "secret", "5ec2e7 0")
+    state = sealed(State(2), "s", b"5ec2e7 0")
+    suspect = {"id": "s", "kind": "row", "payload": {"n": 0}, "streamworker_state": state}
     ground.push(json.dumps({"id": "a", "kind": "row", "payload": {"n": 1}}))
     ground.push(json.dumps(suspect))
     ground.push(json.dumps({"id": "b", "kind": "row", "payload": {"n": 2}}))

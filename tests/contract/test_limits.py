@@ -11,10 +11,11 @@ from typing import Any
 import anyio
 import pytest
 
-from streamworker import App, Backoff, Context, Payload, Retry, Settings
+from streamworker import App, Backoff, Context, Payload, Retry, Settings, codec
 from streamworker.errors import ConfigurationError
 from streamworker.gate import limit_name
 from streamworker.limits import Asking, Hold, Limit, quota
+from streamworker.marks import State, seal, sealed
 from tests.conftest import eventually
 from tests.contract.helpers import document, job, names, settings, working
 
@@ -31,15 +32,14 @@ async def defer(broker: Any, claim: Any, answer: Any) -> None:
 
     from tests.contract.helpers import release, settle_one
 
-    headers = {"id": json.loads(claim.body)["id"], "headers": {"streamworker-turn": answer.turn}, "payload": {}}
-    ending = release(
-        claim, time() + answer.wait, member=answer.member, job_id=headers["id"], body=json.dumps(headers).encode()
-    )
+    job_id = json.loads(claim.body)["id"]
+    body = codec.rewrite(claim.body, {}, state=State(turn=answer.turn), secret=claim.secret)
+    ending = release(claim, time() + answer.wait, member=answer.member, job_id=job_id, body=body)
     assert (await settle_one(broker, ending)).value == "settled"
 
 
 def turn(claim: Any) -> str:
-    return json.loads(claim.body).get("headers", {}).get("streamworker-turn", "")
+    return codec.state_of(codec.read(claim.body), claim.secret).turn
 
 
 def put_off(raw: Any, seconds: float = 60) -> None:
@@ -231,6 +231,7 @@ async def test_a_turn_that_makes_no_sense_is_a_first_time(broker_factory, ground
     async def odd(payload: Odd, ctx: Context) -> None:
         seen.append(ctx.job.id)
 
+    raw.hset("stream:{q}:meta", "secret", "5ec2e7 0")
     for name, value in {
         "a": 5,
         "b": "x",
@@ -238,7 +239,9 @@ async def test_a_turn_that_makes_no_sense_is_a_first_time(broker_factory, ground
         "d": ["1 deadbeef"],
         "e": "1 DEADBEEF",
     }.items():
-        ground.push(json.dumps({"id": name, "kind": "odd", "payload": {}, "headers": {"streamworker-turn": value}}))
+        state = {**sealed(State(), name, b"5ec2e7 0"), "turn": value}
+        proof = {**state, "seal": seal(b"5ec2e7 0", name, f"state 0 0 {value}")}
+        ground.push(json.dumps({"id": name, "kind": "odd", "payload": {}, "streamworker_state": proof}))
     async with working(app):
         await eventually(lambda: sorted(seen) == list("abcde"))
 

@@ -336,7 +336,6 @@ def flood(ground: Ground, count: int) -> tuple[int, int]:
         b'{"payload":{"name":"x"},"kind":"quick","attempt_count":-1}', b'{"payload":{"name":"\\ud800"},"kind":"quick"}',
         b'{"payload":' + b"[" * 5000 + b"]" * 5000 + b',"kind":"quick"}', b'{"payload":{"name":"' + b"x" * 3000 + b'"},"kind":"quick"}',
         b'{"payload":{"name":"x"},"kind":"quick","id":"' + b"x" * 201 + b'"}', None,
-        b'{"payload":{"name":"x"},"kind":"quick","headers":{"streamworker-deliveries":99}}',
     ]  # fmt: skip
     valid = 0
     with ground.raw.pipeline(transaction=False) as pipe:

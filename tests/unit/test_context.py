@@ -10,12 +10,13 @@ from streamworker import Context, codec
 from streamworker.context import Shared
 from streamworker.errors import ConfigurationError
 from streamworker.job import Claim
+from streamworker.marks import State, sealed
 from streamworker.policy import Limits
 
 
 def context(document=None, *, count=1, max_attempts=3, **shared):
     body = json.dumps({"payload": {"a": 1}, **(document or {})}).encode()
-    claim = Claim("billing", "high", "stream:{billing}:high", b"5-0", count, body, b"epoch")
+    claim = Claim("billing", "high", "stream:{billing}:high", b"5-0", count, body, b"epoch", secret=b"5ec2e7 0")
     return Context(
         Shared("worker-x", shared.pop("services", None), **shared), claim, codec.read(body), Limits(max_attempts)
     )
@@ -52,7 +53,9 @@ def test_attempts_count_from_one(failed, attempt, last):
 
 def test_deliveries_include_those_on_earlier_entries():
     assert context(count=1).delivery == 1
-    assert context({"headers": {codec.DELIVERIES_HEADER: "2"}}, count=2).delivery == 4
+    state = {"streamworker_state": sealed(State(2), "i", b"5ec2e7 0")}
+    assert context({"id": "i", **state}, count=2).delivery == 4
+    assert context({"id": "j", **state}, count=2).delivery == 2  # of another job
 
 
 def test_the_worker():

@@ -12,6 +12,7 @@ from streamworker.job import (
     Abandoned,
     Claim,
     Dead,
+    Deferred,
     Done,
     Interrupted,
     Ok,
@@ -21,15 +22,17 @@ from streamworker.job import (
     Undecodable,
     UnknownKind,
 )
+from streamworker.marks import State, sealed
 from streamworker.policy import Facts, Limits
 from streamworker.run import Run
 
 NOW = 1_000_000.0
+SECRET = b"5ec2e7 0"
 
 
 def run(outcome, document=None, *, count=1, suspect=False, body=None, attempts=None):
     body = json.dumps({"payload": {"a": 1}, "extra": [1], **(document or {})}).encode() if body is None else body
-    made = Run(Claim("q", "low", "stream:{q}:low", b"5-0", count, body, b"epoch", suspect))
+    made = Run(Claim("q", "low", "stream:{q}:low", b"5-0", count, body, b"epoch", suspect, secret=SECRET))
     try:
         made.reading = codec.read(body)
         attempts = made.reading.attempt_count or 0
@@ -43,6 +46,15 @@ def run(outcome, document=None, *, count=1, suspect=False, body=None, attempts=N
 def end(*args, **kwargs):
     made = ending(run(*args, **kwargs), now=NOW, jitter=0.5)
     return made, None if made.body is None else json.loads(made.body)
+
+
+def stated(deliveries=0, **state):
+    """A document that a worker has put back."""
+    return {"id": "i", "hop": 1, "streamworker_state": sealed(State(deliveries, **state), "i", SECRET)}
+
+
+def remembered(made):
+    return codec.state_of(codec.read(made.body), SECRET)
 
 
 DERIVED = codec.derived_id("stream:{q}:low", b"epoch", b"5-0")
@@ -72,22 +84,34 @@ def test_a_release_charges_nothing_and_keeps_the_deaths():
     made, body = end(Interrupted("shutdown"), {"attempt_count": 1, "headers": {"trace": "00"}}, count=1)
     assert made.verdict == ReleaseAt(None, "shutdown")
     assert body["attempt_count"] == 1 and body["headers"] == {"trace": "00"}
-    _, body = end(Interrupted("shutdown"), {"headers": {"trace": "00"}}, count=3)
-    assert body["headers"] == {"trace": "00", codec.DELIVERIES_HEADER: "2"}
-    _, body = end(Interrupted("shutdown"), {"headers": {codec.DELIVERIES_HEADER: "2"}}, count=2)
-    assert body["headers"] == {codec.DELIVERIES_HEADER: "3"}
+    made, body = end(Interrupted("shutdown"), {"headers": {"trace": "00"}}, count=3)
+    assert body["headers"] == {"trace": "00"} and remembered(made) == State(2)
+    made, body = end(Interrupted("shutdown"), stated(2), count=2)
+    assert remembered(made) == State(3) and "headers" not in body
 
 
 def test_a_reserved_suspect_that_is_handed_back_keeps_all_its_deaths():
-    _, body = end(Interrupted("shutdown"), count=2, suspect=True)
-    assert body["headers"] == {codec.DELIVERIES_HEADER: "2"}
+    made, _ = end(Interrupted("shutdown"), count=2, suspect=True)
+    assert remembered(made) == State(2)
 
 
 def test_a_charged_attempt_forgives_the_deaths():
-    _, body = end(Raised(ValueError()), {"headers": {codec.DELIVERIES_HEADER: "2", "other": 1}}, count=2)
-    assert body["headers"] == {"other": 1}
-    _, body = end(Raised(ValueError()), {"headers": {codec.DELIVERIES_HEADER: "2"}})
-    assert "headers" not in body
+    made, body = end(Raised(ValueError()), {**stated(2), "headers": {"other": 1}}, count=2)
+    assert remembered(made) == State() and body["headers"] == {"other": 1}
+    _, body = end(Raised(ValueError()), stated(2))
+    assert "streamworker_state" not in body
+
+
+def test_a_turn_lasts_until_the_job_has_run():
+    waiting = stated(1, turn="1700000000000.001 0123abcd")
+    for outcome in (Interrupted("shutdown"), UnknownKind("k")):
+        made, _ = end(outcome, waiting)
+        assert remembered(made).turn == "1700000000000.001 0123abcd"
+    made, _ = end(Deferred(NOW + 1, "1700000000000.002 4567abcd", "normal/i/4567abcd"), waiting)
+    assert remembered(made) == State(1, "1700000000000.002 4567abcd")
+    ran = run(Raised(Snooze(1)), waiting)
+    ran.started = 1.0
+    assert remembered(ending(ran, now=NOW, jitter=0.5)) == State(1)
 
 
 @pytest.mark.parametrize("headers", [{}, {"headers": None}, {"headers": {}}, {"headers": {"a": 1}}])
@@ -95,7 +119,7 @@ def test_the_age_of_an_unknown_kind_is_remembered(headers):
     """Also where a producer wrote ``"headers": null``, or the kind would stay unknown for ever."""
     made, body = end(UnknownKind("k"), headers)
     assert made.verdict == ReleaseAt(NOW + 1, "unknown kind", unknown_since=NOW)
-    assert codec.unknown_since(codec.read(made.body)) == NOW
+    assert remembered(made).unknown_since == NOW
     assert body["hop"] == 1
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import anyio
 import pytest
 
-from streamworker import Context, Discard, Handlers, Payload, codec
+from streamworker import Context, Discard, Handlers, Payload
 from streamworker.context import Shared
 from streamworker.execute import Executor
 from streamworker.job import (
@@ -27,6 +27,7 @@ from streamworker.job import (
     Undecodable,
     UnknownKind,
 )
+from streamworker.marks import State, sealed
 from streamworker.run import Run
 from tests.conftest import eventually
 
@@ -40,7 +41,7 @@ def claim(
 ) -> Claim:
     if body == b"":
         body = json.dumps({"id": "i", "kind": kind, "payload": {"text": "x"}, **(document or {})}).encode()
-    return Claim("q", "normal", "stream:{q}", b"1-0", count, body, b"e", suspect)
+    return Claim("q", "normal", "stream:{q}", b"1-0", count, body, b"e", suspect, secret=b"5ec2e7 0")
 
 
 def executor(function: Any = None, *, timeout: float | None = 300, middleware: Any = (), **options: Any) -> Executor:
@@ -111,7 +112,9 @@ async def assert_clean() -> None:
         (claim(kind="who", count=6), Abandoned),
         (claim(count=6), Abandoned),
         (claim(count=5, suspect=True), Abandoned),
-        (claim({"headers": {codec.DELIVERIES_HEADER: "5"}}), Abandoned),
+        (claim({"streamworker_state": sealed(State(5), "i", b"5ec2e7 0")}), Abandoned),
+        (claim({"streamworker_state": {"deliveries": 5}, "hop": 1}), None),
+        (claim({"headers": {"streamworker-deliveries": "5"}, "hop": 1}), None),
         (claim({"payload": {"text": 5}}, count=6), Abandoned),
         (claim({"run_at": "2999-01-01T00:00:00Z"}), Postponed),
         (claim({"run_at": "9999-12-31T23:59:59-14:00"}), Postponed),

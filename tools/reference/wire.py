@@ -9,6 +9,7 @@ import msgspec
 
 from streamworker import codec
 from streamworker.codec import Document
+from streamworker.marks import MARK_FIELD, STATE_FIELD
 from tools.reference.tables import code, table
 
 _WHAT: Final = {
@@ -49,7 +50,9 @@ Any language may write it, and only `payload` is required:
 {table(["field", "type", "required", "what"], rows)}
 Every field but `payload` may also be null. Fields that streamworker does not know stay in the document, byte for byte, however
 often the job is retried. A document above `STREAMWORKER_MAX_JOB_BYTES`, or one that is no such object, goes to the dead letters
-with its bytes kept. Two headers are written by streamworker itself: `{codec.DELIVERIES_HEADER}` and `{codec.UNKNOWN_HEADER}`.
+with its bytes kept. Two fields are written by workers alone: `{STATE_FIELD}`, what they remember of a job that they put back
+(`deliveries`, `turn`, `unknown_since`), and `{MARK_FIELD}`, the same of a list's element. Both end with a `seal`; what is
+not sealed with the queue's secret is not believed. Header names that begin with `streamworker-` are reserved.
 
 ## JSON Schema
 

@@ -13,19 +13,21 @@
 -- then          B budgets: most entries to take on each budget
 -- then          the walk, three numbers a step: index of the stream in KEYS, of its queue, of its budget
 --
--- returns { taken, trouble, paused, epochs, cancelled }
+-- returns { taken, trouble, paused, epochs, cancelled, secrets }
 --   taken    { index of the stream in KEYS, epoch, entries as XREADGROUP gives them } ...
 --   trouble  { index of the stream in KEYS, error } ...
 --   paused   indexes of queues
 --   epochs   the epoch of each queue ("": none yet)
 --   cancelled  indexes of queues with jobs that were cancelled and have not ended yet
+--   secrets  what the state of each queue's jobs is sealed with ("": nothing yet)
 local group, consumer, left = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local queues, budgets = tonumber(ARGV[4]), tonumber(ARGV[5])
 local allowance, epoch, budget = {}, {}, {}
-local taken, trouble, paused, cancelled = {}, {}, {}, {}
+local taken, trouble, paused, cancelled, secrets = {}, {}, {}, {}, {}
 
 for q = 1, queues do
-  local meta = redis.pcall('HMGET', KEYS[q], 'paused', 'epoch', 'inactive', 'cancelled')
+  local meta = redis.pcall('HMGET', KEYS[q], 'paused', 'epoch', 'inactive', 'cancelled', 'secret')
+  secrets[q] = not meta.err and meta[5] or ''
   allowance[q] = tonumber(ARGV[5 + q])
   if meta.err then
     trouble[#trouble + 1] = { q, meta.err }
@@ -65,4 +67,4 @@ for i = 6 + queues + budgets, #ARGV, 3 do
 end
 local epochs = {}
 for q = 1, queues do epochs[q] = epoch[q] or '' end
-return { taken, trouble, paused, epochs, cancelled }
+return { taken, trouble, paused, epochs, cancelled, secrets }

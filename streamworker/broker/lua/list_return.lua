@@ -1,6 +1,7 @@
 -- list_return: give claims whose lease ran out back to the right ends of their lists, in the order in which they were first
--- taken, the oldest rightmost. The mark that is put in front of an element, {"streamworker":{"id":"...","deliveries":N},
--- keeps its id and its count; bytes that are no object of JSON stay as they are. What grows is written first.
+-- taken, the oldest rightmost. The mark that is put in front of an element keeps its id and its count, sealed (streamworker/marks.py):
+-- {"streamworker":{"id":"...","deliveries":N,"seal":"..."}, ...; bytes that are no object of JSON stay as they are. What grows is
+-- written first.
 --
 -- KEYS[1]     lease set of the queue
 -- KEYS[2..4]  its lists: high, normal, low
@@ -14,6 +15,7 @@ local lease = tonumber(ARGV[1])
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local LISTS = { high = 2, normal = 3, low = 4 }
+local secret = string.match(redis.call('HGET', KEYS[5], 'secret') or '', '^%x+')
 local leases, wanted, orphans, returned, missing, errors = {}, {}, {}, 0, 0, {}
 
 -- A first write that changes nothing: a script that has written may write on when memory is out, and moving does not grow.
@@ -52,7 +54,11 @@ local function marked(token, body)
   local brace, rest = string.match(body, '^(%s*{)(%s*".*)$')
   if not brace then return body end
   local id, count = string.match(token, '^(%S+) (%d+)$')
-  return brace .. '"streamworker":{"id":"' .. id .. '","deliveries":' .. count .. '},' .. rest
+  local proof = ''
+  if secret then
+    proof = ',"seal":"' .. redis.sha1hex(secret .. ' deliveries ' .. count .. '\n' .. id .. '\n' .. secret) .. '"'
+  end
+  return brace .. '"streamworker":{"id":"' .. id .. '","deliveries":' .. count .. proof .. '},' .. rest
 end
 
 table.sort(orphans, function(a, b) return a[1] > b[1] end)

@@ -1,6 +1,6 @@
 -- list_take: take jobs from the right ends of lists in the order given, never more than asked for, into what the worker
 -- holds. An element that was taken before carries our mark in front, its id and its deliveries (see list_return): such
--- are at the right ends, and go before all others, whatever their level. A job stays with its id for good; without a mark
+-- are at the right ends, and go before all others, whatever their level; a mark that is not sealed as ours is none. A job stays with its id for good; without a mark
 -- it gets a fresh one, a UUIDv7 by the server's clock. Suspects (as often delivered as ARGV[6] says) stay where they
 -- are, and so does what runs here; a worker that is idle and finds nothing else that was taken before reserves one, uncounted.
 -- Where nobody is idle, one worker at a time takes nothing new until it is: the field "drainer" of meta holds its name, for a
@@ -23,7 +23,7 @@
 -- then         H ids that run here
 -- then         the walk, three numbers a step: index of the list in KEYS, of its queue, of its budget
 --
--- returns { taken, trouble, paused, epochs, skipped, suspects, cancelled, drains }
+-- returns { taken, trouble, paused, epochs, skipped, suspects, cancelled, drains, secrets }
 --   taken    { index of the list in KEYS, { id, delivery count, 1 if a suspect, body } ... } ...
 --   trouble  { index in KEYS, error } ...
 --   paused   indexes of queues
@@ -32,6 +32,7 @@
 --   suspects how many were left to others
 --   cancelled  indexes of queues with jobs that were cancelled and have not ended yet
 --   drains   1 if this worker shall take nothing new
+--   secrets  what the state of each queue's jobs is sealed with ("": nothing yet)
 local worker, left, queues, budgets = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
 local may_reserve, reserved, left_to_others, drains = false, false, 0, ARGV[7] == '3' and 1 or 0
 local TERM = 1000 -- ms a worker is the one that drains
@@ -42,6 +43,7 @@ local now = string.format('%d', time[1] * 1000 + math.floor(time[2] / 1000))
 local stamp, sequence = string.format('%012x', tonumber(now)), 0
 local allowance, budget, epochs, usable, running = {}, {}, {}, {}, {}
 local taken, trouble, paused, skipped, broken, empty, cancelled = {}, {}, {}, {}, {}, {}, {}
+local secrets = {}
 local suspects = {} -- queues of which some were left
 
 local function failed(reply) return type(reply) == 'table' and reply.err end
@@ -49,7 +51,8 @@ local function failed(reply) return type(reply) == 'table' and reply.err end
 local function report(k, err) trouble[#trouble + 1] = { k, err } end
 
 for q = 1, queues do
-  local meta = redis.pcall('HMGET', KEYS[q], 'paused', 'epoch', 'inactive', 'cancelled')
+  local meta = redis.pcall('HMGET', KEYS[q], 'paused', 'epoch', 'inactive', 'cancelled', 'secret')
+  secrets[q] = not meta.err and meta[5] or ''
   allowance[q], epochs[q] = tonumber(ARGV[8 + q]), ''
   if meta.err then
     report(q, meta.err)
@@ -74,10 +77,24 @@ local function fresh()
   return string.format('%s-%s-7%03x-%04x-%s', string.sub(stamp, 1, 8), string.sub(stamp, 9), micros, order, ARGV[5])
 end
 
-local function unmarked(element)
-  local brace, id, count, rest =
-    string.match(element, '^(%s*{)"streamworker":{"id":"([%x-]+)","deliveries":(%d+)},(.*)$')
-  if not id or #id ~= 36 or #count > 6 then return element end
+-- Marks of versions before the seal are believed in queues that they worked on, for a day after the first worker with seals.
+local function upgrading(q)
+  local born = tonumber(string.match(secrets[q], ' (%d+)$') or 0)
+  return born > 0 and tonumber(now) < born + 86400000
+end
+
+local function unmarked(element, q)
+  local brace, id, count, proof, rest =
+    string.match(element, '^(%s*{)"streamworker":{"id":"([%x-]+)","deliveries":(%d+),"seal":"(%x+)"},(.*)$')
+  if not id then
+    brace, id, count, rest = string.match(element, '^(%s*{)"streamworker":{"id":"([%x-]+)","deliveries":(%d+)},(.*)$')
+    if not id or not upgrading(q) then return element end
+  else
+    local key = string.match(secrets[q], '^%x+')
+    local text = 'deliveries ' .. string.format('%d', tonumber(count))
+    if not key or proof ~= redis.sha1hex(key .. ' ' .. text .. '\n' .. id .. '\n' .. key) then return element end
+  end
+  if #id ~= 36 or #count > 6 then return element end
   return brace .. rest, id, tonumber(count)
 end
 
@@ -100,7 +117,7 @@ local function look(i, q, most, again)
     local count = math.min(most - #found[1], length - seen)
     local page = redis.call('LRANGE', KEYS[i], -seen - count, -seen - 1)
     for p = #page, 1, -1 do
-      local body, id, deliveries = unmarked(page[p])
+      local body, id, deliveries = unmarked(page[p], q)
       if again and not id then return found, span end
       seen = seen + 1
       local suspect = id and deliveries + 1 >= tonumber(ARGV[6])
@@ -161,7 +178,7 @@ local function take_marked(most)
   for i = 3 * queues + 1, #KEYS do
     local q = math.floor((i - 3 * queues - 1) / 3) + 1
     if not exhausted(i, q) then
-      local _, again = unmarked(redis.call('LINDEX', KEYS[i], -1))
+      local _, again = unmarked(redis.call('LINDEX', KEYS[i], -1), q)
       while again and not exhausted(i, q) and take(i, q, math.min(left, allowance[q], most), true) > 0 do
         if reserved then return end
       end
@@ -203,4 +220,4 @@ for w = walk, #ARGV, 3 do
 end
 local stay = {}
 for i in pairs(skipped) do stay[#stay + 1] = i end
-return { taken, trouble, paused, epochs, stay, left_to_others, cancelled, drains }
+return { taken, trouble, paused, epochs, stay, left_to_others, cancelled, drains, secrets }

@@ -1,0 +1,17 @@
+-- secret: what a queue's state of jobs is sealed with (streamworker/marks.py), made if there is none yet. Behind it stands the
+-- moment at which it was made where earlier versions had worked on the queue before, and 0 where none had: for a while after that
+-- moment their unsealed state is believed.
+--
+-- KEYS[1]  meta hash of the queue
+-- ARGV[1]  random hexadecimal digits, taken if there is no secret yet
+--
+-- returns the secret as "DIGITS MS"; empty where none can be stored
+local known = redis.pcall('HGET', KEYS[1], 'secret')
+if type(known) == 'table' then return '' end -- somebody else's key: whoever reads it says so
+if known then return known end
+local time = redis.call('TIME')
+local met = redis.call('HGET', KEYS[1], 'epoch') and time[1] * 1000 + math.floor(time[2] / 1000) or 0
+local made = ARGV[1] .. ' ' .. string.format('%d', met)
+local reply = redis.pcall('HSET', KEYS[1], 'secret', made)
+if type(reply) == 'table' and reply.err then return '' end
+return made
