@@ -96,7 +96,7 @@ class QueueKeys(msgspec.Struct, frozen=True):
 
     @property
     def meta(self) -> str:
-        """Hash: epoch, secret, paused (by hand), inactive (in PostgreSQL), cancelled (some), leases, cursors, tokens."""
+        """Hash: epoch, secret, paused (by hand), inactive (PostgreSQL), cancelled (some), leases, cursors, tokens."""
         return f"{self.base}:meta"
 
     @property
