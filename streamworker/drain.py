@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import signal
 import time
-from collections.abc import Callable
 from time import monotonic
 from typing import Final, Protocol
 
 import anyio
-import anyio.abc
 
 from streamworker.broker import Broker
 from streamworker.endings import ending
@@ -87,14 +84,6 @@ def give_back(worker: Draining, run: Run) -> None:
         limits = run.facts.limits if run.facts is not None and run.overdue(monotonic()) else None
         run.outcome = TimedOut(limits.timeout) if limits is not None and limits.timeout is not None else SHUTDOWN
     worker.finish(run)
-
-
-async def watch_signals(told: Callable[[int], None], *, task_status: anyio.abc.TaskStatus[None]) -> None:
-    """Report SIGTERM and SIGINT, until cancelled."""
-    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        task_status.started()
-        async for number in signals:
-            told(number)
 
 
 async def end_reading(broker: Broker, ended: anyio.Event) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 from collections.abc import Awaitable, Callable, Sequence
 from time import monotonic, time
 from typing import Any, Final, TypeAlias
@@ -17,7 +18,7 @@ import anyio
 import anyio.to_thread
 import msgspec
 
-from streamworker import codec
+from streamworker import codec, signals
 from streamworker.codec import Reading
 from streamworker.context import Context, Shared
 from streamworker.errors import InvalidJob
@@ -71,6 +72,7 @@ class Executor:
         self._middleware = tuple(middleware)
         self._threads = threads
         self._limiter: anyio.CapacityLimiter | None = None
+        self._pid = os.getpid()
         self._max_deliveries = max_deliveries
         self._max_job_bytes = max_job_bytes
         self._unknown_kind_ttl = unknown_kind_ttl
@@ -185,9 +187,12 @@ class Executor:
                 run.deadline = context.deadline_at = monotonic() + facts.limits.timeout
             try:
                 arguments = (run.payload, context) if registration.wants_context else (run.payload,)
-                return Ok(registration.function(*arguments))
+                outcome: Outcome = Ok(registration.function(*arguments))
             except BaseException as error:  # noqa: BLE001 - a future cannot carry StopIteration, nor the loop SystemExit
-                return Raised(error)
+                outcome = Raised(error)
+            if os.getpid() != self._pid:  # the handler forked, and its child came back, too
+                signals.end_child(outcome.error if isinstance(outcome, Raised) else None)
+            return outcome
 
         if self._limiter is None:
             self._limiter = anyio.CapacityLimiter(self._threads)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import threading
 import time
 from contextlib import AsyncExitStack
 from typing import Any, Final
@@ -18,11 +17,12 @@ import anyio
 import anyio.to_thread
 from structlog.contextvars import bind_contextvars
 
+from streamworker import signals
 from streamworker.bookkeeping import stages
 from streamworker.claiming import Claimer
 from streamworker.clock import Clock
 from streamworker.context import Shared
-from streamworker.drain import HAND_BACK, UNWIND, drain, end_reading, take_leave, watch_signals
+from streamworker.drain import HAND_BACK, UNWIND, drain, end_reading, take_leave
 from streamworker.entrance import Entrance
 from streamworker.errors import ConfigurationError, HandBackFailed, StuckThread, UsageError
 from streamworker.execute import Executor
@@ -30,6 +30,7 @@ from streamworker.health import Health
 from streamworker.held import Held
 from streamworker.holdings import Holdings
 from streamworker.identity import heartbeat, new_worker_id
+from streamworker.job import Raised
 from streamworker.lease import LeaseKeeper
 from streamworker.metering import Metering
 from streamworker.redact import text_of
@@ -73,7 +74,7 @@ class QueueWorker:
         self.worker_id: Final = new_worker_id(worker_id or self._settings.worker_id)
         self._redis, self._database, self._services = redis, database, services
         self._stopping, self._hurry, self._stopped = anyio.Event(), anyio.Event(), anyio.Event()
-        self._burst = self._begun = False
+        self._burst = self._begun = self._forked = False
         self._queues = [spec.name for spec in self._settings.queues] or app.handlers.queues
         self._error: StuckThread | HandBackFailed | ConfigurationError | None = None
         self._signal = 0
@@ -109,6 +110,7 @@ class QueueWorker:
         log.info("worker_starting", worker_id=self.worker_id)
         try:
             async with AsyncExitStack() as stack:
+                stack.enter_context(signals.guard(self._in_forked_child))
                 try:
                     stack.callback(self._health.close)
                     self._health.open()
@@ -131,7 +133,10 @@ class QueueWorker:
             await self._stopped.wait()
 
     async def run(self, *, burst: bool = False) -> int:
-        """`start`, with SIGTERM and SIGINT wired to `stop`; a second signal cancels running jobs.
+        """`start`, with SIGTERM, SIGINT and SIGHUP wired to `stop`; a second SIGTERM or SIGINT cancels running jobs.
+
+        Every worker that runs in this process hears one signal. In another thread than the main one it is heard while
+        a worker runs in the main thread too.
 
         Args:
             burst: end when nothing is ready any more.
@@ -142,8 +147,7 @@ class QueueWorker:
         self._burst = burst
         failure: Exception | None = None
         async with anyio.create_task_group() as group:
-            if threading.current_thread() is threading.main_thread():
-                await group.start(watch_signals, self._signalled)
+            await group.start(signals.watch, self._signalled)
             try:
                 await self.start()
             except Exception as error:  # noqa: BLE001 - raised below, outside of the group that would wrap it
@@ -246,6 +250,8 @@ class QueueWorker:
 
     def finish(self, run: Run) -> None:
         """A run has its outcome: free the slot, record it, settle it."""
+        if self._forked:
+            signals.end_child(run.outcome.error if isinstance(run.outcome, Raised) else None)
         if run.special and self._entrance.left(run):
             return
         if self._watch is not None:
@@ -296,3 +302,7 @@ class QueueWorker:
             log.warning("worker_hurrying", worker_id=self.worker_id, signal=signal.Signals(number).name)
             self._signal = number
             self._hurry.set()
+
+    def _in_forked_child(self) -> None:
+        """Called in a process that one of our handlers forked: its copy of this worker must not settle anything."""
+        self._forked = True

@@ -264,6 +264,7 @@ def _child(order: dict[str, Any], descriptors: Sequence[int]) -> int:
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which `nohup` ignores
     if order["session"]:
         os.setsid()
     for number, descriptor in enumerate(descriptors):

@@ -7,7 +7,6 @@ import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from time import monotonic
-from types import FrameType
 from typing import Any, Final, TextIO, cast
 
 import anyio
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.file_proxy import FileProxy
 from rich.live import Live
 
+from streamworker import signals
 from streamworker.app import App
 from streamworker.bridging import Bridging, Tally
 from streamworker.cli.loading import load_app, with_own
@@ -58,8 +58,7 @@ def bridge(
         json: One JSON object per line with the progress, the totals last.
         lease: Seconds after which jobs of a dead worker of list mode are taken back; the same as the workers'.
     """
-    # Until the bridge listens itself nothing has begun; process 1 of a container would ignore the signal.
-    signal.signal(signal.SIGTERM, _leave)
+    signals.exit_until_watched()
     settings = server.settings(app=app, lease=lease)
     queues, settings = _chosen(settings, queue, all)
     return anyio.run(_run, settings, queues, drain, json)
@@ -90,7 +89,17 @@ async def _run(settings: Settings, queues: list[str] | None, drain: bool, json: 
         bridging = Bridging(mover, drain=drain)
         progress = _Progress(bridging.tally, settings, json=json)
         async with anyio.create_task_group() as group:
-            told: list[int] = await group.start(_watch_signals, bridging, group.cancel_scope)
+            told: list[int] = []
+
+            def stop(number: int) -> None:
+                """The first signal ends the bridge after the batch in flight, the second at once."""
+                told.append(number)
+                log.info("bridge_stopping", signal=signal.Signals(number).name)
+                bridging.stop()
+                if len(told) > 1:
+                    group.cancel_scope.cancel()
+
+            await group.start(signals.watch, stop)
             log.info("bridge_ready", queues="all" if queues is None else queues)
             async with progress.shown():
                 await bridging.run()
@@ -101,21 +110,6 @@ async def _run(settings: Settings, queues: list[str] | None, drain: bool, json: 
     if drain and not told:
         _all_moved(bridging.tally)
     return 0
-
-
-async def _watch_signals(
-    bridging: Bridging, scope: anyio.CancelScope, *, task_status: anyio.abc.TaskStatus[list[int]]
-) -> None:
-    """The first signal ends the bridge after the batch in flight, the second at once. Starts with the list of them."""
-    told: list[int] = []
-    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        task_status.started(told)
-        async for number in signals:
-            told.append(number)
-            log.info("bridge_stopping", signal=signal.Signals(number).name)
-            bridging.stop()
-            if len(told) > 1:
-                scope.cancel()
 
 
 def _all_moved(tally: Tally) -> None:
@@ -130,10 +124,6 @@ def _all_moved(tally: Tally) -> None:
         raise StreamworkerError(
             f"{sum(stuck.values())} jobs of {where} could not be moved and lie where they were: the log says why"
         )
-
-
-def _leave(_signal: int, _frame: FrameType | None) -> Any:
-    sys.exit(0)
 
 
 class _Progress:

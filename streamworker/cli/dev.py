@@ -17,7 +17,7 @@ from typing import Any, Final
 import anyio
 import msgspec
 
-from streamworker import embedded, web
+from streamworker import embedded, signals, web
 from streamworker.app import App
 from streamworker.cli.dashboard import LISTEN as DASHBOARD
 from streamworker.cli.loading import HOW
@@ -108,10 +108,11 @@ class _Loop:
         self._watch = watch
         self._patience = patience
         self._signal = 0
+        self._link = socket.socket()
 
     def run(self) -> int:
         """Until SIGINT or SIGTERM; returns the last worker's exit code."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in signals.STOP:
             signal.signal(number, self._on_signal)
         while True:
             process = self._start()
@@ -129,7 +130,12 @@ class _Loop:
 
     def _start(self) -> subprocess.Popen[bytes]:
         # A group of its own: Ctrl-C reaches this process alone, which passes it on once; twice would cancel jobs.
-        return subprocess.Popen([sys.executable, "-m", "streamworker", "worker"], process_group=0)
+        # The link closes when this process is gone, however it ended: the worker ends then, too.
+        self._link.close()
+        self._link, theirs = socket.socketpair()
+        with theirs:
+            command = (sys.executable, "-m", "streamworker", "worker", "--supervisor", str(theirs.fileno()))
+            return subprocess.Popen(command, process_group=0, pass_fds=[theirs.fileno()])  # noqa: S603 - our own program
 
     def _wait(self, process: subprocess.Popen[bytes] | None) -> list[str]:
         """Until files changed, a signal came, or the process ended."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 import traceback
 from pathlib import Path
@@ -54,6 +55,18 @@ def with_own(settings: Settings, app: App[Any]) -> Settings:
     if "log_format" not in said and own.log_format == "json":
         values["log_format"] = settings.log_format
     return Settings(**values)
+
+
+def loop_options(settings: Settings) -> dict[str, bool]:
+    """Which event loop `anyio.run` makes: its ``backend_options``.
+
+    Raises:
+        ConfigurationError: uvloop is asked for and not installed.
+    """
+    there = importlib.util.find_spec("uvloop") is not None
+    if settings.loop == "uvloop" and not there:
+        raise ConfigurationError("STREAMWORKER_LOOP is 'uvloop' but uvloop is not installed: install it, or use 'auto'")
+    return {"use_uvloop": there and settings.loop != "asyncio"}
 
 
 def _import(name: str) -> Any:

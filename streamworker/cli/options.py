@@ -121,6 +121,7 @@ class WorkerFlags(ServerFlags):
         list_pop: move or brpop (list mode).
         ledger: auto, on or off.
         relay: on or off.
+        loop: auto, uvloop or asyncio: the event loop handlers run on.
         http: host:port of health and metrics, or off.
     """
 
@@ -139,6 +140,7 @@ class WorkerFlags(ServerFlags):
     list_pop: Text = None
     ledger: Text = None
     relay: Text = None
+    loop: Text = None
     http: Text = None
 
 

@@ -6,16 +6,19 @@ itself is started again after a pause; one that was told to end is not.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Final
+from typing import Final, NamedTuple
 
 import anyio
 import anyio.abc
 
+from streamworker import signals
 from streamworker.environment import PREFIX
 from streamworker.errors import ConfigurationError, UsageError
 from streamworker.pause import Pause
@@ -29,8 +32,37 @@ HOPELESS: Final = (ConfigurationError.exit_code, UsageError.exit_code)
 STEADY: Final = 60.0
 """Seconds a worker has to last before its next end counts as a first one."""
 HTTP: Final = f"{PREFIX}HTTP"
-WATCH: Final = 1.0
-"""Seconds between looks at whether the supervisor still lives."""
+LISTENING: Final = b"\0"
+"""What a worker writes to its supervisor as soon as it reads signals from it."""
+
+
+class _Child(NamedTuple):
+    """A worker process.
+
+    Attributes:
+        process: it.
+        link: signals are passed on through this socket, a byte each, so that the worker can tell them from those that
+            reach it directly: a service manager may signal all processes, and the worker must count one. It closes
+            with the supervisor, which tells the worker that nobody else would end it.
+    """
+
+    process: anyio.abc.Process
+    link: socket.socket
+
+    def pass_on(self, number: int) -> None:
+        """Pass a signal on."""
+        listening = True
+        try:
+            self.link.send(bytes([number]))
+            listening = bool(self.link.recv(1, socket.MSG_PEEK))
+        except BlockingIOError:
+            listening = False
+        except OSError:
+            pass  # it has ended
+        if not listening:
+            # It is still starting, and holds nothing: this ends it now, see `signals.exit_until_watched`.
+            with suppress(ProcessLookupError):
+                self.process.send_signal(signal.SIGTERM)
 
 
 class Supervisor:
@@ -49,13 +81,13 @@ class Supervisor:
         self._burst = burst
         self._ports = list(ports)
         self._stopping = anyio.Event()
-        self._running: dict[int, anyio.abc.Process] = {}
+        self._running: dict[int, _Child] = {}
         self._codes: list[int] = []
 
     async def run(self) -> int:
         """Until all have ended; returns the worst of their last exit codes."""
         async with anyio.create_task_group() as group:
-            await group.start(self._signals)
+            await group.start(signals.watch, self._pass_on)
             async with anyio.create_task_group() as workers:
                 for number in range(self._count):
                     workers.start_soon(self._keep, number)
@@ -87,37 +119,31 @@ class Supervisor:
         if self._ports:
             env[HTTP] = self._ports[number]
             env.pop(f"{HTTP}_FILE", None)  # set in both forms would be a contradiction
-        # A session of its own: Ctrl-C reaches the supervisor alone, which passes it on once; twice would cancel jobs.
-        async with await anyio.open_process(
-            [*self._command, "--supervisor", str(os.getpid())],
-            stdin=None, stdout=None, stderr=None, env=env, start_new_session=True,
-        ) as process:  # fmt: skip
-            self._running[number] = process
-            if self._stopping.is_set():
-                _send(process, signal.SIGTERM)
-            try:
-                code = await process.wait()
-            finally:
-                del self._running[number]
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        with ours:
+            with theirs:
+                # A session of its own: Ctrl-C reaches the supervisor alone, which passes it on.
+                process = await anyio.open_process(
+                    [*self._command, "--supervisor", str(theirs.fileno())],
+                    stdin=None, stdout=None, stderr=None, env=env, start_new_session=True, pass_fds=[theirs.fileno()],
+                )  # fmt: skip
+            async with process:
+                self._running[number] = child = _Child(process, ours)
+                if self._stopping.is_set():
+                    child.pass_on(signal.SIGTERM)
+                try:
+                    code = await process.wait()
+                finally:
+                    del self._running[number]
         if code == -signal.SIGTERM and self._stopping.is_set():
             return 0  # it was told to end before it could listen, and held nothing yet
         return code if code >= 0 else 128 - code
 
-    async def _signals(self, *, task_status: anyio.abc.TaskStatus[None]) -> None:
-        with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
-            task_status.started()
-            async for number in received:
-                self._pass_on(number)
-
     def _pass_on(self, number: int) -> None:
         self._stopping.set()
-        for process in list(self._running.values()):
-            _send(process, number)
-
-
-def _send(process: anyio.abc.Process, number: int) -> None:
-    with suppress(ProcessLookupError):
-        process.send_signal(signal.Signals(number))
+        for child in list(self._running.values()):
+            child.pass_on(number)
 
 
 def addresses(first: Address | None, count: int) -> list[str]:
@@ -133,9 +159,26 @@ def command(app: str | None, *, burst: bool) -> list[str]:
     return [*words, *([app] if app else []), *(["--burst"] if burst else [])]
 
 
-async def watch(supervisor: int) -> None:
-    """End this process in order when the process that started it is gone: nobody else would ever tell it to."""
-    while os.getppid() == supervisor:  # noqa: ASYNC110 - the parent's end is no event here
-        await anyio.sleep(WATCH)
+async def watch(link: int) -> None:
+    """Hear the signals that the supervisor passes on; when it is gone, end this process in order: nobody else would.
+
+    Args:
+        link: file descriptor of the socket that the supervisor made.
+    """
+    loop = asyncio.get_running_loop()
+    with socket.socket(fileno=link) as supervisor:
+        supervisor.set_inheritable(False)
+        supervisor.setblocking(False)
+        with suppress(OSError):
+            supervisor.send(LISTENING)
+        while True:
+            try:
+                numbers = await loop.sock_recv(supervisor, 64)
+            except OSError:
+                numbers = b""
+            for number in numbers:
+                signals.deliver(number, signals.SUPERVISOR)
+            if not numbers:
+                break
     log.warning("supervisor_gone", hint="this worker finishes what runs and ends")
-    os.kill(os.getpid(), signal.SIGTERM)
+    signals.deliver(signal.SIGTERM, signals.SUPERVISOR)

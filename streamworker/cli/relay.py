@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import signal
 from typing import Any
 
 import anyio
 
+from streamworker import signals
 from streamworker.app import App
-from streamworker.cli.loading import load_app, with_own
+from streamworker.cli.loading import load_app, loop_options, with_own
 from streamworker.cli.options import WORKER, WorkerFlags
 from streamworker.relaying import Scheduler
 from streamworker.telemetry.logs import get_logger
@@ -36,18 +35,11 @@ def relay(app: str | None = None, *, flags: WorkerFlags = WORKER) -> int:
     async def main() -> int:
         stopping = anyio.Event()
         async with loaded.relay_process(settings) as relaying, anyio.create_task_group() as group:
-
-            async def watch(*, task_status: anyio.abc.TaskStatus[None]) -> None:
-                with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-                    task_status.started()
-                    async for _ in signals:
-                        stopping.set()
-
-            await group.start(watch)
+            await group.start(signals.watch, lambda _: stopping.set())
             log.info("relay_ready", schedules=len(loaded.schedules), ledger=not isinstance(relaying, Scheduler))
             await relaying.run(stopping)
             group.cancel_scope.cancel()
         log.info("relay_stopped", dispatched=relaying.dispatched)
         return 0
 
-    return anyio.run(main, backend_options={"use_uvloop": importlib.util.find_spec("uvloop") is not None})
+    return anyio.run(main, backend_options=loop_options(settings))

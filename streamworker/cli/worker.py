@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import importlib.util
 import os
-import signal
 import sys
-from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated
 
 import anyio
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
+from streamworker import signals
 from streamworker.cli import say
-from streamworker.cli.loading import load_app, with_own
+from streamworker.cli.loading import load_app, loop_options, with_own
 from streamworker.cli.options import WORKER, WorkerFlags
 from streamworker.cli.processes import Supervisor, addresses, command, watch
 from streamworker.errors import StuckThread
@@ -37,22 +35,21 @@ def worker(
         app: module:attribute, such as shop.jobs:app; STREAMWORKER_APP unless given.
         burst: End when nothing is ready any more.
         processes: Worker processes, each a consumer of its own; one that dies is started again.
-        supervisor: The process that started this one.
+        supervisor: The file descriptor of the socket of the process that started this one.
     """
-    # Until the worker listens itself nothing is there to drain; process 1 of a container would ignore the signal.
-    signal.signal(signal.SIGTERM, _leave)
+    signals.exit_until_watched()
     settings = flags.settings(app=app)
     flags.export()
     if processes > 1:
         words, ports = command(app, burst=burst), addresses(settings.http, processes)
         return anyio.run(Supervisor(words, processes, burst=burst, ports=ports).run)
     loaded = load_app(settings)
-    made = QueueWorker(loaded, redis=None, database=None, services=None, settings=with_own(settings, loaded))
+    own = with_own(settings, loaded)
+    made = QueueWorker(loaded, redis=None, database=None, services=None, settings=own)
     # What was imported stays for ever: the collector need not look at it again and again.
     gc.collect()
     gc.freeze()
-    fast = importlib.util.find_spec("uvloop") is not None
-    return anyio.run(_run, made, burst, supervisor, backend_options={"use_uvloop": fast})
+    return anyio.run(_run, made, burst, supervisor, backend_options=loop_options(own))
 
 
 async def _run(made: QueueWorker, burst: bool, supervisor: int | None) -> int:
@@ -68,8 +65,3 @@ async def _run(made: QueueWorker, burst: bool, supervisor: int | None) -> int:
     finally:
         if watcher is not None:
             watcher.cancel()
-
-
-def _leave(_signal: int, _frame: FrameType | None) -> Any:
-    # Not an exception: where a callback of the import system is interrupted, it would be printed and forgotten.
-    os._exit(0)

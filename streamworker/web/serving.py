@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import Any, Final
 import anyio
 import uvicorn
 
+from streamworker import signals
 from streamworker.app import App
 from streamworker.errors import ConfigurationError, UsageError
 from streamworker.settings import Settings
@@ -70,13 +70,11 @@ async def _serve(site: Site, door: socket.socket) -> None:
     log.info("dashboard_ready", url=f"http://{f'[{host}]' if ':' in host else host}:{port}/", read_only=site.read_only)
     async with anyio.create_task_group() as group:
 
-        async def until_told() -> None:
-            with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as told:
-                async for _ in told:
-                    server.force_exit = server.should_exit
-                    server.should_exit = True
+        def stop(_number: int) -> None:
+            server.force_exit = server.should_exit
+            server.should_exit = True
 
-        group.start_soon(until_told)
+        await group.start(signals.watch, stop)
         await server.serve(sockets=[door])
         group.cancel_scope.cancel()
 

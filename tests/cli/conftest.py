@@ -112,7 +112,7 @@ class Program:
         self.env.pop("DATABASE_URL", None)
         if url is not None:
             self.env["REDIS_URL"] = url
-        self.running: list[forkserver.Forked] = []
+        self.running: list[forkserver.Forked | subprocess.Popen[str]] = []
 
     def command(self, *words: object) -> list[str]:
         return [sys.executable, "-m", "streamworker", *map(str, words)]
@@ -137,9 +137,19 @@ class Program:
         return done
 
     def start(self, *words: object, **env: str) -> Running:
-        running = Running([*map(str, words)], self.directory, {**self.env, **env})
-        self.running.append(running.process)
-        return running
+        return self._runs(forkserver.forked([*map(str, words)], cwd=self.directory, env={**self.env, **env}))
+
+    def fresh(self, *command: object, **env: str) -> Running:
+        """Any command, as a process that is no child of the fork server."""
+        process = subprocess.Popen(
+            [*map(str, command)], cwd=self.directory, env={**self.env, **env}, stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        return self._runs(process)
+
+    def _runs(self, process: forkserver.Forked | subprocess.Popen[str]) -> Running:
+        self.running.append(process)
+        return Running(process)
 
     def worker(self, *words: object, **env: str) -> Running:
         """A worker that is ready."""
@@ -151,8 +161,8 @@ class Program:
 class Running:
     """A process that runs beside the test; its standard error is read as it comes."""
 
-    def __init__(self, words: list[str], directory: Path, env: dict[str, str]) -> None:
-        self.process = forkserver.forked(words, cwd=directory, env=env)
+    def __init__(self, process: forkserver.Forked | subprocess.Popen[str]) -> None:
+        self.process = process
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

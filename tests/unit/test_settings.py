@@ -52,6 +52,7 @@ VARIABLES = {
     "LIST_POP": ("move", st.sampled_from(["move", "brpop"])),
     "LEDGER": ("auto", st.sampled_from(["auto", "off"])),
     "RELAY": ("on", st.sampled_from(["on", "off"])),
+    "LOOP": ("auto", st.sampled_from(["auto", "uvloop", "asyncio"])),
     "NAMESPACE": ("", st.from_regex(r"[A-Za-z0-9._:-]{1,20}", fullmatch=True)),
     "STATE_DIR": (Path(".streamworker"), st.sampled_from([Path("/var/lib/x"), Path("a/b")])),
     "HTTP": (None, st.builds(Address, st.sampled_from(["0.0.0.0", "::1", "localhost"]), st.integers(0, 65_535))),

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests import forkserver
 from tests.cli.conftest import ROOT, Running
 from tests.conftest import eventually_blocking
 from tests.web.chromium import Chromium, program
@@ -51,7 +52,7 @@ class Served:
 def served(redis_url: str, raw: Any, chromium: Chromium, tmp_path: Path) -> Iterator[Served]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("STREAMWORKER_")}
     env = {**clean, "REDIS_URL": redis_url, "PYTHONPATH": str(ROOT)}
-    running = Running(["dashboard", "--listen", "127.0.0.1:0"], tmp_path, env)
+    running = Running(forkserver.forked(["dashboard", "--listen", "127.0.0.1:0"], cwd=tmp_path, env=env))
     eventually_blocking(lambda: running.saw("dashboard_ready"), 30)
     url = next(json.loads(line)["url"] for line in running.lines if "dashboard_ready" in line).rstrip("/")
     chromium.size(1280, 800)
