@@ -89,7 +89,7 @@ class Claim(msgspec.Struct, frozen=True, gc=False):
         entry: its id there.
         count: how often the server delivered this entry.
         body: the document's bytes; ``None`` if the entry holds no document.
-        epoch: identity of the place since its group was made; entry ids repeat across epochs. Empty in lists, where
+        epoch: what ids of the place's entries are derived from; entry ids repeat across epochs. Empty in lists, where
             entries are UUIDs and never repeat.
         suspect: it was delivered so often that it must be confirmed and then run alone.
         cancelled: somebody cancelled the job: it must not start any more.

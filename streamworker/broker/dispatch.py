@@ -18,7 +18,7 @@ from streamworker.broker.client import Address
 from streamworker.broker.due import promote
 from streamworker.broker.keys import ListKeys, QueueKeys
 from streamworker.broker.link import Link
-from streamworker.broker.listings import Desk, text
+from streamworker.broker.listings import Desk, derived_from, text
 from streamworker.broker.publish import Publisher
 from streamworker.codec import derived_id, glance
 from streamworker.errors import StreamworkerError
@@ -107,7 +107,8 @@ class RedisDispatcher:
         if keys.shape == "list":
             await self._desk.ask("HSETNX", keys.meta, "epoch", fresh)
             return
-        _, _, trouble = await self._link.run(scripts.GROUPS, [keys.meta, *keys.streams], [self._group, fresh])
+        names = [keys.meta, keys.ids, *keys.streams]
+        _, _, trouble, _ = await self._link.run(scripts.GROUPS, names, [self._group, fresh])
         if trouble:
             stream, _, problem = text(trouble[0]).partition(" ")
             raise StreamworkerError(f"the stream {stream} cannot be used: {problem}")
@@ -137,9 +138,9 @@ class RedisDispatcher:
                 return
 
     async def _streamed(self, keys: QueueKeys) -> AsyncIterator[list[str]]:
-        epoch = await self._desk.ask("HGET", keys.meta, "epoch") or b""
-        for place in keys.streams:
-            start = "-"
+        for level in LEVELS:
+            place, start = keys.stream(level), "-"
+            epoch = await derived_from(self._desk, keys, level)
             while True:
                 page = await self._desk.ask("XRANGE", place, start, "+", "COUNT", listings.PAGE)
                 named = [(entry, glance((fields or {}).get(b"job"))[0]) for entry, fields in page]

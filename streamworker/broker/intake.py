@@ -23,7 +23,7 @@ from streamworker.telemetry.logs import get_logger
 log = get_logger("streamworker.broker")
 
 UNKNOWN_EPOCH: Final = b"0"
-"""Where a stream's epoch is not known; it is never empty, because that says that entries name their jobs."""
+"""Where it is not known what ids are derived from. Never empty: that says that entries name their jobs."""
 
 
 class Intake(Taking):
@@ -45,15 +45,19 @@ class Intake(Taking):
         self._order = Order(len(queues), weighted=weighted)
         self._all = [keys.meta for keys in self._keys] + [stream for keys in self._keys for stream in keys.streams]
         self.epochs: dict[str, bytes] = {}
+        """What the ids of each stream's entries are derived from."""
+        self._seen: dict[str, bytes] = {}
+        """The last entry of each stream that came here."""
 
     async def ensure(self, keys: QueueKeys) -> tuple[list[str], list[str]]:
         """Make a queue's streams and groups; returns foreign groups as "stream group", troubles as "stream error"."""
         await self.seal(keys)  # first: whether others worked on the queue before is told by its epoch
-        epoch, foreign, trouble = await self._link.run(
-            scripts.GROUPS, [keys.meta, *keys.streams], [self._group, secrets.token_hex(8)]
-        )
+        args: list[Any] = [self._group, secrets.token_hex(8)]
+        for place in keys.streams:
+            args += (self.epochs.get(place, b""), self._seen.get(place, b""))
+        _, foreign, trouble, derived = await self._link.run(scripts.GROUPS, [keys.meta, keys.ids, *keys.streams], args)
         await self._link.run(scripts.LEASE, [keys.meta], [self.consumer, int(self._lease * 1000)])
-        self.epochs[keys.queue] = epoch
+        self.epochs.update(zip(keys.streams, derived, strict=True))
         return (
             [text.decode(errors="replace") for text in foreign],
             [text.decode(errors="replace") for text in trouble],
@@ -68,14 +72,15 @@ class Intake(Taking):
         head = [self._group, self.consumer, limit, queues, len(budgets)]
         args = [*head, *self._allowances(limit, running), *budgets, *self._order.steps]
         taken, trouble, paused, epochs, cancelled, sealed = await self._link.read(scripts.CLAIM, self._all, args)
-        for keys, epoch, secret in zip(self._keys, epochs, sealed, strict=True):
-            self.epochs[keys.queue], self.secrets[keys.queue] = epoch, secret
+        self.epochs.update((place, epoch) for place, epoch in zip(self._all[queues:], epochs, strict=True) if epoch)
+        for keys, secret in zip(self._keys, sealed, strict=True):
+            self.secrets[keys.queue] = secret
         self._paused = frozenset(index - 1 for index in paused)
         self.marked = frozenset(self._keys[index - 1].queue for index in cancelled)
         claims: list[Claim] = []
         for index, epoch, entries in taken:
             keys, level, place = self.spots[index - queues - 1]
-            name, secret = keys.queue, self.secrets[keys.queue]
+            name, secret, self._seen[place] = keys.queue, self.secrets[keys.queue], entries[-1][0]
             claims += [
                 Claim(name, level, place, entry, 1, document(fields), epoch, secret=secret) for entry, fields in entries
             ]
@@ -193,7 +198,7 @@ class Intake(Taking):
         for name, entries in reply or ():
             place = name.decode()
             keys, level = spots[place]
-            epoch = self.epochs.get(keys.queue, UNKNOWN_EPOCH)
+            epoch, self._seen[place] = self.epochs.get(place, UNKNOWN_EPOCH), entries[-1][0]
             secret = self.secrets.get(keys.queue, b"")
             claims += [
                 Claim(keys.queue, level, place, entry, 1, document(fields), epoch, secret=secret)

@@ -55,6 +55,7 @@ class QueueKeys(msgspec.Struct, frozen=True):
             self.due: "zset",
             self.bodies: "hash",
             self.meta: "hash",
+            self.ids: "hash",
             self.relayed: "zset",
             self.cancelled: "zset",
             self.crons: "hash",
@@ -96,8 +97,21 @@ class QueueKeys(msgspec.Struct, frozen=True):
 
     @property
     def meta(self) -> str:
-        """Hash: epoch, secret, paused (by hand), inactive (PostgreSQL), cancelled (some), leases, cursors, tokens."""
+        """Hash: epoch, secret, paused (by hand), inactive (PostgreSQL), cancelled (some), leases, cursors, tokens.
+
+        And a copy of `ids`.
+        """
         return f"{self.base}:meta"
+
+    @property
+    def ids(self) -> str:
+        """Hash: what ids are derived from of entries that have none, `id_field` for each level; `meta` has a copy."""
+        return f"{self.base}:ids"
+
+    @staticmethod
+    def id_field(level: Level) -> str:
+        """The field of `ids` for a level's stream."""
+        return f"id:{LEVELS.index(level) + 1}"
 
     @property
     def crons(self) -> str:

@@ -13,9 +13,10 @@ from redis.asyncio import Redis
 from streamworker import codec
 from streamworker.broker import Place, Waiting, WorkerInfo, scripts
 from streamworker.broker.client import Address, understood
+from streamworker.broker.intake import UNKNOWN_EPOCH
 from streamworker.broker.keys import WORKER_KEY, QueueKeys
 from streamworker.errors import InvalidJob
-from streamworker.job import LEVELS, Depth
+from streamworker.job import LEVELS, Depth, Level
 
 PAGE: Final = 100
 """Entries of one page: documents may be large."""
@@ -75,6 +76,17 @@ class Desk:
 def text(value: Any) -> str:
     """Bytes as text, whatever they are."""
     return value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value)
+
+
+async def derived_from(desk: Desk, keys: QueueKeys, level: Level) -> bytes:
+    """What ids of a stream's entries are derived from; `UNKNOWN_EPOCH` if nobody has said so yet."""
+    field = keys.id_field(level)
+    # Its own hash, the copy, and what releases took that had neither.
+    for key, name in ((keys.ids, field), (keys.meta, field), (keys.meta, "epoch")):
+        found: bytes | None = await desk.ask("HGET", key, name)
+        if found:
+            return found
+    return UNKNOWN_EPOCH
 
 
 async def queues(desk: Desk) -> list[str]:

@@ -7,9 +7,9 @@ from typing import Final
 
 from streamworker import codec
 from streamworker.broker import Page, PendingEntry, StoredJob, scripts
-from streamworker.broker.intake import UNKNOWN_EPOCH, document
+from streamworker.broker.intake import document
 from streamworker.broker.keys import QueueKeys, worker_key
-from streamworker.broker.listings import PAGE, Desk, text
+from streamworker.broker.listings import PAGE, Desk, derived_from, text
 from streamworker.errors import InvalidJob, UsageError
 from streamworker.job import LEVELS, Level
 
@@ -26,7 +26,7 @@ async def pending(
         raise _nowhere(after)
     level: Level = head if head in LEVELS else LEVELS[0]
     place = keys.stream(level)
-    epoch: bytes = await desk.ask("HGET", keys.meta, "epoch") or UNKNOWN_EPOCH
+    epoch = await derived_from(desk, keys, level)
     start, end = only or (f"({entry_id}" if entry_id else "-"), only or "+"
     args = [desk.group, start, end, PAGE, max(0, round(min_idle * 1000)), consumer or ""]
     last, rows = await desk.run(scripts.PENDING, [place], args)

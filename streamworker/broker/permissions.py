@@ -37,7 +37,7 @@ _OWN: Final[dict[str, str]] = {
     XREADGROUP GROUP @group @me COUNT 1 STREAMS @ready >                            | XACK @ready @group 1-1
     XCLAIM @ready @group @me 0 1-1 JUSTID                                           | XDEL @ready 1-1
     XAUTOCLAIM @ready @group @me 999999999 0-0 COUNT 1                              | XRANGE @ready - + COUNT 1
-    XINFO GROUPS @ready             | XINFO CONSUMERS @ready @group
+    XINFO GROUPS @ready             | XINFO CONSUMERS @ready @group | XINFO STREAM @ready
     XGROUP DELCONSUMER @ready @group @me
 """,
     "list": """

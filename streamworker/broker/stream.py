@@ -135,7 +135,7 @@ class StreamBroker(Serving[QueueKeys, Intake | Intakes]):
         found: list[Claim] = []
         for keys, level, place in self._intake.spots:
             mine = [claim.entry for claim in running if claim.place == place]
-            epoch = self._intake.epochs.get(keys.queue, UNKNOWN_EPOCH)
+            epoch = self._intake.epochs.get(place, UNKNOWN_EPOCH)
             secret = self._intake.secrets.get(keys.queue, b"")
             args = [self._group, self._intake.consumer, *mine]
             for entry, count, fields in await self._link.run(scripts.STRAYS, [place], args):

@@ -19,6 +19,7 @@ from tests.contract.ground import Ground
 # The keys of the queue q in stream mode, and those that both modes share.
 HIGH, NORMAL, LOW = "stream:{q}:high", "stream:{q}", "stream:{q}:low"
 DUE, BODIES, DEAD, META = "stream:{q}:due", "stream:{q}:bodies", "stream:{q}:dead", "stream:{q}:meta"
+IDS = "stream:{q}:ids"
 
 LEVELS: tuple[Level, ...] = ("high", "normal", "low")
 stream_only = pytest.mark.parametrize("ground", ["stream"], indirect=True)

@@ -19,7 +19,21 @@ from streamworker.job import Settled
 from streamworker.setting_rules import QueueSpec
 from tests.conftest import eventually
 from tests.contract.ground import GROUP
-from tests.contract.helpers import LOW, META, NORMAL, done, job, list_only, names, one, settings, stream_only, working
+from tests.contract.helpers import (
+    HIGH,
+    IDS,
+    LOW,
+    META,
+    NORMAL,
+    done,
+    job,
+    list_only,
+    names,
+    one,
+    settings,
+    stream_only,
+    working,
+)
 
 LEVELS = ("high", "normal", "low")
 
@@ -232,7 +246,7 @@ async def test_an_entry_written_by_hand(broker_factory, raw):
         raw.xadd("stream:{q}:low", {"other": "x"})
         claims = await broker.claim(10, 0, ())
         assert [claim.body for claim in claims] == [b'{"payload":{"a":2}}', b'{"payload":{"a":1}}', None]
-        assert all(claim.epoch == raw.hget(META, "epoch") for claim in claims)
+        assert [claim.epoch for claim in claims] == raw.hmget("stream:{q}:ids", "id:1", "id:2", "id:3")
 
 
 async def test_a_paused_queue_is_passed_over(broker_factory, raw, ground):
@@ -284,7 +298,7 @@ WRECKS = [wreck_key, wreck_group, wreck_all, wreck_meta]
 @pytest.mark.parametrize("wreck", WRECKS)
 async def test_missing_groups_are_made_anew(broker_factory, raw, wreck):
     async with broker_factory("w", queues=("a", "q")) as broker:
-        epoch = raw.hget(META, "epoch")
+        epoch, derived = raw.hget(META, "epoch"), raw.hget(IDS, "id:2")
         wreck(raw)
         raw.xadd(NORMAL, {"job": '{"id":"q","payload":{}}'})
         await broker.publish([job("a", "a")])
@@ -293,7 +307,8 @@ async def test_missing_groups_are_made_anew(broker_factory, raw, wreck):
             claims += await broker.claim(10, 0, claims)
         assert sorted(names(claims)) == ["a", "q"]
         assert raw.hget(META, "epoch") not in (None, epoch)
-        assert {claim.epoch for claim in claims if claim.queue == "q"} == {raw.hget(META, "epoch")}
+        assert {claim.epoch for claim in claims if claim.queue == "q"} == {raw.hget(IDS, "id:2")}
+        assert (raw.hget(IDS, "id:2") == derived) is (wreck is not wreck_all)
 
 
 @stream_only
@@ -314,9 +329,7 @@ async def test_missing_groups_are_made_anew_while_waiting(broker_factory, raw, w
         # Redis 6.2 says nothing to a blocked reader, so that only the end of BLOCK (5 s) brings it on.
         await asyncio.wait_for(task, 8)
         assert sorted(names(claims)) == ["a", "q"]
-        assert {claim.epoch for claim in claims if claim.queue == "q"} <= {
-            raw.hget(META, "epoch")
-        } or wreck is wreck_meta
+        assert {claim.epoch for claim in claims if claim.queue == "q"} <= {raw.hget(IDS, "id:2")}
 
 
 @stream_only
@@ -497,3 +510,119 @@ async def test_a_queue_named_like_what_a_worker_holds_is_refused(broker_factory)
     with pytest.raises(ConfigurationError, match=":claimed:"):
         async with broker_factory("w", queues=("a:claimed:b",)):
             pass
+
+
+# -- ids of entries that have none
+
+
+def wreck_ids(raw):
+    raw.delete(IDS)
+
+
+def wreck_group_and_meta(raw):
+    raw.xgroup_destroy(NORMAL, GROUP)
+    raw.delete(META)
+
+
+def wreck_group_and_ids(raw):
+    raw.xgroup_destroy(NORMAL, GROUP)
+    raw.delete(IDS)
+
+
+def wreck_an_empty_level(raw):
+    raw.delete(LOW)
+
+
+def wreck_other_groups(raw):
+    raw.xgroup_destroy(LOW, GROUP)
+    raw.xgroup_destroy(HIGH, GROUP)
+
+
+KEPT = [
+    wreck_group, wreck_meta, wreck_ids, wreck_group_and_meta, wreck_group_and_ids, wreck_an_empty_level, wreck_other_groups
+]  # fmt: skip
+
+
+def identity(claim):
+    return codec.job_id(codec.read(claim.body), claim)
+
+
+@stream_only
+@pytest.mark.parametrize("wreck", KEPT)
+@pytest.mark.parametrize("restarted", [False, True], ids=["by workers that run", "by workers started anew"])
+async def test_an_identity_survives_whatever_is_deleted_around_the_entries(broker_factory, raw, wreck, restarted):
+    async with broker_factory("a", lease=0.3) as one:
+        raw.xadd(NORMAL, {"job": '{"payload":{"n":1}}'})
+        raw.xadd(NORMAL, {"job": '{"payload":{"n":2}}'})
+        (first,) = await one.claim(1, 0, ())
+        wreck(raw)
+        if not restarted:
+            await one.claim(0, 0, ())
+            await one.claim(1, 0, [first])  # heals; and takes the second one
+        async with broker_factory("b", lease=0.3) as two:
+            found = {}
+
+            async def both() -> bool:
+                found.update({claim.body: identity(claim) for claim in await two.claim(10, 0, ())})
+                return len(found) == 2
+
+            await eventually(both)
+    assert found[first.body] == identity(first)
+    assert len(set(found.values())) == 2
+    assert codec.derived_id(NORMAL, raw.hget(IDS, "id:2"), first.entry) == identity(first)
+
+
+@stream_only
+async def test_what_ids_are_derived_from_is_remembered_by_who_runs_where_both_hashes_are_gone(broker_factory, raw):
+    async with broker_factory("a") as broker:
+        raw.xadd(NORMAL, {"job": '{"payload":{"n":1}}'})
+        (first,) = await broker.claim(1, 0, ())
+        raw.delete(META, IDS)
+        raw.xadd(NORMAL, {"job": '{"payload":{"n":2}}'})
+        (second,) = await broker.claim(1, 0, [first])
+        assert second.epoch == first.epoch == raw.hget(IDS, "id:2") == raw.hget(META, "id:2")
+
+
+@stream_only
+@pytest.mark.parametrize("healed", [False, True], ids=["added before it is noticed", "added afterwards"])
+@pytest.mark.parametrize("flushed", [False, True], ids=["a level deleted", "FLUSHALL"])
+async def test_an_entry_id_that_comes_again_in_a_stream_made_anew_is_another_job(broker_factory, raw, healed, flushed):
+    async with broker_factory("w") as broker:
+        raw.xadd(NORMAL, {"job": '{"payload":{}}'}, id="1-1")
+        raw.xadd(NORMAL, {"job": '{"payload":{}}'}, id="1-2")
+        first = await broker.claim(2, 0, ())
+        raw.flushall() if flushed else raw.delete(NORMAL)
+        if healed:
+            assert await broker.claim(1, 0, ()) == []
+        raw.xadd(NORMAL, {"job": '{"payload":{}}'}, id="1-1")
+        (second,) = await broker.claim(1, 0, ())
+    assert second.entry == first[0].entry and identity(second) != identity(first[0])
+
+
+@stream_only
+async def test_a_queue_of_an_older_release_keeps_its_identities(broker_factory, raw):
+    """They were derived from the epoch of the queue, and there is nothing yet that says so by level."""
+    raw.xgroup_create(NORMAL, GROUP, "0", mkstream=True)
+    raw.hset(META, "epoch", "old")
+    raw.xadd(NORMAL, {"job": '{"payload":{}}'})
+    async with broker_factory("w") as broker:
+        (claim,) = await broker.claim(1, 0, ())
+    assert identity(claim) == codec.derived_id(NORMAL, b"old", claim.entry)
+
+
+@list_only
+async def test_an_identity_in_a_list_survives_too(broker_factory, raw):
+    """It is written beside the element when it is first taken."""
+    async with broker_factory("a", lease=0.3) as one:
+        raw.lpush("queue:q", '{"payload":{}}')
+        (first,) = await one.claim(1, 0, ())
+        raw.delete(META)
+        async with broker_factory("b", lease=0.3) as two:
+            claims = []
+
+            async def again() -> bool:
+                claims.extend(await two.claim(1, 0, ()))
+                return bool(claims)
+
+            await eventually(again)
+    assert identity(claims[0]) == identity(first)

@@ -160,7 +160,7 @@ async def test_epoch_made_by_another_worker_reaches_a_waiting_one(raw, broker_fa
         await eventually(ground.blocked)
         await b.publish([job("x")])
         (claim,) = await task
-        assert claim.epoch == raw.hget(h.META, "epoch")
+        assert claim.epoch == raw.hget(h.META, "id:2") == raw.hget("stream:{q}:ids", "id:2")
 
 
 async def test_a_handler_that_cancels_its_own_task_ends_its_job(settings, ground):

@@ -9,7 +9,10 @@ from typing import Any
 import asyncpg
 import pytest
 
-from streamworker import App, Backoff, Context, Discard, Snooze
+from streamworker import App, Backoff, Context, Discard, Snooze, codec
+from streamworker.postgres.ledger import PostgresLedger
+from streamworker.postgres.pool import open_database
+from streamworker.records import run_record
 from tests.conftest import eventually
 from tests.postgres.working import Job, settings_for, working
 
@@ -302,3 +305,52 @@ async def test_when_a_job_was_made_is_what_its_producer_said_if_it_makes_sense(a
         await eventually(lambda: ended(raw))
     created = await pg.fetchval("select created_at from streamworker.jobs")
     assert created.isoformat() == stored if stored else created > before
+
+
+def nothing(raw: Any) -> None:
+    pass
+
+
+def group(raw: Any) -> None:
+    if raw.exists(Q):
+        raw.xgroup_destroy(Q, "workers")
+
+
+def meta(raw: Any) -> None:
+    raw.delete(f"{Q}:meta")
+
+
+def an_empty_level(raw: Any) -> None:
+    raw.delete(f"{Q}:low", "queue:q:low")
+
+
+@pytest.mark.parametrize("deleted", [nothing, group, meta, an_empty_level])
+async def test_jobs_without_ids_that_are_done_stay_done_whatever_is_deleted(
+    broker_factory, ground, redis_url, database_url, raw, pg, deleted
+):
+    """Their worker dies after its transactions, before Redis was told; then an operator tidies up."""
+    database = await open_database(database_url)
+    ledger = PostgresLedger(database, database.pool, "dead")
+    await pg.execute("create table effect (n int)")
+    for n in range(6):
+        ground.push(f'{{"payload": {{"n": {n}}}}}')
+    async with broker_factory("dead", lease=0.5) as broker:
+        claims = await broker.claim(6, 0, ())
+        for claim in claims:
+            record = run_record(claim, codec.read(claim.body), kind="job", started=0.0)
+            async with ledger.transaction(record, None) as connection:
+                await connection.execute("insert into effect values (1)")
+        raw.delete("streamworker:worker:dead")
+        deleted(raw)
+    app: App[None] = App(settings=settings_for(redis_url, database_url, mode=ground.mode, lease=0.5))
+
+    @app.handler
+    async def handler(payload: Job, ctx: Context) -> None:
+        async with ctx.transaction() as connection:
+            await connection.execute("insert into effect values (2)")
+
+    async with working(app) as worker:
+        await eventually(lambda: hasattr(worker, "_holdings") and worker._holdings.counts.skipped == 6)
+    assert await pg.fetchval("select count(*) from effect") == 6
+    assert await pg.fetch("select status, count(*) from streamworker.jobs group by 1") == [("completed", 6)]
+    database.close()

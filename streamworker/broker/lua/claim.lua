@@ -3,7 +3,7 @@
 -- its meta hash has the field "paused" (an operator's word) or "inactive" (the relay's: is_active is false in PostgreSQL).
 --
 -- KEYS[1..Q]    meta hash of each queue
--- KEYS[Q+1..]   the streams
+-- KEYS[Q+1..]   the streams, three a queue: high, normal, low
 -- ARGV[1]       group
 -- ARGV[2]       consumer
 -- ARGV[3]       most entries to take
@@ -14,26 +14,26 @@
 -- then          the walk, three numbers a step: index of the stream in KEYS, of its queue, of its budget
 --
 -- returns { taken, trouble, paused, epochs, cancelled, secrets }
---   taken    { index of the stream in KEYS, epoch, entries as XREADGROUP gives them } ...
+--   taken    { index of the stream in KEYS, what ids are derived from, entries as XREADGROUP gives them } ...
 --   trouble  { index of the stream in KEYS, error } ...
 --   paused   indexes of queues
---   epochs   the epoch of each queue ("": none yet)
+--   epochs   what ids are derived from, three a queue: high, normal, low ("": not said yet)
 --   cancelled  indexes of queues with jobs that were cancelled and have not ended yet
 --   secrets  what the state of each queue's jobs is sealed with ("": nothing yet)
 local group, consumer, left = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local queues, budgets = tonumber(ARGV[4]), tonumber(ARGV[5])
-local allowance, epoch, budget = {}, {}, {}
+local allowance, derived, budget = {}, {}, {}
 local taken, trouble, paused, cancelled, secrets = {}, {}, {}, {}, {}
 
 for q = 1, queues do
-  local meta = redis.pcall('HMGET', KEYS[q], 'paused', 'epoch', 'inactive', 'cancelled', 'secret')
+  local meta = redis.pcall('HMGET', KEYS[q], 'paused', 'epoch', 'inactive', 'cancelled', 'secret', 'id:1', 'id:2', 'id:3')
   secrets[q] = not meta.err and meta[5] or ''
   allowance[q] = tonumber(ARGV[5 + q])
   if meta.err then
     trouble[#trouble + 1] = { q, meta.err }
     allowance[q] = 0
   else
-    epoch[q] = meta[2]
+    for level = 1, 3 do derived[queues + 3 * (q - 1) + level] = meta[2] and meta[5 + level] end
     if meta[4] then cancelled[#cancelled + 1] = q end
     if meta[1] or meta[3] then
       paused[#paused + 1] = q
@@ -49,7 +49,7 @@ for i = 6 + queues + budgets, #ARGV, 3 do
   local count = math.min(left, allowance[q], budget[b])
   if count > 0 and not broken[stream] then
     local reply
-    if epoch[q] then
+    if derived[stream] then
       reply = redis.pcall('XREADGROUP', 'GROUP', group, consumer, 'COUNT', count, 'STREAMS', KEYS[stream], '>')
     else
       reply = { err = 'NOGROUP the queue has no epoch yet' }
@@ -59,12 +59,12 @@ for i = 6 + queues + budgets, #ARGV, 3 do
       broken[stream] = true
     elseif reply and reply[1] then
       local entries = reply[1][2]
-      taken[#taken + 1] = { stream, epoch[q], entries }
+      taken[#taken + 1] = { stream, derived[stream], entries }
       left, allowance[q], budget[b] = left - #entries, allowance[q] - #entries, budget[b] - #entries
       if left <= 0 then break end
     end
   end
 end
 local epochs = {}
-for q = 1, queues do epochs[q] = epoch[q] or '' end
+for k = queues + 1, 4 * queues do epochs[k - queues] = derived[k] or '' end
 return { taken, trouble, paused, epochs, cancelled, secrets }

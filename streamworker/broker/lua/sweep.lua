@@ -22,7 +22,7 @@
 -- returns { ms until the next sweep, entries, number of entries that were deleted underneath, number of suspects that were left
 --           to others (-1: it was too early to look), what the server's clock shows in ms, 1 if this worker shall drain, the
 --           longest lease of the queue's workers in ms (0: not looked up) }
---   entries  { index of the stream in KEYS, id, delivery count, fields, epoch, 1 if a suspect } ...
+--   entries  { index of the stream in KEYS, id, delivery count, fields, what its id is derived from, 1 if a suspect } ...
 local lease, limit = tonumber(ARGV[3]), tonumber(ARGV[4])
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -74,7 +74,7 @@ if leap > math.max(shortest / 2, 1000) then return { longest, {}, 0, -1, now, 0,
 
 local running = {}
 for i = 8, #ARGV do running[ARGV[i]] = true end
-local epoch = redis.call('HGET', KEYS[1], 'epoch') or '0'
+local derived = redis.call('HMGET', KEYS[1], 'id:1', 'id:2', 'id:3')
 local entries, missing, passed, unfinished = {}, 0, 0, false -- unfinished: somebody should sweep again at once
 local suspect -- the first one that was passed
 
@@ -92,7 +92,7 @@ local function take(k, id)
   else
     local entry = redis.call('XCLAIM', KEYS[k], ARGV[1], ARGV[2], 0, id)[1]
     if not entry then return gone(KEYS[k], id) end
-    entries[#entries + 1] = { k, id, pending[4] + 1, entry[2], epoch, 0 }
+    entries[#entries + 1] = { k, id, pending[4] + 1, entry[2], derived[k - 1] or '0', 0 }
   end
 end
 
@@ -146,7 +146,7 @@ if suspect and ARGV[6] == '1' and #entries == 0 then
   passed = passed - 1
   if entry then
     redis.call('XCLAIM', KEYS[k], ARGV[1], ARGV[2], 0, id, 'JUSTID')
-    entries[1] = { k, id, count, entry[2], epoch, 1 }
+    entries[1] = { k, id, count, entry[2], derived[k - 1] or '0', 1 }
   else
     gone(KEYS[k], id)
   end
