@@ -1,6 +1,6 @@
 """Batches: jobs of one kind gathered for one call of their handler, each settled by its own outcome.
 
-A `Carrier` goes through the slots in their place and is what runs, times out and is cancelled; no broker and no ledger
+A `Carrier` takes their place in the worker and is what runs, times out and is cancelled; no broker and no ledger
 ever sees it. Kinds that are not gathered never come here, and without any such kind there are no timers.
 """
 
@@ -113,8 +113,8 @@ class Batches:
     """Gathers runs until there are enough, or the first has waited long enough.
 
     Args:
-        most: slots of the worker: no batch waits for more.
-        put: hands a batch to the slots.
+        most: jobs that the worker runs at once: no batch waits for more.
+        put: starts a batch.
         finished: told of runs that have an outcome already.
     """
 

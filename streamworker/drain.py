@@ -12,10 +12,10 @@ from streamworker.broker import Broker
 from streamworker.endings import ending
 from streamworker.errors import HandBackFailed, Unreachable
 from streamworker.execute import Executor
+from streamworker.executions import Executions
 from streamworker.holdings import Holdings
 from streamworker.job import Interrupted, Settled, TimedOut
 from streamworker.run import Run
-from streamworker.slots import Slots
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.worker")
@@ -33,27 +33,27 @@ class Draining(Protocol):
     """What draining needs of a worker."""
 
     def finish(self, run: Run) -> None:
-        """Free the slot and settle."""
+        """Make room for another run, and settle."""
 
     def abandon_waiting(self) -> list[Run]:
-        """Runs that have not been given to a slot."""
+        """Runs that have not been started."""
 
     @property
     def executor(self) -> Executor:
         """Prepares runs."""
 
 
-async def drain(worker: Draining, slots: Slots, holdings: Holdings, grace: float, hurry: anyio.Event) -> None:
+async def drain(worker: Draining, executions: Executions, holdings: Holdings, grace: float, hurry: anyio.Event) -> None:
     """Wait for running jobs, then cancel and hand back what is left.
 
     Args:
         worker: whose runs these are.
-        slots: where they run.
+        executions: where they run.
         holdings: what is held.
         grace: seconds running jobs may take to finish.
         hurry: set by a second signal: no more waiting.
     """
-    for run in [*slots.drain_queue(), *worker.abandon_waiting()]:
+    for run in [*executions.abandon_waiting(), *worker.abandon_waiting()]:
         if run.outcome is None:
             worker.executor.prepare(run)
         give_back(worker, run)
@@ -65,15 +65,15 @@ async def drain(worker: Draining, slots: Slots, holdings: Holdings, grace: float
 
         group.start_soon(cut_short)
         with anyio.move_on_after(grace):
-            while any(not run.stuck for run in slots.running):
+            while any(not run.stuck for run in executions.running):
                 await holdings.changed(0.25)
         group.cancel_scope.cancel()
-    for run in list(slots.running):
+    for run in list(executions.running):
         run.cancel(SHUTDOWN)
     with anyio.move_on_after(UNWIND):
-        while any(not run.in_thread for run in slots.running):
+        while any(not run.in_thread for run in executions.running):
             await holdings.changed(0.05)
-    for run in list(slots.running):  # threads, and handlers that will not be cancelled: the process ends under them
+    for run in list(executions.running):  # threads, and handlers that cannot be cancelled: the process ends under them
         give_back(worker, run)
 
 

@@ -16,14 +16,14 @@ from streamworker.run import Run
 
 
 class Entrance:
-    """Asked by the slots about runs that are `Run.special`; costs nothing where there are none.
+    """Asked before a run starts that is `Run.special`; costs nothing where there are none.
 
     Args:
         broker: knows about limits.
         handlers: whether any kind has one, or is called for several jobs at once.
-        slots: of the worker.
+        limit: jobs that the worker runs at once.
         isolate: asked before a suspect runs; False puts it aside for later.
-        put: hands a run back to the slots.
+        put: starts a run.
         finished: told of runs that have an outcome without having run.
     """
 
@@ -32,7 +32,7 @@ class Entrance:
         broker: Limiting,
         handlers: Handlers[object],
         *,
-        slots: int,
+        limit: int,
         isolate: Callable[[Run], bool],
         put: Callable[[Run], None],
         finished: Callable[[Run], None],
@@ -42,7 +42,7 @@ class Entrance:
         gathering = any(registration.together is not None for registration in handlers.registrations)
         self._finished = finished
         self._gate = Gate(broker, put, finished) if limited else None
-        self._batches = Batches(slots, put, finished) if gathering else None
+        self._batches = Batches(limit, put, finished) if gathering else None
         self.kept: Callable[[Collection[Claim]], None] | None = self._gate.retain if self._gate is not None else None
         """What the lease thread renews along with claims."""
 

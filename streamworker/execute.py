@@ -21,9 +21,10 @@ import msgspec
 from streamworker import codec, signals
 from streamworker.codec import Reading
 from streamworker.context import Context, Shared
-from streamworker.errors import InvalidJob
+from streamworker.errors import HandlerSignal, InvalidJob
 from streamworker.handlers import Handlers, Registration
 from streamworker.job import (
+    Interrupted,
     Ok,
     Outcome,
     Postponed,
@@ -33,12 +34,20 @@ from streamworker.job import (
 )
 from streamworker.policy import SUSPECT_DELIVERIES, Facts, Limits, abandoned, wish_in
 from streamworker.redact import describe
-from streamworker.run import CANCELLED, Cause, Run
+from streamworker.run import CANCELLED, Run
+from streamworker.task import JOB, AsyncGenerators, JobTask
+from streamworker.telemetry.logs import get_logger
+
+log = get_logger("streamworker.worker")
 
 Middleware: TypeAlias = Callable[[Context[Any], Callable[[], Awaitable[Any]]], Awaitable[Any]]
 """``async def mw(ctx, call_next)``: awaits ``call_next()`` once, and returns what that returned."""
 
 OK = Ok()
+Ended: TypeAlias = Callable[[Run, Outcome], None]
+"""Told of a run and its outcome."""
+LONGEST_DOUBLING: Final = 6
+"""A job that others cancel waits for 1 s, then 2 s, and 64 s at most before it runs again."""
 REWRITE_SLACK: Final = 1024
 """Bytes by which a document that was put back may exceed the limit: our own keys were added to a small enough one."""
 
@@ -77,57 +86,55 @@ class Executor:
         self._max_job_bytes = max_job_bytes
         self._unknown_kind_ttl = unknown_kind_ttl
         self._no_limits = Facts(0, Limits(), unknown_kind_ttl)
+        self.generators: Final = AsyncGenerators()
+        self._begun = self.generators.begun
         self._facts: dict[str, Facts] = {}  # by kind: hashing a registration would hash all it holds
 
     def prepare(self, run: Run) -> None:
         """Decode the claim and find its handler; sets ``run.outcome`` if the job does not come to run. Never raises."""
-        try:
-            self._prepare(run)
-        except BaseException as error:  # noqa: BLE001 - payload types run users' code; no document may end the worker
-            run.outcome = Undecodable(f"the payload of {run.kind!r} does not fit: {describe(error)}")
-
-    def _prepare(self, run: Run) -> None:
         claim = run.claim
         run.facts = self._no_limits
         try:
             run.reading = reading = self._read(claim.body)
+            registration = self._handlers.handler_of(reading.kind, claim.queue)
+            deliveries = run.deliveries
+            if claim.cancelled:
+                run.outcome = CANCELLED
+            elif deliveries > 1:
+                run.suspect = deliveries >= SUSPECT_DELIVERIES
+                run.outcome = abandoned(deliveries, self._max_deliveries)
+            run.facts = self._facts_of(reading, registration)
+            if run.outcome is not None:
+                return
+            if registration is None:
+                since = codec.state_of(reading, claim.secret).unknown_since
+                run.outcome = UnknownKind(reading.kind or "", since or None)
+                return
+            run.registration = registration
+            run.special = registration.special or run.suspect
+            if reading.run_at is not None:
+                until = codec.when(reading)
+                if until is not None and until > time():
+                    run.outcome = Postponed(until)
+                    return
+            run.payload = registration.decode(reading.payload)
         except InvalidJob as error:
             run.outcome = Undecodable(str(error))
-            return
-        if claim.cancelled:
-            run.outcome = CANCELLED
-            run.facts = self._facts_of(reading, self._handlers.handler_of(reading.kind, claim.queue))
-            return
-        deliveries = run.deliveries
-        if deliveries > 1:
-            run.suspect = deliveries >= SUSPECT_DELIVERIES
-            run.outcome = abandoned(deliveries, self._max_deliveries)
-            if run.outcome is not None:
-                run.facts = self._facts_of(reading, self._handlers.handler_of(reading.kind, claim.queue))
-                return
-        registration = self._handlers.handler_of(reading.kind, claim.queue)
-        run.facts = self._facts_of(reading, registration)
-        if registration is None:
-            since = codec.state_of(reading, claim.secret).unknown_since
-            run.outcome = UnknownKind(reading.kind or "", since or None)
-            return
-        run.registration = registration
-        run.special = registration.special or run.suspect
-        if reading.run_at is not None:
-            until = codec.when(reading)
-            if until is not None and until > time():
-                run.outcome = Postponed(until)
-                return
-        run.payload = registration.decode(reading.payload)
+        except BaseException as error:  # noqa: BLE001 - payload types run users' code; no document may end the worker
+            run.outcome = Undecodable(f"the payload of {run.kind!r} does not fit: {describe(error)}")
 
-    async def call(self, run: Run) -> Outcome:
-        """Run the handler of a prepared run to its outcome; only the end of the whole worker gets through."""
-        # A slot knows its task: asking asyncio, which is Python code before 3.12, is dear for each job.
-        registration, task = run.registration, run.task or asyncio.current_task()
+    async def call(self, run: Run, ended: Ended | None = None) -> Outcome:
+        """Run the handler of a prepared run to its outcome: all that the task of a job does. Never raises.
+
+        Args:
+            run: prepared.
+            ended: told of the outcome, last.
+        """
+        registration = run.registration
         if registration is None or run.facts is None or run.reading is None:
             raise AssertionError("a run must be prepared before it is called")
+        JOB.set(run.claim.entry)
         limits = run.facts.limits
-        run.task = task
         run.started = now = monotonic()
         if limits.timeout is not None:
             run.deadline = now + limits.timeout
@@ -135,28 +142,60 @@ class Executor:
             if registration.is_async and not registration.wants_context and not self._middleware:
                 value = await registration.function(run.payload)
             else:
-                run.context = context = Context(self.shared, run.claim, run.reading, limits)
-                context.deadline_at = run.deadline
-                value = await self._in_context(run, registration, context)
+                value = await self._in_context(run, registration, limits)
             if value is not None and inspect.isawaitable(value):
                 value = await value  # a function around an async one: what it returned is the job itself
-        except asyncio.CancelledError as error:
-            if (run.cause is None or run.outcome is not None) and task is not None and task.cancelling():
-                raise  # the slot knows whether the worker is torn down or the handler cancelled itself
-            return _uncancelled(task, run.cause) or Raised(error)
-        except GeneratorExit as error:
-            if asyncio.current_task() is not task:
-                raise  # this coroutine is being closed from outside, and must not go on
-            return Raised(error)
+            outcome: Outcome = OK if value is None else Ok(value)
         except BaseException as error:  # noqa: BLE001 - SystemExit and the like in a handler end the job, not the worker
-            return _uncancelled(task, run.cause) or Raised(wish_in(error))
-        if run.cause is not None:
-            _uncancelled(task, run.cause)
+            outcome = self._failed(run, error)
+        if self._begun:
+            await self._close_generators(run)
+        if run.cause is not None and isinstance(outcome, Ok):
+            _uncancel(run.task or asyncio.current_task())
             if run.cause is CANCELLED and run.context is not None and run.context.heeded:
-                return CANCELLED  # it looked, and ended early; one that did not has done its work
-        return OK if value is None else Ok(value)
+                outcome = CANCELLED  # it looked, and ended early; one that did not has done its work
+        if ended is not None:
+            ended(run, outcome)
+        return outcome
 
-    async def _in_context(self, run: Run, registration: Registration, context: Context[Any]) -> Any:
+    @staticmethod
+    def _failed(run: Run, error: BaseException) -> Outcome:
+        """The outcome of a run whose handler raised."""
+        current = asyncio.current_task()
+        task = run.task or current
+        if isinstance(error, GeneratorExit) and current is not task:
+            raise error  # this coroutine is being closed from outside, and must not go on
+        if run.cause is not None:
+            _uncancel(task)
+            return run.cause
+        by = task.by if isinstance(task, JobTask) else None
+        if by is not None and task is not None and task.cancelling() and _came_of_cancelling(error):
+            _uncancel(task)
+            return _cancelled_by(by, run)
+        if isinstance(error, asyncio.CancelledError):
+            _uncancel(task)  # the handler cancelled itself, or what it awaited was cancelled
+        return Raised(wish_in(error))
+
+    async def _close_generators(self, run: Run) -> None:
+        """Close what the handler left open, in its own task, under its own deadline."""
+        for generator in self.generators.take(asyncio.current_task()):
+            if generator.ag_running:
+                continue  # a task that the handler left is in it
+            try:
+                await generator.aclose()
+            except GeneratorExit:
+                raise  # this coroutine is being closed from outside
+            except BaseException as error:  # noqa: BLE001 - users' code; the handler has ended already
+                log.warning("generator_not_closed", handler=run.kind, job_id=run.job_id, error=describe(error),
+                            generator=generator.__qualname__)  # fmt: skip
+
+    async def _in_context(self, run: Run, registration: Registration, limits: Limits) -> Any:
+        if run.reading is None:
+            raise AssertionError("a run must be prepared before it is called")
+        run.context = context = Context(self.shared, run.claim, run.reading, limits)
+        context.deadline_at = run.deadline
+        if run.special:
+            run.task = asyncio.current_task()  # the jobs of a batch are shown it
         if self._middleware:
             return await self._wrapped(run, registration, context)
         if registration.is_async:
@@ -227,12 +266,37 @@ class Executor:
         return Facts(reading.attempt_count or 0, limits, self._unknown_kind_ttl)
 
 
-def _uncancelled(task: asyncio.Task[Any] | None, cause: Cause | None) -> Outcome | None:
-    """Take our own cancellations back, so that the task is as good as new for its next job."""
-    if cause is not None and task is not None:
-        while task.cancelling():
-            task.uncancel()
-    return cause
+def _uncancel(task: asyncio.Task[Any] | None) -> None:
+    """Take cancellations back, so that what cleans up after the handler is not cut off by them."""
+    while task is not None and task.cancelling():
+        task.uncancel()
+
+
+def _came_of_cancelling(error: BaseException) -> bool:
+    """Whether an error is a cancellation, or was raised while one was handled."""
+    seen: set[int] = set()
+    while id(error) not in seen:
+        if isinstance(error, asyncio.CancelledError):
+            return True
+        if isinstance(error, HandlerSignal):
+            return False  # whatever happened, this is what the handler wants
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__ or error
+    return False
+
+
+def _cancelled_by(by: str, run: Run) -> Interrupted:
+    """The outcome of a run that something else cancelled: given back uncharged, later each time, so that none spins."""
+    hop = run.reading.hop or 0 if run.reading is not None else 0
+    wait = 2.0 ** min(hop, LONGEST_DOUBLING)
+    log.warning(
+        "job_cancelled_by_others",
+        handler=run.registration.name if run.registration is not None else run.kind,
+        job_id=run.job_id,
+        by=by,
+        hint="code outside of the job cancelled its task: the job is given back uncharged",
+    )
+    return Interrupted(f"cancelled by {by}", wait)
 
 
 def _bound(

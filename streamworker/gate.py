@@ -37,7 +37,7 @@ class Gate:
 
     Args:
         broker: asked.
-        put: hands a run that may run back to the slots.
+        put: starts a run that may run.
         finished: told of runs that have an outcome: it is not their turn yet.
     """
 

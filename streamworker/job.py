@@ -130,9 +130,15 @@ class TimedOut(msgspec.Struct, frozen=True):
 
 
 class Interrupted(msgspec.Struct, frozen=True):
-    """The worker stopped the handler for reasons of its own: shutdown, or the claim was lost."""
+    """The handler was stopped for reasons not its own: shutdown, a lost claim, or other code cancelled its task.
+
+    Attributes:
+        reason: in a few words.
+        wait: seconds before the job may run again; 0 for at once.
+    """
 
     reason: str
+    wait: float = 0.0
 
 
 class Cancelled(msgspec.Struct, frozen=True):

@@ -17,6 +17,8 @@ from typing import Final
 from streamworker.broker import Broker
 from streamworker.held import Held
 from streamworker.progress import Progress
+from streamworker.run import Run
+from streamworker.task import JobTask
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.lease")
@@ -191,7 +193,7 @@ class LeaseKeeper:
 
     def _name_blocker(self, blocked: float) -> None:
         task = asyncio.current_task(self._loop)
-        run = next((run for run in self._runs() if run.task is task and run.outcome is None), None)
+        run = next((run for run in self._runs() if _is_in(run, task)), None)
         frame = sys._current_frames().get(self._loop_thread)
         where = f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else "unknown"
         handler = run.registration.name if run is not None and run.registration is not None else "unknown"
@@ -207,3 +209,10 @@ class LeaseKeeper:
     def _call(self, function: Callable[[], None]) -> None:
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(function)
+
+
+def _is_in(run: Run, task: asyncio.Task[object] | None) -> bool:
+    """Whether a run is what this task is at: its task is known once its first step is over."""
+    if run.outcome is not None or run.started is None or not isinstance(task, JobTask):
+        return False
+    return run.task is task or run.task is None

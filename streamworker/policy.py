@@ -8,7 +8,8 @@ The rules, in the order they are asked:
 2. A job whose workers died more than ``max_deliveries`` times is Dead before user code runs.
 3. What the handler wished (Retry, Snooze, Discard) is done; only Retry charges an attempt.
 4. Raised and TimedOut charge an attempt: RetryAt while attempts remain, then Dead.
-5. Interrupted, Postponed and Deferred are ReleaseAt: neither shutdown nor a limit is a failed attempt.
+5. Interrupted, Postponed and Deferred are ReleaseAt: shutdown, a limit, or a task that other code cancelled is no
+   failed attempt.
 6. UnknownKind is ReleaseAt with growing delay, since a newer worker may know it, and Dead by age.
 7. Undecodable is Dead at once; its bytes are kept.
 8. Cancelled is Drop: no failure, no attempt, no dead letter.
@@ -157,8 +158,8 @@ def judge(outcome: Outcome, facts: Facts, *, now: float, jitter: float) -> Verdi
             return _charge(facts, describe(error), now + _wait(facts, jitter))
         case TimedOut(after=after):
             return _charge(facts, f"timed out after {after:g} s", now + _wait(facts, jitter))
-        case Interrupted(reason=reason):
-            return ReleaseAt(None, reason)
+        case Interrupted(reason=reason, wait=wait):
+            return ReleaseAt(now + wait if wait else None, reason)
         case Cancelled():
             return DROP
         case Postponed(until=until):

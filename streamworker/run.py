@@ -30,7 +30,7 @@ class Run:
     """One claim on its way through this worker, from its arrival until it is settled."""
 
     __slots__ = (
-        "_cause", "batch", "claim", "context", "deadline", "ended", "ending", "facts", "finished", "in_thread", "new",
+        "batch", "cause", "claim", "context", "deadline", "ended", "ending", "facts", "finished", "in_thread", "new",
         "outcome", "passed", "payload", "reading", "registration", "seen", "settling", "special", "started", "stuck",
         "suspect", "task",
     )  # fmt: skip
@@ -57,7 +57,7 @@ class Run:
         self.finished: float | None = None  # epoch seconds; this and the next two only where there is a ledger
         self.ending: Ending | None = None  # as recorded
         self.new = False  # the ledger was asked, and knew nothing of the job
-        self._cause: Cause | None = None
+        self.cause: Cause | None = None  # why the handler was cancelled, if it was
 
     @property
     def job_id(self) -> str:
@@ -87,20 +87,15 @@ class Run:
         if self.context is not None:
             self.context.cancel(type(cause).__name__)
         if cause is CANCELLED:
-            if self._cause is CANCELLED:
+            if self.cause is CANCELLED:
                 return  # told once: it may take its time to clean up, until its deadline
-            self._cause = self._cause or cause
+            self.cause = self.cause or cause
         if self.batch is not None:
-            self._cause = self._cause or cause
+            self.cause = self.cause or cause
             self.batch.shed()
             return
         if self.in_thread:
             return
-        self._cause = self._cause or cause
+        self.cause = self.cause or cause
         if self.task is not None:
             self.task.cancel()
-
-    @property
-    def cause(self) -> Cause | None:
-        """Why the handler was cancelled, if it was."""
-        return self._cause

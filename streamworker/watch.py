@@ -9,13 +9,13 @@ from typing import Any, Final, TypeVar
 
 from streamworker.batches import each_of
 from streamworker.broker import Ending
-from streamworker.execute import Executor
+from streamworker.execute import Ended, Executor
+from streamworker.executions import Call
 from streamworker.job import Dead, Outcome, Settled
 from streamworker.observe import JobRun, Observer, Settlement
 from streamworker.redact import name_of, text_of
 from streamworker.run import Run
 from streamworker.settler import Settler
-from streamworker.slots import Slots
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.observer")
@@ -44,18 +44,18 @@ class Watch:
         self._on_dead = _overridden(observers, "on_dead")
 
     @property
-    def watches_starts(self) -> bool:
-        """Somebody is to be told before a handler is called."""
-        return bool(self._on_start)
+    def starts(self) -> Call | None:
+        """What the task of a job shall call so that its start is seen; ``None`` if no observer looks at starts."""
+        return self.call if self._on_start else None
 
-    async def call(self, run: Run) -> Outcome:
+    async def call(self, run: Run, ended: Ended) -> Outcome:
         """`Executor.call`, seen."""
         for each in each_of((run,)):
             seen = self._seen(each)
             each.started = monotonic()
             for told in self._on_start:
                 self._tell(told, seen)
-        return await self._executor.call(run)
+        return await self._executor.call(run, ended)
 
     def finished(self, run: Run) -> None:
         """A run has its outcome."""
@@ -105,21 +105,18 @@ class Watch:
                 log.error("observer_failed", observer=name, error=text_of(error), exc_info=error)
 
 
-def watching(observers: Sequence[Observer], executor: Executor, slots: Slots, settler: Settler) -> Watch | None:
+def watching(observers: Sequence[Observer], executor: Executor, settler: Settler) -> Watch | None:
     """Let a worker's parts tell the observers; without observers nothing changes.
 
     Args:
         observers: whom to tell.
         executor: runs jobs.
-        slots: the tasks that call it.
         settler: ends them.
     """
     if not observers:
         return None
     watch = Watch(observers, executor)
     settler.settled = watch.settled
-    if watch.watches_starts:
-        slots.call = watch.call
     return watch
 
 

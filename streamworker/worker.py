@@ -1,8 +1,8 @@
 """QueueWorker: claims jobs, runs them, settles them, and drains when told to stop.
 
-Stateless: everything it knows of a job comes from the broker and goes back there. Its loops (claiming, slots, settling,
-moving due jobs) share nothing but the runs this worker holds. An error in a loop is logged and followed by a pause;
-running jobs go on, finished ones wait in memory and keep their lease until they are settled.
+Stateless: everything it knows of a job comes from the broker and goes back there. Its loops (claiming, running,
+settling, moving due jobs) share nothing but the runs this worker holds. An error in a loop is logged and followed by a
+pause; running jobs go on, finished ones wait in memory and keep their lease until they are settled.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from streamworker.drain import HAND_BACK, UNWIND, drain, end_reading, take_leave
 from streamworker.entrance import Entrance
 from streamworker.errors import ConfigurationError, HandBackFailed, StuckThread, UsageError
 from streamworker.execute import Executor
+from streamworker.executions import Executions
 from streamworker.health import Health
 from streamworker.held import Held
 from streamworker.holdings import Holdings
@@ -37,7 +38,6 @@ from streamworker.redact import text_of
 from streamworker.run import Run
 from streamworker.settings import Settings
 from streamworker.settler import Settler
-from streamworker.slots import Slots
 from streamworker.telemetry.logs import get_logger
 from streamworker.ticker import Ticker
 from streamworker.watch import watching
@@ -176,16 +176,13 @@ class QueueWorker:
             max_deliveries=settings.max_deliveries, max_job_bytes=settings.max_job_bytes,
             unknown_kind_ttl=settings.unknown_kind_ttl,
         )  # fmt: skip
-        self._slots = Slots(
-            settings.concurrency,
-            self._executor,
-            finished=self.finish,
-            isolate=lambda run: self._entrance.may_run(run),  # noqa: PLW0108 - made after the slots
-            stuck=self._stuck,
-            grace=settings.grace,
-        )
-        self._watch = watching((*app.observers, *self._health.observers), self._executor, self._slots, self._settler)
-        self._stages = stages(site.ledger, self._executor, self._slots, self._settler, self._holdings)
+        self._watch = watching((*app.observers, *self._health.observers), self._executor, self._settler)
+        self._executions = Executions(
+            settings.concurrency, self._executor, call=self._watch.starts if self._watch is not None else None,
+            finished=self.finish, stuck=self._stuck, grace=settings.grace,
+            admit=lambda run: self._entrance.may_run(run),  # noqa: PLW0108 - made afterwards
+        )  # fmt: skip
+        self._stages = stages(site.ledger, self._executor, self._executions, self._settler, self._holdings)
         self._claimer = Claimer(
             self._broker,
             self._holdings,
@@ -201,8 +198,8 @@ class QueueWorker:
             closed=self._stages.closed,
         )
         self._entrance = Entrance(
-            self._broker, app.handlers, slots=settings.concurrency, isolate=self._claimer.may_run,
-            put=self._slots.put, finished=self.finish,
+            self._broker, app.handlers, limit=settings.concurrency, isolate=self._claimer.may_run,
+            put=self._executions.put, finished=self.finish,
         )  # fmt: skip
         held = Held(self._holdings, self._executor, self._entrance.kept)
         self._lease = LeaseKeeper(self._broker, lease=settings.lease, held=held, report=self._report)
@@ -211,7 +208,7 @@ class QueueWorker:
     async def _main(self) -> None:
         self._lease.start()
         try:
-            self._slots.open()
+            self._executions.open()
             async with anyio.create_task_group() as house:
                 house.start_soon(self._broker.listen, self._ticker.parked, self._lease.look)
                 async with anyio.create_task_group() as loops:
@@ -223,13 +220,13 @@ class QueueWorker:
                         loops.start_soon(Clock(self._broker, self._app.schedules, self._settings, self._stopping).run)
                     log.info("worker_ready", worker_id=self.worker_id, queues=self._queues)
                     await self._claimer.run()
-                    await drain(self, self._slots, self._holdings, self._settings.grace, self._hurry)
+                    await drain(self, self._executions, self._holdings, self._settings.grace, self._hurry)
                     await self._stages.close(HAND_BACK)
                     self._settler.close(HAND_BACK)
                     self._entrance.close(HAND_BACK)
                 house.cancel_scope.cancel()
         finally:
-            for run in await self._slots.close(UNWIND):
+            for run in await self._executions.close(UNWIND):
                 self._stuck(run)
             self._lease.stop()
 
@@ -249,7 +246,7 @@ class QueueWorker:
     # -- what the parts tell
 
     def finish(self, run: Run) -> None:
-        """A run has its outcome: free the slot, record it, settle it."""
+        """A run has its outcome: make room for another, record it, settle it."""
         if self._forked:
             signals.end_child(run.outcome.error if isinstance(run.outcome, Raised) else None)
         if run.special and self._entrance.left(run):
@@ -260,7 +257,7 @@ class QueueWorker:
         self._stages.finish(run)
 
     def abandon_waiting(self) -> list[Run]:
-        """Runs that have not been given to a slot; they do not wait any more afterwards."""
+        """Runs that have not been started; they do not wait any more afterwards."""
         return self._claimer.abandon_waiting() + self._stages.abandon_waiting() + self._entrance.abandon_waiting()
 
     @property

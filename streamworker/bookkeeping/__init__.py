@@ -1,7 +1,7 @@
 """What lies between claiming, running and settling: nothing, or the stages of a worker that has a ledger.
 
 With a ledger jobs are looked up before they run, and recorded before they are settled. Without one a run goes straight
-from the claim loop to the slots and from there to the settle loop, as if this room did not exist.
+from the claim loop to its task and from there to the settle loop, as if these stages did not exist.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from streamworker.bookkeeping.noting import Noting
 from streamworker.bookkeeping.outage import Outage
 from streamworker.bookkeeping.recorder import Recorder, decided
 from streamworker.execute import Executor
+from streamworker.executions import Executions
 from streamworker.holdings import Holdings
 from streamworker.postgres import Ledger
 from streamworker.run import Run
 from streamworker.settler import Settler
-from streamworker.slots import Slots
 
 TOGETHER: Final = 100
 """Jobs that make a good batch."""
@@ -31,7 +31,7 @@ class Stages(Protocol):
     """What a worker knows of them.
 
     Attributes:
-        put: takes a claimed run on its way to a slot.
+        put: takes a claimed run on its way to its task.
         finish: takes a run that has its outcome.
         closed: whether nothing may be claimed right now; ``None`` if that never happens.
     """
@@ -40,11 +40,11 @@ class Stages(Protocol):
     finish: Callable[[Run], None]
     closed: Callable[[], bool] | None
 
-    def most(self, slots: int) -> int:
+    def most(self, limit: int) -> int:
         """Most jobs of one claim: what all stages get through best."""
 
     def abandon_waiting(self) -> list[Run]:
-        """Runs that did not come to a slot yet; they do not wait any more afterwards."""
+        """Runs that were not started yet; they do not wait any more afterwards."""
 
     async def run(self) -> None:
         """Run until closed."""
@@ -53,32 +53,34 @@ class Stages(Protocol):
         """End them; what cannot be recorded ``within`` seconds is handed back."""
 
 
-def stages(ledger: Ledger | None, executor: Executor, slots: Slots, settler: Settler, holdings: Holdings) -> Stages:
+def stages(
+    ledger: Ledger | None, executor: Executor, executions: Executions, settler: Settler, holdings: Holdings
+) -> Stages:
     """The stages of a worker.
 
     Args:
         ledger: the record, if there is one.
         executor: prepares runs.
-        slots: where runs go that may run.
+        executions: where runs go that may run.
         settler: where runs go that have ended.
         holdings: what is held.
     """
     if ledger is None:
-        return Straight(slots, settler)
-    return Bookkeeping(ledger, executor, slots, settler, holdings)
+        return Straight(executions, settler)
+    return Bookkeeping(ledger, executor, executions, settler, holdings)
 
 
 class Straight:
     """No ledger."""
 
-    def __init__(self, slots: Slots, settler: Settler) -> None:
-        self.put: Callable[[Run], None] = slots.put
+    def __init__(self, executions: Executions, settler: Settler) -> None:
+        self.put: Callable[[Run], None] = executions.put
         self.finish: Callable[[Run], None] = settler.add
         self.closed: Callable[[], bool] | None = None
 
-    def most(self, slots: int) -> int:
-        """Half the slots, so that Redis fetches while Python runs what came before."""
-        return max(1, slots // 2)
+    def most(self, limit: int) -> int:
+        """Half of what may run, so that Redis fetches while Python runs what came before."""
+        return max(1, limit // 2)
 
     def abandon_waiting(self) -> list[Run]:
         """See `Stages.abandon_waiting`."""
@@ -94,21 +96,22 @@ class Straight:
 class Bookkeeping:
     """Lookup before running, record before settling, and the slow loop beside them."""
 
-    def __init__(self, ledger: Ledger, executor: Executor, slots: Slots, settler: Settler, holdings: Holdings) -> None:
+    def __init__(
+        self, ledger: Ledger, executor: Executor, executions: Executions, settler: Settler, holdings: Holdings
+    ) -> None:
         self._ledger = ledger
         outage = Outage()
-        self._lookup = Lookup(ledger, executor, slots.put, counts=holdings.counts, outage=outage)
+        self._lookup = Lookup(ledger, executor, executions.put, counts=holdings.counts, outage=outage)
         self._recorder = Recorder(ledger, settler, holdings, outage)
-        self._noting = Noting(ledger, lambda: list(each_of(slots.running)))
+        self._noting = Noting(ledger, lambda: list(each_of(executions.running)))
         self.put: Callable[[Run], None] = self._lookup.put
         self.finish: Callable[[Run], None] = self._recorder.add
         self.closed: Callable[[], bool] | None = outage.is_on
-        slots.prepare = _prepared
         settler.judge = decided
 
-    def most(self, slots: int) -> int:
-        """More where the slots are few: what is claimed together is looked up together, and records go on meanwhile."""
-        return max(min(slots, TOGETHER), slots // 2)
+    def most(self, limit: int) -> int:
+        """More where few may run: what is claimed together is looked up together, and records go on meanwhile."""
+        return max(min(limit, TOGETHER), limit // 2)
 
     def abandon_waiting(self) -> list[Run]:
         """See `Stages.abandon_waiting`."""
@@ -129,7 +132,3 @@ class Bookkeeping:
             await self._recorder.close(within)
         self._ledger.abandon()
         await self._recorder.ended.wait()
-
-
-def _prepared(run: Run) -> None:
-    """Nothing: the run was prepared when it was looked up."""

@@ -34,7 +34,7 @@ class Lookup:
     Args:
         ledger: what is asked.
         executor: prepares runs: their ids and hops stand in their documents.
-        put: hands a run to the slots; one that need not run has its outcome.
+        put: starts a run; one that need not run has its outcome.
         counts: what operators see.
         outage: told whether there was an answer.
     """
@@ -63,7 +63,7 @@ class Lookup:
         self._wake.set()
 
     def abandon(self) -> list[Run]:
-        """Runs that did not come to the slots; they do not wait any more afterwards."""
+        """Runs that were not started; they do not wait any more afterwards."""
         waiting = self._asking + self._waiting
         self._asking, self._waiting = [], []
         return waiting

@@ -16,13 +16,13 @@ from streamworker.batches import Carrier
 from streamworker.context import Context, Shared
 from streamworker.errors import UsageError
 from streamworker.execute import Executor
+from streamworker.executions import Executions
 from streamworker.handlers import Payload
 from streamworker.job import Claim, Job, Outcome, TimedOut
 from streamworker.jobs import make_job
 from streamworker.policy import Limits
 from streamworker.run import Run
 from streamworker.settings import Settings
-from streamworker.slots import Slots
 
 S = TypeVar("S", default=Any)
 
@@ -136,12 +136,12 @@ async def run(
             services = await stack.enter_async_context(app.lifespan())
         shared = Shared(WORKER_ID, services, redis, database)
         executor = Executor(app.handlers, shared, middleware=app.middleware, threads=1)
-        return await _in_slot(executor, Run(claim))
+        return await _in_task(executor, Run(claim))
     raise AssertionError("a lifespan must not swallow errors")
 
 
-async def _in_slot(executor: Executor, run: Run) -> Outcome:
-    """Run in a worker's own slot, which minds the deadline."""
+async def _in_task(executor: Executor, run: Run) -> Outcome:
+    """Run as a worker runs it, which minds the deadline."""
     ended = anyio.Event()
 
     def abandon(stuck: Run) -> None:
@@ -153,7 +153,7 @@ async def _in_slot(executor: Executor, run: Run) -> Outcome:
         """One job is a batch of one."""
         together = prepared.registration is not None and prepared.registration.together is not None
         if together and not isinstance(prepared, Carrier):
-            slots.put(Carrier([prepared]))
+            executions.put(Carrier([prepared]))
             return False
         return True
 
@@ -162,21 +162,21 @@ async def _in_slot(executor: Executor, run: Run) -> Outcome:
             list(ran.disperse())
         ended.set()
 
-    slots = Slots(
+    executions = Executions(
         1,
         executor,
         finished=finished,
-        isolate=may_run,
+        admit=may_run,
         stuck=abandon,
         grace=_THREAD_GRACE,
     )
-    slots.open()
+    executions.open()
     try:
-        slots.put(run)
+        executions.put(run)
         await ended.wait()
     finally:
         with anyio.CancelScope(shield=True):
-            await slots.close(_THREAD_GRACE)
+            await executions.close(_THREAD_GRACE)
     if run.outcome is None:
         raise AssertionError("a run that ended has an outcome")
     return run.outcome
