@@ -32,6 +32,10 @@ from streamworker.marks import (
 
 MAX_ID_BYTES: Final = 200
 
+FIRST_MOMENT: Final = datetime(1, 1, 2, tzinfo=UTC).timestamp()
+LAST_MOMENT: Final = datetime(9999, 12, 30, tzinfo=UTC).timestamp()
+"""Between these, in epoch seconds, every time is one in every time zone."""
+
 _NAMESPACE: Final = UUID("6f0fd0a5-3c0b-5d3e-9a55-0b6a2f7c1e84")
 _PRIORITY_OF: Final[dict[Level, int]] = {"high": 50, "normal": 100, "low": 200}
 
@@ -287,7 +291,11 @@ def made_at(document: Reading | bytes) -> float | None:
         moment = _moment(told) if told else None
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
-    return None if moment is None else (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    if moment is None:
+        return None
+    # A clock that stands before year 1 or after 9999 somewhere on Earth tells nothing that others could read.
+    seconds = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    return seconds if FIRST_MOMENT <= seconds <= LAST_MOMENT else None
 
 
 def _filled(raw: msgspec.Raw | None) -> bool:

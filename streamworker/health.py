@@ -24,7 +24,7 @@ from streamworker.telemetry.vitals import Vitals, not_alive, not_ready
 
 ASK: Final = 0.5
 """Seconds between two questions to the event loop whether it turns."""
-LEDGER_AWAY: Final = "PostgreSQL does not answer: nothing is claimed until it does"
+LEDGER_AWAY: Final = "PostgreSQL does not record: nothing is claimed until it does"
 
 
 class Health:

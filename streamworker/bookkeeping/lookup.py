@@ -12,7 +12,7 @@ from typing import Final
 import anyio
 
 from streamworker.bookkeeping.outage import Outage
-from streamworker.errors import Unreachable
+from streamworker.errors import StreamworkerError
 from streamworker.execute import Executor
 from streamworker.holdings import Counts
 from streamworker.job import Cancelled, Dead, Recorded, ReleaseAt, RetryAt
@@ -86,14 +86,14 @@ class Lookup:
             try:
                 known = await self._ledger.lookup([(run.claim.queue, run.job_id) for run in batch])
             except Exception as error:  # noqa: BLE001 - a main loop never crashes; what it holds is tried again
-                if isinstance(error, Unreachable):
-                    self._outage.began(error)
+                if isinstance(error, StreamworkerError):
+                    self._outage.began("lookup", error)
                 else:
                     log.error("lookup_failed", jobs=len(batch), error=str(error))
                 self._waiting, self._asking = self._asking + self._waiting, []
                 await pause.wait(self._stop)
                 continue
-            self._outage.over()
+            self._outage.over("lookup")
             pause.reset()
             batch, self._asking = self._asking, []  # empty if they were given back meanwhile
             for run in batch:

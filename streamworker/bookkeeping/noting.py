@@ -36,6 +36,7 @@ class Noting:
         self._running = running
         self._noted: set[Run] = set()
         self._stop = anyio.Event()
+        self._logged = ""
         self._tidy_at = monotonic() + INTERVAL
 
     def close(self) -> None:
@@ -50,10 +51,13 @@ class Noting:
                 return
             try:
                 await self._note()
+                self._logged = ""
             except Unreachable:
-                continue  # whoever records or looks up says so
+                continue  # the recorder and the lookup say so
             except Exception as error:  # noqa: BLE001 - a main loop never crashes
-                log.error("noting_failed", error=str(error))
+                if str(error) != self._logged:
+                    log.error("noting_failed", error=str(error))
+                self._logged = str(error)
             await self._tidy()
 
     async def _note(self) -> None:

@@ -18,7 +18,7 @@ import anyio
 from streamworker import notes
 from streamworker.bookkeeping.outage import Outage
 from streamworker.broker import Ending
-from streamworker.errors import Unreachable
+from streamworker.errors import StreamworkerError
 from streamworker.execute import OK
 from streamworker.holdings import Holdings
 from streamworker.job import (
@@ -113,13 +113,13 @@ class Recorder:
                 await self._record(batch)
             except Exception as error:  # noqa: BLE001 - a main loop never crashes; what it holds is tried again
                 self._finished = [run for run in batch if run.ending is None] + self._finished
-                if isinstance(error, Unreachable):
-                    self._outage.began(error)
+                if self._finished and isinstance(error, StreamworkerError):
+                    self._outage.began("record", error)
                 else:
                     log.error("record_failed", jobs=len(batch), error=str(error))
                 await pause.wait(self._closing, least=0.2)
             else:
-                self._outage.over()
+                self._outage.over("record")
                 pause.reset()
             self._under_way -= 1
             if anyio.current_time() > self._give_up_at:

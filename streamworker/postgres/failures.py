@@ -1,4 +1,4 @@
-"""What asyncpg raises, as our errors. Only failures of the connection count as "PostgreSQL is down"."""
+"""What asyncpg raises, as our errors: the connection's, one row's fault, or what the server cannot do at all now."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ _NO_SERVER: Final = (
     asyncpg.AdminShutdownError,
     asyncpg.CrashShutdownError,
     asyncpg.IdleInTransactionSessionTimeoutError,
+    asyncpg.IdleSessionTimeoutError,
 )
 _REFUSED: Final = (asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidCatalogNameError)
 _ROW_FAULTS: Final = ("22", "23", "54")
+_UNABLE: Final = ("53", "57", "58", "F0", "XX")
 _VALUES: Final = (ValueError, ArithmeticError, TypeError, RecursionError, struct.error)
 # What poolers say of servers they cannot reach, and clients of connections that broke under them.
 _BROKEN: Final = ("connection is closed", "connection was closed", "pool is clos", "released back to the pool")
@@ -59,6 +61,16 @@ def is_one_rows_fault(error: BaseException) -> bool:
     if isinstance(error, asyncpg.PostgresError):
         return sqlstate(error)[:2] in _ROW_FAULTS
     return isinstance(error, _VALUES)
+
+
+def is_unable(error: BaseException) -> bool:
+    """Whether the server cannot do now what it was asked, whoever asks: it is read-only, full, out of memory, broken.
+
+    These are 25006 and, of PostgreSQL's appendix A, the classes 53 (insufficient resources), 57 (operator intervention)
+    without 57014, which ends a single query, 58 (system error), F0 (configuration file) and XX (internal error).
+    """
+    code = sqlstate(error)
+    return code == "25006" or (code[:2] in _UNABLE and code != "57014")
 
 
 def is_gone(connection: Any) -> bool:
@@ -100,6 +112,6 @@ def translated(error: Exception, what: str) -> Exception:
         return ConfigurationError(
             f"PostgreSQL refuses {what}: {reason(error)}; grant it to this user, or use another one"
         )
-    if isinstance(error, asyncpg.PostgresError | asyncpg.InterfaceError):
+    if isinstance(error, asyncpg.PostgresError | asyncpg.InterfaceError | asyncpg.InternalClientError):
         return StreamworkerError(f"PostgreSQL failed while {what}: {reason(error)}")
     return error

@@ -6,17 +6,21 @@ from collections.abc import Collection, Sequence
 from typing import Any, Final
 
 from streamworker.postgres import JobKey, Known, RunRecord, Stored
-from streamworker.postgres.failures import understood
+from streamworker.postgres.failures import is_one_rows_fault, reason, translated, understood
 from streamworker.postgres.pool import AnyPool, Database
 from streamworker.postgres.recording import Recording
 from streamworker.postgres.retention import Retention
-from streamworker.postgres.rows import SEPARATOR, separable, stored_id
+from streamworker.postgres.rows import SEPARATOR, separable, stored_id, within_python
 from streamworker.postgres.transaction import RunTransaction, complete
+from streamworker.telemetry.logs import get_logger
 
-LOOKUP_ARRAY: Final = """
-select id, queue_name, status, hop, deliveries, attempt_count, extract(epoch from run_at)::float8 as run_at, last_error
+log = get_logger("streamworker.ledger")
+
+LOOKUP_ARRAY: Final = f"""
+select id, queue_name, status, hop, deliveries, attempt_count,
+  extract(epoch from {within_python("run_at")})::float8 as run_at, last_error
 from streamworker.jobs
-where id = any($1::text[])"""
+where id = any($1::text[])"""  # noqa: S608 - our own text
 LOOKUP: Final = LOOKUP_ARRAY.replace("$1::text[]", "string_to_array($1::text, e'\\x1f')")
 
 QUEUES: Final = """
@@ -52,15 +56,27 @@ class PostgresLedger:
 
     async def lookup(self, jobs: Collection[JobKey]) -> dict[JobKey, Known]:
         """See `Ledger.lookup`."""
+        try:
+            return await self._looked_up(jobs)
+        except Exception as error:
+            if not is_one_rows_fault(error):
+                raise translated(error, "looking jobs up") from error
+            keys = list(jobs)
+            if len(keys) == 1:
+                log.error("ledger_row_unreadable", queue=keys[0][0], job_id=keys[0][1], error=reason(error))
+                return {}
+        middle = len(keys) // 2
+        return await self.lookup(keys[:middle]) | await self.lookup(keys[middle:])
+
+    async def _looked_up(self, jobs: Collection[JobKey]) -> dict[JobKey, Known]:
         job_ids = [job_id for _, job_id in jobs]
         joined = SEPARATOR.join(job_ids)
         plain = separable(joined, len(job_ids))
         names = {} if plain else {stored_id(job_id): job_id for job_id in job_ids}
-        with understood("looking jobs up"):
-            if plain:
-                rows = await self._line.fetch(LOOKUP, joined)
-            else:
-                rows = await self._line.fetch(LOOKUP_ARRAY, list(names))
+        if plain:
+            rows = await self._line.fetch(LOOKUP, joined)
+        else:
+            rows = await self._line.fetch(LOOKUP_ARRAY, list(names))
         return {
             (row["queue_name"], names.get(row["id"], row["id"])): Known(
                 row["status"],

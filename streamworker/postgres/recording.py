@@ -56,6 +56,16 @@ insert into streamworker.jobs as stored (id, queue_name, kind, payload, level, s
 
 WHY: Final = "select id, queue_name, status from streamworker.jobs where id = any($1::text[])"
 
+TABLES: Final = "lock table streamworker.jobs, streamworker.job_logs in row exclusive mode"
+"""Waits for whoever locked a whole table, such as a migration, as long as the session's lock_timeout."""
+LOCKED: Final = """
+with free as materialized (
+  select id, queue_name from streamworker.jobs where id = any($1::text[]) for update skip locked
+)
+select id, queue_name from streamworker.jobs
+where id = any($1::text[]) and (id, queue_name) not in (select id, queue_name from free)
+"""
+
 RUNNING: Final = f"""
 insert into streamworker.jobs as stored (id, queue_name, kind, payload, level, status, attempt_count, max_attempts, hop,
     deliveries, worker_id, created_at, started_at, headers, document, epoch)
@@ -86,6 +96,7 @@ class Recording:
     """
 
     def __init__(self, database: Database, worker_id: str) -> None:
+        self._database = database
         self._line = database.line(LANES)
         self._worker_id = worker_id
         self._epochs: dict[bytes, str] = {}
@@ -131,6 +142,26 @@ class Recording:
         for batch in _rounds(runs):
             await self._store(RUNNING, batch, answers)
 
+    async def _unlocked(self, batch: Sequence[_Item], answers: list[Stored]) -> list[_Item]:
+        """The rows of a batch that met a lock which nobody holds; the others are busy.
+
+        Raises:
+            StreamworkerError: not rows are locked, but the tables: nothing can be recorded.
+        """
+        with understood("recording jobs"):
+            async with self._database.session(alone=False) as connection:
+                await connection.execute(TABLES)
+                ids = sorted({stored_id(run.job_id) for _, run, _ in batch})
+                locked = {(row["queue_name"], row["id"]) for row in await connection.fetch(LOCKED, ids)}
+        free: list[_Item] = []
+        for item in batch:
+            index, run, _ = item
+            if (run.queue, stored_id(run.job_id)) in locked:
+                answers[index] = Stored.BUSY
+            else:
+                free.append(item)
+        return free
+
     async def _store(self, statement: str, batch: Sequence[_Item], answers: list[Stored]) -> None:
         try:
             rows = [self._row(run, bare) for _, run, bare in batch]
@@ -138,6 +169,12 @@ class Recording:
         except Exception as error:
             if not _at_fault(error):
                 raise translated(error, "recording jobs") from error
+            if sqlstate(error) in _LOCKED:
+                free = await self._unlocked(batch, answers)
+                if len(free) < len(batch):
+                    if free:
+                        await self._store(statement, free, answers)
+                    return
             if len(batch) > 1:
                 middle = len(batch) // 2
                 await self._store(statement, batch[:middle], answers)

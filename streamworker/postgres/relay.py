@@ -42,7 +42,7 @@ KEYS: Final = 1000
 # asyncpg cannot hold every time that PostgreSQL can, so the order is made before the rows come here.
 _RETURNED: Final = f"""returning job.id, job.queue_name, job.kind, job.payload::text as payload, job.level,
   job.attempt_count, job.max_attempts, job.hop, job.headers::text as headers, job.document,
-  {within_python("job.created_at")}, coalesce(job.run_at, job.created_at) as due"""
+  {within_python("job.created_at")} as created_at, coalesce(job.run_at, job.created_at) as due"""
 _IN_ORDER: Final = """
 select id, queue_name, kind, payload, level, attempt_count, max_attempts, hop, headers, document, created_at from taken
 order by array_position(array['high', 'normal', 'low'], level), due, id"""

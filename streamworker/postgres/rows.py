@@ -67,7 +67,6 @@ LATEST: Final = datetime(9999, 12, 30, tzinfo=UTC)
 
 
 def within_python(column: str) -> str:
-    """SQL for a column of times, moved to `EARLIEST` or `LATEST` where Python has no such time; keeps its name."""
+    """SQL for a column of times, moved to `EARLIEST` or `LATEST` where Python has no such time."""
     early, late = (f"timestamptz '{moment.isoformat()}'" for moment in (EARLIEST, LATEST))
-    name = column.rpartition(".")[2]
-    return f"case when {column} < {early} then {early} when {column} > {late} then {late} else {column} end as {name}"
+    return f"case when {column} < {early} then {early} when {column} > {late} then {late} else {column} end"

@@ -19,7 +19,7 @@ from asyncpg.transaction import Transaction as AsyncpgTransaction
 
 from streamworker.errors import RunEnded, Unreachable, UsageError
 from streamworker.postgres import Effect, RunRecord
-from streamworker.postgres.failures import break_off, is_gone, is_outage, reason
+from streamworker.postgres.failures import break_off, is_gone, is_outage, is_unable, reason
 from streamworker.postgres.pool import AnyPool, Connection, Database
 from streamworker.postgres.rows import headers_text, json_text, stored_id, text
 from streamworker.telemetry.logs import get_logger
@@ -91,9 +91,9 @@ class RunTransaction:
             await take(connection, self._run, self._worker_id, becomes="running", within=within)
         except BaseException as error:
             await self._undo(self._effect_of(error))
-            if is_outage(error):
+            if is_outage(error) or is_unable(error):
                 self.effect = Effect.LOST
-                raise Unreachable(f"PostgreSQL does not answer ctx.transaction(): {reason(error)}") from error
+                raise Unreachable(f"PostgreSQL cannot begin ctx.transaction(): {reason(error)}") from error
             raise
         return connection
 
@@ -123,6 +123,9 @@ class RunTransaction:
                 raise UsageError("the job's row was changed inside its own transaction: leave streamworker.jobs alone")
             await transaction.commit()
         except BaseException as error:
+            if is_unable(error) and not is_outage(error):
+                await self._undo(Effect.LOST)
+                raise Unreachable(f"PostgreSQL cannot commit: {reason(error)}") from error
             if not is_outage(error):
                 await self._undo(Effect.UNDONE)
                 raise

@@ -6,6 +6,8 @@ import asyncio
 import json
 import time
 from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
@@ -13,6 +15,7 @@ import asyncpg
 import pytest
 
 from streamworker import App, Context
+from streamworker.embedded.record import PG_USER
 from tests.conftest import eventually, nothing_left
 from tests.postgres.servers import PostgresServer
 from tests.postgres.working import Job, settings_for, working
@@ -146,3 +149,136 @@ async def test_a_row_that_is_locked_is_recorded_later(redis_url, raw, own_postgr
         await eventually(lambda: ended(raw))
     assert await connection.fetchval("select count(*) from streamworker.jobs where status = 'completed'") == 20
     await connection.close()
+
+
+# -- a server that answers, and does not record
+
+RELOAD = "select pg_reload_conf()"
+FULL = """
+create function no_room() returns trigger language plpgsql as $$ begin
+  raise exception 'could not extend file: No space left on device' using errcode = 'disk_full';
+end $$;
+create trigger no_room before insert or update on streamworker.jobs for each row execute function no_room()"""
+WRITABLE = "set default_transaction_read_only = off"
+BROKEN = {
+    "read-only": (
+        ["alter system set default_transaction_read_only = on", RELOAD],
+        [WRITABLE, "alter system reset default_transaction_read_only", RELOAD],
+    ),
+    "full": ([FULL], ["drop function no_room cascade"]),
+    "a table is gone": (
+        ["alter table streamworker.job_logs rename to gone"],
+        ["alter table streamworker.gone rename to job_logs"],
+    ),
+    "no permission": (
+        ["revoke insert, update on streamworker.jobs from limited"],
+        ["grant insert, update on streamworker.jobs to limited"],
+    ),
+}
+
+
+async def tell(server: PostgresServer, statements: list[str]) -> None:
+    connection = await asyncpg.connect(server.url())
+    try:
+        for statement in statements:
+            await connection.execute(statement)
+    finally:
+        await connection.close()
+
+
+async def limited(server: PostgresServer) -> str:
+    """The URL of a user who may do what is granted, and no more."""
+    granted = "grant all on all tables in schema streamworker to limited"
+    await tell(server, ["create role limited login", "grant usage on schema streamworker to limited", granted])
+    return server.url().replace(f"{PG_USER}@", "limited@", 1)
+
+
+@pytest.mark.parametrize("how", BROKEN)
+async def test_whatever_keeps_it_from_recording_closes_the_claim_loop(redis_url, raw, own_postgres, caplog, how):
+    caplog.set_level("INFO", "streamworker")
+    breaks, mends = BROKEN[how]
+    url = await limited(own_postgres) if how == "no permission" else own_postgres.url()
+    app = App(settings=settings_for(redis_url, url, concurrency=5))
+    ran: Counter[int] = Counter()
+
+    @app.handler
+    async def handler(payload: Job) -> None:
+        ran[payload.n] += 1
+
+    async with app, working(app) as worker:
+        await app.enqueue(Job(n=-1))
+        await eventually(lambda: ended(raw))
+        await tell(own_postgres, breaks)
+        await app.enqueue_many([Job(n=n) for n in range(300)])
+        await eventually(lambda: worker._stages.closed() and worker._holdings.busy == 0)
+        before = len(ran)
+        assert before < 300, "a batch, and what was claimed until it failed"
+        begun = time.monotonic()
+        while time.monotonic() < begun + 1.5:  # it is tried again and again; lookups would be answered
+            await asyncio.sleep(0.05)
+            assert worker._stages.closed() and len(ran) == before
+        await tell(own_postgres, mends)
+        await eventually(lambda: ended(raw), 30)
+    assert set(ran.values()) == {1} and len(ran) == 301
+    assert await ask(own_postgres, "select count(*) from streamworker.jobs where status = 'completed'") == 301
+    assert caplog.text.count("ledger_down") == 1 == caplog.text.count("ledger_back")
+    assert caplog.text.count("record_failed") == 0
+
+
+@pytest.mark.parametrize("how", ["read-only", "full"])
+async def test_a_transaction_that_the_server_cannot_begin_charges_nothing(redis_url, raw, own_postgres, how):
+    breaks, mends = BROKEN[how]
+    app = app_of(redis_url, own_postgres, concurrency=5)
+    tried, done = Counter[int](), []
+
+    @app.handler(max_attempts=1)
+    async def handler(payload: Job, ctx: Context) -> None:
+        tried[payload.n] += 1
+        async with ctx.transaction():
+            done.append(payload.n)
+
+    async with app, working(app):
+        await app.enqueue(Job(n=-1))
+        await eventually(lambda: ended(raw))
+        await tell(own_postgres, breaks)
+        await app.enqueue_many([Job(n=n) for n in range(5)])
+        await eventually(lambda: len(tried) > 1)
+        await tell(own_postgres, mends)
+        await eventually(lambda: ended(raw), 30)
+    assert sorted(done) == list(range(-1, 5))
+    assert not raw.exists(f"{Q}:dead")
+    assert await ask(own_postgres, "select count(*) from streamworker.jobs where status = 'completed'") == 6
+
+
+@asynccontextmanager
+async def locking(server: PostgresServer, mode: str) -> AsyncIterator[Any]:
+    connection = await asyncpg.connect(server.url())
+    await connection.execute(f"begin; lock table streamworker.jobs in {mode} mode")
+    try:
+        yield connection
+    finally:
+        connection.terminate()
+
+
+@pytest.mark.parametrize("mode", ["access exclusive", "share"])
+async def test_a_table_that_is_locked_is_no_fault_of_its_rows(redis_url, raw, own_postgres, mode, caplog):
+    """A migration, or an index that is made without ``concurrently``: not row after row waits, and nothing is claimed."""
+    caplog.set_level("INFO", "streamworker")
+    app = app_of(redis_url, own_postgres, concurrency=5)
+    ran: Counter[int] = Counter()
+
+    @app.handler
+    async def handler(payload: Job) -> None:
+        ran[payload.n] += 1
+
+    async with app, working(app) as worker:
+        await app.enqueue(Job(n=-1))
+        await eventually(lambda: ended(raw))
+        async with locking(own_postgres, mode):
+            await app.enqueue_many([Job(n=n) for n in range(1500)])
+            await eventually(worker._stages.closed)
+            assert len(ran) < 1500
+        await eventually(lambda: ended(raw), 30)
+    assert set(ran.values()) == {1} and len(ran) == 1501
+    assert await ask(own_postgres, "select count(*) from streamworker.jobs where status = 'completed'") == 1501
+    assert caplog.text.count("ledger_down") == 1 == caplog.text.count("ledger_back")
