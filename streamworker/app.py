@@ -14,6 +14,7 @@ from redis.asyncio import Redis
 from typing_extensions import TypeVar
 
 from streamworker import embedded
+from streamworker.blocking import refuse_patched, running_loop
 from streamworker.bridging import Mover
 from streamworker.broker import Broker, Operator
 from streamworker.broker.bridge import BridgeOptions, ListBridge
@@ -84,7 +85,6 @@ class App(Handlers[S], Follower, Calendar):
         self._middleware, self._observers = tuple(middleware), tuple(observers)
         self._senders = tuple(each for each in observers if isinstance(each, Sender))
         self._entries = 0
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._in_force = settings or Settings()
         self._redis: Redis | str | None = None
         self._door = anyio.Lock()
@@ -97,6 +97,7 @@ class App(Handlers[S], Follower, Calendar):
         Raises:
             ConfigurationError: a setting or the server is wrong.
             Unreachable: no server answers.
+            UsageError: it is open on another event loop, or gevent or eventlet has patched this process.
         """
         await self._enter(self.resolve(None), None)
         return self
@@ -107,27 +108,52 @@ class App(Handlers[S], Follower, Calendar):
         if self._entries == 0 and self._stack is not None:
             stack, self._stack, self._broker = self._stack, None, None
             await stack.aclose()
+        self._free_loop()
 
     async def _enter(self, settings: Settings, redis: Redis | str | None) -> None:
-        loop = asyncio.get_running_loop()
-        if self._entries and self._loop is not loop:
-            raise UsageError("this app is open on another event loop: make an App per loop, or enqueue_blocking()")
-        self._loop = loop
-        async with self._door:
-            if self._entries == 0:
-                async with AsyncExitStack() as stack:
-                    address, _ = await self._servers(stack, settings, redis)
-                    broker = self._make_broker(settings, address)
-                    stack.push_async_callback(broker.close)
-                    await broker.open()
-                    self._stack, self._broker = stack.pop_all(), broker
-                    self._in_force, self._redis = settings, redis
-            self._entries += 1
+        with self._lock:
+            if self._entries:
+                self._require_own_loop()
+            self._loop = asyncio.get_running_loop()
+            self._entries += 1  # from now on it is this loop's, also while it is being opened
+        try:
+            async with self._door:
+                if self._stack is None:
+                    async with AsyncExitStack() as stack:
+                        address, _ = await self._servers(stack, settings, redis)
+                        broker = self._make_broker(settings, address)
+                        stack.push_async_callback(broker.close)
+                        await broker.open()
+                        self._stack, self._broker = stack.pop_all(), broker
+                        self._in_force, self._redis = settings, redis
+        except BaseException:
+            self._entries -= 1
+            self._free_loop()
+            raise
+
+    def _free_loop(self) -> None:
+        with self._lock:
+            if not self._entries:
+                self._loop = None
+
+    def _require_own_loop(self) -> None:
+        """The guard of everything that uses what `_enter` opened: connections belong to the loop that made them.
+
+        Raises:
+            UsageError: this is another event loop.
+        """
+        if running_loop() is not self._loop:
+            raise UsageError("this app is open on another event loop: make an App per loop, or call enqueue_blocking()")
 
     # -- what producing needs
 
-    def _outlet(self) -> tuple[Broker | None, Settings]:
-        return self._broker, self._in_force if self._broker is not None else self.resolve(None)
+    def _outlet(self) -> Broker | None:
+        if self._broker is not None:
+            self._require_own_loop()
+        return self._broker
+
+    def _rules(self) -> Settings:
+        return self._in_force if self._broker is not None else self.resolve(None)
 
     def _sibling(self) -> AbstractAsyncContextManager[Producer]:
         settings = self._in_force if self._stack is not None else self.resolve(None)
@@ -275,6 +301,7 @@ class App(Handlers[S], Follower, Calendar):
         self, stack: AsyncExitStack, settings: Settings, redis: Redis | str | None
     ) -> tuple[Address, str | None]:
         """(where Redis is, URL of the database); the embedded pair is started if that is what the settings say."""
+        refuse_patched()
         database = settings.database_url
         if redis is not None and not isinstance(redis, str):
             return Address.of(redis), database
@@ -286,6 +313,8 @@ class App(Handlers[S], Follower, Calendar):
         return Address(url), database
 
     def _opened(self) -> tuple[AsyncExitStack | None, Settings]:
+        if self._stack is not None:
+            self._require_own_loop()
         return self._stack, self._in_force
 
     async def _database(self, stack: AsyncExitStack, settings: Settings) -> str:

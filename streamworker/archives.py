@@ -24,7 +24,11 @@ class Archives:
         raise NotImplementedError
 
     def _opened(self) -> tuple[AsyncExitStack | None, Settings]:
-        """What is closed with the app, ``None`` while it is not open; and the settings in force."""
+        """What is closed with the app, ``None`` while it is not open; and the settings in force.
+
+        Raises:
+            UsageError: the app is open on another event loop.
+        """
         raise NotImplementedError
 
     async def _database(self, stack: AsyncExitStack, settings: Settings) -> str:
@@ -41,7 +45,7 @@ class Archives:
             queue: its queue; needed only where several queues have a job with this id.
 
         Raises:
-            UsageError: the app is not open, or several queues have a job with this id.
+            UsageError: the app is not open, or open on another event loop, or several queues have a job with this id.
             ConfigurationError: there is no database, or it has no schema streamworker.
             Unreachable: PostgreSQL does not answer.
         """

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Generic
+from typing import Any, Final, Generic
 
 import anyio
 from anyio.from_thread import BlockingPortal
@@ -18,17 +19,52 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def refuse_on_loop(sentence: str) -> None:
-    """Refuse to block an event loop.
+def refuse_on_loop(sentence: str, own: asyncio.AbstractEventLoop | None) -> None:
+    """Refuse to block an event loop on which there is a better way.
+
+    Args:
+        sentence: what that is.
+        own: the loop on which it is; ``None``: any.
 
     Raises:
-        UsageError: ``sentence``, if this thread runs a loop.
+        UsageError: ``sentence``, if this thread runs that loop.
     """
+    loop = running_loop()
+    if loop is not None and (own is None or loop is own):
+        raise UsageError(sentence)
+
+
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """The event loop that this thread runs; a forked child runs none, though its parent did."""
     try:
-        asyncio.get_running_loop()
+        return asyncio.get_running_loop()
     except RuntimeError:
-        return
-    raise UsageError(sentence)
+        return None
+
+
+def refuse_patched() -> None:
+    """Refuse a process whose threads, sockets or selectors gevent or eventlet have replaced.
+
+    There every thread would be a green one of a single real thread: an event loop in one of them counts as running in
+    all, and a lease thread would stand still with the handler that it has to outlive.
+
+    Raises:
+        UsageError: they have.
+    """
+    for name, module, asks, parts in _PATCHERS:
+        patcher = sys.modules.get(module)
+        patched = getattr(patcher, asks, None)
+        if patched is not None and any(patched(part) for part in parts):
+            raise UsageError(
+                f"{name} has patched this process, and asyncio cannot work in it: enqueue from another process, or add "
+                "jobs with a Redis client of yours (XADD, as docs/design.md says)"
+            )
+
+
+_PATCHERS: Final = (
+    ("gevent", "gevent.monkey", "is_module_patched", ("socket", "threading", "select")),
+    ("eventlet", "eventlet.patcher", "is_monkey_patched", ("socket", "thread", "select")),
+)
 
 
 class BackgroundLoop(Generic[T]):

@@ -60,10 +60,10 @@ class Follower(Producer, Archives):
             is told. ``ended``: the ledger says that it is over, and nothing was done.
 
         Raises:
-            UsageError: the app is not open, or nobody can tell where the job lies.
+            UsageError: the app is not open, or open on another event loop, or nobody can tell where the job lies.
             Unreachable: a server does not answer.
         """
-        broker, _ = self._outlet()
+        broker = self._outlet()
         if broker is None:
             raise UsageError("the app is not open: cancel inside `async with app:`")
         archive = await self._kept_archive()
@@ -88,10 +88,10 @@ class Follower(Producer, Archives):
             JobCancelled: somebody cancelled it.
             ResultNotKept: it is completed, and what its handler returned was not kept, or could not be.
             ResultTimeout: it has not ended in time; it goes on.
-            UsageError: the app is not open, or nobody can tell where the job lies.
+            UsageError: the app is not open, or open on another event loop, or nobody can tell where the job lies.
             Unreachable: a server does not answer.
         """
-        broker, _ = self._outlet()
+        broker = self._outlet()
         if broker is None:
             raise UsageError("the app is not open: wait for results inside `async with app:`")
         archive = await self._kept_archive()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack
@@ -12,7 +13,7 @@ import asyncpg
 from typing_extensions import Unpack
 
 from streamworker import codec
-from streamworker.blocking import BackgroundLoop, refuse_on_loop
+from streamworker.blocking import BackgroundLoop, refuse_on_loop, refuse_patched
 from streamworker.broker import Broker
 from streamworker.errors import UsageError
 from streamworker.handlers import Payload
@@ -30,9 +31,18 @@ class Producer:
         self._senders: tuple[Sender, ...] = ()
         self._background: BackgroundLoop[Producer] | None = None
         self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
 
-    def _outlet(self) -> tuple[Broker | None, Settings]:
-        """Where jobs go, ``None`` while the app is not open; and the settings in force, or that would be."""
+    def _outlet(self) -> Broker | None:
+        """Where jobs go, ``None`` while the app is not open.
+
+        Raises:
+            UsageError: the app is open on another event loop.
+        """
+        raise NotImplementedError
+
+    def _rules(self) -> Settings:
+        """The settings in force, or that would be."""
         raise NotImplementedError
 
     def _sibling(self) -> AbstractAsyncContextManager[Producer]:
@@ -80,7 +90,7 @@ class Producer:
             connection: an asyncpg connection in a transaction: the job commits or vanishes with the caller's rows.
 
         Raises:
-            UsageError: the app is not open, or an option makes no sense.
+            UsageError: the app is not open, or open on another event loop, or an option makes no sense.
             PublishUncertain: the reply was lost; with ``key`` enqueueing again is safe.
             JobTooLarge: the document exceeds ``STREAMWORKER_MAX_JOB_BYTES``.
             ConfigurationError: the database of ``connection`` has no schema streamworker.
@@ -120,9 +130,10 @@ class Producer:
     async def _send(
         self, made: Sequence[Job], connection: asyncpg.Connection[asyncpg.Record] | None = None
     ) -> list[Enqueued]:
-        broker, settings = self._outlet()
+        settings = self._rules()
         if connection is not None:
             return await outbox.enqueue(connection, made, max_bytes=settings.max_job_bytes, key_ttl=settings.key_ttl)
+        broker = self._outlet()
         if broker is None:
             raise UsageError("the app is not open: enqueue inside `async with app:`")
         packed = [codec.pack(job, max_bytes=settings.max_job_bytes, key_ttl=settings.key_ttl) for job in made]
@@ -136,10 +147,12 @@ class Producer:
             options: see `JobOptions`.
 
         Raises:
-            UsageError: called on an event loop, which it would block; else what `enqueue` raises.
+            UsageError: called on the event loop of the app, which it would block, or gevent or eventlet has patched
+                this process; else what `enqueue` raises.
         """
         job = make_job(payload, **options)
-        refuse_on_loop("enqueue_blocking() would block this event loop: await enqueue() instead")
+        refuse_patched()
+        refuse_on_loop("enqueue_blocking() would block this event loop: await enqueue() instead", self._loop)
         with self._lock:
             if self._background is None or not self._background.alive:
                 self._background = BackgroundLoop(self._sibling)
