@@ -1,20 +1,25 @@
 """The thread that keeps claims alive, hears of cancelled jobs, and watches the event loop from outside.
 
 It has its own connection, so that a handler that blocks the event loop keeps its lease and is named in the log. A
-handler that runs past its deadline is renewed no more: hung is not slow.
+handler that runs past its deadline is renewed no more: hung is not slow. C code that keeps the interpreter lock stops
+this thread, too: a small process beside the worker renews meanwhile, see `renewer`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextvars import copy_context
 from time import monotonic
 from typing import Final
 
+from streamworker import renewer
 from streamworker.broker import Broker
+from streamworker.handlers import Registration
 from streamworker.held import Held
 from streamworker.progress import Progress
 from streamworker.run import Run
@@ -31,7 +36,92 @@ TELL: Final = 1.0
 """Seconds between writing down how far jobs have come."""
 LONG: Final = 0.5
 """Seconds after which a run is worth asking about without the bell: shorter ones cost nothing this way."""
+UNBOUNDED: Final = 3600.0
+"""Seconds for which a worker may be silent that has a handler without a timeout."""
+RESTART: Final = 60.0
+"""Seconds before a renewing process that ended, or could not be started, is started again."""
+ENDS: Final = 2.0
+"""Seconds it may take to end."""
 Report = dict[str, str | int | float]
+
+
+def longest_silence(handlers: Iterable[Registration], grace: float) -> float:
+    """Seconds a job of these handlers may run and overrun; after such a silence its worker counts as hung for good."""
+    timeouts = [UNBOUNDED if each.limits.timeout is None else each.limits.timeout for each in handlers]
+    return max(timeouts, default=0.0) + grace
+
+
+class RenewalProcess:
+    """The process that renews while this one cannot; used by the lease thread alone.
+
+    Args:
+        told: what it has to know, see `Broker.standby`; ``None``: there is nothing it could do.
+    """
+
+    def __init__(self, told: Callable[[], bytes | None]) -> None:
+        self._told = told
+        self._process: subprocess.Popen[bytes] | None = None
+        self._start_at = 0.0
+        self._sent = self._unsent = b""
+
+    def sign(self) -> None:
+        """The worker lives, and has just renewed by itself."""
+        told = self._told()
+        if told is None or not self._runs():
+            return
+        if not self._unsent or told != self._sent:
+            self._unsent += (b"" if told == self._sent else told) + b"\n"
+            self._sent = told
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what the pipe had no room for; never waits."""
+        if self._process is None or self._process.stdin is None or not self._unsent:
+            return
+        try:
+            self._unsent = self._unsent[os.write(self._process.stdin.fileno(), self._unsent) :]
+        except BlockingIOError:
+            return
+        except OSError:  # it has ended: the next sign starts another
+            self._unsent = b""
+
+    def end(self) -> None:
+        """Let it end, and wait for that."""
+        process, self._process = self._process, None
+        if process is None or process.stdin is None:
+            return
+        process.stdin.close()
+        try:
+            process.wait(ENDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+    def _runs(self) -> bool:
+        if self._process is not None and self._process.poll() is None:
+            return True
+        now = monotonic()
+        if now < self._start_at or getattr(sys, "frozen", False) or not sys.executable:
+            return False
+        if self._process is not None:
+            self.end()
+        self._start_at, self._sent, self._unsent = now + RESTART, b"", b""
+        command = [sys.executable, "-I", "-S", "-B", renewer.__file__, str(os.getpid())]
+        try:
+            # A session of its own: a terminal's Ctrl-C is not for it.
+            self._process = subprocess.Popen(  # noqa: S603 - this interpreter, a file of ours
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        except OSError as error:
+            hint = "code that keeps the interpreter lock for longer than a lease loses its claim"
+            log.warning("renewal_process_failed", error=str(error), hint=hint)
+            return False
+        if self._process.stdin is not None:
+            os.set_blocking(self._process.stdin.fileno(), False)
+        return True
 
 
 class LeaseKeeper:
@@ -42,6 +132,7 @@ class LeaseKeeper:
         lease: seconds.
         held: what this worker holds; told of claims that were lost, and of those whose jobs were cancelled.
         report: what the heartbeat tells.
+        longest: seconds a job of this worker may run and overrun: after such a silence it counts as hung for good.
     """
 
     def __init__(
@@ -51,9 +142,11 @@ class LeaseKeeper:
         lease: float,
         held: Held,
         report: Callable[[], Report],
+        longest: float,
     ) -> None:
         self._broker = broker
         self._interval = lease / 3
+        self._process = RenewalProcess(lambda: broker.standby(longest))
         self._held = held
         self._runs = held.runs
         self._report = report
@@ -106,12 +199,14 @@ class LeaseKeeper:
             if now >= next_renewal:
                 # After a failure soon again: the lease runs down meanwhile.
                 next_renewal = now + (self._interval if self._renew(now) else min(self._interval, 0.5))
+            self._process.flush()
             self._look_at_marks(monotonic())
             self._tell_progress(monotonic())
             self._look_at_loop()
             self._wake.wait(min(self._interval, 0.25, max(0.01, next_renewal - monotonic())))
             self._wake.clear()
             if self._stopping:
+                self._process.end()
                 return
 
     def _renew(self, now: float) -> bool:
@@ -124,6 +219,7 @@ class LeaseKeeper:
                 gone = set(lost)
                 self._held.kept([claim for claim in claims if claim not in gone])
             self._broker.beat(self._report())
+            self._process.sign()
         except Exception as error:  # noqa: BLE001 - whatever it is, the leases run down: say it and try again
             self.trouble = str(error) or type(error).__name__
             log.warning("renewal_failed", claims=len(claims), error=str(error))

@@ -32,7 +32,7 @@ from streamworker.held import Held
 from streamworker.holdings import Holdings
 from streamworker.identity import heartbeat, new_worker_id
 from streamworker.job import Raised
-from streamworker.lease import LeaseKeeper
+from streamworker.lease import LeaseKeeper, longest_silence
 from streamworker.metering import Metering
 from streamworker.redact import text_of
 from streamworker.run import Run
@@ -165,9 +165,7 @@ class QueueWorker:
         self._broker, self._relay = site.broker, site.relay
         await self._broker.open()
         await self._broker.join(self.worker_id)
-        services = self._services
-        if services is None and app.lifespan is not None:
-            services = await stack.enter_async_context(app.lifespan())
+        services = await self._enter_services(stack)
         self._shared = Shared(self.worker_id, services, site.redis, site.database, site.ledger)
         self._holdings, self._ticker = Holdings(), Ticker(self._broker, self._stopping)
         self._settler = Settler(self._broker, self._holdings, parked=self._ticker.parked)
@@ -202,8 +200,14 @@ class QueueWorker:
             put=self._executions.put, finished=self.finish,
         )  # fmt: skip
         held = Held(self._holdings, self._executor, self._entrance.kept)
-        self._lease = LeaseKeeper(self._broker, lease=settings.lease, held=held, report=self._report)
+        longest = longest_silence(app.handlers.registrations, settings.grace)
+        self._lease = LeaseKeeper(self._broker, lease=settings.lease, held=held, report=self._report, longest=longest)
         self._health.watch(self._claimer, self._lease, self._holdings, self._broker)
+
+    async def _enter_services(self, stack: AsyncExitStack) -> Any:
+        if self._services is None and self._app.lifespan is not None:
+            return await stack.enter_async_context(self._app.lifespan())
+        return self._services
 
     async def _main(self) -> None:
         self._lease.start()

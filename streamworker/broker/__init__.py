@@ -144,6 +144,16 @@ class Broker(Limiting, Protocol):
     def renew(self, claims: Collection[Claim]) -> list[Claim]:
         """Prolong the leases, from the lease thread; returns those that are lost."""
 
+    def standby(self, longest: float) -> bytes | None:
+        """What a process is told that renews in this worker's stead: see `streamworker.renewer`. From the lease thread.
+
+        Args:
+            longest: seconds of silence after which this worker counts as hung for good.
+
+        Returns:
+            One line of JSON; ``None`` if no other process can log in, or nothing is ever renewed.
+        """
+
     def cancelled(self, claims: Collection[Claim]) -> list[Claim]:
         """Those whose jobs were cancelled since they were claimed; called from the lease thread."""
 

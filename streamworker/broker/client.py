@@ -125,6 +125,23 @@ class Address:
         other._kwargs = {**self._kwargs, "host": host[0], "port": host[1]}
         return other
 
+    def bare(self) -> dict[str, Any] | None:
+        """What a program that has no redis-py needs to connect here: places, TLS and login, all of it JSON.
+
+        Returns:
+            ``None`` where only redis-py can do it: logins that are made anew each time, OCSP.
+        """
+        form = self._form
+        told = _bare(form.scheme, form.options)
+        if told is None or form.scheme == "unix":
+            return told
+        if form.kind == "sentinel":
+            asked = _bare(form.scheme, form.sentinel_options)
+            if asked is None:
+                return None
+            return {**told, "sentinels": {**asked, "hosts": form.hosts, "service": form.service}}
+        return {**told, "host": form.hosts[0][0], "port": form.hosts[0][1]}
+
     def _options(self) -> dict[str, Any]:
         return {
             **self._kwargs,
@@ -231,6 +248,29 @@ class Address:
         if self._slots is None and clustered(info):
             raise ConfigurationError(CLUSTER.format(self))
         return info
+
+
+def _bare(scheme: str, options: dict[str, Any]) -> dict[str, Any] | None:
+    known = redis.SSLConnection(**{name: value for name, value in options.items() if name.startswith("ssl_")})
+    if options.get("credential_provider") or known.ssl_validate_ocsp or known.ssl_validate_ocsp_stapled:
+        return None
+    password = options.get("password")
+    auth = [word for word in (options.get("username"), password) if word] if password else []
+    told: dict[str, Any] = {"auth": auth, "db": options.get("db", 0), "path": options.get("path")}
+    if scheme == "rediss":
+        told["tls"] = {
+            "check_hostname": known.check_hostname,
+            "cert_reqs": int(known.cert_reqs),
+            "certfile": known.certfile,
+            "keyfile": known.keyfile,
+            "password": known.certificate_password,
+            "ca_certs": known.ca_certs,
+            "ca_path": known.ca_path,
+            "ca_data": known.ca_data,
+            "min_version": int(known.ssl_min_version) if known.ssl_min_version else 0,
+            "ciphers": known.ssl_ciphers,
+        }
+    return told
 
 
 def clustered(info: dict[str, Any]) -> bool:

@@ -40,6 +40,7 @@ async def examine(desk: Desk, queues: Sequence[QueueKeys], keys_of: Callable[[st
         *await _groups(desk, queues),
         *await _elsewhere(desk, queues),
         await _clock(desk),
+        *_renewal(desk),
     ]
     denied = Finding("error", "permissions", "this user may not run INFO: extend its ACL")
     return found if info else [denied, *found[1:]]
@@ -50,6 +51,16 @@ async def _info(desk: Desk) -> dict[str, Any]:
         return dict(await desk.ask("INFO"))
     except ConfigurationError:
         return {}
+
+
+def _renewal(desk: Desk) -> list[Finding]:
+    if desk.address.bare() is not None:
+        return []
+    sentence = (
+        "only redis-py can log in here, so that no process renews beside a worker: code that keeps the interpreter "
+        "lock for longer than STREAMWORKER_LEASE loses its claim; use a user and a password, or a longer lease"
+    )
+    return [Finding("warning", "lease", sentence)]
 
 
 def _server(info: dict[str, Any]) -> Finding:

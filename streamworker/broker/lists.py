@@ -21,6 +21,7 @@ from streamworker.broker.list_settle import ListSender
 from streamworker.broker.orphans import Orphans
 from streamworker.broker.serving import RENEW_BATCH, Options, Serving
 from streamworker.broker.settle import settle
+from streamworker.broker.standby import standby
 from streamworker.broker.taking import Taking
 from streamworker.broker.tidy import forget_leases, tidy_pause
 from streamworker.errors import ConfigurationError
@@ -109,6 +110,13 @@ class ListBroker(Serving[ListKeys, Taking]):
                 batch = [self._intake.consumer, self._lease_ms, *members[start : start + RENEW_BATCH]]
                 lost += [mine[member] for member in self._link.in_thread(scripts.LIST_RENEW, names, batch)]
         return lost
+
+    def standby(self, longest: float) -> bytes | None:
+        """See `Broker.standby`."""
+        worker = self._intake.consumer
+        calls = [([keys.leases, keys.claimed(worker)], [worker, self._lease_ms]) for keys in self._keys]
+        lease = self._options.lease
+        return standby(self._link.address, scripts.LIST_KEEP, calls, self._name, lease=lease, longest=longest)
 
     async def settle(self, items: Sequence[Ending]) -> list[Settled]:
         """See `Broker.settle`."""

@@ -169,6 +169,11 @@ class PoppingBroker(ListBroker):
         del claims
         return []
 
+    def standby(self, longest: float) -> bytes | None:
+        """See `Broker.standby`: there is nothing to renew."""
+        del longest
+        return None
+
     async def claim(
         self, limit: int, wait: float, running: Collection[Claim], ended: Callable[[str], int] = none_ended
     ) -> list[Claim]:

@@ -17,6 +17,7 @@ from streamworker.broker.keys import QueueKeys
 from streamworker.broker.link import Link
 from streamworker.broker.serving import RENEW_BATCH, Options, Serving
 from streamworker.broker.settle import StreamSender, settle
+from streamworker.broker.standby import standby
 from streamworker.broker.tidy import forget_leases, tidy, tidy_pause
 from streamworker.errors import ConfigurationError, Unreachable
 from streamworker.job import Claim, Depth, Settled
@@ -122,6 +123,13 @@ class StreamBroker(Serving[QueueKeys, Intake | Intakes]):
         for problem in down.values():
             raise problem
         return lost
+
+    def standby(self, longest: float) -> bytes | None:
+        """See `Broker.standby`."""
+        args = [self._group, self._intake.consumer, int(self._options.lease * 1000)]
+        calls = [([place], args) for place in self._homes]
+        lease = self._options.lease
+        return standby(self._link.address, scripts.KEEP, calls, self._name, lease=lease, longest=longest)
 
     async def settle(self, items: Sequence[Ending]) -> list[Settled]:
         """See `Broker.settle`."""

@@ -6,6 +6,7 @@ Its handlers leave traces in Redis: a list ``trace:KIND`` of "name worker attemp
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import sys
 import threading
@@ -35,6 +36,16 @@ class Wait(Payload, kind="wait", queue="q"):
 class Block(Payload, kind="block", queue="q"):
     name: str
     seconds: float
+
+
+class Lock(Payload, kind="lock", queue="q"):
+    name: str
+    seconds: int
+
+
+class LockThread(Payload, kind="lock_thread", queue="q"):
+    name: str
+    seconds: int
 
 
 class Hang(Payload, kind="hang", queue="q"):
@@ -86,6 +97,22 @@ async def block(payload: Block, ctx: Context) -> None:
     trace("block", payload.name, ctx)
     time.sleep(payload.seconds)  # what a lease must survive
     trace("blocked", payload.name, ctx)
+
+
+@app.handler
+async def lock(payload: Lock, ctx: Context) -> None:
+    keep_the_lock(payload, ctx)
+
+
+@app.handler
+def lock_thread(payload: LockThread, ctx: Context) -> None:
+    keep_the_lock(payload, ctx)
+
+
+def keep_the_lock(payload: Lock | LockThread, ctx: Context) -> None:
+    trace("lock", payload.name, ctx)
+    ctypes.PyDLL(None).sleep(payload.seconds)  # C code that keeps the interpreter lock, and costs no processor time
+    trace("locked", payload.name, ctx)
 
 
 @app.handler(timeout=0.3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -204,6 +205,34 @@ def test_a_handler_that_blocks_the_loop_keeps_its_lease_and_is_named(start, raw,
     assert warnings and all(each["handler"].endswith(".block") and each["job_id"] == "x" for each in warnings)
     assert f"{Path('tests') / 'lifecycle' / 'apps.py'}" in warnings[0]["where"]
     assert not first.said("claim_lost") and not second.said("claim_lost")
+
+
+@pytest.mark.parametrize("kind", ["lock", "lock_thread"])
+def test_c_code_that_keeps_the_interpreter_lock_keeps_its_lease(start, raw, ground, kind):
+    first, second = start().ready(), start().ready()
+    put(ground, kind, "x", seconds=4)
+    eventually_blocking(lambda: traces(raw, "locked"), 15)
+    eventually_blocking(ground.empty)
+    assert len(traces(raw, "lock")) == len(traces(raw, "locked")) == 1
+    assert not first.said("claim_lost") and not second.said("claim_lost")
+
+
+def test_the_renewing_process_ends_with_its_worker(start, raw, ground):
+    def children(pid: int) -> list[int]:
+        asked = subprocess.run(
+            ["ps", "-A", "-ww", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True
+        )
+        rows = [line.split(None, 2) for line in asked.stdout.splitlines()]
+        return [int(row[0]) for row in rows if row[2].endswith(f"renewer.py {pid}")]
+
+    killed, stopped = start().ready(), start().ready()
+    pids = [int(each.worker_id.rsplit("-", 2)[1]) for each in (killed, stopped)]
+    eventually_blocking(lambda: all(len(children(pid)) == 1 for pid in pids), 10)
+    killed.signal(signal.SIGKILL)
+    stopped.signal(signal.SIGTERM)
+    assert stopped.wait() == 0
+    assert children(pids[1]) == []
+    eventually_blocking(lambda: children(pids[0]) == [], 10)
 
 
 @stream_only

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 
 import pytest
 import redis.asyncio as aioredis
 from redis.crc import key_slot
 
-from streamworker import App, Context, QueueWorker, Settings
+from streamworker import App, Context, QueueWorker, Settings, renewer
 from streamworker.broker.client import Address
 from streamworker.broker.operate import StreamOperator
 from streamworker.broker.slots import key_of, slot_of
@@ -17,7 +18,7 @@ from streamworker.broker.stream import StreamOptions
 from streamworker.errors import ConfigurationError, Unreachable
 from streamworker.job import Settled
 from tests.conftest import eventually
-from tests.contract.ground import GROUP
+from tests.contract.ground import GROUP, StreamGround
 from tests.contract.helpers import done, job, names
 from tests.topologies.conftest import Count, Other, Producer, working
 from tests.topologies.servers import Clustered
@@ -114,6 +115,30 @@ async def test_one_claim_waits_for_queues_on_all_masters(masters, broker_of):
             assert names(claims) == [queue]
             assert blocked(masters) == 0
         assert [len(part._link._branches) for part in broker._intake._parts] == [0] * len(SPREAD)
+
+
+async def test_the_renewing_process_finds_every_node_and_follows_a_slot_that_moved(masters, broker_of):
+    async with broker_of(masters.url, *SPREAD) as broker:
+        await broker.publish([job(queue, queue) for queue in SPREAD])
+        claims = await broker.claim(10, 0, ())
+        assert len(claims) == len(SPREAD)
+        told = json.loads(broker.standby(60))
+        assert len(told["servers"]) > 1
+        for wrong in (False, True):
+            for claim in claims:
+                with masters.owner_client(claim.place) as client:
+                    StreamGround(client).ripen(claim, 10_000)
+            servers = told["servers"]
+            if wrong:  # what was told is out of date
+                homes = [(each["host"], each["port"]) for each in servers]
+                for server, (host, port) in zip(servers, homes[1:] + homes[:1], strict=True):
+                    server["host"], server["port"] = host, port
+            for server in servers:
+                await asyncio.to_thread(renewer.renew, server, told["scripts"])
+            for claim in claims:
+                with masters.owner_client(claim.place) as client:
+                    (pending,) = client.xpending_range(claim.place, GROUP, "-", "+", 1)
+                    assert pending["consumer"] == b"w" and pending["time_since_delivered"] < 5000
 
 
 async def test_what_several_reads_bring_at_once_is_kept(masters, broker_of):

@@ -17,6 +17,7 @@ from streamworker.errors import ConfigurationError, Unreachable
 from tests.conftest import eventually
 from tests.contract.ground import GROUNDS, GROUP
 from tests.contract.helpers import job, names
+from tests.contract.test_standby import renew
 from tests.topologies.conftest import Count, Producer, working
 
 pytestmark = pytest.mark.slow
@@ -190,3 +191,14 @@ async def test_sentinels_with_a_login_of_their_own(sentinels, broker_of):
         async with broker_of(f"redis+sentinel://{hosts}?sentinel_username=finder&sentinel_password=WRONG"):
             pass
     assert "WRONG" not in str(caught.value)
+
+
+async def test_the_renewing_process_asks_the_sentinels(sentinels, broker_of):
+    async with broker_of(sentinels.url) as broker:
+        await broker.publish([job("x")])
+        (claim,) = await broker.claim(1, 0, ())
+        with sentinels.client() as client:
+            ground = GROUNDS["stream"](client)
+            ground.ripen(claim, 10_000)
+            await asyncio.to_thread(renew, broker)
+            assert ground.idle(claim) < 5000

@@ -16,7 +16,9 @@ from streamworker import App, QueueWorker, Settings
 from streamworker.errors import ConfigurationError, Unreachable
 from tests.cli.conftest import Program
 from tests.conftest import eventually
+from tests.contract.ground import StreamGround
 from tests.contract.helpers import job, names
+from tests.contract.test_standby import renew
 from tests.topologies.conftest import Count
 from tests.topologies.servers import Clustered
 
@@ -120,6 +122,21 @@ async def test_a_worker_with_a_client_certificate(certificates, server, redis_ur
             await app.enqueue(Count(name="x"))
         await QueueWorker(app, redis=None, database=None, services=None).run(burst=True)
     assert seen == ["x"]
+
+
+async def test_the_renewing_process_speaks_tls_and_logs_in(certificates, server, broker_of, redis_url, raw):
+    raw.execute_command("ACL", "SETUSER", "renewer", "on", ">SECRET", "~*", "&*", "+@all")
+    async with proxy(certificates, server.port, client=True) as port:
+        files = f"ssl_ca_certs={certificates}/ca.pem&ssl_certfile={certificates}/client.pem"
+        url = f"rediss://renewer:SECRET@127.0.0.1:{port}/0?{files}&ssl_keyfile={certificates}/client.key"
+        async with broker_of(url) as broker:
+            await broker.publish([job("x")])
+            (claim,) = await broker.claim(1, 0, ())
+            ground = StreamGround(raw)
+            ground.ripen(claim, 10_000)
+            await asyncio.to_thread(renew, broker)
+            assert ground.idle(claim) < 5000
+    raw.execute_command("ACL", "DELUSER", "renewer")
 
 
 async def test_a_missing_client_certificate_is_said_in_one_sentence(certificates, server, broker_of):

@@ -1,0 +1,87 @@
+"""The process that renews while its worker cannot: what it renews, when, and that it ends with its worker."""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+
+from streamworker import renewer
+from streamworker.broker.client import Address
+from streamworker.broker.popping import PoppingBroker
+from streamworker.broker.serving import Options
+from tests.conftest import eventually
+from tests.contract.helpers import job, names, one, recover
+
+
+def renew(broker, longest=60.0):
+    """One go of the process, in this one."""
+    told = json.loads(broker.standby(longest))
+    for server in told["servers"]:
+        renewer.renew(server, told["scripts"])
+
+
+@contextmanager
+def process(line):
+    """The process, whose worker is this one, and has said nothing since ``line``."""
+    command = [sys.executable, "-I", "-S", "-B", renewer.__file__, str(os.getpid())]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as started:
+        started.stdin.write(line + b"\n")
+        started.stdin.flush()
+        yield started
+        started.stdin.close()
+        assert started.wait(5) == 0
+
+
+async def test_everything_a_worker_holds_is_renewed_by_the_process(broker_factory, ground, raw):
+    async with broker_factory("w", queues=("q", "b")) as broker:
+        await broker.publish([job(f"{queue}{level}", queue, level) for queue in "qb" for level in ("high", "low")])
+        broker.beat({"pid": 1})
+        claims = await broker.claim(10, 0, ())
+        for claim in claims:
+            ground.ripen(claim, 10_000)
+        raw.pexpire("streamworker:worker:w", 1000)
+        await asyncio.to_thread(renew, broker)
+        assert len(claims) == 4 and all(ground.idle(claim) < 5000 for claim in claims)
+        assert all(ground.owner(claim) == (b"w", 1) for claim in claims)
+        assert raw.pttl("streamworker:worker:w") > 5000
+
+
+async def test_the_process_takes_nothing_back_and_leaves_what_has_run_out(broker_factory, ground):
+    async with broker_factory("w") as broker, broker_factory("other") as other:
+        await broker.publish([job("lost"), job("out"), job("kept")])
+        lost, out, kept = await broker.claim(10, 0, ())
+        ground.ripen(lost)
+        (taken,) = await recover(other, ground)
+        for claim in (taken, kept):
+            ground.ripen(claim, 10_000)
+        ground.ripen(out, 20_000)
+        await asyncio.to_thread(renew, broker)
+        assert ground.owner(taken) == (b"other", 2) and ground.idle(taken) >= 10_000
+        assert ground.idle(out) >= 20_000
+        assert ground.idle(kept) < 5000
+        assert names(await recover(other, ground, running=[taken])) == ["out"]
+
+
+async def test_the_process_renews_while_its_worker_is_silent_and_no_longer_than_jobs_may_run(broker_factory, ground):
+    async with broker_factory("w", lease=1) as broker:
+        await broker.publish([job("x")])
+        claim = await one(broker)
+        with process(broker.standby(2.5)):
+            before = ground.idle(claim)
+            renewed = 0
+
+            async def run_out() -> bool:
+                nonlocal before, renewed
+                idle = ground.idle(claim)
+                renewed, before = renewed + (idle < before), idle
+                return idle > 1500
+
+            await eventually(run_out, 10)
+        assert renewed >= 3
+
+
+async def test_with_brpop_there_is_nothing_to_renew(redis_url):
+    broker = PoppingBroker(Address(redis_url), Options(queues=(("q", None),)))
+    assert broker.standby(60) is None
