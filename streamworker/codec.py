@@ -46,6 +46,7 @@ class Document(msgspec.Struct, kw_only=True, omit_defaults=True):
     """The wire format as written; every field but ``payload`` may be missing or null."""
 
     id: str | None = None
+    key: str | None = None
     queue_name: str | None = None
     kind: str | None = None
     priority: int | Literal["high", "normal", "low"] | None = None
@@ -89,8 +90,14 @@ class _Dated(msgspec.Struct):
     created_at: msgspec.Raw = msgspec.Raw()
 
 
+class _Keyed(msgspec.Struct):
+    id: Any = None
+    key: Any = None
+
+
 _moment: Callable[[msgspec.Raw], datetime | None] = msgspec.json.Decoder(datetime | None).decode
 _dated: Callable[[bytes], _Dated] = msgspec.json.Decoder(_Dated).decode
+_keyed: Callable[[bytes], _Keyed] = msgspec.json.Decoder(_Keyed).decode
 _loose: Callable[[bytes], Any] = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
@@ -120,6 +127,19 @@ def glance(body: bytes | None) -> tuple[str | None, str | None]:
     except InvalidJob:
         return None, None
     return id_in(document), document.kind or None
+
+
+def keyed(body: bytes | None) -> tuple[str, str] | None:
+    """(deduplication key, id) of a job that was enqueued with a key; ``None`` for one without, or for other bytes.
+
+    Producers may write a key that is another job's: whoever frees it looks whether it is remembered for this id.
+    """
+    try:
+        document = _keyed(body or b"")
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+    key, name = document.key, document.id
+    return (key, name) if isinstance(key, str) and isinstance(name, str) and key and name else None
 
 
 def job_id(document: Reading, claim: Claim) -> str:
@@ -177,6 +197,7 @@ def pack(job: Job, *, max_bytes: int, key_ttl: float) -> Outgoing:
     """
     document = Document(
         id=job.id,
+        key=job.key,
         queue_name=job.queue,
         kind=job.kind or None,
         priority=_PRIORITY_OF[job.level],

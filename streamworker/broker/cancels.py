@@ -13,7 +13,7 @@ from typing import Any, Final, Protocol
 
 import msgspec
 
-from streamworker import notes
+from streamworker import codec, notes
 from streamworker.broker import scripts
 from streamworker.broker.keys import QueueKeys
 from streamworker.broker.link import Link
@@ -111,11 +111,20 @@ async def cancel(server: Server, keys: QueueKeys, job_id: str) -> bool:
     await server.run(scripts.CANCEL, [keys.cancelled, keys.meta, keys.due], [job_id, LIFE * 1000])
     gone = False
     async for member in _parked(server, keys, job_id):
-        gone = bool(await server.run(scripts.UNPARK, [keys.due, keys.bodies], ["forget", member, b""])) or gone
+        gone = await forget(server, keys, member) or gone
     if gone:
         await reprieve(server, keys, job_id)
         await server.run(scripts.TELL, [keys.meta, keys.result(job_id)], [notes.CANCELLED])
     return gone
+
+
+async def forget(server: Server, keys: QueueKeys, member: bytes | str) -> bool:
+    """Delete a delayed job for good, and free its deduplication key; False if it is not parked any more."""
+    found = codec.keyed(await server.ask("HGET", keys.bodies, member))
+    names, args = [keys.due, keys.bodies], ["forget", member, b""]
+    if found is not None:
+        names, args = [*names, keys.key(found[0])], [*args, found[1]]
+    return bool(await server.run(scripts.UNPARK, names, args))
 
 
 async def reprieve(server: Server, keys: QueueKeys, job_id: str) -> bool:

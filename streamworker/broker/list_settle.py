@@ -8,7 +8,7 @@ from typing import Any
 from streamworker.broker import Ending, scripts
 from streamworker.broker.held import leased, wrapped
 from streamworker.broker.keys import ListKeys, QueueKeys, worker_key
-from streamworker.broker.settle import kept_at, note, obituary, parking, tell
+from streamworker.broker.settle import freed, kept_at, note, obituary, parking, tell
 from streamworker.errors import UsageError
 from streamworker.job import Claim
 
@@ -48,11 +48,11 @@ class ListSender:
     async def finish(self, keys: QueueKeys, items: list[Ending]) -> list[int]:
         """See `Sender.finish`."""
         lists = as_lists(keys)
-        args: list[Any] = []
-        for item in items:
-            args += (*self._fence(item.claim), item.job_id, *note(item))
         names = [lists.claimed(self._worker), lists.leases, lists.meta, lists.cancelled]
         names += kept_at(keys, items)
+        args: list[Any] = []
+        for item in items:
+            args += (*self._fence(item.claim), item.job_id, *note(item), freed(item, keys, names))
         return list(await scripts.LIST_FINISH(self._client, names, args))
 
     async def park(self, keys: QueueKeys, items: list[Ending]) -> list[int]:

@@ -32,7 +32,7 @@ from streamworker.broker.keys import PROGRESS, SECRET, QueueKeys, worker_key
 from streamworker.broker.listings import PAGE, Desk, text
 from streamworker.broker.settle import Sender, settle
 from streamworker.errors import InvalidJob, StreamworkerError
-from streamworker.job import Claim, Dead, Done, ReleaseAt, Settled, Verdict
+from streamworker.job import Claim, Dead, Drop, ReleaseAt, Settled, Verdict
 from streamworker.marks import NOTHING
 from streamworker.progress import Progress, read
 
@@ -113,7 +113,7 @@ class Operating:
     async def drop(self, entry: PendingEntry) -> bool:
         """See `Operator.drop`."""
         claim = await self._claim(entry)
-        return claim is not None and await self._end(entry, claim, Done())
+        return claim is not None and await self._end(entry, claim, Drop())
 
     async def _end(self, entry: PendingEntry, claim: Claim, verdict: Verdict, next_form: bytes | None = None) -> bool:
         try:
@@ -187,8 +187,7 @@ class Operating:
 
     async def forget(self, job: StoredJob) -> bool:
         """See `Operator.forget`."""
-        keys = self._key(job.queue)
-        return bool(await self._desk.run(scripts.UNPARK, [keys.due, keys.bodies], ["forget", job.handle, b""]))
+        return await cancels.forget(self._desk, self._key(job.queue), job.handle)
 
     async def dead(self, queue: str, after: str = "", *, only: str | None = None) -> Page[StoredJob]:
         """See `Operator.dead`."""
@@ -212,7 +211,15 @@ class Operating:
 
     async def erase(self, job: StoredJob) -> bool:
         """See `Operator.erase`."""
-        return bool(await self._desk.ask("XDEL", self._key(job.queue).dead, job.handle))
+        keys = self._key(job.queue)
+        body = job.body
+        if body is None:  # listings of thousands leave the documents out
+            body = next((row.body for row in (await paging.dead(self._desk, keys, "", job.handle)).rows), None)
+        found = codec.keyed(body)
+        names, args = [keys.dead], [job.handle]
+        if found is not None:
+            names, args = [*names, keys.key(found[0])], [*args, found[1]]
+        return bool(await self._desk.run(scripts.ERASE, names, args))
 
     # -- queues and the server
 
@@ -234,7 +241,7 @@ class Operating:
     async def purge(self, queue: str, place: Place, limit: int) -> int:
         """See `Operator.purge`."""
         keys, gone = self._key(queue), 0
-        names = [*keys.places, keys.due, keys.bodies, keys.dead]
+        names = [*keys.places, keys.due, keys.bodies, keys.dead, keys.key("")]
         while gone < limit:
             batch = min(PURGE_BATCH, limit - gone)
             count = int(await self._desk.run(scripts.PURGE, names, [keys.shape, self._group, place, batch]))

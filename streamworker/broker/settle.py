@@ -108,10 +108,10 @@ class StreamSender:
 
     async def finish(self, keys: QueueKeys, items: list[Ending]) -> list[int]:
         """See `Sender.finish`."""
+        names = [items[0].claim.place, keys.cancelled, keys.meta, *kept_at(keys, items)]
         args: list[Any] = [self._group, self._consumer]
         for item in items:
-            args += (item.claim.entry, item.claim.count, item.job_id, *note(item))
-        names = [items[0].claim.place, keys.cancelled, keys.meta, *kept_at(keys, items)]
+            args += (item.claim.entry, item.claim.count, item.job_id, *note(item), freed(item, keys, names))
         return list(await scripts.FINISH(self._client, names, args))
 
     async def park(self, keys: QueueKeys, items: list[Ending]) -> list[int]:
@@ -157,6 +157,15 @@ def note(item: Ending) -> tuple[int, bytes]:
         else:
             told = notes.CANCELLED if isinstance(verdict, Drop) else notes.COMPLETED
     return round(item.keep * 1000), told
+
+
+def freed(item: Ending, keys: QueueKeys, names: list[str]) -> int:
+    """The deduplication key that an ending by hand makes free, put behind ``names``: its number there, 0 for none."""
+    found = codec.keyed(item.claim.body) if isinstance(item.verdict, Drop) else None
+    if found is None or found[1] != item.job_id:
+        return 0
+    names.append(keys.key(found[0]))
+    return len(names)
 
 
 def id_of(claim: Claim) -> str | None:

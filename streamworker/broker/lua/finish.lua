@@ -1,14 +1,16 @@
 -- finish: acknowledge and delete ended entries, as done does, each only if the claim still holds. How a job ended is kept
--- for a while and told to those who wait for it; the mark that it was cancelled goes.
+-- for a while and told to those who wait for it; the mark that it was cancelled goes. The deduplication key of a job that
+-- was ended by hand is free then, unless another job has it by now.
 --
 -- KEYS[1]    stream
 -- KEYS[2]    cancelled set of the queue
 -- KEYS[3]    meta hash of the queue
 -- KEYS[4..]  two a claim: where it is kept how its job ended, which is the channel on which that is told, too; and
---            where it is remembered a minute longer for how long a result was kept
+--            where it is remembered a minute longer for how long a result was kept. Behind them deduplication keys
 -- ARGV[1]    group
 -- ARGV[2]    consumer
--- ARGV[3..]  five a claim: entry id, delivery count, job id, ms to keep the note (0: not at all), note
+-- ARGV[3..]  six a claim: entry id, delivery count, job id, ms to keep the note (0: not at all), note, number of the
+--            deduplication key in KEYS (0: none, or it stays)
 --
 -- returns one number a claim: 1 settled, 0 lost
 local group, consumer = ARGV[1], ARGV[2]
@@ -25,7 +27,7 @@ local function keep(k, ms, note)
   redis.pcall('PUBLISH', KEYS[k], note)
 end
 
-for i = 3, #ARGV, 5 do
+for i = 3, #ARGV, 6 do
   local id = ARGV[i]
   local reply = redis.pcall('XPENDING', KEYS[1], group, id, id, 1)
   if reply.err and not (string.find(reply.err, 'NOGROUP', 1, true) or string.find(reply.err, 'WRONGTYPE', 1, true)) then
@@ -37,6 +39,8 @@ for i = 3, #ARGV, 5 do
     redis.call('XDEL', KEYS[1], id)
     redis.call('ZREM', KEYS[2], ARGV[i + 2])
     keep(4 + 2 * #result, ARGV[i + 3], ARGV[i + 4])
+    local k = tonumber(ARGV[i + 5])
+    if k > 0 and redis.pcall('GET', KEYS[k]) == ARGV[i + 2] then redis.call('DEL', KEYS[k]) end
     result[#result + 1], settled = 1, settled + 1
   else
     result[#result + 1] = 0

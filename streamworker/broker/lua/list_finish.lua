@@ -1,14 +1,15 @@
 -- list_finish: delete ended claims, as list_done does, each only if it still holds. How a job ended is kept for a while and
--- told to those who wait for it; the mark that it was cancelled goes. A job that was popped lies nowhere.
+-- told to those who wait for it; the mark that it was cancelled goes. A job that was popped lies nowhere. The deduplication
+-- key of a job that was ended by hand is free then, unless another job has it by now.
 --
 -- KEYS[1]  claimed list of the worker
 -- KEYS[2]  lease set of the queue
 -- KEYS[3]  meta hash of the queue
 -- KEYS[4]  cancelled set of the queue
 -- KEYS[5..] two a claim: where it is kept how its job ended, which is the channel on which that is told, too; and
---           where it is remembered a minute longer for how long a result was kept
--- ARGV     five a claim: its member in the lease set, its string in the claimed list ("": it was popped), job id, ms to keep
---          the note (0: not at all), note
+--           where it is remembered a minute longer for how long a result was kept. Behind them deduplication keys
+-- ARGV     six a claim: its member in the lease set, its string in the claimed list ("": it was popped), job id, ms to keep
+--          the note (0: not at all), note, number of the deduplication key in KEYS (0: none, or it stays)
 --
 -- returns one number a claim: 1 settled, 0 lost
 local result, left = {}, 0
@@ -24,12 +25,14 @@ local function keep(k, ms, note)
   redis.pcall('PUBLISH', KEYS[k], note)
 end
 
-for i = 1, #ARGV, 5 do
+for i = 1, #ARGV, 6 do
   local gone = ARGV[i + 1] == '' and 1 or redis.call('LREM', KEYS[1], 1, ARGV[i + 1])
   if gone == 1 then
     redis.call('ZREM', KEYS[2], ARGV[i])
     redis.call('ZREM', KEYS[4], ARGV[i + 2])
     keep(5 + 2 * #result, ARGV[i + 3], ARGV[i + 4])
+    local k = tonumber(ARGV[i + 5])
+    if k > 0 and redis.pcall('GET', KEYS[k]) == ARGV[i + 2] then redis.call('DEL', KEYS[k]) end
   end
   result[#result + 1], left = gone, left + gone
 end

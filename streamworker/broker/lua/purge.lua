@@ -1,10 +1,11 @@
 -- purge: delete jobs of a queue for good, a batch a call. What workers hold is not touched: ready is what lies behind the
--- last delivered entry.
+-- last delivered entry. Their deduplication keys are free, unless other jobs have them by now.
 --
 -- KEYS[1..3]  where ready jobs lie: high, normal, low
 -- KEYS[4]     due set
 -- KEYS[5]     bodies hash
 -- KEYS[6]     dead stream
+-- KEYS[7]     what the names of deduplication keys start with
 -- ARGV[1]     "stream" or "list": what the ready jobs lie in
 -- ARGV[2]     group
 -- ARGV[3]     "ready", "delayed" or "dead"
@@ -13,11 +14,34 @@
 -- returns how many were deleted
 local left, gone = tonumber(ARGV[4]), 0
 
+-- Our producers write the id first and the key behind it, list mode may have put its mark in front: only documents that
+-- have a key are looked into further, which keeps a batch of large ones short.
+local function free(body)
+  local rest = string.match(body or '', '^{"streamworker":%b{},(.*)$') or string.sub(body or '', 2)
+  local id, key = string.match(rest, '^"id":"([^"\\]+)","key":"([^"\\]*)"')
+  if not id and string.find(rest, '^"id":".-","key":"') then
+    local ok, document = pcall(cjson.decode, body)
+    if ok then id, key = document.id, document.key end
+  end
+  if type(id) == 'string' and type(key) == 'string' and redis.pcall('GET', KEYS[7] .. key) == id then
+    redis.call('DEL', KEYS[7] .. key)
+  end
+end
+
+local function job_of(fields)
+  for f = 1, #fields, 2 do
+    if fields[f] == 'job' then return fields[f + 1] end
+  end
+end
+
 local function delete(stream, first)
   local ids = {}
   local entries = redis.pcall('XRANGE', stream, first, '+', 'COUNT', left)
   if entries.err then return end
-  for _, entry in ipairs(entries) do ids[#ids + 1] = entry[1] end
+  for _, entry in ipairs(entries) do
+    ids[#ids + 1] = entry[1]
+    free(job_of(entry[2]))
+  end
   if #ids > 0 then gone = gone + redis.call('XDEL', stream, unpack(ids)) end
 end
 
@@ -36,13 +60,17 @@ if ARGV[3] == 'ready' then
     left = tonumber(ARGV[4]) - gone
     if left > 0 and ARGV[1] == 'list' then
       local popped = redis.pcall('LPOP', KEYS[k], left)
-      if popped and not popped.err then gone = gone + #popped end
+      if popped and not popped.err then
+        gone = gone + #popped
+        for _, body in ipairs(popped) do free(body) end
+      end
     elseif left > 0 then
       delete(KEYS[k], '(' .. delivered(KEYS[k]))
     end
   end
 elseif ARGV[3] == 'delayed' then
   for _, member in ipairs(redis.call('ZRANGE', KEYS[4], 0, left - 1)) do
+    free(redis.call('HGET', KEYS[5], member) or nil)
     redis.call('HDEL', KEYS[5], member)
     gone = gone + redis.call('ZREM', KEYS[4], member)
   end

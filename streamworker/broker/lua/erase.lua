@@ -1,0 +1,11 @@
+-- erase: delete a dead letter for good. The deduplication key of its job is free, unless another job has it by now.
+--
+-- KEYS[1]  dead stream
+-- KEYS[2..] deduplication key of the job, if it has one
+-- ARGV[1]  id of the dead letter
+-- ARGV[2]  id of the job, if it has such a key
+--
+-- returns 1 deleted, 0 the letter is gone
+local gone = redis.call('XDEL', KEYS[1], ARGV[1])
+if gone == 1 and KEYS[2] and redis.pcall('GET', KEYS[2]) == ARGV[2] then redis.call('DEL', KEYS[2]) end
+return gone
