@@ -11,7 +11,7 @@ import asyncio
 import inspect
 import os
 from collections.abc import Awaitable, Callable, Sequence
-from time import monotonic, time
+from time import monotonic
 from typing import Any, Final, TypeAlias
 
 import anyio
@@ -27,7 +27,6 @@ from streamworker.job import (
     Interrupted,
     Ok,
     Outcome,
-    Postponed,
     Raised,
     Undecodable,
     UnknownKind,
@@ -112,11 +111,9 @@ class Executor:
                 return
             run.registration = registration
             run.special = registration.special or run.suspect
-            if reading.run_at is not None:
-                until = codec.when(reading)
-                if until is not None and until > time():
-                    run.outcome = Postponed(until)
-                    return
+            if reading.run_at is not None and not run.due:
+                run.special = True  # only the server knows whether its time has come; it is prepared again then
+                return
             run.payload = registration.decode(reading.payload)
         except InvalidJob as error:
             run.outcome = Undecodable(str(error))

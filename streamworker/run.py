@@ -30,9 +30,9 @@ class Run:
     """One claim on its way through this worker, from its arrival until it is settled."""
 
     __slots__ = (
-        "batch", "cause", "claim", "context", "deadline", "ended", "ending", "facts", "finished", "in_thread", "new",
-        "outcome", "passed", "payload", "reading", "registration", "seen", "settling", "special", "started", "stuck",
-        "suspect", "task",
+        "batch", "cause", "claim", "context", "deadline", "due", "ended", "ending", "facts", "finished", "in_thread",
+        "new", "outcome", "passed", "payload", "reading", "registration", "seen", "settling", "special", "started",
+        "stuck", "suspect", "task",
     )  # fmt: skip
 
     def __init__(self, claim: Claim) -> None:
@@ -49,6 +49,7 @@ class Run:
         self.settling = False
         self.stuck = False  # a thread that will not end: only a new process frees its slot
         self.suspect = False  # two workers or more were lost with it: it must run alone
+        self.due = False  # the server was asked whether its run_at has come
         self.special = self.passed = False  # it does not simply run: see `entrance`; its limit let it through
         self.batch: Shared | None = None  # where it runs together with others
         self.task: asyncio.Task[Any] | None = None

@@ -164,6 +164,9 @@ class Broker(Limiting, Protocol):
         forgets that it was cancelled; what is never claimed is forgotten after a week.
         """
 
+    async def clock(self, queue: str) -> float:
+        """What the clock of the queue's server shows, in epoch seconds: it alone decides what is due."""
+
     async def propose(self, tick: Tick) -> Ticked:
         """Add the job of a tick, once, however many propose it and how often; a schedule's first tick adds none."""
 

@@ -9,7 +9,7 @@ from typing import Final, Generic
 import msgspec
 from typing_extensions import TypeVar
 
-from streamworker.broker import Hearing, Tick, Ticked
+from streamworker.broker import Hearing, Tick, Ticked, scripts
 from streamworker.broker.bell import listen
 from streamworker.broker.cancels import Cancels, cancel
 from streamworker.broker.client import Address
@@ -100,6 +100,10 @@ class Serving(Generic[K, I]):
     async def propose(self, tick: Tick) -> Ticked:
         """See `Broker.propose`."""
         return await self._publisher.propose(tick)
+
+    async def clock(self, queue: str) -> float:
+        """See `Broker.clock`."""
+        return int(await self._link.run(scripts.CLOCK, [self._key(queue).meta], [])) / 1000
 
     async def claim(
         self, limit: int, wait: float, running: Collection[Claim], ended: Callable[[str], int] = none_ended

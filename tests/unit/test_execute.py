@@ -21,7 +21,6 @@ from streamworker.job import (
     Interrupted,
     Ok,
     Outcome,
-    Postponed,
     Raised,
     TimedOut,
     Undecodable,
@@ -119,10 +118,6 @@ async def assert_clean() -> None:
         (claim({"streamworker_state": {"deliveries": 5}, "hop": 1}), None),
         (claim({"headers": {"streamworker-deliveries": "5"}, "hop": 1}), None),
         (claim({"payload": {"text": 5}}, count=6), Abandoned),
-        (claim({"run_at": "2999-01-01T00:00:00Z"}), Postponed),
-        (claim({"run_at": "9999-12-31T23:59:59-14:00"}), Postponed),
-        (claim({"run_at": "2000-01-01T00:00:00"}), None),
-        (claim({"run_at": "0001-01-01T00:00:00+14:00"}), None),
         (claim({"kind": None}), None),
         (claim({"kind": ""}), None),
         (claim(count=5), None),
@@ -146,6 +141,22 @@ def test_from_the_third_delivery_on_a_job_is_suspect(count, suspect, alone):
     async def note(payload: Note) -> None: ...
 
     assert prepared(executor(note), claim(count=count, suspect=suspect)).suspect is alone
+
+
+@pytest.mark.parametrize(
+    "moment", ["2999-01-01T00:00:00Z", "9999-12-31T23:59:59-14:00", "2000-01-01T00:00:00", "0001-01-01T00:00:00+14:00"]
+)
+def test_whether_a_job_is_due_is_left_to_the_server(moment):
+    """Whatever the clock of this machine shows; the job is prepared to the end when the answer is there."""
+
+    async def note(payload: Note) -> None: ...
+
+    runs = executor(note)
+    run = prepared(runs, claim({"run_at": moment}))
+    assert (run.outcome, run.special, run.payload) == (None, True, None)
+    run.due = True
+    runs.prepare(run)
+    assert (run.outcome, run.special, run.payload) == (None, False, Note(text="x"))
 
 
 def test_a_document_of_exactly_the_limit_is_read():
