@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AsyncExitStack
-from time import monotonic
+from time import monotonic, time
 from typing import Any, Final, overload
 
 import anyio
@@ -18,7 +18,7 @@ from streamworker.errors import UsageError
 from streamworker.execute import Executor
 from streamworker.executions import Executions
 from streamworker.handlers import Payload
-from streamworker.job import Claim, Job, Outcome, TimedOut
+from streamworker.job import Claim, Job, Outcome, Postponed, TimedOut
 from streamworker.jobs import make_job
 from streamworker.policy import Limits
 from streamworker.run import Run
@@ -150,7 +150,17 @@ async def _in_task(executor: Executor, run: Run) -> Outcome:
         ended.set()
 
     def may_run(prepared: Run) -> bool:
-        """One job is a batch of one."""
+        """One job is a batch of one; and where no server is, this clock says what is due."""
+        reading = prepared.reading
+        if not prepared.due and reading is not None and reading.run_at is not None:
+            until = codec.when(reading) or 0.0
+            if until > time():
+                prepared.outcome = Postponed(until)
+                finished(prepared)
+            else:
+                prepared.due, prepared.facts = True, None
+                slots.put(prepared)
+            return False
         together = prepared.registration is not None and prepared.registration.together is not None
         if together and not isinstance(prepared, Carrier):
             executions.put(Carrier([prepared]))
