@@ -41,7 +41,7 @@ class DueCheck:
 
     Args:
         broker: asked.
-        put: hands a run that may run back to the slots; it is prepared again there.
+        put: starts a run that may run; it is prepared again then.
         finished: told of runs that have an outcome: it is not their time yet.
     """
 

@@ -159,7 +159,7 @@ async def _in_task(executor: Executor, run: Run) -> Outcome:
                 finished(prepared)
             else:
                 prepared.due, prepared.facts = True, None
-                slots.put(prepared)
+                executions.put(prepared)
             return False
         together = prepared.registration is not None and prepared.registration.together is not None
         if together and not isinstance(prepared, Carrier):
