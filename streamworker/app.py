@@ -221,7 +221,7 @@ class App(Handlers[S], Follower, Calendar):
         stack.push_async_callback(broker.close)
         client: Any = redis
         if client is None or isinstance(client, str):
-            client = address.for_handlers()
+            client = address.for_handlers(settings.concurrency)
             stack.push_async_callback(client.aclose)
         url, brought = (database, None) if isinstance(database, str) else (default, database)
         queues = [spec.name for spec in settings.queues] or self.queues

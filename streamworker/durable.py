@@ -12,14 +12,21 @@ from streamworker.errors import ConfigurationError
 from streamworker.postgres.archive import PostgresArchive
 from streamworker.postgres.failures import understood
 from streamworker.postgres.ledger import PostgresLedger
-from streamworker.postgres.pool import Database, borrowed_database, open_database, require_same_database
+from streamworker.postgres.pool import (
+    CONNECTIONS,
+    RELAY_CONNECTIONS,
+    Database,
+    NamedPool,
+    Pressure,
+    borrowed_database,
+    open_database,
+    require_same_database,
+)
 from streamworker.settings import Settings
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.ledger")
 
-HANDLERS: Final = 10
-"""Most connections of the pool that handlers get."""
 
 # The key of a job is (id, queue_name).
 _THERE: Final = """
@@ -46,25 +53,40 @@ async def open_durable(
         Unreachable: PostgreSQL does not answer.
     """
     brought = database if isinstance(database, asyncpg.Pool) else None
-    ledger = await _ledger_database(stack, settings, url, brought)
+    pressure = Pressure()
+    ledger = await _ledger_database(stack, settings, url, brought, pressure)
     pool = brought
+    if database is None and url is not None:
+        database = pool = await _handlers_pool(stack, settings, url, "ctx.database", pressure, ledger)
+    if ledger is None:
+        return database, None
     if url is not None and brought is None:
-        pool = asyncpg.create_pool(
-            url,
-            min_size=0,  # connects when a handler first needs it
-            max_size=HANDLERS,
-            statement_cache_size=0 if ledger is not None and ledger.pooled else 100,
-        )
-        await stack.enter_async_context(pool)
-    if database is None:
-        database = pool
-    if ledger is None or pool is None:
+        # A pool of its own: a handler may take a connection of ctx.database inside its transaction.
+        pool = await _handlers_pool(stack, settings, url, "ctx.transaction()", pressure, ledger)
+    if pool is None:
         return database, None
     if brought is not None:
         await require_same_database(ledger, brought)
     made = PostgresLedger(ledger, pool, worker_id)
     await made.open(queues)
     return database, made
+
+
+def most_connections(settings: Settings) -> int:
+    """Connections to PostgreSQL that one worker opens at most: of handlers, the ledger, the relay and its listener."""
+    handlers = settings.database_connections
+    if settings.ledger == "off":
+        return handlers
+    return 2 * handlers + CONNECTIONS + (RELAY_CONNECTIONS + 1 if settings.relay == "on" else 0)
+
+
+async def _handlers_pool(
+    stack: AsyncExitStack, settings: Settings, url: str, what: str, pressure: Pressure, ledger: Database | None
+) -> NamedPool:
+    pooled = ledger.pooled if ledger is not None else None
+    pool = NamedPool(url, what=what, size=settings.database_connections, pressure=pressure, pooled=pooled)
+    await stack.enter_async_context(pool)
+    return pool
 
 
 async def open_archive(stack: AsyncExitStack, url: str, *, required: bool = True) -> PostgresArchive | None:
@@ -79,12 +101,14 @@ async def open_archive(stack: AsyncExitStack, url: str, *, required: bool = True
     return PostgresArchive(database) if await _schema(database, required=required) else None
 
 
-async def _ledger_database(stack: AsyncExitStack, settings: Settings, url: str | None, brought: Any) -> Database | None:
+async def _ledger_database(
+    stack: AsyncExitStack, settings: Settings, url: str | None, brought: Any, pressure: Pressure
+) -> Database | None:
     if settings.ledger == "off" or (url is None and brought is None):
         if settings.ledger == "on":
             raise ConfigurationError("STREAMWORKER_LEDGER is 'on' but there is no PostgreSQL: set DATABASE_URL")
         return None
-    database = await (open_database(url) if url is not None else borrowed_database(brought))
+    database = await (open_database(url, pressure=pressure) if url is not None else borrowed_database(brought))
     stack.callback(database.close)
     if await _schema(database, required=settings.ledger == "on"):
         return database

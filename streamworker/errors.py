@@ -11,6 +11,7 @@
     ├── JobTooLarge                             the document exceeds STREAMWORKER_MAX_JOB_BYTES
     ├── InvalidJob                              a document or payload that cannot be a job
     ├── PublishUncertain                        the reply to an enqueue was lost
+    ├── NoConnection                            all connections of ctx.database, transaction() or redis are taken
     └── NoResult                                App.result() has none to give
         ├── JobDead                             the job is a dead letter
         ├── JobCancelled                        somebody cancelled it
@@ -81,6 +82,10 @@ class InvalidJob(StreamworkerError):
 
 class PublishUncertain(StreamworkerError):
     """The connection broke before the reply: the job may or may not be queued. Use ``key=`` to enqueue again safely."""
+
+
+class NoConnection(StreamworkerError, TimeoutError):
+    """All connections of a pool were taken for too long: ``ctx.database``, ``ctx.transaction()`` or ``ctx.redis``."""
 
 
 class NoResult(StreamworkerError):

@@ -28,12 +28,13 @@ from streamworker.job import (
     Ok,
     Outcome,
     Raised,
+    TimedOut,
     Undecodable,
     UnknownKind,
 )
 from streamworker.policy import SUSPECT_DELIVERIES, Facts, Limits, abandoned, wish_in
 from streamworker.redact import describe
-from streamworker.run import CANCELLED, Run
+from streamworker.run import CANCELLED, Cause, Run
 from streamworker.task import JOB, AsyncGenerators, JobTask
 from streamworker.telemetry.logs import get_logger
 
@@ -45,6 +46,8 @@ Middleware: TypeAlias = Callable[[Context[Any], Callable[[], Awaitable[Any]]], A
 OK = Ok()
 Ended: TypeAlias = Callable[[Run, Outcome], None]
 """Told of a run and its outcome."""
+WAITED: Final = "for a connection of ctx."
+"""In what pools note on a cancellation that ends their waiting."""
 LONGEST_DOUBLING: Final = 6
 """A job that others cancel waits for 1 s, then 2 s, and 64 s at most before it runs again."""
 REWRITE_SLACK: Final = 1024
@@ -164,7 +167,7 @@ class Executor:
             raise error  # this coroutine is being closed from outside, and must not go on
         if run.cause is not None:
             _uncancel(task)
-            return run.cause
+            return _explained(run.cause, error)
         by = task.by if isinstance(task, JobTask) else None
         if by is not None and task is not None and task.cancelling() and _came_of_cancelling(error):
             _uncancel(task)
@@ -267,6 +270,13 @@ def _uncancel(task: asyncio.Task[Any] | None) -> None:
     """Take cancellations back, so that what cleans up after the handler is not cut off by them."""
     while task is not None and task.cancelling():
         task.uncancel()
+
+
+def _explained(cause: Cause, error: BaseException) -> Cause:
+    """A timeout says for what the handler waited, if a pool noted it on the cancellation."""
+    if not isinstance(cause, TimedOut):
+        return cause
+    return TimedOut(cause.after, next((note for note in getattr(error, "__notes__", ()) if WAITED in note), ""))
 
 
 def _came_of_cancelling(error: BaseException) -> bool:

@@ -124,9 +124,15 @@ class Raised(msgspec.Struct, frozen=True):
 
 
 class TimedOut(msgspec.Struct, frozen=True):
-    """The handler was still running at its deadline, ``after`` seconds."""
+    """The handler was still running at its deadline, ``after`` seconds; ``waiting`` says for what, if that is known."""
 
     after: float
+    waiting: str = ""
+
+    @property
+    def sentence(self) -> str:
+        """In words."""
+        return f"timed out after {self.after:g} s" + (f": {self.waiting}" if self.waiting else "")
 
 
 class Interrupted(msgspec.Struct, frozen=True):

@@ -156,8 +156,8 @@ class JobRun:
         match self._run.outcome:
             case Raised(error=error):
                 return describe(error)
-            case TimedOut(after=after):
-                return f"timed out after {after:g} s"
+            case TimedOut(sentence=sentence):
+                return sentence
             case Undecodable():
                 return "the document does not fit"
         return None

@@ -156,8 +156,8 @@ def judge(outcome: Outcome, facts: Facts, *, now: float, jitter: float) -> Verdi
             return _charge(facts, fit(text_of(wish)), now + after)
         case Raised(error=error):
             return _charge(facts, describe(error), now + _wait(facts, jitter))
-        case TimedOut(after=after):
-            return _charge(facts, f"timed out after {after:g} s", now + _wait(facts, jitter))
+        case TimedOut(sentence=sentence):
+            return _charge(facts, fit(sentence), now + _wait(facts, jitter))
         case Interrupted(reason=reason, wait=wait):
             return ReleaseAt(now + wait if wait else None, reason)
         case Cancelled():

@@ -17,7 +17,7 @@ from streamworker.errors import ConfigurationError
 from streamworker.handover import Dispatcher, Outbox
 from streamworker.pause import Pause
 from streamworker.postgres.listening import listen
-from streamworker.postgres.pool import borrowed_database, open_database
+from streamworker.postgres.pool import RELAY_CONNECTIONS, borrowed_database, open_database
 from streamworker.postgres.relay import PostgresOutbox
 from streamworker.reconciling import missing
 from streamworker.relay import Listener, Relay
@@ -27,8 +27,6 @@ from streamworker.vigil import Vigil
 
 log = get_logger("streamworker.relay")
 
-CONNECTIONS: Final = 2
-"""Most connections of a relay, besides the one that listens."""
 NEW_QUEUES: Final = 5.0
 """Seconds between looks for queues that were not there before."""
 
@@ -187,7 +185,7 @@ async def open_relaying(
     """
     stack.push_async_callback(dispatcher.close)
     if url is not None:
-        database = await open_database(url, name="relay", connections=CONNECTIONS)
+        database = await open_database(url, name="relay", connections=RELAY_CONNECTIONS)
         stack.callback(database.close)
     else:
         database = await borrowed_database(pool)

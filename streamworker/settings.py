@@ -101,6 +101,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     group: Annotated[str, _GROUP] = "workers"
     worker_id: Annotated[str | None, _WORKER_ID] = None
     concurrency: Annotated[int, integer(1, 10_000)] = 100
+    database_connections: Annotated[int, integer(1, 10_000)] = 10
     lease: Annotated[float, seconds(0.2, 86_400)] = 15.0
     grace: Annotated[float, seconds(0, 86_400)] = 25.0
     max_deliveries: Annotated[int, integer(1, 10_000)] = 5

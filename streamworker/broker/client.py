@@ -6,7 +6,10 @@ retries by itself: redis-py's default of ten retries runs an XADD twice when a r
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import random
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -35,13 +38,22 @@ from streamworker.broker.sentinel import (
 )
 from streamworker.broker.slots import Slots, slot_of
 from streamworker.broker.wires import Wire, Wires
-from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable
+from streamworker.errors import ConfigurationError, NoConnection, StreamworkerError, Unreachable
 
 COMMAND_TIMEOUT: Final = 5.0
 """Seconds a command may take before its connection is given up."""
 BLOCK_SLACK: Final = 5.0
 """Seconds a blocking read may overrun its BLOCK: servers are late by up to 0.1 s, half-open connections for ever."""
 POOL_SIZE: Final = 16
+POOL_TIMEOUT: Final = 30.0
+"""Seconds a handler waits for a connection of ``ctx.redis``, unless the URL has ``timeout``."""
+BLOCKING: Final = frozenset(
+    {
+        "BLMOVE", "BLMPOP", "BLPOP", "BRPOP", "BRPOPLPUSH", "BZMPOP", "BZPOPMAX", "BZPOPMIN", "WAIT", "WAITAOF",
+        "XREAD", "XREADGROUP",
+    }
+)  # fmt: skip
+"""Commands that may answer late because they were told to; they end when their job does."""
 CLUSTER: Final = "Redis at {} is a node of a cluster: write redis+cluster:// instead of redis:// in REDIS_URL"
 
 _ASYNC: Final[dict[str, Any]] = {
@@ -224,15 +236,28 @@ class Address:
         )
         return connection
 
-    def for_handlers(self) -> Any:
-        """A client for users: of a cluster it is redis-py's own, which knows all commands."""
-        if self._slots is None:
-            return self.commands()
-        nodes = [ClusterNode(host, port) for host, port in self._form.hosts]
-        kept = {name: value for name, value in self._kwargs.items() if name not in ("host", "port")}
-        return aioredis.RedisCluster(
-            startup_nodes=nodes, ssl=self._form.scheme == "rediss", client_name=self._name, **kept
-        )
+    def for_handlers(self, size: int) -> Any:
+        """A client for users, as the URL wants it; of a cluster it is redis-py's own, which knows all commands.
+
+        Args:
+            size: most connections, unless the URL has ``max_connections``.
+        """
+        said = {"client_name": self._name, "max_connections": size, **self._form.client}
+        if self._slots is not None:
+            nodes = [ClusterNode(host, port) for host, port in self._form.hosts]
+            kept = {name: value for name, value in self._kwargs.items() if name not in ("host", "port")}
+            known = inspect.signature(aioredis.RedisCluster.__init__).parameters
+            options = {"socket_timeout": None, **{name: value for name, value in said.items() if name in known}}
+            return aioredis.RedisCluster(startup_nodes=nodes, ssl=self._form.scheme == "rediss", **kept, **options)
+        options = {"timeout": POOL_TIMEOUT, "socket_connect_timeout": COMMAND_TIMEOUT, "protocol": 2, **said}
+        if options.pop("retry_on_timeout", False):
+            options["retry"], options["retry_on_error"] = Retry(NoBackoff(), 1), [redis_errors.TimeoutError]
+        patient = "socket_timeout" not in options
+        if patient:
+            options["socket_timeout"] = COMMAND_TIMEOUT
+        options.setdefault("retry", Retry(NoBackoff(), 0))
+        pool = HandlersPool(connection_class=self._async, **{**self._kwargs, **options})
+        return (HandlersRedis if patient else aioredis.Redis).from_pool(pool)
 
     async def masters(self, client: aioredis.Redis) -> list[aioredis.Redis]:
         """Clients of all servers that hold keys, for what has to be asked of each."""
@@ -271,6 +296,48 @@ def _bare(scheme: str, options: dict[str, Any]) -> dict[str, Any] | None:
             "ciphers": known.ssl_ciphers,
         }
     return told
+
+
+class HandlersPool(aioredis.BlockingConnectionPool):
+    """redis-py's pool, which says what was waited for."""
+
+    async def get_connection(self, *_: Any, **__: Any) -> Any:
+        """A connection, as soon as one is free.
+
+        Raises:
+            NoConnection: none was.
+        """
+        began = time.monotonic()
+        try:
+            return await super().get_connection()  # type: ignore[no-untyped-call]
+        except asyncio.CancelledError as error:
+            if not self.can_get_connection():
+                error.add_note(self._waited(time.monotonic() - began))
+            raise
+        except redis_errors.ConnectionError as error:
+            if not isinstance(error.__cause__, TimeoutError):
+                raise
+            raise NoConnection(
+                f"{self._waited(time.monotonic() - began)}: raise max_connections in REDIS_URL, or use fewer at once"
+            ) from error
+
+    def _waited(self, seconds: float) -> str:
+        return f"waited {seconds:.1f} s for a connection of ctx.redis ({self.max_connections} connections, all taken)"
+
+
+class HandlersRedis(aioredis.Redis):
+    """redis-py's client, whose ``socket_timeout`` does not end commands that block on purpose."""
+
+    async def parse_response(self, connection: Any, command_name: Any, **options: Any) -> Any:
+        """See redis-py."""
+        name = command_name.decode() if isinstance(command_name, bytes) else str(command_name)
+        if name.upper() not in BLOCKING:
+            return await super().parse_response(connection, command_name, **options)
+        bound, connection.socket_timeout = connection.socket_timeout, None  # the connection is this command's alone
+        try:
+            return await super().parse_response(connection, command_name, **options)
+        finally:
+            connection.socket_timeout = bound
 
 
 def clustered(info: dict[str, Any]) -> bool:

@@ -111,6 +111,7 @@ class WorkerFlags(ServerFlags):
         queues: Queues in order, each with an optional cap: billing=10,email.
         worker_id: A name for this worker; a random part is added.
         concurrency: Jobs at once.
+        database_connections: Most connections of ctx.database, and as many of ctx.transaction().
         lease: Seconds a job stays with a worker that gives no sign.
         grace: Seconds running jobs may take to finish at shutdown.
         max_deliveries: Deliveries after which a job whose workers died is dead.
@@ -130,6 +131,7 @@ class WorkerFlags(ServerFlags):
     queues: Text = None
     worker_id: Text = None
     concurrency: Text = None
+    database_connections: Text = None
     lease: Text = None
     grace: Text = None
     max_deliveries: Text = None

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import asyncpg
 
-from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable
+from streamworker.errors import ConfigurationError, NoConnection, StreamworkerError, Unreachable
 
 _NO_SERVER: Final = (
     OSError,
@@ -22,6 +22,7 @@ _NO_SERVER: Final = (
     asyncpg.IdleInTransactionSessionTimeoutError,
     asyncpg.IdleSessionTimeoutError,
 )
+_STATEMENT_MODE: Final = "statement pooling mode"
 _REFUSED: Final = (asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidCatalogNameError)
 _ROW_FAULTS: Final = ("22", "23", "54")
 _UNABLE: Final = ("53", "57", "58", "F0", "XX")
@@ -32,6 +33,8 @@ _BROKEN: Final = ("connection is closed", "connection was closed", "pool is clos
 
 def is_outage(error: BaseException) -> bool:
     """Whether the server could not be asked, rather than refused what it was asked."""
+    if isinstance(error, NoConnection) or _STATEMENT_MODE in str(error):
+        return False  # we hold them all; or it answers, and never will otherwise
     if isinstance(error, _NO_SERVER):
         return True
     if isinstance(error, asyncpg.ProtocolViolationError):  # PgBouncer: "server conn crashed?", "query_wait_timeout"
@@ -106,6 +109,11 @@ def translated(error: Exception, what: str) -> Exception:
     """Our error for one of asyncpg's; any other as it is."""
     if is_outage(error):
         return Unreachable(f"PostgreSQL does not answer while {what}: {reason(error)}")
+    if _STATEMENT_MODE in str(error):
+        return ConfigurationError(
+            f"the connection pooler of DATABASE_URL is in statement mode, which has no transactions ({reason(error)}): "
+            "let it pool by transaction or by session, or name PostgreSQL itself"
+        )
     if isinstance(error, _REFUSED):
         return ConfigurationError(f"PostgreSQL refuses {what}: {reason(error)}; check DATABASE_URL")
     if isinstance(error, asyncpg.InsufficientPrivilegeError):

@@ -11,23 +11,38 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from time import monotonic
 from typing import Any, Final, TypeAlias
 
 import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 
-from streamworker.errors import ConfigurationError
+from streamworker.errors import ConfigurationError, NoConnection
 from streamworker.postgres import LANES
 from streamworker.postgres.failures import break_off, is_gone, understood
+from streamworker.telemetry.logs import get_logger
+
+log = get_logger("streamworker.ledger")
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record] | PoolConnectionProxy[asyncpg.Record]"
 AnyPool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
 
 CONNECT_TIMEOUT: Final = 10.0
+ACQUIRE_TIMEOUT: Final = 30.0
+"""Seconds a handler waits for a connection of a pool; then that is its error."""
+NOTICE: Final = 5.0
+"""Seconds of waiting after which the log says what is waited for."""
+SILENCE: Final = 60.0
+"""Seconds until a pool says so again."""
+IDLE: Final = 300.0
+IDLE_POOLED: Final = 3.0
+"""Seconds an unused connection is kept; behind a pooler it may hold a session that others wait for."""
 COMMAND_TIMEOUT: Final = 30.0
 """Seconds after which a server that says nothing counts as down."""
 CONNECTIONS: Final = LANES + 3
 """Most connections of one ledger: recording, looking up, noting what runs, cleaning up."""
+RELAY_CONNECTIONS: Final = 2
+"""Most connections of one relay, besides the one that listens."""
 SETTINGS: Final = {
     "lock_timeout": "250ms",
     "statement_timeout": "20s",
@@ -36,6 +51,129 @@ SETTINGS: Final = {
     "jit": "off",
 }
 _SET_LOCAL: Final = "begin; " + "; ".join(f"set local {name} = '{value}'" for name, value in SETTINGS.items())
+
+
+class Pressure:
+    """Whether PostgreSQL, or a pooler in front of it, gives fewer connections than this process asks for.
+
+    Shared by the pools of a worker: while it is high, each closes a connection that is given back instead of keeping
+    it, so that one pool's idle sessions are not what another waits for (PgBouncer in session mode).
+    """
+
+    def __init__(self) -> None:
+        self._until = 0.0
+
+    def rise(self) -> None:
+        """A connection did not come about at once."""
+        self._until = monotonic() + SILENCE
+
+    @property
+    def high(self) -> bool:
+        """Whether that was within the last minute."""
+        return monotonic() < self._until
+
+
+class NamedPool(asyncpg.Pool):
+    """asyncpg's pool, which knows poolers and says what it waits for.
+
+    Args:
+        url: of the database.
+        what: what it is called in errors and in the log.
+        size: most connections.
+        pressure: of the worker.
+        pooled: whether a pooler stands in between; ``None`` finds out with the first connection.
+        options: of each connection.
+    """
+
+    def __init__(
+        self, url: str, *, what: str, size: int, pressure: Pressure, pooled: bool | None = None, **options: Any
+    ) -> None:
+        self.what: Final = what
+        self._pressure = pressure
+        self._pooled = pooled
+        self._silent_until = 0.0
+        super().__init__(
+            url,
+            min_size=0,  # connects when first needed
+            max_size=size,
+            max_queries=50_000,
+            max_inactive_connection_lifetime=IDLE if pooled is False else IDLE_POOLED,
+            loop=None,
+            connection_class=asyncpg.Connection,
+            record_class=asyncpg.Record,
+            **{"connect": self._connected, "timeout": CONNECT_TIMEOUT, **options},
+        )
+
+    async def _connected(self, *place: Any, **options: Any) -> Any:
+        """One connection; behind a pooler without prepared statements, and with its session, if it gives any."""
+        if self._pooled is not False:
+            connection = await asyncpg.connect(*place, **{**options, "statement_cache_size": 0})
+            try:
+                pooled = await behind_pooler(connection)
+            except BaseException:
+                connection.terminate()
+                raise
+            if self._pooled is None:
+                self._pooled = pooled
+            if self._pooled:
+                return connection
+            connection.terminate()
+        return await asyncpg.connect(*place, **{**options, "statement_cache_size": 100})
+
+    async def _acquire(self, timeout: float | None) -> Any:
+        acquire: Any = super()._acquire  # type: ignore[misc]
+        timeout = ACQUIRE_TIMEOUT if timeout is None else timeout
+        if self.get_idle_size():
+            return await acquire(timeout)
+        began, loop = monotonic(), asyncio.get_running_loop()
+        timers = [loop.call_later(1.0, self._pressed), loop.call_later(NOTICE, self._say)]
+        try:
+            return await acquire(timeout)
+        except asyncio.CancelledError as error:
+            error.add_note(self._waited(monotonic() - began))
+            raise
+        except TimeoutError as error:
+            if not self._exhausted or not self.what.startswith("ctx."):
+                raise TimeoutError(self._waited(monotonic() - began)) from error
+            raise NoConnection(self._waited(monotonic() - began)) from error
+        finally:
+            for timer in timers:
+                timer.cancel()
+
+    async def release(self, connection: Any, *, timeout: float | None = None) -> None:
+        """See asyncpg."""
+        if self._pressure.high and self._pooled:
+            await self.expire_connections()
+        await super().release(connection, timeout=timeout)
+
+    @property
+    def _exhausted(self) -> bool:
+        """All connections are there and in use: it is not the server that is waited for."""
+        return self.get_size() - self.get_idle_size() >= self.get_max_size()
+
+    def _pressed(self) -> None:
+        if not self._exhausted:
+            self._pressure.rise()
+
+    def _say(self) -> None:
+        if monotonic() < self._silent_until:
+            return
+        self._silent_until = monotonic() + SILENCE
+        hint = (
+            "raise STREAMWORKER_DATABASE_CONNECTIONS, or hold them for shorter"
+            if self._exhausted
+            else "raise max_connections of the server or the size of the pooler's pool, or lower "
+            "STREAMWORKER_DATABASE_CONNECTIONS; `streamworker check` says how many a worker needs"
+        )
+        log.warning("database_waiting", reason=self._waited(NOTICE), hint=hint)
+
+    def _waited(self, seconds: float) -> str:
+        most, there = self.get_max_size(), self.get_size()
+        if self._exhausted:
+            state = f"{most} connections, all taken"
+        else:
+            state = f"{there} of {most} are there, and PostgreSQL or its pooler gives no other"
+        return f"waited {seconds:.1f} s for a connection of {self.what} ({state})"
 
 
 class Database:
@@ -154,13 +292,16 @@ class Line:
         await self._database.pool.release(connection)  # type: ignore[arg-type]
 
 
-async def open_database(url: str, *, name: str = "ledger", connections: int = CONNECTIONS) -> Database:
+async def open_database(
+    url: str, *, name: str = "ledger", connections: int = CONNECTIONS, pressure: Pressure | None = None
+) -> Database:
     """A small pool of our own.
 
     Args:
         url: of the database.
         name: what it is for, shown by pg_stat_activity.
         connections: at most.
+        pressure: shared with other pools.
 
     Raises:
         Unreachable: no server answers.
@@ -175,13 +316,13 @@ async def open_database(url: str, *, name: str = "ledger", connections: int = CO
             pooled = await behind_pooler(probe)
         finally:
             await probe.close(timeout=CONNECT_TIMEOUT)
-        pool = asyncpg.create_pool(
+        pool = NamedPool(
             url,
-            min_size=0,
-            max_size=connections,
-            timeout=CONNECT_TIMEOUT,
+            what=f"the {name}",
+            size=connections,
+            pressure=pressure or Pressure(),
+            pooled=pooled,
             command_timeout=COMMAND_TIMEOUT,
-            statement_cache_size=0 if pooled else 100,
             # Poolers refuse settings they do not know.
             server_settings={"application_name": label, **({} if pooled else SETTINGS)},
             reset=_nothing_to_reset,

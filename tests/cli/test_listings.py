@@ -154,7 +154,7 @@ def test_dead(sw, doomed):
         ["queue", "level", "entry_id", "job_id", "kind", "reason", "error", "attempts", "deliveries", "worker_id",
          "failed_at", "age_s"]
     ] * 2  # fmt: skip
-    assert [row["error"] for row in rows] == ["second\x9b31m", "first"]
+    assert [row["error"] for row in rows] == [r"second\x9b31m", "first"]  # cleaned where it was stored
     assert {(row["queue"], row["reason"], row["kind"]) for row in rows} == {("dooms", "discarded", "doomed")}
     assert "\x9b" not in sw.ok("dead").stdout + sw.ok("dead", "--json").stdout
     assert "why" not in sw.ok("dead", "show", rows[1]["job_id"]).stdout  # payloads are shown when asked for

@@ -1,4 +1,4 @@
-"""Debian's PgBouncer in transaction mode, in front of a test's PostgreSQL."""
+"""Debian's PgBouncer, in front of a test's PostgreSQL."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ listen_addr = 127.0.0.1
 listen_port = {port}
 unix_socket_dir =
 auth_type = any
-pool_mode = transaction
-default_pool_size = 5
+pool_mode = {mode}
+default_pool_size = {size}
 max_client_conn = 500
 server_reset_query_always = 0
 logfile = {directory}/pgbouncer.log
@@ -34,16 +34,18 @@ pidfile = {directory}/pgbouncer.pid
 
 
 class PgBouncer:
-    """One process; five server connections are shared by all clients, transaction by transaction."""
+    """One process; ``size`` server connections are shared by all clients, transaction by transaction unless ``mode`` differs."""
 
-    def __init__(self, server: PostgresServer, directory: Path) -> None:
+    def __init__(self, server: PostgresServer, directory: Path, *, mode: str = "transaction", size: int = 5) -> None:
         program = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
         if program is None:
             pytest.skip("pgbouncer is not installed: apt-get install pgbouncer")
         directory.mkdir(exist_ok=True)
         self.port = free_port()
         config = directory / "pgbouncer.ini"
-        config.write_text(_CONFIG.format(host=server.socket_dir, port=self.port, directory=directory))
+        config.write_text(
+            _CONFIG.format(host=server.socket_dir, port=self.port, directory=directory, mode=mode, size=size)
+        )
         # It refuses to be root, as PostgreSQL does.
         become = {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
         if become:
