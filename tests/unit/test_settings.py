@@ -42,6 +42,7 @@ VARIABLES = {
     "GROUP": ("workers", NAME.filter(lambda name: name.lower() != "streams")),
     "WORKER_ID": (None, st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True)),
     "CONCURRENCY": (100, st.integers(1, 10_000)),
+    "DATABASE_CONNECTIONS": (10, st.integers(1, 10_000)),
     "LEASE": (15.0, SECONDS),
     "GRACE": (25.0, SECONDS | st.just(0.0) | st.just(1e-7)),
     "MAX_DELIVERIES": (5, st.integers(1, 10_000)),
