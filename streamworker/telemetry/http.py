@@ -2,6 +2,9 @@
 
 Only the standard library, only GET, one answer a connection. What it serves is a mapping of paths to async functions,
 which run on the thread's own event loop and must not touch the worker's.
+
+Strangers in the network must not keep a probe from its answer, for then a restart would follow: silent and half-sent
+requests give way to new ones, those of the address that has the most of them first.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final, NamedTuple, TypeAlias
@@ -22,7 +26,7 @@ log = get_logger("streamworker.http")
 PATIENCE: Final = 5.0
 """Seconds one connection may take, from its first byte to our last."""
 CONNECTIONS: Final = 100
-"""Connections at once; more are closed unanswered."""
+"""Connections at once; one more takes the place of the oldest that has not sent its request."""
 HEAD: Final = 8192
 """Bytes of a request's head."""
 _PHRASES: Final = {200: "OK", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed", 500: "Error"}
@@ -38,6 +42,23 @@ class Answer(NamedTuple):
 
 Route: TypeAlias = Callable[[], Awaitable[Answer]]
 Task: TypeAlias = Callable[[], Coroutine[Any, Any, None]]
+
+
+class _Peer:
+    """One connection.
+
+    Args:
+        host: the other end.
+        writer: to it.
+    """
+
+    __slots__ = ("asked", "host", "writer")
+
+    def __init__(self, host: str, writer: asyncio.StreamWriter) -> None:
+        self.host = host
+        self.writer = writer
+        self.asked = False
+        """Its request is complete."""
 
 
 class HttpThread:
@@ -58,7 +79,7 @@ class HttpThread:
         self._address = address
         self._routes = routes
         self._tasks = tasks
-        self._busy = 0
+        self._open: dict[asyncio.Task[Any], _Peer] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop = asyncio.Event()
         self._thread: threading.Thread | None = None
@@ -105,24 +126,38 @@ class HttpThread:
             task.cancel()
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._busy += 1
+        task = asyncio.current_task()
+        if task is None:
+            raise AssertionError("asyncio runs this in a task")
+        if len(self._open) >= CONNECTIONS:
+            self._make_room()
+        self._open[task] = peer = _Peer(str((writer.get_extra_info("peername") or ("",))[0]), writer)
         try:
-            if self._busy <= CONNECTIONS:
-                async with asyncio.timeout(PATIENCE):
-                    await self._answer(reader, writer)
+            async with asyncio.timeout(PATIENCE):
+                await self._answer(reader, writer, peer)
         except (OSError, TimeoutError, asyncio.CancelledError):
-            pass  # whoever asked has gone, or never finished asking; or we end
+            pass  # the client has gone, never finished asking, or gave way; or we end
         finally:
-            self._busy -= 1
+            self._open.pop(task, None)
             writer.close()
 
-    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _make_room(self) -> None:
+        """Cut off the oldest connection of the address that has the most, one that still has to ask if there is any."""
+        silent = {task: peer for task, peer in self._open.items() if not peer.asked}
+        candidates = silent or self._open
+        [(busiest, _)] = Counter(peer.host for peer in candidates.values()).most_common(1)
+        task = next(task for task, peer in candidates.items() if peer.host == busiest)
+        self._open.pop(task).writer.transport.abort()
+        task.cancel()
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: _Peer) -> None:
         try:
             head = await reader.readuntil(b"\r\n\r\n")
         except asyncio.IncompleteReadError:
             return
         except asyncio.LimitOverrunError:
             head = b""
+        peer.asked = True
         words = head.partition(b"\r\n")[0].split(b" ")
         if len(words) != 3 or not words[2].startswith(b"HTTP/1."):
             method, answer = b"", Answer(400, b'{"ok":false,"why":"this is no HTTP request"}\n')

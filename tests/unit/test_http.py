@@ -88,19 +88,66 @@ def test_who_says_nothing_is_cut_off_and_keeps_nobody_waiting(port, monkeypatch)
         assert silent.recv(1) == b""
 
 
-def test_too_many_are_not_answered(port, monkeypatch):
-    monkeypatch.setattr(served, "CONNECTIONS", 3)
-    idle = [socket.create_connection(("127.0.0.1", port), 5) for _ in range(3)]
-
-    def answered():
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            return get(port, "/fine")[0] == 200
-        return False
-
-    eventually_blocking(lambda: not answered())
+@pytest.mark.parametrize("sent", [b"", b"GET /fi", b"GET /fine HTTP/1.1\r\nX: "])
+def test_silent_and_half_sent_requests_keep_no_probe_from_its_answer(port, sent):
+    """Ten times as many as are allowed at once, made anew as soon as they are cut off."""
+    idle = []
+    for _ in range(10 * served.CONNECTIONS):
+        idle.append(socket.create_connection(("127.0.0.1", port), 5))
+        idle[-1].sendall(sent)
+        if len(idle) % 50 == 0:
+            assert get(port, "/fine")[:2] == (200, b'{"ok":true}\n')
+    # The oldest gave way, the youngest are still waited for.
+    assert gone(idle[0])
+    idle[-1].setblocking(False)
+    with pytest.raises(BlockingIOError):
+        idle[-1].recv(1)
     for each in idle:
         each.close()
-    eventually_blocking(answered)
+
+
+def gone(connection):
+    with contextlib.suppress(ConnectionResetError):
+        return connection.recv(1) == b""
+    return True
+
+
+def test_an_address_with_many_connections_gives_way_before_others(port, monkeypatch):
+    monkeypatch.setattr(served, "CONNECTIONS", 5)
+    other = socket.create_connection(("127.0.0.1", port), 5, source_address=("127.0.0.2", 0))
+    other.sendall(b"GET /fine HT")
+    flood = [socket.create_connection(("127.0.0.1", port), 5) for _ in range(30)]
+    eventually_blocking(lambda: gone(flood[0]))
+    other.sendall(b"TP/1.1\r\n\r\n")
+    assert other.recv(100).startswith(b"HTTP/1.1 200 ")
+    for each in (other, *flood):
+        each.close()
+
+
+def test_requests_that_are_not_read_give_way_when_nothing_else_can(port, monkeypatch):
+    monkeypatch.setattr(served, "CONNECTIONS", 3)
+    begun = threading.Semaphore(0)
+    release = threading.Event()
+
+    async def slow():
+        begun.release()
+        await asyncio.to_thread(release.wait, 20)
+        return Answer(200, b"slow")
+
+    thread = HttpThread(Address("127.0.0.1", 0), {"/slow": slow, "/fine": fine})
+    thread.open()
+    asking = [socket.create_connection(("127.0.0.1", thread.port), 5) for _ in range(3)]
+    for each in asking:
+        each.sendall(b"GET /slow HTTP/1.1\r\n\r\n")
+    for _ in asking:
+        assert begun.acquire(timeout=5)
+    assert get(thread.port, "/fine")[0] == 200
+    assert gone(asking[0])
+    release.set()
+    assert asking[2].recv(100).startswith(b"HTTP/1.1 200 ")
+    thread.close()
+    for each in asking:
+        each.close()
 
 
 def test_an_address_in_use_is_a_sentence_that_names_the_setting():
