@@ -307,11 +307,11 @@ class HandlersPool(aioredis.BlockingConnectionPool):
         Raises:
             NoConnection: none was.
         """
-        began = time.monotonic()
+        began, taken = time.monotonic(), not self.can_get_connection()
         try:
             return await super().get_connection()  # type: ignore[no-untyped-call]
         except asyncio.CancelledError as error:
-            if not self.can_get_connection():
+            if taken:
                 error.add_note(self._waited(time.monotonic() - began))
             raise
         except redis_errors.ConnectionError as error:

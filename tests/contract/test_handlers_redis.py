@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 import pytest
 import redis.asyncio as aioredis
@@ -22,6 +21,10 @@ pytestmark = pytest.mark.skipif(
 
 class Wait(Payload, kind="wait", queue="q"):
     seconds: float = 0
+
+
+class Hold(Payload, kind="hold", queue="q"):
+    pass
 
 
 async def test_commands_may_block_longer_than_others_may_take(redis_url, monkeypatch):
@@ -86,19 +89,28 @@ async def test_a_job_that_times_out_while_it_waits_says_so(ground, redis_url, ra
     settings = Settings(redis_url=f"{redis_url}?max_connections=1", mode=ground.mode, lease=2, ledger="off")
     app = App(settings=settings)
 
-    @app.handler(max_attempts=1, timeout=0.5, result_ttl=60)
-    async def wait(payload: Wait, ctx: Context) -> Any:
-        if payload.seconds:
-            return await ctx.redis.blpop(["queue:none"], timeout=payload.seconds)
-        return await ctx.redis.get("queue:x")
+    @app.handler(max_attempts=1, timeout=0.5)
+    async def wait(payload: Wait, ctx: Context) -> None:
+        await ctx.redis.get("queue:x")
+
+    @app.handler(max_attempts=1, timeout=30)
+    async def hold(payload: Hold, ctx: Context) -> None:
+        await ctx.redis.blpop(["queue:trace:replies"], timeout=30)
 
     async with app:
-        await app.enqueue_many([Wait(seconds=30), Wait()])
-        await QueueWorker(app, redis=None, database=None, services=None).run(burst=True)
-    errors = sorted(fields[b"error"].decode() for _, fields in raw.xrange("stream:{q}:dead"))
-    assert errors[0] == "timed out after 0.5 s"
-    assert errors[1].startswith("timed out after 0.5 s: waited ")
-    assert errors[1].endswith("for a connection of ctx.redis (1 connections, all taken)")
+        worker = QueueWorker(app, redis=None, database=None, services=None)
+        life = asyncio.create_task(worker.start())
+        await app.enqueue(Hold())
+        await eventually(lambda: [client for client in raw.client_list() if client["cmd"] == "blpop"])
+        await app.enqueue(Wait())
+        await eventually(lambda: raw.xlen("stream:{q}:dead") == 1)
+        raw.rpush("queue:trace:replies", "go")
+        await worker.stop()
+        await life
+    ((_, fields),) = raw.xrange("stream:{q}:dead")
+    error = fields[b"error"].decode()
+    assert error.startswith("timed out after 0.5 s: waited 0.")
+    assert error.endswith("for a connection of ctx.redis (1 connections, all taken)")
 
 
 def test_a_clusters_client_hears_them_too():
