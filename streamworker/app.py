@@ -285,13 +285,23 @@ class App(Handlers[S], Follower, Calendar):
             yield await open_relaying(stack, settings, dispatcher, url, None)
 
     @asynccontextmanager
-    async def bridge(self, queues: Sequence[str] | None, settings: Settings | None = None) -> AsyncIterator[Mover]:
-        """What moves jobs out of lists into streams; ``queues=None`` takes all lists that look like a queue's."""
+    async def bridge(
+        self, queues: Sequence[str] | None, settings: Settings | None = None, *, known: Sequence[str] = ()
+    ) -> AsyncIterator[Mover]:
+        """What moves jobs out of lists into streams; ``queues=None`` takes all lists that look like a queue's.
+
+        Args:
+            queues: whose.
+            settings: other ones than the app's.
+            known: queues, though a list of theirs may look like another program's.
+        """
         async with AsyncExitStack() as stack:
             settings = self.resolve(settings)
             address, _ = await self._servers(stack, settings, None)
             chosen = tuple(queues) if queues is not None else None
-            options = BridgeOptions(queues=chosen, namespace=settings.namespace, lease=settings.lease)
+            options = BridgeOptions(
+                queues=chosen, known=frozenset(known), namespace=settings.namespace, lease=settings.lease
+            )
             bridge = ListBridge(address, options)
             stack.push_async_callback(bridge.close)
             await bridge.open()

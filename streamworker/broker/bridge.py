@@ -7,8 +7,9 @@ also gives back what dead workers of list mode held: where all work on streams n
 
 from __future__ import annotations
 
+import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from time import monotonic
 from typing import Any, Final
 
@@ -54,12 +55,15 @@ class BridgeOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What a bridge is told.
 
     Attributes:
-        queues: whose lists; ``None`` for all lists whose name is that of a queue's.
+        queues: whose lists; ``None`` for all lists whose name is that of a queue's, but for those that look like
+            another program's processing lists.
+        known: queues, whatever their names look like.
         namespace: goes before the streams; lists have none.
         lease: seconds after which what a worker of list mode holds and does not renew is given back; the workers'.
     """
 
     queues: tuple[str, ...] | None
+    known: frozenset[str] = frozenset()
     namespace: str = ""
     lease: float = 15.0
 
@@ -83,6 +87,7 @@ class ListBridge:
         self._orphans = Orphans(self._link, [], lease=options.lease)
         self._lanes: deque[_Lane] = deque()
         self._keys: dict[str, ListKeys] = {}
+        self._skipped: set[str] = set()
         self._sweep_at = self._discover_at = self._look_at = 0.0
         self._held = 0
         self._interrupted = anyio.Event()
@@ -160,17 +165,27 @@ class ListBridge:
     async def _discover(self) -> None:
         started, namespace = monotonic(), self._options.namespace
         cursor: Any = 0
+        found: dict[str, bool] = {}
         while True:
             # With a namespace, what workers hold has it in front, and what waits has not.
             command = ("SCAN", cursor, "MATCH", f"{'*' if namespace else ''}queue:*", "COUNT", 1000, "TYPE", "list")
             with self._link.watched():
                 cursor, names = await self._link.commands.execute_command(*command)
-            for queue in {queue_of_list(name.decode(errors="replace"), namespace) for name in names}:
+            for name in (name.decode(errors="replace") for name in names):
+                queue = queue_of_list(name, namespace)
                 if queue is not None and queue not in self._keys:
-                    self._add(queue)
-                    log.info("bridge_found", queue=queue)
+                    # What our own workers hold belongs to a queue, whatever that is called.
+                    found[queue] = found.get(queue, queue in self._options.known) or ":claimed:" in name
             if not int(cursor):
                 break
+        for queue in sorted(found):  # a processing list comes behind its queue
+            if found[queue] or not looks_held(queue, self._keys):
+                self._add(queue)
+                log.info("bridge_found", queue=queue)
+            elif queue not in self._skipped:
+                self._skipped.add(queue)
+                hint = f"it looks like what workers of another program hold: --queue {queue} moves it all the same"
+                log.warning("bridge_skipped", queue=queue, list=f"queue:{queue}", hint=hint)
         self._discover_at = monotonic() + max(DISCOVER, 50 * (monotonic() - started))
 
     # -- moving
@@ -197,6 +212,35 @@ class ListBridge:
         lane.awake = not trouble and bool(jobs or left)
         lasting = reaction in (Reaction.KEY, Reaction.REFUSE)
         return Moved(lane.queue, lane.level, jobs, size, max(0, left), trouble, lasting)
+
+
+_HELD: Final = frozenset((
+    "processing", "inprogress", "in-progress", "in_progress", "progress", "working", "inflight", "in-flight",
+    "in_flight", "active", "running", "reserved", "unacked", "unacknowledged", "pending", "backup", "tmp", "temp",
+    "failed", "errors", "dead", "deadletter", "dead-letter", "dead_letter", "dlq",
+))  # fmt: skip
+"""What other programs call their lists of jobs at work, and of jobs that failed."""
+_PROCESSING: Final = frozenset(("processing", "inprogress", "in-progress", "in_progress"))
+_SUFFIX: Final = re.compile(r"(.+)[-_.]([a-z]+)")
+
+
+def looks_held(queue: str, known: Container[str]) -> bool:
+    """Whether a list of this name looks like another program's: of what its workers hold, or of what failed there.
+
+    ``BRPOPLPUSH queue:q queue:q:processing`` is how Redis' own pages take a job, so a word of `_HELD` between or behind
+    colons counts; behind another separator only if the name before it is a queue's; alone only `_PROCESSING`.
+
+    Args:
+        queue: the name that the list gives its queue.
+        known: names of queues that are there.
+    """
+    words = queue.lower().split(":")
+    if len(words) > 1 and not _HELD.isdisjoint(words):
+        return True
+    if queue.lower() in _PROCESSING:
+        return True
+    behind = _SUFFIX.fullmatch(queue)
+    return behind is not None and behind[2] in _HELD and behind[1] in known
 
 
 def _hint(lane: _Lane, reaction: Reaction | None, *, is_list: bool) -> str:

@@ -53,7 +53,8 @@ def bridge(
     Args:
         app: module:attribute, such as shop.jobs:app: moves the lists of its queues.
         queue: Only this queue; may be given several times. Else STREAMWORKER_QUEUES, else the app's.
-        all: Every list that is named like a queue's, also those that come later.
+        all: Every list that is named like a queue's, also those that come later; but no list that looks like another
+            program's processing list, such as queue:q:processing. Those are named in the log.
         drain: End when nothing is left in the lists, and no worker of list mode holds a job.
         json: One JSON object per line with the progress, the totals last.
         lease: Seconds after which jobs of a dead worker of list mode are taken back; the same as the workers'.
@@ -61,11 +62,11 @@ def bridge(
     signals.exit_until_watched()
     settings = server.settings(app=app, lease=lease)
     queues, settings = _chosen(settings, queue, all)
-    return anyio.run(_run, settings, queues, drain, json)
+    return anyio.run(_run, settings, queues, all, drain, json)
 
 
-def _chosen(settings: Settings, named: Sequence[str], everything: bool) -> tuple[list[str] | None, Settings]:
-    """(queues, ``None`` for all; the settings, with what the app sets in Python).
+def _chosen(settings: Settings, named: Sequence[str], everything: bool) -> tuple[list[str], Settings]:
+    """(queues that were named here, by the settings or by the app; the settings, with what the app sets in Python).
 
     Raises:
         UsageError: it is not said which, or twice.
@@ -76,16 +77,14 @@ def _chosen(settings: Settings, named: Sequence[str], everything: bool) -> tuple
     loaded = load_app(settings) if settings.app is not None else None
     if loaded is not None:
         settings = with_own(settings, loaded)
-    if everything:
-        return None, settings
     queues = [*named] or [spec.name for spec in settings.queues] or (loaded.queues if loaded is not None else [])
-    if not queues:
+    if not queues and not everything:
         raise UsageError("say whose lists to move: --queue NAME, STREAMWORKER_QUEUES, an app with handlers, or --all")
     return list(dict.fromkeys(queues)), settings
 
 
-async def _run(settings: Settings, queues: list[str] | None, drain: bool, json: bool) -> int:
-    async with App[Any](settings=settings).bridge(queues, settings) as mover:
+async def _run(settings: Settings, queues: list[str], everything: bool, drain: bool, json: bool) -> int:
+    async with App[Any](settings=settings).bridge(None if everything else queues, settings, known=queues) as mover:
         bridging = Bridging(mover, drain=drain)
         progress = _Progress(bridging.tally, settings, json=json)
         async with anyio.create_task_group() as group:
@@ -100,7 +99,7 @@ async def _run(settings: Settings, queues: list[str] | None, drain: bool, json: 
                     group.cancel_scope.cancel()
 
             await group.start(signals.watch, stop)
-            log.info("bridge_ready", queues="all" if queues is None else queues)
+            log.info("bridge_ready", queues="all" if everything else queues)
             async with progress.shown():
                 await bridging.run()
             group.cancel_scope.cancel()

@@ -259,6 +259,38 @@ async def test_all_finds_lists_of_queues_and_leaves_everything_else_alone(raw, b
     raw.delete("other", "xqueue:a")
 
 
+HELD = [
+    "queue:q:processing",
+    "queue:q:processing:host-1",
+    "queue:processing:q",
+    "queue:q:In-Progress",
+    "queue:q:failed",
+    "queue:q-processing",
+    "queue:processing",
+]
+OURS = ["queue:q", "queue:q:high", "queue:order-processing", "queue:failed", "queue:active:low", "queue:my:processing"]
+
+
+async def test_all_skips_and_names_what_other_programs_workers_hold(raw, bridge_of):
+    for list_ in (*HELD, *OURS, "queue:old:active"):
+        push(raw, list_, list_.encode())
+    raw.lpush("queue:mine:active:claimed:worker-1", "ours")
+    with structlog.testing.capture_logs() as logs:
+        async with bridge_of(None, known=frozenset(["my:processing"])) as bridge:
+            await drained(bridge)
+            await bridge.move(everything=True)
+    skipped = [each["list"] for each in logs if each["event"] == "bridge_skipped"]
+    assert sorted(skipped) == sorted([*HELD, "queue:old:active"])  # each once
+    assert all(raw.lrange(list_, 0, -1) == [list_.encode()] for list_ in skipped)
+    assert not any(raw.exists(list_) for list_ in OURS)
+    assert "queue:q:processing moves" not in str(logs) and "--queue q:processing moves it" in str(logs)
+    assert {each["queue"] for each in logs if each["event"] == "bridge_found"} >= {"mine:active", "my:processing", "q"}
+    async with bridge_of("old:active") as bridge:
+        await drained(bridge)
+    assert stored(raw, "stream:{old:active}") == [b"queue:old:active"]
+    raw.delete(*skipped, "queue:mine:active:claimed:worker-1")
+
+
 async def test_all_finds_queues_that_come_later(raw, bridge_of, monkeypatch):
     monkeypatch.setattr(bridge_module, "DISCOVER", 0.05)
     monkeypatch.setattr(bridge_module, "SWEEP", 0.05)
