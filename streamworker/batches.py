@@ -11,13 +11,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from streamworker.context import Context
+from streamworker.errors import RunEnded, Unreachable
 from streamworker.execute import OK
 from streamworker.job import Interrupted, Ok, Outcome, Raised
 from streamworker.policy import wish_in
+from streamworker.postgres import Effect
 from streamworker.registration import Registration
 from streamworker.run import CANCELLED, Cause, Run
 
 ALL_LOST = Interrupted("every job of the batch was lost or cancelled")
+
+
+OTHER_ENDED = Interrupted("the run of another job of its batch had ended")
 
 
 class Carrier(Run):
@@ -85,6 +90,8 @@ class Carrier(Run):
 
     def _outcome_of(self, number: int, item: Run) -> Outcome:
         if not isinstance(self.outcome, Ok) or not self.results:
+            if self._ended_by_one():
+                return item.cause or OTHER_ENDED  # the recorder knows better of the one whose run ended
             return item.cause or self.outcome or ALL_LOST
         outcome = self.results[number]
         if item.cause is None:
@@ -92,6 +99,15 @@ class Carrier(Run):
         # As for a job that runs alone: whatever it raises then, or returns after it looked, is not its end.
         heeded = item.cause is CANCELLED and item.context is not None and item.context.heeded
         return item.cause if heeded or isinstance(outcome, Raised) else outcome
+
+    def _ended_by_one(self) -> bool:
+        """Whether the call ended because one of its jobs may do nothing more: an ending belongs to its job."""
+        if not isinstance(self.outcome, Raised):
+            return False
+        effects = {item.context.effect for item in self.items if item.context is not None}
+        error = self.outcome.error
+        ended = isinstance(error, RunEnded) and not effects.isdisjoint((Effect.ENDED, Effect.BUSY))
+        return ended or (isinstance(error, Unreachable) and Effect.LOST in effects)
 
 
 def _outcome(value: Any) -> Outcome:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import Any
 
 import anyio
+import asyncpg
 import pytest
 
 from streamworker import App, Backoff, Context, Discard, Snooze
-from tests.conftest import eventually
+from streamworker.errors import RunEnded
+from tests.conftest import eventually, nothing_left
 from tests.postgres.working import Job, settings_for, working
 
 
@@ -108,3 +111,86 @@ async def test_one_that_is_cancelled_is_recorded_as_such_and_the_others_are_not(
     ]  # fmt: skip
     assert [records[0].result, records[2].result] == [0, 2]
     assert not raw.exists("stream:{q}:cancelled", "stream:{q}:dead")
+
+
+@pytest.mark.parametrize("mode", ["stream", "list"])
+@pytest.mark.parametrize("same", [1, 2, 3])
+async def test_an_ending_belongs_to_its_job(redis_url, database_url, pg, raw, mode, same):
+    """What docs/batches.md shows, with entries of one id among innocents, and no attempt to spare."""
+    app = App(settings=settings_for(redis_url, database_url, mode=mode))
+    await pg.execute("create table effect (n int)")
+    calls: list[int] = []
+
+    @app.handler(batch=10, linger=0.3, max_attempts=1)
+    async def handler(payloads: list[Job], contexts: list[Context]) -> None:
+        calls.append(len(payloads))
+        async with contexts[0].database.acquire() as connection, connection.transaction():
+            for payload, context in zip(payloads, contexts, strict=True):
+                await context.complete(connection)
+                await connection.execute("insert into effect values ($1)", payload.n)
+
+    bodies = [("same", 0)] * same + [(f"own-{n}", n) for n in (1, 2, 3)]
+    documents = [json.dumps({"id": job, "kind": "job", "payload": {"n": n}}) for job, n in bodies]
+    async with app, working(app):
+        for body in documents:
+            raw.xadd("stream:{q}", {"job": body}) if mode == "stream" else raw.lpush("queue:q", body)
+
+        async def completed() -> bool:
+            return await pg.fetchval("select count(*) from streamworker.jobs where finished_at is not null") == 4
+
+        await eventually(completed, 20)
+        await eventually(lambda: not raw.exists("queue:q", "stream:{q}:leases") and nothing_left(raw, "stream:{q}"))
+    assert [row["n"] for row in await pg.fetch("select n from effect order by n")] == [0, 1, 2, 3]
+    rows = await pg.fetch("select id, status, attempt_count from streamworker.jobs order by id")
+    assert [tuple(row) for row in rows] == [(job, "completed", 0) for job in ("own-1", "own-2", "own-3", "same")]
+    assert not raw.exists("stream:{q}:dead")
+
+
+async def test_a_job_that_another_run_holds_ends_its_run_alone(app, pg, raw, database_url):
+    """The others are done meanwhile, and it when the other run has gone."""
+    await pg.execute("create table effect (n int)")
+
+    @app.handler(batch=10, linger=0.3, max_attempts=1)
+    async def handler(payloads: list[Job], contexts: list[Context]) -> None:
+        for payload, context in zip(payloads, contexts, strict=True):
+            async with context.transaction() as connection:
+                await connection.execute("insert into effect values ($1)", payload.n)
+
+    async def done() -> list[int]:
+        return [row["n"] for row in await pg.fetch("select n from effect order by n")]
+
+    await pg.execute("insert into streamworker.jobs (id, queue_name, status) values ('held', 'q', 'dispatched')")
+    async with app, working(app):
+        async with pg.transaction():
+            await pg.execute("select 1 from streamworker.jobs where id = 'held' for update")
+            for n, job in enumerate(("a", "held", "b", "c")):
+                raw.xadd("stream:{q}", {"job": json.dumps({"id": job, "kind": "job", "payload": {"n": n}})})
+            other = await asyncpg.connect(database_url)
+
+            async def without_it() -> bool:
+                return [row["n"] for row in await other.fetch("select n from effect order by n")] == [0, 2, 3]
+
+            await eventually(without_it, 20)
+            await other.close()
+        await eventually(lambda: nothing_left(raw, "stream:{q}"), 20)
+    assert await done() == [0, 1, 2, 3]
+    assert await pg.fetchval("select sum(attempt_count) from streamworker.jobs") == 0
+
+
+async def test_an_error_of_the_handlers_own_still_charges_every_job(app, pg, raw):
+    """Though a run ended before it, and the handler went on."""
+
+    @app.handler(batch=10, linger=0.3, max_attempts=1)
+    async def handler(payloads: list[Job], contexts: list[Context]) -> None:
+        async with contexts[0].database.acquire() as connection, connection.transaction():
+            for context in contexts:
+                with suppress(RunEnded):
+                    await context.complete(connection)
+            raise ValueError("broken")
+
+    async with app, working(app):
+        for job in ("same", "same", "own"):
+            raw.xadd("stream:{q}", {"job": json.dumps({"id": job, "kind": "job", "payload": {}})})
+        await eventually(lambda: raw.exists("stream:{q}:dead") and nothing_left(raw, "stream:{q}"), 20)
+    rows = await pg.fetch("select id, status from streamworker.jobs order by id")
+    assert [tuple(row) for row in rows] == [("own", "dead"), ("same", "dead")]
