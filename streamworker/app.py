@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any, TypeAlias, overload
 
@@ -26,7 +26,7 @@ from streamworker.broker.lists import ListBroker
 from streamworker.broker.operate import StreamOperator
 from streamworker.broker.popping import PoppingBroker
 from streamworker.broker.stream import StreamBroker, StreamOptions
-from streamworker.cron import Calendar
+from streamworker.cron import Calendar, Schedule
 from streamworker.durable import open_durable
 from streamworker.errors import ConfigurationError, UsageError
 from streamworker.execute import Middleware
@@ -83,6 +83,8 @@ class App(Handlers[S], Follower, Calendar):
         self._settings = settings
         self._lifespan: Lifespan[S] | None = lifespan
         self._middleware, self._observers = tuple(middleware), tuple(observers)
+        own = {"lifespan": lifespan, "middleware": middleware, "observers": observers, "settings": settings}
+        self._own = tuple(name for name, value in own.items() if value)
         self._senders = tuple(each for each in observers if isinstance(each, Sender))
         self._entries = 0
         self._in_force = settings or Settings()
@@ -166,6 +168,26 @@ class App(Handlers[S], Follower, Calendar):
     def handlers(self) -> Handlers[S]:
         """The registry: the app itself."""
         return self
+
+    @property
+    def _brought(self) -> Sequence[str]:
+        return self._own
+
+    def _check_inclusion(self, group: Handlers[Any]) -> None:
+        super()._check_inclusion(group)
+        for each in group._self_and_included():
+            for made in each._schedules.values() if isinstance(each, Calendar) else ():
+                self._check_schedule(made)
+
+    def _calendars(self) -> Iterator[Calendar]:
+        return (each for each in self._self_and_included() if isinstance(each, Calendar))
+
+    def _add_schedule(self, made: Schedule) -> None:
+        self._refuse_while_serving(f"the schedule {made.name!r}")
+        for each in self._self_and_above():
+            if isinstance(each, Calendar):
+                each._check_schedule(made)
+        super()._add_schedule(made)
 
     @property
     def middleware(self) -> tuple[Middleware, ...]:

@@ -15,6 +15,7 @@ import msgspec
 import uuid_utils
 
 from streamworker.errors import InvalidJob, JobTooLarge
+from streamworker.finite import infinity_in
 from streamworker.job import Claim, Job, Level, Outgoing
 from streamworker.marks import (
     MARK_FIELD,
@@ -29,6 +30,7 @@ from streamworker.marks import (
     proven,
     sealed,
 )
+from streamworker.payload import Payload, fit_of
 
 MAX_ID_BYTES: Final = 200
 
@@ -223,21 +225,42 @@ def pack(job: Job, *, max_bytes: int, key_ttl: float) -> Outgoing:
     return Outgoing(job.id, job.queue, job.level, body, job.delay, run_at, job.key, ttl)
 
 
-def encode_payload(payload: Any) -> msgspec.Raw:
-    """A payload's JSON text.
+def encode_payload(payload: Payload) -> msgspec.Raw:
+    """A payload's JSON text, which its own type can decode: what no worker could run is refused where it is written.
 
     Raises:
-        InvalidJob: it holds something JSON cannot.
+        InvalidJob: it holds something JSON cannot, or that a field's type does not take.
+        ConfigurationError: its class cannot be decoded at all.
     """
+    type_ = type(payload)
+    decode, finite, compares = type_.__fit__ or fit_of(type_)
     try:
-        return msgspec.Raw(_encode(payload))
+        text = _encode(payload)
     except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidJob(f"the payload {type(payload).__name__} cannot be written as JSON: {error}") from None
+        raise InvalidJob(f"the payload {type_.__name__} cannot be written as JSON: {error}") from None
+    try:
+        decoded = decode(text)  # type: ignore[arg-type]
+    except Exception as error:  # noqa: BLE001 - hooks of a user's types run here
+        raise InvalidJob(_misfit(payload, error)) from None
+    if not finite and b"null" in text and not (compares and decoded == payload):
+        place = infinity_in(payload)
+        if place is not None:
+            raise InvalidJob(_not_finite(type_, place))
+    return msgspec.Raw(text)
 
 
-def payload_decoder(type_: Any) -> Callable[[msgspec.Raw], Any]:
-    """A decoder of payloads of one type; it raises `msgspec.ValidationError` with the path of what is wrong."""
-    return msgspec.json.Decoder(type_).decode
+def _misfit(payload: Payload, error: Exception) -> str:
+    type_ = type(payload)
+    if (place := infinity_in(payload)) is not None:
+        return _not_finite(type_, place)
+    what, _, path = str(error).partition(" - at `$")
+    where = f"{type_.__name__}{path.rstrip('`')}: " if path else ""
+    return f"the payload {type_.__name__} does not fit its own type: {where}{what or type(error).__name__}"
+
+
+def _not_finite(type_: type, place: str) -> str:
+    where = f"{type_.__name__}{place}"
+    return f"the payload {type_.__name__} cannot be written as JSON: {where} is NaN or an infinity, which JSON lacks"
 
 
 def rewrite(body: bytes, patch: Mapping[str, Any], *, state: State | None = None, secret: bytes = b"") -> bytes:

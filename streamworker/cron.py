@@ -240,8 +240,12 @@ class Calendar:
 
     @property
     def schedules(self) -> list[Schedule]:
-        """All of them, in the order they were made."""
-        return list(self._schedules.values())
+        """All of them, in the order they were made; those of an app that was included where it was."""
+        return [made for calendar in self._calendars() for made in calendar._schedules.values()]
+
+    def _calendars(self) -> Iterator[Calendar]:
+        """This one and those of included apps."""
+        yield self
 
     def cron(
         self,
@@ -279,6 +283,12 @@ class Calendar:
         made = schedule(
             expression, payload, tz=tz, missed=missed, name=name, queue=queue, priority=priority, headers=headers
         )
-        if made.name in self._schedules:
-            raise ConfigurationError(f"there are two schedules named {made.name!r}: give one of them name=")
+        self._add_schedule(made)
+
+    def _add_schedule(self, made: Schedule) -> None:
+        self._check_schedule(made)
         self._schedules[made.name] = made
+
+    def _check_schedule(self, made: Schedule) -> None:
+        if any(made.name in calendar._schedules for calendar in self._calendars()):
+            raise ConfigurationError(f"there are two schedules named {made.name!r}: give one of them name=")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final, Generic, overload
+from weakref import WeakSet
 
 from typing_extensions import TypeVar
 
 from streamworker.context import Context
-from streamworker.errors import ConfigurationError
+from streamworker.errors import ConfigurationError, UsageError
 from streamworker.gathering import gathering
 from streamworker.limits import quota
 from streamworker.payload import Payload, check_queue
@@ -67,8 +69,12 @@ class Handlers(Generic[S]):
     """
 
     def __init__(self) -> None:
+        self._members: list[Registration | Handlers[Any]] = []
         self._by_kind: dict[str, Registration] = {}
         self._by_queue: dict[str, list[Registration]] = {}
+        # Weak: a group of a module outlives the apps that tests make of it.
+        self._included_by: WeakSet[Handlers[Any]] = WeakSet()
+        self._workers = 0
 
     @overload
     def handler(self, function: Callable[[P, Context[S]], R], /) -> Callable[[P, Context[S]], R]: ...
@@ -141,14 +147,52 @@ class Handlers(Generic[S]):
         return decorator if function is None else decorator(function)
 
     def include(self, *groups: Handlers[S]) -> None:
-        """Take over all handlers of other groups.
+        """Take over all handlers of other groups, also those that are registered there later.
+
+        Of an `App` its schedules come along, too. One with a lifespan, middleware, observers or settings of its own is
+        refused: those belong to the app that includes it.
 
         Raises:
-            ConfigurationError: a kind has two handlers.
+            ConfigurationError: a kind has two handlers, a group includes itself, or an app has what cannot come along.
+            UsageError: it is no group.
         """
         for group in groups:
-            for registration in group.registrations:
-                self._add(registration)
+            if not isinstance(group, Handlers):
+                raise UsageError(f"include() takes Handlers or an App, not {type(group).__name__}")
+            self._refuse_while_serving("a group of handlers")
+            above = self._self_and_above()
+            if group in above:
+                raise ConfigurationError("a group of handlers cannot include itself, directly or through another one")
+            for each in above:
+                each._check_inclusion(group)
+            self._members.append(group)
+            group._included_by.add(self)
+            for each in above:
+                for registration in group.registrations:
+                    each._index(registration)
+
+    def _check_inclusion(self, group: Handlers[Any]) -> None:
+        """Refuse a group that this one, or one that includes it, cannot take over whole.
+
+        Raises:
+            ConfigurationError: it is.
+        """
+        for each in group._self_and_included():
+            if each._brought:
+                raise ConfigurationError(
+                    f"include() cannot take along the {' and '.join(each._brought)} of an App: give them to the App "
+                    "that includes it, and collect handlers in Handlers()"
+                )
+        for registration in group.registrations:
+            self._check(registration)
+        mine = set(self._self_and_included())
+        if any(each in mine for each in group._self_and_included()):
+            raise ConfigurationError("a group of handlers is included twice: include it once")
+
+    @property
+    def _brought(self) -> Sequence[str]:
+        """What a group has besides handlers that cannot be included elsewhere, in words. Only apps have such."""
+        return ()
 
     def handler_of(self, kind: str | None, queue: str) -> Registration | None:
         """The handler of a kind; without a kind, that of a queue with exactly one handler."""
@@ -159,23 +203,77 @@ class Handlers(Generic[S]):
 
     @property
     def registrations(self) -> list[Registration]:
-        """All handlers, in the order they were registered."""
-        return list(dict.fromkeys(self._by_kind.values()))
+        """All handlers, in the order they were registered; those of a group where it was included."""
+        found: list[Registration] = []
+        for member in self._members:
+            found += member.registrations if isinstance(member, Handlers) else [member]
+        return found
 
     @property
     def queues(self) -> list[str]:
-        """The queues of all handlers, in the order they were registered."""
-        return list(self._by_queue)
+        """The queues of all handlers, in the order of `registrations`."""
+        return list(dict.fromkeys(registration.queue for registration in self.registrations))
+
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """While a worker runs, nothing can be added: it has looked which queues, limits and batches there are."""
+        self._workers += 1
+        try:
+            yield
+        finally:
+            self._workers -= 1
+
+    def _refuse_while_serving(self, what: str) -> None:
+        """Refuse what comes too late for a worker that runs.
+
+        Raises:
+            ConfigurationError: one does.
+        """
+        if any(each._workers for each in self._self_and_above()):
+            raise ConfigurationError(
+                f"{what} comes after a worker of its app has started, which would not know it: register it before, "
+                "where the app is made"
+            )
+
+    def _self_and_included(self) -> Iterator[Handlers[Any]]:
+        """This group and all that it includes, in order."""
+        yield self
+        for member in self._members:
+            if isinstance(member, Handlers):
+                yield from member._self_and_included()
+
+    def _self_and_above(self) -> list[Handlers[Any]]:
+        """This group and all that include it, each once."""
+        found: list[Handlers[Any]] = [self]
+        for each in found:  # grows
+            found += [above for above in each._included_by if above not in found]
+        return found
 
     def _add(self, registration: Registration) -> None:
-        names = (registration.kind, *registration.payload.__aliases__)
-        for name in names:
+        self._refuse_while_serving(f"the handler {registration.name}")
+        above = self._self_and_above()
+        for each in above:
+            each._check(registration)
+        self._members.append(registration)
+        for each in above:
+            each._index(registration)
+
+    def _check(self, registration: Registration) -> None:
+        for name in names_of(registration):
             taken = self._by_kind.get(name)
             if taken is not None:
+                again = taken is registration
                 raise ConfigurationError(
                     f"the kind {name!r} has two handlers, {taken.name} and {registration.name}: "
-                    "remove one or rename the kind"
+                    f"{'its group is included twice, include it once' if again else 'remove one or rename the kind'}"
                 )
-        for name in names:
+
+    def _index(self, registration: Registration) -> None:
+        for name in names_of(registration):
             self._by_kind[name] = registration
         self._by_queue.setdefault(registration.queue, []).append(registration)
+
+
+def names_of(registration: Registration) -> tuple[str, ...]:
+    """All kinds that a handler answers to."""
+    return (registration.kind, *registration.payload.__aliases__)

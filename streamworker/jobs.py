@@ -9,7 +9,8 @@ from typing import Any, Final, TypedDict
 from typing_extensions import Unpack
 
 from streamworker import codec
-from streamworker.errors import LONGEST_WAIT, UsageError
+from streamworker.errors import LONGEST_WAIT, InvalidJob, UsageError
+from streamworker.finite import infinity_in
 from streamworker.handlers import Payload, check_queue
 from streamworker.job import Job
 from streamworker.marks import reserved_in
@@ -23,6 +24,9 @@ _KINDS: Final[dict[str, tuple[type, ...]]] = {
     "key_ttl": (float, int, NoneType),
     "headers": (dict, NoneType),
 }
+
+
+_WANTED: Final = "enqueue an instance of a class like `class Send(Payload, kind='mail.send', queue='mail')`"
 
 
 class JobOptions(TypedDict, total=False):
@@ -55,11 +59,13 @@ def make_job(payload: Payload, **options: Unpack[JobOptions]) -> Job:
         options: see `JobOptions`.
 
     Raises:
-        UsageError: an option makes no sense, or two contradict each other.
-        InvalidJob: the payload cannot be written as JSON.
+        UsageError: it is no payload, an option makes no sense, or two contradict each other.
+        InvalidJob: the payload does not fit its own type, or cannot be written as JSON.
     """
-    if not options:  # bulk: there is nothing to check
-        type_ = type(payload)
+    type_: Any = type(payload)
+    if not issubclass(type_, Payload) or type_ is Payload:
+        raise UsageError(_no_payload(payload))
+    if not options:  # bulk: there is nothing more to check
         return Job(
             id=codec.new_id(),
             queue=type_.__queue__,
@@ -86,8 +92,8 @@ def make_job(payload: Payload, **options: Unpack[JobOptions]) -> Job:
     queue = options.get("queue")
     return Job(
         id=codec.new_id(),
-        queue=type(payload).__queue__ if queue is None else check_queue(queue),
-        kind=type(payload).__kind__,
+        queue=type_.__queue__ if queue is None else check_queue(queue),
+        kind=type_.__kind__,
         payload=codec.encode_payload(payload),
         level=level,
         created_at=datetime.now(UTC),
@@ -99,10 +105,39 @@ def make_job(payload: Payload, **options: Unpack[JobOptions]) -> Job:
     )
 
 
+def job_of(given: Payload | Job, **options: Unpack[JobOptions]) -> Job:
+    """A job out of a payload and options; or a job that was made before, which brings its own.
+
+    Raises:
+        UsageError: a job, and options; else what `make_job` raises.
+    """
+    if not isinstance(given, Job):
+        return make_job(given, **options)
+    for name, value in options.items():
+        if value is not None and (name, value) != ("priority", "normal"):
+            raise UsageError(f"{name}={value!r} comes too late for a job that was made before: give it to app.job()")
+    return given
+
+
+def _no_payload(given: Any) -> str:
+    if isinstance(given, Job):
+        return "this is a job already: give it to enqueue() or enqueue_many() as it is"
+    if isinstance(given, type):
+        if issubclass(given, Payload) and given is not Payload:
+            return f"{given.__name__} is a class: enqueue an instance of it, {given.__name__}(...)"
+        return f"the class {given.__name__} is no payload: {_WANTED}"
+    what = type(given).__name__
+    article = "an" if what[:1].lower() in "aeiou" else "a"
+    return f"{article} {what} is no payload: {_WANTED}"
+
+
 def _check_headers(headers: dict[str, Any] | None) -> None:
-    name = reserved_in(headers) if headers else None
-    if name is not None:
+    if not headers:
+        return
+    if (name := reserved_in(headers)) is not None:
         raise UsageError(f"the header {name!r} has a name that streamworker keeps for itself: rename it")
+    if (place := infinity_in(headers)) is not None:
+        raise InvalidJob(f"the header {place.removeprefix('.')} is NaN or an infinity, which JSON lacks")
 
 
 def _is_text(value: str) -> bool:

@@ -6,6 +6,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
+from streamworker.finite import infinity_in
 from streamworker.redact import describe
 
 MAX_RESULT: Final = 262_144
@@ -59,6 +60,9 @@ def result_json(value: Any) -> bytes:
     except BaseException as error:  # noqa: BLE001 - a user's objects run code here, and it must not end the worker
         what = describe(error)[:1000]
         raise ValueError(f"what the handler returned cannot be written as JSON: {what}") from None
+    if b"null" in result and (place := infinity_in(value)) is not None:
+        where = f"at {place.removeprefix('.')} " if place else ""
+        raise ValueError(f"what the handler returned is {where}NaN or an infinity, which JSON lacks")
     if len(result) > MAX_RESULT:
         raise ValueError(f"what the handler returned has {len(result)} bytes and {MAX_RESULT} are kept")
     return result

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from typing import Any, ClassVar, Final
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Final, NamedTuple, get_args, get_origin, get_type_hints
 
 import msgspec
+from msgspec import inspect as kinds
 from typing_extensions import dataclass_transform
 
 from streamworker.errors import ConfigurationError
@@ -25,6 +29,20 @@ def check_queue(name: str) -> str:
             f"{name!r} is no queue name: use 1 to 100 of A-Z a-z 0-9 . _ : - and do not end in :high or :low"
         )
     return name
+
+
+class Fit(NamedTuple):
+    """What a payload's JSON text is checked with where it is enqueued.
+
+    Attributes:
+        decode: the type's own decoder: what it does not take, no worker would.
+        finite: no field of it can hold a float, so that none can hold NaN or an infinity, which JSON writes as null.
+        compares: a payload that equals what its JSON text is decoded to has lost none.
+    """
+
+    decode: Callable[[msgspec.Raw], Any]
+    finite: bool
+    compares: bool
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(msgspec.field,))
@@ -51,8 +69,11 @@ class _PayloadMeta(msgspec.StructMeta):
                 if not KIND_NAME.fullmatch(each):
                     raise TypeError(f"{name}: {each!r} is no kind: use 1 to 200 characters without white space")
             check_queue(queue)
+            if "<locals>" in namespace.get("__qualname__", ""):
+                _resolve(namespace, sys._getframe(1))
         cls: Any = super().__new__(mcls, name, bases, namespace, frozen=True, **options)
         cls.__kind__, cls.__queue__, cls.__aliases__ = kind, queue, tuple(aliases)
+        cls.__fit__ = None
         return cls
 
 
@@ -66,3 +87,111 @@ class Payload(msgspec.Struct, metaclass=_PayloadMeta):
     __kind__: ClassVar[str]
     __queue__: ClassVar[str]
     __aliases__: ClassVar[tuple[str, ...]]
+    __fit__: ClassVar[Fit | None]
+
+
+def fit_of(type_: type[Payload]) -> Fit:
+    """What payloads of a class are checked with, made when it is first asked for.
+
+    Raises:
+        ConfigurationError: the class cannot be decoded.
+    """
+    fit = type_.__fit__
+    if fit is None:
+        decode, parts = decoder_of(type_), list(_parts(kinds.type_info(type_)))
+        fit = type_.__fit__ = Fit(decode, not any(map(_may_hold_floats, parts)), all(map(_compares, parts)))
+    return fit
+
+
+def decoder_of(type_: Any) -> Callable[[msgspec.Raw], Any]:
+    """A decoder of payloads of one type; it raises `msgspec.ValidationError` with the path of what is wrong.
+
+    Args:
+        type_: a payload's class, or a generic one with its arguments.
+
+    Raises:
+        ConfigurationError: the type cannot be decoded; the sentence names class, field, file and line.
+    """
+    try:
+        return msgspec.json.Decoder(type_).decode
+    except Exception as error:  # noqa: BLE001 - evaluating a user's annotations may raise anything
+        found = next(_unresolved(type_, set()), None)
+        if found is not None:
+            raise ConfigurationError(found) from None
+        cls = get_origin(type_) or type_
+        raise ConfigurationError(f"{place_of(cls)}: the payload {cls.__name__} cannot be decoded: {error}") from None
+
+
+def place_of(thing: Any, field: str | None = None) -> str:
+    """``file:line`` of a user's class or function, or of a class's field; its module where there is no source."""
+    try:
+        lines, start = inspect.getsourcelines(thing)
+        file = inspect.getsourcefile(thing)
+    except (OSError, TypeError):
+        return str(getattr(thing, "__module__", "?"))
+    offset = 0
+    if field is not None:
+        pattern = re.compile(rf"\s*{re.escape(field)}\s*:")
+        offset = next((number for number, line in enumerate(lines) if pattern.match(line)), 0)
+    return f"{file}:{start + offset}"
+
+
+def _resolve(namespace: dict[str, Any], frame: Any) -> None:
+    """Evaluate annotations of a class inside a function while its names can be seen: later, only the module's can."""
+    for name, annotation in namespace.get("__annotations__", {}).items():
+        holder = type("_", (), {"__annotations__": {name: annotation}})
+        try:
+            hints = get_type_hints(holder, frame.f_globals, {**frame.f_locals, **namespace}, include_extras=True)
+        except Exception:  # noqa: BLE001, S112 - it may name what is defined later; `decoder_of` says what is wrong
+            continue
+        namespace["__annotations__"][name] = hints[name]
+
+
+def _unresolved(type_: Any, seen: set[Any]) -> Iterator[str]:
+    """A sentence for each field of a class, or of classes it is made of, whose annotation cannot be evaluated."""
+    cls = get_origin(type_) or type_
+    for argument in get_args(type_):
+        yield from _unresolved(argument, seen)
+    if not isinstance(cls, type) or cls in seen or cls.__module__ in ("builtins", "msgspec"):
+        return
+    seen.add(cls)
+    for base in reversed(cls.__mro__):
+        for field, annotation in vars(base).get("__annotations__", {}).items():
+            holder = type("_", (), {"__annotations__": {field: annotation}})
+            module = getattr(sys.modules.get(base.__module__), "__dict__", {})
+            try:
+                hint = get_type_hints(holder, module, dict(vars(base)), include_extras=True)[field]
+            except Exception as error:  # noqa: BLE001 - a user's annotation may raise anything
+                yield (
+                    f"{place_of(base, field)}: the type {annotation!r} of {base.__name__}.{field} cannot be resolved: "
+                    f"import it at run time, not for type checkers alone ({error})"
+                )
+                continue
+            yield from _unresolved(hint, seen)
+
+
+def _parts(info: Any) -> Iterator[Any]:
+    """All that a type is made of, as `msgspec.inspect` has it; itself included."""
+    waiting, seen = [info], set()
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, tuple):
+            waiting += each
+        elif isinstance(each, msgspec.Struct) and id(each) not in seen:
+            seen.add(id(each))
+            yield each
+            waiting += [getattr(each, name) for name in each.__struct_fields__]
+
+
+def _may_hold_floats(part: Any) -> bool:
+    return isinstance(part, _ANY | kinds.FloatType)
+
+
+def _compares(part: Any) -> bool:
+    """Whether values of a type that are equal hold the same floats: users may have written ``__eq__`` themselves."""
+    if isinstance(part, kinds.StructType):
+        return bool(part.cls.__eq__ is msgspec.Struct.__eq__)
+    return not isinstance(part, _ANY | kinds.DataclassType)
+
+
+_ANY: Final = kinds.AnyType | kinds.CustomType

@@ -18,7 +18,7 @@ from streamworker.broker import Broker
 from streamworker.errors import UsageError
 from streamworker.handlers import Payload
 from streamworker.job import Enqueued, Job
-from streamworker.jobs import JobOptions, make_job
+from streamworker.jobs import JobOptions, job_of, make_job
 from streamworker.observe import Sender
 from streamworker.postgres import outbox
 from streamworker.settings import Settings
@@ -58,13 +58,13 @@ class Producer:
 
         Raises:
             UsageError: an option makes no sense, or two contradict each other.
-            InvalidJob: the payload cannot be written as JSON.
+            InvalidJob: the payload does not fit its own type, or cannot be written as JSON.
         """
         return make_job(payload, **options)
 
     async def enqueue(
         self,
-        payload: Payload,
+        payload: Payload | Job,
         /,
         *,
         queue: str | None = None,
@@ -79,7 +79,7 @@ class Producer:
         """Enqueue one job.
 
         Args:
-            payload: its class names kind and queue.
+            payload: its class names kind and queue; or a job made with `job`, which has its options.
             queue: another queue than the class names.
             priority: ``high``, ``normal``, ``low``, or a number (up to 50 high, up to 150 normal, else low).
             delay: seconds to wait from now on.
@@ -90,7 +90,8 @@ class Producer:
             connection: an asyncpg connection in a transaction: the job commits or vanishes with the caller's rows.
 
         Raises:
-            UsageError: the app is not open, or open on another event loop, or an option makes no sense.
+            UsageError: the app is not open, or open on another event loop, it is no payload, or an option makes no sense.
+            InvalidJob: the payload does not fit its own type, or cannot be written as JSON.
             PublishUncertain: the reply was lost; with ``key`` enqueueing again is safe.
             JobTooLarge: the document exceeds ``STREAMWORKER_MAX_JOB_BYTES``.
             ConfigurationError: the database of ``connection`` has no schema streamworker.
@@ -99,7 +100,7 @@ class Producer:
         options = JobOptions(
             queue=queue, priority=priority, delay=delay, run_at=run_at, key=key, key_ttl=key_ttl, headers=headers
         )
-        return (await self.enqueue_many([make_job(payload, **options)], connection=connection))[0]
+        return (await self.enqueue_many([job_of(payload, **options)], connection=connection))[0]
 
     async def enqueue_many(
         self, jobs: Iterable[Payload | Job], /, *, connection: asyncpg.Connection[asyncpg.Record] | None = None
@@ -113,9 +114,13 @@ class Producer:
             connection: see `enqueue`.
 
         Raises:
+            UsageError: one of them is no payload and no job; nothing was enqueued.
+            InvalidJob: a payload does not fit its own type, or cannot be written as JSON; nothing was enqueued.
             PublishUncertain: a reply was lost; some of the jobs may be queued.
             JobTooLarge: a document exceeds ``STREAMWORKER_MAX_JOB_BYTES``; nothing was enqueued.
         """
+        if isinstance(jobs, Payload | Job) or not isinstance(jobs, Iterable):
+            raise UsageError(f"enqueue_many() takes a list: enqueue_many([...]), not one {type(jobs).__name__}")
         made = [job if isinstance(job, Job) else make_job(job) for job in jobs]
         if not self._senders or not made:
             return await self._send(made, connection)
@@ -139,18 +144,18 @@ class Producer:
         packed = [codec.pack(job, max_bytes=settings.max_job_bytes, key_ttl=settings.key_ttl) for job in made]
         return await broker.publish(packed) if packed else []
 
-    def enqueue_blocking(self, payload: Payload, /, **options: Unpack[JobOptions]) -> Enqueued:
+    def enqueue_blocking(self, payload: Payload | Job, /, **options: Unpack[JobOptions]) -> Enqueued:
         """`enqueue` for sync code: a script, a thread, a sync handler.
 
         Args:
-            payload: its class names kind and queue.
+            payload: its class names kind and queue; or a job made with `job`, which has its options.
             options: see `JobOptions`.
 
         Raises:
             UsageError: called on the event loop of the app, which it would block, or gevent or eventlet has patched
                 this process; else what `enqueue` raises.
         """
-        job = make_job(payload, **options)
+        job = job_of(payload, **options)
         refuse_patched()
         refuse_on_loop("enqueue_blocking() would block this event loop: await enqueue() instead", self._loop)
         with self._lock:

@@ -9,11 +9,10 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import msgspec
 
-from streamworker import codec
 from streamworker.errors import ConfigurationError
 from streamworker.gathering import Gathering, gathered
 from streamworker.limits import Quota
-from streamworker.payload import Payload
+from streamworker.payload import Payload, decoder_of, place_of
 from streamworker.policy import Limits
 
 
@@ -62,7 +61,7 @@ def registered(
     """
     name = getattr(function, "__qualname__", repr(function))
     parameters = _parameters(function, name)
-    payload = _payload(name, _annotation(function, parameters[0], scope), together)
+    payload, annotation = _payload(name, _annotation(function, parameters[0], scope), together)
     target = _underlying(function)
     if inspect.isgeneratorfunction(target) or inspect.isasyncgenfunction(target):
         raise ConfigurationError(f"{name} yields: calling it runs nothing, so it cannot be a handler")
@@ -77,7 +76,7 @@ def registered(
         queue=payload.__queue__,
         payload=payload,
         function=function,
-        decode=codec.payload_decoder(payload),
+        decode=decoder_of(annotation),
         limits=limits,
         is_async=is_async,
         wants_context=wants_context,
@@ -87,17 +86,18 @@ def registered(
     )
 
 
-def _payload(name: str, annotation: Any, together: Gathering | None) -> type[Payload]:
-    """The payload's class, out of the annotation of the first parameter."""
+def _payload(name: str, annotation: Any, together: Gathering | None) -> tuple[type[Payload], Any]:
+    """The payload's class by the annotation of the first parameter, and what is decoded: ``Box[int]`` of a ``Box``."""
     if together is not None:
         if get_origin(annotation) is not list:
             raise ConfigurationError(
                 f"the first parameter of {name}, which has batch=, must be a list of its Payload class"
             )
         (annotation,) = get_args(annotation)
-    if not (isinstance(annotation, type) and issubclass(annotation, Payload)) or annotation is Payload:
+    cls = get_origin(annotation) or annotation
+    if not (isinstance(cls, type) and issubclass(cls, Payload)) or cls is Payload:
         raise ConfigurationError(f"the first parameter of {name} must be annotated with its Payload class")
-    return annotation
+    return cls, annotation
 
 
 def _parameters(function: Callable[..., Any], name: str) -> list[inspect.Parameter]:
@@ -149,6 +149,9 @@ def _annotation(function: Callable[..., Any], parameter: inspect.Parameter, scop
     try:
         return get_type_hints(holder, globalns=module, localns=dict(scope))["payload"]
     except Exception as error:  # noqa: BLE001 - evaluating a user's annotation may raise anything
+        target = _underlying(function)
+        name = getattr(target, "__qualname__", repr(target))
         raise ConfigurationError(
-            f"the annotation {annotation!r} of a handler's payload cannot be resolved: import it at run time ({error})"
+            f"{place_of(target)}: the annotation {annotation!r} of a handler's payload cannot be resolved: import it "
+            f"at run time for {name}, not for type checkers alone ({error})"
         ) from None

@@ -160,6 +160,8 @@ class QueueWorker:
     async def initialize(self, stack: AsyncExitStack) -> None:
         """Connect, check the server, create the groups, make the services; all is closed when ``stack`` is left."""
         settings, app = self._settings, self._app
+        stack.enter_context(app.handlers.serving())  # before it is looked which queues, limits and batches there are
+        self._queues[:] = [spec.name for spec in settings.queues] or app.handlers.queues
         await stack.enter_async_context(app.entered(settings, self._redis))
         site = await app.site(stack, settings, self._redis, self._database, self.worker_id)
         self._broker, self._relay = site.broker, site.relay

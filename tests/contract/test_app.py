@@ -8,10 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from streamworker import App, Context, Payload, QueueWorker, Settings, Snooze
-from streamworker.errors import UsageError
+from streamworker import App, Context, Handlers, Payload, QueueWorker, Settings, Snooze
+from streamworker.errors import ConfigurationError, UsageError
 from streamworker.testing.draining import drain
 from tests.conftest import eventually
+from tests.contract.helpers import settings
 
 
 class Step(Payload, kind="step", queue="steps"):
@@ -221,3 +222,47 @@ async def test_drain_runs_what_there_is_and_what_is_delayed(ground, redis_url):
         drained = await drain(app, delayed=True)
         assert (sorted(seen), drained.done, drained.delayed) == ([1, 2, 3, 3], 2, 0)
     assert ground.held("steps") == ground.left(queue="steps") == 0
+
+
+class Late(Payload, kind="late", queue="late"):
+    pass
+
+
+async def test_nothing_can_be_added_while_a_worker_runs(raw, ground):
+    """It has looked which queues, limits and batches there are: what comes later would run here in part, or never."""
+    app, included = App(settings=settings(raw, ground)), Handlers[None]()
+    app.include(included)
+
+    @app.handler
+    async def step(payload: Step) -> None: ...
+
+    async def late(payload: Late) -> None: ...
+
+    worker = QueueWorker(app, redis=None, database=None, services=None)
+
+    class Other(Payload, kind="other", queue="others"):
+        pass
+
+    @included.handler  # made, and not started yet
+    async def other(payload: Other) -> None: ...
+
+    async def tried() -> None:
+        for add, what in (
+            (lambda: app.handler(late), "the handler .*late"),
+            (lambda: included.handler(late), "the handler .*late"),
+            (lambda: app.include(Handlers()), "a group of handlers"),
+            (lambda: included.include(Handlers()), "a group of handlers"),
+            (lambda: app.cron("@daily", Late()), "the schedule 'late'"),
+        ):
+            with pytest.raises(ConfigurationError, match=f"{what} comes after a worker of its app has started"):
+                add()
+
+    task = asyncio.create_task(worker.start())
+    await eventually(lambda: raw.keys("streamworker:worker:*"))
+    await tried()
+    (heartbeat,) = raw.keys("streamworker:worker:*")
+    assert raw.hget(heartbeat, "queues") == b"others,steps"
+    await worker.stop()
+    await task
+    included.handler(late)
+    assert app.queues == ["others", "late", "steps"]
