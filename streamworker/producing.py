@@ -90,7 +90,7 @@ class Producer:
             connection: an asyncpg connection in a transaction: the job commits or vanishes with the caller's rows.
 
         Raises:
-            UsageError: the app is not open, or open on another event loop, it is no payload, or an option makes no sense.
+            UsageError: the app is not open, or on another event loop; it is no payload; or an option makes no sense.
             InvalidJob: the payload does not fit its own type, or cannot be written as JSON.
             PublishUncertain: the reply was lost; with ``key`` enqueueing again is safe.
             JobTooLarge: the document exceeds ``STREAMWORKER_MAX_JOB_BYTES``.
