@@ -73,11 +73,9 @@ def make_job(payload: Payload, **options: Unpack[JobOptions]) -> Job:
             payload=codec.encode_payload(payload),
             created_at=datetime.now(UTC),
         )
+    _check_types(options)
     delay, run_at = options.get("delay"), options.get("run_at")
     key, ttl = options.get("key"), options.get("key_ttl")
-    for name, kinds in _KINDS.items():
-        if not isinstance(options.get(name), kinds):
-            raise UsageError(f"{name}={options.get(name)!r} must be {kinds[0].__name__} or None")
     if delay is not None and run_at is not None:
         raise UsageError("delay and run_at say the same thing twice: give one of them")
     _check_seconds("delay", delay)
@@ -117,6 +115,12 @@ def job_of(given: Payload | Job, **options: Unpack[JobOptions]) -> Job:
         if value is not None and (name, value) != ("priority", "normal"):
             raise UsageError(f"{name}={value!r} comes too late for a job that was made before: give it to app.job()")
     return given
+
+
+def _check_types(options: JobOptions) -> None:
+    for name, kinds in _KINDS.items():
+        if not isinstance(options.get(name), kinds):
+            raise UsageError(f"{name}={options.get(name)!r} must be {kinds[0].__name__} or None")
 
 
 def _no_payload(given: Any) -> str:
