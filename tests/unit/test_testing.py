@@ -13,10 +13,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from streamworker import App, Context, Discard, Payload, testing
-from streamworker.errors import ConfigurationError, UsageError
+from streamworker.errors import ConfigurationError, InvalidJob, UsageError
 
 pytest_plugins = ["pytester"]
 pytestmark = pytest.mark.anyio
@@ -150,7 +151,10 @@ async def test_what_never_comes_to_run_has_its_outcome_too():
         a: str
 
     assert isinstance(await testing.run(make_app(), Unknown(a="x")), testing.UnknownKind)
-    assert isinstance(await testing.run(make_app(), Add(a="x")), testing.Undecodable)  # type: ignore[arg-type]
+    with pytest.raises(InvalidJob, match=r"Add\.a: Expected `int`, got `str`"):  # as enqueue() says
+        await testing.run(make_app(), Add(a="x"))  # type: ignore[arg-type]
+    foreign = msgspec.structs.replace(make_app().job(Add(a=1)), payload=msgspec.Raw(b'{"a":"x"}'))
+    assert isinstance(await testing.run(make_app(), foreign), testing.Undecodable)
     assert isinstance(await testing.run(make_app(), Add(a=1), delivery=6), testing.Abandoned)
     later = make_app().job(Add(a=1), run_at=datetime.now(UTC) + timedelta(hours=1))
     assert isinstance(await testing.run(make_app(), later), testing.Postponed)
