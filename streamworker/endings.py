@@ -1,16 +1,19 @@
-"""Outcome of a run to the ending a broker settles: the verdict, and the job's next form. Pure."""
+"""Outcome of a run to the ending a broker settles: verdict, and the job's next form. Pure, but for how long it ran."""
 
 from __future__ import annotations
 
+from time import monotonic
 from typing import Any
+
+import msgspec
 
 from streamworker import codec, notes
 from streamworker.broker import Ending
 from streamworker.errors import InvalidJob
 from streamworker.execute import OK
-from streamworker.job import Dead, Deferred, Done, Drop, Ok, ReleaseAt, RetryAt
+from streamworker.job import Dead, Deferred, Done, Drop, Interrupted, Ok, Raised, ReleaseAt, RetryAt
 from streamworker.marks import NOTHING, State
-from streamworker.policy import DONE, judge
+from streamworker.policy import DONE, RAPID, judge, least_wait
 from streamworker.run import Run
 
 
@@ -43,7 +46,10 @@ def ending(run: Run, *, now: float, jitter: float) -> Ending:
         case RetryAt():
             body = _next_form(run, {"attempt_count": attempts + 1}, NOTHING)
         case ReleaseAt():
-            body = _next_form(run, {}, _state(run, verdict))
+            state = _state(run, verdict)
+            if run.started is not None and isinstance(outcome, Raised | Interrupted):
+                verdict, state = _slowed(verdict, state, now, monotonic() - run.started)
+            body = _next_form(run, {}, state)
             if isinstance(outcome, Deferred):
                 member = outcome.member
     return Ending(run.claim, verdict, body, run.job_id, run.kind, attempts, member)
@@ -64,7 +70,16 @@ def _state(run: Run, verdict: ReleaseAt) -> State:
         turn = ""  # it had its turn
     if verdict.unknown_since is not None:
         since = int(verdict.unknown_since)
-    return State(max(0, run.deliveries - 1), turn, since)
+    return State(max(0, run.deliveries - 1), turn, since, before.returns, before.rapid)
+
+
+def _slowed(verdict: ReleaseAt, state: State, now: float, ran: float) -> tuple[ReleaseAt, State]:
+    """A job that ran for ``ran`` seconds and goes back uncharged: later, where it does little else."""
+    wait = 0.0 if verdict.at is None else verdict.at - now
+    rapid = state.rapid + 1 if wait + ran < RAPID else 0
+    state = msgspec.structs.replace(state, returns=state.returns + 1, rapid=rapid)
+    least = least_wait(rapid)
+    return (ReleaseAt(now + least, verdict.reason, turns=state.returns) if least > wait else verdict), state
 
 
 def _next_form(run: Run, patch: dict[str, Any], state: State) -> bytes | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Iterator
+from time import monotonic
 from typing import Final
 
 import anyio
@@ -11,6 +12,9 @@ import msgspec
 
 from streamworker.job import Claim
 from streamworker.run import Run
+
+LATELY: Final = 150.0
+"""Seconds for which a job that spins is told of: it waits a minute at most, and may then run on another worker."""
 
 
 class Counts(msgspec.Struct):
@@ -32,6 +36,24 @@ class Counts(msgspec.Struct):
         return self.retried + self.dead
 
 
+class Spinning(msgspec.Struct, frozen=True, array_like=True):
+    """A job that keeps coming back at once and uncharged, and is made to wait for that.
+
+    Attributes:
+        queue: where it lies.
+        kind: its kind.
+        job_id: its id.
+        turns: how often in a row it came back.
+        wait: seconds it waits now.
+    """
+
+    queue: str
+    kind: str
+    job_id: str
+    turns: int
+    wait: float
+
+
 class Holdings(Collection[Claim]):
     """Runs by claim. As a collection it is the claims, so that brokers never see runs."""
 
@@ -41,6 +63,18 @@ class Holdings(Collection[Claim]):
         """Runs without an outcome: they fill slots. Finished ones only wait to be settled."""
         self.counts: Final = Counts()
         self._changed = asyncio.Event()
+        self._spinning: tuple[float, Spinning] | None = None
+
+    def spun(self, job: Spinning) -> None:
+        """A job was made to wait; the one that has done so most often is told of."""
+        if (worst := self.spinning()) is None or job.turns >= worst.turns or job.job_id == worst.job_id:
+            self._spinning = monotonic(), job
+
+    def spinning(self) -> Spinning | None:
+        """The job that has come back most often of late, if any did too often."""
+        if self._spinning is not None and monotonic() - self._spinning[0] < LATELY:
+            return self._spinning[1]
+        return None
 
     def __len__(self) -> int:
         return len(self._runs)

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+import msgspec
+
 from streamworker.holdings import Holdings
 from streamworker.settings import Settings
 
@@ -39,7 +41,7 @@ def heartbeat(
     settings: Settings, queues: Sequence[str], started: float, holdings: Holdings, loop_lag: float
 ) -> dict[str, str | int | float]:
     """What operators see of a worker between two heartbeats."""
-    counts = holdings.counts
+    counts, spinning = holdings.counts, holdings.spinning()
     return {
         "hostname": socket.gethostname(),
         "pid": os.getpid(),
@@ -55,4 +57,5 @@ def heartbeat(
         "lost": counts.lost,
         "rss": rss_bytes(),
         "loop_lag": round(loop_lag, 4),
+        "spinning": "" if spinning is None else msgspec.json.encode(spinning).decode(),
     }

@@ -241,12 +241,14 @@ class Dead(msgspec.Struct, frozen=True):
 class ReleaseAt(msgspec.Struct, frozen=True):
     """Give back uncharged: at once (``at=None``), or at ``at`` (epoch seconds).
 
-    ``unknown_since`` (epoch seconds) is remembered with the job, so that unknown kinds can end by age.
+    ``unknown_since`` (epoch seconds) is remembered with the job, so that unknown kinds can end by age. ``turns`` is how
+    often in a row it ran and came back uncharged, if it comes back later for that than it was meant to.
     """
 
     at: float | None = None
     reason: str = ""
     unknown_since: float | None = None
+    turns: int = 0
 
 
 Verdict: TypeAlias = Done | Drop | RetryAt | Dead | ReleaseAt

@@ -56,11 +56,15 @@ class State(msgspec.Struct, frozen=True, omit_defaults=True):
         turn: of a job that waited for a limit: ``ARRIVAL MARK``, when it came there (ms by the server's clock), and the
             end of the member that it waited under.
         unknown_since: epoch seconds at which a worker first met this job without knowing its kind; 0 if none did.
+        returns: how often in a row it ran and came back uncharged.
+        rapid: how many of the last of those came within a second.
     """
 
     deliveries: int = 0
     turn: str = ""
     unknown_since: int = 0
+    returns: int = 0
+    rapid: int = 0
 
 
 NOTHING: Final = State()
@@ -114,10 +118,13 @@ def believed(raw: Any, job_id: str | None, secret: bytes, *, hop: int) -> State:
             return state
         old = raw.state
         deaths = min(MOST, state.deliveries + old.deliveries)  # of a fleet in which both versions put jobs back
-        return State(deaths, state.turn or old.turn, state.unknown_since or old.unknown_since)
+        turn, since = state.turn or old.turn, state.unknown_since or old.unknown_since
+        return State(deaths, turn, since, state.returns, state.rapid)
     if not isinstance(raw, dict) or not job_id or not secret:
         return NOTHING
-    state = State(_count(raw.get("deliveries"), MOST), _turn(raw.get("turn")), _count(raw.get("unknown_since")))
+    deliveries, turn = _count(raw.get("deliveries"), MOST), _turn(raw.get("turn"))
+    returns, rapid = _count(raw.get("returns")), _count(raw.get("rapid"))
+    state = State(deliveries, turn, _count(raw.get("unknown_since")), returns, rapid)
     proof = raw.get("seal")
     right = isinstance(proof, str) and proof.isascii() and compare_digest(proof, seal(secret, job_id, _text(state)))
     return state if right else NOTHING
@@ -169,7 +176,7 @@ def reserved_in(headers: Mapping[Any, Any]) -> str | None:
 
 
 def _text(state: State) -> str:
-    return f"state {state.deliveries} {state.unknown_since} {state.turn}"
+    return f"state {state.deliveries} {state.unknown_since} {state.returns} {state.rapid} {state.turn}"
 
 
 def _turn(value: Any) -> str:

@@ -14,6 +14,8 @@ The rules, in the order they are asked:
 7. Undecodable is Dead at once; its bytes are kept.
 8. Cancelled is Drop: no failure, no attempt, no dead letter.
 9. Recorded is what the ledger says.
+
+Besides, a job that ran and goes back uncharged again and again waits longer each time, see `least_wait`.
 """
 
 from __future__ import annotations
@@ -47,6 +49,11 @@ from streamworker.redact import describe, fit, text_of
 
 SUSPECT_DELIVERIES: Final = 3
 """From this delivery on a job runs alone: two workers died with it, the third shall not take neighbours along."""
+RAPID: Final = 1.0
+"""Seconds from the start of a run to the next: a job that comes back uncharged sooner does so rapidly."""
+FREE_RETURNS: Final = 10
+"""Rapid returns in a row that cost nothing: waiting a moment for something is no spinning."""
+LONGEST_LEAST_WAIT: Final = 60.0
 DONE: Final = Done()
 DROP: Final = Drop()
 _WORDS: Final[dict[type, str]] = {
@@ -182,6 +189,14 @@ def wish_in(error: BaseException) -> BaseException:
     while isinstance(inner, BaseExceptionGroup) and len(inner.exceptions) == 1:
         inner = inner.exceptions[0]
     return inner if isinstance(inner, HandlerSignal) else error
+
+
+def least_wait(rapid: int) -> float:
+    """Seconds that a job waits at least after so many rapid returns in a row: 0 for ten, then 0.2, 0.4 … up to 60.
+
+    Returns that charge nothing have no end of their own: without this one job of ``Snooze(0)`` keeps a worker busy.
+    """
+    return min(LONGEST_LEAST_WAIT, 0.1 * 2.0 ** min(rapid - FREE_RETURNS, 20)) if rapid > FREE_RETURNS else 0.0
 
 
 def word_of(outcome: Outcome | None) -> str:

@@ -19,7 +19,7 @@ from streamworker.broker import Broker, Ending
 from streamworker.endings import ending, keeping
 from streamworker.errors import ConfigurationError, Unreachable
 from streamworker.execute import OK
-from streamworker.holdings import Holdings
+from streamworker.holdings import Holdings, Spinning
 from streamworker.job import Dead, Deferred, Done, Drop, Raised, ReleaseAt, RetryAt, Settled, Undecodable
 from streamworker.pause import Pause
 from streamworker.policy import DONE
@@ -180,10 +180,14 @@ class Settler:
                 if isinstance(run.outcome, Undecodable):
                     error = _where(error)
                 log.warning("job_dead", **facts, reason=reason, error=error, exc_info=exc)
-            case ReleaseAt(at=at, reason=reason):
+            case ReleaseAt(at=at, reason=reason, turns=turns):
                 counts.released += 1
                 if at is not None:
                     self._parked(at)
+                if turns and at is not None:
+                    wait = round(at - time.time(), 1)
+                    self._holdings.spun(Spinning(run.claim.queue, item.kind, item.job_id, turns, wait))
+                    log.warning("job_spinning", **facts, reason=reason, turns=turns, delay=wait)
                 # A kind with a limit releases all the time: that is its ordinary way.
                 (log.debug if isinstance(run.outcome, Deferred) else log.info)("job_released", **facts, reason=reason)
             case Drop():

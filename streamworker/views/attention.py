@@ -7,7 +7,7 @@ from typing import Final, Literal, TypeAlias
 
 import msgspec
 
-from streamworker.views.rows import QueueRow, WorkerRow
+from streamworker.views.rows import QueueRow, SpinningRow, WorkerRow
 from streamworker.views.words import age
 
 Severity: TypeAlias = Literal["bad", "warn", "note"]
@@ -65,6 +65,7 @@ def attention(
     """
     living = [worker for worker in workers if worker.alive]
     found = [notice for worker in workers for notice in _of_worker(worker)]
+    found += _of_spinning(living)
     for row in queues:
         served = any(row.queue in worker.queues for worker in living)
         found += _of_queue(row, served=served, stuck=stuck.get(row.queue), died=died.get(row.queue, 0))
@@ -80,6 +81,25 @@ def _of_worker(worker: WorkerRow) -> list[Notice]:
         sentence = f"{worker.worker_id} is late by {age(worker.loop_lag_s)}: a handler blocks its event loop"
         return [Notice("warn", "workers", sentence, worker=worker.worker_id)]
     return []
+
+
+def _of_spinning(workers: Sequence[WorkerRow]) -> list[Notice]:
+    """A job goes from worker to worker: the last one that saw it counted furthest."""
+    worst: dict[tuple[str, str], SpinningRow] = {}
+    for job in (worker.spinning for worker in workers if worker.spinning is not None):
+        known = worst.get((job.queue, job.job_id))
+        if known is None or job.turns > known.turns:
+            worst[job.queue, job.job_id] = job
+    return [
+        Notice(
+            "warn",
+            "queues",
+            f"{job.queue}: the job {job.job_id} ({job.kind}) came back {job.turns:,} times in a row at once and "
+            f"uncharged, and waits for {age(job.wait_s)} each time now: let it snooze for longer, or cancel it",
+            job.queue,
+        )
+        for job in worst.values()
+    ]
 
 
 def _of_queue(row: QueueRow, *, served: bool, stuck: Stuck | None, died: int) -> list[Notice]:

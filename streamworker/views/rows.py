@@ -55,6 +55,16 @@ class DeadRow(msgspec.Struct, frozen=True):
     age_s: float
 
 
+class SpinningRow(msgspec.Struct, frozen=True):
+    """A job that keeps coming back at once and uncharged: ``turns`` times in a row, each ``wait_s`` seconds now."""
+
+    queue: str
+    kind: str
+    job_id: str
+    turns: int
+    wait_s: float
+
+
 class WorkerRow(msgspec.Struct, frozen=True):
     """A worker's last heartbeat, and how many jobs are pending under its name; ``None`` where nothing beats."""
 
@@ -70,6 +80,7 @@ class WorkerRow(msgspec.Struct, frozen=True):
     uptime_s: float | None
     rss_bytes: int | None
     loop_lag_s: float | None
+    spinning: SpinningRow | None = None
 
 
 def queue_row(depth: Depth) -> QueueRow:
@@ -137,7 +148,16 @@ def worker_row(info: WorkerInfo, now: float) -> WorkerRow:
         uptime_s=None if started is None else round(max(0.0, now - started), 1),
         rss_bytes=_whole(told.get("rss")),
         loop_lag_s=_number(told.get("loop_lag")),
+        spinning=_spinning(told.get("spinning")),
     )
+
+
+def _spinning(text: str | None) -> SpinningRow | None:
+    try:
+        queue, kind, job_id, turns, wait = msgspec.json.decode(text or "", type=tuple[str, str, str, int, float])
+    except (msgspec.MsgspecError, UnicodeEncodeError, RecursionError):
+        return None
+    return SpinningRow(queue, kind, job_id, turns, wait)
 
 
 def _number(text: str | None) -> float | None:

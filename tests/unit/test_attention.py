@@ -1,6 +1,11 @@
 """What operators are told first, judged from rows alone."""
 
+import msgspec
+import pytest
+
+from streamworker.broker import WorkerInfo
 from streamworker.views import History, QueueRow, Stuck, WorkerRow, attention
+from streamworker.views.rows import SpinningRow, worker_row
 
 
 def queue(name="q", ready=0, dead=0, oldest=None, **more):
@@ -35,6 +40,25 @@ def test_what_is_wrong_comes_in_order():
     sentences = [notice.sentence for notice in attention(queues, workers, stuck, {"alone": 7})]
     assert "100+ pending jobs not renewed for 1m 15s" in sentences[0]
     assert "nap is paused, 1 wait" in sentences
+
+
+def test_a_job_that_spins_is_named_once_whoever_saw_it():
+    """It goes from worker to worker; each tells what it saw of it last."""
+    seen = [SpinningRow("q", "poll", "j", turns, 60.0) for turns in (12, 14)]
+    workers = [msgspec.structs.replace(worker(str(n)), spinning=each) for n, each in enumerate(seen)]
+    (notice,) = attention([queue()], workers, {}, {})
+    assert (notice.severity, notice.place, notice.queue) == ("warn", "queues", "q")
+    assert "the job j (poll) came back 14 times in a row" in notice.sentence
+    gone = msgspec.structs.replace(worker(alive=False), spinning=seen[0])
+    assert attention([queue()], [gone], {}, {}) == []
+
+
+@pytest.mark.parametrize("told", ["", "x", "[]", '["q","k","j",1e99,1]', "\ud800", None])
+def test_a_heartbeat_that_anybody_may_have_written(told):
+    report = {} if told is None else {"spinning": told}
+    assert worker_row(WorkerInfo("w", True, 0, ["q"], report), 0.0).spinning is None
+    report = {"spinning": '["q","k","j",12,1.5]'}
+    assert worker_row(WorkerInfo("w", True, 0, ["q"], report), 0.0).spinning == SpinningRow("q", "k", "j", 12, 1.5)
 
 
 def test_a_queue_that_postgresql_holds_back():

@@ -1,10 +1,12 @@
 """From a run's outcome to what the broker settles: the verdict and the job's next form."""
 
 import json
+from time import monotonic
 
 import pytest
 
 from streamworker import Backoff, codec
+from streamworker.broker import Ending
 from streamworker.endings import ending
 from streamworker.errors import Discard, Snooze
 from streamworker.execute import OK
@@ -23,7 +25,7 @@ from streamworker.job import (
     UnknownKind,
 )
 from streamworker.marks import State, sealed
-from streamworker.policy import Facts, Limits
+from streamworker.policy import FREE_RETURNS, LONGEST_LEAST_WAIT, Facts, Limits
 from streamworker.run import Run
 
 NOW = 1_000_000.0
@@ -111,7 +113,7 @@ def test_a_turn_lasts_until_the_job_has_run():
     assert remembered(made) == State(1, "1700000000000.002 4567abcd")
     ran = run(Raised(Snooze(1)), waiting)
     ran.started = 1.0
-    assert remembered(ending(ran, now=NOW, jitter=0.5)) == State(1)
+    assert remembered(ending(ran, now=NOW, jitter=0.5)) == State(1, returns=1)
 
 
 @pytest.mark.parametrize("headers", [{}, {"headers": None}, {"headers": {}}, {"headers": {"a": 1}}])
@@ -142,3 +144,57 @@ def test_what_cannot_be_read_ends_with_its_reason(body):
 def test_a_run_without_outcome_has_no_ending():
     with pytest.raises(AssertionError):
         ending(run(None), now=NOW, jitter=0.5)
+
+
+# -- what charges nothing and never ends
+
+
+def returned(made, outcome, ran):
+    """The same job once more: ``ran`` seconds, then this outcome."""
+    again = run(outcome, body=made.body)
+    again.started = monotonic() - ran
+    return ending(again, now=NOW, jitter=0.5)
+
+
+def waits(outcomes, ran=0.0):
+    made, found = Ending(run(None).claim, Done(), run(None).claim.body), []
+    for outcome in outcomes:
+        made = returned(made, outcome, ran)
+        found.append(round((NOW if made.verdict.at is None else made.verdict.at) - NOW, 3))
+    return made, found
+
+
+@pytest.mark.parametrize("outcome", [Raised(Snooze(0)), Raised(Snooze(0.05)), Interrupted("handed back")])
+def test_a_job_that_comes_back_at_once_again_and_again_waits_longer_each_time(outcome):
+    made, found = waits([outcome] * 40)
+    asked = outcome.error.after if isinstance(outcome, Raised) else 0.0
+    assert found[:FREE_RETURNS] == [asked] * FREE_RETURNS
+    assert found[FREE_RETURNS : FREE_RETURNS + 4] == [0.2, 0.4, 0.8, 1.6]
+    assert found[-1] == LONGEST_LEAST_WAIT
+    assert remembered(made) == State(returns=40, rapid=40)
+    assert made.verdict.turns == 40
+
+
+@pytest.mark.parametrize(("wish", "ran"), [(1, 0.0), (60, 0.0), (0, 1.0), (0.5, 0.6), (86_400, 3.0)])
+def test_one_that_waits_or_works_meanwhile_comes_back_when_it_said(wish, ran):
+    made, found = waits([Raised(Snooze(wish))] * 40, ran)
+    assert found == [wish] * 40
+    assert remembered(made) == State(returns=40)
+    assert made.verdict.turns == 0
+
+
+def test_the_count_begins_anew_with_a_longer_snooze_and_ends_with_a_charge():
+    spun, _ = waits([Raised(Snooze(0))] * 30)
+    made = returned(spun, Raised(Snooze(60)), 0.0)
+    assert made.verdict == ReleaseAt(NOW + 60, "snoozed")
+    assert remembered(made) == State(returns=31)
+    assert returned(made, Raised(Snooze(0)), 0.0).verdict.at == NOW
+    assert remembered(returned(spun, Raised(ValueError("x")), 0.0)) == State()
+
+
+def test_what_did_not_run_is_not_counted():
+    spun, _ = waits([Raised(Snooze(0))] * 30)
+    for outcome in (Interrupted("handed back"), Deferred(NOW + 1, "1 0123abcd", "m"), UnknownKind("k")):
+        made = ending(run(outcome, body=spun.body), now=NOW, jitter=0.5)
+        assert (remembered(made).returns, remembered(made).rapid) == (30, 30)
+        assert made.verdict.turns == 0
