@@ -217,6 +217,21 @@ async def test_a_key_gives_the_earlier_job_while_it_is_remembered(app, pg):
     assert len(await rows(pg)) == 3
 
 
+@pytest.mark.parametrize("status", ["cancelled", "queued", "dispatched", "running", "completed", "dead"])
+async def test_a_key_is_free_once_its_job_was_cancelled_and_not_before(app, pg, status):
+    async with pg.transaction():
+        first = await app.enqueue(Bill(), key="k", connection=pg)
+        elsewhere = await app.enqueue(Bill(), key="k", queue="other", connection=pg)
+    await pg.execute("update streamworker.jobs set status = $1 where queue_name = 'billing'", status)
+    for fresh in (True, False):  # the second time it is the second job's
+        async with pg.transaction():
+            again = await app.enqueue(Bill(), key="k", connection=pg)
+        assert again.new is (fresh and status == "cancelled")
+    assert (again.id == first.id) is (status != "cancelled")
+    async with pg.transaction():
+        assert (await app.enqueue(Bill(), key="k", queue="other", connection=pg)).id == elsewhere.id
+
+
 async def test_a_key_of_an_aborted_transaction_is_free(app, pg):
     await aborted(pg, app.enqueue(Bill(), key="k", connection=pg))
     async with pg.transaction():
