@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import asyncpg
 
-from streamworker.errors import ConfigurationError
+from streamworker.broker import Finding
+from streamworker.errors import ConfigurationError, StreamworkerError
 from streamworker.postgres.archive import PostgresArchive
+from streamworker.postgres.direct import connect
 from streamworker.postgres.failures import understood
 from streamworker.postgres.ledger import PostgresLedger
 from streamworker.postgres.pool import (
@@ -19,6 +21,7 @@ from streamworker.postgres.pool import (
     NamedPool,
     Pressure,
     borrowed_database,
+    count_sessions,
     open_database,
     require_same_database,
 )
@@ -29,6 +32,8 @@ log = get_logger("streamworker.ledger")
 
 
 # The key of a job is (id, queue_name).
+_TRIED: Final = 100
+"""Most connections that `check` opens."""
 _THERE: Final = """
 select to_regclass('streamworker.jobs') is not null as any, exists (
   select from pg_index where indexrelid = to_regclass('streamworker.jobs_pkey') and indnkeyatts = 2
@@ -78,6 +83,57 @@ def most_connections(settings: Settings) -> int:
     if settings.ledger == "off":
         return handlers
     return 2 * handlers + CONNECTIONS + (RELAY_CONNECTIONS + 1 if settings.relay == "on" else 0)
+
+
+async def examine(settings: Settings, url: str) -> list[Finding]:
+    """What `streamworker check` says of PostgreSQL: asked as a worker asks it, with as many connections.
+
+    Args:
+        settings: a worker's.
+        url: of the database.
+    """
+    most = most_connections(settings)
+    async with AsyncExitStack() as stack:
+        try:
+            database = await open_database(url, name="check", connections=1)
+            stack.callback(database.close)
+            with understood("looking for the schema streamworker"):
+                there = (await database.fetch(_THERE))[0]
+            sessions = await count_sessions(url, min(most, _TRIED))
+            if settings.database_direct_url is not None:
+                (await connect(settings.database_direct_url, "check")).terminate()
+        except StreamworkerError as error:
+            return [Finding("error", "postgresql", str(error))]
+    found = [_of_sessions(most, sessions, pooled=database.pooled)]
+    if database.pooled and settings.ledger != "off" and settings.relay == "on" and settings.database_direct_url is None:
+        hint = (
+            "there is no LISTEN behind a pooler: the relay looks twice a second. Past it leads "
+            "STREAMWORKER_DATABASE_DIRECT_URL"
+        )
+        found.append(Finding("ok", "postgresql", hint))
+    if settings.ledger == "off" or there["all"]:
+        return found
+    what = "of an older release" if there["any"] else "not there"
+    severity: Literal["error", "warning"] = "error" if settings.ledger == "on" or there["any"] else "warning"
+    sentence = f"the schema streamworker is {what}: there is no ledger until `streamworker migrate up` was run"
+    return [*found, Finding(severity, "ledger", sentence)]
+
+
+def _of_sessions(most: int, sessions: int, *, pooled: bool) -> Finding:
+    through = "through a pooler" if pooled else "directly"
+    wanted = min(most, _TRIED)
+    if sessions >= wanted:
+        return Finding(
+            "ok", "postgresql", f"it answers {through}; a worker opens up to {most} connections, and {wanted} are there"
+        )
+    whose = "the pooler, which pools by session," if pooled else "PostgreSQL"
+    cure = "make its pool (default_pool_size) larger" if pooled else "raise max_connections"
+    return Finding(
+        "warning",
+        "postgresql",
+        f"{whose} gives {sessions} of the {most} connections that one worker may open: {cure}, or lower "
+        "STREAMWORKER_DATABASE_CONNECTIONS",
+    )
 
 
 async def _handlers_pool(

@@ -8,6 +8,7 @@ from typing import Any, Final
 import anyio
 import msgspec
 
+from streamworker import durable
 from streamworker.app import App
 from streamworker.broker import Finding, Operator
 from streamworker.cli.loading import load_app, with_own
@@ -15,7 +16,7 @@ from streamworker.cli.options import WORKER, WorkerFlags
 from streamworker.cli.output import json_line
 from streamworker.cli.stdout import Report
 from streamworker.errors import ConfigurationError, StreamworkerError
-from streamworker.settings import Settings
+from streamworker.settings import EMBEDDED, Settings
 from streamworker.views import printable
 
 SAMPLE: Final = 1000
@@ -69,9 +70,14 @@ def _everything(app: str | None, flags: WorkerFlags) -> list[Finding]:
         except StreamworkerError as error:
             found.append(Finding("error", "app", str(error)))
     try:
-        return [*found, *anyio.run(_server, settings, loaded)]
+        found += anyio.run(_server, settings, loaded)
     except StreamworkerError as error:
-        return [*found, Finding("error", "server", str(error))]
+        found.append(Finding("error", "server", str(error)))
+    if settings.database_url is not None:
+        found += anyio.run(durable.examine, settings, settings.database_url)
+    elif settings.redis_url != EMBEDDED:
+        found.append(Finding("ok", "postgresql", "none is named (DATABASE_URL): there is no ledger"))
+    return found
 
 
 async def _server(settings: Settings, app: App[Any] | None) -> list[Finding]:

@@ -6,6 +6,7 @@ from typing import Any, Final, TypeAlias
 
 import asyncpg
 
+from streamworker.postgres import dsn
 from streamworker.postgres.failures import understood
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
@@ -28,4 +29,5 @@ async def connect(url: str, what: str) -> Connection:
     options: dict[str, Any] = {"server_settings": {"application_name": f"streamworker {what}"}}
     with understood(f"connecting for {what}"):
         # No cached statements: the URL may lead through a pooler all the same.
-        return await asyncpg.connect(url, timeout=CONNECT_TIMEOUT, statement_cache_size=0, **options)
+        connection: Connection = await dsn.connect(url, timeout=CONNECT_TIMEOUT, statement_cache_size=0, **options)
+        return connection

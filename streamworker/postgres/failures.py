@@ -23,6 +23,16 @@ _NO_SERVER: Final = (
     asyncpg.IdleSessionTimeoutError,
 )
 _STATEMENT_MODE: Final = "statement pooling mode"
+# PgBouncer, of settings of the server in a URL that it was not told to pass on or to ignore.
+_OPTIONS: Final = (
+    _STATEMENT_MODE,
+    "unsupported startup parameter",
+    # The server, of a setting in the URL that it does not know, or not in this form, or not here.
+    "unrecognized configuration parameter",
+    "invalid value for parameter",
+    "cannot be changed now",
+    "cannot be changed without restarting",
+)
 _REFUSED: Final = (asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidCatalogNameError)
 _ROW_FAULTS: Final = ("22", "23", "54")
 _UNABLE: Final = ("53", "57", "58", "F0", "XX")
@@ -33,13 +43,21 @@ _BROKEN: Final = ("connection is closed", "connection was closed", "pool is clos
 
 def is_outage(error: BaseException) -> bool:
     """Whether the server could not be asked, rather than refused what it was asked."""
-    if isinstance(error, NoConnection) or _STATEMENT_MODE in str(error):
-        return False  # we hold them all; or it answers, and never will otherwise
+    if isinstance(error, NoConnection) or _is_misconfigured(error):
+        return False  # we hold them all; or the answer will never be another
     if isinstance(error, _NO_SERVER):
         return True
     if isinstance(error, asyncpg.ProtocolViolationError):  # PgBouncer: "server conn crashed?", "query_wait_timeout"
         return True
     return isinstance(error, asyncpg.InterfaceError) and any(words in str(error) for words in _BROKEN)
+
+
+def _is_misconfigured(error: BaseException) -> bool:
+    """Whether options of the URL, or the pooler it leads to, make every connection fail alike."""
+    if not isinstance(error, asyncpg.InterfaceError | asyncpg.PostgresError):
+        return False
+    wrong = asyncpg.exceptions.ClientConfigurationError  # asyncpg, of a value in the URL
+    return isinstance(error, wrong) or any(words in str(error) for words in _OPTIONS)
 
 
 def reason(error: BaseException) -> str:
@@ -113,6 +131,10 @@ def translated(error: Exception, what: str) -> Exception:
         return ConfigurationError(
             f"the connection pooler of DATABASE_URL is in statement mode, which has no transactions ({reason(error)}): "
             "let it pool by transaction or by session, or name PostgreSQL itself"
+        )
+    if _is_misconfigured(error):
+        return ConfigurationError(
+            f"DATABASE_URL cannot be used for {what}: {reason(error)}; correct or remove that option"
         )
     if isinstance(error, _REFUSED):
         return ConfigurationError(f"PostgreSQL refuses {what}: {reason(error)}; check DATABASE_URL")

@@ -18,7 +18,7 @@ import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 
 from streamworker.errors import ConfigurationError, NoConnection
-from streamworker.postgres import LANES
+from streamworker.postgres import LANES, dsn
 from streamworker.postgres.failures import break_off, is_gone, understood
 from streamworker.telemetry.logs import get_logger
 
@@ -43,6 +43,8 @@ CONNECTIONS: Final = LANES + 3
 """Most connections of one ledger: recording, looking up, noting what runs, cleaning up."""
 RELAY_CONNECTIONS: Final = 2
 """Most connections of one relay, besides the one that listens."""
+TRY: Final = 3.0
+"""Seconds in which each of the connections that `streamworker check` opens has to answer."""
 SETTINGS: Final = {
     "lock_timeout": "250ms",
     "statement_timeout": "20s",
@@ -83,6 +85,9 @@ class NamedPool(asyncpg.Pool):
         pressure: of the worker.
         pooled: whether a pooler stands in between; ``None`` finds out with the first connection.
         options: of each connection.
+
+    Raises:
+        ConfigurationError: the URL asks for what asyncpg cannot do.
     """
 
     def __init__(
@@ -92,6 +97,7 @@ class NamedPool(asyncpg.Pool):
         self._pressure = pressure
         self._pooled = pooled
         self._silent_until = 0.0
+        dsn.parse(url)  # what is wrong with it is said when the worker starts, not by its first job
         super().__init__(
             url,
             min_size=0,  # connects when first needed
@@ -107,7 +113,7 @@ class NamedPool(asyncpg.Pool):
     async def _connected(self, *place: Any, **options: Any) -> Any:
         """One connection; behind a pooler without prepared statements, and with its session, if it gives any."""
         if self._pooled is not False:
-            connection = await asyncpg.connect(*place, **{**options, "statement_cache_size": 0})
+            connection = await dsn.connect(*place, **{**options, "statement_cache_size": 0})
             try:
                 pooled = await behind_pooler(connection)
             except BaseException:
@@ -118,7 +124,7 @@ class NamedPool(asyncpg.Pool):
             if self._pooled:
                 return connection
             connection.terminate()
-        return await asyncpg.connect(*place, **{**options, "statement_cache_size": 100})
+        return await dsn.connect(*place, **{**options, "statement_cache_size": 100})
 
     async def _acquire(self, timeout: float | None) -> Any:
         acquire: Any = super()._acquire  # type: ignore[misc]
@@ -309,7 +315,7 @@ async def open_database(
     """
     label = f"streamworker {name}"
     with understood(f"connecting for the {name}"):
-        probe = await asyncpg.connect(
+        probe = await dsn.connect(
             url, timeout=CONNECT_TIMEOUT, statement_cache_size=0, server_settings={"application_name": label}
         )
         try:
@@ -349,6 +355,31 @@ async def behind_pooler(connection: Connection) -> bool:
     async with connection.transaction():
         backend = await connection.fetchval("select pg_backend_pid()")
     return bool(backend != connection.get_server_pid())
+
+
+async def count_sessions(url: str, wanted: int) -> int:
+    """How many of ``wanted`` connections, open at once, get an answer within `TRY` seconds.
+
+    Args:
+        url: of the database.
+        wanted: how many are opened.
+    """
+    there: list[Any] = []
+
+    async def one() -> bool:
+        try:
+            connection = await dsn.connect(url, timeout=TRY, statement_cache_size=0)
+            there.append(connection)
+            await connection.execute("select 1", timeout=TRY)
+        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            return False
+        return True
+
+    try:
+        return sum(await asyncio.gather(*(one() for _ in range(wanted))))
+    finally:
+        for connection in there:
+            connection.terminate()
 
 
 async def require_same_database(ledger: Database, pool: AnyPool) -> None:

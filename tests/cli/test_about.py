@@ -159,8 +159,12 @@ def test_check_says_what_it_cannot_reach(bare):
     done = bare("check", "--json", "--app", "jobs:nope", REDIS_URL="redis://127.0.0.1:1")
     assert done.returncode == 1
     assert [(row["severity"], row["subject"]) for row in done.rows] == [
-        ("ok", "settings"), ("error", "app"), ("error", "server"),
+        ("ok", "settings"), ("error", "app"), ("error", "server"), ("ok", "postgresql"),
     ]  # fmt: skip
+    away = bare("check", "--json", REDIS_URL="redis://127.0.0.1:1", DATABASE_URL="postgresql://127.0.0.1:1/x")
+    ((severity, sentence),) = found(away, "postgresql")
+    assert severity == "error"
+    assert "does not answer" in sentence
     wrong = bare("check", "--json", STREAMWORKER_LEASE="x", STREAMWORKER_GRACE="y")
     assert [(row["severity"], row["subject"]) for row in wrong.rows] == [("error", "settings")] * 2
 

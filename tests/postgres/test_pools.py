@@ -12,7 +12,7 @@ import asyncpg
 import pytest
 
 from streamworker import App, Backoff, Context, Payload, Settings
-from streamworker.durable import most_connections
+from streamworker.durable import examine, most_connections
 from streamworker.errors import ConfigurationError, NoConnection
 from streamworker.postgres import pool as pools
 from streamworker.postgres.pool import NamedPool, Pressure, open_database
@@ -217,3 +217,51 @@ def test_without_a_ledger_only_handlers_connect():
     assert most_connections(Settings(ledger="off", database_connections=7)) == 7
     assert most_connections(Settings(database_url="postgresql://h/x", relay="off")) == 25
     assert most_connections(Settings(database_url="postgresql://h/x")) == 28
+
+
+@pytest.mark.parametrize("mode", ["straight", "transaction", "session", "statement"])
+async def test_check_tries_postgresql_as_a_worker_uses_it(redis_url, database_url, postgres, tmp_path, mode):
+    settings = settings_for(redis_url, database_url, database_connections=3, relay="on")
+    if mode == "straight":
+        (found,) = await examine(settings, database_url)
+        assert (found.severity, found.subject) == ("ok", "postgresql")
+        assert found.sentence == "it answers directly; a worker opens up to 14 connections, and 14 are there"
+        return
+    bouncer = PgBouncer(postgres, tmp_path / "bouncer", mode=mode, size=4)
+    try:
+        found, *more = await examine(settings, bouncer.url(name_of(database_url)))
+    finally:
+        bouncer.stop()
+    match mode:
+        case "transaction":
+            assert (found.severity, "14 are there" in found.sentence) == ("ok", True)
+            assert ["STREAMWORKER_DATABASE_DIRECT_URL" in each.sentence for each in more] == [True]
+        case "session":
+            assert found.severity == "warning"
+            assert "gives 4 of the 14 connections" in found.sentence
+            assert "default_pool_size" in found.sentence
+        case "statement":
+            assert found.severity == "error"
+            assert "statement mode" in found.sentence
+
+
+@pytest.mark.parametrize(("ledger", "severity"), [("on", "error"), ("auto", "warning"), ("off", None)])
+async def test_check_says_that_the_schema_is_missing(redis_url, empty_database, ledger, severity):
+    found = await examine(settings_for(redis_url, empty_database, ledger=ledger), empty_database)
+    assert [(each.severity, "migrate up" in each.sentence) for each in found[1:]] == (
+        [(severity, True)] if severity else []
+    )
+
+
+async def test_check_counts_what_max_connections_leaves(redis_url, database_url, pg):
+    role, password = "few", "pw"
+    await pg.execute(
+        f"create role {role} login password '{password}' connection limit 5; grant pg_read_all_data to {role}"
+    )
+    try:
+        url = database_url.replace("postgres@", f"{role}:{password}@", 1)
+        found, *_ = await examine(settings_for(redis_url, url, database_connections=3, relay="off"), url)
+    finally:
+        await pg.execute(f"drop role {role}")
+    assert found.severity == "warning", found
+    assert "raise max_connections" in found.sentence
