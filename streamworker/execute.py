@@ -158,9 +158,10 @@ class Executor:
             ended(run, outcome)
         return outcome
 
-    @staticmethod
-    def _failed(run: Run, error: BaseException) -> Outcome:
+    def _failed(self, run: Run, error: BaseException) -> Outcome:
         """The outcome of a run whose handler raised."""
+        if os.getpid() != self._pid:
+            signals.end_child(error)  # of a forked child, which runs no loop: nothing below works there
         current = asyncio.current_task()
         task = run.task or current
         if isinstance(error, GeneratorExit) and current is not task:
@@ -229,7 +230,7 @@ class Executor:
                 outcome: Outcome = Ok(registration.function(*arguments))
             except BaseException as error:  # noqa: BLE001 - a future cannot carry StopIteration, nor the loop SystemExit
                 outcome = Raised(error)
-            if os.getpid() != self._pid:  # the handler forked, and its child came back, too
+            if os.getpid() != self._pid:  # a forked child, which came back as well
                 signals.end_child(outcome.error if isinstance(outcome, Raised) else None)
             return outcome
 

@@ -86,6 +86,11 @@ class Health:
         if self._http is not None:
             self._http.close()
 
+    def close_in_forked_child(self) -> None:
+        """Let go of the port; called in a process that a handler forked."""
+        if self._http is not None:
+            self._http.close_in_forked_child()
+
     def vitals(self) -> Vitals:
         """How the worker is right now; may be called from any thread."""
         now, claimer, lease = monotonic(), self._claimer, self._lease

@@ -15,7 +15,9 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import thread
 from contextlib import contextmanager, suppress
+from queue import Empty
 from types import FrameType
 from typing import Any, Final, NamedTuple, NoReturn
 
@@ -194,6 +196,8 @@ def _after_fork_in_child() -> None:
         each.forked()
         if each.thread == threading.get_ident():
             _end_on_return(each.loop)
+    if guards:
+        _end_in_pool()
     _after_fork_in_parent()
     _masks.clear()
 
@@ -213,6 +217,26 @@ def _end_on_return(loop: asyncio.AbstractEventLoop) -> None:
         if type(ready) is deque and ready and ready[-1] is handle:
             ready.rotate(1)
             return
+
+
+class _End:
+    """A work item that ends the process."""
+
+    def run(self, *_: object) -> None:
+        end_child()
+
+
+def _end_in_pool() -> None:
+    """Let a thread of a pool, such as that of `asyncio.to_thread`, end the child when it looks for more work.
+
+    Its copy of the queue may hold calls of other jobs, which the parent's threads run.
+    """
+    queue = thread._threads_queues.get(threading.current_thread())
+    if queue is not None:
+        with suppress(Empty):
+            while True:
+                queue.get_nowait()
+        queue.put(_End())
 
 
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

@@ -309,3 +309,4 @@ class QueueWorker:
     def _in_forked_child(self) -> None:
         """Called in a process that one of our handlers forked: its copy of this worker must not settle anything."""
         self._forked = True
+        self._health.close_in_forked_child()

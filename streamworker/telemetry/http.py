@@ -83,6 +83,7 @@ class HttpThread:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop = asyncio.Event()
         self._thread: threading.Thread | None = None
+        self._listener: socket.socket | None = None
         self.port = 0
 
     def open(self) -> None:
@@ -100,6 +101,7 @@ class HttpThread:
                 "choose another host:port, port 0 for any free one, or off"
             ) from None
         self.port = listener.getsockname()[1]
+        self._listener = listener
         self._loop = loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._main, args=(loop, listener), name="streamworker-http", daemon=True)
         self._thread.start()
@@ -112,6 +114,11 @@ class HttpThread:
                 self._loop.call_soon_threadsafe(self._stop.set)
             self._thread.join(PATIENCE)
             self._thread = None
+
+    def close_in_forked_child(self) -> None:
+        """Let go of the port: a child that outlives a killed worker would keep its successor from listening."""
+        if self._listener is not None:
+            self._listener.close()
 
     def _main(self, loop: asyncio.AbstractEventLoop, listener: socket.socket) -> None:
         with asyncio.Runner(loop_factory=lambda: loop) as runner:

@@ -54,6 +54,10 @@ class _Sink:
         self._lock = threading.RLock()
         self._turn = _Turn(stream)
 
+    def renew(self) -> None:
+        """In a forked child: locks that other threads of the parent held are not released there by anyone."""
+        self._lock, self._turn = threading.RLock(), _Turn(self._stream)
+
     def msg(self, line: str) -> None:
         try:
             self._write(line + "\n")
@@ -144,6 +148,15 @@ class _Pipeline(NamedTuple):
 
 
 _pipeline: _Pipeline | None = None
+
+
+def _after_fork_in_child() -> None:
+    if _pipeline is not None:
+        _pipeline.sink.renew()
+
+
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 class _Logger:

@@ -4,8 +4,10 @@ import io
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 import structlog
@@ -233,6 +235,30 @@ def test_a_stream_of_ascii_still_gets_the_line():
     logs.configure("info", "console", io.TextIOWrapper(raw, encoding="ascii"))
     logs.get_logger().info("für")
     assert rb"f\xfcr" in raw.getvalue()
+
+
+def test_a_forked_child_can_log_whatever_the_parents_threads_were_doing(tmp_path):
+    with (tmp_path / "log").open("w") as stream:
+        logs.configure("info", "json", stream)
+        held, done = threading.Event(), threading.Event()
+
+        def writes():
+            with logs._pipeline.sink._lock:
+                held.set()
+                done.wait()
+
+        writer = threading.Thread(target=writes)
+        writer.start()
+        held.wait()
+        pid = os.fork()
+        if not pid:
+            signal.alarm(10)  # ends it where it waits for a thread that it does not have
+            logs.get_logger("x").info("from the child")
+            os._exit(0)
+        done.set()
+        writer.join()
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert "from the child" in (tmp_path / "log").read_text()
 
 
 @pytest.mark.parametrize(("level", "style"), [("loud", "json"), ("info", "yaml")])
