@@ -92,6 +92,12 @@ class _Dated(msgspec.Struct):
     created_at: msgspec.Raw = msgspec.Raw()
 
 
+class _Named(msgspec.Struct):
+    id: Any = None
+    hop: Any = None
+    streamworker: Any = None
+
+
 class _Keyed(msgspec.Struct):
     id: Any = None
     key: Any = None
@@ -100,6 +106,7 @@ class _Keyed(msgspec.Struct):
 _moment: Callable[[msgspec.Raw], datetime | None] = msgspec.json.Decoder(datetime | None).decode
 _dated: Callable[[bytes], _Dated] = msgspec.json.Decoder(_Dated).decode
 _keyed: Callable[[bytes], _Keyed] = msgspec.json.Decoder(_Keyed).decode
+_named: Callable[[bytes], _Named] = msgspec.json.Decoder(_Named).decode
 _loose: Callable[[bytes], Any] = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
@@ -120,6 +127,19 @@ def read(body: bytes) -> Reading:
         document.state = old_state(document.headers, document.state)
         document.headers = document.headers or None
     return document
+
+
+def told_of(body: bytes | None) -> tuple[str | None, int]:
+    """(id, hop) of a document that is no job for a worker, being too large or odd in some field, as far as it tells."""
+    try:
+        told = _named(body or b"")
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None, 0
+    mark = mark_of(told.streamworker)
+    names = (told.id, None if mark is None else mark.id)
+    fit = (name for name in names if isinstance(name, str) and name and len(name.encode()) <= MAX_ID_BYTES)
+    hop = told.hop if type(told.hop) is int and 0 <= told.hop <= 2**53 else 0
+    return next(fit, None), hop
 
 
 def glance(body: bytes | None) -> tuple[str | None, str | None]:

@@ -38,11 +38,12 @@ def run_record(claim: Claim, reading: Reading, *, kind: str, started: float | No
 
 
 def unread_record(claim: Claim) -> RunRecord:
-    """The record of a claim whose document cannot be read."""
-    job_id = codec.derived_id(claim.place, claim.epoch, claim.entry)
+    """The record of a claim whose document cannot be read: of the job that it names, if it names one."""
+    told, hop = codec.told_of(claim.body)
+    job_id = told or codec.derived_id(claim.place, claim.epoch, claim.entry)
     deliveries = deliveries_of(claim, None)
     return RunRecord(
-        job_id, claim.queue, "", claim.level, 0, deliveries, 1, 0, None, claim.epoch, claim.body, None, None, None,
+        job_id, claim.queue, "", claim.level, hop, deliveries, 1, 0, None, claim.epoch, claim.body, None, None, None,
         None if claim.body is None else codec.made_at(claim.body),
     )  # fmt: skip
 

@@ -62,8 +62,10 @@ class Run:
 
     @property
     def job_id(self) -> str:
-        """The job's id; empty if the document cannot be read."""
-        return codec.job_id(self.reading, self.claim) if self.reading is not None else ""
+        """The job's id; of a document that cannot be read what it names, empty if that is nothing."""
+        if self.reading is None:
+            return codec.told_of(self.claim.body)[0] or ""
+        return codec.job_id(self.reading, self.claim)
 
     @property
     def kind(self) -> str:

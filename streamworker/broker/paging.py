@@ -13,7 +13,7 @@ from streamworker.broker.listings import PAGE, Desk, derived_from, text
 from streamworker.errors import InvalidJob, UsageError
 from streamworker.job import LEVELS, Level
 
-_ENTRY_ID: Final = re.compile(r"[0-9]{1,20}-[0-9]{1,20}")
+_ENTRY_ID: Final = re.compile(r"([0-9]{1,20})-([0-9]{1,20})")
 _SCORE: Final = re.compile(r"-?(?:inf|[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)")
 
 
@@ -22,8 +22,10 @@ async def pending(
 ) -> Page[PendingEntry]:
     """A page of one queue's pending entries, all of one level; see `Operator.pending`."""
     head, _, entry_id = after.partition("/")
-    if after and (head not in LEVELS or not (entry_id == "" or _ENTRY_ID.fullmatch(entry_id))):
+    if after and (head not in LEVELS or not (entry_id == "" or _is_entry_id(entry_id))):
         raise _nowhere(after)
+    if only is not None and not _is_entry_id(only):
+        return Page([], None, 0)
     level: Level = head if head in LEVELS else LEVELS[0]
     place = keys.stream(level)
     epoch = await derived_from(desk, keys, level)
@@ -79,8 +81,10 @@ def _parked(keys: QueueKeys, handle: str, at_ms: float, body: bytes | None) -> S
 
 async def dead(desk: Desk, keys: QueueKeys, after: str, only: str | None) -> Page[StoredJob]:
     """A page of one queue's dead letters, newest first."""
-    if after and not _ENTRY_ID.fullmatch(after):
+    if after and not _is_entry_id(after):
         raise _nowhere(after)
+    if only is not None and not _is_entry_id(only):
+        return Page([], None, 0)
     end, start = only or (f"({after}" if after else "+"), only or "-"
     page = await desk.ask("XREVRANGE", keys.dead, end, start, "COUNT", PAGE)
     found = []
@@ -98,6 +102,12 @@ async def dead(desk: Desk, keys: QueueKeys, after: str, only: str | None) -> Pag
             )
         )
     return Page(found, found[-1].handle if len(page) == PAGE and not only else None, len(page))
+
+
+def _is_entry_id(name: str) -> bool:
+    """Whether the server takes it for the id of one entry: two numbers of 64 bits."""
+    parts = _ENTRY_ID.fullmatch(name)
+    return parts is not None and max(int(parts[1]), int(parts[2])) < 2**64
 
 
 def _nowhere(after: str) -> UsageError:

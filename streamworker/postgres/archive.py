@@ -13,22 +13,25 @@ from streamworker.postgres import Attempt, JobRecord, Wanted
 from streamworker.postgres.failures import understood
 from streamworker.postgres.pool import Database
 from streamworker.postgres.retention import BATCH, PRUNABLE, PRUNE
-from streamworker.postgres.rows import stored_id
+from streamworker.postgres.rows import stored_id, within_python
 
 PAGE: Final = 500
+_fields: Final = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
-_COLUMNS: Final = """
-id, queue_name, kind, level, status, attempt_count, max_attempts, hop, deliveries, created_at, run_at, started_at,
-finished_at, worker_id, last_error"""
+_TIMES: Final = ("created_at", "run_at", "started_at", "finished_at")
+_COLUMNS: Final = f"""
+job.id, job.queue_name, job.kind, job.level, job.status, job.attempt_count, job.max_attempts, job.hop, job.deliveries,
+job.worker_id, job.last_error, {", ".join(f"{within_python(f'job.{name}')} as {name}" for name in _TIMES)}"""
 
 FIND: Final = f"""
 select {_COLUMNS}, result::text, payload::text, headers::text, document
-from streamworker.jobs where id = $1 and ($2::text is null or queue_name = $2)
+from streamworker.jobs as job where id = $1 and ($2::text is null or queue_name = $2)
 order by queue_name limit 20"""  # noqa: S608 - our own text
 
-ATTEMPTS: Final = """
-select hop, deliveries, attempt, worker_id, started_at, finished_at, outcome, error
-from streamworker.job_logs where job_id = $1 and queue_name in ($2, '') order by hop, deliveries"""
+ATTEMPTS: Final = f"""
+select hop, deliveries, attempt, worker_id, {within_python("started_at")} as started_at,
+  {within_python("finished_at")} as finished_at, outcome, error
+from streamworker.job_logs where job_id = $1 and queue_name in ($2, '') order by hop, deliveries"""  # noqa: S608
 
 # What waits in Redis comes by once more, and is let go: workers look every job up before they run it.
 CANCEL: Final = """
@@ -67,8 +70,8 @@ class PostgresArchive:
         while True:
             where = " and ".join([*conditions, *([after] if after else [])]) or "true"
             statement = (
-                f"select {_COLUMNS}{more} from streamworker.jobs where {where} "  # noqa: S608 - our own text
-                f"order by created_at desc, id desc, queue_name desc limit {PAGE}"
+                f"select {_COLUMNS}, job.created_at::text as made{more} from streamworker.jobs as job "  # noqa: S608
+                f"where {where} order by job.created_at desc, job.id desc, job.queue_name desc limit {PAGE}"
             )
             with understood("reading the ledger"):
                 rows = await self._database.fetch(statement, *values)
@@ -77,9 +80,9 @@ class PostgresArchive:
             if len(rows) < PAGE:
                 return
             if not after:
-                after = _behind(len(values))
+                after = _behind(len(values), "text::timestamptz")
                 values = [*values, None, None, None]
-            values[-3:] = [rows[-1]["created_at"], rows[-1]["id"], rows[-1]["queue_name"]]
+            values[-3:] = [rows[-1]["made"], rows[-1]["id"], rows[-1]["queue_name"]]
 
     async def find(self, job_id: str, queue: str | None = None) -> JobRecord | None:
         """See `Archive.find`."""
@@ -144,10 +147,13 @@ def _conditions(wanted: Wanted) -> tuple[list[str], list[Any]]:
     return conditions, values
 
 
-def _behind(count: int) -> str:
-    """The condition of a page that goes on behind a row; its three values come after ``count`` others."""
+def _behind(count: int, moment: str = "timestamptz") -> str:
+    """The condition of a page that goes on behind a row; its three values come after ``count`` others.
+
+    As text a moment is exactly the row's, also one that Python does not have.
+    """
     at, job_id, queue = (f"${count + n}" for n in (1, 2, 3))
-    return f"(created_at, id, queue_name) < ({at}::timestamptz, {job_id}::text, {queue}::text)"
+    return f"(created_at, id, queue_name) < ({at}::{moment}, {job_id}::text, {queue}::text)"
 
 
 def _record(row: asyncpg.Record) -> JobRecord:
@@ -168,8 +174,23 @@ def _record(row: asyncpg.Record) -> JobRecord:
         finished_at=row["finished_at"],
         worker_id=row["worker_id"],
         error=row["last_error"],
-        result=None if result is None else msgspec.json.decode(result),
+        result=None if result is None else _decoded(result),
         payload=None if payload is None else msgspec.Raw(payload.encode()),
-        headers=None if headers is None else msgspec.json.decode(headers),
+        headers=None if headers is None else _headers(headers),
         document=row.get("document"),
     )
+
+
+def _decoded(json: str) -> Any:
+    """The value; its JSON text where Python has no such value, as for a number of 5,000 digits, or 1,500 brackets."""
+    try:
+        return msgspec.json.decode(json)
+    except (msgspec.MsgspecError, RecursionError):
+        return json
+
+
+def _headers(json: str) -> dict[str, Any]:
+    try:
+        return {name: _decoded(bytes(raw).decode()) for name, raw in _fields(json).items()}
+    except (msgspec.MsgspecError, RecursionError):  # no object, or not even its names can be told
+        return {}

@@ -9,6 +9,8 @@ from uuid import UUID, uuid5
 
 import msgspec
 
+from streamworker.codec import FIRST_MOMENT, LAST_MOMENT
+
 _NAMESPACE: Final = UUID("0b1d2e3c-7f55-5b0e-8a41-3f2f6c1b9d10")
 _encode = msgspec.json.encode
 _NO_JSONB: Final = re.compile(r"\\u(?:0000|[dD][89a-fA-F])")
@@ -61,12 +63,9 @@ def headers_text(headers: dict[str, Any] | None) -> str | None:
     return json_text(_encode(headers)) if headers else None
 
 
-EARLIEST: Final = datetime(1, 1, 2, tzinfo=UTC)
-LATEST: Final = datetime(9999, 12, 30, tzinfo=UTC)
-"""Times between these are times for Python in every time zone."""
-
-
 def within_python(column: str) -> str:
-    """SQL for a column of times, moved to `EARLIEST` or `LATEST` where Python has no such time."""
-    early, late = (f"timestamptz '{moment.isoformat()}'" for moment in (EARLIEST, LATEST))
+    """SQL for a column of times, moved to `codec.FIRST_MOMENT` or `codec.LAST_MOMENT` where Python has no such time."""
+    early, late = (
+        f"timestamptz '{datetime.fromtimestamp(moment, UTC).isoformat()}'" for moment in (FIRST_MOMENT, LAST_MOMENT)
+    )
     return f"case when {column} < {early} then {early} when {column} > {late} then {late} else {column} end"

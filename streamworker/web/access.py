@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from base64 import b64decode
 from collections.abc import Mapping
 from hmac import compare_digest
@@ -101,6 +102,9 @@ class Access(msgspec.Struct, frozen=True, kw_only=True):
         return self.user if right and scheme.lower() == "basic" else None
 
 
+_HOST: Final = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:@/?#\\\s]+))(?::[0-9]{1,5})?")
+
+
 def is_local(host: str) -> bool:
     """Whether a server that listens there is reached from this machine alone."""
     if host == "localhost":
@@ -112,7 +116,6 @@ def is_local(host: str) -> bool:
 
 
 def _name_of(host: str) -> str:
-    """The name of a Host header, without the port."""
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.partition(":")[0].lower()
+    """The name of a Host header, without the port (RFC 3986, 3.2.2); empty if it is none."""
+    found = _HOST.fullmatch(host)
+    return (found[1] or found[2]).lower() if found is not None else ""

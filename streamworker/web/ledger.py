@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Final, get_args
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from streamworker.codec import FIRST_MOMENT, LAST_MOMENT
 from streamworker.errors import StreamworkerError, UsageError
 from streamworker.postgres import Archive, JobRecord, Status, Wanted
 from streamworker.telemetry.logs import get_logger
@@ -21,6 +22,9 @@ from streamworker.web.state import access_of, client, render, room_of, who
 
 log = get_logger("streamworker.web")
 
+FIRST: Final = datetime.fromtimestamp(FIRST_MOMENT, UTC)
+LAST: Final = datetime.fromtimestamp(LAST_MOMENT, UTC)
+"""What the ledger tells lies between them."""
 SIZE: Final = 100
 """Rows of a page."""
 
@@ -106,6 +110,6 @@ def _after(text: str | None) -> tuple[datetime, str, str] | None:
         at = datetime.fromisoformat(moment)
     except ValueError:
         at = None
-    if at is None or at.tzinfo is None or not separator:
+    if at is None or at.tzinfo is None or not FIRST <= at <= LAST or not separator:
         raise UsageError("no page begins there: begin at the first one")
     return at, job_id, queue

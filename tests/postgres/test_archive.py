@@ -70,6 +70,27 @@ async def test_pages(archive, pg):
     assert found[0] == max(f"job-{n}" for n in range(count) if n // 400 == (count - 1) // 400)
 
 
+async def test_rows_that_python_cannot_hold_are_told_one_by_one(archive, pg):
+    """By the page and alone; also where a page ends between them."""
+    for n in range(600):
+        await pg.execute(
+            "insert into streamworker.jobs (id, queue_name, created_at, run_at) "
+            "values ($1, 'q', '0044-03-15 12:00:00+00 BC', 'infinity')", f"odd-{n:03}"
+        )  # fmt: skip
+    deep = "repeat('[', 1500) || repeat(']', 1500)"
+    await pg.execute(
+        "insert into streamworker.jobs (id, queue_name, headers, result, payload) values "
+        f"('new', 'q', ('{{\"a\": 1e5000, \"b\": 1}}')::jsonb, ({deep})::jsonb, '{{\"n\": 1e5000}}')"
+    )
+    found = [job async for job in archive.jobs(Wanted(), payload=True)]
+    assert [job.id for job in found] == ["new", *(f"odd-{n:03}" for n in reversed(range(600)))]
+    assert (found[-1].created_at.year, found[-1].run_at.year) == (1, 9999)
+    alone = await archive.find("new")
+    assert alone is not None
+    assert alone.headers == {"a": "1" + "0" * 5000, "b": 1}
+    assert alone.result == "[" * 1500 + "]" * 1500
+
+
 async def test_cancel_and_retry(archive, pg):
     now = datetime.now(UTC)
     words = ("queued", "dispatching", "dispatched", "running", "retrying", "completed", "dead", "cancelled")

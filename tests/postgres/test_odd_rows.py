@@ -15,6 +15,8 @@ from streamworker.postgres import relay as sql
 from streamworker.postgres.pool import open_database
 from streamworker.postgres.relay import PostgresOutbox
 from streamworker.relay import Relay
+from tests.conftest import eventually
+from tests.postgres.working import settings_for, working
 
 
 class Row(Payload, kind="row", queue="rows"):
@@ -116,6 +118,52 @@ async def test_what_a_relay_left_half_dispatched_is_taken_over_row_by_row(outbox
     await emptied(outbox, dispatcher)
     assert len(ready(raw)) == 10
     assert await pg.fetchval("select status from streamworker.jobs where id = 'odd'") == "dead"
+
+
+@pytest.mark.parametrize("mode", ["stream", "list"])
+async def test_a_job_that_workers_cannot_read_ends_as_itself(redis_url, database_url, pg, raw, mode):
+    """What is too large for workers, or odd in a field, has its row and its dead letter under the id that it names."""
+    mine = App(settings=settings_for(redis_url, database_url, relay="on", mode=mode, max_job_bytes=20_000))
+    ran = []
+
+    @mine.handler
+    async def row(payload: Row) -> None:
+        ran.append(payload.n)
+
+    async def dead() -> bool:
+        return await pg.fetchval("select count(*) from streamworker.jobs where status = 'dead'") == 3
+
+    async with mine, working(mine):
+        large = "jsonb_build_object('n', 1, 'x', repeat('x', 30000))"
+        await pg.execute(f"select streamworker.enqueue('row', {large}, 'rows', id => 'large')")
+        for body in ('{"id": "odd", "hop": -1, "payload": {}}', '{"id": "bare", "payload": 7, "max_attempts": "x"}'):
+            raw.xadd("stream:{rows}", {"job": body}) if mode == "stream" else raw.lpush("queue:rows", body)
+        await eventually(dead, 20)
+        await mine.enqueue(Row(n=7))
+        await eventually(lambda: ran == [7] and raw.xlen("stream:{rows}:dead") == 3, 20)
+    rows = await pg.fetch("select id, hop, last_error from streamworker.jobs where status = 'dead' order by id")
+    assert [(each["id"], each["hop"]) for each in rows] == [("bare", 0), ("large", 1), ("odd", 0)]
+    assert "30" in rows[1]["last_error"] and "20000 are allowed" in rows[1]["last_error"]
+    letters = {fields[b"id"] for _, fields in raw.xrange("stream:{rows}:dead")}
+    assert letters == {b"large", b"odd", b"bare"}
+    assert await pg.fetchval("select count(*) from streamworker.jobs where status <> 'dead'") == 1
+
+
+@pytest.mark.parametrize("moment", ["0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00", "0001-01-01T00:00:00Z"])
+async def test_a_producer_whose_clock_is_odd_has_its_job_recorded(redis_url, database_url, pg, raw, moment):
+    mine = App(settings=settings_for(redis_url, database_url))
+
+    @mine.handler
+    async def row(payload: Row) -> None:
+        pass
+
+    async def done() -> bool:
+        return await pg.fetchval("select count(*) from streamworker.jobs where status = 'completed'") == 1
+
+    async with mine, working(mine):
+        raw.xadd("stream:{rows}", {"job": json.dumps({"id": "odd", "payload": {}, "created_at": moment})})
+        await eventually(done)
+    assert await pg.fetchval("select now() - created_at < interval '1 minute' from streamworker.jobs")
 
 
 @pytest.mark.parametrize("status", ["queued", "dispatching"])

@@ -82,6 +82,29 @@ async def test_jobs_are_found_by_what_they_are(ledger, pg):
         assert (await ledger.get(nonsense)).status_code == 400
 
 
+@pytest.mark.parametrize(
+    "after",
+    ["0001-01-01T00:00:00+14:00|q|x", "9999-12-31T23:59:59-14:00|q|x", "0001-01-01T00:00:00+00:00|q|x", "now|q|x"],
+)
+async def test_a_page_that_begins_nowhere_is_one_sentence(ledger, after):
+    answer = await ledger.get("/jobs", params={"after": after})
+    assert answer.status_code == 400, answer.text
+    assert "no page begins there" in answer.text
+
+
+async def test_rows_with_what_python_does_not_have_are_shown(ledger, pg):
+    for n, moment in enumerate(("0044-03-15 BC", "-infinity", "infinity", "20000-01-01")):
+        await pg.execute(
+            "insert into streamworker.jobs (id, queue_name, created_at, run_at, started_at, finished_at, headers, result) "
+            f"values ($1, 'q', '{moment}', '{moment}', '{moment}', '{moment}', '{{\"a\": 1e5000}}', '1e5000')",
+            f"odd-{n}",
+        )
+    page = await ledger.get("/jobs")
+    assert page.status_code == 200 and all(f"odd-{n}" in page.text for n in range(4))
+    for n in range(4):
+        assert (await ledger.get("/jobs", params={"id": f"odd-{n}"})).status_code == 200
+
+
 async def test_cancelling_and_queueing_again(ledger, pg):
     await remember(pg, "waits", "queued")
     await remember(pg, "died", "dead")

@@ -74,7 +74,9 @@ async def test_read_only_is_read_only(site_of, raw, what):
 async def test_other_names_for_this_machine_are_refused(site_of):
     """DNS rebinding: a page from elsewhere whose name suddenly means 127.0.0.1."""
     async with site_of() as browser:
-        for host in ("evil.example", "127.0.0.1.evil.example", "localhost.evil.example:8787", "", "[::2]:8787"):
+        for host in ("evil.example", "127.0.0.1.evil.example", "localhost.evil.example:8787", "", "[::2]:8787",
+                     "[::1].evil.example", "[::1].evil.example:80", "localhost:80@evil.example", "localhost@evil.example",
+                     "127.0.0.1:80:80", "[::1", "[::1]]", "localhost/x", "[localhost]", "localhost:x"):  # fmt: skip
             assert (await browser.get("/", headers={"host": host})).status_code == 421, host
         for host in ("localhost", "LOCALHOST:1", "127.0.0.1", "[::1]:8787"):
             assert (await browser.get("/", headers={"host": host})).status_code == 200, host
@@ -179,7 +181,9 @@ async def test_paths_lead_nowhere_else(browser, path):
     ["/queue?queue=a%7Db", "/pending?idle=-1", "/pending?idle=nan", "/pending?idle=1e999", "/pending?after=x",
      "/pending?after=q%7Chigh/zzz", "/dead?after=q%7Cnonsense", "/delayed?after=q%7Cnan/0", "/delayed?after=q%7C1/99999999999",
      "/dead?kind=" + "x" * 600, "/dead?kind=%1b%5b2J", "/show?place=elsewhere&queue=q&id=1", "/show?place=dead&queue=q",
-     "/show?place=dead&queue=q&id=*", "/payload?place=pending&queue=q&id=" + "9" * 300],
+     "/show?place=dead&queue=q&id=*", "/payload?place=pending&queue=q&id=" + "9" * 300,
+     *(f"/{page}?place={place}&queue=q&id={name}" for page in ("show", "payload") for place in ("pending", "dead")
+       for name in ("x", "9" * 23, "9" * 20 + "-1", "1-" + "9" * 20, "-", "1-1-1"))],
 )  # fmt: skip
 async def test_nonsense_is_answered_with_one_sentence(browser, raw, path):
     letter(raw)
