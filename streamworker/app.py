@@ -248,11 +248,15 @@ class App(Handlers[S], Follower, Calendar):
         url, brought = (database, None) if isinstance(database, str) else (default, database)
         queues = [spec.name for spec in settings.queues] or self.queues
         database, ledger = await open_durable(stack, settings, url, brought, worker_id, queues)
+        if ledger is None:
+            return Site(broker, client, database, None, NothingToRelay())
         relay: Relays = NothingToRelay()
-        if ledger is not None and settings.relay == "on":
-            dispatcher = self._make_dispatcher(settings, address.renamed(worker_id))
+        dispatcher = self._make_dispatcher(settings, address.renamed(worker_id))
+        if settings.relay == "on":
             relay = await open_relaying(stack, settings, dispatcher, url, brought, queues=queues)
-        return Site(broker, client, database, ledger, relay)
+        else:
+            stack.push_async_callback(dispatcher.close)
+        return Site(broker, client, database, ledger, relay, dispatcher)
 
     @asynccontextmanager
     async def operator(

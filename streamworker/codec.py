@@ -44,6 +44,10 @@ _PRIORITY_OF: Final[dict[Level, int]] = {"high": 50, "normal": 100, "low": 200}
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 
 
+MOST_HOPS: Final = 2**52
+"""No job goes round that often: behind a larger hop, which is a producer's invention, documents count from 1."""
+
+
 class Document(msgspec.Struct, kw_only=True, omit_defaults=True):
     """The wire format as written; every field but ``payload`` may be missing or null."""
 
@@ -182,6 +186,11 @@ def derived_id(place: str, epoch: bytes, entry: bytes) -> str:
     if not epoch:
         return entry.decode()
     return str(uuid5(_NAMESPACE, f"{place}|{epoch.decode()}|{entry.decode()}"))
+
+
+def written_hop(hop: int) -> int:
+    """A hop as documents hold it; the ledger counts on, and a hop that it knows to be above is looked for first."""
+    return hop if hop <= MOST_HOPS else 1
 
 
 def new_id() -> str:

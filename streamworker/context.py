@@ -19,7 +19,7 @@ from streamworker.codec import Reading
 from streamworker.errors import ConfigurationError, RunEnded, UsageError
 from streamworker.job import Claim, Job
 from streamworker.policy import Limits
-from streamworker.postgres import Effect, Ledger, RunRecord, Transaction
+from streamworker.postgres import Effect, Ledger, RunRecord, Transaction, refusal
 from streamworker.progress import Progress
 from streamworker.records import run_record
 from streamworker.telemetry.logs import get_logger
@@ -235,7 +235,7 @@ class Context(Generic[S_co]):
         try:
             await self._book("complete").complete(self._record(), connection)
         except RunEnded as ended:
-            self._transaction = Refused(Effect.BUSY if ended.busy else Effect.ENDED)
+            self._transaction = Refused(refusal(ended))
             raise
 
     @property

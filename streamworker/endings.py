@@ -86,7 +86,7 @@ def _next_form(run: Run, patch: dict[str, Any], state: State) -> bytes | None:
     """The document for the next hop; ``None`` (bytes as they are) where there is nothing readable to patch."""
     if run.reading is None or run.claim.body is None:
         return None
-    patch = {"id": run.job_id, "hop": (run.reading.hop or 0) + 1, **patch}
+    patch = {"id": run.job_id, "hop": codec.written_hop((run.reading.hop or 0) + 1), **patch}
     try:
         return codec.rewrite(run.claim.body, patch, state=state, secret=run.claim.secret)
     except InvalidJob:

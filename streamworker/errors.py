@@ -184,8 +184,10 @@ class RunEnded(BaseException):
     Args:
         why: for the log.
         busy: another run is at work, and this one may be tried again.
+        superseded: the ledger knows a later hop or delivery of the job.
     """
 
-    def __init__(self, why: str, *, busy: bool = False) -> None:
+    def __init__(self, why: str, *, busy: bool = False, superseded: bool = False) -> None:
         super().__init__(why)
         self.busy = busy
+        self.superseded = superseded

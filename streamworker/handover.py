@@ -89,6 +89,16 @@ class Dispatcher(Protocol):
     def ids(self, queue: str) -> AsyncIterator[list[str]]:
         """Ids of all jobs that lie in the queue, ready, held or delayed; some may be told twice."""
 
+    async def later(self, queue: str, hops: Mapping[str, int]) -> set[str]:
+        """Ids of those jobs that are in the queue at a later hop than the one given: ready, held or delayed.
+
+        What is in the queue is read from end to end, and remembered for ten times as long as that took.
+
+        Args:
+            queue: whose jobs.
+            hops: id to hop.
+        """
+
     async def promote(self, queues: Sequence[str]) -> float:
         """Move due jobs of the queues; returns the seconds until it should be called again."""
 

@@ -182,7 +182,8 @@ class QueueWorker:
             finished=self.finish, stuck=self._stuck, grace=settings.grace,
             admit=lambda run: self._entrance.may_run(run),  # noqa: PLW0108 - made afterwards
         )  # fmt: skip
-        self._stages = stages(site.ledger, self._executor, self._executions, self._settler, self._holdings)
+        record = None if site.ledger is None or site.dispatcher is None else (site.ledger, site.dispatcher)
+        self._stages = stages(record, self._executor, self._executions, self._settler, self._holdings)
         self._claimer = Claimer(
             self._broker,
             self._holdings,

@@ -12,6 +12,7 @@ from streamworker.broker import Broker, Operator
 from streamworker.cron import Schedule
 from streamworker.execute import Middleware
 from streamworker.handlers import Handlers
+from streamworker.handover import Dispatcher
 from streamworker.observe import Observer
 from streamworker.postgres import Ledger
 from streamworker.settings import Settings
@@ -36,6 +37,7 @@ class Site(msgspec.Struct, frozen=True):
         database: the handlers' database.
         ledger: the record; ``None`` without one.
         relay: puts jobs from the ledger onto Redis.
+        dispatcher: looks for the ledger's jobs in Redis; ``None`` without a ledger.
     """
 
     broker: Broker
@@ -43,6 +45,7 @@ class Site(msgspec.Struct, frozen=True):
     database: Any
     ledger: Ledger | None
     relay: Relays
+    dispatcher: Dispatcher | None = None
 
 
 class Workplace(Protocol):

@@ -12,12 +12,14 @@ from typing import Final, Protocol
 import anyio
 
 from streamworker.batches import each_of
+from streamworker.bookkeeping.later import LaterHops
 from streamworker.bookkeeping.lookup import Lookup
 from streamworker.bookkeeping.noting import Noting
 from streamworker.bookkeeping.outage import Outage
 from streamworker.bookkeeping.recorder import Recorder, decided
 from streamworker.execute import Executor
 from streamworker.executions import Executions
+from streamworker.handover import Dispatcher
 from streamworker.holdings import Holdings
 from streamworker.postgres import Ledger
 from streamworker.run import Run
@@ -54,20 +56,24 @@ class Stages(Protocol):
 
 
 def stages(
-    ledger: Ledger | None, executor: Executor, executions: Executions, settler: Settler, holdings: Holdings
+    record: tuple[Ledger, Dispatcher] | None,
+    executor: Executor,
+    executions: Executions,
+    settler: Settler,
+    holdings: Holdings,
 ) -> Stages:
     """The stages of a worker.
 
     Args:
-        ledger: the record, if there is one.
+        record: the ledger, if there is one, and what looks for the jobs that it knows.
         executor: prepares runs.
         executions: where runs go that may run.
         settler: where runs go that have ended.
         holdings: what is held.
     """
-    if ledger is None:
+    if record is None:
         return Straight(executions, settler)
-    return Bookkeeping(ledger, executor, executions, settler, holdings)
+    return Bookkeeping(*record, executor, executions, settler, holdings)
 
 
 class Straight:
@@ -97,12 +103,18 @@ class Bookkeeping:
     """Lookup before running, record before settling, and the slow loop beside them."""
 
     def __init__(
-        self, ledger: Ledger, executor: Executor, executions: Executions, settler: Settler, holdings: Holdings
+        self,
+        ledger: Ledger,
+        dispatcher: Dispatcher,
+        executor: Executor,
+        executions: Executions,
+        settler: Settler,
+        holdings: Holdings,
     ) -> None:
         self._ledger = ledger
-        outage = Outage()
-        self._lookup = Lookup(ledger, executor, executions.put, counts=holdings.counts, outage=outage)
-        self._recorder = Recorder(ledger, settler, holdings, outage)
+        outage, later = Outage(), LaterHops(ledger, dispatcher)
+        self._lookup = Lookup(ledger, executor, executions.put, later=later, counts=holdings.counts, outage=outage)
+        self._recorder = Recorder(ledger, settler, holdings, outage, later)
         self._noting = Noting(ledger, lambda: list(each_of(executions.running)))
         self.put: Callable[[Run], None] = self._lookup.put
         self.finish: Callable[[Run], None] = self._recorder.add
@@ -121,6 +133,7 @@ class Bookkeeping:
         """See `Stages.run`."""
         async with anyio.create_task_group() as loops:
             loops.start_soon(self._lookup.run)
+            loops.start_soon(self._lookup.weigh)
             loops.start_soon(self._recorder.run)
             loops.start_soon(self._noting.run)
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Final
 
 import anyio
 
+from streamworker.bookkeeping.later import SUPERSEDED, LaterHops, hop_of, outrank
 from streamworker.bookkeeping.outage import Outage
 from streamworker.errors import StreamworkerError
 from streamworker.execute import Executor
@@ -18,14 +18,11 @@ from streamworker.holdings import Counts
 from streamworker.job import Cancelled, Dead, Recorded, ReleaseAt, RetryAt
 from streamworker.pause import Pause
 from streamworker.policy import DONE
-from streamworker.postgres import FINAL, Known, Ledger
+from streamworker.postgres import FINAL, JobKey, Known, Ledger
 from streamworker.run import Run
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.worker")
-
-SUPERSEDED: Final = "superseded"
-"""A later hop of the job is known: this one is let go, and the other goes on."""
 
 
 class Lookup:
@@ -35,20 +32,31 @@ class Lookup:
         ledger: what is asked.
         executor: prepares runs: their ids and hops stand in their documents.
         put: starts a run; one that need not run has its outcome.
+        later: looks for later hops.
         counts: what operators see.
         outage: told whether there was an answer.
     """
 
     def __init__(
-        self, ledger: Ledger, executor: Executor, put: Callable[[Run], None], *, counts: Counts, outage: Outage
+        self,
+        ledger: Ledger,
+        executor: Executor,
+        put: Callable[[Run], None],
+        *,
+        later: LaterHops,
+        counts: Counts,
+        outage: Outage,
     ) -> None:
         self._ledger = ledger
         self._executor = executor
         self._put = put
+        self._later = later
         self._counts = counts
         self._outage = outage
         self._waiting: list[Run] = []
         self._asking: list[Run] = []
+        self._doubts: list[tuple[Run, Known]] = []
+        self._doubted = asyncio.Event()
         self._wake = asyncio.Event()
         self._stop = anyio.Event()
 
@@ -64,14 +72,15 @@ class Lookup:
 
     def abandon(self) -> list[Run]:
         """Runs that were not started; they do not wait any more afterwards."""
-        waiting = self._asking + self._waiting
-        self._asking, self._waiting = [], []
+        waiting = self._asking + self._waiting + [run for run, _ in self._doubts]
+        self._asking, self._waiting, self._doubts = [], [], []
         return waiting
 
     def close(self) -> None:
         """End the loop."""
         self._stop.set()
         self._wake.set()
+        self._doubted.set()
 
     async def run(self) -> None:
         """Ask until closed; an error is followed by a pause, and the question asked again."""
@@ -96,17 +105,54 @@ class Lookup:
             self._outage.over("lookup")
             pause.reset()
             batch, self._asking = self._asking, []  # empty if they were given back meanwhile
-            for run in batch:
-                found = known.get((run.claim.queue, run.job_id)) if known else None
-                if found is None:
+            doubts = self._judged(batch, known) if known else []
+            if doubts:
+                self._doubts += doubts
+                self._doubted.set()
+                doubtful = {run for run, _ in doubts}
+                batch = [run for run in batch if run not in doubtful]
+            elif not known:
+                for run in batch:
                     run.new = True
-                else:
-                    self._apply(run, found)
             for run in batch:
                 self._put(run)
 
-    def _apply(self, run: Run, known: Known) -> None:
-        recorded = verdict_of(known, run)
+    def _judged(self, batch: list[Run], known: dict[JobKey, Known]) -> list[tuple[Run, Known]]:
+        """Apply what is known; those of which it has to be seen whether they go on elsewhere."""
+        doubts = []
+        for run in batch:
+            found = known.get((run.claim.queue, run.job_id))
+            if found is None:
+                run.new = True
+            elif found.status not in FINAL and found.hop > hop_of(run):
+                doubts.append((run, found))
+            else:
+                self._apply(run, verdict_of(found, run))
+        return doubts
+
+    async def weigh(self) -> None:
+        """Look for later hops until closed, beside the others: most jobs need none of it, and must not wait for it."""
+        pause = Pause(longest=5.0)
+        while not self._stop.is_set():
+            if not self._doubts:
+                await self._doubted.wait()
+                self._doubted.clear()
+                continue
+            doubts = list(self._doubts)
+            try:
+                answers = await self._later.elsewhere(doubts)
+            except Exception as error:  # noqa: BLE001 - a main loop never crashes; what it holds is tried again
+                log.error("later_hops_unknown", jobs=len(doubts), error=str(error))
+                await pause.wait(self._stop)
+                continue
+            pause.reset()
+            held, self._doubts = set(map(_first, self._doubts)), self._doubts[len(doubts) :]
+            for (run, _), why in zip(doubts, answers, strict=True):
+                if run in held:  # not given back meanwhile
+                    self._apply(run, Recorded(DONE, why) if why else None)
+                    self._put(run)
+
+    def _apply(self, run: Run, recorded: Recorded | None) -> None:
         if recorded is None or (isinstance(run.outcome, Cancelled) and recorded.why != SUPERSEDED):
             return
         run.outcome = recorded
@@ -119,13 +165,12 @@ def verdict_of(known: Known, run: Run) -> Recorded | None:
     """What the record says about a claim, instead of running it; ``None`` if it may run.
 
     Args:
-        known: the record.
+        known: the record, of no later hop; if it is above the run all the same, and the run may go on, it is outranked.
         run: prepared.
     """
-    hop = _hop(run)
-    if known.status in FINAL or known.hop > hop:
-        return Recorded(DONE, known.status if known.status in FINAL else SUPERSEDED)
-    if known.hop < hop:
+    if known.status in FINAL:
+        return Recorded(DONE, known.status)
+    if known.hop < hop_of(run):
         return None
     # A verdict was recorded for this hop, and its worker died before it could settle.
     attempts = run.reading.attempt_count or 0 if run.reading is not None else 0
@@ -137,8 +182,10 @@ def verdict_of(known: Known, run: Run) -> Recorded | None:
         # Not above: then it is no second delivery, but somebody enqueued the job anew, and it may run.
         reason, _, error = known.error.partition(": ")
         return Recorded(Dead(reason, error, charged=charged), "dead")
+    if known.deliveries > run.deliveries:  # an id that is used anew, or a server that counts from an earlier state
+        outrank(run, known)
     return None
 
 
-def _hop(run: Run) -> int:
-    return 0 if run.reading is None else run.reading.hop or 0
+def _first(doubt: tuple[Run, Known]) -> Run:
+    return doubt[0]

@@ -16,6 +16,7 @@ from typing import Any, Final
 import anyio
 
 from streamworker import notes
+from streamworker.bookkeeping.later import SUPERSEDED, LaterHops, hop_of
 from streamworker.bookkeeping.outage import Outage
 from streamworker.broker import Ending
 from streamworker.errors import StreamworkerError
@@ -36,7 +37,7 @@ from streamworker.job import (
 )
 from streamworker.pause import Pause
 from streamworker.policy import DONE, word_of
-from streamworker.postgres import LANES, Effect, Ledger, RunRecord, Stored
+from streamworker.postgres import FINAL, LANES, Effect, Ledger, RunRecord, Stored
 from streamworker.records import run_record, unread_record
 from streamworker.redact import describe
 from streamworker.run import Run
@@ -49,6 +50,8 @@ MOST: Final = 500
 """Most runs of one statement."""
 WORTH_IT: Final = 50
 """Runs that are worth a batch beside another."""
+PAUSE: Final = 0.2
+"""Seconds to wait at least after an error."""
 BUSY_PAUSE: Final = 1.0
 """Seconds before a run is recorded again whose row somebody was working on."""
 AGAIN_AFTER: Final = 2.0
@@ -64,13 +67,15 @@ class Recorder:
         settler: settles what is recorded; its `judge` has to be `decided`.
         holdings: what is held.
         outage: told whether there was an answer.
+        later: looks for later hops.
     """
 
-    def __init__(self, ledger: Ledger, settler: Settler, holdings: Holdings, outage: Outage) -> None:
+    def __init__(self, ledger: Ledger, settler: Settler, holdings: Holdings, outage: Outage, later: LaterHops) -> None:
         self._ledger = ledger
         self._settle = settler.add
         self._holdings = holdings
         self._outage = outage
+        self._later = later
         self._finished: list[Run] = []
         self._under_way = 0
         self._busy: list[Run] = []
@@ -117,7 +122,7 @@ class Recorder:
                     self._outage.began("record", error)
                 else:
                     log.error("record_failed", jobs=len(batch), error=str(error))
-                await pause.wait(self._closing, least=0.2)
+                await pause.wait(self._closing, least=PAUSE)
             else:
                 self._outage.over("record")
                 pause.reset()
@@ -148,8 +153,12 @@ class Recorder:
         runs: list[Run] = []
         endings: list[Ending] = []
         records: list[RunRecord] = []
+        doubtful: list[Run] = []
         for run in batch:
             effect = None if run.context is None else run.context.effect
+            if effect is Effect.SUPERSEDED and not isinstance(run.outcome, Recorded):
+                doubtful.append(run)
+                continue
             if effect is not None:
                 self._correct(run, effect, now)
             ending = judged(run, now)
@@ -160,10 +169,15 @@ class Recorder:
                 runs.append(run)
                 endings.append(ending)
                 records.append(record)
-        if not records:
-            return
+        if records:
+            doubtful += await self._stored(runs, endings, records)
+        if doubtful:
+            await self._weigh(doubtful)
+
+    async def _stored(self, runs: Sequence[Run], endings: Sequence[Ending], records: Sequence[RunRecord]) -> list[Run]:
+        """Record, and pass on what is recorded; those of which it has to be seen whether they go on elsewhere."""
         answers = await self._ledger.record(records)
-        settle = self._settle
+        settle, doubtful = self._settle, []
         for run, ending, answer in zip(runs, endings, answers, strict=True):
             if answer is Stored.STORED:
                 run.ending = ending
@@ -171,15 +185,55 @@ class Recorder:
             elif answer is Stored.BUSY:
                 self._busy.append(run)
                 self._busy_until = anyio.current_time() + BUSY_PAUSE
+            elif answer is Stored.SUPERSEDED and not isinstance(ending.verdict, Done | Drop):
+                doubtful.append(run)
             else:
                 self._overruled(run, ending, answer)
+        return doubtful
+
+    async def _weigh(self, runs: Sequence[Run]) -> None:
+        """A later hop or delivery of these jobs is known: let go of those that really go on elsewhere."""
+        try:
+            found = await self._ledger.lookup([(run.claim.queue, run.job_id) for run in runs])
+            doubts = []
+            for run in runs:
+                known = found.get((run.claim.queue, run.job_id))
+                if known is None:  # forgotten meanwhile
+                    self._go_on(run)
+                elif known.status in FINAL or known.hop <= hop_of(run):  # or claimed again: the fence decides
+                    self._let_go(run, known.status if known.status in FINAL else SUPERSEDED)
+                else:
+                    doubts.append((run, known))
+            for (run, _), why in zip(doubts, await self._later.elsewhere(doubts), strict=True):
+                if why:
+                    self._let_go(run, why)
+                else:
+                    self._go_on(run)
+        except Exception as error:  # noqa: BLE001 - they stay held, and are recorded again
+            log.error("later_hops_unknown", jobs=len(runs), error=str(error))
+            await anyio.sleep(PAUSE)
+            self._busy += [run for run in runs if run.ending is None and run not in self._finished]
+            self._busy_until = anyio.current_time() + BUSY_PAUSE
+
+    def _go_on(self, run: Run) -> None:
+        """This run is the job: record it once more, or if it was refused its transaction, run it once more."""
+        if run.context is not None and run.context.effect is Effect.SUPERSEDED:
+            run.outcome = Recorded(ReleaseAt(time(), "a later hop of this job was lost"), "superseded")
+            self._pass_on(run, judged(run, time()))
+        else:
+            self._finished.append(run)
+
+    def _let_go(self, run: Run, why: str) -> None:
+        log.info("run_overruled", job_id=run.job_id, kind=run.kind, queue=run.claim.queue, reason=why)
+        self._holdings.counts.skipped += 1
+        self._pass_on(run, Ending(run.claim, DONE))
 
     def _pass_on(self, run: Run, ending: Ending) -> None:
         run.ending = ending
         self._settle(run)
 
     def _overruled(self, run: Run, ending: Ending, answer: Stored) -> None:
-        """The job had ended, or goes on elsewhere: there is nothing left to do but to let go of the claim."""
+        """The job has ended, here or before: there is nothing left to do but to let go of the claim."""
         if isinstance(ending.verdict, Drop) and answer is Stored.ENDED:
             self._pass_on(run, ending)  # as it should be; and its mark goes
             return

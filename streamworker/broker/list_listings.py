@@ -56,6 +56,11 @@ async def held(desk: Desk, keys: ListKeys, worker: str) -> AsyncIterator[Claim]:
         start += PAGE
 
 
+async def holders(desk: Desk, keys: ListKeys) -> set[str]:
+    """Workers that have something claimed of a queue."""
+    return {worker for _, _, worker in await _leases(desk, keys)}
+
+
 async def pending(desk: Desk, keys: ListKeys, consumer: str | None) -> list[PendingEntry]:
     """What is claimed of one queue, level by level, the oldest first."""
     now = await desk.ask("TIME")

@@ -268,7 +268,7 @@ def _handed_back(entry: PendingEntry, body: bytes, secret: bytes) -> bytes | Non
         document = codec.read(body)
         before = codec.state_of(document, secret)
         state = msgspec.structs.replace(before, deliveries=before.deliveries + entry.deliveries - entry.alive)
-        patch = {"id": entry.job_id, "hop": (document.hop or 0) + 1}
+        patch = {"id": entry.job_id, "hop": codec.written_hop((document.hop or 0) + 1)}
         return codec.rewrite(body, patch, state=state, secret=secret)
     except InvalidJob:
         return None
@@ -278,7 +278,12 @@ def _refreshed(letter: StoredJob, body: bytes) -> bytes:
     """The document of a dead letter with nothing charged to it; bytes that cannot be read stay as they are."""
     try:
         document = codec.read(body)
-        patch = {"id": letter.job_id, "hop": (document.hop or 0) + 1, "attempt_count": None, "run_at": None}
+        patch = {
+            "id": letter.job_id,
+            "hop": codec.written_hop((document.hop or 0) + 1),
+            "attempt_count": None,
+            "run_at": None,
+        }
         return codec.rewrite(body, patch, state=NOTHING)
     except InvalidJob:
         return body

@@ -14,6 +14,7 @@ from typing import Any, Final, Literal, Protocol, TypeAlias
 
 import msgspec
 
+from streamworker.errors import RunEnded
 from streamworker.job import Level
 
 Status: TypeAlias = Literal[
@@ -115,9 +116,17 @@ class Effect(enum.Enum):
     OPEN = "open"
     COMMITTED = "committed"  # the writes and "this job is done" are stored
     UNDONE = "undone"  # nothing of it is stored
-    ENDED = "ended"  # the job had ended before, or goes on elsewhere: nothing may be done
+    ENDED = "ended"  # the job had ended before: nothing may be done
+    SUPERSEDED = "superseded"  # a later hop or delivery of the job is known: whether it is really there is not
     BUSY = "busy"  # another run of the job holds its record
     LOST = "lost"  # PostgreSQL went away: nothing is known to be stored
+
+
+def refusal(error: RunEnded) -> Effect:
+    """What became of a transaction that a run was refused."""
+    if error.busy:
+        return Effect.BUSY
+    return Effect.SUPERSEDED if error.superseded else Effect.ENDED
 
 
 class Transaction(AbstractAsyncContextManager[Any], Protocol):

@@ -370,7 +370,7 @@ def document(row: asyncpg.Record) -> bytes:
     Raises:
         InvalidJob: no worker could read it.
     """
-    hop, attempts = row["hop"], row["attempt_count"]
+    hop, attempts = codec.written_hop(row["hop"]), row["attempt_count"]
     if row["document"] is not None:
         patch = {"id": row["id"], "hop": hop, "attempt_count": attempts or None, "run_at": None}
         body = codec.rewrite(row["document"], patch, state=NOTHING)

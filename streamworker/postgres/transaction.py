@@ -18,7 +18,7 @@ import asyncpg
 from asyncpg.transaction import Transaction as AsyncpgTransaction
 
 from streamworker.errors import RunEnded, Unreachable, UsageError
-from streamworker.postgres import Effect, RunRecord
+from streamworker.postgres import Effect, RunRecord, refusal
 from streamworker.postgres.failures import break_off, is_gone, is_outage, is_unable, reason
 from streamworker.postgres.pool import AnyPool, Connection, Database
 from streamworker.postgres.rows import headers_text, json_text, stored_id, text
@@ -161,7 +161,7 @@ class RunTransaction:
     @staticmethod
     def _effect_of(error: BaseException) -> Effect:
         if isinstance(error, RunEnded):
-            return Effect.BUSY if error.busy else Effect.ENDED
+            return refusal(error)
         return Effect.UNDONE
 
     async def _undo(self, effect: Effect) -> None:
@@ -223,7 +223,7 @@ async def take(connection: Any, run: RunRecord, worker_id: str, *, becomes: str,
         raise RunEnded("another run of this job is at work", busy=True) from error
     if against is not None:
         log.info("run_ended", job_id=run.job_id, kind=run.kind, queue=run.queue, reason=against)
-        raise RunEnded(f"the job is {against}")
+        raise RunEnded(f"the job is {against}", superseded=against == "superseded")
 
 
 async def uninterrupted(work: Awaitable[T]) -> T:
