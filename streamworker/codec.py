@@ -270,7 +270,9 @@ def encode_payload(payload: Payload) -> msgspec.Raw:
     try:
         decoded = decode(text)  # type: ignore[arg-type]
     except Exception as error:  # noqa: BLE001 - hooks of a user's types run here
-        raise InvalidJob(_misfit(payload, error)) from None
+        if (place := infinity_in(payload)) is not None:
+            raise InvalidJob(_not_finite(type_, place)) from None
+        raise InvalidJob(f"the payload {type_.__name__} does not fit its own type: {misfit(type_, error)}") from None
     if not finite and b"null" in text and not (compares and decoded == payload):
         place = infinity_in(payload)
         if place is not None:
@@ -278,13 +280,11 @@ def encode_payload(payload: Payload) -> msgspec.Raw:
     return msgspec.Raw(text)
 
 
-def _misfit(payload: Payload, error: Exception) -> str:
-    type_ = type(payload)
-    if (place := infinity_in(payload)) is not None:
-        return _not_finite(type_, place)
+def misfit(type_: type, error: Exception) -> str:
+    """Why a decoder refused a payload, with class and field: ``Send.to[0]: Expected `str`, got `int```."""
     what, _, path = str(error).partition(" - at `$")
     where = f"{type_.__name__}{path.rstrip('`')}: " if path else ""
-    return f"the payload {type_.__name__} does not fit its own type: {where}{what or type(error).__name__}"
+    return f"{where}{what or type(error).__name__}"
 
 
 def _not_finite(type_: type, place: str) -> str:

@@ -85,7 +85,7 @@ class ListIntake(Taking):
             home, level, place = self.spots[index - first]
             name, secret = home.queue, self.secrets[home.queue]
             claims += [
-                Claim(name, level, place, entry, count, body, b"", bool(suspect), secret=secret)
+                Claim(name, level, place, entry, count, body, b"", bool(suspect), False, secret)
                 for entry, count, suspect, body in rows
             ]
         for index, error in trouble:

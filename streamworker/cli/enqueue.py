@@ -119,7 +119,8 @@ def _checked(app: App[Any], kind: str, queue: str | None, text: bytes) -> tuple[
     try:
         value = registration.decode(msgspec.Raw(text))
     except Exception as error:  # noqa: BLE001 - the user's own hooks run here
-        raise InvalidJob(f"the payload is no {registration.payload.__name__}: {error}") from None
+        type_ = registration.payload
+        raise InvalidJob(f"the payload is no {type_.__name__}: {codec.misfit(type_, error)}") from None
     return registration.kind, queue or registration.queue, codec.encode_payload(value)
 
 

@@ -7,12 +7,13 @@ import importlib.util
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from streamworker.app import App
-from streamworker.errors import ConfigurationError
+from streamworker.errors import ConfigurationError, StreamworkerError
 from streamworker.settings import Settings
 
+_OURS: Final = Path(__file__).parents[1]
 HOW = "name it as in `streamworker worker shop.jobs:app`, or set STREAMWORKER_APP=shop.jobs:app"
 
 
@@ -84,11 +85,16 @@ def _import(name: str) -> Any:
 
 def _broken(name: str, error: BaseException) -> ConfigurationError:
     last = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
     # Our own call comes first; behind it, the deepest line that ran is where to look.
-    place = f" ({frames[-1].filename} line {frames[-1].lineno})" if len(frames) > 1 else ""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename][1:]
+    if isinstance(error, StreamworkerError):  # a sentence about the user's code, that an import of it led to
+        last = str(error)
+        frames = [frame for frame in frames if not Path(frame.filename).is_relative_to(_OURS)]
+    place = f" ({frames[-1].filename} line {frames[-1].lineno})" if frames else ""
     if isinstance(error, SyntaxError):
         place = f" ({error.filename} line {error.lineno})"
+    elif frames and last.startswith(f"{frames[-1].filename}:"):
+        place = ""  # the sentence knows better
     return ConfigurationError(
         f"The module {name} cannot be imported: {last}{place}; STREAMWORKER_LOG_LEVEL=debug shows the traceback."
     )

@@ -23,7 +23,7 @@ def test_with_an_app(sw, raw):
 
     wrong = sw("enqueue", "note.write", '{"text": 5}', "--app", "jobs:app")
     assert wrong.returncode == 1
-    assert "$.text" in wrong.sentence
+    assert "Note.text: Expected `str`, got `int`" in wrong.sentence
     unknown = sw("enqueue", "note.wrote", "{}", "--app", "jobs:app")
     assert unknown.returncode == 2
     assert "did you mean 'note.write'?" in unknown.sentence
@@ -98,7 +98,35 @@ def test_payloads_with_code_of_their_own(sw, raw):
     (sw.directory / "jobs.py").write_text(module.replace("    times: int = 1\n", f"    times: int = 1\n{hook}"))
     done = sw("enqueue", "note.write", '{"text": "x"}', "--app", "jobs:app")
     assert done.returncode == 1
-    assert "the payload is no Note" in done.sentence
+    assert "the payload is no Note: " in done.sentence
+
+
+@pytest.mark.parametrize(
+    ("payload", "says"),
+    [
+        ('{"text": 5}', "the payload is no Note: Note.text: Expected `str`, got `int`"),
+        ('{"text": "x", "times": 1e999}', "Note.times: Number out of range"),
+        ('{"text": "x", "times": NaN}', "JSON is malformed"),
+    ],
+)
+def test_what_does_not_fit_is_named_with_class_and_field(sw, raw, payload, says):
+    done = sw("enqueue", "note.write", payload, "--app", "jobs:app")
+    assert done.returncode == 1
+    assert says in done.sentence
+    assert raw.keys("*") == []
+
+
+def test_types_for_type_checkers_alone_end_with_78_and_a_sentence(sw):
+    (sw.directory / "shop.py").write_text(
+        "from __future__ import annotations\nfrom typing import TYPE_CHECKING\nfrom streamworker import App, Payload\n"
+        "if TYPE_CHECKING:\n    from decimal import Decimal\nclass Pay(Payload, kind='pay', queue='q'):\n    amount: Decimal\n"
+        "app = App()\n@app.handler\nasync def pay(p: Pay): ...\n"
+    )
+    for words in (["worker", "shop:app", "--burst"], ["enqueue", "pay", "{}", "--app", "shop:app"]):
+        done = sw(*words)
+        assert done.returncode == 78
+        assert f"{sw.directory / 'shop.py'}:7: the type 'Decimal' of Pay.amount cannot be resolved" in done.stderr
+        assert "payload.py" not in done.stderr
 
 
 def test_nobody_reads_the_ids(sw, raw):
