@@ -14,6 +14,7 @@ from redis.asyncio import Redis
 from typing_extensions import TypeVar
 
 from streamworker import embedded
+from streamworker.archives import LedgerKeys
 from streamworker.blocking import refuse_patched, running_loop
 from streamworker.bridging import Mover
 from streamworker.broker import Broker, Operator
@@ -265,8 +266,8 @@ class App(Handlers[S], Follower, Calendar):
         """What people do to jobs by hand, for the command line, the dashboard and /metrics."""
         async with AsyncExitStack() as stack:
             settings = self.resolve(settings)
-            address, _ = await self._servers(stack, settings, redis)
-            operator = self._make_operator(settings, address)
+            address, url = await self._servers(stack, settings, redis)
+            operator = self._make_operator(settings, address, LedgerKeys(stack, settings, url))
             stack.push_async_callback(operator.close)
             await operator.open()
             yield operator
@@ -370,9 +371,9 @@ class App(Handlers[S], Follower, Calendar):
         namespace = settings.namespace
         return RedisDispatcher(address, lambda queue: keys(queue, namespace), group=settings.group, namespace=namespace)
 
-    def _make_operator(self, settings: Settings, address: Address) -> StreamOperator | ListOperator:
+    def _make_operator(self, settings: Settings, address: Address, freed: LedgerKeys) -> StreamOperator | ListOperator:
         kind = StreamOperator if settings.mode == "stream" else ListOperator
-        return kind(address, self._options(settings))
+        return kind(address, self._options(settings), freed)
 
     def _options(self, settings: Settings) -> StreamOptions:
         queues = [(spec.name, spec.cap) for spec in settings.queues] or [(name, None) for name in self.queues]

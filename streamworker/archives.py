@@ -2,14 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from streamworker.durable import open_archive
-from streamworker.errors import UsageError
+from streamworker.errors import StreamworkerError, UsageError
 from streamworker.postgres import Archive, JobRecord
 from streamworker.postgres.migrate import Migrator, printed, shipped
 from streamworker.settings import EMBEDDED, Settings
+from streamworker.telemetry.logs import get_logger
+
+log = get_logger("streamworker.ledger")
+
+
+class LedgerKeys:
+    """Frees the deduplication keys that PostgreSQL remembers of jobs that were ended by hand in Redis.
+
+    The ledger is looked for with the first of them: listings do not connect to PostgreSQL.
+
+    Args:
+        stack: closes what is opened.
+        settings: whether there is a ledger.
+        url: of the database, if there is one.
+    """
+
+    def __init__(self, stack: AsyncExitStack, settings: Settings, url: str | None) -> None:
+        self._stack = stack
+        self._url = url if settings.ledger != "off" else None
+        self._archive: Archive | None = None
+
+    async def __call__(self, queue: str, ids: Sequence[str]) -> None:
+        """Free the keys of these jobs; what PostgreSQL refuses is logged, since the jobs have ended all the same."""
+        if self._url is None:
+            return
+        try:
+            if self._archive is None:
+                self._archive = await open_archive(self._stack, self._url, required=False)
+            if self._archive is None:
+                self._url = None
+            else:
+                await self._archive.free_keys(queue, ids)
+        except StreamworkerError as error:
+            log.warning("keys_not_freed", queue=queue, jobs=len(ids), error=str(error))
 
 
 class Archives:

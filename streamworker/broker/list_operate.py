@@ -12,7 +12,7 @@ from streamworker.broker.client import Address, understood
 from streamworker.broker.keys import ListKeys, worker_key
 from streamworker.broker.list_settle import ListSender
 from streamworker.broker.lists import refuse_cluster
-from streamworker.broker.operating import Operating
+from streamworker.broker.operating import Freed, Operating, told_to_none
 from streamworker.broker.serving import Options
 from streamworker.job import Claim, Depth
 
@@ -20,10 +20,12 @@ from streamworker.job import Claim, Depth
 class ListOperator(Operating):
     """List mode of the `Operator` protocol."""
 
-    def __init__(self, address: Address, options: Options) -> None:
+    def __init__(self, address: Address, options: Options, freed: Freed = told_to_none) -> None:
         refuse_cluster(address)
         namespace = options.namespace
-        super().__init__(address, namespace, "", lambda queue: ListKeys(queue, namespace), lease=options.lease)
+        super().__init__(
+            address, namespace, "", lambda queue: ListKeys(queue, namespace), lease=options.lease, freed=freed
+        )
 
     async def open(self) -> None:
         """See `Operating.open`."""

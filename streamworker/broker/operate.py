@@ -8,7 +8,7 @@ from streamworker.broker import Page, PendingEntry, WorkerInfo, listings, paging
 from streamworker.broker.client import Address
 from streamworker.broker.intake import document
 from streamworker.broker.keys import QueueKeys, worker_key
-from streamworker.broker.operating import Operating
+from streamworker.broker.operating import Freed, Operating, told_to_none
 from streamworker.broker.settle import StreamSender
 from streamworker.broker.stream import StreamOptions
 from streamworker.job import Claim, Depth
@@ -17,10 +17,15 @@ from streamworker.job import Claim, Depth
 class StreamOperator(Operating):
     """Stream mode of the `Operator` protocol."""
 
-    def __init__(self, address: Address, options: StreamOptions) -> None:
+    def __init__(self, address: Address, options: StreamOptions, freed: Freed = told_to_none) -> None:
         namespace = options.namespace
         super().__init__(
-            address, namespace, options.group, lambda queue: QueueKeys(queue, namespace), lease=options.lease
+            address,
+            namespace,
+            options.group,
+            lambda queue: QueueKeys(queue, namespace),
+            lease=options.lease,
+            freed=freed,
         )
 
     async def pending(

@@ -6,8 +6,8 @@ name and delivery count as the fence, so that a job that moved on meanwhile is l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Final
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final, TypeAlias
 
 import msgspec
 from redis.exceptions import NoPermissionError
@@ -36,8 +36,14 @@ from streamworker.job import Claim, Dead, Drop, ReleaseAt, Settled, Verdict
 from streamworker.marks import NOTHING
 from streamworker.progress import Progress, read
 
+Freed: TypeAlias = Callable[[str, Sequence[str]], Awaitable[None]]
+"""Told of a queue and the ids of jobs of it that were ended by hand: a ledger remembers keys of its own."""
 PURGE_BATCH: Final = 1000
 """Jobs one script call deletes."""
+
+
+async def told_to_none(_queue: str, _ids: Sequence[str]) -> None:
+    """Where only Redis remembers keys."""
 
 
 class Operating:
@@ -49,12 +55,21 @@ class Operating:
         group: the consumer group, where there is one.
         keys: the keys of a queue, by its name.
         lease: seconds a claim lives unrenewed.
+        freed: told of jobs that were ended by hand.
     """
 
     def __init__(
-        self, address: Address, namespace: str, group: str, keys: Callable[[str], QueueKeys], *, lease: float
+        self,
+        address: Address,
+        namespace: str,
+        group: str,
+        keys: Callable[[str], QueueKeys],
+        *,
+        lease: float,
+        freed: Freed = told_to_none,
     ) -> None:
         self.lease = lease
+        self._freed = freed
         self._address = address
         self._namespace, self._group, self._key = namespace, group, keys
         self._commands = address.commands()
@@ -113,7 +128,10 @@ class Operating:
     async def drop(self, entry: PendingEntry) -> bool:
         """See `Operator.drop`."""
         claim = await self._claim(entry)
-        return claim is not None and await self._end(entry, claim, Drop())
+        ended = claim is not None and await self._end(entry, claim, Drop())
+        if ended and entry.job_id:
+            await self._freed(entry.queue, [entry.job_id])
+        return ended
 
     async def _end(self, entry: PendingEntry, claim: Claim, verdict: Verdict, next_form: bytes | None = None) -> bool:
         try:
@@ -187,7 +205,10 @@ class Operating:
 
     async def forget(self, job: StoredJob) -> bool:
         """See `Operator.forget`."""
-        return await cancels.forget(self._desk, self._key(job.queue), job.handle)
+        ended = await cancels.forget(self._desk, self._key(job.queue), job.handle)
+        if ended and job.job_id:
+            await self._freed(job.queue, [job.job_id])
+        return ended
 
     async def dead(self, queue: str, after: str = "", *, only: str | None = None) -> Page[StoredJob]:
         """See `Operator.dead`."""
@@ -219,7 +240,10 @@ class Operating:
         names, args = [keys.dead], [job.handle]
         if found is not None:
             names, args = [*names, keys.key(found[0])], [*args, found[1]]
-        return bool(await self._desk.run(scripts.ERASE, names, args))
+        ended = bool(await self._desk.run(scripts.ERASE, names, args))
+        if ended and job.job_id:
+            await self._freed(job.queue, [job.job_id])
+        return ended
 
     # -- queues and the server
 
@@ -244,8 +268,10 @@ class Operating:
         names = [*keys.places, keys.due, keys.bodies, keys.dead, keys.key("")]
         while gone < limit:
             batch = min(PURGE_BATCH, limit - gone)
-            count = int(await self._desk.run(scripts.PURGE, names, [keys.shape, self._group, place, batch]))
+            count, *ids = await self._desk.run(scripts.PURGE, names, [keys.shape, self._group, place, batch])
             gone += count
+            if ids:
+                await self._freed(queue, [text(each) for each in ids])
             if count < batch:
                 break
         return gone

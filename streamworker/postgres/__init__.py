@@ -288,6 +288,9 @@ class Archive(Protocol):
     async def cancel(self, queue: str, job_id: str) -> bool:
         """Cancel a job that does not run: it never will; False if it runs, has ended, or is not there."""
 
+    async def free_keys(self, queue: str, ids: Sequence[str]) -> int:
+        """Forget the deduplication keys of jobs; returns how many there were."""
+
     async def retry(self, queue: str, job_id: str) -> bool:
         """Queue a job anew that has ended, with all its attempts before it; False if it has not, or is not there."""
 

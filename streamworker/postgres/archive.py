@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, Final
 
 import asyncpg
@@ -39,6 +39,10 @@ update streamworker.jobs
 set status = 'cancelled', finished_at = now(), updated_at = now()
 where id = $1 and queue_name = $2 and status in ('queued', 'dispatching', 'dispatched', 'retrying')
 returning id"""
+
+FREE_KEYS: Final = """
+with freed as (delete from streamworker.job_keys where queue_name = $1 and job_id = any($2::text[]) returning key)
+select count(*) from freed"""
 
 # The next hop, so that no run of before can record anything any more.
 RETRY: Final = """
@@ -103,6 +107,11 @@ class PostgresArchive:
         """See `Archive.cancel`."""
         with understood("cancelling a job"):
             return bool(await self._database.fetch(CANCEL, stored_id(job_id), queue))
+
+    async def free_keys(self, queue: str, ids: Sequence[str]) -> int:
+        """See `Archive.free_keys`."""
+        with understood("forgetting the keys of jobs"):
+            return int((await self._database.fetch(FREE_KEYS, queue, [stored_id(job_id) for job_id in ids]))[0][0])
 
     async def retry(self, queue: str, job_id: str) -> bool:
         """See `Archive.retry`."""

@@ -83,6 +83,52 @@ async def test_what_waits_is_cancelled_for_good(scene, pg, raw):
         await eventually(lambda: not raw.exists("stream:{q}:cancelled"))
 
 
+@pytest.mark.parametrize("end", ["cancel", "drop delayed", "drop dead", "drop pending", "purge", "purge dead"])
+async def test_a_key_that_the_ledger_remembers_is_free_once_its_job_was_ended_by_hand(scene, pg, raw, end):
+    async def enqueued(number):
+        async with pg.transaction():
+            return await scene.enqueue(Job(n=number), key="k", connection=pg)
+
+    async def page(listing):
+        rows, after = [], ""
+        while after is not None:
+            found = await getattr(operator, listing)("q", after)
+            rows, after = rows + found.rows, found.after
+        return rows
+
+    first = await enqueued(-1 if end == "drop pending" else 0)
+    other = await scene.enqueue(Job(), key="k")  # Redis remembers its own
+    assert (await enqueued(0)).id == first.id
+    async with scene.operator() as operator, scene.relaying() as relaying, anyio.create_task_group() as group:
+        stopping = anyio.Event()
+        group.start_soon(relaying.run, stopping)
+        await eventually(lambda: raw.xlen("stream:{q}") == 2)
+        stopping.set()
+        (body,) = [fields[b"job"] for _, fields in raw.xrange("stream:{q}") if first.id.encode() in fields[b"job"]]
+        if end == "cancel":
+            assert await scene.cancel(first.id) == "cancelled"
+        elif end == "drop delayed":
+            raw.zadd("stream:{q}:due", {f"normal/{first.id}/00000000": 9e15})
+            raw.hset("stream:{q}:bodies", f"normal/{first.id}/00000000", body)
+            (row,) = await page("delayed")
+            assert await operator.forget(row)
+        elif end in ("drop dead", "purge dead"):
+            raw.xadd("stream:{q}:dead", {"job": body, "id": first.id})
+            (letter,) = await page("dead")
+            assert await (operator.purge("q", "dead", 10) if end == "purge dead" else operator.erase(letter))
+        elif end == "purge":
+            assert await operator.purge("q", "ready", 10) == 2
+        else:
+            async with working(scene):
+                await eventually(lambda: first.id in scene.ran)
+                (row,) = [each for each in await page("pending") if each.job_id == first.id]
+                assert await operator.drop(row)
+    again = await enqueued(0)
+    assert again.new and again.id != first.id
+    straight = await scene.enqueue(Job(), key="k")
+    assert (straight.id == other.id) is (end != "purge")
+
+
 async def test_a_lost_redis_does_not_bring_it_back(scene, pg, raw):
     async with pg.transaction():
         made = await scene.enqueue(Job(), connection=pg)

@@ -11,21 +11,23 @@
 -- ARGV[3]     "ready", "delayed" or "dead"
 -- ARGV[4]     most jobs to delete, up to 1000
 --
--- returns how many were deleted
-local left, gone = tonumber(ARGV[4]), 0
+-- returns { how many were deleted, ids of those whose ids are known ... }
+local left, gone, ids = tonumber(ARGV[4]), 0, {}
 
 -- Our producers write the id first and the key behind it, list mode may have put its mark in front: only documents that
 -- have a key are looked into further, which keeps a batch of large ones short.
-local function free(body)
+local function freed(body)
   local rest = string.match(body or '', '^{"streamworker":%b{},(.*)$') or string.sub(body or '', 2)
   local id, key = string.match(rest, '^"id":"([^"\\]+)","key":"([^"\\]*)"')
-  if not id and string.find(rest, '^"id":".-","key":"') then
+  local plain = string.match(rest, '^"id":"([^"\\]+)"')
+  if not id and string.find(rest, '^"id":"[^"]*","key":"') then
     local ok, document = pcall(cjson.decode, body)
     if ok then id, key = document.id, document.key end
   end
   if type(id) == 'string' and type(key) == 'string' and redis.pcall('GET', KEYS[7] .. key) == id then
     redis.call('DEL', KEYS[7] .. key)
   end
+  ids[#ids + 1] = plain
 end
 
 local function job_of(fields)
@@ -35,14 +37,14 @@ local function job_of(fields)
 end
 
 local function delete(stream, first)
-  local ids = {}
+  local names = {}
   local entries = redis.pcall('XRANGE', stream, first, '+', 'COUNT', left)
   if entries.err then return end
   for _, entry in ipairs(entries) do
-    ids[#ids + 1] = entry[1]
-    free(job_of(entry[2]))
+    names[#names + 1] = entry[1]
+    freed(job_of(entry[2]))
   end
-  if #ids > 0 then gone = gone + redis.call('XDEL', stream, unpack(ids)) end
+  if #names > 0 then gone = gone + redis.call('XDEL', stream, unpack(names)) end
 end
 
 local function delivered(stream)
@@ -62,7 +64,7 @@ if ARGV[3] == 'ready' then
       local popped = redis.pcall('LPOP', KEYS[k], left)
       if popped and not popped.err then
         gone = gone + #popped
-        for _, body in ipairs(popped) do free(body) end
+        for _, body in ipairs(popped) do freed(body) end
       end
     elseif left > 0 then
       delete(KEYS[k], '(' .. delivered(KEYS[k]))
@@ -70,11 +72,11 @@ if ARGV[3] == 'ready' then
   end
 elseif ARGV[3] == 'delayed' then
   for _, member in ipairs(redis.call('ZRANGE', KEYS[4], 0, left - 1)) do
-    free(redis.call('HGET', KEYS[5], member) or nil)
+    freed(redis.call('HGET', KEYS[5], member) or nil)
     redis.call('HDEL', KEYS[5], member)
     gone = gone + redis.call('ZREM', KEYS[4], member)
   end
 else
   delete(KEYS[6], '-')
 end
-return gone
+return { gone, unpack(ids) }
