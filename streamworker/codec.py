@@ -329,8 +329,11 @@ def _forget_state(fields: dict[str, Any]) -> None:
         if not _filled(fields.get("id")):
             fields["id"] = mark.id
     if b'"streamworker-' in bytes(fields.get("headers", b"")):
-        headers = {name: value for name, value in _loose(fields["headers"]).items() if name not in OLD_HEADERS}
-        if headers:
+        known = _loose(fields["headers"])
+        headers = {name: value for name, value in known.items() if name not in OLD_HEADERS}
+        if len(headers) == len(known):
+            pass  # a name like ours is not ours: the bytes stay
+        elif headers:
             fields["headers"] = headers
         else:
             del fields["headers"]
