@@ -29,7 +29,7 @@ REFUSALS: Final = 3
 SETTLES: Final = 1.0
 """Most seconds after a suspect's run in which nothing is claimed because it is not settled yet."""
 UNSETTLED: Final = 1000
-"""Finished runs that may wait to be settled before no more is claimed."""
+"""Finished runs of a queue that may wait to be settled before no more of it is claimed."""
 
 
 class Claimer:
@@ -144,7 +144,7 @@ class Claimer:
             await holdings.changed(0.5)
             return
         room = self._concurrency - holdings.busy
-        if room <= 0 or len(holdings) - holdings.busy > UNSETTLED + self._concurrency:
+        if room <= 0:
             self.asking_since = None
             await holdings.changed()
             return
@@ -158,25 +158,33 @@ class Claimer:
 
     async def _claim(self, limit: int) -> list[Claim]:
         """Claim; an ending of a queue at its cap ends the wait, because there is room for one more of it."""
-        wait, holdings = 0.0 if self._burst else BLOCK, self._holdings
+        wait, holdings, shut = 0.0 if self._burst else BLOCK, self._holdings, self._shut_queues()
         if not self._caps:
-            return await self._broker.claim(limit, wait, holdings)
+            return await self._broker.claim(limit, wait, holdings, shut=shut)
         held = Counter(run.claim.queue for run in holdings.snapshot() if run.outcome is None)
         full = {queue for queue, cap in self._caps.items() if held[queue] >= cap}
         if not full or not wait:
-            return await self._broker.claim(limit, wait, holdings, holdings.ended)
+            return await self._broker.claim(limit, wait, holdings, holdings.ended, shut)
         claims: list[Claim] = []
         failure: Exception | None = None
         async with anyio.create_task_group() as group:
             group.start_soon(self._watch_for_room, full)
             try:
-                claims = await self._broker.claim(limit, wait, holdings, holdings.ended)
+                claims = await self._broker.claim(limit, wait, holdings, holdings.ended, shut)
             except Exception as error:  # noqa: BLE001 - raised below, outside of the group that would wrap it
                 failure = error
             group.cancel_scope.cancel()
         if failure is not None:
             raise failure
         return claims
+
+    def _shut_queues(self) -> frozenset[str]:
+        """Queues of which too many endings wait to be settled: nothing more of them is claimed, all others go on."""
+        holdings, most = self._holdings, UNSETTLED + self._concurrency
+        if len(holdings) - holdings.busy <= most:
+            return frozenset()
+        unsettled = Counter(run.claim.queue for run in holdings.snapshot() if run.outcome is not None)
+        return frozenset(queue for queue, count in unsettled.items() if count > most)
 
     async def _watch_for_room(self, full: Collection[str]) -> None:
         """Tell the waiting claim that a queue which was at its cap has room again; until cancelled."""

@@ -8,7 +8,7 @@ from typing import Final, Protocol
 
 import anyio
 
-from streamworker.broker import Broker
+from streamworker.broker import Broker, Ending
 from streamworker.endings import ending
 from streamworker.errors import HandBackFailed, Unreachable
 from streamworker.execute import Executor
@@ -123,6 +123,19 @@ async def take_leave(broker: Broker, executor: Executor, holdings: Holdings) -> 
 
 async def _hand_back_strays(broker: Broker, executor: Executor, holdings: Holdings) -> None:
     """What is pending under our name still is settled: what is held by its outcome, what is not goes back."""
+    while runs := await _pending_runs(broker, executor, holdings):
+        endings = [run.ending or ending(run, now=time.time(), jitter=0.5) for run in runs]
+        refused = await _settled(broker, holdings, runs, endings)
+        if refused:
+            # What cannot be parked or buried where it belongs goes back to where it came from, at once and uncharged.
+            for run in refused:
+                run.outcome = SHUTDOWN
+            endings = [ending(run, now=time.time(), jitter=0.5) for run in refused]
+            if await _settled(broker, holdings, refused, endings):
+                return
+
+
+async def _pending_runs(broker: Broker, executor: Executor, holdings: Holdings) -> list[Run]:
     runs = []
     for claim in await broker.strays(()):
         run = holdings.find(claim) or Run(claim)
@@ -131,9 +144,15 @@ async def _hand_back_strays(broker: Broker, executor: Executor, holdings: Holdin
         if run.outcome is None:
             run.outcome = SHUTDOWN
         runs.append(run)
-    if not runs:
-        return
-    answers = await broker.settle([run.ending or ending(run, now=time.time(), jitter=0.5) for run in runs])
-    for run, answer in zip(runs, answers, strict=True):
-        if answer is not Settled.REFUSED:
+    return runs
+
+
+async def _settled(broker: Broker, holdings: Holdings, runs: list[Run], endings: list[Ending]) -> list[Run]:
+    """Settle; returns the runs that the server refused to store."""
+    refused = []
+    for run, answer in zip(runs, await broker.settle(endings), strict=True):
+        if answer is Settled.REFUSED:
+            refused.append(run)
+        else:
             holdings.forget(run)
+    return refused

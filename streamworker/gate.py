@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import secrets
 from collections.abc import Callable, Collection
 from time import time
@@ -20,7 +21,6 @@ from streamworker import codec
 from streamworker.errors import Unreachable
 from streamworker.job import Claim, Deferred
 from streamworker.limits import Answer, Asking, Hold, Limit, Limiting, Quota
-from streamworker.pause import Pause
 from streamworker.run import Run
 from streamworker.telemetry.logs import get_logger
 
@@ -28,6 +28,12 @@ log = get_logger("streamworker.worker")
 
 MOST: Final = 200
 """Most jobs of one question."""
+SHORTEST_PAUSE: Final = 0.2
+LONGEST_AWAY: Final = 5.0
+LONGEST_PAUSE: Final = 30.0
+"""Seconds before a queue is asked about again that could not be: whose server is away, or whose keys are not usable."""
+ASK_LATER: Final = 5.0
+"""Least seconds after which a job asks again that could not be asked about."""
 LONGEST_VALUE: Final = 100
 """Characters of a value in the name of a key; longer ones stand there as a digest."""
 
@@ -48,6 +54,9 @@ class Gate:
         self._asking: dict[Run, Asking] = {}
         self._leaving: list[Hold] = []
         self._holds: dict[tuple[str, bytes], Hold] = {}
+        self._pauses: dict[str, tuple[float, float]] = {}
+        """Queues that could not be asked about: until when nobody asks again, and how long that pause is."""
+        self._broken: set[str] = set()
         self._wake = asyncio.Event()
         self._closing = anyio.Event()
         self._give_up_at = float("inf")
@@ -90,31 +99,75 @@ class Gate:
         self._wake.set()
 
     async def run(self) -> None:
-        """Ask until closed; an error is followed by a pause, and the question asked again."""
-        pause = Pause(longest=5.0)
+        """Ask until closed. A queue that cannot be asked about is asked about again after a pause; the others go on."""
         while True:
-            if not self._asking and not self._leaving:
-                if self._closing.is_set():
+            self._put_off()
+            queue = self._next()
+            if queue is None:
+                if self._closing.is_set() and not self._asking and not self._leaving:
                     return
-                await self._wake.wait()
+                with anyio.move_on_after(self._until_next()):
+                    await self._wake.wait()
                 self._wake.clear()
-                continue
-            try:
-                await self._turn()
-                pause.reset()
-            except Exception as error:  # noqa: BLE001 - a main loop never crashes; what waits is asked about again
-                if not isinstance(error, Unreachable):
-                    log.error("limits_failed", jobs=len(self._asking), error=str(error))
-                await pause.wait(self._closing, least=0.2)
+            else:
+                try:
+                    await self._turn(queue)
+                    self._pauses.pop(queue, None)
+                    self._broken.discard(queue)
+                except Exception as error:  # noqa: BLE001 - a main loop never crashes; what waits is asked about again
+                    self._failed(queue, error)
             if anyio.current_time() > self._give_up_at:
                 return
 
-    async def _turn(self) -> None:
+    def _next(self) -> str | None:
+        """The queue whose turn it is: holds are given back first, then in order of arrival."""
+        now = anyio.current_time()
+        for limit in itertools.chain(
+            (hold.limit for hold in self._leaving), (asking.limit for asking in self._asking.values())
+        ):
+            pause = self._pauses.get(limit.queue)
+            if pause is None or pause[0] <= now:
+                return limit.queue
+        return None
+
+    def _until_next(self) -> float | None:
+        """Seconds until a queue may be asked about again."""
+        if not self._asking and not self._leaving:
+            return None
+        soonest = min((at for at, _ in self._pauses.values()), default=0.0)
+        return max(0.01, min(soonest, self._give_up_at) - anyio.current_time())
+
+    def _failed(self, queue: str, error: Exception) -> None:
+        """Nobody of the queue may run now. Unless its server is away, they wait in Redis, and not in our slots."""
+        _, before = self._pauses.get(queue, (0.0, 0.0))
+        away = isinstance(error, Unreachable)
+        pause = min(LONGEST_AWAY if away else LONGEST_PAUSE, max(SHORTEST_PAUSE, 2 * before))
+        self._pauses[queue] = (anyio.current_time() + pause, pause)
+        if away:
+            return
+        log.error("limits_failed", queue=queue, error=str(error), pause=round(pause, 1))
+        self._broken.add(queue)
+        if self._closing.is_set():  # they lapse by themselves
+            self._leaving = [hold for hold in self._leaving if hold.limit.queue != queue]
+
+    def _put_off(self) -> None:
+        """Jobs of queues whose keys are not usable wait in Redis, and not in our slots."""
+        if not self._broken:
+            return
+        now = anyio.current_time()
+        waiting = [(run, each) for run, each in self._asking.items() if each.limit.queue in self._broken]
+        for run, each in waiting:
+            at, _ = self._pauses.get(each.limit.queue, (0.0, 0.0))
+            if at > now:
+                del self._asking[run]
+                run.outcome = run.outcome or Deferred(time() + max(at - now, ASK_LATER), each.turn, "")
+                self._finished(run)
+
+    async def _turn(self, queue: str) -> None:
         """One question, of one queue."""
-        first = self._leaving[0].limit if self._leaving else next(iter(self._asking.values())).limit
-        leaving = [hold for hold in self._leaving if hold.limit.queue == first.queue][:MOST]
-        asking = [(run, each) for run, each in self._asking.items() if each.limit.queue == first.queue][:MOST]
-        answers = await self._broker.limit(first.queue, [each for _, each in asking], leaving)
+        leaving = [hold for hold in self._leaving if hold.limit.queue == queue][:MOST]
+        asking = [(run, each) for run, each in self._asking.items() if each.limit.queue == queue][:MOST]
+        answers = await self._broker.limit(queue, [each for _, each in asking], leaving)
         given = set(leaving)
         self._leaving = [hold for hold in self._leaving if hold not in given]
         for (run, _), answer in zip(asking, answers, strict=True):

@@ -32,7 +32,22 @@ log = get_logger("streamworker.worker")
 
 _PLACE: Final = re.compile(r"at `(\$[^`]*)`")
 REFUSED_PAUSE: Final = 1.0
-"""Seconds before jobs that the server had no memory for are offered again."""
+"""Seconds before endings that the server refused to store are offered again; longer each time, up to the next one."""
+LONGEST_PAUSE: Final = 30.0
+PROBE: Final = 10
+"""Endings of a queue that are offered again to see whether the server takes them by now."""
+SAY_AGAIN: Final = 60.0
+"""Seconds before it is said again that a queue's endings are refused."""
+
+
+class Aside:
+    """Runs of one queue whose endings the server refuses to store: kept under lease, offered again now and then."""
+
+    def __init__(self) -> None:
+        self.runs: list[Run] = []
+        self.at = 0.0
+        self.pause = 0.0
+        self.said: tuple[str, float] = ("", 0.0)
 
 
 class Settler:
@@ -53,8 +68,7 @@ class Settler:
         self.settled: Callable[[list[Run], list[Ending], list[Settled], float], None] | None = None
         """Told of every batch, and when (epoch seconds) it was sent; where somebody watches."""
         self._finished: list[Run] = []
-        self._refused: list[Run] = []
-        self._offer_at = 0.0
+        self._aside: dict[str, Aside] = {}
         self._uncertain: set[Run] = set()
         self._wake = asyncio.Event()
         self._closing = anyio.Event()
@@ -92,19 +106,29 @@ class Settler:
     async def _gather(self) -> bool:
         """Wait for something to settle; False when closed and nothing is left."""
         while not self._finished:
-            if self._closing.is_set() and not self._refused:
+            if self._closing.is_set() and not self._aside:
                 return False
-            with anyio.move_on_after(REFUSED_PAUSE if self._refused else None):
+            soonest = min((each.at for each in self._aside.values()), default=None)
+            with anyio.move_on_after(None if soonest is None else max(0.01, soonest - anyio.current_time())):
                 await self._wake.wait()
             self._wake.clear()
             self._finished += self._offer_again()
         return True
 
+    @property
+    def aside(self) -> dict[str, int]:
+        """How many endings of which queues the server refuses to store."""
+        return {queue: len(each.runs) for queue, each in self._aside.items() if each.runs}
+
     def _offer_again(self) -> list[Run]:
-        """Refused runs whose pause is over; under load too, or they would starve."""
-        if not self._refused or (anyio.current_time() < self._offer_at and not self._closing.is_set()):
-            return []
-        again, self._refused = self._refused, []
+        """Some of those that were refused, when their pause is over; under load too, or they would starve."""
+        again: list[Run] = []
+        for each in self._aside.values():
+            if anyio.current_time() >= each.at:
+                most = len(each.runs) if self._closing.is_set() else PROBE
+                again += each.runs[:most]
+                del each.runs[:most]
+                each.at = float("inf")  # until it is known how that went
         return again
 
     async def _flush(self, batch: list[Run]) -> None:
@@ -116,11 +140,12 @@ class Settler:
         if self.settled is not None:
             self.settled(batch, items, results, now)
         counts, forget = self._holdings.counts, self._holdings.forget
+        refused: dict[str, list[Run]] = {}
         for run, item, result in zip(batch, items, results, strict=True):
             if result is Settled.REFUSED:
                 run.settling = False
-                self._refused.append(run)
-                self._offer_at = anyio.current_time() + REFUSED_PAUSE
+                self._uncertain.add(run)  # a node that went away may have done it
+                refused.setdefault(run.claim.queue, []).append(run)
                 continue
             forget(run)
             if result is Settled.SETTLED:
@@ -132,10 +157,34 @@ class Settler:
                 counts.lost += 1
                 log.info("settle_lost", **facts_of(run))
             self._uncertain.discard(run)
-        if self._refused:
-            log.error(
-                "settle_refused", jobs=len(self._refused), hint="Redis is out of memory: raise maxmemory or delete keys"
-            )
+        if refused or self._aside:
+            self._set_aside(refused, {run.claim.queue for run in batch})
+
+    def _set_aside(self, refused: dict[str, list[Run]], queues: set[str]) -> None:
+        """Keep what was refused, and decide when it is offered again: at once where the server takes some by now."""
+        now = anyio.current_time()
+        for queue, runs in refused.items():
+            self._aside.setdefault(queue, Aside()).runs += runs
+        for queue in queues & self._aside.keys():
+            each = self._aside[queue]
+            if queue not in refused:
+                each.at, each.pause = now, 0.0
+            elif each.at > now + LONGEST_PAUSE or each.at <= now:  # it was offered again, or is new
+                longest = REFUSED_PAUSE if self._closing.is_set() else LONGEST_PAUSE
+                each.pause = min(longest, max(REFUSED_PAUSE, 2 * each.pause))
+                each.at = now + (each.pause if not self._closing.is_set() else 0.2)
+            if not each.runs:
+                del self._aside[queue]
+            elif queue in refused:
+                self._say(queue, each, now)
+
+    def _say(self, queue: str, aside: Aside, now: float) -> None:
+        why = self._broker.refusals.get(queue)
+        error = why.error if why is not None else "it cannot be judged"
+        if aside.said[0] != error or now > aside.said[1]:
+            aside.said = (error, now + SAY_AGAIN)
+            hint = why.cure if why is not None else "see the lines before this one"
+            log.error("settle_refused", queue=queue, jobs=len(aside.runs), error=error, hint=hint)
 
     async def _settled(self, items: list[Ending]) -> list[Settled]:
         """Settle; if something about one item breaks the call, settle one by one, so that it jams none but itself."""

@@ -286,7 +286,11 @@ class QueueWorker:
         self._stopping.set()
 
     def _report(self) -> dict[str, str | int | float]:
-        return heartbeat(self._settings, self._queues, self._started, self._holdings, self._lease.loop_lag)
+        report = heartbeat(self._settings, self._queues, self._started, self._holdings, self._lease.loop_lag)
+        aside = [
+            f"{jobs} jobs of {queue} cannot be settled, see its log" for queue, jobs in self._settler.aside.items()
+        ]
+        return {**report, "notice": "; ".join(aside)}
 
     # -- stops and signals
 

@@ -45,6 +45,13 @@ class Ending(msgspec.Struct, frozen=True, gc=False):
     keep: float = 0.0
 
 
+class Refusal(msgspec.Struct, frozen=True):
+    """Why the server refuses to store an ending, and what people can do about it."""
+
+    error: str
+    cure: str
+
+
 class Tick(msgspec.Struct, frozen=True):
     """One tick of a schedule.
 
@@ -121,7 +128,12 @@ class Broker(Limiting, Protocol):
         """
 
     async def claim(
-        self, limit: int, wait: float, running: Collection[Claim], ended: Callable[[str], int] = ...
+        self,
+        limit: int,
+        wait: float,
+        running: Collection[Claim],
+        ended: Callable[[str], int] = ...,
+        shut: Collection[str] = (),
     ) -> list[Claim]:
         """Up to ``limit`` jobs, orphans and new ones in order; waits up to ``wait`` seconds only if there is none.
 
@@ -130,6 +142,7 @@ class Broker(Limiting, Protocol):
             wait: seconds.
             running: everything this worker holds: never claimed again, counted against the caps of queues.
             ended: how many of ``running`` of a queue have ended and only wait to be settled: they fill no cap.
+            shut: queues of which nothing is claimed now.
         """
 
     async def look_again(self) -> None:
@@ -185,6 +198,10 @@ class Broker(Limiting, Protocol):
 
     async def settle(self, items: Sequence[Ending]) -> list[Settled]:
         """End claims, each by its verdict, each atomically and only if the claim still holds; answers in order."""
+
+    @property
+    def refusals(self) -> Mapping[str, Refusal]:
+        """Why the last `settle` was refused some endings, by queue."""
 
     async def strays(self, running: Collection[Claim]) -> list[Claim]:
         """Claims of ours on the server that are not in ``running``: a reply to a claim was lost on the way."""

@@ -18,7 +18,11 @@ from streamworker.broker import scripts
 from streamworker.broker.keys import QueueKeys
 from streamworker.broker.link import Link
 from streamworker.broker.settle import id_of
+from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable
 from streamworker.job import Claim
+from streamworker.telemetry.logs import get_logger
+
+log = get_logger("streamworker.broker")
 
 LIFE: Final = 7 * 86_400
 """Seconds a mark lives: longer than any job should lie in a queue. Delayed jobs are deleted instead."""
@@ -77,7 +81,13 @@ class Cancels:
                     asked.setdefault(claim.queue, {})[index] = job_id
             for queue, ids in asked.items():
                 keys = self._keys[queue]
-                found = await self._link.run(scripts.CANCELS, [keys.cancelled, keys.meta], list(ids.values()))
+                try:
+                    found = await self._link.run(scripts.CANCELS, [keys.cancelled, keys.meta], list(ids.values()))
+                except (Unreachable, ConfigurationError):
+                    raise
+                except StreamworkerError as error:  # a key of a wrong type is this queue's trouble alone
+                    log.error("cancelled_unknown", queue=queue, error=str(error))
+                    continue
                 for index in [list(ids)[number - 1] for number in found]:
                     claims[index] = msgspec.structs.replace(claims[index], cancelled=True)
             if rings == self._rings:  # else one was cancelled meanwhile, and may be among them
@@ -92,9 +102,14 @@ class Cancels:
         found: list[Claim] = []
         for queue, pairs in asked.items():
             keys = self._keys[queue]
-            numbers = self._link.in_thread(
-                scripts.CANCELS, [keys.cancelled, keys.meta], [job_id for _, job_id in pairs]
-            )
+            try:
+                numbers = self._link.in_thread(
+                    scripts.CANCELS, [keys.cancelled, keys.meta], [job_id for _, job_id in pairs]
+                )
+            except (Unreachable, ConfigurationError):
+                raise
+            except StreamworkerError:  # said where jobs are claimed
+                continue
             found += [pairs[number - 1][0] for number in numbers]
         return found
 

@@ -81,11 +81,16 @@ class Intakes:
         return sum(part.missing for part in self._parts)
 
     async def claim(
-        self, limit: int, wait: float, running: Collection[Claim], ended: Callable[[str], int] = none_ended
+        self,
+        limit: int,
+        wait: float,
+        running: Collection[Claim],
+        ended: Callable[[str], int] = none_ended,
+        shut: Collection[str] = (),
     ) -> list[Claim]:
         """See `Broker.claim`."""
         for part in self._parts:
-            part.ended = ended
+            part.ended, part.shut = ended, shut
         self._rest_after_outage()
         claims = self._brought()
         idle = [part for part in self._parts if part not in self._reads]

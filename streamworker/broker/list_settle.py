@@ -8,7 +8,7 @@ from typing import Any
 from streamworker.broker import Ending, scripts
 from streamworker.broker.held import leased, wrapped
 from streamworker.broker.keys import ListKeys, QueueKeys, worker_key
-from streamworker.broker.settle import freed, kept_at, note, obituary, parking, tell
+from streamworker.broker.settle import Code, freed, kept_at, note, obituary, parking, tell
 from streamworker.errors import UsageError
 from streamworker.job import Claim
 
@@ -29,14 +29,14 @@ class ListSender:
         """(member of the lease set, string in the worker's list)."""
         return leased(claim, self._worker), wrapped(claim)
 
-    async def done(self, keys: QueueKeys, items: list[Ending]) -> list[int]:
+    async def done(self, keys: QueueKeys, items: list[Ending]) -> list[Code]:
         """See `Sender.done`."""
         lists = as_lists(keys)
         args: list[Any] = []
         for item in items:
             args += self._fence(item.claim)
         names = [lists.claimed(self._worker), lists.leases, lists.meta]
-        codes: list[int]
+        codes: list[Code]
         *codes, waited = await scripts.LIST_DONE(self._client, names, args)
         self.waited = bool(waited)
         return codes
@@ -45,7 +45,7 @@ class ListSender:
         """See `Sender.tell`."""
         await tell(self._client, keys, items)
 
-    async def finish(self, keys: QueueKeys, items: list[Ending]) -> list[int]:
+    async def finish(self, keys: QueueKeys, items: list[Ending]) -> list[Code]:
         """See `Sender.finish`."""
         lists = as_lists(keys)
         names = [lists.claimed(self._worker), lists.leases, lists.meta, lists.cancelled]
@@ -55,7 +55,7 @@ class ListSender:
             args += (*self._fence(item.claim), item.job_id, *note(item), freed(item, keys, names))
         return list(await scripts.LIST_FINISH(self._client, names, args))
 
-    async def park(self, keys: QueueKeys, items: list[Ending]) -> list[int]:
+    async def park(self, keys: QueueKeys, items: list[Ending]) -> list[Code]:
         """See `Sender.park`."""
         lists = as_lists(keys)
         now = time.time()
@@ -66,7 +66,7 @@ class ListSender:
         names += [worker_key(lists.namespace, self._worker), lists.calls]
         return list(await scripts.LIST_PARK(self._client, names, args))
 
-    async def bury(self, keys: QueueKeys, items: list[Ending]) -> list[int]:
+    async def bury(self, keys: QueueKeys, items: list[Ending]) -> list[Code]:
         """See `Sender.bury`."""
         lists = as_lists(keys)
         args: list[Any] = []

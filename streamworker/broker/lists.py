@@ -121,8 +121,9 @@ class ListBroker(Serving[ListKeys, Taking]):
     async def settle(self, items: Sequence[Ending]) -> list[Settled]:
         """See `Broker.settle`."""
         await self._link.fresh()
+        refusals = self._refused()
         with self._link.watched():
-            return await settle(ListSender(self._link.wires, self._intake.consumer), self._homes, items)
+            return await settle(ListSender(self._link.wires, self._intake.consumer), self._homes, items, refusals)
 
     async def strays(self, running: Collection[Claim]) -> list[Claim]:
         """See `Broker.strays`."""

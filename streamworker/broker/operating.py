@@ -30,7 +30,7 @@ from streamworker.broker.client import Address, understood
 from streamworker.broker.examine import examine
 from streamworker.broker.keys import PROGRESS, SECRET, QueueKeys, worker_key
 from streamworker.broker.listings import PAGE, Desk, text
-from streamworker.broker.settle import Sender, settle
+from streamworker.broker.settle import Refusals, Sender, settle
 from streamworker.errors import InvalidJob, StreamworkerError
 from streamworker.job import Claim, Dead, Drop, ReleaseAt, Settled, Verdict
 from streamworker.marks import NOTHING
@@ -140,7 +140,9 @@ class Operating:
             attempts = 0
         ending = Ending(claim, verdict, next_form, entry.job_id or "", entry.kind or "", attempts)
         with understood(self._address):
-            answers = await settle(self._sender(entry.worker_id), {claim.place: self._key(entry.queue)}, [ending])
+            answers = await settle(
+                self._sender(entry.worker_id), {claim.place: self._key(entry.queue)}, [ending], Refusals()
+            )
         if answers == [Settled.REFUSED]:
             raise StreamworkerError(f"Redis at {self._address} is out of memory or refuses writes: nothing was changed")
         return answers == [Settled.SETTLED]

@@ -22,7 +22,7 @@ from streamworker.broker.list_settle import ListSender
 from streamworker.broker.lists import ListBroker
 from streamworker.broker.order import Order
 from streamworker.broker.orphans import Orphans
-from streamworker.broker.settle import settle
+from streamworker.broker.settle import Code, settle
 from streamworker.broker.taking import DEAF_WAIT, Taking, none_ended
 from streamworker.errors import StreamworkerError
 from streamworker.job import LEVELS, Claim, Settled
@@ -64,10 +64,16 @@ class Popping(Taking):
         """Queues with jobs whose end somebody waits for, by the last look."""
 
     async def claim(
-        self, limit: int, wait: float, running: Collection[Claim], ended: Callable[[str], int] = none_ended
+        self,
+        limit: int,
+        wait: float,
+        running: Collection[Claim],
+        ended: Callable[[str], int] = none_ended,
+        shut: Collection[str] = (),
     ) -> list[Claim]:
         """See `Broker.claim`: BRPOP looks and waits in one, with nothing in hand, so that no cap is ever met."""
         del ended
+        self.shut = shut
         self._rest_after_outage()
         await self.sweep(limit, running)
         if not await self._hands_free(wait, running):
@@ -175,10 +181,15 @@ class PoppingBroker(ListBroker):
         return None
 
     async def claim(
-        self, limit: int, wait: float, running: Collection[Claim], ended: Callable[[str], int] = none_ended
+        self,
+        limit: int,
+        wait: float,
+        running: Collection[Claim],
+        ended: Callable[[str], int] = none_ended,
+        shut: Collection[str] = (),
     ) -> list[Claim]:
         """See `Broker.claim`."""
-        claims = await self._intake.claim(limit, wait, running, ended)
+        claims = await self._intake.claim(limit, wait, running, ended, shut)
         try:
             return await self._cancels.judged(claims, self._intake.marked)
         except StreamworkerError as error:  # the job is in our hands and nowhere else
@@ -189,8 +200,11 @@ class PoppingBroker(ListBroker):
         """See `Broker.settle`; what is done left the server when it was popped."""
         await self._link.fresh()
         with self._link.watched():
+            refusals = self._refused()
             waited = self._intake.waited if isinstance(self._intake, Popping) else frozenset()
-            return await settle(_PoppedSender(self._link.wires, self._intake.consumer, waited), self._homes, items)
+            return await settle(
+                _PoppedSender(self._link.wires, self._intake.consumer, waited), self._homes, items, refusals
+            )
 
     async def strays(self, running: Collection[Claim]) -> list[Claim]:
         """See `Broker.strays`: what a lost reply brought is lost."""
@@ -205,7 +219,7 @@ class _PoppedSender(ListSender):
         super().__init__(client, worker)
         self._waited = waited
 
-    async def done(self, keys: QueueKeys, items: list[Ending]) -> list[int]:
+    async def done(self, keys: QueueKeys, items: list[Ending]) -> list[Code]:
         """See `Sender.done`."""
         self.waited = keys.queue in self._waited
         return [1] * len(items)

@@ -67,6 +67,10 @@ TABLE: Final = (
 )
 
 
+SILENT: Final = "no answer"
+"""How the reason begins why something was not stored on a node that does not answer."""
+
+
 def row_of(error: BaseException | str) -> Row | None:
     """The row for an error, or for the text of one that a script passed on; ``None`` for any other."""
     text = str(error)
@@ -74,6 +78,20 @@ def row_of(error: BaseException | str) -> Row | None:
         if isinstance(error, row.classes) or any(word in text for word in row.words):
             return row
     return None
+
+
+def cure_of(error: str) -> str:
+    """What people can do about an error with which the server refuses to store something of a queue."""
+    reaction = reaction_to(error)
+    if reaction is Reaction.FULL:
+        return "Redis is out of memory: raise maxmemory or delete keys"
+    if reaction is Reaction.KEY:
+        return "a key of this queue has a wrong type (streamworker check names it): rename or delete it"
+    if "last possible ID" in error:
+        return "a stream of this queue holds the last possible entry id and takes no more: rename or delete it"
+    if error.startswith(SILENT):
+        return "the node of the cluster that serves this queue is away: its jobs wait for it"
+    return "see what is wrong with the keys of this queue: streamworker check names what it finds"
 
 
 def reaction_to(error: BaseException | str) -> Reaction:

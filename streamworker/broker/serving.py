@@ -9,7 +9,7 @@ from typing import Final, Generic
 import msgspec
 from typing_extensions import TypeVar
 
-from streamworker.broker import Hearing, Tick, Ticked, scripts
+from streamworker.broker import Hearing, Refusal, Tick, Ticked, scripts
 from streamworker.broker.bell import listen
 from streamworker.broker.cancels import Cancels, cancel
 from streamworker.broker.client import Address
@@ -19,6 +19,7 @@ from streamworker.broker.keys import QueueKeys, worker_key
 from streamworker.broker.limits import Limiter
 from streamworker.broker.link import Link
 from streamworker.broker.publish import Publisher
+from streamworker.broker.settle import Refusals
 from streamworker.broker.taking import Taking, none_ended
 from streamworker.broker.waiting import waiting
 from streamworker.job import Claim, Enqueued, Outgoing
@@ -67,6 +68,7 @@ class Serving(Generic[K, I]):
         self._ears = Ears(address)
         self._limits = Limiter(self._link, self._keys, lease=options.lease)
         self._intake = self._take(queues)
+        self._refusals = Refusals()
 
     def _key(self, queue: str) -> K:
         """The keys of a queue."""
@@ -97,6 +99,15 @@ class Serving(Generic[K, I]):
         """See `Broker.publish`."""
         return await self._publisher.publish(jobs)
 
+    @property
+    def refusals(self) -> Mapping[str, Refusal]:
+        """See `Broker.refusals`."""
+        return self._refusals.why
+
+    def _refused(self) -> Refusals:
+        self._refusals = Refusals()
+        return self._refusals
+
     async def propose(self, tick: Tick) -> Ticked:
         """See `Broker.propose`."""
         return await self._publisher.propose(tick)
@@ -106,10 +117,17 @@ class Serving(Generic[K, I]):
         return int(await self._link.run(scripts.CLOCK, [self._key(queue).meta], [])) / 1000
 
     async def claim(
-        self, limit: int, wait: float, running: Collection[Claim], ended: Callable[[str], int] = none_ended
+        self,
+        limit: int,
+        wait: float,
+        running: Collection[Claim],
+        ended: Callable[[str], int] = none_ended,
+        shut: Collection[str] = (),
     ) -> list[Claim]:
         """See `Broker.claim`."""
-        return await self._cancels.judged(await self._intake.claim(limit, wait, running, ended), self._intake.marked)
+        return await self._cancels.judged(
+            await self._intake.claim(limit, wait, running, ended, shut), self._intake.marked
+        )
 
     async def look_again(self) -> None:
         """See `Broker.look_again`."""

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from itertools import islice
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeAlias
 
 from redis.exceptions import RedisError
 
 from streamworker import codec, notes
-from streamworker.broker import Ending, scripts
+from streamworker.broker import Ending, Refusal, scripts
 from streamworker.broker.keys import QueueKeys
+from streamworker.broker.reactions import SILENT, Reaction, cure_of, reaction_to
 from streamworker.errors import InvalidJob, StreamworkerError
 from streamworker.job import Claim, Dead, Done, Drop, Level, ReleaseAt, RetryAt, Settled
 
 BATCH: Final = 500
 """Most claims of one script call, so that it never blocks the server for long."""
 _STAGES: Final[dict[type, int]] = {Done: 0, Drop: 1, RetryAt: 2, ReleaseAt: 2, Dead: 3}
-_CODES: Final = (Settled.LOST, Settled.SETTLED, Settled.REFUSED)
+_CODES: Final = (Settled.LOST, Settled.SETTLED)
+BISECTIONS: Final = 12
+"""Most script calls of one batch that may fail before the rest of it is put off."""
+Code: TypeAlias = int | bytes
+"""1 settled, 0 lost, a text: why it was refused."""
 
 
 def due_member(level: Level, job_id: str) -> str:
@@ -30,34 +35,38 @@ def due_member(level: Level, job_id: str) -> str:
 
 
 class Sender(Protocol):
-    """Ends claims of one worker, all of one place; each answers 1 settled, 0 lost, 2 refused, in order."""
+    """Ends claims of one worker, all of one place; each answers 1 settled, 0 lost, or why it was refused, in order."""
 
     waited: bool
     """Whether somebody waited for jobs of the queue to end, when `done` was last called."""
 
-    async def done(self, keys: QueueKeys, items: list[Ending]) -> list[int]:
+    async def done(self, keys: QueueKeys, items: list[Ending]) -> list[Code]:
         """Delete what is finished."""
 
     async def tell(self, keys: QueueKeys, items: list[Ending]) -> None:
         """Tell those who wait that it is."""
 
-    async def finish(self, keys: QueueKeys, items: list[Ending]) -> list[int]:
+    async def finish(self, keys: QueueKeys, items: list[Ending]) -> list[Code]:
         """Delete what has ended and leaves something behind, or was cancelled."""
 
-    async def park(self, keys: QueueKeys, items: list[Ending]) -> list[int]:
+    async def park(self, keys: QueueKeys, items: list[Ending]) -> list[Code]:
         """Store what goes on, then delete the claim."""
 
-    async def bury(self, keys: QueueKeys, items: list[Ending]) -> list[int]:
+    async def bury(self, keys: QueueKeys, items: list[Ending]) -> list[Code]:
         """Store a dead letter, then delete the claim."""
 
 
-async def settle(sender: Sender, homes: Mapping[str, QueueKeys], items: Sequence[Ending]) -> list[Settled]:
+async def settle(
+    sender: Sender, homes: Mapping[str, QueueKeys], items: Sequence[Ending], refusals: Refusals, *, spread: bool = False
+) -> list[Settled]:
     """End claims, each only if it still holds.
 
     Args:
         sender: whose claims these are, and what they lie in.
         homes: place to the keys of its queue.
         items: what to end, and how.
+        refusals: told why the server refused to store some.
+        spread: the queues are served by several nodes: one that does not answer keeps its own from being ended alone.
     """
     groups: dict[tuple[int, str], list[int]] = {}
     for index, item in enumerate(items):
@@ -70,13 +79,53 @@ async def settle(sender: Sender, homes: Mapping[str, QueueKeys], items: Sequence
     results = [Settled.LOST] * len(items)
     for (stage, place), indexes in sorted(groups.items()):
         for batch in _batches(indexes):
-            codes = await stages[stage](homes[place], [items[index] for index in batch])
+            codes = await _sent(stages[stage], homes[place], [items[index] for index in batch], spread=spread)
             for index, code in zip(batch, codes, strict=True):
-                results[index] = _CODES[code]
+                if isinstance(code, bytes):
+                    results[index] = Settled.REFUSED
+                    refusals.note(homes[place].queue, code.decode(errors="replace"))
+                else:
+                    results[index] = _CODES[code]
             if stage == 0 and sender.waited:
                 told = [items[index] for index, code in zip(batch, codes, strict=True) if code == 1]
                 await sender.tell(homes[place], told)
     return results
+
+
+_Stage: TypeAlias = Callable[[QueueKeys, list[Ending]], Awaitable[list[Code]]]
+
+
+async def _sent(stage: _Stage, keys: QueueKeys, items: list[Ending], *, spread: bool) -> list[Code]:
+    """One batch; an error that is not the whole server's is looked for in halves, and refuses what it is about."""
+    codes: list[Code] = []
+    rest, failures = [items], 0
+    while rest:
+        batch = rest.pop()
+        try:
+            codes += await stage(keys, batch)
+        except (RedisError, OSError, StreamworkerError) as error:
+            reaction = reaction_to(error)
+            if reaction in (Reaction.FATAL, Reaction.RECONNECT) or (reaction is Reaction.WAIT and not spread):
+                raise
+            failures += 1
+            if len(batch) == 1 or failures > BISECTIONS or reaction is Reaction.WAIT:
+                why = f"{SILENT}: {error}" if reaction is Reaction.WAIT else str(error) or "refused"
+                codes += [why.encode(errors="replace")] * len(batch)
+            else:
+                half = len(batch) // 2
+                rest += [batch[half:], batch[:half]]
+    return codes
+
+
+class Refusals:
+    """Why the server refuses to store endings, by queue; of one call."""
+
+    def __init__(self) -> None:
+        self.why: dict[str, Refusal] = {}
+
+    def note(self, queue: str, error: str) -> None:
+        """One ending of a queue was refused."""
+        self.why.setdefault(queue, Refusal(error, cure_of(error)))
 
 
 class StreamSender:
@@ -92,12 +141,12 @@ class StreamSender:
         self._client, self._group, self._consumer = client, group, consumer
         self.waited = False
 
-    async def done(self, keys: QueueKeys, items: list[Ending]) -> list[int]:
+    async def done(self, keys: QueueKeys, items: list[Ending]) -> list[Code]:
         """See `Sender.done`."""
         args: list[Any] = [self._group, self._consumer]
         for item in items:
             args += (item.claim.entry, item.claim.count)
-        codes: list[int]
+        codes: list[Code]
         *codes, waited = await scripts.DONE(self._client, [items[0].claim.place, keys.meta], args)
         self.waited = bool(waited)
         return codes
@@ -106,7 +155,7 @@ class StreamSender:
         """See `Sender.tell`."""
         await tell(self._client, keys, items)
 
-    async def finish(self, keys: QueueKeys, items: list[Ending]) -> list[int]:
+    async def finish(self, keys: QueueKeys, items: list[Ending]) -> list[Code]:
         """See `Sender.finish`."""
         names = [items[0].claim.place, keys.cancelled, keys.meta, *kept_at(keys, items)]
         args: list[Any] = [self._group, self._consumer]
@@ -114,7 +163,7 @@ class StreamSender:
             args += (item.claim.entry, item.claim.count, item.job_id, *note(item), freed(item, keys, names))
         return list(await scripts.FINISH(self._client, names, args))
 
-    async def park(self, keys: QueueKeys, items: list[Ending]) -> list[int]:
+    async def park(self, keys: QueueKeys, items: list[Ending]) -> list[Code]:
         """See `Sender.park`."""
         args: list[Any] = [self._group]
         now = time.time()
@@ -123,7 +172,7 @@ class StreamSender:
             args += (self._consumer, claim.entry, claim.count, *parking(item, now))
         return list(await scripts.PARK(self._client, [items[0].claim.place, keys.due, keys.bodies, keys.calls], args))
 
-    async def bury(self, keys: QueueKeys, items: list[Ending]) -> list[int]:
+    async def bury(self, keys: QueueKeys, items: list[Ending]) -> list[Code]:
         """See `Sender.bury`."""
         args: list[Any] = [self._group]
         for item in items:

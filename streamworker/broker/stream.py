@@ -134,9 +134,10 @@ class StreamBroker(Serving[QueueKeys, Intake | Intakes]):
     async def settle(self, items: Sequence[Ending]) -> list[Settled]:
         """See `Broker.settle`."""
         await self._link.fresh()
+        refusals = self._refused()
         with self._link.watched():
             sender = StreamSender(self._link.wires, self._group, self._intake.consumer)
-            return await settle(sender, self._homes, items)
+            return await settle(sender, self._homes, items, refusals, spread=self._link.address.spread)
 
     async def strays(self, running: Collection[Claim]) -> list[Claim]:
         """See `Broker.strays`."""

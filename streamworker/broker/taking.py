@@ -62,6 +62,7 @@ class Taking:
         ]
         self.consumer = ""
         self.ended: Callable[[str], int] = none_ended
+        self.shut: Collection[str] = ()
         """See `Broker.claim`."""
         self.secrets: dict[str, bytes] = {}
         """What the state of each queue's jobs is sealed with, by the last look."""
@@ -86,10 +87,15 @@ class Taking:
         """The bell is not heard: see `listen`."""
 
     async def claim(
-        self, limit: int, wait: float, running: Collection[Claim], ended: Callable[[str], int] = none_ended
+        self,
+        limit: int,
+        wait: float,
+        running: Collection[Claim],
+        ended: Callable[[str], int] = none_ended,
+        shut: Collection[str] = (),
     ) -> list[Claim]:
         """See `Broker.claim`."""
-        self.ended = ended
+        self.ended, self.shut = ended, shut
         # Before the sweep, or the first command that gets through again would take everybody for dead.
         self._rest_after_outage()
         claims = await self.sweep(limit, running)
@@ -231,11 +237,15 @@ class Taking:
 
     def _allowances(self, limit: int, running: Collection[Claim]) -> list[int]:
         """How many jobs of each queue may be taken: a cap bounds what this worker runs of it."""
-        if not any(self._caps):
+        if not any(self._caps) and not self.shut:
             return [limit] * len(self._caps)
         used = Counter(claim.queue for claim in running)
         return [
-            limit if cap is None else max(0, cap - used[keys.queue] + self.ended(keys.queue))
+            0
+            if keys.queue in self.shut
+            else limit
+            if cap is None
+            else max(0, cap - used[keys.queue] + self.ended(keys.queue))
             for keys, cap in zip(self._keys, self._caps, strict=True)
         ]
 

@@ -77,6 +77,8 @@ def _of_worker(worker: WorkerRow) -> list[Notice]:
         jobs = f"{worker.pending:,} job{'' if worker.pending == 1 else 's'}"
         sentence = f"{worker.worker_id} vanished and still holds {jobs}; others take them over after the lease"
         return [Notice("warn", "pending", sentence, worker=worker.worker_id)]
+    if worker.alive and worker.notice:
+        return [Notice("warn", "workers", f"{worker.worker_id}: {worker.notice}", worker=worker.worker_id)]
     if worker.alive and (worker.loop_lag_s or 0) > LAG:
         sentence = f"{worker.worker_id} is late by {age(worker.loop_lag_s)}: a handler blocks its event loop"
         return [Notice("warn", "workers", sentence, worker=worker.worker_id)]

@@ -81,6 +81,7 @@ class WorkerRow(msgspec.Struct, frozen=True):
     rss_bytes: int | None
     loop_lag_s: float | None
     spinning: SpinningRow | None = None
+    notice: str | None = None
 
 
 def queue_row(depth: Depth) -> QueueRow:
@@ -149,6 +150,7 @@ def worker_row(info: WorkerInfo, now: float) -> WorkerRow:
         rss_bytes=_whole(told.get("rss")),
         loop_lag_s=_number(told.get("loop_lag")),
         spinning=_spinning(told.get("spinning")),
+        notice=told.get("notice") or None,
     )
 
 

@@ -9,7 +9,7 @@
 -- ARGV[2..]  twelve a claim: consumer, entry id, delivery count, job id, kind, level, reason, error, attempts, failed_at,
 --            ms to keep the note (0: not at all), note
 --
--- returns one number a claim: 1 settled, 0 lost, 2 refused
+-- returns one number a claim: 1 settled, 0 lost; or the error why it was refused
 local group = ARGV[1]
 local result, settled = {}, 0
 
@@ -52,7 +52,7 @@ for i = 2, #ARGV, 12 do
     local entry = redis.call('XRANGE', KEYS[1], id, id)[1]
     local added = entry and redis.pcall('XADD', KEYS[2], '*', unpack(letter(i, entry[2])))
     if type(added) == 'table' and added.err then
-      result[#result + 1] = 2
+      result[#result + 1] = added.err
     else
       redis.call('XACK', KEYS[1], group, id)
       redis.call('XDEL', KEYS[1], id)

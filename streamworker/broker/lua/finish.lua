@@ -37,7 +37,7 @@ for i = 3, #ARGV, 6 do
   if pending and pending[2] == consumer and pending[4] == tonumber(ARGV[i + 1]) then
     redis.call('XACK', KEYS[1], group, id)
     redis.call('XDEL', KEYS[1], id)
-    redis.call('ZREM', KEYS[2], ARGV[i + 2])
+    redis.pcall('ZREM', KEYS[2], ARGV[i + 2])
     keep(4 + 2 * #result, ARGV[i + 3], ARGV[i + 4])
     local k = tonumber(ARGV[i + 5])
     if k > 0 and redis.pcall('GET', KEYS[k]) == ARGV[i + 2] then redis.call('DEL', KEYS[k]) end
@@ -46,7 +46,7 @@ for i = 3, #ARGV, 6 do
     result[#result + 1] = 0
   end
 end
-if settled > 0 and redis.call('EXISTS', KEYS[2]) == 0 then redis.call('HDEL', KEYS[3], 'cancelled') end
+if settled > 0 and redis.call('EXISTS', KEYS[2]) == 0 then redis.pcall('HDEL', KEYS[3], 'cancelled') end
 if settled < #result then
   -- A replica answers from its past; only who takes a write may say that a claim is lost. There is no entry 0-0.
   local proof = redis.pcall('XACK', KEYS[1], group, '0-0')

@@ -12,7 +12,7 @@
 -- ARGV[2..]  4 + F a claim: its member in the lease set, its string in the claimed list ("": it was popped), ms to keep the
 --            note (0: not at all), note, names and values
 --
--- returns one number a claim: 1 settled, 0 lost, 2 refused
+-- returns one number a claim: 1 settled, 0 lost; or the error why it was refused
 local size, result, left, ended = tonumber(ARGV[1]), {}, 0, {}
 
 local function holds(member, wrapper)
@@ -36,7 +36,7 @@ for i = 2, #ARGV, 4 + size do
   else
     local added = redis.pcall('XADD', KEYS[3], '*', unpack(ARGV, i + 4, i + 3 + size))
     if type(added) == 'table' and added.err then
-      result[#result + 1] = 2
+      result[#result + 1] = added.err
     else
       if wrapper == '' then
         ended[#ended + 1] = member

@@ -29,7 +29,7 @@ for i = 1, #ARGV, 6 do
   local gone = ARGV[i + 1] == '' and 1 or redis.call('LREM', KEYS[1], 1, ARGV[i + 1])
   if gone == 1 then
     redis.call('ZREM', KEYS[2], ARGV[i])
-    redis.call('ZREM', KEYS[4], ARGV[i + 2])
+    redis.pcall('ZREM', KEYS[4], ARGV[i + 2])
     keep(5 + 2 * #result, ARGV[i + 3], ARGV[i + 4])
     local k = tonumber(ARGV[i + 5])
     if k > 0 and redis.pcall('GET', KEYS[k]) == ARGV[i + 2] then redis.call('DEL', KEYS[k]) end
@@ -37,5 +37,5 @@ for i = 1, #ARGV, 6 do
   result[#result + 1], left = gone, left + gone
 end
 if left > 0 then redis.pcall('HINCRBY', KEYS[3], 'left', left) end
-if left > 0 and redis.call('EXISTS', KEYS[4]) == 0 then redis.call('HDEL', KEYS[3], 'cancelled') end
+if left > 0 and redis.call('EXISTS', KEYS[4]) == 0 then redis.pcall('HDEL', KEYS[3], 'cancelled') end
 return result

@@ -15,22 +15,24 @@
 -- ARGV     five a claim: its member in the lease set, its string in the claimed list ("": it was popped), delay in ms
 --          (negative: ready at once), member for the due set, body
 --
--- returns one number a claim: 1 settled, 0 lost, 2 refused
+-- returns one number a claim: 1 settled, 0 lost; or the error why it was refused
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local result, left, ended = {}, 0, {}
 
-local function failed(reply) return type(reply) == 'table' and reply.err end
+local function failed(reply) return type(reply) == 'table' and reply.err or nil end
+-- The error why it cannot be stored, or nil.
 
 local function store(delay, member, body)
-  if delay < 0 or redis.call('ZSCORE', KEYS[8], member) then return not failed(redis.pcall('LPUSH', KEYS[3], body)) end
-  if failed(redis.pcall('HSET', KEYS[5], member, body)) then return false end
-  if failed(redis.pcall('ZADD', KEYS[4], string.format('%d', now + delay), member)) then
+  if delay < 0 or type(redis.pcall('ZSCORE', KEYS[8], member)) == 'string' then return failed(redis.pcall('LPUSH', KEYS[3], body)) end
+  local err = failed(redis.pcall('HSET', KEYS[5], member, body))
+  if err then return err end
+  err = failed(redis.pcall('ZADD', KEYS[4], string.format('%d', now + delay), member))
+  if err then
     redis.call('HDEL', KEYS[5], member)
-    return false
+    return err
   end
   if redis.call('ZRANGE', KEYS[4], 0, 0)[1] == member then redis.pcall('PUBLISH', KEYS[4], string.format('%d', delay)) end
-  return true
 end
 
 local function holds(member, wrapper)
@@ -45,16 +47,18 @@ for i = 1, #ARGV, 5 do
   local member, wrapper = ARGV[i], ARGV[i + 1]
   if not holds(member, wrapper) then
     result[#result + 1] = 0
-  elseif store(tonumber(ARGV[i + 2]), ARGV[i + 3], ARGV[i + 4]) then
-    if wrapper == '' then
-      ended[#ended + 1] = member
-    else
-      redis.call('LREM', KEYS[1], 1, wrapper)
-      redis.call('ZREM', KEYS[2], member)
-    end
-    result[#result + 1], left = 1, left + 1
   else
-    result[#result + 1] = 2
+    local err = store(tonumber(ARGV[i + 2]), ARGV[i + 3], ARGV[i + 4])
+    if not err then
+      if wrapper == '' then
+        ended[#ended + 1] = member
+      else
+        redis.call('LREM', KEYS[1], 1, wrapper)
+        redis.call('ZREM', KEYS[2], member)
+      end
+      left = left + 1
+    end
+    result[#result + 1] = err or 1
   end
 end
 if #ended > 0 then redis.pcall('HSET', KEYS[7], 'parked ' .. KEYS[3], table.concat(ended, '\n')) end

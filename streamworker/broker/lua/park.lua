@@ -10,23 +10,25 @@
 -- ARGV[2..]  six a claim: consumer, entry id, delivery count, delay in ms (negative: back to the stream at once),
 --            member for the due set, body
 --
--- returns one number a claim: 1 settled, 0 lost, 2 refused
+-- returns one number a claim: 1 settled, 0 lost; or the error why it was refused
 local group = ARGV[1]
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local result, settled = {}, 0
 
-local function failed(reply) return type(reply) == 'table' and reply.err end
+local function failed(reply) return type(reply) == 'table' and reply.err or nil end
+-- The error why it cannot be stored, or nil.
 
 local function store(delay, member, body)
-  if delay < 0 or redis.call('ZSCORE', KEYS[4], member) then return not failed(redis.pcall('XADD', KEYS[1], '*', 'job', body)) end
-  if failed(redis.pcall('HSET', KEYS[3], member, body)) then return false end
-  if failed(redis.pcall('ZADD', KEYS[2], string.format('%d', now + delay), member)) then
+  if delay < 0 or type(redis.pcall('ZSCORE', KEYS[4], member)) == 'string' then return failed(redis.pcall('XADD', KEYS[1], '*', 'job', body)) end
+  local err = failed(redis.pcall('HSET', KEYS[3], member, body))
+  if err then return err end
+  err = failed(redis.pcall('ZADD', KEYS[2], string.format('%d', now + delay), member))
+  if err then
     redis.call('HDEL', KEYS[3], member)
-    return false
+    return err
   end
   if redis.call('ZRANGE', KEYS[2], 0, 0)[1] == member then redis.pcall('PUBLISH', KEYS[2], string.format('%d', delay)) end
-  return true
 end
 
 for i = 2, #ARGV, 6 do
@@ -38,12 +40,14 @@ for i = 2, #ARGV, 6 do
   local pending = not reply.err and reply[1]
   if not pending or pending[2] ~= ARGV[i] or pending[4] ~= tonumber(ARGV[i + 2]) then
     result[#result + 1] = 0
-  elseif store(tonumber(ARGV[i + 3]), ARGV[i + 4], ARGV[i + 5]) then
-    redis.call('XACK', KEYS[1], group, id)
-    redis.call('XDEL', KEYS[1], id)
-    result[#result + 1], settled = 1, settled + 1
   else
-    result[#result + 1] = 2
+    local err = store(tonumber(ARGV[i + 3]), ARGV[i + 4], ARGV[i + 5])
+    if not err then
+      redis.call('XACK', KEYS[1], group, id)
+      redis.call('XDEL', KEYS[1], id)
+      settled = settled + 1
+    end
+    result[#result + 1] = err or 1
   end
 end
 if settled < #result then
