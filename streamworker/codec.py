@@ -6,6 +6,7 @@ patches our own keys and keeps every other byte, so that what producers of other
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Any, Final, Literal
@@ -33,6 +34,10 @@ from streamworker.marks import (
 from streamworker.payload import Payload, fit_of
 
 MAX_ID_BYTES: Final = 200
+MAX_DEPTH: Final = 500
+"""Brackets inside each other; Python 3.11 reads 900, less what its stack holds already."""
+_STRINGS: Final = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_BRACKETS: Final = re.compile(rb"[\[{}\]]")
 
 FIRST_MOMENT: Final = datetime(1, 1, 2, tzinfo=UTC).timestamp()
 LAST_MOMENT: Final = datetime(9999, 12, 30, tzinfo=UTC).timestamp()
@@ -244,6 +249,7 @@ def pack(job: Job, *, max_bytes: int, key_ttl: float) -> Outgoing:
         body = _encode(document)
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidJob(f"the headers of the job {job.kind!r} cannot be written as JSON: {error}") from None
+    check_depth(body)
     if len(body) > max_bytes:
         raise JobTooLarge(
             f"the job {job.kind!r} has {len(body)} bytes and {max_bytes} are allowed: "
@@ -252,6 +258,21 @@ def pack(job: Job, *, max_bytes: int, key_ttl: float) -> Outgoing:
     run_at = job.run_at.timestamp() if job.run_at is not None else None
     ttl = key_ttl if job.key_ttl is None else job.key_ttl
     return Outgoing(job.id, job.queue, job.level, body, job.delay, run_at, job.key, ttl)
+
+
+def check_depth(body: bytes) -> None:
+    """See that a document is no deeper than any worker can read, whatever its Python and its stack.
+
+    Raises:
+        InvalidJob: it has more than `MAX_DEPTH` brackets inside each other.
+    """
+    if body.count(b"[") + body.count(b"{") <= MAX_DEPTH:
+        return
+    depth = 0
+    for bracket in _BRACKETS.findall(_STRINGS.sub(b"", body)):
+        depth += 1 if bracket in b"[{" else -1
+        if depth > MAX_DEPTH:
+            raise InvalidJob(f"the document is more than {MAX_DEPTH} brackets deep: store the data elsewhere")
 
 
 def encode_payload(payload: Payload) -> msgspec.Raw:

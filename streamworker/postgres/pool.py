@@ -48,6 +48,8 @@ TRY: Final = 3.0
 SETTINGS: Final = {
     "lock_timeout": "250ms",
     "statement_timeout": "20s",
+    # A process of ours that is frozen between two statements must not hold rows; nothing of ours idles in between.
+    "idle_in_transaction_session_timeout": "20s",
     # All our statements are questions by key. A plan made while a table was empty must not read all of it later.
     "enable_seqscan": "off",
     "jit": "off",

@@ -378,6 +378,7 @@ def document(row: asyncpg.Record) -> bytes:
         body = _packed(row, hop, attempts)
     if len(body) > LARGEST:
         raise InvalidJob(f"the document has {len(body)} bytes and {LARGEST} are the most for any worker")
+    codec.check_depth(body)
     codec.read(body)
     return body
 

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 from streamworker.embedded.binaries import find_binaries
 from streamworker.embedded.layout import open_layout
@@ -14,10 +15,19 @@ from streamworker.embedded.postgres import Postgres
 from streamworker.embedded.record import PG_PORT, PG_USER
 
 
+class _Listening:
+    def __init__(self, launcher: Any, address: str) -> None:
+        self.launcher, self.owner, self.address = launcher, launcher.owner, address
+
+    def popen(self, command: list[str], *rest: Any) -> Any:
+        return self.launcher.popen([*command, "-c", f"listen_addresses={self.address}"], *rest)
+
+
 class PostgresServer:
     """One cluster under ``directory``; fsync is off unless ``durable``, because tests kill processes, not machines."""
 
     def __init__(self, directory: Path, *, durable: bool = False) -> None:
+        self._directory = directory
         self._postgres = Postgres(open_layout(directory), find_binaries())
         self._postgres.prepare()
         if not durable:
@@ -39,6 +49,13 @@ class PostgresServer:
             assert self._process.poll() is None, self._postgres.log.read_text()[-2000:]
             assert time.monotonic() < deadline, self._postgres.log.read_text()[-2000:]
             time.sleep(0.01)
+
+    def listen(self, address: str) -> None:
+        """From the next start on, on TCP too, at one of the addresses of this machine that nothing else uses."""
+        data = self._directory / "embedded" / "postgres" / "data"
+        with (data / "pg_hba.conf").open("a") as conf:
+            conf.write("host all all 127.0.0.0/8 trust\n")
+        self._postgres._launcher = _Listening(self._postgres._launcher, address)
 
     def stop(self) -> None:
         """A restart by its owner: sessions are ended, nothing is lost."""

@@ -288,6 +288,71 @@ async def test_batches_with_the_same_keys_in_any_order_never_deadlock(app, datab
 # -- other drivers
 
 
+ENQUEUE = "select streamworker.enqueue('k', "
+DEEP = "('{{\"a\":' || repeat('[', {0}) || repeat(']', {0}) || '}}')::jsonb"
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        ("jsonb_build_object('x', repeat('x', 262200)), 'q')", "bytes and 262144 are allowed"),
+        ("'{}', 'q', headers => jsonb_build_object('x', repeat('x', 262200)))", "bytes and 262144 are allowed"),
+        (DEEP.format(1500) + ", 'q')", "more than 500 brackets deep"),
+        (DEEP.format(501) + ", 'q')", "more than 500 brackets deep"),
+        ("'{}', 'q', headers => " + DEEP.format(1500) + ")", "more than 500 brackets deep"),
+        ("'{}', 'q', max_attempts => -1)", "max_attempts must be 0 or more"),
+        ("'{}', 'q', id => '')", "the id must have 1 to 200 bytes"),
+        ("'{}', 'q', id => repeat('\u00e9', 101))", "the id must have 1 to 200 bytes"),
+    ],
+)
+async def test_the_function_refuses_what_no_worker_could_read(pg, call, sentence):
+    with pytest.raises(asyncpg.InvalidParameterValueError, match=sentence):
+        await pg.fetchval(ENQUEUE + call)
+    assert await rows(pg) == []
+
+
+async def test_what_is_just_within_the_limits_is_taken(pg):
+    await pg.fetchval(ENQUEUE + DEEP.format(498) + ", 'q')")
+    await pg.fetchval(ENQUEUE + "jsonb_build_object('x', repeat('x', 262000)), 'q', id => repeat('x', 200))")
+    await pg.execute("set streamworker.max_job_bytes = 400000")
+    await pg.fetchval(ENQUEUE + "jsonb_build_object('x', repeat('x', 390000)), 'q', max_attempts => 0)")
+    assert len(await rows(pg)) == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "stored"),
+    [
+        ("0001-01-01 00:00:00+01", None),
+        ("-infinity", None),
+        ("0044-03-15 BC", None),
+        ("infinity", datetime(9999, 12, 30, tzinfo=UTC)),
+        ("20000-01-01", datetime(9999, 12, 30, tzinfo=UTC)),
+        ("2031-01-01 00:00:00+00", datetime(2031, 1, 1, tzinfo=UTC)),
+    ],
+)
+async def test_a_time_that_others_cannot_hold_is_moved(pg, given, stored):
+    """Go's zero time, which says that none was given, among them: such a job is due."""
+    await pg.fetchval(f"{ENQUEUE} '{{}}', 'q', run_at => '{given}')")
+    (row,) = await rows(pg)
+    assert row["run_at"] == stored
+
+
+async def test_the_limit_of_depth_is_the_same_in_python(app, pg):
+    def nested(depth):
+        return msgspec.Raw(b"[" * depth + b"]" * depth)
+
+    class Deep(Payload, kind="deep", queue="q"):
+        x: msgspec.Raw
+
+    async with pg.transaction():
+        await app.enqueue(Deep(x=nested(498)), connection=pg)
+        with pytest.raises(InvalidJob, match="more than 500 brackets deep"):
+            await app.enqueue(Deep(x=nested(501)), connection=pg)
+        # Wide is not deep, and brackets in texts are none.
+        await app.enqueue(Deep(x=msgspec.Raw(b"[" + b"[],{}," * 600 + b"[]]")), connection=pg)
+        await app.enqueue(Deep(x=msgspec.Raw(b'"' + b"[" * 2000 + b'\\""')), connection=pg)
+
+
 async def test_the_function_for_every_other_driver(pg):
     call = "select streamworker.enqueue('bill', '{\"number\": 1}', 'billing', $1, $2, $3)"
     at = datetime(2031, 1, 1, tzinfo=UTC)

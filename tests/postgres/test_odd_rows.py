@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import anyio
+import asyncpg
 import pytest
 
 from streamworker import App, Payload, Settings
@@ -12,6 +13,7 @@ from streamworker.broker.client import Address
 from streamworker.broker.dispatch import RedisDispatcher
 from streamworker.broker.keys import ListKeys, QueueKeys
 from streamworker.postgres import relay as sql
+from streamworker.postgres.migrate import Migrator, shipped
 from streamworker.postgres.pool import open_database
 from streamworker.postgres.relay import PostgresOutbox
 from streamworker.relay import Relay
@@ -118,6 +120,19 @@ async def test_what_a_relay_left_half_dispatched_is_taken_over_row_by_row(outbox
     await emptied(outbox, dispatcher)
     assert len(ready(raw)) == 10
     assert await pg.fetchval("select status from streamworker.jobs where id = 'odd'") == "dead"
+
+
+async def test_a_migration_moves_times_that_earlier_releases_stored(empty_database):
+    (number,) = [each.version for each in shipped() if each.name.endswith("what_enters")]
+    await Migrator(empty_database, [each for each in shipped() if each.version < number]).up()
+    connection = await asyncpg.connect(empty_database)
+    insert = "insert into streamworker.jobs (id, queue_name, created_at) values ($1, 'q', '{}')"
+    for job, moment in (("bc", "0044-03-15 BC"), ("late", "20000-01-01"), ("plain", "2031-01-01 00:00:00+00")):
+        await connection.execute(insert.format(moment), job)
+    await Migrator(empty_database).up()
+    found = await connection.fetch("select created_at from streamworker.jobs order by id")
+    assert [row[0].year for row in found] == [1, 9999, 2031]
+    await connection.close()
 
 
 @pytest.mark.parametrize("mode", ["stream", "list"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -18,6 +19,7 @@ from streamworker.errors import RunEnded, Unreachable, UsageError
 from streamworker.postgres import FINAL, Effect, RunRecord
 from streamworker.postgres.ledger import PostgresLedger
 from streamworker.postgres.pool import open_database
+from streamworker.postgres.transaction import take
 from tests.conftest import eventually
 from tests.postgres.proxy import CuttingProxy
 
@@ -363,3 +365,24 @@ async def test_complete_needs_a_transaction(ledger, pg):
         await ledger.complete(run(), pg)
     with pytest.raises(UsageError, match="asyncpg"):
         await ledger.complete(run(), object())
+
+
+async def test_a_row_is_not_held_for_long_by_a_machine_that_is_gone(own_postgres):
+    """The server probes the connection of a run while it has the row, and as it was told to before and after it."""
+    own_postgres.stop()
+    address = f"127.{random.randrange(1, 255)}.{random.randrange(1, 255)}.{random.randrange(1, 255)}"
+    own_postgres.listen(address)
+    own_postgres.start()
+    names = ("idle", "interval", "count")
+    show = "select " + ", ".join(f"current_setting('tcp_keepalives_{name}')::int" for name in names)
+    connection = await asyncpg.connect(own_postgres.url(), host=address)
+    try:
+        before = tuple(await connection.fetchrow(show))
+        run = RunRecord("a", "q", "k", "normal", 0, 1, 1, 0, None, b"", None, msgspec.Raw(b"{}"), None, None)
+        async with connection.transaction():
+            await take(connection, run, "w", becomes="running", within=None)
+            idle, interval, count = await connection.fetchrow(show)
+            assert idle + interval * count <= 15
+        assert tuple(await connection.fetchrow(show)) == before != (idle, interval, count)
+    finally:
+        await connection.close()
