@@ -116,6 +116,11 @@ class AsyncGenerators:
         if not self._hooked._users:
             self._hooked._unhook()
 
+    def resume(self) -> None:
+        """Hook into the loop again: it sets its own hooks whenever it begins to run."""
+        if self._hooked._loop is not None:
+            sys.set_asyncgen_hooks(firstiter=self._hooked._begin, finalizer=self._hooked._drop)
+
     def _unhook(self) -> None:
         self._loop = None
         if sys.get_asyncgen_hooks().firstiter == self._begin:

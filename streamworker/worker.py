@@ -132,6 +132,10 @@ class QueueWorker:
         if self._begun:
             await self._stopped.wait()
 
+    def resumed(self) -> None:
+        """The event loop runs again after something got out of it; call it there."""
+        self._executor.generators.resume()
+
     async def run(self, *, burst: bool = False) -> int:
         """`start`, with SIGTERM, SIGINT and SIGHUP wired to `stop`; a second SIGTERM or SIGINT cancels running jobs.
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import signal
 import sys
+from signal import default_int_handler
 from typing import Annotated
 
 import anyio
@@ -18,7 +20,11 @@ from streamworker.cli.loading import load_app, loop_options, with_own
 from streamworker.cli.options import WORKER, WorkerFlags
 from streamworker.cli.processes import Supervisor, addresses, command, watch
 from streamworker.errors import StuckThread
+from streamworker.redact import describe
+from streamworker.telemetry.logs import get_logger
 from streamworker.worker import QueueWorker
+
+log = get_logger("streamworker.worker")
 
 
 def worker(
@@ -49,7 +55,36 @@ def worker(
     # What was imported stays for ever: the collector need not look at it again and again.
     gc.collect()
     gc.freeze()
-    return anyio.run(_run, made, burst, supervisor, backend_options=loop_options(own))
+    return _run_to_the_end(made, burst, supervisor, uses_uvloop=loop_options(own)["use_uvloop"])
+
+
+def _run_to_the_end(made: QueueWorker, burst: bool, supervisor: int | None, *, uses_uvloop: bool) -> int:
+    """`anyio.run`, but SystemExit out of a task or a callback that a handler started does not end the worker.
+
+    asyncio lets it out of the event loop, between two callbacks: the loop is whole, and goes on where it was.
+    """
+    owner, factory = os.getpid(), None
+    if uses_uvloop:
+        import uvloop  # noqa: PLC0415 - not there on every system
+
+        factory = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        loop = runner.get_loop()
+        life = loop.create_task(_run(made, burst, supervisor))
+        while True:
+            try:
+                return loop.run_until_complete(life)
+            except (SystemExit, KeyboardInterrupt) as error:
+                typed = isinstance(error, KeyboardInterrupt) and signal.getsignal(signal.SIGINT) is default_int_handler
+                if life.done() or typed or os.getpid() != owner:  # a forked child ends
+                    raise
+                log.error(
+                    "exit_ignored",
+                    error=describe(error),
+                    exc_info=error,
+                    hint="a task or callback of a handler wants to end the process: raise another error there",
+                )
+                loop.call_soon(made.resumed)
 
 
 async def _run(made: QueueWorker, burst: bool, supervisor: int | None) -> int:
