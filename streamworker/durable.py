@@ -37,7 +37,7 @@ _TRIED: Final = 100
 _THERE: Final = """
 select to_regclass('streamworker.jobs') is not null as any, exists (
   select from pg_index where indexrelid = to_regclass('streamworker.jobs_pkey') and indnkeyatts = 2
-) as all"""
+) as all, current_setting('server_encoding') as encoding"""
 
 
 async def open_durable(
@@ -111,6 +111,9 @@ async def examine(settings: Settings, url: str) -> list[Finding]:
             "STREAMWORKER_DATABASE_DIRECT_URL"
         )
         found.append(Finding("ok", "postgresql", hint))
+    if there["encoding"] != "UTF8":
+        sentence = f"the database is encoded in {there['encoding']}, which cannot hold all that jobs may say: use UTF8"
+        found.append(Finding("warning", "postgresql", sentence))
     if settings.ledger == "off" or there["all"]:
         return found
     what = "of an older release" if there["any"] else "not there"

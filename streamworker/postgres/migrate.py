@@ -136,7 +136,8 @@ class Migrator:
         """Apply what is missing; returns the names of what was applied here.
 
         Raises:
-            ConfigurationError: an applied migration was changed since, or this user may not.
+            ConfigurationError: an applied migration was changed since, this user may not, or the database is
+                not encoded in UTF8.
             Unreachable: no server answers.
             StreamworkerError: a statement failed; the file's earlier statements were taken back.
         """
@@ -183,8 +184,15 @@ class Migrator:
 
 async def _make_table(connection: Connection) -> None:
     # Looked at first: IF NOT EXISTS asks for the right to create even where nothing has to be created.
-    if await connection.fetchval("select to_regclass('streamworker.schema_migrations')") is None:
-        await connection.execute(_TABLE)
+    if await connection.fetchval("select to_regclass('streamworker.schema_migrations')") is not None:
+        return
+    encoding = getattr(connection.get_settings(), "server_encoding", "UTF8")  # a pooler may not tell
+    if encoding != "UTF8":
+        raise ConfigurationError(
+            f"this database is encoded in {encoding}, which cannot hold what jobs may say: create one in UTF8 "
+            "(create database NAME encoding 'UTF8' template template0) and name it in DATABASE_URL"
+        )
+    await connection.execute(_TABLE)
 
 
 async def _applied(connection: Connection, migration: Migration) -> bool:

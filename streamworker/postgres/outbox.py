@@ -82,7 +82,7 @@ async def enqueue(connection: Any, jobs: Sequence[Job], *, max_bytes: int, key_t
     Raises:
         UsageError: the connection is not in a transaction, or not one of asyncpg's.
         JobTooLarge: a document is too large; nothing was written.
-        ConfigurationError: the database has no schema streamworker.
+        ConfigurationError: the database has no schema streamworker, or is not encoded in UTF8.
         asyncpg.PostgresError: what any statement of the caller's may meet, such as a serialization failure.
     """
     _check(connection)
@@ -205,6 +205,10 @@ def _schema_expected() -> Iterator[None]:
     except _MISSING as error:
         raise ConfigurationError(
             "the database of this connection has no schema streamworker: run `streamworker migrate up` on it"
+        ) from error
+    except asyncpg.UntranslatableCharacterError as error:
+        raise ConfigurationError(
+            f"this database cannot hold what the job says ({error}): use one that is encoded in UTF8"
         ) from error
     except asyncpg.InsufficientPrivilegeError as error:
         raise ConfigurationError(

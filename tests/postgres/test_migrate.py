@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -11,6 +12,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 
+from streamworker import App, Payload, Settings
 from streamworker.embedded.binaries import find_binaries
 from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable
 from streamworker.postgres.migrate import Migration, Migrator, load, printed, shipped
@@ -108,6 +110,45 @@ async def test_a_user_without_rights_is_told_what_is_missing_but_may_look_and_ma
         assert {state.state for state in await plain.status()} == {"applied"}
     finally:
         await connection.execute("drop owned by plain; drop role plain")
+        await connection.close()
+
+
+async def test_a_database_that_cannot_hold_what_jobs_say_is_refused_before_it_is_used(empty_database):
+    connection = await asyncpg.connect(empty_database)
+    await connection.execute("create database latin encoding 'LATIN1' locale 'C' template template0")
+    latin = re.sub("/test_[0-9a-f]+", "/latin", empty_database)
+    try:
+        with pytest.raises(
+            ConfigurationError, match="encoded in LATIN1, which cannot hold what jobs may say: create one in UTF8"
+        ):
+            await Migrator(latin).up()
+    finally:
+        await connection.execute("drop database latin")
+        await connection.close()
+
+
+async def test_an_older_ledger_in_a_database_that_is_not_in_utf8_says_so_to_whoever_enqueues(empty_database):
+    """It was made before that was refused; what it can hold it still takes."""
+    connection = await asyncpg.connect(empty_database)
+    await connection.execute("create database latin encoding 'LATIN1' locale 'C' template template0")
+    latin = await asyncpg.connect(re.sub("/test_[0-9a-f]+", "/latin", empty_database))
+    try:
+        for migration in shipped():
+            for statement in migration.statements:
+                await latin.execute(statement)
+
+        class Text(Payload, kind="text", queue="q"):
+            words: str
+
+        app = App(settings=Settings())
+        async with latin.transaction():
+            await app.enqueue(Text(words="caf\u00e9"), connection=latin)
+        with pytest.raises(ConfigurationError, match="cannot hold what the job says .* encoded in UTF8"):
+            async with latin.transaction():
+                await app.enqueue(Text(words="\u20ac 7"), connection=latin)
+    finally:
+        await latin.close()
+        await connection.execute("drop database latin")
         await connection.close()
 
 
