@@ -50,6 +50,7 @@ class Relay:
         stopping: ends it; call `wake` with it.
         listener: tells of commits; ``None`` leaves it to looking again and again.
         queues_changed: is called when somebody changes a queue in the ledger.
+        barred: whether nothing may be relayed for now.
     """
 
     def __init__(
@@ -60,12 +61,14 @@ class Relay:
         *,
         listener: Listener | None = None,
         queues_changed: Callable[[], None] = lambda: None,
+        barred: Callable[[], bool] = lambda: False,
     ) -> None:
         self._outbox = outbox
         self._dispatcher = dispatcher
         self._stopping = stopping
         self._listener = listener
         self._queues_changed = queues_changed
+        self._barred = barred
         self._wake = anyio.Event()
         self._told = False
         self.hearing = False
@@ -124,6 +127,8 @@ class Relay:
 
     async def step(self, *, told: bool = False) -> float:
         """Dispatch one batch, if there is one; returns the seconds until the next look."""
+        if self._barred():
+            return SIGHTED
         if self._doubted is not None:  # Redis was away: nothing more is taken before it is back
             await self._dispatcher.pulses([self._doubted])
             self._doubted = None

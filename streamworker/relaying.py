@@ -111,6 +111,7 @@ class Relaying:
             self._ending,
             listener=listener,
             queues_changed=lambda: self._vigil.wake(),  # noqa: PLW0108 - made after it
+            barred=lambda: self._vigil.barred,
         )
         self._vigil = Vigil(
             outbox, dispatcher, self._ending, lease=lease, hearing=lambda: self.relay.hearing, queues=tuple(queues)

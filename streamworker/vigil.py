@@ -30,6 +30,8 @@ PASSES: Final = 3
 """How often a queue is compared after a sign of loss."""
 HOLD: Final = 60.0
 """Seconds after which a comparison whose relay died may be taken by another."""
+COMPLAINT: Final = 60.0
+"""Seconds between complaints that others keep the ledger for another Redis."""
 PRUNE: Final = 60.0
 """Seconds between looks for deduplication keys that are remembered no more."""
 
@@ -62,6 +64,10 @@ class Vigil:
         self._lease = lease
         self._hearing = hearing
         self._queues = queues
+        self._own: dict[str, str] = {}
+        """The server of each queue, as this process last agreed on it with the ledger."""
+        self._strange: set[str] = set()
+        self._complain_at = 0.0
         self._wake = anyio.Event()
         self._prune_at = monotonic() + PRUNE * random.random()  # noqa: S311 - spreads load
 
@@ -97,7 +103,7 @@ class Vigil:
                 await self._dispatcher.hold(queue.name, held=not queue.is_active)
                 log.info("queue_paused" if not queue.is_active else "queue_resumed", queue=queue.name, by="job_queues")
             await self._compare(queue, pulse)
-            if queue.due:
+            if queue.due and queue.name not in self._strange:
                 await self._recheck(queue.name)
         if monotonic() >= self._prune_at:
             self._prune_at = monotonic() + PRUNE * random.uniform(0.8, 1.2)  # noqa: S311 - spreads load
@@ -111,7 +117,12 @@ class Vigil:
             else:
                 return  # nobody uses it yet
         server = pulse.server or known.server
+        if known.server and server != known.server and server == self._own.get(known.name):
+            self._complain(known.name)
+            return
+        self._strange.discard(known.name)
         if (pulse.epoch, pulse.relayed, server) == (known.epoch, known.relayed, known.server):
+            self._own[known.name] = server
             return
         signs = {
             "another epoch": bool(known.epoch) and pulse.epoch != known.epoch,
@@ -123,8 +134,29 @@ class Vigil:
         noted = await self._outbox.observe(
             known, epoch=pulse.epoch, relayed=pulse.relayed, server=server, recheck=recheck
         )
+        if noted:
+            self._own[known.name] = server
         if noted and why:
             log.warning("redis_may_have_lost_jobs", queue=known.name, why=why, compared_in=self._lease)
+
+    @property
+    def barred(self) -> bool:
+        """Nothing may be relayed: others keep the same ledger for another Redis, while ours is still the same.
+
+        Two Redis on one ledger, or the old master of a failover that is still reached from here: what is put there is
+        lost to the others, and what is missed there lies with them.
+        """
+        return bool(self._strange)
+
+    def _complain(self, queue: str) -> None:
+        self._strange.add(queue)
+        if monotonic() >= self._complain_at:
+            self._complain_at = monotonic() + COMPLAINT
+            log.error(
+                "ledger_has_another_redis",
+                queue=queue,
+                hint="nothing is relayed from here: one schema is for one Redis, give this one a database of its own",
+            )
 
     async def _recheck(self, queue: str) -> None:
         before = await self._outbox.recheck(queue, HOLD)

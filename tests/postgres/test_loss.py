@@ -229,6 +229,32 @@ async def test_many_open_jobs_are_compared_in_pages(outbox, redis_url, pg, raw, 
     await dispatcher.close()
 
 
+async def test_two_redis_on_one_ledger_do_not_take_jobs_for_lost_by_turns(outbox, dispatcher, pg, raw):
+    """The one whose server is still the same, and is not the ledger's any more, leaves the ledger alone."""
+    await commit(pg, Bill())
+    vigil = vigil_of(outbox, dispatcher)
+    relay = Relay(outbox, dispatcher, anyio.Event(), barred=lambda: vigil.barred)
+    await relay.step()
+    await vigil.look()
+    ours = await pg.fetchval("select server from streamworker.job_queues")
+    await commit(pg, Bill())
+    # The relay of the other one noted its server, and wants to compare; it has put this job where we do not see it.
+    await pg.execute("update streamworker.job_queues set server = 'theirs', recheck_at = now(), rechecks = 3")
+    raw.delete("stream:{billing}", "queue:billing")
+    await vigil.look()
+    await relay.step()
+    assert vigil.barred
+    assert await statuses(pg) == {"queued": 1, "dispatched": 1}
+    (row,) = await pg.fetch("select * from streamworker.job_queues")
+    assert (row["server"], row["rechecks"]) == ("theirs", 3)
+    # The others are gone, and the ledger is ours again.
+    await pg.execute("update streamworker.job_queues set server = $1", ours)
+    await vigil.look()
+    assert not vigil.barred and await statuses(pg) == {"queued": 2}
+    await relay.step()
+    assert await statuses(pg) == {"dispatched": 2}
+
+
 # -- with workers
 
 
