@@ -142,7 +142,7 @@ async def test_an_older_ledger_in_a_database_that_is_not_in_utf8_says_so_to_whoe
 
         app = App(settings=Settings())
         async with latin.transaction():
-            await app.enqueue(Text(words="caf\u00e9"), connection=latin)
+            await app.enqueue(Text(words="na\u00efve"), connection=latin)
         with pytest.raises(ConfigurationError, match="cannot hold what the job says .* encoded in UTF8"):
             async with latin.transaction():
                 await app.enqueue(Text(words="\u20ac 7"), connection=latin)
