@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from typing import Any, Final
 
 import anyio
 import uvicorn
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from streamworker import signals
 from streamworker.app import App
@@ -20,8 +22,48 @@ from streamworker.web.site import Site
 
 log = get_logger("streamworker.web")
 
+REQUEST: Final = 10.0
+"""Seconds in which a connection has to send a request's head."""
+CONNECTIONS: Final = 500
+"""Connections at once, those that have not asked included."""
 GRACE: Final = 1
 """Seconds open streams of events may take to end."""
+
+
+class PatientProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+    """uvicorn's protocol, which does not wait for ever for a request: silent connections would pile up."""
+
+    def connection_made(self, transport: Any) -> None:
+        """One more; beyond `CONNECTIONS` the oldest that has not asked gives way."""
+        super().connection_made(transport)
+        self.since = self.loop.time()
+        self._deadline: asyncio.TimerHandle | None = self.loop.call_later(REQUEST, self._late)
+        if len(self.connections) > CONNECTIONS:
+            silent = [each for each in self.connections if each.silent]
+            if silent:
+                min(silent, key=lambda each: each.since).transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        """A further request of a connection has its time, too."""
+        super().data_received(data)
+        if self._deadline is None and self.timeout_keep_alive_task is None and self.silent:
+            self._deadline = self.loop.call_later(REQUEST, self._late)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See uvicorn."""
+        if self._deadline is not None:
+            self._deadline.cancel()
+        super().connection_lost(exc)
+
+    @property
+    def silent(self) -> bool:
+        """No request of it is being answered."""
+        return self.cycle is None or bool(self.cycle.response_complete)
+
+    def _late(self) -> None:
+        self._deadline = None
+        if self.silent and self.timeout_keep_alive_task is None:
+            self.transport.abort()
 
 
 class _Server(uvicorn.Server):
@@ -56,6 +98,7 @@ async def _serve(site: Site, door: socket.socket) -> None:
     await site.room.operator()  # a wrong REDIS_URL is said here, not to the first who looks
     config = uvicorn.Config(
         site,
+        http=PatientProtocol,
         lifespan="on",
         log_config=None,
         log_level="warning",
