@@ -24,6 +24,12 @@ HAND_BACK: Final = 5.0
 """Seconds within which what was handed back must be settled."""
 UNWIND: Final = 2.0
 """Seconds a cancelled handler has to clean up after itself."""
+CLEAN_UP: Final = 10.0
+"""Seconds after the grace by which a worker has ended, whatever users' code does."""
+HURRIED: Final = 5.0
+"""Seconds after a second signal by which it has."""
+LAST_CALL: Final = 1.0
+"""Seconds that what was told to end, and should have, is given once more."""
 SECOND_THOUGHT: Final = 0.2
 """Seconds before a server that did not let us go is asked once more."""
 SHUTDOWN: Final = Interrupted("the worker shut down")
@@ -43,8 +49,59 @@ class Draining(Protocol):
         """Prepares runs."""
 
 
-async def drain(worker: Draining, executions: Executions, holdings: Holdings, grace: float, hurry: anyio.Event) -> None:
-    """Wait for running jobs, then cancel and hand back what is left.
+class Shutdown:
+    """When a worker was told to stop, and by when it must be over.
+
+    Args:
+        grace: seconds running jobs may take to finish.
+    """
+
+    def __init__(self, grace: float) -> None:
+        self._grace = grace
+        self.began: float | None = None
+        """When it was told (time.monotonic)."""
+        self.hurried: float | None = None
+        """When it was told again."""
+        self.leaving: float | None = None
+        """Since when everything is handed back, and only what was opened is closed."""
+        self.cut_short = False
+        """Running jobs were handed back: nothing of them may go on once the worker has ended."""
+
+    def begin(self) -> None:
+        """It was told to stop; a second call changes nothing."""
+        self.began = self.began or monotonic()
+
+    def hurry(self) -> None:
+        """It was told again."""
+        self.hurried = self.hurried or monotonic()
+
+    def leave(self) -> None:
+        """Everything is handed back."""
+        self.leaving = self.leaving or monotonic()
+
+    def since(self, now: float) -> float:
+        """Seconds since it was told."""
+        return now - (self.began or now)
+
+    def overdue(self, now: float) -> bool:
+        """Closing takes too long: users' code does not end. While jobs are handed back it is the servers that count."""
+        return self.leaving is not None and now > max(self.end() - LAST_CALL, self.leaving + LAST_CALL)
+
+    def end(self, *, began: float | None = None, hurried: float | None = None) -> float:
+        """By when it must be over (time.monotonic); infinity while nothing stops it.
+
+        Args:
+            began: when it was told, if the event loop does not know of it yet.
+            hurried: the same for the second time.
+        """
+        told = [at for at in (self.began, began) if at is not None]
+        again = [at for at in (self.hurried, hurried) if at is not None]
+        ends = [min(told) + self._grace + CLEAN_UP] if told else []
+        return min([*ends, *([min(again) + HURRIED] if again else [])], default=float("inf"))
+
+
+async def drain(worker: Draining, executions: Executions, holdings: Holdings, grace: float, hurry: anyio.Event) -> bool:
+    """Wait for running jobs, then cancel and hand back what is left; returns whether anything was.
 
     Args:
         worker: whose runs these are.
@@ -59,22 +116,24 @@ async def drain(worker: Draining, executions: Executions, holdings: Holdings, gr
         give_back(worker, run)
     async with anyio.create_task_group() as group:
 
-        async def cut_short() -> None:
+        async def wait_no_more() -> None:
             await hurry.wait()
             group.cancel_scope.cancel()
 
-        group.start_soon(cut_short)
+        group.start_soon(wait_no_more)
         with anyio.move_on_after(grace):
             while any(not run.stuck for run in executions.running):
                 await holdings.changed(0.25)
         group.cancel_scope.cancel()
-    for run in list(executions.running):
+    cut_short = list(executions.running)
+    for run in cut_short:
         run.cancel(SHUTDOWN)
     with anyio.move_on_after(UNWIND):
-        while any(not run.in_thread for run in executions.running):
+        while any(not run.in_thread and not run.stuck for run in executions.running):
             await holdings.changed(0.05)
     for run in list(executions.running):  # threads, and handlers that cannot be cancelled: the process ends under them
         give_back(worker, run)
+    return bool(cut_short)
 
 
 def give_back(worker: Draining, run: Run) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from typing import Any, Final, Literal
 
+import anyio
 import asyncpg
 
 from streamworker.broker import Finding
@@ -30,6 +31,8 @@ from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.ledger")
 
+RELEASE: Final = 1.0
+"""Seconds that connections which handlers hold still are waited for, once no handler runs any more."""
 
 # The key of a job is (id, queue_name).
 _TRIED: Final = 100
@@ -144,8 +147,23 @@ async def _handlers_pool(
 ) -> NamedPool:
     pooled = ledger.pooled if ledger is not None else None
     pool = NamedPool(url, what=what, size=settings.database_connections, pressure=pressure, pooled=pooled)
-    await stack.enter_async_context(pool)
+    await pool
+    stack.push_async_callback(_close, pool)
     return pool
+
+
+async def _close(pool: asyncpg.Pool[asyncpg.Record]) -> None:
+    """Close the handlers' pool, though a connection of it was never released: no handler runs any more."""
+    held = pool.get_size() - pool.get_idle_size()
+    with anyio.move_on_after(RELEASE) as scope:
+        await pool.close()
+    if scope.cancelled_caught:
+        pool.terminate()
+        log.warning(
+            "connections_not_released",
+            connections=held,
+            hint="a handler acquires from ctx.database and never releases: use `async with ctx.database.acquire()`",
+        )
 
 
 async def open_archive(stack: AsyncExitStack, url: str, *, required: bool = True) -> PostgresArchive | None:

@@ -6,7 +6,7 @@
     ├── UsageError                    exit 2    the call or the command line makes no sense
     ├── ConfigurationError            exit 78   a setting, an app or a server setting is wrong
     ├── Unreachable                   exit 69   Redis or PostgreSQL does not answer
-    ├── StuckThread                   exit 70   a timed-out thread would not end; restart the process
+    ├── StuckThread                   exit 70   a handler or other code of users would not end
     ├── HandBackFailed                exit 75   running jobs could not be handed back at shutdown
     ├── JobTooLarge                             the document exceeds STREAMWORKER_MAX_JOB_BYTES
     ├── InvalidJob                              a document or payload that cannot be a job
@@ -61,7 +61,7 @@ class Unreachable(StreamworkerError):
 
 
 class StuckThread(StreamworkerError):
-    """A handler's thread outlived its timeout and the grace; only a new process frees its slot."""
+    """A handler, a thread or a lifespan would not end when it was told to; it goes on until this process ends."""
 
     exit_code = 70
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+import threading
 from collections.abc import Awaitable, Callable, Sequence
 from time import monotonic
 from typing import Any, Final, TypeAlias
@@ -162,9 +163,10 @@ class Executor:
         """The outcome of a run whose handler raised."""
         if os.getpid() != self._pid:
             signals.end_child(error)  # of a forked child, which runs no loop: nothing below works there
-        current = asyncio.current_task()
+        running = asyncio._get_running_loop()  # none if this coroutine is closed as the process ends
+        current = asyncio.current_task(running) if running is not None else None
         task = run.task or current
-        if isinstance(error, GeneratorExit) and current is not task:
+        if isinstance(error, GeneratorExit) and (current is None or current is not task):
             raise error  # this coroutine is being closed from outside, and must not go on
         if run.cause is not None:
             _uncancel(task)
@@ -223,6 +225,7 @@ class Executor:
             raise AssertionError("a run must be prepared before it is called")
 
         def body() -> Outcome:
+            run.thread = threading.get_ident()
             if facts.limits.timeout is not None:
                 run.deadline = context.deadline_at = monotonic() + facts.limits.timeout
             try:

@@ -13,7 +13,7 @@ from typing import Any, Final, TypeAlias
 import anyio
 
 from streamworker.execute import Ended, Executor
-from streamworker.job import Outcome, TimedOut
+from streamworker.job import Interrupted, Outcome, TimedOut
 from streamworker.run import Run
 from streamworker.task import JobTask
 from streamworker.telemetry.logs import get_logger
@@ -42,8 +42,8 @@ class Executions:
         call: what a task does with a run; `Executor.call` unless given.
         finished: told of every run that has an outcome.
         admit: asked before a run that is `Run.special`; False puts it aside for later.
-        stuck: told of a thread that outlived its deadline by more than ``grace``.
-        grace: seconds a thread may overrun its deadline before it counts as stuck.
+        stuck: told of a run that goes on ``grace`` seconds after it should have ended.
+        grace: seconds a handler may overrun its deadline, or go on after its claim was lost, before it counts as stuck.
     """
 
     def __init__(
@@ -169,17 +169,23 @@ class Executions:
             await anyio.sleep(WATCH_INTERVAL)
             now = monotonic()
             for run in list(self.running):
-                if not run.overdue(now) or run.deadline is None or run.started is None:
+                since = self._overruns_since(run, now)
+                if since is None:
                     continue
-                if run.in_thread:
-                    if run.context is not None and run.context.told != TimedOut.__name__:
-                        run.cancel(TimedOut(run.deadline - run.started))
-                    if now > run.deadline + self._grace and not run.stuck:
-                        run.stuck = True
-                        self._stuck(run)
-                elif again.get(run, 0.0) <= now:
-                    # Once a second, because a handler may swallow a cancellation and go on.
+                cause = TimedOut(since - (run.started or since)) if run.overdue(now) else run.cause
+                # Again once a second, because a handler may swallow a cancellation and go on.
+                if cause is not None and again.get(run, 0.0) <= now:
                     again[run] = now + 1.0
-                    run.cancel(TimedOut(run.deadline - run.started))
+                    run.cancel(cause)
+                if now > since + self._grace and not run.stuck:
+                    run.stuck = True
+                    self._stuck(run)
             if again:
                 again = {run: at for run, at in again.items() if run in self.running}
+
+    @staticmethod
+    def _overruns_since(run: Run, now: float) -> float | None:
+        """Since when a run should have ended: its deadline, or when it was told that its claim is lost."""
+        if run.overdue(now):
+            return run.deadline
+        return run.told if isinstance(run.cause, Interrupted) else None

@@ -46,6 +46,8 @@ class Health:
         self._stopping = stopping
         self._claimer: Claimer | None = None
         self._lease: LeaseKeeper | None = None
+        self.stuck: str | None = None
+        """What will not end although it was told to, in a sentence."""
         self._turned = monotonic()
         self._loop: asyncio.AbstractEventLoop | None = None
         routes: dict[str, Route] = {
@@ -106,6 +108,7 @@ class Health:
             claim_trouble=claimer.trouble,
             renewed=now - renewed if renewed is not None else None,
             renewal_trouble=lease.trouble,
+            stuck=self.stuck,
             away=(LEDGER_AWAY,) if claimer.shut else (),
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from time import monotonic
 from typing import Any, Final, Protocol, TypeAlias
 
 from streamworker import codec
@@ -32,7 +33,7 @@ class Run:
     __slots__ = (
         "batch", "cause", "claim", "context", "deadline", "due", "ended", "ending", "facts", "finished", "in_thread",
         "new", "outcome", "passed", "payload", "reading", "registration", "seen", "settling", "special", "started",
-        "stuck", "suspect", "task",
+        "stuck", "suspect", "task", "thread", "told",
     )  # fmt: skip
 
     def __init__(self, claim: Claim) -> None:
@@ -47,7 +48,7 @@ class Run:
         self.deadline: float | None = None
         self.in_thread = False
         self.settling = False
-        self.stuck = False  # a thread that will not end: only a new process frees its slot
+        self.stuck = False  # it will not end: only a new process makes room
         self.suspect = False  # two workers or more were lost with it: it must run alone
         self.due = False  # the server was asked whether its run_at has come
         self.special = self.passed = False  # it does not simply run: see `entrance`; its limit let it through
@@ -59,6 +60,8 @@ class Run:
         self.ending: Ending | None = None  # as recorded
         self.new = False  # the ledger was asked, and knew nothing of the job
         self.cause: Cause | None = None  # why the handler was cancelled, if it was
+        self.told: float | None = None  # when it was, like `started`
+        self.thread: int | None = None  # that runs a sync handler
 
     @property
     def job_id(self) -> str:
@@ -100,5 +103,6 @@ class Run:
         if self.in_thread:
             return
         self.cause = self.cause or cause
+        self.told = self.told or monotonic()
         if self.task is not None:
             self.task.cancel()

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import thread
 from contextlib import contextmanager, suppress
 from queue import Empty
+from time import monotonic
 from types import FrameType
 from typing import Any, Final, NamedTuple, NoReturn
 
@@ -58,6 +59,9 @@ _early: list[int] = []
 """Signals that a supervisor passed on before anyone watched."""
 _masks: dict[int, Any] = {}
 """Signal masks of threads that are forking."""
+arrivals: Final[list[tuple[int, float]]] = []
+"""Number and time (time.monotonic) of each signal that Python code saw while `watch` listens. The event loop hears it
+later, and not at all while a handler blocks it."""
 _owner: list[asyncio.AbstractEventLoop] = []
 """The loop whose signal handlers are ours; at most one."""
 
@@ -126,10 +130,17 @@ def _install(loop: asyncio.AbstractEventLoop) -> None:
         if before is not _leave:
             _before[number] = before
         loop.add_signal_handler(number, deliver, number)
+        # In place of the loop's own, which does nothing: what the loop hears of comes by its wake-up descriptor.
+        signal.signal(number, _hear)
     _owner.append(loop)
 
 
+def _hear(number: int, _frame: FrameType | None) -> None:
+    arrivals.append((number, monotonic()))
+
+
 def _remove(loop: asyncio.AbstractEventLoop) -> None:
+    arrivals.clear()
     _owner.clear()
     _counts.clear()
     _early.clear()
@@ -201,7 +212,7 @@ def _forget_parent() -> None:
     for number, before in _before.items():
         signal.signal(number, signal.default_int_handler if _is_runner(before) else _handler(before))
     guards = tuple(_guards)
-    for state in (_before, _guards, _listeners, _counts, _early, _owner):
+    for state in (_before, _guards, _listeners, _counts, _early, _owner, arrivals):
         state.clear()
     for each in guards:
         each.forked()

@@ -11,18 +11,18 @@ import asyncio
 import signal
 import time
 from contextlib import AsyncExitStack
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import anyio
 import anyio.to_thread
 from structlog.contextvars import bind_contextvars
 
-from streamworker import signals
+from streamworker import signals, stacks
 from streamworker.bookkeeping import stages
 from streamworker.claiming import Claimer
 from streamworker.clock import Clock
 from streamworker.context import Shared
-from streamworker.drain import HAND_BACK, UNWIND, drain, end_reading, take_leave
+from streamworker.drain import HAND_BACK, LAST_CALL, Shutdown, drain, end_reading, take_leave
 from streamworker.entrance import Entrance
 from streamworker.errors import ConfigurationError, HandBackFailed, StuckThread, UsageError
 from streamworker.execute import Executor
@@ -74,10 +74,12 @@ class QueueWorker:
         self.worker_id: Final = new_worker_id(worker_id or self._settings.worker_id)
         self._redis, self._database, self._services = redis, database, services
         self._stopping, self._hurry, self._stopped = anyio.Event(), anyio.Event(), anyio.Event()
-        self._burst = self._begun = self._forked = False
+        self._burst = self._begun = self._main_begun = self._forked = False
         self._queues = [spec.name for spec in self._settings.queues] or app.handlers.queues
         self._error: StuckThread | HandBackFailed | ConfigurationError | None = None
         self._signal = 0
+        self.shutdown: Final = Shutdown(self._settings.grace)
+        """When it was told to stop, and by when it has ended."""
         metering = Metering(app, self._settings, redis, self._queues) if self._settings.http is not None else None
         self._health = Health(self._settings, self.worker_id, self._stopping, metering)
         self._started = time.time()
@@ -88,22 +90,52 @@ class QueueWorker:
         """Initialise and run the main loop until `stop`; returns when everything is cleaned up.
 
         Raises:
-            StreamworkerError: it could not start (logged first), or it could not end as promised.
+            StreamworkerError: it could not start (logged first), or it could not end as promised. `StuckThread`: code
+                of yours does not end, and is named; this process must end, because that code goes on.
             UsageError: it was started before.
         """
         if self._begun:
             raise UsageError("this QueueWorker was started before: make a new one, worker ids are unique per start")
         self._begun = True
         # A task of its own: when the caller is cancelled, what is held is handed back first and nothing is left behind.
-        life = asyncio.create_task(self._live())
+        end = asyncio.create_task(self._end_of(asyncio.create_task(self._live())))
         try:
-            await asyncio.shield(life)
+            await asyncio.shield(end)
         except asyncio.CancelledError:
             self._stopping.set()
             self._hurry.set()
             with anyio.CancelScope(shield=True):
-                await asyncio.wait([life])
+                await asyncio.wait([end])
             raise
+
+    async def _end_of(self, life: asyncio.Task[None]) -> None:
+        """Wait for the end, and once the worker was told to stop no longer than that may take."""
+        told = asyncio.create_task(self._stopping.wait())
+        await asyncio.wait({life, told}, return_when=asyncio.FIRST_COMPLETED)
+        told.cancel()
+        self.shutdown.begin()
+        cut = False
+        while not life.done() and not self.shutdown.overdue(time.monotonic()):
+            if self._hurry.is_set():
+                self.shutdown.hurry()
+            if not self._main_begun and not cut and self.shutdown.since(time.monotonic()) > LAST_CALL:
+                cut = life.cancel()  # it is starting, and holds nothing yet
+                self.shutdown.leave()
+            await asyncio.wait({life}, timeout=0.05)
+        if not life.done():
+            await self._overran(life)
+        if not (cut and life.cancelled()):
+            await life
+
+    async def _overran(self, life: asyncio.Task[None]) -> NoReturn:
+        """Code of users does not end: name it, and leave it behind. Everything was handed back before."""
+        where = stacks.of_task(life)
+        hint = "this process must end: code that was told to stop goes on"
+        log.error("worker_overran", worker_id=self.worker_id, where=where, hint=hint)
+        life.cancel()
+        await asyncio.wait({life}, timeout=LAST_CALL / 2)
+        self._stopped.set()
+        raise StuckThread(f"{where} would not end when it was told to: this process must end, start another")
 
     async def _live(self) -> None:
         bind_contextvars(worker_id=self.worker_id)  # every line of this worker's tasks has it; they copy this context
@@ -118,8 +150,12 @@ class QueueWorker:
                 except Exception as error:
                     log.error("worker_start_failed", worker_id=self.worker_id, error=text_of(error))
                     raise
-                await self._main()
-                await self._clean_up()
+                self._main_begun = True
+                try:
+                    await self._main()
+                    await self._clean_up()
+                finally:
+                    self.shutdown.leave()
         finally:
             self._stopped.set()
         log.info("worker_stopped", worker_id=self.worker_id, done=self._holdings.counts.done)
@@ -231,14 +267,17 @@ class QueueWorker:
                         loops.start_soon(Clock(self._broker, self._app.schedules, self._settings, self._stopping).run)
                     log.info("worker_ready", worker_id=self.worker_id, queues=self._queues)
                     await self._claimer.run()
-                    await drain(self, self._executions, self._holdings, self._settings.grace, self._hurry)
+                    self.shutdown.cut_short = await drain(
+                        self, self._executions, self._holdings, self._settings.grace, self._hurry
+                    )
                     await self._stages.close(HAND_BACK)
                     self._settler.close(HAND_BACK)
                     self._entrance.close(HAND_BACK)
                 house.cancel_scope.cancel()
         finally:
-            for run in await self._executions.close(UNWIND):
-                self._stuck(run)
+            for run in await self._executions.close(LAST_CALL):
+                if not run.stuck:
+                    self._stuck(run)
             self._lease.stop()
 
     async def _clean_up(self) -> None:
@@ -277,10 +316,12 @@ class QueueWorker:
         return self._executor
 
     def _stuck(self, run: Run) -> None:
-        name = run.registration.name if run.registration is not None else run.kind
-        log.error("handler_stuck", worker_id=self.worker_id, handler=name, job_id=run.job_id)
+        name, where = run.registration.name if run.registration is not None else run.kind, stacks.of_run(run)
+        log.error("handler_stuck", worker_id=self.worker_id, handler=name, job_id=run.job_id, where=where)
+        why = f"{name} would not end when it was told to: this process must end, start another (it stands at {where})"
+        self._health.stuck = why
         if not isinstance(self._error, StuckThread):
-            self._error = StuckThread(f"{name} would not end when it was told to: this process must end, start another")
+            self._error = StuckThread(why)
         self._stopping.set()
 
     def _refused(self, error: ConfigurationError) -> None:
@@ -319,3 +360,5 @@ class QueueWorker:
         """Called in a process that one of our handlers forked: its copy of this worker must not settle anything."""
         self._forked = True
         self._health.close_in_forked_child()
+        if self._main_begun:
+            self._executions.abandon_waiting()  # the event loop's turn that forked must not start what waits

@@ -6,7 +6,6 @@ import asyncio
 import gc
 import os
 import signal
-import sys
 from signal import default_int_handler
 from typing import Annotated
 
@@ -18,8 +17,9 @@ from streamworker import signals
 from streamworker.cli import say
 from streamworker.cli.loading import load_app, loop_options, with_own
 from streamworker.cli.options import WORKER, WorkerFlags
+from streamworker.cli.overrun import LastResort, leave, leave_threads
 from streamworker.cli.processes import Supervisor, addresses, command, watch
-from streamworker.errors import StuckThread
+from streamworker.errors import StreamworkerError, StuckThread
 from streamworker.redact import describe
 from streamworker.telemetry.logs import get_logger
 from streamworker.worker import QueueWorker
@@ -90,13 +90,21 @@ def _run_to_the_end(made: QueueWorker, burst: bool, supervisor: int | None, *, u
 async def _run(made: QueueWorker, burst: bool, supervisor: int | None) -> int:
     # No task group: it would wrap the errors that become exit codes.
     watcher = asyncio.create_task(watch(supervisor)) if supervisor is not None else None
+    last = LastResort(made.shutdown, supervisor)
+    last.start()
+    code = 0
     try:
-        return await made.run(burst=burst)
+        code = await made.run(burst=burst)
+        return code
     except StuckThread as error:
         say(str(error))
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        os._exit(error.exit_code)  # leaving the loop in order would wait for the handler that does not end
+        leave(error.exit_code)
+    except StreamworkerError as error:
+        code = error.exit_code
+        raise
     finally:
+        last.over = True
         if watcher is not None:
             watcher.cancel()
+        if made.shutdown.cut_short:
+            leave_threads(code)

@@ -30,6 +30,7 @@ class Vitals(msgspec.Struct, frozen=True, kw_only=True):
         renewed: seconds since the lease thread last reached the server; ``None`` before its first success.
         renewal_trouble: why its last call failed, or ``None``.
         away: one sentence per other server that does not answer.
+        stuck: what will not end although it was told to, in a sentence.
     """
 
     phase: Phase
@@ -40,6 +41,7 @@ class Vitals(msgspec.Struct, frozen=True, kw_only=True):
     renewed: float | None = None
     renewal_trouble: str | None = None
     away: tuple[str, ...] = ()
+    stuck: str | None = None
 
 
 def not_alive(vitals: Vitals) -> str | None:
@@ -48,6 +50,8 @@ def not_alive(vitals: Vitals) -> str | None:
     Args:
         vitals: the worker, now.
     """
+    if vitals.stuck is not None:
+        return vitals.stuck
     if vitals.loop_silent > max(LEAST_SILENCE, vitals.lease):
         return f"the event loop has not turned for {vitals.loop_silent:.0f} s: a handler blocks it"
     if vitals.phase != "working" or vitals.asking <= max(LEAST_WAIT, 2 * vitals.lease):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import anyio
+import pytest
 
-from streamworker import App, Context, Payload
+from streamworker import App, Context, Payload, QueueWorker, drain
+from streamworker.errors import StuckThread
 from tests.conftest import eventually
 from tests.contract.helpers import settings, working
 
@@ -73,3 +76,60 @@ async def test_a_job_that_others_cancel_runs_again_uncharged(ground, raw):
         tasks[0].cancel()
         await eventually(ground.empty)
     assert attempts == [(1, 0), (1, 1)]
+
+
+@pytest.mark.parametrize("when", ["entering", "leaving"])
+async def test_a_lifespan_that_does_not_end_is_an_error_of_start_and_stop_returns(ground, raw, monkeypatch, when):
+    """In a process of the users' own, which only they may end."""
+    monkeypatch.setattr(drain, "CLEAN_UP", 1.2)
+    entered, let_go = asyncio.Event(), asyncio.Event()
+
+    async def hang() -> None:
+        while not let_go.is_set():
+            with suppress(asyncio.CancelledError):
+                await let_go.wait()
+
+    @asynccontextmanager
+    async def lifespan() -> AsyncIterator[None]:
+        entered.set()
+        if when == "entering":
+            await hang()
+        yield
+        await hang()
+
+    app: App[None] = App(settings=settings(raw, ground, grace=0.0), lifespan=lifespan)
+
+    @app.handler
+    async def step(payload: Step) -> None: ...
+
+    worker = QueueWorker(app, redis=None, database=None, services=None)
+    life = asyncio.create_task(worker.start())
+    await entered.wait()
+    with anyio.fail_after(10):
+        await worker.stop()
+        with pytest.raises(StuckThread, match=r"in .*hang would not end"):
+            await life
+    let_go.set()
+    await eventually(lambda: not any("QueueWorker" in repr(task) for task in asyncio.all_tasks()))
+
+
+async def test_a_worker_that_is_stopped_while_it_starts_ends(ground, raw):
+    entered = asyncio.Event()
+
+    @asynccontextmanager
+    async def lifespan() -> AsyncIterator[None]:
+        entered.set()
+        await asyncio.sleep(100)
+        yield
+
+    app: App[None] = App(settings=settings(raw, ground), lifespan=lifespan)
+
+    @app.handler
+    async def step(payload: Step) -> None: ...
+
+    worker = QueueWorker(app, redis=None, database=None, services=None)
+    life = asyncio.create_task(worker.start())
+    await entered.wait()
+    with anyio.fail_after(10):
+        await worker.stop()
+        await life

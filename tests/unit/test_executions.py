@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import anyio
 import pytest
 
-from streamworker import Context, Handlers, Payload
+from streamworker import Context, Handlers, Payload, stacks
 from streamworker.context import Shared
 from streamworker.execute import Executor
 from streamworker.executions import STARTS, Executions
@@ -613,6 +613,80 @@ async def test_our_own_reason_stands_before_that_of_others():
         task_of(run).cancel()
         run.cancel(TimedOut(0.05))
         assert await on.all_ended() == [TimedOut(0.05)]
+
+
+# -- what cannot be stopped
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["past its deadline", "claim lost"])
+async def test_a_handler_that_swallows_its_cancellation_is_stuck_after_the_grace_and_named(lost):
+    let_go = asyncio.Event()
+
+    async def deaf(payload: Note) -> None:
+        while not let_go.is_set():
+            with suppress(asyncio.CancelledError):
+                await let_go.wait()
+
+    async with stage(deaf, limit=2, timeout=None if lost else 0.05, grace=0.3) as on:
+        run = on.put()
+        await eventually(lambda: run.task is not None)
+        began = time.monotonic()
+        if lost:
+            run.cancel(Interrupted("the claim was lost"))
+        await eventually(lambda: on.stuck == [run])
+        took, where = time.monotonic() - began, stacks.of_run(run)
+        let_go.set()  # first: it would not let the test fail either
+        await on.all_ended()
+        assert "test_executions.py:" in where and where.endswith(".deaf")
+        assert took >= 0.3
+
+
+async def test_a_handler_that_takes_its_time_to_clean_up_is_not_stuck():
+    async def note(payload: Note) -> None:
+        try:
+            await asyncio.sleep(10)
+        finally:
+            await asyncio.sleep(0.3)
+
+    async with stage(note, timeout=0.05, grace=5) as on:
+        on.put()
+        assert await on.all_ended() == [TimedOut(pytest.approx(0.05))]
+        assert on.stuck == []
+
+
+async def test_a_thread_is_named_by_its_own_line():
+    go_on = threading.Event()
+
+    def note(payload: Note) -> None:
+        go_on.wait()
+
+    async with stage(note, timeout=0.05, grace=0.1) as on:
+        run = on.put()
+        await eventually(lambda: on.stuck == [run])
+        assert "in test_a_thread_is_named_by_its_own_line.<locals>.note" in stacks.of_run(run)
+        go_on.set()
+        await on.all_ended()
+
+
+async def test_where_a_task_stands():
+    @asynccontextmanager
+    async def lifespan() -> AsyncIterator[None]:
+        yield
+        await inner()
+
+    async def inner() -> None:
+        await asyncio.sleep(10)
+
+    async def outer() -> None:
+        async with lifespan():
+            pass
+
+    task = asyncio.create_task(outer())
+    await spin(3)
+    assert "in test_where_a_task_stands.<locals>.inner" in stacks.of_task(task)
+    task.cancel()
+    await asyncio.wait([task])
+    assert stacks.of_task(task) == "unknown"
 
 
 # -- whatever loop and whatever task factory the process uses

@@ -57,3 +57,8 @@ def test_not_ready_before_the_first_renewal_and_while_another_server_is_away():
 
 def test_who_is_not_alive_is_not_ready():
     assert not_ready(of(loop_silent=60)) == not_alive(of(loop_silent=60))
+
+
+@pytest.mark.parametrize("phase", ["working", "draining"])
+def test_what_will_not_end_is_a_reason_to_restart(phase):
+    assert not_alive(of(phase=phase, stuck="jobs.mail would not end")) == "jobs.mail would not end"
