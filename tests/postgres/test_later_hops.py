@@ -87,6 +87,45 @@ async def test_a_job_enqueued_anew_under_the_id_of_a_dead_one_runs(app, ground, 
         await eventually(lambda: completed(pg))
 
 
+async def test_a_dead_jobs_id_is_enqueued_anew_in_a_transaction(ground, redis_url, database_url, raw, pg):
+    app: App[None] = App(settings=settings_for(redis_url, database_url, mode=ground.mode, relay="on"))
+    ran = []
+
+    @app.handler(max_attempts=2, backoff=Backoff(base=0.01, cap=0.02, jitter=0))
+    async def handler(payload: Job, ctx: Context) -> None:
+        ran.append((payload.n, ctx.attempt))
+        if payload.n == 1:
+            raise ValueError("a bug")
+
+    async def dead() -> bool:
+        return await pg.fetchval("select status from streamworker.jobs") == "dead"
+
+    enqueue = "select streamworker.enqueue('job', jsonb_build_object('n', $1::int), 'q', id => 'a')"
+    async with working(app):
+        await pg.execute(enqueue, 1)
+        await eventually(dead)
+        await pg.execute(enqueue, 2)
+        await eventually(lambda: completed(pg))
+        await pg.execute(enqueue, 3)
+        assert await completed(pg)
+    assert ran == [(1, 1), (1, 2), (2, 1)]
+
+
+async def test_whoever_enqueues_needs_no_right_to_update_for_ids_that_are_not_of_the_dead(pg):
+    await pg.execute("insert into streamworker.jobs (id, queue_name, status) values ('a', 'q', 'completed')")
+    await pg.execute("create role plain")
+    try:
+        await pg.execute("grant usage on schema streamworker to plain; grant select, insert on streamworker.jobs to plain;"
+                         "grant select on streamworker.job_queues to plain; set role plain")  # fmt: skip
+        for job_id in ("a", "b"):
+            assert await pg.fetchval("select streamworker.enqueue('job', '{}', 'q', id => $1)", job_id) == job_id
+    finally:
+        await pg.execute("reset role; drop owned by plain; drop role plain")
+    assert {tuple(each) for each in await pg.fetch("select id, status from streamworker.jobs")} == {
+        ("a", "completed"), ("b", "queued")
+    }  # fmt: skip
+
+
 async def test_redis_goes_back_to_an_earlier_state(app, ground, raw, pg, redis_url, database_url):
     """A failover to a replica that lagged: jobs of the ledger are there again at the hop they were dispatched with."""
     ran, back = [], []
