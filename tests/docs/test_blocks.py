@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from streamworker import codec, embedded
-from streamworker.postgres.migrate import printed, shipped
+from streamworker.postgres.migrate import Migrator
 from tests.docs import commands, snippets
 from tests.docs.blocks import ROOT, Block, blocks, pages, walked
 
@@ -120,12 +120,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="module")
 def database(servers) -> str:
-    async def migrate() -> None:
-        connection = await asyncpg.connect(servers.database_url)
-        await connection.execute(printed(shipped()))
-        await connection.close()
-
-    asyncio.run(migrate())
+    asyncio.run(Migrator(servers.database_url).up())
     return servers.database_url
 
 
