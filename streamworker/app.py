@@ -34,6 +34,7 @@ from streamworker.execute import Middleware
 from streamworker.following import Follower
 from streamworker.handlers import Handlers
 from streamworker.observe import Observer, Sender
+from streamworker.policy import alone_from
 from streamworker.producing import Producer
 from streamworker.relaying import NothingToRelay, Relaying, Scheduler, open_relaying
 from streamworker.settings import EMBEDDED, Settings
@@ -383,4 +384,6 @@ class App(Handlers[S], Follower, Calendar):
             namespace=settings.namespace,
             lease=settings.lease,
             weighted=settings.priority == "weighted",
+            alone_from=alone_from(settings.max_deliveries),
+            slots=settings.concurrency,
         )

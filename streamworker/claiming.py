@@ -16,6 +16,7 @@ from streamworker.errors import ConfigurationError, InvalidJob, StreamworkerErro
 from streamworker.holdings import Holdings
 from streamworker.job import Claim
 from streamworker.pause import Pause
+from streamworker.policy import SUSPECT_DELIVERIES
 from streamworker.run import Run
 from streamworker.telemetry.logs import get_logger
 from streamworker.traceparent import trace_id
@@ -26,6 +27,8 @@ BLOCK: Final = 5.0
 """Seconds one claim waits for jobs."""
 REFUSALS: Final = 3
 """Times in a row a password or a permission may be refused: somebody may be changing it right now."""
+SAY_AGAIN: Final = 60.0
+"""Seconds before it is said again that suspects run here."""
 SETTLES: Final = 1.0
 """Most seconds after a suspect's run in which nothing is claimed because it is not settled yet."""
 UNSETTLED: Final = 1000
@@ -83,6 +86,7 @@ class Claimer:
         self._suspects: deque[Run] = deque()
         self._capped: list[Run] = []
         self._alone: Run | None = None
+        self._say_at: dict[str, float] = {}
         self.ended: Final = anyio.Event()
         self.asking_since: float | None = None
         """When the claims began of which none has succeeded yet (time.monotonic); ``None`` while none is made."""
@@ -119,6 +123,28 @@ class Claimer:
         self._suspects.append(run)
         self._holdings.stir()
         return False
+
+    @property
+    def notice(self) -> str:
+        """Why fewer jobs run here than could, in a sentence for operators; empty if there is no reason."""
+        if self._alone is not None and self._alone.outcome is None:
+            deaths = self._alone.deliveries - 1
+            return f"a job with which {deaths} workers died runs alone, and nothing else is claimed here until it ends"
+        if self._suspects:
+            return f"{len(self._suspects)} jobs with which several workers died wait to run alone"
+        group = self._group()
+        if group:
+            return f"{group} jobs with which two workers died run here, in at most half of the slots"
+        return ""
+
+    def _group(self) -> int:
+        return sum(run.claim.count >= SUSPECT_DELIVERIES and run.outcome is None for run in self._holdings.snapshot())
+
+    def _say_suspects(self, event: str, **facts: int | str) -> None:
+        """Say that suspects run here, and how, once a minute."""
+        if monotonic() >= self._say_at.get(event, 0.0):
+            self._say_at[event] = monotonic() + SAY_AGAIN
+            log.warning(event, **facts)
 
     def abandon_waiting(self) -> list[Run]:
         """Suspects that wait to run alone and runs that wait for their cap; they do not wait any more afterwards."""
@@ -217,6 +243,9 @@ class Claimer:
             if claim.count > 1:
                 holdings.counts.recovered += 1
                 tell_recovered(claim)
+            if claim.count >= SUSPECT_DELIVERIES and not claim.suspect:
+                hint = "two workers died with them; they fill at most half of the slots, and fresh jobs go on beside"
+                self._say_suspects("suspects_running", queue=claim.queue, jobs=self._group(), hint=hint)
             if claim.suspect and claim.count < self._max_deliveries:
                 self._suspects.append(run)
             elif claim.queue in self._caps:
@@ -258,6 +287,8 @@ class Claimer:
             holdings.forget(run)
             return
         self._alone = run
+        hint = "its workers died again and again; fresh jobs go on on other workers, and here when it has ended"
+        self._say_suspects("suspect_alone", queue=run.claim.queue, deliveries=run.claim.count, hint=hint)
         self._put(run)
         while run.outcome is None and not self._stopping.is_set():
             await holdings.changed(1.0)

@@ -33,7 +33,7 @@ from streamworker.job import (
     Undecodable,
     UnknownKind,
 )
-from streamworker.policy import SUSPECT_DELIVERIES, Facts, Limits, abandoned, wish_in
+from streamworker.policy import Facts, Limits, abandoned, alone_from, wish_in
 from streamworker.redact import describe
 from streamworker.run import CANCELLED, Cause, Run
 from streamworker.task import JOB, AsyncGenerators, JobTask
@@ -86,6 +86,7 @@ class Executor:
         self._limiter: anyio.CapacityLimiter | None = None
         self._pid = os.getpid()
         self._max_deliveries = max_deliveries
+        self._alone_from = alone_from(max_deliveries)
         self._max_job_bytes = max_job_bytes
         self._unknown_kind_ttl = unknown_kind_ttl
         self._no_limits = Facts(0, Limits(), unknown_kind_ttl)
@@ -104,7 +105,7 @@ class Executor:
             if claim.cancelled:
                 run.outcome = CANCELLED
             elif deliveries > 1:
-                run.suspect = deliveries >= SUSPECT_DELIVERIES
+                run.suspect = deliveries >= self._alone_from
                 run.outcome = abandoned(deliveries, self._max_deliveries)
             run.facts = self._facts_of(reading, registration)
             if run.outcome is not None:

@@ -48,7 +48,15 @@ from streamworker.job import (
 from streamworker.redact import describe, fit, text_of
 
 SUSPECT_DELIVERIES: Final = 3
-"""From this delivery on a job runs alone: two workers died with it, the third shall not take neighbours along."""
+"""From this delivery on a job is a suspect: two workers died with it. The first time it runs in a group of suspects, at
+most half of a worker's slots, beside fresh jobs: most suspects were only neighbours of what kills."""
+
+
+def alone_from(max_deliveries: int) -> int:
+    """From which delivery on a suspect runs alone: its group died, too. Never later than its last delivery."""
+    return SUSPECT_DELIVERIES + 1 if max_deliveries > SUSPECT_DELIVERIES else SUSPECT_DELIVERIES
+
+
 RAPID: Final = 1.0
 """Seconds from the start of a run to the next: a job that comes back uncharged sooner does so rapidly."""
 FREE_RETURNS: Final = 10

@@ -335,7 +335,7 @@ class QueueWorker:
         aside = [
             f"{jobs} jobs of {queue} cannot be settled, see its log" for queue, jobs in self._settler.aside.items()
         ]
-        return {**report, "notice": "; ".join(aside)}
+        return {**report, "notice": "; ".join(filter(None, [*aside, self._claimer.notice]))}
 
     # -- stops and signals
 

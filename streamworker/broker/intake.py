@@ -17,7 +17,6 @@ from streamworker.broker.reactions import Reaction, reaction_to, row_of
 from streamworker.broker.taking import JUST_LOOKED, LEAVE, RESERVE, Taking
 from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable
 from streamworker.job import LEVELS, Claim
-from streamworker.policy import SUSPECT_DELIVERIES
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.broker")
@@ -38,9 +37,16 @@ class Intake(Taking):
     """
 
     def __init__(
-        self, link: Link, queues: Sequence[tuple[QueueKeys, int | None]], *, group: str, lease: float, weighted: bool
+        self,
+        link: Link,
+        queues: Sequence[tuple[QueueKeys, int | None]],
+        *,
+        group: str,
+        lease: float,
+        weighted: bool,
+        alone_from: int,
     ) -> None:
-        super().__init__(link, queues, lease=lease)
+        super().__init__(link, queues, lease=lease, alone_from=alone_from)
         self._group = group
         self._order = Order(len(queues), weighted=weighted)
         self._all = [keys.meta for keys in self._keys] + [stream for keys in self._keys for stream in keys.streams]
@@ -147,7 +153,7 @@ class Intake(Taking):
         args: list[Any] = [self._group, self.consumer, int(self._lease * 1000), limit]
         expected, sent = self._link.clock_should_show(), monotonic()
         wish = self._about_suspects(index, running)
-        args += [SUSPECT_DELIVERIES, wish, expected, *held]
+        args += [self._alone_from, wish, expected, self._group_room(running), *held]
         try:
             wait, entries, missing, passed, shown, granted, longest = await self._link.read(
                 scripts.SWEEP, [keys.meta, *keys.streams], args

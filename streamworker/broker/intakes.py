@@ -31,7 +31,14 @@ class Intakes:
     """One `Intake` per slot, with the face of one. See there."""
 
     def __init__(
-        self, link: Link, queues: Sequence[tuple[QueueKeys, int | None]], *, group: str, lease: float, weighted: bool
+        self,
+        link: Link,
+        queues: Sequence[tuple[QueueKeys, int | None]],
+        *,
+        group: str,
+        lease: float,
+        weighted: bool,
+        alone_from: int,
     ) -> None:
         self._link = link
         self._lease = lease
@@ -40,7 +47,7 @@ class Intakes:
             by_slot.setdefault(slot_of(keys.base), []).append((keys, cap))
         self._links = [link.branch(each[0][0].base) for each in by_slot.values()]
         self._parts = [
-            Intake(branch, each, group=group, lease=lease, weighted=weighted)
+            Intake(branch, each, group=group, lease=lease, weighted=weighted, alone_from=alone_from)
             for branch, each in zip(self._links, by_slot.values(), strict=True)
         ]
         self.epochs: dict[str, bytes] = {}
@@ -64,6 +71,16 @@ class Intakes:
     def consumer(self, name: str) -> None:
         for part in self._parts:
             part.consumer = name
+
+    @property
+    def slots(self) -> int:
+        """Jobs that run at once."""
+        return self._parts[0].slots if self._parts else 1
+
+    @slots.setter
+    def slots(self, count: int) -> None:
+        for part in self._parts:
+            part.slots = count
 
     @property
     def marked(self) -> frozenset[str]:

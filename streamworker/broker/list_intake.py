@@ -19,7 +19,6 @@ from streamworker.broker.reactions import Reaction, reaction_to
 from streamworker.broker.taking import LEAVE, RESERVE, Taking
 from streamworker.errors import StreamworkerError
 from streamworker.job import Claim
-from streamworker.policy import SUSPECT_DELIVERIES
 
 HEADS: Final = 3
 """Keys of a queue that come before the lists: its meta hash, its lease set, and what this worker holds of it."""
@@ -46,8 +45,9 @@ class ListIntake(Taking):
         orphans: Orphans,
         lease: float,
         weighted: bool,
+        alone_from: int,
     ) -> None:
-        super().__init__(link, queues, lease=lease)
+        super().__init__(link, queues, lease=lease, alone_from=alone_from)
         self._lists: Final[list[ListKeys]] = [keys for keys, _ in queues]
         self._order = Order(len(queues), weighted=weighted, heads=HEADS)
         self._orphans = orphans
@@ -68,7 +68,7 @@ class ListIntake(Taking):
         held = [claim.entry for claim in running]
         args: list[Any] = [self.consumer, limit, len(self._lists), len(budgets), secrets.token_hex(6)]
         wish = self._about_suspects(0, running)
-        args += [SUSPECT_DELIVERIES, wish, len(held)]
+        args += [self._alone_from, wish, self._group_room(running), len(held)]
         args += [*self._allowances(limit, running), *budgets, *held, *self._order.steps]
         answer = await self._link.read(scripts.LIST_TAKE, keys, args)
         taken, trouble, paused, _, passed, suspects, cancelled, granted, sealed = answer

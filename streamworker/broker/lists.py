@@ -44,7 +44,8 @@ class ListBroker(Serving[ListKeys, Taking]):
     def _take(self, queues: Sequence[tuple[ListKeys, int | None]]) -> Taking:
         lease, weighted = self._options.lease, self._options.weighted
         self._orphans = Orphans(self._link, self._keys, lease=lease)
-        return self._taking(self._link, queues, orphans=self._orphans, lease=lease, weighted=weighted)
+        alone = self._options.alone_from
+        return self._taking(self._link, queues, orphans=self._orphans, lease=lease, weighted=weighted, alone_from=alone)
 
     @property
     def _lease_ms(self) -> int:

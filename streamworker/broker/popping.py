@@ -55,8 +55,9 @@ class Popping(Taking):
         orphans: Orphans,
         lease: float,
         weighted: bool,
+        alone_from: int,
     ) -> None:
-        super().__init__(link, queues, lease=lease)
+        super().__init__(link, queues, lease=lease, alone_from=alone_from)
         self._order = Order(len(queues), weighted=weighted, heads=0)
         self._weighted = weighted
         self._orphans = orphans

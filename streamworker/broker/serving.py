@@ -24,6 +24,7 @@ from streamworker.broker.taking import Taking, none_ended
 from streamworker.broker.waiting import waiting
 from streamworker.job import Claim, Enqueued, Outgoing
 from streamworker.limits import Answer, Asking, Hold
+from streamworker.policy import SUSPECT_DELIVERIES
 from streamworker.progress import Progress
 
 RENEW_BATCH: Final = 500
@@ -41,12 +42,16 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         namespace: goes before every key, as it is; but not before the lists that producers push to.
         lease: seconds a claim lives unrenewed.
         weighted: weighted order of levels instead of strict order.
+        alone_from: the delivery from which on a job runs alone.
+        slots: jobs that run at once; suspects that do not run alone fill at most half of them.
     """
 
     queues: tuple[tuple[str, int | None], ...]
     namespace: str = ""
     lease: float = 15.0
     weighted: bool = False
+    alone_from: int = SUSPECT_DELIVERIES + 1
+    slots: int = 10
 
 
 class Serving(Generic[K, I]):
@@ -68,6 +73,7 @@ class Serving(Generic[K, I]):
         self._ears = Ears(address)
         self._limits = Limiter(self._link, self._keys, lease=options.lease)
         self._intake = self._take(queues)
+        self._intake.slots = options.slots
         self._refusals = Refusals()
 
     def _key(self, queue: str) -> K:

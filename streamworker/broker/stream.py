@@ -21,7 +21,6 @@ from streamworker.broker.standby import standby
 from streamworker.broker.tidy import forget_leases, tidy, tidy_pause
 from streamworker.errors import ConfigurationError, Unreachable
 from streamworker.job import Claim, Depth, Settled
-from streamworker.policy import SUSPECT_DELIVERIES
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.broker")
@@ -51,7 +50,10 @@ class StreamBroker(Serving[QueueKeys, Intake | Intakes]):
 
     def _take(self, queues: Sequence[tuple[QueueKeys, int | None]]) -> Intake | Intakes:
         kind, options = Intakes if self._link.address.spread else Intake, self._options
-        return kind(self._link, queues, group=self._group, lease=options.lease, weighted=options.weighted)
+        return kind(
+            self._link, queues, group=self._group, lease=options.lease, weighted=options.weighted,
+            alone_from=options.alone_from,
+        )  # fmt: skip
 
     async def join(self, worker_id: str) -> None:
         """See `Broker.join`."""
@@ -151,7 +153,7 @@ class StreamBroker(Serving[QueueKeys, Intake | Intakes]):
                 # Claimed for real, a count is at most one below a suspect's; from there on it was only reserved, unless
                 # it is the one whose confirmation got through.
                 counted = self._last_confirmed == (place, entry, count - 1)
-                suspect = count >= SUSPECT_DELIVERIES - 1 and not counted
+                suspect = count >= self._options.alone_from - 1 and not counted
                 body = document(fields)
                 found.append(Claim(keys.queue, level, place, entry, count, body, epoch, suspect, secret=secret))
         return await self._cancels.judged(found, {keys.queue for keys in self._keys})

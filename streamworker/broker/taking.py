@@ -15,6 +15,7 @@ from streamworker.broker import scripts
 from streamworker.broker.keys import QueueKeys
 from streamworker.broker.link import Link
 from streamworker.job import LEVELS, Claim, Level
+from streamworker.policy import SUSPECT_DELIVERIES
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.broker")
@@ -50,13 +51,18 @@ class Taking:
         link: the connections.
         queues: (keys, cap) in the order they are taken.
         lease: seconds after which an unrenewed claim is an orphan.
+        alone_from: the delivery from which on a job runs alone.
     """
 
-    def __init__(self, link: Link, queues: Sequence[tuple[QueueKeys, int | None]], *, lease: float) -> None:
+    def __init__(
+        self, link: Link, queues: Sequence[tuple[QueueKeys, int | None]], *, lease: float, alone_from: int
+    ) -> None:
         self._link = link
         self._keys: Final[list[QueueKeys]] = [keys for keys, _ in queues]
         self._caps = [cap for _, cap in queues]
         self._lease = lease
+        self._alone_from = alone_from
+        self.slots = 1
         self.spots: Final[list[tuple[QueueKeys, Level, str]]] = [
             (keys, level, keys.ready(level)) for keys in self._keys for level in LEVELS
         ]
@@ -166,6 +172,13 @@ class Taking:
     async def wait(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:
         """Wait for a job, at most ``wait`` seconds."""
         raise NotImplementedError
+
+    def _group_room(self, running: Collection[Claim]) -> int:
+        """How many suspects that do not run alone yet may be taken: all of them fill at most half of the slots."""
+        if self._alone_from <= SUSPECT_DELIVERIES:
+            return 0
+        group = sum(SUSPECT_DELIVERIES <= claim.count < self._alone_from for claim in running)
+        return max(0, max(1, self.slots // 2) - group)
 
     def _about_suspects(self, index: int, running: Collection[Claim]) -> int:
         """What to do about suspects of this queue.

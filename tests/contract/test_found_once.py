@@ -125,7 +125,7 @@ async def test_put_back_suspects_are_no_strays_that_run_with_others(ground, brok
     async with broker_factory("dead") as gone, broker_factory("w") as b:
         await gone.publish([job("p1"), job("p2")])
         for c in await gone.claim(5, 0, ()):
-            ground.ripen(c, count=2)
+            ground.ripen(c, count=3)
         reserved = await recover(b, ground)
         strays = await b.strays(reserved)
         # p2 killed two workers already: handed out, it must be a suspect (its next run is its third)
@@ -135,20 +135,20 @@ async def test_put_back_suspects_are_no_strays_that_run_with_others(ground, brok
 async def test_a_reserved_suspect_found_as_a_stray_is_still_a_suspect(ground, broker_factory):
     async with broker_factory("dead") as gone, broker_factory("w") as b:
         await gone.publish([job("p1")])
-        ground.ripen(await one(gone), count=2)
+        ground.ripen(await one(gone), count=3)
         (_reserved,) = await recover(b, ground)
         (stray,) = await b.strays(())  # e.g. confirm()'s connection broke
-        assert stray.suspect and stray.count == 2
+        assert stray.suspect and stray.count == 3
 
 
 async def test_a_confirmed_suspect_found_as_a_stray_is_not_counted_twice(ground, broker_factory):
     async with broker_factory("dead") as gone, broker_factory("w") as b:
         await gone.publish([job("p1")])
-        ground.ripen(await one(gone), count=2)
+        ground.ripen(await one(gone), count=3)
         (reserved,) = await recover(b, ground)
         await b.confirm(reserved)
         (stray,) = await b.strays(())
-        assert stray.count + stray.suspect == 3
+        assert stray.count + stray.suspect == 4
 
 
 @stream_only

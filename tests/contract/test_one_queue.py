@@ -7,6 +7,7 @@ from typing import Any
 
 import anyio
 import pytest
+import structlog
 
 from streamworker import App, Payload, QueueWorker, claiming
 from streamworker.setting_rules import QueueSpec
@@ -16,6 +17,12 @@ from tests.contract.helpers import settings
 
 LAST = "18446744073709551615-18446744073709551615"
 BOTH = (QueueSpec("spoilt", None), QueueSpec("b", None))
+
+
+@pytest.fixture(autouse=True)
+def plain_logs() -> Any:
+    yield
+    structlog.reset_defaults()
 
 
 class Limited(Payload, kind="limited", queue="spoilt"):

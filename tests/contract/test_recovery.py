@@ -9,7 +9,7 @@ from streamworker import codec
 from streamworker.errors import Unreachable
 from streamworker.job import Settled
 from streamworker.marks import unmarked
-from streamworker.policy import SUSPECT_DELIVERIES
+from streamworker.policy import alone_from
 from tests.conftest import eventually, free_port
 from tests.contract.ground import GROUP
 from tests.contract.helpers import (
@@ -28,6 +28,9 @@ from tests.contract.helpers import (
     settle_one,
     stream_only,
 )
+
+ALONE = alone_from(5)
+"""The delivery from which on a suspect runs alone."""
 
 
 async def test_renewing_resets_the_lease_and_counts_no_delivery(broker_factory, ground):
@@ -196,18 +199,18 @@ async def test_a_suspect_is_reserved_counted_when_confirmed_and_alone(broker_fac
     async with broker_factory("dead") as gone, broker_factory("w") as broker:
         await gone.publish([job("poison"), job("innocent")])
         poison, innocent = await gone.claim(10, 0, ())
-        ground.ripen(poison, count=SUSPECT_DELIVERIES - 1)
+        ground.ripen(poison, count=ALONE - 1)
         ground.ripen(innocent)
         (other,) = await recover(broker, ground)  # nothing comes beside a suspect, and it beside nothing
         assert names([other]) == ["innocent"] and other.count == 2 and not other.suspect
         assert await settle_one(broker, done(other)) is Settled.SETTLED
         (reserved,) = await recover(broker, ground)
-        assert names([reserved]) == ["poison"] and reserved.suspect and reserved.count == SUSPECT_DELIVERIES - 1
-        assert ground.owner(reserved) == (b"w", SUSPECT_DELIVERIES - 1)
+        assert names([reserved]) == ["poison"] and reserved.suspect and reserved.count == ALONE - 1
+        assert ground.owner(reserved) == (b"w", ALONE - 1)
         assert await asyncio.to_thread(broker.renew, [reserved]) == []
         confirmed = await broker.confirm(reserved)
-        assert confirmed is not None and not confirmed.suspect and confirmed.count == SUSPECT_DELIVERIES
-        assert ground.owner(confirmed) == (b"w", SUSPECT_DELIVERIES)
+        assert confirmed is not None and not confirmed.suspect and confirmed.count == ALONE
+        assert ground.owner(confirmed) == (b"w", ALONE)
         assert await broker.confirm(reserved) is None  # once
         assert await settle_one(broker, done(reserved)) is Settled.LOST
         assert await settle_one(broker, done(confirmed)) is Settled.SETTLED
@@ -218,13 +221,13 @@ async def test_one_suspect_at_a_time_the_others_stay_ripe_and_uncounted(broker_f
         await gone.publish([job(str(n)) for n in range(4)])
         claims = await gone.claim(10, 0, ())
         for claim in claims:
-            ground.ripen(claim, count=SUSPECT_DELIVERIES - 1)
+            ground.ripen(claim, count=ALONE - 1)
         reserved = await recover(broker, ground)
         assert len(reserved) == 1 and reserved[0].suspect
         assert await recover(broker, ground, running=reserved) == []
         others = await recover(second, ground)
         assert len(others) == 1 and others[0].suspect and names(others) != names(reserved)
-        assert {ground.deliveries(claim) for claim in claims} == {SUSPECT_DELIVERIES - 1}
+        assert {ground.deliveries(claim) for claim in claims} == {ALONE - 1}
 
 
 async def suspects_and_a_job(broker, ground, owner):
@@ -233,7 +236,7 @@ async def suspects_and_a_job(broker, ground, owner):
     first, second, mine = await broker.claim(10, 0, ())
     ground.hand_over(mine, owner)
     for claim in (first, second):
-        ground.ripen(claim, count=SUSPECT_DELIVERIES - 1)
+        ground.ripen(claim, count=ALONE - 1)
     return mine
 
 
@@ -310,7 +313,7 @@ async def test_an_idle_worker_runs_one_suspect_after_the_other_before_anything_n
     async with broker_factory("dead", lease=1) as gone, broker_factory("w", lease=1) as broker:
         await gone.publish([job(str(n)) for n in range(4)])
         for claim in await gone.claim(10, 0, ()):
-            ground.ripen(claim, count=SUSPECT_DELIVERIES - 1)
+            ground.ripen(claim, count=ALONE - 1)
         await gone.publish([job("new")])
         taken = await recover(broker, ground)
         deadline = time.monotonic() + 10
@@ -365,7 +368,7 @@ async def test_a_suspect_that_was_lost_is_not_confirmed(broker_factory, raw, gro
     async with broker_factory("dead") as gone, broker_factory("w") as broker:
         await gone.publish([job("poison"), job("deleted")])
         for claim in await gone.claim(10, 0, ()):
-            ground.ripen(claim, count=2)
+            ground.ripen(claim, count=ALONE - 1)
         (reserved,) = await recover(broker, ground)
         ground.hand_over(reserved, "rescuer")
         before = ground.state()
@@ -584,7 +587,7 @@ async def test_a_thousand_orphans_come_back_in_order(broker_factory, raw, ground
 async def test_nothing_new_comes_beside_a_suspect(broker_factory, ground):
     async with broker_factory("dead") as gone, broker_factory("w") as broker:
         await gone.publish([job("poison")])
-        ground.ripen(await one(gone), count=SUSPECT_DELIVERIES - 1)
+        ground.ripen(await one(gone), count=ALONE - 1)
         await gone.publish([job("new")])
         (reserved,) = await recover(broker, ground)
         assert reserved.suspect and names([reserved]) == ["poison"]
@@ -635,6 +638,51 @@ async def test_a_replica_never_calls_a_claim_of_a_list_lost(broker_factory, raw,
             raw.replicaof("NO", "ONE")
         lost = await asyncio.to_thread(broker.renew, claims)
         assert sorted(map(repr, lost)) == sorted(map(repr, claims if forgotten == "claims" else []))
+
+
+async def test_most_suspects_were_neighbours_and_run_in_a_group_of_half_the_slots(broker_factory, ground):
+    async with broker_factory("dead") as gone, broker_factory("w") as broker:
+        await gone.publish([job(f"s{n}") for n in range(12)])
+        for claim in await gone.claim(12, 0, ()):
+            ground.ripen(claim, count=2)
+        await gone.publish([job(f"fresh{n}") for n in range(20)])
+        taken = await recover(broker, ground, limit=10)
+        group = [claim for claim in taken if claim.count == 3]
+        assert len(taken) == 10 and len(group) == 5  # half of the slots; fresh jobs go on beside
+        assert {name[:5] for name in names([claim for claim in taken if claim.count == 1])} == {"fresh"}
+        assert not any(claim.suspect for claim in taken)
+        rest = [claim for claim in taken if claim not in group[:2]]
+        for claim in group[:2]:
+            assert await settle_one(broker, done(claim)) is Settled.SETTLED
+        more = await recover(broker, ground, limit=2, running=rest)
+        assert [claim.count for claim in more] == [3, 3]
+        everything = [*rest, *more]
+        while left := [claim for claim in everything if claim.count == 3]:
+            for claim in left:
+                await settle_one(broker, done(claim))
+            everything = [claim for claim in everything if claim not in left]
+            everything += await recover(broker, ground, limit=10 - len(everything), running=everything)
+        assert not [claim for claim in ground.claims() if claim[2] > 1]
+
+
+async def test_a_worker_with_one_slot_runs_suspects_one_by_one_beside_nothing(broker_factory, ground):
+    async with broker_factory("dead") as gone, broker_factory("w") as broker:
+        await gone.publish([job(f"s{n}") for n in range(3)])
+        for claim in await gone.claim(3, 0, ()):
+            ground.ripen(claim, count=2)
+        for _ in range(3):
+            (claim,) = await recover(broker, ground, limit=1)
+            assert claim.count == 3
+            assert await settle_one(broker, done(claim)) is Settled.SETTLED
+
+
+async def test_with_three_deliveries_the_third_runs_alone(broker_factory, ground):
+    async with broker_factory("dead") as gone, broker_factory("w", alone_from=alone_from(3)) as broker:
+        await gone.publish([job("s"), job("t")])
+        for claim in await gone.claim(2, 0, ()):
+            ground.ripen(claim, count=2)
+        (claim,) = await recover(broker, ground, limit=10)
+        assert claim.suspect and claim.count == 2
 
 
 # -- workers with different leases

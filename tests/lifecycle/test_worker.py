@@ -313,7 +313,8 @@ def test_a_zombie_that_finishes_first_does_not_end_its_successors_run(start, raw
     second.signal(signal.SIGCONT)
 
 
-def test_a_job_that_kills_its_workers_dies_alone(start, raw, ground):
+@pytest.mark.parametrize("deliveries", [3, 5])
+def test_a_job_that_kills_its_workers_dies_alone(start, raw, ground, deliveries):
     """500 innocents, one poison: it takes MAX_DELIVERIES workers with it and nobody else's attempts or lives."""
     names = [f"i{n}" for n in range(500)]
     for n, name in enumerate(names):
@@ -321,22 +322,44 @@ def test_a_job_that_kills_its_workers_dies_alone(start, raw, ground):
         if n == 250:
             put(ground, "poison", "poison")
     deaths = 0
-    worker = start(CONCURRENCY=100, MAX_DELIVERIES=3, LEASE=0.5)
+    worker = start(CONCURRENCY=100, MAX_DELIVERIES=deliveries, LEASE=0.5)
     deadline = time.monotonic() + 45
     while not (raw.xlen(DEAD) and ground.empty()):
         assert time.monotonic() < deadline, (ground.left(), raw.xlen(DEAD), deaths)
         if worker.ended:
             assert worker.wait() == 9
             deaths += 1
-            worker = start(CONCURRENCY=100, MAX_DELIVERIES=3, LEASE=0.5)
+            worker = start(CONCURRENCY=100, MAX_DELIVERIES=deliveries, LEASE=0.5)
         time.sleep(0.02)
-    assert deaths == 3
+    assert deaths == deliveries
     ((_, letter),) = raw.xrange(DEAD)
-    assert (letter["id"], letter["reason"], letter["attempts"]) == ("poison", "worker died 3 times", "0")
-    assert [run[1:] for run in traced(raw, "poison", "poison")] == [["1", "1", "0"], ["1", "2", "0"], ["1", "3", "0"]]
+    assert (letter["id"], letter["reason"], letter["attempts"]) == ("poison", f"worker died {deliveries} times", "0")
+    assert [run[1:] for run in traced(raw, "poison", "poison")] == [["1", str(n + 1), "0"] for n in range(deliveries)]
     counts = Counter(traces(raw, "quick"))
     assert counts.keys() == set(names)
-    assert max(counts.values()) <= 3
+    assert max(counts.values()) <= min(deliveries, 4)  # after the group of its third delivery it takes nobody along
+
+
+def test_innocents_whose_workers_died_twice_go_on_beside_fresh_jobs_and_that_is_said(start, raw, ground):
+    names = [f"i{n}" for n in range(8)]
+    for name in names:
+        put(ground, "wait", name)
+    for death in (1, 2):
+        worker = start().ready()
+        eventually_blocking(lambda death=death: len(traces(raw, "wait")) == death * len(names), 15)
+        worker.kill()
+    third = start().ready()
+    eventually_blocking(lambda: len(traces(raw, "wait")) >= 2 * len(names) + 5, 15)  # half of its ten slots
+    for n in range(20):
+        put(ground, "quick", f"fresh{n}")
+    eventually_blocking(lambda: len(traces(raw, "quick")) == 20, 10)
+    assert len(traces(raw, "wait")) == 2 * len(names) + 5
+    assert third.said("suspects_running")
+    (heart,) = raw.keys("streamworker:worker:*")
+    eventually_blocking(lambda: "two workers died" in (raw.hget(heart, "notice") or ""), 10)
+    raw.sadd("queue:trace:go", *names)
+    eventually_blocking(ground.empty)
+    assert raw.xlen(DEAD) == 0
 
 
 def test_a_restarted_server_finds_its_workers_again(start, ground, own_server: Server):

@@ -135,9 +135,9 @@ def test_what_is_decided_before_the_handler(given, outcome):
 
 
 @pytest.mark.parametrize(
-    ("count", "suspect", "alone"), [(1, False, False), (2, False, False), (3, False, True), (2, True, True)]
+    ("count", "suspect", "alone"), [(1, False, False), (3, False, False), (4, False, True), (3, True, True)]
 )
-def test_from_the_third_delivery_on_a_job_is_suspect(count, suspect, alone):
+def test_from_the_fourth_delivery_on_a_job_runs_alone(count, suspect, alone):
     async def note(payload: Note) -> None: ...
 
     assert prepared(executor(note), claim(count=count, suspect=suspect)).suspect is alone

@@ -14,11 +14,12 @@
 -- ARGV[3]      Q, number of queues
 -- ARGV[4]      B, number of budgets
 -- ARGV[5]      twelve random hexadecimal digits
--- ARGV[6]      delivery count from which a job is a suspect
+-- ARGV[6]      delivery count from which a job is a suspect that runs alone
 -- ARGV[7]      what the worker does about suspects: 1 it is idle and takes one, 2 it asks to be the one that drains, 3 it drains
 --              unasked, 0 it leaves them to others
--- ARGV[8]      H, number of ids that run here
--- ARGV[9..]    Q allowances: most jobs to take of each queue
+-- ARGV[8]      most jobs to take that are about to be delivered for the last time before that: a group of suspects
+-- ARGV[9]      H, number of ids that run here
+-- ARGV[10..]   Q allowances: most jobs to take of each queue
 -- then         B budgets: most jobs to take on each budget
 -- then         H ids that run here
 -- then         the walk, three numbers a step: index of the list in KEYS, of its queue, of its budget
@@ -45,6 +46,7 @@ local allowance, budget, epochs, usable, running = {}, {}, {}, {}, {}
 local taken, trouble, paused, skipped, broken, empty, cancelled = {}, {}, {}, {}, {}, {}, {}
 local secrets = {}
 local suspects = {} -- queues of which some were left
+local group = tonumber(ARGV[8])
 
 local function failed(reply) return type(reply) == 'table' and reply.err end
 
@@ -53,7 +55,7 @@ local function report(k, err) trouble[#trouble + 1] = { k, err } end
 for q = 1, queues do
   local meta = redis.pcall('HMGET', KEYS[q], 'paused', 'epoch', 'inactive', 'cancelled', 'secret')
   secrets[q] = not meta.err and meta[5] or ''
-  allowance[q], epochs[q] = tonumber(ARGV[8 + q]), ''
+  allowance[q], epochs[q] = tonumber(ARGV[9 + q]), ''
   if meta.err then
     report(q, meta.err)
     allowance[q] = 0
@@ -67,9 +69,9 @@ for q = 1, queues do
     end
   end
 end
-for b = 1, budgets do budget[b] = tonumber(ARGV[8 + queues + b]) end
-local walk = 9 + queues + budgets + tonumber(ARGV[8])
-for h = 9 + queues + budgets, walk - 1 do running[ARGV[h]] = true end
+for b = 1, budgets do budget[b] = tonumber(ARGV[9 + queues + b]) end
+local walk = 10 + queues + budgets + tonumber(ARGV[9])
+for h = 10 + queues + budgets, walk - 1 do running[ARGV[h]] = true end
 
 local function fresh()
   sequence = sequence + 1
@@ -121,14 +123,16 @@ local function look(i, q, most, again)
       if again and not id then return found, span end
       seen = seen + 1
       local suspect = id and deliveries + 1 >= tonumber(ARGV[6])
-      if id and (running[id] or suspect and not may_reserve) then
+      local third = id and not suspect and deliveries + 1 >= 3
+      if id and (running[id] or suspect and not may_reserve or third and group <= 0) then
         skipped[i] = true
-        if not running[id] then left_to_others, suspects[q] = left_to_others + 1, true end
+        if not running[id] and suspect then left_to_others, suspects[q] = left_to_others + 1, true end
       else
         local n = suspect and deliveries or (deliveries or 0) + 1
         may_reserve, reserved = may_reserve and not suspect, reserved or suspect
         id = id or fresh()
         running[id] = true
+        if third then group = group - 1 end
         found[1][#found[1] + 1] = { id, n, suspect and 1 or 0, body }
         found[2][#found[2] + 1] = id .. ' ' .. n .. ' ' .. level .. (suspect and '? ' or ' ') .. body
         found[3][#found[3] + 1], found[3][#found[3] + 2] = now, id .. ' ' .. n .. ' ' .. worker

@@ -13,11 +13,12 @@
 -- ARGV[2]    consumer
 -- ARGV[3]    the worker's lease in ms
 -- ARGV[4]    most entries to take
--- ARGV[5]    delivery count from which an entry is a suspect
+-- ARGV[5]    delivery count from which an entry is a suspect that runs alone
 -- ARGV[6]    what the worker does about suspects: 1 it is idle and takes one, 2 it asks to be the one that drains, else it leaves
 --            them to others
 -- ARGV[7]    what the server's clock should show by the worker's own, in ms; 0 if it has not seen it yet
--- ARGV[8..]  what runs here and is passed over, as "index of the stream in KEYS:entry id"
+-- ARGV[8]    most entries to take that are about to be delivered for the last time before that: a group of suspects
+-- ARGV[9..]  what runs here and is passed over, as "index of the stream in KEYS:entry id"
 --
 -- returns { ms until the next sweep, entries, number of entries that were deleted underneath, number of suspects that were left
 --           to others (-1: it was too early to look), what the server's clock shows in ms, 1 if this worker shall drain, the
@@ -73,10 +74,11 @@ end
 if leap > math.max(shortest / 2, 1000) then return { longest, {}, 0, -1, now, 0, longest } end
 
 local running = {}
-for i = 8, #ARGV do running[ARGV[i]] = true end
+for i = 9, #ARGV do running[ARGV[i]] = true end
 local derived = redis.call('HMGET', KEYS[1], 'id:1', 'id:2', 'id:3')
 local entries, missing, passed, unfinished = {}, 0, 0, false -- unfinished: somebody should sweep again at once
 local suspect -- the first one that was passed
+local group, left = tonumber(ARGV[8]), 0 -- suspects that a group has room for, and those that it has none for
 
 local function gone(stream, id)
   redis.call('XACK', stream, ARGV[1], id)
@@ -86,12 +88,17 @@ end
 local function take(k, id)
   local pending = redis.call('XPENDING', KEYS[k], ARGV[1], id, id, 1)[1]
   if not pending then return end
-  if pending[4] + 1 >= tonumber(ARGV[5]) then
+  local alone, third = tonumber(ARGV[5]), pending[4] + 1 >= 3 and pending[4] + 1 < tonumber(ARGV[5])
+  if third and group <= 0 then
+    redis.call('XCLAIM', KEYS[k], ARGV[1], ARGV[2], 0, id, 'IDLE', lease, 'JUSTID')
+    left = left + 1
+  elseif pending[4] + 1 >= alone then
     redis.call('XCLAIM', KEYS[k], ARGV[1], ARGV[2], 0, id, 'IDLE', lease, 'JUSTID')
     suspect, passed = suspect or { k, id, pending[4] }, passed + 1
   else
     local entry = redis.call('XCLAIM', KEYS[k], ARGV[1], ARGV[2], 0, id)[1]
     if not entry then return gone(KEYS[k], id) end
+    if third then group = group - 1 end
     entries[#entries + 1] = { k, id, pending[4] + 1, entry[2], derived[k - 1] or '0', 0 }
   end
 end
@@ -157,6 +164,8 @@ end
 local wait = shortest
 if #entries >= limit or unfinished or passed > 0 and entries[1] and entries[1][6] == 1 then
   wait = 0
+elseif left > 0 then
+  wait = passed > 0 and 20 or 200 -- as soon as one of the group has ended
 elseif passed > 0 then
   wait = 20 -- whoever is idle can run one at once
 else
