@@ -86,3 +86,9 @@ def test_migrations_have_a_number_each():
     """Two branches that land the same number would make a schema that no database can have."""
     versions = [migration.version for migration in shipped()]
     assert versions == list(range(1, len(versions) + 1))
+
+
+def test_migrations_are_numbered_without_gaps_and_no_number_twice():
+    """Two branches that each add one meet here, not on a database."""
+    files = sorted((Path(__file__).parents[2] / "migrations").glob("*.sql"))
+    assert [int(file.name[:4]) for file in files] == list(range(1, len(files) + 1))
