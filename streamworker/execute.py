@@ -154,6 +154,8 @@ class Executor:
             await self._close_generators(run)
         if run.cause is not None and isinstance(outcome, Ok):
             _uncancel(run.task or asyncio.current_task())
+            if isinstance(run.cause, TimedOut):
+                _overran(run, monotonic())
             if run.cause is CANCELLED and run.context is not None and run.context.heeded:
                 outcome = CANCELLED  # it looked, and ended early; one that did not has done its work
         if ended is not None:
@@ -224,8 +226,10 @@ class Executor:
         registration, facts = run.registration, run.facts
         if registration is None or facts is None:
             raise AssertionError("a run must be prepared before it is called")
+        ended = 0.0
 
         def body() -> Outcome:
+            nonlocal ended
             run.thread = threading.get_ident()
             if facts.limits.timeout is not None:
                 run.deadline = context.deadline_at = monotonic() + facts.limits.timeout
@@ -234,6 +238,7 @@ class Executor:
                 outcome: Outcome = Ok(registration.function(*arguments))
             except BaseException as error:  # noqa: BLE001 - a future cannot carry StopIteration, nor the loop SystemExit
                 outcome = Raised(error)
+            ended = monotonic()
             if os.getpid() != self._pid:  # a forked child, which came back as well
                 signals.end_child(outcome.error if isinstance(outcome, Raised) else None)
             return outcome
@@ -248,6 +253,8 @@ class Executor:
             run.in_thread = False
         if isinstance(outcome, Raised):
             raise outcome.error
+        if run.deadline is not None and ended > run.deadline:
+            _overran(run, ended)
         return outcome.value if isinstance(outcome, Ok) else None
 
     def _read(self, body: bytes | None) -> Reading:
@@ -269,6 +276,21 @@ class Executor:
         if reading.max_attempts is not None:
             limits = msgspec.structs.replace(limits, max_attempts=max(1, reading.max_attempts))
         return Facts(reading.attempt_count or 0, limits, self._unknown_kind_ttl)
+
+
+def _overran(run: Run, ended: float) -> None:
+    """Say that a handler returned after its timeout: its work counts as done, and the timeout did not hold."""
+    timeout = run.facts.limits.timeout if run.facts is not None else None
+    if timeout is None or run.deadline is None:
+        return
+    log.warning(
+        "handler_overran",
+        handler=run.registration.name if run.registration is not None else run.kind,
+        job_id=run.job_id,
+        timeout=timeout,
+        duration=round(ended - run.deadline + timeout, 3),
+        hint="the job counts as completed; let the handler look at ctx.cancelled, or raise its timeout",
+    )
 
 
 def _uncancel(task: asyncio.Task[Any] | None) -> None:

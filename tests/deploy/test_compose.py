@@ -100,6 +100,18 @@ def test_all_our_containers_are_locked_down_alike():
             )
 
 
+def test_servers_have_what_their_entrypoints_need_and_no_more():
+    """They begin as root, since new volumes are root's; what runs then is their own user, without capabilities."""
+    prepare = {"CHOWN", "DAC_OVERRIDE", "FOWNER", "SETGID", "SETUID"}
+    for name, more in (("redis", {"SETPCAP"}), ("postgres", set())):
+        service = yaml.safe_load(COMPOSE)["services"][name]
+        assert service["cap_drop"] == ["ALL"]
+        assert set(service["cap_add"]) == prepare | more
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        assert "privileged" not in service
+        assert "ports" not in service  # only the containers of the fleet reach them
+
+
 def test_base_images_are_the_three():
     bases = set(re.findall(r"^FROM (\S+:\S+)", DOCKERFILE, re.MULTILINE))
     images = {service["image"] for service in yaml.safe_load(COMPOSE)["services"].values()}

@@ -396,6 +396,45 @@ async def test_the_clock_of_a_thread_starts_in_the_thread():
     assert await asyncio.gather(*tasks) == [Ok(), Ok()]
 
 
+@pytest.mark.parametrize("how", ["thread", "thread, in time", "thread, failing", "swallowing"])
+async def test_an_overrun_that_ends_well_is_told_of_once(how, caplog):
+    go_on = threading.Event()
+
+    def in_thread(payload: Note) -> str:
+        assert go_on.wait(5)
+        if how == "thread, failing":
+            raise ValueError("late")
+        return "late"
+
+    async def swallowing(payload: Note) -> str:
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(10)
+        return "late"
+
+    async def meddle(run: Run) -> None:
+        if how == "swallowing":
+            await eventually(lambda: run.overdue(time.monotonic()))
+            run.cancel(TimedOut(0.01))
+            return
+        await eventually(lambda: run.deadline is not None)
+        if how != "thread, in time":
+            await eventually(lambda: run.overdue(time.monotonic()))
+        go_on.set()
+
+    function = swallowing if how == "swallowing" else in_thread
+    timeout = 60 if how == "thread, in time" else 0.01
+    outcome = await in_task(function, meddle, timeout=timeout)
+    if how == "thread, failing":
+        assert isinstance(outcome, Raised)
+    else:
+        assert outcome == Ok("late")
+    told = [record.getMessage() for record in caplog.records if "handler_overran" in record.getMessage()]
+    assert len(told) == (how in ("thread", "swallowing")), caplog.text
+    for line in told:
+        assert "job_id='i'" in line or "job_id=i" in line
+        assert "timeout=0.01" in line and "duration=" in line
+
+
 # -- context variables, middleware
 
 
