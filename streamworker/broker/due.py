@@ -8,6 +8,7 @@ from typing import Final
 from streamworker.broker import scripts
 from streamworker.broker.keys import QueueKeys
 from streamworker.broker.link import Link
+from streamworker.errors import Unreachable
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.broker")
@@ -24,7 +25,16 @@ async def promote(link: Link, queues: Sequence[QueueKeys]) -> float:
     """Move what is due by now; returns the seconds until it should be called again."""
     # All queues in one call, unless a cluster keeps them in different slots.
     together = [[keys] for keys in queues] if link.address.spread else [queues] if queues else []
-    return min([await _promote(link, group) for group in together], default=IDLE_TICK)
+    waits: list[float] = []
+    failure: Unreachable | None = None
+    for group in together:
+        try:
+            waits.append(await _promote(link, group))
+        except Unreachable as error:  # a node of a cluster: the others' jobs are due all the same
+            failure = error
+    if failure is not None and not waits:
+        raise failure
+    return min([*waits, *([REFUSED_TICK] if failure is not None else [])], default=IDLE_TICK)
 
 
 async def _promote(link: Link, queues: Sequence[QueueKeys]) -> float:

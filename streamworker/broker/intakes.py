@@ -8,7 +8,7 @@ is kept and waits its turn under lease, like the surplus of a single server's bl
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
 from time import monotonic
 from typing import Final
@@ -20,9 +20,14 @@ from streamworker.broker.keys import QueueKeys
 from streamworker.broker.link import Link
 from streamworker.broker.slots import slot_of
 from streamworker.broker.taking import DEAF_WAIT, DRAIN_LOOK, UNBLOCK_EVERY, none_ended
-from streamworker.errors import StreamworkerError
-from streamworker.job import Claim, Level
+from streamworker.errors import StreamworkerError, Unreachable
+from streamworker.job import LEVELS, Claim, Level
+from streamworker.telemetry.logs import get_logger
 
+log = get_logger("streamworker.broker")
+
+AWAY_PAUSE: Final = 1.0
+"""Seconds between looks at a node that does not answer."""
 LAST_CALL: Final = 1.0
 """Seconds a read may take to end after it was unblocked; then nobody waits for its node any more."""
 
@@ -58,6 +63,8 @@ class Intakes:
         self._homes = {keys.queue: parts[slot_of(keys.base)] for keys, _ in queues}
         self.spots: Final[list[tuple[QueueKeys, Level, str]]] = [spot for part in self._parts for spot in part.spots]
         self._reads: dict[Intake, asyncio.Task[list[Claim]]] = {}
+        self._away: dict[Intake, Unreachable] = {}
+        """Parts whose node does not answer, and how it does not."""
         self._interrupted = False
         self.deaf = False
         """The bell is not heard: see `listen`."""
@@ -113,13 +120,16 @@ class Intakes:
         idle = [part for part in self._parts if part not in self._reads]
         for part in idle:  # orphans of all queues first: new jobs of the first shall not starve them
             if len(claims) < limit:
-                claims += await part.sweep(limit - len(claims), [*running, *claims])
+                claims += await self._looked(part, part.sweep(limit - len(claims), [*running, *claims]))
         draining = self.draining
         suspect = any(claim.suspect for claim in claims)  # it waits for everything else to end
         for part in idle:
             part.stale = False  # whatever rings from here on, this look may not have seen
-            if len(claims) < limit and not suspect and not draining:
-                claims += await part.take(limit - len(claims), [*running, *claims] if claims else running)
+            if len(claims) < limit and not suspect and not draining and part not in self._away:
+                new = part.take(limit - len(claims), [*running, *claims] if claims else running)
+                claims += await self._looked(part, new)
+        if self._away:
+            self._look_after_the_away(running)
         self._rest_after_outage()
         if not claims and wait > 0 and draining:
             await anyio.sleep(min(wait, DRAIN_LOOK))
@@ -127,12 +137,43 @@ class Intakes:
             claims = await self._wait(limit, min(wait, DEAF_WAIT) if self.deaf else wait, running)
         return claims
 
+    async def _looked(self, part: Intake, look: Awaitable[list[Claim]]) -> list[Claim]:
+        """What a look brought; a node that does not answer is looked at by itself from then on."""
+        try:
+            return await look
+        except Unreachable as error:
+            self._away[part] = error
+            log.error("node_away", queues=[keys.queue for keys, _, _ in part.spots[:: len(LEVELS)]], error=str(error))
+            return []
+
+    def _look_after_the_away(self, running: Collection[Claim]) -> None:
+        """Look at parts whose nodes do not answer, beside the others, so that these wait for none of them.
+
+        Raises:
+            Unreachable: no node answers.
+        """
+        if len(self._away) == len(self._parts):
+            error = next(iter(self._away.values()))
+            self._away.clear()
+            raise error
+        for part in self._away:
+            if part not in self._reads:
+                self._reads[part] = asyncio.ensure_future(self._look_later(part, running))
+
+    async def _look_later(self, part: Intake, running: Collection[Claim]) -> list[Claim]:
+        await anyio.sleep(AWAY_PAUSE)
+        claims = await part.claim(1, 0, running, part.ended, part.shut)
+        if self._away.pop(part, None) is not None:
+            log.info("node_back", queues=[keys.queue for keys, _, _ in part.spots[:: len(LEVELS)]])
+        return claims
+
     async def look_again(self) -> None:
         """See `Taking.look_again`."""
         for part in self._parts:
             part.stir()
         for part in self._parts:
-            await part.look_again()
+            if part not in self._away:
+                await part.look_again()
 
     async def ensure(self, keys: QueueKeys) -> tuple[list[str], list[str]]:
         """See `Intake.ensure`."""
@@ -168,13 +209,19 @@ class Intakes:
         for part, read in list(self._reads.items()):
             if read.done():
                 del self._reads[part]
-                claims += [] if read.cancelled() else read.result()
+                error = None if read.cancelled() else read.exception()
+                if isinstance(error, Unreachable):
+                    if part not in self._away:
+                        log.error("node_away", queues=[keys.queue for keys, _, _ in part.spots[::3]], error=str(error))
+                    self._away[part] = error
+                else:
+                    claims += [] if read.cancelled() else read.result()
         return claims
 
     async def _wait(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:
         # asyncio's own tasks: a read whose node hangs outlives this call, which no task group allows.
         for part in self._parts:
-            if part not in self._reads:
+            if part not in self._reads and part not in self._away:
                 self._reads[part] = asyncio.ensure_future(part.wait_unless_stale(limit, wait, running))
         try:
             await asyncio.wait(self._reads.values(), return_when=asyncio.FIRST_COMPLETED, timeout=wait + LAST_CALL)
@@ -195,5 +242,5 @@ class Intakes:
         return {
             self._reads[part]: branch
             for part, branch in zip(self._parts, self._links, strict=True)
-            if part in self._reads and not self._reads[part].done()
+            if part in self._reads and part not in self._away and not self._reads[part].done()
         }

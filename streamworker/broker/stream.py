@@ -122,8 +122,11 @@ class StreamBroker(Serving[QueueKeys, Intake | Intakes]):
                 except Unreachable as error:  # claims on other nodes of a cluster must not run out with these
                     down[home] = error
                     break
+        homes = {self._link.address.home(place) for place in by_place}
+        if down and len(down) == len(homes):
+            raise next(iter(down.values()))
         for problem in down.values():
-            raise problem
+            log.warning("renewal_failed", error=str(problem))
         return lost
 
     def standby(self, longest: float) -> bytes | None:
@@ -149,7 +152,13 @@ class StreamBroker(Serving[QueueKeys, Intake | Intakes]):
             epoch = self._intake.epochs.get(place, UNKNOWN_EPOCH)
             secret = self._intake.secrets.get(keys.queue, b"")
             args = [self._group, self._intake.consumer, *mine]
-            for entry, count, fields in await self._link.run(scripts.STRAYS, [place], args):
+            try:
+                pending = await self._link.run(scripts.STRAYS, [place], args)
+            except Unreachable:
+                if not self._link.address.spread:
+                    raise
+                continue  # claims elsewhere are found all the same; these when their node is back
+            for entry, count, fields in pending:
                 # Claimed for real, a count is at most one below a suspect's; from there on it was only reserved, unless
                 # it is the one whose confirmation got through.
                 counted = self._last_confirmed == (place, entry, count - 1)

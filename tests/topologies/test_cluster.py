@@ -57,6 +57,35 @@ async def test_a_master_dies_under_a_running_worker(cluster):
         assert client.xinfo_consumers("stream:{q}", GROUP) == []
 
 
+@pytest.mark.parametrize("how", ["killed", "hangs"])
+async def test_queues_of_living_nodes_go_on_while_a_node_is_away(tmp_path, how):
+    cluster = Clustered(tmp_path)
+    try:
+        for node in cluster.nodes:
+            with node.client() as client:
+                client.config_set("cluster-require-full-coverage", "no")
+        away = cluster.owner("stream:{q}")
+        assert cluster.owner("stream:{b}") is not away
+        async with working(cluster.url) as ran:
+            async with App(settings=Settings(redis_url=cluster.url)) as app:
+                await app.enqueue(Count(name="before"))
+                await eventually(lambda: ran["before"])
+                away.kill() if how == "killed" else away.pause()
+                for n in range(20):
+                    await app.enqueue(Other(name=f"during {n}"))
+                await app.enqueue(Other(name="delayed"), delay=0.5)
+                await eventually(lambda: sum(name.startswith("during") for name in ran) == 20 and ran["delayed"], 30)
+            if how == "hangs":
+                away.resume()
+                async with App(settings=Settings(redis_url=cluster.url)) as app:
+                    await app.enqueue(Count(name="after"))
+                await eventually(lambda: ran["after"], 30)
+            else:
+                away.start()
+    finally:
+        cluster.kill()
+
+
 async def test_a_slot_moves_under_a_running_worker(cluster):
     key = "stream:{q}"
     source = cluster.owner(key)
