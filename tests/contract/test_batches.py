@@ -330,14 +330,14 @@ async def test_a_suspect_is_a_batch_of_one(ground, raw):
         sizes.append(tuple(context.delivery for context in contexts))
 
     raw.hset("stream:{q}:meta", "secret", "5ec2e7 0")
-    state = sealed(State(2), "s", b"5ec2e7 0")
+    state = sealed(State(3), "s", b"5ec2e7 0")
     suspect = {"id": "s", "kind": "row", "payload": {"n": 0}, "streamworker_state": state}
     ground.push(json.dumps({"id": "a", "kind": "row", "payload": {"n": 1}}))
     ground.push(json.dumps(suspect))
     ground.push(json.dumps({"id": "b", "kind": "row", "payload": {"n": 2}}))
     async with working(app):
         await eventually(ground.empty)
-    assert (3,) in sizes and not any(3 in each and len(each) > 1 for each in sizes)
+    assert (4,) in sizes and not any(4 in each and len(each) > 1 for each in sizes)
 
 
 async def test_sync_handlers_take_batches_too(ground, raw):

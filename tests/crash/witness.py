@@ -61,7 +61,7 @@ _SHAPES: Final[dict[str, dict[str, Any]]] = {
     "FINISH": {
         "name": _FINISHED,
         "first": 3,
-        "step": 5,
+        "step": 6,
         "entry": 0,
         "who": "ARGV[2]",
         "outcome": "tostring(result[n])",
@@ -127,7 +127,7 @@ end
 """
 _LIST_SHAPES: Final[dict[str, dict[str, Any]]] = {
     "LIST_DONE": {"after": _LIST_SETTLED, "name": "'done'", "first": "1", "step": "2"},
-    "LIST_FINISH": {"after": _LIST_SETTLED, "name": _FINISHED, "first": "1", "step": "5"},
+    "LIST_FINISH": {"after": _LIST_SETTLED, "name": _FINISHED, "first": "1", "step": "6"},
     "LIST_PARK": {"after": _LIST_SETTLED, "name": "'park'", "first": "1", "step": "5"},
     "LIST_BURY": {"after": _LIST_SETTLED, "name": "'bury'", "first": "2", "step": "4 + tonumber(ARGV[1])"},
     "LIST_RENEW": {"after": _LIST_RENEWED},
