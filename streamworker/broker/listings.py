@@ -15,8 +15,11 @@ from streamworker.broker import Place, Waiting, WorkerInfo, scripts
 from streamworker.broker.client import Address, understood
 from streamworker.broker.intake import UNKNOWN_EPOCH
 from streamworker.broker.keys import WORKER_KEY, QueueKeys
-from streamworker.errors import InvalidJob
+from streamworker.errors import InvalidJob, Unreachable
 from streamworker.job import LEVELS, Depth, Level
+from streamworker.telemetry.logs import get_logger
+
+log = get_logger("streamworker.broker")
 
 PAGE: Final = 100
 """Entries of one page: documents may be large."""
@@ -57,10 +60,18 @@ class Desk:
     async def scan(self, pattern: str, *kind: str) -> AsyncIterator[str]:
         """Names of keys, of one type if it is named. It walks the whole key space: for people's commands alone."""
         types = [word for name in kind for word in ("TYPE", name)]
-        for desk in await self.each():
+        desks, away = await self.each(), 0
+        for desk in desks:
             cursor: Any = 0
             while True:
-                cursor, names = await desk.ask("SCAN", cursor, "MATCH", pattern, "COUNT", SCAN, *types)
+                try:
+                    cursor, names = await desk.ask("SCAN", cursor, "MATCH", pattern, "COUNT", SCAN, *types)
+                except Unreachable as error:  # the other nodes of a cluster are listed all the same
+                    away += 1
+                    if away == len(desks):
+                        raise
+                    log.warning("node_away", error=str(error), hint="what this node holds is missing here")
+                    break
                 for name in names:
                     yield text(name)
                 if not int(cursor):

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import redis.asyncio as aioredis
+import structlog
 from redis.crc import key_slot
 
 from streamworker import App, Context, QueueWorker, Settings, renewer
@@ -17,6 +18,7 @@ from streamworker.broker.slots import key_of, slot_of
 from streamworker.broker.stream import StreamOptions
 from streamworker.errors import ConfigurationError, Unreachable
 from streamworker.job import Settled
+from streamworker.telemetry import logs
 from tests.conftest import eventually
 from tests.contract.ground import GROUP, StreamGround
 from tests.contract.helpers import done, job, names
@@ -84,6 +86,35 @@ async def test_queues_of_living_nodes_go_on_while_a_node_is_away(tmp_path, how):
                 away.start()
     finally:
         cluster.kill()
+
+
+async def test_listings_and_pauses_of_living_nodes_go_on_while_a_node_is_away(tmp_path, broker_of, capsys):
+    logs.configure("info", "json")
+    cluster = Clustered(tmp_path)
+    try:
+        for node in cluster.nodes:
+            with node.client() as client:
+                client.config_set("cluster-require-full-coverage", "no")
+        away = cluster.owner("stream:{q}")
+        async with broker_of(cluster.url, "b", "q") as broker:
+            await broker.publish([job("x", "b"), job("y", "q")])
+            (claim, *_) = await broker.claim(1, 0, ())
+            away.kill()
+            operator = StreamOperator(Address(cluster.url), StreamOptions(queues=()))
+            await operator.open()
+            there = await operator.queues()
+            assert "b" in there and "q" not in there
+            assert [depth.queue for depth in await operator.depth(there)] == there
+            assert [each.worker_id for each in await operator.workers(there)] == ["w"]
+            assert await operator.pause("b", "for a test") and await operator.resume("b")
+            assert (await operator.dead("b")).rows == []
+            assert claim.queue == "b"
+            await operator.close()
+        lines = [json.loads(line) for line in capsys.readouterr().err.splitlines() if line.startswith("{")]
+        assert [line for line in lines if line["event"] == "node_away"]
+    finally:
+        cluster.kill()
+        structlog.reset_defaults()
 
 
 async def test_a_slot_moves_under_a_running_worker(cluster):
