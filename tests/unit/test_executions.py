@@ -722,10 +722,12 @@ def test_with_every_loop_and_task_factory(factories: Callable[[], Any], uvloop: 
 
     async def main() -> None:
         asyncio.get_running_loop().set_task_factory(factories())
+        probe = asyncio.sleep(0)
         try:
-            await asyncio.create_task(asyncio.sleep(0))
+            await asyncio.create_task(probe)
         except TypeError:  # uvloop 0.22 and later on 3.13.0: `asyncio.create_task` itself fails, here and everywhere
             asyncio.get_running_loop().set_task_factory(None)
+            probe.close()
             unusable.append(True)
             return
         async with stage(note, limit=10) as on:
