@@ -61,8 +61,16 @@ class StreamBroker(Serving[QueueKeys, Intake | Intakes]):
         self._link.named(worker_id)
         if not self._keys:
             raise ConfigurationError("there is no queue to work on: register a handler, or set STREAMWORKER_QUEUES")
+        away: list[str] = []
         for keys in self._keys:
-            foreign, trouble = await self._intake.ensure(keys)
+            try:
+                foreign, trouble = await self._intake.ensure(keys)
+            except Unreachable as error:
+                away.append(keys.queue)
+                if not self._link.address.spread or len(away) == len(self._keys):
+                    raise
+                log.error("node_away", queues=[keys.queue], error=str(error))  # its groups are made when it is back
+                continue
             if trouble:
                 stream, _, problem = trouble[0].partition(" ")
                 raise ConfigurationError(f"the stream {stream} cannot be used: {problem}")
@@ -78,12 +86,21 @@ class StreamBroker(Serving[QueueKeys, Intake | Intakes]):
         gone = True
         for keys in self._keys:
             args = [self._group, self._intake.consumer]
-            left = bool(await self._link.run(scripts.LEAVE, keys.streams, args))
+            try:
+                left = bool(await self._link.run(scripts.LEAVE, keys.streams, args))
+            except Unreachable:
+                if not self._link.address.spread:
+                    raise
+                continue  # what is held there is known to the worker; the name is pruned when the node is back
             if left:
                 await self._link.run(scripts.LEASE, [keys.meta], [self._intake.consumer, 0])
             gone = gone and left
-        with self._link.watched():
-            await self._link.commands.delete(self._name)
+        try:
+            with self._link.watched():
+                await self._link.commands.delete(self._name)
+        except Unreachable:
+            if not self._link.address.spread:
+                raise  # else the heartbeat's node is away: it lapses by itself
         return gone
 
     async def interrupt(self) -> None:

@@ -83,6 +83,12 @@ async def test_queues_of_living_nodes_go_on_while_a_node_is_away(tmp_path, how):
                     await app.enqueue(Count(name="after"))
                 await eventually(lambda: ran["after"], 30)
             else:
+                # Another worker starts with the node away, and stops in order; whatever waits for the node waits.
+                async with working(cluster.url) as second:
+                    async with App(settings=Settings(redis_url=cluster.url)) as app:
+                        for n in range(20):
+                            await app.enqueue(Other(name=f"later {n}"))
+                    await eventually(lambda: sum(name.startswith("later") for name in {*ran, *second}) == 20, 30)
                 away.start()
     finally:
         cluster.kill()
