@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from streamworker.broker.stream import StreamOptions
 from streamworker.errors import ConfigurationError, StreamworkerError
 from streamworker.views import Selection, chosen_dead, chosen_delayed, chosen_pending
 from tests.cli.conftest import JOBS, Program
-from tests.conftest import Server, eventually
+from tests.conftest import Server, eventually, eventually_blocking
 from tests.contract.ground import GROUNDS, GROUP, StreamGround
 from tests.contract.helpers import dead, job, names
 
@@ -34,7 +36,7 @@ Q = "stream:{q}"
 def acl_lines(namespace: str = "") -> list[list[str]]:
     """The words of each line of the docs, with the namespace before its patterns; legacy lists have none."""
     lines = re.findall(r"^ACL SETUSER (.+)$", DOCS.read_text(), re.MULTILINE)
-    assert [line.split()[0] for line in lines] == ["worker", "producer", "inspector", "bridge", *BESIDES]
+    assert [line.split()[0] for line in lines] == ["worker", "producer", "adder", "inspector", "bridge", *BESIDES]
     put = [[re.sub(r"^([~&])", rf"\g<1>{namespace}", word) for word in line.split()] for line in lines]
     lists = f"~{namespace}queue:*"
     return [[*words, "~queue:*"] if namespace and lists in words else words for words in put]
@@ -45,7 +47,7 @@ BESIDES = ["worker", "producer", "inspector"]
 
 
 class Users:
-    """A server with the three users of the docs, and its administrator's client."""
+    """A server with the users of the docs, and its administrator's client."""
 
     def __init__(self, server: Server, namespace: str = "", mode: str = "stream") -> None:
         self.server, self.raw, self.namespace = server, server.client(), namespace
@@ -110,7 +112,7 @@ async def test_a_worker_does_everything_a_worker_does(moded):
         await app.enqueue(Task(name="high"), priority="high", key="high")
         # What a worker that died left behind: a name, and a job under it.
         raw.execute_command(*keys.adding("normal", b'{"id":"orphan","payload":{"name":"orphan"}}'))
-        gone = ground.broker(users.server.url, (("q", None),), namespace=namespace)
+        gone = ground.broker(users.server.url, (("q", None),), namespace=namespace, lease=0.5)
         await gone.open()
         await gone.join("gone")
         assert len(await gone.claim(100, 0, ())) > 1
@@ -210,6 +212,93 @@ async def test_a_producer_enqueues_in_every_way_and_does_nothing_else(users, bro
     with pytest.raises(ConfigurationError, match="extend the ACL"):
         async with broker_of(users.url("producer"), namespace=namespace):
             pass
+
+
+class Bill(Payload, kind="bill", queue="billing"):
+    n: int
+
+
+async def test_an_adder_adds_jobs_to_its_queue_and_does_nothing_else(users):
+    """XADD alone: what is left of a producer's rights where it is not trusted."""
+    namespace, raw = users.namespace, users.raw
+    billing = f"{namespace}stream:{{billing}}"
+    app = App(settings=Settings(redis_url=users.url("adder"), namespace=namespace))
+    async with app:
+        await app.enqueue(Bill(n=1))
+        await app.enqueue(Bill(n=2), priority="high")
+        await app.enqueue(Bill(n=3), priority="low")
+        assert [raw.xlen(billing + level) for level in ("", ":high", ":low")] == [1, 1, 1]
+        assert users.denials() == []
+        for refused in (
+            app.enqueue(Bill(n=4), delay=60), app.enqueue(Bill(n=5), key="k"), app.enqueue_many([Bill(n=6), Bill(n=7)]),
+            app.enqueue(Task(name="of another queue")),
+        ):  # fmt: skip
+            with pytest.raises(StreamworkerError, match="denies|permission"):
+                await refused
+    before = contents(raw)
+    with users.as_("adder") as client:
+        for command in (
+            ("EVAL", "while true do end", 0), ("EVAL", "return redis.call('XADD', KEYS[1], '*', 'a', 'b')", 1, billing),
+            ("HSET", f"{billing}:meta", "secret", "x"), ("HGET", f"{billing}:meta", "secret"), ("XRANGE", billing, "-", "+"),
+            ("XADD", f"{billing}:dead", "*", "a", "b"), ("XADD", f"{namespace}{Q}", "*", "a", "b"), ("DEL", billing),
+            ("SET", billing, "x"), ("XTRIM", billing, "MAXLEN", 0), ("XDEL", billing, "1-1"), ("KEYS", "*"), ("FLUSHALL",),
+            ("XREADGROUP", "GROUP", GROUP, "me", "STREAMS", billing, ">"),
+        ):  # fmt: skip
+            with pytest.raises(redis.ResponseError, match=r"(?i)permission|ACL failure|NOPERM"):
+                client.execute_command(*command)
+        assert contents(raw) == before
+        # What XADD itself can do to the one queue that it reaches, and no ACL forbids.
+        client.execute_command("XADD", billing, "MAXLEN", 1, "*", "job", "{}")
+        assert raw.xlen(billing) == 1
+        client.execute_command("XADD", billing, "18446744073709551615-18446744073709551615", "job", "{}")
+        with pytest.raises(redis.ResponseError):
+            client.execute_command("XADD", billing, "*", "job", "{}")
+
+
+def test_who_may_eval_can_hold_the_server_up(own_server):
+    users = Users(own_server)
+    users.raw.config_set("lua-time-limit", 10)
+    stuck = users.as_("producer")
+    looping = threading.Thread(target=lambda: suppressed(stuck, "EVAL", "while true do end", 0))
+    looping.start()
+    try:
+        eventually_blocking(lambda: busy(users.raw), 10)
+    finally:
+        users.raw.script_kill()
+        looping.join(10)
+        stuck.close()
+    assert users.raw.ping()
+    users.raw.close()
+
+
+def suppressed(client: redis.Redis, *command: Any) -> None:
+    with suppress(redis.RedisError):
+        client.execute_command(*command)
+
+
+def busy(raw: redis.Redis) -> bool:
+    """Whether a script keeps everybody else waiting."""
+    try:
+        raw.ping()
+    except redis.ResponseError as error:
+        return "BUSY" in f"{type(error).__name__} {error}".upper()
+    return False
+
+
+async def test_a_worker_reaches_no_key_that_is_not_a_queues(users):
+    raw, q = users.raw, users.namespace + Q
+    raw.set("other", "x")
+    raw.xadd(q, {"job": "{}"})
+    with users.as_("worker") as client:
+        for command in (
+            ("GET", "other"), ("DEL", "other"), ("SET", "other", "y"), ("XADD", "other", "*", "a", "b"),
+            ("EVAL", "return redis.call('GET', 'other')", 0), ("PUBLISH", "other", "x"), ("SUBSCRIBE", "other"),
+            ("FLUSHALL",), ("CONFIG", "GET", "*"), ("KEYS", "*"), ("SCAN", 0), ("ACL", "LIST"), ("MONITOR",), ("SHUTDOWN",),
+        ):  # fmt: skip
+            with pytest.raises(redis.ResponseError, match=r"(?i)permission|ACL failure|NOPERM"):
+                client.execute_command(*command)
+        assert client.delete(q) == 1  # what it may do: everything, to what is a queue's
+    assert raw.get("other") == b"x"
 
 
 async def filled(users: Users, broker_of: Any) -> None:

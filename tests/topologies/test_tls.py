@@ -235,3 +235,45 @@ async def test_sentinels_and_their_master_over_tls(certificates, server, redis_u
             assert await asyncio.to_thread(broker.renew, claims) == []
         sentinel.close()
         await asyncio.sleep(0.05)  # lets the transports say goodbye before the loop closes
+
+
+@asynccontextmanager
+async def listener(target: int) -> AsyncIterator[tuple[int, bytearray]]:
+    """A port that passes everything on to ``target``, and what went by: the network as a neighbour sees it."""
+    heard = bytearray()
+    open_: set[asyncio.StreamWriter] = set()
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await reader.read(65536):
+                heard.extend(data)
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", target)
+        open_.update((writer, inner_writer))
+        await asyncio.gather(copy(reader, inner_writer), copy(inner_reader, writer))
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1], heard
+    finally:
+        server.close()
+        for writer in open_:
+            writer.transport.abort()
+
+
+async def test_who_listens_reads_everything_without_tls_and_nothing_with_it(certificates, server, redis_url):
+    async def enqueued(url: str) -> None:
+        async with App(settings=Settings(redis_url=url)) as app:
+            await app.enqueue(Count(name="payload-of-ada"))
+
+    async with listener(server.port) as (port, heard):
+        await enqueued(f"redis://default:S3cr3t@127.0.0.1:{port}/0")
+        assert b"payload-of-ada" in heard and b"S3cr3t" in heard
+    async with proxy(certificates, server.port) as secured, listener(secured) as (port, heard):
+        await enqueued(f"rediss://default:S3cr3t@127.0.0.1:{port}/0?ssl_ca_certs={certificates}/ca.pem")
+        assert len(heard) > 1000
+        assert b"payload-of-ada" not in heard and b"S3cr3t" not in heard

@@ -82,6 +82,18 @@ async def test_dead_letters(browser, raw, logged):
     assert [json.loads(fields[b"job"])["hop"] for _, fields in raw.xrange("stream:{q}")] == [1, 1]
 
 
+async def test_who_looked_who_failed_to_log_in_and_who_forged_is_logged(site_of, raw, logged):
+    entry = letter(raw)
+    async with site_of(user="ada", password="right", auth=("ada", "right")) as browser:
+        await browser.text(f"/payload?place=dead&queue=q&id={entry}")
+        assert [(line["event"], line["who"]) for line in logged] == [("dashboard_payload_shown", "ada")]
+        assert "s3cret" not in str(logged)
+        assert (await browser.get("/", auth=("ada", "wrong"))).status_code == 401
+        assert (await browser.post("erase", {"row": "x"}, {"origin": "https://evil.example"})).status_code == 403
+    assert [line["event"] for line in logged[1:]] == ["dashboard_login_refused", "dashboard_forged_request"]
+    assert "wrong" not in str(logged)
+
+
 async def test_delayed_jobs(browser, raw, logged):
     for name in ("a/1", "b"):
         raw.zadd("stream:{q}:due", {f"normal/{name}/x": 5_000_000_000_000})

@@ -220,6 +220,16 @@ async def test_payloads_are_hidden_until_asked_for(site_of, raw, capsys):
         assert "s3cret" not in answer.text
 
 
+async def test_errors_are_shown_and_passwords_in_them_are_not(site_of, raw):
+    """Also those that an older release stored as they were."""
+    entry = letter(raw, error="no postgresql://shop:S3cr3t@db/shop for ada", reason="password=S3cr3t")
+    async with site_of(read_only=True, public=True) as browser:
+        for path in ("/", "/dead", f"/show?place=dead&queue=q&id={entry}"):
+            page = await browser.text(path)
+            assert "S3cr3t" not in page, path
+        assert "for ada" in page
+
+
 def test_who_may_be_reached_by_whom():
     with pytest.raises(ConfigurationError, match="STREAMWORKER_DASHBOARD_PASSWORD"):
         Access().for_bind("0.0.0.0")
