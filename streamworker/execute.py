@@ -12,6 +12,7 @@ import inspect
 import os
 import threading
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from time import monotonic
 from typing import Any, Final, TypeAlias
 
@@ -25,6 +26,7 @@ from streamworker.context import Context, Shared
 from streamworker.errors import HandlerSignal, InvalidJob
 from streamworker.handlers import Handlers, Registration
 from streamworker.job import (
+    Cancelled,
     Interrupted,
     Ok,
     Outcome,
@@ -36,7 +38,7 @@ from streamworker.job import (
 from streamworker.policy import Facts, Limits, abandoned, alone_from, wish_in
 from streamworker.redact import describe
 from streamworker.run import CANCELLED, Cause, Run
-from streamworker.task import JOB, AsyncGenerators, JobTask
+from streamworker.task import JOB, AsyncGenerators, JobTask, JobThreads
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.worker")
@@ -92,6 +94,7 @@ class Executor:
         self._no_limits = Facts(0, Limits(), unknown_kind_ttl)
         self.generators: Final = AsyncGenerators()
         self._begun = self.generators.begun
+        self._thread_calls = JobThreads.calls
         self._facts: dict[str, Facts] = {}  # by kind: hashing a registration would hash all it holds
 
     def prepare(self, run: Run) -> None:
@@ -152,6 +155,8 @@ class Executor:
             outcome = self._failed(run, error)
         if self._begun:
             await self._close_generators(run)
+        if self._thread_calls and not isinstance(outcome, Ok | Cancelled):
+            await self._end_threads(run)
         if run.cause is not None and isinstance(outcome, Ok):
             _uncancel(run.task or asyncio.current_task())
             if isinstance(run.cause, TimedOut):
@@ -194,6 +199,33 @@ class Executor:
             except BaseException as error:  # noqa: BLE001 - users' code; the handler has ended already
                 log.warning("generator_not_closed", handler=run.kind, job_id=run.job_id, error=describe(error),
                             generator=generator.__qualname__)  # fmt: skip
+
+    async def _end_threads(self, run: Run) -> None:
+        """Wait for calls that go on in threads: the job may run again, and must not run beside them.
+
+        Nothing can stop a thread. One that overruns the deadline by the grace is stuck, as that of a sync handler.
+        """
+        calls = JobThreads.of(run.claim.entry)
+        if not calls:
+            return
+        loop, task, ended = asyncio.get_running_loop(), asyncio.current_task(), asyncio.Event()
+        run.task, run.in_thread, run.thread = task, True, calls[0].thread
+        log.warning("threads_left_behind", handler=run.kind, job_id=run.job_id, threads=len(calls),
+                    hint="the job runs again only when they have returned; let them look at ctx.cancelled")  # fmt: skip
+
+        def tell(_: object) -> None:
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(ended.set)
+
+        for call in calls:
+            call.future.add_done_callback(tell)
+        while run.outcome is None and not all(call.future.done() for call in calls):
+            try:
+                await ended.wait()
+                ended.clear()
+            except asyncio.CancelledError:
+                _uncancel(task)  # the worker ends: what was given back has its outcome
+        run.in_thread = False
 
     async def _in_context(self, run: Run, registration: Registration, limits: Limits) -> Any:
         if run.reading is None:

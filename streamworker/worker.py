@@ -38,6 +38,7 @@ from streamworker.redact import text_of
 from streamworker.run import Run
 from streamworker.settings import Settings
 from streamworker.settler import Settler
+from streamworker.task import JobThreads
 from streamworker.telemetry.logs import get_logger
 from streamworker.ticker import Ticker
 from streamworker.watch import watching
@@ -138,6 +139,9 @@ class QueueWorker:
         raise StuckThread(f"{where} would not end when it was told to: this process must end, start another")
 
     async def _live(self) -> None:
+        loop = asyncio.get_running_loop()
+        if hasattr(loop, "_default_executor"):  # asyncio's; of uvloop's only whoever makes it knows that it is unchosen
+            JobThreads.install(loop)
         bind_contextvars(worker_id=self.worker_id)  # every line of this worker's tasks has it; they copy this context
         log.info("worker_starting", worker_id=self.worker_id)
         try:

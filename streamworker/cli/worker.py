@@ -21,6 +21,7 @@ from streamworker.cli.overrun import LastResort, leave, leave_threads
 from streamworker.cli.processes import Supervisor, addresses, command, watch
 from streamworker.errors import StreamworkerError, StuckThread
 from streamworker.redact import describe
+from streamworker.task import JobThreads
 from streamworker.telemetry.logs import get_logger
 from streamworker.worker import QueueWorker
 
@@ -70,6 +71,7 @@ def _run_to_the_end(made: QueueWorker, burst: bool, supervisor: int | None, *, u
         factory = uvloop.new_event_loop
     with asyncio.Runner(loop_factory=factory) as runner:
         loop = runner.get_loop()
+        JobThreads.install(loop)
         life = loop.create_task(_run(made, burst, supervisor))
         while True:
             try:

@@ -259,7 +259,7 @@ class Flip:
         for member in list(self.fleet):
             await self.stop(member)
         tally = judge(self)
-        left = set(self.raw.keys("*")) - {"stream:{q}:meta", *STREAMS}
+        left = set(self.raw.keys("*")) - {"stream:{q}:meta", "stream:{q}:ids", *STREAMS}
         left -= {key for key in left if key.startswith("stream:{q}:key:child-")}
         if left := {key for key in left if not key.startswith("streamworker:worker:")}:
             self.violations.append(f"keys are left over: {sorted(left)}")

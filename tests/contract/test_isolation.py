@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -11,7 +12,7 @@ from weakref import WeakKeyDictionary
 import anyio
 import pytest
 
-from streamworker import App, Context, Payload, QueueWorker, drain
+from streamworker import App, Backoff, Context, Payload, QueueWorker, drain
 from streamworker.errors import StuckThread
 from tests.conftest import eventually
 from tests.contract.helpers import settings, working
@@ -133,3 +134,26 @@ async def test_a_worker_that_is_stopped_while_it_starts_ends(ground, raw):
     with anyio.fail_after(10):
         await worker.stop()
         await life
+
+
+async def test_a_job_never_runs_beside_its_own_call_in_a_thread(ground, raw):
+    """`asyncio.to_thread` stops waiting at the timeout, and the thread goes on: the retry waits for it."""
+    app = App(settings=settings(raw, ground, grace=20))
+    let_go = threading.Event()
+    ran: list[str] = []
+
+    @app.handler(timeout=0.1, max_attempts=2, backoff=Backoff(base=0.01, jitter=0))
+    async def step(payload: Step, ctx: Context) -> None:
+        ran.append(f"{payload.name} {ctx.attempt}")
+        if payload.name == "blocks" and ctx.attempt == 1:
+            await asyncio.to_thread(let_go.wait, 20)
+
+    async with app, working(app):
+        await app.enqueue(Step(name="blocks"))
+        await eventually(lambda: ran)
+        await app.enqueue(Step(name="later"), delay=0.5)  # a retry would be due long before
+        await eventually(lambda: "later 1" in ran)
+        assert ran == ["blocks 1", "later 1"]
+        let_go.set()
+        await eventually(ground.empty)
+    assert ran == ["blocks 1", "later 1", "blocks 2"]

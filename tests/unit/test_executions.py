@@ -25,6 +25,7 @@ from streamworker.executions import STARTS, Executions
 from streamworker.job import Claim, Interrupted, Ok, Outcome, Raised, TimedOut
 from streamworker.policy import judge
 from streamworker.run import Run
+from streamworker.task import JobThreads
 from tests.conftest import eventually
 
 pytestmark = pytest.mark.anyio
@@ -639,6 +640,63 @@ async def test_a_handler_that_swallows_its_cancellation_is_stuck_after_the_grace
         await on.all_ended()
         assert "test_executions.py:" in where and where.endswith(".deaf")
         assert took >= 0.3
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["times out", "raises beside it"])
+async def test_a_job_with_a_call_in_a_thread_ends_when_that_returns(fails):
+    JobThreads.install(asyncio.get_running_loop())
+    let_go, began = threading.Event(), threading.Event()
+
+    def blocks() -> None:
+        began.set()
+        let_go.wait(20)
+
+    async def note(payload: Note) -> None:
+        call = asyncio.create_task(asyncio.to_thread(blocks))
+        await eventually(began.is_set)
+        if fails:
+            raise ValueError("beside it")
+        await call
+
+    async with stage(note, timeout=20 if fails else 0.05, grace=20) as on:
+        run = on.put()
+        await eventually(lambda: run.in_thread)
+        assert run.outcome is None
+        assert stacks.of_run(run).endswith("blocks")
+        let_go.set()
+        await on.all_ended()
+        assert isinstance(run.outcome, Raised if fails else TimedOut)
+    assert not JobThreads.calls
+
+
+async def test_a_call_in_a_thread_that_does_not_return_is_stuck_after_the_grace_and_named():
+    JobThreads.install(asyncio.get_running_loop())
+    let_go = threading.Event()
+
+    async def note(payload: Note) -> None:
+        await asyncio.to_thread(let_go.wait, 20)
+
+    async with stage(note, limit=2, timeout=0.05, grace=0.3) as on:
+        run = on.put()
+        await eventually(lambda: on.stuck == [run])
+        let_go.set()
+        await on.all_ended()
+        assert isinstance(run.outcome, TimedOut)
+
+
+async def test_a_job_that_is_done_waits_for_no_thread():
+    JobThreads.install(asyncio.get_running_loop())
+    let_go = threading.Event()
+
+    async def note(payload: Note) -> None:
+        asyncio.get_running_loop().run_in_executor(None, let_go.wait, 20)
+
+    async with stage(note) as on:
+        run = on.put()
+        await on.all_ended()
+        assert isinstance(run.outcome, Ok)
+        let_go.set()
+    await eventually(lambda: not JobThreads.calls)
 
 
 async def test_a_handler_that_takes_its_time_to_clean_up_is_not_stuck():
