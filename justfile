@@ -45,6 +45,10 @@ soak *args:
 mutants *args:
     @python -m tests.crash.mutants "$@"
 
+# Jobs of PostgreSQL transactions while everything is killed, flushed, frozen or hostile: one row a job (--jobs 20000 --seed 7)
+turmoil *args:
+    @python -m tests.postgres.turmoil "$@"
+
 # A fleet changes from lists to streams and back while producers push (--minutes 5 --kill-every 1)
 flip *args:
     @python -m tests.bridge.flip "$@"

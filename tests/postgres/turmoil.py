@@ -1,27 +1,33 @@
 """Jobs enqueued and done in PostgreSQL transactions, while workers, Redis and PostgreSQL are killed: exactly once all the same.
 
-``python -m tests.postgres.turmoil --jobs 20000`` is the whole of it: a worker is killed every second, Redis is flushed three
-times, PostgreSQL is restarted twice. `test_once_and_for_all.py` runs a small one.
+``./dev turmoil --jobs 20000`` is the whole of it: a worker is killed every second, some are frozen inside their transactions,
+workers of the queue have different leases; Redis is flushed, falls back to what a lagging replica knew, and loses its group;
+PostgreSQL is restarted and may not write for a while; and a producer of another queue does what its rights allow, to the
+jobs of this one. `test_once_and_for_all.py` runs a small one.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import anyio
 import anyio.lowlevel
 import asyncpg
+import redis
 
 from streamworker import App, Payload, Settings
 from streamworker.postgres.migrate import Migrator
@@ -32,11 +38,15 @@ ROOT = Path(__file__).parents[2]
 
 PROJECT = """
 from streamworker import App, Backoff, Context
-from tests.postgres.turmoil import Write
+from tests.postgres.turmoil import Noise, Write
 
 app = App()
 
-@app.handler(backoff=Backoff(base=0.2, cap=2), timeout=20)
+@app.handler
+async def noise(payload: Noise) -> None:
+    pass
+
+@app.handler(max_attempts=100, backoff=Backoff(base=0.2, cap=2), timeout=20)
 async def write(payload: Write, ctx: Context) -> None:
     async with ctx.transaction() as pg:
         await pg.execute("insert into effect (n) values ($1)", payload.n)
@@ -47,6 +57,10 @@ class Write(Payload, kind="write", queue="writes"):
     """One row to insert."""
 
     n: int
+
+
+class Noise(Payload, kind="noise", queue="public"):
+    """What the hostile producer may enqueue."""
 
 
 class Turmoil:
@@ -70,6 +84,7 @@ class Turmoil:
         self.count = workers
         self.told: list[str] = []
         self.started = time.monotonic()
+        self.over = asyncio.Event()
         (directory / "turmoil_app.py").write_text(PROJECT)
 
     def tell(self, what: str) -> None:
@@ -88,7 +103,7 @@ class Turmoil:
         env = {name: value for name, value in os.environ.items() if not name.startswith("STREAMWORKER_")}
         env |= {
             "PYTHONPATH": f"{ROOT}{os.pathsep}{self.directory}", "REDIS_URL": self.redis.url, "DATABASE_URL": self.postgres.url(),
-            "STREAMWORKER_LEASE": "2", "STREAMWORKER_CONCURRENCY": "20", "STREAMWORKER_LEDGER": "on", "STREAMWORKER_GRACE": "5",
+            "STREAMWORKER_LEASE": self.random.choice(["2", "2", "5"]), "STREAMWORKER_CONCURRENCY": "20", "STREAMWORKER_LEDGER": "on", "STREAMWORKER_GRACE": "5",
         }  # fmt: skip
         with (self.directory / "workers.log").open("ab") as log:
             command = [sys.executable, "-m", "streamworker", "worker", "turmoil_app:app"]
@@ -115,6 +130,95 @@ class Turmoil:
         victim.wait()
         self.tell(f"killed worker {victim.pid}")
         self.replace_the_dead()
+
+    async def freeze_worker(self) -> None:
+        """Stop a worker with its transactions open, for longer than any lease; its successors must not wait for it."""
+        there = self.ready()
+        if not there:
+            return
+        victim = self.random.choice(there)
+        victim.send_signal(signal.SIGSTOP)
+        self.tell(f"froze worker {victim.pid}")
+        await anyio.sleep(7)
+        victim.send_signal(signal.SIGCONT)
+        self.tell(f"worker {victim.pid} goes on")
+
+    def save_redis(self) -> None:
+        """What a replica knows that lags from here on."""
+        with self.redis.client() as client:
+            client.save()
+        self.tell("the replica lags")
+
+    def fail_over(self) -> None:
+        """The master is lost, and the replica that lagged takes its place."""
+        self.redis.kill()
+        self.redis.start()
+        self.tell("failed over to the replica that lagged")
+
+    def lose_group(self) -> None:
+        with self.redis.client() as client, suppress(redis.ResponseError):
+            client.xgroup_destroy("stream:{writes}", "workers")
+        self.tell("destroyed the group")
+
+    async def read_only(self) -> None:
+        """PostgreSQL answers and may not write, as a standby, or where the provider found the disk full."""
+        await self.ask("select 1")
+        for verb, pause in (
+            ("set default_transaction_read_only = on", 3.0),
+            ("reset default_transaction_read_only", 0.0),
+        ):
+            while True:
+                try:
+                    pg = await asyncpg.connect(
+                        self.postgres.url(), timeout=5, server_settings={"default_transaction_read_only": "off"}
+                    )
+                    await pg.execute(f"alter system {verb}")
+                    await pg.execute("select pg_reload_conf()")
+                    await pg.close()
+                    break
+                except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+                    await anyio.sleep(0.1)
+            self.tell(f"PostgreSQL: {verb}")
+            await anyio.sleep(pause)
+
+    async def hostile_producer(self) -> None:
+        """May write to the queue public alone: odd documents, ids of the other queue's jobs, a dead stream that is none."""
+        sent = 0
+        while not self.over.is_set():
+            await anyio.sleep(0.5)
+            try:
+                pg = await self.connect()
+                ids = [
+                    row["id"]
+                    for row in await pg.fetch(
+                        "select id from streamworker.jobs where queue_name = 'writes' order by random() limit 5"
+                    )
+                ]
+                await pg.close()
+                with self.redis.client() as client:
+                    if sent < 3000:
+                        for each in ids:
+                            document = {
+                                "id": each,
+                                "kind": "noise",
+                                "payload": {},
+                                "hop": self.random.choice([0, 7, 2**53]),
+                            }
+                            client.xadd("stream:{public}", {"job": json.dumps(document)})
+                        for odd in (
+                            b"no json",
+                            b"[]",
+                            b'{"payload": 1}',
+                            b'{"payload": {}, "kind": "noise", "hop": -1}',
+                            b"\xff",
+                        ):
+                            client.xadd("stream:{public}", {"job": odd})
+                        sent += len(ids) + 5
+                    if self.random.random() < 0.1:
+                        client.set("stream:{public}:dead", "x")
+            except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, redis.RedisError):
+                continue
+        self.tell(f"the hostile producer sent {sent} documents")
 
     def flush(self) -> None:
         with self.redis.client() as client:
@@ -184,7 +288,7 @@ class Turmoil:
     async def open(self) -> int:
         return int(
             await self.ask(
-                "select count(*) from streamworker.jobs where status not in ('completed', 'dead', 'cancelled')"
+                "select count(*) from streamworker.jobs where queue_name = 'writes' and status not in ('completed', 'dead', 'cancelled')"
             )
         )
 
@@ -204,19 +308,24 @@ class Turmoil:
             "missing": await self.ask("select count(*) from wanted where n not in (select n from effect)"),
             "unwanted": await self.ask("select count(*) from effect where n not in (select n from wanted)"),
             "states": await self.ask(
-                "select json_object_agg(status, count)::text from (select status, count(*) from streamworker.jobs group by status) as states"
+                "select json_object_agg(status, count)::text from (select status, count(*) from streamworker.jobs where queue_name = 'writes' group by status) as states"
             ),
-            "hops": await self.ask("select max(hop) from streamworker.jobs"),
+            "hops": await self.ask("select max(hop) from streamworker.jobs where queue_name = 'writes'"),
         }
 
 
-async def at_progress(turmoil: Turmoil, deeds: list[tuple[float, Callable[[], None]]]) -> None:
+Deed = Callable[[], Awaitable[None] | None]
+
+
+async def at_progress(turmoil: Turmoil, deeds: list[tuple[float, Deed]]) -> None:
     """Do each deed when that part of the jobs is done."""
     for part, deed in sorted(deeds, key=lambda each: each[0]):
         while await turmoil.done() < part * turmoil.jobs or not turmoil.ready():
             turmoil.replace_the_dead()
             await anyio.sleep(0.05)
-        deed()
+        doing = deed()
+        if doing is not None:
+            await doing
 
 
 async def all_in_all(turmoil: Turmoil, timeout: float, *nemeses: Callable[[], Awaitable[None]]) -> dict[str, Any]:
@@ -234,20 +343,30 @@ async def all_in_all(turmoil: Turmoil, timeout: float, *nemeses: Callable[[], Aw
 async def main(jobs: int, workers: int, seed: int, timeout: float) -> int:
     directory = Path(tempfile.mkdtemp(prefix="turmoil-"))
     turmoil = Turmoil(directory, jobs=jobs, workers=workers, seed=seed)
-    over = asyncio.Event()
 
     async def every_second() -> None:
-        while not over.is_set():
+        while not turmoil.over.is_set():
             await anyio.sleep(1)
             turmoil.kill_worker()
 
     async def milestones() -> None:
-        deeds = [(part, turmoil.flush) for part in (0.2, 0.5, 0.8)]
-        await at_progress(turmoil, [*deeds, *((part, turmoil.restart_postgres) for part in (0.35, 0.65))])
-        await at_progress(turmoil, [(0.95, over.set)])
+        await at_progress(
+            turmoil,
+            [
+                *((part, turmoil.flush) for part in (0.2, 0.5, 0.8)),
+                *((part, turmoil.restart_postgres) for part in (0.35, 0.65)),
+                *((part, turmoil.save_redis) for part in (0.1, 0.4, 0.7)),
+                *((part, turmoil.fail_over) for part in (0.14, 0.45, 0.76)),
+                *((part, turmoil.lose_group) for part in (0.05, 0.25, 0.6)),
+                *((part, turmoil.freeze_worker) for part in (0.3, 0.55, 0.85)),
+                *((part, turmoil.read_only) for part in (0.17, 0.9)),
+                (0.95, turmoil.over.set),
+            ],
+        )
 
+    good = False
     try:
-        verdict = await all_in_all(turmoil, timeout, every_second, milestones)
+        verdict = await all_in_all(turmoil, timeout, every_second, milestones, turmoil.hostile_producer)
         good = (
             verdict["rows"] == verdict["distinct"] == verdict["wanted"] == jobs
             and set(verdict["states"])
@@ -257,13 +376,13 @@ async def main(jobs: int, workers: int, seed: int, timeout: float) -> int:
             f"{'ok' if good else 'BAD'} in {time.monotonic() - turmoil.started:.0f} s, {len(turmoil.told)} events: {verdict}",
             flush=True,
         )
-        if good:
-            shutil.rmtree(directory, ignore_errors=True)
-        else:
-            print("\n".join(turmoil.told), f"\nlogs are in {directory}")
         return 0 if good else 1
     finally:
         turmoil.close()
+        if good:
+            shutil.rmtree(directory, ignore_errors=True)
+        else:
+            print("\n".join(turmoil.told), f"\nlogs are in {directory}", flush=True)
 
 
 if __name__ == "__main__":
