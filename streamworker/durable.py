@@ -96,17 +96,18 @@ async def examine(settings: Settings, url: str) -> list[Finding]:
         url: of the database.
     """
     most = most_connections(settings)
-    async with AsyncExitStack() as stack:
+    try:
+        database = await open_database(url, name="check", connections=1)
         try:
-            database = await open_database(url, name="check", connections=1)
-            stack.callback(database.close)
             with understood("looking for the schema streamworker"):
                 there = (await database.fetch(_THERE))[0]
-            sessions = await count_sessions(url, min(most, _TRIED))
-            if settings.database_direct_url is not None:
-                (await connect(settings.database_direct_url, "check")).terminate()
-        except StreamworkerError as error:
-            return [Finding("error", "postgresql", str(error))]
+        finally:
+            database.close()  # before the sessions are counted: it would hold one of them
+        sessions = await count_sessions(url, min(most, _TRIED))
+        if settings.database_direct_url is not None:
+            (await connect(settings.database_direct_url, "check")).terminate()
+    except StreamworkerError as error:
+        return [Finding("error", "postgresql", str(error))]
     found = [_of_sessions(most, sessions, pooled=database.pooled)]
     if database.pooled and settings.ledger != "off" and settings.relay == "on" and settings.database_direct_url is None:
         hint = (

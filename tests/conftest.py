@@ -8,6 +8,7 @@ too heavy for every day; without ``-m`` those tests are left out.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import platform
 import shutil
@@ -27,8 +28,10 @@ import hypothesis
 import pytest
 import redis
 import redis.asyncio
+import structlog
 
 from streamworker.broker import Broker
+from streamworker.telemetry import logs
 from tests.contract.ground import GROUNDS, Ground
 
 # Shared machines stall: how long an example takes says nothing about whether it is right.
@@ -205,6 +208,19 @@ def raw(redis_url: str, server: Server) -> Iterator[redis.Redis]:
     """A plain client, to look at the server and to do what producers and bad luck do."""
     with server.client() as client:
         yield client
+
+
+@pytest.fixture(autouse=True)
+def _unconfigured_logs() -> Iterator[None]:
+    """Logs are as no program has configured them, whatever a test before did: events go to the standard library."""
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
+    yield
+    if logs._pipeline is not None or structlog.is_configured():
+        logs._pipeline = None
+        structlog.reset_defaults()
+        root.setLevel(level)
+        root.handlers[:] = handlers
 
 
 @pytest.fixture(params=[pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio")])

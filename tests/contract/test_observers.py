@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import json
-import logging
 import time
 from collections import Counter
 from typing import Any
 
 import pytest
-import structlog
 
 from streamworker import App, Backoff, Discard, Payload, QueueWorker, Settings, Snooze
 from streamworker.job import Dead, Done, ReleaseAt, RetryAt, Settled
@@ -19,18 +17,6 @@ from streamworker.observe import JobRun, Observer, Settlement
 from streamworker.telemetry import logs
 from streamworker.testing.draining import drain
 from tests.conftest import eventually
-
-
-@pytest.fixture
-def _logs_restored():
-    root = logging.getLogger()
-    level, handlers = root.level, root.handlers[:]
-    yield
-    logs._pipeline = None
-    structlog.reset_defaults()
-    root.setLevel(level)
-    root.handlers[:] = handlers
-
 
 current: contextvars.ContextVar[str] = contextvars.ContextVar("current")
 
@@ -218,7 +204,6 @@ class Broken(Observer):
         raise RuntimeError("broken")
 
 
-@pytest.mark.usefixtures("_logs_restored")
 async def test_a_broken_observer_harms_neither_jobs_nor_other_observers(ground, redis_url, capsys):
     logs.configure("info", "json")
     diary = Diary()

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
 from typing import Any
 
 import anyio
 import pytest
-import structlog
 
 from streamworker import App, Payload, QueueWorker, claiming
 from streamworker.setting_rules import QueueSpec
@@ -18,17 +16,6 @@ from tests.contract.helpers import settings
 
 LAST = "18446744073709551615-18446744073709551615"
 BOTH = (QueueSpec("spoilt", None), QueueSpec("b", None))
-
-
-@pytest.fixture
-def _logs_restored() -> Any:
-    root = logging.getLogger()
-    level, handlers = root.level, root.handlers[:]
-    yield
-    logs._pipeline = None
-    structlog.reset_defaults()
-    root.setLevel(level)
-    root.handlers[:] = handlers
 
 
 class Limited(Payload, kind="limited", queue="spoilt"):
@@ -101,7 +88,6 @@ async def test_a_queue_that_was_spoilt_stops_no_other_and_no_shutdown(raw, groun
     assert ground.held("spoilt") == 0
 
 
-@pytest.mark.usefixtures("_logs_restored")
 async def test_what_is_refused_is_named_by_its_error_once_and_settled_when_it_can_be(raw, ground, capsys):
     logs.configure("info", "json")
     ran: list[int] = []

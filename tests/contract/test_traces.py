@@ -6,7 +6,6 @@ import json
 import logging
 
 import pytest
-import structlog
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -193,7 +192,6 @@ async def test_without_parents_every_run_is_a_trace_of_its_own(ground, redis_url
 
 
 @pytest.mark.parametrize("form", ["json", "console"])
-@pytest.mark.usefixtures("_logs_restored")
 async def test_log_lines_hold_the_trace(rig, form, capsys):
     logs.configure("info", form)
     async with rig.app:
@@ -224,14 +222,3 @@ async def test_log_lines_hold_the_trace(rig, form, capsys):
         assert line.items() >= expected.items()
         assert line["worker_id"].startswith("worker-")
     assert "trace_id" not in by_event["worker_stopped"][0]
-
-
-@pytest.fixture
-def _logs_restored():
-    root = logging.getLogger()
-    level, handlers = root.level, root.handlers[:]
-    yield
-    logs._pipeline = None
-    structlog.reset_defaults()
-    root.setLevel(level)
-    root.handlers[:] = handlers

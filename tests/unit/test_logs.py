@@ -18,17 +18,6 @@ from streamworker.settings import Settings
 from streamworker.telemetry import logs
 
 
-@pytest.fixture(autouse=True)
-def _restore():
-    root = logging.getLogger()
-    level, handlers = root.level, root.handlers[:]
-    yield
-    logs._pipeline = None
-    structlog.reset_defaults()
-    root.setLevel(level)
-    root.handlers[:] = handlers
-
-
 def text(style, level="info"):
     stream = io.StringIO()
     logs.configure(level, style, stream)
