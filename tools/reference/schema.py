@@ -12,7 +12,7 @@ from typing import Any, Final, TypeAlias
 import asyncpg
 
 from streamworker import embedded
-from streamworker.postgres.migrate import printed, shipped
+from streamworker.postgres.migrate import Migrator
 from tools.reference.tables import code, table
 from tools.site.sources import ROOT
 
@@ -81,9 +81,9 @@ def _page(migrations: tuple[tuple[str, str], ...]) -> str:
 async def _catalogue(
     url: str,
 ) -> tuple[Rows, Rows, Rows]:
+    await Migrator(url).up()
     connection = await asyncpg.connect(url)
     try:
-        await connection.execute(printed(shipped()))
         columns, indexes, functions = [await connection.fetch(query) for query in (_COLUMNS, _INDEXES, _FUNCTIONS)]
         return [dict(row) for row in columns], [dict(row) for row in indexes], [dict(row) for row in functions]
     finally:
