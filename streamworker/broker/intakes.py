@@ -68,6 +68,8 @@ class Intakes:
         self._interrupted = False
         self.deaf = False
         """The bell is not heard: see `listen`."""
+        self.reply_lost = False
+        """See `Taking.reply_lost`."""
 
     @property
     def consumer(self) -> str:
@@ -135,6 +137,8 @@ class Intakes:
             await anyio.sleep(min(wait, DRAIN_LOOK))
         elif not claims and wait > 0 and not self._interrupted:
             claims = await self._wait(limit, min(wait, DEAF_WAIT) if self.deaf else wait, running)
+            if not claims and self._away:
+                self._look_after_the_away(running)
         return claims
 
     async def _looked(self, part: Intake, look: Awaitable[list[Claim]]) -> list[Claim]:
@@ -164,6 +168,7 @@ class Intakes:
         await anyio.sleep(AWAY_PAUSE)
         claims = await part.claim(1, 0, running, part.ended, part.shut)
         if self._away.pop(part, None) is not None:
+            self.reply_lost = True
             log.info("node_back", queues=[keys.queue for keys, _, _ in part.spots[:: len(LEVELS)]])
         return claims
 

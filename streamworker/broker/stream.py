@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from time import monotonic
 from typing import Any
 
@@ -18,6 +18,7 @@ from streamworker.broker.link import Link
 from streamworker.broker.serving import RENEW_BATCH, Options, Serving
 from streamworker.broker.settle import StreamSender, settle
 from streamworker.broker.standby import standby
+from streamworker.broker.taking import none_ended
 from streamworker.broker.tidy import forget_leases, tidy, tidy_pause
 from streamworker.errors import ConfigurationError, Unreachable
 from streamworker.job import Claim, Depth, Settled
@@ -160,6 +161,21 @@ class StreamBroker(Serving[QueueKeys, Intake | Intakes]):
         with self._link.watched():
             sender = StreamSender(self._link.wires, self._group, self._intake.consumer)
             return await settle(sender, self._homes, items, refusals, spread=self._link.address.spread)
+
+    async def claim(
+        self,
+        limit: int,
+        wait: float,
+        running: Collection[Claim],
+        ended: Callable[[str], int] = none_ended,
+        shut: Collection[str] = (),
+    ) -> list[Claim]:
+        """See `Broker.claim`."""
+        claims = await super().claim(limit, wait, running, ended, shut)
+        if self._intake.reply_lost:
+            self._intake.reply_lost = False
+            claims += await self.strays([*running, *claims])
+        return claims
 
     async def strays(self, running: Collection[Claim]) -> list[Claim]:
         """See `Broker.strays`."""

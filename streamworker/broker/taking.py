@@ -91,6 +91,8 @@ class Taking:
         self._blocked = False
         self.deaf = False
         """The bell is not heard: see `listen`."""
+        self.reply_lost = False
+        """A node of a cluster is back whose last reply may have been lost: what it gave away then has to be found."""
 
     async def claim(
         self,

@@ -7,11 +7,13 @@ import subprocess
 import sys
 from contextlib import contextmanager
 
+import pytest
+
 from streamworker import renewer
 from streamworker.broker.client import Address
 from streamworker.broker.popping import PoppingBroker
 from streamworker.broker.serving import Options
-from tests.conftest import eventually
+from tests.conftest import CLUSTER, eventually
 from tests.contract.helpers import job, names, one, recover
 
 
@@ -82,6 +84,7 @@ async def test_the_process_renews_while_its_worker_is_silent_and_no_longer_than_
         assert renewed >= 3
 
 
+@pytest.mark.skipif(CLUSTER, reason="list mode refuses a cluster")
 async def test_with_brpop_there_is_nothing_to_renew(redis_url):
     broker = PoppingBroker(Address(redis_url), Options(queues=(("q", None),)))
     assert broker.standby(60) is None

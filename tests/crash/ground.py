@@ -68,7 +68,7 @@ class Ground:
     @property
     def everything(self) -> set[str]:
         """Keys that may be there when all is done."""
-        return {*self.places, self.keys.meta, self.keys.dead, self.keys.crons, WITNESSES}
+        return {*self.places, self.keys.meta, self.keys.ids, self.keys.dead, self.keys.crons, WITNESSES}
 
     def length(self, place: str) -> int:
         """Jobs in a place, running ones included."""
