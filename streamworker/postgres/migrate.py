@@ -187,7 +187,7 @@ async def _make_table(connection: Connection) -> None:
     if await connection.fetchval("select to_regclass('streamworker.schema_migrations')") is not None:
         return
     encoding = getattr(connection.get_settings(), "server_encoding", "UTF8")  # a pooler may not tell
-    if encoding != "UTF8":
+    if encoding not in ("UTF8", "SQL_ASCII"):  # the latter keeps all bytes as they are; initdb takes it under locale C
         raise ConfigurationError(
             f"this database is encoded in {encoding}, which cannot hold what jobs may say: create one in UTF8 "
             "(create database NAME encoding 'UTF8' template template0) and name it in DATABASE_URL"

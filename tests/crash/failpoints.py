@@ -45,8 +45,8 @@ def install() -> None:
 def _claimed(reached: Callable[[], None]) -> None:
     original = BROKER.claim
 
-    async def claim(self: Any, *args: Any) -> Any:
-        claims = await original(self, *args)
+    async def claim(self: Any, *args: Any, **options: Any) -> Any:
+        claims = await original(self, *args, **options)
         if claims:
             reached()
         return claims
@@ -57,11 +57,11 @@ def _claimed(reached: Callable[[], None]) -> None:
 def _started(reached: Callable[[], None]) -> None:
     original = Executor.call
 
-    async def call(self: Executor, run: Any) -> Any:
+    async def call(self: Executor, *args: Any) -> Any:
         import asyncio
 
         asyncio.get_running_loop().call_soon(reached)  # after the handler's first line
-        return await original(self, run)
+        return await original(self, *args)
 
     Executor.call = call  # type: ignore[method-assign]
 

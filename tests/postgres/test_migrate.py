@@ -127,6 +127,22 @@ async def test_a_database_that_cannot_hold_what_jobs_say_is_refused_before_it_is
         await connection.close()
 
 
+async def test_a_database_that_keeps_all_bytes_as_they_are_will_do(empty_database):
+    """SQL_ASCII: what initdb makes under the locale C, in minimal images for example."""
+    connection = await asyncpg.connect(empty_database)
+    await connection.execute("create database bytes encoding 'SQL_ASCII' locale 'C' template template0")
+    url = re.sub("/test_[0-9a-f]+", "/bytes", empty_database)
+    try:
+        assert await Migrator(url).up() == [each.name for each in shipped()]
+        inside = await asyncpg.connect(url)
+        await inside.execute("select streamworker.enqueue('k', $1::jsonb, 'q', id => 'x')", '{"name": "Zo\u00eb"}')
+        assert await inside.fetchval("select payload->>'name' from streamworker.jobs") == "Zo\u00eb"
+        await inside.close()
+    finally:
+        await connection.execute("drop database bytes")
+        await connection.close()
+
+
 async def test_an_older_ledger_in_a_database_that_is_not_in_utf8_says_so_to_whoever_enqueues(empty_database):
     """It was made before that was refused; what it can hold it still takes."""
     connection = await asyncpg.connect(empty_database)
