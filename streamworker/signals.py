@@ -231,7 +231,12 @@ def _is_runner(handler: Any) -> bool:
 
 def _end_on_return(loop: asyncio.AbstractEventLoop) -> None:
     """Let a loop that was running when the process was forked end the child, before any other callback of it."""
-    handle = loop.call_soon(end_child)
+    call_first(loop, end_child)
+
+
+def call_first(loop: asyncio.AbstractEventLoop, callback: Callable[[], object]) -> None:
+    """Call a function in the loop's next turn, before whatever is ready already."""
+    handle = loop.call_soon(callback)
     # Neither asyncio nor uvloop offers a way to be first; both keep what is ready in a deque.
     for ready in gc.get_referents(loop, *gc.get_referents(loop)):
         if type(ready) is deque and ready and ready[-1] is handle:

@@ -48,6 +48,9 @@ _OURS = ("stream:{", "streamworker:worker:", "queue:")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: too heavy for every day; run them with -m slow")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # Shells ignore it for what they run in the background, and the processes of tests would inherit that.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -86,7 +86,7 @@ def _run_to_the_end(made: QueueWorker, burst: bool, supervisor: int | None, *, u
                     exc_info=error,
                     hint="a task or callback of a handler wants to end the process: raise another error there",
                 )
-                loop.call_soon(made.resumed)
+                signals.call_first(loop, made.resumed)
 
 
 async def _run(made: QueueWorker, burst: bool, supervisor: int | None) -> int:
