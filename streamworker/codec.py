@@ -266,8 +266,8 @@ def check_depth(body: bytes) -> None:
     Raises:
         InvalidJob: it has more than `MAX_DEPTH` brackets inside each other.
     """
-    if body.count(b"[") + body.count(b"{") <= MAX_DEPTH:
-        return
+    if len(body) <= MAX_DEPTH or body.count(b"[") + body.count(b"{") <= MAX_DEPTH:
+        return  # most documents: too short to be deep
     depth = 0
     for bracket in _BRACKETS.findall(_STRINGS.sub(b"", body)):
         depth += 1 if bracket in b"[{" else -1
