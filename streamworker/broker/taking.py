@@ -179,7 +179,9 @@ class Taking:
         """How many suspects that do not run alone yet may be taken: all of them fill at most half of the slots."""
         if self._alone_from <= SUSPECT_DELIVERIES:
             return 0
-        group = sum(SUSPECT_DELIVERIES <= claim.count < self._alone_from for claim in running)
+        held = Counter(claim.queue for claim in running if SUSPECT_DELIVERIES <= claim.count < self._alone_from)
+        # What has ended and cannot be settled, of a queue that refuses it, must not keep others' suspects waiting.
+        group = sum(max(0, count - self.ended(queue)) for queue, count in held.items())
         return max(0, max(1, self.slots // 2) - group)
 
     def _about_suspects(self, index: int, running: Collection[Claim]) -> int:

@@ -3,6 +3,7 @@
 import asyncio
 import time
 
+import msgspec
 import pytest
 
 from streamworker import codec
@@ -674,6 +675,22 @@ async def test_a_worker_with_one_slot_runs_suspects_one_by_one_beside_nothing(br
             (claim,) = await recover(broker, ground, limit=1)
             assert claim.count == 3
             assert await settle_one(broker, done(claim)) is Settled.SETTLED
+
+
+async def test_suspects_that_ended_and_cannot_be_settled_keep_no_others_waiting(broker_factory, ground):
+    """A queue that refuses what has ended holds it for ever; the suspects of other queues run all the same."""
+    async with broker_factory("dead") as gone, broker_factory("w") as broker:
+        await gone.publish([job(f"s{n}") for n in range(12)])
+        for claim in await gone.claim(12, 0, ()):
+            ground.ripen(claim, count=2)
+        taken = [claim for claim in await recover(broker, ground, limit=10) if claim.count == 3]
+        elsewhere = [msgspec.structs.replace(claim, queue="refuses") for claim in taken]
+        assert len(elsewhere) == 5
+        assert await recover(broker, ground, limit=10, running=elsewhere + taken) == []
+        ground.forget_pace("q")
+        ground.sweep_soon(broker)
+        more = await broker.claim(10, 0, [*taken, *elsewhere], lambda queue: 5 if queue in ("refuses", "q") else 0)
+        assert [claim.count for claim in more] == [3] * 5
 
 
 async def test_with_three_deliveries_the_third_runs_alone(broker_factory, ground):
