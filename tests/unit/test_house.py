@@ -6,7 +6,6 @@ from pathlib import Path
 import grimp
 import pytest
 
-from streamworker.postgres.migrate import shipped
 from tools import contracts, hosts
 
 
@@ -80,15 +79,3 @@ def test_host_names_are_found_in_tracked_files_only(tmp_path: Path):
 
     found = [offence for path in hosts.tracked_files(tmp_path) for offence in hosts.offences(path)]
     assert found == [f"{tmp_path}/note.md:2: see {host}/simple", f"{tmp_path}/some.lock:1: x @ http://localhost/x.whl"]
-
-
-def test_migrations_have_a_number_each():
-    """Two branches that land the same number would make a schema that no database can have."""
-    versions = [migration.version for migration in shipped()]
-    assert versions == list(range(1, len(versions) + 1))
-
-
-def test_migrations_are_numbered_without_gaps_and_no_number_twice():
-    """Two branches that each add one meet here, not on a database."""
-    files = sorted((Path(__file__).parents[2] / "migrations").glob("*.sql"))
-    assert [int(file.name[:4]) for file in files] == list(range(1, len(files) + 1))
