@@ -67,7 +67,7 @@ async def test_a_worker_of_one_queue_has_no_handler_for_the_kinds_of_another_app
 def everything(raw: Any) -> bytes:
     """What a dump holds: every key with all that is in it."""
     found = []
-    for key in raw.scan_iter("*"):
+    for key in raw.keys("*"):
         match raw.type(key):
             case b"hash":
                 value: Any = raw.hgetall(key)
