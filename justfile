@@ -19,7 +19,7 @@ demo *args:
 worker *args:
     @streamworker worker "$@"
 
-# All tests, against embedded servers; arguments go to pytest (./dev test -k name)
+# Every promise once, against embedded servers; --all runs all of it, and arguments go to pytest (./dev test -k name)
 test *args:
     pytest -n 2 --dist worksteal "$@"
 

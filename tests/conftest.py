@@ -1,8 +1,8 @@
 """Servers and waiting, shared by all suites.
 
 ``STREAMWORKER_TEST_SERVER`` picks the server: ``valkey`` (default), ``redis-8.2`` or ``redis-6.2``, each a real process out
-of a wheel. ``STREAMWORKER_TEST_TOPOLOGY=sentinel`` or ``cluster`` runs the same tests behind those. ``-m slow`` runs what is
-too heavy for every day; without ``-m`` those tests are left out.
+of a wheel. ``STREAMWORKER_TEST_TOPOLOGY=sentinel`` or ``cluster`` runs the same tests behind those. Which tests
+run, and in which order, is tests/plugin.py's.
 """
 
 from __future__ import annotations
@@ -47,19 +47,9 @@ _OURS = ("stream:{", "streamworker:worker:", "queue:")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: too heavy for every day; run them with -m slow")
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         # Shells ignore it for what they run in the background, and the processes of tests would inherit that.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.option.markexpr:
-        return
-    skip = pytest.mark.skip(reason="slow: run with -m slow")
-    for item in items:
-        if item.get_closest_marker("slow"):
-            item.add_marker(skip)
 
 
 def _system() -> tuple[str, str]:

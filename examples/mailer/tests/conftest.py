@@ -33,17 +33,6 @@ from streamworker import QueueWorker, Settings
 from streamworker.testing import drain
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: too heavy for every day; run them with -m slow")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.option.markexpr:
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
-
-
 def beside(work: Any) -> Any:
     """Run a coroutine in a thread: fixtures are made inside and outside of event loops."""
     with ThreadPoolExecutor(1) as pool:
