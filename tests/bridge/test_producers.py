@@ -31,7 +31,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Node producers with what npm brings them."""
     npm, program = shutil.which("npm"), shutil.which("node")
     if npm is None or program is None:
-        pytest.skip("there is no node, or no npm, on the PATH: install Node 20 or newer")
+        pytest.skip("needs node and npm: install Node 20 or newer")
     directory = tmp_path_factory.mktemp("node") / "producers"
     shutil.copytree(EXAMPLES / "node", directory, ignore=shutil.ignore_patterns("node_modules"))
     done = subprocess.run([npm, "install", "--no-audit", "--no-fund"], cwd=directory, capture_output=True, text=True)

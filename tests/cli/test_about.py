@@ -127,7 +127,7 @@ def test_check_finds_what_loses_jobs(sw, raw):
 )
 def test_check_of_a_poor_user(sw, raw, redis_url, dryrun, lacks):
     if dryrun and int(raw.info("server")["redis_version"].split(".")[0]) < 7:
-        pytest.skip("ACL DRYRUN is of Redis 7")
+        pytest.skip("needs Redis 7, which brought ACL DRYRUN")
     rules = ["on", ">pw", "~*", "+@all", f"-{lacks.lower()}", "-config", *([] if dryrun else ["-acl"])]
     raw.execute_command("ACL", "SETUSER", "poor", *rules)
     try:

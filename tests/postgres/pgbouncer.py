@@ -39,7 +39,7 @@ class PgBouncer:
     def __init__(self, server: PostgresServer, directory: Path, *, mode: str = "transaction", size: int = 5) -> None:
         program = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
         if program is None:
-            pytest.skip("pgbouncer is not installed: apt-get install pgbouncer")
+            pytest.skip("needs PgBouncer: apt-get install pgbouncer")
         directory.mkdir(exist_ok=True)
         self.port = free_port()
         config = directory / "pgbouncer.ini"

@@ -389,7 +389,7 @@ def contents(raw: redis.Redis) -> dict[bytes, bytes]:
 
 async def test_what_a_worker_orphans_is_swept_under_the_same_rights(users, broker_of):
     if users.namespace:
-        pytest.skip("`ripen` knows keys without a namespace")
+        pytest.skip("without a namespace: `ripen` knows no other keys")
     async with broker_of(users.url("worker"), lease=0.5) as broker:
         await broker.publish([job("x")])
         (claim,) = await broker.claim(1, 0, ())

@@ -22,7 +22,7 @@ from tests.contract.test_standby import renew
 from tests.topologies.conftest import Count
 from tests.topologies.servers import Clustered
 
-pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="the openssl command makes the certificates")
+pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl: apt-get install openssl")
 
 
 def openssl(*words: str, cwd: Path) -> None:

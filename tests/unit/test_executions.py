@@ -765,7 +765,7 @@ def factory(loop: asyncio.AbstractEventLoop, coro: Any, **options: Any) -> async
 )
 def test_with_every_loop_and_task_factory(factories: Callable[[], Any], uvloop: bool):
     if factories.__code__.co_names[-1:] == ("eager_task_factory",) and sys.version_info < (3, 12):
-        pytest.skip("Python 3.12 brought eager tasks")
+        pytest.skip("needs Python 3.12, which brought eager tasks: ./dev pythons")
     seen: list[tuple[Any, Any]] = []
     unusable: list[bool] = []
 
@@ -796,7 +796,7 @@ def test_with_every_loop_and_task_factory(factories: Callable[[], Any], uvloop: 
 
     anyio.run(main, backend_options={"use_uvloop": uvloop})
     if unusable:
-        pytest.skip("this uvloop and eager task factories do not work together on this Python")
+        pytest.skip("needs a Python on which uvloop and eager task factories work together: ./dev pythons")
     assert all(before is after for before, after in seen)
     assert len({id(before) for before, _ in seen}) == len(seen) == 20
     gc.collect()

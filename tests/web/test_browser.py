@@ -19,7 +19,7 @@ from tests.web.chromium import Chromium, program
 from tests.web.conftest import held, letter
 
 pytestmark = [
-    pytest.mark.skipif(program() is None, reason="Chromium is not installed: apt-get install chromium"),
+    pytest.mark.skipif(program() is None, reason="needs Chromium: apt-get install chromium"),
     pytest.mark.timeout(180),
 ]
 

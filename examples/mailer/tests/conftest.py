@@ -115,7 +115,7 @@ def anyio_backend() -> Any:
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``ca.pem`` and ``other.pem``, two authorities, and ``server.pem`` with its key, signed by the first."""
     if shutil.which("openssl") is None:
-        pytest.skip("the openssl command makes the certificates")
+        pytest.skip("needs openssl: apt-get install openssl")
     home = tmp_path_factory.mktemp("certificates")
 
     def openssl(*words: str) -> None:
@@ -153,10 +153,10 @@ def corpus() -> list[Path]:
     try:
         import test.test_email as tests
     except ImportError:
-        pytest.skip("this Python came without its tests")
+        pytest.skip("needs a Python with its own tests: build it, or apt-get install libpython3-testsuite")
     files = sorted(Path(tests.__file__).with_name("data").glob("msg_*.txt"))
     if not files:
-        pytest.skip("this Python came without its test data")
+        pytest.skip("needs a Python with its own tests: build it, or apt-get install libpython3-testsuite")
     return files
 
 
