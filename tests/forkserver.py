@@ -123,6 +123,7 @@ def forked(
     stderr: int | IO[Any] = subprocess.PIPE,
     start_new_session: bool = False,
     module: str = "streamworker",
+    constants: Mapping[str, float] | None = None,
 ) -> Forked:
     """Start ``python -m streamworker WORDS`` as a process of its own.
 
@@ -135,6 +136,8 @@ def forked(
         stderr: where standard error goes.
         start_new_session: make it the leader of a session: it and its children share no process group with the test.
         module: another one than ``streamworker`` to run as ``__main__``.
+        constants: seconds that are too long to wait for, such as ``{"streamworker.drain.HURRIED": 0.5}``, for this
+            process alone.
     """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     connection.connect(_address())
@@ -153,6 +156,7 @@ def forked(
         else:
             theirs.append(wanted if isinstance(wanted, int) else wanted.fileno())
     order = {"words": [*words], "cwd": str(cwd), "env": dict(env), "session": start_new_session, "module": module}
+    order["constants"] = dict(constants or {})
     socket.send_fds(connection, [json.dumps(order).encode()], theirs)
     process = Forked(connection, words)
     for descriptor in mine:
@@ -286,6 +290,8 @@ def _child(order: dict[str, Any], descriptors: Sequence[int]) -> int:
         setattr(sys, f"__{name}__", stream)
     if os.environ.get("PYTHONWARNINGS") == "error":
         warnings.simplefilter("error")
+    for name, value in order["constants"].items():
+        set_constant(name, value)
     try:
         if order["module"] != "streamworker":
             runpy.run_module(order["module"], run_name="__main__", alter_sys=True)
@@ -298,12 +304,20 @@ def _child(order: dict[str, Any], descriptors: Sequence[int]) -> int:
         return 1
 
 
+def set_constant(name: str, value: float) -> float:
+    """Set ``package.module.NAME``, which must be there; returns what it was."""
+    module, _, constant = name.rpartition(".")
+    before: float = getattr(sys.modules[module], constant)
+    setattr(sys.modules[module], constant, value)
+    return before
+
+
 def _import_all() -> None:
     """Import what commands import when they run, so that no child has to."""
     for module in pkgutil.walk_packages(streamworker.__path__, "streamworker."):
         if not module.name.endswith("__main__") and ".testing" not in module.name:
             importlib.import_module(module.name)
-    for name in ("uvloop", "rich.live", "rich.table", "rich.console"):
+    for name in ("anyio._backends._asyncio", "uvloop", "rich.live", "rich.table", "rich.console"):
         importlib.import_module(name)
     gc.collect()
     gc.freeze()

@@ -18,7 +18,7 @@ from uuid import uuid4
 
 import pytest
 
-from tests import forkserver
+from tests import forkserver, inprocess
 from tests.conftest import MODES, Server, eventually_blocking
 from tests.contract.ground import GROUNDS, Ground
 
@@ -99,7 +99,8 @@ def _read_by_python(env: Mapping[str, str]) -> bool:
 class Program:
     """Runs ``streamworker`` in a project's directory, with an environment of its own.
 
-    Each call is a process; it comes from the fork server, unless ``fresh`` asks for a Python of its own.
+    A command that does its work and returns runs in the process of the tests; one that lasts, or is asked to be
+    ``forked``, is a process of the fork server; ``fresh`` asks for a Python of its own.
     """
 
     def __init__(self, directory: Path, url: str | None) -> None:
@@ -112,23 +113,32 @@ class Program:
         self.env.pop("DATABASE_URL", None)
         if url is not None:
             self.env["REDIS_URL"] = url
+        self.constants: dict[str, float] = {}
+        """Seconds that are too long to wait for in processes of the fork server: see `forkserver.forked`."""
         self.running: list[forkserver.Forked | subprocess.Popen[str]] = []
 
     def command(self, *words: object) -> list[str]:
         return [sys.executable, "-m", "streamworker", *map(str, words)]
 
     def __call__(
-        self, *words: object, stdin: str | None = None, timeout: float = 45, fresh: bool = False, **env: str
+        self,
+        *words: object,
+        stdin: str | None = None,
+        timeout: float = 45,
+        fresh: bool = False,
+        forked: bool = False,
+        **env: str,
     ) -> Done:
+        texts, place = [*map(str, words)], {"cwd": self.directory, "env": {**self.env, **env}}
         if fresh or _read_by_python(env):
             done = subprocess.run(
-                self.command(*words), cwd=self.directory, env={**self.env, **env}, timeout=timeout, capture_output=True,
-                text=True, **({"input": stdin} if stdin is not None else {"stdin": subprocess.DEVNULL}),
+                self.command(*words), timeout=timeout, capture_output=True, text=True, **place,
+                **({"input": stdin} if stdin is not None else {"stdin": subprocess.DEVNULL}),
             )  # fmt: skip
+        elif forked or set(texts[:1]) & inprocess.LASTING:
+            done = forkserver.run(texts, input=stdin, timeout=timeout, constants=self.constants, **place)
         else:
-            done = forkserver.run(
-                [*map(str, words)], input=stdin, timeout=timeout, cwd=self.directory, env={**self.env, **env}
-            )
+            done = inprocess.run(texts, input=stdin, **place)
         return Done(done.args, done.returncode, done.stdout, done.stderr)
 
     def ok(self, *words: object, **options: Any) -> Done:
@@ -137,7 +147,8 @@ class Program:
         return done
 
     def start(self, *words: object, **env: str) -> Running:
-        return self._runs(forkserver.forked([*map(str, words)], cwd=self.directory, env={**self.env, **env}))
+        place = {"cwd": self.directory, "env": {**self.env, **env}}
+        return self._runs(forkserver.forked([*map(str, words)], constants=self.constants, **place))
 
     def fresh(self, *command: object, **env: str) -> Running:
         """Any command, as a process that is no child of the fork server."""
@@ -215,7 +226,7 @@ class Terminal:
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         self.process = forkserver.forked(
             [*map(str, words)], cwd=program.directory, env=program.env, stdin=slave, stdout=slave, stderr=slave,
-            start_new_session=True,
+            start_new_session=True, constants=program.constants,
         )  # fmt: skip
         os.close(slave)
         self.text = ""
