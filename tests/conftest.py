@@ -7,6 +7,7 @@ run, and in which order, is tests/plugin.py's.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import os
@@ -28,6 +29,7 @@ import hypothesis
 import pytest
 import redis
 import redis.asyncio
+import redis.utils
 import structlog
 
 from streamworker.broker import Broker
@@ -37,6 +39,9 @@ from tests.contract.ground import GROUNDS, Ground
 # Shared machines stall: how long an example takes says nothing about whether it is right.
 hypothesis.settings.register_profile("streamworker", deadline=None)
 hypothesis.settings.load_profile("streamworker")
+
+# Each connection and each client of redis-py reads the metadata of its package anew: 1 ms, ten times a test.
+redis.utils.get_lib_version = functools.cache(redis.utils.get_lib_version)
 
 TOPOLOGY = os.environ.get("STREAMWORKER_TEST_TOPOLOGY")
 CLUSTER = TOPOLOGY == "cluster"

@@ -5,7 +5,7 @@ Tests say what happens to a job; how that looks on the server is said here and n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -106,6 +106,11 @@ class Ground:
         self.hand_over(claim, owner[0].decode(), count=count, idle=idle)
         self.forget_pace(claim.queue)
 
+    def ripen_all(self, claims: Sequence[Claim], idle: int) -> None:
+        """`ripen` many of one queue."""
+        for claim in claims:
+            self.ripen(claim, idle)
+
     def forget_pace(self, queue: str = "q") -> None:
         """Nobody has looked for orphans lately."""
         self.raw.hdel(self.keys(queue).meta, "sweep", "returns")
@@ -171,7 +176,10 @@ class StreamGround(Ground):
 
     def owner_of(self, place: str, entry: bytes, queue: str = "q") -> tuple[bytes, int] | None:
         del queue
-        found = [each for each in self._pending(place) if each["message_id"] == entry]
+        try:
+            found = list(self.raw.xpending_range(place, GROUP, entry, entry, 1))
+        except redis.ResponseError:
+            return None  # no such stream or group
         return (found[0]["consumer"], found[0]["times_delivered"]) if found else None
 
     def idle(self, claim: Claim) -> int:
@@ -261,6 +269,12 @@ class ListGround(Ground):
             pipe.rpush(keys.claimed(to), b"%b %d %b" % (entry, count, rest))
             pipe.zadd(keys.leases, {b"%b %d %b" % (entry, count, to.encode()): self._now() - idle})
             pipe.execute()
+
+    def ripen_all(self, claims: Sequence[Claim], idle: int) -> None:
+        members = {lease[0]: member for member, lease in self._leases(claims[0].queue).items()}
+        at = self._now() - idle
+        self.raw.zadd(self.keys(claims[0].queue).leases, {members[claim.entry]: at for claim in claims}, xx=True)
+        self.forget_pace(claims[0].queue)
 
     def finish(self, claim: Claim) -> None:
         member, name, wrapper = self._one(claim)

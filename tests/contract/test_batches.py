@@ -16,6 +16,8 @@ from streamworker.observe import JobRun, Observer
 from tests.conftest import eventually
 from tests.contract.helpers import settings, working
 
+pytestmark = pytest.mark.mode_free
+
 
 class Row(Payload, kind="row", queue="q"):
     n: int
@@ -178,7 +180,7 @@ async def test_one_that_is_lost_does_not_take_the_others_along(ground, raw):
     cancelled: list[list[bool]] = []
     began: list[int] = []
     gate = anyio.Event()
-    app = App(settings=settings(raw, ground, lease=6.0))
+    app = App(settings=settings(raw, ground, lease=2.4))
 
     @app.handler(batch=2, linger=60)
     async def rows(payloads: list[Row], contexts: list[Context]) -> None:
@@ -203,7 +205,7 @@ async def test_one_that_is_lost_does_not_take_the_others_along(ground, raw):
 async def test_when_all_are_lost_the_call_is_cancelled(ground, raw):
     began: list[int] = []
     ended: list[str] = []
-    app = App(settings=settings(raw, ground, lease=6.0))
+    app = App(settings=settings(raw, ground, lease=2.4))
 
     @app.handler(batch=2, linger=60)
     async def rows(payloads: list[Row]) -> None:
@@ -323,7 +325,7 @@ async def test_one_that_is_cancelled_while_it_waits_for_others_is_not_called(gro
 
 async def test_a_suspect_is_a_batch_of_one(ground, raw):
     sizes: list[tuple[int, ...]] = []
-    app = App(settings=settings(raw, ground))
+    app = App(settings=settings(raw, ground, lease=1.0))
 
     @app.handler(batch=10, linger=0.3)
     async def rows(payloads: list[Row], contexts: list[Context]) -> None:

@@ -163,6 +163,7 @@ async def test_epoch_made_by_another_worker_reaches_a_waiting_one(raw, broker_fa
         assert claim.epoch == raw.hget(h.META, "id:2") == raw.hget("stream:{q}:ids", "id:2")
 
 
+@pytest.mark.mode_free
 async def test_a_handler_that_cancels_its_own_task_ends_its_job(settings, ground):
     app = App(settings=settings)
 
@@ -180,10 +181,12 @@ async def test_a_handler_that_cancels_its_own_task_ends_its_job(settings, ground
             await eventually(lambda: ground.left() == 0, 5)
 
 
+@pytest.mark.mode_free
 async def test_a_handler_that_raises_generator_exit_ends_its_job(ground, settings):
     await jam(ground, settings, GeneratorExit())
 
 
+@pytest.mark.mode_free
 async def test_a_sync_handler_that_returns_a_coroutine_is_not_done(settings, ground):
     """`app.handler(lambda-like wrapper)` without functools.wraps: the body never ran, yet the job is deleted."""
     ran = []
@@ -213,7 +216,8 @@ async def test_headers_json_cannot_hold_are_our_error(settings):
             await app.enqueue(Work("x"), headers={"a": object()})
 
 
-async def test_refused_jobs_are_offered_again_under_load():
+@pytest.mark.mode_free
+async def test_refused_jobs_are_offered_again_under_load(monkeypatch):
     """Refused runs wait for a moment without finished ones: under load that moment never comes."""
     from streamworker import codec
     from streamworker.execute import OK
@@ -222,9 +226,13 @@ async def test_refused_jobs_are_offered_again_under_load():
     from streamworker.policy import Facts, Limits
     from streamworker.settler import Settler
 
+    monkeypatch.setattr("streamworker.settler.REFUSED_PAUSE", 0.2)
     offered = []
 
     class Fake:
+        def __init__(self):
+            self.refusals = {}
+
         async def settle(self, items):
             offered.append([i.job_id for i in items])
             await asyncio.sleep(0.01)
@@ -246,7 +254,7 @@ async def test_refused_jobs_are_offered_again_under_load():
 
     task = asyncio.create_task(settler.run())
     add(Interrupted("x"), "refused")
-    until = time.monotonic() + 3
+    until = time.monotonic() + 0.7
     while time.monotonic() < until:
         add(OK, "d")
         await asyncio.sleep(0.002)
@@ -256,6 +264,7 @@ async def test_refused_jobs_are_offered_again_under_load():
     assert count >= 2, count
 
 
+@pytest.mark.mode_free
 async def test_one_broken_ending_holds_up_nobody_else(settings, ground, monkeypatch):
     """The jam behind the fixed triggers: whatever ending()/settle() raises for ONE run, the others must be settled."""
     from streamworker import settler

@@ -17,6 +17,8 @@ from streamworker.observe import JobRun, Observer
 from streamworker.redact import MAX_CHARS
 from streamworker.telemetry import logs
 
+pytestmark = pytest.mark.mode_free
+
 RAISED = {
     "exit": SystemExit(3), "interrupt": KeyboardInterrupt(), "close": GeneratorExit(), "depth": RecursionError(),
     "cancel": asyncio.CancelledError(), "value": ValueError("no"),

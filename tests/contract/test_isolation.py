@@ -17,6 +17,8 @@ from streamworker.errors import StuckThread
 from tests.conftest import eventually
 from tests.contract.helpers import settings, working
 
+pytestmark = pytest.mark.mode_free
+
 
 class Step(Payload, kind="step", queue="q"):
     name: str
@@ -82,7 +84,9 @@ async def test_a_job_that_others_cancel_runs_again_uncharged(ground, raw):
 @pytest.mark.parametrize("when", ["entering", "leaving"])
 async def test_a_lifespan_that_does_not_end_is_an_error_of_start_and_stop_returns(ground, raw, monkeypatch, when):
     """In a process of the users' own, which only they may end."""
-    monkeypatch.setattr(drain, "CLEAN_UP", 1.2)
+    monkeypatch.setattr(drain, "CLEAN_UP", 0.4)
+    for module in ("drain", "worker"):
+        monkeypatch.setattr(f"streamworker.{module}.LAST_CALL", 0.2)
     entered, let_go = asyncio.Event(), asyncio.Event()
 
     async def hang() -> None:
@@ -114,7 +118,8 @@ async def test_a_lifespan_that_does_not_end_is_an_error_of_start_and_stop_return
     await eventually(lambda: not any("QueueWorker" in repr(task) for task in asyncio.all_tasks()))
 
 
-async def test_a_worker_that_is_stopped_while_it_starts_ends(ground, raw):
+async def test_a_worker_that_is_stopped_while_it_starts_ends(ground, raw, monkeypatch):
+    monkeypatch.setattr("streamworker.worker.LAST_CALL", 0.2)
     entered = asyncio.Event()
 
     @asynccontextmanager

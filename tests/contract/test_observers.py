@@ -18,6 +18,8 @@ from streamworker.telemetry import logs
 from streamworker.testing.draining import drain
 from tests.conftest import eventually
 
+pytestmark = pytest.mark.mode_free
+
 current: contextvars.ContextVar[str] = contextvars.ContextVar("current")
 
 

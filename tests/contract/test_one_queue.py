@@ -71,6 +71,7 @@ def made(raw: Any, ground: Any, ran: list[int]) -> QueueWorker:
 )
 async def test_a_queue_that_was_spoilt_stops_no_other_and_no_shutdown(raw, ground, monkeypatch, how, body):
     monkeypatch.setattr(claiming, "UNSETTLED", 20)
+    monkeypatch.setattr("streamworker.worker.HAND_BACK", 0.5)
     ran: list[int] = []
     worker = made(raw, ground, ran)
     async with anyio.create_task_group() as group:
@@ -88,7 +89,8 @@ async def test_a_queue_that_was_spoilt_stops_no_other_and_no_shutdown(raw, groun
     assert ground.held("spoilt") == 0
 
 
-async def test_what_is_refused_is_named_by_its_error_once_and_settled_when_it_can_be(raw, ground, capsys):
+async def test_what_is_refused_is_named_by_its_error_once_and_settled_when_it_can_be(raw, ground, capsys, monkeypatch):
+    monkeypatch.setattr("streamworker.settler.REFUSED_PAUSE", 0.2)
     logs.configure("info", "json")
     ran: list[int] = []
     worker = made(raw, ground, ran)

@@ -165,7 +165,7 @@ async def test_a_fleet_pauses_within_a_second_and_what_runs_goes_on(operator_of,
         await app.enqueue_many([Plain() for _ in range(20)])
         gate.set()  # what runs ends, and calls the next, who has to wait as well
         await eventually(lambda: ground.held() == 0)
-        await anyio.sleep(0.5)
+        await anyio.sleep(0.2)
         assert sorted(began) == ["plain", "turn"]
         assert await operator_of.resume("q")
         await eventually(lambda: len(began) == 23, timeout=30)

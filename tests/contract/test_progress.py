@@ -25,7 +25,7 @@ class Thread(Payload, kind="thread", queue="q"):
 
 class Scene:
     def __init__(self, ground, redis_url) -> None:
-        self.settings = Settings(redis_url=redis_url, mode=ground.mode, lease=3)
+        self.settings = Settings(redis_url=redis_url, mode=ground.mode, lease=1)
         self.app = App(settings=self.settings)
         self.step = asyncio.Event()
         self.end = asyncio.Event()
@@ -63,7 +63,8 @@ class Scene:
 
 
 @pytest.fixture
-def scene(ground, redis_url):
+def scene(ground, redis_url, monkeypatch):
+    monkeypatch.setattr("streamworker.lease.TELL", 0.1)
     return Scene(ground, redis_url)
 
 
@@ -100,6 +101,7 @@ async def test_operators_see_it_while_the_job_runs(scene, raw):
         await eventually(lambda: fields(raw) == [], 20)
 
 
+@pytest.mark.mode_free
 async def test_a_thread_tells_too_and_is_not_asked_for_a_total(scene, raw):
     async with scene.working() as operator:
         await scene.app.enqueue(Thread())
@@ -108,6 +110,7 @@ async def test_a_thread_tells_too_and_is_not_asked_for_a_total(scene, raw):
         assert (row.progress.done, row.progress.total, row.progress.text) == (3, None, "3")
 
 
+@pytest.mark.mode_free
 async def test_whoever_says_nothing_costs_nothing(scene, raw):
     async with scene.working() as operator:
         await scene.app.enqueue(Load(name="quiet"))
@@ -121,6 +124,7 @@ async def test_whoever_says_nothing_costs_nothing(scene, raw):
         assert fields(raw) == []
 
 
+@pytest.mark.mode_free
 @pytest.mark.skipif(CLUSTER, reason="counts the commands of one node")
 async def test_what_has_not_changed_is_not_written_again(scene, raw, monkeypatch):
     written: list[dict[str, object]] = []

@@ -192,7 +192,8 @@ async def test_a_cancelled_job_is_not_remembered_as_completed(scene, working, ra
     assert not raw.keys("*:ended:*")
 
 
-async def test_an_ear_survives_its_connection(scene, working, raw):
+async def test_an_ear_survives_its_connection(scene, working, raw, monkeypatch):
+    monkeypatch.setattr("streamworker.broker.ears.RETRY", 0.1)
     made = await scene.app.enqueue(Ask(how="wait"))
 
     async with anyio.create_task_group() as group:

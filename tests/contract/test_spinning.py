@@ -18,7 +18,7 @@ class Poll(Payload, kind="poll", queue="q"):
     wait: float = 0.0
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.all), 2])
 async def test_a_job_that_spins_is_slowed_and_told_of(raw, ground, workers):
     app = App(settings=settings(raw, ground, lease=1, concurrency=4))
     runs: list[float] = []

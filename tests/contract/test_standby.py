@@ -67,10 +67,10 @@ async def test_the_process_takes_nothing_back_and_leaves_what_has_run_out(broker
 
 
 async def test_the_process_renews_while_its_worker_is_silent_and_no_longer_than_jobs_may_run(broker_factory, ground):
-    async with broker_factory("w", lease=1) as broker:
+    async with broker_factory("w", lease=0.6) as broker:
         await broker.publish([job("x")])
         claim = await one(broker)
-        with process(broker.standby(2.5)):
+        with process(broker.standby(1.5)):
             before = ground.idle(claim)
             renewed = 0
 
@@ -78,7 +78,7 @@ async def test_the_process_renews_while_its_worker_is_silent_and_no_longer_than_
                 nonlocal before, renewed
                 idle = ground.idle(claim)
                 renewed, before = renewed + (idle < before), idle
-                return idle > 1500
+                return idle > 900
 
             await eventually(run_out, 10)
         assert renewed >= 3

@@ -17,6 +17,8 @@ from streamworker.otel import Tracing
 from streamworker.telemetry import logs
 from streamworker.testing.draining import drain
 
+pytestmark = pytest.mark.mode_free
+
 OWN = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 

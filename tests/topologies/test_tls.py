@@ -150,11 +150,11 @@ async def test_a_missing_client_certificate_is_said_in_one_sentence(certificates
 async def test_a_wrong_ca_ends_with_one_sentence_and_78(certificates, server, redis_url, tmp_path, query):
     async with proxy(certificates, server.port) as port:
         program = Program(tmp_path, f"rediss://127.0.0.1:{port}/0?{query.format(certificates)}")
-        done = await asyncio.to_thread(program, "queues")
+        done = await asyncio.to_thread(program, "queues", forked=True)
         assert done.returncode == 78
         assert "is not trusted" in done.sentence
         assert "ssl_ca_certs" in done.sentence
-        checked = await asyncio.to_thread(program, "check")
+        checked = await asyncio.to_thread(program, "check", forked=True)
         assert checked.returncode == 1
         assert "is not trusted" in checked.stdout
         assert "Traceback" not in checked.stdout + checked.stderr
@@ -170,7 +170,8 @@ async def test_a_host_the_certificate_does_not_name(certificates, server, broker
             await broker.publish([job("x")])
 
 
-async def test_tls_to_a_server_without_it(server, redis_url, broker_of):
+async def test_tls_to_a_server_without_it(server, redis_url, broker_of, monkeypatch):
+    monkeypatch.setattr("streamworker.broker.client.COMMAND_TIMEOUT", 0.5)
     with pytest.raises(Unreachable, match="does not answer"):
         async with broker_of(f"rediss://127.0.0.1:{server.port}/0"):
             pass
