@@ -21,7 +21,15 @@ worker *args:
 
 # Every promise once, against embedded servers; --all runs all of it, and arguments go to pytest (./dev test -k name)
 test *args:
-    pytest -n 2 --dist worksteal "$@"
+    pytest -n auto --dist worksteal "$@"
+
+# The unit tests and the brokers' contract on every other Python we claim and this machine has
+pythons *args:
+    @./dev pythons "$@"
+
+# Is the suite steady: all of it, 20 times, in orders of chance (--runs 5 --load), and a table of what failed
+steady *args:
+    @python -m tools.steady "$@"
 
 # The brokers' contract against Redis 8.2 and Redis 6.2
 compat *args:
@@ -29,9 +37,9 @@ compat *args:
 
 # The brokers' contract behind Sentinel and on a cluster, and what breaks there: failovers, slots that move
 topologies *args:
-    pytest -q -n 2 -m slow tests/topologies "$@"
-    STREAMWORKER_TEST_TOPOLOGY=sentinel pytest -q tests/contract "$@"
-    STREAMWORKER_TEST_TOPOLOGY=cluster pytest -q tests/contract "$@"
+    pytest -q -n auto --dist worksteal -m slow tests/topologies "$@"
+    STREAMWORKER_TEST_TOPOLOGY=sentinel pytest -q -n auto --dist worksteal tests/contract "$@"
+    STREAMWORKER_TEST_TOPOLOGY=cluster pytest -q -n auto --dist worksteal tests/contract "$@"
 
 # The crash suite: workers and servers are killed, frozen and cut off while jobs run
 crash *args:
@@ -85,7 +93,7 @@ docs-serve *args:
 
 # Every code block of README and docs, run or checked; and pages that are a story, followed
 docs-test *args:
-    pytest -q -n 2 tests/docs "$@"
+    pytest -q -n auto --dist worksteal tests/docs "$@"
 
 # README and tutorial alone, in a fresh clone with an empty home, the commands copied out of the files (five minutes)
 newcomer *args:
@@ -129,9 +137,13 @@ hosts:
 wheel-test:
     tools/wheel-test
 
-# Everything that CI runs, in the same order; stops at the first failing check and names it
+# Everything that CI runs; stops at the first failing check and names it
 check:
     bash .ci/run
+
+[private]
+_checks:
+    @python -m tools.check
 
 # Let ruff repair and format
 fmt:

@@ -7,6 +7,7 @@ fits no other test. ``--order-seed N`` runs everything in an order of chance, th
 
 from __future__ import annotations
 
+import os
 import random
 import re
 from collections import Counter
@@ -36,6 +37,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_left_out] = Counter()
     if config.pluginmanager.has_plugin("xdist"):
         config.pluginmanager.register(_Distributed(), "streamworker-distributed")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """``-n auto``: what a core has left while tests wait for servers and processes, another test uses."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(2 * cores, 8)
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:

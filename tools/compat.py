@@ -23,16 +23,7 @@ def main(arguments: list[str]) -> int:
             print(f"compat: SKIPPED {server}: it has no wheel for this Python and platform", flush=True)
             continue
         print(f"compat: {server}", flush=True)
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-n",
-            "2",
-            "tests/contract",
-            "tests/bridge/test_moving.py",
-            *arguments,
-        ]
+        command = [sys.executable, "-m", "pytest", "-q", "-n", "auto", "--dist", "worksteal", *SUITES, *arguments]
         code = subprocess.run(command, check=False, env={**os.environ, "STREAMWORKER_TEST_SERVER": server}).returncode
         if code:
             print(f"compat: {server} failed", file=sys.stderr)

@@ -1,0 +1,66 @@
+"""Rows of checks beside each other (tools/check.py, ./dev check), and how they stop."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import eventually_blocking
+from tools.check import Checks
+
+PROGRAM = """
+echo "this is $*"
+case $1 in
+bad) exit 3 ;;
+long)
+    trap 'echo cleaned up >long.end; exit 130' INT
+    echo $$ >long.begun
+    while :; do sleep 0.05; done ;;
+after) until [ -e long.begun ]; do sleep 0.02; done; exit 3 ;;
+esac
+"""
+
+
+@pytest.fixture
+def checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checks:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "program").write_text(PROGRAM)
+    return Checks(["sh", "program"], tmp_path)
+
+
+def test_all_rows_run_to_their_end(checks: Checks, capfd: pytest.CaptureFixture[str]):
+    assert checks.run([("one --with words", "two"), ("three",)]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    for check in ("one --with words", "two", "three"):
+        at = lines.index(f"=== ci: {check}")
+        assert lines[at + 1] == f"this is {check}"
+        assert lines[at + 2].startswith(f"=== ci: {check} passed in ")
+    assert lines[-1].startswith("=== ci: 3 checks passed in ")
+
+
+def test_the_first_that_fails_is_named_and_ends_the_others(checks: Checks, capfd: pytest.CaptureFixture[str]):
+    assert checks.run([("long", "never"), ("good", "after --hard", "never")]) == 1
+    assert Path("long.end").read_text() == "cleaned up\n"
+    out = capfd.readouterr().out
+    assert "=== ci: after --hard FAILED (exit 3); repeat it with: ./dev after --hard" in out
+    assert out.count("FAILED") == 1
+    assert "never" not in out
+    assert out.splitlines()[-1].startswith("=== ci: stopped after ")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ending_it_ends_what_it_started(checks: Checks, number: signal.Signals):
+    program = (
+        "import signal, sys; from pathlib import Path; from tools.check import Checks\n"
+        "signal.signal(signal.SIGTERM, signal.default_int_handler)\n"
+        "sys.exit(Checks(['sh', 'program'], Path()).run([('long', 'never')]))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program])
+    eventually_blocking(Path("long.begun").exists)
+    process.send_signal(number)
+    assert process.wait(30) == 1
+    assert Path("long.end").read_text() == "cleaned up\n"

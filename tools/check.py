@@ -1,0 +1,128 @@
+"""The checks of ``bash .ci/run`` (``./dev check``), in rows that run beside each other; nothing is tried twice.
+
+The checks of one row wait most of the time, for containers and for workers that were killed, while those of the other
+compute. What a check prints is shown in one piece when it has ended. The first one that fails is named, and ends the
+others.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+OUTPUT = ROOT / "build" / "check"
+
+# By hand: what is marked slow beyond the topologies, soaks, mutants, benchmarks.
+ROWS: tuple[tuple[str, ...], ...] = (
+    ("test --all -o faulthandler_timeout=600", "pythons", "compat", "topologies"),
+    (
+        *("lint", "types", "layers", "ceilings", "hosts", "links", "spell", "docs", "wheel-test", "demo --jobs 2000"),
+        *("crash", "containers --or-skip"),
+    ),
+)
+
+LAST_WORDS = 60.0
+"""Seconds for a check that is ended by Ctrl-C to clean up what it started."""
+
+
+class Checks:
+    """Rows of checks, which stop together.
+
+    Args:
+        program: runs a check, whose words it gets.
+        output: folder for what they print.
+    """
+
+    def __init__(self, program: Sequence[str | Path], output: Path) -> None:
+        self._program, self._output = program, output
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._lock = threading.Lock()
+        self._began = time.monotonic()
+        self.failed: list[str] = []
+        """The first that failed, and those that were ended then."""
+
+    def run(self, rows: Sequence[Sequence[str]]) -> int:
+        """Exit code of the first check that failed."""
+        threads = [threading.Thread(target=self._row, args=(row,)) for row in rows]
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                thread.join()
+        except KeyboardInterrupt:
+            self._stop("Ctrl-C")
+            for thread in threads:
+                thread.join()
+        seconds = time.monotonic() - self._began
+        if self.failed:
+            print(f"=== ci: stopped after {seconds:.0f} s", flush=True)
+            return 1
+        print(f"=== ci: {sum(map(len, rows))} checks passed in {seconds:.0f} s", flush=True)
+        return 0
+
+    def _row(self, row: Sequence[str]) -> None:
+        for check in row:
+            if not self._one(check):
+                return
+
+    def _one(self, check: str) -> bool:
+        began = time.monotonic()
+        file = self._output / f"{check.split(maxsplit=1)[0]}.txt"
+        with file.open("wb") as out:
+            with self._lock:
+                if self.failed:
+                    return False
+                # A group of its own: it is ended with all that it started.
+                process = self._running[check] = subprocess.Popen(
+                    [*self._program, *check.split()],
+                    stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
+                )  # fmt: skip
+            code = process.wait()
+        with self._lock:
+            del self._running[check]
+            if self.failed:
+                return False
+            words = f"FAILED (exit {code}); repeat it with: ./dev {check}; it ran" if code else "passed in"
+            said = file.read_text(errors="replace")
+            print(f"=== ci: {check}\n{said}=== ci: {check} {words} {time.monotonic() - began:.0f} s", flush=True)
+        if code:
+            self._stop(check)
+        return not code
+
+    def _stop(self, why: str) -> None:
+        with self._lock:
+            self.failed.append(why)
+            running = list(self._running.values())
+        for process in running:
+            _signal(process, signal.SIGINT)
+        for process in running:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(LAST_WORDS)
+            _signal(process, signal.SIGKILL)
+
+
+def _signal(process: subprocess.Popen[bytes], number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+def main() -> int:
+    """Run them all."""
+    shutil.rmtree(OUTPUT, ignore_errors=True)
+    OUTPUT.mkdir(parents=True)
+    return Checks([ROOT / "dev"], OUTPUT).run(ROWS)
+
+
+if __name__ == "__main__":
+    # As Ctrl-C: nothing that was started may stay behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(main())
