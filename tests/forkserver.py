@@ -307,8 +307,9 @@ def _child(order: dict[str, Any], descriptors: Sequence[int]) -> int:
 def set_constant(name: str, value: float) -> float:
     """Set ``package.module.NAME``, which must be there; returns what it was."""
     module, _, constant = name.rpartition(".")
-    before: float = getattr(sys.modules[module], constant)
-    setattr(sys.modules[module], constant, value)
+    owner = importlib.import_module(module)
+    before: float = getattr(owner, constant)
+    setattr(owner, constant, value)
     return before
 
 

@@ -31,6 +31,7 @@ import structlog
 
 from streamworker import cli, signals
 from streamworker.telemetry import logs
+from tests.forkserver import set_constant
 
 ROOT: Final = Path(__file__).parents[1]
 LASTING: Final = frozenset({"bridge", "dashboard", "demo", "dev", "relay", "worker"})
@@ -43,6 +44,7 @@ def run(
     cwd: Path,
     env: Mapping[str, str],
     input: str | None = None,  # noqa: A002
+    constants: Mapping[str, float] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """``streamworker WORDS``, as `subprocess.run` with ``capture_output`` and ``text`` tells of it.
 
@@ -51,9 +53,11 @@ def run(
         cwd: the working directory; importable, as with ``python -m``.
         env: the whole environment.
         input: what is on standard input; ``None`` for nothing.
+        constants: see `tests.forkserver.forked`.
     """
     with ExitStack() as stack:
-        for state in (_environment(env), _directory(cwd), _imports(cwd, env), _process_state()):
+        own = _environment(env), _directory(cwd), _imports(cwd, env), _process_state(), _constants(constants or {})
+        for state in own:
             stack.enter_context(state)
         out, err = stack.enter_context(_streams(input))
         code = _apart(lambda: _main(list(words)))
@@ -132,6 +136,16 @@ def _imports(cwd: Path, env: Mapping[str, str]) -> Iterator[None]:
                 del sys.modules[name]
         sys.modules.update(hidden)
         sys.path[:], sys.argv[:] = path, argv
+
+
+@contextmanager
+def _constants(constants: Mapping[str, float]) -> Iterator[None]:
+    before = {name: set_constant(name, value) for name, value in constants.items()}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            set_constant(name, value)
 
 
 @contextmanager

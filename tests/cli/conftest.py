@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from uuid import uuid4
 
 import pytest
@@ -114,7 +114,7 @@ class Program:
         if url is not None:
             self.env["REDIS_URL"] = url
         self.constants: dict[str, float] = {}
-        """Seconds that are too long to wait for in processes of the fork server: see `forkserver.forked`."""
+        """Seconds that are too long to wait for for here: see `forkserver.forked`."""
         self.running: list[forkserver.Forked | subprocess.Popen[str]] = []
 
     def command(self, *words: object) -> list[str]:
@@ -138,7 +138,7 @@ class Program:
         elif forked or set(texts[:1]) & inprocess.LASTING:
             done = forkserver.run(texts, input=stdin, timeout=timeout, constants=self.constants, **place)
         else:
-            done = inprocess.run(texts, input=stdin, **place)
+            done = inprocess.run(texts, input=stdin, constants=self.constants, **place)
         return Done(done.args, done.returncode, done.stdout, done.stderr)
 
     def ok(self, *words: object, **options: Any) -> Done:
@@ -149,6 +149,12 @@ class Program:
     def start(self, *words: object, **env: str) -> Running:
         place = {"cwd": self.directory, "env": {**self.env, **env}}
         return self._runs(forkserver.forked([*map(str, words)], constants=self.constants, **place))
+
+    def piped(self, *words: object, stdout: int | IO[str] = subprocess.PIPE) -> forkserver.Forked:
+        """A process whose standard error, and standard output unless it is to go elsewhere, are pipes to the test."""
+        process = forkserver.forked([*map(str, words)], stdout=stdout, cwd=self.directory, env=self.env)
+        self.running.append(process)
+        return process
 
     def fresh(self, *command: object, **env: str) -> Running:
         """Any command, as a process that is no child of the fork server."""
@@ -279,8 +285,9 @@ def bare(project: Path) -> Iterator[Program]:
         if process.poll() is None:
             process.kill()
         process.wait()
-        assert process.stderr is not None
-        process.stderr.close()
+        for stream in (process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
 
 
 both_modes = pytest.mark.parametrize("ground", MODES, indirect=True)

@@ -45,15 +45,15 @@ def test_no_job_is_late_or_early(sw, ground, project, tmp_path, ahead):
     now = time.time()
     moment = datetime.fromtimestamp(now, UTC)
     due = {
-        name: moment + timedelta(seconds=seconds) for name, seconds in (("past", -5), ("raw", 3), ("later", HOUR / 2))
+        name: moment + timedelta(seconds=seconds) for name, seconds in (("past", -5), ("raw", 1.5), ("later", HOUR / 2))
     }
     for name, at in due.items():
         ground.push(_document(tmp_path / name, run_at=at.isoformat()), queue="marks")
-    ground.push(_document(tmp_path / "snoozed", snooze=3), queue="marks")
-    sw.ok("enqueue", "mark", json.dumps({"path": str(tmp_path / "delayed")}), "--queue", "marks", "--delay", "3")
+    ground.push(_document(tmp_path / "snoozed", snooze=1.5), queue="marks")
+    sw.ok("enqueue", "mark", json.dumps({"path": str(tmp_path / "delayed")}), "--queue", "marks", "--delay", "1.5")
     eventually_blocking((tmp_path / "past").exists, 30)
-    while (left := now + 2.5 - time.time()) > 0:
-        assert not (tmp_path / "raw").exists(), f"{left + 0.5} s early"
+    while (left := now + 1.2 - time.time()) > 0:
+        assert not (tmp_path / "raw").exists(), f"{left + 0.3} s early"
         time.sleep(0.01)
     for name in ("raw", "delayed", "snoozed"):
         eventually_blocking((tmp_path / name).exists, 30)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from tests.cli.conftest import both_modes
 from tests.conftest import eventually_blocking
 
@@ -24,6 +26,7 @@ async def tick(payload: Tick) -> None:
 
 @both_modes
 def test_delayed_jobs_become_ready_without_a_ledger_and_without_an_app(sw, ground):
+    sw.constants["streamworker.relaying.NEW_QUEUES"] = 0.2
     relay = sw.start("relay")
     sw.ok("enqueue", "note.write", '{"text": "x"}', "--queue", "notes", "--delay", "0.5", STREAMWORKER_APP="jobs:app")
     eventually_blocking(lambda: ground.ready(queue="notes") == 1, 30)
@@ -31,7 +34,7 @@ def test_delayed_jobs_become_ready_without_a_ledger_and_without_an_app(sw, groun
     assert relay.saw("relay_stopped")
 
 
-@both_modes
+@pytest.mark.parametrize("ground", ["stream", pytest.param("list", marks=pytest.mark.all)], indirect=True)
 def test_schedules_tick_without_a_worker(sw, ground, project):
     (project / "scheduled.py").write_text(SCHEDULED)
     by_name = sw.start("relay", "scheduled:app")

@@ -138,8 +138,16 @@ def forks(project, request):
     (project / "forks.py").write_text(ASYNC if request.param == "async" else FORKS)
 
 
-@pytest.mark.parametrize("forks", ["sync", "async"], indirect=True)
-@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+@pytest.mark.parametrize(
+    ("loop", "forks"),
+    [
+        ("asyncio", "sync"),
+        ("uvloop", "async"),
+        pytest.param("asyncio", "async", marks=pytest.mark.all),
+        pytest.param("uvloop", "sync", marks=pytest.mark.all),
+    ],
+    indirect=["forks"],
+)
 def test_the_signals_of_a_handlers_children_are_their_own(sw, ground, project, tmp_path, forks, loop):
     ways = [
         "fork",
@@ -255,9 +263,17 @@ DEF fork(payload: Fork, ctx: Context) -> None:
 """
 
 
-@pytest.mark.parametrize("ground", ["stream", "list"], indirect=True)
+KINDS = [("asyncio", "async"), ("uvloop", "async"), ("uvloop", "sync"), ("asyncio", "middleware")]
+
+
 @pytest.mark.parametrize(
-    ("loop", "kind"), [("asyncio", "async"), ("uvloop", "async"), ("uvloop", "sync"), ("asyncio", "middleware")]
+    ("ground", "loop", "kind"),
+    [
+        *[("stream", *kind) for kind in KINDS],
+        ("list", *KINDS[0]),
+        *[pytest.param("list", *kind, marks=pytest.mark.all) for kind in KINDS[1:]],
+    ],
+    indirect=["ground"],
 )
 def test_a_forked_child_that_comes_back_to_its_worker_ends(sw, ground, project, tmp_path, loop, kind):
     words = {"DEF": "def", "AWAIT ": ""} if kind == "sync" else {"DEF": "async def", "AWAIT ": "await "}
@@ -333,6 +349,7 @@ def test_a_second_signal_to_all_cuts_short(sw, raw, tmp_path):
 
 
 def test_a_worker_that_is_stopped_by_itself_drains_and_is_started_again(sw, raw, tmp_path):
+    sw.constants["streamworker.pause.FIRST"] = 0.1
     supervisor, workers = holding(sw, raw, tmp_path, 2)
     os.kill(workers[0], signal.SIGTERM)
     eventually_blocking(lambda: supervisor.saw("worker_stopping", 1))

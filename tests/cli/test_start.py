@@ -65,7 +65,10 @@ class TestRedis:
         with listener(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n") as url:
             assert "is not Redis" in fails(bare, 69, *words, REDIS_URL=url)
 
-    def test_silence(self, bare, words):
+    @pytest.mark.parametrize("patience", [0.3, pytest.param(None, marks=pytest.mark.all)], ids=["short", "real"])
+    def test_silence(self, bare, words, patience):
+        if patience is not None:
+            bare.constants["streamworker.broker.client.COMMAND_TIMEOUT"] = patience
         with listener(b"") as url:
             assert "does not answer" in fails(bare, 69, *words, REDIS_URL=url)
 

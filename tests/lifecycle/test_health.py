@@ -83,9 +83,9 @@ def test_the_probe_of_containers_says_it_too(start, redis_url):
 
 
 def test_it_answers_while_a_handler_blocks_the_loop_and_says_so(start, redis_url, raw):
-    # The least silence that counts is 5 s, so that one blocking handler is enough for both answers.
-    worker = start(redis_url).ready()
-    put(raw, "block", "one", seconds=8)
+    # One blocking handler is enough for both answers.
+    worker = start(redis_url, constants={"streamworker.telemetry.vitals.LEAST_SILENCE": 2.0}).ready()
+    put(raw, "block", "one", seconds=4)
     eventually_blocking(lambda: traces(raw, "block"))
     assert status(worker, "/healthz") == 200  # slow is not dead
     _, told = eventually_blocking(lambda: (answer := ask(worker, "/healthz"))[0] == 503 and answer, 10)

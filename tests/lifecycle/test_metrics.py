@@ -17,6 +17,9 @@ from tests.lifecycle.test_worker import Process, traces
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
+SOON = {"streamworker.metering.FRESH": 0.3}
+"""Seconds after which depths are asked anew."""
+
 
 def scrape(worker: Process) -> str:
     connection = http.client.HTTPConnection(address(worker), timeout=10)
@@ -45,7 +48,7 @@ def value(worker: Process, name: str, **labels: str) -> float | None:
 
 
 def test_what_jobs_come_to_is_counted(start, redis_url, raw):  # noqa: F811
-    worker = start(redis_url).ready()
+    worker = start(redis_url, constants=SOON).ready()
     for number in range(3):
         put(raw, "quick", f"q{number}")
     put(raw, "fail", "f")
@@ -92,7 +95,7 @@ def test_it_answers_while_a_handler_blocks_the_loop(start, redis_url, raw):  # n
 
 
 def test_without_redis_depths_are_missing_and_the_rest_is_told(start, own_server):  # noqa: F811
-    worker = start(own_server.url).ready()
+    worker = start(own_server.url, constants=SOON).ready()
     eventually_blocking(lambda: value(worker, "queue_ready_jobs", queue="q") == 0, 20)
     own_server.kill()
     eventually_blocking(lambda: value(worker, "redis_up") == 0, 30)

@@ -29,7 +29,9 @@ DEAD = f"{Q}:dead"
 class Process:
     """One worker process and what it says."""
 
-    def __init__(self, url: str, log: Path, *arguments: str, **settings: Any) -> None:
+    def __init__(
+        self, url: str, log: Path, *arguments: str, constants: dict[str, float] | None = None, **settings: Any
+    ) -> None:
         env = {
             name: value
             for name, value in os.environ.items()
@@ -41,7 +43,7 @@ class Process:
         self.log = log
         with log.open("wb") as out:
             self._process = forkserver.forked(
-                arguments, module="tests.lifecycle.apps", env=env, cwd=ROOT, stdout=out, stderr=out
+                arguments, module="tests.lifecycle.apps", env=env, cwd=ROOT, stdout=out, stderr=out, constants=constants
             )
 
     def signal(self, number: int) -> None:
@@ -197,7 +199,7 @@ def test_a_second_signal_waits_no_longer(start, raw, number, code, ground):
 
 def test_a_handler_that_blocks_the_loop_keeps_its_lease_and_is_named(start, raw, ground):
     first, second = start().ready(), start().ready()
-    put(ground, "block", "x", seconds=3.3)
+    put(ground, "block", "x", seconds=2.4)
     eventually_blocking(lambda: traces(raw, "blocked"), 10)
     eventually_blocking(ground.empty)
     assert len(traces(raw, "block")) == len(traces(raw, "blocked")) == 1
@@ -207,10 +209,19 @@ def test_a_handler_that_blocks_the_loop_keeps_its_lease_and_is_named(start, raw,
     assert not first.said("claim_lost") and not second.said("claim_lost")
 
 
-@pytest.mark.parametrize("kind", ["lock", "lock_thread"])
+@pytest.mark.parametrize(
+    ("ground", "kind"),
+    [
+        ("stream", "lock"),
+        ("list", "lock_thread"),
+        pytest.param("stream", "lock_thread", marks=pytest.mark.all),
+        pytest.param("list", "lock", marks=pytest.mark.all),
+    ],
+    indirect=["ground"],
+)
 def test_c_code_that_keeps_the_interpreter_lock_keeps_its_lease(start, raw, ground, kind):
     first, second = start().ready(), start().ready()
-    put(ground, kind, "x", seconds=4)
+    put(ground, kind, "x", seconds=2.5)  # two leases and a half
     eventually_blocking(lambda: traces(raw, "locked"), 15)
     eventually_blocking(ground.empty)
     assert len(traces(raw, "lock")) == len(traces(raw, "locked")) == 1
@@ -313,7 +324,7 @@ def test_a_zombie_that_finishes_first_does_not_end_its_successors_run(start, raw
     second.signal(signal.SIGCONT)
 
 
-@pytest.mark.parametrize("deliveries", [3, 5])
+@pytest.mark.parametrize("deliveries", [3, pytest.param(5, marks=pytest.mark.all)])
 def test_a_job_that_kills_its_workers_dies_alone(start, raw, ground, deliveries):
     """500 innocents, one poison: it takes MAX_DELIVERIES workers with it and nobody else's attempts or lives."""
     names = [f"i{n}" for n in range(500)]
@@ -407,7 +418,14 @@ def flood(ground: Ground, count: int) -> tuple[int, int]:
     return valid, count - valid
 
 
-@pytest.mark.parametrize("count", [10_000, pytest.param(100_000, marks=[pytest.mark.slow, pytest.mark.timeout(600)])])
+@pytest.mark.parametrize(
+    "count",
+    [
+        2000,
+        pytest.param(10_000, marks=pytest.mark.all),
+        pytest.param(100_000, marks=[pytest.mark.slow, pytest.mark.timeout(600)]),
+    ],
+)
 def test_a_flood_of_nonsense_ends_in_dead_letters_and_stops_nobody(start, raw, count, ground):
     valid, wrong = flood(ground, count)
     worker = start(CONCURRENCY=100, LEASE=5, UNKNOWN_KIND_TTL=1, MAX_JOB_BYTES=2000, LOG_LEVEL="critical")
