@@ -18,7 +18,6 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ import redis
 
 from tests.bridge.nursery import Nursery
 from tests.conftest import Server
+from tests.forkserver import Forked
 
 ROOT = Path(__file__).parents[2]
 LISTS = ("queue:q:high", "queue:q", "queue:q:low")
@@ -37,9 +37,9 @@ OWN_ENDS = {"ValueError", "Snooze"}
 class Producer(threading.Thread):
     """Pushes ``rate`` jobs a second with a plain client, a few in each round trip."""
 
-    def __init__(self, server: Server, rate: float, seed: int) -> None:
+    def __init__(self, server: Server, rate: float, seed: int, later: float) -> None:
         super().__init__(daemon=True)
-        self._server, self._rate, self._random = server, rate, random.Random(seed)
+        self._server, self._rate, self._random, self._later = server, rate, random.Random(seed), later
         self._ended = threading.Event()
         self.acknowledged: list[int] = []
         self.children: list[int] = []
@@ -79,7 +79,7 @@ class Producer(threading.Thread):
             payload["child"] = True
             self.children.append(-number)
         elif dice < 0.08:
-            later = time.time() + self._random.uniform(0.1, 3.0)
+            later = time.time() + self._random.uniform(0.1, self._later)
             document["run_at"] = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(later)) + f"{later % 1:.3f}"[1:] + "Z"
         elif dice < 0.081:
             payload["seconds"] = 1.0
@@ -91,7 +91,7 @@ class Producer(threading.Thread):
 class Member:
     """One worker of the fleet."""
 
-    def __init__(self, process: ForkServerProcess, mode: str, log: Path) -> None:
+    def __init__(self, process: Forked, mode: str, log: Path) -> None:
         self.process, self.mode, self.log = process, mode, log
         self.killed: float | None = None
 
@@ -118,13 +118,16 @@ class Flip:
         rate: jobs a second that producers push.
         lease: the workers' lease.
         seed: of everything that is random.
+        later: most seconds for which producers delay a job.
     """
 
-    def __init__(self, directory: Path, *, workers: int, rate: float, lease: float, seed: int) -> None:
+    def __init__(
+        self, directory: Path, *, workers: int, rate: float, lease: float, seed: int, later: float = 3.0
+    ) -> None:
         self.directory, self.lease, self.seed = directory, lease, seed
         self.server = Server(directory)
         self.raw = redis.Redis.from_url(self.server.url, protocol=2, decode_responses=True)
-        self.producer = Producer(self.server, rate, seed)
+        self.producer = Producer(self.server, rate, seed, later)
         self.count = workers
         self.members: list[Member] = []
         self.fleet: list[Member] = []
@@ -137,7 +140,7 @@ class Flip:
             STREAMWORKER_LEASE=str(lease),
             STREAMWORKER_LOG_FORMAT="json",
         )
-        self.bridge: ForkServerProcess | None = None
+        self.bridge: Forked | None = None
         self.bridges = self.bridge_kills = 0
         self.violations: list[str] = []
         self._random = random.Random(seed + 1)
@@ -160,8 +163,8 @@ class Flip:
         process = self.nursery.start("worker", log=log, STREAMWORKER_MODE=mode)
         member = Member(process, mode, log)
         self.members.append(member)
-        await until(lambda: member.ready or not process.is_alive(), 60, "a ready worker", lambda: member.text)
-        if process.is_alive():
+        await until(lambda: member.ready or process.poll() is not None, 60, "a ready worker", lambda: member.text)
+        if process.poll() is None:
             self.fleet.append(member)
         else:
             self.violations.append(f"{log.name} did not start: {member.text[-500:]}")
@@ -171,10 +174,10 @@ class Flip:
         self.fleet.remove(member)
         member.process.terminate()
         await until(
-            lambda: not member.process.is_alive(), 60, f"the end of {member.log.name}", lambda: member.text[-500:]
+            lambda: member.process.poll() is not None, 60, f"the end of {member.log.name}", lambda: member.text[-500:]
         )
-        if member.process.exitcode != 0:
-            self.violations.append(f"{member.log.name} ended with {member.process.exitcode}: {member.text[-500:]}")
+        if member.process.returncode != 0:
+            self.violations.append(f"{member.log.name} ended with {member.process.returncode}: {member.text[-500:]}")
 
     async def roll(self, mode: str, *, keep: int = 0) -> None:
         """A rolling restart into another mode; ``keep`` of the old ones go on, or others in their place."""
@@ -198,9 +201,9 @@ class Flip:
     async def stop_bridge(self) -> None:
         bridge, self.bridge = self.bridge, None
         bridge.terminate()
-        await until(lambda: not bridge.is_alive(), 30, "the end of the bridge")
-        if bridge.exitcode != 0:
-            self.violations.append(f"the bridge ended with {bridge.exitcode}")
+        await until(lambda: bridge.poll() is not None, 30, "the end of the bridge")
+        if bridge.returncode != 0:
+            self.violations.append(f"the bridge ended with {bridge.returncode}")
 
     async def kill_some(self, every: float) -> None:
         """SIGKILL workers and bridges, and start others in their place; until cancelled."""
@@ -210,14 +213,14 @@ class Flip:
                 if self.bridge is not None and self._random.random() < 0.5:
                     bridge, self.bridge = self.bridge, None
                     bridge.kill()
-                    bridge.join()
+                    bridge.wait()
                     self.bridge_kills += 1
                     await self.start_bridge()
                 elif len(self.fleet) > 1:
                     victim = self._random.choice(self.fleet)
                     self.fleet.remove(victim)
                     victim.process.kill()
-                    victim.process.join()
+                    victim.process.wait()
                     victim.killed = time.monotonic()  # afterwards: until it was gone it went on starting jobs
                     mode = victim.mode if len(self.old()) < self.kept else self.mode
                     group.create_task(self.start(mode))
@@ -240,7 +243,7 @@ class Flip:
         while self.in_streams():  # the last one may have promoted a delayed job as it went
             log = self.directory / f"burst{len(list(self.directory.glob('burst*')))}.log"
             burst = self.nursery.start("worker", "--burst", log=log, STREAMWORKER_MODE="stream")
-            await until(lambda burst=burst: not burst.is_alive(), 60, "the end of a burst")
+            await until(lambda burst=burst: burst.poll() is not None, 60, "the end of a burst")
 
     def in_streams(self) -> int:
         return int(sum(self.raw.xlen(stream) for stream in STREAMS))

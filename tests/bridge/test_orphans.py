@@ -106,7 +106,7 @@ async def test_all_finds_queues_of_which_workers_hold_everything(raw, bridge_of,
 def test_a_job_of_a_killed_list_worker_runs_in_stream_mode(sw: Program, raw, tmp_path):
     """The whole fleet has been switched; nobody of list mode is left to give it back."""
     raw.lpush("queue:holds", json.dumps({"payload": {"gate": str(tmp_path / "gate")}}))
-    settings = {"STREAMWORKER_QUEUES": "holds", "STREAMWORKER_LEASE": "1"}
+    settings = {"STREAMWORKER_QUEUES": "holds", "STREAMWORKER_LEASE": "0.6"}
     old = sw.worker(STREAMWORKER_MODE="list", **settings)
     eventually_blocking(lambda: raw.zcard("stream:{holds}:leases") == 1)
     held = raw.lrange(f"queue:holds:claimed:{old.worker_id}", 0, -1)

@@ -40,7 +40,9 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture(params=["plain", "raw", "ioredis", "node-redis"])
+@pytest.fixture(
+    params=["plain", "raw", *(pytest.param(name, marks=pytest.mark.all) for name in ("ioredis", "node-redis"))]
+)
 def produce(request: pytest.FixtureRequest, redis_url: str) -> Callable[[], str]:
     """Runs a producer; returns its name, which all its addresses begin with."""
     name = request.param
