@@ -1,20 +1,16 @@
-"""Databases: one PostgreSQL per test process, one database per test, copied from one that is migrated."""
+"""Databases: one PostgreSQL per test process, and one database per test that is as new."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
-from uuid import uuid4
 
-import anyio
 import asyncpg
 import pytest
 
-from streamworker.postgres.migrate import Migrator
+from tests.postgres.databases import Databases, Killable, beside
 from tests.postgres.servers import PostgresServer
 
 
@@ -30,60 +26,51 @@ def postgres() -> Iterator[PostgresServer]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
+@pytest.fixture(scope="session")
+def killable() -> Iterator[Killable]:
+    """A second server, that tests may kill."""
+    directory = Path(tempfile.mkdtemp(prefix="streamworker-pg-"))
+    killable = Killable(directory)
+    try:
+        yield killable
+    finally:
+        killable.close()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
 @pytest.fixture
-def own_postgres(tmp_path: Path) -> Iterator[PostgresServer]:
+def own_postgres(killable: Killable) -> Iterator[PostgresServer]:
     """A server of this test's own: it may be killed and started again. Its database is migrated."""
-    server = PostgresServer(tmp_path / "pg")
-    beside(Migrator(server.url()).up)
-    try:
-        yield server
-    finally:
-        server.kill()
-
-
-def beside(work: Any, *args: Any) -> None:
-    """Run a coroutine function though this thread may run an event loop: fixtures are made in any order."""
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(anyio.run, work, *args).result()
-
-
-async def _admin(server: PostgresServer, *statements: str) -> None:
-    connection = await asyncpg.connect(server.url("postgres"))
-    try:
-        for statement in statements:
-            await connection.execute(statement)
-    finally:
-        await connection.close()
+    yield killable.take()
+    killable.give_back()
 
 
 @pytest.fixture(scope="session")
-def template(postgres: PostgresServer) -> str:
-    """The name of a migrated database to copy."""
+def migrated(postgres: PostgresServer) -> Databases:
+    """Databases with the schema."""
+    return Databases(postgres, migrated=True)
 
-    async def make() -> None:
-        await _admin(postgres, "create database migrated")
-        await Migrator(postgres.url("migrated")).up()
 
-    beside(make)
-    return "migrated"
+@pytest.fixture(scope="session")
+def bare(postgres: PostgresServer) -> Databases:
+    """Databases without the schema."""
+    return Databases(postgres, migrated=False)
 
 
 @pytest.fixture
-def empty_database(postgres: PostgresServer) -> Iterator[str]:
+def empty_database(postgres: PostgresServer, bare: Databases) -> Iterator[str]:
     """The URL of a database without the schema."""
-    name = f"test_{uuid4().hex[:12]}"
-    beside(_admin, postgres, f"create database {name}")
+    name = beside(bare.take)
     yield postgres.url(name)
-    beside(_admin, postgres, f"drop database {name} with (force)")
+    beside(bare.give_back, name)
 
 
 @pytest.fixture
-def database_url(postgres: PostgresServer, template: str) -> Iterator[str]:
+def database_url(postgres: PostgresServer, migrated: Databases) -> Iterator[str]:
     """The URL of a migrated, empty database."""
-    name = f"test_{uuid4().hex[:12]}"
-    beside(_admin, postgres, f"create database {name} template {template}")
+    name = beside(migrated.take)
     yield postgres.url(name)
-    beside(_admin, postgres, f"drop database {name} with (force)")
+    beside(migrated.give_back, name)
 
 
 @pytest.fixture

@@ -23,15 +23,24 @@ class _Listening:
         return self.launcher.popen([*command, "-c", f"listen_addresses={self.address}"], *rest)
 
 
+def _holds_memory(pid: str) -> bool:
+    """Whether the process is there; one that ended and waits to be read by its parent holds nothing any more."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 class PostgresServer:
     """One cluster under ``directory``; fsync is off unless ``durable``, because tests kill processes, not machines."""
 
     def __init__(self, directory: Path, *, durable: bool = False) -> None:
         self._directory = directory
+        self.listens = False
         self._postgres = Postgres(open_layout(directory), find_binaries())
         self._postgres.prepare()
         if not durable:
-            with (directory / "embedded" / "postgres" / "data" / "postgresql.auto.conf").open("a") as conf:
+            with (directory / "embedded" / "postgres" / "data" / "postgresql.conf").open("a") as conf:
                 conf.write("fsync = off\nfull_page_writes = off\n")
         self.start()
 
@@ -41,6 +50,10 @@ class PostgresServer:
 
     def url(self, database: str = "streamworker") -> str:
         return f"postgresql://{PG_USER}@/{database}?host={self.socket_dir}&port={PG_PORT}"
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
 
     def start(self) -> None:
         self._process = self._postgres.spawn()
@@ -52,6 +65,7 @@ class PostgresServer:
 
     def listen(self, address: str) -> None:
         """From the next start on, on TCP too, at one of the addresses of this machine that nothing else uses."""
+        self.listens = True
         data = self._directory / "embedded" / "postgres" / "data"
         with (data / "pg_hba.conf").open("a") as conf:
             conf.write("host all all 127.0.0.0/8 trust\n")
@@ -69,7 +83,7 @@ class PostgresServer:
             for pid in (self._process.pid, *map(int, children)):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            while any(Path(f"/proc/{pid}").exists() for pid in children):  # the new server must not meet them
+            while any(map(_holds_memory, children)):  # the new server must not meet them
                 time.sleep(0.01)
         self._process.wait()
 

@@ -20,7 +20,7 @@ from streamworker.postgres.ledger import PostgresLedger
 from streamworker.postgres.pool import Database, open_database
 from tests import forkserver
 from tests.conftest import eventually
-from tests.postgres.conftest import beside
+from tests.postgres.databases import beside
 from tests.postgres.test_ledger import run_of
 from tests.postgres.working import Job, settings_for, working
 

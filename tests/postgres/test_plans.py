@@ -19,7 +19,7 @@ import pytest
 from streamworker import postgres as package
 from streamworker.postgres.migrate import Migrator
 from streamworker.postgres.pool import SETTINGS
-from tests.postgres.conftest import beside
+from tests.postgres.databases import beside
 
 LARGE = {"jobs", "job_logs", "job_keys"}
 MAY_SCAN: dict[str, str] = {}

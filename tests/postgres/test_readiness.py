@@ -4,7 +4,7 @@ from streamworker.health import LEDGER_AWAY
 from tests.conftest import eventually_blocking
 from tests.lifecycle.test_health import ask, put, raw, start, status
 from tests.lifecycle.test_worker import traces
-from tests.postgres.conftest import beside
+from tests.postgres.databases import beside
 from tests.postgres.test_down import BROKEN, tell
 
 __all__ = ["raw", "start"]

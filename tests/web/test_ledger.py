@@ -9,10 +9,10 @@ import pytest
 
 from streamworker import App, Settings
 from streamworker.web import Access, dashboard
-from tests.postgres.conftest import database_url, pg, postgres, template
+from tests.postgres.conftest import database_url, migrated, pg, postgres
 from tests.web.conftest import HERE, Browser, letter
 
-__all__ = ["database_url", "pg", "postgres", "template"]
+__all__ = ["database_url", "migrated", "pg", "postgres"]
 
 HOSTILE = "<script>alert(1)</script>\u202e"
 
