@@ -60,6 +60,7 @@ class Room:
         self.number = 0
         """How many looks there were."""
         self.watchers = 0
+        self._leaving = False
         self.campaigns: Final = Campaigns(self.stir)
 
     async def operator(self) -> Operator:
@@ -118,7 +119,7 @@ class Room:
         try:
             await self.operator()
             yield True
-            while True:
+            while not self._leaving:
                 changed, told = self._changed, False
                 self._visit()
                 with anyio.move_on_after(HEARTBEAT):
@@ -127,6 +128,11 @@ class Room:
                 yield told
         finally:
             self.watchers -= 1
+
+    def leave(self) -> None:
+        """End the streams of events: whoever serves this waits for them when it stops."""
+        self._leaving = True
+        self.stir()
 
     def stir(self) -> None:
         """Tell all who watch that something is new."""

@@ -116,6 +116,7 @@ async def _serve(site: Site, door: socket.socket) -> None:
         def stop(_number: int) -> None:
             server.force_exit = server.should_exit
             server.should_exit = True
+            site.room.leave()
 
         await group.start(signals.watch, stop)
         await server.serve(sockets=[door])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import asyncpg
 
+from tests import forkserver
 from tests.conftest import eventually
 
 PROGRAM = Path(__file__).parents[2] / "examples/everyday/fanout.py"
@@ -29,14 +29,14 @@ def environment(redis_url: str, database_url: str, mode: str) -> dict[str, str]:
 
 
 def call(env: dict[str, str], *arguments: str) -> str:
-    done = subprocess.run([sys.executable, PROGRAM, *arguments], env=env, capture_output=True, text=True, timeout=120)
+    done = forkserver.run(arguments, module=PROGRAM.stem, cwd=PROGRAM.parent, env=env, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 
 @contextmanager
-def fleet(env: dict[str, str]) -> Iterator[list[subprocess.Popen[bytes]]]:
-    workers: list[subprocess.Popen[bytes]] = []
+def fleet() -> Iterator[list[forkserver.Forked]]:
+    workers: list[forkserver.Forked] = []
     try:
         yield workers
     finally:
@@ -55,15 +55,12 @@ async def test_the_join_happens_once_whoever_is_killed(ground, redis_url, databa
     year = call(env, "start", str(MONTHS))
     database = await asyncpg.connect(database_url)
     try:
-        with fleet(env) as workers:
+        with fleet() as workers:
 
             def hire() -> None:
                 workers.append(
-                    subprocess.Popen(
-                        [sys.executable, PROGRAM, "worker"],
-                        env=env,
-                        stdout=subprocess.DEVNULL,
-                        stderr=subprocess.DEVNULL,
+                    forkserver.forked(
+                        ["worker"], module=PROGRAM.stem, cwd=PROGRAM.parent, env=env, stderr=subprocess.DEVNULL
                     )
                 )
 

@@ -15,11 +15,10 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ import redis
 
 from streamworker import App, Payload, Settings
 from streamworker.postgres.migrate import Migrator
+from tests import forkserver
 from tests.conftest import Server
 from tests.postgres.servers import PostgresServer
 
@@ -71,16 +71,20 @@ class Turmoil:
         jobs: how many.
         workers: processes at a time.
         seed: of what is left to chance.
+        leases: seconds, of which each worker gets one by chance.
     """
 
-    def __init__(self, directory: Path, *, jobs: int, workers: int, seed: int = 0) -> None:
+    def __init__(
+        self, directory: Path, *, jobs: int, workers: int, seed: int = 0, leases: Sequence[str] = ("2", "2", "5")
+    ) -> None:
+        self.leases = leases
         self.directory = directory
         self.jobs = jobs
         self.random = random.Random(seed)
         self.postgres = PostgresServer(directory / "pg")
         (directory / "redis").mkdir()
         self.redis = Server(directory / "redis")
-        self.processes: list[subprocess.Popen[bytes]] = []
+        self.processes: list[forkserver.Forked] = []
         self.count = workers
         self.told: list[str] = []
         self.started = time.monotonic()
@@ -103,11 +107,11 @@ class Turmoil:
         env = {name: value for name, value in os.environ.items() if not name.startswith("STREAMWORKER_")}
         env |= {
             "PYTHONPATH": f"{ROOT}{os.pathsep}{self.directory}", "REDIS_URL": self.redis.url, "DATABASE_URL": self.postgres.url(),
-            "STREAMWORKER_LEASE": self.random.choice(["2", "2", "5"]), "STREAMWORKER_CONCURRENCY": "20", "STREAMWORKER_LEDGER": "on", "STREAMWORKER_GRACE": "5",
+            "STREAMWORKER_LEASE": self.random.choice(self.leases), "STREAMWORKER_CONCURRENCY": "20", "STREAMWORKER_LEDGER": "on", "STREAMWORKER_GRACE": "5",
         }  # fmt: skip
         with (self.directory / "workers.log").open("ab") as log:
-            command = [sys.executable, "-m", "streamworker", "worker", "turmoil_app:app"]
-            self.processes.append(subprocess.Popen(command, env=env, cwd=self.directory, stderr=log, stdout=log))
+            words = ["worker", "turmoil_app:app"]
+            self.processes.append(forkserver.forked(words, env=env, cwd=self.directory, stderr=log, stdout=log))
 
     def replace_the_dead(self) -> None:
         for process in [each for each in self.processes if each.poll() is not None]:
@@ -115,7 +119,7 @@ class Turmoil:
         while len(self.processes) < self.count:
             self.start_worker()
 
-    def ready(self) -> list[subprocess.Popen[bytes]]:
+    def ready(self) -> list[forkserver.Forked]:
         """Workers that give signs of life: on a busy machine it takes them longer to start than to be killed."""
         with self.redis.client() as client:
             pids = {int(client.hget(name, "pid") or 0) for name in client.scan_iter("streamworker:worker:*")}

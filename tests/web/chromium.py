@@ -103,7 +103,14 @@ class Chromium:
         self._ask("Network.setExtraHTTPHeaders", headers=headers)
 
     def open(self, url: str) -> None:
-        self._ask("Page.navigate", url=url)
+        while True:
+            self._ask("Page.navigate", url=url)
+            self.until("document.readyState === 'complete'")
+            # Chromium drops its connections, those to this machine too, when an interface comes or goes.
+            torn = [said for said in self.complaints if "ERR_NETWORK_CHANGED" in said]
+            if not torn:
+                break
+            self.complaints = [said for said in self.complaints if said not in torn]
         self.until("document.readyState === 'complete' && typeof htmx === 'object'")
 
     def leave(self) -> None:

@@ -172,6 +172,14 @@ async def test_whoever_watches_is_told(browser, raw):
     assert room.watchers == 0
 
 
+async def test_streams_of_events_end_when_the_program_does(browser):
+    room = browser.site.room
+    with anyio.fail_after(20):
+        async for _ in room.events():
+            room.leave()
+    assert room.watchers == 0
+
+
 async def test_mounted_under_a_path(site_of, raw):
     entry = letter(raw)
     async with site_of(app=lambda site: Starlette(routes=[Mount("/ops/jobs", site)]), prefix="/ops/jobs") as browser:
