@@ -23,7 +23,7 @@ from benchmarks import measure, report
 from benchmarks.measure import Row
 from benchmarks.server import server
 from streamworker.broker import Broker, Ending
-from streamworker.broker.client import Address
+from streamworker.broker.redis.client import Address
 from streamworker.broker.stream import StreamBroker, StreamOptions
 from streamworker.job import Claim, Done
 

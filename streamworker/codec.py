@@ -6,31 +6,21 @@ patches our own keys and keeps every other byte, so that what producers of other
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
-from typing import Annotated, Any, Final, Literal
+from hashlib import sha1
+from hmac import compare_digest
+from time import time
+from typing import Annotated, Any, Final, Literal, NamedTuple
 from uuid import UUID, uuid5
 
 import msgspec
 import uuid_utils
 
 from streamworker.errors import InvalidJob, JobTooLarge
-from streamworker.finite import infinity_in
 from streamworker.job import Claim, Job, Level, Outgoing
-from streamworker.marks import (
-    MARK_FIELD,
-    MOST,
-    NOTHING,
-    OLD_HEADERS,
-    STATE_FIELD,
-    State,
-    believed,
-    mark_of,
-    old_state,
-    proven,
-    sealed,
-)
 from streamworker.payload import Payload, fit_of
 
 MAX_ID_BYTES: Final = 200
@@ -47,8 +37,6 @@ _NAMESPACE: Final = UUID("6f0fd0a5-3c0b-5d3e-9a55-0b6a2f7c1e84")
 _PRIORITY_OF: Final[dict[Level, int]] = {"high": 50, "normal": 100, "low": 200}
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
-
-
 MOST_HOPS: Final = 2**52
 """No job goes round that often: behind a larger hop, which is a producer's invention, documents count from 1."""
 
@@ -68,6 +56,16 @@ class Document(msgspec.Struct, kw_only=True, omit_defaults=True):
     max_attempts: Count | None = None
     hop: Count | None = None
     headers: dict[str, Any] | None = None
+
+
+MOST: Final = 10**6
+"""More deliveries than this are no count of ours."""
+GRACE: Final = 86_400.0
+"""Seconds for which unsealed state of earlier versions is believed in a queue that they worked on."""
+STATE_FIELD: Final = "streamworker_state"
+MARK_FIELD: Final = "streamworker"
+OLD_HEADERS: Final = frozenset({"streamworker-deliveries", "streamworker-unknown-since", "streamworker-turn"})
+"""Names under which earlier versions kept state among the headers. Users never see them, and may not write them."""
 
 
 class Reading(msgspec.Struct, kw_only=True, gc=False):
@@ -407,3 +405,196 @@ def when(document: Reading) -> float | None:
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=UTC)
     return moment.timestamp()
+
+
+_MARKED: Final = re.compile(
+    rb'(\s*\{)"streamworker":\{"id":"([0-9A-Fa-f-]{36})","deliveries":(\d{1,6})(?:,"seal":"([0-9a-f]{1,64})")?\},'
+)
+_TURN: Final = re.compile(r"[0-9]{1,15}(\.[0-9]{1,3})? [0-9a-f]{8}")
+_LARGEST: Final = 2**53
+
+
+class State(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What workers remember of a job from one entry to the next.
+
+    Attributes:
+        deliveries: deaths of workers that held the job on earlier entries: a hand-back makes a new entry, whose count
+            starts again.
+        turn: of a job that waited for a limit: ``ARRIVAL MARK``, when it came there (ms by the server's clock), and the
+            end of the member that it waited under.
+        unknown_since: epoch seconds at which a worker first met this job without knowing its kind; 0 if none did.
+        returns: how often in a row it ran and came back uncharged.
+        rapid: how many of the last of those came within a second.
+    """
+
+    deliveries: int = 0
+    turn: str = ""
+    unknown_since: int = 0
+    returns: int = 0
+    rapid: int = 0
+
+
+NOTHING: Final = State()
+
+
+class Mark(NamedTuple):
+    """The id a job was given when it was first taken, how often it was delivered, and what proves that."""
+
+    id: str
+    deliveries: int
+    seal: str = ""
+
+
+class OldState(NamedTuple):
+    """State that stood among the headers, and what stood in its own field beside that."""
+
+    state: State
+    beside: Any
+
+
+def seal(secret: bytes, job_id: str, text: str) -> str:
+    """The proof that a worker of the queue wrote ``text`` about the job. Lua computes the same.
+
+    Args:
+        secret: as it lies in the queue's meta hash.
+        job_id: whose state it is.
+        text: what is proven; without line breaks.
+    """
+    key = secret.partition(b" ")[0]
+    proven = b"%b %b\n%b\n%b" % (key, text.encode(), job_id.encode(errors="surrogatepass"), key)
+    return sha1(proven).hexdigest()  # noqa: S324 - Lua has no other digest, and a collision proves nothing here
+
+
+def sealed(state: State, job_id: str, secret: bytes) -> dict[str, Any]:
+    """The state as it is written into a document."""
+    return {**msgspec.to_builtins(state), "seal": seal(secret, job_id, _text(state))}
+
+
+def believed(raw: Any, job_id: str | None, secret: bytes, *, hop: int) -> State:
+    """The state that a document tells of, as far as it is ours.
+
+    Args:
+        raw: the document's field, or what `old_state` made of it.
+        job_id: the job's, as the document tells it; earlier versions, too, wrote it wherever they wrote state.
+        secret: the queue's; without one nothing is believed.
+        hop: how often the job was put on a stream again: state is only written then.
+    """
+    if isinstance(raw, OldState):
+        state = believed(raw.beside, job_id, secret, hop=hop)
+        if not job_id or not hop or not upgrading(secret):
+            return state
+        old = raw.state
+        deaths = min(MOST, state.deliveries + old.deliveries)  # of a fleet in which both versions put jobs back
+        turn, since = state.turn or old.turn, state.unknown_since or old.unknown_since
+        return State(deaths, turn, since, state.returns, state.rapid)
+    if not isinstance(raw, dict) or not job_id or not secret:
+        return NOTHING
+    deliveries, turn = _count(raw.get("deliveries"), MOST), _turn(raw.get("turn"))
+    returns, rapid = _count(raw.get("returns")), _count(raw.get("rapid"))
+    state = State(deliveries, turn, _count(raw.get("unknown_since")), returns, rapid)
+    proof = raw.get("seal")
+    right = isinstance(proof, str) and proof.isascii() and compare_digest(proof, seal(secret, job_id, _text(state)))
+    return state if right else NOTHING
+
+
+def old_state(headers: dict[str, Any], beside: Any) -> OldState:
+    """The state that earlier versions wrote among ``headers``, which loses it here."""
+    told = [headers.pop(f"streamworker-{name}", None) for name in ("deliveries", "turn", "unknown-since")]
+    return OldState(State(_digits(told[0], MOST), _turn(told[1]), _digits(told[2], _LARGEST)), beside)
+
+
+def mark_of(value: Any) -> Mark | None:
+    """The mark in a document's field ``streamworker``; ``None`` for whatever else may stand there."""
+    if not isinstance(value, dict):
+        return None
+    name, deliveries, proof = value.get("id"), value.get("deliveries"), value.get("seal", "")
+    if not isinstance(name, str) or not 0 < len(name) <= 36 or type(deliveries) is not int:
+        return None
+    return Mark(name, deliveries, proof) if 0 <= deliveries <= MOST and isinstance(proof, str) else None
+
+
+def proven(mark: Mark, secret: bytes) -> bool:
+    """Whether a worker of the queue wrote the mark, as far as can be told: see `GRACE`."""
+    if not mark.seal:
+        return upgrading(secret)
+    return bool(secret) and mark.seal.isascii() and compare_digest(
+        mark.seal, seal(secret, mark.id, f"deliveries {mark.deliveries}")
+    )  # fmt: skip
+
+
+def unmarked(element: bytes, secret: bytes) -> tuple[bytes, Mark | None]:
+    """The bytes as the producer wrote them, and the mark in front of them if there is one of ours."""
+    match = _MARKED.match(element)
+    if match is None:
+        return element, None
+    mark = Mark(match[2].decode(), int(match[3]), (match[4] or b"").decode())
+    return (match[1] + element[match.end() :], mark) if proven(mark, secret) else (element, None)
+
+
+def upgrading(secret: bytes) -> bool:
+    """Whether unsealed state of earlier versions is still believed: only where they were before, and not for long."""
+    _, _, born = secret.partition(b" ")
+    return born.isdigit() and 0 < int(born) <= 1000 * time() < int(born) + 1000 * GRACE
+
+
+def reserved_in(headers: Mapping[Any, Any]) -> str | None:
+    """A name among a user's headers that is ours."""
+    return next((name for name in headers if isinstance(name, str) and name.startswith("streamworker-")), None)
+
+
+def _text(state: State) -> str:
+    return f"state {state.deliveries} {state.unknown_since} {state.returns} {state.rapid} {state.turn}"
+
+
+def _turn(value: Any) -> str:
+    return value if isinstance(value, str) and _TURN.fullmatch(value) else ""
+
+
+def _count(value: Any, most: int = _LARGEST) -> int:
+    return value if type(value) is int and 0 <= value <= most else 0
+
+
+def _digits(value: Any, most: int) -> int:
+    """A header's number; those of earlier versions are text."""
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 16:
+        value = int(value)
+    return _count(value, most)
+
+
+HEADER: Final = "traceparent"
+_FORM: Final = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
+
+
+def trace_id(headers: Mapping[str, Any] | None) -> str | None:
+    """The trace's id; ``None`` without a ``traceparent`` that holds one."""
+    value = headers.get(HEADER) if headers else None
+    found = _FORM.fullmatch(value) if isinstance(value, str) else None
+    return found.group(1) if found else None
+
+
+def infinity_in(value: Any) -> str | None:
+    """Where something that was written as JSON holds NaN or an infinity: ``.field[0]``; ``None`` if it holds none."""
+    try:
+        value = msgspec.to_builtins(value)
+    except Exception:  # noqa: BLE001 - it holds JSON as it is, or an object of a user's
+        value = msgspec.structs.asdict(value) if isinstance(value, msgspec.Struct) else value
+    return next(_infinities(value, ""), None)
+
+
+def _infinities(value: Any, path: str) -> Iterator[str]:
+    if isinstance(value, float) and not math.isfinite(value):
+        yield path
+    elif isinstance(value, Mapping):
+        for name, each in value.items():
+            yield from _infinities(each, f"{path}.{name}")
+    elif isinstance(value, list | tuple | set | frozenset):
+        for number, each in enumerate(value):
+            yield from _infinities(each, f"{path}[{number}]")
+
+
+def deliveries_of(claim: Claim, reading: Reading | None) -> int:
+    """Deliveries so far, those on earlier entries of the same job and one that is only reserved included."""
+    count = claim.count + claim.suspect
+    if reading is None or (reading.state is None and reading.streamworker is None):
+        return count
+    return count + state_of(reading, claim.secret).deliveries

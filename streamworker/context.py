@@ -15,15 +15,12 @@ from structlog.contextvars import get_contextvars
 from typing_extensions import TypeVar
 
 from streamworker import codec
-from streamworker.codec import Reading
+from streamworker.codec import Reading, trace_id
 from streamworker.errors import ConfigurationError, RunEnded, UsageError
-from streamworker.job import Claim, Job
+from streamworker.job import Claim, Job, Progress
 from streamworker.policy import Limits
-from streamworker.postgres import Effect, Ledger, RunRecord, Transaction, refusal
-from streamworker.progress import Progress
-from streamworker.records import run_record
+from streamworker.postgres import Effect, Ledger, RunRecord, Transaction, refusal, run_record
 from streamworker.telemetry.logs import get_logger
-from streamworker.traceparent import trace_id
 
 MAX_NOTE: Final = 200
 """Characters of a note that are kept."""

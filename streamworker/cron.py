@@ -26,7 +26,7 @@ from cronsim import CronSim, CronSimError
 from streamworker.errors import ConfigurationError
 from streamworker.handlers import Payload
 from streamworker.job import Job
-from streamworker.jobs import make_job
+from streamworker.producer import make_job
 
 Missed: TypeAlias = Literal["last", "skip"]
 """What becomes of ticks while no worker was there: the last of them runs, or none."""

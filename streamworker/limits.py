@@ -88,7 +88,7 @@ class Limit(msgspec.Struct, frozen=True):
     burst: int = 1
 
 
-class Asking(msgspec.Struct, frozen=True):
+class AcquireRequest(msgspec.Struct, frozen=True):
     """A claimed job that may run only if its limit lets it.
 
     Attributes:
@@ -106,14 +106,14 @@ class Asking(msgspec.Struct, frozen=True):
     turn: str = ""
 
 
-class Hold(msgspec.Struct, frozen=True):
+class Permit(msgspec.Struct, frozen=True):
     """One of the places of a limit, held by a running job until it ends."""
 
     limit: Limit
     token: str
 
 
-class Answer(msgspec.Struct, frozen=True):
+class AcquireResult(msgspec.Struct, frozen=True):
     """What becomes of a job that asked.
 
     Attributes:
@@ -123,7 +123,7 @@ class Answer(msgspec.Struct, frozen=True):
         member: what it is called by meanwhile.
     """
 
-    hold: Hold | None
+    hold: Permit | None
     wait: float = 0.0
     turn: str = ""
     member: str = ""
@@ -132,8 +132,10 @@ class Answer(msgspec.Struct, frozen=True):
 class Limiting(Protocol):
     """What brokers do about limits."""
 
-    async def limit(self, queue: str, asking: Sequence[Asking], leaving: Sequence[Hold]) -> list[Answer]:
+    async def limit(
+        self, queue: str, asking: Sequence[AcquireRequest], leaving: Sequence[Permit]
+    ) -> list[AcquireResult]:
         """Give holds back and ask for others, all of one queue; answers in order. Safe to repeat after an error."""
 
-    def retain(self, holds: Collection[Hold]) -> None:
+    def retain(self, holds: Collection[Permit]) -> None:
         """Renew holds, from the lease thread: those of runs whose claims were renewed."""

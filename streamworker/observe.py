@@ -18,11 +18,11 @@ from typing import Any, Final
 import msgspec
 
 from streamworker import codec
+from streamworker.codec import trace_id
+from streamworker.execution import Execution
 from streamworker.job import Job, Level, Outcome, Raised, Settled, TimedOut, Undecodable, Verdict
 from streamworker.policy import word_of
 from streamworker.redact import describe
-from streamworker.run import Run
-from streamworker.traceparent import trace_id
 
 _DASH: Final = 13
 """Where the dash is in the id of a stream's entry, whose first part is milliseconds."""
@@ -40,7 +40,7 @@ class JobRun:
 
     __slots__ = ("_run", "_trace_id", "kind", "known", "queue", "verdict", "worker_id")
 
-    def __init__(self, run: Run, worker_id: str) -> None:
+    def __init__(self, run: Execution, worker_id: str) -> None:
         self._run: Final = run
         self._trace_id: str | None = None
         self.worker_id: Final = worker_id

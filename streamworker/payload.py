@@ -13,7 +13,7 @@ from msgspec import inspect as kinds
 from typing_extensions import dataclass_transform
 
 from streamworker.errors import ConfigurationError
-from streamworker.setting_rules import QUEUE_NAME
+from streamworker.settings.rules import QUEUE_NAME
 
 KIND_NAME: Final = re.compile(r"[^\s\x00-\x1f\x7f]{1,200}")
 

@@ -136,7 +136,7 @@ def forked(
         stderr: where standard error goes.
         start_new_session: make it the leader of a session: it and its children share no process group with the test.
         module: another one than ``streamworker`` to run as ``__main__``.
-        constants: seconds that are too long to wait for, such as ``{"streamworker.drain.HURRIED": 0.5}``, for this
+        constants: seconds that are too long to wait for, such as ``{"streamworker.worker.HURRIED": 0.5}``, for this
             process alone.
     """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)

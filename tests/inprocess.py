@@ -29,8 +29,9 @@ from typing import IO, Final
 
 import structlog
 
-from streamworker import cli, signals
+from streamworker import cli
 from streamworker.telemetry import logs
+from streamworker.worker import signals
 from tests.forkserver import set_constant
 
 ROOT: Final = Path(__file__).parents[1]

@@ -12,9 +12,8 @@ from typing import Generic, Literal, Protocol, TypeAlias
 import msgspec
 from typing_extensions import TypeVar
 
-from streamworker.job import Claim, Depth, Enqueued, Level, Outgoing, Settled, Verdict
+from streamworker.job import Claim, Depth, Enqueued, Level, Outgoing, Progress, Settled, Verdict
 from streamworker.limits import Limiting
-from streamworker.progress import Progress
 
 T = TypeVar("T")
 
@@ -30,7 +29,7 @@ class Ending(msgspec.Struct, frozen=True, gc=False):
         kind: its kind, for dead letters.
         attempts: failed attempts, this run included, for dead letters.
         member: what it is called by while it waits for a limit; empty where it is not called.
-        note: what is told of a job that has ended for good, see `streamworker.notes`; ``None`` says only how.
+        note: what is told of a job that has ended for good, see `streamworker.results`; ``None`` says only how.
         keep: seconds for which that can be read; 0 tells it to those who wait right now.
     """
 
@@ -52,7 +51,7 @@ class Refusal(msgspec.Struct, frozen=True):
     cure: str
 
 
-class Tick(msgspec.Struct, frozen=True):
+class CronTick(msgspec.Struct, frozen=True):
     """One tick of a schedule.
 
     Attributes:
@@ -77,7 +76,7 @@ class Tick(msgspec.Struct, frozen=True):
     now: float | None = None
 
 
-class Ticked(msgspec.Struct, frozen=True):
+class CronTickResult(msgspec.Struct, frozen=True):
     """What became of a tick that was proposed.
 
     Attributes:
@@ -92,7 +91,7 @@ class Ticked(msgspec.Struct, frozen=True):
     now: float
 
 
-class Hearing(Protocol):
+class ResultWaiter(Protocol):
     """How one job ends."""
 
     async def kept(self) -> bytes | None:
@@ -158,7 +157,7 @@ class Broker(Limiting, Protocol):
         """Prolong the leases, from the lease thread; returns those that are lost."""
 
     def standby(self, longest: float) -> bytes | None:
-        """What a process is told that renews in this worker's stead: see `streamworker.renewer`. From the lease thread.
+        """The line for the renewing child process (`streamworker.worker.renewer`). Called from the lease thread.
 
         Args:
             longest: seconds of silence after which this worker counts as hung for good.
@@ -180,10 +179,10 @@ class Broker(Limiting, Protocol):
     async def clock(self, queue: str) -> float:
         """What the clock of the queue's server shows, in epoch seconds: it alone decides what is due."""
 
-    async def propose(self, tick: Tick) -> Ticked:
+    async def offer_tick(self, tick: CronTick) -> CronTickResult:
         """Add the job of a tick, once, however many propose it and how often; a schedule's first tick adds none."""
 
-    def ended(self, queues: Sequence[str], job_id: str) -> AbstractAsyncContextManager[Hearing]:
+    def ended(self, queues: Sequence[str], job_id: str) -> AbstractAsyncContextManager[ResultWaiter]:
         """Hears of the end of a job that lies in one of the queues; what is said from the block's begin on is heard.
 
         Raises:
@@ -203,7 +202,7 @@ class Broker(Limiting, Protocol):
     def refusals(self) -> Mapping[str, Refusal]:
         """Why the last `settle` was refused some endings, by queue."""
 
-    async def strays(self, running: Collection[Claim]) -> list[Claim]:
+    async def own_pending(self, running: Collection[Claim]) -> list[Claim]:
         """Claims of ours on the server that are not in ``running``: a reply to a claim was lost on the way."""
 
     async def tick(self) -> float:
@@ -363,7 +362,7 @@ class Operator(Protocol):
     async def ticks(self, queue: str) -> dict[str, float]:
         """The last tick of each schedule of a queue, in epoch seconds."""
 
-    async def reprieve(self, queue: str, job_id: str) -> bool:
+    async def uncancel(self, queue: str, job_id: str) -> bool:
         """Take `cancel` back for a job that shall run again; False if it was not cancelled, or has ended since."""
 
     async def delayed(self, queue: str, after: str = "") -> Page[StoredJob]:
@@ -372,7 +371,7 @@ class Operator(Protocol):
     async def delayed_job(self, queue: str, handle: str) -> StoredJob | None:
         """One parked job, found without reading the others; ``None`` if it is not parked any more."""
 
-    async def hasten(self, job: StoredJob) -> bool:
+    async def run_now(self, job: StoredJob) -> bool:
         """Make a parked job ready now."""
 
     async def forget(self, job: StoredJob) -> bool:

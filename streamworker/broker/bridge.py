@@ -18,12 +18,11 @@ import msgspec
 from redis import exceptions as redis_errors
 
 from streamworker.broker import scripts
-from streamworker.broker.client import Address, clustered
-from streamworker.broker.doorbell import Doorbells
 from streamworker.broker.keys import ListKeys, queue_of_list
-from streamworker.broker.link import Link
-from streamworker.broker.orphans import Orphans
-from streamworker.broker.reactions import Reaction, reaction_to
+from streamworker.broker.lists import Reclaimer, WakeLists
+from streamworker.broker.redis.client import Address
+from streamworker.broker.redis.errors import Reaction, clustered, reaction_to
+from streamworker.broker.redis.session import Session
 from streamworker.errors import ConfigurationError
 from streamworker.job import LEVELS, Level, Moved
 from streamworker.telemetry.logs import get_logger
@@ -78,13 +77,13 @@ class _Lane:
 
 
 class ListBridge:
-    """Moves elements of lists; see `streamworker.bridging.Mover`."""
+    """Moves elements of lists; see `streamworker.bridge.Mover`."""
 
     def __init__(self, address: Address, options: BridgeOptions) -> None:
         self._options = options
-        self._link = Link(address)
-        self._bells = Doorbells(self._link, LANES if options.queues is None else len(LEVELS) * len(options.queues))
-        self._orphans = Orphans(self._link, [], lease=options.lease)
+        self._link = Session(address)
+        self._bells = WakeLists(self._link, LANES if options.queues is None else len(LEVELS) * len(options.queues))
+        self._orphans = Reclaimer(self._link, [], lease=options.lease)
         self._lanes: deque[_Lane] = deque()
         self._keys: dict[str, ListKeys] = {}
         self._skipped: set[str] = set()

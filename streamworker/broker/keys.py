@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+import secrets
 from typing import ClassVar, Final, Literal
 
 import msgspec
 
-from streamworker.job import LEVELS, Level
+from streamworker.job import LEVELS, Claim, Level
 
 
 class QueueKeys(msgspec.Struct, frozen=True):
@@ -198,7 +199,7 @@ def queue_of_list(key: str, namespace: str = "") -> str | None:
 
 
 SECRET: Final = "secret"  # noqa: S105 - the name of a field
-"""Field of a queue's meta hash: what its state of jobs is sealed with (`streamworker.marks`)."""
+"""Field of a queue's meta hash: what its state of jobs is sealed with (`streamworker.codec`)."""
 PROGRESS: Final = "progress:"
 """What goes before a job's id in its worker's heartbeat, for how far it has come."""
 WORKER_KEY: Final = "streamworker:worker:"
@@ -207,3 +208,55 @@ WORKER_KEY: Final = "streamworker:worker:"
 def worker_key(namespace: str, worker_id: str) -> str:
     """The hash with a worker's heartbeat."""
     return f"{namespace}{WORKER_KEY}{worker_id}"
+
+
+_LEVELS: Final[dict[bytes, Level]] = {level.encode(): level for level in LEVELS}
+
+
+def wrapped(claim: Claim) -> bytes:
+    """The string that stands for a claim in its worker's list; the fence of every ending."""
+    reserved = b"?" if claim.suspect else b""
+    return b"%b %d %b%b %b" % (claim.entry, claim.count, claim.level.encode(), reserved, claim.body or b"")
+
+
+def unwrapped(keys: ListKeys, wrapper: bytes, secret: bytes = b"") -> Claim | None:
+    """The claim a string stands for; ``None`` if it is none of ours. See `Claim.secret`."""
+    parts = wrapper.split(b" ", 3)
+    level = _LEVELS.get(parts[2].removesuffix(b"?")) if len(parts) == 4 else None
+    if level is None or not parts[1].isdigit():
+        return None
+    entry, count, word, body = parts
+    return Claim(keys.queue, level, keys.ready(level), entry, int(count), body, b"", word.endswith(b"?"), secret=secret)
+
+
+def leased(claim: Claim, worker: str) -> bytes:
+    """The member of the lease set for a claim of ``worker``."""
+    return b"%b %d %b" % (claim.entry, claim.count, worker.encode())
+
+
+def lease_of(member: bytes) -> tuple[bytes, int, str] | None:
+    """(id, delivery count, worker) of a member of the lease set; ``None`` if it is none of ours."""
+    entry, _, rest = member.partition(b" ")
+    count, _, worker = rest.partition(b" ")
+    return (entry, int(count), worker.decode(errors="replace")) if count.isdigit() and worker else None
+
+
+def document(fields: list[bytes] | None) -> bytes | None:
+    """The bytes of an entry's field ``job``; ``None`` if it has none."""
+    if not fields:
+        return None
+    if fields[0] == b"job":
+        return fields[1]
+    for index in range(2, len(fields), 2):
+        if fields[index] == b"job":
+            return fields[index + 1]
+    return None
+
+
+UNKNOWN_EPOCH: Final = b"0"
+"""Where it is not known what ids are derived from. Never empty: that says that entries name their jobs."""
+
+
+def due_member(level: Level, job_id: str) -> str:
+    """A member for the due set: names the level, and twins of one job never collapse."""
+    return f"{level}/{job_id}/{secrets.token_hex(4)}"

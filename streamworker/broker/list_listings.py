@@ -9,17 +9,17 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Final
 
 from streamworker import codec
-from streamworker.broker import PendingEntry, WorkerInfo, listings, paging, scripts
-from streamworker.broker.held import lease_of, unwrapped
-from streamworker.broker.keys import ListKeys, queue_of_list
-from streamworker.broker.listings import PAGE, Desk
+from streamworker.broker import PendingEntry, WorkerInfo, listings, scripts
+from streamworker.broker.keys import ListKeys, lease_of, queue_of_list, unwrapped
+from streamworker.broker.listings import PAGE
+from streamworker.broker.redis.session import OperatorSession
 from streamworker.errors import InvalidJob
 from streamworker.job import LEVELS, Claim, Depth
 
 _CLAIMED: Final = re.compile(r"queue:([A-Za-z0-9._:-]{1,100}):claimed:.+", re.DOTALL)
 
 
-async def queues(desk: Desk) -> list[str]:
+async def queues(desk: OperatorSession) -> list[str]:
     """Names of queues any key exists of, sorted; lists that look like a queue's are taken for one."""
     found = set(await listings.queues(desk))
     async for name in desk.scan("queue:*", "list"):
@@ -42,7 +42,7 @@ async def depth(run: Callable[..., Awaitable[Any]], keys: ListKeys) -> Depth:
     return Depth(keys.queue, ready, claimed, delayed, dead, age, bool(paused or inactive), bool(inactive))
 
 
-async def held(desk: Desk, keys: ListKeys, worker: str) -> AsyncIterator[Claim]:
+async def held(desk: OperatorSession, keys: ListKeys, worker: str) -> AsyncIterator[Claim]:
     """What a worker holds of one queue, in the order in which it was taken."""
     start = 0
     while True:
@@ -56,17 +56,17 @@ async def held(desk: Desk, keys: ListKeys, worker: str) -> AsyncIterator[Claim]:
         start += PAGE
 
 
-async def holders(desk: Desk, keys: ListKeys) -> set[str]:
+async def holders(desk: OperatorSession, keys: ListKeys) -> set[str]:
     """Workers that have something claimed of a queue."""
     return {worker for _, _, worker in await _leases(desk, keys)}
 
 
-async def pending(desk: Desk, keys: ListKeys, consumer: str | None) -> list[PendingEntry]:
+async def pending(desk: OperatorSession, keys: ListKeys, consumer: str | None) -> list[PendingEntry]:
     """What is claimed of one queue, level by level, the oldest first."""
     now = await desk.ask("TIME")
     renewed = await _leases(desk, keys)
     holders = {worker.encode() for _, _, worker in renewed if consumer in (None, worker)}
-    alive = await paging.alive(desk, holders)
+    alive = await listings.alive(desk, holders)
     found = []
     for holder in holders:
         worker, living = holder.decode(), holder in alive
@@ -78,7 +78,7 @@ async def pending(desk: Desk, keys: ListKeys, consumer: str | None) -> list[Pend
     return sorted(found, key=lambda entry: (LEVELS.index(entry.level), entry.entry_id))
 
 
-async def workers(desk: Desk, queues: Sequence[ListKeys], *, everywhere: bool) -> list[WorkerInfo]:
+async def workers(desk: OperatorSession, queues: Sequence[ListKeys], *, everywhere: bool) -> list[WorkerInfo]:
     """Everyone with something claimed of these queues or, ``everywhere``, with a heartbeat; the living first."""
     count: Counter[str] = Counter()
     homes: dict[str, list[str]] = {}
@@ -91,7 +91,7 @@ async def workers(desk: Desk, queues: Sequence[ListKeys], *, everywhere: bool) -
     return listings.infos(beats, homes, count, {keys.queue for keys in queues})
 
 
-async def _leases(desk: Desk, keys: ListKeys) -> dict[tuple[bytes, int, str], float]:
+async def _leases(desk: OperatorSession, keys: ListKeys) -> dict[tuple[bytes, int, str], float]:
     """(id, delivery count, worker) of what is claimed of a queue: the ms at which it was renewed."""
     flat = await desk.ask("ZRANGE", keys.leases, 0, -1, "WITHSCORES")
     pairs = zip(flat[::2], flat[1::2], strict=True)

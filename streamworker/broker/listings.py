@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
 from redis import exceptions as redis_errors
-from redis.asyncio import Redis
 
 from streamworker import codec
-from streamworker.broker import Place, Waiting, WorkerInfo, scripts
-from streamworker.broker.client import Address, understood
-from streamworker.broker.intake import UNKNOWN_EPOCH
-from streamworker.broker.keys import WORKER_KEY, QueueKeys
-from streamworker.errors import InvalidJob, Unreachable
+from streamworker.broker import Page, PendingEntry, Place, StoredJob, Waiting, WorkerInfo, scripts
+from streamworker.broker.keys import UNKNOWN_EPOCH, WORKER_KEY, QueueKeys, document, worker_key
+from streamworker.broker.redis.session import OperatorSession, text
+from streamworker.errors import InvalidJob, UsageError
 from streamworker.job import LEVELS, Depth, Level
 from streamworker.telemetry.logs import get_logger
 
@@ -23,73 +21,9 @@ log = get_logger("streamworker.broker")
 
 PAGE: Final = 100
 """Entries of one page: documents may be large."""
-SCAN: Final = 1000
-"""Keys one step over the key space looks at."""
 
 
-class Desk:
-    """A client, and whose keys it reads; errors come out as ours."""
-
-    def __init__(self, client: Redis, address: Address, group: str, namespace: str) -> None:
-        self.client: Final = client
-        self.address: Final = address
-        self.group: Final = group
-        self.namespace: Final = namespace
-
-    async def ask(self, *command: Any) -> Any:
-        """Send one command."""
-        with understood(self.address):
-            return await self.client.execute_command(*command)
-
-    async def run(self, script: scripts.Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
-        """Run a script."""
-        with understood(self.address):
-            return await script(self.client, keys, args)
-
-    async def gather(self, commands: Sequence[Sequence[Any]]) -> list[Any]:
-        """Send commands in one round trip; an error of the server's takes the place of its answer."""
-        if not commands:
-            return []
-        with understood(self.address):
-            async with self.client.pipeline(transaction=False) as pipe:
-                for command in commands:
-                    pipe.execute_command(*command)
-                answers: list[Any] = await pipe.execute(raise_on_error=False)
-                return answers
-
-    async def scan(self, pattern: str, *kind: str) -> AsyncIterator[str]:
-        """Names of keys, of one type if it is named. It walks the whole key space: for people's commands alone."""
-        types = [word for name in kind for word in ("TYPE", name)]
-        desks, away = await self.each(), 0
-        for desk in desks:
-            cursor: Any = 0
-            while True:
-                try:
-                    cursor, names = await desk.ask("SCAN", cursor, "MATCH", pattern, "COUNT", SCAN, *types)
-                except Unreachable as error:  # the other nodes of a cluster are listed all the same
-                    away += 1
-                    if away == len(desks):
-                        raise
-                    log.warning("node_away", error=str(error), hint="what this node holds is missing here")
-                    break
-                for name in names:
-                    yield text(name)
-                if not int(cursor):
-                    break
-
-    async def each(self) -> list[Desk]:
-        """One desk per server that holds keys: this one alone, but in a cluster."""
-        with understood(self.address):
-            clients = await self.address.masters(self.client)
-        return [Desk(client, self.address, self.group, self.namespace) for client in clients]
-
-
-def text(value: Any) -> str:
-    """Bytes as text, whatever they are."""
-    return value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value)
-
-
-async def derived_from(desk: Desk, keys: QueueKeys, level: Level) -> bytes:
+async def derived_from(desk: OperatorSession, keys: QueueKeys, level: Level) -> bytes:
     """What ids of a stream's entries are derived from; `UNKNOWN_EPOCH` if nobody has said so yet."""
     field = keys.id_field(level)
     # Its own hash, the copy, and what releases took that had neither.
@@ -100,7 +34,7 @@ async def derived_from(desk: Desk, keys: QueueKeys, level: Level) -> bytes:
     return UNKNOWN_EPOCH
 
 
-async def queues(desk: Desk) -> list[str]:
+async def queues(desk: OperatorSession) -> list[str]:
     """Names of queues any key exists of, sorted."""
     shape = re.compile(
         rf"{re.escape(desk.namespace)}stream:\{{([A-Za-z0-9._:-]{{1,100}})\}}(?::(?:high|low|due|dead|meta))?"
@@ -113,7 +47,7 @@ async def queues(desk: Desk) -> list[str]:
     return sorted(found)
 
 
-async def depth(desk: Desk, keys: QueueKeys) -> Depth:
+async def depth(desk: OperatorSession, keys: QueueKeys) -> Depth:
     """How much lies in one queue."""
     names = [*keys.streams, keys.due, keys.dead, keys.meta]
     reply = await desk.run(scripts.DEPTH, names, [desk.group])
@@ -123,7 +57,7 @@ async def depth(desk: Desk, keys: QueueKeys) -> Depth:
     return Depth(keys.queue, max(0, entries - pending_), pending_, delayed_, dead_, age, held, bool(inactive))
 
 
-async def workers(desk: Desk, keys: Sequence[QueueKeys], *, everywhere: bool) -> list[WorkerInfo]:
+async def workers(desk: OperatorSession, keys: Sequence[QueueKeys], *, everywhere: bool) -> list[WorkerInfo]:
     """Everyone with a name in a group of these queues or, ``everywhere``, with a heartbeat; the living first."""
     places = [(each.queue, place) for each in keys for place in each.streams]
     consumers = await desk.gather([("XINFO CONSUMERS", place, desk.group) for _, place in places])
@@ -141,7 +75,7 @@ async def workers(desk: Desk, keys: Sequence[QueueKeys], *, everywhere: bool) ->
     return infos(beats, homes, held, {each.queue for each in keys})
 
 
-async def reports(desk: Desk, names: Collection[str] | None = None) -> dict[str, dict[str, str]]:
+async def reports(desk: OperatorSession, names: Collection[str] | None = None) -> dict[str, dict[str, str]]:
     """The heartbeats, by worker id: of the workers named, else all there are, for which the key space is walked."""
     prefix = f"{desk.namespace}{WORKER_KEY}"
     beating = [name async for name in desk.scan(f"{prefix}*")] if names is None else [prefix + name for name in names]
@@ -177,7 +111,7 @@ def infos(
     return found
 
 
-async def waiting(desk: Desk, keys: Sequence[QueueKeys], limit: int) -> list[Waiting]:
+async def waiting(desk: OperatorSession, keys: Sequence[QueueKeys], limit: int) -> list[Waiting]:
     """Kinds in a sample of about ``limit`` jobs, shared evenly between queues and their keys."""
     counts: Counter[tuple[str, Place, str | None]] = Counter()
     share = max(10, limit // max(1, 5 * len(keys)))
@@ -204,7 +138,7 @@ def _document(entry: Any) -> bytes | None:
     return body
 
 
-async def _readable(desk: Desk, commands: Sequence[Sequence[Any]]) -> list[Any]:
+async def _readable(desk: OperatorSession, commands: Sequence[Sequence[Any]]) -> list[Any]:
     """Answers in order; nothing where a key is of the wrong type, which `examine` finds."""
     return [[] if isinstance(answer, Exception) else answer for answer in await desk.gather(commands)]
 
@@ -218,3 +152,120 @@ def _kinds(bodies: Sequence[bytes | None]) -> list[str | None]:
         except InvalidJob:
             continue
     return found
+
+
+_ENTRY_ID: Final = re.compile(r"([0-9]{1,20})-([0-9]{1,20})")
+_SCORE: Final = re.compile(r"-?(?:inf|[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)")
+
+
+async def pending(
+    desk: OperatorSession, keys: QueueKeys, after: str, consumer: str | None, min_idle: float, only: str | None
+) -> Page[PendingEntry]:
+    """A page of one queue's pending entries, all of one level; see `Operator.pending`."""
+    head, _, entry_id = after.partition("/")
+    if after and (head not in LEVELS or not (entry_id == "" or _is_entry_id(entry_id))):
+        raise _nowhere(after)
+    if only is not None and not _is_entry_id(only):
+        return Page([], None, 0)
+    level: Level = head if head in LEVELS else LEVELS[0]
+    place = keys.stream(level)
+    epoch = await derived_from(desk, keys, level)
+    start, end = only or (f"({entry_id}" if entry_id else "-"), only or "+"
+    args = [desk.group, start, end, PAGE, max(0, round(min_idle * 1000)), consumer or ""]
+    last, rows = await desk.run(scripts.PENDING, [place], args)
+    living = await alive(desk, {row[1] for row in rows})
+    found = []
+    for entry, holder, idle, count, fields in rows:
+        job_id, kind = _named(document(fields), place, epoch, entry)
+        found.append(
+            PendingEntry(
+                keys.queue, level, text(entry), job_id, kind, text(holder), idle, count, alive=holder in living
+            )
+        )
+    if last and not only:
+        return Page(found, f"{level}/{text(last)}", PAGE)
+    following = LEVELS[LEVELS.index(level) + 1 :]
+    return Page(found, f"{following[0]}/" if following else None, len(rows))
+
+
+async def delayed(desk: OperatorSession, keys: QueueKeys, after: str) -> Page[StoredJob]:
+    """A page of one queue's parked jobs, soonest first."""
+    last, _, seen = after.partition("/") if after else ("-inf", "", "0")
+    if not _SCORE.fullmatch(last) or not seen.isdigit() or len(seen) > 9:
+        raise _nowhere(after)
+    count = int(seen)
+    flat = await desk.ask("ZRANGEBYSCORE", keys.due, last, "+inf", "WITHSCORES", "LIMIT", count, PAGE)
+    page = list(zip(flat[::2], flat[1::2], strict=True))
+    bodies = await desk.ask("HMGET", keys.bodies, *(member for member, _ in page)) if page else []
+    found = []
+    for (member, score), body in zip(page, bodies, strict=True):
+        # The next page begins at this score, behind those of it that were seen already.
+        last, count = (last, count + 1) if text(score) == last else (text(score), 1)
+        found.append(_parked(keys, text(member), float(score), body))
+    return Page(found, f"{last}/{count}" if len(page) == PAGE else None, len(page))
+
+
+async def delayed_job(desk: OperatorSession, keys: QueueKeys, handle: str) -> StoredJob | None:
+    """One parked job by its member; ``None`` if it is not parked."""
+    score, body = await desk.gather([("ZSCORE", keys.due, handle), ("HGET", keys.bodies, handle)])
+    if score is None or isinstance(score, Exception):
+        return None
+    return _parked(keys, handle, float(score), None if isinstance(body, Exception) else body)
+
+
+def _parked(keys: QueueKeys, handle: str, at_ms: float, body: bytes | None) -> StoredJob:
+    head, _, rest = handle.partition("/")
+    level: Level = head if head in LEVELS else "normal"
+    job_id, kind = codec.glance(body)
+    return StoredJob(keys.queue, level, handle, job_id or rest.rpartition("/")[0] or None, kind, at_ms, body)
+
+
+async def dead(desk: OperatorSession, keys: QueueKeys, after: str, only: str | None) -> Page[StoredJob]:
+    """A page of one queue's dead letters, newest first."""
+    if after and not _is_entry_id(after):
+        raise _nowhere(after)
+    if only is not None and not _is_entry_id(only):
+        return Page([], None, 0)
+    end, start = only or (f"({after}" if after else "+"), only or "-"
+    page = await desk.ask("XREVRANGE", keys.dead, end, start, "COUNT", PAGE)
+    found = []
+    for entry, fields in page:
+        known = {text(name): value for name, value in (fields or {}).items()}
+        body = known.pop("job", None)
+        details = {name: text(value) for name, value in known.items()}
+        said = details.get("level")
+        level: Level = said if said in LEVELS else "normal"
+        handle = text(entry)
+        at = int(handle.partition("-")[0])
+        found.append(
+            StoredJob(
+                keys.queue, level, handle, details.get("id") or None, details.get("kind") or None, at, body, details
+            )
+        )
+    return Page(found, found[-1].handle if len(page) == PAGE and not only else None, len(page))
+
+
+def _is_entry_id(name: str) -> bool:
+    """Whether the server takes it for the id of one entry: two numbers of 64 bits."""
+    parts = _ENTRY_ID.fullmatch(name)
+    return parts is not None and max(int(parts[1]), int(parts[2])) < 2**64
+
+
+def _nowhere(after: str) -> UsageError:
+    return UsageError(f"no page begins at {after[:100]!a}: begin at the first one")
+
+
+async def alive(desk: OperatorSession, holders: set[bytes]) -> set[bytes]:
+    """Those of the workers whose hearts beat."""
+    names = list(holders)
+    answers = await desk.gather([("EXISTS", worker_key(desk.namespace, text(name))) for name in names])
+    return {name for name, answer in zip(names, answers, strict=True) if answer == 1}
+
+
+def _named(body: bytes | None, place: str, epoch: bytes, entry: bytes) -> tuple[str | None, str | None]:
+    """(id, kind) as workers call the job; one without an id has the id derived from where it lies."""
+    try:
+        reading = codec.read(body or b"")
+    except InvalidJob:
+        return None, None
+    return codec.id_in(reading) or codec.derived_id(place, epoch, entry), reading.kind or None

@@ -5,33 +5,249 @@ For producers that push JSON to ``queue:*``. What is delayed or dead lies where 
 
 from __future__ import annotations
 
+import asyncio
+import secrets
+import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from contextlib import suppress
 from time import monotonic
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
+import anyio
 import msgspec
+from redis.exceptions import ResponseError
 
 from streamworker.broker import Ending, list_listings, scripts
-from streamworker.broker.client import Address, clustered
-from streamworker.broker.due import promote
-from streamworker.broker.held import leased, unwrapped, wrapped
-from streamworker.broker.keys import ListKeys
-from streamworker.broker.list_intake import ListIntake
-from streamworker.broker.list_settle import ListSender
-from streamworker.broker.orphans import Orphans
-from streamworker.broker.serving import RENEW_BATCH, Options, Serving
-from streamworker.broker.settle import settle
-from streamworker.broker.standby import standby
-from streamworker.broker.taking import Taking
-from streamworker.broker.tidy import forget_leases, tidy_pause
-from streamworker.errors import ConfigurationError
+from streamworker.broker.base import RENEW_BATCH, Options, RedisBroker, promote, standby
+from streamworker.broker.claim import LEAVE, RESERVE, ClaimSource, Order
+from streamworker.broker.keys import ListKeys, QueueKeys, lease_of, leased, unwrapped, worker_key, wrapped
+from streamworker.broker.redis.client import Address
+from streamworker.broker.redis.cluster import ClusterReader
+from streamworker.broker.redis.connection import Reader
+from streamworker.broker.redis.errors import Reaction, clustered, reaction_to, row_of, understood
+from streamworker.broker.redis.session import BLOCK, Session
+from streamworker.broker.settle import Code, dead_letter_fields, freed, kept_at, note, parking, settle, tell
+from streamworker.broker.stream import forget_leases, tidy_pause
+from streamworker.errors import ConfigurationError, StreamworkerError, UsageError
 from streamworker.job import Claim, Depth, Settled
+from streamworker.telemetry.logs import get_logger
+
+log = get_logger("streamworker.broker")
 
 
-class ListBroker(Serving[ListKeys, Taking]):
+class ListClaims(ClaimSource):
+    """Claims elements of ``queues`` for one worker.
+
+    Args:
+        link: the connections.
+        queues: (keys, cap) in the order they are taken.
+        orphans: gives back what dead workers held.
+        lease: seconds after which an unrenewed claim is an orphan.
+        weighted: weighted order of levels.
+    """
+
+    def __init__(
+        self,
+        link: Session,
+        queues: Sequence[tuple[ListKeys, int | None]],
+        *,
+        orphans: Reclaimer,
+        lease: float,
+        weighted: bool,
+        alone_from: int,
+    ) -> None:
+        super().__init__(link, queues, lease=lease, alone_from=alone_from)
+        self._lists: Final[list[ListKeys]] = [keys for keys, _ in queues]
+        self._order = Order(len(queues), weighted=weighted, heads=HEADS)
+        self._orphans = orphans
+        self._bells = WakeLists(link, len(self.spots))
+        self._for_others: frozenset[str] = frozenset()
+
+    async def reclaim(self, limit: int, running: Collection[Claim]) -> list[Claim]:  # noqa: ARG002 - they need no slot
+        """Orphans go to the right ends of their lists, and are taken from there before all others."""
+        await self._orphans.give_back(running)
+        return []
+
+    async def take(self, limit: int, running: Collection[Claim]) -> list[Claim]:
+        """Elements, in order."""
+        await self._seal_again()
+        keys = [each.meta for each in self._lists] + [each.leases for each in self._lists]
+        keys += [each.claimed(self.consumer) for each in self._lists] + [place for _, _, place in self.spots]
+        budgets = self._order.budgets(limit)
+        held = [claim.entry for claim in running]
+        args: list[Any] = [self.consumer, limit, len(self._lists), len(budgets), secrets.token_hex(6)]
+        wish = self._about_suspects(0, running)
+        args += [self._alone_from, wish, self._group_room(running), len(held)]
+        args += [*self._allowances(limit, running), *budgets, *held, *self._order.steps]
+        answer = await self._link.read(scripts.LIST_TAKE, keys, args)
+        taken, trouble, paused, _, passed, suspects, cancelled, granted, sealed = answer
+        self.secrets.update(zip((each.queue for each in self._lists), sealed, strict=True))
+        if wish == RESERVE and taken and not taken[0][1][0][2]:
+            wish = LEAVE  # not idle any more
+        self._left_to_others(0, suspects, wish, granted=bool(granted))  # of whatever queue: this looks at all of them
+        self._paused = frozenset(index - 1 for index in paused)
+        self.marked = frozenset(self._keys[index - 1].queue for index in cancelled)
+        first = HEADS * len(self._lists) + 1
+        self._for_others = frozenset(self.spots[index - first][2] for index in passed)
+        claims: list[Claim] = []
+        for index, rows in taken:
+            home, level, place = self.spots[index - first]
+            name, secret = home.queue, self.secrets[home.queue]
+            claims += [
+                Claim(name, level, place, entry, count, body, b"", bool(suspect), False, secret)
+                for entry, count, suspect, body in rows
+            ]
+        for index, error in trouble:
+            self._judge(keys[index - 1], index, error.decode(errors="replace"))
+        return claims
+
+    def _judge(self, key: str, index: int, message: str) -> None:
+        """A key that cannot be used is said now and then, and read around; its queue waits for nothing meanwhile."""
+        if reaction_to(message) not in (Reaction.KEY, Reaction.REFUSE, Reaction.FULL):
+            with self._link.watched():  # not this key's trouble: what a script passed on is the whole server's answer
+                raise ResponseError(message)
+        self._complain(key, message)
+        heads = HEADS * len(self._lists)
+        if index <= heads:
+            for place in self._lists[(index - 1) % len(self._lists)].lists:
+                self._unreadable_until[place] = self._unreadable_until[key]
+
+    async def wait(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:
+        """Wait for a bell, and take what it announced."""
+        wait = max(0.01, min(wait, BLOCK, min(self._orphans.look_at) - monotonic()))
+        spots = self._open(running)
+        open_ = [place for place in spots if place not in self._for_others]
+        if len(open_) < len(spots):
+            wait = min(wait, PASSED_PAUSE)
+        if not open_:
+            await self._idle(wait)
+            return []
+        try:
+            rung = await self._bells.ring(open_, wait)
+        except StreamworkerError as error:
+            cause = error.__cause__
+            if cause is not None and reaction_to(cause) is Reaction.KEY:
+                return []  # the next look at the lists finds out which
+            raise
+        return await self.take(limit, running) if rung and not self._interrupted.is_set() else []
+
+    def rest(self, seconds: float) -> None:
+        """See `ClaimSource.rest`."""
+        self._drain_no_more()
+        self._orphans.rest(seconds)
+
+    def _rest_after_outage(self) -> None:
+        self._orphans.rest_after_outage()
+
+    async def end_wait(self) -> None:
+        """See `ClaimSource.end_wait`: the lists are waited for on."""
+        self._bells.recall()
+
+    async def unblock(self) -> None:
+        """End waits."""
+        await self._bells.unblock()
+
+    async def close(self) -> None:
+        """See `ClaimSource.close`."""
+        await self._bells.close()
+
+
+MOST: Final = 10_000
+"""Most orphans of a queue one look brings."""
+BATCH: Final = 500
+"""Most of them one script call gives back."""
+
+
+class Reclaimer:
+    """Gives back claims of ``queues`` that nobody renews.
+
+    Args:
+        link: the connections.
+        queues: whose.
+        lease: seconds after which an unrenewed claim is an orphan.
+    """
+
+    def __init__(self, link: Session, queues: Sequence[ListKeys], *, lease: float) -> None:
+        self._link = link
+        self._keys = list(queues)
+        self._lease = lease
+        self._longest = 0.0
+        self.worker = ""
+        """Who looks."""
+        self.look_at = [0.0] * len(self._keys)
+        """When each queue is looked at next, by the monotonic clock."""
+        self._resting_until = 0.0
+        self.missing = 0
+        """Claims whose jobs were deleted underneath, since the start."""
+
+    def add(self, keys: ListKeys) -> None:
+        """One more queue."""
+        self._keys.append(keys)
+        self.look_at.append(self._resting_until)
+
+    def rest(self, seconds: float) -> None:
+        """Take nobody for dead for some seconds."""
+        seconds = max(seconds, self._longest) if seconds > 0 else seconds
+        self._resting_until = max(self._resting_until, monotonic() + seconds)
+        self.look_at = [max(at, self._resting_until) for at in self.look_at]
+
+    def rest_after_outage(self) -> None:
+        """Nobody could renew meanwhile: no one is taken for dead before everyone had a lease to come back."""
+        if self._link.outage() > self._lease / 3:
+            self.rest(self._lease)
+
+    async def give_back(self, running: Collection[Claim] | None) -> float:
+        """Give back what is due; returns the seconds until the next look.
+
+        Args:
+            running: what runs here; it is left to others to find that it overran its lease. ``None``: all we hold.
+        """
+        now = monotonic()
+        due = [index for index, at in enumerate(self.look_at) if at <= now]
+        if due:
+            names = [name for index in due for name in (self._keys[index].meta, self._keys[index].leases)]
+            expected, sent = self._link.clock_should_show(), now
+            shown, *reply = await self._link.run(
+                scripts.LIST_OVERDUE, names, [round(self._lease * 1000), MOST, expected]
+            )
+            self._link.clock_shows(shown, sent, expected, self._lease)
+            own = None if running is None else {(claim.queue, claim.entry) for claim in running}
+            for index, (wait, members, trouble, longest) in zip(due, reply, strict=True):
+                self.look_at[index] = monotonic() + wait / 1000
+                self._longest = max(self._longest, longest / 1000)
+                keys = self._keys[index]
+                if trouble:
+                    log.error("orphans_unreadable", queue=keys.queue, error=trouble.decode(errors="replace"))
+                elif members:
+                    await self._return(keys, members, own)
+        return max(0.0, min(self.look_at, default=self._lease + monotonic()) - monotonic())
+
+    async def _return(self, keys: ListKeys, members: list[bytes], own: set[tuple[str, bytes]] | None) -> None:
+        """The newest first, so that the oldest ends up rightmost however often this is interrupted."""
+        holders: dict[str, int] = {}
+        entries: list[tuple[bytes, int]] = []
+        for member in sorted(members, reverse=True):
+            lease = lease_of(member)
+            if lease is None or (lease[2] == self.worker and (own is None or (keys.queue, lease[0]) in own)):
+                continue  # whoever runs it here past its deadline must not find it in the list again
+            entries.append((member, holders.setdefault(lease[2], len(holders) + 6)))
+        names = [keys.leases, *keys.lists, keys.meta, *(keys.claimed(worker) for worker in holders)]
+        for start in range(0, len(entries), BATCH):
+            args: list[Any] = [round(max(self._lease, self._longest) * 1000)]
+            for entry in entries[start : start + BATCH]:
+                args += entry
+            returned, missing, *errors = await self._link.run(scripts.LIST_RETURN, names, args)
+            self.missing += missing
+            if returned:
+                log.info("jobs_returned", queue=keys.queue, jobs=returned, workers=list(holders))
+            for error in set(errors):
+                log.error("orphans_stuck", queue=keys.queue, error=error.decode(errors="replace"))
+
+
+class ListBroker(RedisBroker[ListKeys, ClaimSource]):
     """List mode of the `Broker` protocol; one instance serves one worker, or producers."""
 
-    _taking: ClassVar[Callable[..., Taking]] = ListIntake
+    _taking: ClassVar[Callable[..., ClaimSource]] = ListClaims
 
     def __init__(self, address: Address, options: Options) -> None:
         refuse_cluster(address)
@@ -41,9 +257,9 @@ class ListBroker(Serving[ListKeys, Taking]):
     def _key(self, queue: str) -> ListKeys:
         return ListKeys(queue, self._options.namespace)
 
-    def _take(self, queues: Sequence[tuple[ListKeys, int | None]]) -> Taking:
+    def _take(self, queues: Sequence[tuple[ListKeys, int | None]]) -> ClaimSource:
         lease, weighted = self._options.lease, self._options.weighted
-        self._orphans = Orphans(self._link, self._keys, lease=lease)
+        self._orphans = Reclaimer(self._link, self._keys, lease=lease)
         alone = self._options.alone_from
         return self._taking(self._link, queues, orphans=self._orphans, lease=lease, weighted=weighted, alone_from=alone)
 
@@ -126,8 +342,8 @@ class ListBroker(Serving[ListKeys, Taking]):
         with self._link.watched():
             return await settle(ListSender(self._link.wires, self._intake.consumer), self._homes, items, refusals)
 
-    async def strays(self, running: Collection[Claim]) -> list[Claim]:
-        """See `Broker.strays`."""
+    async def own_pending(self, running: Collection[Claim]) -> list[Claim]:
+        """See `Broker.own_pending`."""
         known = {(claim.queue, claim.entry) for claim in running}
         found: list[Claim] = []
         for keys in self._keys:
@@ -174,3 +390,175 @@ def refuse_cluster(address: Address, info: dict[str, Any] | None = None) -> None
             f"list mode cannot use the Redis Cluster at {address}, whose nodes would share a queue's lists: set "
             "STREAMWORKER_MODE=stream, or use a single server or Sentinel"
         )
+
+
+HEADS: Final = 3
+"""Keys of a queue that come before the lists: its meta hash, its lease set, and what this worker holds of it."""
+PASSED_PAUSE: Final = 0.5
+"""Most seconds between looks at a list whose right end holds what only others may take."""
+
+
+class ListSender:
+    """Claims in the list of one worker. See `Sender`.
+
+    Args:
+        client: what to send with.
+        worker: whose claims these are.
+    """
+
+    def __init__(self, client: scripts.AsyncCaller, worker: str) -> None:
+        self._client, self._worker = client, worker
+        self.waited = False
+
+    def _fence(self, claim: Claim) -> tuple[bytes, bytes]:
+        """(member of the lease set, string in the worker's list)."""
+        return leased(claim, self._worker), wrapped(claim)
+
+    async def done(self, keys: QueueKeys, items: list[Ending]) -> list[Code]:
+        """See `Sender.done`."""
+        lists = as_lists(keys)
+        args: list[Any] = []
+        for item in items:
+            args += self._fence(item.claim)
+        names = [lists.claimed(self._worker), lists.leases, lists.meta]
+        codes: list[Code]
+        *codes, waited = await scripts.LIST_DONE(self._client, names, args)
+        self.waited = bool(waited)
+        return codes
+
+    async def tell(self, keys: QueueKeys, items: list[Ending]) -> None:
+        """See `Sender.tell`."""
+        await tell(self._client, keys, items)
+
+    async def finish(self, keys: QueueKeys, items: list[Ending]) -> list[Code]:
+        """See `Sender.finish`."""
+        lists = as_lists(keys)
+        names = [lists.claimed(self._worker), lists.leases, lists.meta, lists.cancelled]
+        names += kept_at(keys, items)
+        args: list[Any] = []
+        for item in items:
+            args += (*self._fence(item.claim), item.job_id, *note(item), freed(item, keys, names))
+        return list(await scripts.LIST_FINISH(self._client, names, args))
+
+    async def park(self, keys: QueueKeys, items: list[Ending]) -> list[Code]:
+        """See `Sender.park`."""
+        lists = as_lists(keys)
+        now = time.time()
+        args: list[Any] = []
+        for item in items:
+            args += (*self._fence(item.claim), *parking(item, now))
+        names = [lists.claimed(self._worker), lists.leases, items[0].claim.place, lists.due, lists.bodies, lists.meta]
+        names += [worker_key(lists.namespace, self._worker), lists.calls]
+        return list(await scripts.LIST_PARK(self._client, names, args))
+
+    async def bury(self, keys: QueueKeys, items: list[Ending]) -> list[Code]:
+        """See `Sender.bury`."""
+        lists = as_lists(keys)
+        args: list[Any] = []
+        for item in items:
+            claim = item.claim
+            told = {"job": claim.body or b"", **dead_letter_fields(item)}
+            told |= {"deliveries": claim.count, "worker": self._worker, "entry": claim.entry}
+            args = args or [2 * len(told)]
+            args += (*self._fence(claim), *note(item))
+            for pair in told.items():
+                args += pair
+        names = [lists.claimed(self._worker), lists.leases, lists.dead, lists.meta]
+        names += [worker_key(lists.namespace, self._worker), *(keys.result(item.job_id) for item in items)]
+        return list(await scripts.LIST_BURY(self._client, names, args))
+
+
+def as_lists(keys: QueueKeys) -> ListKeys:
+    """The keys as those of list mode."""
+    if not isinstance(keys, ListKeys):
+        raise UsageError(f"the queue {keys.queue} is not one of list mode")
+    return keys
+
+
+WAKE_BLOCK: Final = 30.0
+"""Seconds one wait of a single list takes; more lists wait longer, so that all together ask the server rarely."""
+LAST_CALL: Final = 1.0
+"""Seconds a wait may take to end after it was unblocked."""
+
+
+class WakeLists:
+    """One bell per list, put up when it is first waited for.
+
+    Args:
+        link: the connections.
+        count: most bells there will be.
+    """
+
+    def __init__(self, link: Session, count: int) -> None:
+        self._link = link
+        self._block = max(WAKE_BLOCK, 3.0 * count)
+        self._readers: dict[str, Reader | ClusterReader] = {}
+        self._waits: dict[str, asyncio.Task[bool]] = {}
+        self._recalled: asyncio.Future[None] | None = None
+
+    async def ring(self, keys: Collection[str], wait: float) -> bool:
+        """Wait until one of the lists may hold something, at most ``wait`` seconds; False if none does.
+
+        Raises:
+            Unreachable: the server is gone.
+            StreamworkerError: a list cannot be waited for.
+        """
+        for key in keys:
+            if key not in self._readers:
+                self._readers[key] = self._link.address.reader(self._block, self._link.commands)
+            if key not in self._waits:
+                # Tasks of asyncio's own: a wait outlives this call, which no task group allows.
+                self._waits[key] = asyncio.ensure_future(self._wait(key))
+        watched = {self._waits[key]: key for key in keys}
+        self._recalled = asyncio.get_running_loop().create_future()
+        ends: list[asyncio.Future[Any]] = [*watched, self._recalled]
+        await asyncio.wait(ends, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
+        self._recalled = None
+        done = [task for task in watched if task.done()]
+        for task in done:
+            del self._waits[watched[task]]
+        failures = [error for task in done if not task.cancelled() and (error := task.exception()) is not None]
+        if failures:
+            raise failures[0]
+        return any(not task.cancelled() and task.result() for task in done)
+
+    async def _wait(self, key: str) -> bool:
+        reader = self._readers[key]
+        try:
+            with understood(self._link.address):
+                reply = await reader.execute_command("BLMOVE", key, key, "RIGHT", "RIGHT", self._block)
+        except StreamworkerError as error:
+            row = row_of(error.__cause__) if error.__cause__ is not None else None
+            if row is not None and row.name == "OOM":  # BLMOVE could grow, and so is refused while memory is out
+                await anyio.sleep(LAST_CALL)
+                return True
+            await reader.close()  # whatever it was, the next wait finds its server anew
+            raise
+        return reply is not None
+
+    def recall(self) -> None:
+        """End `ring` now; the lists are waited for on."""
+        if self._recalled is not None and not self._recalled.done():
+            self._recalled.set_result(None)
+
+    async def unblock(self) -> None:
+        """End all waits soon."""
+        for key in [key for key, wait in self._waits.items() if not wait.done()]:
+            with understood(self._link.address):
+                await self._readers[key].unblock()
+
+    async def close(self) -> None:
+        """End all waits and close their connections."""
+        waits = [wait for wait in self._waits.values() if not wait.done()]
+        if waits:
+            with suppress(StreamworkerError), anyio.move_on_after(LAST_CALL):
+                await self.unblock()
+                await asyncio.wait(waits)
+            for wait in waits:
+                wait.cancel()
+        if self._waits:
+            await asyncio.gather(*self._waits.values(), return_exceptions=True)
+        self._waits.clear()
+        for reader in self._readers.values():
+            await reader.close()
+        self._readers.clear()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -12,12 +11,12 @@ from typing import Any, Final, Protocol, TypeAlias
 
 from redis.exceptions import RedisError
 
-from streamworker import codec, notes
+from streamworker import codec, results
 from streamworker.broker import Ending, Refusal, scripts
-from streamworker.broker.keys import QueueKeys
-from streamworker.broker.reactions import SILENT, Reaction, cure_of, reaction_to
+from streamworker.broker.keys import QueueKeys, due_member
+from streamworker.broker.redis.errors import SILENT, Reaction, cure_of, reaction_to
 from streamworker.errors import InvalidJob, StreamworkerError
-from streamworker.job import Claim, Dead, Done, Drop, Level, ReleaseAt, RetryAt, Settled
+from streamworker.job import Claim, Dead, Done, Drop, ReleaseAt, RetryAt, Settled
 
 BATCH: Final = 500
 """Most claims of one script call, so that it never blocks the server for long."""
@@ -27,11 +26,6 @@ BISECTIONS: Final = 12
 """Most script calls of one batch that may fail before the rest of it is put off."""
 Code: TypeAlias = int | bytes
 """1 settled, 0 lost, a text: why it was refused."""
-
-
-def due_member(level: Level, job_id: str) -> str:
-    """A member for the due set: names the level, and twins of one job never collapse."""
-    return f"{level}/{job_id}/{secrets.token_hex(4)}"
 
 
 class Sender(Protocol):
@@ -176,7 +170,13 @@ class StreamSender:
         """See `Sender.bury`."""
         args: list[Any] = [self._group]
         for item in items:
-            args += (self._consumer, item.claim.entry, item.claim.count, *obituary(item).values(), *note(item))
+            args += (
+                self._consumer,
+                item.claim.entry,
+                item.claim.count,
+                *dead_letter_fields(item).values(),
+                *note(item),
+            )
         names = [items[0].claim.place, keys.dead, *(keys.result(item.job_id) for item in items)]
         return list(await scripts.BURY(self._client, names, args))
 
@@ -187,7 +187,7 @@ async def tell(client: scripts.AsyncCaller, keys: QueueKeys, items: Iterable[End
     names = [keys.result(job_id) for job_id in ids if job_id]
     if names:
         with suppress(RedisError, OSError):
-            await scripts.TELL(client, [keys.meta, *names], [notes.COMPLETED] * len(names))
+            await scripts.TELL(client, [keys.meta, *names], [results.COMPLETED] * len(names))
 
 
 def kept_at(keys: QueueKeys, items: Iterable[Ending]) -> list[str]:
@@ -202,9 +202,9 @@ def note(item: Ending) -> tuple[int, bytes]:
         verdict = item.verdict
         why = f"{verdict.reason}: {verdict.error}" if isinstance(verdict, Dead) and verdict.error else None
         if isinstance(verdict, Dead):
-            told = notes.written(notes.Note("dead", error=why or verdict.reason))
+            told = results.written(results.JobEnd("dead", error=why or verdict.reason))
         else:
-            told = notes.CANCELLED if isinstance(verdict, Drop) else notes.COMPLETED
+            told = results.CANCELLED if isinstance(verdict, Drop) else results.COMPLETED
     return round(item.keep * 1000), told
 
 
@@ -235,7 +235,7 @@ def parking(item: Ending, now: float) -> tuple[int, str, bytes]:
     return delay, item.member or due_member(item.claim.level, item.job_id), body
 
 
-def obituary(item: Ending) -> dict[str, Any]:
+def dead_letter_fields(item: Ending) -> dict[str, Any]:
     """What a dead letter tells of its job, in the order in which scripts take it."""
     verdict = item.verdict
     if not isinstance(verdict, Dead):

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import random
+import re
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from time import monotonic
-from typing import Any
+from typing import Any, Final
 
 import msgspec
+from redis import exceptions as redis_errors
 
 from streamworker.broker import Ending, scripts
-from streamworker.broker.client import Address
-from streamworker.broker.due import promote
-from streamworker.broker.intake import UNKNOWN_EPOCH, Intake, document
-from streamworker.broker.intakes import Intakes
-from streamworker.broker.keys import QueueKeys
-from streamworker.broker.link import Link
-from streamworker.broker.serving import RENEW_BATCH, Options, Serving
+from streamworker.broker.base import RENEW_BATCH, Options, RedisBroker, promote, standby
+from streamworker.broker.claim import none_ended
+from streamworker.broker.keys import UNKNOWN_EPOCH, QueueKeys, document, worker_key
+from streamworker.broker.redis.client import Address
+from streamworker.broker.redis.session import Session
 from streamworker.broker.settle import StreamSender, settle
-from streamworker.broker.standby import standby
-from streamworker.broker.taking import none_ended
-from streamworker.broker.tidy import forget_leases, tidy, tidy_pause
+from streamworker.broker.stream_claim import ClusterStreamClaims, StreamClaims
 from streamworker.errors import ConfigurationError, Unreachable
 from streamworker.job import Claim, Depth, Settled
 from streamworker.telemetry.logs import get_logger
@@ -37,7 +36,7 @@ class StreamOptions(Options, frozen=True, kw_only=True):
     group: str = "workers"
 
 
-class StreamBroker(Serving[QueueKeys, Intake | Intakes]):
+class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
     """Stream mode of the `Broker` protocol; one instance serves one worker, or producers."""
 
     def __init__(self, address: Address, options: StreamOptions) -> None:
@@ -49,8 +48,8 @@ class StreamBroker(Serving[QueueKeys, Intake | Intakes]):
     def _key(self, queue: str) -> QueueKeys:
         return QueueKeys(queue, self._options.namespace)
 
-    def _take(self, queues: Sequence[tuple[QueueKeys, int | None]]) -> Intake | Intakes:
-        kind, options = Intakes if self._link.address.spread else Intake, self._options
+    def _take(self, queues: Sequence[tuple[QueueKeys, int | None]]) -> StreamClaims | ClusterStreamClaims:
+        kind, options = ClusterStreamClaims if self._link.address.spread else StreamClaims, self._options
         return kind(
             self._link, queues, group=self._group, lease=options.lease, weighted=options.weighted,
             alone_from=options.alone_from,
@@ -112,7 +111,7 @@ class StreamBroker(Serving[QueueKeys, Intake | Intakes]):
     async def confirm(self, claim: Claim) -> Claim | None:
         """See `Broker.confirm`."""
         args = [self._group, self._intake.consumer, claim.entry, claim.count]
-        # Remembered, because a lost reply leaves it to `strays` to see whether this delivery was counted. One is
+        # Remembered, because a lost reply leaves it to `own_pending` to see whether this delivery was counted. One is
         # enough: suspects run alone.
         self._last_confirmed = (claim.place, claim.entry, claim.count)
         if await self._link.run(scripts.CONFIRM, [claim.place], args):
@@ -174,11 +173,11 @@ class StreamBroker(Serving[QueueKeys, Intake | Intakes]):
         claims = await super().claim(limit, wait, running, ended, shut)
         if self._intake.reply_lost:
             self._intake.reply_lost = False
-            claims += await self.strays([*running, *claims])
+            claims += await self.own_pending([*running, *claims])
         return claims
 
-    async def strays(self, running: Collection[Claim]) -> list[Claim]:
-        """See `Broker.strays`."""
+    async def own_pending(self, running: Collection[Claim]) -> list[Claim]:
+        """See `Broker.own_pending`."""
         found: list[Claim] = []
         for keys, level, place in self._intake.spots:
             mine = [claim.entry for claim in running if claim.place == place]
@@ -224,7 +223,7 @@ class StreamBroker(Serving[QueueKeys, Intake | Intakes]):
         return [await depth(self._link, keys, self._group) for keys in self._keys]
 
 
-async def depth(link: Link, keys: QueueKeys, group: str) -> Depth:
+async def depth(link: Session, keys: QueueKeys, group: str) -> Depth:
     """How much lies in one queue."""
     names = [*keys.streams, keys.due, keys.dead, keys.meta]
     entries, pending, delayed, dead, oldest, paused, inactive = await link.run(scripts.DEPTH, names, [group])
@@ -232,3 +231,68 @@ async def depth(link: Link, keys: QueueKeys, group: str) -> Depth:
     return Depth(
         keys.queue, max(0, entries - pending), pending, delayed, dead, age, bool(paused or inactive), bool(inactive)
     )
+
+
+LEASES: Final = 10
+"""Most names of one queue that are looked at in one go."""
+_LINE: Final = re.compile(rb"(\S+) \d+\n")
+
+
+def tidy_pause(lease: float) -> float:
+    """Seconds between two goes, for workers of that lease."""
+    return max(2.0, min(60.0, 4 * lease)) * random.uniform(0.8, 1.2)  # noqa: S311 - spreads load
+
+
+async def tidy(link: Session, keys: QueueKeys, group: str, *, namespace: str, idle: float) -> list[str]:
+    """Delete the names of dead workers from one queue's groups.
+
+    Args:
+        link: the connections.
+        keys: the queue's keys.
+        group: the consumer group.
+        namespace: goes before every key.
+        idle: seconds a name must have been silent.
+
+    Returns:
+        The names that are gone.
+    """
+    silent: dict[str, float] = {}
+    for stream in keys.streams:
+        for info in await _consumers(link, stream, group):
+            name = info["name"].decode(errors="replace")
+            silent[name] = min(silent.get(name, float("inf")), info["idle"] / 1000)
+    gone = []
+    for name in [name for name, seconds in silent.items() if seconds > idle]:
+        with link.watched():
+            alive = await link.commands.exists(worker_key(namespace, name))
+        # The script looks again for pending entries: deleting a consumer deletes them with it.
+        if not alive and await link.run(scripts.LEAVE, keys.streams, [group, name]):
+            gone.append(name)
+    return gone
+
+
+async def forget_leases(link: Session, keys: QueueKeys, namespace: str, gone: Callable[[str], Awaitable[bool]]) -> None:
+    """Forget the leases of some workers that are dead and hold nothing any more.
+
+    Args:
+        link: the connections.
+        keys: the queue's keys.
+        namespace: goes before every key.
+        gone: whether a name holds nothing.
+    """
+    names = [
+        name.decode(errors="replace") for name in _LINE.findall(await link.ask("HGET", keys.meta, "leases") or b"")
+    ]
+    for name in random.sample(names, min(LEASES, len(names))):  # whoever looks next takes others
+        if not await link.ask("EXISTS", worker_key(namespace, name)) and await gone(name):
+            await link.run(scripts.LEASE, [keys.meta], [name, 0])
+
+
+async def _consumers(link: Session, stream: str, group: str) -> list[dict[str, Any]]:
+    try:
+        with link.watched():
+            return list(await link.commands.xinfo_consumers(stream, group))
+    except Exception as error:
+        if isinstance(error.__cause__, redis_errors.ResponseError):
+            return []  # no such stream or group: the next claim makes it
+        raise

@@ -16,17 +16,16 @@ from typing import Final
 
 from cyclopts import CycloptsError
 
-from streamworker.cli import stdout
+from streamworker.cli import streams
+from streamworker.cli.streams import say
 from streamworker.cli.tree import root
 from streamworker.errors import StreamworkerError
-from streamworker.redact import clean_block, cut_lines, name_of, redact, text_of
+from streamworker.redact import name_of, text_of
 
 __all__ = ["main", "say"]
 
 LAST_WORDS: Final = 1.0
 """Seconds threads may take to end when everything else has."""
-LONGEST: Final = 64_000
-"""Characters that are said at once: a traceback has many."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     if arguments is not None:
         return _guarded(list(arguments))
-    stdout.ensure()
+    streams.ensure()
     code = _guarded(sys.argv[1:])
     _let_go(code)
     return code
@@ -52,13 +51,13 @@ def _guarded(arguments: list[str]) -> int:
         code = _run(arguments)
     except KeyboardInterrupt:
         code = 130
-    except stdout.Unread:
+    except streams.Unread:
         code = 0
     except Exception as error:  # noqa: BLE001 - the last resort of the program
         code = _failed(error)
     try:
-        stdout.flush()
-    except stdout.Unread:
+        streams.flush()
+    except streams.Unread:
         pass
     except StreamworkerError as error:
         code = code or _failed(error)
@@ -110,10 +109,3 @@ def _known(error: BaseException) -> StreamworkerError | None:
     if isinstance(error, BaseExceptionGroup):
         return next((known for known in map(_known, error.exceptions) if known is not None), None)
     return None
-
-
-def say(sentence: str) -> None:
-    """One sentence on standard error, passwords hidden and controls spelled out."""
-    # Not through the logs: they may not be configured yet, or be JSON for machines.
-    with suppress(OSError, ValueError):  # nobody listens, and the exit code says it too
-        print(f"streamworker: {clean_block(redact(cut_lines(sentence, LONGEST)))}", file=sys.stderr, flush=True)

@@ -15,17 +15,17 @@ from rich.console import Console
 from rich.file_proxy import FileProxy
 from rich.live import Live
 
-from streamworker import signals
 from streamworker.app import App
-from streamworker.bridging import Bridging, Tally
+from streamworker.bridge import Bridging, Tally
 from streamworker.cli.loading import load_app, with_own
 from streamworker.cli.options import SERVER, QueueNames, ServerFlags, Text
 from streamworker.cli.output import json_line
-from streamworker.cli.stdout import Report
+from streamworker.cli.streams import Report
 from streamworker.errors import StreamworkerError, UsageError
 from streamworker.settings import Settings
 from streamworker.telemetry import logs
 from streamworker.views import age, printable
+from streamworker.worker import signals
 
 log = logs.get_logger("streamworker.bridge")
 

@@ -8,13 +8,13 @@ from typing import Any, Final
 import anyio
 import msgspec
 
-from streamworker import durable
+from streamworker import wiring
 from streamworker.app import App
 from streamworker.broker import Finding, Operator
 from streamworker.cli.loading import load_app, with_own
 from streamworker.cli.options import WORKER, WorkerFlags
 from streamworker.cli.output import json_line
-from streamworker.cli.stdout import Report
+from streamworker.cli.streams import Report
 from streamworker.errors import ConfigurationError, StreamworkerError
 from streamworker.settings import EMBEDDED, Settings
 from streamworker.views import printable
@@ -74,7 +74,7 @@ def _everything(app: str | None, flags: WorkerFlags) -> list[Finding]:
     except StreamworkerError as error:
         found.append(Finding("error", "server", str(error)))
     if settings.database_url is not None:
-        found += anyio.run(durable.examine, settings, settings.database_url)
+        found += anyio.run(wiring.examine, settings, settings.database_url)
     elif settings.redis_url != EMBEDDED:
         found.append(Finding("ok", "postgresql", "none is named (DATABASE_URL): there is no ledger"))
     return found

@@ -34,6 +34,6 @@ def dashboard(
     web.require()
     settings = server.settings()
     access = web.Access.load(read_only=read_only, origins=origin)
-    serving = importlib.import_module("streamworker.web.serving")
+    serving = importlib.import_module("streamworker.web.server")
     code: int = serving.serve(App[Any](settings=settings), settings, access, listen)
     return code

@@ -11,11 +11,10 @@ from cyclopts import App, Parameter
 from cyclopts.validators import Number
 
 from streamworker.broker import Operator, StoredJob
-from streamworker.cli import say
-from streamworker.cli.acting import Deed, act, narrowed, stored_names, without_bodies
-from streamworker.cli.details import detail
+from streamworker.cli.bulk import BulkAction, act, narrowed, stored_names, without_bodies
 from streamworker.cli.options import ACTING, LISTING, SERVER, Acting, Listing, QueueName, ServerFlags, fleet, operate
-from streamworker.cli.output import Column, print_lines, show
+from streamworker.cli.output import Column, detail, print_lines, show
+from streamworker.cli.streams import say
 from streamworker.errors import UsageError
 from streamworker.views import DeadRow, Selection, age, chosen_dead, dead_row, printable
 
@@ -182,7 +181,7 @@ def _change(
     rate: float | None = None,
 ) -> int:
     async def work(operator: Operator) -> int:
-        deed = Deed(*words, "dead letter", do(operator), stored_names)
+        deed = BulkAction(*words, "dead letter", do(operator), stored_names)
         return await act(acting, without_bodies(chosen_dead(operator, selection)), deed, selection.ids, rate=rate)
 
     return operate(server, work)

@@ -9,7 +9,7 @@ from typing import Annotated, Final
 from cyclopts import App, Parameter
 
 from streamworker.broker import Operator, StoredJob
-from streamworker.cli.acting import Deed, act, narrowed, stored_names, without_bodies
+from streamworker.cli.bulk import BulkAction, act, narrowed, stored_names, without_bodies
 from streamworker.cli.options import ACTING, LISTING, SERVER, Acting, Listing, QueueName, ServerFlags, fleet, operate
 from streamworker.cli.output import Column, show
 from streamworker.views import DelayedRow, Selection, age, chosen_delayed, delayed_row
@@ -78,7 +78,7 @@ def run(
         all: All of them.
     """
     selection = narrowed(Selection(queue=queue, ids=frozenset((*ids, *named)), kind=kind), all, "run")
-    return _change("make ready", "made ready", selection, acting, server, lambda operator: operator.hasten)
+    return _change("make ready", "made ready", selection, acting, server, lambda operator: operator.run_now)
 
 
 @delayed.command
@@ -112,7 +112,7 @@ def _change(
     do: Callable[[Operator], Callable[[StoredJob], Awaitable[bool]]],
 ) -> int:
     async def work(operator: Operator) -> int:
-        deed = Deed(verb, past, "delayed job", do(operator), stored_names)
+        deed = BulkAction(verb, past, "delayed job", do(operator), stored_names)
         return await act(acting, without_bodies(chosen_delayed(operator, selection)), deed, selection.ids)
 
     return operate(server, work)

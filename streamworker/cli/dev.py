@@ -17,16 +17,16 @@ from typing import Any, Final
 import anyio
 import msgspec
 
-from streamworker import embedded, signals, web
+from streamworker import embedded, web
 from streamworker.app import App
 from streamworker.cli.dashboard import LISTEN as DASHBOARD
 from streamworker.cli.loading import HOW
 from streamworker.cli.options import WORKER, WorkerFlags
-from streamworker.cli.reload import Watch
-from streamworker.environment import PREFIX
 from streamworker.errors import ConfigurationError
 from streamworker.settings import EMBEDDED, Settings
+from streamworker.settings.environment import PREFIX
 from streamworker.telemetry.logs import get_logger
+from streamworker.worker import signals
 
 log = get_logger("streamworker.dev")
 
@@ -157,3 +157,43 @@ class _Loop:
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         self._signal = number
+
+
+_SKIPPED: Final = frozenset({"__pycache__", "node_modules", "site-packages", "venv", "env", "build", "dist"})
+
+
+class Watch:
+    """Remembers when the files below a directory were last written.
+
+    Args:
+        root: the directory; hidden ones below it, virtual environments and the like are passed over.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._seen = self._look()
+
+    def changed(self) -> list[str]:
+        """The files written, made or deleted since the last call, relative to the directory."""
+        before, self._seen = self._seen, self._look()
+        names = {name for name, _ in before.items() ^ self._seen.items()}
+        return sorted(os.path.relpath(name, self._root) for name in names)
+
+    def _look(self) -> dict[str, tuple[int, int]]:
+        found: dict[str, tuple[int, int]] = {}
+        waiting = [str(self._root)]
+        while waiting:
+            try:
+                with os.scandir(waiting.pop()) as entries:
+                    for entry in entries:
+                        if entry.name.startswith(".") or entry.name in _SKIPPED:
+                            continue
+                        if entry.is_dir(follow_symlinks=False):
+                            waiting.append(entry.path)
+                        elif entry.name.endswith(".py"):
+                            stat = entry.stat()
+                            # The size as well: two writes within one tick of the file system's clock happen.
+                            found[entry.path] = (stat.st_mtime_ns, stat.st_size)
+            except OSError:
+                continue  # deleted while we looked, or not ours to read
+        return found

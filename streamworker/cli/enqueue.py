@@ -18,7 +18,7 @@ from streamworker.app import App
 from streamworker.cli.loading import load_app, with_own
 from streamworker.cli.options import SERVER, QueueName, Seconds, ServerFlags
 from streamworker.cli.output import json_line
-from streamworker.cli.stdout import Report
+from streamworker.cli.streams import Report
 from streamworker.errors import InvalidJob, UsageError
 from streamworker.job import Job, Level
 from streamworker.payload import KIND_NAME

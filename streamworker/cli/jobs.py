@@ -6,28 +6,30 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, NamedTuple
 
 import anyio
 import msgspec
 from cyclopts import App, Parameter
 
+from streamworker import app
 from streamworker.app import App as StreamworkerApp
 from streamworker.broker import Operator
-from streamworker.cli import say, stdout
-from streamworker.cli.acting import Deed, act, agreed
+from streamworker.cli import streams
+from streamworker.cli.bulk import BulkAction, act, agreed
 from streamworker.cli.options import ACTING, LISTING, WORKER, Acting, Listing, QueueName, Seconds, WorkerFlags
 from streamworker.cli.output import Column, document, plain, print_json, print_lines, show
-from streamworker.errors import UsageError
+from streamworker.cli.streams import say
+from streamworker.errors import StreamworkerError, UsageError
+from streamworker.job import Progress
 from streamworker.postgres import Archive, JobRecord, Status, Wanted
-from streamworker.progress import Progress
-from streamworker.settings import Settings
+from streamworker.settings import EMBEDDED, Settings
 from streamworker.views import age, printable
-from streamworker.views.ledger import JobRow, attempt_row, job_row
+from streamworker.views.rows import JobRow, attempt_row, job_row
 
 jobs = App(name="jobs", help="Jobs in the ledger: every one that is durable, or has run.")
-jobs.command("streamworker.cli.cancel:cancel", name="cancel")
-jobs.command("streamworker.cli.reconcile:reconcile", name="reconcile")
+jobs.command("streamworker.cli.jobs:cancel", name="cancel")
+jobs.command("streamworker.cli.jobs:reconcile", name="reconcile")
 
 OPEN: Final[tuple[Status, ...]] = ("queued", "dispatching", "dispatched", "retrying")
 """Of these a job can still be kept from running."""
@@ -177,11 +179,11 @@ def retry(
 
         async def do(job: JobRecord) -> bool:
             if operator is not None:
-                await operator.reprieve(job.queue, job.id)
+                await operator.uncancel(job.queue, job.id)
             return await archive.retry(job.queue, job.id)
 
         async with redis_too(settings) as operator:
-            deed = Deed("retry", "queued", "job", do, _names, barred)
+            deed = BulkAction("retry", "queued", "job", do, _names, barred)
             return await act(acting, unambiguous(archive, wanted), deed, wanted.ids)
 
     settings = flags.settings()
@@ -209,7 +211,7 @@ def prune(
     async def work(archive: Archive) -> int:
         count = await archive.prunable(queue, older=older)
         if dry_run or not count:
-            stdout.write(f"{count:,} jobs would be forgotten\n") if dry_run else say("no job is that old")
+            streams.write(f"{count:,} jobs would be forgotten\n") if dry_run else say("no job is that old")
             return 0
         if not yes and not agreed(f"forget {count:,} jobs for good?"):
             say("nothing was changed")
@@ -217,7 +219,7 @@ def prune(
         forgotten = 0
         while batch := await archive.prune(queue, older=older):
             forgotten += batch
-        stdout.write(f"forgot {forgotten:,} jobs\n")
+        streams.write(f"forgot {forgotten:,} jobs\n")
         return 0
 
     return _ask(flags, work)
@@ -315,3 +317,112 @@ def _print(job: JobRecord, private: dict[str, Any], attempts: list[dict[str, Any
         what = f": {each['error']}" if each["error"] else ""
         lines.append((f"attempt {each['attempt']}", f"{each['finished_at']} {each['outcome']}{took}{where}{what}"))
     print_lines(lines)
+
+
+def cancel(
+    *ids: str,
+    named: NamedIds = (),
+    queue: QueueName = None,
+    conditions: Conditions = CONDITIONS,
+    all: bool = False,  # noqa: A002 - the flag's name
+    acting: Acting = ACTING,
+    flags: WorkerFlags = WORKER,
+) -> int:
+    """Keep jobs from running, and end those that run. Without a ledger, and for jobs that it does not know, --queue
+    has to say where they lie.
+
+    Args:
+        ids: Job ids.
+        queue: Of this queue.
+        all: All that wait.
+    """
+    wanted = narrowed(conditions.wanted(queue, ids + named, OPEN), everything=all, verb="cancel")
+
+    async def work(archive: Archive | None, operator: Operator | None) -> int:
+        def barred(job: _Target) -> str | None:
+            return None if job.status in (*OPEN, "running", None) else f"it is {job.status}"
+
+        async def do(job: _Target) -> bool:
+            return await app.cancel(archive, operator, job.queue, job.job_id) != "ended"
+
+        deed = BulkAction("cancel", "cancelled", "job", do, msgspec.structs.asdict, barred)
+        return await act(acting, _targets(archive, wanted, queue), deed, wanted.ids)
+
+    settings = flags.settings()
+
+    async def main() -> int:
+        app = StreamworkerApp[Any](settings=settings)
+        async with redis_too(settings) as operator:
+            if settings.ledger != "off" and (settings.database_url or settings.redis_url == EMBEDDED):
+                async with app.archive(settings) as archive:
+                    return await work(archive, operator)
+            if queue is None or not wanted.ids:
+                raise UsageError("there is no ledger (DATABASE_URL is not set): say which jobs, and --queue")
+            return await work(None, operator)
+
+    return anyio.run(main)
+
+
+class _Target(msgspec.Struct, frozen=True):
+    """A job to be cancelled; ``kind`` and ``status`` as the ledger knows them."""
+
+    queue: str
+    job_id: str
+    kind: str | None
+    status: Status | None
+
+
+async def _targets(archive: Archive | None, wanted: Wanted, queue: str | None) -> AsyncIterator[_Target]:
+    """What the ledger knows of it, and what else was named: that can only lie in Redis."""
+    known = set()
+    if archive is not None:
+        async for job in unambiguous(archive, wanted):
+            known.add(job.id)
+            yield _Target(job.queue, job.id, job.kind, job.status)
+    if queue is not None:
+        for job_id in sorted(wanted.ids - known):
+            yield _Target(queue, job_id, None, None)
+
+
+class Missing(NamedTuple):
+    """A job that is missing in Redis, unchanged in the ledger since ``before``."""
+
+    queue: str
+    job_id: str
+    before: datetime
+
+
+def reconcile(queue: QueueName = None, *, acting: Acting = ACTING, flags: WorkerFlags = WORKER) -> int:
+    """Compare the ledger with Redis job by job, and queue again what Redis lost.
+
+    Relays do the same by themselves one lease after Redis shows a sign of loss. Jobs that lie in Redis, ready, held or
+    delayed, are left alone.
+
+    Args:
+        queue: Only this queue; all the ledger knows unless given.
+    """
+    settings = flags.settings()
+
+    async def main() -> int:
+        async with StreamworkerApp[Any](settings=settings).relaying(settings) as relaying:
+
+            async def missing() -> AsyncIterator[Missing]:
+                for name in [queue] if queue is not None else await relaying.known():
+                    ids, before = await relaying.missing(name)
+                    for job_id in ids:
+                        yield Missing(name, job_id, before)
+
+            async def again(job: Missing) -> bool:
+                lost = await relaying.outbox.lost(job.queue, [job.job_id], job.before)
+                if lost.locked:
+                    raise StreamworkerError("a run of it is in its transaction: try again when that has ended")
+                return bool(lost.queued)
+
+            deed = BulkAction("queue again", "queued again", "lost job", again, _names_of_missing)
+            return await act(acting, missing(), deed)
+
+    return anyio.run(main)
+
+
+def _names_of_missing(job: Missing) -> dict[str, Any]:
+    return {"queue": job.queue, "job_id": job.job_id}

@@ -9,7 +9,7 @@ import anyio
 from cyclopts import App as Commands
 
 from streamworker.app import App
-from streamworker.cli import stdout
+from streamworker.cli import streams
 from streamworker.cli.options import WORKER, Listing, WorkerFlags
 from streamworker.cli.output import Column, show
 
@@ -37,9 +37,9 @@ def up(*, flags: WorkerFlags = WORKER) -> int:
 
     done = anyio.run(main)
     for name in done:
-        stdout.write(f"applied {name}\n")
+        streams.write(f"applied {name}\n")
     if not done:
-        stdout.write("the schema is up to date\n")
+        streams.write("the schema is up to date\n")
     return 0
 
 
@@ -72,5 +72,5 @@ def status(*, json: bool = False, flags: WorkerFlags = WORKER) -> int:
 def print_(*, flags: WorkerFlags = WORKER) -> int:
     """Print all migrations as SQL, for people who apply them by other means."""
     flags.settings()
-    stdout.write(App.schema_sql())
+    streams.write(App.schema_sql())
     return 0

@@ -16,10 +16,10 @@ from cyclopts.validators import Number
 
 from streamworker.app import App
 from streamworker.broker import Operator
-from streamworker.environment import PREFIX
 from streamworker.errors import LONGEST_WAIT
-from streamworker.setting_rules import QUEUE_NAME
 from streamworker.settings import Settings
+from streamworker.settings.environment import PREFIX
+from streamworker.settings.rules import QUEUE_NAME
 from streamworker.telemetry import logs
 from streamworker.views import Fleet
 

@@ -9,11 +9,13 @@ import msgspec
 import orjson
 from typing_extensions import TypeVar
 
-from streamworker.cli import say, stdout
+from streamworker import codec
+from streamworker.cli import streams
 from streamworker.cli.options import Listing
+from streamworker.cli.streams import say
 from streamworker.cli.tables import ROWS, Column, Rows, console, table, take
-from streamworker.cli.watching import watch
-from streamworker.errors import StreamworkerError, UsageError
+from streamworker.cli.watch import watch
+from streamworker.errors import InvalidJob, StreamworkerError, UsageError
 from streamworker.redact import clean_json
 from streamworker.views import Fleet, printable
 
@@ -39,7 +41,7 @@ def json_line(value: Any) -> str:
 
 def print_json(value: Any) -> None:
     """Print one line of JSON."""
-    stdout.write(json_line(value))
+    streams.write(json_line(value))
 
 
 def print_lines(lines: Sequence[tuple[str, Any]]) -> None:
@@ -47,7 +49,7 @@ def print_lines(lines: Sequence[tuple[str, Any]]) -> None:
     width = max((len(name) for name, _ in lines), default=0)
     for name, value in lines:
         if value not in (None, ""):
-            stdout.write(f"{name:<{width}}  {printable(str(value))}\n")
+            streams.write(f"{name:<{width}}  {printable(str(value))}\n")
 
 
 def document(body: bytes | None) -> Any:
@@ -87,7 +89,7 @@ async def show(
     if listing.watch:
         if listing.json:
             raise UsageError("--watch shows a table: leave out --json, or call again and again without --watch")
-        with stdout.writing():
+        with streams.writing():
             return await watch(listing, rows, columns, title, fleet)
     if listing.json:
         count = 0
@@ -102,7 +104,7 @@ async def show(
     if not chosen:
         say(f"no {title}")
         return 0
-    with stdout.writing():
+    with streams.writing():
         out.print(table(chosen, columns, out.width, payload=payload))
     if more:
         say(f"there are more {title}: --limit shows more, --json shows all")
@@ -118,3 +120,39 @@ def sentence_of(error: StreamworkerError) -> str:
     if error.exit_code != StreamworkerError.exit_code:
         raise error
     return str(error)
+
+
+def detail(row: Any, body: bytes | None, *, payload: bool, json: bool, more: dict[str, Any] | None = None) -> None:
+    """Print one job.
+
+    Args:
+        row: what its listing shows.
+        body: its document.
+        payload: print the document too.
+        json: for programs.
+        more: further facts.
+    """
+    facts = plain(row) | (more or {}) | _read(body)
+    if json:
+        print_json(facts | ({"document": document(body)} if payload else {}))
+        return
+    lines = list(facts.items())
+    if payload and body is not None:
+        lines.append(("document", body.decode(errors="backslashreplace")))
+    print_lines(lines)
+
+
+def _read(body: bytes | None) -> dict[str, Any]:
+    if body is None:
+        return {"bytes": None, "unreadable": "there is no document"}
+    try:
+        document = codec.read(body)
+    except InvalidJob as error:
+        return {"bytes": len(body), "unreadable": str(error)}
+    return {
+        "bytes": len(body),
+        "attempt_count": document.attempt_count or 0,
+        "max_attempts": document.max_attempts,
+        "hop": document.hop or 0,
+        "run_at": None if document.run_at is None else document.run_at.isoformat(),
+    }

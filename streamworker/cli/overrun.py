@@ -17,10 +17,9 @@ from contextlib import suppress
 from time import monotonic
 from typing import Final, NoReturn
 
-from streamworker import signals, stacks
-from streamworker.drain import Shutdown
 from streamworker.errors import StuckThread
 from streamworker.telemetry.logs import get_logger
+from streamworker.worker import Shutdown, signals, stacks
 
 log = get_logger("streamworker.worker")
 

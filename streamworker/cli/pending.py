@@ -9,9 +9,7 @@ from typing import Annotated, Any, Final
 from cyclopts import App, Parameter
 
 from streamworker.broker import Operator, PendingEntry
-from streamworker.cli import say
-from streamworker.cli.acting import Deed, act, narrowed
-from streamworker.cli.details import detail
+from streamworker.cli.bulk import BulkAction, act, narrowed
 from streamworker.cli.options import (
     ACTING,
     LISTING,
@@ -24,7 +22,8 @@ from streamworker.cli.options import (
     fleet,
     operate,
 )
-from streamworker.cli.output import Column, print_lines, show
+from streamworker.cli.output import Column, detail, print_lines, show
+from streamworker.cli.streams import say
 from streamworker.errors import UsageError
 from streamworker.views import Selection, age, chosen_pending, printable
 
@@ -214,7 +213,7 @@ def _change(
         return None
 
     async def work(operator: Operator) -> int:
-        deed = Deed(*words, "pending job", do(operator), _names, barred)
+        deed = BulkAction(*words, "pending job", do(operator), _names, barred)
         return await act(acting, chosen_pending(operator, selection), deed, ids)
 
     return operate(server, work)

@@ -11,11 +11,11 @@ from typing import Annotated, Any, Final
 from cyclopts import App, Parameter
 
 from streamworker.broker import Operator, Place
-from streamworker.cli import say, stdout
-from streamworker.cli.acting import agreed
+from streamworker.cli import streams
+from streamworker.cli.bulk import agreed
 from streamworker.cli.options import LISTING, SERVER, Listing, OneQueue, QueueName, ServerFlags, fleet, operate
 from streamworker.cli.output import Column, plain, show
-from streamworker.cli.stdout import Report
+from streamworker.cli.streams import Report, say
 from streamworker.errors import UsageError
 from streamworker.views import Pace, QueueRow, age, moment, overview
 
@@ -155,7 +155,7 @@ def purge(
         counts = {place: int(getattr(depth, place)) for place in places}
         what = " and ".join(f"{count:,} {place}" for place, count in counts.items())
         if dry_run:
-            stdout.write(f"would be deleted: {what} of {queue}\n")
+            streams.write(f"would be deleted: {what} of {queue}\n")
             return 0
         if not any(counts.values()):
             say(f"{queue} has nothing {' or '.join(places)}")

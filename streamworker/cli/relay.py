@@ -6,12 +6,12 @@ from typing import Any
 
 import anyio
 
-from streamworker import signals
 from streamworker.app import App
 from streamworker.cli.loading import load_app, loop_options, with_own
 from streamworker.cli.options import WORKER, WorkerFlags
-from streamworker.relaying import Scheduler
 from streamworker.telemetry.logs import get_logger
+from streamworker.wiring import Scheduler
+from streamworker.worker import signals
 
 log = get_logger("streamworker.relay")
 

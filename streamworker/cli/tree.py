@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import metadata
+from typing import Literal
 
 from cyclopts import App, Group, Parameter
+
+
+def completion(shell: Literal["bash", "zsh", "fish"], /) -> int:
+    """Print the completion script of a shell: source <(streamworker completion bash).
+
+    Args:
+        shell: Whose.
+    """
+    sys.stdout.write(root.generate_completion(shell=shell))
+    return 0
 
 
 def _version() -> str:
@@ -48,7 +60,7 @@ _COMMANDS = (
     ("dashboard", "dashboard:dashboard", LOOK, "All of this in a browser, live."),
     ("check", "check:check", MORE, "Look for everything that loses jobs."),
     ("config", "config:config", MORE, "Show every setting, and where it came from."),
-    ("completion", "completion:completion", MORE, "Print the completion script of a shell."),
+    ("completion", "tree:completion", MORE, "Print the completion script of a shell."),
 )
 for _name, _path, _group, _help in _COMMANDS:
     root.command(f"streamworker.cli.{_path}", name=_name, group=_group, help=_help)

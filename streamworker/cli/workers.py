@@ -9,7 +9,7 @@ from typing import Any, Final
 from cyclopts import App
 
 from streamworker.broker import Operator, WorkerInfo
-from streamworker.cli.acting import Deed, act
+from streamworker.cli.bulk import BulkAction, act
 from streamworker.cli.options import ACTING, LISTING, SERVER, Acting, Listing, QueueName, ServerFlags, fleet, operate
 from streamworker.cli.output import Column, show
 from streamworker.errors import UsageError
@@ -78,7 +78,7 @@ def prune(*ids: str, all: bool = False, acting: Acting = ACTING, server: ServerF
         async def do(info: WorkerInfo) -> bool:
             return await operator.prune(queues, info.worker_id)
 
-        deed = Deed("prune", "pruned", "dead worker", do, _names, _barred)
+        deed = BulkAction("prune", "pruned", "dead worker", do, _names, _barred)
         return await act(acting, items(), deed, ids)
 
     return operate(server, work)

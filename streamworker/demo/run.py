@@ -17,14 +17,12 @@ import msgspec
 from redis import exceptions as redis_errors
 
 from streamworker import App, Settings, embedded
-from streamworker.demo import fleet, script
+from streamworker.demo import script
 from streamworker.demo.app import SMTP_PORT, SendWelcome
-from streamworker.demo.audit import Evidence, Killed, audit
-from streamworker.demo.fleet import Member
-from streamworker.demo.lookout import Lookout
+from streamworker.demo.audit import Evidence, Killed, Lookout, audit
 from streamworker.demo.script import Script
 from streamworker.demo.smtp import Mailbox
-from streamworker.demo.stage import INTERVAL, STALL, Stage
+from streamworker.demo.stage import INTERVAL, STALL, Member, Stage, launch, stop
 from streamworker.demo.view import Timing, View
 from streamworker.embedded import Servers
 from streamworker.errors import Unreachable
@@ -96,7 +94,7 @@ async def _play(play: Script, view: View) -> int:
             "STREAMWORKER_LOG_LEVEL": "warning",
             SMTP_PORT: str(mailbox.port),
         }
-        members = await fleet.launch(stack, play.workers, home, env)
+        members = await launch(stack, play.workers, home, env)
         lookouts = [Lookout(servers.redis_url), Lookout(servers.redis_url)]
         for lookout in lookouts:
             stack.push_async_callback(lookout.close)
@@ -107,7 +105,7 @@ async def _play(play: Script, view: View) -> int:
             view.say(f"An SMTP server and {play.workers} workers are up ({monotonic() - began:.1f} s).")
             group.start_soon(view.follow, stage)
             killed, working = await _work(stage, servers.redis_url, lookouts[1], view)
-            await fleet.stop(members)
+            await stop(members)
             group.cancel_scope.cancel()
         evidence = Evidence(
             arrived=await mailbox.recipients(),

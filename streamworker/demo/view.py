@@ -16,9 +16,8 @@ from rich.text import Text
 
 from streamworker.demo import script
 from streamworker.demo.audit import Finding, Killed, Report
-from streamworker.demo.fleet import Member
 from streamworker.demo.script import Script
-from streamworker.demo.stage import Seen, Stage
+from streamworker.demo.stage import Member, Seen, Stage
 
 _LIVE_INTERVAL: Final = 0.25
 _PLAIN_INTERVAL: Final = 1.0

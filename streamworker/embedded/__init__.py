@@ -16,9 +16,16 @@ from typing import NamedTuple, Self
 
 from streamworker.embedded.binaries import find_binaries
 from streamworker.embedded.joining import await_servers, is_supervised, join_users
-from streamworker.embedded.layout import Layout, default_state_dir, open_layout
-from streamworker.embedded.locks import Lock
-from streamworker.embedded.record import FAILED, STARTING, Record, read_record
+from streamworker.embedded.layout import (
+    FAILED,
+    STARTING,
+    Layout,
+    Lock,
+    Record,
+    default_state_dir,
+    open_layout,
+    read_record,
+)
 from streamworker.errors import ConfigurationError
 
 __all__ = ["Description", "Servers", "acquire", "default_state_dir", "describe"]

@@ -14,11 +14,9 @@ import time
 from pathlib import Path
 
 from streamworker.embedded.binaries import Binaries
-from streamworker.embedded.child import Child, StartFailed, evict, is_ours, say
-from streamworker.embedded.launcher import Launcher, choose_launcher
-from streamworker.embedded.layout import Layout, last_line, open_log, private_file
-from streamworker.embedded.probe import NO_SUCH_DATABASE, OK, postgres_answers
-from streamworker.embedded.record import DATABASE, PG_PORT, PG_USER
+from streamworker.embedded.joining import NO_SUCH_DATABASE, OK, postgres_answers
+from streamworker.embedded.layout import DATABASE, PG_PORT, PG_USER, Layout, last_line, open_log, private_file
+from streamworker.embedded.process import Child, Launcher, StartFailed, choose_launcher, evict, is_ours, say
 
 # sockaddr_un.sun_path holds 108 bytes on Linux and 104 on macOS, terminator included; the lock file's name is longer
 # but has no such limit.

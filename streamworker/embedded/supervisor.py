@@ -16,11 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from streamworker.embedded.binaries import Binaries
-from streamworker.embedded.child import STOP_TIMEOUT, Child, StartFailed, say
-from streamworker.embedded.layout import Layout
-from streamworker.embedded.locks import Lock
+from streamworker.embedded.layout import FAILED, READY, STARTING, Layout, Lock, Record
 from streamworker.embedded.postgres import Postgres
-from streamworker.embedded.record import FAILED, READY, STARTING, Record
+from streamworker.embedded.process import STOP_TIMEOUT, Child, StartFailed, say
 from streamworker.embedded.valkey import Valkey
 
 BUSY = 0.005  # seconds between looks while a server starts

@@ -10,10 +10,9 @@ import socket
 import subprocess
 from pathlib import Path
 
-from streamworker.embedded.child import Child, evict
-from streamworker.embedded.launcher import Launcher
+from streamworker.embedded.joining import redis_answers
 from streamworker.embedded.layout import Layout, open_log, private_file
-from streamworker.embedded.probe import redis_answers
+from streamworker.embedded.process import Child, Launcher, evict
 
 # Below the range from which systems hand out ports to clients: there a restart seldom finds its port taken.
 _PORTS = range(20_000, 32_000)

@@ -14,8 +14,10 @@ from typing import Any, Final, Literal, Protocol, TypeAlias
 
 import msgspec
 
+from streamworker import codec
+from streamworker.codec import Reading, deliveries_of
 from streamworker.errors import RunEnded
-from streamworker.job import Level
+from streamworker.job import Claim, Level
 
 Status: TypeAlias = Literal[
     "queued", "dispatching", "dispatched", "running", "retrying", "completed", "dead", "cancelled"
@@ -304,3 +306,43 @@ class Archive(Protocol):
 
     async def prune(self, queue: str | None = None, *, older: float | None = None) -> int:
         """Forget a batch of completed and cancelled jobs, as `prunable`; returns how many: 0 when none is left."""
+
+
+def run_record(claim: Claim, reading: Reading, *, kind: str, started: float | None) -> RunRecord:
+    """The record of a run that has begun.
+
+    Args:
+        claim: what runs.
+        reading: its document.
+        kind: the handler's kind, or the document's.
+        started: epoch seconds.
+    """
+    attempts = reading.attempt_count or 0
+    return RunRecord(
+        codec.job_id(reading, claim),
+        claim.queue,
+        kind,
+        claim.level,
+        reading.hop or 0,
+        deliveries_of(claim, reading),
+        attempts + 1,
+        attempts,
+        reading.max_attempts,
+        claim.epoch,
+        claim.body,
+        reading.payload,
+        reading.headers,
+        started,
+        codec.made_at(reading),
+    )
+
+
+def unread_record(claim: Claim) -> RunRecord:
+    """The record of a claim whose document cannot be read: of the job that it names, if it names one."""
+    told, hop = codec.told_of(claim.body)
+    job_id = told or codec.derived_id(claim.place, claim.epoch, claim.entry)
+    deliveries = deliveries_of(claim, None)
+    return RunRecord(
+        job_id, claim.queue, "", claim.level, hop, deliveries, 1, 0, None, claim.epoch, claim.body, None, None, None,
+        None if claim.body is None else codec.made_at(claim.body),
+    )  # fmt: skip

@@ -1,217 +1,406 @@
-"""Enqueueing inside the caller's transaction: jobs are rows with the status queued, and a relay puts them on Redis.
+"""The relay's side of PostgreSQL: queued rows are taken, dispatched and noted; what Redis lost is queued again.
 
-The connection is the user's, with the user's type codecs: everything goes as text and is cast by the server, and COPY
-uses its text format, so that no codec of theirs touches our values.
+Each statement is a transaction of its own: no row is locked while Redis is asked, and a row that somebody else has
+locked is passed over. A row that no worker could read becomes dead with its reason, and its neighbours go on.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any, Final
 
 import asyncpg
 import msgspec
 
 from streamworker import codec
-from streamworker.errors import ConfigurationError, UsageError
-from streamworker.job import Enqueued, Job
+from streamworker.codec import NOTHING, OLD_HEADERS
+from streamworker.errors import InvalidJob
+from streamworker.job import LEVELS, Job, Level
+from streamworker.postgres.encoding import text, within_python
+from streamworker.postgres.errors import is_one_rows_fault, reason, translated, understood
+from streamworker.postgres.pool import Database
+from streamworker.relay import KnownQueue, Lost, Taken
+from streamworker.telemetry.logs import get_logger
 
-COPY_FROM: Final = 20
-"""Jobs from which on COPY is worth its extra round trip."""
-BATCH: Final = 1000
-"""Most jobs of one statement."""
-CHANNEL: Final = "streamworker"
-DEEPEST: Final = 1000
-"""Brackets a payload may open and still be sure to fit the server's stack as jsonb."""
+log = get_logger("streamworker.relay")
 
-# One statement whatever the jobs need. Keys are taken in one order: two transactions cannot wait for each other.
-ENQUEUE: Final = """
-with given as (
-  select * from unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[],
-                       $9::text[], $10::text[], $11::text[], $12::text[]) with ordinality
-    as job (id, queue_name, kind, payload, level, delay, run_at, max_attempts, headers, document, key, key_ttl, at)
-), taken as materialized (
-  select given.*, case when key is not null then
-      streamworker.take_key(queue_name, key, id, make_interval(secs => key_ttl::double precision))
-    end as earlier
-  from (select * from given order by queue_name, key, at) as given
-), added as (
-  insert into streamworker.jobs (id, queue_name, kind, payload, level, run_at, max_attempts, headers, document)
-  select id, queue_name, kind, payload::jsonb, level,
-    case when delay is null then run_at::timestamptz
-      else clock_timestamp() + make_interval(secs => delay::double precision) end,
-    max_attempts::integer, headers::jsonb, decode(document, 'hex')
-  from taken where earlier is null
-), told as materialized (
-  select pg_notify('streamworker', case when bool_or(delay is null and run_at is null) then '' else 'later' end)
-  from taken
-)
-select taken.earlier from taken, told order by taken.at
+LIMIT: Final = 200
+"""Most jobs of one level in one batch."""
+BYTES: Final = 8 * 1_048_576
+"""Bytes of one batch, about; a single job may have more."""
+TAKEOVER: Final = 10.0
+"""Seconds after which rows that a relay left half dispatched are taken by another. Longer than an attempt is valid."""
+PAGE: Final = 100_000
+"""Ids of open jobs that are compared at once."""
+LARGEST: Final = 64 * 1_048_576
+"""Most bytes of a document on its way to Redis, whatever the limits of the workers."""
+UNREADABLE: Final = "no worker can read it"
+FLIP: Final = 500
+KEYS: Final = 1000
+
+# asyncpg cannot hold every time that PostgreSQL can, so the order is made before the rows come here.
+_RETURNED: Final = f"""returning job.id, job.queue_name, job.kind, job.payload::text as payload, job.level,
+  job.attempt_count, job.max_attempts, job.hop, job.headers::text as headers, job.document,
+  {within_python("job.created_at")} as created_at, coalesce(job.run_at, job.created_at) as due"""
+_IN_ORDER: Final = """
+select id, queue_name, kind, payload, level, attempt_count, max_attempts, hop, headers, document, created_at from taken
+order by array_position(array['high', 'normal', 'low'], level), due, id"""
+_NEXT_HOP: Final = f"least(job.hop, {2**63 - 2}) + 1"
+_DEAD: Final = "status = 'dead', last_error = $3, finished_at = clock_timestamp(), updated_at = clock_timestamp()"
+
+
+def _due(level: Level) -> str:
+    return f"""{level} as materialized (
+  select id, queue_name, coalesce(run_at, created_at) as due,
+    1 + coalesce(pg_column_size(payload), 0) + coalesce(pg_column_size(document), 0) as bytes
+  from streamworker.jobs
+  where status = 'queued' and level = '{level}' and coalesce(run_at, created_at) <= now()
+  order by coalesce(run_at, created_at) limit $1 for update skip locked
+)"""  # noqa: S608 - words of ours, here and below
+
+
+_QUEUED: Final = f"""{", ".join(map(_due, LEVELS))}, due as (
+  select id, queue_name, sum(bytes) over (order by rank, due, id, queue_name) - bytes as before from (
+    select 1 as rank, * from high union all select 2, * from normal union all select 3, * from low
+  ) as found
+)"""  # noqa: S608
+_STUCK: Final = """stuck as materialized (
+  select id, queue_name from streamworker.jobs
+  where status = 'dispatching' and updated_at < now() - make_interval(secs => $2)
+  order by updated_at limit $1 for update skip locked
+)"""
+CLAIM: Final = f"""
+with {_QUEUED}, taken as (
+  update streamworker.jobs as job
+  set status = 'dispatching', hop = {_NEXT_HOP}, deliveries = 0, updated_at = clock_timestamp()
+  from due where job.id = due.id and job.queue_name = due.queue_name and due.before < $2
+  {_RETURNED}
+){_IN_ORDER}
+"""  # noqa: S608
+RETAKE: Final = f"""
+with {_STUCK}, taken as (
+  update streamworker.jobs as job set updated_at = clock_timestamp() from stuck
+  where job.id = stuck.id and job.queue_name = stuck.queue_name
+  {_RETURNED}
+){_IN_ORDER}
+"""  # noqa: S608
+# Nothing of the row is returned: it is the one that cannot be read.
+BURY_QUEUED: Final = f"""
+with {_QUEUED}
+update streamworker.jobs as job set {_DEAD} from due
+where job.id = due.id and job.queue_name = due.queue_name and due.before < $2 returning 1
+"""  # noqa: S608
+BURY_STUCK: Final = f"""
+with {_STUCK}
+update streamworker.jobs as job set {_DEAD} from stuck
+where job.id = stuck.id and job.queue_name = stuck.queue_name returning 1
+"""  # noqa: S608
+BURY: Final = """
+update streamworker.jobs as job
+set status = 'dead', last_error = odd.reason, finished_at = clock_timestamp(), updated_at = clock_timestamp()
+from (
+  select * from unnest($1::text[], $2::bigint[], $3::text[], $4::text[]) as odd (id, hop, reason, queue_name)
+  order by id, queue_name
+) as odd
+where job.id = odd.id and job.queue_name = odd.queue_name and job.hop = odd.hop and job.status = 'dispatching'
 """
-NOW: Final = "select extract(epoch from clock_timestamp())::text"
-TELL: Final = "select pg_notify('streamworker', $1::text)"
+_SOONEST: Final = """(select extract(epoch from coalesce(run_at, created_at)) from streamworker.jobs
+  where status = 'queued' and level = '%s' order by coalesce(run_at, created_at) limit 1)"""
+NEXT: Final = f"""
+select least({", ".join(_SOONEST % level for level in LEVELS)}) - extract(epoch from clock_timestamp())
+"""  # noqa: S608
+# A row that is locked belongs to a run that is faster than the note; returned, to be noted later.
+NOTE: Final = """
+with sent as materialized (
+  select * from unnest($1::text[], $2::bigint[], $3::text[], $4::text[]) as sent (id, hop, epoch, queue_name)
+), open as materialized (
+  select job.id, job.queue_name from streamworker.jobs as job join sent using (id, queue_name)
+  where job.hop = sent.hop and job.status = 'dispatching'
+), free as materialized (
+  select job.id, job.queue_name, sent.epoch from streamworker.jobs as job join sent using (id, queue_name)
+  where job.hop = sent.hop and job.status = 'dispatching'
+  order by job.id, job.queue_name for update of job skip locked
+), noted as (
+  update streamworker.jobs as job set status = 'dispatched', epoch = free.epoch, updated_at = clock_timestamp()
+  from free where job.id = free.id and job.queue_name = free.queue_name returning job.id, job.queue_name
+)
+select queue_name, id from open where (id, queue_name) not in (select id, queue_name from noted)
+"""
+MEET: Final = """
+insert into streamworker.job_queues as known (name, epoch)
+select * from unnest($1::text[], $2::text[]) as met (name, epoch) order by name
+on conflict (name) do update set epoch = excluded.epoch where known.epoch = '' and excluded.epoch <> ''
+"""
+QUEUES: Final = """
+select name, is_active, epoch, relayed, server, recheck_at is not null and recheck_at <= now() as due
+from streamworker.job_queues
+"""
+OBSERVE: Final = """
+update streamworker.job_queues set epoch = $2, relayed = $3, server = $4,
+  epoch_since = case when epoch = $2 then epoch_since else now() end,
+  recheck_at = case when $8::double precision is null then recheck_at else now() + make_interval(secs => $8) end,
+  rechecks = case when $8::double precision is null then rechecks else $9 end
+where name = $1 and epoch = $5 and relayed = $6 and server = $7
+returning 1
+"""
+RECHECK: Final = """
+update streamworker.job_queues set recheck_at = now() + make_interval(secs => $2)
+where name = $1 and recheck_at <= now() returning clock_timestamp()
+"""
+RECHECKED: Final = """
+update streamworker.job_queues set rechecks = rechecks - $3::integer,
+  recheck_at = case when rechecks > $3::integer then now() + make_interval(secs => $2) end
+where name = $1 and recheck_at is not null
+"""
+OPEN: Final = """
+select id from streamworker.jobs
+where queue_name = $1 and id > $2 and status in ('dispatched', 'running', 'retrying') and updated_at < $3
+order by id limit $4
+"""
+# The next hop at once, so that nothing recorded of the lost one counts any more. A locked row is passed over, and
+# returned as such: its run may be frozen in its transaction, and must not keep the others.
+LOST: Final = f"""
+with lost as materialized (
+  select job.id from streamworker.jobs as job
+  where job.id = any($1::text[]) and job.queue_name = $3 and job.status in ('dispatched', 'running', 'retrying')
+    and job.updated_at < $2
+), free as materialized (
+  select job.id from streamworker.jobs as job
+  where job.id = any($1::text[]) and job.queue_name = $3 and job.status in ('dispatched', 'running', 'retrying')
+    and job.updated_at < $2
+  order by job.id for update skip locked
+), again as (
+  update streamworker.jobs as job
+  set status = 'queued', hop = {_NEXT_HOP}, deliveries = 0, worker_id = null, updated_at = clock_timestamp(),
+    run_at = case when job.status = 'retrying' then job.run_at else coalesce(job.run_at, now()) end
+  from free where job.id = free.id and job.queue_name = $3
+  returning job.id
+)
+select id, id in (select id from again) as queued from lost
+"""  # noqa: S608
+HASTEN: Final = """
+update streamworker.jobs set run_at = now(), updated_at = clock_timestamp()
+where status = 'queued' and coalesce(run_at, created_at) > now() and queue_name = any($1) returning 1
+"""
+QUEUED: Final = """
+select count(*) filter (where due), count(*) filter (where not due)
+from (select coalesce(run_at, created_at) <= now() as due from streamworker.jobs
+      where status = 'queued' and queue_name = any($1)) as queued
+"""
+THERE: Final = "select to_regclass('streamworker.jobs') is not null"
+CLOCK: Final = "select clock_timestamp()"
+TELL: Final = "select pg_notify('streamworker', '')"
+PRUNE_KEYS: Final = """
+delete from streamworker.job_keys where (queue_name, key) in (
+  select queue_name, key from streamworker.job_keys where expires_at < now() order by expires_at limit $1
+  for update skip locked
+)
+"""
+STATEMENTS: Final = {
+    name: value
+    for name, value in globals().items()
+    if name.isupper() and isinstance(value, str) and not name.startswith("_")
+}
 
-_MISSING: Final = (asyncpg.InvalidSchemaNameError, asyncpg.UndefinedTableError, asyncpg.UndefinedFunctionError)
-_STRINGS: Final = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
-_ESCAPES: Final = re.compile(rb"\\u(?:0000|[dD][89a-fA-F])")
-_NUMBERS: Final = re.compile(rb"\d[eE]|-0(?!\.\d*[1-9])|\d{300}")
-_SPECIAL: Final = str.maketrans({"\\": r"\\", "\n": r"\n", "\r": r"\r", "\t": r"\t"})
 
-
-class Row(msgspec.Struct, frozen=True, gc=False):
-    """A job as its row holds it: everything is text; ``None`` is null."""
-
-    job: Job
-    payload: str | None
-    headers: str | None
-    document: str | None
-
-
-async def enqueue(connection: Any, jobs: Sequence[Job], *, max_bytes: int, key_ttl: float) -> list[Enqueued]:
-    """Write jobs as rows, visible to the relay when the caller commits; answers in order.
+class PostgresOutbox:
+    """The `Outbox` of a relay.
 
     Args:
-        connection: an asyncpg connection, or one of a pool, inside a transaction.
-        jobs: what `App.job` made.
-        max_bytes: the largest document allowed.
-        key_ttl: seconds a deduplication key is remembered unless the job says otherwise.
+        database: the connections.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def _ask(self, what: str, statement: str, *values: Any) -> list[asyncpg.Record]:
+        with understood(what):
+            return await self._database.fetch(statement, *values)
+
+    async def is_there(self) -> bool:
+        """Whether the database has the schema."""
+        ((there,),) = await self._ask("looking for the schema streamworker", THERE)
+        return bool(there)
+
+    # -- dispatching
+
+    async def claim(self) -> list[Taken]:
+        """See `Outbox.claim`."""
+        return await self._taken("taking queued jobs", CLAIM, BURY_QUEUED, BYTES, 1)
+
+    async def retake(self, older: float = TAKEOVER) -> list[Taken]:
+        """See `Outbox.retake`."""
+        return await self._taken("taking over dispatched jobs", RETAKE, BURY_STUCK, older, older)
+
+    async def _taken(self, what: str, take: str, bury: str, some: float, one: float) -> list[Taken]:
+        """Jobs, in order. Those that no worker could read are dead now.
+
+        Args:
+            what: is being done.
+            take: the statement.
+            bury: makes the first of those that it would take dead.
+            some: its second value.
+            one: the same for a single job.
+        """
+        # What is claimed and cannot be received is taken over later; what is taken over must stay as it was then.
+        fetch = self._database.fetch if take is CLAIM else self._received
+        try:
+            rows = await fetch(take, LIMIT, some)
+        except Exception as error:
+            if not is_one_rows_fault(error):
+                raise translated(error, what) from error
+        else:
+            return await self._readable(rows)
+        taken: list[Taken] = []
+        for _ in range(LIMIT):  # one of them cannot even be taken: each by itself
+            try:
+                rows = await self._received(take, 1, one)
+            except Exception as error:
+                if not is_one_rows_fault(error):
+                    raise translated(error, what) from error
+                log.error("relay_job_dead", error=reason(error), hint="its row cannot be read")
+                await self._ask("burying a job that cannot be read", bury, 1, one, f"{UNREADABLE}: {reason(error)}")
+                continue
+            if not rows:
+                break
+            taken += await self._readable(rows)
+        return taken
+
+    async def _received(self, statement: str, *values: Any) -> list[asyncpg.Record]:
+        """The rows of a statement that has no effect unless they all arrive."""
+        async with self._database.session(alone=False) as connection:
+            return await connection.fetch(statement, *values)
+
+    async def _readable(self, rows: Sequence[asyncpg.Record]) -> list[Taken]:
+        taken: list[Taken] = []
+        odd: list[tuple[str, int, str, str]] = []
+        for row in rows:
+            try:
+                body = document(row)
+            except InvalidJob as error:
+                whose = {"job_id": row["id"], "kind": row["kind"], "queue": row["queue_name"]}
+                log.error("relay_job_dead", **whose, error=str(error))
+                odd.append((row["id"], row["hop"], text(f"{UNREADABLE}: {error}"), row["queue_name"]))
+            else:
+                taken.append(Taken(row["id"], row["queue_name"], row["level"], row["hop"], body))
+        if odd:
+            await self._ask("burying jobs that cannot be read", BURY, *map(list, zip(*odd, strict=True)))
+        return taken
+
+    async def next_due(self) -> float | None:
+        """See `Outbox.next_due`."""
+        ((seconds,),) = await self._ask("looking for queued jobs", NEXT)
+        return None if seconds is None else max(0.0, float(seconds))
+
+    async def run_now(self, queues: Sequence[str]) -> int:
+        """See `Outbox.run_now`."""
+        return len(await self._ask("making queued jobs due", HASTEN, list(queues)))
+
+    async def queued(self, queues: Sequence[str]) -> tuple[int, int]:
+        """See `Outbox.queued`."""
+        ((due, later),) = await self._ask("counting queued jobs", QUEUED, list(queues))
+        return due, later
+
+    async def note(self, jobs: Sequence[Taken], epochs: Sequence[str]) -> set[tuple[str, str]]:
+        """See `Outbox.note`."""
+        ids, hops, queues = [job.id for job in jobs], [job.hop for job in jobs], [job.queue for job in jobs]
+        rows = await self._ask("noting dispatched jobs", NOTE, ids, hops, list(epochs), queues)
+        return {(row["queue_name"], row["id"]) for row in rows}
+
+    # -- queues
+
+    async def meet(self, queues: Mapping[str, str]) -> None:
+        """See `Outbox.meet`."""
+        await self._ask("noting queues", MEET, list(queues), list(queues.values()))
+
+    async def queues(self) -> list[KnownQueue]:
+        """See `Outbox.queues`."""
+        return [KnownQueue(*row) for row in await self._ask("looking at queues", QUEUES)]
+
+    async def observe(
+        self, known: KnownQueue, *, epoch: str, relayed: int, server: str, recheck: tuple[float, int] | None
+    ) -> bool:
+        """See `Outbox.observe`."""
+        after, times = recheck if recheck is not None else (None, 0)
+        old = (known.epoch, known.relayed, known.server)
+        return bool(await self._ask("noting queues", OBSERVE, known.name, epoch, relayed, server, *old, after, times))
+
+    # -- what Redis lost
+
+    async def recheck(self, queue: str, within: float) -> datetime | None:
+        """See `Outbox.recheck`."""
+        rows = await self._ask("taking a comparison", RECHECK, queue, within)
+        return rows[0][0] if rows else None
+
+    async def rechecked(self, queue: str, again: float, *, done: bool = True) -> None:
+        """See `Outbox.rechecked`."""
+        await self._ask("noting a comparison", RECHECKED, queue, again, int(done))
+
+    async def now(self) -> datetime:
+        """See `Outbox.now`."""
+        ((now,),) = await self._ask("asking for the time", CLOCK)
+        moment: datetime = now
+        return moment
+
+    async def open_ids(self, queue: str, after: str, before: datetime) -> list[str]:
+        """See `Outbox.open_ids`."""
+        return [row[0] for row in await self._ask("looking for open jobs", OPEN, queue, after, before, PAGE)]
+
+    async def lost(self, queue: str, ids: Sequence[str], before: datetime) -> Lost:
+        """See `Outbox.lost`."""
+        queued: list[str] = []
+        locked: list[str] = []
+        for start in range(0, len(ids), FLIP):
+            some = list(ids[start : start + FLIP])
+            for row in await self._ask("queueing lost jobs again", LOST, some, before, queue):
+                (queued if row["queued"] else locked).append(row["id"])
+        if queued:
+            await self._ask("telling relays", TELL)
+        return Lost(queued, locked)
+
+    async def prune_keys(self) -> None:
+        """See `Outbox.prune_keys`."""
+        await self._ask("deleting old keys", PRUNE_KEYS, KEYS)
+
+
+def document(row: asyncpg.Record) -> bytes:
+    """What goes to Redis for a row. ``run_at`` is left out: the moment has come, by the database's clock.
 
     Raises:
-        UsageError: the connection is not in a transaction, or not one of asyncpg's.
-        JobTooLarge: a document is too large; nothing was written.
-        ConfigurationError: the database has no schema streamworker, or is not encoded in UTF8.
-        asyncpg.PostgresError: what any statement of the caller's may meet, such as a serialization failure.
+        InvalidJob: no worker could read it.
     """
-    _check(connection)
-    rows = [_row(job, max_bytes, key_ttl) for job in jobs]
-    answers: list[Enqueued] = []
-    with _schema_expected():
-        if len(rows) >= COPY_FROM and all(job.key is None for job in jobs):
-            await _copy(connection, rows)
-            return [Enqueued(job.id, new=True) for job in jobs]
-        for start in range(0, len(rows), BATCH):
-            batch = rows[start : start + BATCH]
-            values = [_values(row, key_ttl) for row in batch]
-            earlier = await connection.fetch(ENQUEUE, *map(list, zip(*values, strict=True)))
-            answers += [
-                Enqueued(row.job.id, new=True) if found[0] is None else Enqueued(found[0], new=False)
-                for row, found in zip(batch, earlier, strict=True)
-            ]
-    return answers
+    hop, attempts = codec.written_hop(row["hop"]), row["attempt_count"]
+    if row["document"] is not None:
+        patch = {"id": row["id"], "hop": hop, "attempt_count": attempts or None, "run_at": None}
+        body = codec.rewrite(row["document"], patch, state=NOTHING)
+    else:
+        body = _packed(row, hop, attempts)
+    if len(body) > LARGEST:
+        raise InvalidJob(f"the document has {len(body)} bytes and {LARGEST} are the most for any worker")
+    codec.check_depth(body)
+    codec.read(body)
+    return body
 
 
-def _check(connection: Any) -> None:
-    if not (hasattr(connection, "is_in_transaction") and hasattr(connection, "copy_to_table")):
-        raise UsageError(
-            f"connection={type(connection).__name__} is no asyncpg connection: with another driver, run "
-            "`select streamworker.enqueue(kind, payload, queue)` in your transaction"
-        )
-    if not connection.is_in_transaction():
-        raise UsageError(
-            "connection= needs a transaction that the job shares: enqueue inside `async with connection.transaction():`"
-        )
-
-
-def _row(job: Job, max_bytes: int, key_ttl: float) -> Row:
-    for name, value in (("key", job.key), ("kind", job.kind)):
-        if value is not None and "\x00" in value:
-            raise UsageError(f"{name}={value!r} holds a NUL, which PostgreSQL cannot store")
-    body = codec.pack(job, max_bytes=max_bytes, key_ttl=key_ttl).body
-    codec.read(body)  # raw JSON in a payload may be none: said here, not by a failed transaction
-    payload = bytes(job.payload)
-    headers = msgspec.json.encode(job.headers) if job.headers is not None else b""
-    if fits_jsonb(payload) and fits_jsonb(headers):
-        return Row(job, payload.decode(), headers.decode() or None, None)
-    return Row(job, None, None, body.hex())
-
-
-def fits_jsonb(text: bytes) -> bool:
-    """Whether jsonb takes this JSON and gives it back alike: no NUL, no number it would write otherwise."""
-    if _ESCAPES.search(text):
-        return False
-    bare = _STRINGS.sub(b"", text)
-    if _NUMBERS.search(bare) or bare.count(b"[") + bare.count(b"{") > DEEPEST:
-        return False
+def _packed(row: asyncpg.Record, hop: int, attempts: int) -> bytes:
     try:
-        text.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _values(row: Row, key_ttl: float) -> tuple[str | None, ...]:
-    job = row.job
-    return (
-        job.id,
-        job.queue,
-        job.kind,
-        row.payload,
-        job.level,
-        None if job.delay is None else repr(float(job.delay)),
-        None if job.run_at is None else _utc(job.run_at),
-        None if job.max_attempts is None else str(job.max_attempts),
-        row.headers,
-        row.document,
-        job.key,
-        repr(float(key_ttl if job.key_ttl is None else job.key_ttl)),
+        headers = None if row["headers"] is None else msgspec.json.decode(row["headers"])
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise InvalidJob(f"the headers cannot be read: {error}") from None
+    if isinstance(headers, dict):  # rows that earlier versions wrote hold state of theirs
+        headers = {name: value for name, value in headers.items() if name not in OLD_HEADERS} or None
+    job = Job(
+        id=row["id"],
+        queue=row["queue_name"],
+        kind=row["kind"],
+        payload=msgspec.Raw((row["payload"] or "{}").encode()),
+        level=row["level"],
+        attempts=attempts,
+        max_attempts=row["max_attempts"],
+        hop=hop,
+        created_at=row["created_at"],
+        headers=headers,
     )
-
-
-def _utc(moment: datetime) -> str:
-    return moment.astimezone(UTC).isoformat()
-
-
-async def _copy(connection: Any, rows: Sequence[Row]) -> None:
-    now: datetime | None = None
-    if any(row.job.delay is not None for row in rows):  # counted by the clock that will judge it
-        now = datetime.fromtimestamp(float(await connection.fetchval(NOW)), UTC)
-    columns = ("id", "queue_name", "kind", "payload", "level", "run_at", "max_attempts", "headers", "document")
-
-    async def lines() -> Any:
-        for start in range(0, len(rows), BATCH):
-            yield "".join(_line(row, now) for row in rows[start : start + BATCH]).encode()
-
-    await connection.copy_to_table("jobs", schema_name="streamworker", columns=columns, source=lines(), format="text")
-    later = all(row.job.delay is not None or row.job.run_at is not None for row in rows)
-    await connection.fetchval(TELL, "later" if later else "")
-
-
-def _line(row: Row, now: datetime | None) -> str:
-    """One line of COPY's text format (PostgreSQL documentation, COPY, "Text Format")."""
-    job, run_at = row.job, row.job.run_at
-    if job.delay is not None and now is not None:
-        run_at = now + timedelta(seconds=job.delay)
-    values = (
-        job.id,
-        job.queue,
-        job.kind,
-        row.payload,
-        job.level,
-        None if run_at is None else _utc(run_at),
-        None if job.max_attempts is None else str(job.max_attempts),
-        row.headers,
-        None if row.document is None else f"\\x{row.document}",
-    )
-    return "\t".join(r"\N" if value is None else value.translate(_SPECIAL) for value in values) + "\n"
-
-
-@contextmanager
-def _schema_expected() -> Iterator[None]:
-    try:
-        yield
-    except _MISSING as error:
-        raise ConfigurationError(
-            "the database of this connection has no schema streamworker: run `streamworker migrate up` on it"
-        ) from error
-    except asyncpg.UntranslatableCharacterError as error:
-        raise ConfigurationError(
-            f"this database cannot hold what the job says ({error}): use one that is encoded in UTF8"
-        ) from error
-    except asyncpg.InsufficientPrivilegeError as error:
-        raise ConfigurationError(
-            f"this connection may not enqueue ({error}): grant its user usage of the schema streamworker, select and "
-            "insert on streamworker.jobs, and select, insert, update on streamworker.job_keys"
-        ) from error
+    # Limits were checked when it was enqueued; another driver's jobs meet the worker's.
+    return codec.pack(job, max_bytes=2**62, key_ttl=0).body

@@ -10,10 +10,9 @@ import anyio
 import asyncpg
 
 from streamworker.postgres import FINAL, LANES, RunRecord, Stored
-from streamworker.postgres.failures import is_one_rows_fault, reason, sqlstate, translated, understood
-from streamworker.postgres.packing import ON_CONFLICT, PACK, PACK_NEW, packed
+from streamworker.postgres.encoding import ON_CONFLICT, PACK, PACK_NEW, headers_text, json_text, packed, stored_id, text
+from streamworker.postgres.errors import is_one_rows_fault, reason, sqlstate, translated, understood
 from streamworker.postgres.pool import Database
-from streamworker.postgres.rows import headers_text, json_text, stored_id, text
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.ledger")

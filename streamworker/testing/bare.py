@@ -12,17 +12,17 @@ from typing_extensions import TypeVar
 
 from streamworker import codec
 from streamworker.app import App
-from streamworker.batches import Carrier
 from streamworker.context import Context, Shared
 from streamworker.errors import UsageError
-from streamworker.execute import Executor
-from streamworker.executions import Executions
+from streamworker.execution import Execution
 from streamworker.handlers import Payload
 from streamworker.job import Claim, Job, Outcome, Postponed, TimedOut
-from streamworker.jobs import make_job
 from streamworker.policy import Limits
-from streamworker.run import Run
+from streamworker.producer import make_job
 from streamworker.settings import Settings
+from streamworker.worker.batching import BatchExecution
+from streamworker.worker.executor import Executor
+from streamworker.worker.tasks import JobTasks
 
 S = TypeVar("S", default=Any)
 
@@ -136,20 +136,20 @@ async def run(
             services = await stack.enter_async_context(app.lifespan())
         shared = Shared(WORKER_ID, services, redis, database)
         executor = Executor(app.handlers, shared, middleware=app.middleware, threads=1)
-        return await _in_task(executor, Run(claim))
+        return await _in_task(executor, Execution(claim))
     raise AssertionError("a lifespan must not swallow errors")
 
 
-async def _in_task(executor: Executor, run: Run) -> Outcome:
+async def _in_task(executor: Executor, run: Execution) -> Outcome:
     """Run as a worker runs it, which minds the deadline."""
     ended = anyio.Event()
 
-    def abandon(stuck: Run) -> None:
+    def abandon(stuck: Execution) -> None:
         """A worker would exit with 70; here the thread is left behind."""
         stuck.outcome = TimedOut((stuck.deadline or 0.0) - (stuck.started or 0.0))
         ended.set()
 
-    def may_run(prepared: Run) -> bool:
+    def may_run(prepared: Execution) -> bool:
         """One job is a batch of one; and where no server is, this clock says what is due."""
         reading = prepared.reading
         if not prepared.due and reading is not None and reading.run_at is not None:
@@ -162,17 +162,17 @@ async def _in_task(executor: Executor, run: Run) -> Outcome:
                 executions.put(prepared)
             return False
         together = prepared.registration is not None and prepared.registration.together is not None
-        if together and not isinstance(prepared, Carrier):
-            executions.put(Carrier([prepared]))
+        if together and not isinstance(prepared, BatchExecution):
+            executions.put(BatchExecution([prepared]))
             return False
         return True
 
-    def finished(ran: Run) -> None:
-        if isinstance(ran, Carrier):
+    def finished(ran: Execution) -> None:
+        if isinstance(ran, BatchExecution):
             list(ran.disperse())
         ended.set()
 
-    executions = Executions(
+    executions = JobTasks(
         1,
         executor,
         finished=finished,

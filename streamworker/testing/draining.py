@@ -14,15 +14,15 @@ from streamworker.app import App
 from streamworker.broker import Operator
 from streamworker.cron import Schedule
 from streamworker.errors import ConfigurationError, HandlerSignal, Snooze, StreamworkerError
-from streamworker.execute import Middleware
 from streamworker.handlers import Handlers
-from streamworker.handover import Outbox
 from streamworker.job import Ok
 from streamworker.observe import JobRun, Observer
+from streamworker.relay import Outbox
 from streamworker.settings import Settings
 from streamworker.views import Selection, chosen_delayed
 from streamworker.worker import QueueWorker
-from streamworker.workplace import Site
+from streamworker.worker.executor import Middleware
+from streamworker.worker.host import WorkerResources
 
 
 class Drained(msgspec.Struct, frozen=True):
@@ -71,7 +71,7 @@ async def drain(app: App[Any], *, services: Any = None, delayed: bool = False, t
             while True:
                 ready = await _hasten(operator, queues, everything=delayed)
                 if delayed and outbox is not None:
-                    ready += await outbox.hasten(queues)
+                    ready += await outbox.run_now(queues)
                 due, later = (0, 0) if outbox is None else await outbox.queued(queues)
                 depths = await operator.depth(queues)
                 if not ready and not due and not any(depth.ready for depth in depths):
@@ -104,7 +104,7 @@ async def _hasten(operator: Operator, queues: list[str], *, everything: bool) ->
     ]
     moved = 0
     for job in found:
-        moved += await operator.hasten(job)
+        moved += await operator.run_now(job)
     return moved
 
 
@@ -170,5 +170,7 @@ class _Watched:
     def entered(self, settings: Settings, redis: Any) -> AbstractAsyncContextManager[Any]:
         return self._app.entered(settings, redis)
 
-    async def site(self, stack: AsyncExitStack, settings: Settings, redis: Any, database: Any, worker_id: str) -> Site:
+    async def site(
+        self, stack: AsyncExitStack, settings: Settings, redis: Any, database: Any, worker_id: str
+    ) -> WorkerResources:
         return await self._app.site(stack, settings, redis, database, worker_id)

@@ -1,9 +1,20 @@
 """Read models: what an operator sees of a job, a queue or a worker, as frozen rows. Shared by command line and web."""
 
-from streamworker.views.attention import Notice, Stuck, attention
-from streamworker.views.fleet import Fleet, Look
-from streamworker.views.history import History, Point
-from streamworker.views.pages import BUDGET, Slice, dead_slice, delayed_slice, pending_slice
+from streamworker.views.bulk import Throttle
+from streamworker.views.fleet import Fleet, History, Look, Notice, Point, Stuck, attention
+from streamworker.views.listing import (
+    BUDGET,
+    Pace,
+    Selection,
+    Slice,
+    chosen_dead,
+    chosen_delayed,
+    chosen_pending,
+    dead_slice,
+    delayed_slice,
+    overview,
+    pending_slice,
+)
 from streamworker.views.rows import (
     DeadRow,
     DelayedRow,
@@ -14,9 +25,7 @@ from streamworker.views.rows import (
     queue_row,
     worker_row,
 )
-from streamworker.views.select import Pace, Selection, chosen_dead, chosen_delayed, chosen_pending, overview
-from streamworker.views.throttle import Throttle
-from streamworker.views.words import age, moment, printable, size
+from streamworker.views.text import age, moment, printable, size
 
 __all__ = [
     "BUDGET",

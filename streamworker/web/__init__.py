@@ -11,7 +11,7 @@ from typing import Any
 from streamworker.app import App
 from streamworker.errors import ConfigurationError
 from streamworker.settings import Settings
-from streamworker.web.access import Access
+from streamworker.web.security import Access
 
 __all__ = ["Access", "dashboard", "require"]
 

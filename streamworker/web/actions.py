@@ -10,17 +10,17 @@ from typing import Any, Final, get_args
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from streamworker import following
+from streamworker import app
 from streamworker.broker import Operator, Place, StoredJob
 from streamworker.errors import StreamworkerError, UsageError
 from streamworker.postgres import Archive
 from streamworker.telemetry.logs import get_logger
 from streamworker.views import moment
-from streamworker.web.campaigns import Campaign, What
+from streamworker.web.bulk import BulkJob, What
 from streamworker.web.forms import MOST_RATE, Form, Row
+from streamworker.web.job_pages import pending_row
 from streamworker.web.pages import narrow
-from streamworker.web.shows import pending_row
-from streamworker.web.state import client, room_of, who
+from streamworker.web.render import client, room_of, who
 
 log = get_logger("streamworker.web")
 
@@ -161,7 +161,7 @@ async def _campaign(request: Request, operator: Operator, form: Form) -> dict[st
         expected = sum(each.pending for each in look.workers if each.worker_id == selection.worker)
     elif narrow(selection):
         expected = 0  # how many fit is known at the end
-    campaign = Campaign(what, selection, rate or None, who(request), expected)
+    campaign = BulkJob(what, selection, rate or None, who(request), expected)
     room.campaigns.begin(operator, campaign)
     room.stir()
     return {"message": f"Begun: {campaign.told()['title'].lower()}", "campaign": campaign.id}
@@ -170,7 +170,7 @@ async def _campaign(request: Request, operator: Operator, form: Form) -> dict[st
 async def _cancel(request: Request, operator: Operator, form: Form) -> dict[str, Any]:
     archive, job_id = await _ledger(request), form.must("id")
     job = await archive.find(job_id, form.queue())
-    answer = "ended" if job is None else await following.cancel(archive, operator, job.queue, job_id)
+    answer = "ended" if job is None else await app.cancel(archive, operator, job.queue, job_id)
     words = {"cancelled": "never runs", "asked": "is told to end", "ended": "has ended, or is not there"}
     return {"ok": answer != "ended", "message": f"{job_id} {words[answer]}"}
 
@@ -179,7 +179,7 @@ async def _again(request: Request, operator: Operator, form: Form) -> dict[str, 
     archive, job_id = await _ledger(request), form.must("id")
     done = False
     if (job := await archive.find(job_id, form.queue())) is not None:
-        await operator.reprieve(job.queue, job_id)
+        await operator.uncancel(job.queue, job_id)
         done = await archive.retry(job.queue, job_id)
     return {"ok": done, "message": f"{job_id} is queued; a relay dispatches it" if done else f"{job_id} has not ended"}
 

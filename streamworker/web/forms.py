@@ -10,7 +10,7 @@ from starlette.requests import Request
 
 from streamworker.errors import LONGEST_WAIT, UsageError
 from streamworker.job import Level
-from streamworker.setting_rules import QUEUE_NAME
+from streamworker.settings.rules import QUEUE_NAME
 from streamworker.views import Selection
 
 MOST_FIELDS: Final = 2000

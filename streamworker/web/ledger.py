@@ -14,11 +14,11 @@ from streamworker.errors import StreamworkerError, UsageError
 from streamworker.postgres import Archive, JobRecord, Status, Wanted
 from streamworker.telemetry.logs import get_logger
 from streamworker.views import printable
-from streamworker.views.ledger import attempt_row, job_row
+from streamworker.views.rows import attempt_row, job_row
 from streamworker.web.forms import Form, query
+from streamworker.web.job_pages import LARGEST, places, spelled
 from streamworker.web.pages import names
-from streamworker.web.shows import LARGEST, places, spelled
-from streamworker.web.state import access_of, client, render, room_of, who
+from streamworker.web.render import access_of, client, render, room_of, who
 
 log = get_logger("streamworker.web")
 

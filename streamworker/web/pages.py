@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import AsyncIterator
+from typing import Any, Final
 
+import msgspec
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
 
-from streamworker.views import (
-    BUDGET,
-    Look,
-    Selection,
-    dead_row,
-    dead_slice,
-    delayed_row,
-    delayed_slice,
-    pending_slice,
-)
+from streamworker.views import BUDGET, Look, Selection, dead_row, dead_slice, delayed_row, delayed_slice, pending_slice
 from streamworker.web.forms import query
-from streamworker.web.state import render, room_of
+from streamworker.web.render import render, room_of
 
 RUNNING: int = 200
 """Jobs that are shown of one worker at most."""
@@ -121,3 +114,30 @@ async def workers(request: Request) -> Response:
 def narrow(selection: Selection) -> bool:
     """Whether anything but a queue was asked for."""
     return bool(selection.kind or selection.reason or selection.text or selection.worker or selection.min_idle)
+
+
+MOST: Final = 200
+"""Browsers that may watch at once."""
+
+
+async def events(request: Request) -> Response:
+    """Server-sent events: ``look`` for each look at the fleet."""
+    room = room_of(request)
+    if room.watchers >= MOST:
+        return PlainTextResponse("Too many watch already.\n", 503)
+    await room.operator()
+
+    async def stream() -> AsyncIterator[bytes]:
+        async for told in room.events():
+            yield b"event: look\ndata: " + msgspec.json.encode(room.told()) + b"\n\n" if told else b": here\n\n"
+
+    # Proxies must not gather what is meant for now.
+    return StreamingResponse(stream(), media_type="text/event-stream", headers={"x-accel-buffering": "no"})
+
+
+async def history(request: Request) -> Response:
+    """The points of a queue, or of all: [at, ready, running, delayed, dead, rate, oldest] each."""
+    room = room_of(request)
+    await room.looked()
+    points = room.past(query(request).queue() or "")
+    return Response(msgspec.json.encode(points), media_type="application/json")

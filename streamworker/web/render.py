@@ -15,6 +15,8 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
 from streamworker.views import age, moment, printable, size
+from streamworker.web.monitor import FleetMonitor
+from streamworker.web.security import Access
 
 HERE = Path(__file__).parent
 
@@ -104,3 +106,39 @@ def _when(moment_: str) -> Markup:
 def _time(at: float, words: str) -> Markup:
     exact = moment(at * 1000)
     return Markup('<time datetime="{0}" title="{0}">{1}</time>').format(exact, words)
+
+
+def room_of(request: Request) -> FleetMonitor:
+    """What is known between requests."""
+    room: FleetMonitor = request.app.state.room
+    return room
+
+
+def access_of(request: Request) -> Access:
+    """Who may do what."""
+    access: Access = request.app.state.access
+    return access
+
+
+def render(request: Request, template: str, status: int = 200, **values: Any) -> HTMLResponse:
+    """A page, or only its changing part if a script on that page asks for it."""
+    rendering: Rendering = request.app.state.rendering
+    room, access = room_of(request), access_of(request)
+    common = {
+        "writable": not access.read_only,
+        "payloads": access.payloads,
+        "look": room.look,
+        "trouble": room.trouble,
+        "counts": room.counts(),
+    }
+    return rendering.page(request, template, status, **{**common, **values})
+
+
+def who(request: Request) -> str:
+    """Who asks."""
+    return str(request.scope["state"]["who"])
+
+
+def client(request: Request) -> str:
+    """From which address."""
+    return request.client.host if request.client is not None else "?"

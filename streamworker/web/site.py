@@ -17,12 +17,10 @@ from starlette.types import Receive, Scope, Send
 from streamworker.app import App
 from streamworker.errors import StreamworkerError, UsageError
 from streamworker.settings import EMBEDDED, Settings
-from streamworker.web import actions, ledger, live, pages, shows
-from streamworker.web.access import Access
-from streamworker.web.guard import Guard
-from streamworker.web.render import Rendering
-from streamworker.web.room import Room
-from streamworker.web.state import render
+from streamworker.web import actions, job_pages, ledger, pages
+from streamworker.web.monitor import FleetMonitor
+from streamworker.web.render import Rendering, render
+from streamworker.web.security import Access, Guard
 
 STATIC = Path(__file__).parent / "static"
 
@@ -39,7 +37,7 @@ class Site:
     def __init__(self, app: App[Any], settings: Settings, access: Access) -> None:
         self.read_only = access.read_only
         durable = settings.ledger != "off" and (settings.database_url or settings.redis_url == EMBEDDED)
-        self.room = Room(lambda: app.operator(settings), (lambda: app.archive(settings)) if durable else None)
+        self.room = FleetMonitor(lambda: app.operator(settings), (lambda: app.archive(settings)) if durable else None)
         routes = [
             Route("/", pages.overview, name="overview"),
             Route("/queue", pages.queue, name="queue"),
@@ -49,10 +47,10 @@ class Site:
             Route("/workers", pages.workers, name="workers"),
             Route("/jobs", ledger.jobs, name="jobs"),
             Route("/remembered", ledger.remembered, name="remembered"),
-            Route("/show", shows.show, name="show"),
-            Route("/payload", shows.payload, name="payload"),
-            Route("/events", live.events, name="events"),
-            Route("/history", live.history, name="history"),
+            Route("/show", job_pages.show, name="show"),
+            Route("/payload", job_pages.payload, name="payload"),
+            Route("/events", pages.events, name="events"),
+            Route("/history", pages.history, name="history"),
             Route("/do/{what}", actions.do, name="do", methods=["POST"]),
             Mount("/static", StaticFiles(directory=STATIC), name="static"),
         ]

@@ -10,10 +10,10 @@ import anyio
 import pytest
 import redis
 
-from streamworker.bridging import Bridging
+from streamworker.bridge import Bridging
 from streamworker.broker import bridge as bridge_module
 from streamworker.broker.bridge import BridgeOptions, ListBridge
-from streamworker.broker.client import Address
+from streamworker.broker.redis.client import Address
 from tests.cli.conftest import Program, bare, project  # noqa: F401 - fixtures
 
 LISTS = ("queue:q:high", "queue:q", "queue:q:low")

@@ -10,10 +10,10 @@ import threading
 import pytest
 import structlog
 
-from streamworker.bridging import Bridging
+from streamworker.bridge import Bridging
 from streamworker.broker import bridge as bridge_module
 from streamworker.broker import scripts
-from streamworker.broker.client import Address
+from streamworker.broker.redis.client import Address
 from streamworker.errors import ConfigurationError
 from tests.bridge.conftest import LISTS, STREAMS, blocked, push, running, stored
 from tests.conftest import eventually

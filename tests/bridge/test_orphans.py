@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from streamworker import codec
-from streamworker.bridging import Bridging
-from streamworker.broker.client import Address
+from streamworker.bridge import Bridging
+from streamworker.broker.base import Options
 from streamworker.broker.lists import ListBroker
-from streamworker.broker.serving import Options
+from streamworker.broker.redis.client import Address
 from tests.bridge.conftest import push, running, stored
 from tests.cli.conftest import Program
 from tests.conftest import eventually, eventually_blocking

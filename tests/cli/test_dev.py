@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from streamworker.cli.reload import Watch
+from streamworker.cli.dev import Watch
 from tests.conftest import eventually_blocking
 
 

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from streamworker.views import age, printable
-from streamworker.views.select import Pace
+from streamworker.views.listing import Pace
 from tests.cli.conftest import Terminal, both_modes
 from tests.conftest import eventually_blocking
 

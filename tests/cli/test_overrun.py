@@ -82,7 +82,7 @@ def thread(payload: Thread) -> None:
 def odd(sw, project):
     """``odd(document, ...)``: a worker that runs this job, and ends soon when it is told twice."""
     (project / "jobs.py").write_text(JOBS)
-    sw.constants["streamworker.drain.HURRIED"] = 0.8
+    sw.constants["streamworker.worker.HURRIED"] = 0.8
 
     def run(job: str | None, *flags, **env):
         worker = sw.worker("--queues", "odd", "--grace", "0.3", *flags, **env)

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from streamworker.cli.processes import addresses
+from streamworker.cli.worker import addresses
 from streamworker.settings import Address
 from tests.conftest import eventually_blocking
 
@@ -56,7 +56,7 @@ def test_a_second_signal_hurries_all(sw, raw, tmp_path):
 
 
 def test_a_killed_worker_is_started_again(sw, raw):
-    sw.constants["streamworker.pause.FIRST"] = 0.1
+    sw.constants["streamworker.loops.FIRST"] = 0.1
     supervisor = sw.worker("--processes", 2, "--lease", "1")
     eventually_blocking(lambda: len(ready(supervisor)) == 2)
     (_, victim), (survivor, _) = ready(supervisor)

@@ -349,7 +349,7 @@ def test_a_second_signal_to_all_cuts_short(sw, raw, tmp_path):
 
 
 def test_a_worker_that_is_stopped_by_itself_drains_and_is_started_again(sw, raw, tmp_path):
-    sw.constants["streamworker.pause.FIRST"] = 0.1
+    sw.constants["streamworker.loops.FIRST"] = 0.1
     supervisor, workers = holding(sw, raw, tmp_path, 2)
     os.kill(workers[0], signal.SIGTERM)
     eventually_blocking(lambda: supervisor.saw("worker_stopping", 1))

@@ -68,7 +68,7 @@ class TestRedis:
     @pytest.mark.parametrize("patience", [0.3, pytest.param(None, marks=pytest.mark.all)], ids=["short", "real"])
     def test_silence(self, bare, words, patience):
         if patience is not None:
-            bare.constants["streamworker.broker.client.COMMAND_TIMEOUT"] = patience
+            bare.constants["streamworker.broker.redis.client.COMMAND_TIMEOUT"] = patience
         with listener(b"") as url:
             assert "does not answer" in fails(bare, 69, *words, REDIS_URL=url)
 

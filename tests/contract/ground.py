@@ -11,14 +11,13 @@ from typing import Any
 
 import redis
 
-from streamworker.broker.client import Address
-from streamworker.broker.held import lease_of
-from streamworker.broker.keys import ListKeys, QueueKeys
+from streamworker.broker.base import Options
+from streamworker.broker.keys import ListKeys, QueueKeys, lease_of
 from streamworker.broker.lists import ListBroker
-from streamworker.broker.serving import Options
+from streamworker.broker.redis.client import Address
 from streamworker.broker.stream import StreamBroker, StreamOptions
+from streamworker.codec import unmarked
 from streamworker.job import LEVELS, Claim, Level
-from streamworker.marks import unmarked
 
 GROUP = "workers"
 

@@ -9,9 +9,9 @@ import anyio
 import pytest
 
 from streamworker import App, Backoff, Context, Discard, Payload, QueueWorker, Retry, Settings, Snooze, testing
+from streamworker.codec import State, sealed
 from streamworker.errors import ConfigurationError
 from streamworker.job import Ok, Raised
-from streamworker.marks import State, sealed
 from streamworker.observe import JobRun, Observer
 from tests.conftest import eventually
 from tests.contract.helpers import settings, working

@@ -122,7 +122,7 @@ async def test_what_a_lost_reply_brought_is_judged_too(broker_factory):
         await broker.publish([job("a")])
         await one(broker)
         await broker.cancel("q", "a")
-        (stray,) = await broker.strays(())
+        (stray,) = await broker.own_pending(())
         assert stray.cancelled
 
 
@@ -133,8 +133,8 @@ async def test_a_mark_can_be_taken_back_and_does_not_live_for_ever(broker_factor
     ):
         await broker.publish([job("a"), job("b")])
         await operator.cancel("q", "a")
-        assert await operator.reprieve("q", "a")
-        assert not await operator.reprieve("q", "a")
+        assert await operator.uncancel("q", "a")
+        assert not await operator.uncancel("q", "a")
         assert not marked(raw)
         await operator.cancel("q", "b")
         assert 0 < raw.ttl(CANCELLED) <= 7 * 86_400

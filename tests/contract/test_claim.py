@@ -11,12 +11,12 @@ import anyio
 import pytest
 
 from streamworker import App, Payload, codec
-from streamworker.broker.client import Address
+from streamworker.broker.base import Options
 from streamworker.broker.lists import ListBroker
-from streamworker.broker.serving import Options
+from streamworker.broker.redis.client import Address
 from streamworker.errors import ConfigurationError, Unreachable
 from streamworker.job import Settled
-from streamworker.setting_rules import QueueSpec
+from streamworker.settings.rules import QueueSpec
 from tests.conftest import eventually
 from tests.contract.ground import GROUP
 from tests.contract.helpers import (
@@ -430,7 +430,9 @@ async def test_identical_elements_are_different_jobs(broker_factory, raw):
         assert ids == sorted(ids)  # made by the server's clock, in the order in which they were taken
         assert await broker.settle([done(claim) for claim in claims[:50]]) == [Settled.SETTLED] * 50
         assert raw.llen("queue:q:claimed:w") == raw.zcard("stream:{q}:leases") == 50
-        assert sorted(claim.entry for claim in await broker.strays(())) == sorted(claim.entry for claim in claims[50:])
+        assert sorted(claim.entry for claim in await broker.own_pending(())) == sorted(
+            claim.entry for claim in claims[50:]
+        )
 
 
 @list_only

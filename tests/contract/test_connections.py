@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 
-from streamworker.broker.client import Address
-from streamworker.broker.doorbell import Doorbells
-from streamworker.broker.link import Link
+from streamworker.broker.lists import WakeLists
+from streamworker.broker.redis.client import Address
+from streamworker.broker.redis.session import Session
 from tests.conftest import CLUSTER
 
 
@@ -34,8 +34,8 @@ async def test_a_cancelled_task_ends_wherever_its_command_is(redis_url, steps):
 
 @pytest.mark.skipif(CLUSTER, reason="of list mode, which refuses a cluster")
 async def test_a_wait_that_has_not_begun_can_be_ended(redis_url):
-    link = Link(Address(redis_url))
-    bells = Doorbells(link, 1)
+    link = Session(Address(redis_url))
+    bells = WakeLists(link, 1)
     waiting = asyncio.create_task(bells.ring(["queue:q"], 0.2))
     await asyncio.sleep(0)  # the bell is put up, and its task has not had its turn
     await bells.unblock()

@@ -12,9 +12,9 @@ import anyio
 import pytest
 
 from streamworker import App, Context, Payload, QueueWorker, Settings
-from streamworker.broker import Tick, Ticked
-from streamworker.clock import Clock
+from streamworker.broker import CronTick, CronTickResult
 from streamworker.cron import Schedule, schedule
+from streamworker.worker.scheduler import CronLoop
 from tests.conftest import eventually
 from tests.contract.helpers import names, one
 
@@ -25,12 +25,14 @@ class Report(Payload, kind="report", queue="q"):
     day: int = 0
 
 
-def tick(at: float, name: str = "s", body: bytes | None = None) -> Tick:
-    return Tick("q", "normal", name, at, json.dumps({"id": str(at), "payload": {}}).encode() if body is None else body)
+def tick(at: float, name: str = "s", body: bytes | None = None) -> CronTick:
+    return CronTick(
+        "q", "normal", name, at, json.dumps({"id": str(at), "payload": {}}).encode() if body is None else body
+    )
 
 
-def clock(broker, schedules, *, skew: float = 0.0, stopping: anyio.Event | None = None) -> Clock:
-    return Clock(broker, schedules, Settings(), stopping or anyio.Event(), now=lambda: time.time() + skew)
+def clock(broker, schedules, *, skew: float = 0.0, stopping: anyio.Event | None = None) -> CronLoop:
+    return CronLoop(broker, schedules, Settings(), stopping or anyio.Event(), now=lambda: time.time() + skew)
 
 
 def of(app: App) -> list[str]:
@@ -43,16 +45,16 @@ def of(app: App) -> list[str]:
 async def test_a_tick_comes_once_and_only_after_its_moment(broker_factory, ground):
     async with broker_factory("w") as broker, broker_factory() as other:
         now = time.time()
-        assert not (await broker.propose(tick(now - 100))).added  # the schedule begins with it
-        early = await broker.propose(tick(now + 50))
+        assert not (await broker.offer_tick(tick(now - 100))).added  # the schedule begins with it
+        early = await broker.offer_tick(tick(now + 50))
         assert not early.added
         assert 40 < early.early <= 51
         assert abs(early.now - now) < 10
-        answers = [await each.propose(tick(now - 10)) for each in (broker, other, broker)]
+        answers = [await each.offer_tick(tick(now - 10)) for each in (broker, other, broker)]
         assert [answer.added for answer in answers] == [True, False, False]
-        assert not (await other.propose(tick(now - 20))).added  # older than the last
-        assert not (await other.propose(tick(now - 5, body=b""))).added  # passes
-        assert not (await other.propose(tick(now - 7))).added
+        assert not (await other.offer_tick(tick(now - 20))).added  # older than the last
+        assert not (await other.offer_tick(tick(now - 5, body=b""))).added  # passes
+        assert not (await other.offer_tick(tick(now - 7))).added
         assert names([await one(broker)]) == [str(now - 10)]
         assert ground.ready() == 0
 
@@ -61,8 +63,8 @@ async def test_schedules_do_not_know_each_other(broker_factory, ground, redis_ur
     async with broker_factory("w") as broker:
         now = time.time()
         for name in ("a", "b"):
-            await broker.propose(tick(now - 100, name))
-            assert (await broker.propose(tick(now - 10, name))).added
+            await broker.offer_tick(tick(now - 100, name))
+            assert (await broker.offer_tick(tick(now - 10, name))).added
         async with App(settings=Settings(redis_url=redis_url, mode=ground.mode)).operator() as operator:
             assert await operator.ticks("q") == {name: pytest.approx(now - 10, abs=0.01) for name in ("a", "b")}
             assert await operator.ticks("nothing") == {}
@@ -120,10 +122,12 @@ async def test_a_new_schedule_catches_nothing_up_and_a_changed_one_begins_anew(b
 # -- what is lost, set back and rolled back meanwhile
 
 
-def bound(schedule_name: str, expression: str, key: str, at: float, before: float | None, **options: object) -> Tick:
+def bound(
+    schedule_name: str, expression: str, key: str, at: float, before: float | None, **options: object
+) -> CronTick:
     """A proposal as a worker makes it."""
     body = json.dumps({"id": f"{key}/{at}", "payload": {}}).encode()
-    return Tick("q", "normal", f"{schedule_name} {expression} UTC", at, body, schedule_name, before, **options)
+    return CronTick("q", "normal", f"{schedule_name} {expression} UTC", at, body, schedule_name, before, **options)
 
 
 async def test_the_first_tick_after_redis_lost_everything_comes(broker_factory, ground, raw):
@@ -131,13 +135,13 @@ async def test_the_first_tick_after_redis_lost_everything_comes(broker_factory, 
     async with broker_factory("w") as broker, broker_factory() as other:
         now = time.time()
         for each in (broker, other):
-            assert not (await each.propose(bound("s", "x", "a", now - 1200, None))).added
+            assert not (await each.offer_tick(bound("s", "x", "a", now - 1200, None))).added
         raw.flushall()
-        answers = [await each.propose(bound("s", "x", "a", now - 600, now - 1200)) for each in (broker, other)]
+        answers = [await each.offer_tick(bound("s", "x", "a", now - 600, now - 1200)) for each in (broker, other)]
         assert [answer.added for answer in answers] == [True, False]
         raw.flushall()  # what has ticked does not tick again
-        assert not (await broker.propose(bound("s", "x", "a", now - 600, now - 600))).added
-        assert not (await other.propose(bound("s", "x", "a", now - 600, None))).added  # nor for a worker that is new
+        assert not (await broker.offer_tick(bound("s", "x", "a", now - 600, now - 600))).added
+        assert not (await other.offer_tick(bound("s", "x", "a", now - 600, None))).added  # nor for a worker that is new
         assert ground.ready() == 0
         assert raw.hlen(CRON) == 2
 
@@ -167,7 +171,7 @@ async def test_a_clock_that_is_put_back_stops_no_tick(broker_factory, ground):
     shift = 0.0
     stopping = anyio.Event()
     async with broker_factory("w") as broker, anyio.create_task_group() as group:
-        mine = Clock(broker, app.schedules, Settings(), stopping, now=lambda: time.time() + shift)
+        mine = CronLoop(broker, app.schedules, Settings(), stopping, now=lambda: time.time() + shift)
         group.start_soon(mine.run)
         await eventually(lambda: ground.ready() >= 1, 20)
         shift = -3600.0
@@ -186,8 +190,8 @@ async def test_a_server_whose_clock_is_set_is_asked_again_within_a_minute(broker
     answers = [1_800_000_000.0]
 
     class Server:
-        async def propose(self, tick: Tick) -> Ticked:
-            return Ticked(0.0 if abs((tick.now or 0) - answers[0]) < 5 else 0.001, added=False, now=answers[0])
+        async def offer_tick(self, tick: CronTick) -> CronTickResult:
+            return CronTickResult(0.0 if abs((tick.now or 0) - answers[0]) < 5 else 0.001, added=False, now=answers[0])
 
     for moved in (-86_400.0 * 40, +86_400.0 * 40):
         mine = clock(Server(), app.schedules)
@@ -208,27 +212,27 @@ async def test_a_schedule_that_is_rolled_back_owes_nothing(broker_factory, groun
     """03:00 for a week, then 04:00 for a week, then 03:00 again: its last tick is a week old, and was not missed."""
     async with broker_factory("w") as broker:
         now = time.time()
-        await broker.propose(bound("s", "3", "a", now - 14 * 86_400, None))
-        await broker.propose(bound("s", "4", "b", now - 7 * 86_400, None))
+        await broker.offer_tick(bound("s", "3", "a", now - 14 * 86_400, None))
+        await broker.offer_tick(bound("s", "4", "b", now - 7 * 86_400, None))
         assert raw.hget(CRON, "s 3 UTC") is None
         raw.hset(CRON, "s 3 UTC", int((now - 14 * 86_400) * 1000))  # as releases before this one left it
-        assert not (await broker.propose(bound("s", "3", "c", now - 3600, None))).added
-        assert (await broker.propose(bound("s", "3", "c", now - 60, now - 3600))).added
+        assert not (await broker.offer_tick(bound("s", "3", "c", now - 3600, None))).added
+        assert (await broker.offer_tick(bound("s", "3", "c", now - 60, now - 3600))).added
 
 
 async def test_of_two_releases_of_a_schedule_the_newer_one_ticks(broker_factory, ground, raw):
     async with broker_factory("old") as old, broker_factory("new") as new:
         now = time.time()
-        await old.propose(bound("s", "3", "a", now - 500, None))
-        await new.propose(bound("s", "4", "b", now - 400, None))
-        assert not (await old.propose(bound("s", "3", "a", now - 300, now - 500))).added
-        assert (await new.propose(bound("s", "4", "b", now - 200, now - 400))).added
+        await old.offer_tick(bound("s", "3", "a", now - 500, None))
+        await new.offer_tick(bound("s", "4", "b", now - 400, None))
+        assert not (await old.offer_tick(bound("s", "3", "a", now - 300, now - 500))).added
+        assert (await new.offer_tick(bound("s", "4", "b", now - 200, now - 400))).added
         # The newer one is gone, as after a rollback that kept some old workers: they take over, from then on.
         raw.hset(CRON, "current:s", f"{int((now - 190) * 1000)} s 4 UTC")
-        assert not (await old.propose(bound("s", "3", "a", now - 195, now - 300))).added
+        assert not (await old.offer_tick(bound("s", "3", "a", now - 195, now - 300))).added
         raw.hset(CRON, "current:s", f"{int((now - 190) * 1000)} s 4 UTC")
-        assert (await old.propose(bound("s", "3", "a", now - 100, now - 195))).added
-        assert not (await new.propose(bound("s", "4", "b", now - 90, now - 200))).added
+        assert (await old.offer_tick(bound("s", "3", "a", now - 100, now - 195))).added
+        assert not (await new.offer_tick(bound("s", "4", "b", now - 90, now - 200))).added
 
 
 async def test_what_a_failover_took_is_proposed_again(broker_factory, ground, raw):
@@ -254,9 +258,9 @@ async def test_the_floor_between_proposals_holds_whatever_a_schedule_says():
             return now - 1000
 
     class Server:
-        async def propose(self, tick: Tick) -> Ticked:
+        async def offer_tick(self, tick: CronTick) -> CronTickResult:
             calls.append(tick)
-            return Ticked(0.0, added=False, now=time.time())
+            return CronTickResult(0.0, added=False, now=time.time())
 
     daily = schedule("30 2 * * *", Report(), tz="Europe/Berlin", missed="last", name=None)
     spinning = Never(daily.name, daily.expression, daily.zone, daily.missed, daily.job)

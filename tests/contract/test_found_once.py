@@ -127,7 +127,7 @@ async def test_put_back_suspects_are_no_strays_that_run_with_others(ground, brok
         for c in await gone.claim(5, 0, ()):
             ground.ripen(c, count=3)
         reserved = await recover(b, ground)
-        strays = await b.strays(reserved)
+        strays = await b.own_pending(reserved)
         # p2 killed two workers already: handed out, it must be a suspect (its next run is its third)
         assert all(c.suspect or c.count >= 3 for c in strays), strays
 
@@ -137,7 +137,7 @@ async def test_a_reserved_suspect_found_as_a_stray_is_still_a_suspect(ground, br
         await gone.publish([job("p1")])
         ground.ripen(await one(gone), count=3)
         (_reserved,) = await recover(b, ground)
-        (stray,) = await b.strays(())  # e.g. confirm()'s connection broke
+        (stray,) = await b.own_pending(())  # e.g. confirm()'s connection broke
         assert stray.suspect and stray.count == 3
 
 
@@ -147,7 +147,7 @@ async def test_a_confirmed_suspect_found_as_a_stray_is_not_counted_twice(ground,
         ground.ripen(await one(gone), count=3)
         (reserved,) = await recover(b, ground)
         await b.confirm(reserved)
-        (stray,) = await b.strays(())
+        (stray,) = await b.own_pending(())
         assert stray.count + stray.suspect == 4
 
 
@@ -220,13 +220,13 @@ async def test_headers_json_cannot_hold_are_our_error(settings):
 async def test_refused_jobs_are_offered_again_under_load(monkeypatch):
     """Refused runs wait for a moment without finished ones: under load that moment never comes."""
     from streamworker import codec
-    from streamworker.execute import OK
-    from streamworker.holdings import Holdings
     from streamworker.job import Claim, Interrupted, Settled
     from streamworker.policy import Facts, Limits
-    from streamworker.settler import Settler
+    from streamworker.worker.executor import OK
+    from streamworker.worker.inflight import InFlight
+    from streamworker.worker.settler import Settler
 
-    monkeypatch.setattr("streamworker.settler.REFUSED_PAUSE", 0.2)
+    monkeypatch.setattr("streamworker.worker.settler.REFUSED_PAUSE", 0.2)
     offered = []
 
     class Fake:
@@ -238,7 +238,7 @@ async def test_refused_jobs_are_offered_again_under_load(monkeypatch):
             await asyncio.sleep(0.01)
             return [Settled.REFUSED if i.job_id else Settled.SETTLED for i in items]
 
-    holdings = Holdings()
+    holdings = InFlight()
     settler = Settler(Fake(), holdings, parked=lambda at: None)
     n = 0
 
@@ -267,7 +267,7 @@ async def test_refused_jobs_are_offered_again_under_load(monkeypatch):
 @pytest.mark.mode_free
 async def test_one_broken_ending_holds_up_nobody_else(settings, ground, monkeypatch):
     """The jam behind the fixed triggers: whatever ending()/settle() raises for ONE run, the others must be settled."""
-    from streamworker import settler
+    from streamworker.worker import settler
 
     real = settler.ending
 

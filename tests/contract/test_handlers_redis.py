@@ -9,8 +9,8 @@ import redis.asyncio as aioredis
 from redis.exceptions import TimeoutError as RedisTimeout
 
 from streamworker import App, Context, Payload, QueueWorker, Settings
-from streamworker.broker import client as clients
-from streamworker.broker.client import Address
+from streamworker.broker.redis import client as clients
+from streamworker.broker.redis.client import Address
 from streamworker.errors import NoConnection
 from tests.conftest import TOPOLOGY, eventually
 

@@ -12,7 +12,8 @@ from weakref import WeakKeyDictionary
 import anyio
 import pytest
 
-from streamworker import App, Backoff, Context, Payload, QueueWorker, drain
+from streamworker import App, Backoff, Context, Payload, QueueWorker
+from streamworker import worker as worker_package
 from streamworker.errors import StuckThread
 from tests.conftest import eventually
 from tests.contract.helpers import settings, working
@@ -84,9 +85,8 @@ async def test_a_job_that_others_cancel_runs_again_uncharged(ground, raw):
 @pytest.mark.parametrize("when", ["entering", "leaving"])
 async def test_a_lifespan_that_does_not_end_is_an_error_of_start_and_stop_returns(ground, raw, monkeypatch, when):
     """In a process of the users' own, which only they may end."""
-    monkeypatch.setattr(drain, "CLEAN_UP", 0.4)
-    for module in ("drain", "worker"):
-        monkeypatch.setattr(f"streamworker.{module}.LAST_CALL", 0.2)
+    monkeypatch.setattr(worker_package, "CLEAN_UP", 0.4)
+    monkeypatch.setattr(worker_package, "LAST_CALL", 0.2)
     entered, let_go = asyncio.Event(), asyncio.Event()
 
     async def hang() -> None:

@@ -12,18 +12,18 @@ import anyio
 import pytest
 
 from streamworker import App, Backoff, Context, Payload, Retry, Settings, codec
+from streamworker.codec import State, seal, sealed
 from streamworker.errors import ConfigurationError
-from streamworker.gate import limit_name
-from streamworker.limits import Asking, Hold, Limit, quota
-from streamworker.marks import State, seal, sealed
+from streamworker.limits import AcquireRequest, Limit, Permit, quota
+from streamworker.worker.admission import limit_name
 from tests.conftest import eventually
 from tests.contract.helpers import document, job, names, settings, working
 
 TWO = Limit("q", "k", concurrency=2)
 
 
-def asking(claim: Any, limit: Limit = TWO, turn: str = "") -> Asking:
-    return Asking(claim, limit, json.loads(claim.body)["id"], secrets.token_hex(4), turn)
+def asking(claim: Any, limit: Limit = TWO, turn: str = "") -> AcquireRequest:
+    return AcquireRequest(claim, limit, json.loads(claim.body)["id"], secrets.token_hex(4), turn)
 
 
 async def defer(broker: Any, claim: Any, answer: Any) -> None:
@@ -108,7 +108,7 @@ async def test_one_that_was_called_and_never_comes_holds_nobody_up(broker_factor
 
 
 async def test_one_that_was_dropped_while_it_waited_holds_nobody_up(broker_factory, raw, monkeypatch):
-    monkeypatch.setattr("streamworker.broker.limits.PATIENCE", 0.3)
+    monkeypatch.setattr("streamworker.broker.limiter.PATIENCE", 0.3)
     one = Limit("q", "k", concurrency=1)
     async with broker_factory("w") as broker:
         await broker.publish([job(name) for name in "abc"])
@@ -151,7 +151,7 @@ async def test_a_hold_lapses_unless_it_is_renewed(broker_factory, raw):
         await eventually(lambda: may(broker, asking(b, one, second.turn)), 5)
 
 
-async def may(broker: Any, each: Asking) -> bool:
+async def may(broker: Any, each: AcquireRequest) -> bool:
     (answer,) = await broker.limit("q", [each], ())
     return answer.hold is not None
 
@@ -489,4 +489,4 @@ def test_no_kind_has_the_keys_of_another():
     assert limit_name("a:b", plain, Work(n=1)) == "a%3Ab"
     assert limit_name("a%3Ab", plain, Work(n=1)) == "a%253Ab"
     assert len(limit_name("a", by, Work(n=1, tenant="x" * 101))) == 66
-    assert Hold(TWO, "x") == Hold(TWO, "x") and document("x")
+    assert Permit(TWO, "x") == Permit(TWO, "x") and document("x")

@@ -8,9 +8,10 @@ from typing import Any
 import anyio
 import pytest
 
-from streamworker import App, Payload, QueueWorker, claiming
-from streamworker.setting_rules import QueueSpec
+from streamworker import App, Payload, QueueWorker
+from streamworker.settings.rules import QueueSpec
 from streamworker.telemetry import logs
+from streamworker.worker import fetcher
 from tests.conftest import eventually
 from tests.contract.helpers import settings
 
@@ -70,7 +71,7 @@ def made(raw: Any, ground: Any, ran: list[int]) -> QueueWorker:
     ],
 )
 async def test_a_queue_that_was_spoilt_stops_no_other_and_no_shutdown(raw, ground, monkeypatch, how, body):
-    monkeypatch.setattr(claiming, "UNSETTLED", 20)
+    monkeypatch.setattr(fetcher, "UNSETTLED", 20)
     monkeypatch.setattr("streamworker.worker.HAND_BACK", 0.5)
     ran: list[int] = []
     worker = made(raw, ground, ran)
@@ -90,7 +91,7 @@ async def test_a_queue_that_was_spoilt_stops_no_other_and_no_shutdown(raw, groun
 
 
 async def test_what_is_refused_is_named_by_its_error_once_and_settled_when_it_can_be(raw, ground, capsys, monkeypatch):
-    monkeypatch.setattr("streamworker.settler.REFUSED_PAUSE", 0.2)
+    monkeypatch.setattr("streamworker.worker.settler.REFUSED_PAUSE", 0.2)
     logs.configure("info", "json")
     ran: list[int] = []
     worker = made(raw, ground, ran)

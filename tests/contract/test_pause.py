@@ -84,7 +84,7 @@ async def test_without_a_bell_waits_are_short(broker_factory, operator_of, raw):
     """Who may not subscribe looks again after a second."""
     async with broker_factory("w") as broker:
         await broker.claim(1, 0, ())
-        broker._intake.deaf = True
+        broker._intake.silent = True
         begun = time.monotonic()
         assert await broker.claim(1, 5.0, ()) == []
         assert time.monotonic() - begun < 4

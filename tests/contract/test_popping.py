@@ -9,9 +9,9 @@ from uuid import UUID
 import pytest
 
 from streamworker import codec
-from streamworker.broker.client import Address
-from streamworker.broker.popping import PoppingBroker
-from streamworker.broker.serving import Options
+from streamworker.broker.base import Options
+from streamworker.broker.lists_brpop import BrpopBroker
+from streamworker.broker.redis.client import Address
 from streamworker.errors import StreamworkerError, Unreachable
 from streamworker.job import Settled
 from tests.conftest import eventually
@@ -27,7 +27,7 @@ def popping(redis_url, ground):
 
     @asynccontextmanager
     async def make(name: str, *queues: str, lease: float = 15.0, **options):
-        broker = PoppingBroker(
+        broker = BrpopBroker(
             Address(redis_url), Options(queues=tuple((q, None) for q in queues or ("q",)), lease=lease, **options)
         )
         try:
@@ -126,7 +126,7 @@ async def test_endings_are_those_of_every_mode(popping, raw, ground):
         # A reply that was lost: the same is sent again, and is not done again.
         assert await broker.settle(endings[1:]) == [Settled.LOST] * 3
         assert raw.zcard(DUE) == raw.llen("queue:q") == raw.xlen(DEAD) == 1
-        assert broker.renew(claims) == [] and await broker.strays(()) == []
+        assert broker.renew(claims) == [] and await broker.own_pending(()) == []
         assert await broker.leave() and not raw.exists("streamworker:worker:w")
 
 

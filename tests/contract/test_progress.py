@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from streamworker import App, Context, Payload, QueueWorker, Settings
-from streamworker.broker.link import Link
+from streamworker.broker.redis.session import Session
 from streamworker.errors import UsageError
 from streamworker.testing import context
 from tests.conftest import CLUSTER, eventually
@@ -64,7 +64,7 @@ class Scene:
 
 @pytest.fixture
 def scene(ground, redis_url, monkeypatch):
-    monkeypatch.setattr("streamworker.lease.TELL", 0.1)
+    monkeypatch.setattr("streamworker.worker.lease.TELL", 0.1)
     return Scene(ground, redis_url)
 
 
@@ -128,13 +128,13 @@ async def test_whoever_says_nothing_costs_nothing(scene, raw):
 @pytest.mark.skipif(CLUSTER, reason="counts the commands of one node")
 async def test_what_has_not_changed_is_not_written_again(scene, raw, monkeypatch):
     written: list[dict[str, object]] = []
-    original = Link.progress
+    original = Session.progress
 
     def progress(self, key, lease, told, ended) -> None:
         written.append(dict(told))
         original(self, key, lease, told, ended)
 
-    monkeypatch.setattr(Link, "progress", progress)
+    monkeypatch.setattr(Session, "progress", progress)
     async with scene.working():
         await scene.app.enqueue(Load())
         await eventually(lambda: written, 20)

@@ -7,9 +7,9 @@ import msgspec
 import pytest
 
 from streamworker import codec
+from streamworker.codec import unmarked
 from streamworker.errors import Unreachable
 from streamworker.job import Settled
-from streamworker.marks import unmarked
 from streamworker.policy import alone_from
 from tests.conftest import eventually, free_port
 from tests.contract.ground import GROUP
@@ -391,14 +391,14 @@ async def test_strays_are_what_is_ours_without_our_knowing(broker_factory, groun
         await other.publish([job("others")])
         await one(other)
         ground.finish(claims["gone"])
-        found = await broker.strays([claims["held"]])
+        found = await broker.own_pending([claims["held"]])
         assert sorted(names(found)) == ["a", "lost", "low"]
         for claim in found:
             assert claim == claims[names([claim])[0]]
         assert await broker.settle([done(claim) for claim in found]) == [Settled.SETTLED] * 3
-        assert await broker.strays([claims["held"]]) == []
+        assert await broker.own_pending([claims["held"]]) == []
         assert await settle_one(broker, done(claims["held"])) is Settled.SETTLED
-        assert await broker.strays(()) == []
+        assert await broker.own_pending(()) == []
 
 
 @stream_only
@@ -416,7 +416,7 @@ async def test_after_a_lost_reply_nothing_stays_behind(broker_factory, raw, grou
             try:
                 claims = await claiming
             except Exception:
-                claims = await broker.strays(()) or await broker.claim(10, 0, ())
+                claims = await broker.own_pending(()) or await broker.claim(10, 0, ())
             assert names(claims) == [str(round_)]
             assert await broker.settle([done(claim) for claim in claims]) == [Settled.SETTLED]
 

@@ -9,7 +9,7 @@ import anyio
 import pytest
 
 from streamworker import App, Backoff, Context, Discard, Payload, QueueWorker, Settings
-from streamworker.broker.waiting import Waiting
+from streamworker.broker.pubsub import Waiting
 from streamworker.errors import JobCancelled, JobDead, ResultNotKept, ResultTimeout, UsageError
 from streamworker.testing.draining import drain
 from tests.conftest import CLUSTER, eventually
@@ -193,7 +193,7 @@ async def test_a_cancelled_job_is_not_remembered_as_completed(scene, working, ra
 
 
 async def test_an_ear_survives_its_connection(scene, working, raw, monkeypatch):
-    monkeypatch.setattr("streamworker.broker.ears.RETRY", 0.1)
+    monkeypatch.setattr("streamworker.broker.pubsub.LISTEN_RETRY", 0.1)
     made = await scene.app.enqueue(Ask(how="wait"))
 
     async with anyio.create_task_group() as group:

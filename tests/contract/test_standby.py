@@ -9,10 +9,10 @@ from contextlib import contextmanager
 
 import pytest
 
-from streamworker import renewer
-from streamworker.broker.client import Address
-from streamworker.broker.popping import PoppingBroker
-from streamworker.broker.serving import Options
+from streamworker.broker.base import Options
+from streamworker.broker.lists_brpop import BrpopBroker
+from streamworker.broker.redis.client import Address
+from streamworker.worker import renewer
 from tests.conftest import CLUSTER, eventually
 from tests.contract.helpers import job, names, one, recover
 
@@ -86,5 +86,5 @@ async def test_the_process_renews_while_its_worker_is_silent_and_no_longer_than_
 
 @pytest.mark.skipif(CLUSTER, reason="list mode refuses a cluster")
 async def test_with_brpop_there_is_nothing_to_renew(redis_url):
-    broker = PoppingBroker(Address(redis_url), Options(queues=(("q", None),)))
+    broker = BrpopBroker(Address(redis_url), Options(queues=(("q", None),)))
     assert broker.standby(60) is None

@@ -11,8 +11,8 @@ import anyio
 import pytest
 
 from streamworker import App, Context, Payload, codec
+from streamworker.codec import GRACE, State, sealed
 from streamworker.errors import UsageError
-from streamworker.marks import GRACE, State, sealed
 from tests.conftest import eventually
 from tests.contract.helpers import DEAD, META, list_only, recover, settings, working
 

@@ -10,8 +10,8 @@ import anyio
 import msgspec
 
 from streamworker import App, Context, Payload, codec
-from streamworker.marks import State, sealed
-from streamworker.setting_rules import QueueSpec
+from streamworker.codec import State, sealed
+from streamworker.settings.rules import QueueSpec
 from tests.conftest import eventually
 from tests.contract.helpers import DEAD, META, settings, stream_only, working
 

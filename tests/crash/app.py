@@ -201,7 +201,7 @@ def stuck(payload: Stuck, ctx: Context) -> None:
 
 
 @app.handler(timeout=0.5)
-async def deaf(payload: Deaf, ctx: Context) -> None:
+async def silent(payload: Deaf, ctx: Context) -> None:
     with journal.run(ctx):
         while ctx.delivery == 1 and ctx.job.hop == 0:
             try:

@@ -15,7 +15,7 @@ from typing import Any
 
 from streamworker.broker.lists import ListBroker
 from streamworker.broker.stream import StreamBroker
-from streamworker.execute import Executor
+from streamworker.worker.executor import Executor
 from tests.crash.ground import MODE
 
 BROKER: Any = {"stream": StreamBroker, "list": ListBroker}[MODE]

@@ -93,7 +93,7 @@ MUTANTS: Final = (
         "nogroup",
         "stream",
         "a missing consumer group is not made again",
-        (("broker/intake.py", "if index > len(self._keys) and reaction is Reaction.HEAL:", "if index < 0:"),),
+        (("broker/stream_claim.py", "if index > len(self._keys) and reaction is Reaction.HEAL:", "if index < 0:"),),
         ("test_model.py", "test_servers.py::test_groups_and_keys_are_deleted_underneath"),
     ),
     Mutant(

@@ -198,7 +198,7 @@ class Verbs(RuleBasedStateMachine):
         forgotten = self.held[name].pop()
         if not self._holds(name, forgotten):
             return
-        found = self.do(self.brokers[name].strays(self.held[name]))
+        found = self.do(self.brokers[name].own_pending(self.held[name]))
         (same,) = [claim for claim in found if (claim.place, claim.entry) == (forgotten.place, forgotten.entry)]
         assert same.count == forgotten.count
         self.held[name].append(same)

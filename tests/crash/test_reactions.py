@@ -8,7 +8,7 @@ import time
 import pytest
 import redis
 
-from streamworker.broker.reactions import TABLE, Reaction, reaction_to, row_of
+from streamworker.broker.redis.errors import TABLE, Reaction, reaction_to, row_of
 from streamworker.errors import ConfigurationError, PublishUncertain, StreamworkerError, Unreachable
 from streamworker.job import Claim, Done
 from tests.conftest import Server, eventually, free_port
@@ -112,7 +112,7 @@ async def test_what_becomes_of_each_error(mode, name, line):
     async with Liar(line) as liar:
         broker = ground.broker(liar.url, (("q", None),))
         try:
-            for verb in (broker.claim(1, 0, ()), broker.settle([done(claim)]), broker.strays(()), broker.leave()):
+            for verb in (broker.claim(1, 0, ()), broker.settle([done(claim)]), broker.own_pending(()), broker.leave()):
                 if name == "WRONGTYPE" or (name in ("NOGROUP", "OOM")):
                     await asyncio.gather(verb, return_exceptions=True)  # scripts never pass these on: see below
                     continue
@@ -221,7 +221,7 @@ async def test_a_missing_permission_is_never_a_lost_claim(broker_factory, raw, r
                     refused[0].close()
                     refused = []
                 if command == "xpending":
-                    refused += [broker.strays(()), broker.leave()]
+                    refused += [broker.own_pending(()), broker.leave()]
                 for verb in refused:
                     with pytest.raises(ConfigurationError):
                         await verb

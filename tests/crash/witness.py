@@ -10,7 +10,7 @@ from __future__ import annotations
 from hashlib import sha1
 from typing import Any, Final
 
-from streamworker import notes
+from streamworker import results
 from streamworker.broker import scripts
 from tests.crash.ground import MODE, WITNESSES
 
@@ -55,7 +55,7 @@ return result
 # A renewal is worth a line only if it changed the owner or the count.
 _RENEWED: Final = "(before[n] ~= held(id)) and held(id) or nil"
 # What is finished was done, unless its note says that it was cancelled.
-_FINISHED: Final = f"""(ARGV[i + 4] == '{notes.CANCELLED.decode()}' and 'drop' or 'done')"""
+_FINISHED: Final = f"""(ARGV[i + 4] == '{results.CANCELLED.decode()}' and 'drop' or 'done')"""
 _SHAPES: Final[dict[str, dict[str, Any]]] = {
     "DONE": {"first": 3, "step": 2, "entry": 0, "who": "ARGV[2]", "outcome": "tostring(result[n])"},
     "FINISH": {

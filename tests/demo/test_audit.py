@@ -6,8 +6,7 @@ import msgspec
 import pytest
 
 from streamworker.demo import script
-from streamworker.demo.audit import Evidence, Killed, Report, audit
-from streamworker.demo.lookout import DUE, STREAMS, Leftovers, number_in
+from streamworker.demo.audit import DUE, STREAMS, Evidence, Killed, Leftovers, Report, audit, number_in
 from streamworker.demo.script import Script
 from streamworker.errors import UsageError
 

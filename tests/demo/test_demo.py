@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from streamworker import demo
-from streamworker.demo import children
+from streamworker.demo import smtp
 
 
 def start(tmp_path: Path, *options: str, **env: str) -> subprocess.Popen[str]:
@@ -108,6 +108,6 @@ def test_a_missing_extra_is_one_sentence(
 
 def test_children_get_nothing_of_the_users_settings():
     env = {"PATH": "/bin", "REDIS_URL": "x", "DATABASE_URL_FILE": "x", "STREAMWORKER_LEASE": "9", "PYTHONPATH": "y"}
-    made = children.environment(env)
+    made = smtp.environment(env)
     assert made.pop("PYTHONPATH").split(os.pathsep) == [path for path in sys.path if path]
     assert made == {"PATH": "/bin"}

@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from streamworker import settings
-from streamworker.drain import HAND_BACK, UNWIND
-from streamworker.setting_rules import to_text
 from streamworker.settings import Settings
+from streamworker.settings.rules import to_text
+from streamworker.worker import HAND_BACK, UNWIND
 from tests.deploy.tools import jsonschema_complaints
 
 ROOT = Path(__file__).parents[2]

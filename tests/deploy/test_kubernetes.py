@@ -10,8 +10,8 @@ import yaml
 
 from streamworker import settings
 from streamworker.broker.keys import QueueKeys
-from streamworker.drain import HAND_BACK, UNWIND
 from streamworker.settings import Settings
+from streamworker.worker import HAND_BACK, UNWIND
 from tests.deploy.tools import jsonschema_complaints
 
 ROOT = Path(__file__).parents[2]

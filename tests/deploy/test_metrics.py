@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from streamworker.metrics import FAMILIES
+from streamworker.worker.metrics import FAMILIES
 
 ROOT = Path(__file__).parents[2]
 RULES = ROOT / "deploy/prometheus/streamworker.rules.yaml"

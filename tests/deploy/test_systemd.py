@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from streamworker.drain import HAND_BACK, UNWIND
 from streamworker.errors import ConfigurationError, UsageError
 from streamworker.settings import Settings
+from streamworker.worker import HAND_BACK, UNWIND
 
 SYSTEMD = Path(__file__).parents[2] / "deploy" / "systemd"
 UNITS = sorted(SYSTEMD.glob("*.service"))

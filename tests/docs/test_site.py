@@ -11,7 +11,7 @@ import pytest
 import streamworker
 from streamworker import Settings
 from streamworker.codec import Document
-from streamworker.environment import PREFIX
+from streamworker.settings.environment import PREFIX
 from tools import changelog, links, pictures
 from tools.reference import api, cli, keys, metrics, scripts, settings, wire
 from tools.site import prose, sources

@@ -84,7 +84,7 @@ def test_the_probe_of_containers_says_it_too(start, redis_url):
 
 def test_it_answers_while_a_handler_blocks_the_loop_and_says_so(start, redis_url, raw):
     # One blocking handler is enough for both answers.
-    worker = start(redis_url, constants={"streamworker.telemetry.vitals.LEAST_SILENCE": 2.0}).ready()
+    worker = start(redis_url, constants={"streamworker.worker.health.LEAST_SILENCE": 2.0}).ready()
     put(raw, "block", "one", seconds=4)
     eventually_blocking(lambda: traces(raw, "block"))
     assert status(worker, "/healthz") == 200  # slow is not dead

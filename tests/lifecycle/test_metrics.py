@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from streamworker.metrics import FAMILIES, OF_QUEUES
+from streamworker.worker.metrics import FAMILIES, OF_QUEUES
 from tests.conftest import eventually_blocking
 from tests.lifecycle.test_health import address, put, raw, start  # noqa: F401 - fixtures
 from tests.lifecycle.test_worker import Process, traces
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
-SOON = {"streamworker.metering.FRESH": 0.3}
+SOON = {"streamworker.worker.metrics.FRESH": 0.3}
 """Seconds after which depths are asked anew."""
 
 

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from streamworker.embedded.binaries import find_binaries
-from streamworker.embedded.layout import open_layout
+from streamworker.embedded.layout import PG_PORT, PG_USER, open_layout
 from streamworker.embedded.postgres import Postgres
-from streamworker.embedded.record import PG_PORT, PG_USER
 
 
 class _Listening:

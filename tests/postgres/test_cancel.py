@@ -10,7 +10,7 @@ import anyio
 import pytest
 
 from streamworker import App, Context
-from streamworker.handover import Lost
+from streamworker.relay import Lost
 from tests import forkserver
 from tests.conftest import eventually
 from tests.postgres.working import Job, settings_for, working
@@ -150,7 +150,7 @@ async def test_one_that_is_queued_again_runs(scene, pg, raw):
         "insert into streamworker.jobs (id, queue_name, kind, status, payload) values ('again', 'q', 'job', 'cancelled', '{}')"
     )
     async with scene.operator() as operator, scene.archive() as archive:
-        await operator.reprieve("q", "again")
+        await operator.uncancel("q", "again")
         assert await archive.retry("q", "again")
     async with working(scene):
         await eventually(lambda: scene.ran == ["again"])

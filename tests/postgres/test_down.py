@@ -15,7 +15,7 @@ import asyncpg
 import pytest
 
 from streamworker import App, Context
-from streamworker.embedded.record import PG_USER
+from streamworker.embedded.layout import PG_USER
 from tests.conftest import eventually, nothing_left
 from tests.postgres.servers import PostgresServer
 from tests.postgres.working import Job, settings_for, working

@@ -16,7 +16,7 @@ from streamworker import App, Payload, Settings
 from streamworker.codec import read
 from streamworker.embedded.binaries import find_binaries
 from streamworker.errors import ConfigurationError, InvalidJob, JobTooLarge, UsageError
-from streamworker.postgres.outbox import COPY_FROM, fits_jsonb
+from streamworker.postgres.enqueue import COPY_FROM, fits_jsonb
 from tests.conftest import eventually
 
 

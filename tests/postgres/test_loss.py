@@ -10,13 +10,13 @@ import asyncpg
 import pytest
 
 from streamworker import App, Payload, Settings
-from streamworker.broker.client import Address
-from streamworker.broker.dispatch import RedisDispatcher
+from streamworker.broker.dispatcher import RedisDispatcher
 from streamworker.broker.keys import ListKeys, QueueKeys
+from streamworker.broker.redis.client import Address
+from streamworker.postgres.outbox import PostgresOutbox
 from streamworker.postgres.pool import open_database
-from streamworker.postgres.relay import PostgresOutbox
-from streamworker.relay import Relay
-from streamworker.vigil import Vigil
+from streamworker.relay.loss_detector import LossDetector
+from streamworker.relay.relay import Relay
 from tests import forkserver
 from tests.conftest import eventually
 from tests.postgres.working import settings_for, working
@@ -60,7 +60,7 @@ async def dispatcher(request, redis_url):
 
 
 def vigil_of(outbox, dispatcher, lease=0.2):
-    return Vigil(outbox, dispatcher, anyio.Event(), lease=lease, hearing=lambda: True)
+    return LossDetector(outbox, dispatcher, anyio.Event(), lease=lease, hearing=lambda: True)
 
 
 async def compare(outbox, dispatcher, pg):
@@ -214,7 +214,7 @@ async def test_a_comparison_is_made_by_one_relay_and_taken_over_if_that_dies(out
 
 
 async def test_many_open_jobs_are_compared_in_pages(outbox, redis_url, pg, raw, monkeypatch):
-    monkeypatch.setattr("streamworker.postgres.relay.PAGE", 700)
+    monkeypatch.setattr("streamworker.postgres.outbox.PAGE", 700)
     dispatcher = RedisDispatcher(Address(redis_url), QueueKeys, group="workers", namespace="")
     ids = await commit(pg, *(Bill(number=n) for n in range(2000)))
     relay = Relay(outbox, dispatcher, anyio.Event())

@@ -12,11 +12,11 @@ import asyncpg
 import pytest
 
 from streamworker import App, Backoff, Context, Payload, Settings
-from streamworker.durable import examine, most_connections
 from streamworker.errors import ConfigurationError, NoConnection
 from streamworker.postgres import pool as pools
 from streamworker.postgres.pool import NamedPool, Pressure, open_database
 from streamworker.telemetry import logs
+from streamworker.wiring import examine, most_connections
 from tests.conftest import eventually
 from tests.postgres.pgbouncer import PgBouncer
 from tests.postgres.working import Job, settings_for, working

@@ -1,6 +1,6 @@
 """/healthz and /readyz of a worker with a ledger while PostgreSQL is away."""
 
-from streamworker.health import LEDGER_AWAY
+from streamworker.worker.health import LEDGER_AWAY
 from tests.conftest import eventually_blocking
 from tests.lifecycle.test_health import ask, put, raw, start, status
 from tests.lifecycle.test_worker import traces

@@ -10,9 +10,9 @@ import asyncpg
 import pytest
 
 from streamworker import App, Backoff, Context, Discard, Snooze, codec
+from streamworker.postgres import run_record
 from streamworker.postgres.ledger import PostgresLedger
 from streamworker.postgres.pool import open_database
-from streamworker.records import run_record
 from tests.conftest import eventually
 from tests.postgres.working import Job, settings_for, working
 

@@ -14,16 +14,16 @@ import asyncpg
 import pytest
 
 from streamworker import App, Payload, Settings
-from streamworker.broker.client import Address
-from streamworker.broker.dispatch import RedisDispatcher
+from streamworker.broker.dispatcher import RedisDispatcher
 from streamworker.broker.keys import ListKeys, QueueKeys
+from streamworker.broker.redis.client import Address
 from streamworker.codec import read
-from streamworker.handover import Dispatch
-from streamworker.postgres import relay as sql
+from streamworker.postgres import outbox as sql
+from streamworker.postgres.outbox import PostgresOutbox
 from streamworker.postgres.pool import open_database
-from streamworker.postgres.relay import PostgresOutbox
-from streamworker.relay import Relay
-from streamworker.relaying import Relaying, Scheduler, listener_for
+from streamworker.relay import Dispatch
+from streamworker.relay.relay import Relay
+from streamworker.wiring import Relaying, Scheduler, listener_for
 from tests import forkserver
 from tests.conftest import eventually
 from tests.postgres.working import settings_for, working

@@ -14,8 +14,8 @@ import pytest
 import redis
 
 from streamworker import App, Payload, QueueWorker, Settings
-from streamworker.broker.client import Address
 from streamworker.broker.keys import QueueKeys
+from streamworker.broker.redis.client import Address
 from streamworker.broker.stream import StreamBroker, StreamOptions
 from tests.conftest import eventually
 from tests.topologies.servers import Clustered, Sentineled

@@ -14,13 +14,12 @@ import pytest
 import redis
 
 from streamworker import App, Context, Discard, Payload, QueueWorker, Retry, Settings, Snooze
-from streamworker.bridging import Bridging
-from streamworker.broker.client import Address
+from streamworker.bridge import Bridging
+from streamworker.broker.base import Options
 from streamworker.broker.keys import ListKeys, QueueKeys
-from streamworker.broker.list_operate import ListOperator
 from streamworker.broker.lists import ListBroker
-from streamworker.broker.operate import StreamOperator
-from streamworker.broker.serving import Options
+from streamworker.broker.operator import ListOperator, StreamOperator
+from streamworker.broker.redis.client import Address
 from streamworker.broker.stream import StreamOptions
 from streamworker.errors import ConfigurationError, StreamworkerError
 from streamworker.views import Selection, chosen_dead, chosen_delayed, chosen_pending
@@ -334,7 +333,7 @@ async def test_an_inspector_lists_everything_and_changes_nothing(users, broker_o
     assert findings["permissions"].severity == "error"  # it is no worker, and is told so
     assert findings["groups"].severity == findings["keys"].severity == findings["clock"].severity == "ok"
     for change in (
-        operator.pause("q", "by me"), operator.resume("q"), operator.purge("q", "ready", 1), operator.release(pending), operator.bury(pending, "why"), operator.drop(pending), operator.hasten(due),
+        operator.pause("q", "by me"), operator.resume("q"), operator.purge("q", "ready", 1), operator.release(pending), operator.bury(pending, "why"), operator.drop(pending), operator.run_now(due),
         operator.forget(due), operator.replay(letter), operator.erase(letter), operator.prune(["q"], "nobody"),
     ):  # fmt: skip
         with pytest.raises(StreamworkerError, match=r"denies|refuses|could not"):
@@ -398,7 +397,7 @@ async def test_what_a_worker_orphans_is_swept_under_the_same_rights(users, broke
         (suspect,) = await broker.claim(1, 0, ())
         assert suspect.suspect
         assert (await broker.confirm(suspect)) is not None
-        assert names(await broker.strays(())) == ["x"]
+        assert names(await broker.own_pending(())) == ["x"]
     assert users.denials() == []
 
 

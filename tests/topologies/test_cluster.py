@@ -11,14 +11,15 @@ import redis.asyncio as aioredis
 import structlog
 from redis.crc import key_slot
 
-from streamworker import App, Context, QueueWorker, Settings, renewer
-from streamworker.broker.client import Address
-from streamworker.broker.operate import StreamOperator
-from streamworker.broker.slots import key_of, slot_of
+from streamworker import App, Context, QueueWorker, Settings
+from streamworker.broker.operator import StreamOperator
+from streamworker.broker.redis.client import Address
+from streamworker.broker.redis.cluster import key_of, slot_of
 from streamworker.broker.stream import StreamOptions
 from streamworker.errors import ConfigurationError, Unreachable
 from streamworker.job import Settled
 from streamworker.telemetry import logs
+from streamworker.worker import renewer
 from tests.conftest import eventually
 from tests.contract.ground import GROUP, StreamGround
 from tests.contract.helpers import done, job, names
@@ -219,7 +220,7 @@ async def test_what_several_reads_bring_at_once_is_kept(masters, broker_of):
             while len(claims) < len(SPREAD):
                 claims += await broker.claim(10, 1, claims)
             assert sorted(names(claims)) == sorted(wanted)
-            assert await broker.strays(claims) == []
+            assert await broker.own_pending(claims) == []
             await broker.settle([done(claim) for claim in claims])
 
 

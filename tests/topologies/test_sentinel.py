@@ -11,8 +11,8 @@ import redis
 import redis.asyncio as aioredis
 
 from streamworker import App, Settings
-from streamworker.bridging import Bridging
-from streamworker.broker.client import Address
+from streamworker.bridge import Bridging
+from streamworker.broker.redis.client import Address
 from streamworker.errors import ConfigurationError, Unreachable
 from tests.conftest import eventually
 from tests.contract.ground import GROUNDS, GROUP

@@ -171,7 +171,7 @@ async def test_a_host_the_certificate_does_not_name(certificates, server, broker
 
 
 async def test_tls_to_a_server_without_it(server, redis_url, broker_of, monkeypatch):
-    monkeypatch.setattr("streamworker.broker.client.COMMAND_TIMEOUT", 0.5)
+    monkeypatch.setattr("streamworker.broker.redis.client.COMMAND_TIMEOUT", 0.5)
     with pytest.raises(Unreachable, match="does not answer"):
         async with broker_of(f"rediss://127.0.0.1:{server.port}/0"):
             pass

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamworker import Payload, codec
+from streamworker.codec import NOTHING, State, sealed
 from streamworker.errors import InvalidJob, JobTooLarge
 from streamworker.job import Claim, Job
-from streamworker.marks import NOTHING, State, sealed
 
 SECRET = b"5ec2e7 0"
 OURS = {

@@ -7,10 +7,10 @@ from datetime import UTC, datetime
 import pytest
 
 from streamworker import Context, codec
+from streamworker.codec import State, sealed
 from streamworker.context import Shared
 from streamworker.errors import ConfigurationError
 from streamworker.job import Claim
-from streamworker.marks import State, sealed
 from streamworker.policy import Limits
 
 

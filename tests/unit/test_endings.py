@@ -7,9 +7,9 @@ import pytest
 
 from streamworker import Backoff, codec
 from streamworker.broker import Ending
-from streamworker.endings import ending
+from streamworker.codec import State, sealed
 from streamworker.errors import Discard, Snooze
-from streamworker.execute import OK
+from streamworker.execution import Execution
 from streamworker.job import (
     Abandoned,
     Claim,
@@ -24,9 +24,9 @@ from streamworker.job import (
     Undecodable,
     UnknownKind,
 )
-from streamworker.marks import State, sealed
 from streamworker.policy import FREE_RETURNS, LONGEST_LEAST_WAIT, Facts, Limits
-from streamworker.run import Run
+from streamworker.worker.executor import OK
+from streamworker.worker.settler import ending
 
 NOW = 1_000_000.0
 SECRET = b"5ec2e7 0"
@@ -34,7 +34,7 @@ SECRET = b"5ec2e7 0"
 
 def run(outcome, document=None, *, count=1, suspect=False, body=None, attempts=None):
     body = json.dumps({"payload": {"a": 1}, "extra": [1], **(document or {})}).encode() if body is None else body
-    made = Run(Claim("q", "low", "stream:{q}:low", b"5-0", count, body, b"epoch", suspect, secret=SECRET))
+    made = Execution(Claim("q", "low", "stream:{q}:low", b"5-0", count, body, b"epoch", suspect, secret=SECRET))
     try:
         made.reading = codec.read(body)
         attempts = made.reading.attempt_count or 0

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamworker.environment import edit_distance, judge_names, lookup
 from streamworker.errors import ConfigurationError
+from streamworker.settings.environment import edit_distance, judge_names, lookup
 
 KNOWN = ("STREAMWORKER_LEASE", "STREAMWORKER_REDIS_URL", "REDIS_URL")
 LETTERS = st.text(alphabet="ABC", max_size=6)

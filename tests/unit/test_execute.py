@@ -13,22 +13,12 @@ import anyio
 import pytest
 
 from streamworker import Context, Discard, Handlers, Payload
+from streamworker.codec import State, sealed
 from streamworker.context import Shared
-from streamworker.execute import Executor
-from streamworker.job import (
-    Abandoned,
-    Claim,
-    Interrupted,
-    Ok,
-    Outcome,
-    Raised,
-    TimedOut,
-    Undecodable,
-    UnknownKind,
-)
-from streamworker.marks import State, sealed
-from streamworker.run import Run
-from streamworker.task import JobTask
+from streamworker.execution import Execution
+from streamworker.job import Abandoned, Claim, Interrupted, Ok, Outcome, Raised, TimedOut, Undecodable, UnknownKind
+from streamworker.worker.executor import Executor
+from streamworker.worker.job_task import JobTask
 from tests.conftest import eventually
 
 
@@ -51,8 +41,8 @@ def executor(function: Any = None, *, timeout: float | None = 300, middleware: A
     return Executor(handlers, Shared("w", None), middleware=middleware, **options)
 
 
-def prepared(made: Executor, given: Claim | None = None) -> Run:
-    run = Run(given or claim())
+def prepared(made: Executor, given: Claim | None = None) -> Execution:
+    run = Execution(given or claim())
     made.prepare(run)
     return run
 
@@ -62,7 +52,7 @@ async def call(function: Any, **options: Any) -> Outcome:
     return await made.call(prepared(made))
 
 
-async def in_task(function: Any, meddle: Callable[[Run], Any], **options: Any) -> Outcome:
+async def in_task(function: Any, meddle: Callable[[Execution], Any], **options: Any) -> Outcome:
     """Call in a task of its own, as a worker does; ``meddle`` once the handler waits. The task must be clean afterwards."""
     made = executor(function, **options)
     run = prepared(made)
@@ -244,7 +234,7 @@ async def test_the_first_reason_holds():
     async def note(payload: Note) -> None:
         await asyncio.sleep(10)
 
-    def twice(run: Run) -> None:
+    def twice(run: Execution) -> None:
         run.cancel(Interrupted("x"))
         run.cancel(TimedOut(1.0))
 
@@ -311,7 +301,7 @@ async def test_cancelled_again_and_again_the_task_is_clean_in_the_end():
             with suppress(asyncio.CancelledError):
                 await asyncio.sleep(10)
 
-    async def often(run: Run) -> None:
+    async def often(run: Execution) -> None:
         for _ in range(3):
             run.cancel(TimedOut(1.0))
             for _ in range(3):
@@ -373,7 +363,7 @@ async def test_a_thread_is_told_but_not_stopped():
         assert go_on.wait(5)
         return "late"
 
-    async def meddle(run: Run) -> None:
+    async def meddle(run: Execution) -> None:
         run.cancel(TimedOut(1.0))
         await eventually(told.is_set)
         go_on.set()
@@ -411,7 +401,7 @@ async def test_an_overrun_that_ends_well_is_told_of_once(how, caplog):
             await asyncio.sleep(10)
         return "late"
 
-    async def meddle(run: Run) -> None:
+    async def meddle(run: Execution) -> None:
         if how == "swallowing":
             await eventually(lambda: run.overdue(time.monotonic()))
             run.cancel(TimedOut(0.01))
@@ -450,7 +440,7 @@ async def test_a_thread_leaves_no_context_variable_behind():
 
 
 async def test_no_job_sees_a_context_variable_of_another():
-    from streamworker.executions import Executions
+    from streamworker.worker.tasks import JobTasks
 
     seen: list[str] = []
     done = asyncio.Event()
@@ -462,10 +452,10 @@ async def test_no_job_sees_a_context_variable_of_another():
             done.set()
 
     made = executor(note)
-    executions = Executions(1, made, finished=lambda run: None, admit=lambda run: True, stuck=lambda run: None, grace=1)
+    executions = JobTasks(1, made, finished=lambda run: None, admit=lambda run: True, stuck=lambda run: None, grace=1)
     executions.open()
     for _ in range(5):
-        executions.put(Run(claim()))
+        executions.put(Execution(claim()))
     with anyio.fail_after(5):
         await done.wait()
     assert await executions.close(1) == []

@@ -18,14 +18,15 @@ from weakref import WeakKeyDictionary
 import anyio
 import pytest
 
-from streamworker import Context, Handlers, Payload, stacks
+from streamworker import Context, Handlers, Payload
 from streamworker.context import Shared
-from streamworker.execute import Executor
-from streamworker.executions import STARTS, Executions
+from streamworker.execution import Execution
 from streamworker.job import Claim, Interrupted, Ok, Outcome, Raised, TimedOut
 from streamworker.policy import judge
-from streamworker.run import Run
-from streamworker.task import JobThreads
+from streamworker.worker import stacks
+from streamworker.worker.executor import Executor
+from streamworker.worker.job_task import JobThreads
+from streamworker.worker.tasks import STARTS, JobTasks
 from tests.conftest import eventually
 
 pytestmark = pytest.mark.anyio
@@ -54,17 +55,17 @@ class Stage:
         handlers: Handlers[Any] = Handlers()
         handlers.handler(timeout=timeout)(function)
         self.made = 0
-        self.ended: list[Run] = []
-        self.stuck: list[Run] = []
-        self.executions = Executions(
+        self.ended: list[Execution] = []
+        self.stuck: list[Execution] = []
+        self.executions = JobTasks(
             limit, Executor(handlers, Shared("w", None)), finished=self.ended.append,
             admit=lambda run: True, stuck=self.stuck.append, grace=grace,
         )  # fmt: skip
 
-    def put(self, text: str = "", **document: Any) -> Run:
+    def put(self, text: str = "", **document: Any) -> Execution:
         self.made += 1
         body = json.dumps({"id": f"i{self.made}", "kind": "note", "payload": {"text": text}, **document}).encode()
-        run = Run(Claim("q", "normal", "stream:{q}", b"%d-0" % self.made, 1, body, b"e"))
+        run = Execution(Claim("q", "normal", "stream:{q}", b"%d-0" % self.made, 1, body, b"e"))
         self.executions.put(run)
         return run
 
@@ -469,7 +470,7 @@ async def test_hooks_of_others_are_called_and_come_back():
 # -- cancelled by others, or by itself
 
 
-def task_of(run: Run) -> asyncio.Task[Any]:
+def task_of(run: Execution) -> asyncio.Task[Any]:
     assert run.task is not None
     return run.task
 
@@ -623,12 +624,12 @@ async def test_our_own_reason_stands_before_that_of_others():
 async def test_a_handler_that_swallows_its_cancellation_is_stuck_after_the_grace_and_named(lost):
     let_go = asyncio.Event()
 
-    async def deaf(payload: Note) -> None:
+    async def silent(payload: Note) -> None:
         while not let_go.is_set():
             with suppress(asyncio.CancelledError):
                 await let_go.wait()
 
-    async with stage(deaf, limit=2, timeout=None if lost else 0.05, grace=0.3) as on:
+    async with stage(silent, limit=2, timeout=None if lost else 0.05, grace=0.3) as on:
         run = on.put()
         await eventually(lambda: run.task is not None)
         began = time.monotonic()
@@ -638,7 +639,7 @@ async def test_a_handler_that_swallows_its_cancellation_is_stuck_after_the_grace
         took, where = time.monotonic() - began, stacks.of_run(run)
         let_go.set()  # first: it would not let the test fail either
         await on.all_ended()
-        assert "test_executions.py:" in where and where.endswith(".deaf")
+        assert "test_executions.py:" in where and where.endswith(".silent")
         assert took >= 0.3
 
 

@@ -7,8 +7,8 @@ import math
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from streamworker.metrics import FAMILIES
 from streamworker.telemetry.exposition import Family, Tally, render
+from streamworker.worker.metrics import FAMILIES
 
 COUNT = Family("a_total", "counter", 'Says "\\" and\nmore.', ("queue", "kind"))
 SIZE = Family("b_seconds", "histogram", "How long.", ("queue",), (0.5, 1.0, 10.0))

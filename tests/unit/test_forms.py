@@ -4,8 +4,8 @@ import pytest
 import redis
 import redis.asyncio as aioredis
 
-from streamworker.broker import forms
-from streamworker.broker.client import Address
+from streamworker.broker.redis import url as urls
+from streamworker.broker.redis.client import Address
 from streamworker.errors import ConfigurationError
 
 
@@ -27,22 +27,22 @@ from streamworker.errors import ConfigurationError
     ],
 )  # fmt: skip
 def test_every_form(url, kind, scheme, hosts, options, shown):
-    form = forms.parse(url)
+    form = urls.parse(url)
     assert (form.kind, form.scheme, form.hosts, form.options) == (kind, scheme, hosts, options)
     assert str(form) == str(Address(url)) == shown
 
 
 def test_sentinels_have_a_login_of_their_own():
-    form = forms.parse("rediss+sentinel://u:p@a/m?sentinel_username=su&sentinel_password=s%26p&ssl_cert_reqs=optional")
+    form = urls.parse("rediss+sentinel://u:p@a/m?sentinel_username=su&sentinel_password=s%26p&ssl_cert_reqs=optional")
     assert form.options == {"username": "u", "password": "p", "ssl_cert_reqs": "optional"}
     assert form.sentinel_options == {"username": "su", "password": "s&p", "ssl_cert_reqs": "optional"}
-    assert forms.parse("redis+sentinel://u:p@a/m").sentinel_options == {}
+    assert urls.parse("redis+sentinel://u:p@a/m").sentinel_options == {}
 
 
 def test_tls_in_the_query(tmp_path):
     ca = tmp_path / "ca.pem"
     ca.touch()
-    form = forms.parse(f"rediss://h?ssl_ca_certs={ca}&ssl_check_hostname=false&socket_timeout=3")
+    form = urls.parse(f"rediss://h?ssl_ca_certs={ca}&ssl_check_hostname=false&socket_timeout=3")
     assert form.options == {"ssl_ca_certs": str(ca), "ssl_check_hostname": False}
 
 
@@ -69,13 +69,13 @@ def test_tls_in_the_query(tmp_path):
 )
 def test_what_cannot_be_understood_is_said_in_one_sentence(url, words):
     with pytest.raises(ConfigurationError, match=words) as caught:
-        forms.parse(url)
+        urls.parse(url)
     assert str(caught.value).startswith("REDIS_URL")
     assert "S3cret" not in str(caught.value)
 
 
 def alike(client, url):
-    ours, theirs = forms.parse(url), forms.of(client)
+    ours, theirs = urls.parse(url), urls.of(client)
     logins = [
         {name: form.options.get(name) or None for name in ("username", "password", "db")} for form in (ours, theirs)
     ]
@@ -92,9 +92,9 @@ def alike(client, url):
 async def test_users_own_clients():
     plain = aioredis.Redis(host="h", port=1, db=2, username="u", password="p", ssl=True)
     alike(plain, "rediss://u:p@h:1/2")
-    assert forms.of(plain).options["ssl_check_hostname"] is True
+    assert urls.of(plain).options["ssl_check_hostname"] is True
     unix = aioredis.Redis(unix_socket_path="/run/r.sock")
-    assert str(forms.of(unix)) == "unix:///run/r.sock"
+    assert str(urls.of(unix)) == "unix:///run/r.sock"
     manager = aioredis.Sentinel([("a", 1), ("b", 2)], sentinel_kwargs={"password": "s"})
     alike(manager.master_for("m", password="p", db=1), "redis+sentinel://:p@a:1,b:2/m/1?sentinel_password=s")
     alike(aioredis.RedisCluster(host="h", port=3, password="p"), "redis+cluster://:p@h:3")
@@ -104,12 +104,12 @@ async def test_users_own_clients():
 @pytest.mark.parametrize("client", [object(), redis.Redis()])
 def test_what_is_no_client_of_redis_asyncio(client):
     with pytest.raises(ConfigurationError, match="redis= takes"):
-        forms.of(client)
+        urls.of(client)
 
 
 @pytest.mark.parametrize("word", ["CERT_NONE", "cert_none", "none", "None"])
 def test_celerys_words_for_certificates(word):
-    assert forms.parse(f"rediss://h?ssl_cert_reqs={word}").options["ssl_cert_reqs"] == "none"
+    assert urls.parse(f"rediss://h?ssl_cert_reqs={word}").options["ssl_cert_reqs"] == "none"
     Address(f"rediss+cluster://h?ssl_cert_reqs={word}")
 
 
@@ -125,10 +125,10 @@ def test_tls_that_cannot_work_is_said_before_anything_is_connected(option):
 
 def test_options_of_the_clients_of_handlers():
     url = "redis://h?socket_timeout=3&max_connections=7&timeout=1.5&decode_responses=true&health_check_interval=9"
-    form = forms.parse(url)
+    form = urls.parse(url)
     assert form.options == {}
     assert form.client == {
         "socket_timeout": 3.0, "max_connections": 7, "timeout": 1.5, "decode_responses": True, "health_check_interval": 9,
     }  # fmt: skip
-    assert forms.parse("redis+cluster://h?socket_timeout=3").client == {"socket_timeout": 3.0}
-    assert forms.parse("redis+sentinel://h/m?socket_timeout=3").client == {"socket_timeout": 3.0}
+    assert urls.parse("redis+cluster://h?socket_timeout=3").client == {"socket_timeout": 3.0}
+    assert urls.parse("redis+sentinel://h/m?socket_timeout=3").client == {"socket_timeout": 3.0}

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamworker import codec
+from streamworker.codec import GRACE, MOST, NOTHING, Mark, State, mark_of, seal, sealed, unmarked
 from streamworker.job import Claim
-from streamworker.marks import GRACE, MOST, NOTHING, Mark, State, mark_of, seal, sealed, unmarked
 
 ID = "0198c0de-1234-7abc-8def-0123456789ab"
 SECRET = b"5ec2e7 0"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamworker.broker.order import WEIGHTS, Order
+from streamworker.broker.claim import WEIGHTS, Order
 
 
 def play(order: Order, queues: int, stock: dict[tuple[int, int], int], limit: int) -> list[tuple[int, int]]:

@@ -12,7 +12,7 @@ import pytest
 from streamworker import App, Context, Discard, Handlers, Payload, Settings, Snooze, testing
 from streamworker.errors import ConfigurationError, UsageError
 from streamworker.job import Ok, Raised, Undecodable
-from streamworker.jobs import make_job
+from streamworker.producer import make_job
 
 
 class Odd(Payload, kind="odd", queue="odd"):

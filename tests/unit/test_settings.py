@@ -9,8 +9,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from streamworker.errors import ConfigurationError
-from streamworker.setting_rules import to_text
 from streamworker.settings import Address, QueueSpec, Settings
+from streamworker.settings.rules import to_text
 
 # The documented variables (docs/design.md, "Environment"), their defaults, and values that must be accepted.
 NAME = st.from_regex(r"[A-Za-z0-9._-]{1,20}", fullmatch=True)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from streamworker.traceparent import trace_id
+from streamworker.codec import trace_id
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 

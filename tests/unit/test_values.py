@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamworker import App, Payload, Settings, codec, notes, testing
+from streamworker import App, Payload, Settings, codec, results, testing
+from streamworker.codec import infinity_in
 from streamworker.errors import ConfigurationError, InvalidJob, UsageError
-from streamworker.finite import infinity_in
 from streamworker.job import Enqueued
 from streamworker.payload import fit_of
 
@@ -270,11 +270,11 @@ def test_headers_hold_no_nan_either(headers):
     ("value", "where"), [(NAN, "NaN"), ([1, INF], r"at \[1\] NaN"), ({"a": {"b": -INF}}, r"at a\.b NaN"), (Line(NAN), "at price NaN")]
 )  # fmt: skip
 def test_a_result_of_nan_is_not_kept_and_says_why(value, where):
-    told = notes.read(notes.completed(value))
+    told = results.read(results.completed(value))
     assert told is not None and told.status == "completed" and not told.result
     with pytest.raises(ValueError, match=f"what the handler returned is {where} or an infinity"):
-        notes.result_json(value)
-    assert notes.result_json([None, "NaN", {"a": None}]) == b'[null,"NaN",{"a":null}]'
+        results.result_json(value)
+    assert results.result_json([None, "NaN", {"a": None}]) == b'[null,"NaN",{"a":null}]'
 
 
 def test_where_an_infinity_is():

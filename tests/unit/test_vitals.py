@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from streamworker.telemetry.vitals import Vitals, not_alive, not_ready
+from streamworker.worker.health import Vitals, not_alive, not_ready
 
 WELL = Vitals(phase="working", lease=15, loop_silent=0.1, asking=4.9, renewed=5)
 

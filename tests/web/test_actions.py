@@ -11,7 +11,7 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 
 from streamworker import App, Settings
-from streamworker.web import Access, actions, dashboard, guard, shows
+from streamworker.web import Access, actions, dashboard, job_pages, security
 from tests.conftest import eventually
 from tests.web.conftest import HERE, held, letter
 
@@ -25,7 +25,7 @@ def logged(monkeypatch):
         def __getattr__(self, level):
             return lambda event, **facts: lines.append({"event": event, **facts})
 
-    for module in (actions, guard, shows):
+    for module in (actions, security, job_pages):
         monkeypatch.setattr(module, "log", Log())
     return lines
 

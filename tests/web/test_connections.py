@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import uvicorn
 
-from streamworker.web import serving
+from streamworker.web import server as web_server
 from tests.conftest import eventually_blocking
 
 
@@ -22,10 +22,12 @@ async def site(scope: Any, receive: Any, send: Any) -> None:
 
 @pytest.fixture
 def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    monkeypatch.setattr(serving, "REQUEST", 0.5)
-    monkeypatch.setattr(serving, "CONNECTIONS", 20)
+    monkeypatch.setattr(web_server, "REQUEST", 0.5)
+    monkeypatch.setattr(web_server, "CONNECTIONS", 20)
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(site, http=serving.PatientProtocol, lifespan="off", log_config=None, timeout_keep_alive=30)
+    config = uvicorn.Config(
+        site, http=web_server.PatientProtocol, lifespan="off", log_config=None, timeout_keep_alive=30
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
@@ -62,7 +64,7 @@ def test_a_kept_connection_may_ask_again_later(port):
 
 
 def test_the_oldest_that_asks_nothing_gives_way(port, monkeypatch):
-    monkeypatch.setattr(serving, "REQUEST", 60)
+    monkeypatch.setattr(web_server, "REQUEST", 60)
     idle = [socket.create_connection(("127.0.0.1", port), 5) for _ in range(100)]
     client = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
     client.request("GET", "/")

@@ -1,9 +1,9 @@
-"""Every metric, from the families that `streamworker.metrics` declares."""
+"""Every metric, from the families that `streamworker.worker.metrics` declares."""
 
 from __future__ import annotations
 
-from streamworker import metrics
 from streamworker.telemetry.exposition import Family
+from streamworker.worker import metrics
 from tools.reference.tables import code, table
 
 
@@ -21,7 +21,7 @@ def page() -> str:
     ]
     return f"""# Metrics
 
-Made from `streamworker.metrics`. A worker with `STREAMWORKER_HTTP=0.0.0.0:8080` answers `/metrics` in Prometheus' text format, from the
+Made from `streamworker.worker.metrics`. A worker with `STREAMWORKER_HTTP=0.0.0.0:8080` answers `/metrics` in Prometheus' text format, from the
 thread that answers probes: also while a handler blocks the event loop.
 
 {table(["metric", "type", "labels", "what"], rows)}

@@ -8,8 +8,8 @@ from typing import Final
 
 from streamworker import settings
 from streamworker.cli.options import ServerFlags, WorkerFlags
-from streamworker.environment import PREFIX
-from streamworker.setting_rules import to_text
+from streamworker.settings.environment import PREFIX
+from streamworker.settings.rules import to_text
 from tools.reference.tables import code, table
 from tools.site.sources import ROOT
 

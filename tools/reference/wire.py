@@ -8,8 +8,7 @@ from typing import Any, Final
 import msgspec
 
 from streamworker import codec
-from streamworker.codec import Document
-from streamworker.marks import MARK_FIELD, STATE_FIELD
+from streamworker.codec import MARK_FIELD, STATE_FIELD, Document
 from tools.reference.tables import code, table
 
 _WHAT: Final = {

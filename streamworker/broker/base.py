@@ -1,0 +1,399 @@
+"""What the brokers of both modes share: everything that does not depend on what the jobs of a worker lie in."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from itertools import chain
+from typing import Any, Final, Generic
+
+import anyio
+import msgspec
+from redis import exceptions as redis_errors
+from typing_extensions import TypeVar
+
+from streamworker.broker import CronTick, CronTickResult, Refusal, ResultWaiter, scripts
+from streamworker.broker.cancel import Cancels, cancel
+from streamworker.broker.claim import ClaimSource, none_ended
+from streamworker.broker.keys import QueueKeys, due_member, worker_key
+from streamworker.broker.limiter import Limiter
+from streamworker.broker.pubsub import ResultSubscriptions, listen, waiting
+from streamworker.broker.redis.client import Address
+from streamworker.broker.redis.errors import understood
+from streamworker.broker.redis.session import Session
+from streamworker.broker.redis.url import NotExecuted
+from streamworker.broker.settle import Refusals
+from streamworker.broker.stream_claim import ClusterStreamClaims
+from streamworker.errors import PublishUncertain, Unreachable
+from streamworker.job import LEVELS, Claim, Enqueued, Level, Outgoing, Progress
+from streamworker.limits import AcquireRequest, AcquireResult, Permit
+from streamworker.policy import SUSPECT_DELIVERIES
+from streamworker.telemetry.logs import get_logger
+
+log = get_logger("streamworker.broker")
+
+RENEW_BATCH: Final = 500
+"""Claims one script call renews."""
+
+K = TypeVar("K", bound=QueueKeys)
+I = TypeVar("I", bound=ClaimSource | ClusterStreamClaims)  # noqa: E741 - K is for keys, I for intake
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """What a broker is told.
+
+    Attributes:
+        queues: (name, cap) in the order they are taken; a cap bounds what one worker runs of the queue.
+        namespace: goes before every key, as it is; but not before the lists that producers push to.
+        lease: seconds a claim lives unrenewed.
+        weighted: weighted order of levels instead of strict order.
+        alone_from: the delivery from which on a job runs alone.
+        slots: jobs that run at once; suspects that do not run alone fill at most half of them.
+    """
+
+    queues: tuple[tuple[str, int | None], ...]
+    namespace: str = ""
+    lease: float = 15.0
+    weighted: bool = False
+    alone_from: int = SUSPECT_DELIVERIES + 1
+    slots: int = 10
+
+
+class RedisBroker(Generic[K, I]):
+    """Half of the `Broker` protocol; one instance serves one worker, or producers.
+
+    Args:
+        address: the server.
+        options: see there.
+    """
+
+    def __init__(self, address: Address, options: Options) -> None:
+        self._options: Final = options
+        self._link = Session(address)
+        queues = [(self._key(name), cap) for name, cap in options.queues]
+        self._keys = [keys for keys, _ in queues]
+        self._homes = {place: keys for keys in self._keys for place in keys.places}
+        self._publisher = Publisher(self._link.wires, address, self._key)
+        self._cancels = Cancels(self._link, self._keys)
+        self._ears = ResultSubscriptions(address)
+        self._limits = Limiter(self._link, self._keys, lease=options.lease)
+        self._intake = self._take(queues)
+        self._intake.slots = options.slots
+        self._refusals = Refusals()
+
+    def _key(self, queue: str) -> K:
+        """The keys of a queue."""
+        raise NotImplementedError
+
+    def _take(self, queues: Sequence[tuple[K, int | None]]) -> I:
+        """The way to come to jobs."""
+        raise NotImplementedError
+
+    async def open(self) -> None:
+        """See `Broker.open`."""
+        uptime = await self._link.greet()
+        # After a restart everyone alive gets one lease to renew before anybody is taken for dead.
+        self._intake.rest(max(0.0, self._options.lease - uptime))
+
+    async def close(self) -> None:
+        """See `Broker.close`."""
+        await self._ears.close()
+        await self._intake.close()
+        await self._link.close()
+
+    @property
+    def _name(self) -> str:
+        """The key that says that this worker lives."""
+        return worker_key(self._options.namespace, self._intake.consumer)
+
+    async def publish(self, jobs: Sequence[Outgoing]) -> list[Enqueued]:
+        """See `Broker.publish`."""
+        return await self._publisher.publish(jobs)
+
+    @property
+    def refusals(self) -> Mapping[str, Refusal]:
+        """See `Broker.refusals`."""
+        return self._refusals.why
+
+    def _refused(self) -> Refusals:
+        self._refusals = Refusals()
+        return self._refusals
+
+    async def offer_tick(self, tick: CronTick) -> CronTickResult:
+        """See `Broker.offer_tick`."""
+        return await self._publisher.offer_tick(tick)
+
+    async def clock(self, queue: str) -> float:
+        """See `Broker.clock`."""
+        return int(await self._link.run(scripts.CLOCK, [self._key(queue).meta], [])) / 1000
+
+    async def claim(
+        self,
+        limit: int,
+        wait: float,
+        running: Collection[Claim],
+        ended: Callable[[str], int] = none_ended,
+        shut: Collection[str] = (),
+    ) -> list[Claim]:
+        """See `Broker.claim`."""
+        return await self._cancels.judged(
+            await self._intake.claim(limit, wait, running, ended, shut), self._intake.marked
+        )
+
+    async def look_again(self) -> None:
+        """See `Broker.look_again`."""
+        await self._intake.look_again()
+
+    def cancelled(self, claims: Collection[Claim]) -> list[Claim]:
+        """See `Broker.cancelled`."""
+        return self._cancels.find(claims)
+
+    async def cancel(self, queue: str, job_id: str) -> bool:
+        """See `Broker.cancel`."""
+        return await cancel(self._link, self._key(queue), job_id)
+
+    def ended(self, queues: Sequence[str], job_id: str) -> AbstractAsyncContextManager[ResultWaiter]:
+        """See `Broker.ended`."""
+        return waiting(self._link, self._ears, [self._key(queue) for queue in queues], job_id)
+
+    def progress(self, told: Mapping[str, Progress], ended: Collection[str]) -> None:
+        """See `Broker.progress`."""
+        self._link.progress(self._name, self._options.lease, told, ended)
+
+    def beat(self, report: dict[str, str | int | float]) -> None:
+        """See `Broker.beat`."""
+        self._link.beat(self._name, self._options.lease, report)
+
+    async def limit(
+        self, queue: str, asking: Sequence[AcquireRequest], leaving: Sequence[Permit]
+    ) -> list[AcquireResult]:
+        """See `Broker.limit`."""
+        return await self._limits.ask(self._intake.consumer, queue, asking, leaving)
+
+    def retain(self, holds: Collection[Permit]) -> None:
+        """See `Broker.retain`."""
+        self._limits.retain(holds)
+
+    async def listen(self, parked: Callable[[float], None], cancelled: Callable[[], None] = lambda: None) -> None:
+        """See `Broker.listen`."""
+
+        def told(channel: bytes) -> None:
+            self._cancels.rang(channel)
+            cancelled()
+
+        await listen(self._link.address, [keys.due for keys in self._keys], parked, self._intake, told)
+
+    @property
+    def reconnects(self) -> int:
+        """See `Broker.reconnects`."""
+        return self._link.reconnects()
+
+
+BATCH: Final = 1000
+"""Most jobs of one round trip."""
+TRIES: Final = 3
+IN_FORCE: Final = 180.0
+"""Seconds a schedule stays in force after its last proposal: workers propose at least once a minute."""
+
+
+class Publisher:
+    """Stores jobs of any queue. Only jobs with a deduplication key are sent again after a lost reply.
+
+    Args:
+        client: what to send with.
+        address: whose, for errors.
+        keys: the keys of a queue, by its name.
+    """
+
+    def __init__(self, client: scripts.AsyncCaller, address: object, keys: Callable[[str], QueueKeys]) -> None:
+        self._client = client
+        self._address = address
+        self._keys = keys
+
+    async def publish(self, jobs: Sequence[Outgoing]) -> list[Enqueued]:
+        """See `Broker.publish`."""
+        if len(jobs) == 1 and _is_plain(jobs[0]):
+            job = jobs[0]
+            command = self._keys(job.queue).adding(job.level, job.body)
+            await self._send(lambda: self._client.execute_command(*command), 1)
+            return [Enqueued(job.id, new=True)]
+        by_queue: dict[str, list[int]] = {}
+        for index, job in enumerate(jobs):
+            by_queue.setdefault(job.queue, []).append(index)
+        answers: dict[int, Enqueued] = {}
+        for queue, indexes in by_queue.items():
+            for start in range(0, len(indexes), BATCH):
+                batch = indexes[start : start + BATCH]
+                some = [jobs[index] for index in batch]
+                store = self._store_plain if all(map(_is_plain, some)) else self._store
+                answers.update(zip(batch, await store(self._keys(queue), some), strict=True))
+        return [answers[index] for index in range(len(jobs))]
+
+    async def offer_tick(self, tick: CronTick) -> CronTickResult:
+        """See `Broker.offer_tick`. Sending it again is safe."""
+        keys = self._keys(tick.queue)
+        args: list[str | bytes | int | float] = [tick.schedule, round(tick.at * 1000), keys.shape, tick.body, tick.name]
+        args += ["" if each is None else round(each * 1000) for each in (tick.before, tick.now)]
+        args.append(round(IN_FORCE * 1000))
+        names = [keys.crons, keys.ready(tick.level)]
+        early, added, now = await self._send(lambda: scripts.CRON(self._client, names, args), TRIES)
+        return CronTickResult(early / 1000, bool(added), now / 1000)
+
+    async def _store_plain(self, keys: QueueKeys, jobs: list[Outgoing]) -> list[Enqueued]:
+        bodies: dict[Level, list[bytes]] = {level: [] for level in LEVELS}
+        for job in jobs:
+            bodies[job.level].append(job.body)
+        args = [keys.shape, *map(len, bodies.values()), *chain.from_iterable(bodies.values())]
+        await self._send(lambda: scripts.STORE(self._client, keys.places, args), 1)
+        return [Enqueued(job.id, new=True) for job in jobs]
+
+    async def _store(self, keys: QueueKeys, jobs: list[Outgoing]) -> list[Enqueued]:
+        names = [*keys.places, keys.due, keys.bodies]
+        args: list[Any] = [keys.shape]
+        for job in jobs:
+            key, member, when = 0, "", ""
+            if job.key is not None:
+                names.append(keys.key(job.key))
+                key = len(names)
+            if job.delay is not None or job.run_at is not None:
+                member = due_member(job.level, job.id)
+                when = (
+                    f"+{max(0, round(job.delay * 1000))}"
+                    if job.delay is not None
+                    else str(max(0, round((job.run_at or 0) * 1000)))
+                )
+            args += (
+                LEVELS.index(job.level) + 1,
+                when,
+                member,
+                key,
+                max(1, round(job.key_ttl * 1000)),
+                job.id,
+                job.body,
+            )
+        keyed = all(job.key is not None for job in jobs)
+        reply = await self._send(lambda: scripts.PUBLISH(self._client, names, args), TRIES if keyed else 1)
+        return [
+            Enqueued(job.id, new=True) if answer == 1 else Enqueued(answer.decode(errors="replace"), new=False)
+            for job, answer in zip(jobs, reply, strict=True)
+        ]
+
+    async def _send(self, command: Callable[[], Awaitable[Any]], tries: int) -> Any:
+        """Send, and send again only what may be repeated; a lost reply is not a server that is not there."""
+        for attempt in range(1, tries + 1):
+            try:
+                with understood(self._address):
+                    return await command()
+            except Unreachable as error:
+                if attempt < tries:
+                    await anyio.sleep(0.05 * attempt)
+                elif _was_sent(error.__cause__):
+                    raise PublishUncertain(
+                        f"the connection to Redis at {self._address} broke before it answered, the job may or may "
+                        "not be queued: enqueue it again with key= if it must not run twice"
+                    ) from error
+                else:
+                    raise
+        raise AssertionError("unreachable: the loop returns or raises")
+
+
+def _was_sent(cause: BaseException | None) -> bool:
+    """Whether a command can have been run: not if no connection came about, nor if a server said no."""
+    if isinstance(cause, NotExecuted | redis_errors.ResponseError | redis_errors.BusyLoadingError):
+        return False
+    return not (isinstance(cause, redis_errors.ConnectionError) and "onnecting to" in str(cause))
+
+
+def _is_plain(job: Outgoing) -> bool:
+    return job.key is None and job.delay is None and job.run_at is None
+
+
+PROMOTE_BATCH: Final = 500
+"""Most due jobs one script call moves."""
+IDLE_TICK: Final = 5.0
+"""Most seconds between looks at the due sets; the bell tells of jobs that others park."""
+REFUSED_TICK: Final = 1.0
+"""Seconds before due jobs that could not be moved are offered again."""
+
+
+async def promote(link: Session, queues: Sequence[QueueKeys]) -> float:
+    """Move what is due by now; returns the seconds until it should be called again."""
+    # All queues in one call, unless a cluster keeps them in different slots.
+    together = [[keys] for keys in queues] if link.address.spread else [queues] if queues else []
+    waits: list[float] = []
+    failure: Unreachable | None = None
+    for group in together:
+        try:
+            waits.append(await _promote(link, group))
+        except Unreachable as error:  # a node of a cluster: the others' jobs are due all the same
+            failure = error
+    if failure is not None and not waits:
+        raise failure
+    return min([*waits, *([REFUSED_TICK] if failure is not None else [])], default=IDLE_TICK)
+
+
+async def _promote(link: Session, queues: Sequence[QueueKeys]) -> float:
+    names = [name for keys in queues for name in (keys.due, keys.bodies, *keys.places)]
+    wait = IDLE_TICK
+    reply = await link.run(scripts.PROMOTE, names, [PROMOTE_BATCH, queues[0].shape])
+    for keys, (moved, soonest, refused) in zip(queues, reply, strict=True):
+        if refused:  # a key of a wrong type, or no memory: this queue's trouble alone
+            log.error("due_jobs_stuck", queue=keys.queue, error=refused.decode(errors="replace"))
+            wait = min(wait, REFUSED_TICK)
+        elif moved >= PROMOTE_BATCH:
+            wait = 0.0
+        elif soonest >= 0:
+            wait = min(wait, soonest / 1000)
+    return wait
+
+
+class StandbyServer(msgspec.Struct, frozen=True):
+    """One server, how to log in there, and what to send it.
+
+    Attributes:
+        login: as `Address.bare` tells it.
+        commands: each a list of words, or (index of a script, keys, arguments).
+    """
+
+    login: dict[str, Any]
+    commands: list[list[Any]]
+
+
+def standby(
+    address: Address,
+    script: scripts.Script,
+    calls: Sequence[tuple[list[str], list[Any]]],
+    heartbeat: str,
+    *,
+    lease: float,
+    longest: float,
+) -> bytes | None:
+    """The line that tells everything; ``None`` if a program without redis-py cannot log in.
+
+    Args:
+        address: where Redis is.
+        script: what renews.
+        calls: its (keys, arguments), one a call.
+        heartbeat: key of the worker's heartbeat, which goes on, too.
+        lease: seconds.
+        longest: seconds of silence after which the worker counts as hung for good.
+    """
+    commands: list[tuple[str, list[Any]]] = [(keys[0], [0, keys, args]) for keys, args in calls]
+    commands.append((heartbeat, ["PEXPIRE", heartbeat, max(1000, int(lease * 1000))]))
+    servers: dict[object, StandbyServer] = {}
+    for key, command in commands:
+        home = address.home(key)
+        server = servers.get(home)
+        if server is None:
+            login = (address if home is None else address.at(home)).bare()
+            if login is None:
+                return None
+            server = servers[home] = StandbyServer(login, [])
+        server.commands.append(command)
+    told = {
+        "lease": lease,
+        "longest": longest,
+        "scripts": [script.text],
+        "servers": [{**server.login, "commands": server.commands} for server in servers.values()],
+    }
+    return msgspec.json.encode(told)

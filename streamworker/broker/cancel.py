@@ -1,0 +1,161 @@
+"""Cancelled jobs: marking them, and finding them among what is claimed, held or parked.
+
+A mark says that a job must not start any more and that a running one shall end. It lies in the queue's set until a
+worker has ended the job; a field of the queue's meta hash, which claiming reads anyway, says whether there are marks at
+all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Collection, Sequence
+from time import monotonic
+from typing import Any, Final, Protocol
+
+import msgspec
+
+from streamworker import codec, results
+from streamworker.broker import scripts
+from streamworker.broker.keys import QueueKeys
+from streamworker.broker.redis.session import Session
+from streamworker.broker.settle import id_of
+from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable
+from streamworker.job import Claim
+from streamworker.telemetry.logs import get_logger
+
+log = get_logger("streamworker.broker")
+
+LIFE: Final = 7 * 86_400
+"""Seconds a mark lives: longer than any job should lie in a queue. Delayed jobs are deleted instead."""
+PAGE: Final = 1000
+"""Parked jobs that are looked at in one go."""
+FRESH: Final = 6.0
+"""Seconds after the bell in which no older look is believed to say that nothing is cancelled."""
+
+
+class CancelSession(Protocol):
+    """What can be asked."""
+
+    async def ask(self, *command: Any) -> Any:
+        """Send one command."""
+
+    async def run(self, script: scripts.Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
+        """Run a script."""
+
+
+class Cancels:
+    """What one broker knows of cancelled jobs of its queues.
+
+    Args:
+        link: the connections.
+        queues: whose.
+    """
+
+    def __init__(self, link: Session, queues: Sequence[QueueKeys]) -> None:
+        self._link = link
+        self._keys = {keys.queue: keys for keys in queues}
+        self._bells = {keys.due.encode(): keys.queue for keys in queues}
+        self._rung: dict[str, float] = {}
+        self._rings = 0
+
+    def rang(self, channel: bytes) -> None:
+        """A job of a queue was cancelled just now."""
+        self._rings += 1
+        if (queue := self._bells.get(channel)) is not None:
+            self._rung[queue] = monotonic() + FRESH
+
+    async def judged(self, claims: list[Claim], marked: Collection[str]) -> list[Claim]:
+        """The claims, those of cancelled jobs marked as such.
+
+        Args:
+            claims: new ones.
+            marked: queues that have cancelled jobs, as far as the last look at them could tell.
+        """
+        if not claims or not (marked or self._rung):
+            return claims
+        while True:
+            rings, now = self._rings, monotonic()
+            self._rung = {queue: until for queue, until in self._rung.items() if until > now}
+            asked: dict[str, dict[int, str]] = {}
+            for index, claim in enumerate(claims):
+                if (claim.queue in marked or claim.queue in self._rung) and (job_id := id_of(claim)) is not None:
+                    asked.setdefault(claim.queue, {})[index] = job_id
+            for queue, ids in asked.items():
+                keys = self._keys[queue]
+                try:
+                    found = await self._link.run(scripts.CANCELS, [keys.cancelled, keys.meta], list(ids.values()))
+                except (Unreachable, ConfigurationError):
+                    raise
+                except StreamworkerError as error:  # a key of a wrong type is this queue's trouble alone
+                    log.error("cancelled_unknown", queue=queue, error=str(error))
+                    continue
+                for index in [list(ids)[number - 1] for number in found]:
+                    claims[index] = msgspec.structs.replace(claims[index], cancelled=True)
+            if rings == self._rings:  # else one was cancelled meanwhile, and may be among them
+                return claims
+
+    def find(self, claims: Collection[Claim]) -> list[Claim]:
+        """Those whose jobs were cancelled; from the lease thread."""
+        asked: dict[str, list[tuple[Claim, str]]] = {}
+        for claim in claims:
+            if (job_id := id_of(claim)) is not None:
+                asked.setdefault(claim.queue, []).append((claim, job_id))
+        found: list[Claim] = []
+        for queue, pairs in asked.items():
+            keys = self._keys[queue]
+            try:
+                numbers = self._link.in_thread(
+                    scripts.CANCELS, [keys.cancelled, keys.meta], [job_id for _, job_id in pairs]
+                )
+            except (Unreachable, ConfigurationError):
+                raise
+            except StreamworkerError:  # said where jobs are claimed
+                continue
+            found += [pairs[number - 1][0] for number in numbers]
+        return found
+
+
+async def cancel(server: CancelSession, keys: QueueKeys, job_id: str) -> bool:
+    """Cancel a job of a queue, wherever it is; True if it was delayed: then it is gone already.
+
+    Args:
+        server: where.
+        keys: of its queue.
+        job_id: which.
+    """
+    # Marked first: whatever becomes ready while the delayed jobs are looked through is judged by whoever claims it.
+    await server.run(scripts.CANCEL, [keys.cancelled, keys.meta, keys.due], [job_id, LIFE * 1000])
+    gone = False
+    async for member in _parked(server, keys, job_id):
+        gone = await forget(server, keys, member) or gone
+    if gone:
+        await uncancel(server, keys, job_id)
+        await server.run(scripts.TELL, [keys.meta, keys.result(job_id)], [results.CANCELLED])
+    return gone
+
+
+async def forget(server: CancelSession, keys: QueueKeys, member: bytes | str) -> bool:
+    """Delete a delayed job for good, and free its deduplication key; False if it is not parked any more."""
+    found = codec.keyed(await server.ask("HGET", keys.bodies, member))
+    names, args = [keys.due, keys.bodies], ["forget", member, b""]
+    if found is not None:
+        names, args = [*names, keys.key(found[0])], [*args, found[1]]
+    return bool(await server.run(scripts.UNPARK, names, args))
+
+
+async def uncancel(server: CancelSession, keys: QueueKeys, job_id: str) -> bool:
+    """Take a mark back: the job may run again; False if there is none."""
+    return bool(await server.run(scripts.CANCEL, [keys.cancelled, keys.meta, keys.due], [job_id, 0]))
+
+
+async def _parked(server: CancelSession, keys: QueueKeys, job_id: str) -> AsyncIterator[bytes]:
+    """Members of the due set for a job. They are ordered by time: every one has to be looked at, page by page."""
+    pattern = "".join(f"\\{char}" if char in "*?[]\\^" else char for char in job_id)
+    cursor: Any = 0
+    while True:
+        cursor, found = await server.ask("ZSCAN", keys.due, cursor, "MATCH", f"*/{pattern}/*", "COUNT", PAGE)
+        for member, _ in found:
+            level, _, rest = member.partition(b"/")
+            if level and rest.rpartition(b"/")[0] == job_id.encode():
+                yield member
+        if not int(cursor):
+            return

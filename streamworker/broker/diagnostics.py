@@ -1,0 +1,356 @@
+"""What of a server can lose jobs: looked at, never changed."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Literal, TypeAlias
+
+from redis import exceptions as redis_errors
+
+from streamworker.broker import Finding
+from streamworker.broker.keys import ListKeys, QueueKeys, worker_key
+from streamworker.broker.redis.session import OperatorSession, text
+from streamworker.errors import ConfigurationError, StreamworkerError
+
+OLDEST_SERVER: Final = (6, 2)
+MOST_SKEW: Final = 1.0
+"""Seconds the clocks may differ."""
+
+_ELSEWHERE: Final = {
+    "stream": "lie in lists, which stream mode does not read: run streamworker bridge",
+    "list": "lie in streams, which list mode does not read: run workers in stream mode until they are done",
+}
+
+Severity: TypeAlias = Literal["error", "warning", "ok"]
+
+
+async def examine(
+    desk: OperatorSession, queues: Sequence[QueueKeys], keys_of: Callable[[str], QueueKeys]
+) -> list[Finding]:
+    """Look at the server and at the keys of ``queues``; ``keys_of`` knows the keys of any queue by its name."""
+    info: dict[str, Any] = {}
+    servers: list[Finding] = []
+    for each in await desk.each():
+        info = await _info(each)
+        servers += (_server(info), await _memory(each, info), await _persistence(each, info))
+    found = [
+        *dict.fromkeys(servers),  # the nodes of a cluster are mostly alike
+        *await look(desk, queues, keys_of),
+        *await _keys(desk, queues),
+        *await _groups(desk, queues),
+        *await _elsewhere(desk, queues),
+        await _clock(desk),
+        *_renewal(desk),
+    ]
+    denied = Finding("error", "permissions", "this user may not run INFO: extend its ACL")
+    return found if info else [denied, *found[1:]]
+
+
+async def _info(desk: OperatorSession) -> dict[str, Any]:
+    try:
+        return dict(await desk.ask("INFO"))
+    except ConfigurationError:
+        return {}
+
+
+def _renewal(desk: OperatorSession) -> list[Finding]:
+    if desk.address.bare() is not None:
+        return []
+    sentence = (
+        "only redis-py can log in here, so that no process renews beside a worker: code that keeps the interpreter "
+        "lock for longer than STREAMWORKER_LEASE loses its claim; use a user and a password, or a longer lease"
+    )
+    return [Finding("warning", "lease", sentence)]
+
+
+def _server(info: dict[str, Any]) -> Finding:
+    valkey, version = info.get("valkey_version"), str(info.get("redis_version", "0"))
+    name = f"Valkey {valkey}" if valkey else f"Redis {version}"
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_SERVER:
+        return Finding("error", "server", f"{name} is too old: streamworker needs Redis 6.2 or newer, or Valkey")
+    if info.get("role", "master") != "master":
+        return Finding("error", "server", f"{name} is a replica and refuses writes: point REDIS_URL to its primary")
+    return Finding("ok", "server", name)
+
+
+async def _config(desk: OperatorSession, name: str) -> str | None:
+    """A setting of the server; ``None`` if it does not tell, as managed services do not."""
+    try:
+        answer = await desk.ask("CONFIG GET", name)
+    except StreamworkerError as error:
+        if isinstance(error.__cause__, redis_errors.ResponseError):
+            return None
+        raise
+    return text(answer.get(name, "")) if isinstance(answer, dict) else None
+
+
+async def _memory(desk: OperatorSession, info: dict[str, Any]) -> Finding:
+    subject = "memory"
+    policy = await _config(desk, "maxmemory-policy") or info.get("maxmemory_policy")
+    if policy is None:
+        return Finding("warning", subject, "CONFIG is not permitted: make sure that maxmemory-policy is noeviction")
+    if str(policy).startswith("allkeys"):
+        return Finding(
+            "error", subject, f"maxmemory-policy is {policy}: a full server deletes jobs; set it to noeviction"
+        )
+    if policy != "noeviction":
+        return Finding(
+            "warning",
+            subject,
+            f"maxmemory-policy is {policy}: a full server forgets heartbeats and deduplication keys; "
+            "set it to noeviction",
+        )
+    used, most = int(info.get("used_memory", 0)), int(info.get("maxmemory", 0))
+    if most and used > 0.9 * most:
+        return Finding(
+            "warning", subject, f"{used / most:.0%} of maxmemory are used: enqueueing and retries fail when it is full"
+        )
+    return Finding("ok", subject, "maxmemory-policy is noeviction")
+
+
+async def _persistence(desk: OperatorSession, info: dict[str, Any]) -> Finding:
+    subject = "persistence"
+    if "err" in (info.get("aof_last_write_status"), info.get("rdb_last_bgsave_status")):
+        return Finding("error", subject, "the last write to disk failed: look at the server's log and its disk")
+    if info.get("aof_enabled"):
+        if await _config(desk, "appendfsync") == "no":
+            lost = "a crash loses what the kernel had not written"
+            return Finding("warning", subject, f"appendfsync is no: {lost}; set it to everysec")
+        return Finding("ok", subject, "the append-only file is on")
+    save = await _config(desk, "save")
+    if save is None:
+        return Finding(
+            "warning", subject, "CONFIG is not permitted: make sure that the append-only file, or a replica, keeps jobs"
+        )
+    if not save:
+        return Finding(
+            "error",
+            subject,
+            "nothing is written to disk, a restart loses every job: turn the append-only file on (appendonly yes)",
+        )
+    return Finding(
+        "warning",
+        subject,
+        "there are snapshots but no append-only file, a crash loses what came after the last one: set appendonly yes",
+    )
+
+
+async def _keys(desk: OperatorSession, queues: Sequence[QueueKeys]) -> list[Finding]:
+    expected: dict[str, str] = {}
+    for keys in queues:
+        expected |= keys.types
+    answers = await desk.gather([("TYPE", name) for name in expected])
+    wrong = [
+        Finding("error", "keys", f"the key {name} is a {text(kind)}, not a {expected[name]}: rename or delete it")
+        for name, kind in zip(expected, answers, strict=True)
+        if not isinstance(kind, Exception) and text(kind) not in (expected[name], "none")
+    ]
+    return wrong or [Finding("ok", "keys", f"the keys of {len(queues)} queues have the right types")]
+
+
+async def _groups(desk: OperatorSession, queues: Sequence[QueueKeys]) -> list[Finding]:
+    if not desk.group:
+        return []  # lists have none
+    places = [place for keys in queues for place in keys.streams]
+    answers = await desk.gather([("XINFO GROUPS", place) for place in places])
+    foreign = [
+        Finding(
+            "error",
+            "groups",
+            f"the stream {place} is also read by the group {text(group['name'])!r}, which misses what streamworker "
+            "deletes when it is done: destroy that group (XGROUP DESTROY), or give one of them another queue",
+        )
+        for place, answer in zip(places, answers, strict=True)
+        if not isinstance(answer, Exception)
+        for group in answer
+        if text(group["name"]) != desk.group
+    ]
+    return foreign or [Finding("ok", "groups", f"no group but {desk.group!r} reads our streams")]
+
+
+async def _elsewhere(desk: OperatorSession, queues: Sequence[QueueKeys]) -> list[Finding]:
+    """Jobs that lie where the other mode reads."""
+    commands = [(keys, command) for keys in queues for command in keys.counting_elsewhere()]
+    counts: Counter[QueueKeys] = Counter()
+    for (keys, _), answer in zip(commands, await desk.gather([c for _, c in commands]), strict=True):
+        counts[keys] += answer if isinstance(answer, int) else 0  # no access, or a key of somebody else's
+    return [
+        Finding("warning", "mode", f"{count} jobs of {keys.queue} {_ELSEWHERE[keys.shape]}")
+        for keys, count in counts.items()
+        if count
+    ]
+
+
+async def _clock(desk: OperatorSession) -> Finding:
+    best: tuple[float, float] | None = None
+    for _ in range(3):
+        before = time.time()
+        seconds, micros = await desk.ask("TIME")
+        after = time.time()
+        skew = int(seconds) + int(micros) / 1e6 - (before + after) / 2
+        if best is None or after - before < best[0]:
+            best = (after - before, skew)
+    skew = best[1] if best is not None else 0.0
+    if abs(skew) > MOST_SKEW:
+        side = "ahead of" if skew > 0 else "behind"
+        return Finding(
+            "warning",
+            "clock",
+            f"the server's clock is {abs(skew):.1f} s {side} this host's: run_at and ages are off by that; run a time "
+            "service on both",
+        )
+    return Finding("ok", "clock", f"the server's clock is within {max(abs(skew), 0.001):.3f} s of this host's")
+
+
+PROBE: Final = "streamworker-check"
+"""The queue whose keys are tried on; nobody can have jobs there."""
+
+
+# Every command of a worker that an ACL can deny, in an order that works on keys that do not exist yet; docs/security.md
+# has the same lists.
+_BOTH: Final = """
+    XADD @dead * job x
+    ZADD @due 1 x                   | ZRANGE @due 0 0       | ZRANGEBYSCORE @due 0 1  | ZREM @due x
+    HSET @bodies x x                | HGET @bodies x        | HDEL @bodies x
+    HSET @meta x x                  | HSETNX @meta x x      | HMGET @meta x           | HGET @meta x
+    HDEL @meta x                    | ZSCORE @cancelled x   | ZREM @cancelled x       | EXISTS @cancelled
+    SET @key x PX 1000              | GET @key              | PUBLISH @due 0          | HSET @beat x x
+    PEXPIRE @beat 1000              | EXISTS @beat          | DEL @beat               | TIME
+    ZSCORE @calls x                 | ZCARD @holds          | ZCOUNT @holds 0 1      | PTTL @holds
+    ZREMRANGEBYSCORE @holds 0 0
+    EVALSHA @sha 1 @ready           | EVAL return(1) 1 @ready                         | CLIENT ID   | CLIENT UNBLOCK 0
+"""
+_OWN: Final[dict[str, str]] = {
+    "stream": """
+    XADD @ready * job x             | XGROUP CREATE @ready @group 0 MKSTREAM        | XPENDING @ready @group
+    XREADGROUP GROUP @group @me COUNT 1 STREAMS @ready >                            | XACK @ready @group 1-1
+    XCLAIM @ready @group @me 0 1-1 JUSTID                                           | XDEL @ready 1-1
+    XAUTOCLAIM @ready @group @me 999999999 0-0 COUNT 1                              | XRANGE @ready - + COUNT 1
+    XINFO GROUPS @ready             | XINFO CONSUMERS @ready @group | XINFO STREAM @ready
+    XGROUP DELCONSUMER @ready @group @me
+""",
+    "list": """
+    LPUSH @ready x                  | BLMOVE @ready @ready RIGHT RIGHT 0.01         | LINDEX @ready -1
+    LRANGE @ready -1 -1             | LLEN @ready           | LREM @ready -1 x      | LTRIM @ready 0 -2
+    RPUSH @claimed x                | LPOS @claimed x       | LRANGE @claimed 0 -1  | LREM @claimed 1 x
+    RPUSH @ready x                  | LLEN @claimed         | LTRIM @claimed 0 -2   | TYPE @claimed
+    ZADD @leases 1 x                | ZSCORE @leases x      | ZRANGE @leases 0 0    | ZRANGEBYSCORE @leases 0 1
+    ZREM @leases x                  | HINCRBY @meta left 1  | TYPE @ready           | HGET @beat x
+""",
+}
+
+
+def _commands(keys: QueueKeys, group: str, beat: str) -> list[tuple[str, ...]]:
+    names = {
+        **_places(keys),
+        "@dead": keys.dead,
+        "@due": keys.due,
+        "@bodies": keys.bodies,
+        "@meta": keys.meta,
+        "@cancelled": keys.cancelled,
+        "@key": keys.key("x"),
+        "@calls": keys.calls,
+        "@holds": keys.limit("x")[0],
+        "@beat": beat,
+        "@group": group,
+        "@me": PROBE,
+        "@sha": "0" * 40,
+    }
+    lines = (_OWN[keys.shape].strip() + _BOTH.rstrip()).replace("|", "\n").splitlines()
+    return [tuple(names.get(word, word) for word in line.split()) for line in lines]
+
+
+def _places(keys: QueueKeys) -> dict[str, str]:
+    """Where jobs of a queue lie that are not parked or dead."""
+    places = {"@ready": keys.ready("normal")}
+    return places | ({"@claimed": keys.claimed(PROBE), "@leases": keys.leases} if isinstance(keys, ListKeys) else {})
+
+
+async def look(
+    desk: OperatorSession, queues: Sequence[QueueKeys], keys_of: Callable[[str], QueueKeys]
+) -> list[Finding]:
+    """All commands, on the keys of ``queues`` where the server can be asked about them, else on keys of our own.
+
+    Args:
+        desk: asks.
+        queues: whose keys.
+        keys_of: the keys of any queue, by its name.
+    """
+    beat = worker_key(desk.namespace, PROBE)
+    probe = keys_of(f"{PROBE}-{secrets.token_hex(4)}")
+    user = await _user(desk)
+    denied = _Denied()
+    if user is not None:
+        await _ask(desk, user, [c for keys in queues or [probe] for c in _commands(keys, desk.group, beat)], denied)
+    else:
+        user = "this user"
+        await _try(desk, probe, beat, denied)
+    found = []
+    if denied.commands:
+        words = ", ".join(sorted(denied.commands))
+        found.append(Finding("error", "permissions", f"{user} may not run {words}: extend its ACL"))
+    if denied.keys:
+        words = ", ".join(sorted(denied.keys))
+        # Without DRYRUN the keys were not those of the queues, which may well be permitted.
+        severity: Literal["error", "warning"] = "warning" if user == "this user" else "error"
+        found.append(Finding(severity, "permissions", f"{user} has no access to {words}: extend its key patterns"))
+    if denied.channels:
+        late = "delayed jobs of other processes start up to 5 s late; allow the channels named like the :due keys"
+        found.append(Finding("warning", "permissions", f"{user} may not publish: {late}"))
+    return found or [Finding("ok", "permissions", "every command is permitted")]
+
+
+class _Denied:
+    def __init__(self) -> None:
+        self.commands: set[str] = set()
+        self.keys: set[str] = set()
+        self.channels = False
+
+    def note(self, command: tuple[str, ...], complaint: str) -> None:
+        """``complaint`` is empty, or the server's words about a command, its keys or its channel."""
+        words = complaint.lower()
+        if "permission" not in words:
+            return  # allowed, or a complaint of another kind, such as a missing group
+        if "channel" in words:
+            self.channels = True
+        elif "key" in words and "command" not in words:
+            self.keys |= {
+                word for word in command if any(part in word for part in ("stream:{", "queue:", "streamworker:worker:"))
+            }
+        else:
+            self.commands.add(" ".join(command[: 2 if command[0] in ("XGROUP", "XINFO", "CLIENT") else 1]))
+
+
+async def _user(desk: OperatorSession) -> str | None:
+    """The user's name, if the server can be asked what it may do (Redis 7, and permitted)."""
+    try:
+        user = text(await desk.ask("ACL WHOAMI"))
+        await desk.ask("ACL DRYRUN", user, "TIME")
+    except StreamworkerError as error:
+        if isinstance(error.__cause__, redis_errors.ResponseError):
+            return None
+        raise
+    return user
+
+
+async def _ask(desk: OperatorSession, user: str, commands: Sequence[tuple[str, ...]], denied: _Denied) -> None:
+    for start in range(0, len(commands), 500):
+        batch = commands[start : start + 500]
+        answers = await desk.gather([("ACL DRYRUN", user, *command) for command in batch])
+        for command, answer in zip(batch, answers, strict=True):
+            denied.note(command, "" if answer in (b"OK", "OK", True) else text(answer))
+
+
+async def _try(desk: OperatorSession, keys: QueueKeys, beat: str, denied: _Denied) -> None:
+    """Run them on keys of a name of its own, which are deleted again and would end by themselves."""
+    names = [*_places(keys).values(), keys.dead, keys.due, keys.bodies, keys.meta, keys.key("x"), beat]
+    commands = _commands(keys, desk.group, beat)
+    try:
+        for command, answer in zip(commands, await desk.gather(commands), strict=True):
+            denied.note(command, str(answer) if isinstance(answer, redis_errors.NoPermissionError) else "")
+    finally:
+        clean: list[tuple[Any, ...]] = [("PEXPIRE", name, 60_000) for name in names]
+        await desk.gather([*clean, *(("DEL", name) for name in names)])

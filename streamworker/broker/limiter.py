@@ -1,0 +1,78 @@
+"""Limits of kinds, in both modes: who may run now is decided by one script, on keys that lie beside the due set."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, Final
+
+from streamworker.broker import scripts
+from streamworker.broker.keys import QueueKeys
+from streamworker.broker.redis.session import Session
+from streamworker.job import Claim
+from streamworker.limits import AcquireRequest, AcquireResult, Limit, Permit
+
+PATIENCE: Final = 1.0
+"""Seconds a job that was called may take to come before others are called in its place."""
+
+
+class Limiter:
+    """What both brokers do about limits.
+
+    Args:
+        link: the connections.
+        queues: keys of the queues whose jobs may be limited.
+        lease: seconds a hold lives unless it is renewed.
+    """
+
+    def __init__(self, link: Session, queues: Iterable[QueueKeys], *, lease: float) -> None:
+        self._link = link
+        self._keys: Final = {keys.queue: keys for keys in queues}
+        self._lease: Final = int(lease * 1000)
+
+    async def ask(
+        self, worker: str, queue: str, asking: Sequence[AcquireRequest], leaving: Sequence[Permit]
+    ) -> list[AcquireResult]:
+        """See `Broker.limit`; ``worker`` asks."""
+        keys = self._keys[queue]
+        numbers: dict[Limit, int] = {}
+        for limit in (*(each.limit for each in asking), *(hold.limit for hold in leaving)):
+            numbers.setdefault(limit, len(numbers) + 1)
+        args: list[Any] = [keys.shape, self._lease, int(PATIENCE * 1000), len(numbers), len(leaving)]
+        for limit in numbers:
+            args += (limit.concurrency, round(limit.gap * 1_000_000), limit.burst)
+        for hold in leaving:
+            args += (numbers[hold.limit], hold.token)
+        holds: list[Permit] = []
+        members: list[str] = []
+        for each in asking:
+            arrival, _, before = each.turn.partition(" ")
+            stem = f"{each.claim.level}/{each.job_id}/"
+            holds.append(Permit(each.limit, _token(worker, each.claim)))
+            members.append(stem + each.mark)
+            args += (numbers[each.limit], holds[-1].token, members[-1], stem + before if before else "", arrival or 0)
+        names = [keys.due, keys.bodies, *keys.places, keys.calls]
+        names += [name for limit in numbers for name in keys.limit(limit.name)]
+        reply = await self._link.run(scripts.LIMIT, names, args)
+        return [
+            AcquireResult(hold)
+            if granted
+            else AcquireResult(None, wait / 1000, f"{arrival.decode()} {each.mark}", member)
+            for each, (granted, wait, arrival), hold, member in zip(asking, reply, holds, members, strict=True)
+        ]
+
+    def retain(self, holds: Collection[Permit]) -> None:
+        """See `Broker.retain`."""
+        by_queue: dict[str, list[Permit]] = {}
+        for hold in holds:
+            by_queue.setdefault(hold.limit.queue, []).append(hold)
+        for queue, mine in by_queue.items():
+            numbers: dict[str, int] = {}
+            args: list[Any] = [self._lease]
+            for hold in mine:
+                args += (numbers.setdefault(hold.limit.name, len(numbers) + 1), hold.token)
+            self._link.in_thread(scripts.RETAIN, [self._keys[queue].limit(name)[0] for name in numbers], args)
+
+
+def _token(worker: str, claim: Claim) -> str:
+    """Who holds it: no other run of the job, here or elsewhere, is called so."""
+    return f"{worker} {claim.place} {claim.entry.decode()} {claim.count}"

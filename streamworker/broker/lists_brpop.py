@@ -1,0 +1,225 @@
+"""The literal loop of old workers: ``BRPOP key... timeout``, one job at a time.
+
+A popped job lies nowhere but in this process: a crash loses it, and so does a reply that the network lost. A worker
+that stops in order loses nothing: what came last is taken and finished, or put back. For fleets whose jobs must not run
+twice after a crash; everyone else wants `lists`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from time import monotonic
+from typing import ClassVar, Final
+
+import anyio
+
+from streamworker import codec
+from streamworker.broker import Ending, scripts
+from streamworker.broker.claim import DEAF_WAIT, ClaimSource, Order, none_ended
+from streamworker.broker.keys import SECRET, ListKeys, QueueKeys, leased
+from streamworker.broker.lists import ListBroker, ListSender, Reclaimer
+from streamworker.broker.redis.session import BLOCK, Session
+from streamworker.broker.settle import Code, settle
+from streamworker.codec import unmarked
+from streamworker.errors import StreamworkerError
+from streamworker.job import LEVELS, Claim, Settled
+from streamworker.telemetry.logs import get_logger
+
+log = get_logger("streamworker.broker")
+
+_ASKED: Final = ("paused", "inactive", "cancelled", "waits", SECRET)
+AT_ONCE = 0.01
+"""Seconds a BRPOP waits that should not: zero would mean for ever."""
+
+
+class BrpopClaims(ClaimSource):
+    """Pops one element at a time.
+
+    Args:
+        link: the connections.
+        queues: (keys, cap) in the order they are taken.
+        orphans: gives back what dead workers held that do not pop.
+        lease: seconds after which an unrenewed claim is an orphan.
+        weighted: weighted order of levels.
+    """
+
+    def __init__(
+        self,
+        link: Session,
+        queues: Sequence[tuple[ListKeys, int | None]],
+        *,
+        orphans: Reclaimer,
+        lease: float,
+        weighted: bool,
+        alone_from: int,
+    ) -> None:
+        super().__init__(link, queues, lease=lease, alone_from=alone_from)
+        self._order = Order(len(queues), weighted=weighted, heads=0)
+        self._weighted = weighted
+        self._orphans = orphans
+        self.waited: frozenset[str] = frozenset()
+        """Queues with jobs whose end somebody waits for, by the last look."""
+
+    async def claim(
+        self,
+        limit: int,
+        wait: float,
+        running: Collection[Claim],
+        ended: Callable[[str], int] = none_ended,
+        shut: Collection[str] = (),
+    ) -> list[Claim]:
+        """See `Broker.claim`: BRPOP looks and waits in one, with nothing in hand, so that no cap is ever met."""
+        del ended
+        self.shut = shut
+        self._rest_after_outage()
+        await self.reclaim(limit, running)
+        if not await self._hands_free(wait, running):
+            return []
+        self.stale = False
+        if wait <= 0 or self._interrupted.is_set():
+            return await self.take(limit, running)
+        return await self.wait_unless_stale(limit, min(wait, DEAF_WAIT) if self.silent else wait, running)
+
+    async def _hands_free(self, wait: float, running: Collection[Claim]) -> bool:
+        """Wait until nothing is in hand: what is finished and not settled would be lost with the next one."""
+        pause = 0.0005
+        with anyio.move_on_after(wait):
+            while len(running) and not self._interrupted.is_set():
+                pause = min(2 * pause, 0.05)
+                await anyio.sleep(pause)  # settling takes no round trip but for what goes on
+        return not len(running)
+
+    async def reclaim(self, limit: int, running: Collection[Claim]) -> list[Claim]:  # noqa: ARG002 - they need no slot
+        """See `ListIntake.reclaim`."""
+        await self._orphans.give_back(running)
+        return []
+
+    async def take(self, limit: int, running: Collection[Claim]) -> list[Claim]:  # noqa: ARG002 - one job at a time
+        """What is there at once."""
+        return await self._pop(AT_ONCE, running)
+
+    async def wait(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:  # noqa: ARG002
+        """What comes within ``wait`` seconds."""
+        wait = max(AT_ONCE, min(wait, BLOCK, min(self._orphans.look_at) - monotonic()))
+        return await self._pop(wait, running)
+
+    async def _pop(self, wait: float, running: Collection[Claim]) -> list[Claim]:
+        await self._link.fresh()
+        with self._link.watched():
+            async with self._link.commands.pipeline(transaction=False) as pipe:
+                for keys in self._keys:
+                    pipe.execute_command("HMGET", keys.meta, *_ASKED)
+                answers = await pipe.execute(raise_on_error=False)
+        known = {i: answer for i, answer in enumerate(answers) if isinstance(answer, list)}
+        self._paused = frozenset(i for i, answer in known.items() if any(answer[:2]))
+        self.marked = frozenset(self._keys[i].queue for i, answer in known.items() if answer[2])
+        self.waited = frozenset(self._keys[i].queue for i, answer in known.items() if answer[3])
+        self.secrets.update({self._keys[i].queue: answer[4] or b"" for i, answer in known.items()})
+        await self._seal_again()  # before anything is popped, which an error would lose
+        spots = self._open(running)
+        if not spots:
+            if wait > AT_ONCE:
+                await self._idle(wait)
+            return []
+        with self._link.watched():
+            reply = await self._link.reader.execute_command("BRPOP", *self._ordered(list(spots)), wait)
+        if reply is None:
+            return []
+        place, element = reply[0].decode(), reply[1]
+        keys, level = spots[place]
+        secret = self.secrets.get(keys.queue, b"")
+        body, mark = unmarked(element, secret)
+        entry, count = (mark.id, mark.deliveries + 1) if mark is not None else (codec.new_id(), 1)
+        return [Claim(keys.queue, level, place, entry.encode(), count, body, b"", secret=secret)]
+
+    def _ordered(self, places: list[str]) -> list[str]:
+        """Strictly as listed; weighted, the level whose turn it is comes first."""
+        if not self._weighted:
+            return places
+        turn = LEVELS[self._order.budgets(1).index(1)]
+        first = [place for keys, level, place in self.spots if level == turn and place in places]
+        return [*first, *(place for place in places if place not in first)]
+
+    def rest(self, seconds: float) -> None:
+        """See `ClaimSource.rest`."""
+        self._orphans.rest(seconds)
+
+    def _rest_after_outage(self) -> None:
+        self._orphans.rest_after_outage()
+
+
+class BrpopBroker(ListBroker):
+    """List mode with BRPOP: a claim is in this process and nowhere else; there is nothing to renew or to rescue."""
+
+    _taking: ClassVar[Callable[..., ClaimSource]] = BrpopClaims
+
+    async def join(self, worker_id: str) -> None:
+        """See `Broker.join`."""
+        await super().join(worker_id)
+        log.warning(
+            "list_pop_brpop",
+            worker_id=worker_id,
+            danger="a crash of this worker loses the job in hand: with LIST_POP=brpop jobs run at most once",
+            cure="leave STREAMWORKER_LIST_POP out, or set it to move",
+        )
+
+    async def confirm(self, claim: Claim) -> Claim | None:
+        """See `Broker.confirm`: nothing is ever reserved."""
+        return claim
+
+    def renew(self, claims: Collection[Claim]) -> list[Claim]:
+        """See `Broker.renew`: nobody can take them away."""
+        del claims
+        return []
+
+    def standby(self, longest: float) -> bytes | None:
+        """See `Broker.standby`: there is nothing to renew."""
+        del longest
+        return None
+
+    async def claim(
+        self,
+        limit: int,
+        wait: float,
+        running: Collection[Claim],
+        ended: Callable[[str], int] = none_ended,
+        shut: Collection[str] = (),
+    ) -> list[Claim]:
+        """See `Broker.claim`."""
+        claims = await self._intake.claim(limit, wait, running, ended, shut)
+        try:
+            return await self._cancels.judged(claims, self._intake.marked)
+        except StreamworkerError as error:  # the job is in our hands and nowhere else
+            log.warning("cancelled_unknown", jobs=len(claims), error=str(error))
+            return claims
+
+    async def settle(self, items: Sequence[Ending]) -> list[Settled]:
+        """See `Broker.settle`; what is done left the server when it was popped."""
+        await self._link.fresh()
+        with self._link.watched():
+            refusals = self._refused()
+            waited = self._intake.waited if isinstance(self._intake, BrpopClaims) else frozenset()
+            return await settle(
+                _PoppedSender(self._link.wires, self._intake.consumer, waited), self._homes, items, refusals
+            )
+
+    async def own_pending(self, running: Collection[Claim]) -> list[Claim]:
+        """See `Broker.own_pending`: what a lost reply brought is lost."""
+        del running
+        return []
+
+
+class _PoppedSender(ListSender):
+    """Endings of claims that lie nowhere: only whether they were stored before is asked."""
+
+    def __init__(self, client: scripts.AsyncCaller, worker: str, waited: frozenset[str]) -> None:
+        super().__init__(client, worker)
+        self._waited = waited
+
+    async def done(self, keys: QueueKeys, items: list[Ending]) -> list[Code]:
+        """See `Sender.done`."""
+        self.waited = keys.queue in self._waited
+        return [1] * len(items)
+
+    def _fence(self, claim: Claim) -> tuple[bytes, bytes]:
+        return leased(claim, self._worker), b""

@@ -1,0 +1,474 @@
+"""What people do by hand, in either mode.
+
+Nothing here consumes: listings read in pages, and every change goes through the workers' own scripts with the holder's
+name and delivery count as the fence, so that a job that moved on meanwhile is left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from typing import Final, TypeAlias
+
+import msgspec
+from redis.exceptions import NoPermissionError
+
+from streamworker import codec
+from streamworker.broker import (
+    Ending,
+    Finding,
+    Page,
+    PendingEntry,
+    Place,
+    StoredJob,
+    Waiting,
+    WorkerInfo,
+    cancel,
+    list_listings,
+    listings,
+    scripts,
+)
+from streamworker.broker.base import Options
+from streamworker.broker.diagnostics import examine
+from streamworker.broker.keys import PROGRESS, SECRET, ListKeys, QueueKeys, document, worker_key
+from streamworker.broker.listings import PAGE
+from streamworker.broker.lists import ListSender, refuse_cluster
+from streamworker.broker.redis.client import Address
+from streamworker.broker.redis.errors import understood
+from streamworker.broker.redis.session import OperatorSession, text
+from streamworker.broker.settle import Refusals, Sender, StreamSender, settle
+from streamworker.broker.stream import StreamOptions
+from streamworker.codec import NOTHING
+from streamworker.errors import InvalidJob, StreamworkerError
+from streamworker.job import Claim, Dead, Depth, Drop, Progress, ReleaseAt, Settled, Verdict, read
+
+Freed: TypeAlias = Callable[[str, Sequence[str]], Awaitable[None]]
+"""Told of a queue and the ids of jobs of it that were ended by hand: a ledger remembers keys of its own."""
+PURGE_BATCH: Final = 1000
+"""Jobs one script call deletes."""
+
+
+async def told_to_none(_queue: str, _ids: Sequence[str]) -> None:
+    """Where only Redis remembers keys."""
+
+
+class RedisOperator:
+    """What both modes of the `Operator` protocol share.
+
+    Args:
+        address: the server.
+        namespace: goes before every key of ours.
+        group: the consumer group, where there is one.
+        keys: the keys of a queue, by its name.
+        lease: seconds a claim lives unrenewed.
+        freed: told of jobs that were ended by hand.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        namespace: str,
+        group: str,
+        keys: Callable[[str], QueueKeys],
+        *,
+        lease: float,
+        freed: Freed = told_to_none,
+    ) -> None:
+        self.lease = lease
+        self._freed = freed
+        self._address = address
+        self._namespace, self._group, self._key = namespace, group, keys
+        self._commands = address.commands()
+        self._desk = OperatorSession(self._commands, address, group, namespace)
+
+    async def open(self) -> None:
+        """Check that a server answers.
+
+        Raises:
+            ConfigurationError: a server answers that cannot be used.
+            Unreachable: none does.
+        """
+        with understood(self._address):
+            try:
+                await self._address.greet(self._commands)
+            except NoPermissionError:  # not everybody may ask for INFO
+                await self._commands.ping()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._commands.aclose()
+
+    # -- pending
+
+    async def _claim(self, entry: PendingEntry) -> Claim | None:
+        """What is held as it was listed, without a document if that is gone; ``None`` if it is not so any more."""
+        raise NotImplementedError
+
+    def _sender(self, worker_id: str) -> Sender:
+        """Ends claims of a worker."""
+        raise NotImplementedError
+
+    async def body(self, entry: PendingEntry) -> bytes | None:
+        """See `Operator.body`."""
+        claim = await self._claim(entry)
+        return claim.body if claim is not None else None
+
+    async def release(self, entry: PendingEntry) -> bool:
+        """See `Operator.release`."""
+        claim = await self._claim(entry)
+        if claim is None:
+            return False
+        if claim.body is None:
+            raise StreamworkerError(
+                f"the entry {entry.entry_id} of {entry.queue} has no field 'job', or was deleted, and cannot go back: "
+                "drop it"
+            )
+        secret = await self._desk.ask("HGET", self._key(entry.queue).meta, SECRET)
+        return await self._end(entry, claim, ReleaseAt(), _handed_back(entry, claim.body, secret or b""))
+
+    async def bury(self, entry: PendingEntry, reason: str) -> bool:
+        """See `Operator.bury`."""
+        claim = await self._claim(entry)
+        return claim is not None and await self._end(entry, claim, Dead(reason))
+
+    async def drop(self, entry: PendingEntry) -> bool:
+        """See `Operator.drop`."""
+        claim = await self._claim(entry)
+        ended = claim is not None and await self._end(entry, claim, Drop())
+        if ended and entry.job_id:
+            await self._freed(entry.queue, [entry.job_id])
+        return ended
+
+    async def _end(self, entry: PendingEntry, claim: Claim, verdict: Verdict, next_form: bytes | None = None) -> bool:
+        try:
+            attempts = codec.read(claim.body or b"").attempt_count or 0
+        except InvalidJob:
+            attempts = 0
+        ending = Ending(claim, verdict, next_form, entry.job_id or "", entry.kind or "", attempts)
+        with understood(self._address):
+            answers = await settle(
+                self._sender(entry.worker_id), {claim.place: self._key(entry.queue)}, [ending], Refusals()
+            )
+        if answers == [Settled.REFUSED]:
+            raise StreamworkerError(f"Redis at {self._address} is out of memory or refuses writes: nothing was changed")
+        return answers == [Settled.SETTLED]
+
+    async def cancel(self, queue: str, job_id: str) -> bool:
+        """See `Operator.cancel`."""
+        return await cancel.cancel(self._desk, self._key(queue), job_id)
+
+    async def progress(self, jobs: Sequence[tuple[str, str]]) -> list[Progress | None]:
+        """See `Operator.progress`."""
+        commands = [("HGET", worker_key(self._namespace, worker), PROGRESS + job_id) for worker, job_id in jobs]
+        answers = await self._desk.gather(commands)
+        return [read(answer) if isinstance(answer, bytes) else None for answer in answers]
+
+    async def _with_progress(self, page: Page[PendingEntry]) -> Page[PendingEntry]:
+        """The page with what handlers say of their progress."""
+        places = [index for index, row in enumerate(page.rows) if row.alive and row.job_id]
+        found = await self.progress([(page.rows[index].worker_id, page.rows[index].job_id or "") for index in places])
+        rows = list(page.rows)
+        for index, word in zip(places, found, strict=True):
+            if word is not None:
+                rows[index] = msgspec.structs.replace(rows[index], progress=word)
+        return Page(rows, page.after, page.looked)
+
+    async def ticks(self, queue: str) -> dict[str, float]:
+        """See `Operator.ticks`."""
+        found = await self._desk.ask("HGETALL", self._key(queue).crons)
+        pairs = found.items() if isinstance(found, dict) else zip(found[::2], found[1::2], strict=True)
+        # Beside the ticks lies which schedule of a name is in force, as a time and the schedule.
+        return {text(schedule): int(at) / 1000 for schedule, at in pairs if at.isdigit()}
+
+    async def uncancel(self, queue: str, job_id: str) -> bool:
+        """See `Operator.uncancel`."""
+        return await cancel.uncancel(self._desk, self._key(queue), job_id)
+
+    # -- delayed and dead
+
+    async def delayed(self, queue: str, after: str = "") -> Page[StoredJob]:
+        """See `Operator.delayed`."""
+        return await listings.delayed(self._desk, self._key(queue), after)
+
+    async def delayed_job(self, queue: str, handle: str) -> StoredJob | None:
+        """See `Operator.delayed_job`."""
+        return await listings.delayed_job(self._desk, self._key(queue), handle)
+
+    async def run_now(self, job: StoredJob) -> bool:
+        """See `Operator.run_now`."""
+        keys = self._key(job.queue)
+        # Listings of thousands leave the documents out.
+        body = await self._desk.ask("HGET", keys.bodies, job.handle) if job.body is None else job.body
+        args = ["hasten", job.handle, _without_date(body) if body else b""]
+        answer = await self._desk.run(scripts.UNPARK, [keys.due, keys.bodies], args)
+        if answer == -1:
+            raise StreamworkerError(
+                f"the delayed job {job.handle} of {job.queue} has no document and cannot run: drop it"
+            )
+        if not answer:
+            return False
+        # Now means now, also when no worker is there to look: it is first in the set, so that one batch takes it along.
+        await self._desk.run(scripts.PROMOTE, [keys.due, keys.bodies, *keys.places], [PAGE, keys.shape])
+        return True
+
+    async def forget(self, job: StoredJob) -> bool:
+        """See `Operator.forget`."""
+        ended = await cancel.forget(self._desk, self._key(job.queue), job.handle)
+        if ended and job.job_id:
+            await self._freed(job.queue, [job.job_id])
+        return ended
+
+    async def dead(self, queue: str, after: str = "", *, only: str | None = None) -> Page[StoredJob]:
+        """See `Operator.dead`."""
+        return await listings.dead(self._desk, self._key(queue), after, only)
+
+    async def replay(self, job: StoredJob) -> bool:
+        """See `Operator.replay`."""
+        keys = self._key(job.queue)
+        found = (await listings.dead(self._desk, keys, "", job.handle)).rows
+        if not found:
+            return False
+        letter = found[0]
+        if letter.body is None:
+            raise StreamworkerError(
+                f"the dead letter {job.handle} of {job.queue} has no field 'job' and cannot go back: drop it, "
+                "or enqueue its data anew"
+            )
+        args = [job.handle, _refreshed(letter, letter.body), keys.shape]
+        names = [keys.dead, keys.ready(letter.level), keys.result(letter.job_id or "")]
+        return bool(await self._desk.run(scripts.REPLAY, names, args))
+
+    async def erase(self, job: StoredJob) -> bool:
+        """See `Operator.erase`."""
+        keys = self._key(job.queue)
+        body = job.body
+        if body is None:  # listings of thousands leave the documents out
+            body = next((row.body for row in (await listings.dead(self._desk, keys, "", job.handle)).rows), None)
+        found = codec.keyed(body)
+        names, args = [keys.dead], [job.handle]
+        if found is not None:
+            names, args = [*names, keys.key(found[0])], [*args, found[1]]
+        ended = bool(await self._desk.run(scripts.ERASE, names, args))
+        if ended and job.job_id:
+            await self._freed(job.queue, [job.job_id])
+        return ended
+
+    # -- queues and the server
+
+    async def pause(self, queue: str, note: str) -> bool:
+        """See `Operator.pause`."""
+        keys = self._key(queue)
+        return bool(await self._desk.run(scripts.PAUSE, [keys.meta, keys.due], [note or "paused"]))
+
+    async def resume(self, queue: str) -> bool:
+        """See `Operator.resume`."""
+        keys = self._key(queue)
+        return bool(await self._desk.run(scripts.PAUSE, [keys.meta, keys.due], [""]))
+
+    async def paused(self, queue: str) -> str | None:
+        """See `Operator.paused`."""
+        note = await self._desk.ask("HGET", self._key(queue).meta, "paused")
+        return None if note is None else text(note)
+
+    async def purge(self, queue: str, place: Place, limit: int) -> int:
+        """See `Operator.purge`."""
+        keys, gone = self._key(queue), 0
+        names = [*keys.places, keys.due, keys.bodies, keys.dead, keys.key("")]
+        while gone < limit:
+            batch = min(PURGE_BATCH, limit - gone)
+            count, *ids = await self._desk.run(scripts.PURGE, names, [keys.shape, self._group, place, batch])
+            gone += count
+            if ids:
+                await self._freed(queue, [text(each) for each in ids])
+            if count < batch:
+                break
+        return gone
+
+    async def waiting(self, queues: Sequence[str], limit: int) -> list[Waiting]:
+        """See `Operator.waiting`."""
+        return await listings.waiting(self._desk, self._keys(queues), limit)
+
+    async def findings(self, queues: Sequence[str]) -> list[Finding]:
+        """See `Operator.findings`."""
+        return await examine(self._desk, self._keys(queues), self._key)
+
+    def _keys(self, queues: Sequence[str]) -> list[QueueKeys]:
+        return [self._key(queue) for queue in queues]
+
+
+def _handed_back(entry: PendingEntry, body: bytes, secret: bytes) -> bytes | None:
+    """The document for the next hop. The deaths of workers stay with it: by hand is no way past MAX_DELIVERIES."""
+    try:
+        document = codec.read(body)
+        before = codec.state_of(document, secret)
+        state = msgspec.structs.replace(before, deliveries=before.deliveries + entry.deliveries - entry.alive)
+        patch = {"id": entry.job_id, "hop": codec.written_hop((document.hop or 0) + 1)}
+        return codec.rewrite(body, patch, state=state, secret=secret)
+    except InvalidJob:
+        return None
+
+
+def _refreshed(letter: StoredJob, body: bytes) -> bytes:
+    """The document of a dead letter with nothing charged to it; bytes that cannot be read stay as they are."""
+    try:
+        document = codec.read(body)
+        patch = {
+            "id": letter.job_id,
+            "hop": codec.written_hop((document.hop or 0) + 1),
+            "attempt_count": None,
+            "run_at": None,
+        }
+        return codec.rewrite(body, patch, state=NOTHING)
+    except InvalidJob:
+        return body
+
+
+def _without_date(body: bytes) -> bytes:
+    """The document without its ``run_at``, which would send it back to the due set; as it is if it cannot be read."""
+    try:
+        return codec.rewrite(body, {"run_at": None}) if codec.read(body).run_at is not None else body
+    except InvalidJob:
+        return body
+
+
+class StreamOperator(RedisOperator):
+    """Stream mode of the `Operator` protocol."""
+
+    def __init__(self, address: Address, options: StreamOptions, freed: Freed = told_to_none) -> None:
+        namespace = options.namespace
+        super().__init__(
+            address,
+            namespace,
+            options.group,
+            lambda queue: QueueKeys(queue, namespace),
+            lease=options.lease,
+            freed=freed,
+        )
+
+    async def pending(
+        self,
+        queue: str,
+        after: str = "",
+        *,
+        consumer: str | None = None,
+        min_idle: float = 0.0,
+        only: str | None = None,
+    ) -> Page[PendingEntry]:
+        """See `Operator.pending`."""
+        page = await listings.pending(self._desk, self._key(queue), after, consumer, min_idle, only)
+        return await self._with_progress(page)
+
+    async def _claim(self, entry: PendingEntry) -> Claim | None:
+        place = self._key(entry.queue).ready(entry.level)
+        args = [self._group, entry.entry_id, entry.entry_id, 1, 0, entry.worker_id]
+        _, rows = await self._desk.run(scripts.PENDING, [place], args)
+        if not rows:
+            return None
+        body = document(rows[0][4] or [])
+        return Claim(entry.queue, entry.level, place, entry.entry_id.encode(), entry.deliveries, body, b"")
+
+    def _sender(self, worker_id: str) -> StreamSender:
+        return StreamSender(self._commands, self._group, worker_id)
+
+    async def workers(self, queues: Sequence[str], *, everywhere: bool = True) -> list[WorkerInfo]:
+        """See `Operator.workers`."""
+        return await listings.workers(self._desk, self._keys(queues), everywhere=everywhere)
+
+    async def prune(self, queues: Sequence[str], worker_id: str) -> bool:
+        """See `Operator.prune`."""
+        if await self._desk.ask("EXISTS", worker_key(self._namespace, worker_id)):
+            return False
+        keys = self._keys(queues)
+        for place in [place for each in keys for place in each.streams]:
+            _, rows = await self._desk.run(scripts.PENDING, [place], [self._group, "-", "+", 1, 0, worker_id])
+            if rows:
+                return False
+        # Each call looks again: a name with pending entries would take them along.
+        answers = [await self._desk.run(scripts.LEAVE, each.streams, [self._group, worker_id]) for each in keys]
+        return all(answers)
+
+    # -- queues and the server
+
+    async def depth(self, queues: Sequence[str]) -> list[Depth]:
+        """See `Operator.depth`."""
+        return [await listings.depth(self._desk, keys) for keys in self._keys(queues)]
+
+    async def departed(self, queues: Sequence[str]) -> list[int | None]:
+        """See `Operator.departed`."""
+        counts = [int(await self._desk.run(scripts.FLOW, keys.streams, [])) for keys in self._keys(queues)]
+        return [count if count >= 0 else None for count in counts]
+
+    async def queues(self) -> list[str]:
+        """See `Operator.queues`."""
+        return await listings.queues(self._desk)
+
+
+class ListOperator(RedisOperator):
+    """List mode of the `Operator` protocol."""
+
+    def __init__(self, address: Address, options: Options, freed: Freed = told_to_none) -> None:
+        refuse_cluster(address)
+        namespace = options.namespace
+        super().__init__(
+            address, namespace, "", lambda queue: ListKeys(queue, namespace), lease=options.lease, freed=freed
+        )
+
+    async def open(self) -> None:
+        """See `RedisOperator.open`."""
+        with understood(self._address), suppress(NoPermissionError):  # not everybody may ask for INFO
+            refuse_cluster(self._address, await self._commands.info("server"))
+        await super().open()
+
+    async def pending(
+        self,
+        queue: str,
+        after: str = "",
+        *,
+        consumer: str | None = None,
+        min_idle: float = 0.0,
+        only: str | None = None,
+    ) -> Page[PendingEntry]:
+        """See `Operator.pending`."""
+        # One page for all: what is claimed is no more than the workers have slots.
+        del after
+        (keys,) = self._lists([queue])
+        held = await list_listings.pending(self._desk, keys, consumer)
+        rows = [each for each in held if each.idle_ms >= min_idle * 1000 and only in (None, each.entry_id)]
+        return await self._with_progress(Page(rows, None, len(held)))
+
+    async def _claim(self, entry: PendingEntry) -> Claim | None:
+        (keys,) = self._lists([entry.queue])
+        wanted = (entry.entry_id.encode(), entry.deliveries)
+        async for claim in list_listings.held(self._desk, keys, entry.worker_id):
+            if (claim.entry, claim.count) == wanted:
+                return claim
+        return None
+
+    def _sender(self, worker_id: str) -> ListSender:
+        return ListSender(self._commands, worker_id)
+
+    async def workers(self, queues: Sequence[str], *, everywhere: bool = True) -> list[WorkerInfo]:
+        """See `Operator.workers`."""
+        return await list_listings.workers(self._desk, self._lists(queues), everywhere=everywhere)
+
+    async def prune(self, queues: Sequence[str], worker_id: str) -> bool:
+        """See `Operator.prune`: a name that holds nothing lies nowhere."""
+        if await self._desk.ask("EXISTS", worker_key(self._namespace, worker_id)):
+            return False
+        return not any([await self._desk.ask("LLEN", keys.claimed(worker_id)) for keys in self._lists(queues)])
+
+    async def depth(self, queues: Sequence[str]) -> list[Depth]:
+        """See `Operator.depth`."""
+        return [await list_listings.depth(self._desk.run, keys) for keys in self._lists(queues)]
+
+    async def departed(self, queues: Sequence[str]) -> list[int | None]:
+        """See `Operator.departed`."""
+        answers = await self._desk.gather([("HGET", keys.meta, "left") for keys in self._lists(queues)])
+        return [None if isinstance(answer, Exception) else int(answer or 0) for answer in answers]
+
+    async def queues(self) -> list[str]:
+        """See `Operator.queues`."""
+        return await list_listings.queues(self._desk)
+
+    def _lists(self, queues: Sequence[str]) -> list[ListKeys]:
+        return [ListKeys(queue, self._namespace) for queue in queues]

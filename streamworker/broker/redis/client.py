@@ -1,0 +1,367 @@
+"""Connections to Redis, and what its errors mean to us.
+
+Three kinds, never mixed: commands (a pool), one reader that may block, and a synchronous one for the lease thread. None
+retries by itself: redis-py's default of ten retries runs an XADD twice when a reply is lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import random
+import time
+from functools import cache
+from typing import Any, Final
+
+import msgspec
+import redis
+import redis.asyncio as aioredis
+from redis import exceptions as redis_errors
+from redis.asyncio import connection as redis_connection
+from redis.asyncio.cluster import ClusterNode
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.driver_info import DriverInfo
+from redis.retry import Retry as SyncRetry
+
+from streamworker.broker.redis import connection
+from streamworker.broker.redis import url as urls
+from streamworker.broker.redis.cluster import ClusterBlocking, ClusterClient, ClusterReader, ClusterSlots, slot_of
+from streamworker.broker.redis.connection import CommandConnection, CommandPool, Reader
+from streamworker.broker.redis.errors import CLUSTER, _short, clustered
+from streamworker.broker.redis.sentinel import (
+    ManagedBlockingConnection,
+    ManagedBlockingSSLConnection,
+    ManagedConnection,
+    ManagedSSLConnection,
+    Sentinels,
+)
+from streamworker.broker.redis.url import Host, RedisUrl
+from streamworker.errors import ConfigurationError, NoConnection
+
+COMMAND_TIMEOUT: Final = 5.0
+"""Seconds a command may take before its connection is given up."""
+BLOCK_SLACK: Final = 5.0
+"""Seconds a blocking read may overrun its BLOCK: servers are late by up to 0.1 s, half-open connections for ever."""
+POOL_SIZE: Final = 16
+POOL_TIMEOUT: Final = 30.0
+"""Seconds a handler waits for a connection of ``ctx.redis``, unless the URL has ``timeout``."""
+BLOCKING: Final = frozenset(
+    {
+        "BLMOVE", "BLMPOP", "BLPOP", "BRPOP", "BRPOPLPUSH", "BZMPOP", "BZPOPMAX", "BZPOPMIN", "WAIT", "WAITAOF",
+        "XREAD", "XREADGROUP",
+    }
+)  # fmt: skip
+"""Commands that may answer late because they were told to; they end when their job does."""
+
+_ASYNC: Final[dict[str, Any]] = {
+    "redis": connection.Connection,
+    "rediss": connection.SSLConnection,
+    "unix": connection.UnixDomainSocketConnection,
+}
+_SYNC: Final[dict[str, Any]] = {
+    "redis": redis.Connection,
+    "rediss": redis.SSLConnection,
+    "unix": redis.UnixDomainSocketConnection,
+}
+_MANAGED: Final[dict[str, Any]] = {"redis": ManagedConnection, "rediss": ManagedSSLConnection}
+_MANAGED_SYNC: Final[dict[str, Any]] = {"redis": ManagedBlockingConnection, "rediss": ManagedBlockingSSLConnection}
+
+
+class Address:
+    """Where Redis is and how to log in; makes every kind of client. The one place that knows forms of URLs.
+
+    Args:
+        url: see `forms`.
+        name: client name shown by CLIENT LIST.
+
+    Raises:
+        ConfigurationError: the URL cannot be understood.
+    """
+
+    def __init__(self, url: str, name: str = "streamworker") -> None:
+        self._init(urls.parse(url), name)
+
+    def _init(self, form: RedisUrl, name: str) -> None:
+        self._form = form
+        self._name = _shown(name)
+        self._async, self._sync = _ASYNC[form.scheme], _SYNC[form.scheme]
+        self._kwargs = dict(form.options)
+        if form.kind == "sentinel":
+            self._async, self._sync = _MANAGED[form.scheme], _MANAGED_SYNC[form.scheme]
+            self._kwargs["sentinels"] = Sentinels(form)
+        elif form.hosts:
+            self._kwargs["host"], self._kwargs["port"] = form.hosts[0]
+        self._slots = ClusterSlots(form) if form.kind == "cluster" else None
+        if form.scheme == "rediss":
+            _check_tls(form.options)
+
+    @classmethod
+    def of(cls, client: object, name: str = "streamworker") -> Address:
+        """The address a user's client talks to.
+
+        Raises:
+            ConfigurationError: it is no client of ours to understand.
+        """
+        address = cls.__new__(cls)
+        address._init(urls.of(client), name)
+        return address
+
+    def renamed(self, name: str) -> Address:
+        """The same address with another client name."""
+        other = Address.__new__(Address)
+        other.__dict__.update(self.__dict__)
+        other._name = _shown(name)
+        return other
+
+    def __str__(self) -> str:
+        """Without the password."""
+        return str(self._form)
+
+    @property
+    def spread(self) -> bool:
+        """Whether queues live on servers of their own: no command may touch two of them."""
+        return self._slots is not None
+
+    def home(self, key: str) -> Host | None:
+        """The node that serves a key, as far as is known; ``None`` for a single server."""
+        return self._slots.node(slot_of(key)) if self._slots is not None else None
+
+    def at(self, host: Host) -> Address:
+        """One node of the cluster."""
+        other = self.renamed(self._name)
+        other._slots = None
+        other._form = msgspec.structs.replace(self._form, kind="server", hosts=(host,))
+        other._kwargs = {**self._kwargs, "host": host[0], "port": host[1]}
+        return other
+
+    def bare(self) -> dict[str, Any] | None:
+        """What a program that has no redis-py needs to connect here: places, TLS and login, all of it JSON.
+
+        Returns:
+            ``None`` where only redis-py can do it: logins that are made anew each time, OCSP.
+        """
+        form = self._form
+        told = _bare(form.scheme, form.options)
+        if told is None or form.scheme == "unix":
+            return told
+        if form.kind == "sentinel":
+            asked = _bare(form.scheme, form.sentinel_options)
+            if asked is None:
+                return None
+            return {**told, "sentinels": {**asked, "hosts": form.hosts, "service": form.service}}
+        return {**told, "host": form.hosts[0][0], "port": form.hosts[0][1]}
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            **self._kwargs,
+            "client_name": self._name,
+            "protocol": 2,  # replies come as the scripts return them, without the client's reshaping
+            "socket_connect_timeout": COMMAND_TIMEOUT,
+            "health_check_interval": 0,
+            "driver_info": _driver(),
+        }
+
+    def commands(self, size: int = POOL_SIZE) -> aioredis.Redis:
+        """A client with a pool, per node in a cluster; waits for a free connection instead of failing."""
+        if self._slots is not None:
+            return ClusterClient(self._slots, lambda host: self.at(host).commands(size))
+        pool = aioredis.BlockingConnectionPool(
+            connection_class=self._async,
+            max_connections=size,
+            timeout=COMMAND_TIMEOUT,
+            socket_timeout=COMMAND_TIMEOUT,
+            retry=Retry(NoBackoff(), 0),
+            **self._options(),
+        )
+        return aioredis.Redis.from_pool(pool)
+
+    def listener(self) -> aioredis.Redis:
+        """A client for a subscription: silence is normal there, and TCP keepalive notices a dead peer."""
+        if self._slots is not None:  # a cluster passes messages on to all its nodes
+            return self.at(random.choice(self._slots.masters or self._slots.candidates())).listener()  # noqa: S311
+        pool = aioredis.ConnectionPool(
+            connection_class=self._async,
+            max_connections=1,
+            socket_timeout=None,
+            retry=Retry(NoBackoff(), 0),
+            **self._options(),
+        )
+        return aioredis.Redis.from_pool(pool)
+
+    def blocking(self) -> redis.Redis | ClusterBlocking:
+        """A synchronous client with one connection, per node in a cluster, for the lease thread."""
+        if self._slots is not None:
+            return ClusterBlocking(self._slots, self._one_blocking)
+        return self._one_blocking(None)
+
+    def _one_blocking(self, host: Host | None) -> redis.Redis:
+        if host is not None:
+            return self.at(host)._one_blocking(None)
+        pool = redis.ConnectionPool(
+            connection_class=self._sync,
+            max_connections=1,
+            socket_timeout=COMMAND_TIMEOUT,
+            retry=SyncRetry(NoBackoff(), 0),
+            **self._options(),
+        )
+        return redis.Redis.from_pool(pool)  # owns the pool: closing the client closes its connection
+
+    def reader(self, block: float, control: aioredis.Redis, key: str = "") -> Reader | ClusterReader:
+        """The connection for blocking reads of up to ``block`` seconds.
+
+        Args:
+            block: seconds.
+            control: a client made by `commands`, to unblock it with.
+            key: in a cluster, whose slot it reads.
+        """
+        if self._slots is not None and isinstance(control, ClusterClient):
+            client = control
+            return ClusterReader(client, self._slots, key, lambda host: self.at(host)._reader(block, client.at(host)))
+        return self._reader(block, control)
+
+    def _reader(self, block: float, control: aioredis.Redis) -> Reader:
+        return Reader(CommandConnection(self._connection(), block + BLOCK_SLACK), control)
+
+    def wires(self, size: int = POOL_SIZE) -> CommandPool | ClusterClient:
+        """What sends commands of the hot path; in a cluster there is no short cut."""
+        if self._slots is not None:
+            return ClusterClient(self._slots, lambda host: self.at(host).commands(size))
+        return CommandPool(self._connection, size, COMMAND_TIMEOUT)
+
+    def _connection(self) -> aioredis.Connection:
+        connection: aioredis.Connection = self._async(
+            socket_timeout=COMMAND_TIMEOUT, retry=Retry(NoBackoff(), 0), **self._options()
+        )
+        return connection
+
+    def for_handlers(self, size: int) -> Any:
+        """A client for users, as the URL wants it; of a cluster it is redis-py's own, which knows all commands.
+
+        Args:
+            size: most connections, unless the URL has ``max_connections``.
+        """
+        said = {"client_name": self._name, "max_connections": size, **self._form.client}
+        if self._slots is not None:
+            nodes = [ClusterNode(host, port) for host, port in self._form.hosts]
+            kept = {name: value for name, value in self._kwargs.items() if name not in ("host", "port")}
+            known = inspect.signature(aioredis.RedisCluster.__init__).parameters
+            options = {"socket_timeout": None, **{name: value for name, value in said.items() if name in known}}
+            return aioredis.RedisCluster(startup_nodes=nodes, ssl=self._form.scheme == "rediss", **kept, **options)
+        options = {"timeout": POOL_TIMEOUT, "socket_connect_timeout": COMMAND_TIMEOUT, "protocol": 2, **said}
+        if options.pop("retry_on_timeout", False):
+            options["retry"], options["retry_on_error"] = Retry(NoBackoff(), 1), [redis_errors.TimeoutError]
+        patient = "socket_timeout" not in options
+        if patient:
+            options["socket_timeout"] = COMMAND_TIMEOUT
+        options.setdefault("retry", Retry(NoBackoff(), 0))
+        pool = HandlersPool(connection_class=self._async, **{**self._kwargs, **options})
+        return (HandlersRedis if patient else aioredis.Redis).from_pool(pool)
+
+    async def masters(self, client: aioredis.Redis) -> list[aioredis.Redis]:
+        """Clients of all servers that hold keys, for what has to be asked of each."""
+        return await client.masters() if isinstance(client, ClusterClient) else [client]
+
+    async def greet(self, client: aioredis.Redis) -> dict[str, Any]:
+        """INFO's section "server" of whoever answers.
+
+        Raises:
+            ConfigurationError: it is a node of a cluster, and the URL is not that of one.
+        """
+        info: dict[str, Any] = await client.info("server")
+        if self._slots is None and clustered(info):
+            raise ConfigurationError(CLUSTER.format(self))
+        return info
+
+
+def _bare(scheme: str, options: dict[str, Any]) -> dict[str, Any] | None:
+    known = redis.SSLConnection(**{name: value for name, value in options.items() if name.startswith("ssl_")})
+    if options.get("credential_provider") or known.ssl_validate_ocsp or known.ssl_validate_ocsp_stapled:
+        return None
+    password = options.get("password")
+    auth = [word for word in (options.get("username"), password) if word] if password else []
+    told: dict[str, Any] = {"auth": auth, "db": options.get("db", 0), "path": options.get("path")}
+    if scheme == "rediss":
+        told["tls"] = {
+            "check_hostname": known.check_hostname,
+            "cert_reqs": int(known.cert_reqs),
+            "certfile": known.certfile,
+            "keyfile": known.keyfile,
+            "password": known.certificate_password,
+            "ca_certs": known.ca_certs,
+            "ca_path": known.ca_path,
+            "ca_data": known.ca_data,
+            "min_version": int(known.ssl_min_version) if known.ssl_min_version else 0,
+            "ciphers": known.ssl_ciphers,
+        }
+    return told
+
+
+class HandlersPool(aioredis.BlockingConnectionPool):
+    """redis-py's pool, which says what was waited for."""
+
+    async def get_connection(self, *_: Any, **__: Any) -> Any:
+        """A connection, as soon as one is free.
+
+        Raises:
+            NoConnection: none was.
+        """
+        began, taken = time.monotonic(), not self.can_get_connection()
+        try:
+            return await super().get_connection()  # type: ignore[no-untyped-call]
+        except asyncio.CancelledError as error:
+            if taken:
+                error.add_note(self._waited(time.monotonic() - began))
+            raise
+        except redis_errors.ConnectionError as error:
+            if not isinstance(error.__cause__, TimeoutError):
+                raise
+            raise NoConnection(
+                f"{self._waited(time.monotonic() - began)}: raise max_connections in REDIS_URL, or use fewer at once"
+            ) from error
+
+    def _waited(self, seconds: float) -> str:
+        return f"waited {seconds:.1f} s for a connection of ctx.redis ({self.max_connections} connections, all taken)"
+
+
+class HandlersRedis(aioredis.Redis):
+    """redis-py's client, whose ``socket_timeout`` does not end commands that block on purpose."""
+
+    async def parse_response(self, connection: Any, command_name: Any, **options: Any) -> Any:
+        """See redis-py."""
+        name = command_name.decode() if isinstance(command_name, bytes) else str(command_name)
+        if name.upper() not in BLOCKING:
+            return await super().parse_response(connection, command_name, **options)
+        bound, connection.socket_timeout = connection.socket_timeout, None  # the connection is this command's alone
+        try:
+            return await super().parse_response(connection, command_name, **options)
+        finally:
+            connection.socket_timeout = bound
+
+
+def _check_tls(options: dict[str, Any]) -> None:
+    """See that certificates, ciphers and flags can be used, before anything is connected.
+
+    Raises:
+        ConfigurationError: they cannot.
+    """
+    tls = {name: value for name, value in options.items() if name.startswith("ssl_")}
+    if not tls:
+        return
+    try:
+        redis_connection.SSLConnection(**tls).ssl_context.get()
+    except (redis_errors.RedisError, OSError, ValueError, TypeError) as error:
+        raise ConfigurationError(
+            f"the TLS options in REDIS_URL cannot be used ({_short(error)}): check the files and words of "
+            f"{', '.join(sorted(tls))}"
+        ) from None
+
+
+@cache
+def _driver() -> DriverInfo:
+    """What connections tell the server of the library. Without it each one reads redis-py's metadata: 1 ms."""
+    return DriverInfo()
+
+
+def _shown(name: str) -> str:
+    return "".join(c if c.isprintable() and c != " " else "-" for c in name)

@@ -1,0 +1,385 @@
+"""Clients of a Redis Cluster that ask the right node.
+
+redis-py's own cluster client sends a command again after a lost reply unless told not to, asks the server for a table
+of all commands, and cannot be unblocked; these know our commands, and repeat only what a node refused to execute.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_right
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, Final
+
+import anyio
+import redis
+import redis.asyncio as aioredis
+from redis import exceptions as redis_errors
+from redis.crc import key_slot
+
+from streamworker.broker.redis.connection import Reader
+from streamworker.broker.redis.url import Host, NotExecuted, RedisUrl
+from streamworker.errors import ConfigurationError
+
+
+class ClusterClient(aioredis.Redis):
+    """Our commands, each to the node that serves its keys. One client with a pool per node.
+
+    Args:
+        slots: the map.
+        connect: makes a node's client.
+    """
+
+    def __init__(self, slots: ClusterSlots, connect: Callable[[Host], aioredis.Redis]) -> None:
+        super().__init__()
+        self._slots = slots
+        self._connect = connect
+        self._clients: dict[Host, aioredis.Redis] = {}
+        self._looking = anyio.Lock()
+
+    async def execute_command(self, *args: Any, **options: Any) -> Any:
+        """Send a command where it belongs."""
+        route = Route(self._slots, key_of(args))
+        while True:
+            host = await self.find(route)
+            try:
+                if route.asking is None:
+                    return await self.at(host).execute_command(*args, **options)
+                async with self.at(host).pipeline(transaction=False) as pipe:  # ASKING holds for one connection
+                    pipe.execute_command("ASKING")
+                    pipe.execute_command(*args, **options)
+                    return (await pipe.execute())[1]
+            except Exception as error:  # noqa: BLE001 - judged, and raised again unless it is a redirection
+                await anyio.sleep(route.refused(error, host))
+
+    async def find(self, route: Route) -> Host:
+        """Where a command goes next; looks the map up if it is not known or in doubt."""
+        while True:
+            host = route.asking or route.home()
+            if host is not None:
+                return host
+            async with self._looking:
+                if self._slots.stale:
+                    await self._look()
+            if route.home() is None:
+                await anyio.sleep(route.uncovered())
+
+    async def _look(self) -> None:
+        lookup = Lookup(self._slots)
+        for host in self._slots.candidates():
+            try:
+                self._slots.load(await self.at(host).execute_command("CLUSTER", "SLOTS"), host)
+                return
+            except (redis_errors.RedisError, OSError) as error:
+                lookup.failed(error, host)
+        raise lookup.nobody()
+
+    def at(self, host: Host) -> aioredis.Redis:
+        """A node's own client."""
+        client = self._clients.get(host)
+        if client is None:
+            client = self._clients[host] = self._connect(host)
+        return client
+
+    async def masters(self) -> list[aioredis.Redis]:
+        """Clients of all who serve slots, by a fresh map."""
+        async with self._looking:
+            await self._look()
+        return [self.at(host) for host in self._slots.masters]
+
+    def pipeline(self, transaction: bool = False, shard_hint: Any = None) -> Any:  # noqa: ARG002 - redis-py's signature
+        """Commands that are sent one by one: they may belong to different nodes. Answers come in order."""
+        return _Commands(self)
+
+    async def aclose(self, close_connection_pool: bool | None = None) -> None:
+        """Close all nodes' connections."""
+        clients, self._clients = list(self._clients.values()), {}
+        for client in clients:
+            await client.aclose(close_connection_pool)
+
+
+class _Commands:
+    """What a pipeline is for a single server."""
+
+    def __init__(self, client: ClusterClient) -> None:
+        self._client = client
+        self._commands: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    async def __aenter__(self) -> _Commands:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self._commands.clear()
+
+    def execute_command(self, *args: Any, **options: Any) -> None:
+        self._commands.append((args, options))
+
+    async def execute(self, raise_on_error: bool = True) -> list[Any]:
+        answers: list[Any] = []
+        for args, options in self._commands:
+            try:
+                answers.append(await self._client.execute_command(*args, **options))
+            except redis_errors.ResponseError as error:
+                if raise_on_error:
+                    raise
+                answers.append(error)
+        return answers
+
+
+class ClusterBlocking:
+    """Commands of the lease thread, each to the node that serves its key."""
+
+    def __init__(self, slots: ClusterSlots, connect: Callable[[Host], redis.Redis]) -> None:
+        self._slots = slots
+        self._connect = connect
+        self._clients: dict[Host, redis.Redis] = {}
+
+    def execute_command(self, *args: Any) -> Any:
+        """Send a command where it belongs."""
+        route = Route(self._slots, key_of(args))
+        while True:
+            host = self._find(route)
+            try:
+                if route.asking is not None:  # holds for one connection, and there is but one
+                    self._at(host).execute_command("ASKING")
+                return self._at(host).execute_command(*args)
+            except Exception as error:  # noqa: BLE001 - judged, and raised again unless it is a redirection
+                time.sleep(route.refused(error, host))
+
+    def _find(self, route: Route) -> Host:
+        while True:
+            host = route.asking or route.home()
+            if host is not None:
+                return host
+            self._look()
+            if route.home() is None:
+                time.sleep(route.uncovered())
+
+    def _look(self) -> None:
+        lookup = Lookup(self._slots)
+        for host in self._slots.candidates():
+            try:
+                self._slots.load(self._at(host).execute_command("CLUSTER", "SLOTS"), host)
+                return
+            except (redis_errors.RedisError, OSError) as error:
+                lookup.failed(error, host)
+        raise lookup.nobody()
+
+    def _at(self, host: Host) -> redis.Redis:
+        client = self._clients.get(host)
+        if client is None:
+            client = self._clients[host] = self._connect(host)
+        return client
+
+    @property
+    def connection_pool(self) -> ClusterBlocking:
+        """What holds the connections: this."""
+        return self
+
+    def disconnect(self) -> None:
+        """Give up all connections; the next command makes new ones."""
+        for client in self._clients.values():
+            client.connection_pool.disconnect()
+
+    def close(self) -> None:
+        """Close all nodes' connections."""
+        self.disconnect()
+
+
+class ClusterReader:
+    """A `Reader` at whatever node serves a key.
+
+    Args:
+        client: knows the nodes.
+        slots: the map.
+        key: whose slot is read.
+        connect: makes a reader at a node.
+    """
+
+    def __init__(self, client: ClusterClient, slots: ClusterSlots, key: str, connect: Callable[[Host], Reader]) -> None:
+        self._client, self._slots, self._key, self._connect = client, slots, key, connect
+        self._at: tuple[Host, Reader] | None = None
+
+    async def execute_command(self, *args: Any, **_: Any) -> Any:
+        """Send one command and return its raw reply; see `Reader`."""
+        route = Route(self._slots, self._key)
+        while True:
+            host = await self._client.find(route)
+            if self._at is None or self._at[0] != host:
+                await self.close()
+                self._at = (host, self._connect(host))
+            reader = self._at[1]
+            try:
+                if route.asking is not None:
+                    await reader.execute_command("ASKING")
+                return await reader.execute_command(*args)
+            except Exception as error:  # noqa: BLE001 - judged, and raised again unless it is a redirection
+                await anyio.sleep(route.refused(error, host))
+
+    async def unblock(self) -> None:
+        """End its blocking read, if there is one."""
+        if self._at is not None:
+            await self._at[1].unblock()
+
+    async def close(self) -> None:
+        """Close the connection."""
+        at, self._at = self._at, None
+        if at is not None:
+            await at[1].close()
+
+
+PATIENCE: Final = 8
+"""Redirections and refusals one command bears; the pauses between them add up to about 2 s."""
+PAUSE: Final = 0.05
+_KEYLESS: Final = frozenset({"ACL", "CLIENT", "CLUSTER", "CONFIG", "INFO", "PING", "PUBLISH", "SCAN", "TIME"})
+
+
+@lru_cache(8192)
+def slot_of(key: str) -> int:
+    """The slot of a key."""
+    return int(key_slot(key.encode()))
+
+
+def key_of(args: tuple[Any, ...]) -> str | None:
+    """The first key of a command of ours; ``None`` if any node may answer it."""
+    name, _, sub = str(args[0]).partition(" ")
+    if name in _KEYLESS:
+        return None
+    at = 2 if name in ("XINFO", "XGROUP", "OBJECT", "MEMORY") and not sub else 1
+    if name in ("EVAL", "EVALSHA"):
+        at = 3 if int(args[2]) else len(args)
+    elif name in ("XREADGROUP", "XREAD"):
+        at = args.index("STREAMS") + 1
+    key = args[at] if at < len(args) else None
+    return key.decode() if isinstance(key, bytes) else None if key is None else str(key)
+
+
+class ClusterSlots:
+    """Which node serves which slot: shared by the event loop and the lease thread, always replaced as a whole.
+
+    Args:
+        form: a form of the kind "cluster".
+    """
+
+    def __init__(self, form: RedisUrl) -> None:
+        self.form: Final = form
+        self._ranges: tuple[list[int], list[tuple[int, Host]]] = ([], [])
+        self._moved: dict[int, Host] = {}
+        self._doubted: dict[Host, float] = {}
+        self.stale = True
+
+    def node(self, slot: int) -> Host | None:
+        """Who serves a slot, as far as is known."""
+        moved = self._moved.get(slot)
+        if moved is not None:
+            return moved
+        starts, ranges = self._ranges
+        at = bisect_right(starts, slot) - 1
+        return ranges[at][1] if at >= 0 and slot <= ranges[at][0] else None
+
+    @property
+    def masters(self) -> list[Host]:
+        """Everybody who serves slots."""
+        return list(dict.fromkeys([*(host for _, host in self._ranges[1]), *self._moved.values()]))
+
+    def candidates(self) -> list[Host]:
+        """Whom to ask for the map: who is known to serve, then the URL's hosts; who was silent lately comes last."""
+        known = dict.fromkeys([*self.masters, *self.form.hosts])
+        return sorted(known, key=lambda host: self._doubted.get(host, 0.0))
+
+    def doubt(self, host: Host) -> None:
+        """It did not answer: the map may have changed."""
+        self._doubted[host] = time.monotonic()
+        self.stale = True
+
+    def moved(self, slot: int, host: Host) -> None:
+        """A node says who serves a slot; the others of the map are looked up at the next chance."""
+        self._moved = {**self._moved, slot: host}
+        self.stale = True
+
+    def load(self, reply: Any, asked: Host) -> None:
+        """Take the answer to CLUSTER SLOTS; a node that does not know its own name is where it was asked."""
+        found = []
+        for first, last, (name, port, *_), *_replicas in reply:
+            host = name.decode() if isinstance(name, bytes) else name
+            found.append((int(first), (int(last), (host or asked[0], int(port)))))
+        found.sort()
+        self._ranges = ([first for first, _ in found], [rest for _, rest in found])
+        self._moved = {}
+        self._doubted.pop(asked, None)
+        self.stale = False
+
+
+class Route:
+    """Where one command goes, by what the nodes answered so far."""
+
+    def __init__(self, slots: ClusterSlots, key: str | None) -> None:
+        self._slots = slots
+        self.slot: Final = None if key is None else slot_of(key)
+        self.asking: Host | None = None
+        self._tries = 0
+
+    def home(self) -> Host | None:
+        """Where to send it; ``None``: the map has to be looked up first."""
+        if self._slots.stale:
+            return None
+        if self.slot is None:
+            return self._slots.candidates()[0]
+        return self._slots.node(self.slot)
+
+    def uncovered(self) -> float:
+        """The map is fresh and nobody serves the slot: seconds to wait before looking again."""
+        self._slots.stale = True
+        return self._again(f"no node serves slot {self.slot}")
+
+    def refused(self, error: Exception, host: Host) -> float:
+        """Judge an error: seconds to wait before the command is sent again, which is only done if it was not executed.
+
+        Raises:
+            Exception: ``error``, if it is none of a cluster's refusals.
+            NotExecuted: the cluster refused too often.
+        """
+        self.asking = None
+        if isinstance(error, redis_errors.MovedError):
+            self._slots.moved(error.slot_id, (error.host or host[0], error.port))
+            self._again(str(error))
+            return 0.0
+        if isinstance(error, redis_errors.AskError):
+            self.asking = (error.host or host[0], error.port)
+            self._again(str(error))
+            return 0.0
+        if isinstance(error, redis_errors.ClusterDownError | redis_errors.TryAgainError):
+            self._slots.stale = True
+            return self._again(str(error))
+        if isinstance(error, redis_errors.ConnectionError | redis_errors.TimeoutError | OSError):
+            self._slots.doubt(host)
+        raise error
+
+    def _again(self, why: str) -> float:
+        self._tries += 1
+        if self._tries > PATIENCE:
+            raise NotExecuted(why)
+        return float(PAUSE * min(self._tries, 8))
+
+
+class Lookup:
+    """One round of asking nodes for the map."""
+
+    def __init__(self, slots: ClusterSlots) -> None:
+        self._slots = slots
+        self._last: Exception | None = None
+
+    def failed(self, error: Exception, host: Host) -> None:
+        if "cluster support disabled" in str(error):
+            raise ConfigurationError(
+                f"Redis at {self._slots.form} is no cluster: write redis:// instead of redis+cluster:// in REDIS_URL"
+            ) from error
+        if isinstance(error, redis_errors.AuthenticationError | redis_errors.NoPermissionError):
+            raise error
+        self._slots.doubt(host)
+        self._last = error
+
+    def nobody(self) -> Exception:
+        # The word "connecting" tells the publisher that nothing was sent.
+        return redis_errors.ConnectionError(f"no node of the cluster answers; the last, connecting to it: {self._last}")

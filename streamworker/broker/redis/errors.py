@@ -1,0 +1,178 @@
+"""What a worker does about each error a server can answer with. One table; the first row that fits holds.
+
+redis-py tells some errors by class and strips their prefix, others only by text; out of a script all of them may come
+as text, and Redis 6.2 wraps that once more. So a row names both: classes, and words to look for.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final, NamedTuple
+
+from redis import exceptions as redis_errors
+
+from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable
+
+
+class Reaction(enum.Enum):
+    """What to do, from "try later" to "give up"."""
+
+    WAIT = "back off and try again; what runs goes on, what is finished keeps its lease"
+    RECONNECT = "give up the connections, find the address again, then as for WAIT"
+    FATAL = "only people can change it: after a few tries the worker drains and exits 78"
+    FULL = "finishing goes on; what would grow stays where it is until there is room"
+    HEAL = "make the group again, from the first entry on"
+    KEY = "say it, read around this key, serve all others"
+    RELOAD = "send the script again: nothing was run"
+    REFUSE = "say it and go on; the command is at fault"
+
+
+class Row(NamedTuple):
+    """One kind of error.
+
+    Attributes:
+        name: what the server calls it.
+        reaction: what is done.
+        classes: of redis-py.
+        words: one of them in the message is enough.
+    """
+
+    name: str
+    reaction: Reaction
+    classes: tuple[type[Exception], ...] = ()
+    words: tuple[str, ...] = ()
+
+
+_DENIED: Final = ("NOPERM", "ACL failure in script", "can't run this command or subcommand")
+
+TABLE: Final = (
+    Row("WRONGPASS", Reaction.FATAL, (redis_errors.AuthenticationError,), ("WRONGPASS", "NOAUTH")),
+    Row("NOPERM", Reaction.FATAL, (redis_errors.NoPermissionError,), _DENIED),
+    Row("READONLY", Reaction.RECONNECT, (redis_errors.ReadOnlyError,), ("READONLY",)),
+    Row("UNBLOCKED", Reaction.RECONNECT, (), ("UNBLOCKED",)),
+    Row("LOADING", Reaction.WAIT, (redis_errors.BusyLoadingError,), ("LOADING",)),
+    Row("MASTERDOWN", Reaction.WAIT, (redis_errors.MasterDownError,), ("MASTERDOWN",)),
+    Row("CLUSTERDOWN", Reaction.WAIT, (redis_errors.ClusterDownError,), ("CLUSTERDOWN",)),
+    Row("TRYAGAIN", Reaction.WAIT, (redis_errors.TryAgainError,), ("TRYAGAIN",)),
+    Row("MISCONF", Reaction.WAIT, (), ("MISCONF",)),
+    Row("NOREPLICAS", Reaction.WAIT, (), ("NOREPLICAS",)),
+    Row("BUSY", Reaction.WAIT, (), ("BUSY Redis", "BUSY Valkey", "is busy running a script")),
+    Row("OOM", Reaction.FULL, (redis_errors.OutOfMemoryError,), ("OOM command not allowed",)),
+    Row("NOSCRIPT", Reaction.RELOAD, (redis_errors.NoScriptError,), ("NOSCRIPT",)),
+    Row("NOGROUP", Reaction.HEAL, (), ("NOGROUP",)),
+    Row("WRONGTYPE", Reaction.KEY, (), ("WRONGTYPE",)),
+    Row(
+        "no connection",
+        Reaction.WAIT,
+        (redis_errors.ConnectionError, redis_errors.TimeoutError, redis_errors.InvalidResponse, OSError),
+    ),
+)
+
+
+SILENT: Final = "no answer"
+"""How the reason begins why something was not stored on a node that does not answer."""
+
+
+def row_of(error: BaseException | str) -> Row | None:
+    """The row for an error, or for the text of one that a script passed on; ``None`` for any other."""
+    text = str(error)
+    for row in TABLE:
+        if isinstance(error, row.classes) or any(word in text for word in row.words):
+            return row
+    return None
+
+
+def cure_of(error: str) -> str:
+    """What people can do about an error with which the server refuses to store something of a queue."""
+    reaction = reaction_to(error)
+    if reaction is Reaction.FULL:
+        return "Redis is out of memory: raise maxmemory or delete keys"
+    if reaction is Reaction.KEY:
+        return "a key of this queue has a wrong type (streamworker check names it): rename or delete it"
+    if "last possible ID" in error:
+        return "a stream of this queue holds the last possible entry id and takes no more: rename or delete it"
+    if error.startswith(SILENT):
+        return "the node of the cluster that serves this queue is away: its jobs wait for it"
+    return "see what is wrong with the keys of this queue: streamworker check names what it finds"
+
+
+def reaction_to(error: BaseException | str) -> Reaction:
+    """What to do about an error; what the table does not know is the command's own fault."""
+    row = row_of(error)
+    return row.reaction if row is not None else Reaction.REFUSE
+
+
+def clustered(info: dict[str, Any]) -> bool:
+    """Whether INFO's section "server" is that of a cluster's node; Valkey calls the field "server_mode"."""
+    return "cluster" in (info.get("redis_mode"), info.get("server_mode"))
+
+
+@contextmanager
+def understood(address: object) -> Iterator[None]:
+    """Turn redis-py's errors into ours, one sentence each, by the table of reactions.
+
+    Raises:
+        ConfigurationError: the server refuses us for good: password, permissions, not a usable server.
+        Unreachable: nobody answers, no Redis does, or one that can do nothing for us now.
+        StreamworkerError: the server refuses a command for another reason.
+    """
+    try:
+        yield
+    except (redis_errors.RedisError, OSError) as error:
+        raise _ours(error, address) from error
+
+
+def _ours(error: Exception, address: object) -> StreamworkerError:
+    row = row_of(error)
+    name, reaction = (row.name, row.reaction) if row is not None else ("", Reaction.REFUSE)
+    if isinstance(error, redis_errors.MovedError):
+        return ConfigurationError(CLUSTER.format(address))
+    if name == "WRONGPASS":
+        return ConfigurationError(
+            f"Redis at {address} refused the login ({error}): check the user and password in REDIS_URL"
+        )
+    if "DB index is out of range" in str(error):
+        return ConfigurationError(
+            f"Redis at {address} has no database of that number: choose a lower one in REDIS_URL, or raise `databases` "
+            "in the server's configuration"
+        )
+    if reaction is Reaction.FATAL:
+        return ConfigurationError(
+            f"Redis at {address} denies a command this needs ({error}): extend the ACL of this user"
+        )
+    if name == "LOADING":
+        return Unreachable(f"Redis at {address} is still loading its data: try again when it is up")
+    if isinstance(error, redis_errors.InvalidResponse):
+        return Unreachable(f"what answers at {address} is not Redis: check host and port in REDIS_URL")
+    if name == "no connection":
+        return _tls_trouble(error, address) or Unreachable(
+            f"Redis at {address} does not answer ({_short(error)}): check that it runs and that REDIS_URL is right"
+        )
+    if reaction in (Reaction.WAIT, Reaction.RECONNECT):
+        said = str(error) if str(error).startswith(name) else f"{name} {error}"
+        return Unreachable(f"Redis at {address} can do nothing for us now ({_short(said)}): it is tried again")
+    return StreamworkerError(f"Redis at {address} answered with an error: {error}")
+
+
+def _tls_trouble(error: Exception, address: object) -> ConfigurationError | None:
+    text = str(error)
+    if "CERTIFICATE_VERIFY_FAILED" in text:
+        return ConfigurationError(
+            f"the certificate of Redis at {address} is not trusted ({_short(error)}): name the CA that signed it with "
+            "ssl_ca_certs in REDIS_URL, and the host as the certificate has it"
+        )
+    if "CERTIFICATE_REQUIRED" in text:
+        return ConfigurationError(
+            f"Redis at {address} wants a client certificate: name it with ssl_certfile and ssl_keyfile in REDIS_URL"
+        )
+    return None
+
+
+def _short(error: BaseException | str) -> str:
+    text = str(error) or type(error).__name__
+    return text if len(text) < 200 else text[:200] + "…"
+
+
+CLUSTER: Final = "Redis at {} is a node of a cluster: write redis+cluster:// instead of redis:// in REDIS_URL"

@@ -1,0 +1,194 @@
+"""Connections to the master that Sentinels know, looked up anew for every connection.
+
+Only the connection classes know of it: pools, clients and the reader stay those of a single server. After a failover
+Sentinel closes the connections of the old master; whoever is told READONLY all the same closes its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+import redis
+from redis import exceptions as redis_errors
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.retry import Retry as SyncRetry
+
+from streamworker.broker.redis import connection as connections
+from streamworker.broker.redis.url import Host, NotExecuted, RedisUrl
+from streamworker.errors import ConfigurationError
+
+TIMEOUT: Final = 1.0
+"""Seconds one Sentinel may take: the others wait behind it."""
+_ASK: Final = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME")
+
+
+class Sentinels:
+    """The Sentinels of one service; whoever answered last is asked first.
+
+    Args:
+        form: a form of the kind "sentinel".
+    """
+
+    def __init__(self, form: RedisUrl) -> None:
+        self._form = form
+        self._hosts = list(form.hosts)
+        self._options: dict[str, Any] = {
+            **form.sentinel_options,
+            "protocol": 2,
+            "socket_connect_timeout": TIMEOUT,
+            "socket_timeout": TIMEOUT,
+        }
+
+    async def master(self) -> Host:
+        """Where the master is now.
+
+        Raises:
+            ConnectionError: no Sentinel answers.
+            ConfigurationError: what answers is none, refuses us, or knows no such master.
+        """
+        kind: Any = connections.SSLConnection if self._form.scheme == "rediss" else connections.Connection
+        search = _Search(self._form, self._hosts)
+        for host, port in search:
+            connection = kind(host=host, port=port, retry=Retry(NoBackoff(), 0), **self._options)
+            try:
+                await connection.connect()
+                await connection.send_command(*_ASK, self._form.service)
+                search.answered(await connection.read_response())
+            except (redis_errors.RedisError, OSError) as error:
+                search.failed(error)
+            finally:
+                await connection.disconnect(nowait=True)
+        return search.found()
+
+    def master_blocking(self) -> Host:
+        """`master` for the lease thread."""
+        kind: Any = redis.SSLConnection if self._form.scheme == "rediss" else redis.Connection
+        search = _Search(self._form, self._hosts)
+        for host, port in search:
+            connection = kind(host=host, port=port, retry=SyncRetry(NoBackoff(), 0), **self._options)
+            try:
+                connection.connect()
+                connection.send_command(*_ASK, self._form.service)
+                search.answered(connection.read_response())
+            except (redis_errors.RedisError, OSError) as error:
+                search.failed(error)
+            finally:
+                connection.disconnect()
+        return search.found()
+
+
+class _Search:
+    """One walk over the Sentinels, until one of them knows."""
+
+    def __init__(self, form: RedisUrl, hosts: list[Host]) -> None:
+        self._form = form
+        self._hosts = hosts
+        self._at: Host = hosts[0]
+        self._master: Host | None = None
+        self._unknown = False
+        self._refusal: Exception | None = None
+        self._silence: Exception | None = None
+
+    def __iter__(self) -> Iterator[Host]:
+        for host in list(self._hosts):  # a copy: the lease thread may change their order meanwhile
+            self._at = host
+            yield host
+            if self._master is not None:
+                return
+
+    def answered(self, reply: Any) -> None:
+        if not reply:
+            self._unknown = True
+            return
+        host, port = reply
+        self._master = (host.decode() if isinstance(host, bytes) else str(host), int(port))
+        self._hosts[:] = [self._at, *(each for each in self._hosts if each != self._at)]
+
+    def failed(self, error: Exception) -> None:
+        if isinstance(error, redis_errors.ResponseError | redis_errors.AuthenticationError):
+            self._refusal = error
+        else:
+            self._silence = error
+
+    def found(self) -> Host:
+        if self._master is not None:
+            return self._master
+        if self._unknown:
+            raise ConfigurationError(
+                f"the Sentinels of {self._form} know no master named {self._form.service!r}: check the name after the "
+                "hosts in REDIS_URL"
+            )
+        if isinstance(self._refusal, redis_errors.AuthenticationError | redis_errors.NoPermissionError):
+            raise ConfigurationError(
+                f"the Sentinels of {self._form} refused the login ({self._refusal}): check sentinel_username and "
+                "sentinel_password in REDIS_URL"
+            )
+        if self._refusal is not None:
+            raise ConfigurationError(
+                f"what answers at {self._form} is no Sentinel ({self._refusal}): name the Sentinels in REDIS_URL, or "
+                "write redis:// for a server"
+            )
+        # These words tell the publisher that nothing was sent.
+        raise redis_errors.ConnectionError(f"no Sentinel answers, last error connecting to one: {self._silence}")
+
+
+class _Managed:
+    """An async connection whose host is looked up when it connects."""
+
+    def __init__(self, *, sentinels: Sentinels, **options: Any) -> None:
+        super().__init__(**options)
+        self._sentinels = sentinels
+
+    async def connect(self) -> None:
+        here: Any = self
+        if not here.is_connected:
+            here.host, here.port = await self._sentinels.master()
+        await super().connect()  # type: ignore[misc]
+
+    async def read_response(self, *args: Any, **options: Any) -> Any:
+        try:
+            return await super().read_response(*args, **options)  # type: ignore[misc]
+        except redis_errors.ReadOnlyError as error:
+            here: Any = self
+            await here.disconnect(nowait=True)
+            raise NotExecuted(f"{here.host}:{here.port} is not the master any more") from error
+
+
+class ManagedConnection(_Managed, connections.Connection):
+    """To the master."""
+
+
+class ManagedSSLConnection(_Managed, connections.SSLConnection):
+    """To the master, over TLS."""
+
+
+class _ManagedBlocking:
+    """A connection of the lease thread whose host is looked up when it connects."""
+
+    def __init__(self, *, sentinels: Sentinels, **options: Any) -> None:
+        super().__init__(**options)
+        self._sentinels = sentinels
+
+    def connect(self) -> None:
+        here: Any = self
+        if not here.is_connected:
+            here.host, here.port = self._sentinels.master_blocking()
+        super().connect()  # type: ignore[misc]
+
+    def read_response(self, *args: Any, **options: Any) -> Any:
+        try:
+            return super().read_response(*args, **options)  # type: ignore[misc]
+        except redis_errors.ReadOnlyError as error:
+            here: Any = self
+            here.disconnect()
+            raise NotExecuted(f"{here.host}:{here.port} is not the master any more") from error
+
+
+class ManagedBlockingConnection(_ManagedBlocking, redis.Connection):
+    """To the master, from the lease thread."""
+
+
+class ManagedBlockingSSLConnection(_ManagedBlocking, redis.SSLConnection):
+    """To the master, from the lease thread, over TLS."""

@@ -1,0 +1,261 @@
+"""The connections of one broker, and how long they were down."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
+from time import monotonic
+from typing import Any, Final
+
+import msgspec
+from redis.asyncio import Redis
+
+from streamworker.broker import scripts
+from streamworker.broker.keys import PROGRESS
+from streamworker.broker.redis.client import Address
+from streamworker.broker.redis.connection import CommandPool
+from streamworker.broker.redis.errors import Reaction, reaction_to, understood
+from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable
+from streamworker.job import Progress
+from streamworker.telemetry.logs import get_logger
+
+log = get_logger("streamworker.broker")
+
+BLOCK: Final = 5.0
+"""Most seconds of one blocking read: Redis 6.2 does not tell a blocked reader that its stream is gone."""
+OLDEST_SERVER: Final = (6, 2)
+
+
+class Session:
+    """Commands, the reader and the lease thread's client to one address; all errors come out as ours."""
+
+    def __init__(self, address: Address) -> None:
+        self.address = address
+        self.commands: Final = address.commands()
+        self.wires: Final = address.wires()
+        self.reader = address.reader(BLOCK, self.commands)
+        self._branches: list[tuple[Session, str]] = []
+        self.lease_client = address.blocking()
+        self.clock: tuple[int, float] | None = None
+        """What the server's clock showed in ms when it was last seen, and when that was by ours."""
+        self._down_since: float | None = None
+        self._outage = 0.0
+        self._moved = False
+        self._returns = 0
+
+    async def greet(self) -> float:
+        """Check the server; returns the seconds it has been up.
+
+        Raises:
+            ConfigurationError: it cannot be used.
+            Unreachable: none answers.
+        """
+        sent = monotonic()
+        with self.watched():
+            info = await self.address.greet(self.commands)
+        self.clock = (int(info.get("server_time_usec", 0)) // 1000, sent) if "server_time_usec" in info else None
+        version = str(info.get("redis_version", "0"))
+        if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_SERVER:
+            raise ConfigurationError(f"Redis at {self.address} is version {version}: streamworker needs 6.2 or newer")
+        return float(info.get("uptime_in_seconds", 0))
+
+    def named(self, name: str) -> None:
+        """From now on CLIENT LIST shows the readers and the lease thread's client under this name."""
+        address = self.address = self.address.renamed(name)
+        self.reader, self.lease_client = address.reader(BLOCK, self.commands), address.blocking()
+        for branch, key in self._branches:
+            branch.reader = address.reader(BLOCK, self.commands, key)
+
+    def branch(self, key: str) -> Session:
+        """The same link with a reader of its own, for the slot of a key."""
+        other = copy(self)
+        other._branches = []
+        other.reader = self.address.reader(BLOCK, self.commands, key)
+        self._branches.append((other, key))
+        return other
+
+    async def unblock(self) -> None:
+        """End blocking reads."""
+        for link in (self, *(branch for branch, _ in self._branches)):
+            with self.watched():
+                await link.reader.unblock()
+
+    async def close(self) -> None:
+        """Close all connections."""
+        for link in (self, *(branch for branch, _ in self._branches)):
+            await link.reader.close()
+        await self.wires.aclose()
+        await self.commands.aclose()
+        self.lease_client.close()
+
+    async def ask(self, *command: Any) -> Any:
+        """Send one command on a command connection."""
+        await self.fresh()
+        with self.watched():
+            return await self.commands.execute_command(*command)
+
+    async def run(self, script: scripts.Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
+        """Run a script on a command connection."""
+        await self.fresh()
+        with self.watched():
+            return await script(self.wires, keys, args)
+
+    async def read(self, script: scripts.Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
+        """Run a script on the reader's connection."""
+        await self.fresh()
+        with self.watched():
+            return await script(self.reader, keys, args)
+
+    def in_thread(self, script: scripts.Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
+        """Run a script from the lease thread."""
+        try:
+            with self.watched():
+                return script.blocking(self.lease_client.execute_command, keys, args)
+        except Unreachable:
+            self.lease_client.connection_pool.disconnect()  # whatever it was: one connection, and nobody else's
+            raise
+
+    def beat(self, key: str, lease: float, report: Mapping[str, str | int | float]) -> None:
+        """Write a heartbeat that lives for ``lease`` seconds, from the lease thread."""
+        args: list[Any] = [max(1000, int(lease * 1000))]
+        for name, value in report.items():
+            args += (name, value)
+        self.in_thread(scripts.BEAT, [key], args)
+
+    def progress(self, key: str, lease: float, told: Mapping[str, Progress], ended: Collection[str]) -> None:
+        """Write into a heartbeat how far jobs have come, and forget others, from the lease thread."""
+        args: list[Any] = [max(1000, int(lease * 1000)), len(ended), *(PROGRESS + job_id for job_id in ended)]
+        for job_id, word in told.items():
+            args += (PROGRESS + job_id, msgspec.json.encode(word))
+        self.in_thread(scripts.PROGRESS, [key], args)
+
+    def clock_should_show(self) -> int:
+        """What the server's clock should show now, in ms, by our own, which nobody sets; 0 if we never saw it."""
+        seen = self.clock
+        return 0 if seen is None else seen[0] + int((monotonic() - seen[1]) * 1000)
+
+    def clock_shows(self, shown: int, sent: float, expected: int, lease: float) -> bool:
+        """What it showed in the answer to a command that was sent at ``sent`` of our clock; a leap is said.
+
+        Returns:
+            True if it leapt ahead, so that everything looks abandoned.
+        """
+        ahead = shown - expected if expected else 0
+        if abs(ahead) > max(lease * 500, 1000):
+            log.warning("server_clock_jumped", seconds=round((shown - expected) / 1000, 1))
+        self.clock = (shown, sent)
+        return ahead > max(lease * 500, 1000)
+
+    async def fresh(self) -> None:
+        """Give up connections to a server that is a replica by now: the next ones go where the address leads."""
+        if self._moved:
+            self._moved = False
+            await self.reader.close()
+            # Those in use fail by themselves and come here again.
+            await self.commands.connection_pool.disconnect(inuse_connections=False)
+            if isinstance(self.wires, CommandPool):
+                await self.wires.disconnect()
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Translate errors, and note since when nothing gets through."""
+        started = monotonic()
+        try:
+            with understood(self.address):
+                yield
+        except Unreachable as error:
+            if self._down_since is None:
+                self._down_since = started
+            if error.__cause__ is not None and reaction_to(error.__cause__) is Reaction.RECONNECT:
+                self._moved = True
+            raise
+        except StreamworkerError:
+            self._up()
+            raise
+        self._up()
+
+    def _up(self) -> None:
+        down, self._down_since = self._down_since, None
+        if down is not None:
+            self._outage = max(self._outage, monotonic() - down)
+            self._returns += 1
+
+    def reconnects(self) -> int:
+        """How often it came back, its branches too."""
+        return self._returns + sum(branch._returns for branch, _ in self._branches)
+
+    def outage(self) -> float:
+        """Seconds the link was down before it last came back, or is down so far; once told, it starts anew."""
+        down, seconds, self._outage = self._down_since, self._outage, 0.0
+        return seconds if down is None else max(seconds, monotonic() - down)
+
+    def longest_outage(self) -> float:
+        """`outage` of this link and of its branches."""
+        return max(self.outage(), *(branch.outage() for branch, _ in self._branches), 0.0)
+
+
+class OperatorSession:
+    """A client, and whose keys it reads; errors come out as ours."""
+
+    def __init__(self, client: Redis, address: Address, group: str, namespace: str) -> None:
+        self.client: Final = client
+        self.address: Final = address
+        self.group: Final = group
+        self.namespace: Final = namespace
+
+    async def ask(self, *command: Any) -> Any:
+        """Send one command."""
+        with understood(self.address):
+            return await self.client.execute_command(*command)
+
+    async def run(self, script: scripts.Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
+        """Run a script."""
+        with understood(self.address):
+            return await script(self.client, keys, args)
+
+    async def gather(self, commands: Sequence[Sequence[Any]]) -> list[Any]:
+        """Send commands in one round trip; an error of the server's takes the place of its answer."""
+        if not commands:
+            return []
+        with understood(self.address):
+            async with self.client.pipeline(transaction=False) as pipe:
+                for command in commands:
+                    pipe.execute_command(*command)
+                answers: list[Any] = await pipe.execute(raise_on_error=False)
+                return answers
+
+    async def scan(self, pattern: str, *kind: str) -> AsyncIterator[str]:
+        """Names of keys, of one type if it is named. It walks the whole key space: for people's commands alone."""
+        types = [word for name in kind for word in ("TYPE", name)]
+        desks, away = await self.each(), 0
+        for desk in desks:
+            cursor: Any = 0
+            while True:
+                try:
+                    cursor, names = await desk.ask("SCAN", cursor, "MATCH", pattern, "COUNT", SCAN, *types)
+                except Unreachable as error:  # the other nodes of a cluster are listed all the same
+                    away += 1
+                    if away == len(desks):
+                        raise
+                    log.warning("node_away", error=str(error), hint="what this node holds is missing here")
+                    break
+                for name in names:
+                    yield text(name)
+                if not int(cursor):
+                    break
+
+    async def each(self) -> list[OperatorSession]:
+        """One desk per server that holds keys: this one alone, but in a cluster."""
+        with understood(self.address):
+            clients = await self.address.masters(self.client)
+        return [OperatorSession(client, self.address, self.group, self.namespace) for client in clients]
+
+
+def text(value: Any) -> str:
+    """Bytes as text, whatever they are."""
+    return value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value)
+
+
+SCAN: Final = 1000
+"""Keys one step over the key space looks at."""

@@ -1,0 +1,448 @@
+"""How a worker comes to jobs in stream mode: new entries in order, orphans by sweeping, waiting when there is none."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from contextlib import suppress
+from time import monotonic
+from typing import Any, Final
+
+import anyio
+from redis.exceptions import ResponseError
+
+from streamworker.broker import scripts
+from streamworker.broker.claim import (
+    DEAF_WAIT,
+    DRAIN_LOOK,
+    JUST_LOOKED,
+    LEAVE,
+    RESERVE,
+    UNBLOCK_EVERY,
+    ClaimSource,
+    Order,
+    none_ended,
+)
+from streamworker.broker.keys import UNKNOWN_EPOCH, QueueKeys, document
+from streamworker.broker.redis.cluster import slot_of
+from streamworker.broker.redis.errors import Reaction, reaction_to, row_of
+from streamworker.broker.redis.session import BLOCK, Session
+from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable
+from streamworker.job import LEVELS, Claim, Level
+from streamworker.telemetry.logs import get_logger
+
+log = get_logger("streamworker.broker")
+
+AWAY_PAUSE: Final = 1.0
+"""Seconds between looks at a node that does not answer."""
+LAST_CALL: Final = 1.0
+"""Seconds a read may take to end after it was unblocked; then nobody waits for its node any more."""
+
+
+class ClusterStreamClaims:
+    """One `StreamClaims` per slot, with the face of one. See there."""
+
+    def __init__(
+        self,
+        link: Session,
+        queues: Sequence[tuple[QueueKeys, int | None]],
+        *,
+        group: str,
+        lease: float,
+        weighted: bool,
+        alone_from: int,
+    ) -> None:
+        self._link = link
+        self._lease = lease
+        by_slot: dict[int, list[tuple[QueueKeys, int | None]]] = {}
+        for keys, cap in queues:
+            by_slot.setdefault(slot_of(keys.base), []).append((keys, cap))
+        self._links = [link.branch(each[0][0].base) for each in by_slot.values()]
+        self._parts = [
+            StreamClaims(branch, each, group=group, lease=lease, weighted=weighted, alone_from=alone_from)
+            for branch, each in zip(self._links, by_slot.values(), strict=True)
+        ]
+        self.epochs: dict[str, bytes] = {}
+        self.secrets: dict[str, bytes] = {}
+        for part in self._parts:
+            part.epochs, part.secrets = self.epochs, self.secrets
+        parts = dict(zip(by_slot, self._parts, strict=True))
+        self._homes = {keys.queue: parts[slot_of(keys.base)] for keys, _ in queues}
+        self.spots: Final[list[tuple[QueueKeys, Level, str]]] = [spot for part in self._parts for spot in part.spots]
+        self._reads: dict[StreamClaims, asyncio.Task[list[Claim]]] = {}
+        self._away: dict[StreamClaims, Unreachable] = {}
+        """Parts whose node does not answer, and how it does not."""
+        self._interrupted = False
+        self.silent = False
+        """The bell is not heard: see `listen`."""
+        self.reply_lost = False
+        """See `ClaimSource.reply_lost`."""
+
+    @property
+    def consumer(self) -> str:
+        """Whose claims these are."""
+        return self._parts[0].consumer if self._parts else ""
+
+    @consumer.setter
+    def consumer(self, name: str) -> None:
+        for part in self._parts:
+            part.consumer = name
+
+    @property
+    def slots(self) -> int:
+        """Jobs that run at once."""
+        return self._parts[0].slots if self._parts else 1
+
+    @slots.setter
+    def slots(self, count: int) -> None:
+        for part in self._parts:
+            part.slots = count
+
+    @property
+    def marked(self) -> frozenset[str]:
+        """See `ClaimSource.marked`."""
+        return frozenset().union(*(part.marked for part in self._parts))
+
+    @property
+    def draining(self) -> bool:
+        """See `ClaimSource.draining`."""
+        return any(part.draining for part in self._parts)
+
+    @property
+    def missing(self) -> int:
+        """Entries that were deleted underneath their claim, since the start."""
+        return sum(part.missing for part in self._parts)
+
+    async def claim(
+        self,
+        limit: int,
+        wait: float,
+        running: Collection[Claim],
+        ended: Callable[[str], int] = none_ended,
+        shut: Collection[str] = (),
+    ) -> list[Claim]:
+        """See `Broker.claim`."""
+        for part in self._parts:
+            part.ended, part.shut = ended, shut
+        self._rest_after_outage()
+        claims = self._brought()
+        idle = [part for part in self._parts if part not in self._reads]
+        for part in idle:  # orphans of all queues first: new jobs of the first shall not starve them
+            if len(claims) < limit:
+                claims += await self._looked(part, part.reclaim(limit - len(claims), [*running, *claims]))
+        draining = self.draining
+        suspect = any(claim.suspect for claim in claims)  # it waits for everything else to end
+        for part in idle:
+            part.stale = False  # whatever rings from here on, this look may not have seen
+            if len(claims) < limit and not suspect and not draining and part not in self._away:
+                new = part.take(limit - len(claims), [*running, *claims] if claims else running)
+                claims += await self._looked(part, new)
+        if self._away:
+            self._look_after_the_away(running)
+        self._rest_after_outage()
+        if not claims and wait > 0 and draining:
+            await anyio.sleep(min(wait, DRAIN_LOOK))
+        elif not claims and wait > 0 and not self._interrupted:
+            claims = await self._wait(limit, min(wait, DEAF_WAIT) if self.silent else wait, running)
+            if not claims and self._away:
+                self._look_after_the_away(running)
+        return claims
+
+    async def _looked(self, part: StreamClaims, look: Awaitable[list[Claim]]) -> list[Claim]:
+        """What a look brought; a node that does not answer is looked at by itself from then on."""
+        try:
+            return await look
+        except Unreachable as error:
+            self._away[part] = error
+            log.error("node_away", queues=[keys.queue for keys, _, _ in part.spots[:: len(LEVELS)]], error=str(error))
+            return []
+
+    def _look_after_the_away(self, running: Collection[Claim]) -> None:
+        """Look at parts whose nodes do not answer, beside the others, so that these wait for none of them.
+
+        Raises:
+            Unreachable: no node answers.
+        """
+        if len(self._away) == len(self._parts):
+            error = next(iter(self._away.values()))
+            self._away.clear()
+            raise error
+        for part in self._away:
+            if part not in self._reads:
+                self._reads[part] = asyncio.ensure_future(self._look_later(part, running))
+
+    async def _look_later(self, part: StreamClaims, running: Collection[Claim]) -> list[Claim]:
+        await anyio.sleep(AWAY_PAUSE)
+        claims = await part.claim(1, 0, running, part.ended, part.shut)
+        if self._away.pop(part, None) is not None:
+            self.reply_lost = True
+            log.info("node_back", queues=[keys.queue for keys, _, _ in part.spots[:: len(LEVELS)]])
+        return claims
+
+    async def look_again(self) -> None:
+        """See `ClaimSource.look_again`."""
+        for part in self._parts:
+            part.stir()
+        for part in self._parts:
+            if part not in self._away:
+                await part.look_again()
+
+    async def ensure(self, keys: QueueKeys) -> tuple[list[str], list[str]]:
+        """See `StreamClaims.ensure`."""
+        return await self._homes[keys.queue].ensure(keys)
+
+    def rest(self, seconds: float) -> None:
+        """Take nobody for dead for some seconds."""
+        for part in self._parts:
+            part.rest(seconds)
+
+    def _rest_after_outage(self) -> None:
+        # Of one node: whether claims elsewhere were renewed meanwhile is not worth telling apart.
+        if self._link.longest_outage() > self._lease / 3:
+            self.rest(self._lease)
+
+    def interrupt(self) -> None:
+        """No claim waits any more."""
+        self._interrupted = True
+        for part in self._parts:
+            part.interrupt()
+
+    async def close(self) -> None:
+        """End what still reads; call it when nothing is claimed any more."""
+        reads, self._reads = list(self._reads.values()), {}
+        for read in reads:
+            read.cancel()
+        if reads:
+            await asyncio.wait(reads)
+
+    def _brought(self) -> list[Claim]:
+        """What ended reads brought; the first that failed raises, and the reconciliation finds what the others had."""
+        claims: list[Claim] = []
+        for part, read in list(self._reads.items()):
+            if read.done():
+                del self._reads[part]
+                error = None if read.cancelled() else read.exception()
+                if isinstance(error, Unreachable):
+                    if part not in self._away:
+                        log.error("node_away", queues=[keys.queue for keys, _, _ in part.spots[::3]], error=str(error))
+                    self._away[part] = error
+                else:
+                    claims += [] if read.cancelled() else read.result()
+        return claims
+
+    async def _wait(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:
+        # asyncio's own tasks: a read whose node hangs outlives this call, which no task group allows.
+        for part in self._parts:
+            if part not in self._reads and part not in self._away:
+                self._reads[part] = asyncio.ensure_future(part.wait_unless_stale(limit, wait, running))
+        try:
+            await asyncio.wait(self._reads.values(), return_when=asyncio.FIRST_COMPLETED, timeout=wait + LAST_CALL)
+            give_up = monotonic() + LAST_CALL
+            while (late := self._late()) and monotonic() < give_up:
+                for branch in late.values():
+                    with suppress(StreamworkerError), anyio.move_on_after(LAST_CALL):
+                        await branch.unblock()
+                await asyncio.wait(late, timeout=UNBLOCK_EVERY)
+        except asyncio.CancelledError:
+            for read in self._reads.values():
+                read.cancel()
+            raise
+        return self._brought()
+
+    def _late(self) -> dict[asyncio.Task[list[Claim]], Session]:
+        """Reads that go on, and their connections."""
+        return {
+            self._reads[part]: branch
+            for part, branch in zip(self._parts, self._links, strict=True)
+            if part in self._reads and part not in self._away and not self._reads[part].done()
+        }
+
+
+class StreamClaims(ClaimSource):
+    """Claims entries of ``queues`` for one consumer.
+
+    Args:
+        link: the connections.
+        queues: (keys, cap) in the order they are taken.
+        group: the consumer group.
+        lease: seconds after which an unrenewed claim is an orphan.
+        weighted: weighted order of levels.
+    """
+
+    def __init__(
+        self,
+        link: Session,
+        queues: Sequence[tuple[QueueKeys, int | None]],
+        *,
+        group: str,
+        lease: float,
+        weighted: bool,
+        alone_from: int,
+    ) -> None:
+        super().__init__(link, queues, lease=lease, alone_from=alone_from)
+        self._group = group
+        self._order = Order(len(queues), weighted=weighted)
+        self._all = [keys.meta for keys in self._keys] + [stream for keys in self._keys for stream in keys.streams]
+        self.epochs: dict[str, bytes] = {}
+        """What the ids of each stream's entries are derived from."""
+        self._seen: dict[str, bytes] = {}
+        """The last entry of each stream that came here."""
+
+    async def ensure(self, keys: QueueKeys) -> tuple[list[str], list[str]]:
+        """Make a queue's streams and groups; returns foreign groups as "stream group", troubles as "stream error"."""
+        await self.seal(keys)  # first: whether others worked on the queue before is told by its epoch
+        args: list[Any] = [self._group, secrets.token_hex(8)]
+        for place in keys.streams:
+            args += (self.epochs.get(place, b""), self._seen.get(place, b""))
+        _, foreign, trouble, derived = await self._link.run(scripts.GROUPS, [keys.meta, keys.ids, *keys.streams], args)
+        await self._link.run(scripts.LEASE, [keys.meta], [self.consumer, int(self._lease * 1000)])
+        self.epochs.update(zip(keys.streams, derived, strict=True))
+        return (
+            [text.decode(errors="replace") for text in foreign],
+            [text.decode(errors="replace") for text in trouble],
+        )
+
+    async def take(self, limit: int, running: Collection[Claim], *, healed: bool = False) -> list[Claim]:
+        """New entries, in order."""
+        if self.draining:
+            return []
+        await self._seal_again()
+        queues, budgets = len(self._keys), self._order.budgets(limit)
+        head = [self._group, self.consumer, limit, queues, len(budgets)]
+        args = [*head, *self._allowances(limit, running), *budgets, *self._order.steps]
+        taken, trouble, paused, epochs, cancelled, sealed = await self._link.read(scripts.CLAIM, self._all, args)
+        self.epochs.update((place, epoch) for place, epoch in zip(self._all[queues:], epochs, strict=True) if epoch)
+        for keys, secret in zip(self._keys, sealed, strict=True):
+            self.secrets[keys.queue] = secret
+        self._paused = frozenset(index - 1 for index in paused)
+        self.marked = frozenset(self._keys[index - 1].queue for index in cancelled)
+        claims: list[Claim] = []
+        for index, epoch, entries in taken:
+            keys, level, place = self.spots[index - queues - 1]
+            name, secret, self._seen[place] = keys.queue, self.secrets[keys.queue], entries[-1][0]
+            claims += [  # by position: names would cost a third of it
+                Claim(name, level, place, entry, 1, document(fields), epoch, False, False, secret)
+                for entry, fields in entries
+            ]
+        if trouble and await self._heal(trouble) and not healed and len(claims) < limit:
+            claims += await self.take(limit - len(claims), running, healed=True)
+        return claims
+
+    async def _heal(self, trouble: list[tuple[int, bytes]]) -> bool:
+        """Make missing groups anew; what cannot be healed is said now and then, and read around."""
+        healed = False
+        for index, error in trouble:
+            key, message = self._all[index - 1], error.decode(errors="replace")
+            reaction = reaction_to(message)
+            if index > len(self._keys) and reaction is Reaction.HEAL:
+                keys, _, _ = self.spots[index - len(self._keys) - 1]
+                try:
+                    _, problems = await self.ensure(keys)
+                except (Unreachable, ConfigurationError):
+                    raise
+                except StreamworkerError as problem:  # the meta key itself
+                    problems = [f"{key} {problem}"]
+                for place, _, text in (problem.partition(" ") for problem in problems):
+                    self._complain(place, text)
+                if key not in {problem.partition(" ")[0] for problem in problems}:
+                    log.warning("group_recreated", queue=keys.queue, stream=key)
+                    healed = True
+            elif reaction in (Reaction.KEY, Reaction.HEAL, Reaction.REFUSE):
+                self._complain(key, message)
+            else:  # not this key's trouble: what a script passed on is the whole server's answer
+                with self._link.watched():
+                    raise ResponseError(message)
+        return healed
+
+    async def reclaim(self, limit: int, running: Collection[Claim]) -> list[Claim]:
+        """Orphans, of the queues whose sweep is due."""
+        claims: list[Claim] = []
+        now = monotonic()
+        if not running and self.draining:  # idle at last
+            self._sweep_at = [
+                at if since is None else 0.0 for at, since in zip(self._sweep_at, self._draining_since, strict=True)
+            ]
+        if min(self._sweep_at) > now:
+            return claims
+        allowances = self._allowances(limit, running)
+        for index, keys in enumerate(self._keys):
+            if self._sweep_at[index] > now or len(claims) >= limit:
+                continue
+            allowed = min(limit - len(claims), allowances[index])
+            if allowed <= 0 and index not in self._paused:
+                self._draining_since[index] = None
+                continue
+            if index in self._paused:
+                self._draining_since[index] = None
+                self._sweep_at[index] = now + min(1.0, self._lease / 6)
+                continue
+            claims += await self._sweep_queue(index, keys, allowed, [*running, *claims])
+        return claims
+
+    async def _sweep_queue(self, index: int, keys: QueueKeys, limit: int, running: list[Claim]) -> list[Claim]:
+        held = [
+            f"{LEVELS.index(claim.level) + 2}:{claim.entry.decode()}" for claim in running if claim.queue == keys.queue
+        ]
+        args: list[Any] = [self._group, self.consumer, int(self._lease * 1000), limit]
+        expected, sent = self._link.clock_should_show(), monotonic()
+        wish = self._about_suspects(index, running)
+        args += [self._alone_from, wish, expected, self._group_room(running), *held]
+        try:
+            wait, entries, missing, passed, shown, granted, longest = await self._link.read(
+                scripts.SWEEP, [keys.meta, *keys.streams], args
+            )
+        except (Unreachable, ConfigurationError):
+            raise
+        except StreamworkerError as problem:
+            self._complain(keys.meta, str(problem))
+            self._sweep_at[index] = monotonic() + 1.0
+            self._draining_since[index] = None
+            return []
+        self._sweep_at[index] = monotonic() + wait / 1000
+        self._longest[index] = longest / 1000
+        self.missing += missing
+        if passed < 0 and wait > JUST_LOOKED * 1000:
+            passed = 0  # whoever looked last had none to leave
+        if wish == RESERVE and entries and not entries[0][5]:
+            wish = LEAVE  # not idle any more
+        self._left_to_others(index, passed, wish, granted=bool(granted))
+        if self._link.clock_shows(shown, sent, expected, self._lease):
+            self.rest(self._lease)  # the other queues, too: nobody could renew in the time that was left out
+        claims, secret = [], self.secrets.get(keys.queue, b"")
+        for stream, entry, count, fields, epoch, suspect in entries:
+            level = LEVELS[stream - 2]
+            place, body = keys.stream(level), document(fields)
+            claims.append(Claim(keys.queue, level, place, entry, count, body, epoch, bool(suspect), secret=secret))
+        return claims
+
+    async def wait(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:  # noqa: ARG002 - one entry
+        """Block until a new entry comes, at most until the next sweep is due."""
+        wait = max(0.01, min(wait, BLOCK, self._next_sweep(running) - monotonic()))
+        spots = self._open(running)
+        if not spots:
+            await self._idle(wait)
+            return []
+        command = ("XREADGROUP", "GROUP", self._group, self.consumer, "BLOCK", int(wait * 1000), "COUNT", 1, "STREAMS")
+        try:
+            with self._link.watched():
+                reply = await self._link.reader.execute_command(*command, *spots, *(">" for _ in spots))
+        except StreamworkerError as error:
+            if (
+                error.__cause__ is not None
+                and (row := row_of(error.__cause__))
+                and row.name in ("NOGROUP", "UNBLOCKED")
+            ):
+                return []  # the next claim heals it, or learns that the server is another one now
+            raise
+        claims: list[Claim] = []
+        for name, entries in reply or ():
+            place = name.decode()
+            keys, level = spots[place]
+            epoch, self._seen[place] = self.epochs.get(place, UNKNOWN_EPOCH), entries[-1][0]
+            secret = self.secrets.get(keys.queue, b"")
+            claims += [
+                Claim(keys.queue, level, place, entry, 1, document(fields), epoch, secret=secret)
+                for entry, fields in entries
+            ]
+        return claims

@@ -1,0 +1,143 @@
+"""``--watch``: a listing again and again, below what needs attention."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import termios
+import time
+import tty
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Any, Final
+
+import anyio
+from rich.console import Group
+from rich.live import Live
+from rich.text import Text
+from typing_extensions import TypeVar
+
+from streamworker.cli.options import Listing
+from streamworker.cli.streams import say
+from streamworker.cli.tables import ROWS, Column, Rows, console, table, take
+from streamworker.errors import Unreachable
+from streamworker.views import Fleet, Look, Notice, Point, age, printable
+
+R = TypeVar("R")
+
+NOTICES: Final = 3
+"""Lines about what needs attention, at most."""
+_COLORS: Final = {"bad": "bold red", "warn": "yellow", "note": "cyan"}
+
+
+async def watch(listing: Listing, rows: Rows[R], columns: Sequence[Column[R]], title: str, fleet: Fleet | None) -> int:
+    """Show a listing until ``q`` or Ctrl-C; a server that is away for a while is said, and waited for.
+
+    Where standard output is no terminal, each picture is printed below the last.
+    """
+    out = console()
+    if not out.is_terminal:
+        say("standard output is no terminal: the pictures follow each other; Ctrl-C ends")
+    async with _key("q") as ended:
+        with (
+            Live(console=out, screen=True, auto_refresh=False, vertical_overflow="crop")
+            if out.is_terminal
+            else _Plain(out) as live
+        ):
+            while not ended.is_set():
+                live.update(await _picture(listing, rows, columns, title, fleet), refresh=True)
+                with anyio.move_on_after(listing.interval):
+                    await ended.wait()
+    return 0
+
+
+class _Plain:
+    """`Live` for what is no terminal."""
+
+    def __init__(self, out: Any) -> None:
+        self._out = out
+
+    def __enter__(self) -> _Plain:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self, picture: Group, *, refresh: bool) -> None:
+        """Print it."""
+        del refresh
+        self._out.print(picture)
+        self._out.file.flush()
+
+
+async def _picture(
+    listing: Listing, rows: Rows[R], columns: Sequence[Column[R]], title: str, fleet: Fleet | None
+) -> Group:
+    out = console()
+    head: list[Text] = [
+        _line(f"{title}, {time.strftime('%H:%M:%S')}, every {listing.interval:g} s, q or Ctrl-C ends", "dim")
+    ]
+    try:
+        if fleet is not None:
+            look = await fleet.look()
+            head += _summary(look)
+        room = max(1, out.height - len(head) - 3) if out.is_terminal else ROWS
+        chosen, more = await take(rows(), min(listing.limit or room, room))
+        body: Any = table(chosen, columns, out.width) if chosen else Text(f"no {title}")
+        foot = Text("... and more" if more else "", "dim")
+    except Unreachable as error:
+        body, foot = Text(printable(str(error)), "red"), Text("")
+    return Group(*head, body, foot)
+
+
+def _summary(look: Look) -> list[Text]:
+    lines = [_line(_totals(look.total, sum(worker.alive for worker in look.workers)), "bold")]
+    shown = look.notices[:NOTICES]
+    lines += [_notice(notice) for notice in shown]
+    if len(look.notices) > len(shown):
+        lines.append(_line(f"  and {len(look.notices) - len(shown)} more to look at", "dim"))
+    return [*lines, Text("")]
+
+
+def _totals(total: Point, workers: int) -> str:
+    rate = "" if total.rate is None else f" · {total.rate:,.1f}/s"
+    oldest = f" · oldest {age(total.oldest)}" if total.oldest is not None else ""
+    counts = f"{total.ready:,} ready · {total.running:,} running · {total.delayed:,} delayed · {total.dead:,} dead"
+    return f"{counts}{rate}{oldest} · {workers} worker{'' if workers == 1 else 's'}"
+
+
+def _notice(notice: Notice) -> Text:
+    return _line(f"! {printable(notice.sentence)}", _COLORS[notice.severity])
+
+
+def _line(text: str, style: str) -> Text:
+    return Text(text, style, no_wrap=True, overflow="ellipsis")
+
+
+@asynccontextmanager
+async def _key(letter: str) -> AsyncIterator[anyio.Event]:
+    """An event that is set when somebody presses the key; the terminal is as it was afterwards."""
+    pressed = anyio.Event()
+    try:
+        number = sys.stdin.fileno()
+        before = termios.tcgetattr(number)
+    except (OSError, ValueError, termios.error):  # no terminal to press keys on
+        yield pressed
+        return
+    loop = asyncio.get_running_loop()
+
+    def read() -> None:
+        typed = ""
+        with suppress(OSError):
+            typed = sys.stdin.buffer.raw.read(64).decode(errors="replace")  # type: ignore[union-attr]
+        if letter in typed.lower() or not typed:
+            pressed.set()
+            loop.remove_reader(number)
+
+    tty.setcbreak(number)
+    loop.add_reader(number, read)
+    try:
+        yield pressed
+    finally:
+        loop.remove_reader(number)
+        termios.tcsetattr(number, termios.TCSADRAIN, before)

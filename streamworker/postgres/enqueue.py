@@ -1,0 +1,217 @@
+"""Enqueueing inside the caller's transaction: jobs are rows with the status queued, and a relay puts them on Redis.
+
+The connection is the user's, with the user's type codecs: everything goes as text and is cast by the server, and COPY
+uses its text format, so that no codec of theirs touches our values.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+import asyncpg
+import msgspec
+
+from streamworker import codec
+from streamworker.errors import ConfigurationError, UsageError
+from streamworker.job import Enqueued, Job
+
+COPY_FROM: Final = 20
+"""Jobs from which on COPY is worth its extra round trip."""
+BATCH: Final = 1000
+"""Most jobs of one statement."""
+CHANNEL: Final = "streamworker"
+DEEPEST: Final = 1000
+"""Brackets a payload may open and still be sure to fit the server's stack as jsonb."""
+
+# One statement whatever the jobs need. Keys are taken in one order: two transactions cannot wait for each other.
+ENQUEUE: Final = """
+with given as (
+  select * from unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[],
+                       $9::text[], $10::text[], $11::text[], $12::text[]) with ordinality
+    as job (id, queue_name, kind, payload, level, delay, run_at, max_attempts, headers, document, key, key_ttl, at)
+), taken as materialized (
+  select given.*, case when key is not null then
+      streamworker.take_key(queue_name, key, id, make_interval(secs => key_ttl::double precision))
+    end as earlier
+  from (select * from given order by queue_name, key, at) as given
+), added as (
+  insert into streamworker.jobs (id, queue_name, kind, payload, level, run_at, max_attempts, headers, document)
+  select id, queue_name, kind, payload::jsonb, level,
+    case when delay is null then run_at::timestamptz
+      else clock_timestamp() + make_interval(secs => delay::double precision) end,
+    max_attempts::integer, headers::jsonb, decode(document, 'hex')
+  from taken where earlier is null
+), told as materialized (
+  select pg_notify('streamworker', case when bool_or(delay is null and run_at is null) then '' else 'later' end)
+  from taken
+)
+select taken.earlier from taken, told order by taken.at
+"""
+NOW: Final = "select extract(epoch from clock_timestamp())::text"
+TELL: Final = "select pg_notify('streamworker', $1::text)"
+
+_MISSING: Final = (asyncpg.InvalidSchemaNameError, asyncpg.UndefinedTableError, asyncpg.UndefinedFunctionError)
+_STRINGS: Final = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_ESCAPES: Final = re.compile(rb"\\u(?:0000|[dD][89a-fA-F])")
+_NUMBERS: Final = re.compile(rb"\d[eE]|-0(?!\.\d*[1-9])|\d{300}")
+_SPECIAL: Final = str.maketrans({"\\": r"\\", "\n": r"\n", "\r": r"\r", "\t": r"\t"})
+
+
+class Row(msgspec.Struct, frozen=True, gc=False):
+    """A job as its row holds it: everything is text; ``None`` is null."""
+
+    job: Job
+    payload: str | None
+    headers: str | None
+    document: str | None
+
+
+async def enqueue(connection: Any, jobs: Sequence[Job], *, max_bytes: int, key_ttl: float) -> list[Enqueued]:
+    """Write jobs as rows, visible to the relay when the caller commits; answers in order.
+
+    Args:
+        connection: an asyncpg connection, or one of a pool, inside a transaction.
+        jobs: what `App.job` made.
+        max_bytes: the largest document allowed.
+        key_ttl: seconds a deduplication key is remembered unless the job says otherwise.
+
+    Raises:
+        UsageError: the connection is not in a transaction, or not one of asyncpg's.
+        JobTooLarge: a document is too large; nothing was written.
+        ConfigurationError: the database has no schema streamworker, or is not encoded in UTF8.
+        asyncpg.PostgresError: what any statement of the caller's may meet, such as a serialization failure.
+    """
+    _check(connection)
+    rows = [_row(job, max_bytes, key_ttl) for job in jobs]
+    answers: list[Enqueued] = []
+    with _schema_expected():
+        if len(rows) >= COPY_FROM and all(job.key is None for job in jobs):
+            await _copy(connection, rows)
+            return [Enqueued(job.id, new=True) for job in jobs]
+        for start in range(0, len(rows), BATCH):
+            batch = rows[start : start + BATCH]
+            values = [_values(row, key_ttl) for row in batch]
+            earlier = await connection.fetch(ENQUEUE, *map(list, zip(*values, strict=True)))
+            answers += [
+                Enqueued(row.job.id, new=True) if found[0] is None else Enqueued(found[0], new=False)
+                for row, found in zip(batch, earlier, strict=True)
+            ]
+    return answers
+
+
+def _check(connection: Any) -> None:
+    if not (hasattr(connection, "is_in_transaction") and hasattr(connection, "copy_to_table")):
+        raise UsageError(
+            f"connection={type(connection).__name__} is no asyncpg connection: with another driver, run "
+            "`select streamworker.enqueue(kind, payload, queue)` in your transaction"
+        )
+    if not connection.is_in_transaction():
+        raise UsageError(
+            "connection= needs a transaction that the job shares: enqueue inside `async with connection.transaction():`"
+        )
+
+
+def _row(job: Job, max_bytes: int, key_ttl: float) -> Row:
+    for name, value in (("key", job.key), ("kind", job.kind)):
+        if value is not None and "\x00" in value:
+            raise UsageError(f"{name}={value!r} holds a NUL, which PostgreSQL cannot store")
+    body = codec.pack(job, max_bytes=max_bytes, key_ttl=key_ttl).body
+    codec.read(body)  # raw JSON in a payload may be none: said here, not by a failed transaction
+    payload = bytes(job.payload)
+    headers = msgspec.json.encode(job.headers) if job.headers is not None else b""
+    if fits_jsonb(payload) and fits_jsonb(headers):
+        return Row(job, payload.decode(), headers.decode() or None, None)
+    return Row(job, None, None, body.hex())
+
+
+def fits_jsonb(text: bytes) -> bool:
+    """Whether jsonb takes this JSON and gives it back alike: no NUL, no number it would write otherwise."""
+    if _ESCAPES.search(text):
+        return False
+    bare = _STRINGS.sub(b"", text)
+    if _NUMBERS.search(bare) or bare.count(b"[") + bare.count(b"{") > DEEPEST:
+        return False
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _values(row: Row, key_ttl: float) -> tuple[str | None, ...]:
+    job = row.job
+    return (
+        job.id,
+        job.queue,
+        job.kind,
+        row.payload,
+        job.level,
+        None if job.delay is None else repr(float(job.delay)),
+        None if job.run_at is None else _utc(job.run_at),
+        None if job.max_attempts is None else str(job.max_attempts),
+        row.headers,
+        row.document,
+        job.key,
+        repr(float(key_ttl if job.key_ttl is None else job.key_ttl)),
+    )
+
+
+def _utc(moment: datetime) -> str:
+    return moment.astimezone(UTC).isoformat()
+
+
+async def _copy(connection: Any, rows: Sequence[Row]) -> None:
+    now: datetime | None = None
+    if any(row.job.delay is not None for row in rows):  # counted by the clock that will judge it
+        now = datetime.fromtimestamp(float(await connection.fetchval(NOW)), UTC)
+    columns = ("id", "queue_name", "kind", "payload", "level", "run_at", "max_attempts", "headers", "document")
+
+    async def lines() -> Any:
+        for start in range(0, len(rows), BATCH):
+            yield "".join(_line(row, now) for row in rows[start : start + BATCH]).encode()
+
+    await connection.copy_to_table("jobs", schema_name="streamworker", columns=columns, source=lines(), format="text")
+    later = all(row.job.delay is not None or row.job.run_at is not None for row in rows)
+    await connection.fetchval(TELL, "later" if later else "")
+
+
+def _line(row: Row, now: datetime | None) -> str:
+    """One line of COPY's text format (PostgreSQL documentation, COPY, "Text Format")."""
+    job, run_at = row.job, row.job.run_at
+    if job.delay is not None and now is not None:
+        run_at = now + timedelta(seconds=job.delay)
+    values = (
+        job.id,
+        job.queue,
+        job.kind,
+        row.payload,
+        job.level,
+        None if run_at is None else _utc(run_at),
+        None if job.max_attempts is None else str(job.max_attempts),
+        row.headers,
+        None if row.document is None else f"\\x{row.document}",
+    )
+    return "\t".join(r"\N" if value is None else value.translate(_SPECIAL) for value in values) + "\n"
+
+
+@contextmanager
+def _schema_expected() -> Iterator[None]:
+    try:
+        yield
+    except _MISSING as error:
+        raise ConfigurationError(
+            "the database of this connection has no schema streamworker: run `streamworker migrate up` on it"
+        ) from error
+    except asyncpg.UntranslatableCharacterError as error:
+        raise ConfigurationError(
+            f"this database cannot hold what the job says ({error}): use one that is encoded in UTF8"
+        ) from error
+    except asyncpg.InsufficientPrivilegeError as error:
+        raise ConfigurationError(
+            f"this connection may not enqueue ({error}): grant its user usage of the schema streamworker, select and "
+            "insert on streamworker.jobs, and select, insert, update on streamworker.job_keys"
+        ) from error

@@ -1,0 +1,416 @@
+"""What an app offers to whoever makes jobs: one by one, by the thousand, and from sync code."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager, ExitStack
+from datetime import UTC, datetime
+from types import NoneType
+from typing import Any, Final, Generic, TypedDict
+
+import anyio
+import asyncpg
+from anyio.from_thread import BlockingPortal
+from typing_extensions import TypeVar, Unpack
+
+from streamworker import codec
+from streamworker.broker import Broker
+from streamworker.codec import infinity_in, reserved_in
+from streamworker.errors import LONGEST_WAIT, InvalidJob, UsageError
+from streamworker.handlers import Payload, check_queue
+from streamworker.job import Enqueued, Job
+from streamworker.observe import Sender
+from streamworker.postgres import enqueue
+from streamworker.settings import Settings
+
+
+class Producer:
+    """Makes and enqueues jobs. An `App` says where they go."""
+
+    def __init__(self) -> None:
+        self._senders: tuple[Sender, ...] = ()
+        self._background: BackgroundLoop[Producer] | None = None
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def _outlet(self) -> Broker | None:
+        """Where jobs go, ``None`` while the app is not open.
+
+        Raises:
+            UsageError: the app is open on another event loop.
+        """
+        raise NotImplementedError
+
+    def _rules(self) -> Settings:
+        """The settings in force, or that would be."""
+        raise NotImplementedError
+
+    def _sibling(self) -> AbstractAsyncContextManager[Producer]:
+        """The same app, opened on another event loop."""
+        raise NotImplementedError
+
+    def job(self, payload: Payload, /, **options: Unpack[JobOptions]) -> Job:
+        """Make a job with options, for `enqueue_many`.
+
+        Args:
+            payload: its class names kind and queue.
+            options: see `JobOptions`.
+
+        Raises:
+            UsageError: an option makes no sense, or two contradict each other.
+            InvalidJob: the payload does not fit its own type, or cannot be written as JSON.
+        """
+        return make_job(payload, **options)
+
+    async def enqueue(
+        self,
+        payload: Payload | Job,
+        /,
+        *,
+        queue: str | None = None,
+        priority: str | int = "normal",
+        delay: float | None = None,
+        run_at: datetime | None = None,
+        key: str | None = None,
+        key_ttl: float | None = None,
+        headers: dict[str, Any] | None = None,
+        connection: asyncpg.Connection[asyncpg.Record] | None = None,
+    ) -> Enqueued:
+        """Enqueue one job.
+
+        Args:
+            payload: its class names kind and queue; or a job made with `job`, which has its options.
+            queue: another queue than the class names.
+            priority: ``high``, ``normal``, ``low``, or a number (up to 50 high, up to 150 normal, else low).
+            delay: seconds to wait from now on.
+            run_at: not before this moment; without a time zone it is UTC.
+            key: deduplication key: while it is remembered, enqueueing again gives the earlier job's id.
+            key_ttl: seconds the key is remembered; ``STREAMWORKER_KEY_TTL`` unless given.
+            headers: travel with the job; anything JSON can hold.
+            connection: an asyncpg connection in a transaction: the job commits or vanishes with the caller's rows.
+
+        Raises:
+            UsageError: the app is not open, or on another event loop; it is no payload; or an option makes no sense.
+            InvalidJob: the payload does not fit its own type, or cannot be written as JSON.
+            PublishUncertain: the reply was lost; with ``key`` enqueueing again is safe.
+            JobTooLarge: the document exceeds ``STREAMWORKER_MAX_JOB_BYTES``.
+            ConfigurationError: the database of ``connection`` has no schema streamworker.
+            Unreachable: no server answers.
+        """
+        options = JobOptions(
+            queue=queue, priority=priority, delay=delay, run_at=run_at, key=key, key_ttl=key_ttl, headers=headers
+        )
+        return (await self.enqueue_many([job_of(payload, **options)], connection=connection))[0]
+
+    async def enqueue_many(
+        self, jobs: Iterable[Payload | Job], /, *, connection: asyncpg.Connection[asyncpg.Record] | None = None
+    ) -> list[Enqueued]:
+        """Enqueue many jobs, up to a thousand per round trip; answers in order.
+
+        With ``connection`` the app need not be open: Redis is not asked.
+
+        Args:
+            jobs: payloads, or jobs made with `job`.
+            connection: see `enqueue`.
+
+        Raises:
+            UsageError: one of them is no payload and no job; nothing was enqueued.
+            InvalidJob: a payload does not fit its own type, or cannot be written as JSON; nothing was enqueued.
+            PublishUncertain: a reply was lost; some of the jobs may be queued.
+            JobTooLarge: a document exceeds ``STREAMWORKER_MAX_JOB_BYTES``; nothing was enqueued.
+        """
+        if isinstance(jobs, Payload | Job) or not isinstance(jobs, Iterable):
+            raise UsageError(f"enqueue_many() takes a list: enqueue_many([...]), not one {type(jobs).__name__}")
+        made = [job if isinstance(job, Job) else make_job(job) for job in jobs]
+        if not self._senders or not made:
+            return await self._send(made, connection)
+        with ExitStack() as stack:
+            return await self._send(self._seen_off(stack, made), connection)
+
+    def _seen_off(self, stack: ExitStack, jobs: Sequence[Job]) -> Sequence[Job]:
+        for sender in self._senders:
+            jobs = stack.enter_context(sender.sending(jobs))
+        return jobs
+
+    async def _send(
+        self, made: Sequence[Job], connection: asyncpg.Connection[asyncpg.Record] | None = None
+    ) -> list[Enqueued]:
+        settings = self._rules()
+        if connection is not None:
+            return await enqueue.enqueue(connection, made, max_bytes=settings.max_job_bytes, key_ttl=settings.key_ttl)
+        broker = self._outlet()
+        if broker is None:
+            raise UsageError("the app is not open: enqueue inside `async with app:`")
+        packed = [codec.pack(job, max_bytes=settings.max_job_bytes, key_ttl=settings.key_ttl) for job in made]
+        return await broker.publish(packed) if packed else []
+
+    def enqueue_blocking(self, payload: Payload | Job, /, **options: Unpack[JobOptions]) -> Enqueued:
+        """`enqueue` for sync code: a script, a thread, a sync handler.
+
+        Args:
+            payload: its class names kind and queue; or a job made with `job`, which has its options.
+            options: see `JobOptions`.
+
+        Raises:
+            UsageError: called on the event loop of the app, which it would block, or gevent or eventlet has patched
+                this process; else what `enqueue` raises.
+        """
+        job = job_of(payload, **options)
+        refuse_patched()
+        refuse_on_loop("enqueue_blocking() would block this event loop: await enqueue() instead", self._loop)
+        with self._lock:
+            if self._background is None or not self._background.alive:
+                self._background = BackgroundLoop(self._sibling)
+        background = self._background
+        with ExitStack() as stack:  # here, where the caller's context is; the sibling has no senders
+            sent = self._seen_off(stack, [job])
+            return background.call(lambda sibling: sibling.enqueue_many(sent))[0]
+
+
+# What checkers know and callers without one do not: said here, before it breaks somewhere else.
+_KINDS: Final[dict[str, tuple[type, ...]]] = {
+    "queue": (str, NoneType),
+    "delay": (float, int, NoneType),
+    "run_at": (datetime, NoneType),
+    "key": (str, NoneType),
+    "key_ttl": (float, int, NoneType),
+    "headers": (dict, NoneType),
+}
+
+
+_WANTED: Final = "enqueue an instance of a class like `class Send(Payload, kind='mail.send', queue='mail')`"
+
+
+class JobOptions(TypedDict, total=False):
+    """The options of `App.job`, `App.enqueue` and `App.enqueue_blocking`.
+
+    Attributes:
+        queue: another queue than the payload's class names.
+        priority: ``high``, ``normal`` (the default), ``low``, or a number: up to 50 high, up to 150 normal, else low.
+        delay: seconds to wait from the moment of enqueueing.
+        run_at: not before this moment; without a time zone it is UTC.
+        key: deduplication key: while it is remembered, enqueueing again gives the earlier job's id.
+        key_ttl: seconds the key is remembered; ``STREAMWORKER_KEY_TTL`` unless given.
+        headers: travel with the job; anything JSON can hold.
+    """
+
+    queue: str | None
+    priority: str | int
+    delay: float | None
+    run_at: datetime | None
+    key: str | None
+    key_ttl: float | None
+    headers: dict[str, Any] | None
+
+
+def make_job(payload: Payload, **options: Unpack[JobOptions]) -> Job:
+    """A job with a fresh id.
+
+    Args:
+        payload: its class names kind and queue.
+        options: see `JobOptions`.
+
+    Raises:
+        UsageError: it is no payload, an option makes no sense, or two contradict each other.
+        InvalidJob: the payload does not fit its own type, or cannot be written as JSON.
+    """
+    type_: Any = type(payload)
+    if not issubclass(type_, Payload) or type_ is Payload:
+        raise UsageError(_no_payload(payload))
+    if not options:  # bulk: there is nothing more to check
+        return Job(
+            id=codec.new_id(),
+            queue=type_.__queue__,
+            kind=type_.__kind__,
+            payload=codec.encode_payload(payload),
+            created_at=datetime.now(UTC),
+        )
+    _check_types(options)
+    delay, run_at = options.get("delay"), options.get("run_at")
+    key, ttl = options.get("key"), options.get("key_ttl")
+    if delay is not None and run_at is not None:
+        raise UsageError("delay and run_at say the same thing twice: give one of them")
+    _check_seconds("delay", delay)
+    _check_seconds("key_ttl", ttl)
+    if key is not None and (not key or not _is_text(key)):
+        raise UsageError(f"key={key!r} cannot be a key: leave it out, or give it some text")
+    _check_headers(options.get("headers"))
+    try:
+        level = codec.level_of(options.get("priority"))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    queue = options.get("queue")
+    return Job(
+        id=codec.new_id(),
+        queue=type_.__queue__ if queue is None else check_queue(queue),
+        kind=type_.__kind__,
+        payload=codec.encode_payload(payload),
+        level=level,
+        created_at=datetime.now(UTC),
+        run_at=run_at.replace(tzinfo=UTC) if run_at is not None and run_at.tzinfo is None else run_at,
+        delay=delay,
+        key=key,
+        key_ttl=ttl,
+        headers=options.get("headers"),
+    )
+
+
+def job_of(given: Payload | Job, **options: Unpack[JobOptions]) -> Job:
+    """A job out of a payload and options; or a job that was made before, which brings its own.
+
+    Raises:
+        UsageError: a job, and options; else what `make_job` raises.
+    """
+    if not isinstance(given, Job):
+        return make_job(given, **options)
+    for name, value in options.items():
+        if value is not None and (name, value) != ("priority", "normal"):
+            raise UsageError(f"{name}={value!r} comes too late for a job that was made before: give it to app.job()")
+    return given
+
+
+def _check_types(options: JobOptions) -> None:
+    for name, kinds in _KINDS.items():
+        if not isinstance(options.get(name), kinds):
+            raise UsageError(f"{name}={options.get(name)!r} must be {kinds[0].__name__} or None")
+
+
+def _no_payload(given: Any) -> str:
+    if isinstance(given, Job):
+        return "this is a job already: give it to enqueue() or enqueue_many() as it is"
+    if isinstance(given, type):
+        if issubclass(given, Payload) and given is not Payload:
+            return f"{given.__name__} is a class: enqueue an instance of it, {given.__name__}(...)"
+        return f"the class {given.__name__} is no payload: {_WANTED}"
+    what = type(given).__name__
+    article = "an" if what[:1].lower() in "aeiou" else "a"
+    return f"{article} {what} is no payload: {_WANTED}"
+
+
+def _check_headers(headers: dict[str, Any] | None) -> None:
+    if not headers:
+        return
+    if (name := reserved_in(headers)) is not None:
+        raise UsageError(f"the header {name!r} has a name that streamworker keeps for itself: rename it")
+    if (place := infinity_in(headers)) is not None:
+        raise InvalidJob(f"the header {place.removeprefix('.')} is NaN or an infinity, which JSON lacks")
+
+
+def _is_text(value: str) -> bool:
+    """Whether it can be written as UTF-8: lone surrogates cannot."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _check_seconds(name: str, value: float | None) -> None:
+    if value is not None and not 0 <= value <= LONGEST_WAIT:
+        raise UsageError(f"{name}={value!r} must be seconds from 0 up to 100 years")
+
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def refuse_on_loop(sentence: str, own: asyncio.AbstractEventLoop | None) -> None:
+    """Refuse to block an event loop on which there is a better way.
+
+    Args:
+        sentence: what that is.
+        own: the loop on which it is; ``None``: any.
+
+    Raises:
+        UsageError: ``sentence``, if this thread runs that loop.
+    """
+    loop = running_loop()
+    if loop is not None and (own is None or loop is own):
+        raise UsageError(sentence)
+
+
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """The event loop that this thread runs; a forked child runs none, though its parent did."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+def refuse_patched() -> None:
+    """Refuse a process whose threads, sockets or selectors gevent or eventlet have replaced.
+
+    There every thread would be a green one of a single real thread: an event loop in one of them counts as running in
+    all, and a lease thread would stand still with the handler that it has to outlive.
+
+    Raises:
+        UsageError: they have.
+    """
+    for name, module, asks, parts in _PATCHERS:
+        patcher = sys.modules.get(module)
+        patched = getattr(patcher, asks, None)
+        if patched is not None and any(patched(part) for part in parts):
+            raise UsageError(
+                f"{name} has patched this process, and asyncio cannot work in it: enqueue from another process, or add "
+                "jobs with a Redis client of yours (XADD, as docs/design.md says)"
+            )
+
+
+_PATCHERS: Final = (
+    ("gevent", "gevent.monkey", "is_module_patched", ("socket", "threading", "select")),
+    ("eventlet", "eventlet.patcher", "is_monkey_patched", ("socket", "thread", "select")),
+)
+
+
+class BackgroundLoop(Generic[T]):
+    """Keeps ``resource`` open on a loop of its own and calls functions with it.
+
+    The thread is a daemon: a script that enqueues and ends must not wait for it. Threads are not inherited by a fork; a
+    child process makes its own.
+
+    Args:
+        resource: makes the async context manager whose value functions are called with.
+    """
+
+    def __init__(self, resource: Callable[[], AbstractAsyncContextManager[T]]) -> None:
+        self._resource = resource
+        self._ready = threading.Event()
+        self._portal: BlockingPortal | None = None
+        self._value: T | None = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="streamworker-blocking", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """The loop still runs in this process."""
+        return self._thread.is_alive()
+
+    def call(self, function: Callable[[T], Awaitable[R]]) -> R:
+        """Await ``function(resource)`` on the loop; raises what it raises, or what opening the resource raised."""
+        self._ready.wait()
+        if self._portal is None or self._error is not None:
+            raise self._error or RuntimeError("the background loop has ended")
+
+        async def on_loop() -> Any:
+            return await function(self._value)  # type: ignore[arg-type]  # set before the portal is
+
+        result: R = self._portal.call(on_loop)
+        return result
+
+    def _run(self) -> None:
+        try:
+            anyio.run(self._main)
+        except BaseException as error:  # noqa: BLE001 - handed to the caller, whose call is the one that failed
+            self._error = error
+        finally:
+            self._ready.set()
+
+    async def _main(self) -> None:
+        async with self._resource() as value, BlockingPortal() as portal:
+            self._value, self._portal = value, portal
+            self._ready.set()
+            await portal.sleep_until_stopped()

@@ -1,0 +1,197 @@
+"""What a relay watches beside its jobs: queues that the ledger pauses, and a Redis that lost jobs.
+
+Three signs say that jobs may be gone: the queue has another epoch (FLUSHALL, a restart without persistence), another
+server answers (a failover to a replica that lags, an old backup), and the count of relayed jobs went backwards. Then
+one lease is waited, so that what still runs can finish, and the queue is compared with the ledger job by job; and twice
+more later, for what was recorded late. What is there is left alone, whatever the signs said.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from datetime import datetime
+from time import monotonic
+from typing import Final
+
+import anyio
+
+from streamworker.loops import Pause
+from streamworker.relay import Dispatcher, KnownQueue, Lost, Outbox, Pulse
+from streamworker.telemetry.logs import get_logger
+
+log = get_logger("streamworker.relay")
+
+
+async def missing(outbox: Outbox, dispatcher: Dispatcher, queue: str, before: datetime) -> list[str]:
+    """Ids of a queue's open jobs that lie nowhere in Redis; jobs that moved on since ``before`` are left out.
+
+    Read in pages: a page of ids of the ledger is held in memory, and compared with all that lies in the queue. What
+    seems lost is looked for once more: a job may have moved past the look.
+    """
+    found: list[str] = []
+    after = ""
+    while True:
+        page = await outbox.open_ids(queue, after, before)
+        if not page:
+            return found
+        after = page[-1]
+        unseen = set(page)
+        for _ in range(2):
+            if unseen:
+                async for ids in dispatcher.ids(queue):
+                    unseen.difference_update(ids)
+        found += sorted(unseen)
+
+
+async def reconcile(outbox: Outbox, dispatcher: Dispatcher, queue: str, before: datetime) -> Lost:
+    """Queue what is missing again."""
+    gone = await outbox.lost(queue, await missing(outbox, dispatcher, queue, before), before)
+    if gone.queued:
+        log.warning("jobs_lost_by_redis", queue=queue, jobs=len(gone.queued), hint="they are dispatched again")
+    return gone
+
+
+LOOK: Final = 3.0
+"""Seconds between looks at the queues while changes of the ledger are told."""
+LOOK_BLIND: Final = 0.8
+"""The same while nobody tells: a queue has to pause within a second."""
+PASSES: Final = 3
+"""How often a queue is compared after a sign of loss."""
+HOLD: Final = 60.0
+"""Seconds after which a comparison whose relay died may be taken by another."""
+COMPLAINT: Final = 60.0
+"""Seconds between complaints that others keep the ledger for another Redis."""
+PRUNE: Final = 60.0
+"""Seconds between looks for deduplication keys that are remembered no more."""
+
+
+class LossDetector:
+    """Watches until it is stopped.
+
+    Args:
+        outbox: the ledger.
+        dispatcher: Redis.
+        stopping: ends it; call `wake` with it.
+        lease: seconds after a sign of loss in which running jobs may finish.
+        hearing: whether changes of queues in the ledger are told.
+        queues: those that this process serves.
+    """
+
+    def __init__(
+        self,
+        outbox: Outbox,
+        dispatcher: Dispatcher,
+        stopping: anyio.Event,
+        *,
+        lease: float,
+        hearing: Callable[[], bool],
+        queues: tuple[str, ...] = (),
+    ) -> None:
+        self._outbox = outbox
+        self._dispatcher = dispatcher
+        self._stopping = stopping
+        self._lease = lease
+        self._hearing = hearing
+        self._queues = queues
+        self._own: dict[str, str] = {}
+        """The server of each queue, as this process last agreed on it with the ledger."""
+        self._strange: set[str] = set()
+        self._complain_at = 0.0
+        self._wake = anyio.Event()
+        self._prune_at = monotonic() + PRUNE * random.random()  # noqa: S311 - spreads load
+
+    def wake(self) -> None:
+        """Look now."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Look until stopped; an error is logged and followed by a pause."""
+        pause = Pause()
+        while not self._stopping.is_set():
+            self._wake = anyio.Event()
+            try:
+                await self.look()
+                pause.reset()
+            except Exception as error:  # noqa: BLE001 - the watch goes on when the servers do
+                log.error("relay_watch_failed", error=str(error))
+                await pause.wait(self._stopping)
+                continue
+            seconds = min(LOOK, self._lease) if self._hearing() else LOOK_BLIND
+            with anyio.move_on_after(seconds * random.uniform(0.8, 1.0)):  # noqa: S311 - spreads load
+                await self._wake.wait()
+
+    async def look(self) -> None:
+        """One look at every queue."""
+        if self._queues:
+            await self._outbox.meet(dict.fromkeys(self._queues, ""))
+            self._queues = ()
+        known = await self._outbox.queues()
+        pulses = await self._dispatcher.pulses([queue.name for queue in known])
+        for queue, pulse in zip(known, pulses, strict=True):
+            if pulse.held == queue.is_active:
+                await self._dispatcher.hold(queue.name, held=not queue.is_active)
+                log.info("queue_paused" if not queue.is_active else "queue_resumed", queue=queue.name, by="job_queues")
+            await self._compare(queue, pulse)
+            if queue.due and queue.name not in self._strange:
+                await self._recheck(queue.name)
+        if monotonic() >= self._prune_at:
+            self._prune_at = monotonic() + PRUNE * random.uniform(0.8, 1.2)  # noqa: S311 - spreads load
+            await self._outbox.prune_keys()
+
+    async def _compare(self, known: KnownQueue, pulse: Pulse) -> None:
+        if not pulse.epoch:
+            if known.epoch:  # everything is gone; nobody else may come to say so
+                await self._dispatcher.found(known.name)
+                (pulse,) = await self._dispatcher.pulses([known.name])
+            else:
+                return  # nobody uses it yet
+        server = pulse.server or known.server
+        if known.server and server != known.server and server == self._own.get(known.name):
+            self._complain(known.name)
+            return
+        self._strange.discard(known.name)
+        if (pulse.epoch, pulse.relayed, server) == (known.epoch, known.relayed, known.server):
+            self._own[known.name] = server
+            return
+        signs = {
+            "another epoch": bool(known.epoch) and pulse.epoch != known.epoch,
+            "another server": bool(known.server) and server != known.server,
+            "fewer jobs were relayed than before": pulse.relayed < known.relayed,
+        }
+        why = [sign for sign, seen in signs.items() if seen]
+        recheck = (self._lease, PASSES) if why else None
+        noted = await self._outbox.observe(
+            known, epoch=pulse.epoch, relayed=pulse.relayed, server=server, recheck=recheck
+        )
+        if noted:
+            self._own[known.name] = server
+        if noted and why:
+            log.warning("redis_may_have_lost_jobs", queue=known.name, why=why, compared_in=self._lease)
+
+    @property
+    def barred(self) -> bool:
+        """Nothing may be relayed: others keep the same ledger for another Redis, while ours is still the same.
+
+        Two Redis on one ledger, or the old master of a failover that is still reached from here: what is put there is
+        lost to the others, and what is missed there lies with them.
+        """
+        return bool(self._strange)
+
+    def _complain(self, queue: str) -> None:
+        self._strange.add(queue)
+        if monotonic() >= self._complain_at:
+            self._complain_at = monotonic() + COMPLAINT
+            log.error(
+                "ledger_has_another_redis",
+                queue=queue,
+                hint="nothing is relayed from here: one schema is for one Redis, give this one a database of its own",
+            )
+
+    async def _recheck(self, queue: str) -> None:
+        before = await self._outbox.recheck(queue, HOLD)
+        if before is None:
+            return
+        lost = await reconcile(self._outbox, self._dispatcher, queue, before)
+        await self._outbox.rechecked(queue, self._lease if lost.locked else 4 * self._lease, done=not lost.locked)
+        log.info("queue_compared", queue=queue, lost=len(lost.queued), locked=len(lost.locked))

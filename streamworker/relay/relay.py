@@ -1,0 +1,247 @@
+"""The relay: puts jobs that wait in the ledger onto Redis, and notices when Redis has lost some.
+
+The order of its steps is what makes a crash harmless: a job is marked as being dispatched, with its next hop, and that
+is committed; one script adds it and remembers (id, hop), so that a repeat adds nothing; then it is noted as dispatched.
+Who dies in between leaves a row that another relay takes over after a while, with the same hop. Every worker runs one;
+they share the work by passing over what others have locked.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Coroutine, Sequence
+from time import monotonic
+from typing import Any, Final
+
+import anyio
+
+from streamworker.errors import StreamworkerError, Unreachable
+from streamworker.loops import Pause
+from streamworker.relay import Dispatch, Dispatcher, Outbox, Taken
+from streamworker.telemetry.logs import get_logger
+
+log = get_logger("streamworker.relay")
+
+VALID: Final = 5.0
+"""Seconds after taking jobs in which they may be added; others take them over later than that."""
+RETAKE: Final = 5.0
+"""Seconds between looks for what other relays left behind."""
+BLIND: Final = (0.05, 0.5)
+"""Shortest and longest pause between looks while nobody tells of commits."""
+SIGHTED: Final = 5.0
+"""Longest pause while notifications come in."""
+NOTE_AGAIN: Final = 1.0
+"""Seconds before a job is noted again whose row a run had locked."""
+UNNOTED: Final = 10_000
+"""Most jobs that are noted later."""
+LOSING: Final = (0.005, 0.25)
+"""Shortest and longest pause of a relay that was told of jobs and found that others had taken them."""
+
+Listener = Callable[[Callable[[str], None], Callable[[bool], None]], Coroutine[Any, Any, None]]
+"""Calls the first with every message and the second with whether messages come in. Never returns."""
+
+
+class Relay:
+    """Dispatches queued jobs until it is stopped.
+
+    Args:
+        outbox: where they wait.
+        dispatcher: where they go.
+        stopping: ends it; call `wake` with it.
+        listener: tells of commits; ``None`` leaves it to looking again and again.
+        queues_changed: is called when somebody changes a queue in the ledger.
+        barred: whether nothing may be relayed for now.
+    """
+
+    def __init__(
+        self,
+        outbox: Outbox,
+        dispatcher: Dispatcher,
+        stopping: anyio.Event,
+        *,
+        listener: Listener | None = None,
+        queues_changed: Callable[[], None] = lambda: None,
+        barred: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._outbox = outbox
+        self._dispatcher = dispatcher
+        self._stopping = stopping
+        self._listener = listener
+        self._queues_changed = queues_changed
+        self._barred = barred
+        self._wake = anyio.Event()
+        self._told = False
+        self.hearing = False
+        """Whether commits are told."""
+        self._losses = 0
+        self._idle = BLIND[0]
+        self._unsent: list[Taken] = []
+        self._unnoted: list[tuple[Taken, str]] = []
+        self._note_at = 0.0
+        self._doubted: str | None = None
+        self._until = 0.0
+        self._retake_at = 0.0
+        self._met: set[str] = set()
+        self._stepping = False
+        self.dispatched = 0
+        """Jobs this relay has dispatched."""
+
+    def wake(self) -> None:
+        """Look now."""
+        self._wake.set()
+
+    async def unsent(self) -> bool:
+        """Whether jobs that are due have not reached their queues yet; then they are looked for now."""
+        due = await self._outbox.next_due()
+        if due is not None and due <= 0:
+            self.wake()
+            return True
+        return self._stepping  # what it has taken is no longer queued, and perhaps not there yet
+
+    async def run(self) -> None:
+        """Dispatch until stopped; an error is logged and followed by a pause."""
+        async with anyio.create_task_group() as house:
+            if self._listener is not None:
+                house.start_soon(self._listener, self._on_message, self._on_hearing)
+            await self._loop()
+            house.cancel_scope.cancel()
+
+    async def _loop(self) -> None:
+        pause = Pause()
+        while not self._stopping.is_set():
+            # Before the look, not after it: what is told meanwhile must not be slept over.
+            self._wake, told, self._told = anyio.Event(), self._told, False
+            self._stepping = True
+            try:
+                seconds = await self.step(told=told)
+                pause.reset()
+            except Exception as error:  # noqa: BLE001 - the relay goes on when the servers do
+                log.error("relay_failed", error=str(error), unsent=len(self._unsent))
+                await pause.wait(self._stopping)
+                continue
+            finally:
+                self._stepping = False
+            if seconds > 0:
+                with anyio.move_on_after(seconds):
+                    await self._wake.wait()
+
+    async def step(self, *, told: bool = False) -> float:
+        """Dispatch one batch, if there is one; returns the seconds until the next look."""
+        if self._barred():
+            return SIGHTED
+        if self._doubted is not None:  # Redis was away: nothing more is taken before it is back
+            await self._dispatcher.pulses([self._doubted])
+            self._doubted = None
+        if self._unnoted and monotonic() >= self._note_at:
+            await self._note([])
+        if self._unsent:
+            await self._dispatch()
+            return 0.0
+        if told and self._losses:
+            # Told like all the others, and lately too late each time: who was first goes first, and costs less alone.
+            low, high = LOSING
+            with anyio.move_on_after(min(high, low * 2**self._losses) * random.uniform(0.7, 1.3)):  # noqa: S311
+                await self._stopping.wait()
+        taken = await self._take()
+        if taken:
+            self._losses, self._idle = 0, BLIND[0]
+            await self._dispatch()
+            return 0.0
+        if told:
+            self._losses = min(self._losses + 1, 10)
+        return await self._rest()
+
+    async def _take(self) -> list[Taken]:
+        self._until = monotonic() + VALID
+        if monotonic() >= self._retake_at:
+            self._unsent = await self._outbox.retake()
+            if self._unsent:  # there may be more
+                return self._unsent
+            self._retake_at = monotonic() + RETAKE * random.uniform(0.8, 1.2)  # noqa: S311 - spreads load
+            self._until = monotonic() + VALID
+        self._unsent = await self._outbox.claim()
+        return self._unsent
+
+    async def _rest(self) -> float:
+        due = await self._outbox.next_due()
+        # Due now and yet not ours: somebody else is taking it.
+        due = float("inf") if due is None else max(due, BLIND[0])
+        if self._unnoted:
+            due = min(due, max(BLIND[0], self._note_at - monotonic()))
+        if self.hearing:
+            return min(due, SIGHTED * random.uniform(0.8, 1.0))  # noqa: S311 - spreads load
+        self._idle = min(BLIND[1], self._idle * 1.5)
+        return min(due, self._idle * random.uniform(0.8, 1.2))  # noqa: S311 - spreads load
+
+    async def _dispatch(self) -> None:
+        """Send what was taken, queue by queue; what one queue refuses does not hold up the others."""
+        if monotonic() > self._until:  # too late for it: by now it may be somebody else's, and is taken over if not
+            self._unsent = []
+            return
+        by_queue: dict[str, list[Taken]] = {}
+        for job in self._unsent:
+            by_queue.setdefault(job.queue, []).append(job)
+        sent: list[tuple[Taken, str]] = []
+        troubles: list[StreamworkerError] = []
+        try:
+            for queue, jobs in by_queue.items():
+                try:
+                    there, error = await self._send(queue, jobs)
+                    sent += there
+                    if error:
+                        troubles.append(StreamworkerError(f"Redis refuses jobs of {queue}: {error}"))
+                except Unreachable:
+                    self._doubted = queue
+                    raise
+                except StreamworkerError as trouble:
+                    troubles.append(trouble)
+                self._unsent = [job for job in self._unsent if job.queue != queue]
+        finally:
+            await self._note(sent)
+        if troubles:
+            raise troubles[0]
+
+    async def _send(self, queue: str, jobs: Sequence[Taken]) -> tuple[list[tuple[Taken, str]], str]:
+        """(what is there now, each with the queue's epoch; why some are not)."""
+        wire = [Dispatch(job.id, job.hop, job.level, job.body) for job in jobs]
+        done = await self._dispatcher.dispatch(queue, wire, self._until)
+        if done is None:
+            log.info("relay_late", queue=queue, jobs=len(jobs), hint="they are taken over")
+            return [], ""
+        if queue not in self._met:
+            await self._outbox.meet({queue: done.epoch})
+            self._met.add(queue)
+        return [(job, done.epoch) for job, there in zip(jobs, done.there, strict=True) if there], done.error
+
+    async def _note(self, sent: Sequence[tuple[Taken, str]]) -> None:
+        self.dispatched += len(sent)
+        noting, self._unnoted = [*self._unnoted, *sent], []
+        if not noting:
+            return
+        try:
+            locked = await self._outbox.note([job for job, _ in noting], [epoch for _, epoch in noting])
+        except StreamworkerError:
+            self._unnoted = noting
+            raise
+        # Redis remembers what is not noted, so that nobody who takes it over adds it again.
+        self._unnoted = [(job, epoch) for job, epoch in noting if (job.queue, job.id) in locked][-UNNOTED:]
+        self._note_at = monotonic() + NOTE_AGAIN
+        by_queue: dict[str, list[Dispatch]] = {}
+        for job, _ in noting:
+            if (job.queue, job.id) not in locked:
+                by_queue.setdefault(job.queue, []).append(Dispatch(job.id, job.hop, job.level, b""))
+        for queue, jobs in by_queue.items():
+            await self._dispatcher.forget(queue, jobs)
+
+    # -- what the listener tells
+
+    def _on_message(self, message: str) -> None:
+        if message == "queues":
+            self._queues_changed()
+            return
+        self._told = self._told or message != "later"
+        self._wake.set()
+
+    def _on_hearing(self, hearing: bool) -> None:
+        self.hearing = hearing
+        self._wake.set()  # what was committed before the ears were open

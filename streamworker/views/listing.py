@@ -1,0 +1,236 @@
+"""What an operator asked for: the jobs that fit, read in pages."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
+from typing import Final, Generic
+
+import msgspec
+from typing_extensions import TypeVar
+
+from streamworker.broker import Operator, Page, PendingEntry, StoredJob
+from streamworker.errors import UsageError
+from streamworker.views.rows import QueueRow, queue_row
+
+T = TypeVar("T")
+
+BUDGET: Final = 0.15
+"""Seconds of looking for rows that fit; then the page ends, and the next one goes on from there."""
+
+
+class Slice(msgspec.Struct, Generic[T], frozen=True):
+    """Rows of a listing.
+
+    Attributes:
+        rows: what fits; may be fewer than asked for, or none, although more may follow.
+        after: where the next slice begins; ``None`` if this is the last.
+        looked: entries that were looked at.
+    """
+
+    rows: list[T]
+    after: str | None
+    looked: int
+
+
+async def pending_slice(
+    operator: Operator, queues: list[str], selection: Selection, after: str = "", size: int = 50, budget: float = BUDGET
+) -> Slice[PendingEntry]:
+    """Pending jobs that fit, in the order of the queues, oldest entry first within a level.
+
+    Args:
+        operator: the server.
+        queues: the queues that exist; the selection's own goes before.
+        selection: which.
+        after: where the slice before ended.
+        size: rows at most, about.
+        budget: seconds after which the slice ends with what it has.
+    """
+
+    def ask(queue: str, position: str) -> Awaitable[Page[PendingEntry]]:
+        return operator.pending(queue, position, consumer=selection.worker, min_idle=selection.min_idle)
+
+    return await _slice(
+        _walk(queues, selection, after),
+        ask,
+        lambda row: selection.fits(row.job_id, row.entry_id, row.kind),
+        size,
+        budget,
+    )
+
+
+async def dead_slice(
+    operator: Operator, queues: list[str], selection: Selection, after: str = "", size: int = 50, budget: float = BUDGET
+) -> Slice[StoredJob]:
+    """Dead letters that fit, in the order of the queues, newest first. Arguments as of `pending_slice`."""
+    return await _slice(_walk(queues, selection, after), operator.dead, selection.fits_stored, size, budget)
+
+
+async def delayed_slice(
+    operator: Operator, queues: list[str], selection: Selection, after: str = "", size: int = 50, budget: float = BUDGET
+) -> Slice[StoredJob]:
+    """Delayed jobs that fit, in the order of the queues, soonest first. Arguments as of `pending_slice`."""
+    return await _slice(_walk(queues, selection, after), operator.delayed, selection.fits_stored, size, budget)
+
+
+def _walk(queues: list[str], selection: Selection, after: str) -> list[tuple[str, str]]:
+    """(queue, where to begin in it) of all that are left.
+
+    Raises:
+        UsageError: no slice begins there.
+    """
+    names = [selection.queue] if selection.queue is not None else queues
+    if not after:
+        return [(name, "") for name in names]
+    queue, separator, position = after.partition("|")
+    if queue not in names or not separator:
+        raise UsageError(f"no page begins at {after[:100]!a}: begin at the first one")
+    return [(queue, position), *((name, "") for name in names[names.index(queue) + 1 :])]
+
+
+async def _slice(
+    walk: list[tuple[str, str]],
+    ask: Callable[[str, str], Awaitable[Page[T]]],
+    fits: Callable[[T], bool],
+    size: int,
+    budget: float,
+) -> Slice[T]:
+    rows: list[T] = []
+    looked, deadline = 0, time.monotonic() + budget
+    for index, (queue, begin) in enumerate(walk):
+        after: str | None = begin
+        while after is not None:
+            page = await ask(queue, after)
+            looked += page.looked
+            rows += [row for row in page.rows if fits(row)]
+            after = page.after
+            if len(rows) >= size or time.monotonic() > deadline:
+                if after is not None:
+                    return Slice(rows, f"{queue}|{after}", looked)
+                left = walk[index + 1 :]
+                return Slice(rows, f"{left[0][0]}|" if left else None, looked)
+    return Slice(rows, None, looked)
+
+
+_ENTRY_ID: Final = re.compile(r"[0-9]{13,20}-[0-9]{1,20}")  # as servers make them; job ids may look like 2024-117
+
+
+class Selection(msgspec.Struct, frozen=True, kw_only=True):
+    """Which jobs: every condition given must hold.
+
+    Attributes:
+        queue: in this queue; ``None`` for all queues.
+        ids: entry ids or job ids; empty for all.
+        worker: held by this worker.
+        min_idle: not renewed for this many seconds.
+        kind: of this kind.
+        reason: dead for a reason that contains this text.
+        text: this text is in id, kind, reason or error, in upper or lower case.
+    """
+
+    queue: str | None = None
+    ids: frozenset[str] = frozenset()
+    worker: str | None = None
+    min_idle: float = 0.0
+    kind: str | None = None
+    reason: str | None = None
+    text: str | None = None
+
+    def fits(self, job_id: str | None, entry_id: str, kind: str | None) -> bool:
+        """Whether ids and kind are those asked for."""
+        return (not self.ids or entry_id in self.ids or job_id in self.ids) and self.kind in (None, kind)
+
+    def fits_stored(self, job: StoredJob) -> bool:
+        """Whether a delayed job or a dead letter is one of those asked for."""
+        if not self.fits(job.job_id, job.handle, job.kind):
+            return False
+        reason, error = job.details.get("reason", ""), job.details.get("error", "")
+        if self.reason is not None and self.reason not in reason:
+            return False
+        if self.text is None:
+            return True
+        wanted = self.text.casefold()
+        return any(wanted in (word or "").casefold() for word in (job.job_id, job.handle, job.kind, reason, error))
+
+    @property
+    def direct(self) -> list[str | None]:
+        """Entry ids that are found without reading all others; ``[None]`` if all must be read."""
+        if self.ids and all(_ENTRY_ID.fullmatch(name) for name in self.ids):
+            return list(self.ids)
+        return [None]
+
+    async def queues(self, operator: Operator) -> list[str]:
+        """The queue asked for, else all that exist."""
+        return [self.queue] if self.queue is not None else await operator.queues()
+
+
+async def chosen_pending(operator: Operator, selection: Selection) -> AsyncIterator[PendingEntry]:
+    """Pending jobs that fit, oldest entry first within a queue's level."""
+    for queue in await selection.queues(operator):
+        for only in selection.direct:
+            ask = partial(operator.pending, queue, consumer=selection.worker, min_idle=selection.min_idle, only=only)
+            async for entry in _rows(ask):
+                if selection.fits(entry.job_id, entry.entry_id, entry.kind):
+                    yield entry
+
+
+async def chosen_delayed(operator: Operator, selection: Selection) -> AsyncIterator[StoredJob]:
+    """Parked jobs that fit, soonest first within a queue."""
+    for queue in await selection.queues(operator):
+        async for job in _rows(partial(operator.delayed, queue)):
+            if selection.fits_stored(job):
+                yield job
+
+
+async def chosen_dead(operator: Operator, selection: Selection) -> AsyncIterator[StoredJob]:
+    """Dead letters that fit, newest first within a queue."""
+    for queue in await selection.queues(operator):
+        for only in selection.direct:
+            async for job in _rows(partial(operator.dead, queue, only=only)):
+                if selection.fits_stored(job):
+                    yield job
+
+
+async def _rows(ask: Callable[[str], Awaitable[Page[T]]]) -> AsyncIterator[T]:
+    """The rows of all pages."""
+    after: str | None = ""
+    while after is not None:
+        page = await ask(after)
+        for row in page.rows:
+            yield row
+        after = page.after
+
+
+class Pace:
+    """Jobs that left each queue per second, between two looks."""
+
+    def __init__(self) -> None:
+        self._before: dict[str, tuple[float, int]] = {}
+
+    def rate(self, queue: str, departed: int | None, now: float) -> float | None:
+        """Jobs per second since the last look; ``None`` at the first, and where the server does not count.
+
+        Args:
+            queue: whose.
+            departed: how many ever left it.
+            now: seconds of a clock that never goes back.
+        """
+        if departed is None:
+            return None
+        before, self._before[queue] = self._before.get(queue), (now, departed)
+        if before is None or now <= before[0]:
+            return None
+        return max(0.0, (departed - before[1]) / (now - before[0]))
+
+
+async def overview(
+    operator: Operator, queues: Sequence[str], pace: Pace | None = None
+) -> list[tuple[QueueRow, float | None]]:
+    """(row, jobs per second) of each queue; the rate needs a ``pace`` that was here before."""
+    rows = [queue_row(depth) for depth in await operator.depth(queues)]
+    if pace is None:
+        return [(row, None) for row in rows]
+    departed, now = await operator.departed(queues), time.monotonic()
+    return [(row, pace.rate(row.queue, count, now)) for row, count in zip(rows, departed, strict=True)]

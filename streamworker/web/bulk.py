@@ -1,0 +1,205 @@
+"""Changing many jobs at a rate, in the background of the dashboard: it goes on while people look at other pages."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Final, Literal
+
+from streamworker.broker import Operator, PendingEntry, StoredJob
+from streamworker.errors import StreamworkerError, UsageError
+from streamworker.telemetry.logs import get_logger
+from streamworker.views import Selection, Throttle, chosen_dead, chosen_delayed, chosen_pending
+
+log = get_logger("streamworker.web")
+
+KEPT: Final = 20
+"""Campaigns that are remembered, those that ended included."""
+STIR_EVERY: Final = 0.5
+
+What = Literal["replay", "erase", "hasten", "forget", "release", "bury", "drop"]
+TITLES: Final[dict[What, str]] = {
+    "replay": "Replay dead letters",
+    "erase": "Delete dead letters",
+    "hasten": "Run delayed jobs now",
+    "forget": "Delete delayed jobs",
+    "release": "Release pending jobs",
+    "bury": "Move pending jobs to dead",
+    "drop": "Delete pending jobs",
+}
+
+
+class BulkJob:
+    """One change to many jobs.
+
+    Args:
+        what: is done to each.
+        selection: which jobs.
+        rate: so many a second at most; ``None`` for as fast as it goes.
+        who: began it.
+        expected: how many there are, as far as is known.
+    """
+
+    def __init__(self, what: What, selection: Selection, rate: float | None, who: str, expected: int) -> None:
+        self.id = secrets.token_hex(6)
+        self.what: What = what
+        self.selection = selection
+        self.rate = rate
+        self.who = who
+        self.expected = expected
+        self.done = self.gone = self.refused = 0
+        self.state: Literal["running", "done", "stopped", "failed"] = "running"
+        self.trouble = ""
+        self.began = time.time()
+        self.task: asyncio.Task[None] | None = None
+
+    def told(self) -> dict[str, Any]:
+        """For those who watch."""
+        where = f" of {self.selection.queue}" if self.selection.queue else ""
+        return {
+            "id": self.id,
+            "title": f"{TITLES[self.what]}{where}",
+            "state": self.state,
+            "done": self.done,
+            "gone": self.gone,
+            "refused": self.refused,
+            "expected": self.expected,
+            "rate": self.rate,
+            "who": self.who,
+            "trouble": self.trouble,
+        }
+
+
+class Campaigns:
+    """All of them.
+
+    Args:
+        stir: called when there is news.
+    """
+
+    def __init__(self, stir: Callable[[], None]) -> None:
+        self._stir = stir
+        self._all: dict[str, BulkJob] = {}
+
+    def begin(self, operator: Operator, campaign: BulkJob) -> BulkJob:
+        """Start it.
+
+        Raises:
+            UsageError: too many are running.
+        """
+        running = [each for each in self._all.values() if each.state == "running"]
+        if len(running) >= KEPT:
+            raise UsageError("too many of these are running: stop one first")
+        for old in [each for each in self._all.values() if each.state != "running"][: len(self._all) - KEPT + 1]:
+            del self._all[old.id]
+        self._all[campaign.id] = campaign
+        campaign.task = asyncio.create_task(self._run(operator, campaign))
+        return campaign
+
+    def stop(self, name: str) -> bool:
+        """End it where it is; False if it does not run. What is in flight is finished first."""
+        campaign = self._all.get(name)
+        if campaign is None or campaign.state != "running":
+            return False
+        campaign.state = "stopped"
+        self._stir()
+        return True
+
+    def told(self) -> list[dict[str, Any]]:
+        """For those who watch; what ended a while ago is left out."""
+        return [each.told() for each in self._all.values()]
+
+    def dismiss(self, name: str) -> bool:
+        """Forget one that ended."""
+        campaign = self._all.get(name)
+        if campaign is None or campaign.state == "running":
+            return False
+        del self._all[name]
+        return True
+
+    async def aclose(self) -> None:
+        """Stop all, and wait for what is in flight."""
+        tasks = []
+        for campaign in self._all.values():
+            if campaign.task is not None and not campaign.task.done():
+                campaign.state = "stopped"
+                tasks.append(campaign.task)
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=5)
+            for task in late:
+                task.cancel()
+
+    async def _run(self, operator: Operator, campaign: BulkJob) -> None:
+        throttle, told = Throttle(campaign.rate), time.monotonic()
+        try:
+            async for do in _deeds(operator, campaign):
+                await throttle.turn()
+                if campaign.state != "running":
+                    break
+                try:
+                    if await do():
+                        campaign.done += 1
+                    else:
+                        campaign.gone += 1
+                except StreamworkerError as error:
+                    if error.exit_code != StreamworkerError.exit_code:
+                        raise
+                    campaign.refused, campaign.trouble = campaign.refused + 1, str(error)
+                if time.monotonic() - told > STIR_EVERY:
+                    told = time.monotonic()
+                    self._stir()
+            if campaign.state == "running":
+                campaign.state = "done"
+        except StreamworkerError as error:
+            campaign.state, campaign.trouble = "failed", str(error)
+        log.info(
+            "dashboard_campaign_ended", what=campaign.what, who=campaign.who, state=campaign.state,
+            queue=campaign.selection.queue, done=campaign.done, gone=campaign.gone, refused=campaign.refused,
+        )  # fmt: skip
+        self._stir()
+
+
+async def _deeds(operator: Operator, campaign: BulkJob) -> AsyncIterator[Callable[[], Awaitable[bool]]]:
+    selection = campaign.selection
+    if campaign.what in ("replay", "erase"):
+        act = operator.replay if campaign.what == "replay" else operator.erase
+        async for letter in chosen_dead(operator, selection):
+            yield _bound(act, letter)
+    elif campaign.what in ("hasten", "forget"):
+        act = operator.run_now if campaign.what == "hasten" else operator.forget
+        async for job in _delayed(operator, selection):
+            yield _bound(act, job)
+    else:
+        async for entry in chosen_pending(operator, selection):
+            if not entry.alive:  # what a living worker runs is changed one by one, knowingly
+                yield _pending_deed(operator, campaign, entry)
+
+
+def _bound(act: Callable[[StoredJob], Awaitable[bool]], job: StoredJob) -> Callable[[], Awaitable[bool]]:
+    return lambda: act(job)
+
+
+def _pending_deed(operator: Operator, campaign: BulkJob, entry: PendingEntry) -> Callable[[], Awaitable[bool]]:
+    if campaign.what == "bury":
+        return lambda: operator.bury(entry, f"buried by {campaign.who}")
+    act = operator.release if campaign.what == "release" else operator.drop
+    return lambda: act(entry)
+
+
+async def _delayed(operator: Operator, selection: Selection) -> AsyncIterator[StoredJob]:
+    """Each delayed job once, although those before it leave: pages are counted by places, which then move up."""
+    seen: set[str] = set()
+    while True:
+        fresh = []
+        async for job in chosen_delayed(operator, selection):
+            if job.handle not in seen:
+                fresh.append(job)
+            if len(fresh) == 500:
+                break
+        for job in fresh:
+            seen.add(job.handle)
+            yield job
+        if len(fresh) < 500:
+            return

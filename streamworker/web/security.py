@@ -1,0 +1,253 @@
+"""What every request passes: who asks, from where, and whether a write was meant. And what every answer carries."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from base64 import b64decode
+from collections.abc import Mapping
+from hmac import compare_digest
+from ipaddress import ip_address
+from typing import Any, Final, Self
+from urllib.parse import urlsplit
+
+import msgspec
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from streamworker.errors import ConfigurationError
+from streamworker.settings.environment import PREFIX, lookup
+from streamworker.telemetry.logs import get_logger
+
+log = get_logger("streamworker.web")
+
+COOKIE: Final = "streamworker_csrf"
+HEADER: Final = "x-csrf-token"
+LARGEST: Final = 1_000_000
+"""Bytes of a form."""
+
+# No inline code or style, nothing from elsewhere, no frames: what a payload says is never more than text.
+POLICY: Final = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
+HEADERS: Final = {
+    "content-security-policy": POLICY,
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "same-origin",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(), geolocation=(), microphone=(), payment=(), usb=()",
+    "x-robots-tag": "noindex, nofollow",
+}
+
+
+class Guard:
+    """ASGI middleware. Sets ``scope["state"]["who"]`` and ``["csrf"]``.
+
+    Args:
+        app: what is guarded.
+        access: who may do what.
+    """
+
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        self._app = app
+        self._access = access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let through what may pass."""
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1000})
+            return
+        headers = Headers(scope=scope)
+        token = _cookie(headers.get("cookie", ""))
+        fresh = "" if token else secrets.token_urlsafe(32)
+        refusal = self._refusal(scope, headers, token)
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                found = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    found[name] = value
+                found.setdefault("cache-control", "no-store")
+                if fresh and refusal is None and scope["method"] == "GET":
+                    found.append("set-cookie", _baked(fresh, scope))
+            await send(message)
+
+        if refusal is not None:
+            await refusal(scope, receive, answer)
+            return
+        scope.setdefault("state", {})
+        scope["state"] |= {"who": self._who(scope), "csrf": token or fresh}
+        await self._app(scope, receive, answer)
+
+    def _refusal(self, scope: Scope, headers: Headers, token: str) -> PlainTextResponse | None:
+        access, client = self._access, (scope.get("client") or ("?",))[0]
+        if not access.admits_host(headers.get("host", "")):
+            return _no(421, "This dashboard asks for no password and answers to localhost alone.")
+        if access.user is not None and access.knows(headers.get("authorization", "")) is None:
+            if "authorization" in headers:
+                log.warning("dashboard_login_refused", client=client)
+            challenge = {"www-authenticate": 'Basic realm="streamworker", charset="UTF-8"'}
+            return _no(401, "Who are you?", challenge)
+        if scope["method"] in ("GET", "HEAD"):
+            return None
+        if scope["method"] != "POST":
+            return _no(405, "There is nothing to do here but GET and POST.", {"allow": "GET, HEAD, POST"})
+        if access.read_only:
+            return _no(403, "This dashboard is read-only.")
+        if (
+            not self._same_origin(headers)
+            or not token
+            or not compare_digest(token.encode(), headers.get(HEADER, "").encode())
+        ):
+            log.warning("dashboard_forged_request", client=client, path=scope["path"], origin=headers.get("origin"))
+            return _no(403, "This request did not come from a page of this dashboard: load the page anew.")
+        length = headers.get("content-length", "0")
+        if not length.isdigit() or int(length) > LARGEST or "transfer-encoding" in headers:
+            return _no(413, "That is more than a form of ours holds.")
+        return None
+
+    def _same_origin(self, headers: Headers) -> bool:
+        """Browsers say where a request comes from; what does not say so is no browser showing our page."""
+        origin = headers.get("origin")
+        if origin is None or headers.get("sec-fetch-site", "same-origin") != "same-origin":
+            return False
+        split = urlsplit(origin)
+        own = split.scheme in ("http", "https") and split.netloc.lower() == headers.get("host", "").lower()
+        return own or origin in self._access.origins
+
+    def _who(self, scope: Scope) -> str:
+        if self._access.user is not None:
+            return self._access.user
+        user: Any = scope.get("user")
+        name = getattr(user, "display_name", "") if self._access.outer else ""
+        return str(name) or ("local" if not self._access.public else "anybody")
+
+
+def _no(status: int, sentence: str, headers: dict[str, str] | None = None) -> PlainTextResponse:
+    return PlainTextResponse(f"{sentence}\n", status, headers)
+
+
+def _cookie(header: str) -> str:
+    """Our token in a Cookie header; empty if there is none that we could have made."""
+    for part in header.split(";"):
+        name, _, value = part.strip().partition("=")
+        if name == COOKIE and 20 <= len(value) <= 100 and value.replace("-", "").replace("_", "").isalnum():
+            return value
+    return ""
+
+
+def _baked(token: str, scope: Scope) -> str:
+    path = scope.get("root_path") or "/"
+    secure = "; Secure" if scope.get("scheme") == "https" else ""
+    return f"{COOKIE}={token}; Path={path}; HttpOnly; SameSite=Strict{secure}"
+
+
+USER: Final = f"{PREFIX}DASHBOARD_USER"
+PASSWORD: Final = f"{PREFIX}DASHBOARD_PASSWORD"
+LOCAL: Final = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
+class Access(msgspec.Struct, frozen=True, kw_only=True):
+    """Who may see and do what.
+
+    Attributes:
+        user: with ``password``, asked for by HTTP Basic authentication; ``None`` for nobody is asked.
+        password: see ``user``.
+        read_only: nothing can be changed.
+        outer: the application around the dashboard has checked who asks; names it by ``scope["user"].display_name``.
+        public: without a password, names other than localhost may be asked for; goes with ``read_only``.
+        origins: what browsers may send as Origin besides the dashboard's own, as ``https://ops.example.com``, where a
+            proxy changes the Host.
+    """
+
+    user: str | None = None
+    password: str | None = None
+    read_only: bool = False
+    outer: bool = False
+    public: bool = False
+    origins: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if (self.user is None) != (self.password is None):
+            raise ConfigurationError(f"set {USER} and {PASSWORD} (or their _FILE forms), or neither of them")
+        if self.public and not self.read_only and self.user is None:
+            raise ConfigurationError("a public dashboard without a password has to be read-only")
+
+    @classmethod
+    def load(
+        cls, env: Mapping[str, str] | None = None, *, read_only: bool = False, origins: tuple[str, ...] = ()
+    ) -> Self:
+        """From the environment.
+
+        Raises:
+            ConfigurationError: one of user and password is missing, or a file of secrets cannot be read.
+        """
+        env = os.environ if env is None else env
+        user, password = lookup(env, [USER]), lookup(env, [PASSWORD])
+        return cls(
+            user=user.value if user else None,
+            password=password.value if password else None,
+            read_only=read_only,
+            origins=origins,
+        )
+
+    def for_bind(self, host: str) -> Access:
+        """The same for a server that listens on ``host``.
+
+        Raises:
+            ConfigurationError: others could reach it, and nobody would be asked who they are.
+        """
+        if self.user is not None or is_local(host):
+            return self
+        if not self.read_only:
+            raise ConfigurationError(
+                f"{host} can be reached from elsewhere: set {USER} and {PASSWORD} (or {PASSWORD}_FILE), or add "
+                "--read-only, or listen on 127.0.0.1"
+            )
+        return msgspec.structs.replace(self, public=True)
+
+    @property
+    def payloads(self) -> bool:
+        """Whether payloads may be looked at: they may be private, and not for whoever comes along."""
+        return not self.public
+
+    def admits_host(self, host: str) -> bool:
+        """Whether this name may be asked for. Any, if a password is: no other site's page knows that."""
+        # Otherwise a page from anywhere could have its own name point here, and read what is answered.
+        return self.user is not None or self.outer or self.public or _name_of(host) in LOCAL
+
+    def knows(self, authorization: str) -> str | None:
+        """The user that an Authorization header names rightly; ``None`` if it does not."""
+        scheme, _, encoded = authorization.partition(" ")
+        try:
+            given = b64decode(encoded.strip(), validate=True)
+        except ValueError:
+            return None
+        wanted = f"{self.user}:{self.password}".encode()
+        # In constant time: how much of it was right must not be told by how long it took.
+        right = compare_digest(given, wanted)
+        return self.user if right and scheme.lower() == "basic" else None
+
+
+_HOST: Final = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:@/?#\\\s]+))(?::[0-9]{1,5})?")
+
+
+def is_local(host: str) -> bool:
+    """Whether a server that listens there is reached from this machine alone."""
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _name_of(host: str) -> str:
+    """The name of a Host header, without the port (RFC 3986, 3.2.2); empty if it is none."""
+    found = _HOST.fullmatch(host)
+    return (found[1] or found[2]).lower() if found is not None else ""

@@ -1,0 +1,394 @@
+"""Whether there is a ledger, and through which connections: the PostgreSQL side of the composition root."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from datetime import datetime
+from functools import partial
+from typing import Any, Final, Literal, Protocol
+
+import anyio
+import asyncpg
+
+from streamworker.broker import CronTick, CronTickResult, Finding
+from streamworker.cron import Schedule
+from streamworker.errors import ConfigurationError, StreamworkerError
+from streamworker.loops import Pause
+from streamworker.postgres.archive import PostgresArchive
+from streamworker.postgres.errors import understood
+from streamworker.postgres.ledger import PostgresLedger
+from streamworker.postgres.listen import connect, listen
+from streamworker.postgres.outbox import PostgresOutbox
+from streamworker.postgres.pool import (
+    CONNECTIONS,
+    RELAY_CONNECTIONS,
+    Database,
+    NamedPool,
+    Pressure,
+    borrowed_database,
+    count_sessions,
+    open_database,
+    require_same_database,
+)
+from streamworker.relay import Dispatcher, Outbox
+from streamworker.relay.loss_detector import LossDetector, missing
+from streamworker.relay.relay import Listener, Relay
+from streamworker.settings import Settings
+from streamworker.telemetry.logs import get_logger
+from streamworker.worker.scheduler import CronLoop
+
+log = get_logger("streamworker.ledger")
+relay_log = get_logger("streamworker.relay")
+
+NEW_QUEUES: Final = 5.0
+"""Seconds between looks for queues that were not there before."""
+
+
+class Promoting(Protocol):
+    """What a scheduler needs of Redis."""
+
+    async def promote(self, queues: Sequence[str]) -> float:
+        """See `Dispatcher.promote`."""
+
+    async def queues(self) -> list[str]:
+        """See `Dispatcher.queues`."""
+
+    async def offer_tick(self, tick: CronTick) -> CronTickResult:
+        """See `Broker.offer_tick`."""
+
+
+class Scheduler:
+    """What makes jobs ready when their time comes, where no worker may be: due jobs of all queues, and an app's ticks.
+
+    Args:
+        dispatcher: where the jobs are.
+        schedules: of the app; none where no app is known.
+        settings: how large a job may be.
+    """
+
+    dispatched: Final = 0
+    """Jobs it took from a ledger."""
+
+    def __init__(self, dispatcher: Promoting, schedules: Sequence[Schedule], settings: Settings) -> None:
+        self._dispatcher, self._schedules, self._settings = dispatcher, schedules, settings
+
+    async def run(self, stopping: anyio.Event) -> None:
+        """Promote and tick until stopped; no command to Redis is cancelled."""
+        async with anyio.create_task_group() as loops:
+            loops.start_soon(self._promote, stopping)
+            loops.start_soon(CronLoop(self._dispatcher, self._schedules, self._settings, stopping).run)
+
+    async def _promote(self, stopping: anyio.Event) -> None:
+        pause = Pause()
+        while not stopping.is_set():
+            try:
+                seconds = await self._dispatcher.promote(await self._dispatcher.queues())
+                pause.reset()
+            except Exception as error:  # noqa: BLE001 - goes on when the server does
+                relay_log.error("promotion_failed", error=str(error))
+                await pause.wait(stopping)
+                continue
+            with anyio.move_on_after(min(seconds, NEW_QUEUES)):
+                await stopping.wait()
+
+
+class Relaying:
+    """A relay and its watch.
+
+    Args:
+        outbox: where jobs wait.
+        dispatcher: where they go.
+        listener: tells of commits, if anybody does.
+        lease: seconds a running job may take to finish after a sign of loss.
+        queues: those that this process serves.
+        scheduler: runs beside it, if there is one.
+    """
+
+    def __init__(
+        self,
+        outbox: Outbox,
+        dispatcher: Dispatcher,
+        *,
+        listener: Listener | None,
+        lease: float,
+        queues: Sequence[str] = (),
+        scheduler: Scheduler | None = None,
+    ) -> None:
+        self._dispatcher = dispatcher
+        self.outbox: Final = outbox
+        self._scheduler = scheduler
+        self._ending = anyio.Event()
+        self.relay: Final = Relay(
+            outbox,
+            dispatcher,
+            self._ending,
+            listener=listener,
+            queues_changed=lambda: self._vigil.wake(),  # noqa: PLW0108 - made after it
+            barred=lambda: self._vigil.barred,
+        )
+        self._vigil = LossDetector(
+            outbox, dispatcher, self._ending, lease=lease, hearing=lambda: self.relay.hearing, queues=tuple(queues)
+        )
+
+    async def run(self, stopping: anyio.Event) -> None:
+        """Relay until stopped. What is under way is finished first: no command to Redis is cancelled."""
+        async with anyio.create_task_group() as loops:
+            loops.start_soon(self.relay.run)
+            loops.start_soon(self._vigil.run)
+            if self._scheduler is not None:
+                loops.start_soon(self._scheduler.run, self._ending)
+            await stopping.wait()
+            self._ending.set()
+            self.relay.wake()
+            self._vigil.wake()
+
+    async def unsent(self) -> bool:
+        """Whether jobs that are due have not reached their queues yet; then they are looked for now."""
+        return await self.relay.unsent()
+
+    @property
+    def dispatched(self) -> int:
+        """Jobs it has dispatched."""
+        return self.relay.dispatched
+
+    async def known(self) -> list[str]:
+        """The queues of the ledger."""
+        return sorted(queue.name for queue in await self.outbox.queues())
+
+    async def missing(self, queue: str) -> tuple[list[str], datetime]:
+        """(ids of open jobs of a queue that lie nowhere in Redis, the moment the look began)."""
+        before = await self.outbox.now()
+        return await missing(self.outbox, self._dispatcher, queue, before), before
+
+
+class NothingToRelay:
+    """The relay of a worker that has none."""
+
+    async def run(self, stopping: anyio.Event) -> None:
+        """Nothing to do."""
+
+    async def unsent(self) -> bool:
+        """Nothing is."""
+        return False
+
+
+async def open_relaying(
+    stack: AsyncExitStack,
+    settings: Settings,
+    dispatcher: Dispatcher,
+    url: str | None,
+    pool: Any,
+    *,
+    queues: Sequence[str] = (),
+    scheduler: Scheduler | None = None,
+) -> Relaying:
+    """A relay, closed with ``stack``, the dispatcher too.
+
+    Args:
+        stack: closes what is made here.
+        settings: lease, and the way past a pooler.
+        dispatcher: where jobs go.
+        url: of the database, if there is one.
+        pool: the user's, where there is none.
+        queues: those that this process serves.
+        scheduler: runs beside it, if there is one.
+
+    Raises:
+        ConfigurationError: the database has no schema streamworker.
+        Unreachable: PostgreSQL does not answer.
+    """
+    stack.push_async_callback(dispatcher.close)
+    if url is not None:
+        database = await open_database(url, name="relay", connections=RELAY_CONNECTIONS)
+        stack.callback(database.close)
+    else:
+        database = await borrowed_database(pool)
+    outbox = PostgresOutbox(database)
+    if not await outbox.is_there():
+        raise ConfigurationError("the schema streamworker is not there: run `streamworker migrate up`")
+    listener = listener_for(url, settings.database_direct_url, pooled=database.pooled)
+    return Relaying(outbox, dispatcher, listener=listener, lease=settings.lease, queues=queues, scheduler=scheduler)
+
+
+def listener_for(url: str | None, direct: str | None, *, pooled: bool) -> Listener | None:
+    """What listens for commits: nobody, if the only way leads through a pooler."""
+    way = direct or (None if pooled else url)
+    return None if way is None else partial(listen, way)
+
+
+RELEASE: Final = 1.0
+"""Seconds that connections which handlers hold still are waited for, once no handler runs any more."""
+
+# The key of a job is (id, queue_name).
+_TRIED: Final = 100
+"""Most connections that `check` opens."""
+_THERE: Final = """
+select to_regclass('streamworker.jobs') is not null as any, exists (
+  select from pg_index where indexrelid = to_regclass('streamworker.jobs_pkey') and indnkeyatts = 2
+) as all, current_setting('server_encoding') as encoding"""
+
+
+async def open_durable(
+    stack: AsyncExitStack, settings: Settings, url: str | None, database: Any, worker_id: str, queues: Sequence[str]
+) -> tuple[Any, PostgresLedger | None]:
+    """(the handlers' database, the ledger), closed with ``stack``; what the user brought stays the user's.
+
+    Args:
+        stack: closes what is made here.
+        settings: `ledger` decides.
+        url: of the database, if there is one.
+        database: what the user brought for the handlers, if anything.
+        worker_id: whose runs are recorded.
+        queues: what the worker works on.
+
+    Raises:
+        ConfigurationError: the ledger is wanted and cannot be had.
+        Unreachable: PostgreSQL does not answer.
+    """
+    brought = database if isinstance(database, asyncpg.Pool) else None
+    pressure = Pressure()
+    ledger = await _ledger_database(stack, settings, url, brought, pressure)
+    pool = brought
+    if database is None and url is not None:
+        database = pool = await _handlers_pool(stack, settings, url, "ctx.database", pressure, ledger)
+    if ledger is None:
+        return database, None
+    if url is not None and brought is None:
+        # A pool of its own: a handler may take a connection of ctx.database inside its transaction.
+        pool = await _handlers_pool(stack, settings, url, "ctx.transaction()", pressure, ledger)
+    if pool is None:
+        return database, None
+    if brought is not None:
+        await require_same_database(ledger, brought)
+    made = PostgresLedger(ledger, pool, worker_id)
+    await made.open(queues)
+    return database, made
+
+
+def most_connections(settings: Settings) -> int:
+    """Connections to PostgreSQL that one worker opens at most: of handlers, the ledger, the relay and its listener."""
+    handlers = settings.database_connections
+    if settings.ledger == "off":
+        return handlers
+    return 2 * handlers + CONNECTIONS + (RELAY_CONNECTIONS + 1 if settings.relay == "on" else 0)
+
+
+async def examine(settings: Settings, url: str) -> list[Finding]:
+    """What `streamworker check` says of PostgreSQL: asked as a worker asks it, with as many connections.
+
+    Args:
+        settings: a worker's.
+        url: of the database.
+    """
+    most = most_connections(settings)
+    try:
+        database = await open_database(url, name="check", connections=1)
+        try:
+            with understood("looking for the schema streamworker"):
+                there = (await database.fetch(_THERE))[0]
+        finally:
+            database.close()  # before the sessions are counted: it would hold one of them
+        sessions = await count_sessions(url, min(most, _TRIED))
+        if settings.database_direct_url is not None:
+            (await connect(settings.database_direct_url, "check")).terminate()
+    except StreamworkerError as error:
+        return [Finding("error", "postgresql", str(error))]
+    found = [_of_sessions(most, sessions, pooled=database.pooled)]
+    if database.pooled and settings.ledger != "off" and settings.relay == "on" and settings.database_direct_url is None:
+        hint = (
+            "there is no LISTEN behind a pooler: the relay looks twice a second. Past it leads "
+            "STREAMWORKER_DATABASE_DIRECT_URL"
+        )
+        found.append(Finding("ok", "postgresql", hint))
+    if there["encoding"] != "UTF8":
+        sentence = f"the database is encoded in {there['encoding']}, which cannot hold all that jobs may say: use UTF8"
+        found.append(Finding("warning", "postgresql", sentence))
+    if settings.ledger == "off" or there["all"]:
+        return found
+    what = "of an older release" if there["any"] else "not there"
+    severity: Literal["error", "warning"] = "error" if settings.ledger == "on" or there["any"] else "warning"
+    sentence = f"the schema streamworker is {what}: there is no ledger until `streamworker migrate up` was run"
+    return [*found, Finding(severity, "ledger", sentence)]
+
+
+def _of_sessions(most: int, sessions: int, *, pooled: bool) -> Finding:
+    through = "through a pooler" if pooled else "directly"
+    wanted = min(most, _TRIED)
+    if sessions >= wanted:
+        return Finding(
+            "ok", "postgresql", f"it answers {through}; a worker opens up to {most} connections, and {wanted} are there"
+        )
+    whose = "the pooler, which pools by session," if pooled else "PostgreSQL"
+    cure = "make its pool (default_pool_size) larger" if pooled else "raise max_connections"
+    return Finding(
+        "warning",
+        "postgresql",
+        f"{whose} gives {sessions} of the {most} connections that one worker may open: {cure}, or lower "
+        "STREAMWORKER_DATABASE_CONNECTIONS",
+    )
+
+
+async def _handlers_pool(
+    stack: AsyncExitStack, settings: Settings, url: str, what: str, pressure: Pressure, ledger: Database | None
+) -> NamedPool:
+    pooled = ledger.pooled if ledger is not None else None
+    pool = NamedPool(url, what=what, size=settings.database_connections, pressure=pressure, pooled=pooled)
+    await pool
+    stack.push_async_callback(_close, pool)
+    return pool
+
+
+async def _close(pool: asyncpg.Pool[asyncpg.Record]) -> None:
+    """Close the handlers' pool, though a connection of it was never released: no handler runs any more."""
+    held = pool.get_size() - pool.get_idle_size()
+    with anyio.move_on_after(RELEASE) as scope:
+        await pool.close()
+    if scope.cancelled_caught:
+        pool.terminate()
+        log.warning(
+            "connections_not_released",
+            connections=held,
+            hint="a handler acquires from ctx.database and never releases: use `async with ctx.database.acquire()`",
+        )
+
+
+async def open_archive(stack: AsyncExitStack, url: str, *, required: bool = True) -> PostgresArchive | None:
+    """What people ask the ledger, closed with ``stack``; ``None`` without its schema, unless it is ``required``.
+
+    Raises:
+        ConfigurationError: the schema is not there.
+        Unreachable: PostgreSQL does not answer.
+    """
+    database = await open_database(url, name="jobs", connections=2)
+    stack.callback(database.close)
+    return PostgresArchive(database) if await _schema(database, required=required) else None
+
+
+async def _ledger_database(
+    stack: AsyncExitStack, settings: Settings, url: str | None, brought: Any, pressure: Pressure
+) -> Database | None:
+    if settings.ledger == "off" or (url is None and brought is None):
+        if settings.ledger == "on":
+            raise ConfigurationError("STREAMWORKER_LEDGER is 'on' but there is no PostgreSQL: set DATABASE_URL")
+        return None
+    database = await (open_database(url, pressure=pressure) if url is not None else borrowed_database(brought))
+    stack.callback(database.close)
+    if await _schema(database, required=settings.ledger == "on"):
+        return database
+    log.warning("ledger_off", reason="the schema streamworker is not there: `streamworker migrate up` makes it")
+    return None
+
+
+async def _schema(database: Database, *, required: bool) -> bool:
+    """Whether the schema is there as this release needs it."""
+    with understood("looking for the schema streamworker"):
+        there = (await database.fetch(_THERE))[0]
+    if there["all"]:
+        return True
+    if required or there["any"]:
+        what = "of an older release" if there["any"] else "not there"
+        raise ConfigurationError(
+            f"the schema streamworker is {what}: run `streamworker migrate up`, or set STREAMWORKER_LEDGER=off"
+        )
+    return False

@@ -1,0 +1,565 @@
+"""QueueWorker: claims jobs, runs them, settles them, and drains when told to stop.
+
+Stateless: everything it knows of a job comes from the broker and goes back there. Its loops (claiming, running,
+settling, moving due jobs) share nothing but the runs this worker holds. An error in a loop is logged and followed by a
+pause; running jobs go on, finished ones wait in memory and keep their lease until they are settled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from contextlib import AsyncExitStack
+from time import monotonic
+from typing import Any, Final, NoReturn, Protocol
+
+import anyio
+import anyio.to_thread
+from structlog.contextvars import bind_contextvars
+
+from streamworker.broker import Broker, Ending
+from streamworker.context import Shared
+from streamworker.errors import ConfigurationError, HandBackFailed, StuckThread, Unreachable, UsageError
+from streamworker.execution import Execution
+from streamworker.job import Interrupted, Raised, Settled, TimedOut
+from streamworker.redact import text_of
+from streamworker.settings import Settings
+from streamworker.telemetry.logs import get_logger
+from streamworker.worker import signals, stacks
+from streamworker.worker.admission import Admission
+from streamworker.worker.executor import Executor
+from streamworker.worker.fetcher import Fetcher
+from streamworker.worker.health import Health
+from streamworker.worker.heartbeat import heartbeat, new_worker_id
+from streamworker.worker.host import WorkerHost
+from streamworker.worker.inflight import InFlight, LeasedSet
+from streamworker.worker.job_task import JobThreads
+from streamworker.worker.lease import LeaseKeeper, longest_silence
+from streamworker.worker.ledger import stages
+from streamworker.worker.metrics import Metering
+from streamworker.worker.observers import watching
+from streamworker.worker.scheduler import CronLoop, DelayedPromoter
+from streamworker.worker.settler import Settler, ending
+from streamworker.worker.tasks import JobTasks
+
+log = get_logger("streamworker.worker")
+
+HAND_BACK: Final = 5.0
+"""Seconds within which what was handed back must be settled."""
+UNWIND: Final = 2.0
+"""Seconds a cancelled handler has to clean up after itself."""
+CLEAN_UP: Final = 10.0
+"""Seconds after the grace by which a worker has ended, whatever users' code does."""
+HURRIED: Final = 5.0
+"""Seconds after a second signal by which it has."""
+LAST_CALL: Final = 1.0
+"""Seconds that what was told to end, and should have, is given once more."""
+SECOND_THOUGHT: Final = 0.2
+"""Seconds before a server that did not let us go is asked once more."""
+SHUTDOWN: Final = Interrupted("the worker shut down")
+
+
+class Draining(Protocol):
+    """What draining needs of a worker."""
+
+    def finish(self, run: Execution) -> None:
+        """Make room for another run, and settle."""
+
+    def abandon_waiting(self) -> list[Execution]:
+        """Runs that have not been started."""
+
+    @property
+    def executor(self) -> Executor:
+        """Prepares runs."""
+
+
+class Shutdown:
+    """When a worker was told to stop, and by when it must be over.
+
+    Args:
+        grace: seconds running jobs may take to finish.
+    """
+
+    def __init__(self, grace: float) -> None:
+        self._grace = grace
+        self.began: float | None = None
+        """When it was told (time.monotonic)."""
+        self.hurried: float | None = None
+        """When it was told again."""
+        self.leaving: float | None = None
+        """Since when everything is handed back, and only what was opened is closed."""
+        self.cut_short = False
+        """Running jobs were handed back: nothing of them may go on once the worker has ended."""
+
+    def begin(self) -> None:
+        """It was told to stop; a second call changes nothing."""
+        self.began = self.began or monotonic()
+
+    def hurry(self) -> None:
+        """It was told again."""
+        self.hurried = self.hurried or monotonic()
+
+    def leave(self) -> None:
+        """Everything is handed back."""
+        self.leaving = self.leaving or monotonic()
+
+    def since(self, now: float) -> float:
+        """Seconds since it was told."""
+        return now - (self.began or now)
+
+    def overdue(self, now: float) -> bool:
+        """Closing takes too long: users' code does not end. While jobs are handed back it is the servers that count."""
+        return self.leaving is not None and now > max(self.end() - LAST_CALL, self.leaving + LAST_CALL)
+
+    def end(self, *, began: float | None = None, hurried: float | None = None) -> float:
+        """By when it must be over (time.monotonic); infinity while nothing stops it.
+
+        Args:
+            began: when it was told, if the event loop does not know of it yet.
+            hurried: the same for the second time.
+        """
+        told = [at for at in (self.began, began) if at is not None]
+        again = [at for at in (self.hurried, hurried) if at is not None]
+        ends = [min(told) + self._grace + CLEAN_UP] if told else []
+        return min([*ends, *([min(again) + HURRIED] if again else [])], default=float("inf"))
+
+
+async def drain(worker: Draining, executions: JobTasks, holdings: InFlight, grace: float, hurry: anyio.Event) -> bool:
+    """Wait for running jobs, then cancel and hand back what is left; returns whether anything was.
+
+    Args:
+        worker: whose runs these are.
+        executions: where they run.
+        holdings: what is held.
+        grace: seconds running jobs may take to finish.
+        hurry: set by a second signal: no more waiting.
+    """
+    for run in [*executions.abandon_waiting(), *worker.abandon_waiting()]:
+        if run.outcome is None:
+            worker.executor.prepare(run)
+        give_back(worker, run)
+    async with anyio.create_task_group() as group:
+
+        async def wait_no_more() -> None:
+            await hurry.wait()
+            group.cancel_scope.cancel()
+
+        group.start_soon(wait_no_more)
+        with anyio.move_on_after(grace):
+            while any(not run.stuck for run in executions.running):
+                await holdings.changed(0.25)
+        group.cancel_scope.cancel()
+    cut_short = list(executions.running)
+    for run in cut_short:
+        run.cancel(SHUTDOWN)
+    with anyio.move_on_after(UNWIND):
+        while any(not run.in_thread and not run.stuck for run in executions.running):
+            await holdings.changed(0.05)
+    for run in list(executions.running):  # threads, and handlers that cannot be cancelled: the process ends under them
+        give_back(worker, run)
+    return bool(cut_short)
+
+
+def give_back(worker: Draining, run: Execution) -> None:
+    """Settle a run that did not come to an end here; one that can have no other end (undecodable) gets that."""
+    if run.outcome is None:
+        # A thread past its deadline is charged, or it would stick worker after worker for ever.
+        limits = run.facts.limits if run.facts is not None and run.overdue(monotonic()) else None
+        run.outcome = TimedOut(limits.timeout) if limits is not None and limits.timeout is not None else SHUTDOWN
+    worker.finish(run)
+
+
+async def end_reading(broker: Broker, ended: anyio.Event) -> None:
+    """End the blocking read; told again and again, since it may begin just after it was told.
+
+    Args:
+        broker: whose.
+        ended: set when nothing is claimed any more.
+    """
+    while not ended.is_set():
+        try:
+            await broker.interrupt()
+        except Exception as error:  # noqa: BLE001 - then the read ends by its own timeout
+            log.warning("unblock_failed", error=str(error))
+        with anyio.move_on_after(0.05):
+            await ended.wait()
+
+
+async def take_leave(broker: Broker, executor: Executor, holdings: InFlight) -> None:
+    """Leave nothing behind under our name: no pending entry, no consumer, no heartbeat.
+
+    Raises:
+        HandBackFailed: something is pending under our name still.
+        StreamworkerError: the server would not, and not at the second attempt either.
+    """
+    try:
+        await _hand_back_strays(broker, executor, holdings)
+        gone = await broker.leave()
+    except Unreachable:
+        # A connection that was idle may be the one that a failover left behind; the next one leads to the new master.
+        await anyio.sleep(SECOND_THOUGHT)
+        await _hand_back_strays(broker, executor, holdings)
+        gone = await broker.leave()
+    if not gone or len(holdings):
+        raise HandBackFailed("some jobs are still pending under this worker's name")
+
+
+async def _hand_back_strays(broker: Broker, executor: Executor, holdings: InFlight) -> None:
+    """What is pending under our name still is settled: what is held by its outcome, what is not goes back."""
+    while runs := await _pending_runs(broker, executor, holdings):
+        endings = [run.ending or ending(run, now=time.time(), jitter=0.5) for run in runs]
+        refused = await _settled(broker, holdings, runs, endings)
+        if refused:
+            # What cannot be parked or buried where it belongs goes back to where it came from, at once and uncharged.
+            for run in refused:
+                run.outcome = SHUTDOWN
+            endings = [ending(run, now=time.time(), jitter=0.5) for run in refused]
+            if await _settled(broker, holdings, refused, endings):
+                return
+
+
+async def _pending_runs(broker: Broker, executor: Executor, holdings: InFlight) -> list[Execution]:
+    runs = []
+    for claim in await broker.own_pending(()):
+        run = holdings.find(claim) or Execution(claim)
+        if run.outcome is None:
+            executor.prepare(run)
+        if run.outcome is None:
+            run.outcome = SHUTDOWN
+        runs.append(run)
+    return runs
+
+
+async def _settled(broker: Broker, holdings: InFlight, runs: list[Execution], endings: list[Ending]) -> list[Execution]:
+    """Settle; returns the runs that the server refused to store."""
+    refused = []
+    for run, answer in zip(runs, await broker.settle(endings), strict=True):
+        if answer is Settled.REFUSED:
+            refused.append(run)
+        else:
+            holdings.forget(run)
+    return refused
+
+
+class QueueWorker:
+    """A worker process's core.
+
+    Args:
+        app: handlers, middleware and lifespan.
+        redis: a ``redis.asyncio.Redis``, a URL, or ``None`` for ``REDIS_URL``.
+        database: an asyncpg pool, a URL, or ``None`` for ``DATABASE_URL``; reaches handlers as ``ctx.database``.
+        services: the user's services (an email service, pools …), reach handlers as ``ctx.services``; ``None`` enters
+            the app's ``lifespan``.
+        settings: instead of the environment's.
+        worker_id: a name for this worker; a random part is added, so that it is unique per start.
+    """
+
+    def __init__(
+        self,
+        app: WorkerHost,
+        *,
+        redis: Any,
+        database: Any,
+        services: Any,
+        settings: Settings | None = None,
+        worker_id: str | None = None,
+    ) -> None:
+        self._app = app
+        self._settings = app.resolve(settings)
+        self.worker_id: Final = new_worker_id(worker_id or self._settings.worker_id)
+        self._redis, self._database, self._services = redis, database, services
+        self._stopping, self._hurry, self._stopped = anyio.Event(), anyio.Event(), anyio.Event()
+        self._burst = self._begun = self._main_begun = self._forked = False
+        self._queues = [spec.name for spec in self._settings.queues] or app.handlers.queues
+        self._error: StuckThread | HandBackFailed | ConfigurationError | None = None
+        self._signal = 0
+        self.shutdown: Final = Shutdown(self._settings.grace)
+        """When it was told to stop, and by when it has ended."""
+        metering = Metering(app, self._settings, redis, self._queues) if self._settings.http is not None else None
+        self._health = Health(self._settings, self.worker_id, self._stopping, metering)
+        self._started = time.time()
+
+    # -- the lifecycle
+
+    async def start(self) -> None:
+        """Initialise and run the main loop until `stop`; returns when everything is cleaned up.
+
+        Raises:
+            StreamworkerError: it could not start (logged first), or it could not end as promised. `StuckThread`: code
+                of yours does not end, and is named; this process must end, because that code goes on.
+            UsageError: it was started before.
+        """
+        if self._begun:
+            raise UsageError("this QueueWorker was started before: make a new one, worker ids are unique per start")
+        self._begun = True
+        # A task of its own: when the caller is cancelled, what is held is handed back first and nothing is left behind.
+        end = asyncio.create_task(self._end_of(asyncio.create_task(self._live())))
+        try:
+            await asyncio.shield(end)
+        except asyncio.CancelledError:
+            self._stopping.set()
+            self._hurry.set()
+            with anyio.CancelScope(shield=True):
+                await asyncio.wait([end])
+            raise
+
+    async def _end_of(self, life: asyncio.Task[None]) -> None:
+        """Wait for the end, and once the worker was told to stop no longer than that may take."""
+        told = asyncio.create_task(self._stopping.wait())
+        await asyncio.wait({life, told}, return_when=asyncio.FIRST_COMPLETED)
+        told.cancel()
+        self.shutdown.begin()
+        cut = False
+        while not life.done() and not self.shutdown.overdue(time.monotonic()):
+            if self._hurry.is_set():
+                self.shutdown.hurry()
+            if not self._main_begun and not cut and self.shutdown.since(time.monotonic()) > LAST_CALL:
+                cut = life.cancel()  # it is starting, and holds nothing yet
+                self.shutdown.leave()
+            await asyncio.wait({life}, timeout=0.05)
+        if not life.done():
+            await self._overran(life)
+        if not (cut and life.cancelled()):
+            await life
+
+    async def _overran(self, life: asyncio.Task[None]) -> NoReturn:
+        """Code of users does not end: name it, and leave it behind. Everything was handed back before."""
+        where = stacks.of_task(life)
+        hint = "this process must end: code that was told to stop goes on"
+        log.error("worker_overran", worker_id=self.worker_id, where=where, hint=hint)
+        life.cancel()
+        await asyncio.wait({life}, timeout=LAST_CALL / 2)
+        self._stopped.set()
+        raise StuckThread(f"{where} would not end when it was told to: this process must end, start another")
+
+    async def _live(self) -> None:
+        loop = asyncio.get_running_loop()
+        if hasattr(loop, "_default_executor"):  # asyncio's; of uvloop's only whoever makes it knows that it is unchosen
+            JobThreads.install(loop)
+        bind_contextvars(worker_id=self.worker_id)  # every line of this worker's tasks has it; they copy this context
+        log.info("worker_starting", worker_id=self.worker_id)
+        try:
+            async with AsyncExitStack() as stack:
+                stack.enter_context(signals.guard(self._in_forked_child))
+                try:
+                    stack.callback(self._health.close)
+                    self._health.open()
+                    await self.initialize(stack)
+                except Exception as error:
+                    log.error("worker_start_failed", worker_id=self.worker_id, error=text_of(error))
+                    raise
+                self._main_begun = True
+                try:
+                    await self._main()
+                    await self._clean_up()
+                finally:
+                    self.shutdown.leave()
+        finally:
+            self._stopped.set()
+        log.info("worker_stopped", worker_id=self.worker_id, done=self._holdings.counts.done)
+        if self._error is not None:
+            raise self._error
+
+    async def stop(self) -> None:
+        """Claim no more, finish running jobs within ``GRACE`` seconds, hand back the rest, clean up."""
+        self._stopping.set()
+        if self._begun:
+            await self._stopped.wait()
+
+    def resumed(self) -> None:
+        """The event loop runs again after something got out of it; call it there."""
+        self._executor.generators.resume()
+
+    async def run(self, *, burst: bool = False) -> int:
+        """`start`, with SIGTERM, SIGINT and SIGHUP wired to `stop`; a second SIGTERM or SIGINT cancels running jobs.
+
+        Every worker that runs in this process hears one signal. In another thread than the main one it is heard while
+        a worker runs in the main thread too.
+
+        Args:
+            burst: end when nothing is ready any more.
+
+        Returns:
+            0, or 128 + the number of the second signal.
+        """
+        self._burst = burst
+        failure: Exception | None = None
+        async with anyio.create_task_group() as group:
+            await group.start(signals.watch, self._signalled)
+            try:
+                await self.start()
+            except Exception as error:  # noqa: BLE001 - raised below, outside of the group that would wrap it
+                failure = error
+            group.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+        return 128 + self._signal if self._signal else 0
+
+    async def initialize(self, stack: AsyncExitStack) -> None:
+        """Connect, check the server, create the groups, make the services; all is closed when ``stack`` is left."""
+        settings, app = self._settings, self._app
+        stack.enter_context(app.handlers.serving())  # before it is looked which queues, limits and batches there are
+        self._queues[:] = [spec.name for spec in settings.queues] or app.handlers.queues
+        await stack.enter_async_context(app.entered(settings, self._redis))
+        site = await app.site(stack, settings, self._redis, self._database, self.worker_id)
+        self._broker, self._relay = site.broker, site.relay
+        await self._broker.open()
+        await self._broker.join(self.worker_id)
+        services = await self._enter_services(stack)
+        self._shared = Shared(self.worker_id, services, site.redis, site.database, site.ledger)
+        self._holdings, self._ticker = InFlight(), DelayedPromoter(self._broker, self._stopping)
+        self._settler = Settler(self._broker, self._holdings, parked=self._ticker.parked)
+        self._executor = Executor(
+            app.handlers, self._shared, middleware=app.middleware, threads=settings.concurrency,
+            max_deliveries=settings.max_deliveries, max_job_bytes=settings.max_job_bytes,
+            unknown_kind_ttl=settings.unknown_kind_ttl,
+        )  # fmt: skip
+        self._watch = watching((*app.observers, *self._health.observers), self._executor, self._settler)
+        self._executions = JobTasks(
+            settings.concurrency, self._executor, call=self._watch.starts if self._watch is not None else None,
+            finished=self.finish, stuck=self._stuck, grace=settings.grace,
+            admit=lambda run: self._entrance.may_run(run),  # noqa: PLW0108 - made afterwards
+        )  # fmt: skip
+        record = None if site.ledger is None or site.dispatcher is None else (site.ledger, site.dispatcher)
+        self._stages = stages(record, self._executor, self._executions, self._settler, self._holdings)
+        self._claimer = Fetcher(
+            self._broker,
+            self._holdings,
+            self._stages.put,
+            concurrency=settings.concurrency,
+            most=self._stages.most(settings.concurrency),
+            max_deliveries=settings.max_deliveries,
+            caps={spec.name: spec.cap for spec in settings.queues if spec.cap is not None},
+            stopping=self._stopping,
+            burst=self._burst,
+            unsent=self._relay.unsent,
+            fatal=self._refused,
+            closed=self._stages.closed,
+        )
+        self._entrance = Admission(
+            self._broker, app.handlers, limit=settings.concurrency, isolate=self._claimer.may_run,
+            put=self._executions.put, finished=self.finish,
+        )  # fmt: skip
+        held = LeasedSet(self._holdings, self._executor, self._entrance.kept)
+        longest = longest_silence(app.handlers.registrations, settings.grace)
+        self._lease = LeaseKeeper(self._broker, lease=settings.lease, held=held, report=self._report, longest=longest)
+        self._health.watch(self._claimer, self._lease, self._holdings, self._broker)
+
+    async def _enter_services(self, stack: AsyncExitStack) -> Any:
+        if self._services is None and self._app.lifespan is not None:
+            return await stack.enter_async_context(self._app.lifespan())
+        return self._services
+
+    async def _main(self) -> None:
+        self._lease.start()
+        try:
+            self._executions.open()
+            async with anyio.create_task_group() as house:
+                house.start_soon(self._broker.listen, self._ticker.parked, self._lease.look)
+                async with anyio.create_task_group() as loops:
+                    for part in (self._settler, self._stages, self._entrance, self._ticker):
+                        loops.start_soon(part.run)
+                    loops.start_soon(self._unblocking)
+                    loops.start_soon(self._relay.run, self._stopping)
+                    if self._app.schedules and not self._burst:
+                        loops.start_soon(
+                            CronLoop(self._broker, self._app.schedules, self._settings, self._stopping).run
+                        )
+                    log.info("worker_ready", worker_id=self.worker_id, queues=self._queues)
+                    await self._claimer.run()
+                    self.shutdown.cut_short = await drain(
+                        self, self._executions, self._holdings, self._settings.grace, self._hurry
+                    )
+                    await self._stages.close(HAND_BACK)
+                    self._settler.close(HAND_BACK)
+                    self._entrance.close(HAND_BACK)
+                house.cancel_scope.cancel()
+        finally:
+            for run in await self._executions.close(LAST_CALL):
+                if not run.stuck:
+                    self._stuck(run)
+            self._lease.stop()
+
+    async def _clean_up(self) -> None:
+        """Leave nothing behind: no pending entry, no consumer, no heartbeat."""
+        with anyio.move_on_after(5):
+            # The thread may be in a command; its heartbeat must not outlive us.
+            await anyio.to_thread.run_sync(self._lease.join, abandon_on_cancel=True)
+        try:
+            await take_leave(self._broker, self._executor, self._holdings)
+        except Exception as error:  # noqa: BLE001 - whatever keeps us from handing back: the leases will run out
+            log.error("hand_back_failed", worker_id=self.worker_id, jobs=len(self._holdings), error=str(error))
+            self._error = self._error or HandBackFailed(
+                f"{len(self._holdings)} jobs could not be handed back ({error}): they run elsewhere after their lease"
+            )
+
+    # -- what the parts tell
+
+    def finish(self, run: Execution) -> None:
+        """A run has its outcome: make room for another, record it, settle it."""
+        if self._forked:
+            signals.end_child(run.outcome.error if isinstance(run.outcome, Raised) else None)
+        if run.special and self._entrance.left(run):
+            return
+        if self._watch is not None:
+            self._watch.finished(run)
+        self._holdings.finished()
+        self._stages.finish(run)
+
+    def abandon_waiting(self) -> list[Execution]:
+        """Runs that have not been started; they do not wait any more afterwards."""
+        return self._claimer.abandon_waiting() + self._stages.abandon_waiting() + self._entrance.abandon_waiting()
+
+    @property
+    def executor(self) -> Executor:
+        """What prepares and calls runs."""
+        return self._executor
+
+    def _stuck(self, run: Execution) -> None:
+        name, where = run.registration.name if run.registration is not None else run.kind, stacks.of_run(run)
+        log.error("handler_stuck", worker_id=self.worker_id, handler=name, job_id=run.job_id, where=where)
+        why = f"{name} would not end when it was told to: this process must end, start another (it stands at {where})"
+        self._health.stuck = why
+        if not isinstance(self._error, StuckThread):
+            self._error = StuckThread(why)
+        self._stopping.set()
+
+    def _refused(self, error: ConfigurationError) -> None:
+        """The server keeps refusing us for good: only people can change that, and a restart will tell them."""
+        self._error = self._error or error
+        log.error("worker_refused", worker_id=self.worker_id, error=str(error))
+        self._stopping.set()
+
+    def _report(self) -> dict[str, str | int | float]:
+        report = heartbeat(self._settings, self._queues, self._started, self._holdings, self._lease.loop_lag)
+        aside = [
+            f"{jobs} jobs of {queue} cannot be settled, see its log" for queue, jobs in self._settler.aside.items()
+        ]
+        return {**report, "notice": "; ".join(filter(None, [*aside, self._claimer.notice]))}
+
+    # -- stops and signals
+
+    async def _unblocking(self) -> None:
+        """At shutdown, end the blocking read; repeated, since it may begin just after it was told."""
+        await self._stopping.wait()
+        self._shared.stopping = True
+        self._ticker.wake()
+        self._holdings.stir()
+        await end_reading(self._broker, self._claimer.ended)
+
+    def _signalled(self, number: int) -> None:
+        if not self._stopping.is_set():
+            log.info("worker_stopping", worker_id=self.worker_id, signal=signal.Signals(number).name)
+            self._stopping.set()
+        else:
+            log.warning("worker_hurrying", worker_id=self.worker_id, signal=signal.Signals(number).name)
+            self._signal = number
+            self._hurry.set()
+
+    def _in_forked_child(self) -> None:
+        """Called in a process that one of our handlers forked: its copy of this worker must not settle anything."""
+        self._forked = True
+        self._health.close_in_forked_child()
+        if self._main_begun:
+            self._executions.abandon_waiting()  # the event loop's turn that forked must not start what waits

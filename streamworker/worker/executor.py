@@ -1,0 +1,366 @@
+"""Claim to Outcome: decode, find the handler, run it under its deadline.
+
+What is decided before user code runs (`prepare`) is synchronous and cheap; `call` is the only place that awaits a
+handler. A deadline costs no timer per job: whoever holds the runs looks at ``deadline`` and
+calls `Execution.cancel`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import os
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from time import monotonic
+from typing import Any, Final, TypeAlias
+
+import anyio
+import anyio.to_thread
+import msgspec
+
+from streamworker import codec
+from streamworker.codec import Reading
+from streamworker.context import Context, Shared
+from streamworker.errors import HandlerSignal, InvalidJob
+from streamworker.execution import CANCELLED, Cause, Execution
+from streamworker.handlers import Handlers, Registration
+from streamworker.job import Cancelled, Interrupted, Ok, Outcome, Raised, TimedOut, Undecodable, UnknownKind
+from streamworker.policy import Facts, Limits, abandoned, alone_from, wish_in
+from streamworker.redact import describe
+from streamworker.telemetry.logs import get_logger
+from streamworker.worker import signals
+from streamworker.worker.job_task import JOB, AsyncGenerators, JobTask, JobThreads
+
+log = get_logger("streamworker.worker")
+
+Middleware: TypeAlias = Callable[[Context[Any], Callable[[], Awaitable[Any]]], Awaitable[Any]]
+"""``async def mw(ctx, call_next)``: awaits ``call_next()`` once, and returns what that returned."""
+
+OK = Ok()
+Ended: TypeAlias = Callable[[Execution, Outcome], None]
+"""Told of a run and its outcome."""
+WAITED: Final = "for a connection of ctx."
+"""In what pools note on a cancellation that ends their waiting."""
+LONGEST_DOUBLING: Final = 6
+"""A job that others cancel waits for 1 s, then 2 s, and 64 s at most before it runs again."""
+REWRITE_SLACK: Final = 1024
+"""Bytes by which a document that was put back may exceed the limit: our own keys were added to a small enough one."""
+
+
+class Executor:
+    """Runs claims of one worker.
+
+    Args:
+        handlers: kind to handler.
+        shared: what all contexts of the worker share.
+        middleware: wraps every handler, the first outermost.
+        threads: handlers of sync functions that may run at once.
+        max_deliveries: deliveries after which a job is dead before it runs.
+        max_job_bytes: the largest document that is decoded.
+        unknown_kind_ttl: seconds an unknown kind may wait for a worker that knows it.
+    """
+
+    def __init__(
+        self,
+        handlers: Handlers[Any],
+        shared: Shared[Any],
+        *,
+        middleware: Sequence[Middleware] = (),
+        threads: int = 100,
+        max_deliveries: int = 5,
+        max_job_bytes: int = 262_144,
+        unknown_kind_ttl: float = 86_400.0,
+    ) -> None:
+        self._handlers = handlers
+        self.shared = shared
+        self._middleware = tuple(middleware)
+        self._threads = threads
+        self._limiter: anyio.CapacityLimiter | None = None
+        self._pid = os.getpid()
+        self._max_deliveries = max_deliveries
+        self._alone_from = alone_from(max_deliveries)
+        self._max_job_bytes = max_job_bytes
+        self._unknown_kind_ttl = unknown_kind_ttl
+        self._no_limits = Facts(0, Limits(), unknown_kind_ttl)
+        self.generators: Final = AsyncGenerators()
+        self._begun = self.generators.begun
+        self._thread_calls = JobThreads.calls
+        self._facts: dict[str, Facts] = {}  # by kind: hashing a registration would hash all it holds
+
+    def prepare(self, run: Execution) -> None:
+        """Decode the claim and find its handler; sets ``run.outcome`` if the job does not come to run. Never raises."""
+        claim = run.claim
+        run.facts = self._no_limits
+        try:
+            run.reading = reading = self._read(claim.body)
+            registration = self._handlers.handler_of(reading.kind, claim.queue)
+            deliveries = run.deliveries
+            if claim.cancelled:
+                run.outcome = CANCELLED
+            elif deliveries > 1:
+                run.suspect = deliveries >= self._alone_from
+                run.outcome = abandoned(deliveries, self._max_deliveries)
+            run.facts = self._facts_of(reading, registration)
+            if run.outcome is not None:
+                return
+            if registration is None:
+                since = codec.state_of(reading, claim.secret).unknown_since
+                run.outcome = UnknownKind(reading.kind or "", since or None)
+                return
+            run.registration = registration
+            run.special = registration.special or run.suspect
+            if reading.run_at is not None and not run.due:
+                run.special = True  # only the server knows whether its time has come; it is prepared again then
+                return
+            run.payload = registration.decode(reading.payload)
+        except InvalidJob as error:
+            run.outcome = Undecodable(str(error))
+        except BaseException as error:  # noqa: BLE001 - payload types run users' code; no document may end the worker
+            run.outcome = Undecodable(f"the payload of {run.kind!r} does not fit: {describe(error)}")
+
+    async def call(self, run: Execution, ended: Ended | None = None) -> Outcome:
+        """Run the handler of a prepared run to its outcome: all that the task of a job does. Never raises.
+
+        Args:
+            run: prepared.
+            ended: told of the outcome, last.
+        """
+        registration = run.registration
+        if registration is None or run.facts is None or run.reading is None:
+            raise AssertionError("a run must be prepared before it is called")
+        JOB.set(run.claim.entry)
+        limits = run.facts.limits
+        run.started = now = monotonic()
+        if limits.timeout is not None:
+            run.deadline = now + limits.timeout
+        try:
+            if registration.is_async and not registration.wants_context and not self._middleware:
+                value = await registration.function(run.payload)
+            else:
+                value = await self._in_context(run, registration, limits)
+            if value is not None and inspect.isawaitable(value):
+                value = await value  # a function around an async one: what it returned is the job itself
+            outcome: Outcome = OK if value is None else Ok(value)
+        except BaseException as error:  # noqa: BLE001 - SystemExit and the like in a handler end the job, not the worker
+            outcome = self._failed(run, error)
+        if self._begun:
+            await self._close_generators(run)
+        if self._thread_calls and not isinstance(outcome, Ok | Cancelled):
+            await self._end_threads(run)
+        if run.cause is not None and isinstance(outcome, Ok):
+            _uncancel(run.task or asyncio.current_task())
+            if isinstance(run.cause, TimedOut):
+                _overran(run, monotonic())
+            if run.cause is CANCELLED and run.context is not None and run.context.heeded:
+                outcome = CANCELLED  # it looked, and ended early; one that did not has done its work
+        if ended is not None:
+            ended(run, outcome)
+        return outcome
+
+    def _failed(self, run: Execution, error: BaseException) -> Outcome:
+        """The outcome of a run whose handler raised."""
+        if os.getpid() != self._pid:
+            signals.end_child(error)  # of a forked child, which runs no loop: nothing below works there
+        running = asyncio._get_running_loop()  # none if this coroutine is closed as the process ends
+        current = asyncio.current_task(running) if running is not None else None
+        task = run.task or current
+        if isinstance(error, GeneratorExit) and (current is None or current is not task):
+            raise error  # this coroutine is being closed from outside, and must not go on
+        if run.cause is not None:
+            _uncancel(task)
+            return _explained(run.cause, error)
+        by = task.by if isinstance(task, JobTask) else None
+        if by is not None and task is not None and task.cancelling() and _came_of_cancelling(error):
+            _uncancel(task)
+            return _cancelled_by(by, run)
+        if isinstance(error, asyncio.CancelledError):
+            _uncancel(task)  # the handler cancelled itself, or what it awaited was cancelled
+        return Raised(wish_in(error))
+
+    async def _close_generators(self, run: Execution) -> None:
+        """Close what the handler left open, in its own task, under its own deadline."""
+        for generator in self.generators.take(asyncio.current_task()):
+            if generator.ag_running:
+                continue  # a task that the handler left is in it
+            try:
+                await generator.aclose()
+            except GeneratorExit:
+                raise  # this coroutine is being closed from outside
+            except BaseException as error:  # noqa: BLE001 - users' code; the handler has ended already
+                log.warning("generator_not_closed", handler=run.kind, job_id=run.job_id, error=describe(error),
+                            generator=generator.__qualname__)  # fmt: skip
+
+    async def _end_threads(self, run: Execution) -> None:
+        """Wait for calls that go on in threads: the job may run again, and must not run beside them.
+
+        Nothing can stop a thread. One that overruns the deadline by the grace is stuck, as that of a sync handler.
+        """
+        calls = JobThreads.of(run.claim.entry)
+        if not calls:
+            return
+        loop, task, ended = asyncio.get_running_loop(), asyncio.current_task(), asyncio.Event()
+        run.task, run.in_thread, run.thread = task, True, calls[0].thread
+        log.warning("threads_left_behind", handler=run.kind, job_id=run.job_id, threads=len(calls),
+                    hint="the job runs again only when they have returned; let them look at ctx.cancelled")  # fmt: skip
+
+        def tell(_: object) -> None:
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(ended.set)
+
+        for call in calls:
+            call.future.add_done_callback(tell)
+        while run.outcome is None and not all(call.future.done() for call in calls):
+            try:
+                await ended.wait()
+                ended.clear()
+            except asyncio.CancelledError:
+                _uncancel(task)  # the worker ends: what was given back has its outcome
+        run.in_thread = False
+
+    async def _in_context(self, run: Execution, registration: Registration, limits: Limits) -> Any:
+        if run.reading is None:
+            raise AssertionError("a run must be prepared before it is called")
+        run.context = context = Context(self.shared, run.claim, run.reading, limits)
+        context.deadline_at = run.deadline
+        if run.special:
+            run.task = asyncio.current_task()  # the jobs of a batch are shown it
+        if self._middleware:
+            return await self._wrapped(run, registration, context)
+        if registration.is_async:
+            return await registration.function(run.payload, context)
+        return await self._in_thread(run, context)
+
+    async def _wrapped(self, run: Execution, registration: Registration, context: Context[Any]) -> Any:
+        async def innermost() -> Any:
+            if not registration.is_async:
+                return await self._in_thread(run, context)
+            return await registration.function(
+                *((run.payload, context) if registration.wants_context else (run.payload,))
+            )
+
+        call: Callable[[], Awaitable[Any]] = innermost
+        for layer in reversed(self._middleware):
+            call = _bound(layer, context, call)
+        return await call()
+
+    async def _in_thread(self, run: Execution, context: Context[Any]) -> Any:
+        """A sync handler in a thread; its clock starts there, and nothing can stop it."""
+        registration, facts = run.registration, run.facts
+        if registration is None or facts is None:
+            raise AssertionError("a run must be prepared before it is called")
+        ended = 0.0
+
+        def body() -> Outcome:
+            nonlocal ended
+            run.thread = threading.get_ident()
+            if facts.limits.timeout is not None:
+                run.deadline = context.deadline_at = monotonic() + facts.limits.timeout
+            try:
+                arguments = (run.payload, context) if registration.wants_context else (run.payload,)
+                outcome: Outcome = Ok(registration.function(*arguments))
+            except BaseException as error:  # noqa: BLE001 - a future cannot carry StopIteration, nor the loop SystemExit
+                outcome = Raised(error)
+            ended = monotonic()
+            if os.getpid() != self._pid:  # a forked child, which came back as well
+                signals.end_child(outcome.error if isinstance(outcome, Raised) else None)
+            return outcome
+
+        if self._limiter is None:
+            self._limiter = anyio.CapacityLimiter(self._threads)
+        run.in_thread = True
+        run.deadline = context.deadline_at = None
+        try:
+            outcome = await anyio.to_thread.run_sync(body, limiter=self._limiter, abandon_on_cancel=True)
+        finally:
+            run.in_thread = False
+        if isinstance(outcome, Raised):
+            raise outcome.error
+        if run.deadline is not None and ended > run.deadline:
+            _overran(run, ended)
+        return outcome.value if isinstance(outcome, Ok) else None
+
+    def _read(self, body: bytes | None) -> Reading:
+        if body is None:
+            raise InvalidJob("the entry has no field 'job'")
+        excess = len(body) - self._max_job_bytes
+        if excess > 0 and not (excess <= REWRITE_SLACK and codec.read(body).hop):
+            raise InvalidJob(f"the document has {len(body)} bytes and {self._max_job_bytes} are allowed")
+        return codec.read(body)
+
+    def _facts_of(self, reading: Reading, registration: Registration | None) -> Facts:
+        """Shared between jobs wherever a job brings nothing of its own."""
+        if registration is not None and not reading.attempt_count and reading.max_attempts is None:
+            facts = self._facts.get(registration.kind)
+            if facts is None:
+                facts = self._facts[registration.kind] = Facts(0, registration.limits, self._unknown_kind_ttl)
+            return facts
+        limits = registration.limits if registration is not None else self._no_limits.limits
+        if reading.max_attempts is not None:
+            limits = msgspec.structs.replace(limits, max_attempts=max(1, reading.max_attempts))
+        return Facts(reading.attempt_count or 0, limits, self._unknown_kind_ttl)
+
+
+def _overran(run: Execution, ended: float) -> None:
+    """Say that a handler returned after its timeout: its work counts as done, and the timeout did not hold."""
+    timeout = run.facts.limits.timeout if run.facts is not None else None
+    if timeout is None or run.deadline is None:
+        return
+    log.warning(
+        "handler_overran",
+        handler=run.registration.name if run.registration is not None else run.kind,
+        job_id=run.job_id,
+        timeout=timeout,
+        duration=round(ended - run.deadline + timeout, 3),
+        hint="the job counts as completed; let the handler look at ctx.cancelled, or raise its timeout",
+    )
+
+
+def _uncancel(task: asyncio.Task[Any] | None) -> None:
+    """Take cancellations back, so that what cleans up after the handler is not cut off by them."""
+    while task is not None and task.cancelling():
+        task.uncancel()
+
+
+def _explained(cause: Cause, error: BaseException) -> Cause:
+    """A timeout says for what the handler waited, if a pool noted it on the cancellation."""
+    if not isinstance(cause, TimedOut):
+        return cause
+    return TimedOut(cause.after, next((note for note in getattr(error, "__notes__", ()) if WAITED in note), ""))
+
+
+def _came_of_cancelling(error: BaseException) -> bool:
+    """Whether an error is a cancellation, or was raised while one was handled."""
+    seen: set[int] = set()
+    while id(error) not in seen:
+        if isinstance(error, asyncio.CancelledError):
+            return True
+        if isinstance(error, HandlerSignal):
+            return False  # whatever happened, this is what the handler wants
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__ or error
+    return False
+
+
+def _cancelled_by(by: str, run: Execution) -> Interrupted:
+    """The outcome of a run that something else cancelled: given back uncharged, later each time, so that none spins."""
+    hop = run.reading.hop or 0 if run.reading is not None else 0
+    wait = 2.0 ** min(hop, LONGEST_DOUBLING)
+    log.warning(
+        "job_cancelled_by_others",
+        handler=run.registration.name if run.registration is not None else run.kind,
+        job_id=run.job_id,
+        by=by,
+        hint="code outside of the job cancelled its task: the job is given back uncharged",
+    )
+    return Interrupted(f"cancelled by {by}", wait)
+
+
+def _bound(
+    layer: Middleware, context: Context[Any], call: Callable[[], Awaitable[Any]]
+) -> Callable[[], Awaitable[Any]]:
+    async def bound() -> Any:
+        return await layer(context, call)
+
+    return bound

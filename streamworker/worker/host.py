@@ -1,0 +1,86 @@
+"""What a worker needs of an app. The app implements it, so that the worker need not know apps."""
+
+from __future__ import annotations
+
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from typing import Any, Protocol
+
+import anyio
+import msgspec
+
+from streamworker.broker import Broker, Operator
+from streamworker.cron import Schedule
+from streamworker.handlers import Handlers
+from streamworker.observe import Observer
+from streamworker.postgres import Ledger
+from streamworker.relay import Dispatcher
+from streamworker.settings import Settings
+from streamworker.worker.executor import Middleware
+
+
+class Relays(Protocol):
+    """What puts jobs from the ledger onto Redis."""
+
+    async def run(self, stopping: anyio.Event, /) -> None:
+        """Relay until stopped."""
+
+    async def unsent(self) -> bool:
+        """Whether jobs that are due have not reached their queues yet; then they are looked for now."""
+
+
+class WorkerResources(msgspec.Struct, frozen=True):
+    """What a worker stands on.
+
+    Attributes:
+        broker: hands out jobs.
+        redis: the handlers' client.
+        database: the handlers' database.
+        ledger: the record; ``None`` without one.
+        relay: puts jobs from the ledger onto Redis.
+        dispatcher: looks for the ledger's jobs in Redis; ``None`` without a ledger.
+    """
+
+    broker: Broker
+    redis: Any
+    database: Any
+    ledger: Ledger | None
+    relay: Relays
+    dispatcher: Dispatcher | None = None
+
+
+class WorkerHost(Protocol):
+    """What a worker needs of an app."""
+
+    @property
+    def handlers(self) -> Handlers[Any]:
+        """Kind to handler."""
+
+    @property
+    def schedules(self) -> list[Schedule]:
+        """What is enqueued by the calendar."""
+
+    @property
+    def middleware(self) -> tuple[Middleware, ...]:
+        """Wraps every handler."""
+
+    @property
+    def observers(self) -> tuple[Observer, ...]:
+        """Told of every job."""
+
+    @property
+    def lifespan(self) -> Any:
+        """Makes the context manager that yields the services, or ``None``."""
+
+    def operator(self, settings: Settings, redis: Any) -> AbstractAsyncContextManager[Operator]:
+        """Looks at queues, on the event loop that enters it."""
+
+    def resolve(self, settings: Settings | None) -> Settings:
+        """The settings in force."""
+
+    def entered(self, settings: Settings, redis: Any) -> AbstractAsyncContextManager[Any]:
+        """Keeps the app open, so that handlers can enqueue."""
+
+    async def site(
+        self, stack: AsyncExitStack, settings: Settings, redis: Any, database: Any, worker_id: str
+    ) -> WorkerResources:
+        """What a worker stands on, open until ``stack`` is left."""

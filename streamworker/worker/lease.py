@@ -1,0 +1,314 @@
+"""The thread that keeps claims alive, hears of cancelled jobs, and watches the event loop from outside.
+
+It has its own connection, so that a handler that blocks the event loop keeps its lease and is named in the log. A
+handler that runs past its deadline is renewed no more: hung is not slow. C code that keeps the interpreter lock stops
+this thread, too: a small process beside the worker renews meanwhile, see `renewer`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from contextvars import copy_context
+from time import monotonic
+from typing import Final
+
+from streamworker.broker import Broker
+from streamworker.execution import Execution
+from streamworker.handlers import Registration
+from streamworker.job import Progress
+from streamworker.telemetry.logs import get_logger
+from streamworker.worker import renewer
+from streamworker.worker.inflight import LeasedSet
+from streamworker.worker.job_task import JobTask
+
+log = get_logger("streamworker.lease")
+
+BLOCKED_AFTER: Final = 1.0
+"""Seconds without an answer from the event loop after which the blocking handler is named."""
+LOOK: Final = 1.0
+"""Most seconds between looks whether what runs was cancelled; the bell asks for one at once."""
+TELL: Final = 1.0
+"""Seconds between writing down how far jobs have come."""
+LONG: Final = 0.5
+"""Seconds after which a run is worth asking about without the bell: shorter ones cost nothing this way."""
+UNBOUNDED: Final = 3600.0
+"""Seconds for which a worker may be silent that has a handler without a timeout."""
+RESTART: Final = 60.0
+"""Seconds before a renewing process that ended, or could not be started, is started again."""
+ENDS: Final = 2.0
+"""Seconds it may take to end."""
+Report = dict[str, str | int | float]
+
+
+def longest_silence(handlers: Iterable[Registration], grace: float) -> float:
+    """Seconds a job of these handlers may run and overrun; after such a silence its worker counts as hung for good."""
+    timeouts = [UNBOUNDED if each.limits.timeout is None else each.limits.timeout for each in handlers]
+    return max(timeouts, default=0.0) + grace
+
+
+class RenewalProcess:
+    """The process that renews while this one cannot; used by the lease thread alone.
+
+    Args:
+        told: what it has to know, see `Broker.standby`; ``None``: there is nothing it could do.
+    """
+
+    def __init__(self, told: Callable[[], bytes | None]) -> None:
+        self._told = told
+        self._process: subprocess.Popen[bytes] | None = None
+        self._start_at = 0.0
+        self._sent = self._unsent = b""
+
+    def sign(self) -> None:
+        """The worker lives, and has just renewed by itself."""
+        told = self._told()
+        if told is None or not self._runs():
+            return
+        if not self._unsent or told != self._sent:
+            self._unsent += (b"" if told == self._sent else told) + b"\n"
+            self._sent = told
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what the pipe had no room for; never waits."""
+        if self._process is None or self._process.stdin is None or not self._unsent:
+            return
+        try:
+            self._unsent = self._unsent[os.write(self._process.stdin.fileno(), self._unsent) :]
+        except BlockingIOError:
+            return
+        except OSError:  # it has ended: the next sign starts another
+            self._unsent = b""
+
+    def end(self) -> None:
+        """Let it end, and wait for that."""
+        process, self._process = self._process, None
+        if process is None or process.stdin is None:
+            return
+        process.stdin.close()
+        try:
+            process.wait(ENDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+    def _runs(self) -> bool:
+        if self._process is not None and self._process.poll() is None:
+            return True
+        now = monotonic()
+        if now < self._start_at or getattr(sys, "frozen", False) or not sys.executable:
+            return False
+        if self._process is not None:
+            self.end()
+        self._start_at, self._sent, self._unsent = now + RESTART, b"", b""
+        command = [sys.executable, "-I", "-S", "-B", renewer.__file__, str(os.getpid())]
+        try:
+            # A session of its own: a terminal's Ctrl-C is not for it.
+            self._process = subprocess.Popen(  # noqa: S603 - this interpreter, a file of ours
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        except OSError as error:
+            hint = "code that keeps the interpreter lock for longer than a lease loses its claim"
+            log.warning("renewal_process_failed", error=str(error), hint=hint)
+            return False
+        if self._process.stdin is not None:
+            os.set_blocking(self._process.stdin.fileno(), False)
+        return True
+
+
+class LeaseKeeper:
+    """Renews every third of a lease; beats the heart at the same time.
+
+    Args:
+        broker: whose `renew` and `beat` are called, from the thread.
+        lease: seconds.
+        held: what this worker holds; told of claims that were lost, and of those whose jobs were cancelled.
+        report: what the heartbeat tells.
+        longest: seconds a job of this worker may run and overrun: after such a silence it counts as hung for good.
+    """
+
+    def __init__(
+        self,
+        broker: Broker,
+        *,
+        lease: float,
+        held: LeasedSet,
+        report: Callable[[], Report],
+        longest: float,
+    ) -> None:
+        self._broker = broker
+        self._interval = lease / 3
+        self._process = RenewalProcess(lambda: broker.standby(longest))
+        self._held = held
+        self._runs = held.runs
+        self._report = report
+        self._stopping = False
+        self._wake = threading.Event()
+        self._told = False
+        self._look_at = self._pause_until = self._tell_at = 0.0
+        self._progress: dict[str, Progress] = {}
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop_thread = 0
+        self._answered = 0.0
+        self._asked = 0.0
+        self._warned_at = 0.0
+        self.loop_lag = 0.0
+        """Seconds the event loop last took to answer."""
+        self.renewed_at: float | None = None
+        """When the server last answered this thread (time.monotonic)."""
+        self.trouble: str | None = None
+        """Why it did not the last time."""
+
+    def start(self) -> None:
+        """Start the thread; call it on the event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._loop_thread = threading.get_ident()
+        # In a copy of this context: its lines are this worker's, too.
+        target = copy_context().run
+        self._thread = threading.Thread(target=target, args=(self._main,), name="streamworker-lease", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Tell the thread to end; renewals stop with it."""
+        self._stopping = True
+        self._wake.set()
+
+    def look(self) -> None:
+        """A job was cancelled that may be ours: look now."""
+        self._told = True
+        self._wake.set()
+
+    def join(self) -> None:
+        """Wait for the thread to end."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _main(self) -> None:
+        next_renewal = 0.0
+        while True:
+            now = monotonic()
+            if now >= next_renewal:
+                # After a failure soon again: the lease runs down meanwhile.
+                next_renewal = now + (self._interval if self._renew(now) else min(self._interval, 0.5))
+            self._process.flush()
+            self._look_at_marks(monotonic())
+            self._tell_progress(monotonic())
+            self._look_at_loop()
+            self._wake.wait(min(self._interval, 0.25, max(0.01, next_renewal - monotonic())))
+            self._wake.clear()
+            if self._stopping:
+                self._process.end()
+                return
+
+    def _renew(self, now: float) -> bool:
+        claims = [run.claim for run in self._runs() if not run.settling and not run.overdue(now)]
+        try:
+            lost = self._broker.renew(claims) if claims else []
+            if lost:  # before the heartbeat, which may fail by itself
+                self._call(lambda: self._held.lost(lost))
+            if self._held.kept is not None:
+                gone = set(lost)
+                self._held.kept([claim for claim in claims if claim not in gone])
+            self._broker.beat(self._report())
+            self._process.sign()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the leases run down: say it and try again
+            self.trouble = str(error) or type(error).__name__
+            log.warning("renewal_failed", claims=len(claims), error=str(error))
+            return False
+        self.renewed_at, self.trouble = monotonic(), None
+        return True
+
+    def _look_at_marks(self, now: float) -> None:
+        """Whether what is held was cancelled: all of it when the bell told so, else what has been running for long."""
+        told = self._told
+        if now < self._look_at and not (told and now >= self._pause_until):
+            return
+        self._told, self._look_at = False, now + LOOK
+        asked = [
+            run.claim
+            for run in self._runs()
+            if run.outcome is None
+            and not run.settling
+            and run.cause is None
+            and (told or (run.started is not None and now - run.started > LONG))
+        ]
+        if not asked:
+            return
+        try:
+            found = self._broker.cancelled(asked)
+        except Exception as error:  # noqa: BLE001 - whatever it is: the next look tells
+            self._told, self._pause_until = self._told or told, now + LOOK
+            log.warning("cancelled_unknown", claims=len(asked), error=str(error))
+            return
+        if found:
+            self._call(lambda: self._held.cancelled(found))
+
+    def _tell_progress(self, now: float) -> None:
+        """Write down what handlers have said since the last time, and forget jobs that have ended."""
+        if now < self._tell_at:
+            return
+        self._tell_at = now + TELL
+        said: dict[str, Progress] = {}
+        for run in self._runs():
+            if run.context is not None and run.outcome is None and (word := run.context.reported) is not None:
+                said[run.job_id] = word
+        new = {job_id: word for job_id, word in said.items() if self._progress.get(job_id) is not word}
+        ended = self._progress.keys() - said.keys()
+        if not new and not ended:
+            return
+        try:
+            self._broker.progress(new, ended)
+        except Exception as error:  # noqa: BLE001 - it is written with the next one
+            log.warning("progress_untold", jobs=len(new), error=str(error))
+            return
+        self._progress = said
+
+    def _look_at_loop(self) -> None:
+        if self._asked <= self._answered:
+            self.loop_lag = max(0.0, self._answered - self._asked)
+            self._asked = monotonic()
+            self._call(self._answer)
+            return
+        blocked = monotonic() - self._asked
+        self.loop_lag = blocked
+        if blocked > BLOCKED_AFTER and blocked > 2 * (self._warned_at - self._asked):
+            self._warned_at = monotonic()
+            self._name_blocker(blocked)
+
+    def _answer(self) -> None:
+        self._answered = monotonic()
+
+    def _name_blocker(self, blocked: float) -> None:
+        task = asyncio.current_task(self._loop)
+        run = next((run for run in self._runs() if _is_in(run, task)), None)
+        frame = sys._current_frames().get(self._loop_thread)
+        where = f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else "unknown"
+        handler = run.registration.name if run is not None and run.registration is not None else "unknown"
+        log.warning(
+            "event_loop_blocked",
+            seconds=round(blocked, 1),
+            handler=handler,
+            job_id=run.job_id if run is not None else None,
+            where=where,
+            hint="make the handler a plain function (it then runs in a thread), or await in it",
+        )
+
+    def _call(self, function: Callable[[], None]) -> None:
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(function)
+
+
+def _is_in(run: Execution, task: asyncio.Task[object] | None) -> bool:
+    """Whether a run is what this task is at: its task is known once its first step is over."""
+    if run.outcome is not None or run.started is None or not isinstance(task, JobTask):
+        return False
+    return run.task is task or run.task is None

@@ -1,0 +1,265 @@
+"""What a worker counts for Prometheus: an observer that is told of whole batches, so that a job costs two additions.
+
+docs/observability.md has the table for people. No label holds a job's or a worker's id: labels are queues this worker
+serves, kinds it has handlers for, and words from a fixed list, so that their number is bounded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
+from importlib.metadata import version
+from time import monotonic
+from typing import Any, Final, TypeVar
+
+from streamworker.broker import Broker, Operator
+from streamworker.job import Depth, RetryAt, Settled
+from streamworker.observe import JobRun, Observer, Settlement
+from streamworker.redact import redact
+from streamworker.settings import Settings
+from streamworker.telemetry.exposition import CONTENT_TYPE, Family, Numbers, Tally, render
+from streamworker.telemetry.http import Answer
+from streamworker.telemetry.logs import get_logger
+from streamworker.worker.heartbeat import rss_bytes
+from streamworker.worker.host import WorkerHost
+from streamworker.worker.inflight import InFlight
+from streamworker.worker.lease import LeaseKeeper
+
+log = get_logger("streamworker.http")
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+UNKNOWN: Final = "unknown"
+"""The label of kinds without a handler here: what the document says may be anything."""
+
+_SECONDS: Final = (0.001, 0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
+_WAITS: Final = (0.001, 0.005, 0.025, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 14_400.0, 86_400.0)
+_SIZES: Final = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0)
+
+JOBS: Final = Family(
+    "streamworker_jobs_total", "counter", "Runs that ended and were settled here.", ("queue", "kind", "outcome")
+)
+RETRIES: Final = Family("streamworker_retries_total", "counter", "Failures to be tried again.", ("queue", "kind"))
+DEAD: Final = Family(
+    "streamworker_dead_letters_total", "counter", "Jobs that became dead letters here.", ("queue", "kind", "outcome")
+)
+DURATION: Final = Family(
+    "streamworker_job_duration_seconds", "histogram", "How long handlers ran.", ("queue", "kind"), _SECONDS
+)
+WAIT: Final = Family(
+    "streamworker_queue_wait_seconds",
+    "histogram",
+    "From the moment a job was ready until its handler was called.",
+    ("queue", "kind"),
+    _WAITS,
+)
+BATCH: Final = Family("streamworker_settle_batch_size", "histogram", "Runs settled in one call.", (), _SIZES)
+SETTLE: Final = Family("streamworker_settle_duration_seconds", "histogram", "How long settling took.", (), _SECONDS)
+
+RUNNING: Final = Family("streamworker_running_jobs", "gauge", "Unfinished jobs that this worker holds.", ("queue",))
+SLOTS: Final = Family("streamworker_slots", "gauge", "Jobs that this worker runs at most at once.")
+LOST: Final = Family("streamworker_lost_leases_total", "counter", "Runs that ended when their claim was lost.")
+RECLAIMED: Final = Family(
+    "streamworker_reclaimed_total", "counter", "Jobs taken over from workers that died, or vanished with them."
+)
+SKIPPED: Final = Family("streamworker_skipped_total", "counter", "Claims of jobs that the ledger knew as ended.")
+RELEASED: Final = Family("streamworker_released_total", "counter", "Jobs given back uncharged.")
+LAG: Final = Family("streamworker_event_loop_lag_seconds", "gauge", "How late the event loop answers.")
+RECONNECTS: Final = Family("streamworker_reconnects_total", "counter", "Times Redis came back after it was away.")
+READY: Final = Family("streamworker_queue_ready_jobs", "gauge", "Jobs that wait to be claimed, by anybody.", ("queue",))
+HELD: Final = Family("streamworker_queue_running_jobs", "gauge", "Jobs that all workers together hold.", ("queue",))
+DELAYED: Final = Family("streamworker_queue_delayed_jobs", "gauge", "Jobs parked until later, and retries.", ("queue",))
+LETTERS: Final = Family("streamworker_queue_dead_letters", "gauge", "Dead letters that lie there.", ("queue",))
+OLDEST: Final = Family(
+    "streamworker_queue_oldest_ready_seconds", "gauge", "Age of the oldest ready job; 0 when none waits.", ("queue",)
+)
+PAUSED: Final = Family("streamworker_queue_paused", "gauge", "1 while nothing is claimed from it.", ("queue",))
+UP: Final = Family("streamworker_redis_up", "gauge", "1 if Redis answered this worker's last question for depths.")
+MEMORY: Final = Family("process_resident_memory_bytes", "gauge", "Resident memory size in bytes.")
+STARTED: Final = Family("process_start_time_seconds", "gauge", "Start time of the process since the epoch in seconds.")
+BUILD: Final = Family("streamworker_build_info", "gauge", "Always 1.", ("version", "mode"))
+
+OF_JOBS: Final = (JOBS, RETRIES, DEAD, DURATION, WAIT, BATCH, SETTLE)
+OF_QUEUES: Final = (READY, HELD, DELAYED, LETTERS, OLDEST, PAUSED)
+FAMILIES: Final = (
+    *OF_JOBS, RUNNING, SLOTS, LOST, RECLAIMED, SKIPPED, RELEASED, LAG, RECONNECTS, *OF_QUEUES, UP, MEMORY, STARTED,
+    BUILD,
+)  # fmt: skip
+"""Everything that is exported."""
+
+
+class Metrics(Observer):
+    """Counts; may be read from another thread while it does."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[tuple[str, ...], int] = {}
+        self._retries: dict[tuple[str, ...], int] = {}
+        self._dead: dict[tuple[str, ...], int] = {}
+        self._durations: dict[tuple[str, ...], Tally] = {}
+        self._waits: dict[tuple[str, ...], Tally] = {}
+        self._batches, self._settles = Tally(BATCH.bounds), Tally(SETTLE.bounds)
+
+    def on_settled(self, settlement: Settlement) -> None:
+        """Count a batch."""
+        jobs, durations, waits = self._jobs, self._durations, self._waits
+        self._batches.add(len(settlement.items))
+        self._settles.add(settlement.seconds)
+        for run, result in settlement.items:
+            if result is Settled.REFUSED:
+                continue  # it is offered again
+            place = (run.queue, run.kind if run.known else UNKNOWN)
+            word = (*place, run.word)
+            jobs[word] = jobs.get(word, 0) + 1
+            if result is Settled.SETTLED and isinstance(run.verdict, RetryAt):
+                self._retries[place] = self._retries.get(place, 0) + 1
+            if (seconds := run.seconds) is None:
+                continue
+            if (tally := durations.get(place)) is None:
+                tally = durations[place] = Tally(_SECONDS)
+            tally.add(seconds)
+            if (waited := run.waited) is None:
+                continue
+            if (tally := waits.get(place)) is None:
+                tally = waits[place] = Tally(_WAITS)
+            tally.add(waited)
+
+    def on_dead(self, run: JobRun) -> None:
+        """Count a dead letter."""
+        word = (run.queue, run.kind if run.known else UNKNOWN, run.word)
+        self._dead[word] = self._dead.get(word, 0) + 1
+
+    def numbers(self) -> list[tuple[Family, Numbers]]:
+        """What was counted so far."""
+        once: dict[tuple[str, ...], Tally] = {(): self._batches}
+        return [
+            (JOBS, steady(self._jobs)),
+            (RETRIES, steady(self._retries)),
+            (DEAD, steady(self._dead)),
+            (DURATION, steady(self._durations)),
+            (WAIT, steady(self._waits)),
+            (BATCH, once),
+            (SETTLE, {(): self._settles}),
+        ]
+
+
+def steady(numbers: Mapping[K, V]) -> dict[K, V]:
+    """A copy; the worker's thread may be adding to it."""
+    while True:
+        try:
+            return dict(numbers)
+        except RuntimeError:  # the dict changed size under the copy
+            continue
+
+
+def of_queues(depths: list[Depth]) -> list[tuple[Family, Numbers]]:
+    """The depths of queues."""
+    measures: dict[Family, Callable[[Depth], float]] = {
+        READY: lambda depth: depth.ready,
+        HELD: lambda depth: depth.running,
+        DELAYED: lambda depth: depth.delayed,
+        LETTERS: lambda depth: depth.dead,
+        OLDEST: lambda depth: depth.oldest_age or 0.0,
+        PAUSED: lambda depth: float(depth.paused or depth.inactive),
+    }
+    return [(family, {(each.queue,): measure(each) for each in depths}) for family, measure in measures.items()]
+
+
+FRESH: Final = 5.0
+"""Seconds for which depths are told again without asking."""
+PATIENCE: Final = 2.0
+"""Seconds a scrape waits for depths; then it goes without them."""
+
+
+class Metering:
+    """Answers scrapes.
+
+    Args:
+        app: where depths are asked for.
+        settings: the worker's.
+        redis: what the worker was given.
+        queues: the worker's.
+    """
+
+    def __init__(self, app: WorkerHost, settings: Settings, redis: Any, queues: list[str]) -> None:
+        self._app, self._settings, self._redis, self._queues = app, settings, redis, queues
+        self._started = time.time()
+        self._holdings: InFlight | None = None
+        self._lease: LeaseKeeper | None = None
+        self._broker: Broker | None = None
+        self._depths: list[Depth] = []
+        self._looked_at = float("-inf")
+        self._up = False
+        self._ended = False
+        self._asked, self._answered = asyncio.Event(), asyncio.Event()
+        self.observer: Final = Metrics()
+
+    def watch(self, holdings: InFlight, lease: LeaseKeeper, broker: Broker) -> None:
+        """The groups are joined: from now on these tell how the worker is."""
+        self._holdings, self._lease, self._broker = holdings, lease, broker
+
+    def end(self) -> None:
+        """Ask for no more depths; call it before the thread is stopped."""
+        self._ended = True
+
+    async def answer(self) -> Answer:
+        """One scrape."""
+        if monotonic() - self._looked_at >= FRESH:
+            self._answered.clear()
+            self._asked.set()
+            waiting = asyncio.ensure_future(self._answered.wait())
+            await asyncio.wait([waiting], timeout=PATIENCE)
+            waiting.cancel()
+        # Depths that are not fresh are not told: an alert shall see that they are missing, not that all is well.
+        depths = self._depths if self._up and monotonic() - self._looked_at < 2 * FRESH else []
+        families = [*self.observer.numbers(), *self._of_worker(), *of_queues(depths)]
+        return Answer(200, render(families), CONTENT_TYPE)
+
+    async def look(self) -> None:
+        """Look at the queues whenever somebody asks; runs on the thread's loop, and ends by `end`."""
+        stack, operator = AsyncExitStack(), None
+        while not self._ended:
+            await self._asked.wait()
+            self._asked.clear()
+            try:
+                if operator is None:
+                    opening = self._app.operator(self._settings, self._redis)
+                    operator = await stack.enter_async_context(opening)
+                await self._ask(operator)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the next scrape tries again
+                self._up, operator = False, None
+                log.warning("depths_unknown", error=redact(str(error)))
+                await stack.aclose()
+            self._looked_at = monotonic()
+            self._answered.set()
+
+    async def _ask(self, operator: Operator) -> None:
+        self._depths = await operator.depth(self._queues)
+        self._up = True
+
+    def _of_worker(self) -> list[tuple[Family, Numbers]]:
+        mode = self._settings.mode
+        told: list[tuple[Family, Numbers]] = [
+            (SLOTS, {(): self._settings.concurrency}),
+            (UP, {(): float(self._up)}),
+            (MEMORY, {(): rss_bytes()}),
+            (STARTED, {(): self._started}),
+            (BUILD, {(version("streamworker"), mode): 1}),
+        ]
+        if self._holdings is None or self._lease is None or self._broker is None:
+            return told
+        running = Counter(run.claim.queue for run in self._holdings.snapshot() if run.outcome is None)
+        counts = self._holdings.counts
+        return [
+            *told,
+            (RUNNING, {(queue,): running[queue] for queue in self._queues}),
+            (LOST, {(): counts.lost}),
+            (RECLAIMED, {(): counts.recovered}),
+            (SKIPPED, {(): counts.skipped}),
+            (RELEASED, {(): counts.released}),
+            (LAG, {(): self._lease.loop_lag}),
+            (RECONNECTS, {(): self._broker.reconnects}),
+        ]

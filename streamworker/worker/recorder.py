@@ -1,0 +1,448 @@
+"""The stage between running and settling, where there is a ledger: PostgreSQL before Redis.
+
+Group commit, as in the settle loop: while one batch is recorded the next gathers, and what was recorded is settled
+meanwhile. Under load a second batch does not wait for the first, or all would stand still while the database waits for
+its disk. Settling follows the answer: a job that had ended before is done, whatever its run came to. Nothing is dropped
+on an error: runs stay held, under lease, until they are recorded, or are handed back at shutdown.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from time import monotonic, time
+from typing import Any, Final, Literal, TypeAlias
+
+import anyio
+
+from streamworker import results
+from streamworker.broker import Ending
+from streamworker.errors import StreamworkerError
+from streamworker.execution import Execution
+from streamworker.job import (
+    Dead,
+    Deferred,
+    Done,
+    Drop,
+    Interrupted,
+    Ok,
+    Postponed,
+    Raised,
+    Recorded,
+    ReleaseAt,
+    RetryAt,
+)
+from streamworker.loops import Pause
+from streamworker.policy import DONE, word_of
+from streamworker.postgres import (
+    FINAL,
+    LANES,
+    Effect,
+    Known,
+    Ledger,
+    RunRecord,
+    Status,
+    Stored,
+    run_record,
+    unread_record,
+)
+from streamworker.redact import describe
+from streamworker.relay import Dispatcher
+from streamworker.telemetry.logs import get_logger
+from streamworker.worker.executor import OK
+from streamworker.worker.inflight import InFlight
+from streamworker.worker.settler import Settler, judged
+
+log = get_logger("streamworker.worker")
+
+SUPERSEDED: Final = "superseded"
+"""A later hop of the job is known, and really is there, or moves: this one is let go, and the other goes on."""
+SENT_BY_LEDGER: Final[tuple[Status, ...]] = ("queued", "dispatching")
+"""The later hop is on its way out of the ledger: it cannot be lost by Redis."""
+_HIGHEST: Final = 2**63 - 2
+
+
+class LaterHops:
+    """Tells twins that really are there from those that Redis lost.
+
+    Args:
+        ledger: is asked again after the look.
+        dispatcher: looks into queues.
+    """
+
+    def __init__(self, ledger: Ledger, dispatcher: Dispatcher) -> None:
+        self._ledger = ledger
+        self._dispatcher = dispatcher
+
+    async def elsewhere(self, doubts: Sequence[tuple[Execution, Known]]) -> list[str]:
+        """Why each run is let go; empty for one that goes on: it is above what is known of its job from here on.
+
+        Args:
+            doubts: runs, and the later hop that is known of their jobs.
+        """
+        if not doubts:
+            return []
+        hops: dict[str, dict[str, int]] = {}
+        for run, known in doubts:
+            if known.status not in (*SENT_BY_LEDGER, "dead"):
+                queue = hops.setdefault(run.claim.queue, {})
+                queue[run.job_id] = min(hop_of(run), queue.get(run.job_id, _HIGHEST))
+        there = {queue: await self._dispatcher.later(queue, ids) for queue, ids in hops.items()}
+        # A later hop leaves Redis only after its end was recorded: what is not there may have ended before the look.
+        now = await self._ledger.lookup([(run.claim.queue, run.job_id) for run, _ in doubts])
+        answers = []
+        for run, known in doubts:
+            found = now.get((run.claim.queue, run.job_id), known)
+            if found.status in FINAL:
+                answers.append(str(found.status))
+            elif found != known or known.status in SENT_BY_LEDGER or run.job_id in there.get(run.claim.queue, ()):
+                answers.append(SUPERSEDED)
+            else:
+                outrank(run, known)
+                answers.append("")
+        return answers
+
+
+def hop_of(run: Execution) -> int:
+    """The hop of a run; 0 if its document says none."""
+    return 0 if run.reading is None else run.reading.hop or 0
+
+
+def outrank(run: Execution, known: Known) -> None:
+    """Put a run above what is known of its job, so that what becomes of it counts."""
+    if run.reading is not None:
+        log.info(
+            "job_outranks", job_id=run.job_id, kind=run.kind, queue=run.claim.queue, status=known.status,
+            hop=hop_of(run), known_hop=known.hop,
+        )  # fmt: skip
+        run.reading.hop = min(known.hop, _HIGHEST) + 1
+
+
+Part: TypeAlias = Literal["lookup", "record"]
+"""What the ledger is asked for. A database that answers lookups may still refuse records: a standby, a full disk."""
+
+
+class LedgerOutage:
+    """One worker's view of its ledger."""
+
+    def __init__(self) -> None:
+        self._since = 0.0
+        self._failing: set[Part] = set()
+
+    def is_on(self) -> bool:
+        """Whether the last lookup or the last record failed."""
+        return bool(self._failing)
+
+    def began(self, part: Part, error: Exception) -> None:
+        """It failed, and no single row is to blame."""
+        if not self._failing:
+            self._since = monotonic()
+            log.error(
+                "ledger_down",
+                error=str(error),
+                hint="nothing is claimed until PostgreSQL records again; finished jobs are kept until then",
+            )
+        self._failing.add(part)
+
+    def over(self, part: Part) -> None:
+        """It worked."""
+        if part in self._failing:
+            self._failing.discard(part)
+            if not self._failing:
+                log.info("ledger_back", seconds=round(monotonic() - self._since, 1))
+
+
+MOST: Final = 500
+"""Most runs of one statement."""
+WORTH_IT: Final = 50
+"""Runs that are worth a batch beside another."""
+PAUSE: Final = 0.2
+"""Seconds to wait at least after an error."""
+BUSY_PAUSE: Final = 1.0
+"""Seconds before a run is recorded again whose row somebody was working on."""
+AGAIN_AFTER: Final = 2.0
+"""Seconds before a job runs again that could not take its row, or lost PostgreSQL."""
+HANDED_BACK: Final = Interrupted("PostgreSQL was down when the worker shut down")
+
+
+class Recorder:
+    """Records finished runs and hands them on to be settled.
+
+    Args:
+        ledger: where they are recorded.
+        settler: settles what is recorded; its `judge` has to be `decided`.
+        holdings: what is held.
+        outage: told whether there was an answer.
+        later: looks for later hops.
+    """
+
+    def __init__(
+        self, ledger: Ledger, settler: Settler, holdings: InFlight, outage: LedgerOutage, later: LaterHops
+    ) -> None:
+        self._ledger = ledger
+        self._settle = settler.add
+        self._holdings = holdings
+        self._outage = outage
+        self._later = later
+        self._finished: list[Execution] = []
+        self._under_way = 0
+        self._busy: list[Execution] = []
+        self._busy_until = 0.0
+        self._wake = asyncio.Event()
+        self._closing = anyio.Event()
+        self._give_up_at = float("inf")
+        self.ended: Final = anyio.Event()
+
+    def add(self, run: Execution) -> None:
+        """Record this run with the next batch."""
+        run.finished = time()
+        self._finished.append(run)
+        if self._wanted():
+            self._wake.set()
+
+    async def close(self, within: float) -> None:
+        """End the loop when all is handed on; what cannot be recorded in ``within`` seconds goes back to the queue."""
+        self._give_up_at = anyio.current_time() + within
+        self._closing.set()
+        self._wake.set()
+        await self.ended.wait()
+
+    async def run(self) -> None:
+        """Record until closed."""
+        try:
+            async with anyio.create_task_group() as lanes:
+                for _ in range(LANES):
+                    lanes.start_soon(self._lane)
+            self._hand_back()
+        finally:
+            self.ended.set()
+
+    async def _lane(self) -> None:
+        pause = Pause(longest=5.0)
+        while await self._gather():
+            batch, self._finished = self._finished[:MOST], self._finished[MOST:]
+            self._under_way += 1
+            try:
+                await self._record(batch)
+            except Exception as error:  # noqa: BLE001 - a main loop never crashes; what it holds is tried again
+                self._finished = [run for run in batch if run.ending is None] + self._finished
+                if self._finished and isinstance(error, StreamworkerError):
+                    self._outage.began("record", error)
+                else:
+                    log.error("record_failed", jobs=len(batch), error=str(error))
+                await pause.wait(self._closing, least=PAUSE)
+            else:
+                self._outage.over("record")
+                pause.reset()
+            self._under_way -= 1
+            if anyio.current_time() > self._give_up_at:
+                break
+
+    async def _gather(self) -> bool:
+        """Wait for something to record; False when closed and nothing is left."""
+        while True:
+            if self._busy and (anyio.current_time() >= self._busy_until or self._closing.is_set()):
+                self._finished, self._busy = self._finished + self._busy, []
+            if self._finished and self._wanted():
+                return True
+            if self._closing.is_set():
+                return False
+            with anyio.move_on_after(BUSY_PAUSE if self._busy else None):
+                await self._wake.wait()
+            self._wake.clear()
+
+    def _wanted(self) -> bool:
+        """Whether what has finished is worth a batch right now."""
+        return not self._under_way or len(self._finished) >= WORTH_IT
+
+    async def _record(self, batch: Sequence[Execution]) -> None:
+        now = time()
+        begun_at = now - monotonic()
+        runs: list[Execution] = []
+        endings: list[Ending] = []
+        records: list[RunRecord] = []
+        doubtful: list[Execution] = []
+        for run in batch:
+            effect = None if run.context is None else run.context.effect
+            if effect is Effect.SUPERSEDED and not isinstance(run.outcome, Recorded):
+                doubtful.append(run)
+                continue
+            if effect is not None:
+                self._correct(run, effect, now)
+            ending = judged(run, now)
+            record = record_of(run, ending, begun_at)
+            if record is None:
+                self._pass_on(run, ending)
+            else:
+                runs.append(run)
+                endings.append(ending)
+                records.append(record)
+        if records:
+            doubtful += await self._stored(runs, endings, records)
+        if doubtful:
+            await self._weigh(doubtful)
+
+    async def _stored(
+        self, runs: Sequence[Execution], endings: Sequence[Ending], records: Sequence[RunRecord]
+    ) -> list[Execution]:
+        """Record, and pass on what is recorded; those of which it has to be seen whether they go on elsewhere."""
+        answers = await self._ledger.record(records)
+        settle, doubtful = self._settle, []
+        for run, ending, answer in zip(runs, endings, answers, strict=True):
+            if answer is Stored.STORED:
+                run.ending = ending
+                settle(run)
+            elif answer is Stored.BUSY:
+                self._busy.append(run)
+                self._busy_until = anyio.current_time() + BUSY_PAUSE
+            elif answer is Stored.SUPERSEDED and not isinstance(ending.verdict, Done | Drop):
+                doubtful.append(run)
+            else:
+                self._overruled(run, ending, answer)
+        return doubtful
+
+    async def _weigh(self, runs: Sequence[Execution]) -> None:
+        """A later hop or delivery of these jobs is known: let go of those that really go on elsewhere."""
+        try:
+            found = await self._ledger.lookup([(run.claim.queue, run.job_id) for run in runs])
+            doubts = []
+            for run in runs:
+                known = found.get((run.claim.queue, run.job_id))
+                if known is None:  # forgotten meanwhile
+                    self._go_on(run)
+                elif known.status in FINAL or known.hop <= hop_of(run):  # or claimed again: the fence decides
+                    self._let_go(run, known.status if known.status in FINAL else SUPERSEDED)
+                else:
+                    doubts.append((run, known))
+            for (run, _), why in zip(doubts, await self._later.elsewhere(doubts), strict=True):
+                if why:
+                    self._let_go(run, why)
+                else:
+                    self._go_on(run)
+        except Exception as error:  # noqa: BLE001 - they stay held, and are recorded again
+            log.error("later_hops_unknown", jobs=len(runs), error=str(error))
+            await anyio.sleep(PAUSE)
+            self._busy += [run for run in runs if run.ending is None and run not in self._finished]
+            self._busy_until = anyio.current_time() + BUSY_PAUSE
+
+    def _go_on(self, run: Execution) -> None:
+        """This run is the job: record it once more, or if it was refused its transaction, run it once more."""
+        if run.context is not None and run.context.effect is Effect.SUPERSEDED:
+            run.outcome = Recorded(ReleaseAt(time(), "a later hop of this job was lost"), "superseded")
+            self._pass_on(run, judged(run, time()))
+        else:
+            self._finished.append(run)
+
+    def _let_go(self, run: Execution, why: str) -> None:
+        log.info("run_overruled", job_id=run.job_id, kind=run.kind, queue=run.claim.queue, reason=why)
+        self._holdings.counts.skipped += 1
+        self._pass_on(run, Ending(run.claim, DONE))
+
+    def _pass_on(self, run: Execution, ending: Ending) -> None:
+        run.ending = ending
+        self._settle(run)
+
+    def _overruled(self, run: Execution, ending: Ending, answer: Stored) -> None:
+        """The job has ended, here or before: there is nothing left to do but to let go of the claim."""
+        if isinstance(ending.verdict, Drop) and answer is Stored.ENDED:
+            self._pass_on(run, ending)  # as it should be; and its mark goes
+            return
+        if not isinstance(ending.verdict, Done):
+            log.info("run_overruled", job_id=run.job_id, kind=run.kind, queue=run.claim.queue, reason=answer.value)
+        elif answer is Stored.SUPERSEDED:
+            self._holdings.counts.skipped += 1
+        self._pass_on(run, Ending(run.claim, DONE))
+
+    def _correct(self, run: Execution, effect: Effect, now: float) -> None:
+        """A run's transaction decides, whatever the handler did after it."""
+        if isinstance(run.outcome, Recorded):
+            return
+        if effect is Effect.COMMITTED:
+            if run.outcome is not None and not isinstance(run.outcome, Ok):
+                error = run.outcome.error if isinstance(run.outcome, Raised) else None
+                log.warning(
+                    "failed_after_commit", job_id=run.job_id, kind=run.kind, queue=run.claim.queue,
+                    outcome=word_of(run.outcome), error=describe(error) if error is not None else None, exc_info=error,
+                )  # fmt: skip
+                run.outcome = Ok()
+        elif effect is Effect.ENDED:
+            run.outcome = Recorded(DONE, "ended")
+            self._holdings.counts.skipped += 1
+        elif effect is Effect.BUSY:
+            run.outcome = Recorded(ReleaseAt(now + AGAIN_AFTER, "another run of this job was at work"), "busy")
+        elif effect is Effect.LOST:
+            run.outcome = Recorded(ReleaseAt(now + AGAIN_AFTER, "PostgreSQL was lost"), "lost")
+
+    def _hand_back(self) -> None:
+        """What could not be recorded goes back to its queue, uncharged: it runs again where it can be recorded."""
+        left, self._finished, self._busy = self._finished + self._busy, [], []
+        if left:
+            log.warning("unrecorded_handed_back", jobs=len(left))
+        for run in left:
+            if run.context is None or run.context.effect is not Effect.COMMITTED:
+                run.outcome = HANDED_BACK
+            self._pass_on(run, judged(run, time()))
+
+
+def decided(run: Execution, now: float) -> Ending:
+    """The ending that was decided when the run was recorded; for the settler."""
+    return run.ending if run.ending is not None else judged(run, now)
+
+
+def record_of(run: Execution, ending: Ending, begun_at: float) -> RunRecord | None:
+    """What the ledger is told of a run; ``None`` if nothing is to be told.
+
+    Args:
+        run: with its outcome.
+        ending: what becomes of it.
+        begun_at: epoch seconds of the monotonic clock's zero.
+    """
+    outcome, verdict = run.outcome, ending.verdict
+    if type(outcome) is not Ok:
+        unbegun = isinstance(outcome, Interrupted) and run.started is None
+        if unbegun or isinstance(outcome, Recorded | Postponed | Deferred):
+            return None  # it is recorded, or nothing has happened
+    record = begun(run, begun_at)
+    record.finished = run.finished
+    record.outcome = word_of(outcome)
+    record.new = run.new and (run.context is None or not run.context.booked)
+    if type(verdict) is Done:
+        record.status = "completed"
+        if outcome is not OK and isinstance(outcome, Ok) and outcome.value is not None:
+            _keep_result(record, outcome.value)
+    elif isinstance(verdict, Drop):
+        record.status = "cancelled"
+    elif isinstance(verdict, RetryAt):
+        record.status, record.run_at, record.error = "retrying", verdict.at, verdict.error
+        record.attempts += 1
+    elif isinstance(verdict, Dead):
+        record.status = "dead"
+        record.error = f"{verdict.reason}: {verdict.error}" if verdict.error else verdict.reason
+        record.attempts += verdict.charged
+    elif isinstance(verdict, ReleaseAt):
+        record.error = verdict.reason
+        if verdict.at is None:
+            record.status = "dispatched"
+        else:
+            record.status, record.run_at = "retrying", verdict.at
+    return record
+
+
+def begun(run: Execution, begun_at: float) -> RunRecord:
+    """What the ledger is told of a run that has no outcome yet.
+
+    Args:
+        run: prepared.
+        begun_at: epoch seconds of the monotonic clock's zero.
+    """
+    if run.reading is None:
+        return unread_record(run.claim)
+    started = None if run.started is None else begun_at + run.started
+    return run_record(run.claim, run.reading, kind=run.kind, started=started)
+
+
+def _keep_result(record: RunRecord, value: Any) -> None:
+    try:
+        record.result = results.result_json(value)
+    except ValueError as error:  # the job is done all the same
+        record.error = str(error)

@@ -1,0 +1,155 @@
+"""The loop that moves due jobs: it sleeps until the next one, and wakes for one that is parked sooner."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from time import monotonic, time
+from typing import Final, Protocol
+
+import anyio
+
+from streamworker import codec
+from streamworker.broker import Broker, CronTick, CronTickResult
+from streamworker.cron import Schedule
+from streamworker.loops import Pause
+from streamworker.settings import Settings
+from streamworker.telemetry.logs import get_logger
+
+log = get_logger("streamworker.worker")
+
+LATE: Final = 60.0
+"""Seconds after which a tick counts as missed."""
+LOOK: Final = 60.0
+"""Most seconds between two proposals of a schedule, unless there are more schedules than that: one a second, then."""
+AGAIN: Final = 0.05
+"""Fewest seconds after which a tick that came too early is proposed again."""
+
+
+class Proposals(Protocol):
+    """Where ticks are proposed."""
+
+    async def offer_tick(self, tick: CronTick) -> CronTickResult:
+        """See `Broker.offer_tick`."""
+
+
+class CronLoop:
+    """Proposes ticks until stopped.
+
+    Args:
+        broker: where they are proposed.
+        schedules: of the app.
+        settings: how large a job may be.
+        stopping: ends the loop.
+        now: this machine's clock, which may be wrong: the first guess at the server's.
+    """
+
+    def __init__(
+        self,
+        broker: Proposals,
+        schedules: Sequence[Schedule],
+        settings: Settings,
+        stopping: anyio.Event,
+        now: Callable[[], float] = time,
+    ) -> None:
+        self._broker = broker
+        self._settings = settings
+        self._stopping = stopping
+        self._server = now()
+        self._asked = monotonic()
+        self._due = dict.fromkeys(schedules, float("-inf"))  # by the server's clock
+        self._before: dict[Schedule, float] = {}  # the tick that was proposed last
+
+    def now(self) -> float:
+        """The server's clock: what it showed when it was asked last, and what has passed since then."""
+        return self._server + monotonic() - self._asked
+
+    async def run(self) -> None:
+        """Propose until stopped; an error is logged and followed by a pause."""
+        pause = Pause()
+        while self._due and not self._stopping.is_set():
+            try:
+                seconds = await self.step()
+                pause.reset()
+            except Exception as error:  # noqa: BLE001 - the main loop never crashes
+                log.error("cron_failed", error=str(error))
+                await pause.wait(self._stopping)
+                continue
+            with anyio.move_on_after(seconds):
+                await self._stopping.wait()
+
+    async def step(self) -> float:
+        """Propose what is due; returns the seconds until the next look."""
+        for schedule in list(self._due):
+            if self._due[schedule] <= self.now():
+                self._due[schedule] = await self._propose(schedule)
+        return max(0.0, min(self._due.values(), default=0.0) - self.now())
+
+    async def _propose(self, schedule: Schedule) -> float:
+        """Propose the last tick of a schedule; returns when to look again."""
+        now = self.now()
+        at = schedule.previous(now)
+        body = b""
+        if schedule.missed == "last" or now - at <= LATE:
+            settings = self._settings
+            body = codec.pack(schedule.tick(at), max_bytes=settings.max_job_bytes, key_ttl=settings.key_ttl).body
+        job = schedule.job
+        tick = CronTick(job.queue, job.level, schedule.key, at, body, schedule.name, self._before.get(schedule), now)
+        answer = await self._broker.offer_tick(tick)
+        self._set(answer.now)
+        if answer.added:
+            log.info("cron_tick", schedule=schedule.name, kind=job.kind, queue=job.queue)
+        if answer.early > 0:  # our clock was wrong: now it is known by how much
+            return answer.now + min(max(answer.early, AGAIN), 1.0)
+        self._before[schedule] = at
+        # From the tick, not from now: one that came meanwhile is due at once. Ticks are whole seconds apart, so that a
+        # schedule is proposed once a second at most, whatever it says.
+        look = max(LOOK, float(len(self._due))) * random.uniform(0.9, 1.0)  # noqa: S311 - spreads load
+        return max(min(schedule.next(at), answer.now + look), float(int(answer.now) + 1))
+
+    def _set(self, server: float) -> None:
+        """The server's clock shows this now. Where somebody has set it, all waits stay as long as they are."""
+        moved = server - self.now()
+        self._due = {schedule: due + moved for schedule, due in self._due.items()}
+        self._server, self._asked = server, monotonic()
+
+
+class DelayedPromoter:
+    """Calls `Broker.tick` when it is needed.
+
+    Args:
+        broker: whose `tick` is called.
+        stopping: ends the loop; call `wake` with it.
+    """
+
+    def __init__(self, broker: Broker, stopping: anyio.Event) -> None:
+        self._broker = broker
+        self._stopping = stopping
+        self._wake = anyio.Event()
+        self._next = 0.0
+
+    def parked(self, at: float) -> None:
+        """A job is due at ``at`` (epoch seconds): no later than that the due set is looked at."""
+        if at < self._next:
+            self._wake.set()
+
+    def wake(self) -> None:
+        """Look now."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Tick until stopped; an error is logged and followed by a pause."""
+        pause = Pause()
+        while not self._stopping.is_set():
+            # Before the look, not after it: a stop or a parked job that comes meanwhile must not be slept over.
+            self._wake, self._next = anyio.Event(), float("inf")
+            try:
+                seconds = await self._broker.tick()
+                pause.reset()
+            except Exception as error:  # noqa: BLE001 - the main loop never crashes
+                log.error("tick_failed", error=str(error))
+                await pause.wait(self._stopping)
+                continue
+            self._next = time() + seconds
+            with anyio.move_on_after(seconds):
+                await self._wake.wait()

@@ -1,0 +1,364 @@
+"""The settle loop: group commit. While one flush is in flight the next gathers; no timer, no batch size to tune.
+
+Nothing is dropped on an error: the batch stays held, its leases are renewed, and it is sent again. The fence makes that
+safe: what the first try settled is LOST to the second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+import time
+from collections.abc import Callable
+from time import monotonic
+from typing import Any, Final
+
+import anyio
+import msgspec
+
+from streamworker import codec, results
+from streamworker.broker import Broker, Ending
+from streamworker.codec import NOTHING, State, trace_id
+from streamworker.errors import ConfigurationError, InvalidJob, Unreachable
+from streamworker.execution import Execution
+from streamworker.job import (
+    Dead,
+    Deferred,
+    Done,
+    Drop,
+    Interrupted,
+    Ok,
+    Raised,
+    ReleaseAt,
+    RetryAt,
+    Settled,
+    Undecodable,
+)
+from streamworker.loops import Pause
+from streamworker.policy import DONE, RAPID, judge, least_wait
+from streamworker.redact import describe
+from streamworker.telemetry.logs import get_logger
+from streamworker.worker.executor import OK
+from streamworker.worker.inflight import InFlight, Spinning
+
+log = get_logger("streamworker.worker")
+
+_PLACE: Final = re.compile(r"at `(\$[^`]*)`")
+REFUSED_PAUSE: Final = 1.0
+"""Seconds before endings that the server refused to store are offered again; longer each time, up to the next one."""
+LONGEST_PAUSE: Final = 30.0
+PROBE: Final = 10
+"""Endings of a queue that are offered again to see whether the server takes them by now."""
+SAY_AGAIN: Final = 60.0
+"""Seconds before it is said again that a queue's endings are refused."""
+
+
+class Aside:
+    """Runs of one queue whose endings the server refuses to store: kept under lease, offered again now and then."""
+
+    def __init__(self) -> None:
+        self.runs: list[Execution] = []
+        self.at = 0.0
+        self.pause = 0.0
+        self.said: tuple[str, float] = ("", 0.0)
+
+
+class Settler:
+    """Settles finished runs.
+
+    Args:
+        broker: whose `settle` is called.
+        holdings: what is held; settled runs leave it.
+        parked: told the epoch seconds at which a job of ours is due again.
+    """
+
+    def __init__(self, broker: Broker, holdings: InFlight, *, parked: Callable[[float], None]) -> None:
+        self._broker = broker
+        self._holdings = holdings
+        self._parked = parked
+        self.judge: Callable[[Execution, float], Ending] = judged
+        """Run and epoch seconds to the ending; replaced where that is decided before a run comes here."""
+        self.settled: Callable[[list[Execution], list[Ending], list[Settled], float], None] | None = None
+        """Told of every batch, and when (epoch seconds) it was sent; where somebody watches."""
+        self._finished: list[Execution] = []
+        self._aside: dict[str, Aside] = {}
+        self._uncertain: set[Execution] = set()
+        self._wake = asyncio.Event()
+        self._closing = anyio.Event()
+        self._give_up_at = float("inf")
+
+    def add(self, run: Execution) -> None:
+        """Settle this run with the next flush."""
+        self._finished.append(run)
+        self._wake.set()
+
+    def close(self, within: float) -> None:
+        """End the loop when all is settled, at the latest in ``within`` seconds."""
+        self._give_up_at = anyio.current_time() + within
+        self._closing.set()
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Flush until closed."""
+        pause = Pause()
+        while True:
+            if not self._finished and not await self._gather():
+                return
+            batch, self._finished = self._finished + self._offer_again(), []
+            try:
+                await self._flush(batch)
+            except Exception as error:  # noqa: BLE001 - a main loop never crashes; what it holds is tried again
+                self._keep(batch)
+                log.error("settle_failed", jobs=len(batch), error=str(error))
+                await pause.wait(self._closing, least=0.2)
+            else:
+                pause.reset()
+            if anyio.current_time() > self._give_up_at:
+                return
+
+    async def _gather(self) -> bool:
+        """Wait for something to settle; False when closed and nothing is left."""
+        while not self._finished:
+            if self._closing.is_set() and not self._aside:
+                return False
+            soonest = min((each.at for each in self._aside.values()), default=None)
+            with anyio.move_on_after(None if soonest is None else max(0.01, soonest - anyio.current_time())):
+                await self._wake.wait()
+            self._wake.clear()
+            self._finished += self._offer_again()
+        return True
+
+    @property
+    def aside(self) -> dict[str, int]:
+        """How many endings of which queues the server refuses to store."""
+        return {queue: len(each.runs) for queue, each in self._aside.items() if each.runs}
+
+    def _offer_again(self) -> list[Execution]:
+        """Some of those that were refused, when their pause is over; under load too, or they would starve."""
+        again: list[Execution] = []
+        for each in self._aside.values():
+            if anyio.current_time() >= each.at:
+                most = len(each.runs) if self._closing.is_set() else PROBE
+                again += each.runs[:most]
+                del each.runs[:most]
+                each.at = float("inf")  # until it is known how that went
+        return again
+
+    async def _flush(self, batch: list[Execution]) -> None:
+        now, items, judge = time.time(), [], self.judge
+        for run in batch:
+            run.settling = True  # out of the renewal set before the claim can end, or the thread would report it lost
+            items.append(judge(run, now))
+        results = await self._settled(items)
+        if self.settled is not None:
+            self.settled(batch, items, results, now)
+        counts, forget = self._holdings.counts, self._holdings.forget
+        refused: dict[str, list[Execution]] = {}
+        for run, item, result in zip(batch, items, results, strict=True):
+            if result is Settled.REFUSED:
+                run.settling = False
+                self._uncertain.add(run)  # a node that went away may have done it
+                refused.setdefault(run.claim.queue, []).append(run)
+                continue
+            forget(run)
+            if result is Settled.SETTLED:
+                if type(item.verdict) is Done:
+                    counts.done += 1
+                else:
+                    self._tell(run, item)
+            elif run not in self._uncertain:
+                counts.lost += 1
+                log.info("settle_lost", **facts_of(run))
+            self._uncertain.discard(run)
+        if refused or self._aside:
+            self._set_aside(refused, {run.claim.queue for run in batch})
+
+    def _set_aside(self, refused: dict[str, list[Execution]], queues: set[str]) -> None:
+        """Keep what was refused, and decide when it is offered again: at once where the server takes some by now."""
+        now = anyio.current_time()
+        for queue, runs in refused.items():
+            self._aside.setdefault(queue, Aside()).runs += runs
+        for queue in queues & self._aside.keys():
+            each = self._aside[queue]
+            if queue not in refused:
+                each.at, each.pause = now, 0.0
+            elif each.at > now + LONGEST_PAUSE or each.at <= now:  # it was offered again, or is new
+                longest = REFUSED_PAUSE if self._closing.is_set() else LONGEST_PAUSE
+                each.pause = min(longest, max(REFUSED_PAUSE, 2 * each.pause))
+                each.at = now + (each.pause if not self._closing.is_set() else 0.2)
+            if not each.runs:
+                del self._aside[queue]
+            elif queue in refused:
+                self._say(queue, each, now)
+
+    def _say(self, queue: str, aside: Aside, now: float) -> None:
+        why = self._broker.refusals.get(queue)
+        error = why.error if why is not None else "it cannot be judged"
+        if aside.said[0] != error or now > aside.said[1]:
+            aside.said = (error, now + SAY_AGAIN)
+            hint = why.cure if why is not None else "see the lines before this one"
+            log.error("settle_refused", queue=queue, jobs=len(aside.runs), error=error, hint=hint)
+
+    async def _settled(self, items: list[Ending]) -> list[Settled]:
+        """Settle; if something about one item breaks the call, settle one by one, so that it jams none but itself."""
+        try:
+            return await self._broker.settle(items)
+        except (Unreachable, ConfigurationError):
+            raise
+        except Exception as error:
+            if len(items) == 1:
+                raise
+            log.error("settle_split", jobs=len(items), error=str(error))
+        results: list[Settled] = []
+        for item in items:
+            try:
+                results += await self._broker.settle([item])
+            except (Unreachable, ConfigurationError):
+                raise
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is about this one: keep it and try again
+                log.error("settle_failed", jobs=1, job_id=item.job_id, kind=item.kind, error=str(error))
+                results.append(Settled.REFUSED)
+        return results
+
+    def _keep(self, batch: list[Execution]) -> None:
+        held = [run for run in batch if self._holdings.find(run.claim) is run]
+        for run in held:
+            run.settling = False
+        self._uncertain.update(held)
+        self._finished = held + self._finished
+
+    def _tell(self, run: Execution, item: Ending) -> None:
+        """Count and log one ending that is not a plain success."""
+        counts = self._holdings.counts
+        facts = facts_of(run)
+        match item.verdict:
+            case RetryAt(at=at, error=error):
+                counts.retried += 1
+                self._parked(at)
+                log.info("job_retry", **facts, error=error, delay=round(at - time.time(), 1))
+            case Dead(reason=reason, error=error):
+                counts.dead += 1
+                exc = run.outcome.error if isinstance(run.outcome, Raised) else None
+                if isinstance(run.outcome, Undecodable):
+                    error = _where(error)
+                log.warning("job_dead", **facts, reason=reason, error=error, exc_info=exc)
+            case ReleaseAt(at=at, reason=reason, turns=turns):
+                counts.released += 1
+                if at is not None:
+                    self._parked(at)
+                if turns and at is not None:
+                    wait = round(at - time.time(), 1)
+                    self._holdings.spun(Spinning(run.claim.queue, item.kind, item.job_id, turns, wait))
+                    log.warning("job_spinning", **facts, reason=reason, turns=turns, delay=wait)
+                # A kind with a limit releases all the time: that is its ordinary way.
+                (log.debug if isinstance(run.outcome, Deferred) else log.info)("job_released", **facts, reason=reason)
+            case Drop():
+                counts.cancelled += 1
+                log.info("job_cancelled", **facts)
+            case Done():
+                counts.done += 1
+
+
+def facts_of(run: Execution) -> dict[str, str | int]:
+    """What every line about a run holds; the worker's id is bound to all of its lines."""
+    facts: dict[str, str | int] = {"job_id": run.job_id, "kind": run.kind, "queue": run.claim.queue}
+    if run.facts is not None:
+        facts["attempt"] = run.facts.attempts + 1
+    trace = run.seen.trace_id if run.seen is not None else trace_id(run.reading.headers if run.reading else None)
+    if trace is not None:
+        facts["trace_id"] = trace
+    return facts
+
+
+def judged(run: Execution, now: float) -> Ending:
+    """The ending of a run; one that cannot even be judged is dead, because it would jam everything behind it."""
+    if run.outcome is OK and keeping(run) is None:  # nearly all
+        return Ending(run.claim, DONE)
+    try:
+        return ending(run, now=now, jitter=random.random())  # noqa: S311 - spreads load
+    except BaseException as error:  # noqa: BLE001 - a hostile document or error object; its bytes are kept
+        log.error("ending_failed", kind=run.kind, queue=run.claim.queue, error=describe(error))
+        return Ending(run.claim, Dead("undecidable", describe(error)), kind=run.kind)
+
+
+def _where(error: str) -> str:
+    """The place in a document that is wrong, without what stands there: logs hold no payloads, dead letters do."""
+    found = _PLACE.search(error)
+    return f"the document does not fit at {found.group(1)}" if found else "the document does not fit"
+
+
+def ending(run: Execution, *, now: float, jitter: float) -> Ending:
+    """Judge a run that has an outcome.
+
+    Args:
+        run: prepared, with its outcome.
+        now: epoch seconds.
+        jitter: 0 to 1, where in the backoff's band a wait falls.
+    """
+    outcome = run.outcome
+    if outcome is OK or isinstance(outcome, Ok):
+        if (keep := keeping(run)) is None:
+            return Ending(run.claim, DONE)
+        note = results.completed(outcome.value)
+        return Ending(run.claim, DONE, None, run.job_id, run.kind, note=note, keep=keep)
+    if outcome is None or run.facts is None:
+        raise AssertionError("a run is judged after its outcome")
+    verdict = judge(outcome, run.facts, now=now, jitter=jitter)
+    attempts, member = run.facts.attempts, ""
+    match verdict:
+        case Done():
+            return Ending(run.claim, verdict)
+        case Drop():
+            return Ending(run.claim, verdict, None, run.job_id, run.kind, keep=keeping(run) or 0.0)
+        case Dead():
+            charged, keep = attempts + verdict.charged, keeping(run) or 0.0
+            return Ending(run.claim, verdict, None, run.job_id, run.kind, charged, keep=keep)
+        case RetryAt():
+            body = _next_form(run, {"attempt_count": attempts + 1}, NOTHING)
+        case ReleaseAt():
+            state = _state(run, verdict)
+            if run.started is not None and isinstance(outcome, Raised | Interrupted):
+                verdict, state = _slowed(verdict, state, now, monotonic() - run.started)
+            body = _next_form(run, {}, state)
+            if isinstance(outcome, Deferred):
+                member = outcome.member
+    return Ending(run.claim, verdict, body, run.job_id, run.kind, attempts, member)
+
+
+def keeping(run: Execution) -> float | None:
+    """Seconds for which its end is kept in Redis, if its handler says so."""
+    return None if run.facts is None else run.facts.limits.result_ttl
+
+
+def _state(run: Execution, verdict: ReleaseAt) -> State:
+    """What is remembered of a job that goes back uncharged."""
+    before = NOTHING if run.reading is None else codec.state_of(run.reading, run.claim.secret)
+    turn, since = before.turn, before.unknown_since
+    if isinstance(run.outcome, Deferred):
+        turn = run.outcome.turn
+    elif run.started is not None:
+        turn = ""  # it had its turn
+    if verdict.unknown_since is not None:
+        since = int(verdict.unknown_since)
+    return State(max(0, run.deliveries - 1), turn, since, before.returns, before.rapid)
+
+
+def _slowed(verdict: ReleaseAt, state: State, now: float, ran: float) -> tuple[ReleaseAt, State]:
+    """A job that ran for ``ran`` seconds and goes back uncharged: later, where it does little else."""
+    wait = 0.0 if verdict.at is None else verdict.at - now
+    rapid = state.rapid + 1 if wait + ran < RAPID else 0
+    state = msgspec.structs.replace(state, returns=state.returns + 1, rapid=rapid)
+    least = least_wait(rapid)
+    return (ReleaseAt(now + least, verdict.reason, turns=state.returns) if least > wait else verdict), state
+
+
+def _next_form(run: Execution, patch: dict[str, Any], state: State) -> bytes | None:
+    """The document for the next hop; ``None`` (bytes as they are) where there is nothing readable to patch."""
+    if run.reading is None or run.claim.body is None:
+        return None
+    patch = {"id": run.job_id, "hop": codec.written_hop((run.reading.hop or 0) + 1), **patch}
+    try:
+        return codec.rewrite(run.claim.body, patch, state=state, secret=run.claim.secret)
+    except InvalidJob:
+        return None
