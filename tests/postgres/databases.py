@@ -9,7 +9,7 @@ from uuid import uuid4
 import anyio
 import asyncpg
 
-from streamworker.embedded.record import PG_USER
+from streamworker.embedded.layout import PG_USER
 from streamworker.postgres.migrate import Migrator
 from tests.postgres.servers import PostgresServer
 
