@@ -27,7 +27,7 @@ class Work(Payload, kind="work", queue="q"):
     how: str
 
 
-@app.handler(max_attempts=2, backoff=Backoff(base=0.05, jitter=0), timeout=10)
+@app.handler(max_attempts=2, backoff=Backoff(base=0.05, jitter=0), timeout=float(os.environ.get("TIMEOUT", "10")))
 async def work(payload: Work, ctx: Context) -> Any:
     await ctx.redis.rpush("queue:trace:ran", f"{ctx.job.id} {ctx.job.hop} {ctx.worker_id}")
     match payload.how:

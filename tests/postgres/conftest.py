@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator
@@ -12,6 +13,24 @@ import pytest
 
 from tests.postgres.databases import Databases, Killable, beside
 from tests.postgres.servers import PostgresServer
+
+WAITS = {
+    "streamworker.pause.FIRST": 0.1,
+    "streamworker.vigil.LOOK": 0.4,
+    "streamworker.postgres.listening.RETRY": 0.3,
+    "streamworker.bookkeeping.recorder.AGAIN_AFTER": 0.5,
+    "streamworker.bookkeeping.recorder.BUSY_PAUSE": 0.3,
+    "streamworker.bookkeeping.noting.LONG": 0.3,
+    "streamworker.bookkeeping.noting.INTERVAL": 0.1,
+}
+"""Seconds between tries and looks, of which tests want the next one and not the distance."""
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seconds in WAITS.items():
+        assert isinstance(pkgutil.resolve_name(name), float), name
+        monkeypatch.setattr(name, seconds)
 
 
 @pytest.fixture(scope="session")

@@ -168,7 +168,7 @@ async def test_a_zombie_changes_nothing(start, raw, pg):
 
 async def test_a_zombie_that_holds_the_row_does_not_block_its_successor_into_failure(start, raw, pg):
     """Frozen inside its transaction: the job waits, uncharged, until the server ends the frozen session."""
-    zombie = await start().ready()
+    zombie = await start(TIMEOUT=5).ready()
     put(raw, "a", "hold")
     await eventually(lambda: ran(raw))
     # The handler's own statement is done: before that, its transaction may have begun and hold nothing yet.

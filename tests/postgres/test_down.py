@@ -39,7 +39,8 @@ async def ask(server: PostgresServer, question: str) -> Any:
         await connection.close()
 
 
-async def test_killed_and_restarted_under_load(redis_url, raw, own_postgres):
+@pytest.mark.parametrize("jobs", [500, pytest.param(1500, marks=pytest.mark.all)])
+async def test_killed_and_restarted_under_load(redis_url, raw, own_postgres, jobs):
     """Commits whose answers were lost are looked up; attempts that were cut off are tried again."""
     await ask(own_postgres, "create table effect (job text)")
     app = app_of(redis_url, own_postgres, concurrency=20)
@@ -50,16 +51,16 @@ async def test_killed_and_restarted_under_load(redis_url, raw, own_postgres):
             await connection.execute("insert into effect values ($1)", ctx.job.id)
 
     async with app, working(app):
-        await app.enqueue_many([Job(n=n) for n in range(1500)])
-        for done in (100, 600):
+        await app.enqueue_many([Job(n=n) for n in range(jobs)])
+        for done in (50, jobs // 2):
             question = f"select count(*) >= {done} from effect"
             await eventually(partial(ask, own_postgres, question), 30, 0.05)
             own_postgres.kill()
             own_postgres.start()
         await eventually(lambda: ended(raw), 60)
-    assert await ask(own_postgres, "select count(*) from effect") == 1500
-    assert await ask(own_postgres, "select count(distinct job) from effect") == 1500
-    assert await ask(own_postgres, "select count(*) from streamworker.jobs where status = 'completed'") == 1500
+    assert await ask(own_postgres, "select count(*) from effect") == jobs
+    assert await ask(own_postgres, "select count(distinct job) from effect") == jobs
+    assert await ask(own_postgres, "select count(*) from streamworker.jobs where status = 'completed'") == jobs
     assert not raw.exists(f"{Q}:dead")
 
 
@@ -100,6 +101,7 @@ async def test_while_it_is_down_nothing_is_claimed_and_what_finished_is_kept(red
 @pytest.mark.parametrize("how", ["dead", "frozen"])
 async def test_at_shutdown_what_cannot_be_recorded_is_handed_back(redis_url, raw, own_postgres, how, monkeypatch):
     monkeypatch.setattr("streamworker.worker.HAND_BACK", 1.0)
+    monkeypatch.setattr("streamworker.postgres.pool.CONNECT_TIMEOUT", 2.0)
     app = app_of(redis_url, own_postgres, concurrency=5)
     go, ran = asyncio.Event(), []
 
@@ -214,7 +216,7 @@ async def test_whatever_keeps_it_from_recording_closes_the_claim_loop(redis_url,
         before = len(ran)
         assert before < 300, "a batch, and what was claimed until it failed"
         begun = time.monotonic()
-        while time.monotonic() < begun + 1.5:  # it is tried again and again; lookups would be answered
+        while time.monotonic() < begun + 0.8:  # it is tried again and again; lookups would be answered
             await asyncio.sleep(0.05)
             assert worker._stages.closed() and len(ran) == before
         await tell(own_postgres, mends)

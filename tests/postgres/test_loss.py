@@ -355,7 +355,7 @@ async def test_reconcile_by_hand(redis_url, database_url, outbox, pg, raw):
 @pytest.mark.parametrize("mode", ["stream", "list"])
 async def test_is_active_pauses_and_resumes_a_queue_for_everybody(redis_url, database_url, pg, raw, mode):
     seen = []
-    apps = [App(settings=settings_for(redis_url, database_url, relay="on", mode=mode)) for _ in range(2)]
+    apps = [App(settings=settings_for(redis_url, database_url, relay="on", lease=1.0, mode=mode)) for _ in range(2)]
     for mine in apps:
 
         @mine.handler

@@ -9,7 +9,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from streamworker import App, Context, QueueWorker
+from streamworker import App, Backoff, Context, QueueWorker
 from streamworker.errors import ConfigurationError, Unreachable
 from tests.conftest import eventually
 from tests.postgres.working import Job, settings_for, working
@@ -78,7 +78,7 @@ async def test_after_the_commit_the_job_is_done_whatever_the_handler_does(app, r
 
 
 async def test_a_failed_attempt_writes_nothing_and_the_next_one_does(app, raw, pg):
-    @app.handler(max_attempts=3)
+    @app.handler(max_attempts=3, backoff=Backoff(base=0.3, jitter=0))
     async def handler(_: Job, ctx: Context) -> None:
         async with ctx.transaction() as connection:
             await connection.execute("insert into effect values ($1, $2)", ctx.job.id, ctx.job.hop)

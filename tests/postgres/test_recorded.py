@@ -135,8 +135,9 @@ async def test_a_superseded_twin_is_let_go(app, raw, pg):
 
 
 @pytest.mark.parametrize("kind", ["retrying", "dead"])
-async def test_a_recorded_verdict_is_applied_again(app, raw, pg, kind):
+async def test_a_recorded_verdict_is_applied_again(redis_url, database_url, raw, pg, kind):
     """The worker died between PostgreSQL and Redis."""
+    app: App[None] = App(settings=settings_for(redis_url, database_url, lease=0.5))
     ran = []
 
     @app.handler

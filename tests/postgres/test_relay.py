@@ -353,8 +353,8 @@ async def test_the_deadline_is_judged_by_the_server_when_the_command_gets_there(
     job = [Dispatch("a", 1, "normal", b"{}")]
     assert (await there.dispatch("q", job, time.monotonic() + 5)).there == [True]
     own_server.pause()
-    task = asyncio.create_task(there.dispatch("q", [Dispatch("b", 1, "normal", b"{}")], time.monotonic() + 0.5))
-    await anyio.sleep(1)
+    task = asyncio.create_task(there.dispatch("q", [Dispatch("b", 1, "normal", b"{}")], time.monotonic() + 0.3))
+    await anyio.sleep(0.5)
     own_server.resume()
     assert await task is None
     with own_server.client() as client:
@@ -389,7 +389,7 @@ async def test_redis_away(outbox, pg, own_server, database_url):
         own_server.kill()
         ids = await commit(pg, *(Bill(number=n) for n in range(1, 800)))
         await eventually(lambda: taken(pg))
-        await anyio.sleep(2)
+        await anyio.sleep(0.8)
         assert (await statuses(pg))["queued"] > 0  # no more than a batch is taken for a Redis that is away
         own_server.start()
         # What it holds is too late by now and has to be taken over: the clock of the test does not wait for that.
@@ -512,7 +512,8 @@ async def test_a_worker_told_not_to_leaves_jobs_where_they_are(pg, raw, redis_ur
 async def test_the_relay_as_a_process_of_its_own(pg, raw, redis_url, database_url):
     env = {k: v for k, v in os.environ.items() if not k.startswith("STREAMWORKER_")}
     env |= {"PYTHONPATH": str(ROOT), "REDIS_URL": redis_url, "DATABASE_URL": database_url, "PYTHONWARNINGS": "error"}
-    process = forkserver.forked(["relay"], env=env, cwd=ROOT)
+    looks = {"streamworker.relaying.NEW_QUEUES": 0.3}
+    process = forkserver.forked(["relay"], env=env, cwd=ROOT, constants=looks)
     try:
         await commit(pg, Bill())
         await eventually(lambda: raw.xlen("stream:{billing}") == 1, 20)
