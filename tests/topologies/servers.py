@@ -75,9 +75,14 @@ class Node:
 
 
 class Sentineled:
-    """A master, a replica and three Sentinels; with the face of `tests.conftest.Server`, which is the master's."""
+    """A master, a replica and three Sentinels; with the face of `tests.conftest.Server`, which is the master's.
 
-    def __init__(self, directory: Path) -> None:
+    Args:
+        directory: of their files.
+        patience: ms of silence after which a master counts as down; short where tests wait for failovers.
+    """
+
+    def __init__(self, directory: Path, patience: int = 500) -> None:
         server = ("--save", "", "--appendonly", "no", "--repl-diskless-sync-delay", "0")
         self.nodes = [Node(directory / "one", *server)]
         self.sentinels: list[Node] = []
@@ -88,7 +93,7 @@ class Sentineled:
                 home.mkdir()
                 (home / "sentinel.conf").write_text(
                     f"sentinel monitor {SERVICE} 127.0.0.1 {self.nodes[0].port} 2\n"
-                    f"sentinel down-after-milliseconds {SERVICE} 500\n"
+                    f"sentinel down-after-milliseconds {SERVICE} {patience}\n"
                     f"sentinel failover-timeout {SERVICE} 3000\n"
                 )
                 self.sentinels.append(Node(home, program=(str(home / "sentinel.conf"), "--sentinel")))
@@ -140,10 +145,17 @@ class Sentineled:
 
 
 class Clustered:
-    """Masters that share the slots evenly, and replicas of the first ones."""
+    """Masters that share the slots evenly, and replicas of the first ones.
 
-    def __init__(self, directory: Path, masters: int = 3, replicas: int = 0) -> None:
-        options = ("--save", "", "--appendonly", "no", "--cluster-enabled", "yes", "--cluster-node-timeout", 1500)
+    Args:
+        directory: of their files.
+        masters: how many.
+        replicas: of how many of them.
+        patience: ms of silence after which a node counts as down; short where tests wait for failovers.
+    """
+
+    def __init__(self, directory: Path, masters: int = 3, replicas: int = 0, patience: int = 1500) -> None:
+        options = ("--save", "", "--appendonly", "no", "--cluster-enabled", "yes", "--cluster-node-timeout", patience)
         options += ("--repl-diskless-sync-delay", "0")
         self.nodes: list[Node] = []
         self.masters = masters
@@ -285,4 +297,8 @@ def _text(value: Any) -> str:
 
 
 Making = Callable[[Path], Sentineled | Clustered]
-MAKERS: dict[str, Making] = {"sentinel": Sentineled, "cluster": Clustered}
+# Nothing fails there that a test did not break: a busy machine is no reason for a failover.
+MAKERS: dict[str, Making] = {
+    "sentinel": lambda directory: Sentineled(directory, patience=60_000),
+    "cluster": lambda directory: Clustered(directory, patience=60_000),
+}
