@@ -24,6 +24,8 @@ IDS = "stream:{q}:ids"
 LEVELS: tuple[Level, ...] = ("high", "normal", "low")
 stream_only = pytest.mark.parametrize("ground", ["stream"], indirect=True)
 list_only = pytest.mark.parametrize("ground", ["list"], indirect=True)
+list_in_all = pytest.mark.parametrize("ground", ["stream", pytest.param("list", marks=pytest.mark.all)], indirect=True)
+"""For what takes seconds, and is in list mode the same once more: its scripts, or the loop around them, are held by others."""
 
 
 def job(name: str = "", queue: str = "q", level: Level = "normal", **options: Any) -> Outgoing:

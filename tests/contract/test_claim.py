@@ -553,7 +553,7 @@ def identity(claim):
 @pytest.mark.parametrize("wreck", KEPT)
 @pytest.mark.parametrize("restarted", [False, True], ids=["by workers that run", "by workers started anew"])
 async def test_an_identity_survives_whatever_is_deleted_around_the_entries(broker_factory, raw, wreck, restarted):
-    async with broker_factory("a", lease=0.3) as one:
+    async with broker_factory("a", lease=0.2) as one:
         raw.xadd(NORMAL, {"job": '{"payload":{"n":1}}'})
         raw.xadd(NORMAL, {"job": '{"payload":{"n":2}}'})
         (first,) = await one.claim(1, 0, ())
@@ -561,7 +561,7 @@ async def test_an_identity_survives_whatever_is_deleted_around_the_entries(broke
         if not restarted:
             await one.claim(0, 0, ())
             await one.claim(1, 0, [first])  # heals; and takes the second one
-        async with broker_factory("b", lease=0.3) as two:
+        async with broker_factory("b", lease=0.2) as two:
             found = {}
 
             async def both() -> bool:

@@ -17,7 +17,7 @@ from streamworker.errors import ConfigurationError
 from streamworker.limits import AcquireRequest, Limit, Permit, quota
 from streamworker.worker.admission import limit_name
 from tests.conftest import eventually
-from tests.contract.helpers import document, job, names, settings, working
+from tests.contract.helpers import document, job, list_in_all, names, settings, working
 
 TWO = Limit("q", "k", concurrency=2)
 
@@ -396,6 +396,7 @@ async def test_sync_handlers_are_limited_too(ground, raw):
     assert most == [2]
 
 
+@list_in_all
 async def test_an_idle_fleet_with_waiters_asks_seldom(ground, raw):
     """Two wait for a job that takes long: they are asked about once a lease, not all the time."""
     gate = anyio.Event()

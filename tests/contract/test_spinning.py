@@ -11,13 +11,14 @@ from streamworker import App, Payload, Snooze
 from streamworker.policy import FREE_RETURNS
 from streamworker.views import worker_row
 from tests.conftest import eventually
-from tests.contract.helpers import settings, working
+from tests.contract.helpers import list_in_all, settings, working
 
 
 class Poll(Payload, kind="poll", queue="q"):
     wait: float = 0.0
 
 
+@list_in_all
 @pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.all), 2])
 async def test_a_job_that_spins_is_slowed_and_told_of(raw, ground, workers):
     app = App(settings=settings(raw, ground, lease=1, concurrency=4))

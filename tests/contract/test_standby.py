@@ -14,7 +14,7 @@ from streamworker.broker.lists_brpop import BrpopBroker
 from streamworker.broker.redis.client import Address
 from streamworker.worker import renewer
 from tests.conftest import CLUSTER, eventually
-from tests.contract.helpers import job, names, one, recover
+from tests.contract.helpers import job, list_in_all, names, one, recover
 
 
 def renew(broker, longest=60.0):
@@ -66,6 +66,7 @@ async def test_the_process_takes_nothing_back_and_leaves_what_has_run_out(broker
         assert names(await recover(other, ground, running=[taken])) == ["out"]
 
 
+@list_in_all
 async def test_the_process_renews_while_its_worker_is_silent_and_no_longer_than_jobs_may_run(broker_factory, ground):
     async with broker_factory("w", lease=0.6) as broker:
         await broker.publish([job("x")])

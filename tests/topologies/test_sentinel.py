@@ -65,7 +65,7 @@ async def test_a_bridge_follows_the_master(sentinels, how):
     acknowledged: list[bytes] = []
 
     def produce() -> None:
-        while len(acknowledged) < 2000:
+        while len(acknowledged) < 600:
             name = b"%d" % len(acknowledged)
             with suppress(redis.RedisError, OSError, StopIteration), sentinels.client() as client:
                 alone = how == "killed" and sentinels.master is not old
