@@ -39,9 +39,11 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(_Distributed(), "streamworker-distributed")
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """``-n auto``: what a core has left while tests wait for servers and processes, another test uses."""
+@pytest.hookimpl(optionalhook=True, tryfirst=True)
+def pytest_xdist_auto_num_workers() -> int | None:
+    """``-n auto``: what a core has left while a test waits for servers and processes, another one uses."""
+    if os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS"):
+        return None  # xdist reads it
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(2 * cores, 8)
 
