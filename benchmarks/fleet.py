@@ -67,7 +67,7 @@ class Consumer:
 
     async def _tick(self) -> None:
         while True:
-            wait = await self._broker.tick()
+            wait = await self._broker.promote()
             await asyncio.sleep(max(0.01, wait))
 
     async def _beat(self) -> None:

@@ -17,7 +17,7 @@ from typing_extensions import TypeVar
 
 from streamworker import embedded, results
 from streamworker.bridge import Mover
-from streamworker.broker import Broker, Operator, ResultWaiter
+from streamworker.broker import Operator, ResultWaiter, WorkerBroker
 from streamworker.broker.bridge import BridgeOptions, ListBridge
 from streamworker.broker.dispatcher import RedisDispatcher
 from streamworker.broker.keys import ListKeys, QueueKeys
@@ -411,7 +411,7 @@ class App(Handlers[S], Follower, Calendar):
         self._redis: Redis | str | None = None
         self._open_lock = anyio.Lock()
         self._stack: AsyncExitStack | None = None
-        self._broker: Broker | None = None
+        self._broker: WorkerBroker | None = None
 
     async def __aenter__(self) -> App[S]:
         """Open what producing needs; may be entered several times over.
@@ -469,7 +469,7 @@ class App(Handlers[S], Follower, Calendar):
 
     # -- what producing needs
 
-    def _outlet(self) -> Broker | None:
+    def _outlet(self) -> WorkerBroker | None:
         if self._broker is not None:
             self._require_own_loop()
         return self._broker
@@ -679,7 +679,7 @@ class App(Handlers[S], Follower, Calendar):
             _, url = await self._servers(stack, settings, None)
         return url or settings.require_database_url()
 
-    def _make_broker(self, settings: Settings, address: Address) -> Broker:
+    def _make_broker(self, settings: Settings, address: Address) -> WorkerBroker:
         options = self._options(settings)
         if settings.mode == "stream":
             return StreamBroker(address, options)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
-from typing import Final, Protocol
+from typing import Final
 
 import msgspec
 
@@ -127,15 +126,3 @@ class AcquireResult(msgspec.Struct, frozen=True):
     wait: float = 0.0
     turn: str = ""
     member: str = ""
-
-
-class Limiting(Protocol):
-    """What brokers do about limits."""
-
-    async def limit(
-        self, queue: str, asking: Sequence[AcquireRequest], leaving: Sequence[Permit]
-    ) -> list[AcquireResult]:
-        """Give holds back and ask for others, all of one queue; answers in order. Safe to repeat after an error."""
-
-    def retain(self, holds: Collection[Permit]) -> None:
-        """Renew holds, from the lease thread: those of runs whose claims were renewed."""

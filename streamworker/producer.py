@@ -17,7 +17,7 @@ from anyio.from_thread import BlockingPortal
 from typing_extensions import TypeVar, Unpack
 
 from streamworker import codec
-from streamworker.broker import Broker
+from streamworker.broker import WorkerBroker
 from streamworker.codec import infinity_in, reserved_in
 from streamworker.errors import LONGEST_WAIT, InvalidJob, UsageError
 from streamworker.handlers import Payload, check_queue
@@ -36,7 +36,7 @@ class Producer:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def _outlet(self) -> Broker | None:
+    def _outlet(self) -> WorkerBroker | None:
         """Where jobs go, ``None`` while the app is not open.
 
         Raises:

@@ -11,7 +11,7 @@ from typing import Any, Final, Literal, Protocol
 import anyio
 import asyncpg
 
-from streamworker.broker import CronTick, CronTickResult, Finding
+from streamworker.broker import CronStore, Finding
 from streamworker.cron import Schedule
 from streamworker.errors import ConfigurationError, StreamworkerError
 from streamworker.loops import Pause
@@ -45,7 +45,7 @@ NEW_QUEUES: Final = 5.0
 """Seconds between looks for queues that were not there before."""
 
 
-class Promoting(Protocol):
+class Promoting(CronStore, Protocol):
     """What a scheduler needs of Redis."""
 
     async def promote(self, queues: Sequence[str]) -> float:
@@ -53,9 +53,6 @@ class Promoting(Protocol):
 
     async def queues(self) -> list[str]:
         """See `Dispatcher.queues`."""
-
-    async def offer_tick(self, tick: CronTick) -> CronTickResult:
-        """See `Broker.offer_tick`."""
 
 
 class Scheduler:

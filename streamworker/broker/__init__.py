@@ -1,6 +1,8 @@
-"""What a worker needs of a broker, without a Redis word. Both modes implement it; the contract suite holds them to it.
+"""Protocols of a broker, one a role, without a Redis word. Both modes implement them; the contract suite holds both.
 
-Six verbs move jobs (publish, claim, renew, settle, tick, depth). `Operator` is what people do to jobs by hand.
+`Broker` has the six verbs that move jobs. The other roles stand beside it: `Consumer`, `Heartbeats`, `Limiter`,
+`Results`, `Signals`, `CronStore`. One class implements them all (`WorkerBroker`); each user asks for the roles it
+calls. `Operator` is what operators do to jobs by hand, by resource.
 """
 
 from __future__ import annotations
@@ -13,24 +15,24 @@ import msgspec
 from typing_extensions import TypeVar
 
 from streamworker.job import Claim, Depth, Enqueued, Level, Outgoing, Progress, Settled, Verdict
-from streamworker.limits import Limiting
+from streamworker.limits import AcquireRequest, AcquireResult, Permit
 
 T = TypeVar("T")
 
 
 class Ending(msgspec.Struct, frozen=True, gc=False):
-    """One claim to end.
+    """Settlement of one claim.
 
     Attributes:
-        claim: what is ended, and the fence.
-        verdict: how.
-        body: the document to store if the job goes on; ``None`` keeps the bytes as they are.
-        job_id: the job's id, for what is stored beside it.
-        kind: its kind, for dead letters.
-        attempts: failed attempts, this run included, for dead letters.
-        member: what it is called by while it waits for a limit; empty where it is not called.
-        note: what is told of a job that has ended for good, see `streamworker.results`; ``None`` says only how.
-        keep: seconds for which that can be read; 0 tells it to those who wait right now.
+        claim: the claim, and the fence.
+        verdict: what to do with the job.
+        body: document to store if the job goes on; ``None`` keeps the bytes as they are.
+        job_id: the job's id, stored beside its document.
+        kind: the job's kind, for dead letters.
+        attempts: failed attempts, this execution included, for dead letters.
+        member: member of the due set under which the job waits for a limit; empty if it waits for none.
+        note: result note of a job that has ended for good, see `streamworker.results`; ``None`` notes only the verdict.
+        keep: seconds for which the note can be read; 0 only publishes it.
     """
 
     claim: Claim
@@ -45,7 +47,7 @@ class Ending(msgspec.Struct, frozen=True, gc=False):
 
 
 class Refusal(msgspec.Struct, frozen=True):
-    """Why the server refuses to store an ending, and what people can do about it."""
+    """Error with which the server refused to store an ending, and what an operator can do about it."""
 
     error: str
     cure: str
@@ -55,15 +57,15 @@ class CronTick(msgspec.Struct, frozen=True):
     """One tick of a schedule.
 
     Attributes:
-        queue: where its job goes.
-        level: and on which level.
-        schedule: what its last tick is remembered by, one of a kind in the queue.
+        queue: queue of the tick's job.
+        level: level of the tick's job.
+        schedule: identity of the schedule, unique in the queue; its last tick is stored under it.
         at: epoch seconds.
-        body: the job's document; empty if the tick passes without one.
-        name: of the schedule, whatever its expression is; of two with one name the one whose worker started last is in
-            force. Empty if it has none.
-        before: the tick that this worker proposed before; ``None`` if this is its first.
-        now: what the worker takes for the server's clock, in epoch seconds; ``None`` if it does not say.
+        body: the job's document; empty if the tick passes without a job.
+        name: name of the schedule, stable when its expression changes; empty if it has none. Of two schedules with one
+            name, the one whose worker started last is in force.
+        before: the tick that this worker offered before; ``None`` if this is its first.
+        now: the server's time as the worker estimates it, in epoch seconds; ``None`` if it has no estimate.
     """
 
     queue: str
@@ -77,13 +79,13 @@ class CronTick(msgspec.Struct, frozen=True):
 
 
 class CronTickResult(msgspec.Struct, frozen=True):
-    """What became of a tick that was proposed.
+    """Answer to an offered tick.
 
     Attributes:
-        early: seconds until it should be proposed again: it is still to come by the server's clock, or the worker is
-            mistaken about that clock by more than five seconds. 0 if it is dealt with.
-        added: its job was added by this call.
-        now: the server's clock, in epoch seconds.
+        early: seconds after which the tick must be offered again: by the server's clock it is not due yet, or the
+            worker's estimate of that clock is wrong by more than five seconds. 0 if the tick is settled.
+        added: this call added the tick's job.
+        now: the server's time, in epoch seconds.
     """
 
     early: float
@@ -91,33 +93,27 @@ class CronTickResult(msgspec.Struct, frozen=True):
     now: float
 
 
-class ResultWaiter(Protocol):
-    """How one job ends."""
-
-    async def kept(self) -> bytes | None:
-        """The note that was kept of it, if there is one; and for the next half a minute its end is told."""
-
-    async def heard(self, timeout: float) -> bytes | None:
-        """The next note; empty if some may have been missed, ``None`` after ``timeout`` seconds without one."""
-
-
-class Broker(Limiting, Protocol):
-    """Hands out claims and takes them back. Every ending is fenced by the claim it ends."""
+class Connected(Protocol):
+    """The broker's connections to its server."""
 
     async def open(self) -> None:
-        """Connect and check the server; producing needs no more.
+        """Connect and check the server; a producer needs no more.
 
         Raises:
-            Unreachable: no server answers there.
+            Unreachable: no server answers.
             ConfigurationError: a server answers that cannot be used.
         """
 
-    async def join(self, worker_id: str) -> None:
-        """Become a consumer named ``worker_id``: groups exist, no foreign group reads along.
+    async def close(self) -> None:
+        """Close the connections."""
 
-        Raises:
-            ConfigurationError: another group reads one of our streams, or a permission is missing.
-        """
+    @property
+    def reconnects(self) -> int:
+        """How often the server answered again after it had not."""
+
+
+class Broker(Protocol):
+    """Six verbs that move jobs. Every settlement is fenced by the claim that it settles."""
 
     async def publish(self, jobs: Sequence[Outgoing]) -> list[Enqueued]:
         """Store jobs; answers in order.
@@ -134,103 +130,158 @@ class Broker(Limiting, Protocol):
         ended: Callable[[str], int] = ...,
         shut: Collection[str] = (),
     ) -> list[Claim]:
-        """Up to ``limit`` jobs, orphans and new ones in order; waits up to ``wait`` seconds only if there is none.
+        """Claim up to ``limit`` jobs: expired leases and new ones, in order; wait up to ``wait`` seconds for the first.
 
         Args:
             limit: most jobs.
             wait: seconds.
-            running: everything this worker holds: never claimed again, counted against the caps of queues.
-            ended: how many of ``running`` of a queue have ended and only wait to be settled: they fill no cap.
+            running: claims that this worker holds: never claimed again, counted against the caps of queues.
+            ended: how many of ``running`` of a queue have ended and only wait to be settled; a cap does not count them.
             shut: queues of which nothing is claimed now.
         """
 
-    async def look_again(self) -> None:
-        """A queue that was at its cap has room again: end a waiting `claim` soon, without cancelling it."""
-
-    async def interrupt(self) -> None:
-        """End a waiting `claim` soon, without cancelling it; from now on claims do not wait. May be called again."""
-
-    async def confirm(self, claim: Claim) -> Claim | None:
-        """Count the delivery of a suspect that is about to run; ``None`` if it is no longer ours."""
-
     def renew(self, claims: Collection[Claim]) -> list[Claim]:
-        """Prolong the leases, from the lease thread; returns those that are lost."""
-
-    def standby(self, longest: float) -> bytes | None:
-        """The line for the renewing child process (`streamworker.worker.renewer`). Called from the lease thread.
-
-        Args:
-            longest: seconds of silence after which this worker counts as hung for good.
-
-        Returns:
-            One line of JSON; ``None`` if no other process can log in, or nothing is ever renewed.
-        """
-
-    def cancelled(self, claims: Collection[Claim]) -> list[Claim]:
-        """Those whose jobs were cancelled since they were claimed; called from the lease thread."""
-
-    async def cancel(self, queue: str, job_id: str) -> bool:
-        """Cancel a job wherever it is; True if it was delayed: then it is gone already.
-
-        One that waits is claimed as ``cancelled``, one that is held is found by `cancelled`. Settling it with `Drop`
-        forgets that it was cancelled; what is never claimed is forgotten after a week.
-        """
-
-    async def clock(self, queue: str) -> float:
-        """What the clock of the queue's server shows, in epoch seconds: it alone decides what is due."""
-
-    async def offer_tick(self, tick: CronTick) -> CronTickResult:
-        """Add the job of a tick, once, however many propose it and how often; a schedule's first tick adds none."""
-
-    def ended(self, queues: Sequence[str], job_id: str) -> AbstractAsyncContextManager[ResultWaiter]:
-        """Hears of the end of a job that lies in one of the queues; what is said from the block's begin on is heard.
-
-        Raises:
-            Unreachable: no server answers.
-        """
-
-    def progress(self, told: Mapping[str, Progress], ended: Collection[str]) -> None:
-        """Write down how far jobs of this worker have come, by their ids, and forget others; from the lease thread."""
-
-    def beat(self, report: dict[str, str | int | float]) -> None:
-        """Tell that this worker lives, from the lease thread; the report is what operators see."""
+        """Renew leases, from the lease thread; returns the claims that are lost."""
 
     async def settle(self, items: Sequence[Ending]) -> list[Settled]:
-        """End claims, each by its verdict, each atomically and only if the claim still holds; answers in order."""
+        """Settle claims, each atomically and only if the claim still holds; answers in order."""
 
     @property
     def refusals(self) -> Mapping[str, Refusal]:
         """Why the last `settle` was refused some endings, by queue."""
 
-    async def own_pending(self, running: Collection[Claim]) -> list[Claim]:
-        """Claims of ours on the server that are not in ``running``: a reply to a claim was lost on the way."""
-
-    async def tick(self) -> float:
-        """Move due jobs to their streams; returns the seconds until it should be called again."""
-
-    async def listen(self, parked: Callable[[float], None], cancelled: Callable[[], None] = ...) -> None:
-        """Report jobs that others park: ``parked(epoch seconds)`` whenever one becomes the first to be due.
-
-        And ``cancelled()`` whenever a job is cancelled that may be held here. Never returns; cancel it. Hints only:
-        what is missed here, `tick` and `cancelled` find.
-        """
+    async def promote(self) -> float:
+        """Move due jobs behind the ready ones; returns the seconds after which it must be called again."""
 
     async def depth(self) -> list[Depth]:
-        """How much lies in each queue."""
+        """Numbers of ready, running, delayed and dead jobs of each queue."""
 
-    @property
-    def reconnects(self) -> int:
-        """How often the server answered again after it had not."""
+
+class Consumer(Broker, Protocol):
+    """A broker as one worker consumes from it: a consumer of the group, under the worker's id."""
+
+    async def join(self, worker_id: str) -> None:
+        """Become the consumer ``worker_id``: creates the groups, refuses streams that a foreign group reads.
+
+        Raises:
+            ConfigurationError: another group reads one of our streams, or a permission is missing.
+        """
+
+    async def look_again(self) -> None:
+        """End a waiting `claim` soon, without cancelling it: a queue that was at its cap may be claimed from again."""
+
+    async def interrupt(self) -> None:
+        """End a waiting `claim` soon, without cancelling it; from now on claims do not wait. May be repeated."""
+
+    async def confirm(self, claim: Claim) -> Claim | None:
+        """Count the delivery of a suspect that is about to run; ``None`` if the claim is lost."""
+
+    async def own_pending(self, running: Collection[Claim]) -> list[Claim]:
+        """This consumer's claims on the server that are not in ``running``: the reply to their claim was lost."""
 
     async def leave(self) -> bool:
-        """Stop being a consumer; False if something of ours is still pending (nothing is deleted then)."""
+        """Stop being a consumer; False if it has pending entries (nothing is deleted then)."""
 
-    async def close(self) -> None:
-        """Close the connections."""
+
+class Heartbeats(Protocol):
+    """Signs of life of one worker, written by its lease thread."""
+
+    def beat(self, report: dict[str, str | int | float]) -> None:
+        """Write the heartbeat; operators read the report."""
+
+    def progress(self, told: Mapping[str, Progress], ended: Collection[str]) -> None:
+        """Store the progress of this worker's jobs by their ids, and delete that of ended ones."""
+
+    def standby(self, longest: float) -> bytes | None:
+        """Commands for the renewing child process (`streamworker.worker.renewer`).
+
+        Args:
+            longest: seconds of silence after which this worker counts as hung for good.
+
+        Returns:
+            One line of JSON; ``None`` if another process cannot log in, or no lease is ever renewed.
+        """
+
+
+class Limiter(Protocol):
+    """Permits of kinds with limits."""
+
+    async def acquire(
+        self, queue: str, requests: Sequence[AcquireRequest], released: Sequence[Permit]
+    ) -> list[AcquireResult]:
+        """Release permits, then acquire others, all of one queue; answers in order. Safe to repeat after an error."""
+
+    def renew_permits(self, permits: Collection[Permit]) -> None:
+        """Renew the permits of executions whose claims were renewed; from the lease thread."""
+
+
+class ResultWaiter(Protocol):
+    """Subscription to the end of one job."""
+
+    async def kept(self) -> bytes | None:
+        """The result note that is stored, if there is one; ends of the job are published for the next 30 seconds."""
+
+    async def heard(self, timeout: float) -> bytes | None:
+        """The next published note; empty if one may have been missed, ``None`` after ``timeout`` seconds."""
+
+
+class Results(Protocol):
+    """Results of jobs."""
+
+    def ended(self, queues: Sequence[str], job_id: str) -> AbstractAsyncContextManager[ResultWaiter]:
+        """Subscribe to the end of a job in one of the queues; what is published inside the block is received.
+
+        Raises:
+            Unreachable: no server answers.
+        """
+
+
+class Signals(Protocol):
+    """Notifications between processes, and the cancellations that they announce."""
+
+    async def listen(self, parked: Callable[[float], None], cancelled: Callable[[], None] = ...) -> None:
+        """Receive notifications. Never returns; cancel it.
+
+        A missed notification loses nothing: `Broker.promote` and `cancelled` find what it announced.
+
+        Args:
+            parked: called with epoch seconds when another process parks a job that is the first to be due.
+            cancelled: called when a job is cancelled that this worker may hold.
+        """
+
+    def cancelled(self, claims: Collection[Claim]) -> list[Claim]:
+        """Claims whose jobs were cancelled since they were claimed; from the lease thread."""
+
+    async def cancel(self, queue: str, job_id: str) -> bool:
+        """Cancel a job, whatever its state; True if it was delayed, which deletes it at once.
+
+        A ready job is claimed as ``cancelled``, a running one is found by `cancelled`. Settling it with `Drop` deletes
+        the cancellation; the cancellation of a job that is never claimed expires after a week.
+        """
+
+
+class CronStore(Protocol):
+    """Schedules of a queue, by the clock of its server."""
+
+    async def offer_tick(self, tick: CronTick) -> CronTickResult:
+        """Add the job of a tick, once, however many workers offer it; a schedule's first tick adds none."""
+
+
+class ServerClock(Protocol):
+    """The clock that decides what is due."""
+
+    async def clock(self, queue: str) -> float:
+        """Time of the queue's server, in epoch seconds."""
+
+
+class WorkerBroker(
+    Connected, Consumer, Heartbeats, Limiter, Results, Signals, CronStore, ServerClock, Protocol
+):  # fmt: skip
+    """All roles: what `App` opens for a worker or a producer."""
 
 
 class PendingEntry(msgspec.Struct, frozen=True):
-    """One delivered and unsettled job, as operators see it (`pending --json` of the command line, in this order)."""
+    """A delivered and unsettled job, as operators see it (`pending --json` of the command line, in this order)."""
 
     queue: str
     level: Level
@@ -245,7 +296,7 @@ class PendingEntry(msgspec.Struct, frozen=True):
 
 
 class StoredJob(msgspec.Struct, frozen=True):
-    """A delayed or dead job as operators see it. ``handle`` names it for the commands that act on it."""
+    """A delayed or dead job, as operators see it. Commands that act on it name it by its ``handle``."""
 
     queue: str
     level: Level
@@ -258,7 +309,7 @@ class StoredJob(msgspec.Struct, frozen=True):
 
 
 class WorkerInfo(msgspec.Struct, frozen=True):
-    """A worker as operators see it: its last heartbeat, and what the groups hold under its name."""
+    """A worker as operators see it: its last heartbeat, and the pending entries of its consumer."""
 
     worker_id: str
     alive: bool
@@ -268,12 +319,12 @@ class WorkerInfo(msgspec.Struct, frozen=True):
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """One thing that was looked at: ``error`` loses jobs, ``warning`` may, ``ok`` does not.
+    """Result of one check: an ``error`` loses jobs, a ``warning`` may lose jobs, ``ok`` loses none.
 
     Attributes:
         severity: one of the three words.
-        subject: what was looked at, in two or three words.
-        sentence: what is so, and what to do about it.
+        subject: what was checked, in two or three words.
+        sentence: what was found, and what to do about it.
     """
 
     severity: Literal["error", "warning", "ok"]
@@ -282,16 +333,16 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 Place: TypeAlias = Literal["ready", "delayed", "dead"]
-"""Where jobs lie that nobody holds."""
+"""State of a job that no worker holds."""
 
 
 class Page(msgspec.Struct, Generic[T], frozen=True):
-    """A part of a listing that costs the server little.
+    """A page of a listing, of bounded cost for the server.
 
     Attributes:
-        rows: what fits, of the entries that were looked at; may be none although there are more pages.
-        after: where the next page begins; ``None`` for the last page.
-        looked: entries that were looked at.
+        rows: entries that match; may be empty although there are more pages.
+        after: cursor of the next page; ``None`` for the last page.
+        looked: number of entries that were read.
     """
 
     rows: list[T]
@@ -300,7 +351,7 @@ class Page(msgspec.Struct, Generic[T], frozen=True):
 
 
 class Waiting(msgspec.Struct, frozen=True):
-    """How many sampled jobs of a kind lie somewhere; ``kind`` is ``None`` where the document names none."""
+    """Number of sampled jobs of a kind in one state; ``kind`` is ``None`` where the document names none."""
 
     queue: str
     place: Place
@@ -308,15 +359,8 @@ class Waiting(msgspec.Struct, frozen=True):
     count: int
 
 
-class Operator(Protocol):
-    """What people do by hand. Every change is fenced by what was listed; the answer tells whether it still held.
-
-    Listings are read page by page, each of bounded cost, and consume nothing. Every method raises `Unreachable` when no
-    server answers, and `StreamworkerError` when the server cannot or will not do it.
-    """
-
-    lease: float
-    """Seconds after which a claim that nobody renewed is taken over."""
+class PendingJobs(Protocol):
+    """Operations on delivered and unsettled jobs."""
 
     async def pending(
         self,
@@ -327,24 +371,24 @@ class Operator(Protocol):
         min_idle: float = 0.0,
         only: str | None = None,
     ) -> Page[PendingEntry]:
-        """A page of delivered and unsettled jobs, oldest entry first within a level.
+        """A page of pending entries, oldest first within a level.
 
         Args:
-            queue: whose.
-            after: where the page before ended; empty for the first.
-            consumer: held by this worker.
-            min_idle: seconds they were not renewed, at least.
+            queue: its name.
+            after: cursor of the page before; empty for the first page.
+            consumer: only entries of this worker.
+            min_idle: only entries that were not renewed for so many seconds.
             only: one entry id, found without reading the others.
         """
 
     async def body(self, entry: PendingEntry) -> bytes | None:
-        """The document of a pending entry; ``None`` if it has none or was deleted underneath."""
+        """The document of a pending entry; ``None`` if it has none or was deleted."""
 
     async def release(self, entry: PendingEntry) -> bool:
-        """Give a pending job back to its queue at once, uncharged.
+        """Release a pending job to its queue at once, uncharged.
 
         Raises:
-            StreamworkerError: it has no document that could go back.
+            StreamworkerError: it has no document.
         """
 
     async def bury(self, entry: PendingEntry, reason: str) -> bool:
@@ -353,17 +397,18 @@ class Operator(Protocol):
     async def drop(self, entry: PendingEntry) -> bool:
         """Delete a pending job for good."""
 
-    async def cancel(self, queue: str, job_id: str) -> bool:
-        """See `Broker.cancel`."""
-
     async def progress(self, jobs: Sequence[tuple[str, str]]) -> list[Progress | None]:
-        """How far jobs have come that run, each given as (worker id, job id)."""
+        """Progress of running jobs, each given as (worker id, job id)."""
 
-    async def ticks(self, queue: str) -> dict[str, float]:
-        """The last tick of each schedule of a queue, in epoch seconds."""
+    async def cancel(self, queue: str, job_id: str) -> bool:
+        """Cancel a job, as `Signals.cancel` does."""
 
     async def uncancel(self, queue: str, job_id: str) -> bool:
-        """Take `cancel` back for a job that shall run again; False if it was not cancelled, or has ended since."""
+        """Delete the cancellation of a job; False if it was not cancelled, or has ended since."""
+
+
+class DelayedJobs(Protocol):
+    """Operations on parked jobs."""
 
     async def delayed(self, queue: str, after: str = "") -> Page[StoredJob]:
         """A page of parked jobs, soonest first."""
@@ -377,12 +422,16 @@ class Operator(Protocol):
     async def forget(self, job: StoredJob) -> bool:
         """Delete a parked job for good."""
 
+
+class DeadLetters(Protocol):
+    """Operations on dead letters."""
+
     async def dead(self, queue: str, after: str = "", *, only: str | None = None) -> Page[StoredJob]:
         """A page of dead letters, newest first.
 
         Args:
-            queue: whose.
-            after: where the page before ended; empty for the first.
+            queue: its name.
+            after: cursor of the page before; empty for the first page.
             only: one handle, found without reading the others.
         """
 
@@ -390,46 +439,68 @@ class Operator(Protocol):
         """Put a dead letter back on its queue with fresh attempts; bytes that cannot be read go back unchanged.
 
         Raises:
-            StreamworkerError: it has no document that could go back.
+            StreamworkerError: it has no document.
         """
 
     async def erase(self, job: StoredJob) -> bool:
         """Delete a dead letter for good."""
 
-    async def workers(self, queues: Sequence[str], *, everywhere: bool = True) -> list[WorkerInfo]:
-        """Everyone with a name in a group, and, ``everywhere``, with a heartbeat too, which walks all keys."""
 
-    async def prune(self, queues: Sequence[str], worker_id: str) -> bool:
-        """Delete a dead worker's name from the groups; False if it holds pending jobs or still beats."""
+class Queues(Protocol):
+    """Operations on whole queues."""
+
+    async def queues(self) -> list[str]:
+        """Names of all queues on the server, sorted."""
+
+    async def depth(self, queues: Sequence[str]) -> list[Depth]:
+        """Numbers of ready, running, delayed and dead jobs of each queue."""
+
+    async def departed(self, queues: Sequence[str]) -> list[int | None]:
+        """Number of entries that ever left each queue, for rates; ``None`` if the server does not count."""
+
+    async def waiting(self, queues: Sequence[str], limit: int) -> list[Waiting]:
+        """Kinds of the jobs in the queues, by a sample of about ``limit`` jobs."""
+
+    async def ticks(self, queue: str) -> dict[str, float]:
+        """Last tick of each schedule of a queue, in epoch seconds."""
 
     async def pause(self, queue: str, note: str) -> bool:
-        """Let nobody claim from a queue any more, running jobs go on; False if an operator has paused it already.
+        """Pause a queue: no worker claims from it, running jobs go on; False if an operator has paused it already.
 
         Args:
-            queue: which.
-            note: who paused it, and when, as people read it.
+            queue: its name.
+            note: who paused it, and when, for operators.
         """
 
     async def resume(self, queue: str) -> bool:
         """Undo `pause`; False if no operator had paused it."""
 
     async def paused(self, queue: str) -> str | None:
-        """The note of whoever paused a queue; ``None`` if no operator has."""
+        """The note with which an operator paused a queue; ``None`` if no operator has."""
 
     async def purge(self, queue: str, place: Place, limit: int) -> int:
-        """Delete jobs for good, up to ``limit``; what workers hold is not touched. Returns how many were deleted."""
-
-    async def depth(self, queues: Sequence[str]) -> list[Depth]:
-        """How much lies in each of the queues."""
-
-    async def departed(self, queues: Sequence[str]) -> list[int | None]:
-        """How many entries ever left each queue, for rates; ``None`` where the server does not count."""
-
-    async def waiting(self, queues: Sequence[str], limit: int) -> list[Waiting]:
-        """What kinds lie in the queues, judged by a sample of about ``limit`` jobs."""
+        """Delete up to ``limit`` jobs for good, but none that a worker holds; returns the number deleted."""
 
     async def findings(self, queues: Sequence[str]) -> list[Finding]:
-        """What of the server can lose jobs."""
+        """Checks of the server for settings that lose jobs."""
 
-    async def queues(self) -> list[str]:
-        """Names of all queues that exist on the server, sorted."""
+
+class Workers(Protocol):
+    """Operations on workers."""
+
+    async def workers(self, queues: Sequence[str], *, everywhere: bool = True) -> list[WorkerInfo]:
+        """Consumers of the queues' groups and, with ``everywhere``, workers with a heartbeat, which walks all keys."""
+
+    async def prune(self, queues: Sequence[str], worker_id: str) -> bool:
+        """Delete a dead worker's consumer from the groups; False if it has pending entries or a heartbeat."""
+
+
+class Operator(PendingJobs, DelayedJobs, DeadLetters, Queues, Workers, Protocol):
+    """Operations by hand. Each change is fenced by what was listed; the answer tells whether that still held.
+
+    Listings are read page by page, each of bounded cost, and consume nothing. Every method raises `Unreachable` when no
+    server answers, and `StreamworkerError` when the server cannot or will not do it.
+    """
+
+    lease: float
+    """Seconds after which an unrenewed claim is reclaimed."""

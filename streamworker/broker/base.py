@@ -16,7 +16,7 @@ from streamworker.broker import CronTick, CronTickResult, Refusal, ResultWaiter,
 from streamworker.broker.cancel import Cancels, cancel
 from streamworker.broker.claim import ClaimSource, none_ended
 from streamworker.broker.keys import QueueKeys, due_member, worker_key
-from streamworker.broker.limiter import Limiter
+from streamworker.broker.limiter import RedisLimiter
 from streamworker.broker.pubsub import ResultSubscriptions, listen, waiting
 from streamworker.broker.redis.client import Address
 from streamworker.broker.redis.errors import understood
@@ -76,7 +76,7 @@ class RedisBroker(Generic[K, I]):
         self._publisher = Publisher(self._link.wires, address, self._key)
         self._cancels = Cancels(self._link, self._keys)
         self._ears = ResultSubscriptions(address)
-        self._limits = Limiter(self._link, self._keys, lease=options.lease)
+        self._limits = RedisLimiter(self._link, self._keys, lease=options.lease)
         self._intake = self._take(queues)
         self._intake.slots = options.slots
         self._refusals = Refusals()
@@ -164,15 +164,15 @@ class RedisBroker(Generic[K, I]):
         """See `Broker.beat`."""
         self._link.beat(self._name, self._options.lease, report)
 
-    async def limit(
-        self, queue: str, asking: Sequence[AcquireRequest], leaving: Sequence[Permit]
+    async def acquire(
+        self, queue: str, requests: Sequence[AcquireRequest], released: Sequence[Permit]
     ) -> list[AcquireResult]:
-        """See `Broker.limit`."""
-        return await self._limits.ask(self._intake.consumer, queue, asking, leaving)
+        """`Limiter.acquire`."""
+        return await self._limits.acquire(self._intake.consumer, queue, requests, released)
 
-    def retain(self, holds: Collection[Permit]) -> None:
-        """See `Broker.retain`."""
-        self._limits.retain(holds)
+    def renew_permits(self, permits: Collection[Permit]) -> None:
+        """`Limiter.renew_permits`."""
+        self._limits.renew_permits(permits)
 
     async def listen(self, parked: Callable[[float], None], cancelled: Callable[[], None] = lambda: None) -> None:
         """See `Broker.listen`."""

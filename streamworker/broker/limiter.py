@@ -15,7 +15,7 @@ PATIENCE: Final = 1.0
 """Seconds a job that was called may take to come before others are called in its place."""
 
 
-class Limiter:
+class RedisLimiter:
     """What both brokers do about limits.
 
     Args:
@@ -29,22 +29,22 @@ class Limiter:
         self._keys: Final = {keys.queue: keys for keys in queues}
         self._lease: Final = int(lease * 1000)
 
-    async def ask(
-        self, worker: str, queue: str, asking: Sequence[AcquireRequest], leaving: Sequence[Permit]
+    async def acquire(
+        self, worker: str, queue: str, requests: Sequence[AcquireRequest], released: Sequence[Permit]
     ) -> list[AcquireResult]:
-        """See `Broker.limit`; ``worker`` asks."""
+        """`Limiter.acquire` for the worker of that id."""
         keys = self._keys[queue]
         numbers: dict[Limit, int] = {}
-        for limit in (*(each.limit for each in asking), *(hold.limit for hold in leaving)):
+        for limit in (*(each.limit for each in requests), *(permit.limit for permit in released)):
             numbers.setdefault(limit, len(numbers) + 1)
-        args: list[Any] = [keys.shape, self._lease, int(PATIENCE * 1000), len(numbers), len(leaving)]
+        args: list[Any] = [keys.shape, self._lease, int(PATIENCE * 1000), len(numbers), len(released)]
         for limit in numbers:
             args += (limit.concurrency, round(limit.gap * 1_000_000), limit.burst)
-        for hold in leaving:
-            args += (numbers[hold.limit], hold.token)
+        for permit in released:
+            args += (numbers[permit.limit], permit.token)
         holds: list[Permit] = []
         members: list[str] = []
-        for each in asking:
+        for each in requests:
             arrival, _, before = each.turn.partition(" ")
             stem = f"{each.claim.level}/{each.job_id}/"
             holds.append(Permit(each.limit, _token(worker, each.claim)))
@@ -57,19 +57,19 @@ class Limiter:
             AcquireResult(hold)
             if granted
             else AcquireResult(None, wait / 1000, f"{arrival.decode()} {each.mark}", member)
-            for each, (granted, wait, arrival), hold, member in zip(asking, reply, holds, members, strict=True)
+            for each, (granted, wait, arrival), hold, member in zip(requests, reply, holds, members, strict=True)
         ]
 
-    def retain(self, holds: Collection[Permit]) -> None:
-        """See `Broker.retain`."""
+    def renew_permits(self, permits: Collection[Permit]) -> None:
+        """`Limiter.renew_permits`."""
         by_queue: dict[str, list[Permit]] = {}
-        for hold in holds:
-            by_queue.setdefault(hold.limit.queue, []).append(hold)
+        for permit in permits:
+            by_queue.setdefault(permit.limit.queue, []).append(permit)
         for queue, mine in by_queue.items():
             numbers: dict[str, int] = {}
             args: list[Any] = [self._lease]
-            for hold in mine:
-                args += (numbers.setdefault(hold.limit.name, len(numbers) + 1), hold.token)
+            for permit in mine:
+                args += (numbers.setdefault(permit.limit.name, len(numbers) + 1), permit.token)
             self._link.in_thread(scripts.RETAIN, [self._keys[queue].limit(name)[0] for name in numbers], args)
 
 

@@ -353,8 +353,8 @@ class ListBroker(RedisBroker[ListKeys, ClaimSource]):
             found += [claim for claim in claims if claim is not None and (keys.queue, claim.entry) not in known]
         return await self._cancels.judged(found, {keys.queue for keys in self._keys})
 
-    async def tick(self) -> float:
-        """See `Broker.tick`."""
+    async def promote(self) -> float:
+        """See `Broker.promote`."""
         wait = await promote(self._link, self._keys)
         # Here too, because nobody claims while all slots are busy.
         self._orphans.rest_after_outage()

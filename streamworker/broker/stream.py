@@ -199,8 +199,8 @@ class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
                 found.append(Claim(keys.queue, level, place, entry, count, body, epoch, suspect, secret=secret))
         return await self._cancels.judged(found, {keys.queue for keys in self._keys})
 
-    async def tick(self) -> float:
-        """See `Broker.tick`."""
+    async def promote(self) -> float:
+        """See `Broker.promote`."""
         wait = await promote(self._link, self._keys)
         if monotonic() >= self._tidy_at:
             await self._tidy()

@@ -18,7 +18,7 @@ import anyio
 import anyio.to_thread
 from structlog.contextvars import bind_contextvars
 
-from streamworker.broker import Broker, Ending
+from streamworker.broker import Consumer, Ending
 from streamworker.context import Shared
 from streamworker.errors import ConfigurationError, HandBackFailed, StuckThread, Unreachable, UsageError
 from streamworker.execution import Execution
@@ -170,7 +170,7 @@ def give_back(worker: Draining, run: Execution) -> None:
     worker.finish(run)
 
 
-async def end_reading(broker: Broker, ended: anyio.Event) -> None:
+async def end_reading(broker: Consumer, ended: anyio.Event) -> None:
     """End the blocking read; told again and again, since it may begin just after it was told.
 
     Args:
@@ -186,7 +186,7 @@ async def end_reading(broker: Broker, ended: anyio.Event) -> None:
             await ended.wait()
 
 
-async def take_leave(broker: Broker, executor: Executor, holdings: InFlight) -> None:
+async def take_leave(broker: Consumer, executor: Executor, holdings: InFlight) -> None:
     """Leave nothing behind under our name: no pending entry, no consumer, no heartbeat.
 
     Raises:
@@ -205,7 +205,7 @@ async def take_leave(broker: Broker, executor: Executor, holdings: InFlight) -> 
         raise HandBackFailed("some jobs are still pending under this worker's name")
 
 
-async def _hand_back_strays(broker: Broker, executor: Executor, holdings: InFlight) -> None:
+async def _hand_back_strays(broker: Consumer, executor: Executor, holdings: InFlight) -> None:
     """What is pending under our name still is settled: what is held by its outcome, what is not goes back."""
     while runs := await _pending_runs(broker, executor, holdings):
         endings = [run.ending or ending(run, now=time.time(), jitter=0.5) for run in runs]
@@ -219,7 +219,7 @@ async def _hand_back_strays(broker: Broker, executor: Executor, holdings: InFlig
                 return
 
 
-async def _pending_runs(broker: Broker, executor: Executor, holdings: InFlight) -> list[Execution]:
+async def _pending_runs(broker: Consumer, executor: Executor, holdings: InFlight) -> list[Execution]:
     runs = []
     for claim in await broker.own_pending(()):
         run = holdings.find(claim) or Execution(claim)
@@ -231,7 +231,9 @@ async def _pending_runs(broker: Broker, executor: Executor, holdings: InFlight) 
     return runs
 
 
-async def _settled(broker: Broker, holdings: InFlight, runs: list[Execution], endings: list[Ending]) -> list[Execution]:
+async def _settled(
+    broker: Consumer, holdings: InFlight, runs: list[Execution], endings: list[Ending]
+) -> list[Execution]:
     """Settle; returns the runs that the server refused to store."""
     refused = []
     for run, answer in zip(runs, await broker.settle(endings), strict=True):

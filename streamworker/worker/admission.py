@@ -18,11 +18,12 @@ import anyio
 import msgspec
 
 from streamworker import codec
+from streamworker.broker import Limiter, ServerClock
 from streamworker.errors import Unreachable
 from streamworker.execution import Execution
 from streamworker.handlers import Handlers
 from streamworker.job import Claim, Deferred, Postponed
-from streamworker.limits import AcquireRequest, AcquireResult, Limit, Limiting, Permit, Quota
+from streamworker.limits import AcquireRequest, AcquireResult, Limit, Permit, Quota
 from streamworker.loops import Pause
 from streamworker.telemetry.logs import get_logger
 from streamworker.worker.batching import Batcher, BatchExecution
@@ -30,11 +31,8 @@ from streamworker.worker.batching import Batcher, BatchExecution
 log = get_logger("streamworker.worker")
 
 
-class Asked(Limiting, Protocol):
-    """What is asked of the broker before a run may start."""
-
-    async def clock(self, queue: str) -> float:
-        """See `Broker.clock`."""
+class AdmissionBroker(Limiter, ServerClock, Protocol):
+    """The roles of a broker that admission calls."""
 
 
 class DueCheck:
@@ -48,7 +46,9 @@ class DueCheck:
         finished: told of runs that have an outcome: it is not their time yet.
     """
 
-    def __init__(self, broker: Asked, put: Callable[[Execution], None], finished: Callable[[Execution], None]) -> None:
+    def __init__(
+        self, broker: AdmissionBroker, put: Callable[[Execution], None], finished: Callable[[Execution], None]
+    ) -> None:
         self._broker, self._put, self._finished = broker, put, finished
         self._waiting: list[Execution] = []
         self._wake = asyncio.Event()
@@ -123,7 +123,7 @@ class Admission:
 
     def __init__(
         self,
-        broker: Asked,
+        broker: AdmissionBroker,
         handlers: Handlers[object],
         *,
         limit: int,
@@ -203,7 +203,7 @@ class LimitGate:
     """
 
     def __init__(
-        self, broker: Limiting, put: Callable[[Execution], None], finished: Callable[[Execution], None]
+        self, broker: Limiter, put: Callable[[Execution], None], finished: Callable[[Execution], None]
     ) -> None:
         self._broker = broker
         self._put = put
@@ -241,7 +241,7 @@ class LimitGate:
         find = self._holds.get
         holds = [hold for claim in claims if (hold := find((claim.place, claim.entry))) is not None]
         if holds:
-            self._broker.retain(holds)
+            self._broker.renew_permits(holds)
 
     def abandon_waiting(self) -> list[Execution]:
         """Runs that wait for an answer; they do not wait any more afterwards."""
@@ -324,7 +324,7 @@ class LimitGate:
         """One question, of one queue."""
         leaving = [hold for hold in self._leaving if hold.limit.queue == queue][:MOST]
         asking = [(run, each) for run, each in self._asking.items() if each.limit.queue == queue][:MOST]
-        answers = await self._broker.limit(queue, [each for _, each in asking], leaving)
+        answers = await self._broker.acquire(queue, [each for _, each in asking], leaving)
         given = set(leaving)
         self._leaving = [hold for hold in self._leaving if hold not in given]
         for (run, _), answer in zip(asking, answers, strict=True):

@@ -11,7 +11,7 @@ from typing import Final
 import anyio
 
 from streamworker import codec
-from streamworker.broker import Broker
+from streamworker.broker import Consumer
 from streamworker.codec import trace_id
 from streamworker.errors import ConfigurationError, InvalidJob, StreamworkerError
 from streamworker.execution import Execution
@@ -55,7 +55,7 @@ class Fetcher:
 
     def __init__(
         self,
-        broker: Broker,
+        broker: Consumer,
         holdings: InFlight,
         put: Callable[[Execution], None],
         *,
@@ -232,7 +232,7 @@ class Fetcher:
             await self._holdings.changed(0.02)
         else:
             self._quiet = True  # what is due by now may come from this; one more claim will tell
-            await self._broker.tick()
+            await self._broker.promote()
 
     def _admit(self, claims: list[Claim]) -> None:
         holdings, put = self._holdings, self._put

@@ -12,7 +12,7 @@ import anyio
 import msgspec
 import orjson
 
-from streamworker.broker import Broker
+from streamworker.broker import Connected
 from streamworker.observe import Observer
 from streamworker.redact import redact
 from streamworker.settings import Settings
@@ -75,7 +75,7 @@ class Health:
         """Who counts, where somebody may ask."""
         return (self._metering.observer,) if self._metering is not None else ()
 
-    def watch(self, claimer: Fetcher, lease: LeaseKeeper, holdings: InFlight, broker: Broker) -> None:
+    def watch(self, claimer: Fetcher, lease: LeaseKeeper, holdings: InFlight, broker: Connected) -> None:
         """The groups are joined: from now on these tell how the worker is."""
         self._claimer, self._lease = claimer, lease
         if self._metering is not None:

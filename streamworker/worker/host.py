@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import anyio
 import msgspec
 
-from streamworker.broker import Broker, Operator
+from streamworker.broker import Operator, WorkerBroker
 from streamworker.cron import Schedule
 from streamworker.handlers import Handlers
 from streamworker.observe import Observer
@@ -40,7 +40,7 @@ class WorkerResources(msgspec.Struct, frozen=True):
         dispatcher: looks for the ledger's jobs in Redis; ``None`` without a ledger.
     """
 
-    broker: Broker
+    broker: WorkerBroker
     redis: Any
     database: Any
     ledger: Ledger | None

@@ -15,9 +15,9 @@ import threading
 from collections.abc import Callable, Iterable
 from contextvars import copy_context
 from time import monotonic
-from typing import Final
+from typing import Final, Protocol
 
-from streamworker.broker import Broker
+from streamworker.broker import Broker, Heartbeats, Signals
 from streamworker.execution import Execution
 from streamworker.handlers import Registration
 from streamworker.job import Progress
@@ -124,6 +124,10 @@ class RenewalProcess:
         return True
 
 
+class LeaseBroker(Broker, Heartbeats, Signals, Protocol):
+    """The roles of a broker that the lease thread calls."""
+
+
 class LeaseKeeper:
     """Renews every third of a lease; beats the heart at the same time.
 
@@ -137,7 +141,7 @@ class LeaseKeeper:
 
     def __init__(
         self,
-        broker: Broker,
+        broker: LeaseBroker,
         *,
         lease: float,
         held: LeasedSet,

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from time import monotonic
 from typing import Any, Final, TypeVar
 
-from streamworker.broker import Broker, Operator
+from streamworker.broker import Connected, Queues
 from streamworker.job import Depth, RetryAt, Settled
 from streamworker.observe import JobRun, Observer, Settlement
 from streamworker.redact import redact
@@ -189,7 +189,7 @@ class Metering:
         self._started = time.time()
         self._holdings: InFlight | None = None
         self._lease: LeaseKeeper | None = None
-        self._broker: Broker | None = None
+        self._broker: Connected | None = None
         self._depths: list[Depth] = []
         self._looked_at = float("-inf")
         self._up = False
@@ -197,7 +197,7 @@ class Metering:
         self._asked, self._answered = asyncio.Event(), asyncio.Event()
         self.observer: Final = Metrics()
 
-    def watch(self, holdings: InFlight, lease: LeaseKeeper, broker: Broker) -> None:
+    def watch(self, holdings: InFlight, lease: LeaseKeeper, broker: Connected) -> None:
         """The groups are joined: from now on these tell how the worker is."""
         self._holdings, self._lease, self._broker = holdings, lease, broker
 
@@ -236,7 +236,7 @@ class Metering:
             self._looked_at = monotonic()
             self._answered.set()
 
-    async def _ask(self, operator: Operator) -> None:
+    async def _ask(self, operator: Queues) -> None:
         self._depths = await operator.depth(self._queues)
         self._up = True
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from time import monotonic, time
-from typing import Final, Protocol
+from typing import Final
 
 import anyio
 
 from streamworker import codec
-from streamworker.broker import Broker, CronTick, CronTickResult
+from streamworker.broker import Broker, CronStore, CronTick
 from streamworker.cron import Schedule
 from streamworker.loops import Pause
 from streamworker.settings import Settings
@@ -26,13 +26,6 @@ AGAIN: Final = 0.05
 """Fewest seconds after which a tick that came too early is proposed again."""
 
 
-class Proposals(Protocol):
-    """Where ticks are proposed."""
-
-    async def offer_tick(self, tick: CronTick) -> CronTickResult:
-        """See `Broker.offer_tick`."""
-
-
 class CronLoop:
     """Proposes ticks until stopped.
 
@@ -46,7 +39,7 @@ class CronLoop:
 
     def __init__(
         self,
-        broker: Proposals,
+        broker: CronStore,
         schedules: Sequence[Schedule],
         settings: Settings,
         stopping: anyio.Event,
@@ -115,10 +108,10 @@ class CronLoop:
 
 
 class DelayedPromoter:
-    """Calls `Broker.tick` when it is needed.
+    """Calls `Broker.promote` when it is needed.
 
     Args:
-        broker: whose `tick` is called.
+        broker: whose `promote` is called.
         stopping: ends the loop; call `wake` with it.
     """
 
@@ -144,7 +137,7 @@ class DelayedPromoter:
             # Before the look, not after it: a stop or a parked job that comes meanwhile must not be slept over.
             self._wake, self._next = anyio.Event(), float("inf")
             try:
-                seconds = await self._broker.tick()
+                seconds = await self._broker.promote()
                 pause.reset()
             except Exception as error:  # noqa: BLE001 - the main loop never crashes
                 log.error("tick_failed", error=str(error))

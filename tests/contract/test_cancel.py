@@ -98,7 +98,7 @@ async def test_a_job_that_goes_on_elsewhere_stays_cancelled(broker_factory, endi
         await broker.cancel("q", "next")
         args = (claim, 0) if ending is retry else (claim,)
         await settle_one(broker, ending(*args))
-        await broker.tick()
+        await broker.promote()
         assert (await one(other)).cancelled
 
 

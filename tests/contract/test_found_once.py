@@ -67,7 +67,7 @@ async def test_tick_of_one_queue_with_a_wrong_key_blinds_no_other(raw, broker_fa
         await b.publish([job("x", delay=0.001)])
         await asyncio.sleep(0.05)
         with suppress(StreamworkerError):
-            await b.tick()
+            await b.promote()
         assert names(await b.claim(1, 0, ())) == ["x"]
 
 
@@ -81,7 +81,7 @@ async def test_promote_with_a_target_of_a_wrong_type_blinds_no_other_level(raw, 
         await asyncio.sleep(0.05)
         for _ in range(2):
             with suppress(StreamworkerError):
-                await b.tick()
+                await b.promote()
         assert names(await b.claim(1, 0, ())) == ["x"]
 
 

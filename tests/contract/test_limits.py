@@ -57,22 +57,22 @@ async def test_as_many_as_allowed_hold_it_and_the_next_is_called_when_one_leaves
     async with broker_factory("w") as broker:
         await broker.publish([job(name) for name in "abcd"])
         claims = await broker.claim(4, 0, ())
-        answers = await broker.limit("q", [asking(claim) for claim in claims], ())
+        answers = await broker.acquire("q", [asking(claim) for claim in claims], ())
         assert [answer.hold is not None for answer in answers] == [True, True, False, False]
         assert all(0 < answer.wait <= 31 for answer in answers[2:])
         for claim, answer in zip(claims[2:], answers[2:], strict=True):
             await defer(broker, claim, answer)
         assert ground.ready() == 0 and raw.zcard("stream:{q}:due") == 2
-        await broker.limit("q", [], [answers[0].hold])
+        await broker.acquire("q", [], [answers[0].hold])
         called = await broker.claim(4, 0, claims[:2])  # without a tick: the script that gave back has called it
         assert names(called) == ["c"]
         assert raw.zcard("stream:{q}:due") == raw.hlen("stream:{q}:bodies") == 1
-        (answer,) = await broker.limit("q", [asking(called[0], turn=turn(called[0]))], ())
+        (answer,) = await broker.acquire("q", [asking(called[0], turn=turn(called[0]))], ())
         assert answer.hold is not None
-        await broker.limit("q", [], [answers[1].hold, answer.hold])
+        await broker.acquire("q", [], [answers[1].hold, answer.hold])
         (last,) = await broker.claim(4, 0, claims[:2])
-        (answer,) = await broker.limit("q", [asking(last, turn=turn(last))], ())
-        await broker.limit("q", [], [answer.hold])
+        (answer,) = await broker.acquire("q", [asking(last, turn=turn(last))], ())
+        await broker.acquire("q", [], [answer.hold])
         assert limit_keys(raw) == []
 
 
@@ -81,16 +81,16 @@ async def test_a_newcomer_does_not_overtake_one_that_waits(broker_factory, raw):
     async with broker_factory("w") as broker:
         await broker.publish([job(name) for name in "abc"])
         a, b, c = await broker.claim(3, 0, ())
-        first, second = await broker.limit("q", [asking(a, one), asking(b, one)], ())
+        first, second = await broker.acquire("q", [asking(a, one), asking(b, one)], ())
         await defer(broker, b, second)
-        await broker.limit("q", [], [first.hold])
+        await broker.acquire("q", [], [first.hold])
         put_off(raw)
-        (late,) = await broker.limit("q", [asking(c, one)], ())
+        (late,) = await broker.acquire("q", [asking(c, one)], ())
         assert late.hold is None  # b was called, and has not come yet
         assert late.wait <= 2.0  # should b never come, it is noticed soon
         (called,) = await broker.claim(3, 0, (a, c))
         assert names([called]) == ["b"]
-        (answer,) = await broker.limit("q", [asking(called, one, turn(called))], ())
+        (answer,) = await broker.acquire("q", [asking(called, one, turn(called))], ())
         assert answer.hold is not None
         assert turn(called).split()[0] == second.turn.split()[0]
 
@@ -100,9 +100,9 @@ async def test_one_that_was_called_and_never_comes_holds_nobody_up(broker_factor
     async with broker_factory("w") as broker:
         await broker.publish([job(name) for name in "abc"])
         a, b, c = await broker.claim(3, 0, ())
-        first, second = await broker.limit("q", [asking(a, one), asking(b, one)], ())
+        first, second = await broker.acquire("q", [asking(a, one), asking(b, one)], ())
         await defer(broker, b, second)
-        await broker.limit("q", [], [first.hold])
+        await broker.acquire("q", [], [first.hold])
         put_off(raw, -5)
         assert await may(broker, asking(c, one))
 
@@ -113,12 +113,12 @@ async def test_one_that_was_dropped_while_it_waited_holds_nobody_up(broker_facto
     async with broker_factory("w") as broker:
         await broker.publish([job(name) for name in "abc"])
         a, b, c = await broker.claim(3, 0, ())
-        first, second, third = await broker.limit("q", [asking(each, one) for each in (a, b, c)], ())
+        first, second, third = await broker.acquire("q", [asking(each, one) for each in (a, b, c)], ())
         await defer(broker, b, second)
         await defer(broker, c, third)
         raw.zrem("stream:{q}:due", second.member)  # an operator
         raw.hdel("stream:{q}:bodies", second.member)
-        await broker.limit("q", [], [first.hold])
+        await broker.acquire("q", [], [first.hold])
         (called,) = await broker.claim(3, 0, (a,))
         assert names([called]) == ["c"]  # called in b's place
         waits = []
@@ -127,7 +127,7 @@ async def test_one_that_was_dropped_while_it_waited_holds_nobody_up(broker_facto
             async def come() -> None:
                 answer = None
                 while answer is None or answer.hold is None:
-                    (answer,) = await broker.limit("q", [asking(called, one, turn(called))], ())
+                    (answer,) = await broker.acquire("q", [asking(called, one, turn(called))], ())
                     waits.append(answer.wait)
                     await anyio.sleep(answer.wait)
 
@@ -140,19 +140,19 @@ async def test_a_hold_lapses_unless_it_is_renewed(broker_factory, raw):
     async with broker_factory("w", lease=0.4) as broker:
         await broker.publish([job(name) for name in "ab"])
         a, b = await broker.claim(2, 0, ())
-        first, second = await broker.limit("q", [asking(a, one), asking(b, one)], ())
+        first, second = await broker.acquire("q", [asking(a, one), asking(b, one)], ())
         assert second.wait <= 0.5  # when the first one's hold would lapse
         began = monotonic()
         while monotonic() - began < 0.7:
-            await anyio.to_thread.run_sync(broker.retain, [first.hold])
-            (second,) = await broker.limit("q", [asking(b, one, second.turn)], ())
+            await anyio.to_thread.run_sync(broker.renew_permits, [first.hold])
+            (second,) = await broker.acquire("q", [asking(b, one, second.turn)], ())
             assert second.hold is None
             await anyio.sleep(0.05)
         await eventually(lambda: may(broker, asking(b, one, second.turn)), 5)
 
 
 async def may(broker: Any, each: AcquireRequest) -> bool:
-    (answer,) = await broker.limit("q", [each], ())
+    (answer,) = await broker.acquire("q", [each], ())
     return answer.hold is not None
 
 
@@ -160,9 +160,9 @@ async def test_a_hold_that_was_given_back_is_not_renewed_to_life(broker_factory,
     async with broker_factory("w") as broker:
         await broker.publish([job("a")])
         (claim,) = await broker.claim(1, 0, ())
-        (answer,) = await broker.limit("q", [asking(claim)], ())
-        await broker.limit("q", [], [answer.hold])
-        await anyio.to_thread.run_sync(broker.retain, [answer.hold])
+        (answer,) = await broker.acquire("q", [asking(claim)], ())
+        await broker.acquire("q", [], [answer.hold])
+        await anyio.to_thread.run_sync(broker.renew_permits, [answer.hold])
         assert limit_keys(raw) == []
 
 
@@ -171,7 +171,7 @@ async def test_asking_again_after_a_lost_reply_takes_no_second_place(broker_fact
         await broker.publish([job(name) for name in "abc"])
         a, b, c = await broker.claim(3, 0, ())
         for _ in range(3):
-            (answer,) = await broker.limit("q", [asking(a)], ())
+            (answer,) = await broker.acquire("q", [asking(a)], ())
             assert answer.hold is not None
         assert raw.zcard("stream:{q}:limit:holds:k") == 1
         assert await may(broker, asking(b))
@@ -184,7 +184,7 @@ async def test_a_rate_spaces_starts_and_says_when_to_come(broker_factory, raw):
     async with broker_factory("w") as broker:
         await broker.publish([job(str(n)) for n in range(6)])
         claims = await broker.claim(6, 0, ())
-        answers = await broker.limit("q", [asking(claim, rate) for claim in claims], ())
+        answers = await broker.acquire("q", [asking(claim, rate) for claim in claims], ())
         assert [answer.hold is not None for answer in answers] == [True, True, False, False, False, False]
         waits = [answer.wait for answer in answers[2:]]
         for number, wait in enumerate(waits, 1):
@@ -195,9 +195,9 @@ async def test_a_rate_spaces_starts_and_says_when_to_come(broker_factory, raw):
         came: list[str] = []
         deadline = monotonic() + 20
         while len(came) < 4 and monotonic() < deadline:
-            await broker.tick()
+            await broker.promote()
             for claim in await broker.claim(6, 0, claims):
-                (answer,) = await broker.limit("q", [asking(claim, rate, turn(claim))], ())
+                (answer,) = await broker.acquire("q", [asking(claim, rate, turn(claim))], ())
                 if answer.hold is not None:
                     came.append(names([claim])[0])
                 else:
@@ -212,9 +212,9 @@ async def test_the_keys_of_limits_do_not_outlive_their_use(broker_factory, raw):
     async with broker_factory("w", lease=0.2) as broker:
         await broker.publish([job(name) for name in "ab"])
         a, b = await broker.claim(2, 0, ())
-        first, second = await broker.limit("q", [asking(a, one), asking(b, one)], ())
+        first, second = await broker.acquire("q", [asking(a, one), asking(b, one)], ())
         await defer(broker, b, second)
-        await broker.limit("q", [], [first.hold])
+        await broker.acquire("q", [], [first.hold])
         assert limit_keys(raw)
         assert all(0 < raw.pttl(key) < 30_000 for key in limit_keys(raw))
 

@@ -478,7 +478,7 @@ async def test_what_a_dead_worker_held_is_back_at_the_right_end_in_order(broker_
         for claim in claims:
             ground.ripen(claim)
         ground.sweep_soon(broker)
-        await broker.tick()
+        await broker.promote()
         assert ground.held() == 0 and raw.zcard("stream:{q}:leases") == 0
         waiting = list(reversed(raw.lrange("queue:q", 0, -1)))
         assert [codec.read(element).id for element in waiting] == [str(n) for n in range(8)]
@@ -536,7 +536,7 @@ async def test_copies_of_one_returned_element_run_one_after_the_other(broker_fac
         ground.push('{"payload":{}}')
         ground.ripen(await one(gone))
         ground.sweep_soon(broker)
-        await broker.tick()
+        await broker.promote()
         (element,) = raw.lrange("queue:q", 0, -1)
         raw.rpush("queue:q", element)
         claims = await broker.claim(10, 0, ())
@@ -553,7 +553,7 @@ async def test_what_runs_here_waits_for_others_when_it_was_given_back(broker_fac
         claim = await one(hung)
         ground.ripen(claim)
         ground.sweep_soon(broker)
-        await broker.tick()
+        await broker.promote()
         assert names(await hung.claim(10, 0, [claim])) == ["y"]
         assert await hung.claim(10, 0.05, [claim]) == []
         (again,) = await broker.claim(10, 0, ())
@@ -773,10 +773,10 @@ async def test_leases_of_workers_that_left_or_died_are_forgotten(broker_factory,
         await left.leave()
         broker.beat({"pid": 1})
         broker._tidy_at = 0.0
-        await broker.tick()
+        await broker.promote()
         assert raw.hget(META, "leases") == b"w 15000\ndead 2000\n"  # it holds something: its lease counts still
         ground.ripen(claim)
         assert names(await recover(broker, ground)) == ["x"]
         broker._tidy_at = 0.0
-        await broker.tick()
+        await broker.promote()
         assert raw.hget(META, "leases") == b"w 15000\n"

@@ -59,10 +59,10 @@ async def test_a_retry_is_parked_and_comes_back_to_its_level(broker_factory, raw
         assert score / 1000 == pytest.approx(at, abs=0.1)
         assert raw.hgetall(BODIES) == {member: b'{"id":"x","payload":{},"hop":1}'}
         assert member.startswith(f"{level}/next/".encode())
-        assert 0 < await broker.tick() <= 0.3
+        assert 0 < await broker.promote() <= 0.3
         assert await broker.claim(1, 0, ()) == []
         await eventually(lambda: time.time() * 1000 > score + 1)  # the server counts from the moment it was told
-        await broker.tick()
+        await broker.promote()
         again = await one(broker)
         assert (again.level, again.count, again.body) == (level, 1, b'{"id":"x","payload":{},"hop":1}')
         assert not raw.exists(DUE, BODIES)
@@ -350,7 +350,7 @@ async def test_delayed_jobs_come_on_time_in_order_and_twins_apart(broker_factory
         when: dict[str, float] = {}
 
         async def take() -> bool:
-            await broker.tick()
+            await broker.promote()
             for name in names(await broker.claim(10, 0, ())):
                 got.append(name)
                 when[name] = time.time() - now
@@ -364,10 +364,10 @@ async def test_delayed_jobs_come_on_time_in_order_and_twins_apart(broker_factory
 
 async def test_tick_says_when_it_is_needed_next(broker_factory):
     async with broker_factory("w", queues=("a", "q")) as broker:
-        idle = await broker.tick()
+        idle = await broker.promote()
         assert 0 < idle <= 5
         await broker.publish([job(delay=100.0), job(queue="a", delay=0.5)])
-        assert 0 < await broker.tick() <= 0.5
+        assert 0 < await broker.promote() <= 0.5
 
 
 async def test_many_due_jobs_come_in_bounded_batches(broker_factory, raw, ground):
@@ -378,7 +378,7 @@ async def test_many_due_jobs_come_in_bounded_batches(broker_factory, raw, ground
         async def all_there() -> bool:
             nonlocal ticks
             ticks += 1
-            await broker.tick()
+            await broker.promote()
             return ground.left() == 1300
 
         await eventually(all_there)
@@ -390,7 +390,7 @@ async def test_a_body_lost_or_a_member_of_unknown_level_stops_no_promotion(broke
     async with broker_factory("w") as broker:
         raw.zadd(DUE, {"high/gone/1": 1, "odd": 2, "low/fine/1": 3})
         raw.hset(BODIES, mapping={"odd": '{"id":"odd","payload":{}}', "low/fine/1": '{"id":"fine","payload":{}}'})
-        await broker.tick()
+        await broker.promote()
         claims = await broker.claim(10, 0, ())
         assert [(name, claim.level) for name, claim in zip(names(claims), claims, strict=True)] == [
             ("odd", "normal"),
@@ -404,13 +404,13 @@ async def test_out_of_memory_leaves_due_jobs_parked(broker_factory, raw, ground)
         await broker.publish([job(str(n), delay=0.001) for n in range(5)])
         raw.config_set("maxmemory", 1)
         with suppress(StreamworkerError):  # Redis 6.2 has not noticed yet
-            await broker.tick()
+            await broker.promote()
         assert raw.zcard(DUE) + ground.left() == 5
         assert raw.zcard(DUE) == raw.hlen(BODIES)
         raw.config_set("maxmemory", 0)
 
         async def promoted() -> bool:
-            await broker.tick()
+            await broker.promote()
             return ground.left() == 5
 
         await eventually(promoted)

@@ -188,7 +188,7 @@ async def test_what_lists_remember_is_sealed_by_the_script_as_workers_read_it(br
             assert (claim.count, claim.body) == (count - 1, b'{"payload":{}}')
             ground.ripen(claim)
             ground.sweep_soon(broker)
-            await broker.tick()
+            await broker.promote()
             (element,) = raw.lrange("queue:q", 0, -1)
             assert codec.state_of(codec.read(element), claim.secret).deliveries == count - 1
             assert element.startswith(b'{"streamworker":{"id":"') and element.endswith(b'},"payload":{}}')

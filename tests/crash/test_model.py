@@ -218,7 +218,7 @@ class Verbs(RuleBasedStateMachine):
 
     @rule()
     def tick(self) -> None:
-        self.do(self.brokers["bob"].tick())
+        self.do(self.brokers["bob"].promote())
 
     @rule(name=st.sampled_from(NAMES))
     def leave_and_come_back(self, name: str) -> None:

@@ -127,7 +127,7 @@ async def test_a_worker_does_everything_a_worker_does(moded):
 
         async def tidied() -> bool:  # once the name has been silent for two leases
             worker._broker._tidy_at = 0.0
-            await worker._broker.tick()
+            await worker._broker.promote()
             return not [name for name in left_behind(raw, keys) if name == "gone"]
 
         await eventually(tidied)
