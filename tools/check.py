@@ -2,7 +2,7 @@
 
 The checks of one row wait most of the time, for containers and for workers that were killed, while those of the other
 compute. What a check prints is shown in one piece when it has ended. The first one that fails is named, and ends the
-others.
+others. At the end stands once more what was not run, and why.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class Checks:
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._lock = threading.Lock()
         self._began = time.monotonic()
+        self._not_run: list[str] = []
         self.failed: list[str] = []
         """The first that failed, and those that were ended then."""
 
@@ -63,6 +64,8 @@ class Checks:
             for thread in threads:
                 thread.join()
         seconds = time.monotonic() - self._began
+        for line in self._not_run:
+            print(f"=== ci: {line}", flush=True)
         if self.failed:
             print(f"=== ci: stopped after {seconds:.0f} s", flush=True)
             return 1
@@ -93,6 +96,7 @@ class Checks:
                 return False
             words = f"FAILED (exit {code}); repeat it with: ./dev {check}; it ran" if code else "passed in"
             said = file.read_text(errors="replace")
+            self._not_run += [f"{check}: {line}" for line in said.splitlines() if "not run" in line]
             print(f"=== ci: {check}\n{said}=== ci: {check} {words} {time.monotonic() - began:.0f} s", flush=True)
         if code:
             self._stop(check)

@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> int:
         with Engine(keep=options.keep), tempfile.TemporaryDirectory(prefix="streamworker-containers-") as directory:
             return show(Path(directory), options.jobs, keep=options.keep)
     except Unusable as why:
-        print(f"containers: skipped, {why}" if options.or_skip else f"containers: {why}", flush=True)
+        print(f"containers: not run: {why}" if options.or_skip else f"containers: {why}", flush=True)
         return 0 if options.or_skip else 1
     except Failed as why:
         print(f"containers: {why}", file=sys.stderr)

@@ -88,7 +88,9 @@ class Engine:
             if all(succeeds("docker", "image", "inspect", base) for base in BASES):
                 return
         elif not (PREPARE.exists() and os.geteuid() == 0):
-            raise Unusable("no Docker engine with compose answers here: install one, or start it")
+            raise Unusable(
+                "no Docker engine with compose answers here: install one (docs.docker.com/engine/install), or start it"
+            )
         if not PREPARE.exists():
             return  # the engine gets the images where everybody does
         before = noted_engine()

@@ -25,7 +25,7 @@ def prepare(folder, script):
 def test_nobody_can_start_one(capsys):
     assert main(["--or-skip"]) == 0
     assert capsys.readouterr().out == (
-        "containers: skipped, no Docker engine with compose answers here: install one, or start it\n"
+        "containers: not run: no Docker engine with compose answers here: install one (docs.docker.com/engine/install), or start it\n"
     )
     assert main([]) == 1
 
@@ -34,7 +34,7 @@ def test_it_cannot_be_started(capsys, nowhere):
     prepare(nowhere, "echo much; echo 'operation not permitted' >&2; exit 1")
     assert main(["--or-skip"]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("containers: skipped, no Docker engine can be started here")
+    assert last.startswith("containers: not run: no Docker engine can be started here")
     assert last.endswith("ended with 1: operation not permitted")
 
 

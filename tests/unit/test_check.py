@@ -15,7 +15,7 @@ from tools.check import Checks
 PROGRAM = """
 echo "this is $*"
 case $1 in
-bad) exit 3 ;;
+poor) echo "not run: 1 skipped (needs Chromium: apt-get install chromium)"; echo "7 passed" ;;
 long)
     trap 'echo cleaned up >long.end; exit 130' INT
     echo $$ >long.begun
@@ -40,6 +40,12 @@ def test_all_rows_run_to_their_end(checks: Checks, capfd: pytest.CaptureFixture[
         assert lines[at + 1] == f"this is {check}"
         assert lines[at + 2].startswith(f"=== ci: {check} passed in ")
     assert lines[-1].startswith("=== ci: 3 checks passed in ")
+
+
+def test_what_was_not_run_stands_at_the_end(checks: Checks, capfd: pytest.CaptureFixture[str]):
+    assert checks.run([("poor", "two")]) == 0
+    line = "=== ci: poor: not run: 1 skipped (needs Chromium: apt-get install chromium)"
+    assert capfd.readouterr().out.splitlines()[-2] == line
 
 
 def test_the_first_that_fails_is_named_and_ends_the_others(checks: Checks, capfd: pytest.CaptureFixture[str]):
