@@ -15,13 +15,13 @@ from tests.postgres.databases import Databases, Killable, beside
 from tests.postgres.servers import PostgresServer
 
 WAITS = {
-    "streamworker.pause.FIRST": 0.1,
-    "streamworker.vigil.LOOK": 0.4,
-    "streamworker.postgres.listening.RETRY": 0.3,
-    "streamworker.bookkeeping.recorder.AGAIN_AFTER": 0.5,
-    "streamworker.bookkeeping.recorder.BUSY_PAUSE": 0.3,
-    "streamworker.bookkeeping.noting.LONG": 0.3,
-    "streamworker.bookkeeping.noting.INTERVAL": 0.1,
+    "streamworker.loops.FIRST": 0.1,
+    "streamworker.relay.loss_detector.LOOK": 0.4,
+    "streamworker.postgres.listen.RETRY": 0.3,
+    "streamworker.worker.recorder.AGAIN_AFTER": 0.5,
+    "streamworker.worker.recorder.BUSY_PAUSE": 0.3,
+    "streamworker.worker.ledger.LONG": 0.3,
+    "streamworker.worker.ledger.INTERVAL": 0.1,
 }
 """Seconds between tries and looks, of which tests want the next one and not the distance."""
 
