@@ -125,9 +125,14 @@ types:
 layers:
     lint-imports --no-cache
 
-# Lines a file, lines a function, positional parameters
+# Lines a file, lines a function, positional parameters; and the figures of the package as a whole
 ceilings:
     python tools/ceilings.py streamworker
+    python tools/house.py --strict
+
+# Those figures, their goals, and every offence by file and line (./dev house streamworker/cli)
+house *args:
+    @python tools/house.py "$@"
 
 # No registry host names in tracked files
 hosts:
