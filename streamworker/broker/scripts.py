@@ -1,7 +1,8 @@
-"""The Lua files beside this one, run by digest and loaded again when the server forgot them."""
+"""The Lua scripts: run by digest, loaded again when the server does not know them (any more)."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from hashlib import sha1
 from importlib.resources import files
@@ -12,30 +13,46 @@ from redis.exceptions import NoScriptError
 Arg = str | bytes | int | float
 
 
+_LUA: Final = files("streamworker.broker").joinpath("lua")
+_PRELUDE: Final[list[tuple[str, str]]] = re.findall(
+    r"^(local function (\w+)\(.*(?:\n  .*|\n)*?(?:\nend| end)$)",
+    _LUA.joinpath("prelude.lua").read_text("utf-8"), re.MULTILINE,
+)  # fmt: skip
+"""(text, name) of the functions that scripts share."""
+
+
+def _with_prelude(text: str) -> str:
+    """A script behind the functions of the prelude that it calls, and those that these call."""
+    for function, name in reversed(_PRELUDE):
+        if re.search(rf"(?<![\w.]){name}\(", text):
+            text = f"{function}\n{text}"
+    return text
+
+
 class AsyncCaller(Protocol):
-    """What a script needs of an async client."""
+    """The part of an async client that runs a script."""
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         """Send one command and return its raw reply."""
 
 
 class Script:
-    """One Lua file: one atomic move. Its header declares KEYS, ARGV and what it returns."""
+    """One Lua file: one atomic move. Its header declares KEYS, ARGV and the reply."""
 
     def __init__(self, name: str) -> None:
         self.name: Final = name
-        self.text: Final = files("streamworker.broker").joinpath("lua", f"{name}.lua").read_text("utf-8")
+        self.text: Final = _with_prelude(_LUA.joinpath(f"{name}.lua").read_text("utf-8"))
         self.sha: Final = sha1(self.text.encode(), usedforsecurity=False).hexdigest()  # what EVALSHA asks for
 
     async def __call__(self, client: AsyncCaller, keys: Sequence[str], args: Sequence[Arg]) -> Any:
-        """Run it; NOSCRIPT (restart, failover, SCRIPT FLUSH) means nothing was run, so that trying again is safe."""
+        """Run the script. NOSCRIPT (restart, failover, SCRIPT FLUSH) means nothing ran, so sending it again is safe."""
         try:
             return await client.execute_command("EVALSHA", self.sha, len(keys), *keys, *args)
         except NoScriptError:
             return await client.execute_command("EVAL", self.text, len(keys), *keys, *args)
 
     def blocking(self, call: Callable[..., Any], keys: Sequence[str], args: Sequence[Arg]) -> Any:
-        """The same with a synchronous client's ``execute_command``, for the lease thread."""
+        """Run the script with a synchronous client's ``execute_command``, for the lease thread."""
         try:
             return call("EVALSHA", self.sha, len(keys), *keys, *args)
         except NoScriptError:

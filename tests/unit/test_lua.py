@@ -12,6 +12,10 @@ from streamworker.broker import scripts
 
 FOLDER = Path(broker.__file__).parent / "lua"
 FILES = sorted(FOLDER.glob("*.lua"))
+TAKES_KEYS = {  # functions of the prelude to the positions of their parameters that are keys
+    "pending_entry": [0], "read_only": [0], "keep": [0, 3], "add": [1], "park": [4, 5, 6, 7], "leases_of": [0],
+    "appointed": [0],
+}  # fmt: skip
 KEYED = re.compile(
     r"redis\.p?call\(\s*'([A-Z]+)'(?:\s*,\s*'(GROUPS|CREATE|DELCONSUMER|CREATECONSUMER|STREAM|CONSUMERS)')?\s*,\s*([^,)]+)"
 )
@@ -71,6 +75,8 @@ def test_only_declared_keys_are_touched(path):
     """A key made up in a script works on a single server and breaks in a cluster."""
     body = code(path.read_text())
     held = {"stream": r"KEYS\[|KEYS\)", "target": r"stream\[.*KEYS\["}  # locals that only ever hold a declared key
+    if path.stem == "prelude":  # parameters that are keys, which the next test holds
+        held |= dict.fromkeys(("key", "due", "bodies", "calls", "ended"), "")
     for command, _, key in KEYED.findall(body):
         if command not in {"INFO", "TIME", "XREADGROUP"}:
             assert key.strip().startswith("KEYS[") or key.strip() in held, f"{command} {key}"
@@ -82,6 +88,56 @@ def test_only_declared_keys_are_touched(path):
     if "function gone(stream" in body:
         assert set(re.findall(r"gone\(([^,]+),", body)) == {"stream", "KEYS[k]"}
     assert not re.search(r"'(KEYS|SCAN|FLUSHALL|FLUSHDB|EVAL|MULTI)'", body)
+
+
+def arguments(text: str) -> list[str]:
+    """The arguments of a call, given what stands behind its opening parenthesis."""
+    found, depth = [""], 0
+    for char in text:
+        depth += (char in "([{") - (char in ")]}")
+        if depth < 0:
+            return [each.strip() for each in found]
+        if char == "," and not depth:
+            found.append("")
+        else:
+            found[-1] += char
+    raise AssertionError(f"a call without an end: {text[:60]}")
+
+
+def test_the_prelude_is_given_declared_keys_alone():
+    prelude = code((FOLDER / "prelude.lua").read_text())
+    functions = {
+        name: inner.split(", ") for name, inner in re.findall(r"^local function (\w+)\((.*?)\)", prelude, re.MULTILINE)
+    }
+    keys = {"key", "due", "bodies", "calls", "ended"}
+    places = {name: [n for n, each in enumerate(inner) if each in keys] for name, inner in functions.items()}
+    assert {name: at for name, at in places.items() if at} == TAKES_KEYS
+    calls = 0
+    for path in FILES:
+        body = code(path.read_text())
+        for name, positions in TAKES_KEYS.items():
+            for call in re.finditer(rf"(?<!function )\b{name}\(", body):
+                given = arguments(body[call.end() :])
+                for at in positions:
+                    if at < len(given):
+                        right = ("key", "target") if path.stem in ("prelude", "promote", "limit") else ()
+                        assert given[at].startswith("KEYS[") or given[at] in right, f"{path.stem}: {name}({given})"
+                        calls += 1
+    assert calls > 30
+
+
+def test_a_script_stands_behind_what_it_calls_of_the_prelude_alone():
+    assert "local function park(" in scripts.PARK.text
+    assert "local function add(" in scripts.PARK.text, "which park calls"
+    assert "appointed" not in scripts.PARK.text
+    assert scripts.CLAIM.text == (FOLDER / "claim.lua").read_text(), "the hot path pays for none"
+    shared = re.findall(r"^local function (\w+)\(", (FOLDER / "prelude.lua").read_text(), re.MULTILINE)
+    for script in (value for value in vars(scripts).values() if isinstance(value, scripts.Script)):
+        made = re.findall(r"^local function (\w+)\(", script.text, re.MULTILINE)
+        assert len(made) == len(set(made)), f"{script.name} has a function of its own under a shared name"
+        assert all(len(re.findall(rf"\b{name}\(", code(script.text))) > 1 for name in made if name in shared), (
+            script.name
+        )
 
 
 @pytest.mark.parametrize("path", FILES, ids=named)
@@ -102,7 +158,7 @@ def test_nothing_depends_on_a_clock_of_ours_or_on_chance(path):
 
 def test_every_file_is_loaded_and_every_script_has_a_file():
     loaded = {value.name: value for value in vars(scripts).values() if isinstance(value, scripts.Script)}
-    assert set(loaded) == {path.stem for path in FILES}
+    assert set(loaded) == {path.stem for path in FILES} - {"prelude"}
     for name, script in loaded.items():
         assert vars(scripts)[name.upper()] is script
 

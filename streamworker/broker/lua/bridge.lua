@@ -10,8 +10,6 @@
 --   ("": none) }
 local count, room = tonumber(ARGV[1]), tonumber(ARGV[2])
 
-local function failed(reply) return type(reply) == 'table' and reply.err end
-
 local function move(k)
   -- Taking none first: whoever may not take must not add. A script that has written may also write on when memory is out:
   -- moving does not grow, and if it stopped, workers of streams could not make room by working off what lies in lists.

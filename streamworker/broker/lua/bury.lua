@@ -33,40 +33,24 @@ local function letter(i, fields)
   return out
 end
 
--- The job has ended whether or not there is room to keep how: whoever waits right now hears it all the same.
-local function keep(k, ms, note)
-  if tonumber(ms) > 0 then redis.pcall('SET', KEYS[k], note, 'PX', ms) end
-  redis.pcall('PUBLISH', KEYS[k], note)
-end
-
 for i = 2, #ARGV, 12 do
   local id = ARGV[i + 1]
-  local reply = redis.pcall('XPENDING', KEYS[1], group, id, id, 1)
-  if reply.err and not (string.find(reply.err, 'NOGROUP', 1, true) or string.find(reply.err, 'WRONGTYPE', 1, true)) then
-    return redis.error_reply(reply.err) -- whose the claim is cannot be told: that is not lost
-  end
-  local pending = not reply.err and reply[1]
+  local pending, trouble = pending_entry(KEYS[1], group, id)
+  if trouble then return redis.error_reply(trouble) end
   if not pending or pending[2] ~= ARGV[i] or pending[4] ~= tonumber(ARGV[i + 2]) then
     result[#result + 1] = 0
   else
     local entry = redis.call('XRANGE', KEYS[1], id, id)[1]
     local added = entry and redis.pcall('XADD', KEYS[2], '*', unpack(letter(i, entry[2])))
-    if type(added) == 'table' and added.err then
+    if failed(added) then
       result[#result + 1] = added.err
     else
       redis.call('XACK', KEYS[1], group, id)
       redis.call('XDEL', KEYS[1], id)
-      keep(3 + #result, ARGV[i + 10], ARGV[i + 11])
+      keep(KEYS[3 + #result], ARGV[i + 10], ARGV[i + 11])
       result[#result + 1], settled = 1, settled + 1
     end
   end
 end
-if settled < #result then
-  -- A replica answers from its past; only who takes a write may say that a claim is lost. There is no entry 0-0. Last,
-  -- because a script that has written once is not stopped any more when memory runs out.
-  local proof = redis.pcall('XACK', KEYS[1], group, '0-0')
-  if type(proof) == 'table' and proof.err and string.find(proof.err, 'READONLY', 1, true) then
-    return redis.error_reply(proof.err)
-  end
-end
-return result
+-- Last, because a script that has written once is not stopped any more when memory runs out.
+return settled < #result and read_only(KEYS[1], group) or result

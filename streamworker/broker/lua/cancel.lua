@@ -14,8 +14,7 @@ if ttl == 0 then
   if redis.call('EXISTS', KEYS[1]) == 0 then redis.call('HDEL', KEYS[2], 'cancelled') end
   return gone
 end
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local now = now_ms()
 local added = redis.call('ZADD', KEYS[1], string.format('%d', now + ttl), ARGV[1])
 redis.call('PEXPIRE', KEYS[1], ttl)
 redis.call('HSET', KEYS[2], 'cancelled', '1')

@@ -9,8 +9,7 @@ if redis.call('EXISTS', KEYS[1]) == 0 then
   redis.call('HDEL', KEYS[2], 'cancelled')
   return {}
 end
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local now = now_ms()
 local result = {}
 for i, id in ipairs(ARGV) do
   local until_ms = redis.call('ZSCORE', KEYS[1], id)

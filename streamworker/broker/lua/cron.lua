@@ -16,8 +16,7 @@
 -- ARGV[8]  ms after which a schedule that is not proposed any more is in force no longer
 --
 -- returns { ms until it should be proposed again (0: it need not), 1 if the job was added by this call, ms of the server's clock }
-local time = redis.call('TIME')
-local now, tick = time[1] * 1000 + math.floor(time[2] / 1000), tonumber(ARGV[2])
+local now, tick = now_ms(), tonumber(ARGV[2])
 if ARGV[7] ~= '' and math.abs(tonumber(ARGV[7]) - now) > 5000 then return { 1, 0, now } end
 if tick > now then return { tick - now, 0, now } end
 

@@ -8,8 +8,7 @@
 --
 -- returns { entries in the streams, pending, delayed, dead, age in ms of the oldest ready entry (-1: none),
 --           1 if paused by an operator, 1 if inactive in PostgreSQL }
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local now = now_ms()
 local entries, pending, oldest = 0, 0, -1
 
 -- A key of a wrong type counts as empty here: one bad key must not hide the rest, and `check` names it.

@@ -13,8 +13,7 @@
 --
 -- returns { ms since the epoch, what was done: "added", "late" or "groups" (they must be made first), the queue's epoch,
 --           one value a job: 1 added, 0 was there, or the error }
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local now = now_ms()
 if now > tonumber(ARGV[2]) then return { now, 'late', '', {} } end
 
 local epoch = redis.call('HGET', KEYS[1], 'epoch')
@@ -24,20 +23,13 @@ if not epoch and ARGV[1] == 'list' then
 end
 if not epoch then return { now, 'groups', '', {} } end
 
-local function failed(reply) return type(reply) == 'table' and reply.err end
-
-local function add(place, body)
-  if ARGV[1] == 'list' then return redis.pcall('LPUSH', KEYS[place], body) end
-  return redis.pcall('XADD', KEYS[place], '*', 'job', body)
-end
-
 local result, added = {}, 0
 for i = 5, #ARGV, 3 do
   local answer = 0
   if not redis.call('ZSCORE', KEYS[2], ARGV[i + 1]) then
     -- Remembered first: if there is no room for that, the job must not be added, or the next try would add it again.
     local known = redis.pcall('ZADD', KEYS[2], string.format('%d', now), ARGV[i + 1])
-    local reply = failed(known) and known or add(tonumber(ARGV[i]), ARGV[i + 2])
+    local reply = failed(known) and known or add(ARGV[1], KEYS[tonumber(ARGV[i])], ARGV[i + 2])
     answer = failed(reply) or 1
     if answer == 1 then
       added = added + 1

@@ -18,8 +18,7 @@ local function look(from, to, most)
     for _, entry in ipairs(page) do counts[entry[1]] = entry[4] end
     return nil
   end
-  if string.find(page.err, 'NOGROUP', 1, true) or string.find(page.err, 'WRONGTYPE', 1, true) then return nil end
-  return page.err -- whose the claim is cannot be told: that is not lost
+  return not no_group(page.err) and page.err
 end
 
 -- Compared as texts, which is cheap; whatever that or the length of the page leaves out is looked at by itself.
@@ -42,13 +41,8 @@ for i = 3, #ARGV, 2 do
     result[#result + 1] = 0
   end
 end
-if #ids < #result then
-  -- A replica answers from its past; only who takes a write may say that a claim is lost. There is no entry 0-0.
-  local proof = redis.pcall('XACK', KEYS[1], group, '0-0')
-  if type(proof) == 'table' and proof.err and string.find(proof.err, 'READONLY', 1, true) then
-    return redis.error_reply(proof.err)
-  end
-end
+local replica = #ids < #result and read_only(KEYS[1], group)
+if replica then return replica end
 if #ids > 0 then
   redis.call('XACK', KEYS[1], group, unpack(ids))
   redis.call('XDEL', KEYS[1], unpack(ids))

@@ -16,29 +16,15 @@
 local group, consumer = ARGV[1], ARGV[2]
 local result, settled = {}, 0
 
--- The job has ended whether or not there is room to keep how: whoever waits right now hears it all the same.
-local function keep(k, ms, note)
-  if tonumber(ms) > 0 then
-    redis.pcall('SET', KEYS[k], note, 'PX', ms)
-    if string.find(note, '"completed"', 1, true) then
-      redis.pcall('SET', KEYS[k + 1], ms, 'PX', string.format('%d', ms + 60000))
-    end
-  end
-  redis.pcall('PUBLISH', KEYS[k], note)
-end
-
 for i = 3, #ARGV, 6 do
   local id = ARGV[i]
-  local reply = redis.pcall('XPENDING', KEYS[1], group, id, id, 1)
-  if reply.err and not (string.find(reply.err, 'NOGROUP', 1, true) or string.find(reply.err, 'WRONGTYPE', 1, true)) then
-    return redis.error_reply(reply.err) -- whose the claim is cannot be told: that is not lost
-  end
-  local pending = not reply.err and reply[1]
+  local pending, trouble = pending_entry(KEYS[1], group, id)
+  if trouble then return redis.error_reply(trouble) end
   if pending and pending[2] == consumer and pending[4] == tonumber(ARGV[i + 1]) then
     redis.call('XACK', KEYS[1], group, id)
     redis.call('XDEL', KEYS[1], id)
     redis.pcall('ZREM', KEYS[2], ARGV[i + 2])
-    keep(4 + 2 * #result, ARGV[i + 3], ARGV[i + 4])
+    keep(KEYS[4 + 2 * #result], ARGV[i + 3], ARGV[i + 4], KEYS[5 + 2 * #result])
     local k = tonumber(ARGV[i + 5])
     if k > 0 and redis.pcall('GET', KEYS[k]) == ARGV[i + 2] then redis.call('DEL', KEYS[k]) end
     result[#result + 1], settled = 1, settled + 1
@@ -47,11 +33,4 @@ for i = 3, #ARGV, 6 do
   end
 end
 if settled > 0 and redis.call('EXISTS', KEYS[2]) == 0 then redis.pcall('HDEL', KEYS[3], 'cancelled') end
-if settled < #result then
-  -- A replica answers from its past; only who takes a write may say that a claim is lost. There is no entry 0-0.
-  local proof = redis.pcall('XACK', KEYS[1], group, '0-0')
-  if type(proof) == 'table' and proof.err and string.find(proof.err, 'READONLY', 1, true) then
-    return redis.error_reply(proof.err)
-  end
-end
-return result
+return settled < #result and read_only(KEYS[1], group) or result

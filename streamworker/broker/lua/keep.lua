@@ -12,8 +12,7 @@ local from, kept = '-', 0
 for _ = 1, MOST do
   local rows = redis.pcall('XPENDING', KEYS[1], ARGV[1], from, '+', PAGE, ARGV[2])
   if rows.err then
-    if string.find(rows.err, 'NOGROUP', 1, true) or string.find(rows.err, 'WRONGTYPE', 1, true) then return kept end
-    return redis.error_reply(rows.err)
+    return no_group(rows.err) and kept or redis.error_reply(rows.err)
   end
   local ids = {}
   for _, row in ipairs(rows) do

@@ -18,4 +18,4 @@ local after = table.concat(lines)
 if after == before then return 0 end
 if after == '' then return redis.call('HDEL', KEYS[1], 'leases') end
 local reply = redis.pcall('HSET', KEYS[1], 'leases', after)
-return type(reply) == 'table' and reply.err and 0 or 1
+return failed(reply) and 0 or 1

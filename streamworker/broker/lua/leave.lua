@@ -8,14 +8,12 @@
 -- returns 1 deleted everywhere, 0 something is pending and nothing was deleted
 for _, stream in ipairs(KEYS) do
   local reply = redis.pcall('XPENDING', stream, ARGV[1], '-', '+', 1, ARGV[2])
-  if reply.err and not (string.find(reply.err, 'NOGROUP', 1, true) or string.find(reply.err, 'WRONGTYPE', 1, true)) then
-    return redis.error_reply(reply.err) -- whose the claim is cannot be told: that is not lost
-  end
+  if reply.err and not no_group(reply.err) then return redis.error_reply(reply.err) end
   if not reply.err and reply[1] then return 0 end
 end
 for _, stream in ipairs(KEYS) do
   local reply = redis.pcall('XGROUP', 'DELCONSUMER', stream, ARGV[1], ARGV[2])
-  if type(reply) == 'table' and reply.err and string.find(reply.err, 'READONLY', 1, true) then
+  if failed(reply) and string.find(reply.err, 'READONLY', 1, true) then
     return redis.error_reply(reply.err) -- a replica knows nothing of what is pending, nor forgets anybody
   end
 end

@@ -69,9 +69,7 @@ local function promote(member) -- the growing write first: without memory, it st
   local target = stream[string.match(member, '^(%a+)/')] or KEYS[4]
   local body = redis.call('HGET', KEYS[2], member)
   if body then
-    local added
-    if ARGV[1] == 'list' then added = redis.pcall('LPUSH', target, body) else added = redis.pcall('XADD', target, '*', 'job', body) end
-    if type(added) == 'table' and added.err then return false end
+    if failed(add(ARGV[1], target, body)) then return false end
   end
   redis.call('ZREM', KEYS[1], member)
   redis.call('HDEL', KEYS[2], member)

@@ -23,19 +23,13 @@ local function holds(member, wrapper)
   return false
 end
 
--- The job has ended whether or not there is room to keep how: whoever waits right now hears it all the same.
-local function keep(k, ms, note)
-  if tonumber(ms) > 0 then redis.pcall('SET', KEYS[k], note, 'PX', ms) end
-  redis.pcall('PUBLISH', KEYS[k], note)
-end
-
 for i = 2, #ARGV, 4 + size do
   local member, wrapper = ARGV[i], ARGV[i + 1]
   if not holds(member, wrapper) then
     result[#result + 1] = 0
   else
     local added = redis.pcall('XADD', KEYS[3], '*', unpack(ARGV, i + 4, i + 3 + size))
-    if type(added) == 'table' and added.err then
+    if failed(added) then
       result[#result + 1] = added.err
     else
       if wrapper == '' then
@@ -44,19 +38,12 @@ for i = 2, #ARGV, 4 + size do
         redis.call('LREM', KEYS[1], 1, wrapper)
         redis.call('ZREM', KEYS[2], member)
       end
-      keep(6 + #result, ARGV[i + 2], ARGV[i + 3])
+      keep(KEYS[6 + #result], ARGV[i + 2], ARGV[i + 3])
       result[#result + 1], left = 1, left + 1
     end
   end
 end
 if #ended > 0 then redis.pcall('HSET', KEYS[5], 'buried ' .. KEYS[3], table.concat(ended, '\n')) end
 if left > 0 then redis.pcall('HINCRBY', KEYS[4], 'left', left) end
-if left < #result then
-  -- A replica answers from its past; only who takes a write may say that a claim is lost. Last, because a script that has
-  -- written once is not stopped any more when memory runs out.
-  local proof = redis.pcall('ZREM', KEYS[2], '')
-  if type(proof) == 'table' and proof.err and string.find(proof.err, 'READONLY', 1, true) then
-    return redis.error_reply(proof.err)
-  end
-end
-return result
+-- Last, because a script that has written once is not stopped any more when memory runs out.
+return left < #result and read_only(KEYS[2]) or result

@@ -12,8 +12,7 @@
 -- And a replica, which answers from its past, refuses here.
 redis.call('ZREM', KEYS[2], '')
 if not redis.call('LPOS', KEYS[1], ARGV[2]) then return 0 end
-local time = redis.call('TIME')
-redis.call('ZADD', KEYS[2], string.format('%d', time[1] * 1000 + math.floor(time[2] / 1000)), ARGV[3])
+redis.call('ZADD', KEYS[2], string.format('%d', now_ms()), ARGV[3])
 redis.call('RPUSH', KEYS[1], ARGV[4])
 redis.call('LREM', KEYS[1], 1, ARGV[2])
 redis.call('ZREM', KEYS[2], ARGV[1])

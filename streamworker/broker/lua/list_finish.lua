@@ -14,23 +14,12 @@
 -- returns one number a claim: 1 settled, 0 lost
 local result, left = {}, 0
 
--- The job has ended whether or not there is room to keep how: whoever waits right now hears it all the same.
-local function keep(k, ms, note)
-  if tonumber(ms) > 0 then
-    redis.pcall('SET', KEYS[k], note, 'PX', ms)
-    if string.find(note, '"completed"', 1, true) then
-      redis.pcall('SET', KEYS[k + 1], ms, 'PX', string.format('%d', ms + 60000))
-    end
-  end
-  redis.pcall('PUBLISH', KEYS[k], note)
-end
-
 for i = 1, #ARGV, 6 do
   local gone = ARGV[i + 1] == '' and 1 or redis.call('LREM', KEYS[1], 1, ARGV[i + 1])
   if gone == 1 then
     redis.call('ZREM', KEYS[2], ARGV[i])
     redis.pcall('ZREM', KEYS[4], ARGV[i + 2])
-    keep(5 + 2 * #result, ARGV[i + 3], ARGV[i + 4])
+    keep(KEYS[5 + 2 * #result], ARGV[i + 3], ARGV[i + 4], KEYS[6 + 2 * #result])
     local k = tonumber(ARGV[i + 5])
     if k > 0 and redis.pcall('GET', KEYS[k]) == ARGV[i + 2] then redis.call('DEL', KEYS[k]) end
   end

@@ -6,8 +6,7 @@
 -- ARGV[2]  its lease in ms
 --
 -- returns the number of leases that were prolonged
-local time = redis.call('TIME')
-local now, kept = time[1] * 1000 + math.floor(time[2] / 1000), 0
+local now, kept = now_ms(), 0
 
 -- A first write that changes nothing: a script that has written may write on when memory is out, and this does not grow.
 redis.call('ZREM', KEYS[1], '')

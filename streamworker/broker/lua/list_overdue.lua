@@ -10,8 +10,7 @@
 -- returns what the clock shows in ms, then four a queue: { ms until the next look, members of the lease set, the error of a key
 --         ("": none), the longest lease of the queue's workers in ms (0: not looked up) }
 local lease = tonumber(ARGV[1])
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local now = now_ms()
 
 -- It leapt ahead: everything looks abandoned. Nobody is taken for dead before everyone had a lease to renew. Half a lease is
 -- no leap yet: who renews every third of one is never idle for a whole one by it, and a slow network looks like it.
@@ -20,16 +19,12 @@ local leap = tonumber(ARGV[3]) > 0 and now - tonumber(ARGV[3]) or 0
 local function look(k)
   if leap > math.max(lease / 2, 1000) then return { lease, {}, '', 0 } end
   local token = redis.pcall('HGET', KEYS[k], 'returns')
-  if type(token) == 'table' and token.err then return { 1000, {}, token.err, 0 } end
+  if failed(token) then return { 1000, {}, token.err, 0 } end
   local due = tonumber(token or 0) or 0
   -- A token further away than a lease comes from a server clock that jumped.
   if due > now and due - now <= lease then return { due - now, {}, '', 0 } end
 
-  local leases, shortest, longest = {}, lease, lease
-  for name, ms in string.gmatch(redis.call('HGET', KEYS[k], 'leases') or '', '(%S+) (%d+)\n') do
-    leases[name] = tonumber(ms)
-    shortest, longest = math.min(shortest, leases[name]), math.max(longest, leases[name])
-  end
+  local leases, shortest, longest = leases_of(KEYS[k], lease)
   if leap > math.max(shortest / 2, 1000) then return { longest, {}, '', longest } end
 
   -- It leapt back: what was renewed in its future would not age before the clock is there again. Its lease begins now.

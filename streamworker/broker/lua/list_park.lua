@@ -16,24 +16,8 @@
 --          (negative: ready at once), member for the due set, body
 --
 -- returns one number a claim: 1 settled, 0 lost; or the error why it was refused
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local now = now_ms()
 local result, left, ended = {}, 0, {}
-
-local function failed(reply) return type(reply) == 'table' and reply.err or nil end
--- The error why it cannot be stored, or nil.
-
-local function store(delay, member, body)
-  if delay < 0 or type(redis.pcall('ZSCORE', KEYS[8], member)) == 'string' then return failed(redis.pcall('LPUSH', KEYS[3], body)) end
-  local err = failed(redis.pcall('HSET', KEYS[5], member, body))
-  if err then return err end
-  err = failed(redis.pcall('ZADD', KEYS[4], string.format('%d', now + delay), member))
-  if err then
-    redis.call('HDEL', KEYS[5], member)
-    return err
-  end
-  if redis.call('ZRANGE', KEYS[4], 0, 0)[1] == member then redis.pcall('PUBLISH', KEYS[4], string.format('%d', delay)) end
-end
 
 local function holds(member, wrapper)
   if wrapper ~= '' then return redis.call('LPOS', KEYS[1], wrapper) end
@@ -48,7 +32,8 @@ for i = 1, #ARGV, 5 do
   if not holds(member, wrapper) then
     result[#result + 1] = 0
   else
-    local err = store(tonumber(ARGV[i + 2]), ARGV[i + 3], ARGV[i + 4])
+    local job = { ARGV[i + 3], ARGV[i + 4] }
+    local err = park(job, tonumber(ARGV[i + 2]), now, 'list', KEYS[3], KEYS[4], KEYS[5], KEYS[8])
     if not err then
       if wrapper == '' then
         ended[#ended + 1] = member
@@ -63,12 +48,5 @@ for i = 1, #ARGV, 5 do
 end
 if #ended > 0 then redis.pcall('HSET', KEYS[7], 'parked ' .. KEYS[3], table.concat(ended, '\n')) end
 if left > 0 then redis.pcall('HINCRBY', KEYS[6], 'left', left) end
-if left < #result then
-  -- A replica answers from its past; only who takes a write may say that a claim is lost. Last, because a script that has
-  -- written once is not stopped any more when memory runs out.
-  local proof = redis.pcall('ZREM', KEYS[2], '')
-  if type(proof) == 'table' and proof.err and string.find(proof.err, 'READONLY', 1, true) then
-    return redis.error_reply(proof.err)
-  end
-end
-return result
+-- Last, because a script that has written once is not stopped any more when memory runs out.
+return left < #result and read_only(KEYS[2]) or result

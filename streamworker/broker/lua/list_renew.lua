@@ -9,8 +9,7 @@
 -- ARGV[3..]  members of the lease set
 --
 -- returns the members of claims that are lost
-local time = redis.call('TIME')
-local now = string.format('%d', time[1] * 1000 + math.floor(time[2] / 1000))
+local now = string.format('%d', now_ms())
 local lost, doubted, some = {}, {}, false
 
 -- A first write that changes nothing: a script that has written may write on when memory is out, and this does not grow.

@@ -12,16 +12,15 @@
 --
 -- returns { number given back, number that were deleted underneath, errors of keys that refused ... }
 local lease = tonumber(ARGV[1])
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local now = now_ms()
 local LISTS = { high = 2, normal = 3, low = 4 }
 local secret = string.match(redis.call('HGET', KEYS[5], 'secret') or '', '^%x+')
-local leases, wanted, orphans, returned, missing, errors = {}, {}, {}, 0, 0, {}
+local wanted, orphans, returned, missing, errors = {}, {}, 0, 0, {}
 
 -- A first write that changes nothing: a script that has written may write on when memory is out, and moving does not grow.
 redis.call('ZREM', KEYS[1], '')
 
-for name, ms in string.gmatch(redis.pcall('HGET', KEYS[5], 'leases') or '', '(%S+) (%d+)\n') do leases[name] = tonumber(ms) end
+local leases = leases_of(KEYS[5], lease)
 for i = 2, #ARGV, 2 do
   local score, k = redis.call('ZSCORE', KEYS[1], ARGV[i]), tonumber(ARGV[i + 1])
   local its = leases[string.match(ARGV[i], '^%S+ %d+ (.+)$') or ''] or lease
@@ -64,7 +63,7 @@ end
 table.sort(orphans, function(a, b) return a[1] > b[1] end)
 for _, orphan in ipairs(orphans) do
   local reply = redis.pcall('RPUSH', KEYS[orphan[5]], marked(orphan[1], orphan[6]))
-  if type(reply) == 'table' and reply.err then
+  if failed(reply) then
     errors[#errors + 1] = reply.err
   else
     redis.call('LREM', KEYS[orphan[2]], 1, orphan[3])

@@ -36,7 +36,6 @@
 --   secrets  what the state of each queue's jobs is sealed with ("": nothing yet)
 local worker, left, queues, budgets = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
 local may_reserve, reserved, left_to_others, drains = false, false, 0, ARGV[7] == '3' and 1 or 0
-local TERM = 1000 -- ms a worker is the one that drains
 local LEVELS = { 'high', 'normal', 'low' }
 local PAGE, SKIP = 500, 500 -- elements of one move; elements that are looked at in vain
 local time = redis.call('TIME')
@@ -47,8 +46,6 @@ local taken, trouble, paused, skipped, broken, empty, cancelled = {}, {}, {}, {}
 local secrets = {}
 local suspects = {} -- queues of which some were left
 local group = tonumber(ARGV[8])
-
-local function failed(reply) return type(reply) == 'table' and reply.err end
 
 local function report(k, err) trouble[#trouble + 1] = { k, err } end
 
@@ -190,15 +187,6 @@ local function take_marked(most)
   end
 end
 
--- Whether this worker is the one that drains, from now on or for another second.
-local function appointed(q)
-  local who, till = string.match(redis.call('HGET', KEYS[q], 'drainer') or '', '^(.*) (%d+)$')
-  till = tonumber(till or 0)
-  if who and who ~= worker and till > tonumber(now) and till - tonumber(now) <= TERM then return false end
-  redis.pcall('HSET', KEYS[q], 'drainer', worker .. ' ' .. string.format('%d', now + TERM)) -- out of memory, everybody does
-  return true
-end
-
 take_marked(left)
 if left_to_others > 0 then
   if ARGV[7] == '1' and #taken == 0 then
@@ -207,7 +195,7 @@ if left_to_others > 0 then
     may_reserve, left_to_others = false, left_to_others - 1
   elseif ARGV[7] == '2' then
     for q in pairs(suspects) do
-      if drains == 0 and appointed(q) then drains = 1 end
+      if drains == 0 and appointed(KEYS[q], worker, tonumber(now)) then drains = 1 end
     end
   end
 else

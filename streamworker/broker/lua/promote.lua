@@ -6,15 +6,7 @@
 -- ARGV[2]  what ready jobs lie in: stream or list
 --
 -- returns one triple a queue: { moved, ms until its next job is due (-1: none), the error of a key that refused ("": none) }
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
-
-local function failed(reply) return type(reply) == 'table' and reply.err end
-
-local function add(target, body)
-  if ARGV[2] == 'list' then return redis.pcall('LPUSH', target, body) end
-  return redis.pcall('XADD', target, '*', 'job', body)
-end
+local now = now_ms()
 
 local function promote(k)
   local stream = { high = KEYS[k + 2], normal = KEYS[k + 3], low = KEYS[k + 4] }
@@ -25,7 +17,7 @@ local function promote(k)
     local body = redis.pcall('HGET', KEYS[k + 1], member)
     if failed(body) then return { moved, -1, body.err } end
     local target = stream[string.match(member, '^(%a+)/')] or KEYS[k + 3]
-    local added = body and add(target, body)
+    local added = body and add(ARGV[2], target, body)
     if failed(added) then
       refused = added.err
     else

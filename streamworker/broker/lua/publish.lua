@@ -13,8 +13,7 @@
 --             job id, body
 --
 -- returns one value a job: 1 stored, or the id of the earlier job
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local now = now_ms()
 local result = {}
 
 local function earlier(key, id)
@@ -23,7 +22,7 @@ local function earlier(key, id)
   return stored and (stored == id and 1 or stored) or nil
 end
 
-local function add(target, body)
+local function place(target, body)
   if ARGV[1] == 'list' then return redis.call('LPUSH', target, body) end
   return redis.call('XADD', target, '*', 'job', body)
 end
@@ -43,7 +42,7 @@ for i = 2, #ARGV, 7 do
         redis.pcall('PUBLISH', KEYS[4], string.format('%d', due - now))
       end
     else
-      add(KEYS[tonumber(ARGV[i])], body)
+      place(KEYS[tonumber(ARGV[i])], body)
     end
     if key > 0 then redis.call('SET', KEYS[key], id, 'PX', ARGV[i + 4]) end
     result[#result + 1] = 1

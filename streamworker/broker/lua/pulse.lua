@@ -4,10 +4,9 @@
 --
 -- returns { ms since the epoch, the server's run id ("": not told), one triple a queue: { its epoch ("": none), entries
 --           that relays added, 1 if the ledger pauses it } ... }
-local time = redis.call('TIME')
 local info = redis.pcall('INFO', 'server')
 local server = type(info) == 'string' and string.match(info, 'run_id:(%x+)') or ''
-local result = { time[1] * 1000 + math.floor(time[2] / 1000), server }
+local result = { now_ms(), server }
 for k = 1, #KEYS do
   local meta = redis.pcall('HMGET', KEYS[k], 'epoch', 'relayed', 'inactive')
   if meta.err then meta = {} end

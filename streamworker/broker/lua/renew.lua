@@ -12,24 +12,16 @@
 local ids, lost = {}, {}
 for i = 4, #ARGV, 2 do
   local id = ARGV[i]
-  local reply = redis.pcall('XPENDING', KEYS[1], ARGV[1], id, id, 1)
-  if reply.err and not (string.find(reply.err, 'NOGROUP', 1, true) or string.find(reply.err, 'WRONGTYPE', 1, true)) then
-    return redis.error_reply(reply.err) -- whose the claim is cannot be told: that is not lost
-  end
-  local pending = not reply.err and reply[1]
+  local pending, trouble = pending_entry(KEYS[1], ARGV[1], id)
+  if trouble then return redis.error_reply(trouble) end
   if pending and pending[2] == ARGV[2] and pending[4] == tonumber(ARGV[i + 1]) then
     ids[#ids + 1] = id
   else
     lost[#lost + 1] = id
   end
 end
-if #lost > 0 then
-  -- A replica answers from its past; only who takes a write may say that a claim is lost. There is no entry 0-0.
-  local proof = redis.pcall('XACK', KEYS[1], ARGV[1], '0-0')
-  if type(proof) == 'table' and proof.err and string.find(proof.err, 'READONLY', 1, true) then
-    return redis.error_reply(proof.err)
-  end
-end
+local replica = #lost > 0 and read_only(KEYS[1], ARGV[1])
+if replica then return replica end
 if #ids > 0 then
   local known = redis.pcall('HGET', KEYS[2], 'leases') or ''
   if type(known) == 'string' and not string.find('\n' .. known, '\n' .. ARGV[2] .. ' ', 1, true) then

@@ -5,8 +5,7 @@
 -- ARGV[2..]  two a hold: its limit (from 1), token
 --
 -- returns 1
-local time = redis.call('TIME')
-local till = string.format('%d', time[1] * 1000 + math.floor(time[2] / 1000) + ARGV[1])
+local till = string.format('%d', now_ms() + ARGV[1])
 -- A key of a wrong type is that limit's trouble alone.
 for i = 2, #ARGV, 2 do redis.pcall('ZADD', KEYS[tonumber(ARGV[i])], 'XX', till, ARGV[i + 1]) end
 for k = 1, #KEYS do redis.call('PEXPIRE', KEYS[k], ARGV[1]) end

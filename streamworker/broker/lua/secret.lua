@@ -9,9 +9,8 @@
 local known = redis.pcall('HGET', KEYS[1], 'secret')
 if type(known) == 'table' then return '' end -- somebody else's key: whoever reads it says so
 if known then return known end
-local time = redis.call('TIME')
-local met = redis.call('HGET', KEYS[1], 'epoch') and time[1] * 1000 + math.floor(time[2] / 1000) or 0
+local met = redis.call('HGET', KEYS[1], 'epoch') and now_ms() or 0
 local made = ARGV[1] .. ' ' .. string.format('%d', met)
 local reply = redis.pcall('HSET', KEYS[1], 'secret', made)
-if type(reply) == 'table' and reply.err then return '' end
+if failed(reply) then return '' end
 return made

@@ -10,9 +10,7 @@
 local running, out = {}, {}
 for i = 3, #ARGV do running[ARGV[i]] = true end
 local reply = redis.pcall('XPENDING', KEYS[1], ARGV[1], '-', '+', 1000 + #ARGV, ARGV[2])
-if reply.err and not (string.find(reply.err, 'NOGROUP', 1, true) or string.find(reply.err, 'WRONGTYPE', 1, true)) then
-  return redis.error_reply(reply.err) -- whose the claim is cannot be told: that is not lost
-end
+if reply.err and not no_group(reply.err) then return redis.error_reply(reply.err) end
 if reply.err then return out end
 for _, pending in ipairs(reply) do
   local id = pending[1]

@@ -25,8 +25,7 @@
 --           longest lease of the queue's workers in ms (0: not looked up) }
 --   entries  { index of the stream in KEYS, id, delivery count, fields, what its id is derived from, 1 if a suspect } ...
 local lease, limit = tonumber(ARGV[3]), tonumber(ARGV[4])
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local now = now_ms()
 
 -- The clock leapt ahead: everything looks abandoned. Nobody is taken for dead before everyone had a lease to renew. Half a
 -- lease is no leap yet: who renews every third of one is never idle for a whole one by it, and a slow network looks like it.
@@ -51,26 +50,13 @@ end
 local paused = redis.call('HMGET', KEYS[1], 'paused', 'inactive')
 if paused[1] or paused[2] then return { 1000, {}, 0, 0, now, 0, 0 } end
 
--- Whether this worker is the one that drains, from now on or for another second.
-local TERM = 1000
-local function drains()
-  if ARGV[6] ~= '2' then return 0 end
-  local who, till = string.match(redis.call('HGET', KEYS[1], 'drainer') or '', '^(.*) (%d+)$')
-  till = tonumber(till or 0)
-  if who and who ~= ARGV[2] and till > now and till - now <= TERM then return 0 end
-  redis.pcall('HSET', KEYS[1], 'drainer', ARGV[2] .. ' ' .. string.format('%d', now + TERM)) -- out of memory, everybody does
-  return 1
-end
+local function drains() return ARGV[6] == '2' and appointed(KEYS[1], ARGV[2], now) and 1 or 0 end
 
 local due = tonumber(redis.call('HGET', KEYS[1], 'sweep') or 0)
 -- A token further away than a lease comes from a server clock that jumped.
 if due > now and due - now <= lease then return { due - now, {}, 0, -1, now, drains(), 0 } end
 
-local leases, shortest, longest = {}, lease, lease
-for name, ms in string.gmatch(redis.call('HGET', KEYS[1], 'leases') or '', '(%S+) (%d+)\n') do
-  leases[name] = tonumber(ms)
-  shortest, longest = math.min(shortest, leases[name]), math.max(longest, leases[name])
-end
+local leases, shortest, longest = leases_of(KEYS[1], lease)
 if leap > math.max(shortest / 2, 1000) then return { longest, {}, 0, -1, now, 0, longest } end
 
 local running = {}
@@ -127,7 +113,7 @@ for k = 2, #KEYS do
   while #entries < limit do
     local reply = page(k, cursor, limit - #entries) -- a hundred of them bound what one sweep may cost the server
     if reply.err then
-      if string.find(reply.err, 'NOGROUP', 1, true) or string.find(reply.err, 'WRONGTYPE', 1, true) then break end
+      if no_group(reply.err) then break end
       return redis.error_reply(reply.err)
     end
     cursor, pages = reply[1], pages + 1

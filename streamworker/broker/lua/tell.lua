@@ -5,8 +5,7 @@
 -- ARGV      one a job: the note
 --
 -- returns 1; when nobody has waited for a while, that is noted, so that nothing is told any more
-local time = redis.call('TIME')
 local until_ms = tonumber(redis.call('HGET', KEYS[1], 'waits') or 0)
-if until_ms < time[1] * 1000 + math.floor(time[2] / 1000) then redis.call('HDEL', KEYS[1], 'waits') end
+if until_ms < now_ms() then redis.call('HDEL', KEYS[1], 'waits') end
 for i, note in ipairs(ARGV) do redis.pcall('PUBLISH', KEYS[i + 1], note) end
 return 1

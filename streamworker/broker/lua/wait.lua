@@ -6,7 +6,6 @@
 -- ARGV[1]   ms for which ends are told
 --
 -- returns what was kept; if that has expired, for how many ms it was kept; or nil
-local time = redis.call('TIME')
-local until_ms = time[1] * 1000 + math.floor(time[2] / 1000) + tonumber(ARGV[1])
+local until_ms = now_ms() + tonumber(ARGV[1])
 redis.pcall('HSET', KEYS[1], 'waits', string.format('%d', until_ms)) -- out of memory, whoever waits looks now and then
 return redis.call('GET', KEYS[2]) or redis.call('GET', KEYS[3])
