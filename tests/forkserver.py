@@ -123,7 +123,7 @@ def forked(
     stderr: int | IO[Any] = subprocess.PIPE,
     start_new_session: bool = False,
     module: str = "streamworker",
-    constants: Mapping[str, float] | None = None,
+    constants: Mapping[str, float | str] | None = None,
 ) -> Forked:
     """Start ``python -m streamworker WORDS`` as a process of its own.
 
@@ -304,11 +304,11 @@ def _child(order: dict[str, Any], descriptors: Sequence[int]) -> int:
         return 1
 
 
-def set_constant(name: str, value: float) -> float:
+def set_constant(name: str, value: float | str) -> float | str:
     """Set ``package.module.NAME``, which must be there; returns what it was."""
     module, _, constant = name.rpartition(".")
     owner = importlib.import_module(module)
-    before: float = getattr(owner, constant)
+    before: float | str = getattr(owner, constant)
     setattr(owner, constant, value)
     return before
 

@@ -45,7 +45,7 @@ def run(
     cwd: Path,
     env: Mapping[str, str],
     input: str | None = None,  # noqa: A002
-    constants: Mapping[str, float] | None = None,
+    constants: Mapping[str, float | str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """``streamworker WORDS``, as `subprocess.run` with ``capture_output`` and ``text`` tells of it.
 

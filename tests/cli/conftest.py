@@ -113,7 +113,7 @@ class Program:
         self.env.pop("DATABASE_URL", None)
         if url is not None:
             self.env["REDIS_URL"] = url
-        self.constants: dict[str, float] = {}
+        self.constants: dict[str, float | str] = {}
         """Seconds that are too long to wait for for here: see `forkserver.forked`."""
         self.running: list[forkserver.Forked | subprocess.Popen[str]] = []
 

@@ -8,7 +8,6 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from tests.cli.conftest import both_modes
 from tests.conftest import eventually_blocking
 from tests.crash.clock import Clock
 
@@ -33,8 +32,16 @@ async def mark(payload: Mark) -> None:
 """
 
 
-@both_modes
-@pytest.mark.parametrize("ahead", [-HOUR, HOUR], ids=["slow", "fast"])
+@pytest.mark.parametrize(
+    ("ground", "ahead"),
+    [
+        pytest.param("stream", HOUR, id="fast-stream"),
+        pytest.param("list", -HOUR, id="slow-list"),
+        pytest.param("stream", -HOUR, id="slow-stream", marks=pytest.mark.all),
+        pytest.param("list", HOUR, id="fast-list", marks=pytest.mark.all),
+    ],
+    indirect=["ground"],
+)
 def test_no_job_is_late_or_early(sw, ground, project, tmp_path, ahead):
     """A producer of another language writes run_at into the queue itself; ours says run_at, delay, or snoozes."""
     (project / "marking.py").write_text(APP)

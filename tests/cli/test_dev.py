@@ -18,7 +18,7 @@ def children(running):
 
 
 def test_reload(sw, raw, project, tmp_path):
-    sw.constants["streamworker.cli.dev.POLL"] = 0.05
+    sw.constants |= {"streamworker.cli.dev.POLL": 0.05, "streamworker.cli.dev.GRACE": "0.3"}
     dev = sw.start("dev", "jobs:app", "--log-format", "json")
     eventually_blocking(lambda: dev.saw("worker_ready"), 20)
     (first,) = children(dev)
