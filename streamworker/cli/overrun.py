@@ -56,6 +56,7 @@ class LastResort:
         threading.Thread(target=self._run, name="streamworker-last-resort", daemon=True).start()
 
     def _run(self) -> None:
+        signals.leave_to_main()
         asked = 0.0
         while True:
             if self._turned >= asked:

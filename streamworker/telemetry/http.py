@@ -10,6 +10,7 @@ requests give way to new ones, those of the address that has the most of them fi
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
 import threading
 from collections import Counter
@@ -121,6 +122,8 @@ class HttpThread:
             self._listener.close()
 
     def _main(self, loop: asyncio.AbstractEventLoop, listener: socket.socket) -> None:
+        if hasattr(signal, "pthread_sigmask"):  # the main thread is to hear them
+            signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
         with asyncio.Runner(loop_factory=lambda: loop) as runner:
             runner.run(self._serve(listener))
 

@@ -22,7 +22,7 @@ from streamworker.execution import Execution
 from streamworker.handlers import Registration
 from streamworker.job import Progress
 from streamworker.telemetry.logs import get_logger
-from streamworker.worker import renewer
+from streamworker.worker import renewer, signals
 from streamworker.worker.inflight import LeasedSet
 from streamworker.worker.job_task import JobTask
 
@@ -197,6 +197,7 @@ class LeaseKeeper:
             self._thread.join()
 
     def _main(self) -> None:
+        signals.leave_to_main()
         next_renewal = 0.0
         while True:
             now = monotonic()

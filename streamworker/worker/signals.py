@@ -100,6 +100,16 @@ async def watch(told: Callable[[int], None], *, task_status: anyio.abc.TaskStatu
             _remove(listener.loop)
 
 
+def leave_to_main() -> None:
+    """In a thread of ours that runs no code of users: signals that ask the process to end go to another thread.
+
+    Where the system delivers one here, the main thread sleeps on, if it sleeps: `_hear` runs when it wakes. Of two that
+    come soon after each other it does so when the main thread has not been given the processor yet.
+    """
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
+
+
 def deliver(number: int, source: str = "") -> None:
     """Tell all who watch. The n-th signal of one source is the same as the n-th of another.
 
