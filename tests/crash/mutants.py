@@ -178,7 +178,7 @@ def _run(root: Path, mode: str, tests: Sequence[str], limit: float, *, all_of_th
     """(pytest's exit code, seconds, what it said); the copy's sources come before the installed ones."""
     environment = {**os.environ, "CRASH_MODE": mode, "PYTHONPATH": str(root)}
     # The model runs in both modes from one source; what it says of the other one is nobody's business here.
-    chosen = ["-m", "crash or not crash", "-k", f"not test_verbs_in_any_order or {mode}"]
+    chosen = ["--all", "-m", "crash or not crash", "-k", f"not test_verbs_in_any_order or {mode}"]
     house = ["-p", "no:cacheprovider", "-n", "2", "-q", "--tb=short", "--basetemp", str(root / "left")]
     house += [] if all_of_them else ["--maxfail=1"]  # one is enough
     files = [str(root / "tests" / "crash" / test) for test in tests]
