@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
             print(f"run {run} of {options.runs}, seed {seed}: {len(failed) or 'none'} failed, {took}", flush=True)
             for test, why in failed.items():
                 table.setdefault(test, []).append((seed, why))
-    for test, times in sorted(table.items(), key=lambda entry: -len(entry[1])):
+    for test, times in sorted(table.items(), key=lambda entry: (-len(entry[1]), entry[0])):
         seeds = " ".join(str(seed) for seed, _ in times)
         print(f"{len(times):>3} of {options.runs}  {test}  (seeds {seeds})\n           {times[0][1]}")
     print(f"steady: {len(table) or 'no'} tests failed in {options.runs} runs" + (f"; see {OUTPUT}" if table else ""))
