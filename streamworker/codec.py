@@ -35,7 +35,6 @@ LAST_MOMENT: Final = datetime(9999, 12, 30, tzinfo=UTC).timestamp()
 
 _NAMESPACE: Final = UUID("6f0fd0a5-3c0b-5d3e-9a55-0b6a2f7c1e84")
 _PRIORITY_OF: Final[dict[Level, int]] = {"high": 50, "normal": 100, "low": 200}
-
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 MOST_HOPS: Final = 2**52
 """No job goes round that often: behind a larger hop, which is a producer's invention, documents count from 1."""
@@ -247,7 +246,8 @@ def pack(job: Job, *, max_bytes: int, key_ttl: float) -> Outgoing:
         body = _encode(document)
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidJob(f"the headers of the job {job.kind!r} cannot be written as JSON: {error}") from None
-    check_depth(body)
+    if len(body) > MAX_DEPTH:
+        check_depth(body)
     if len(body) > max_bytes:
         raise JobTooLarge(
             f"the job {job.kind!r} has {len(body)} bytes and {max_bytes} are allowed: "

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from types import SimpleNamespace
 
 import pytest
 
 from streamworker import App, Context, Handlers, Payload, QueueWorker, Settings, Snooze
 from streamworker.errors import ConfigurationError, UsageError
+from streamworker.job import Job
+from streamworker.observe import Sender
 from streamworker.testing.draining import drain
 from tests.conftest import eventually
 from tests.contract.helpers import settings
@@ -266,3 +271,27 @@ async def test_nothing_can_be_added_while_a_worker_runs(raw, ground):
     await task
     included.handler(late)
     assert app.queues == ["others", "late", "steps"]
+
+
+async def test_jobs_of_a_generator_are_made_when_it_yields_them(ground, raw):
+    """One moment stands for all jobs of a list; what a slow generator yields later was made later."""
+    made: list[datetime] = []
+
+    class Noted(Sender):
+        @contextmanager
+        def sending(self, jobs: Sequence[Job]) -> Iterator[Sequence[Job]]:
+            made.extend(job.created_at for job in jobs)
+            yield jobs
+
+    def slow() -> Iterator[Step]:
+        for n in range(2):
+            before = datetime.now(UTC)
+            while datetime.now(UTC) <= before:
+                pass
+            yield Step(n=n)
+
+    async with App(settings=settings(raw, ground), observers=[Noted()]) as app:
+        await app.enqueue_many(slow())
+        await app.enqueue_many([Step(n=2), Step(n=3)])
+    first, second, third, fourth = made
+    assert first < second < third == fourth
