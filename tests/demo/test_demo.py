@@ -57,9 +57,9 @@ def test_a_killed_worker_loses_nothing(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.all)])
 def test_a_signal_cleans_everything_up(tmp_path: Path, number: signal.Signals):
-    process = start(tmp_path, "--jobs", "100000", "--no-kill")
+    process = start(tmp_path, "--jobs", "20000", "--no-kill")
     assert process.stdout is not None
     line = ""
     while "enqueued" not in line:
@@ -76,7 +76,7 @@ def test_a_signal_cleans_everything_up(tmp_path: Path, number: signal.Signals):
 
 
 def test_nothing_outlives_a_demo_that_is_killed(tmp_path: Path):
-    process = start(tmp_path, "--jobs", "100000", "--no-kill")
+    process = start(tmp_path, "--jobs", "20000", "--no-kill")
     assert process.stdout is not None
     line = ""
     while "enqueued" not in line:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import pytest
+
+from tests import forkserver
+
 EXAMPLES = Path(__file__).parents[2] / "examples/everyday"
+# What the modes do differently is the contract's; here the examples are tested.
+pytestmark = pytest.mark.parametrize("ground", ["stream", pytest.param("list", marks=pytest.mark.all)], indirect=True)
 
 
 def run(program: str, redis_url: str, mode: str, *, dies: bool = False) -> str:
@@ -16,7 +20,7 @@ def run(program: str, redis_url: str, mode: str, *, dies: bool = False) -> str:
         name: value for name, value in os.environ.items() if not name.startswith(("STREAMWORKER_", "REDIS", "DATABASE"))
     }
     clean |= {"REDIS_URL": redis_url, "STREAMWORKER_MODE": mode, "STREAMWORKER_LOG_LEVEL": "warning"}
-    done = subprocess.run([sys.executable, EXAMPLES / program], env=clean, capture_output=True, text=True, timeout=120)
+    done = forkserver.run([], module=program.removesuffix(".py"), cwd=EXAMPLES, env=clean, timeout=120)
     assert done.returncode == 0, done.stderr
     assert dies or "Traceback" not in done.stderr  # a dead letter is logged with its traceback
     return done.stdout

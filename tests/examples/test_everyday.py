@@ -2,11 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import forkserver
 
 EXAMPLES = Path(__file__).parents[2] / "examples/everyday"
 PRINTED = {
@@ -25,10 +25,7 @@ PRINTED = {
 @pytest.mark.parametrize("name", PRINTED)
 def test_example(name: str, redis_url: str) -> None:
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("STREAMWORKER_", "DATABASE"))}
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / f"{name}.py")], env={**clean, "REDIS_URL": redis_url}, capture_output=True,
-        text=True, timeout=60,
-    )  # fmt: skip
+    done = forkserver.run([], module=name, cwd=EXAMPLES, env={**clean, "REDIS_URL": redis_url}, timeout=60)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     places = [lines.index(line) for line in PRINTED[name]]
@@ -37,10 +34,8 @@ def test_example(name: str, redis_url: str) -> None:
 
 def test_the_schedules_are_listed(redis_url: str) -> None:
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("STREAMWORKER_", "DATABASE"))}
-    done = subprocess.run(
-        [sys.executable, "-m", "streamworker", "cron", "list", "--json"], cwd=EXAMPLES, capture_output=True, text=True,
-        env={**clean, "REDIS_URL": redis_url, "STREAMWORKER_APP": "cron:app"}, timeout=60,
-    )  # fmt: skip
+    env = {**clean, "REDIS_URL": redis_url, "STREAMWORKER_APP": "cron:app"}
+    done = forkserver.run(["cron", "list", "--json"], cwd=EXAMPLES, env=env, timeout=60)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["name"] for row in rows] == ["every second", "at night"]

@@ -6,6 +6,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from hypothesis import assume, given
+from hypothesis import settings as bounded
 from hypothesis import strategies as st
 
 from streamworker.errors import ConfigurationError
@@ -92,6 +93,7 @@ def test_defaults(name):
 
 @pytest.mark.parametrize("name", VARIABLES)
 @given(data=st.data())
+@bounded(max_examples=40)
 def test_every_variable_round_trips(name, data):
     value = data.draw(VARIABLES[name][1])
     field, text = name.lower(), to_text(value)
@@ -211,6 +213,7 @@ def test_a_value_set_in_code_says_so():
 
 @pytest.mark.parametrize("name", [*VARIABLES, "DASHBOARD_USER", "DASHBOARD_PASSWORD"])
 @given(data=st.data())
+@bounded(max_examples=20)  # of each of many names
 def test_one_wrong_letter_names_the_right_variable(name, data):
     at = data.draw(st.integers(0, len(name) - 1))
     letter = data.draw(st.sampled_from("ABCDEFGHIJKLMNOPQRSTUVWXYZ_"))
