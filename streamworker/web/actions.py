@@ -112,7 +112,10 @@ def _pending(what: str) -> Callable[[Request, Operator, Form], Awaitable[dict[st
 
 def _stored(what: str) -> Callable[[Request, Operator, Form], Awaitable[dict[str, Any]]]:
     async def act(_: Request, operator: Operator, form: Form) -> dict[str, Any]:
-        change = getattr(operator, what)
+        changes = {
+            "replay": operator.replay, "erase": operator.erase, "hasten": operator.run_now, "forget": operator.forget
+        }  # fmt: skip
+        change = changes[what]
 
         async def one(row: Row) -> str:
             job = StoredJob(row.queue, row.level, row.handle, None, None, 0.0, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pkgutil
 import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -15,6 +16,15 @@ from streamworker import App, Settings
 from streamworker.web import Access, dashboard
 
 HERE = "http://127.0.0.1:8787"
+LOOKS = {"streamworker.web.monitor.WATCHED": 0.3, "streamworker.loops.FIRST": 0.2}
+"""Seconds between two looks, of which tests want the next one."""
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seconds in LOOKS.items():
+        assert isinstance(pkgutil.resolve_name(name), float), name
+        monkeypatch.setattr(name, seconds)
 
 
 class Browser:

@@ -16,7 +16,7 @@ from tests import forkserver
 from tests.cli.conftest import ROOT, Running
 from tests.conftest import eventually_blocking
 from tests.web.chromium import Chromium, program
-from tests.web.conftest import held, letter
+from tests.web.conftest import LOOKS, held, letter
 
 pytestmark = [
     pytest.mark.skipif(program() is None, reason="needs Chromium: apt-get install chromium"),
@@ -52,7 +52,9 @@ class Served:
 def served(redis_url: str, raw: Any, chromium: Chromium, tmp_path: Path) -> Iterator[Served]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("STREAMWORKER_")}
     env = {**clean, "REDIS_URL": redis_url, "PYTHONPATH": str(ROOT)}
-    running = Running(forkserver.forked(["dashboard", "--listen", "127.0.0.1:0"], cwd=tmp_path, env=env))
+    running = Running(
+        forkserver.forked(["dashboard", "--listen", "127.0.0.1:0"], cwd=tmp_path, env=env, constants=LOOKS)
+    )
     eventually_blocking(lambda: running.saw("dashboard_ready"), 30)
     url = next(json.loads(line)["url"] for line in running.lines if "dashboard_ready" in line).rstrip("/")
     chromium.size(1280, 800)
@@ -173,11 +175,11 @@ def test_light_and_dark(served):
     page.value("localStorage.clear()")
 
 
-@pytest.mark.parametrize("path", ["/", "/pending", "/dead", "/delayed", "/workers", "/queue?queue=q", "/jobs?id=job-0"])
-def test_it_fits_a_phone(served, path):
+def test_it_fits_a_phone(served):
     held(served.raw, 2, worker="worker-with-a-rather-long-hostname.internal-12345-abcdefghi")
     letter(served.raw, error="E" * 400)
     served.page.size(375, 740)
-    served.open(path)
-    assert served.page.until("document.documentElement.scrollWidth") <= 375
-    assert served.page.value("parseFloat(getComputedStyle(document.documentElement).fontSize)") >= 13
+    for path in ("/", "/pending", "/dead", "/delayed", "/workers", "/queue?queue=q", "/jobs?id=job-0"):
+        served.open(path)
+        assert served.page.until("document.documentElement.scrollWidth") <= 375, path
+        assert served.page.value("parseFloat(getComputedStyle(document.documentElement).fontSize)") >= 13, path

@@ -109,15 +109,15 @@ def pace(raw):
 @pytest.mark.parametrize("by", ["command line", "web"])
 async def test_replay_dead_letters_at_a_rate(sw, raw, browser, by):
     """The book's 10,000 at 100/s takes 100 s: `test_replay_ten_thousand` is that."""
-    many(raw, 300)
+    many(raw, 200)
     if by == "web":
         await browser.text("/")
         await browser.do("campaign", what="replay", queue="q", rate="100")
-        await eventually(lambda: raw.xlen("stream:{q}") == 300, 30)
+        await eventually(lambda: raw.xlen("stream:{q}") == 200, 30)
     else:
         sw.ok("dead", "retry", "--all", "--queue", "q", "--rate", "100", "--yes", timeout=40)
     count, most = pace(raw)
-    assert count == 300
+    assert count == 200
     assert most <= 115  # a late turn is made up for, a tenth of a second at most
     assert raw.xlen("stream:{q}:dead") == 0
 
