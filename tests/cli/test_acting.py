@@ -3,6 +3,7 @@
 import json
 import shlex
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -295,11 +296,10 @@ def test_an_error_is_told_to_whoever_stopped_reading(sw, raw):
         shell=True, cwd=sw.directory, env=sw.env, stdin=subprocess.DEVNULL, capture_output=True, text=True,
     )  # fmt: skip
     assert (refused.returncode, refused.stderr) == (1, "")
-    full = subprocess.run(
-        f"{shlex.join(sw.command('dead', 'drop', '--all', '--yes'))} > /dev/full",
-        shell=True, cwd=sw.directory, env=sw.env, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-    )  # fmt: skip
-    assert full.returncode == 1
-    assert "No space left on device; the work was done" in full.stderr
-    assert "unexpected" not in full.stderr
+    with Path("/dev/full").open("w") as full:
+        command = sw.piped("dead", "drop", "--all", "--yes", stdout=full)
+    said = command.stderr.read()
+    assert command.wait(30) == 1
+    assert "No space left on device; the work was done" in said
+    assert "unexpected" not in said
     assert raw.xlen("stream:{q}:dead") == 0
