@@ -10,12 +10,11 @@ from time import monotonic
 from typing import Any, Final, Literal, Protocol, TypeAlias, overload
 
 import anyio
-import anyio.to_thread
 import msgspec
 from redis.asyncio import Redis
 from typing_extensions import TypeVar
 
-from streamworker import embedded, results
+from streamworker import results
 from streamworker.bridge import Mover
 from streamworker.broker import Operator, ResultWaiter, WorkerBroker
 from streamworker.broker.bridge import BridgeOptions, ListBridge
@@ -23,7 +22,6 @@ from streamworker.broker.dispatcher import RedisDispatcher
 from streamworker.broker.keys import ListKeys, QueueKeys
 from streamworker.broker.lists import ListBroker
 from streamworker.broker.lists_brpop import BrpopBroker
-from streamworker.broker.operator import ListOperator, StreamOperator
 from streamworker.broker.redis.client import Address
 from streamworker.broker.stream import StreamBroker, StreamOptions
 from streamworker.cron import Calendar, Schedule
@@ -33,53 +31,18 @@ from streamworker.errors import (
     JobDead,
     ResultNotKept,
     ResultTimeout,
-    StreamworkerError,
     UsageError,
 )
 from streamworker.handlers import Handlers, check_queue
 from streamworker.observe import Observer, Sender
-from streamworker.policy import alone_from
+from streamworker.operators import broker_options, open_operator, open_servers
 from streamworker.postgres import FINAL, Archive, JobRecord
 from streamworker.postgres.migrate import Migrator, printed, shipped
 from streamworker.producer import Producer, refuse_patched, running_loop
 from streamworker.settings import EMBEDDED, Settings
-from streamworker.telemetry.logs import get_logger
 from streamworker.wiring import NothingToRelay, Relaying, Scheduler, open_archive, open_durable, open_relaying
 from streamworker.worker.executor import Middleware
 from streamworker.worker.host import Relays, WorkerResources
-
-log = get_logger("streamworker.ledger")
-
-
-class LedgerKeys:
-    """Frees the deduplication keys that PostgreSQL remembers of jobs that were ended by hand in Redis.
-
-    The ledger is looked for with the first of them: listings do not connect to PostgreSQL.
-
-    Args:
-        stack: closes what is opened.
-        settings: whether there is a ledger.
-        url: of the database, if there is one.
-    """
-
-    def __init__(self, stack: AsyncExitStack, settings: Settings, url: str | None) -> None:
-        self._stack = stack
-        self._url = url if settings.ledger != "off" else None
-        self._archive: Archive | None = None
-
-    async def __call__(self, queue: str, ids: Sequence[str]) -> None:
-        """Free the keys of these jobs; what PostgreSQL refuses is logged, since the jobs have ended all the same."""
-        if self._url is None:
-            return
-        try:
-            if self._archive is None:
-                self._archive = await open_archive(self._stack, self._url, required=False)
-            if self._archive is None:
-                self._url = None
-            else:
-                await self._archive.free_keys(queue, ids)
-        except StreamworkerError as error:
-            log.warning("keys_not_freed", queue=queue, jobs=len(ids), error=str(error))
 
 
 class Archives:
@@ -583,12 +546,8 @@ class App(Handlers[S], Follower, Calendar):
         self, settings: Settings | None = None, redis: Redis | str | None = None
     ) -> AsyncIterator[Operator]:
         """What people do to jobs by hand, for the command line, the dashboard and /metrics."""
-        async with AsyncExitStack() as stack:
-            settings = self.resolve(settings)
-            address, url = await self._servers(stack, settings, redis)
-            operator = self._make_operator(settings, address, LedgerKeys(stack, settings, url))
-            stack.push_async_callback(operator.close)
-            await operator.open()
+        refuse_patched()
+        async with open_operator(self.resolve(settings), redis, self.queues) as operator:
             yield operator
 
     @asynccontextmanager
@@ -658,15 +617,7 @@ class App(Handlers[S], Follower, Calendar):
     ) -> tuple[Address, str | None]:
         """(where Redis is, URL of the database); the embedded pair is started if that is what the settings say."""
         refuse_patched()
-        database = settings.database_url
-        if redis is not None and not isinstance(redis, str):
-            return Address.of(redis), database
-        url = (Settings(redis_url=redis) if redis else settings).require_redis_url()
-        if url == EMBEDDED:
-            servers = await anyio.to_thread.run_sync(embedded.acquire, settings.state_dir)
-            stack.callback(servers.close)
-            url, database = servers.redis_url, database or servers.database_url
-        return Address(url), database
+        return await open_servers(stack, settings, redis)
 
     def _opened(self) -> tuple[AsyncExitStack | None, Settings]:
         if self._stack is not None:
@@ -690,18 +641,5 @@ class App(Handlers[S], Follower, Calendar):
         namespace = settings.namespace
         return RedisDispatcher(address, lambda queue: keys(queue, namespace), group=settings.group, namespace=namespace)
 
-    def _make_operator(self, settings: Settings, address: Address, freed: LedgerKeys) -> StreamOperator | ListOperator:
-        kind = StreamOperator if settings.mode == "stream" else ListOperator
-        return kind(address, self._options(settings), freed)
-
     def _options(self, settings: Settings) -> StreamOptions:
-        queues = [(spec.name, spec.cap) for spec in settings.queues] or [(name, None) for name in self.queues]
-        return StreamOptions(
-            queues=tuple(queues),
-            group=settings.group,
-            namespace=settings.namespace,
-            lease=settings.lease,
-            weighted=settings.priority == "weighted",
-            alone_from=alone_from(settings.max_deliveries),
-            slots=settings.concurrency,
-        )
+        return broker_options(settings, self.queues)

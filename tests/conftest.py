@@ -214,8 +214,8 @@ def _unconfigured_logs() -> Iterator[None]:
     root = logging.getLogger()
     level, handlers = root.level, root.handlers[:]
     yield
-    if logs._pipeline is not None or structlog.is_configured():
-        logs._pipeline = None
+    if logs._pipeline is not None or logs._prepared is not None or structlog.is_configured():
+        logs._pipeline = logs._prepared = None
         structlog.reset_defaults()
         root.setLevel(level)
         root.handlers[:] = handlers

@@ -152,14 +152,14 @@ def _constants(constants: Mapping[str, float]) -> Iterator[None]:
 @contextmanager
 def _process_state() -> Iterator[None]:
     root = logging.getLogger()
-    level, handlers, pipeline = root.level, root.handlers[:], logs._pipeline
+    level, handlers, pipeline, prepared = root.level, root.handlers[:], logs._pipeline, logs._prepared
     configured = structlog.is_configured()
     numbers = {number: signal.getsignal(number) for number in signals.STOP}
     frozen = gc.get_freeze_count()
     try:
         yield
     finally:
-        logs._pipeline = pipeline
+        logs._pipeline, logs._prepared = pipeline, prepared
         if not configured:
             structlog.reset_defaults()
         root.setLevel(level)

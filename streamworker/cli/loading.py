@@ -12,6 +12,7 @@ from typing import Any, Final
 from streamworker.app import App
 from streamworker.errors import ConfigurationError, StreamworkerError
 from streamworker.settings import Settings
+from streamworker.telemetry import logs
 
 _OURS: Final = Path(__file__).parents[1]
 HOW = "name it as in `streamworker worker shop.jobs:app`, or set STREAMWORKER_APP=shop.jobs:app"
@@ -25,6 +26,7 @@ def load_app(settings: Settings) -> App[Any]:
     """
     if settings.app is None:
         raise ConfigurationError(f"There is no app to run: {HOW}.")
+    logs.configure_prepared()
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)

@@ -6,7 +6,9 @@ Flags of settings stay text: `Settings` parses them as it parses the environment
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Coroutine
+import sys
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
@@ -14,7 +16,6 @@ import anyio
 from cyclopts import Group, Parameter
 from cyclopts.validators import Number
 
-from streamworker.app import App
 from streamworker.broker import Operator
 from streamworker.errors import LONGEST_WAIT
 from streamworker.settings import Settings
@@ -87,14 +88,14 @@ class ServerFlags:
             os.environ.pop(f"{variable}_FILE", None)  # set in both forms would be a contradiction
 
     def settings(self, **more: str | None) -> Settings:
-        """The settings in force, with logs configured and warnings logged.
+        """The settings in force, with logs prepared and warnings logged.
 
         Raises:
             ConfigurationError: a flag or a variable is wrong.
         """
         flags: dict[str, Any] = {**self.given(), **more}
         settings = Settings.load(**flags)
-        logs.configure(settings.log_level, settings.log_format)
+        logs.prepare(settings.log_level, settings.log_format)
         for warning in settings.warnings:
             logs.get_logger("streamworker.cli").warning("setting_without_effect", reason=warning)
         return settings
@@ -206,9 +207,11 @@ def operate(server: ServerFlags, work: Callable[[Operator], Coroutine[Any, Any, 
         Unreachable: no server answers.
     """
     settings = server.settings()
+    with _no_opentelemetry():
+        from streamworker.operators import open_operator  # noqa: PLC0415 - it imports redis
 
     async def main() -> int:
-        async with App[Any](settings=settings).operator(settings) as operator:
+        async with open_operator(settings) as operator:
             return await work(operator)
 
     try:
@@ -217,3 +220,16 @@ def operate(server: ServerFlags, work: Callable[[Operator], Coroutine[Any, Any, 
         if endless:
             return 0
         raise
+
+
+@contextmanager
+def _no_opentelemetry() -> Iterator[None]:
+    """Let redis-py find no OpenTelemetry: it imports the whole SDK for metrics that only code of users turns on."""
+    if "redis" in sys.modules or "opentelemetry" in sys.modules:
+        yield
+        return
+    sys.modules["opentelemetry"] = None  # type: ignore[assignment] # as if it were not installed
+    try:
+        yield
+    finally:
+        del sys.modules["opentelemetry"]

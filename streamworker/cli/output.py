@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import orjson
@@ -13,8 +15,7 @@ from streamworker import codec
 from streamworker.cli import streams
 from streamworker.cli.options import Listing
 from streamworker.cli.streams import say
-from streamworker.cli.tables import ROWS, Column, Rows, console, table, take
-from streamworker.cli.watch import watch
+from streamworker.cli.tables import ROWS, Column, Rows, plain_table, take
 from streamworker.errors import InvalidJob, StreamworkerError, UsageError
 from streamworker.redact import clean_json
 from streamworker.views import Fleet, printable
@@ -89,6 +90,8 @@ async def show(
     if listing.watch:
         if listing.json:
             raise UsageError("--watch shows a table: leave out --json, or call again and again without --watch")
+        from streamworker.cli.terminal import watch  # noqa: PLC0415 - it imports rich
+
         with streams.writing():
             return await watch(listing, rows, columns, title, fleet)
     if listing.json:
@@ -99,16 +102,31 @@ async def show(
             if count == listing.limit:
                 break
         return 0
-    out = console()
     chosen, more = await take(rows(), listing.limit or ROWS)
     if not chosen:
         say(f"no {title}")
         return 0
-    with streams.writing():
-        out.print(table(chosen, columns, out.width, payload=payload))
+    _print_table(chosen, columns, payload=payload)
     if more:
         say(f"there are more {title}: --limit shows more, --json shows all")
     return 0
+
+
+def _print_table(rows: Sequence[tuple[R, bytes | None]], columns: Sequence[Column[R]], *, payload: bool) -> None:
+    if not sys.stdout.isatty() and not _TERMINAL.intersection(os.environ):
+        text = plain_table(rows, columns, payload=payload)
+        if text is not None:
+            streams.write(text)
+            return
+    from streamworker.cli.terminal import console, table  # noqa: PLC0415 - it imports rich
+
+    out = console()
+    with streams.writing():
+        out.print(table(rows, columns, out.width, payload=payload))
+
+
+_TERMINAL: Final = {"FORCE_COLOR", "TTY_COMPATIBLE"}
+"""Variables by which rich takes a pipe for a terminal."""
 
 
 def sentence_of(error: StreamworkerError) -> str:

@@ -1,13 +1,10 @@
-"""Tables of rows: what fits a terminal is shown, what does not is cut where it hurts least."""
+"""Tables of rows as text. `streamworker.cli.terminal` draws them on a terminal, with rich; a pipe needs no rich."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Final, Generic, NamedTuple, NoReturn, TypeAlias
+from typing import Final, Generic, NamedTuple, TypeAlias
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from typing_extensions import TypeVar
 
 from streamworker.views import printable
@@ -18,6 +15,10 @@ ROWS: Final = 50
 """Rows of a table unless --limit says otherwise."""
 WIDE: Final = 150
 """Columns of a terminal that has room for everything."""
+UNBOUNDED: Final = 10_000
+"""Columns of what is no terminal: nothing is cut off."""
+GAP: Final = 2
+"""Spaces between two columns."""
 
 Rows: TypeAlias = Callable[[], AsyncIterator[tuple[R, bytes | None]]]
 """Starts reading rows anew; each with its document, if documents are wanted."""
@@ -55,44 +56,51 @@ async def take(rows: AsyncIterator[tuple[R, bytes | None]], limit: int) -> tuple
     return chosen, False
 
 
-class _Console(Console):
-    def on_broken_pipe(self) -> NoReturn:
-        # Rich's own would end the process with 1.
-        raise BrokenPipeError
-
-
-def console() -> Console:
-    """Standard output."""
-    made = _Console(highlight=False, markup=False, emoji=False)
-    if not made.is_terminal:
-        made.width = 10_000  # nobody's window: nothing is cut off
-    return made
-
-
-def table(
+def cells(
     rows: Sequence[tuple[R, bytes | None]], columns: Sequence[Column[R]], width: int, *, payload: bool = False
-) -> Table:
-    """A table that is ``width`` columns wide at most."""
+) -> tuple[list[Column[R]], list[list[str]]]:
+    """(the columns that are shown, the texts of each row, the document last if it is wanted)."""
     wide = width >= WIDE
     shown = [column for column in columns if wide or not column.wide]
     texts = [[printable(column.cell(row)) for column in shown] for row, _ in rows]
     if not wide:
         texts = [[_short(text, column.short) for text, column in zip(line, shown, strict=True)] for line in texts]
     _cut_rest(texts, shown, width)
-    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for column in shown:
-        made.add_column(
-            column.title,
-            justify="right" if column.right else "left",
-            no_wrap=not column.fold,
-            overflow="fold" if column.fold else "ellipsis",
-        )
     if payload:
-        made.add_column("document", overflow="fold")
-    for line, (_, body) in zip(texts, rows, strict=True):
-        document_ = [printable((body or b"").decode(errors="backslashreplace"))] if payload else []
-        made.add_row(*map(Text, [*line, *document_]))
-    return made
+        shown.append(Column("document", lambda _: "", fold=True))
+        for line, (_, body) in zip(texts, rows, strict=True):
+            line.append(printable((body or b"").decode(errors="backslashreplace")))
+    return shown, texts
+
+
+def plain_table(
+    rows: Sequence[tuple[R, bytes | None]], columns: Sequence[Column[R]], *, payload: bool = False
+) -> str | None:
+    """The table for a pipe or a file, as rich would print it; ``None`` if it is wider than `UNBOUNDED`."""
+    shown, texts = cells(rows, columns, UNBOUNDED, payload=payload)
+    lines = [[column.title for column in shown], *texts]
+    widths = [max(map(_width, column)) for column in zip(*lines, strict=True)]
+    widths[-1] = max(1, widths[-1])  # as rich has it
+    if sum(widths) + GAP * len(widths) > UNBOUNDED:
+        return None
+    printed = []
+    for line in lines:
+        padded = []
+        for text, column, width in zip(line, shown, widths, strict=True):
+            shown_text = text.rstrip() if column.right else text
+            spaces = " " * (width - _width(shown_text))
+            padded.append(spaces + shown_text if column.right else shown_text + spaces)
+        printed.append((" " * GAP).join(padded) + "\n")
+    return "".join(printed)
+
+
+def _width(text: str) -> int:
+    """How many columns of a terminal a text takes."""
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len  # noqa: PLC0415 - most tables are ASCII, and rich takes a while to import
+
+    return cell_len(text)
 
 
 def _cut_rest(texts: Sequence[list[str]], columns: Sequence[Column[R]], width: int) -> None:

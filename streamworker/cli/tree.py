@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from importlib import metadata
 from typing import Literal
 
 from cyclopts import App, Group, Parameter
@@ -20,6 +19,8 @@ def completion(shell: Literal["bash", "zsh", "fish"], /) -> int:
 
 
 def _version() -> str:
+    from importlib import metadata  # noqa: PLC0415 - it imports the parser of e-mails
+
     try:
         return f"streamworker {metadata.version('streamworker')}"
     except metadata.PackageNotFoundError:

@@ -27,6 +27,32 @@ def test_help_imports_no_client(bare):
     assert "pending" in done.stdout
 
 
+HEAVY = ("asyncpg", "opentelemetry.sdk", "pygments", "rich", "streamworker.app", "streamworker.worker", "structlog")
+
+
+@pytest.mark.parametrize("words", ["queues", "queues --json", "pending", "delayed", "dead", "workers"])
+def test_listings_import_what_they_use(sw, raw, words):
+    """Nobody waits for PostgreSQL's driver, a worker, tracebacks in colours and OpenTelemetry in order to see a queue."""
+    raw.xadd("stream:{notes}", {"job": json.dumps({"kind": "note.write", "payload": {"text": "x"}})})
+    code = (
+        "import sys; from streamworker.cli import main; code = main(sys.argv[1:]);"
+        f"print([n for n in {HEAVY} if n in sys.modules], code, file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words.split()], env=sw.env, capture_output=True, text=True, timeout=45
+    )
+    assert done.stderr.splitlines()[-1] == "[] 0"
+    assert ("notes" in done.stdout) is words.startswith("queues")
+
+
+def test_a_listing_that_has_something_to_log_logs_it(sw):
+    """What was put off is not lost: the first event configures the logs as the flags say."""
+    done = sw("queues", "--log-format", "json", STREAMWORKER_NOSUCHTHING="1", fresh=True)
+    assert done.returncode == 0
+    (line,) = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
+    assert (line["event"], line["level"]) == ("setting_without_effect", "warning")
+
+
 def test_every_command_has_help(capsys):
     for name, *_ in tree._COMMANDS:
         app = root[name]

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamworker.settings import Settings
-from streamworker.telemetry import logs
+from streamworker.telemetry import logs, processors
 
 
 def text(style, level="info"):
@@ -114,7 +114,7 @@ def test_secrets_and_payloads_never_arrive(style):
 
 @given(st.text(alphabet=st.characters(exclude_categories=["Z", "C"]), min_size=1).map(lambda text: f"S3{text}cr3t"))
 def test_no_generated_password_arrives(password):
-    event = logs.clean(
+    event = processors.clean(
         None, "info", {"event": f"lost redis://:{password}@h/0 now", "a": [f"postgres://u:{password}@h"]}
     )
     assert password not in str(event)
@@ -414,3 +414,39 @@ def test_a_frozen_process_does_not_silence_the_others(monkeypatch):
                 assert [json.loads(pipe.readline())["event"] for _ in range(2)] == ["first", "second"]
         finally:
             frozen.kill()
+
+
+@pytest.mark.parametrize("by", ["ours", "standard library"])
+def test_what_was_prepared_is_configured_by_the_first_event(by, monkeypatch):
+    stream, others = io.StringIO(), []
+    monkeypatch.setattr(sys, "stderr", stream)
+
+    class Other(logging.Handler):
+        def emit(self, record):
+            others.append(record.getMessage())
+
+    logs.prepare("warning", "json")
+    logging.getLogger().addHandler(other := Other())
+    try:
+        assert not structlog.is_configured()
+        logs.get_logger("streamworker.x") if by == "ours" else None
+        assert not structlog.is_configured(), "holding a logger is no event"
+        for number in range(2):
+            logging.getLogger("user").info("too quiet")
+            if by == "ours":
+                logs.get_logger("streamworker.x").warning("happened", number=number)
+            else:
+                logging.getLogger("user").warning("happened")
+    finally:
+        logging.getLogger().removeHandler(other)
+    assert [event["event"] for event in events(stream)] == ["happened", "happened"]
+    assert others == ([] if by == "ours" else ["happened", "happened"])
+    assert structlog.is_configured()
+
+
+def test_code_of_users_finds_logs_configured():
+    logs.prepare("info", "json")
+    logs.configure_prepared()
+    assert structlog.is_configured()
+    with pytest.raises(ValueError, match="no such level"):
+        logs.prepare("loud", "json")

@@ -1,4 +1,4 @@
-"""``--watch``: a listing again and again, below what needs attention."""
+"""Tables on a terminal, drawn by rich; and ``--watch``: a listing again and again, below what needs attention."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ import time
 import tty
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import anyio
-from rich.console import Group
+from rich.console import Console, Group
 from rich.live import Live
+from rich.table import Table
 from rich.text import Text
 from typing_extensions import TypeVar
 
 from streamworker.cli.options import Listing
 from streamworker.cli.streams import say
-from streamworker.cli.tables import ROWS, Column, Rows, console, table, take
+from streamworker.cli.tables import GAP, ROWS, UNBOUNDED, Column, Rows, cells, take
 from streamworker.errors import Unreachable
 from streamworker.views import Fleet, Look, Notice, Point, age, printable
 
@@ -28,6 +29,38 @@ R = TypeVar("R")
 NOTICES: Final = 3
 """Lines about what needs attention, at most."""
 _COLORS: Final = {"bad": "bold red", "warn": "yellow", "note": "cyan"}
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> NoReturn:
+        # Rich's own would end the process with 1.
+        raise BrokenPipeError
+
+
+def console() -> Console:
+    """Standard output, for rich."""
+    made = _Console(highlight=False, markup=False, emoji=False)
+    if not made.is_terminal:
+        made.width = UNBOUNDED
+    return made
+
+
+def table(
+    rows: Sequence[tuple[R, bytes | None]], columns: Sequence[Column[R]], width: int, *, payload: bool = False
+) -> Table:
+    """A table that is ``width`` columns wide at most."""
+    shown, texts = cells(rows, columns, width, payload=payload)
+    made = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="bold")
+    for column in shown:
+        made.add_column(
+            column.title,
+            justify="right" if column.right else "left",
+            no_wrap=not column.fold,
+            overflow="fold" if column.fold else "ellipsis",
+        )
+    for line in texts:
+        made.add_row(*map(Text, line))
+    return made
 
 
 async def watch(listing: Listing, rows: Rows[R], columns: Sequence[Column[R]], title: str, fleet: Fleet | None) -> int:

@@ -1,0 +1,116 @@
+"""Operators straight from settings: the part of the composition root that needs Redis alone.
+
+The listings of the command line stand on it. It imports no worker, and PostgreSQL's driver only when a key of the
+ledger has to be freed: people wait for each import of a command that they type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import anyio.to_thread
+from redis.asyncio import Redis
+
+from streamworker import embedded
+from streamworker.broker import Operator
+from streamworker.broker.operator import ListOperator, StreamOperator
+from streamworker.broker.redis.client import Address
+from streamworker.broker.stream import StreamOptions
+from streamworker.errors import StreamworkerError
+from streamworker.policy import alone_from
+from streamworker.postgres import Archive
+from streamworker.settings import EMBEDDED, Settings
+from streamworker.telemetry.logs import get_logger
+
+log = get_logger("streamworker.ledger")
+
+
+class LedgerKeys:
+    """Frees the deduplication keys that PostgreSQL remembers of jobs that were ended by hand in Redis.
+
+    It connects to the ledger with the first of them: listings do not connect to PostgreSQL.
+
+    Args:
+        stack: closes what is opened.
+        settings: whether there is a ledger.
+        url: of the database, if there is one.
+    """
+
+    def __init__(self, stack: AsyncExitStack, settings: Settings, url: str | None) -> None:
+        self._stack = stack
+        self._url = url if settings.ledger != "off" else None
+        self._archive: Archive | None = None
+
+    async def __call__(self, queue: str, ids: Sequence[str]) -> None:
+        """Free the keys of these jobs; what PostgreSQL refuses is logged, since the jobs have ended all the same."""
+        if self._url is None:
+            return
+        from streamworker.wiring import open_archive  # noqa: PLC0415 - it imports asyncpg, which listings do not use
+
+        try:
+            if self._archive is None:
+                self._archive = await open_archive(self._stack, self._url, required=False)
+            if self._archive is None:
+                self._url = None
+            else:
+                await self._archive.free_keys(queue, ids)
+        except StreamworkerError as error:
+            log.warning("keys_not_freed", queue=queue, jobs=len(ids), error=str(error))
+
+
+@asynccontextmanager
+async def open_operator(
+    settings: Settings, redis: Redis | str | None = None, queues: Sequence[str] = ()
+) -> AsyncIterator[Operator]:
+    """An operator of the server that the settings name.
+
+    Args:
+        settings: mode, namespace, group, and where the servers are.
+        redis: a client or a URL, instead of the settings' URL.
+        queues: of the app, for settings that name none.
+
+    Raises:
+        ConfigurationError: no server is named, or it cannot be used.
+        Unreachable: no server answers.
+    """
+    async with AsyncExitStack() as stack:
+        address, url = await open_servers(stack, settings, redis)
+        kind = StreamOperator if settings.mode == "stream" else ListOperator
+        operator = kind(address, broker_options(settings, queues), LedgerKeys(stack, settings, url))
+        stack.push_async_callback(operator.close)
+        await operator.open()
+        yield operator
+
+
+async def open_servers(
+    stack: AsyncExitStack, settings: Settings, redis: Redis | str | None
+) -> tuple[Address, str | None]:
+    """(where Redis is, URL of the database); the embedded pair is started if that is what the settings say."""
+    database = settings.database_url
+    if redis is not None and not isinstance(redis, str):
+        return Address.of(redis), database
+    url = (Settings(redis_url=redis) if redis else settings).require_redis_url()
+    if url == EMBEDDED:
+        servers = await anyio.to_thread.run_sync(embedded.acquire, settings.state_dir)
+        stack.callback(servers.close)
+        url, database = servers.redis_url, database or servers.database_url
+    return Address(url), database
+
+
+def broker_options(settings: Settings, queues: Sequence[str]) -> StreamOptions:
+    """What brokers and operators are made with.
+
+    Args:
+        settings: those of the process.
+        queues: of the app, for settings that name none.
+    """
+    return StreamOptions(
+        queues=tuple([(spec.name, spec.cap) for spec in settings.queues] or [(name, None) for name in queues]),
+        group=settings.group,
+        namespace=settings.namespace,
+        lease=settings.lease,
+        weighted=settings.priority == "weighted",
+        alone_from=alone_from(settings.max_deliveries),
+        slots=settings.concurrency,
+    )

@@ -1,0 +1,188 @@
+"""Structlog's side of the logs: the processors that turn an event into a line, and loggers made of them.
+
+Every line of ours is cleaned: passwords of URLs become ``***``, values under keys that hold payloads or secrets are not
+written at all, controls are spelled out, and texts are bounded. A value that cannot be shown fails nobody.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import traceback
+from collections.abc import Callable
+from typing import Any, Final, TextIO, cast
+
+import orjson
+import structlog
+from structlog.typing import EventDict, FilteringBoundLogger, Processor, WrappedLogger
+
+from streamworker.redact import MAX_CHARS, clean_block, clean_json, cut, cut_lines, describe, redact, text_of
+from streamworker.redact import clean as one_line
+
+_REFUSED_KEYS = frozenset({"payload", "body", "bodies", "password", "passwd", "secret", "authorization"})
+_REFUSED = "[not logged]"
+_MAX_DEPTH = 12  # the frames of an exception in a group in a group need all of it
+_MAX_ITEMS: Final = 100
+"""Items of one list or dictionary that are written."""
+_MAX_BLOCK: Final = 16_000
+"""Characters of a traceback or a stack."""
+_BLOCKS = ("exception", "stack")
+
+
+def configure(
+    sink: Any,
+    level: int,
+    format: str,  # noqa: A002 - as `logs.configure` has it
+    stream: TextIO,
+    handler: logging.Handler,
+) -> tuple[list[Processor], type[FilteringBoundLogger]]:
+    """Configure structlog, and the handler of the standard library's records; returns what makes a logger.
+
+    Args:
+        sink: takes the lines.
+        level: the least level that is written.
+        format: console or json.
+        stream: where the sink writes, which decides about colours.
+        handler: gets its formatter.
+    """
+    head, tail = _chains(format, stream)
+    processors, wrapper = [*head, *tail], structlog.make_filtering_bound_logger(level)
+    structlog.configure(
+        processors=processors,
+        wrapper_class=wrapper,
+        # Positional arguments of structlog.get_logger("name") arrive here; the sink is the same for all names.
+        logger_factory=lambda *_: sink,
+        cache_logger_on_first_use=True,
+    )
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[*head, structlog.stdlib.add_logger_name],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *tail],
+        )
+    )
+    return processors, wrapper
+
+
+def _chains(format: str, stream: TextIO) -> tuple[list[Processor], list[Processor]]:  # noqa: A002
+    """Return the processors that add to an event, and those that turn it into a line."""
+    head: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.StackInfoRenderer(),
+    ]
+    if format == "json":
+        head.append(structlog.processors.TimeStamper(fmt="iso", utc=True))
+        # Locals of the frames hold payloads and passwords.
+        transformer = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+        return head, [structlog.processors.ExceptionRenderer(cast("Any", _safely(transformer))), clean, _to_json]
+    head.append(structlog.processors.TimeStamper(fmt="%Y-%m-%d %H:%M:%S", utc=False))
+    renderer = structlog.dev.ConsoleRenderer(
+        colors=_wants_colors(stream), exception_formatter=structlog.dev.plain_traceback
+    )
+    text = structlog.processors.ExceptionRenderer(cast("Any", _safely(_formatted)))
+    return head, [text, clean, _escape_controls, renderer]
+
+
+def _safely(formatter: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A formatter of exceptions that shows what can be shown of one whose own methods raise."""
+
+    def safe(exc_info: Any) -> Any:
+        try:
+            return formatter(exc_info)
+        except BaseException:  # noqa: BLE001 - a user's __str__ or __repr__ may raise SystemExit, too
+            return describe(exc_info[1]) if formatter is _formatted else _safely(_formatted)(exc_info)
+
+    return safe
+
+
+def _formatted(exc_info: Any) -> str:
+    return "".join(traceback.format_exception(*exc_info)).removesuffix("\n")
+
+
+def logger_of(sink: Any, processors: list[Processor], wrapper: type[Any], values: dict[str, Any]) -> Any:
+    """A logger that writes to the sink."""
+    # bind() takes the values, for "logger" is also a parameter of wrap_logger().
+    return structlog.wrap_logger(sink, processors, wrapper, dict).bind(**values)
+
+
+def foreign_logger(values: dict[str, Any]) -> Any:
+    """The logger of a program that configured none of ours: structlog's if that is configured, else `logging`'s."""
+    if structlog.is_configured():
+        return structlog.get_logger().bind(**values)
+    return structlog.wrap_logger(
+        logging.getLogger("streamworker"),
+        processors=[structlog.stdlib.filter_by_level, clean, _to_standard_library],
+        wrapper_class=structlog.stdlib.BoundLogger,
+        context_class=dict,
+    ).bind(**{key: value for key, value in values.items() if key != "logger"})
+
+
+def _wants_colors(stream: TextIO) -> bool:
+    if os.environ.get("NO_COLOR"):
+        return False
+    return bool(os.environ.get("FORCE_COLOR")) or stream.isatty()
+
+
+def clean(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """Hide passwords, drop payloads, and turn what JSON does not know into text; a structlog processor."""
+    exc_info = event.pop("exc_info", None)
+    cleaned: EventDict = {
+        key: _REFUSED if key.lower() in _REFUSED_KEYS else _clean(value, _MAX_DEPTH) for key, value in event.items()
+    }
+    for name in _BLOCKS:
+        if type(block := event.get(name)) is str:
+            cleaned[name] = cut_lines(redact(cut_lines(block, 2 * _MAX_BLOCK)), _MAX_BLOCK)
+    if exc_info is not None:
+        cleaned["exc_info"] = exc_info  # rendered by the next processor, which needs the exception itself
+    return cleaned
+
+
+def _clean(value: Any, depth: int) -> Any:
+    kind = type(value)
+    if kind is str:
+        return value if len(value) < 3 else _bounded(value)
+    if kind in (int, float, bool) or value is None:
+        return value
+    if depth == 0:
+        return "..."
+    if kind is dict:
+        pairs = ((text_of(key), item) for key, item in list(value.items())[:_MAX_ITEMS])
+        cleaned = {
+            cut(key): _REFUSED if key.lower() in _REFUSED_KEYS else _clean(item, depth - 1) for key, item in pairs
+        }
+        return cleaned if len(value) <= _MAX_ITEMS else {**cleaned, "…": f"{len(value) - _MAX_ITEMS:,} more"}
+    if kind in (list, tuple, set, frozenset):
+        items = [_clean(item, depth - 1) for item in list(value)[:_MAX_ITEMS]]
+        return items if len(value) <= _MAX_ITEMS else [*items, f"… {len(value) - _MAX_ITEMS:,} more"]
+    return _bounded(text_of(value, how=repr if issubclass(kind, BaseException) else str))
+
+
+def _bounded(text: str) -> str:
+    """Of a text of 20 MB only the beginning is searched for passwords."""
+    if len(text) <= MAX_CHARS:
+        return redact(text)
+    return f"{redact(text[: 2 * MAX_CHARS])[:MAX_CHARS]}… ({len(text) - MAX_CHARS:,} characters more)"
+
+
+def _to_json(_logger: WrappedLogger, _method: str, event: EventDict) -> str:
+    try:
+        line = orjson.dumps(event).decode()
+    except TypeError:
+        # Integers above 64 bits and lone surrogates, which the slower one writes.
+        return json.dumps(event)
+    return clean_json(line)
+
+
+def _escape_controls(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    for key, value in event.items():
+        if isinstance(value, str) and not value.isprintable():
+            event[key] = clean_block(value) if key in _BLOCKS else one_line(value)
+    return event
+
+
+def _to_standard_library(_logger: WrappedLogger, _method: str, event: EventDict) -> tuple[tuple[str], dict[str, Any]]:
+    exc_info = event.pop("exc_info", None)
+    text = str(event.pop("event", ""))
+    fields = " ".join(f"{key}={value!r}" for key, value in event.items())
+    return (f"{text} {fields}".rstrip(),), {"exc_info": exc_info}
