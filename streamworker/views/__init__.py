@@ -1,6 +1,6 @@
 """Read models: what an operator sees of a job, a queue or a worker, as frozen rows. Shared by command line and web."""
 
-from streamworker.views.bulk import Throttle
+from streamworker.views.bulk import PendingAction, StoredAction, Throttle, pending_action, stored_action
 from streamworker.views.fleet import Fleet, History, Look, Notice, Point, Stuck, attention
 from streamworker.views.listing import (
     BUDGET,
@@ -36,10 +36,12 @@ __all__ = [
     "Look",
     "Notice",
     "Pace",
+    "PendingAction",
     "Point",
     "QueueRow",
     "Selection",
     "Slice",
+    "StoredAction",
     "Stuck",
     "Throttle",
     "WorkerRow",
@@ -54,9 +56,11 @@ __all__ = [
     "delayed_slice",
     "moment",
     "overview",
+    "pending_action",
     "pending_slice",
     "printable",
     "queue_row",
     "size",
+    "stored_action",
     "worker_row",
 ]

@@ -15,7 +15,7 @@ from streamworker.broker import Operator, Place, StoredJob
 from streamworker.errors import StreamworkerError, UsageError
 from streamworker.postgres import Archive
 from streamworker.telemetry.logs import get_logger
-from streamworker.views import moment
+from streamworker.views import PendingAction, StoredAction, moment, pending_action, stored_action
 from streamworker.web.bulk import BulkJob, What
 from streamworker.web.forms import MOST_RATE, Form, Row
 from streamworker.web.job_pages import pending_row
@@ -35,7 +35,7 @@ _PAST: Final = {
 async def do(request: Request) -> Response:
     """Do one of the things below."""
     what, form = request.path_params["what"], await Form.of(request)
-    act = _DEEDS.get(what)
+    act = _ACTIONS.get(what)
     if act is None:
         return JSONResponse({"ok": False, "message": "There is no such thing to do."}, 404)
     room = room_of(request)
@@ -90,9 +90,9 @@ async def _prune(_: Request, operator: Operator, form: Form) -> dict[str, Any]:
     return {"ok": gone, "message": f"{worker} is forgotten" if gone else f"{worker} lives, or holds jobs still"}
 
 
-def _pending(what: str) -> Callable[[Request, Operator, Form], Awaitable[dict[str, Any]]]:
+def _pending(what: PendingAction) -> Callable[[Request, Operator, Form], Awaitable[dict[str, Any]]]:
     async def act(request: Request, operator: Operator, form: Form) -> dict[str, Any]:
-        me = who(request)
+        change = pending_action(operator, what, form.text("reason") or f"buried by {who(request)}")
 
         async def one(row: Row) -> str:
             entry = await pending_row(operator, row.queue, row.handle)
@@ -100,9 +100,6 @@ def _pending(what: str) -> Callable[[Request, Operator, Form], Awaitable[dict[st
                 return "gone"
             if entry.alive and not form.flag("force"):
                 return "alive"
-            if what == "bury":
-                return what if await operator.bury(entry, form.text("reason") or f"buried by {me}") else "gone"
-            change = operator.release if what == "release" else operator.drop
             return what if await change(entry) else "gone"
 
         return await _each(form.rows(), one)
@@ -110,12 +107,9 @@ def _pending(what: str) -> Callable[[Request, Operator, Form], Awaitable[dict[st
     return act
 
 
-def _stored(what: str) -> Callable[[Request, Operator, Form], Awaitable[dict[str, Any]]]:
+def _stored(what: StoredAction) -> Callable[[Request, Operator, Form], Awaitable[dict[str, Any]]]:
     async def act(_: Request, operator: Operator, form: Form) -> dict[str, Any]:
-        changes = {
-            "replay": operator.replay, "erase": operator.erase, "hasten": operator.run_now, "forget": operator.forget
-        }  # fmt: skip
-        change = changes[what]
+        change = stored_action(operator, what)
 
         async def one(row: Row) -> str:
             job = StoredJob(row.queue, row.level, row.handle, None, None, 0.0, None)
@@ -212,7 +206,7 @@ def _queue(form: Form) -> str:
     return queue
 
 
-_DEEDS: Final[dict[str, Callable[[Request, Operator, Form], Awaitable[dict[str, Any]]]]] = {
+_ACTIONS: Final[dict[str, Callable[[Request, Operator, Form], Awaitable[dict[str, Any]]]]] = {
     "pause": _pause,
     "resume": _resume,
     "purge": _purge,

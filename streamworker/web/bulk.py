@@ -6,12 +6,23 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, Final, Literal
+from functools import partial
+from typing import Any, Final, Literal, TypeAlias
 
-from streamworker.broker import Operator, PendingEntry, StoredJob
+from streamworker.broker import Operator, StoredJob
 from streamworker.errors import StreamworkerError, UsageError
 from streamworker.telemetry.logs import get_logger
-from streamworker.views import Selection, Throttle, chosen_dead, chosen_delayed, chosen_pending
+from streamworker.views import (
+    PendingAction,
+    Selection,
+    StoredAction,
+    Throttle,
+    chosen_dead,
+    chosen_delayed,
+    chosen_pending,
+    pending_action,
+    stored_action,
+)
 
 log = get_logger("streamworker.web")
 
@@ -19,7 +30,7 @@ KEPT: Final = 20
 """Campaigns that are remembered, those that ended included."""
 STIR_EVERY: Final = 0.5
 
-What = Literal["replay", "erase", "hasten", "forget", "release", "bury", "drop"]
+What: TypeAlias = Literal[StoredAction, PendingAction]
 TITLES: Final[dict[What, str]] = {
     "replay": "Replay dead letters",
     "erase": "Delete dead letters",
@@ -134,7 +145,7 @@ class Campaigns:
     async def _run(self, operator: Operator, campaign: BulkJob) -> None:
         throttle, told = Throttle(campaign.rate), time.monotonic()
         try:
-            async for do in _deeds(operator, campaign):
+            async for do in _steps(operator, campaign):
                 await throttle.turn()
                 if campaign.state != "running":
                     break
@@ -161,31 +172,19 @@ class Campaigns:
         self._stir()
 
 
-async def _deeds(operator: Operator, campaign: BulkJob) -> AsyncIterator[Callable[[], Awaitable[bool]]]:
-    selection = campaign.selection
-    if campaign.what in ("replay", "erase"):
-        act = operator.replay if campaign.what == "replay" else operator.erase
-        async for letter in chosen_dead(operator, selection):
-            yield _bound(act, letter)
-    elif campaign.what in ("hasten", "forget"):
-        act = operator.run_now if campaign.what == "hasten" else operator.forget
-        async for job in _delayed(operator, selection):
-            yield _bound(act, job)
-    else:
-        async for entry in chosen_pending(operator, selection):
-            if not entry.alive:  # what a living worker runs is changed one by one, knowingly
-                yield _pending_deed(operator, campaign, entry)
-
-
-def _bound(act: Callable[[StoredJob], Awaitable[bool]], job: StoredJob) -> Callable[[], Awaitable[bool]]:
-    return lambda: act(job)
-
-
-def _pending_deed(operator: Operator, campaign: BulkJob, entry: PendingEntry) -> Callable[[], Awaitable[bool]]:
-    if campaign.what == "bury":
-        return lambda: operator.bury(entry, f"buried by {campaign.who}")
-    act = operator.release if campaign.what == "release" else operator.drop
-    return lambda: act(entry)
+async def _steps(operator: Operator, campaign: BulkJob) -> AsyncIterator[Callable[[], Awaitable[bool]]]:
+    """The change to each job that fits, in the order of the pages."""
+    selection, what = campaign.selection, campaign.what
+    match what:
+        case "release" | "bury" | "drop":
+            act = pending_action(operator, what, f"buried by {campaign.who}")
+            async for entry in chosen_pending(operator, selection):
+                if not entry.alive:  # what a living worker runs is changed one by one, knowingly
+                    yield partial(act, entry)
+        case _:
+            change, dead = stored_action(operator, what), what in ("replay", "erase")
+            async for job in chosen_dead(operator, selection) if dead else _delayed(operator, selection):
+                yield partial(change, job)
 
 
 async def _delayed(operator: Operator, selection: Selection) -> AsyncIterator[StoredJob]:
