@@ -17,9 +17,9 @@ from typing_extensions import TypeVar
 from streamworker import results
 from streamworker.bridge import Mover
 from streamworker.broker import Operator, ResultWaiter, WorkerBroker
-from streamworker.broker.bridge import BridgeOptions, ListBridge
 from streamworker.broker.dispatcher import RedisDispatcher
 from streamworker.broker.keys import ListKeys, QueueKeys
+from streamworker.broker.list_bridge import BridgeOptions, ListBridge
 from streamworker.broker.lists import ListBroker
 from streamworker.broker.lists_brpop import BrpopBroker
 from streamworker.broker.redis.client import Address

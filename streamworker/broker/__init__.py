@@ -350,7 +350,7 @@ class Page(msgspec.Struct, Generic[T], frozen=True):
     looked: int = 0
 
 
-class Waiting(msgspec.Struct, frozen=True):
+class KindCount(msgspec.Struct, frozen=True):
     """Number of sampled jobs of a kind in one state; ``kind`` is ``None`` where the document names none."""
 
     queue: str
@@ -458,7 +458,7 @@ class Queues(Protocol):
     async def departed(self, queues: Sequence[str]) -> list[int | None]:
         """Number of entries that ever left each queue, for rates; ``None`` if the server does not count."""
 
-    async def waiting(self, queues: Sequence[str], limit: int) -> list[Waiting]:
+    async def waiting(self, queues: Sequence[str], limit: int) -> list[KindCount]:
         """Kinds of the jobs in the queues, by a sample of about ``limit`` jobs."""
 
     async def ticks(self, queue: str) -> dict[str, float]:

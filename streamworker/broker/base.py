@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from itertools import chain
@@ -17,9 +18,9 @@ from streamworker.broker.cancel import Cancels, cancel
 from streamworker.broker.claim import ClaimSource, none_ended
 from streamworker.broker.keys import QueueKeys, due_member, worker_key
 from streamworker.broker.limiter import RedisLimiter
-from streamworker.broker.pubsub import ResultSubscriptions, listen, waiting
+from streamworker.broker.pubsub import Subscriber, listen, waiting
 from streamworker.broker.redis.client import Address
-from streamworker.broker.redis.errors import understood
+from streamworker.broker.redis.reactions import understood
 from streamworker.broker.redis.session import Session
 from streamworker.broker.redis.url import NotExecuted
 from streamworker.broker.settle import Refusals
@@ -59,7 +60,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     slots: int = 10
 
 
-class RedisBroker(Generic[K, I]):
+class RedisBroker(ABC, Generic[K, I]):
     """Half of the `Broker` protocol; one instance serves one worker, or producers.
 
     Args:
@@ -75,29 +76,27 @@ class RedisBroker(Generic[K, I]):
         self._homes = {place: keys for keys in self._keys for place in keys.places}
         self._publisher = Publisher(self._link.wires, address, self._key)
         self._cancels = Cancels(self._link, self._keys)
-        self._ears = ResultSubscriptions(address)
+        self._subscriber = Subscriber(self._link)
         self._limits = RedisLimiter(self._link, self._keys, lease=options.lease)
         self._intake = self._take(queues)
         self._intake.slots = options.slots
         self._refusals = Refusals()
 
+    @abstractmethod
     def _key(self, queue: str) -> K:
         """The keys of a queue."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _take(self, queues: Sequence[tuple[K, int | None]]) -> I:
-        """The way to come to jobs."""
-        raise NotImplementedError
+        """The claim source of the mode."""
 
     async def open(self) -> None:
-        """See `Broker.open`."""
         uptime = await self._link.greet()
         # After a restart everyone alive gets one lease to renew before anybody is taken for dead.
         self._intake.rest(max(0.0, self._options.lease - uptime))
 
     async def close(self) -> None:
-        """See `Broker.close`."""
-        await self._ears.close()
+        await self._subscriber.close()
         await self._intake.close()
         await self._link.close()
 
@@ -107,12 +106,10 @@ class RedisBroker(Generic[K, I]):
         return worker_key(self._options.namespace, self._intake.consumer)
 
     async def publish(self, jobs: Sequence[Outgoing]) -> list[Enqueued]:
-        """See `Broker.publish`."""
         return await self._publisher.publish(jobs)
 
     @property
     def refusals(self) -> Mapping[str, Refusal]:
-        """See `Broker.refusals`."""
         return self._refusals.why
 
     def _refused(self) -> Refusals:
@@ -120,11 +117,9 @@ class RedisBroker(Generic[K, I]):
         return self._refusals
 
     async def offer_tick(self, tick: CronTick) -> CronTickResult:
-        """See `Broker.offer_tick`."""
         return await self._publisher.offer_tick(tick)
 
     async def clock(self, queue: str) -> float:
-        """See `Broker.clock`."""
         return int(await self._link.run(scripts.CLOCK, [self._key(queue).meta], [])) / 1000
 
     async def claim(
@@ -135,33 +130,47 @@ class RedisBroker(Generic[K, I]):
         ended: Callable[[str], int] = none_ended,
         shut: Collection[str] = (),
     ) -> list[Claim]:
-        """See `Broker.claim`."""
-        return await self._cancels.judged(
-            await self._intake.claim(limit, wait, running, ended, shut), self._intake.marked
-        )
+        """See `Broker.claim`. What a lost reply claimed is found with the next call."""
+        if self._intake.reply_lost:
+            found = await self.own_pending(running)
+            self._intake.reply_lost = False
+            if found:
+                return found
+        try:
+            claims = await self._intake.claim(limit, wait, running, ended, shut)
+            return await self._cancels.judged(claims, self._intake.marked)
+        except Exception:
+            self._intake.reply_lost = True
+            raise
+
+    @abstractmethod
+    async def own_pending(self, running: Collection[Claim]) -> list[Claim]:
+        """See `Consumer.own_pending`."""
+
+    async def _confirmed(self, script: scripts.Script, names: Sequence[str], args: Sequence[Any]) -> bool:
+        """Run a script that counts a delivery; whether it did is found like a claim if its reply is lost."""
+        try:
+            return bool(await self._link.run(script, names, args))
+        except Exception:
+            self._intake.reply_lost = True
+            raise
 
     async def look_again(self) -> None:
-        """See `Broker.look_again`."""
         await self._intake.look_again()
 
     def cancelled(self, claims: Collection[Claim]) -> list[Claim]:
-        """See `Broker.cancelled`."""
         return self._cancels.find(claims)
 
     async def cancel(self, queue: str, job_id: str) -> bool:
-        """See `Broker.cancel`."""
         return await cancel(self._link, self._key(queue), job_id)
 
     def ended(self, queues: Sequence[str], job_id: str) -> AbstractAsyncContextManager[ResultWaiter]:
-        """See `Broker.ended`."""
-        return waiting(self._link, self._ears, [self._key(queue) for queue in queues], job_id)
+        return waiting(self._link, self._subscriber, [self._key(queue) for queue in queues], job_id)
 
     def progress(self, told: Mapping[str, Progress], ended: Collection[str]) -> None:
-        """See `Broker.progress`."""
         self._link.progress(self._name, self._options.lease, told, ended)
 
     def beat(self, report: dict[str, str | int | float]) -> None:
-        """See `Broker.beat`."""
         self._link.beat(self._name, self._options.lease, report)
 
     async def acquire(
@@ -177,15 +186,14 @@ class RedisBroker(Generic[K, I]):
     async def listen(self, parked: Callable[[float], None], cancelled: Callable[[], None] = lambda: None) -> None:
         """See `Broker.listen`."""
 
-        def told(channel: bytes) -> None:
-            self._cancels.rang(channel)
+        def notified(channel: bytes) -> None:
+            self._cancels.notified(channel)
             cancelled()
 
-        await listen(self._link.address, [keys.due for keys in self._keys], parked, self._intake, told)
+        await listen(self._subscriber, [keys.due for keys in self._keys], parked, self._intake, notified)
 
     @property
     def reconnects(self) -> int:
-        """See `Broker.reconnects`."""
         return self._link.reconnects()
 
 
@@ -211,7 +219,6 @@ class Publisher:
         self._keys = keys
 
     async def publish(self, jobs: Sequence[Outgoing]) -> list[Enqueued]:
-        """See `Broker.publish`."""
         if len(jobs) == 1 and _is_plain(jobs[0]):
             job = jobs[0]
             command = self._keys(job.queue).adding(job.level, job.body)

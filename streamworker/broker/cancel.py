@@ -15,8 +15,8 @@ import msgspec
 
 from streamworker import codec, results
 from streamworker.broker import scripts
-from streamworker.broker.keys import QueueKeys
-from streamworker.broker.redis.session import Session
+from streamworker.broker.keys import QueueKeys, of_due_member
+from streamworker.broker.redis.session import Session, text
 from streamworker.broker.settle import id_of
 from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable
 from streamworker.job import Claim
@@ -53,15 +53,15 @@ class Cancels:
     def __init__(self, link: Session, queues: Sequence[QueueKeys]) -> None:
         self._link = link
         self._keys = {keys.queue: keys for keys in queues}
-        self._bells = {keys.due.encode(): keys.queue for keys in queues}
-        self._rung: dict[str, float] = {}
-        self._rings = 0
+        self._by_channel = {keys.due.encode(): keys.queue for keys in queues}
+        self._notified: dict[str, float] = {}
+        self._notifications = 0
 
-    def rang(self, channel: bytes) -> None:
+    def notified(self, channel: bytes) -> None:
         """A job of a queue was cancelled just now."""
-        self._rings += 1
-        if (queue := self._bells.get(channel)) is not None:
-            self._rung[queue] = monotonic() + FRESH
+        self._notifications += 1
+        if (queue := self._by_channel.get(channel)) is not None:
+            self._notified[queue] = monotonic() + FRESH
 
     async def judged(self, claims: list[Claim], marked: Collection[str]) -> list[Claim]:
         """The claims, those of cancelled jobs marked as such.
@@ -70,14 +70,14 @@ class Cancels:
             claims: new ones.
             marked: queues that have cancelled jobs, as far as the last look at them could tell.
         """
-        if not claims or not (marked or self._rung):
+        if not claims or not (marked or self._notified):
             return claims
         while True:
-            rings, now = self._rings, monotonic()
-            self._rung = {queue: until for queue, until in self._rung.items() if until > now}
+            notifications, now = self._notifications, monotonic()
+            self._notified = {queue: until for queue, until in self._notified.items() if until > now}
             asked: dict[str, dict[int, str]] = {}
             for index, claim in enumerate(claims):
-                if (claim.queue in marked or claim.queue in self._rung) and (job_id := id_of(claim)) is not None:
+                if (claim.queue in marked or claim.queue in self._notified) and (job_id := id_of(claim)) is not None:
                     asked.setdefault(claim.queue, {})[index] = job_id
             for queue, ids in asked.items():
                 keys = self._keys[queue]
@@ -90,7 +90,7 @@ class Cancels:
                     continue
                 for index in [list(ids)[number - 1] for number in found]:
                     claims[index] = msgspec.structs.replace(claims[index], cancelled=True)
-            if rings == self._rings:  # else one was cancelled meanwhile, and may be among them
+            if notifications == self._notifications:  # else one was cancelled meanwhile, and may be among them
                 return claims
 
     def find(self, claims: Collection[Claim]) -> list[Claim]:
@@ -154,8 +154,7 @@ async def _parked(server: CancelSession, keys: QueueKeys, job_id: str) -> AsyncI
     while True:
         cursor, found = await server.ask("ZSCAN", keys.due, cursor, "MATCH", f"*/{pattern}/*", "COUNT", PAGE)
         for member, _ in found:
-            level, _, rest = member.partition(b"/")
-            if level and rest.rpartition(b"/")[0] == job_id.encode():
+            if of_due_member(text(member))[1] == job_id:
                 yield member
         if not int(cursor):
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from time import monotonic
@@ -44,7 +45,7 @@ def none_ended(queue: str) -> int:
     return 0
 
 
-class ClaimSource:
+class ClaimSource(ABC):
     """What all ways of taking share: caps, the pace of sweeps, rest after an outage, complaints about keys.
 
     Args:
@@ -69,7 +70,6 @@ class ClaimSource:
         self.consumer = ""
         self.ended: Callable[[str], int] = none_ended
         self.shut: Collection[str] = ()
-        """See `Broker.claim`."""
         self.secrets: dict[str, bytes] = {}
         """What the state of each queue's jobs is sealed with, by the last look."""
         self._seal_at = 0.0
@@ -92,7 +92,7 @@ class ClaimSource:
         self.silent = False
         """The bell is not heard: see `listen`."""
         self.reply_lost = False
-        """A node of a cluster is back whose last reply may have been lost: what it gave away then has to be found."""
+        """The reply to a claim may have been lost: `Consumer.own_pending` finds what it claimed."""
 
     async def claim(
         self,
@@ -102,7 +102,6 @@ class ClaimSource:
         ended: Callable[[str], int] = none_ended,
         shut: Collection[str] = (),
     ) -> list[Claim]:
-        """See `Broker.claim`."""
         self.ended, self.shut = ended, shut
         # Before the sweep, or the first command that gets through again would take everybody for dead.
         self._rest_after_outage()
@@ -163,17 +162,17 @@ class ClaimSource:
         """End a wait that may go on elsewhere."""
         await self.unblock()
 
+    @abstractmethod
     async def reclaim(self, limit: int, running: Collection[Claim]) -> list[Claim]:
         """Orphans, of the queues whose sweep is due."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def take(self, limit: int, running: Collection[Claim]) -> list[Claim]:
         """New jobs, in order."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def wait(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:
         """Wait for a job, at most ``wait`` seconds."""
-        raise NotImplementedError
 
     def _group_room(self, running: Collection[Claim]) -> int:
         """How many suspects that do not run alone yet may be taken: all of them fill at most half of the slots."""
@@ -249,7 +248,7 @@ class ClaimSource:
         """End a wait soon."""
         await self._link.unblock()
 
-    async def close(self) -> None:
+    async def close(self) -> None:  # noqa: B027 - most have nothing to end
         """End what still reads; call it when nothing is claimed any more."""
 
     def _allowances(self, limit: int, running: Collection[Claim]) -> list[int]:

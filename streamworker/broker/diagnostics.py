@@ -12,10 +12,9 @@ from redis import exceptions as redis_errors
 
 from streamworker.broker import Finding
 from streamworker.broker.keys import ListKeys, QueueKeys, worker_key
-from streamworker.broker.redis.session import OperatorSession, text
+from streamworker.broker.redis.session import OperatorSession, text, too_old
 from streamworker.errors import ConfigurationError, StreamworkerError
 
-OLDEST_SERVER: Final = (6, 2)
 MOST_SKEW: Final = 1.0
 """Seconds the clocks may differ."""
 
@@ -67,9 +66,9 @@ def _renewal(desk: OperatorSession) -> list[Finding]:
 
 
 def _server(info: dict[str, Any]) -> Finding:
-    valkey, version = info.get("valkey_version"), str(info.get("redis_version", "0"))
-    name = f"Valkey {valkey}" if valkey else f"Redis {version}"
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_SERVER:
+    valkey = info.get("valkey_version")
+    name = f"Valkey {valkey}" if valkey else f"Redis {info.get('redis_version', '0')}"
+    if too_old(info):
         return Finding("error", "server", f"{name} is too old: streamworker needs Redis 6.2 or newer, or Valkey")
     if info.get("role", "master") != "master":
         return Finding("error", "server", f"{name} is a replica and refuses writes: point REDIS_URL to its primary")

@@ -13,9 +13,9 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from time import monotonic
 from typing import Any, Final
 
-from streamworker.broker import CronTick, CronTickResult, list_listings, listings, scripts
+from streamworker.broker import CronTick, CronTickResult, listings, scripts
 from streamworker.broker.base import Publisher, promote
-from streamworker.broker.keys import ListKeys, QueueKeys
+from streamworker.broker.keys import ListKeys, QueueKeys, of_due_member
 from streamworker.broker.listings import derived_from
 from streamworker.broker.redis.client import Address
 from streamworker.broker.redis.session import OperatorSession, Session, text
@@ -96,11 +96,9 @@ class RedisDispatcher:
         await self._link.greet()
 
     async def close(self) -> None:
-        """See `Dispatcher.close`."""
         await self._link.close()
 
     async def dispatch(self, queue: str, jobs: Sequence[Dispatch], until: float) -> Dispatched | None:
-        """See `Dispatcher.dispatch`."""
         keys = self._keys(queue)
         home = self._link.address.home(keys.meta)
         if home not in self._clocks:
@@ -122,12 +120,10 @@ class RedisDispatcher:
         return Dispatched(text(epoch), there, text(errors[0]) if errors else "")
 
     async def forget(self, queue: str, jobs: Sequence[Dispatch]) -> None:
-        """See `Dispatcher.forget`."""
         if jobs:
             await self._desk.ask("ZREM", self._keys(queue).relayed, *(f"{job.id}/{job.hop}" for job in jobs))
 
     async def pulses(self, queues: Sequence[str]) -> list[Pulse]:
-        """See `Dispatcher.pulses`."""
         # All queues in one call, unless a cluster keeps them in different slots.
         together = [[queue] for queue in queues] if self._link.address.spread else [queues] if queues else []
         found = []
@@ -140,7 +136,6 @@ class RedisDispatcher:
         return found
 
     async def found(self, queue: str) -> None:
-        """See `Dispatcher.found`."""
         keys, fresh = self._keys(queue), secrets.token_hex(8)
         if keys.shape == "list":
             await self._desk.ask("HSETNX", keys.meta, "epoch", fresh)
@@ -152,7 +147,6 @@ class RedisDispatcher:
             raise StreamworkerError(f"the stream {stream} cannot be used: {problem}")
 
     async def hold(self, queue: str, *, held: bool) -> None:
-        """See `Dispatcher.hold`."""
         keys = self._keys(queue)
         await self._link.run(scripts.HOLD, [keys.meta, keys.due], [int(held)])
 
@@ -167,7 +161,6 @@ class RedisDispatcher:
             yield [job_id for job_id, _ in members]
 
     async def later(self, queue: str, hops: Mapping[str, int]) -> set[str]:
-        """See `Dispatcher.later`."""
         keys = self._keys(queue)
         found: set[str] = set()
         for _ in range(2):
@@ -215,8 +208,7 @@ class RedisDispatcher:
         cursor: Any = 0
         while True:
             cursor, pairs = await self._desk.ask("ZSCAN", keys.due, cursor, "COUNT", MEMBERS)
-            # A member is LEVEL/JOBID/random.
-            yield [(text(member).partition("/")[2].rpartition("/")[0], member) for member, _ in pairs]
+            yield [(of_due_member(text(member))[1], member) for member, _ in pairs]
             if not int(cursor):
                 return
 
@@ -242,25 +234,22 @@ class RedisDispatcher:
                 if len(page) < listings.PAGE:
                     break
                 start += listings.PAGE
-        for worker in await list_listings.holders(self._desk, keys):
+        for worker in await listings.holders(self._desk, keys):
             page = []
-            async for claim in list_listings.held(self._desk, keys, worker):
+            async for claim in listings.claimed(self._desk, keys, worker):
                 name, hop = _hop_of(claim.body)
                 page.append((name or claim.entry.decode(), hop))
             yield page
 
     async def promote(self, queues: Sequence[str]) -> float:
-        """See `Dispatcher.promote`."""
         return await promote(self._link, [self._keys(queue) for queue in queues])
 
     async def offer_tick(self, tick: CronTick) -> CronTickResult:
-        """See `Broker.offer_tick`."""
         return await self._publisher.offer_tick(tick)
 
     async def queues(self) -> list[str]:
-        """See `Dispatcher.queues`."""
         if isinstance(self._keys("any"), ListKeys):
-            return await list_listings.queues(self._desk)
+            return await listings.list_queues(self._desk)
         return await listings.queues(self._desk)
 
 

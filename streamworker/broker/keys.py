@@ -164,11 +164,9 @@ class ListKeys(QueueKeys, frozen=True):
         return ("LPUSH", self.ready(level), body)
 
     def peeking(self, level: Level, count: int) -> tuple[str | int, ...]:
-        """See `QueueKeys.peeking`."""
         return ("LRANGE", self.ready(level), -count, -1)
 
     def counting_elsewhere(self) -> list[tuple[str, str]]:
-        """See `QueueKeys.counting_elsewhere`."""
         return [("XLEN", name) for name in self.streams]
 
     def claimed(self, worker_id: str) -> str:
@@ -182,7 +180,6 @@ class ListKeys(QueueKeys, frozen=True):
 
     @property
     def types(self) -> dict[str, str]:
-        """See `QueueKeys.types`."""
         return {**super().types, self.leases: "zset"}
 
 
@@ -258,5 +255,11 @@ UNKNOWN_EPOCH: Final = b"0"
 
 
 def due_member(level: Level, job_id: str) -> str:
-    """A member for the due set: names the level, and twins of one job never collapse."""
+    """A member for the due set: it names the level, and is random so that twins of one job do not collapse."""
     return f"{level}/{job_id}/{secrets.token_hex(4)}"
+
+
+def of_due_member(member: str) -> tuple[Level, str]:
+    """(level, job id) of a member of the due set."""
+    level, _, rest = member.partition("/")
+    return level if level in LEVELS else "normal", rest.rpartition("/")[0]

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import re
+import time
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any, Final
 
 from redis import exceptions as redis_errors
 
 from streamworker import codec
-from streamworker.broker import Page, PendingEntry, Place, StoredJob, Waiting, WorkerInfo, scripts
-from streamworker.broker.keys import UNKNOWN_EPOCH, WORKER_KEY, QueueKeys, document, worker_key
+from streamworker.broker import KindCount, Page, PendingEntry, Place, StoredJob, WorkerInfo, scripts
+from streamworker.broker.keys import (
+    UNKNOWN_EPOCH,
+    WORKER_KEY,
+    ListKeys,
+    QueueKeys,
+    document,
+    lease_of,
+    of_due_member,
+    queue_of_list,
+    unwrapped,
+    worker_key,
+)
 from streamworker.broker.redis.session import OperatorSession, text
 from streamworker.errors import InvalidJob, UsageError
-from streamworker.job import LEVELS, Depth, Level
+from streamworker.job import LEVELS, Claim, Depth, Level
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.broker")
@@ -47,10 +59,10 @@ async def queues(desk: OperatorSession) -> list[str]:
     return sorted(found)
 
 
-async def depth(desk: OperatorSession, keys: QueueKeys) -> Depth:
-    """How much lies in one queue."""
+async def depth(run: Callable[..., Awaitable[Any]], keys: QueueKeys, group: str) -> Depth:
+    """Depth of one queue of streams; ``run`` runs a script."""
     names = [*keys.streams, keys.due, keys.dead, keys.meta]
-    reply = await desk.run(scripts.DEPTH, names, [desk.group])
+    reply = await run(scripts.DEPTH, names, [group])
     entries, pending_, delayed_, dead_, oldest, paused, inactive = reply
     age = oldest / 1000 if oldest >= 0 else None
     held = bool(paused or inactive)
@@ -111,7 +123,7 @@ def infos(
     return found
 
 
-async def waiting(desk: OperatorSession, keys: Sequence[QueueKeys], limit: int) -> list[Waiting]:
+async def waiting(desk: OperatorSession, keys: Sequence[QueueKeys], limit: int) -> list[KindCount]:
     """Kinds in a sample of about ``limit`` jobs, shared evenly between queues and their keys."""
     counts: Counter[tuple[str, Place, str | None]] = Counter()
     share = max(10, limit // max(1, 5 * len(keys)))
@@ -127,7 +139,7 @@ async def waiting(desk: OperatorSession, keys: Sequence[QueueKeys], limit: int) 
         )
         for place, bodies in places:
             counts.update((each.queue, place, kind) for kind in _kinds(bodies))
-    return [Waiting(queue, place, kind, count) for (queue, place, kind), count in sorted(counts.items(), key=str)]
+    return [KindCount(queue, place, kind, count) for (queue, place, kind), count in sorted(counts.items(), key=str)]
 
 
 def _document(entry: Any) -> bytes | None:
@@ -214,10 +226,9 @@ async def delayed_job(desk: OperatorSession, keys: QueueKeys, handle: str) -> St
 
 
 def _parked(keys: QueueKeys, handle: str, at_ms: float, body: bytes | None) -> StoredJob:
-    head, _, rest = handle.partition("/")
-    level: Level = head if head in LEVELS else "normal"
+    level, named = of_due_member(handle)
     job_id, kind = codec.glance(body)
-    return StoredJob(keys.queue, level, handle, job_id or rest.rpartition("/")[0] or None, kind, at_ms, body)
+    return StoredJob(keys.queue, level, handle, job_id or named or None, kind, at_ms, body)
 
 
 async def dead(desk: OperatorSession, keys: QueueKeys, after: str, only: str | None) -> Page[StoredJob]:
@@ -269,3 +280,94 @@ def _named(body: bytes | None, place: str, epoch: bytes, entry: bytes) -> tuple[
     except InvalidJob:
         return None, None
     return codec.id_in(reading) or codec.derived_id(place, epoch, entry), reading.kind or None
+
+
+_CLAIMED: Final = re.compile(r"queue:([A-Za-z0-9._:-]{1,100}):claimed:.+", re.DOTALL)
+
+
+async def list_queues(desk: OperatorSession) -> list[str]:
+    """Names of queues any key exists of, sorted; lists that look like a queue's are taken for one."""
+    found = set(await queues(desk))
+    async for name in desk.scan("queue:*", "list"):
+        queue = queue_of_list(name)
+        if queue is not None:
+            found.add(queue)
+    async for name in desk.scan(f"{desk.namespace}queue:*:claimed:*", "list"):
+        match = _CLAIMED.fullmatch(name.removeprefix(desk.namespace))
+        if match is not None:
+            found.add(match[1])
+    return sorted(found)
+
+
+async def list_depth(run: Callable[..., Awaitable[Any]], keys: ListKeys) -> Depth:
+    """How much lies in one queue; ``run`` runs a script."""
+    names = [*keys.lists, keys.due, keys.dead, keys.meta, keys.leases]
+    ready, claimed, delayed, dead, paused, inactive, *oldest = await run(scripts.LIST_DEPTH, names, [])
+    ages = [time.time() - made for element in oldest if (made := codec.made_at(element)) is not None]
+    age = max(0.0, *ages) if ages else None
+    return Depth(keys.queue, ready, claimed, delayed, dead, age, bool(paused or inactive), bool(inactive))
+
+
+async def claimed(desk: OperatorSession, keys: ListKeys, worker: str) -> AsyncIterator[Claim]:
+    """What a worker holds of one queue, in the order in which it was taken."""
+    start = 0
+    while True:
+        page = await desk.ask("LRANGE", keys.claimed(worker), start, start + PAGE - 1)
+        for wrapper in page:
+            claim = unwrapped(keys, wrapper)
+            if claim is not None:
+                yield claim
+        if len(page) < PAGE:
+            return
+        start += PAGE
+
+
+async def holders(desk: OperatorSession, keys: ListKeys) -> set[str]:
+    """Workers that have something claimed of a queue."""
+    return {worker for _, _, worker in await _leases(desk, keys)}
+
+
+async def list_pending(desk: OperatorSession, keys: ListKeys, consumer: str | None) -> list[PendingEntry]:
+    """What is claimed of one queue, level by level, the oldest first."""
+    now = await desk.ask("TIME")
+    renewed = await _leases(desk, keys)
+    holders_ = {worker.encode() for _, _, worker in renewed if consumer in (None, worker)}
+    living = await alive(desk, holders_)
+    found = []
+    for holder in holders_:
+        worker = holder.decode()
+        async for claim in claimed(desk, keys, worker):
+            at = renewed.get((claim.entry, claim.count, worker))
+            idle = 0 if at is None else max(0, int(now[0]) * 1000 + int(now[1]) // 1000 - int(at))
+            place, named = (keys.queue, claim.level, claim.entry.decode()), _claim_named(claim)
+            found.append(PendingEntry(*place, *named, worker, idle, claim.count, holder in living))
+    return sorted(found, key=lambda entry: (LEVELS.index(entry.level), entry.entry_id))
+
+
+async def list_workers(desk: OperatorSession, queues_: Sequence[ListKeys], *, everywhere: bool) -> list[WorkerInfo]:
+    """Everyone with something claimed of these queues or, ``everywhere``, with a heartbeat; the living first."""
+    count: Counter[str] = Counter()
+    homes: dict[str, list[str]] = {}
+    for keys in queues_:
+        for _, _, worker in await _leases(desk, keys):
+            count[worker] += 1
+            if keys.queue not in homes.setdefault(worker, []):
+                homes[worker].append(keys.queue)
+    beats = await reports(desk, None if everywhere else homes)
+    return infos(beats, homes, count, {keys.queue for keys in queues_})
+
+
+async def _leases(desk: OperatorSession, keys: ListKeys) -> dict[tuple[bytes, int, str], float]:
+    """(id, delivery count, worker) of what is claimed of a queue: the ms at which it was renewed."""
+    flat = await desk.ask("ZRANGE", keys.leases, 0, -1, "WITHSCORES")
+    pairs = zip(flat[::2], flat[1::2], strict=True)
+    return {lease: float(score) for member, score in pairs if (lease := lease_of(member)) is not None}
+
+
+def _claim_named(claim: Claim) -> tuple[str | None, str | None]:
+    """(id, kind) as workers call the job."""
+    try:
+        reading = codec.read(claim.body or b"")
+    except InvalidJob:
+        return None, None
+    return codec.job_id(reading, claim), reading.kind or None

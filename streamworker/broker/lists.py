@@ -17,14 +17,14 @@ import anyio
 import msgspec
 from redis.exceptions import ResponseError
 
-from streamworker.broker import Ending, list_listings, scripts
+from streamworker.broker import Ending, listings, scripts
 from streamworker.broker.base import RENEW_BATCH, Options, RedisBroker, promote, standby
 from streamworker.broker.claim import LEAVE, RESERVE, ClaimSource, Order
 from streamworker.broker.keys import ListKeys, QueueKeys, lease_of, leased, unwrapped, worker_key, wrapped
 from streamworker.broker.redis.client import Address
 from streamworker.broker.redis.cluster import ClusterReader
 from streamworker.broker.redis.connection import Reader
-from streamworker.broker.redis.errors import Reaction, clustered, reaction_to, row_of, understood
+from streamworker.broker.redis.reactions import Reaction, clustered, reaction_to, row_of, understood
 from streamworker.broker.redis.session import BLOCK, Session
 from streamworker.broker.settle import Code, dead_letter_fields, freed, kept_at, note, parking, settle, tell
 from streamworker.broker.stream import forget_leases, tidy_pause
@@ -132,7 +132,6 @@ class ListClaims(ClaimSource):
         return await self.take(limit, running) if rung and not self._interrupted.is_set() else []
 
     def rest(self, seconds: float) -> None:
-        """See `ClaimSource.rest`."""
         self._drain_no_more()
         self._orphans.rest(seconds)
 
@@ -148,7 +147,6 @@ class ListClaims(ClaimSource):
         await self._bells.unblock()
 
     async def close(self) -> None:
-        """See `ClaimSource.close`."""
         await self._bells.close()
 
 
@@ -268,13 +266,11 @@ class ListBroker(RedisBroker[ListKeys, ClaimSource]):
         return round(self._options.lease * 1000)
 
     async def open(self) -> None:
-        """See `Broker.open`."""
         with self._link.watched():
             refuse_cluster(self._link.address, await self._link.commands.info("server"))
         await super().open()
 
     async def join(self, worker_id: str) -> None:
-        """See `Broker.join`."""
         self._intake.consumer = self._orphans.worker = worker_id
         self._link.named(worker_id)
         if not self._keys:
@@ -293,7 +289,6 @@ class ListBroker(RedisBroker[ListKeys, ClaimSource]):
             await self._link.run(scripts.LEASE, [keys.meta], [worker_id, self._lease_ms])
 
     async def leave(self) -> bool:
-        """See `Broker.leave`."""
         mine = [keys.claimed(self._intake.consumer) for keys in self._keys]
         held = [await self._link.ask("LLEN", name) for name in mine]
         for keys, jobs in zip(self._keys, held, strict=True):
@@ -303,20 +298,17 @@ class ListBroker(RedisBroker[ListKeys, ClaimSource]):
         return not any(held)
 
     async def interrupt(self) -> None:
-        """See `Broker.interrupt`."""
         self._intake.interrupt()
         await self._intake.unblock()
 
     async def confirm(self, claim: Claim) -> Claim | None:
-        """See `Broker.confirm`."""
         keys, worker = self._homes[claim.place], self._intake.consumer
         counted = msgspec.structs.replace(claim, count=claim.count + 1, suspect=False)
         args = [leased(claim, worker), wrapped(claim), leased(counted, worker), wrapped(counted)]
-        confirmed = await self._link.run(scripts.LIST_CONFIRM, [keys.claimed(worker), keys.leases], args)
+        confirmed = await self._confirmed(scripts.LIST_CONFIRM, [keys.claimed(worker), keys.leases], args)
         return counted if confirmed else None
 
     def renew(self, claims: Collection[Claim]) -> list[Claim]:
-        """See `Broker.renew`."""
         by_queue: dict[ListKeys, dict[bytes, Claim]] = {}
         for claim in claims:
             by_queue.setdefault(self._homes[claim.place], {})[leased(claim, self._intake.consumer)] = claim
@@ -329,21 +321,18 @@ class ListBroker(RedisBroker[ListKeys, ClaimSource]):
         return lost
 
     def standby(self, longest: float) -> bytes | None:
-        """See `Broker.standby`."""
         worker = self._intake.consumer
         calls = [([keys.leases, keys.claimed(worker)], [worker, self._lease_ms]) for keys in self._keys]
         lease = self._options.lease
         return standby(self._link.address, scripts.LIST_KEEP, calls, self._name, lease=lease, longest=longest)
 
     async def settle(self, items: Sequence[Ending]) -> list[Settled]:
-        """See `Broker.settle`."""
         await self._link.fresh()
         refusals = self._refused()
         with self._link.watched():
-            return await settle(ListSender(self._link.wires, self._intake.consumer), self._homes, items, refusals)
+            return await settle(ListSettlement(self._link.wires, self._intake.consumer), self._homes, items, refusals)
 
     async def own_pending(self, running: Collection[Claim]) -> list[Claim]:
-        """See `Broker.own_pending`."""
         known = {(claim.queue, claim.entry) for claim in running}
         found: list[Claim] = []
         for keys in self._keys:
@@ -354,7 +343,6 @@ class ListBroker(RedisBroker[ListKeys, ClaimSource]):
         return await self._cancels.judged(found, {keys.queue for keys in self._keys})
 
     async def promote(self) -> float:
-        """See `Broker.promote`."""
         wait = await promote(self._link, self._keys)
         # Here too, because nobody claims while all slots are busy.
         self._orphans.rest_after_outage()
@@ -371,8 +359,7 @@ class ListBroker(RedisBroker[ListKeys, ClaimSource]):
         return gone
 
     async def depth(self) -> list[Depth]:
-        """See `Broker.depth`."""
-        return [await list_listings.depth(self._link.run, keys) for keys in self._keys]
+        return [await listings.list_depth(self._link.run, keys) for keys in self._keys]
 
 
 def refuse_cluster(address: Address, info: dict[str, Any] | None = None) -> None:
@@ -398,8 +385,8 @@ PASSED_PAUSE: Final = 0.5
 """Most seconds between looks at a list whose right end holds what only others may take."""
 
 
-class ListSender:
-    """Claims in the list of one worker. See `Sender`.
+class ListSettlement:
+    """Claims in the list of one worker. See `Settlement`.
 
     Args:
         client: what to send with.
@@ -415,7 +402,6 @@ class ListSender:
         return leased(claim, self._worker), wrapped(claim)
 
     async def done(self, keys: QueueKeys, items: list[Ending]) -> list[Code]:
-        """See `Sender.done`."""
         lists = as_lists(keys)
         args: list[Any] = []
         for item in items:
@@ -427,11 +413,9 @@ class ListSender:
         return codes
 
     async def tell(self, keys: QueueKeys, items: list[Ending]) -> None:
-        """See `Sender.tell`."""
         await tell(self._client, keys, items)
 
     async def finish(self, keys: QueueKeys, items: list[Ending]) -> list[Code]:
-        """See `Sender.finish`."""
         lists = as_lists(keys)
         names = [lists.claimed(self._worker), lists.leases, lists.meta, lists.cancelled]
         names += kept_at(keys, items)
@@ -441,7 +425,6 @@ class ListSender:
         return list(await scripts.LIST_FINISH(self._client, names, args))
 
     async def park(self, keys: QueueKeys, items: list[Ending]) -> list[Code]:
-        """See `Sender.park`."""
         lists = as_lists(keys)
         now = time.time()
         args: list[Any] = []
@@ -452,7 +435,6 @@ class ListSender:
         return list(await scripts.LIST_PARK(self._client, names, args))
 
     async def bury(self, keys: QueueKeys, items: list[Ending]) -> list[Code]:
-        """See `Sender.bury`."""
         lists = as_lists(keys)
         args: list[Any] = []
         for item in items:

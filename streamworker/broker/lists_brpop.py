@@ -17,7 +17,7 @@ from streamworker import codec
 from streamworker.broker import Ending, scripts
 from streamworker.broker.claim import DEAF_WAIT, ClaimSource, Order, none_ended
 from streamworker.broker.keys import SECRET, ListKeys, QueueKeys, leased
-from streamworker.broker.lists import ListBroker, ListSender, Reclaimer
+from streamworker.broker.lists import ListBroker, ListSettlement, Reclaimer
 from streamworker.broker.redis.session import BLOCK, Session
 from streamworker.broker.settle import Code, settle
 from streamworker.codec import unmarked
@@ -90,7 +90,6 @@ class BrpopClaims(ClaimSource):
         return not len(running)
 
     async def reclaim(self, limit: int, running: Collection[Claim]) -> list[Claim]:  # noqa: ARG002 - they need no slot
-        """See `ListIntake.reclaim`."""
         await self._orphans.give_back(running)
         return []
 
@@ -141,7 +140,6 @@ class BrpopClaims(ClaimSource):
         return [*first, *(place for place in places if place not in first)]
 
     def rest(self, seconds: float) -> None:
-        """See `ClaimSource.rest`."""
         self._orphans.rest(seconds)
 
     def _rest_after_outage(self) -> None:
@@ -154,7 +152,6 @@ class BrpopBroker(ListBroker):
     _taking: ClassVar[Callable[..., ClaimSource]] = BrpopClaims
 
     async def join(self, worker_id: str) -> None:
-        """See `Broker.join`."""
         await super().join(worker_id)
         log.warning(
             "list_pop_brpop",
@@ -185,7 +182,6 @@ class BrpopBroker(ListBroker):
         ended: Callable[[str], int] = none_ended,
         shut: Collection[str] = (),
     ) -> list[Claim]:
-        """See `Broker.claim`."""
         claims = await self._intake.claim(limit, wait, running, ended, shut)
         try:
             return await self._cancels.judged(claims, self._intake.marked)
@@ -200,7 +196,7 @@ class BrpopBroker(ListBroker):
             refusals = self._refused()
             waited = self._intake.waited if isinstance(self._intake, BrpopClaims) else frozenset()
             return await settle(
-                _PoppedSender(self._link.wires, self._intake.consumer, waited), self._homes, items, refusals
+                _PoppedSettlement(self._link.wires, self._intake.consumer, waited), self._homes, items, refusals
             )
 
     async def own_pending(self, running: Collection[Claim]) -> list[Claim]:
@@ -209,7 +205,7 @@ class BrpopBroker(ListBroker):
         return []
 
 
-class _PoppedSender(ListSender):
+class _PoppedSettlement(ListSettlement):
     """Endings of claims that lie nowhere: only whether they were stored before is asked."""
 
     def __init__(self, client: scripts.AsyncCaller, worker: str, waited: frozenset[str]) -> None:
@@ -217,7 +213,6 @@ class _PoppedSender(ListSender):
         self._waited = waited
 
     async def done(self, keys: QueueKeys, items: list[Ending]) -> list[Code]:
-        """See `Sender.done`."""
         self.waited = keys.queue in self._waited
         return [1] * len(items)
 

@@ -6,6 +6,7 @@ name and delivery count as the fence, so that a job that moved on meanwhile is l
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Final, TypeAlias
@@ -17,14 +18,13 @@ from streamworker import codec
 from streamworker.broker import (
     Ending,
     Finding,
+    KindCount,
     Page,
     PendingEntry,
     Place,
     StoredJob,
-    Waiting,
     WorkerInfo,
     cancel,
-    list_listings,
     listings,
     scripts,
 )
@@ -32,11 +32,11 @@ from streamworker.broker.base import Options
 from streamworker.broker.diagnostics import examine
 from streamworker.broker.keys import PROGRESS, SECRET, ListKeys, QueueKeys, document, worker_key
 from streamworker.broker.listings import PAGE
-from streamworker.broker.lists import ListSender, refuse_cluster
+from streamworker.broker.lists import ListSettlement, refuse_cluster
 from streamworker.broker.redis.client import Address
-from streamworker.broker.redis.errors import understood
+from streamworker.broker.redis.reactions import understood
 from streamworker.broker.redis.session import OperatorSession, text
-from streamworker.broker.settle import Refusals, Sender, StreamSender, settle
+from streamworker.broker.settle import Refusals, Settlement, StreamSettlement, settle
 from streamworker.broker.stream import StreamOptions
 from streamworker.codec import NOTHING
 from streamworker.errors import InvalidJob, StreamworkerError
@@ -52,7 +52,7 @@ async def told_to_none(_queue: str, _ids: Sequence[str]) -> None:
     """Where only Redis remembers keys."""
 
 
-class RedisOperator:
+class RedisOperator(ABC):
     """What both modes of the `Operator` protocol share.
 
     Args:
@@ -100,21 +100,19 @@ class RedisOperator:
 
     # -- pending
 
+    @abstractmethod
     async def _claim(self, entry: PendingEntry) -> Claim | None:
         """What is held as it was listed, without a document if that is gone; ``None`` if it is not so any more."""
-        raise NotImplementedError
 
-    def _sender(self, worker_id: str) -> Sender:
+    @abstractmethod
+    def _sender(self, worker_id: str) -> Settlement:
         """Ends claims of a worker."""
-        raise NotImplementedError
 
     async def body(self, entry: PendingEntry) -> bytes | None:
-        """See `Operator.body`."""
         claim = await self._claim(entry)
         return claim.body if claim is not None else None
 
     async def release(self, entry: PendingEntry) -> bool:
-        """See `Operator.release`."""
         claim = await self._claim(entry)
         if claim is None:
             return False
@@ -127,12 +125,10 @@ class RedisOperator:
         return await self._end(entry, claim, ReleaseAt(), _handed_back(entry, claim.body, secret or b""))
 
     async def bury(self, entry: PendingEntry, reason: str) -> bool:
-        """See `Operator.bury`."""
         claim = await self._claim(entry)
         return claim is not None and await self._end(entry, claim, Dead(reason))
 
     async def drop(self, entry: PendingEntry) -> bool:
-        """See `Operator.drop`."""
         claim = await self._claim(entry)
         ended = claim is not None and await self._end(entry, claim, Drop())
         if ended and entry.job_id:
@@ -154,11 +150,9 @@ class RedisOperator:
         return answers == [Settled.SETTLED]
 
     async def cancel(self, queue: str, job_id: str) -> bool:
-        """See `Operator.cancel`."""
         return await cancel.cancel(self._desk, self._key(queue), job_id)
 
     async def progress(self, jobs: Sequence[tuple[str, str]]) -> list[Progress | None]:
-        """See `Operator.progress`."""
         commands = [("HGET", worker_key(self._namespace, worker), PROGRESS + job_id) for worker, job_id in jobs]
         answers = await self._desk.gather(commands)
         return [read(answer) if isinstance(answer, bytes) else None for answer in answers]
@@ -174,28 +168,23 @@ class RedisOperator:
         return Page(rows, page.after, page.looked)
 
     async def ticks(self, queue: str) -> dict[str, float]:
-        """See `Operator.ticks`."""
         found = await self._desk.ask("HGETALL", self._key(queue).crons)
         pairs = found.items() if isinstance(found, dict) else zip(found[::2], found[1::2], strict=True)
         # Beside the ticks lies which schedule of a name is in force, as a time and the schedule.
         return {text(schedule): int(at) / 1000 for schedule, at in pairs if at.isdigit()}
 
     async def uncancel(self, queue: str, job_id: str) -> bool:
-        """See `Operator.uncancel`."""
         return await cancel.uncancel(self._desk, self._key(queue), job_id)
 
     # -- delayed and dead
 
     async def delayed(self, queue: str, after: str = "") -> Page[StoredJob]:
-        """See `Operator.delayed`."""
         return await listings.delayed(self._desk, self._key(queue), after)
 
     async def delayed_job(self, queue: str, handle: str) -> StoredJob | None:
-        """See `Operator.delayed_job`."""
         return await listings.delayed_job(self._desk, self._key(queue), handle)
 
     async def run_now(self, job: StoredJob) -> bool:
-        """See `Operator.run_now`."""
         keys = self._key(job.queue)
         # Listings of thousands leave the documents out.
         body = await self._desk.ask("HGET", keys.bodies, job.handle) if job.body is None else job.body
@@ -212,18 +201,15 @@ class RedisOperator:
         return True
 
     async def forget(self, job: StoredJob) -> bool:
-        """See `Operator.forget`."""
         ended = await cancel.forget(self._desk, self._key(job.queue), job.handle)
         if ended and job.job_id:
             await self._freed(job.queue, [job.job_id])
         return ended
 
     async def dead(self, queue: str, after: str = "", *, only: str | None = None) -> Page[StoredJob]:
-        """See `Operator.dead`."""
         return await listings.dead(self._desk, self._key(queue), after, only)
 
     async def replay(self, job: StoredJob) -> bool:
-        """See `Operator.replay`."""
         keys = self._key(job.queue)
         found = (await listings.dead(self._desk, keys, "", job.handle)).rows
         if not found:
@@ -239,7 +225,6 @@ class RedisOperator:
         return bool(await self._desk.run(scripts.REPLAY, names, args))
 
     async def erase(self, job: StoredJob) -> bool:
-        """See `Operator.erase`."""
         keys = self._key(job.queue)
         body = job.body
         if body is None:  # listings of thousands leave the documents out
@@ -256,22 +241,18 @@ class RedisOperator:
     # -- queues and the server
 
     async def pause(self, queue: str, note: str) -> bool:
-        """See `Operator.pause`."""
         keys = self._key(queue)
         return bool(await self._desk.run(scripts.PAUSE, [keys.meta, keys.due], [note or "paused"]))
 
     async def resume(self, queue: str) -> bool:
-        """See `Operator.resume`."""
         keys = self._key(queue)
         return bool(await self._desk.run(scripts.PAUSE, [keys.meta, keys.due], [""]))
 
     async def paused(self, queue: str) -> str | None:
-        """See `Operator.paused`."""
         note = await self._desk.ask("HGET", self._key(queue).meta, "paused")
         return None if note is None else text(note)
 
     async def purge(self, queue: str, place: Place, limit: int) -> int:
-        """See `Operator.purge`."""
         keys, gone = self._key(queue), 0
         names = [*keys.places, keys.due, keys.bodies, keys.dead, keys.key("")]
         while gone < limit:
@@ -284,12 +265,10 @@ class RedisOperator:
                 break
         return gone
 
-    async def waiting(self, queues: Sequence[str], limit: int) -> list[Waiting]:
-        """See `Operator.waiting`."""
+    async def waiting(self, queues: Sequence[str], limit: int) -> list[KindCount]:
         return await listings.waiting(self._desk, self._keys(queues), limit)
 
     async def findings(self, queues: Sequence[str]) -> list[Finding]:
-        """See `Operator.findings`."""
         return await examine(self._desk, self._keys(queues), self._key)
 
     def _keys(self, queues: Sequence[str]) -> list[QueueKeys]:
@@ -354,7 +333,6 @@ class StreamOperator(RedisOperator):
         min_idle: float = 0.0,
         only: str | None = None,
     ) -> Page[PendingEntry]:
-        """See `Operator.pending`."""
         page = await listings.pending(self._desk, self._key(queue), after, consumer, min_idle, only)
         return await self._with_progress(page)
 
@@ -367,15 +345,13 @@ class StreamOperator(RedisOperator):
         body = document(rows[0][4] or [])
         return Claim(entry.queue, entry.level, place, entry.entry_id.encode(), entry.deliveries, body, b"")
 
-    def _sender(self, worker_id: str) -> StreamSender:
-        return StreamSender(self._commands, self._group, worker_id)
+    def _sender(self, worker_id: str) -> StreamSettlement:
+        return StreamSettlement(self._commands, self._group, worker_id)
 
     async def workers(self, queues: Sequence[str], *, everywhere: bool = True) -> list[WorkerInfo]:
-        """See `Operator.workers`."""
         return await listings.workers(self._desk, self._keys(queues), everywhere=everywhere)
 
     async def prune(self, queues: Sequence[str], worker_id: str) -> bool:
-        """See `Operator.prune`."""
         if await self._desk.ask("EXISTS", worker_key(self._namespace, worker_id)):
             return False
         keys = self._keys(queues)
@@ -390,16 +366,13 @@ class StreamOperator(RedisOperator):
     # -- queues and the server
 
     async def depth(self, queues: Sequence[str]) -> list[Depth]:
-        """See `Operator.depth`."""
-        return [await listings.depth(self._desk, keys) for keys in self._keys(queues)]
+        return [await listings.depth(self._desk.run, keys, self._group) for keys in self._keys(queues)]
 
     async def departed(self, queues: Sequence[str]) -> list[int | None]:
-        """See `Operator.departed`."""
         counts = [int(await self._desk.run(scripts.FLOW, keys.streams, [])) for keys in self._keys(queues)]
         return [count if count >= 0 else None for count in counts]
 
     async def queues(self) -> list[str]:
-        """See `Operator.queues`."""
         return await listings.queues(self._desk)
 
 
@@ -414,7 +387,6 @@ class ListOperator(RedisOperator):
         )
 
     async def open(self) -> None:
-        """See `RedisOperator.open`."""
         with understood(self._address), suppress(NoPermissionError):  # not everybody may ask for INFO
             refuse_cluster(self._address, await self._commands.info("server"))
         await super().open()
@@ -428,28 +400,26 @@ class ListOperator(RedisOperator):
         min_idle: float = 0.0,
         only: str | None = None,
     ) -> Page[PendingEntry]:
-        """See `Operator.pending`."""
         # One page for all: what is claimed is no more than the workers have slots.
         del after
         (keys,) = self._lists([queue])
-        held = await list_listings.pending(self._desk, keys, consumer)
+        held = await listings.list_pending(self._desk, keys, consumer)
         rows = [each for each in held if each.idle_ms >= min_idle * 1000 and only in (None, each.entry_id)]
         return await self._with_progress(Page(rows, None, len(held)))
 
     async def _claim(self, entry: PendingEntry) -> Claim | None:
         (keys,) = self._lists([entry.queue])
         wanted = (entry.entry_id.encode(), entry.deliveries)
-        async for claim in list_listings.held(self._desk, keys, entry.worker_id):
+        async for claim in listings.claimed(self._desk, keys, entry.worker_id):
             if (claim.entry, claim.count) == wanted:
                 return claim
         return None
 
-    def _sender(self, worker_id: str) -> ListSender:
-        return ListSender(self._commands, worker_id)
+    def _sender(self, worker_id: str) -> ListSettlement:
+        return ListSettlement(self._commands, worker_id)
 
     async def workers(self, queues: Sequence[str], *, everywhere: bool = True) -> list[WorkerInfo]:
-        """See `Operator.workers`."""
-        return await list_listings.workers(self._desk, self._lists(queues), everywhere=everywhere)
+        return await listings.list_workers(self._desk, self._lists(queues), everywhere=everywhere)
 
     async def prune(self, queues: Sequence[str], worker_id: str) -> bool:
         """See `Operator.prune`: a name that holds nothing lies nowhere."""
@@ -458,17 +428,14 @@ class ListOperator(RedisOperator):
         return not any([await self._desk.ask("LLEN", keys.claimed(worker_id)) for keys in self._lists(queues)])
 
     async def depth(self, queues: Sequence[str]) -> list[Depth]:
-        """See `Operator.depth`."""
-        return [await list_listings.depth(self._desk.run, keys) for keys in self._lists(queues)]
+        return [await listings.list_depth(self._desk.run, keys) for keys in self._lists(queues)]
 
     async def departed(self, queues: Sequence[str]) -> list[int | None]:
-        """See `Operator.departed`."""
         answers = await self._desk.gather([("HGET", keys.meta, "left") for keys in self._lists(queues)])
         return [None if isinstance(answer, Exception) else int(answer or 0) for answer in answers]
 
     async def queues(self) -> list[str]:
-        """See `Operator.queues`."""
-        return await list_listings.queues(self._desk)
+        return await listings.list_queues(self._desk)
 
     def _lists(self, queues: Sequence[str]) -> list[ListKeys]:
         return [ListKeys(queue, self._namespace) for queue in queues]

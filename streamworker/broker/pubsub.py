@@ -1,4 +1,8 @@
-"""Listening to the bell, without polling: jobs that others park or cancel, queues that are paused or resumed."""
+"""The pub/sub connection of a broker: notifications about queues, and ends of jobs that a caller waits for.
+
+One connection serves all subscriptions of the process; it is opened with the first and closed after the last. A message
+is a hint: what a subscriber misses, it finds by looking at the server now and then.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +17,7 @@ from redis.exceptions import RedisError
 
 from streamworker.broker import scripts
 from streamworker.broker.keys import QueueKeys
-from streamworker.broker.redis.client import Address
-from streamworker.broker.redis.errors import understood
+from streamworker.broker.redis.reactions import understood
 from streamworker.broker.redis.session import Session
 from streamworker.errors import Unreachable
 from streamworker.telemetry.logs import get_logger
@@ -22,138 +25,148 @@ from streamworker.telemetry.logs import get_logger
 log = get_logger("streamworker.broker")
 
 LISTEN_RETRY: Final = 1.0
-"""Seconds between tries to subscribe again."""
+"""Seconds between tries to connect again."""
 PATIENCE: Final = 10.0
-"""Seconds a subscription may take."""
+"""Most seconds until a subscription to the end of a job is confirmed."""
+_RESULTS: Final = ("ears_closed", "whoever waits for a result looks every 10 s")
+_NOTIFICATIONS: Final = ("bell_silent", "delayed jobs of others may start up to 5 s late")
+"""(log event, hint) when the connection is lost."""
 
 
-class ResultSubscription:
-    """One who waits."""
+class Subscription:
+    """Messages of some channels, in order.
 
-    def __init__(self, channels: Sequence[bytes]) -> None:
+    Args:
+        channels: their names.
+        lost: (log event, hint) when the connection is lost.
+        heard: called with whether messages arrive.
+    """
+
+    def __init__(self, channels: Sequence[bytes], lost: tuple[str, str], heard: Callable[[bool], None]) -> None:
         self.missing = set(channels)
+        self.lost: Final = lost
+        self.heard: Final = heard
         self.open = asyncio.Event()
-        self._told: asyncio.Queue[bytes] = asyncio.Queue()
+        self._messages: asyncio.Queue[tuple[bytes, bytes]] = asyncio.Queue()
 
     def subscribed(self, channel: bytes) -> None:
-        """From now on a channel is heard. When that begins anew, something may have been missed."""
+        """The server confirmed a channel. If it did so before, messages may have been missed: an empty one says so."""
         if self.open.is_set():
-            self.tell(b"")
+            self.put(channel, b"")
         self.missing.discard(channel)
         if not self.missing:
             self.open.set()
+        self.heard(True)
 
-    def tell(self, note: bytes) -> None:
-        """Something was said."""
-        self._told.put_nowait(note)
+    def put(self, channel: bytes, data: bytes) -> None:
+        """A message arrived."""
+        self._messages.put_nowait((channel, data))
 
-    async def heard(self, timeout: float) -> bytes | None:
-        """The next note; empty if some may have been missed, ``None`` after ``timeout`` seconds without one."""
-        with anyio.move_on_after(timeout):
-            return await self._told.get()
-        return None
+    async def get(self) -> tuple[bytes, bytes]:
+        """The next message, as (channel, data); data is empty if messages may have been missed."""
+        return await self._messages.get()
 
 
-class ResultSubscriptions:
-    """Those who wait, and the task that hears for them.
+class Subscriber:
+    """The subscriptions of one broker, and the task that receives for them.
 
     Args:
-        address: the server's.
+        link: knows the server's address.
     """
 
-    def __init__(self, address: Address) -> None:
-        self._address = address
-        self._ears: dict[bytes, set[ResultSubscription]] = {}
-        self._heard: set[bytes] = set()
+    def __init__(self, link: Session) -> None:
+        self._link = link
+        self._by_channel: dict[bytes, set[Subscription]] = {}
+        self._confirmed: set[bytes] = set()
         self._pubsub: Any = None
         self._task: asyncio.Task[None] | None = None
 
     @asynccontextmanager
-    async def on(self, channels: Sequence[str]) -> AsyncIterator[ResultSubscription]:
-        """An ear on some channels, open before the block begins.
-
-        Raises:
-            Unreachable: no server answers.
-        """
+    async def on(
+        self, channels: Sequence[str], lost: tuple[str, str] = _RESULTS, heard: Callable[[bool], None] = lambda _: None
+    ) -> AsyncIterator[Subscription]:
+        """A subscription to some channels; they may not be confirmed yet when the block begins."""
         names = [channel.encode() for channel in channels]
-        ear = ResultSubscription(names)
+        subscription = Subscription(names, lost, heard)
         for name in names:
-            self._ears.setdefault(name, set()).add(ear)
+            self._by_channel.setdefault(name, set()).add(subscription)
         try:
-            await self._begin(names, ear)
-            with anyio.move_on_after(PATIENCE):
-                await ear.open.wait()
-            if not ear.open.is_set():
-                raise Unreachable(f"Redis at {self._address} takes no subscription: check the server and its ACL")
-            yield ear
+            await self._begin(names, subscription)
+            yield subscription
         finally:
             with anyio.CancelScope(shield=True):
-                await self._end(names, ear)
+                await self._end(names, subscription)
 
-    async def _begin(self, names: list[bytes], ear: ResultSubscription) -> None:
+    async def _begin(self, names: list[bytes], subscription: Subscription) -> None:
         if self._task is None or self._task.done():
-            self._heard.clear()
-            self._task = asyncio.create_task(self._listen())
+            self._confirmed.clear()
+            self._task = asyncio.create_task(self._receive())
             return
         for name in names:
-            if name in self._heard:
-                ear.subscribed(name)
-        if ear.missing and self._pubsub is not None:
+            if name in self._confirmed:
+                subscription.subscribed(name)
+        if subscription.missing and self._pubsub is not None:
             with suppress(RedisError, OSError):  # then the task subscribes to everything anew
-                await self._pubsub.subscribe(*ear.missing)
+                await self._pubsub.subscribe(*subscription.missing)
 
-    async def _end(self, names: list[bytes], ear: ResultSubscription) -> None:
+    async def _end(self, names: list[bytes], subscription: Subscription) -> None:
         gone = []
         for name in names:
-            self._ears[name].discard(ear)
-            if not self._ears[name]:
-                del self._ears[name]
+            self._by_channel[name].discard(subscription)
+            if not self._by_channel[name]:
+                del self._by_channel[name]
                 gone.append(name)
-        self._heard.difference_update(gone)
+        self._confirmed.difference_update(gone)
         if gone and self._pubsub is not None:
             with suppress(RedisError, OSError):
-                await self._pubsub.unsubscribe(*gone)  # its answer also tells the task to end
+                await self._pubsub.unsubscribe(*gone)  # its reply also wakes the task, which ends after the last one
 
-    async def _listen(self) -> None:
-        said = False
-        while self._ears:
-            client = self._address.listener()
+    async def _receive(self) -> None:
+        logged: set[str] = set()
+        while self._by_channel:
+            client = self._link.address.listener()
             try:
-                with understood(self._address):
+                with understood(self._link.address):
                     async with client.pubsub() as pubsub:
-                        asked = set(self._ears)
+                        asked = set(self._by_channel)
                         await pubsub.subscribe(*asked)
-                        self._pubsub = pubsub  # from here on everybody subscribes for himself
-                        if late := set(self._ears) - asked:
+                        self._pubsub = pubsub  # from here on each subscription sends its own SUBSCRIBE
+                        if late := set(self._by_channel) - asked:
                             await pubsub.subscribe(*late)
-                        said = False
-                        while self._ears:
+                        logged.clear()
+                        while self._by_channel:
                             self._on(await pubsub.get_message(timeout=None))
-            except Exception as error:  # noqa: BLE001 - those who wait read for themselves meanwhile
-                if not said:
-                    log.info("ears_closed", error=str(error), hint="whoever waits for a result looks every 10 s")
-                said = True
+            except Exception as error:  # noqa: BLE001 - messages are hints: a worker goes on without them
+                self._lost(error, logged)
                 await anyio.sleep(LISTEN_RETRY)
             finally:
                 self._pubsub = None
-                self._heard.clear()
+                self._confirmed.clear()
                 with anyio.CancelScope(shield=True), anyio.move_on_after(1):
                     await client.aclose()
+
+    def _lost(self, error: Exception, logged: set[str]) -> None:
+        for subscription in set().union(*self._by_channel.values()):
+            subscription.heard(False)
+            event, hint = subscription.lost
+            if event not in logged:
+                log.info(event, error=str(error), hint=hint)
+                logged.add(event)
 
     def _on(self, message: Any) -> None:
         if message is None:
             return
-        channel = message["channel"]
-        for ear in list(self._ears.get(channel, ())):
-            if message["type"] == "subscribe":
-                ear.subscribed(channel)
-            elif message["type"] == "message":
-                ear.tell(message["data"])
-        if message["type"] == "subscribe" and channel in self._ears:
-            self._heard.add(channel)
+        channel, kind = message["channel"], message["type"]
+        for subscription in list(self._by_channel.get(channel, ())):
+            if kind == "subscribe":
+                subscription.subscribed(channel)
+            elif kind == "message":
+                subscription.put(channel, message["data"])
+        if kind == "subscribe" and channel in self._by_channel:
+            self._confirmed.add(channel)
 
     async def close(self) -> None:
-        """End the task, when nobody waits any more."""
+        """End the task; call it when nothing is subscribed any more."""
         task, self._task = self._task, None
         if task is not None and not task.done():
             if self._pubsub is not None:
@@ -163,90 +176,89 @@ class ResultSubscriptions:
             task.cancel()
 
 
-NOTIFY_RETRY: Final = 2.0
-"""Seconds between tries to subscribe again; until then the regular ticks find what is due."""
-LOOK: Final = "look"
-"""The message that a queue was paused or resumed."""
-CANCEL: Final = "cancel"
-"""The message that a job was cancelled; any other is the ms until a job is due."""
+LOOK: Final = b"look"
+"""Notification: a queue was paused or resumed."""
+CANCEL: Final = b"cancel"
+"""Notification: a job was cancelled. Any other is the ms until a job is due."""
 
 
-class Watcher(Protocol):
-    """Who waits for jobs, and must not wait for those of a queue that was just paused."""
+class Notified(Protocol):
+    """A claim source, which must not wait for jobs of a queue that was just paused."""
 
     silent: bool
-    """Nothing is heard of the bell: waits have to be short."""
+    """No notification arrives: waits have to be short."""
 
     async def look_again(self) -> None:
-        """End the wait that does not know it yet."""
+        """End a wait that is out of date."""
 
 
 async def listen(
-    address: Address,
+    subscriber: Subscriber,
     channels: Sequence[str],
     parked: Callable[[float], None],
-    watcher: Watcher,
+    source: Notified,
     cancelled: Callable[[bytes], None],
 ) -> None:
-    """Call ``parked(epoch seconds)``, ``cancelled(channel)`` or ``watcher.look_again()`` for every ring of the bell.
+    """Call ``parked(epoch seconds)``, ``cancelled(channel)`` or ``source.look_again()`` for each notification.
 
-    Never returns; cancel it. A subscription waits for no reply, so that cancelling it loses nothing.
+    Never returns; cancel it.
     """
-    said = False
-    while True:
-        client = address.listener()
-        try:
-            with understood(address):
-                async with client.pubsub() as pubsub:
-                    await pubsub.subscribe(*channels)
-                    async for message in pubsub.listen():
-                        if message["type"] == "subscribe":
-                            watcher.silent = False
-                        elif message["data"] == LOOK.encode():
-                            await watcher.look_again()
-                        elif message["data"] == CANCEL.encode():
-                            cancelled(message["channel"])
-                            await watcher.look_again()
-                        elif message["type"] == "message" and message["data"].isdigit():
-                            parked(time.time() + int(message["data"]) / 1000)
-        except Exception as error:  # noqa: BLE001 - a hint that fails must not end the worker
-            watcher.silent = True
-            if not said:
-                log.info("bell_silent", error=str(error), hint="delayed jobs of others may start up to 5 s late")
-            said = True
-        finally:
-            with anyio.CancelScope(shield=True), anyio.move_on_after(1):
-                await client.aclose()
-        await anyio.sleep(NOTIFY_RETRY)
+
+    def heard(arriving: bool) -> None:
+        source.silent = not arriving
+
+    async with subscriber.on(channels, _NOTIFICATIONS, heard) as subscription:
+        while True:
+            channel, data = await subscription.get()
+            if data == CANCEL:
+                cancelled(channel)
+            if data in (LOOK, CANCEL):
+                await source.look_again()
+            elif data.isdigit():
+                parked(time.time() + int(data) / 1000)
 
 
-TOLD: Final = 30.0
-"""Seconds for which ends of a queue's jobs are told after somebody has last asked for it."""
+NOTED: Final = 30.0
+"""Seconds for which the ends of a queue's jobs are published after a caller last waited for one."""
 
 
-class Waiting:
-    """`Hearing` of a job that lies in one of some queues."""
+class RedisResultWaiter:
+    """`ResultWaiter` for a job in one of some queues."""
 
-    def __init__(self, link: Session, ear: ResultSubscription, queues: Sequence[QueueKeys], job_id: str) -> None:
+    def __init__(self, link: Session, subscription: Subscription, queues: Sequence[QueueKeys], job_id: str) -> None:
         self._link = link
+        self._subscription = subscription
         self._queues = queues
         self._job_id = job_id
-        self.heard = ear.heard
 
     async def kept(self) -> bytes | None:
-        """See `Hearing.kept`."""
+        """The result note that is stored, if there is one; ends of the job are published for the next 30 seconds."""
         found: bytes | None = None
         for keys in self._queues:
             names = [keys.meta, keys.result(self._job_id), keys.ended(self._job_id)]
-            answer = await self._link.run(scripts.WAIT, names, [round(TOLD * 1000)])
+            answer = await self._link.run(scripts.WAIT, names, [round(NOTED * 1000)])
             found = found or answer
         return found
+
+    async def heard(self, timeout: float) -> bytes | None:
+        """The next published note; empty if one may have been missed, ``None`` after ``timeout`` seconds."""
+        with anyio.move_on_after(timeout):
+            return (await self._subscription.get())[1]
+        return None
 
 
 @asynccontextmanager
 async def waiting(
-    link: Session, ears: ResultSubscriptions, queues: Sequence[QueueKeys], job_id: str
-) -> AsyncIterator[Waiting]:
-    """See `Broker.ended`."""
-    async with ears.on([keys.result(job_id) for keys in queues]) as ear:
-        yield Waiting(link, ear, queues, job_id)
+    link: Session, subscriber: Subscriber, queues: Sequence[QueueKeys], job_id: str
+) -> AsyncIterator[RedisResultWaiter]:
+    """Subscribe to the end of a job in one of the queues.
+
+    Raises:
+        Unreachable: the server does not confirm the subscription.
+    """
+    async with subscriber.on([keys.result(job_id) for keys in queues]) as subscription:
+        with anyio.move_on_after(PATIENCE):
+            await subscription.open.wait()
+        if not subscription.open.is_set():
+            raise Unreachable(f"Redis at {link.address} takes no subscription: check the server and its ACL")
+        yield RedisResultWaiter(link, subscription, queues, job_id)

@@ -14,7 +14,7 @@ from redis.exceptions import RedisError
 from streamworker import codec, results
 from streamworker.broker import Ending, Refusal, scripts
 from streamworker.broker.keys import QueueKeys, due_member
-from streamworker.broker.redis.errors import SILENT, Reaction, cure_of, reaction_to
+from streamworker.broker.redis.reactions import SILENT, Reaction, cure_of, reaction_to
 from streamworker.errors import InvalidJob, StreamworkerError
 from streamworker.job import Claim, Dead, Done, Drop, ReleaseAt, RetryAt, Settled
 
@@ -28,7 +28,7 @@ Code: TypeAlias = int | bytes
 """1 settled, 0 lost, a text: why it was refused."""
 
 
-class Sender(Protocol):
+class Settlement(Protocol):
     """Ends claims of one worker, all of one place; each answers 1 settled, 0 lost, or why it was refused, in order."""
 
     waited: bool
@@ -51,7 +51,12 @@ class Sender(Protocol):
 
 
 async def settle(
-    sender: Sender, homes: Mapping[str, QueueKeys], items: Sequence[Ending], refusals: Refusals, *, spread: bool = False
+    sender: Settlement,
+    homes: Mapping[str, QueueKeys],
+    items: Sequence[Ending],
+    refusals: Refusals,
+    *,
+    spread: bool = False,
 ) -> list[Settled]:
     """End claims, each only if it still holds.
 
@@ -122,7 +127,7 @@ class Refusals:
         self.why.setdefault(queue, Refusal(error, cure_of(error)))
 
 
-class StreamSender:
+class StreamSettlement:
     """Claims in the pending lists of consumer groups; the fence is (consumer, delivery count).
 
     Args:
@@ -136,7 +141,6 @@ class StreamSender:
         self.waited = False
 
     async def done(self, keys: QueueKeys, items: list[Ending]) -> list[Code]:
-        """See `Sender.done`."""
         args: list[Any] = [self._group, self._consumer]
         for item in items:
             args += (item.claim.entry, item.claim.count)
@@ -146,11 +150,9 @@ class StreamSender:
         return codes
 
     async def tell(self, keys: QueueKeys, items: list[Ending]) -> None:
-        """See `Sender.tell`."""
         await tell(self._client, keys, items)
 
     async def finish(self, keys: QueueKeys, items: list[Ending]) -> list[Code]:
-        """See `Sender.finish`."""
         names = [items[0].claim.place, keys.cancelled, keys.meta, *kept_at(keys, items)]
         args: list[Any] = [self._group, self._consumer]
         for item in items:
@@ -158,7 +160,6 @@ class StreamSender:
         return list(await scripts.FINISH(self._client, names, args))
 
     async def park(self, keys: QueueKeys, items: list[Ending]) -> list[Code]:
-        """See `Sender.park`."""
         args: list[Any] = [self._group]
         now = time.time()
         for item in items:
@@ -167,7 +168,6 @@ class StreamSender:
         return list(await scripts.PARK(self._client, [items[0].claim.place, keys.due, keys.bodies, keys.calls], args))
 
     async def bury(self, keys: QueueKeys, items: list[Ending]) -> list[Code]:
-        """See `Sender.bury`."""
         args: list[Any] = [self._group]
         for item in items:
             args += (

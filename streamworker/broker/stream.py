@@ -11,13 +11,12 @@ from typing import Any, Final
 import msgspec
 from redis import exceptions as redis_errors
 
-from streamworker.broker import Ending, scripts
+from streamworker.broker import Ending, listings, scripts
 from streamworker.broker.base import RENEW_BATCH, Options, RedisBroker, promote, standby
-from streamworker.broker.claim import none_ended
 from streamworker.broker.keys import UNKNOWN_EPOCH, QueueKeys, document, worker_key
 from streamworker.broker.redis.client import Address
 from streamworker.broker.redis.session import Session
-from streamworker.broker.settle import StreamSender, settle
+from streamworker.broker.settle import StreamSettlement, settle
 from streamworker.broker.stream_claim import ClusterStreamClaims, StreamClaims
 from streamworker.errors import ConfigurationError, Unreachable
 from streamworker.job import Claim, Depth, Settled
@@ -56,7 +55,6 @@ class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
         )  # fmt: skip
 
     async def join(self, worker_id: str) -> None:
-        """See `Broker.join`."""
         self._intake.consumer = worker_id
         self._link.named(worker_id)
         if not self._keys:
@@ -82,7 +80,6 @@ class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
                 )
 
     async def leave(self) -> bool:
-        """See `Broker.leave`."""
         gone = True
         for keys in self._keys:
             args = [self._group, self._intake.consumer]
@@ -104,22 +101,19 @@ class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
         return gone
 
     async def interrupt(self) -> None:
-        """See `Broker.interrupt`."""
         self._intake.interrupt()
         await self._link.unblock()
 
     async def confirm(self, claim: Claim) -> Claim | None:
-        """See `Broker.confirm`."""
         args = [self._group, self._intake.consumer, claim.entry, claim.count]
         # Remembered, because a lost reply leaves it to `own_pending` to see whether this delivery was counted. One is
         # enough: suspects run alone.
         self._last_confirmed = (claim.place, claim.entry, claim.count)
-        if await self._link.run(scripts.CONFIRM, [claim.place], args):
+        if await self._confirmed(scripts.CONFIRM, [claim.place], args):
             return msgspec.structs.replace(claim, count=claim.count + 1, suspect=False)
         return None
 
     def renew(self, claims: Collection[Claim]) -> list[Claim]:
-        """See `Broker.renew`."""
         lost: list[Claim] = []
         by_place: dict[str, dict[bytes, Claim]] = {}
         for claim in claims:
@@ -147,37 +141,19 @@ class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
         return lost
 
     def standby(self, longest: float) -> bytes | None:
-        """See `Broker.standby`."""
         args = [self._group, self._intake.consumer, int(self._options.lease * 1000)]
         calls = [([place], args) for place in self._homes]
         lease = self._options.lease
         return standby(self._link.address, scripts.KEEP, calls, self._name, lease=lease, longest=longest)
 
     async def settle(self, items: Sequence[Ending]) -> list[Settled]:
-        """See `Broker.settle`."""
         await self._link.fresh()
         refusals = self._refused()
         with self._link.watched():
-            sender = StreamSender(self._link.wires, self._group, self._intake.consumer)
+            sender = StreamSettlement(self._link.wires, self._group, self._intake.consumer)
             return await settle(sender, self._homes, items, refusals, spread=self._link.address.spread)
 
-    async def claim(
-        self,
-        limit: int,
-        wait: float,
-        running: Collection[Claim],
-        ended: Callable[[str], int] = none_ended,
-        shut: Collection[str] = (),
-    ) -> list[Claim]:
-        """See `Broker.claim`."""
-        claims = await super().claim(limit, wait, running, ended, shut)
-        if self._intake.reply_lost:
-            self._intake.reply_lost = False
-            claims += await self.own_pending([*running, *claims])
-        return claims
-
     async def own_pending(self, running: Collection[Claim]) -> list[Claim]:
-        """See `Broker.own_pending`."""
         found: list[Claim] = []
         for keys, level, place in self._intake.spots:
             mine = [claim.entry for claim in running if claim.place == place]
@@ -200,7 +176,6 @@ class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
         return await self._cancels.judged(found, {keys.queue for keys in self._keys})
 
     async def promote(self) -> float:
-        """See `Broker.promote`."""
         wait = await promote(self._link, self._keys)
         if monotonic() >= self._tidy_at:
             await self._tidy()
@@ -219,18 +194,7 @@ class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
             await forget_leases(self._link, keys, self._options.namespace, gone)
 
     async def depth(self) -> list[Depth]:
-        """See `Broker.depth`."""
-        return [await depth(self._link, keys, self._group) for keys in self._keys]
-
-
-async def depth(link: Session, keys: QueueKeys, group: str) -> Depth:
-    """How much lies in one queue."""
-    names = [*keys.streams, keys.due, keys.dead, keys.meta]
-    entries, pending, delayed, dead, oldest, paused, inactive = await link.run(scripts.DEPTH, names, [group])
-    age = oldest / 1000 if oldest >= 0 else None
-    return Depth(
-        keys.queue, max(0, entries - pending), pending, delayed, dead, age, bool(paused or inactive), bool(inactive)
-    )
+        return [await listings.depth(self._link.run, keys, self._group) for keys in self._keys]
 
 
 LEASES: Final = 10

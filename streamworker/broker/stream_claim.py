@@ -26,7 +26,7 @@ from streamworker.broker.claim import (
 )
 from streamworker.broker.keys import UNKNOWN_EPOCH, QueueKeys, document
 from streamworker.broker.redis.cluster import slot_of
-from streamworker.broker.redis.errors import Reaction, reaction_to, row_of
+from streamworker.broker.redis.reactions import Reaction, reaction_to, row_of
 from streamworker.broker.redis.session import BLOCK, Session
 from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable
 from streamworker.job import LEVELS, Claim, Level
@@ -101,12 +101,10 @@ class ClusterStreamClaims:
 
     @property
     def marked(self) -> frozenset[str]:
-        """See `ClaimSource.marked`."""
         return frozenset().union(*(part.marked for part in self._parts))
 
     @property
     def draining(self) -> bool:
-        """See `ClaimSource.draining`."""
         return any(part.draining for part in self._parts)
 
     @property
@@ -122,7 +120,6 @@ class ClusterStreamClaims:
         ended: Callable[[str], int] = none_ended,
         shut: Collection[str] = (),
     ) -> list[Claim]:
-        """See `Broker.claim`."""
         for part in self._parts:
             part.ended, part.shut = ended, shut
         self._rest_after_outage()
@@ -181,7 +178,6 @@ class ClusterStreamClaims:
         return claims
 
     async def look_again(self) -> None:
-        """See `ClaimSource.look_again`."""
         for part in self._parts:
             part.stir()
         for part in self._parts:
@@ -189,7 +185,6 @@ class ClusterStreamClaims:
                 await part.look_again()
 
     async def ensure(self, keys: QueueKeys) -> tuple[list[str], list[str]]:
-        """See `StreamClaims.ensure`."""
         return await self._homes[keys.queue].ensure(keys)
 
     def rest(self, seconds: float) -> None:

@@ -81,7 +81,6 @@ class Fetcher:
         self._unsent = unsent
         self._fatal = fatal
         self._closed = closed
-        self._reconcile = False
         self._quiet = False
         self._suspects: deque[Execution] = deque()
         self._capped: list[Execution] = []
@@ -105,8 +104,6 @@ class Fetcher:
                 refusals, self.trouble = 0, None
             except Exception as error:
                 self.trouble = str(error) or type(error).__name__
-                # The reply to a claim may have been lost: what it claimed is ours without our knowing.
-                self._reconcile = True
                 log.error("main_loop_error", error=str(error), type=type(error).__name__)
                 log.debug("main_loop_error_traceback", exc_info=error)
                 refusals = refusals + 1 if isinstance(error, ConfigurationError) else 0
@@ -161,9 +158,6 @@ class Fetcher:
             await self._run_alone()
             return
         self.asking_since = self.asking_since or monotonic()
-        if self._reconcile:
-            self._admit(await self._broker.own_pending(holdings))
-            self._reconcile = False
         self.shut = self._closed is not None and self._closed()
         if self.shut:
             self.asking_since = None
@@ -303,7 +297,7 @@ class Fetcher:
         try:
             claim = await self._broker.confirm(run.claim)
         except Exception:
-            # Counted or not, nobody knows: let go of it; the reconciliation finds it with the count it has.
+            # Counted or not, nobody knows: let go of it; the next claim finds it with the count it has.
             self._holdings.finished()
             self._holdings.forget(run)
             raise

@@ -11,8 +11,8 @@ import pytest
 import redis
 
 from streamworker.bridge import Bridging
-from streamworker.broker import bridge as bridge_module
-from streamworker.broker.bridge import BridgeOptions, ListBridge
+from streamworker.broker import list_bridge as bridge_module
+from streamworker.broker.list_bridge import BridgeOptions, ListBridge
 from streamworker.broker.redis.client import Address
 from tests.cli.conftest import Program, bare, project  # noqa: F401 - fixtures
 

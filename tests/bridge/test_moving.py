@@ -11,7 +11,7 @@ import pytest
 import structlog
 
 from streamworker.bridge import Bridging
-from streamworker.broker import bridge as bridge_module
+from streamworker.broker import list_bridge as bridge_module
 from streamworker.broker import scripts
 from streamworker.broker.redis.client import Address
 from streamworker.errors import ConfigurationError

@@ -118,7 +118,10 @@ def test_a_signal_ends_a_busy_and_an_idle_bridge_in_order(bridge, raw, number):
 
 def test_a_signal_ends_a_bridge_whose_server_is_silent(bare, own_server):
     bare.env["REDIS_URL"] = own_server.url
-    bare.constants |= {"streamworker.broker.redis.client.COMMAND_TIMEOUT": 0.5, "streamworker.broker.bridge.SWEEP": 0.5}
+    bare.constants |= {
+        "streamworker.broker.redis.client.COMMAND_TIMEOUT": 0.5,
+        "streamworker.broker.list_bridge.SWEEP": 0.5,
+    }
     running = bare.start("bridge", "--queue", "q")
     eventually_blocking(lambda: running.saw("bridge_ready"))
     with own_server.client() as raw:
@@ -141,7 +144,7 @@ def test_progress_is_told_in_the_log(bridge, sw, raw):
 
 
 def test_progress_is_shown_on_a_terminal(sw, raw):
-    sw.constants["streamworker.broker.bridge.SWEEP"] = 0.5
+    sw.constants["streamworker.broker.list_bridge.SWEEP"] = 0.5
     terminal = Terminal(sw, "bridge", "--queue", "q")
     terminal.until("0 waiting")
     push(raw, "queue:q", b"1234567", b"x")

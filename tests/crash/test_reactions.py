@@ -8,7 +8,7 @@ import time
 import pytest
 import redis
 
-from streamworker.broker.redis.errors import TABLE, Reaction, reaction_to, row_of
+from streamworker.broker.redis.reactions import TABLE, Reaction, reaction_to, row_of
 from streamworker.errors import ConfigurationError, PublishUncertain, StreamworkerError, Unreachable
 from streamworker.job import Claim, Done
 from tests.conftest import Server, eventually, free_port

@@ -26,14 +26,14 @@ from redis.retry import Retry as SyncRetry
 
 from streamworker.broker.redis import connection
 from streamworker.broker.redis import url as urls
-from streamworker.broker.redis.cluster import ClusterBlocking, ClusterClient, ClusterReader, ClusterSlots, slot_of
+from streamworker.broker.redis.cluster import ClusterClient, ClusterReader, ClusterSlots, ClusterThreadClient, slot_of
 from streamworker.broker.redis.connection import CommandConnection, CommandPool, Reader
-from streamworker.broker.redis.errors import CLUSTER, _short, clustered
+from streamworker.broker.redis.reactions import CLUSTER, _short, clustered
 from streamworker.broker.redis.sentinel import (
-    ManagedBlockingConnection,
-    ManagedBlockingSSLConnection,
     ManagedConnection,
     ManagedSSLConnection,
+    ManagedThreadConnection,
+    ManagedThreadSSLConnection,
     Sentinels,
 )
 from streamworker.broker.redis.url import Host, RedisUrl
@@ -55,9 +55,9 @@ BLOCKING: Final = frozenset(
 """Commands that may answer late because they were told to; they end when their job does."""
 
 _ASYNC: Final[dict[str, Any]] = {
-    "redis": connection.Connection,
-    "rediss": connection.SSLConnection,
-    "unix": connection.UnixDomainSocketConnection,
+    "redis": connection.TcpConnection,
+    "rediss": connection.TlsConnection,
+    "unix": connection.UnixConnection,
 }
 _SYNC: Final[dict[str, Any]] = {
     "redis": redis.Connection,
@@ -65,7 +65,7 @@ _SYNC: Final[dict[str, Any]] = {
     "unix": redis.UnixDomainSocketConnection,
 }
 _MANAGED: Final[dict[str, Any]] = {"redis": ManagedConnection, "rediss": ManagedSSLConnection}
-_MANAGED_SYNC: Final[dict[str, Any]] = {"redis": ManagedBlockingConnection, "rediss": ManagedBlockingSSLConnection}
+_MANAGED_SYNC: Final[dict[str, Any]] = {"redis": ManagedThreadConnection, "rediss": ManagedThreadSSLConnection}
 
 
 class Address:
@@ -189,10 +189,10 @@ class Address:
         )
         return aioredis.Redis.from_pool(pool)
 
-    def blocking(self) -> redis.Redis | ClusterBlocking:
+    def blocking(self) -> redis.Redis | ClusterThreadClient:
         """A synchronous client with one connection, per node in a cluster, for the lease thread."""
         if self._slots is not None:
-            return ClusterBlocking(self._slots, self._one_blocking)
+            return ClusterThreadClient(self._slots, self._one_blocking)
         return self._one_blocking(None)
 
     def _one_blocking(self, host: Host | None) -> redis.Redis:

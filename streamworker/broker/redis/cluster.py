@@ -66,7 +66,7 @@ class ClusterClient(aioredis.Redis):
                 await anyio.sleep(route.uncovered())
 
     async def _look(self) -> None:
-        lookup = Lookup(self._slots)
+        lookup = SlotsLookup(self._slots)
         for host in self._slots.candidates():
             try:
                 self._slots.load(await self.at(host).execute_command("CLUSTER", "SLOTS"), host)
@@ -127,7 +127,7 @@ class _Commands:
         return answers
 
 
-class ClusterBlocking:
+class ClusterThreadClient:
     """Commands of the lease thread, each to the node that serves its key."""
 
     def __init__(self, slots: ClusterSlots, connect: Callable[[Host], redis.Redis]) -> None:
@@ -157,7 +157,7 @@ class ClusterBlocking:
                 time.sleep(route.uncovered())
 
     def _look(self) -> None:
-        lookup = Lookup(self._slots)
+        lookup = SlotsLookup(self._slots)
         for host in self._slots.candidates():
             try:
                 self._slots.load(self._at(host).execute_command("CLUSTER", "SLOTS"), host)
@@ -173,7 +173,7 @@ class ClusterBlocking:
         return client
 
     @property
-    def connection_pool(self) -> ClusterBlocking:
+    def connection_pool(self) -> ClusterThreadClient:
         """What holds the connections: this."""
         return self
 
@@ -363,7 +363,7 @@ class Route:
         return float(PAUSE * min(self._tries, 8))
 
 
-class Lookup:
+class SlotsLookup:
     """One round of asking nodes for the map."""
 
     def __init__(self, slots: ClusterSlots) -> None:

@@ -161,13 +161,13 @@ class _Bounded:
             here.socket_timeout = limit
 
 
-class Connection(_Bounded, aioredis.Connection):
+class TcpConnection(_Bounded, aioredis.Connection):
     """Over TCP."""
 
 
-class SSLConnection(_Bounded, aioredis.SSLConnection):
+class TlsConnection(_Bounded, aioredis.SSLConnection):
     """Over TLS."""
 
 
-class UnixDomainSocketConnection(_Bounded, aioredis.UnixDomainSocketConnection):
+class UnixConnection(_Bounded, aioredis.UnixDomainSocketConnection):
     """Over a socket of this machine."""

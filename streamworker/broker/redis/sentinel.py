@@ -48,7 +48,7 @@ class Sentinels:
             ConnectionError: no Sentinel answers.
             ConfigurationError: what answers is none, refuses us, or knows no such master.
         """
-        kind: Any = connections.SSLConnection if self._form.scheme == "rediss" else connections.Connection
+        kind: Any = connections.TlsConnection if self._form.scheme == "rediss" else connections.TcpConnection
         search = _Search(self._form, self._hosts)
         for host, port in search:
             connection = kind(host=host, port=port, retry=Retry(NoBackoff(), 0), **self._options)
@@ -156,15 +156,15 @@ class _Managed:
             raise NotExecuted(f"{here.host}:{here.port} is not the master any more") from error
 
 
-class ManagedConnection(_Managed, connections.Connection):
+class ManagedConnection(_Managed, connections.TcpConnection):
     """To the master."""
 
 
-class ManagedSSLConnection(_Managed, connections.SSLConnection):
+class ManagedSSLConnection(_Managed, connections.TlsConnection):
     """To the master, over TLS."""
 
 
-class _ManagedBlocking:
+class _ManagedInThread:
     """A connection of the lease thread whose host is looked up when it connects."""
 
     def __init__(self, *, sentinels: Sentinels, **options: Any) -> None:
@@ -186,9 +186,9 @@ class _ManagedBlocking:
             raise NotExecuted(f"{here.host}:{here.port} is not the master any more") from error
 
 
-class ManagedBlockingConnection(_ManagedBlocking, redis.Connection):
+class ManagedThreadConnection(_ManagedInThread, redis.Connection):
     """To the master, from the lease thread."""
 
 
-class ManagedBlockingSSLConnection(_ManagedBlocking, redis.SSLConnection):
+class ManagedThreadSSLConnection(_ManagedInThread, redis.SSLConnection):
     """To the master, from the lease thread, over TLS."""

@@ -15,7 +15,7 @@ from streamworker.broker import scripts
 from streamworker.broker.keys import PROGRESS
 from streamworker.broker.redis.client import Address
 from streamworker.broker.redis.connection import CommandPool
-from streamworker.broker.redis.errors import Reaction, reaction_to, understood
+from streamworker.broker.redis.reactions import Reaction, reaction_to, understood
 from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable
 from streamworker.job import Progress
 from streamworker.telemetry.logs import get_logger
@@ -24,7 +24,11 @@ log = get_logger("streamworker.broker")
 
 BLOCK: Final = 5.0
 """Most seconds of one blocking read: Redis 6.2 does not tell a blocked reader that its stream is gone."""
-OLDEST_SERVER: Final = (6, 2)
+
+
+def too_old(info: Mapping[str, Any]) -> bool:
+    """Whether INFO's section "server" is that of a server before Redis 6.2."""
+    return tuple(int(part) for part in str(info.get("redis_version", "0")).split(".")[:2]) < (6, 2)
 
 
 class Session:
@@ -55,8 +59,8 @@ class Session:
         with self.watched():
             info = await self.address.greet(self.commands)
         self.clock = (int(info.get("server_time_usec", 0)) // 1000, sent) if "server_time_usec" in info else None
-        version = str(info.get("redis_version", "0"))
-        if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_SERVER:
+        if too_old(info):
+            version = info.get("redis_version", "0")
             raise ConfigurationError(f"Redis at {self.address} is version {version}: streamworker needs 6.2 or newer")
         return float(info.get("uptime_in_seconds", 0))
 

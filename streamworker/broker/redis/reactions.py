@@ -29,7 +29,7 @@ class Reaction(enum.Enum):
     REFUSE = "say it and go on; the command is at fault"
 
 
-class Row(NamedTuple):
+class ErrorKind(NamedTuple):
     """One kind of error.
 
     Attributes:
@@ -48,22 +48,22 @@ class Row(NamedTuple):
 _DENIED: Final = ("NOPERM", "ACL failure in script", "can't run this command or subcommand")
 
 TABLE: Final = (
-    Row("WRONGPASS", Reaction.FATAL, (redis_errors.AuthenticationError,), ("WRONGPASS", "NOAUTH")),
-    Row("NOPERM", Reaction.FATAL, (redis_errors.NoPermissionError,), _DENIED),
-    Row("READONLY", Reaction.RECONNECT, (redis_errors.ReadOnlyError,), ("READONLY",)),
-    Row("UNBLOCKED", Reaction.RECONNECT, (), ("UNBLOCKED",)),
-    Row("LOADING", Reaction.WAIT, (redis_errors.BusyLoadingError,), ("LOADING",)),
-    Row("MASTERDOWN", Reaction.WAIT, (redis_errors.MasterDownError,), ("MASTERDOWN",)),
-    Row("CLUSTERDOWN", Reaction.WAIT, (redis_errors.ClusterDownError,), ("CLUSTERDOWN",)),
-    Row("TRYAGAIN", Reaction.WAIT, (redis_errors.TryAgainError,), ("TRYAGAIN",)),
-    Row("MISCONF", Reaction.WAIT, (), ("MISCONF",)),
-    Row("NOREPLICAS", Reaction.WAIT, (), ("NOREPLICAS",)),
-    Row("BUSY", Reaction.WAIT, (), ("BUSY Redis", "BUSY Valkey", "is busy running a script")),
-    Row("OOM", Reaction.FULL, (redis_errors.OutOfMemoryError,), ("OOM command not allowed",)),
-    Row("NOSCRIPT", Reaction.RELOAD, (redis_errors.NoScriptError,), ("NOSCRIPT",)),
-    Row("NOGROUP", Reaction.HEAL, (), ("NOGROUP",)),
-    Row("WRONGTYPE", Reaction.KEY, (), ("WRONGTYPE",)),
-    Row(
+    ErrorKind("WRONGPASS", Reaction.FATAL, (redis_errors.AuthenticationError,), ("WRONGPASS", "NOAUTH")),
+    ErrorKind("NOPERM", Reaction.FATAL, (redis_errors.NoPermissionError,), _DENIED),
+    ErrorKind("READONLY", Reaction.RECONNECT, (redis_errors.ReadOnlyError,), ("READONLY",)),
+    ErrorKind("UNBLOCKED", Reaction.RECONNECT, (), ("UNBLOCKED",)),
+    ErrorKind("LOADING", Reaction.WAIT, (redis_errors.BusyLoadingError,), ("LOADING",)),
+    ErrorKind("MASTERDOWN", Reaction.WAIT, (redis_errors.MasterDownError,), ("MASTERDOWN",)),
+    ErrorKind("CLUSTERDOWN", Reaction.WAIT, (redis_errors.ClusterDownError,), ("CLUSTERDOWN",)),
+    ErrorKind("TRYAGAIN", Reaction.WAIT, (redis_errors.TryAgainError,), ("TRYAGAIN",)),
+    ErrorKind("MISCONF", Reaction.WAIT, (), ("MISCONF",)),
+    ErrorKind("NOREPLICAS", Reaction.WAIT, (), ("NOREPLICAS",)),
+    ErrorKind("BUSY", Reaction.WAIT, (), ("BUSY Redis", "BUSY Valkey", "is busy running a script")),
+    ErrorKind("OOM", Reaction.FULL, (redis_errors.OutOfMemoryError,), ("OOM command not allowed",)),
+    ErrorKind("NOSCRIPT", Reaction.RELOAD, (redis_errors.NoScriptError,), ("NOSCRIPT",)),
+    ErrorKind("NOGROUP", Reaction.HEAL, (), ("NOGROUP",)),
+    ErrorKind("WRONGTYPE", Reaction.KEY, (), ("WRONGTYPE",)),
+    ErrorKind(
         "no connection",
         Reaction.WAIT,
         (redis_errors.ConnectionError, redis_errors.TimeoutError, redis_errors.InvalidResponse, OSError),
@@ -75,7 +75,7 @@ SILENT: Final = "no answer"
 """How the reason begins why something was not stored on a node that does not answer."""
 
 
-def row_of(error: BaseException | str) -> Row | None:
+def row_of(error: BaseException | str) -> ErrorKind | None:
     """The row for an error, or for the text of one that a script passed on; ``None`` for any other."""
     text = str(error)
     for row in TABLE:

@@ -21,7 +21,7 @@ from streamworker.broker import scripts
 from streamworker.broker.keys import ListKeys, queue_of_list
 from streamworker.broker.lists import Reclaimer, WakeLists
 from streamworker.broker.redis.client import Address
-from streamworker.broker.redis.errors import Reaction, clustered, reaction_to
+from streamworker.broker.redis.reactions import Reaction, clustered, reaction_to
 from streamworker.broker.redis.session import Session
 from streamworker.errors import ConfigurationError
 from streamworker.job import LEVELS, Level, Moved
@@ -92,7 +92,6 @@ class ListBridge:
         self._interrupted = anyio.Event()
 
     async def open(self) -> None:
-        """See `Mover.open`."""
         if self._link.address.spread:
             raise ConfigurationError(CLUSTER)
         with self._link.watched():
@@ -105,7 +104,6 @@ class ListBridge:
             self._add(queue)
 
     async def move(self, *, everything: bool = False) -> list[Moved]:
-        """See `Mover.move`."""
         now = monotonic()
         if self._options.queues is None and (everything or now >= self._discover_at):
             await self._discover()
@@ -122,7 +120,6 @@ class ListBridge:
         return moved
 
     async def held(self) -> int:
-        """See `Mover.held`."""
         with self._link.watched():
             async with self._link.commands.pipeline(transaction=False) as pipe:
                 for keys in self._keys.values():
@@ -132,7 +129,6 @@ class ListBridge:
         return self._held
 
     async def wait(self) -> None:
-        """See `Mover.wait`."""
         poll = len(self._lanes) > LANES or any(lane.stuck for lane in self._lanes) or self._held
         seconds = max(0.0, min(POLL if poll else SWEEP, self._look_at - monotonic()))
         bells = sorted(lane.list for lane in self._lanes if not lane.stuck)[:LANES]
@@ -144,12 +140,10 @@ class ListBridge:
                 lane.awake = True
 
     async def interrupt(self) -> None:
-        """See `Mover.interrupt`."""
         self._interrupted.set()
         await self._bells.unblock()
 
     async def close(self) -> None:
-        """See `Mover.close`."""
         await self._bells.close()
         await self._link.close()
 
