@@ -288,7 +288,7 @@ def broker_factory(ground: Ground, redis_url: str) -> BrokerFactory:
         broker = ground.broker(url, pairs, lease=lease, **options)
         try:
             await broker.open()
-            broker._intake.rest(0)
+            broker._source.rest(0)
             if name is not None:
                 await broker.join(name)
             # A server that has just started makes everyone wait a lease before anybody is taken for dead.

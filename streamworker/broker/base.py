@@ -37,7 +37,7 @@ RENEW_BATCH: Final = 500
 """Claims one script call renews."""
 
 K = TypeVar("K", bound=QueueKeys)
-I = TypeVar("I", bound=ClaimSource | ClusterStreamClaims)  # noqa: E741 - K is for keys, I for intake
+I = TypeVar("I", bound=ClaimSource | ClusterStreamClaims)  # noqa: E741 - K is for keys, I for source
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,16 +70,16 @@ class RedisBroker(ABC, Generic[K, I]):
 
     def __init__(self, address: Address, options: Options) -> None:
         self._options: Final = options
-        self._link = Session(address)
+        self._session = Session(address)
         queues = [(self._key(name), cap) for name, cap in options.queues]
         self._keys = [keys for keys, _ in queues]
-        self._homes = {place: keys for keys in self._keys for place in keys.places}
-        self._publisher = Publisher(self._link.wires, address, self._key)
-        self._cancels = Cancels(self._link, self._keys)
-        self._subscriber = Subscriber(self._link)
-        self._limits = RedisLimiter(self._link, self._keys, lease=options.lease)
-        self._intake = self._take(queues)
-        self._intake.slots = options.slots
+        self._keys_by_place = {place: keys for keys in self._keys for place in keys.places}
+        self._publisher = Publisher(self._session.pool, address, self._key)
+        self._cancels = Cancels(self._session, self._keys)
+        self._subscriber = Subscriber(self._session)
+        self._limits = RedisLimiter(self._session, self._keys, lease=options.lease)
+        self._source = self._claim_source(queues)
+        self._source.slots = options.slots
         self._refusals = Refusals()
 
     @abstractmethod
@@ -87,23 +87,23 @@ class RedisBroker(ABC, Generic[K, I]):
         """The keys of a queue."""
 
     @abstractmethod
-    def _take(self, queues: Sequence[tuple[K, int | None]]) -> I:
+    def _claim_source(self, queues: Sequence[tuple[K, int | None]]) -> I:
         """The claim source of the mode."""
 
     async def open(self) -> None:
-        uptime = await self._link.greet()
+        uptime = await self._session.greet()
         # After a restart everyone alive gets one lease to renew before anybody is taken for dead.
-        self._intake.rest(max(0.0, self._options.lease - uptime))
+        self._source.rest(max(0.0, self._options.lease - uptime))
 
     async def close(self) -> None:
         await self._subscriber.close()
-        await self._intake.close()
-        await self._link.close()
+        await self._source.close()
+        await self._session.close()
 
     @property
     def _name(self) -> str:
         """The key that says that this worker lives."""
-        return worker_key(self._options.namespace, self._intake.consumer)
+        return worker_key(self._options.namespace, self._source.consumer)
 
     async def publish(self, jobs: Sequence[Outgoing]) -> list[Enqueued]:
         return await self._publisher.publish(jobs)
@@ -120,7 +120,7 @@ class RedisBroker(ABC, Generic[K, I]):
         return await self._publisher.offer_tick(tick)
 
     async def clock(self, queue: str) -> float:
-        return int(await self._link.run(scripts.CLOCK, [self._key(queue).meta], [])) / 1000
+        return int(await self._session.run(scripts.CLOCK, [self._key(queue).meta], [])) / 1000
 
     async def claim(
         self,
@@ -131,16 +131,16 @@ class RedisBroker(ABC, Generic[K, I]):
         shut: Collection[str] = (),
     ) -> list[Claim]:
         """See `Broker.claim`. What a lost reply claimed is found with the next call."""
-        if self._intake.reply_lost:
+        if self._source.reply_lost:
             found = await self.own_pending(running)
-            self._intake.reply_lost = False
+            self._source.reply_lost = False
             if found:
                 return found
         try:
-            claims = await self._intake.claim(limit, wait, running, ended, shut)
-            return await self._cancels.judged(claims, self._intake.marked)
+            claims = await self._source.claim(limit, wait, running, ended, shut)
+            return await self._cancels.judged(claims, self._source.marked)
         except Exception:
-            self._intake.reply_lost = True
+            self._source.reply_lost = True
             raise
 
     @abstractmethod
@@ -150,34 +150,34 @@ class RedisBroker(ABC, Generic[K, I]):
     async def _confirmed(self, script: scripts.Script, names: Sequence[str], args: Sequence[Any]) -> bool:
         """Run a script that counts a delivery; whether it did is found like a claim if its reply is lost."""
         try:
-            return bool(await self._link.run(script, names, args))
+            return bool(await self._session.run(script, names, args))
         except Exception:
-            self._intake.reply_lost = True
+            self._source.reply_lost = True
             raise
 
     async def look_again(self) -> None:
-        await self._intake.look_again()
+        await self._source.look_again()
 
     def cancelled(self, claims: Collection[Claim]) -> list[Claim]:
         return self._cancels.find(claims)
 
     async def cancel(self, queue: str, job_id: str) -> bool:
-        return await cancel(self._link, self._key(queue), job_id)
+        return await cancel(self._session, self._key(queue), job_id)
 
     def ended(self, queues: Sequence[str], job_id: str) -> AbstractAsyncContextManager[ResultWaiter]:
-        return waiting(self._link, self._subscriber, [self._key(queue) for queue in queues], job_id)
+        return waiting(self._session, self._subscriber, [self._key(queue) for queue in queues], job_id)
 
     def progress(self, told: Mapping[str, Progress], ended: Collection[str]) -> None:
-        self._link.progress(self._name, self._options.lease, told, ended)
+        self._session.progress(self._name, self._options.lease, told, ended)
 
     def beat(self, report: dict[str, str | int | float]) -> None:
-        self._link.beat(self._name, self._options.lease, report)
+        self._session.beat(self._name, self._options.lease, report)
 
     async def acquire(
         self, queue: str, requests: Sequence[AcquireRequest], released: Sequence[Permit]
     ) -> list[AcquireResult]:
         """`Limiter.acquire`."""
-        return await self._limits.acquire(self._intake.consumer, queue, requests, released)
+        return await self._limits.acquire(self._source.consumer, queue, requests, released)
 
     def renew_permits(self, permits: Collection[Permit]) -> None:
         """`Limiter.renew_permits`."""
@@ -190,11 +190,11 @@ class RedisBroker(ABC, Generic[K, I]):
             self._cancels.notified(channel)
             cancelled()
 
-        await listen(self._subscriber, [keys.due for keys in self._keys], parked, self._intake, notified)
+        await listen(self._subscriber, [keys.due for keys in self._keys], parked, self._source, notified)
 
     @property
     def reconnects(self) -> int:
-        return self._link.reconnects()
+        return self._session.reconnects()
 
 
 BATCH: Final = 1000
@@ -323,15 +323,15 @@ REFUSED_TICK: Final = 1.0
 """Seconds before due jobs that could not be moved are offered again."""
 
 
-async def promote(link: Session, queues: Sequence[QueueKeys]) -> float:
+async def promote(session: Session, queues: Sequence[QueueKeys]) -> float:
     """Move what is due by now; returns the seconds until it should be called again."""
     # All queues in one call, unless a cluster keeps them in different slots.
-    together = [[keys] for keys in queues] if link.address.spread else [queues] if queues else []
+    together = [[keys] for keys in queues] if session.address.spread else [queues] if queues else []
     waits: list[float] = []
     failure: Unreachable | None = None
     for group in together:
         try:
-            waits.append(await _promote(link, group))
+            waits.append(await _promote(session, group))
         except Unreachable as error:  # a node of a cluster: the others' jobs are due all the same
             failure = error
     if failure is not None and not waits:
@@ -339,10 +339,10 @@ async def promote(link: Session, queues: Sequence[QueueKeys]) -> float:
     return min([*waits, *([REFUSED_TICK] if failure is not None else [])], default=IDLE_TICK)
 
 
-async def _promote(link: Session, queues: Sequence[QueueKeys]) -> float:
+async def _promote(session: Session, queues: Sequence[QueueKeys]) -> float:
     names = [name for keys in queues for name in (keys.due, keys.bodies, *keys.places)]
     wait = IDLE_TICK
-    reply = await link.run(scripts.PROMOTE, names, [PROMOTE_BATCH, queues[0].shape])
+    reply = await session.run(scripts.PROMOTE, names, [PROMOTE_BATCH, queues[0].shape])
     for keys, (moved, soonest, refused) in zip(queues, reply, strict=True):
         if refused:  # a key of a wrong type, or no memory: this queue's trouble alone
             log.error("due_jobs_stuck", queue=keys.queue, error=refused.decode(errors="replace"))

@@ -46,12 +46,12 @@ class Cancels:
     """What one broker knows of cancelled jobs of its queues.
 
     Args:
-        link: the connections.
+        session: the connections.
         queues: whose.
     """
 
-    def __init__(self, link: Session, queues: Sequence[QueueKeys]) -> None:
-        self._link = link
+    def __init__(self, session: Session, queues: Sequence[QueueKeys]) -> None:
+        self._session = session
         self._keys = {keys.queue: keys for keys in queues}
         self._by_channel = {keys.due.encode(): keys.queue for keys in queues}
         self._notified: dict[str, float] = {}
@@ -82,7 +82,7 @@ class Cancels:
             for queue, ids in asked.items():
                 keys = self._keys[queue]
                 try:
-                    found = await self._link.run(scripts.CANCELS, [keys.cancelled, keys.meta], list(ids.values()))
+                    found = await self._session.run(scripts.CANCELS, [keys.cancelled, keys.meta], list(ids.values()))
                 except (Unreachable, ConfigurationError):
                     raise
                 except StreamworkerError as error:  # a key of a wrong type is this queue's trouble alone
@@ -103,7 +103,7 @@ class Cancels:
         for queue, pairs in asked.items():
             keys = self._keys[queue]
             try:
-                numbers = self._link.in_thread(
+                numbers = self._session.in_thread(
                     scripts.CANCELS, [keys.cancelled, keys.meta], [job_id for _, job_id in pairs]
                 )
             except (Unreachable, ConfigurationError):

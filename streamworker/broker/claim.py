@@ -23,7 +23,7 @@ log = get_logger("streamworker.broker")
 
 TROUBLE_PAUSE: Final = 60.0
 """Seconds between complaints about a key that cannot be read."""
-DEAF_WAIT: Final = 1.0
+SILENT_WAIT: Final = 1.0
 """Most seconds of a wait while the bell cannot tell that a queue was paused or resumed."""
 UNBLOCK_EVERY: Final = 0.02
 """Seconds between unblockings: a read that begins just after one would block on."""
@@ -49,22 +49,22 @@ class ClaimSource(ABC):
     """What all ways of taking share: caps, the pace of sweeps, rest after an outage, complaints about keys.
 
     Args:
-        link: the connections.
+        session: the connections.
         queues: (keys, cap) in the order they are taken.
         lease: seconds after which an unrenewed claim is an orphan.
         alone_from: the delivery from which on a job runs alone.
     """
 
     def __init__(
-        self, link: Session, queues: Sequence[tuple[QueueKeys, int | None]], *, lease: float, alone_from: int
+        self, session: Session, queues: Sequence[tuple[QueueKeys, int | None]], *, lease: float, alone_from: int
     ) -> None:
-        self._link = link
+        self._session = session
         self._keys: Final[list[QueueKeys]] = [keys for keys, _ in queues]
         self._caps = [cap for _, cap in queues]
         self._lease = lease
         self._alone_from = alone_from
         self.slots = 1
-        self.spots: Final[list[tuple[QueueKeys, Level, str]]] = [
+        self.ready_keys: Final[list[tuple[QueueKeys, Level, str]]] = [
             (keys, level, keys.ready(level)) for keys in self._keys for level in LEVELS
         ]
         self.consumer = ""
@@ -115,7 +115,7 @@ class ClaimSource(ABC):
             if self.draining:
                 await self._idle(min(wait, DRAIN_LOOK))
                 return claims
-            claims = await self.wait_unless_stale(limit, min(wait, DEAF_WAIT) if self.silent else wait, running)
+            claims = await self.wait_unless_stale(limit, min(wait, SILENT_WAIT) if self.silent else wait, running)
         return claims
 
     @property
@@ -140,7 +140,7 @@ class ClaimSource(ABC):
 
     async def seal(self, keys: QueueKeys) -> None:
         """Make sure that the queue has a secret, see `streamworker.codec`."""
-        self.secrets[keys.queue] = await self._link.run(scripts.SECRET, [keys.meta], [secrets.token_hex(16)])
+        self.secrets[keys.queue] = await self._session.run(scripts.SECRET, [keys.meta], [secrets.token_hex(16)])
 
     async def _seal_again(self) -> None:
         """Give queues that lost their secret a new one, now and then. Before a claim: an error would lose its reply."""
@@ -236,7 +236,7 @@ class ClaimSource(ABC):
 
     def _rest_after_outage(self) -> None:
         """Nobody could renew meanwhile: no one is taken for dead before everyone had a lease to come back."""
-        if self._link.outage() > self._lease / 3:
+        if self._session.outage() > self._lease / 3:
             self.rest(self._lease)
 
     def interrupt(self) -> None:
@@ -246,7 +246,7 @@ class ClaimSource(ABC):
 
     async def unblock(self) -> None:
         """End a wait soon."""
-        await self._link.unblock()
+        await self._session.unblock()
 
     async def close(self) -> None:  # noqa: B027 - most have nothing to end
         """End what still reads; call it when nothing is claimed any more."""
@@ -276,7 +276,7 @@ class ClaimSource(ABC):
         open_ = {keys.queue for i, keys in enumerate(self._keys) if allowances[i] > 0 and i not in self._paused}
         return {
             place: (keys, level)
-            for keys, level, place in self.spots
+            for keys, level, place in self.ready_keys
             if keys.queue in open_ and self._unreadable_until.get(place, 0.0) < now
         }
 

@@ -27,36 +27,36 @@ Severity: TypeAlias = Literal["error", "warning", "ok"]
 
 
 async def examine(
-    desk: OperatorSession, queues: Sequence[QueueKeys], keys_of: Callable[[str], QueueKeys]
+    session: OperatorSession, queues: Sequence[QueueKeys], keys_of: Callable[[str], QueueKeys]
 ) -> list[Finding]:
     """Look at the server and at the keys of ``queues``; ``keys_of`` knows the keys of any queue by its name."""
     info: dict[str, Any] = {}
     servers: list[Finding] = []
-    for each in await desk.each():
+    for each in await session.each():
         info = await _info(each)
         servers += (_server(info), await _memory(each, info), await _persistence(each, info))
     found = [
         *dict.fromkeys(servers),  # the nodes of a cluster are mostly alike
-        *await look(desk, queues, keys_of),
-        *await _keys(desk, queues),
-        *await _groups(desk, queues),
-        *await _elsewhere(desk, queues),
-        await _clock(desk),
-        *_renewal(desk),
+        *await look(session, queues, keys_of),
+        *await _keys(session, queues),
+        *await _groups(session, queues),
+        *await _elsewhere(session, queues),
+        await _clock(session),
+        *_renewal(session),
     ]
     denied = Finding("error", "permissions", "this user may not run INFO: extend its ACL")
     return found if info else [denied, *found[1:]]
 
 
-async def _info(desk: OperatorSession) -> dict[str, Any]:
+async def _info(session: OperatorSession) -> dict[str, Any]:
     try:
-        return dict(await desk.ask("INFO"))
+        return dict(await session.ask("INFO"))
     except ConfigurationError:
         return {}
 
 
-def _renewal(desk: OperatorSession) -> list[Finding]:
-    if desk.address.bare() is not None:
+def _renewal(session: OperatorSession) -> list[Finding]:
+    if session.address.bare() is not None:
         return []
     sentence = (
         "only redis-py can log in here, so that no process renews beside a worker: code that keeps the interpreter "
@@ -75,10 +75,10 @@ def _server(info: dict[str, Any]) -> Finding:
     return Finding("ok", "server", name)
 
 
-async def _config(desk: OperatorSession, name: str) -> str | None:
+async def _config(session: OperatorSession, name: str) -> str | None:
     """A setting of the server; ``None`` if it does not tell, as managed services do not."""
     try:
-        answer = await desk.ask("CONFIG GET", name)
+        answer = await session.ask("CONFIG GET", name)
     except StreamworkerError as error:
         if isinstance(error.__cause__, redis_errors.ResponseError):
             return None
@@ -86,9 +86,9 @@ async def _config(desk: OperatorSession, name: str) -> str | None:
     return text(answer.get(name, "")) if isinstance(answer, dict) else None
 
 
-async def _memory(desk: OperatorSession, info: dict[str, Any]) -> Finding:
+async def _memory(session: OperatorSession, info: dict[str, Any]) -> Finding:
     subject = "memory"
-    policy = await _config(desk, "maxmemory-policy") or info.get("maxmemory_policy")
+    policy = await _config(session, "maxmemory-policy") or info.get("maxmemory_policy")
     if policy is None:
         return Finding("warning", subject, "CONFIG is not permitted: make sure that maxmemory-policy is noeviction")
     if str(policy).startswith("allkeys"):
@@ -110,16 +110,16 @@ async def _memory(desk: OperatorSession, info: dict[str, Any]) -> Finding:
     return Finding("ok", subject, "maxmemory-policy is noeviction")
 
 
-async def _persistence(desk: OperatorSession, info: dict[str, Any]) -> Finding:
+async def _persistence(session: OperatorSession, info: dict[str, Any]) -> Finding:
     subject = "persistence"
     if "err" in (info.get("aof_last_write_status"), info.get("rdb_last_bgsave_status")):
         return Finding("error", subject, "the last write to disk failed: look at the server's log and its disk")
     if info.get("aof_enabled"):
-        if await _config(desk, "appendfsync") == "no":
+        if await _config(session, "appendfsync") == "no":
             lost = "a crash loses what the kernel had not written"
             return Finding("warning", subject, f"appendfsync is no: {lost}; set it to everysec")
         return Finding("ok", subject, "the append-only file is on")
-    save = await _config(desk, "save")
+    save = await _config(session, "save")
     if save is None:
         return Finding(
             "warning", subject, "CONFIG is not permitted: make sure that the append-only file, or a replica, keeps jobs"
@@ -137,11 +137,11 @@ async def _persistence(desk: OperatorSession, info: dict[str, Any]) -> Finding:
     )
 
 
-async def _keys(desk: OperatorSession, queues: Sequence[QueueKeys]) -> list[Finding]:
+async def _keys(session: OperatorSession, queues: Sequence[QueueKeys]) -> list[Finding]:
     expected: dict[str, str] = {}
     for keys in queues:
         expected |= keys.types
-    answers = await desk.gather([("TYPE", name) for name in expected])
+    answers = await session.gather([("TYPE", name) for name in expected])
     wrong = [
         Finding("error", "keys", f"the key {name} is a {text(kind)}, not a {expected[name]}: rename or delete it")
         for name, kind in zip(expected, answers, strict=True)
@@ -150,11 +150,11 @@ async def _keys(desk: OperatorSession, queues: Sequence[QueueKeys]) -> list[Find
     return wrong or [Finding("ok", "keys", f"the keys of {len(queues)} queues have the right types")]
 
 
-async def _groups(desk: OperatorSession, queues: Sequence[QueueKeys]) -> list[Finding]:
-    if not desk.group:
+async def _groups(session: OperatorSession, queues: Sequence[QueueKeys]) -> list[Finding]:
+    if not session.group:
         return []  # lists have none
     places = [place for keys in queues for place in keys.streams]
-    answers = await desk.gather([("XINFO GROUPS", place) for place in places])
+    answers = await session.gather([("XINFO GROUPS", place) for place in places])
     foreign = [
         Finding(
             "error",
@@ -165,16 +165,16 @@ async def _groups(desk: OperatorSession, queues: Sequence[QueueKeys]) -> list[Fi
         for place, answer in zip(places, answers, strict=True)
         if not isinstance(answer, Exception)
         for group in answer
-        if text(group["name"]) != desk.group
+        if text(group["name"]) != session.group
     ]
-    return foreign or [Finding("ok", "groups", f"no group but {desk.group!r} reads our streams")]
+    return foreign or [Finding("ok", "groups", f"no group but {session.group!r} reads our streams")]
 
 
-async def _elsewhere(desk: OperatorSession, queues: Sequence[QueueKeys]) -> list[Finding]:
+async def _elsewhere(session: OperatorSession, queues: Sequence[QueueKeys]) -> list[Finding]:
     """Jobs that lie where the other mode reads."""
     commands = [(keys, command) for keys in queues for command in keys.counting_elsewhere()]
     counts: Counter[QueueKeys] = Counter()
-    for (keys, _), answer in zip(commands, await desk.gather([c for _, c in commands]), strict=True):
+    for (keys, _), answer in zip(commands, await session.gather([c for _, c in commands]), strict=True):
         counts[keys] += answer if isinstance(answer, int) else 0  # no access, or a key of somebody else's
     return [
         Finding("warning", "mode", f"{count} jobs of {keys.queue} {_ELSEWHERE[keys.shape]}")
@@ -183,11 +183,11 @@ async def _elsewhere(desk: OperatorSession, queues: Sequence[QueueKeys]) -> list
     ]
 
 
-async def _clock(desk: OperatorSession) -> Finding:
+async def _clock(session: OperatorSession) -> Finding:
     best: tuple[float, float] | None = None
     for _ in range(3):
         before = time.time()
-        seconds, micros = await desk.ask("TIME")
+        seconds, micros = await session.ask("TIME")
         after = time.time()
         skew = int(seconds) + int(micros) / 1e6 - (before + after) / 2
         if best is None or after - before < best[0]:
@@ -269,24 +269,26 @@ def _places(keys: QueueKeys) -> dict[str, str]:
 
 
 async def look(
-    desk: OperatorSession, queues: Sequence[QueueKeys], keys_of: Callable[[str], QueueKeys]
+    session: OperatorSession, queues: Sequence[QueueKeys], keys_of: Callable[[str], QueueKeys]
 ) -> list[Finding]:
     """All commands, on the keys of ``queues`` where the server can be asked about them, else on keys of our own.
 
     Args:
-        desk: asks.
+        session: asks.
         queues: whose keys.
         keys_of: the keys of any queue, by its name.
     """
-    beat = worker_key(desk.namespace, PROBE)
+    beat = worker_key(session.namespace, PROBE)
     probe = keys_of(f"{PROBE}-{secrets.token_hex(4)}")
-    user = await _user(desk)
+    user = await _user(session)
     denied = _Denied()
     if user is not None:
-        await _ask(desk, user, [c for keys in queues or [probe] for c in _commands(keys, desk.group, beat)], denied)
+        await _ask(
+            session, user, [c for keys in queues or [probe] for c in _commands(keys, session.group, beat)], denied
+        )
     else:
         user = "this user"
-        await _try(desk, probe, beat, denied)
+        await _try(session, probe, beat, denied)
     found = []
     if denied.commands:
         words = ", ".join(sorted(denied.commands))
@@ -323,11 +325,11 @@ class _Denied:
             self.commands.add(" ".join(command[: 2 if command[0] in ("XGROUP", "XINFO", "CLIENT") else 1]))
 
 
-async def _user(desk: OperatorSession) -> str | None:
+async def _user(session: OperatorSession) -> str | None:
     """The user's name, if the server can be asked what it may do (Redis 7, and permitted)."""
     try:
-        user = text(await desk.ask("ACL WHOAMI"))
-        await desk.ask("ACL DRYRUN", user, "TIME")
+        user = text(await session.ask("ACL WHOAMI"))
+        await session.ask("ACL DRYRUN", user, "TIME")
     except StreamworkerError as error:
         if isinstance(error.__cause__, redis_errors.ResponseError):
             return None
@@ -335,21 +337,21 @@ async def _user(desk: OperatorSession) -> str | None:
     return user
 
 
-async def _ask(desk: OperatorSession, user: str, commands: Sequence[tuple[str, ...]], denied: _Denied) -> None:
+async def _ask(session: OperatorSession, user: str, commands: Sequence[tuple[str, ...]], denied: _Denied) -> None:
     for start in range(0, len(commands), 500):
         batch = commands[start : start + 500]
-        answers = await desk.gather([("ACL DRYRUN", user, *command) for command in batch])
+        answers = await session.gather([("ACL DRYRUN", user, *command) for command in batch])
         for command, answer in zip(batch, answers, strict=True):
             denied.note(command, "" if answer in (b"OK", "OK", True) else text(answer))
 
 
-async def _try(desk: OperatorSession, keys: QueueKeys, beat: str, denied: _Denied) -> None:
+async def _try(session: OperatorSession, keys: QueueKeys, beat: str, denied: _Denied) -> None:
     """Run them on keys of a name of its own, which are deleted again and would end by themselves."""
     names = [*_places(keys).values(), keys.dead, keys.due, keys.bodies, keys.meta, keys.key("x"), beat]
-    commands = _commands(keys, desk.group, beat)
+    commands = _commands(keys, session.group, beat)
     try:
-        for command, answer in zip(commands, await desk.gather(commands), strict=True):
+        for command, answer in zip(commands, await session.gather(commands), strict=True):
             denied.note(command, str(answer) if isinstance(answer, redis_errors.NoPermissionError) else "")
     finally:
         clean: list[tuple[Any, ...]] = [("PEXPIRE", name, 60_000) for name in names]
-        await desk.gather([*clean, *(("DEL", name) for name in names)])
+        await session.gather([*clean, *(("DEL", name) for name in names)])

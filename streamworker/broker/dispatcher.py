@@ -78,11 +78,11 @@ class RedisDispatcher:
     """
 
     def __init__(self, address: Address, keys: Callable[[str], QueueKeys], *, group: str, namespace: str) -> None:
-        self._link = Session(address)
+        self._session = Session(address)
         self._keys = keys
         self._group = group
-        self._desk = OperatorSession(self._link.commands, address, group, namespace)
-        self._publisher = Publisher(self._link.wires, address, keys)
+        self._operator_session = OperatorSession(self._session.commands, address, group, namespace)
+        self._publisher = Publisher(self._session.pool, address, keys)
         self._clocks: dict[object, float] = {}
         self._copies: dict[str, _Copies] = {}
 
@@ -93,14 +93,14 @@ class RedisDispatcher:
             ConfigurationError: a server answers that cannot be used.
             Unreachable: none does.
         """
-        await self._link.greet()
+        await self._session.greet()
 
     async def close(self) -> None:
-        await self._link.close()
+        await self._session.close()
 
     async def dispatch(self, queue: str, jobs: Sequence[Dispatch], until: float) -> Dispatched | None:
         keys = self._keys(queue)
-        home = self._link.address.home(keys.meta)
+        home = self._session.address.home(keys.meta)
         if home not in self._clocks:
             await self.pulses([queue])
         names = [keys.meta, keys.relayed, *keys.places]
@@ -108,7 +108,7 @@ class RedisDispatcher:
             args: list[Any] = [keys.shape, round(until * 1000 + self._clocks[home]), secrets.token_hex(8), FORGET]
             for job in jobs:
                 args += (LEVELS.index(job.level) + 3, f"{job.id}/{job.hop}", job.body)
-            now, done, epoch, results = await self._link.run(scripts.DISPATCH, names, args)
+            now, done, epoch, results = await self._session.run(scripts.DISPATCH, names, args)
             self._clocks[home] = now - monotonic() * 1000
             if done != b"groups":
                 break
@@ -121,16 +121,18 @@ class RedisDispatcher:
 
     async def forget(self, queue: str, jobs: Sequence[Dispatch]) -> None:
         if jobs:
-            await self._desk.ask("ZREM", self._keys(queue).relayed, *(f"{job.id}/{job.hop}" for job in jobs))
+            await self._operator_session.ask(
+                "ZREM", self._keys(queue).relayed, *(f"{job.id}/{job.hop}" for job in jobs)
+            )
 
     async def pulses(self, queues: Sequence[str]) -> list[Pulse]:
         # All queues in one call, unless a cluster keeps them in different slots.
-        together = [[queue] for queue in queues] if self._link.address.spread else [queues] if queues else []
+        together = [[queue] for queue in queues] if self._session.address.spread else [queues] if queues else []
         found = []
         for group in together:
             names = [self._keys(queue).meta for queue in group]
-            now, server, *rows = await self._link.run(scripts.PULSE, names, [])
-            self._clocks[self._link.address.home(names[0])] = now - monotonic() * 1000
+            now, server, *rows = await self._session.run(scripts.PULSE, names, [])
+            self._clocks[self._session.address.home(names[0])] = now - monotonic() * 1000
             for queue, (epoch, relayed, held) in zip(group, rows, strict=True):
                 found.append(Pulse(queue, text(epoch), relayed, text(server), held=bool(held)))
         return found
@@ -138,17 +140,17 @@ class RedisDispatcher:
     async def found(self, queue: str) -> None:
         keys, fresh = self._keys(queue), secrets.token_hex(8)
         if keys.shape == "list":
-            await self._desk.ask("HSETNX", keys.meta, "epoch", fresh)
+            await self._operator_session.ask("HSETNX", keys.meta, "epoch", fresh)
             return
         names = [keys.meta, keys.ids, *keys.streams]
-        _, _, trouble, _ = await self._link.run(scripts.GROUPS, names, [self._group, fresh])
+        _, _, trouble, _ = await self._session.run(scripts.GROUPS, names, [self._group, fresh])
         if trouble:
             stream, _, problem = text(trouble[0]).partition(" ")
             raise StreamworkerError(f"the stream {stream} cannot be used: {problem}")
 
     async def hold(self, queue: str, *, held: bool) -> None:
         keys = self._keys(queue)
-        await self._link.run(scripts.HOLD, [keys.meta, keys.due], [int(held)])
+        await self._session.run(scripts.HOLD, [keys.meta, keys.due], [int(held)])
 
     async def ids(self, queue: str) -> AsyncIterator[list[str]]:
         """See `Dispatcher.ids`: delayed, ready, delayed again, so that a job that moves meanwhile is met on the way."""
@@ -192,7 +194,7 @@ class RedisDispatcher:
         moved = False
         for start in range(0, len(parked), MEMBERS):
             some = parked[start : start + MEMBERS]
-            bodies = await self._desk.ask("HMGET", keys.bodies, *(member for _, member in some))
+            bodies = await self._operator_session.ask("HMGET", keys.bodies, *(member for _, member in some))
             for (job_id, _), body in zip(some, bodies, strict=True):
                 if body is None:
                     moved = True
@@ -207,7 +209,7 @@ class RedisDispatcher:
     async def _parked(self, keys: QueueKeys) -> AsyncIterator[list[tuple[str, bytes]]]:
         cursor: Any = 0
         while True:
-            cursor, pairs = await self._desk.ask("ZSCAN", keys.due, cursor, "COUNT", MEMBERS)
+            cursor, pairs = await self._operator_session.ask("ZSCAN", keys.due, cursor, "COUNT", MEMBERS)
             yield [(of_due_member(text(member))[1], member) for member, _ in pairs]
             if not int(cursor):
                 return
@@ -215,9 +217,9 @@ class RedisDispatcher:
     async def _streamed(self, keys: QueueKeys) -> AsyncIterator[list[tuple[str, int]]]:
         for level in LEVELS:
             place, start = keys.stream(level), "-"
-            epoch = await derived_from(self._desk, keys, level)
+            epoch = await derived_from(self._operator_session, keys, level)
             while True:
-                page = await self._desk.ask("XRANGE", place, start, "+", "COUNT", listings.PAGE)
+                page = await self._operator_session.ask("XRANGE", place, start, "+", "COUNT", listings.PAGE)
                 named = [(entry, *_hop_of((fields or {}).get(b"job"))) for entry, fields in page]
                 yield [(name or derived_id(place, epoch, entry), hop) for entry, name, hop in named]
                 if len(page) < listings.PAGE:
@@ -229,28 +231,28 @@ class RedisDispatcher:
         for place in keys.places:
             start = 0
             while True:
-                page = await self._desk.ask("LRANGE", place, start, start + listings.PAGE - 1)
+                page = await self._operator_session.ask("LRANGE", place, start, start + listings.PAGE - 1)
                 yield [(name, hop) for name, hop in map(_hop_of, page) if name]
                 if len(page) < listings.PAGE:
                     break
                 start += listings.PAGE
-        for worker in await listings.holders(self._desk, keys):
+        for worker in await listings.holders(self._operator_session, keys):
             page = []
-            async for claim in listings.claimed(self._desk, keys, worker):
+            async for claim in listings.claimed(self._operator_session, keys, worker):
                 name, hop = _hop_of(claim.body)
                 page.append((name or claim.entry.decode(), hop))
             yield page
 
     async def promote(self, queues: Sequence[str]) -> float:
-        return await promote(self._link, [self._keys(queue) for queue in queues])
+        return await promote(self._session, [self._keys(queue) for queue in queues])
 
     async def offer_tick(self, tick: CronTick) -> CronTickResult:
         return await self._publisher.offer_tick(tick)
 
     async def queues(self) -> list[str]:
         if isinstance(self._keys("any"), ListKeys):
-            return await listings.list_queues(self._desk)
-        return await listings.queues(self._desk)
+            return await listings.list_queues(self._operator_session)
+        return await listings.queues(self._operator_session)
 
 
 def _hop_of(body: bytes | None) -> tuple[str | None, int]:

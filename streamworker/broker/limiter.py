@@ -19,13 +19,13 @@ class RedisLimiter:
     """What both brokers do about limits.
 
     Args:
-        link: the connections.
+        session: the connections.
         queues: keys of the queues whose jobs may be limited.
         lease: seconds a hold lives unless it is renewed.
     """
 
-    def __init__(self, link: Session, queues: Iterable[QueueKeys], *, lease: float) -> None:
-        self._link = link
+    def __init__(self, session: Session, queues: Iterable[QueueKeys], *, lease: float) -> None:
+        self._session = session
         self._keys: Final = {keys.queue: keys for keys in queues}
         self._lease: Final = int(lease * 1000)
 
@@ -52,7 +52,7 @@ class RedisLimiter:
             args += (numbers[each.limit], holds[-1].token, members[-1], stem + before if before else "", arrival or 0)
         names = [keys.due, keys.bodies, *keys.places, keys.calls]
         names += [name for limit in numbers for name in keys.limit(limit.name)]
-        reply = await self._link.run(scripts.LIMIT, names, args)
+        reply = await self._session.run(scripts.LIMIT, names, args)
         return [
             AcquireResult(hold)
             if granted
@@ -70,7 +70,7 @@ class RedisLimiter:
             args: list[Any] = [self._lease]
             for permit in mine:
                 args += (numbers.setdefault(permit.limit.name, len(numbers) + 1), permit.token)
-            self._link.in_thread(scripts.RETAIN, [self._keys[queue].limit(name)[0] for name in numbers], args)
+            self._session.in_thread(scripts.RETAIN, [self._keys[queue].limit(name)[0] for name in numbers], args)
 
 
 def _token(worker: str, claim: Claim) -> str:

@@ -81,9 +81,11 @@ class ListBridge:
 
     def __init__(self, address: Address, options: BridgeOptions) -> None:
         self._options = options
-        self._link = Session(address)
-        self._bells = WakeLists(self._link, LANES if options.queues is None else len(LEVELS) * len(options.queues))
-        self._orphans = Reclaimer(self._link, [], lease=options.lease)
+        self._session = Session(address)
+        self._wake_lists = WakeLists(
+            self._session, LANES if options.queues is None else len(LEVELS) * len(options.queues)
+        )
+        self._reclaimer = Reclaimer(self._session, [], lease=options.lease)
         self._lanes: deque[_Lane] = deque()
         self._keys: dict[str, ListKeys] = {}
         self._skipped: set[str] = set()
@@ -92,14 +94,14 @@ class ListBridge:
         self._interrupted = anyio.Event()
 
     async def open(self) -> None:
-        if self._link.address.spread:
+        if self._session.address.spread:
             raise ConfigurationError(CLUSTER)
-        with self._link.watched():
-            info = await self._link.commands.info("server")
+        with self._session.watched():
+            info = await self._session.commands.info("server")
         if clustered(info):
             raise ConfigurationError(CLUSTER)
         # After a restart workers get one lease to renew before anybody is taken for dead.
-        self._orphans.rest(max(0.0, self._options.lease - float(info.get("uptime_in_seconds", 0))))
+        self._reclaimer.rest(max(0.0, self._options.lease - float(info.get("uptime_in_seconds", 0))))
         for queue in self._options.queues or ():
             self._add(queue)
 
@@ -107,8 +109,8 @@ class ListBridge:
         now = monotonic()
         if self._options.queues is None and (everything or now >= self._discover_at):
             await self._discover()
-        self._orphans.rest_after_outage()
-        self._look_at = monotonic() + await self._orphans.give_back(None)
+        self._reclaimer.rest_after_outage()
+        self._look_at = monotonic() + await self._reclaimer.give_back(None)
         sweep = everything or now >= self._sweep_at
         self._lanes.rotate(-1)  # a list that fills a whole batch must not keep others from theirs
         lanes = [lane for lane in self._lanes if lane.awake or sweep]
@@ -120,8 +122,8 @@ class ListBridge:
         return moved
 
     async def held(self) -> int:
-        with self._link.watched():
-            async with self._link.commands.pipeline(transaction=False) as pipe:
+        with self._session.watched():
+            async with self._session.commands.pipeline(transaction=False) as pipe:
                 for keys in self._keys.values():
                     pipe.zcard(keys.leases)
                 answers = await pipe.execute(raise_on_error=False)
@@ -131,28 +133,28 @@ class ListBridge:
     async def wait(self) -> None:
         poll = len(self._lanes) > LANES or any(lane.stuck for lane in self._lanes) or self._held
         seconds = max(0.0, min(POLL if poll else SWEEP, self._look_at - monotonic()))
-        bells = sorted(lane.list for lane in self._lanes if not lane.stuck)[:LANES]
-        if not bells:
+        awaited = sorted(lane.list for lane in self._lanes if not lane.stuck)[:LANES]
+        if not awaited:
             with anyio.move_on_after(seconds):
                 await self._interrupted.wait()
-        elif await self._bells.ring(bells, seconds):
+        elif await self._wake_lists.wait(awaited, seconds):
             for lane in self._lanes:
                 lane.awake = True
 
     async def interrupt(self) -> None:
         self._interrupted.set()
-        await self._bells.unblock()
+        await self._wake_lists.unblock()
 
     async def close(self) -> None:
-        await self._bells.close()
-        await self._link.close()
+        await self._wake_lists.close()
+        await self._session.close()
 
     # -- which lists
 
     def _add(self, queue: str) -> None:
         keys = ListKeys(queue, self._options.namespace)
         self._lanes += [_Lane(queue, level, keys.ready(level), keys.stream(level)) for level in LEVELS]
-        self._orphans.add(keys)
+        self._reclaimer.add(keys)
         self._keys[queue] = keys
 
     async def _discover(self) -> None:
@@ -162,8 +164,8 @@ class ListBridge:
         while True:
             # With a namespace, what workers hold has it in front, and what waits has not.
             command = ("SCAN", cursor, "MATCH", f"{'*' if namespace else ''}queue:*", "COUNT", 1000, "TYPE", "list")
-            with self._link.watched():
-                cursor, names = await self._link.commands.execute_command(*command)
+            with self._session.watched():
+                cursor, names = await self._session.commands.execute_command(*command)
             for name in (name.decode(errors="replace") for name in names):
                 queue = queue_of_list(name, namespace)
                 if queue is not None and queue not in self._keys:
@@ -185,14 +187,14 @@ class ListBridge:
 
     async def _batch(self, lanes: Sequence[_Lane]) -> list[Moved]:
         names = [name for lane in lanes for name in (lane.list, lane.stream)]
-        reply = await self._link.run(scripts.BRIDGE, names, [BATCH, BATCH_BYTES])
+        reply = await self._session.run(scripts.BRIDGE, names, [BATCH, BATCH_BYTES])
         return [self._noted(lane, *row) for lane, row in zip(lanes, reply, strict=True)]
 
     def _noted(self, lane: _Lane, jobs: int, size: int, left: int, error: bytes) -> Moved:
         trouble = error.decode(errors="replace")
         reaction = reaction_to(trouble) if trouble else None
         if reaction in _EVERYBODYS:
-            with self._link.watched():
+            with self._session.watched():
                 raise redis_errors.ResponseError(trouble)
         if trouble and monotonic() >= lane.complain_at:
             lane.complain_at = monotonic() + COMPLAIN

@@ -35,24 +35,24 @@ PAGE: Final = 100
 """Entries of one page: documents may be large."""
 
 
-async def derived_from(desk: OperatorSession, keys: QueueKeys, level: Level) -> bytes:
+async def derived_from(session: OperatorSession, keys: QueueKeys, level: Level) -> bytes:
     """What ids of a stream's entries are derived from; `UNKNOWN_EPOCH` if nobody has said so yet."""
     field = keys.id_field(level)
     # Its own hash, the copy, and what releases took that had neither.
     for key, name in ((keys.ids, field), (keys.meta, field), (keys.meta, "epoch")):
-        found: bytes | None = await desk.ask("HGET", key, name)
+        found: bytes | None = await session.ask("HGET", key, name)
         if found:
             return found
     return UNKNOWN_EPOCH
 
 
-async def queues(desk: OperatorSession) -> list[str]:
+async def queues(session: OperatorSession) -> list[str]:
     """Names of queues any key exists of, sorted."""
     shape = re.compile(
-        rf"{re.escape(desk.namespace)}stream:\{{([A-Za-z0-9._:-]{{1,100}})\}}(?::(?:high|low|due|dead|meta))?"
+        rf"{re.escape(session.namespace)}stream:\{{([A-Za-z0-9._:-]{{1,100}})\}}(?::(?:high|low|due|dead|meta))?"
     )
     found = set()
-    async for name in desk.scan(f"{desk.namespace}stream:{{*}}*"):
+    async for name in session.scan(f"{session.namespace}stream:{{*}}*"):
         match = shape.fullmatch(name)
         if match is not None:
             found.add(match[1])
@@ -69,10 +69,10 @@ async def depth(run: Callable[..., Awaitable[Any]], keys: QueueKeys, group: str)
     return Depth(keys.queue, max(0, entries - pending_), pending_, delayed_, dead_, age, held, bool(inactive))
 
 
-async def workers(desk: OperatorSession, keys: Sequence[QueueKeys], *, everywhere: bool) -> list[WorkerInfo]:
+async def workers(session: OperatorSession, keys: Sequence[QueueKeys], *, everywhere: bool) -> list[WorkerInfo]:
     """Everyone with a name in a group of these queues or, ``everywhere``, with a heartbeat; the living first."""
     places = [(each.queue, place) for each in keys for place in each.streams]
-    consumers = await desk.gather([("XINFO CONSUMERS", place, desk.group) for _, place in places])
+    consumers = await session.gather([("XINFO CONSUMERS", place, session.group) for _, place in places])
     held: Counter[str] = Counter()
     homes: dict[str, list[str]] = {}
     for (queue, _), answer in zip(places, consumers, strict=True):
@@ -83,18 +83,20 @@ async def workers(desk: OperatorSession, keys: Sequence[QueueKeys], *, everywher
             held[name] += info["pending"]
             if queue not in homes.setdefault(name, []):
                 homes[name].append(queue)
-    beats = await reports(desk, None if everywhere else homes)
+    beats = await reports(session, None if everywhere else homes)
     return infos(beats, homes, held, {each.queue for each in keys})
 
 
-async def reports(desk: OperatorSession, names: Collection[str] | None = None) -> dict[str, dict[str, str]]:
+async def reports(session: OperatorSession, names: Collection[str] | None = None) -> dict[str, dict[str, str]]:
     """The heartbeats, by worker id: of the workers named, else all there are, for which the key space is walked."""
-    prefix = f"{desk.namespace}{WORKER_KEY}"
-    beating = [name async for name in desk.scan(f"{prefix}*")] if names is None else [prefix + name for name in names]
+    prefix = f"{session.namespace}{WORKER_KEY}"
+    beating = (
+        [name async for name in session.scan(f"{prefix}*")] if names is None else [prefix + name for name in names]
+    )
     found: dict[str, dict[str, str]] = {}
     for start in range(0, len(beating), PAGE):
         page = beating[start : start + PAGE]
-        for name, fields in zip(page, await desk.gather([("HGETALL", name) for name in page]), strict=True):
+        for name, fields in zip(page, await session.gather([("HGETALL", name) for name in page]), strict=True):
             if isinstance(fields, dict) and fields:
                 found[name.removeprefix(prefix)] = {text(key): text(value) for key, value in fields.items()}
     return found
@@ -123,15 +125,15 @@ def infos(
     return found
 
 
-async def waiting(desk: OperatorSession, keys: Sequence[QueueKeys], limit: int) -> list[KindCount]:
+async def waiting(session: OperatorSession, keys: Sequence[QueueKeys], limit: int) -> list[KindCount]:
     """Kinds in a sample of about ``limit`` jobs, shared evenly between queues and their keys."""
     counts: Counter[tuple[str, Place, str | None]] = Counter()
     share = max(10, limit // max(1, 5 * len(keys)))
     for each in keys:
         ready = [each.peeking(level, share) for level in LEVELS]
-        *levels, dead_ = await _readable(desk, [*ready, ("XREVRANGE", each.dead, "+", "-", "COUNT", share)])
-        (members,) = await _readable(desk, [("ZRANGE", each.due, 0, share - 1)])
-        (parked,) = await _readable(desk, [("HMGET", each.bodies, *members)]) if members else ([],)
+        *levels, dead_ = await _readable(session, [*ready, ("XREVRANGE", each.dead, "+", "-", "COUNT", share)])
+        (members,) = await _readable(session, [("ZRANGE", each.due, 0, share - 1)])
+        (parked,) = await _readable(session, [("HMGET", each.bodies, *members)]) if members else ([],)
         places: tuple[tuple[Place, list[bytes | None]], ...] = (
             ("ready", [_document(entry) for entries in levels for entry in entries]),
             ("delayed", parked),
@@ -150,9 +152,9 @@ def _document(entry: Any) -> bytes | None:
     return body
 
 
-async def _readable(desk: OperatorSession, commands: Sequence[Sequence[Any]]) -> list[Any]:
+async def _readable(session: OperatorSession, commands: Sequence[Sequence[Any]]) -> list[Any]:
     """Answers in order; nothing where a key is of the wrong type, which `examine` finds."""
-    return [[] if isinstance(answer, Exception) else answer for answer in await desk.gather(commands)]
+    return [[] if isinstance(answer, Exception) else answer for answer in await session.gather(commands)]
 
 
 def _kinds(bodies: Sequence[bytes | None]) -> list[str | None]:
@@ -171,7 +173,7 @@ _SCORE: Final = re.compile(r"-?(?:inf|[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)")
 
 
 async def pending(
-    desk: OperatorSession, keys: QueueKeys, after: str, consumer: str | None, min_idle: float, only: str | None
+    session: OperatorSession, keys: QueueKeys, after: str, consumer: str | None, min_idle: float, only: str | None
 ) -> Page[PendingEntry]:
     """A page of one queue's pending entries, all of one level; see `Operator.pending`."""
     head, _, entry_id = after.partition("/")
@@ -181,11 +183,11 @@ async def pending(
         return Page([], None, 0)
     level: Level = head if head in LEVELS else LEVELS[0]
     place = keys.stream(level)
-    epoch = await derived_from(desk, keys, level)
+    epoch = await derived_from(session, keys, level)
     start, end = only or (f"({entry_id}" if entry_id else "-"), only or "+"
-    args = [desk.group, start, end, PAGE, max(0, round(min_idle * 1000)), consumer or ""]
-    last, rows = await desk.run(scripts.PENDING, [place], args)
-    living = await alive(desk, {row[1] for row in rows})
+    args = [session.group, start, end, PAGE, max(0, round(min_idle * 1000)), consumer or ""]
+    last, rows = await session.run(scripts.PENDING, [place], args)
+    living = await alive(session, {row[1] for row in rows})
     found = []
     for entry, holder, idle, count, fields in rows:
         job_id, kind = _named(document(fields), place, epoch, entry)
@@ -200,15 +202,15 @@ async def pending(
     return Page(found, f"{following[0]}/" if following else None, len(rows))
 
 
-async def delayed(desk: OperatorSession, keys: QueueKeys, after: str) -> Page[StoredJob]:
+async def delayed(session: OperatorSession, keys: QueueKeys, after: str) -> Page[StoredJob]:
     """A page of one queue's parked jobs, soonest first."""
     last, _, seen = after.partition("/") if after else ("-inf", "", "0")
     if not _SCORE.fullmatch(last) or not seen.isdigit() or len(seen) > 9:
         raise _nowhere(after)
     count = int(seen)
-    flat = await desk.ask("ZRANGEBYSCORE", keys.due, last, "+inf", "WITHSCORES", "LIMIT", count, PAGE)
+    flat = await session.ask("ZRANGEBYSCORE", keys.due, last, "+inf", "WITHSCORES", "LIMIT", count, PAGE)
     page = list(zip(flat[::2], flat[1::2], strict=True))
-    bodies = await desk.ask("HMGET", keys.bodies, *(member for member, _ in page)) if page else []
+    bodies = await session.ask("HMGET", keys.bodies, *(member for member, _ in page)) if page else []
     found = []
     for (member, score), body in zip(page, bodies, strict=True):
         # The next page begins at this score, behind those of it that were seen already.
@@ -217,9 +219,9 @@ async def delayed(desk: OperatorSession, keys: QueueKeys, after: str) -> Page[St
     return Page(found, f"{last}/{count}" if len(page) == PAGE else None, len(page))
 
 
-async def delayed_job(desk: OperatorSession, keys: QueueKeys, handle: str) -> StoredJob | None:
+async def delayed_job(session: OperatorSession, keys: QueueKeys, handle: str) -> StoredJob | None:
     """One parked job by its member; ``None`` if it is not parked."""
-    score, body = await desk.gather([("ZSCORE", keys.due, handle), ("HGET", keys.bodies, handle)])
+    score, body = await session.gather([("ZSCORE", keys.due, handle), ("HGET", keys.bodies, handle)])
     if score is None or isinstance(score, Exception):
         return None
     return _parked(keys, handle, float(score), None if isinstance(body, Exception) else body)
@@ -231,14 +233,14 @@ def _parked(keys: QueueKeys, handle: str, at_ms: float, body: bytes | None) -> S
     return StoredJob(keys.queue, level, handle, job_id or named or None, kind, at_ms, body)
 
 
-async def dead(desk: OperatorSession, keys: QueueKeys, after: str, only: str | None) -> Page[StoredJob]:
+async def dead(session: OperatorSession, keys: QueueKeys, after: str, only: str | None) -> Page[StoredJob]:
     """A page of one queue's dead letters, newest first."""
     if after and not _is_entry_id(after):
         raise _nowhere(after)
     if only is not None and not _is_entry_id(only):
         return Page([], None, 0)
     end, start = only or (f"({after}" if after else "+"), only or "-"
-    page = await desk.ask("XREVRANGE", keys.dead, end, start, "COUNT", PAGE)
+    page = await session.ask("XREVRANGE", keys.dead, end, start, "COUNT", PAGE)
     found = []
     for entry, fields in page:
         known = {text(name): value for name, value in (fields or {}).items()}
@@ -266,10 +268,10 @@ def _nowhere(after: str) -> UsageError:
     return UsageError(f"no page begins at {after[:100]!a}: begin at the first one")
 
 
-async def alive(desk: OperatorSession, holders: set[bytes]) -> set[bytes]:
+async def alive(session: OperatorSession, holders: set[bytes]) -> set[bytes]:
     """Those of the workers whose hearts beat."""
     names = list(holders)
-    answers = await desk.gather([("EXISTS", worker_key(desk.namespace, text(name))) for name in names])
+    answers = await session.gather([("EXISTS", worker_key(session.namespace, text(name))) for name in names])
     return {name for name, answer in zip(names, answers, strict=True) if answer == 1}
 
 
@@ -285,15 +287,15 @@ def _named(body: bytes | None, place: str, epoch: bytes, entry: bytes) -> tuple[
 _CLAIMED: Final = re.compile(r"queue:([A-Za-z0-9._:-]{1,100}):claimed:.+", re.DOTALL)
 
 
-async def list_queues(desk: OperatorSession) -> list[str]:
+async def list_queues(session: OperatorSession) -> list[str]:
     """Names of queues any key exists of, sorted; lists that look like a queue's are taken for one."""
-    found = set(await queues(desk))
-    async for name in desk.scan("queue:*", "list"):
+    found = set(await queues(session))
+    async for name in session.scan("queue:*", "list"):
         queue = queue_of_list(name)
         if queue is not None:
             found.add(queue)
-    async for name in desk.scan(f"{desk.namespace}queue:*:claimed:*", "list"):
-        match = _CLAIMED.fullmatch(name.removeprefix(desk.namespace))
+    async for name in session.scan(f"{session.namespace}queue:*:claimed:*", "list"):
+        match = _CLAIMED.fullmatch(name.removeprefix(session.namespace))
         if match is not None:
             found.add(match[1])
     return sorted(found)
@@ -308,11 +310,11 @@ async def list_depth(run: Callable[..., Awaitable[Any]], keys: ListKeys) -> Dept
     return Depth(keys.queue, ready, claimed, delayed, dead, age, bool(paused or inactive), bool(inactive))
 
 
-async def claimed(desk: OperatorSession, keys: ListKeys, worker: str) -> AsyncIterator[Claim]:
+async def claimed(session: OperatorSession, keys: ListKeys, worker: str) -> AsyncIterator[Claim]:
     """What a worker holds of one queue, in the order in which it was taken."""
     start = 0
     while True:
-        page = await desk.ask("LRANGE", keys.claimed(worker), start, start + PAGE - 1)
+        page = await session.ask("LRANGE", keys.claimed(worker), start, start + PAGE - 1)
         for wrapper in page:
             claim = unwrapped(keys, wrapper)
             if claim is not None:
@@ -322,21 +324,21 @@ async def claimed(desk: OperatorSession, keys: ListKeys, worker: str) -> AsyncIt
         start += PAGE
 
 
-async def holders(desk: OperatorSession, keys: ListKeys) -> set[str]:
+async def holders(session: OperatorSession, keys: ListKeys) -> set[str]:
     """Workers that have something claimed of a queue."""
-    return {worker for _, _, worker in await _leases(desk, keys)}
+    return {worker for _, _, worker in await _leases(session, keys)}
 
 
-async def list_pending(desk: OperatorSession, keys: ListKeys, consumer: str | None) -> list[PendingEntry]:
+async def list_pending(session: OperatorSession, keys: ListKeys, consumer: str | None) -> list[PendingEntry]:
     """What is claimed of one queue, level by level, the oldest first."""
-    now = await desk.ask("TIME")
-    renewed = await _leases(desk, keys)
+    now = await session.ask("TIME")
+    renewed = await _leases(session, keys)
     holders_ = {worker.encode() for _, _, worker in renewed if consumer in (None, worker)}
-    living = await alive(desk, holders_)
+    living = await alive(session, holders_)
     found = []
     for holder in holders_:
         worker = holder.decode()
-        async for claim in claimed(desk, keys, worker):
+        async for claim in claimed(session, keys, worker):
             at = renewed.get((claim.entry, claim.count, worker))
             idle = 0 if at is None else max(0, int(now[0]) * 1000 + int(now[1]) // 1000 - int(at))
             place, named = (keys.queue, claim.level, claim.entry.decode()), _claim_named(claim)
@@ -344,22 +346,22 @@ async def list_pending(desk: OperatorSession, keys: ListKeys, consumer: str | No
     return sorted(found, key=lambda entry: (LEVELS.index(entry.level), entry.entry_id))
 
 
-async def list_workers(desk: OperatorSession, queues_: Sequence[ListKeys], *, everywhere: bool) -> list[WorkerInfo]:
+async def list_workers(session: OperatorSession, queues_: Sequence[ListKeys], *, everywhere: bool) -> list[WorkerInfo]:
     """Everyone with something claimed of these queues or, ``everywhere``, with a heartbeat; the living first."""
     count: Counter[str] = Counter()
     homes: dict[str, list[str]] = {}
     for keys in queues_:
-        for _, _, worker in await _leases(desk, keys):
+        for _, _, worker in await _leases(session, keys):
             count[worker] += 1
             if keys.queue not in homes.setdefault(worker, []):
                 homes[worker].append(keys.queue)
-    beats = await reports(desk, None if everywhere else homes)
+    beats = await reports(session, None if everywhere else homes)
     return infos(beats, homes, count, {keys.queue for keys in queues_})
 
 
-async def _leases(desk: OperatorSession, keys: ListKeys) -> dict[tuple[bytes, int, str], float]:
+async def _leases(session: OperatorSession, keys: ListKeys) -> dict[tuple[bytes, int, str], float]:
     """(id, delivery count, worker) of what is claimed of a queue: the ms at which it was renewed."""
-    flat = await desk.ask("ZRANGE", keys.leases, 0, -1, "WITHSCORES")
+    flat = await session.ask("ZRANGE", keys.leases, 0, -1, "WITHSCORES")
     pairs = zip(flat[::2], flat[1::2], strict=True)
     return {lease: float(score) for member, score in pairs if (lease := lease_of(member)) is not None}
 

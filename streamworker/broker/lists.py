@@ -39,47 +39,47 @@ class ListClaims(ClaimSource):
     """Claims elements of ``queues`` for one worker.
 
     Args:
-        link: the connections.
+        session: the connections.
         queues: (keys, cap) in the order they are taken.
-        orphans: gives back what dead workers held.
+        reclaimer: gives back what dead workers held.
         lease: seconds after which an unrenewed claim is an orphan.
         weighted: weighted order of levels.
     """
 
     def __init__(
         self,
-        link: Session,
+        session: Session,
         queues: Sequence[tuple[ListKeys, int | None]],
         *,
-        orphans: Reclaimer,
+        reclaimer: Reclaimer,
         lease: float,
         weighted: bool,
         alone_from: int,
     ) -> None:
-        super().__init__(link, queues, lease=lease, alone_from=alone_from)
+        super().__init__(session, queues, lease=lease, alone_from=alone_from)
         self._lists: Final[list[ListKeys]] = [keys for keys, _ in queues]
         self._order = Order(len(queues), weighted=weighted, heads=HEADS)
-        self._orphans = orphans
-        self._bells = WakeLists(link, len(self.spots))
+        self._reclaimer = reclaimer
+        self._wake_lists = WakeLists(session, len(self.ready_keys))
         self._for_others: frozenset[str] = frozenset()
 
     async def reclaim(self, limit: int, running: Collection[Claim]) -> list[Claim]:  # noqa: ARG002 - they need no slot
         """Orphans go to the right ends of their lists, and are taken from there before all others."""
-        await self._orphans.give_back(running)
+        await self._reclaimer.give_back(running)
         return []
 
     async def take(self, limit: int, running: Collection[Claim]) -> list[Claim]:
         """Elements, in order."""
         await self._seal_again()
         keys = [each.meta for each in self._lists] + [each.leases for each in self._lists]
-        keys += [each.claimed(self.consumer) for each in self._lists] + [place for _, _, place in self.spots]
+        keys += [each.claimed(self.consumer) for each in self._lists] + [place for _, _, place in self.ready_keys]
         budgets = self._order.budgets(limit)
         held = [claim.entry for claim in running]
         args: list[Any] = [self.consumer, limit, len(self._lists), len(budgets), secrets.token_hex(6)]
         wish = self._about_suspects(0, running)
         args += [self._alone_from, wish, self._group_room(running), len(held)]
         args += [*self._allowances(limit, running), *budgets, *held, *self._order.steps]
-        answer = await self._link.read(scripts.LIST_TAKE, keys, args)
+        answer = await self._session.read(scripts.LIST_TAKE, keys, args)
         taken, trouble, paused, _, passed, suspects, cancelled, granted, sealed = answer
         self.secrets.update(zip((each.queue for each in self._lists), sealed, strict=True))
         if wish == RESERVE and taken and not taken[0][1][0][2]:
@@ -88,10 +88,10 @@ class ListClaims(ClaimSource):
         self._paused = frozenset(index - 1 for index in paused)
         self.marked = frozenset(self._keys[index - 1].queue for index in cancelled)
         first = HEADS * len(self._lists) + 1
-        self._for_others = frozenset(self.spots[index - first][2] for index in passed)
+        self._for_others = frozenset(self.ready_keys[index - first][2] for index in passed)
         claims: list[Claim] = []
         for index, rows in taken:
-            home, level, place = self.spots[index - first]
+            home, level, place = self.ready_keys[index - first]
             name, secret = home.queue, self.secrets[home.queue]
             claims += [
                 Claim(name, level, place, entry, count, body, b"", bool(suspect), False, secret)
@@ -104,7 +104,9 @@ class ListClaims(ClaimSource):
     def _judge(self, key: str, index: int, message: str) -> None:
         """A key that cannot be used is said now and then, and read around; its queue waits for nothing meanwhile."""
         if reaction_to(message) not in (Reaction.KEY, Reaction.REFUSE, Reaction.FULL):
-            with self._link.watched():  # not this key's trouble: what a script passed on is the whole server's answer
+            with (
+                self._session.watched()
+            ):  # not this key's trouble: what a script passed on is the whole server's answer
                 raise ResponseError(message)
         self._complain(key, message)
         heads = HEADS * len(self._lists)
@@ -114,40 +116,40 @@ class ListClaims(ClaimSource):
 
     async def wait(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:
         """Wait for a bell, and take what it announced."""
-        wait = max(0.01, min(wait, BLOCK, min(self._orphans.look_at) - monotonic()))
-        spots = self._open(running)
-        open_ = [place for place in spots if place not in self._for_others]
-        if len(open_) < len(spots):
+        wait = max(0.01, min(wait, BLOCK, min(self._reclaimer.look_at) - monotonic()))
+        ready_keys = self._open(running)
+        open_ = [place for place in ready_keys if place not in self._for_others]
+        if len(open_) < len(ready_keys):
             wait = min(wait, PASSED_PAUSE)
         if not open_:
             await self._idle(wait)
             return []
         try:
-            rung = await self._bells.ring(open_, wait)
+            awake = await self._wake_lists.wait(open_, wait)
         except StreamworkerError as error:
             cause = error.__cause__
             if cause is not None and reaction_to(cause) is Reaction.KEY:
                 return []  # the next look at the lists finds out which
             raise
-        return await self.take(limit, running) if rung and not self._interrupted.is_set() else []
+        return await self.take(limit, running) if awake and not self._interrupted.is_set() else []
 
     def rest(self, seconds: float) -> None:
         self._drain_no_more()
-        self._orphans.rest(seconds)
+        self._reclaimer.rest(seconds)
 
     def _rest_after_outage(self) -> None:
-        self._orphans.rest_after_outage()
+        self._reclaimer.rest_after_outage()
 
     async def end_wait(self) -> None:
         """See `ClaimSource.end_wait`: the lists are waited for on."""
-        self._bells.recall()
+        self._wake_lists.wake()
 
     async def unblock(self) -> None:
         """End waits."""
-        await self._bells.unblock()
+        await self._wake_lists.unblock()
 
     async def close(self) -> None:
-        await self._bells.close()
+        await self._wake_lists.close()
 
 
 MOST: Final = 10_000
@@ -160,13 +162,13 @@ class Reclaimer:
     """Gives back claims of ``queues`` that nobody renews.
 
     Args:
-        link: the connections.
+        session: the connections.
         queues: whose.
         lease: seconds after which an unrenewed claim is an orphan.
     """
 
-    def __init__(self, link: Session, queues: Sequence[ListKeys], *, lease: float) -> None:
-        self._link = link
+    def __init__(self, session: Session, queues: Sequence[ListKeys], *, lease: float) -> None:
+        self._session = session
         self._keys = list(queues)
         self._lease = lease
         self._longest = 0.0
@@ -191,7 +193,7 @@ class Reclaimer:
 
     def rest_after_outage(self) -> None:
         """Nobody could renew meanwhile: no one is taken for dead before everyone had a lease to come back."""
-        if self._link.outage() > self._lease / 3:
+        if self._session.outage() > self._lease / 3:
             self.rest(self._lease)
 
     async def give_back(self, running: Collection[Claim] | None) -> float:
@@ -204,11 +206,11 @@ class Reclaimer:
         due = [index for index, at in enumerate(self.look_at) if at <= now]
         if due:
             names = [name for index in due for name in (self._keys[index].meta, self._keys[index].leases)]
-            expected, sent = self._link.clock_should_show(), now
-            shown, *reply = await self._link.run(
+            expected, sent = self._session.clock_should_show(), now
+            shown, *reply = await self._session.run(
                 scripts.LIST_OVERDUE, names, [round(self._lease * 1000), MOST, expected]
             )
-            self._link.clock_shows(shown, sent, expected, self._lease)
+            self._session.clock_shows(shown, sent, expected, self._lease)
             own = None if running is None else {(claim.queue, claim.entry) for claim in running}
             for index, (wait, members, trouble, longest) in zip(due, reply, strict=True):
                 self.look_at[index] = monotonic() + wait / 1000
@@ -234,7 +236,7 @@ class Reclaimer:
             args: list[Any] = [round(max(self._lease, self._longest) * 1000)]
             for entry in entries[start : start + BATCH]:
                 args += entry
-            returned, missing, *errors = await self._link.run(scripts.LIST_RETURN, names, args)
+            returned, missing, *errors = await self._session.run(scripts.LIST_RETURN, names, args)
             self.missing += missing
             if returned:
                 log.info("jobs_returned", queue=keys.queue, jobs=returned, workers=list(holders))
@@ -245,7 +247,7 @@ class Reclaimer:
 class ListBroker(RedisBroker[ListKeys, ClaimSource]):
     """List mode of the `Broker` protocol; one instance serves one worker, or producers."""
 
-    _taking: ClassVar[Callable[..., ClaimSource]] = ListClaims
+    _source_class: ClassVar[Callable[..., ClaimSource]] = ListClaims
 
     def __init__(self, address: Address, options: Options) -> None:
         refuse_cluster(address)
@@ -255,24 +257,26 @@ class ListBroker(RedisBroker[ListKeys, ClaimSource]):
     def _key(self, queue: str) -> ListKeys:
         return ListKeys(queue, self._options.namespace)
 
-    def _take(self, queues: Sequence[tuple[ListKeys, int | None]]) -> ClaimSource:
+    def _claim_source(self, queues: Sequence[tuple[ListKeys, int | None]]) -> ClaimSource:
         lease, weighted = self._options.lease, self._options.weighted
-        self._orphans = Reclaimer(self._link, self._keys, lease=lease)
+        self._reclaimer = Reclaimer(self._session, self._keys, lease=lease)
         alone = self._options.alone_from
-        return self._taking(self._link, queues, orphans=self._orphans, lease=lease, weighted=weighted, alone_from=alone)
+        return self._source_class(
+            self._session, queues, reclaimer=self._reclaimer, lease=lease, weighted=weighted, alone_from=alone
+        )
 
     @property
     def _lease_ms(self) -> int:
         return round(self._options.lease * 1000)
 
     async def open(self) -> None:
-        with self._link.watched():
-            refuse_cluster(self._link.address, await self._link.commands.info("server"))
+        with self._session.watched():
+            refuse_cluster(self._session.address, await self._session.commands.info("server"))
         await super().open()
 
     async def join(self, worker_id: str) -> None:
-        self._intake.consumer = self._orphans.worker = worker_id
-        self._link.named(worker_id)
+        self._source.consumer = self._reclaimer.worker = worker_id
+        self._session.named(worker_id)
         if not self._keys:
             raise ConfigurationError("there is no queue to work on: register a handler, or set STREAMWORKER_QUEUES")
         for keys in self._keys:
@@ -282,27 +286,27 @@ class ListBroker(RedisBroker[ListKeys, ClaimSource]):
                 )
             types = {**keys.types, keys.claimed(worker_id): "list"}
             for name, wanted in types.items():
-                kind = (await self._link.ask("TYPE", name)).decode()
+                kind = (await self._session.ask("TYPE", name)).decode()
                 if kind not in (wanted, "none"):
                     raise ConfigurationError(f"the key {name} is a {kind}, not a {wanted}: rename or delete it")
-            await self._intake.seal(keys)
-            await self._link.run(scripts.LEASE, [keys.meta], [worker_id, self._lease_ms])
+            await self._source.seal(keys)
+            await self._session.run(scripts.LEASE, [keys.meta], [worker_id, self._lease_ms])
 
     async def leave(self) -> bool:
-        mine = [keys.claimed(self._intake.consumer) for keys in self._keys]
-        held = [await self._link.ask("LLEN", name) for name in mine]
+        mine = [keys.claimed(self._source.consumer) for keys in self._keys]
+        held = [await self._session.ask("LLEN", name) for name in mine]
         for keys, jobs in zip(self._keys, held, strict=True):
             if not jobs:
-                await self._link.run(scripts.LEASE, [keys.meta], [self._intake.consumer, 0])
-        await self._link.ask("DEL", self._name)
+                await self._session.run(scripts.LEASE, [keys.meta], [self._source.consumer, 0])
+        await self._session.ask("DEL", self._name)
         return not any(held)
 
     async def interrupt(self) -> None:
-        self._intake.interrupt()
-        await self._intake.unblock()
+        self._source.interrupt()
+        await self._source.unblock()
 
     async def confirm(self, claim: Claim) -> Claim | None:
-        keys, worker = self._homes[claim.place], self._intake.consumer
+        keys, worker = self._keys_by_place[claim.place], self._source.consumer
         counted = msgspec.structs.replace(claim, count=claim.count + 1, suspect=False)
         args = [leased(claim, worker), wrapped(claim), leased(counted, worker), wrapped(counted)]
         confirmed = await self._confirmed(scripts.LIST_CONFIRM, [keys.claimed(worker), keys.leases], args)
@@ -311,55 +315,57 @@ class ListBroker(RedisBroker[ListKeys, ClaimSource]):
     def renew(self, claims: Collection[Claim]) -> list[Claim]:
         by_queue: dict[ListKeys, dict[bytes, Claim]] = {}
         for claim in claims:
-            by_queue.setdefault(self._homes[claim.place], {})[leased(claim, self._intake.consumer)] = claim
+            by_queue.setdefault(self._keys_by_place[claim.place], {})[leased(claim, self._source.consumer)] = claim
         lost: list[Claim] = []
         for keys, mine in by_queue.items():
-            members, names = list(mine), [keys.leases, keys.claimed(self._intake.consumer), keys.meta]
+            members, names = list(mine), [keys.leases, keys.claimed(self._source.consumer), keys.meta]
             for start in range(0, len(members), RENEW_BATCH):
-                batch = [self._intake.consumer, self._lease_ms, *members[start : start + RENEW_BATCH]]
-                lost += [mine[member] for member in self._link.in_thread(scripts.LIST_RENEW, names, batch)]
+                batch = [self._source.consumer, self._lease_ms, *members[start : start + RENEW_BATCH]]
+                lost += [mine[member] for member in self._session.in_thread(scripts.LIST_RENEW, names, batch)]
         return lost
 
     def standby(self, longest: float) -> bytes | None:
-        worker = self._intake.consumer
+        worker = self._source.consumer
         calls = [([keys.leases, keys.claimed(worker)], [worker, self._lease_ms]) for keys in self._keys]
         lease = self._options.lease
-        return standby(self._link.address, scripts.LIST_KEEP, calls, self._name, lease=lease, longest=longest)
+        return standby(self._session.address, scripts.LIST_KEEP, calls, self._name, lease=lease, longest=longest)
 
     async def settle(self, items: Sequence[Ending]) -> list[Settled]:
-        await self._link.fresh()
+        await self._session.fresh()
         refusals = self._refused()
-        with self._link.watched():
-            return await settle(ListSettlement(self._link.wires, self._intake.consumer), self._homes, items, refusals)
+        with self._session.watched():
+            return await settle(
+                ListSettlement(self._session.pool, self._source.consumer), self._keys_by_place, items, refusals
+            )
 
     async def own_pending(self, running: Collection[Claim]) -> list[Claim]:
         known = {(claim.queue, claim.entry) for claim in running}
         found: list[Claim] = []
         for keys in self._keys:
-            wrappers = await self._link.ask("LRANGE", keys.claimed(self._intake.consumer), 0, -1)
-            secret = self._intake.secrets.get(keys.queue, b"")
+            wrappers = await self._session.ask("LRANGE", keys.claimed(self._source.consumer), 0, -1)
+            secret = self._source.secrets.get(keys.queue, b"")
             claims = [unwrapped(keys, wrapper, secret) for wrapper in wrappers]
             found += [claim for claim in claims if claim is not None and (keys.queue, claim.entry) not in known]
         return await self._cancels.judged(found, {keys.queue for keys in self._keys})
 
     async def promote(self) -> float:
-        wait = await promote(self._link, self._keys)
+        wait = await promote(self._session, self._keys)
         # Here too, because nobody claims while all slots are busy.
-        self._orphans.rest_after_outage()
+        self._reclaimer.rest_after_outage()
         if monotonic() >= self._tidy_at:
             self._tidy_at = monotonic() + tidy_pause(self._options.lease)
             for keys in self._keys:
-                await forget_leases(self._link, keys, self._options.namespace, self._holds_nothing_of(keys))
-        return min(wait, await self._orphans.give_back(None))
+                await forget_leases(self._session, keys, self._options.namespace, self._holds_nothing_of(keys))
+        return min(wait, await self._reclaimer.give_back(None))
 
     def _holds_nothing_of(self, keys: ListKeys) -> Callable[[str], Awaitable[bool]]:
         async def gone(worker: str) -> bool:
-            return not await self._link.ask("LLEN", keys.claimed(worker))
+            return not await self._session.ask("LLEN", keys.claimed(worker))
 
         return gone
 
     async def depth(self) -> list[Depth]:
-        return [await listings.list_depth(self._link.run, keys) for keys in self._keys]
+        return [await listings.list_depth(self._session.run, keys) for keys in self._keys]
 
 
 def refuse_cluster(address: Address, info: dict[str, Any] | None = None) -> None:
@@ -467,18 +473,18 @@ class WakeLists:
     """One bell per list, put up when it is first waited for.
 
     Args:
-        link: the connections.
+        session: the connections.
         count: most bells there will be.
     """
 
-    def __init__(self, link: Session, count: int) -> None:
-        self._link = link
+    def __init__(self, session: Session, count: int) -> None:
+        self._session = session
         self._block = max(WAKE_BLOCK, 3.0 * count)
         self._readers: dict[str, Reader | ClusterReader] = {}
         self._waits: dict[str, asyncio.Task[bool]] = {}
-        self._recalled: asyncio.Future[None] | None = None
+        self._woken: asyncio.Future[None] | None = None
 
-    async def ring(self, keys: Collection[str], wait: float) -> bool:
+    async def wait(self, keys: Collection[str], wait: float) -> bool:
         """Wait until one of the lists may hold something, at most ``wait`` seconds; False if none does.
 
         Raises:
@@ -487,15 +493,15 @@ class WakeLists:
         """
         for key in keys:
             if key not in self._readers:
-                self._readers[key] = self._link.address.reader(self._block, self._link.commands)
+                self._readers[key] = self._session.address.reader(self._block, self._session.commands)
             if key not in self._waits:
                 # Tasks of asyncio's own: a wait outlives this call, which no task group allows.
                 self._waits[key] = asyncio.ensure_future(self._wait(key))
         watched = {self._waits[key]: key for key in keys}
-        self._recalled = asyncio.get_running_loop().create_future()
-        ends: list[asyncio.Future[Any]] = [*watched, self._recalled]
+        self._woken = asyncio.get_running_loop().create_future()
+        ends: list[asyncio.Future[Any]] = [*watched, self._woken]
         await asyncio.wait(ends, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
-        self._recalled = None
+        self._woken = None
         done = [task for task in watched if task.done()]
         for task in done:
             del self._waits[watched[task]]
@@ -507,7 +513,7 @@ class WakeLists:
     async def _wait(self, key: str) -> bool:
         reader = self._readers[key]
         try:
-            with understood(self._link.address):
+            with understood(self._session.address):
                 reply = await reader.execute_command("BLMOVE", key, key, "RIGHT", "RIGHT", self._block)
         except StreamworkerError as error:
             row = row_of(error.__cause__) if error.__cause__ is not None else None
@@ -518,15 +524,15 @@ class WakeLists:
             raise
         return reply is not None
 
-    def recall(self) -> None:
+    def wake(self) -> None:
         """End `ring` now; the lists are waited for on."""
-        if self._recalled is not None and not self._recalled.done():
-            self._recalled.set_result(None)
+        if self._woken is not None and not self._woken.done():
+            self._woken.set_result(None)
 
     async def unblock(self) -> None:
         """End all waits soon."""
         for key in [key for key, wait in self._waits.items() if not wait.done()]:
-            with understood(self._link.address):
+            with understood(self._session.address):
                 await self._readers[key].unblock()
 
     async def close(self) -> None:

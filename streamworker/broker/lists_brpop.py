@@ -15,7 +15,7 @@ import anyio
 
 from streamworker import codec
 from streamworker.broker import Ending, scripts
-from streamworker.broker.claim import DEAF_WAIT, ClaimSource, Order, none_ended
+from streamworker.broker.claim import SILENT_WAIT, ClaimSource, Order, none_ended
 from streamworker.broker.keys import SECRET, ListKeys, QueueKeys, leased
 from streamworker.broker.lists import ListBroker, ListSettlement, Reclaimer
 from streamworker.broker.redis.session import BLOCK, Session
@@ -36,27 +36,27 @@ class BrpopClaims(ClaimSource):
     """Pops one element at a time.
 
     Args:
-        link: the connections.
+        session: the connections.
         queues: (keys, cap) in the order they are taken.
-        orphans: gives back what dead workers held that do not pop.
+        reclaimer: gives back what dead workers held that do not pop.
         lease: seconds after which an unrenewed claim is an orphan.
         weighted: weighted order of levels.
     """
 
     def __init__(
         self,
-        link: Session,
+        session: Session,
         queues: Sequence[tuple[ListKeys, int | None]],
         *,
-        orphans: Reclaimer,
+        reclaimer: Reclaimer,
         lease: float,
         weighted: bool,
         alone_from: int,
     ) -> None:
-        super().__init__(link, queues, lease=lease, alone_from=alone_from)
+        super().__init__(session, queues, lease=lease, alone_from=alone_from)
         self._order = Order(len(queues), weighted=weighted, heads=0)
         self._weighted = weighted
-        self._orphans = orphans
+        self._reclaimer = reclaimer
         self.waited: frozenset[str] = frozenset()
         """Queues with jobs whose end somebody waits for, by the last look."""
 
@@ -78,7 +78,7 @@ class BrpopClaims(ClaimSource):
         self.stale = False
         if wait <= 0 or self._interrupted.is_set():
             return await self.take(limit, running)
-        return await self.wait_unless_stale(limit, min(wait, DEAF_WAIT) if self.silent else wait, running)
+        return await self.wait_unless_stale(limit, min(wait, SILENT_WAIT) if self.silent else wait, running)
 
     async def _hands_free(self, wait: float, running: Collection[Claim]) -> bool:
         """Wait until nothing is in hand: what is finished and not settled would be lost with the next one."""
@@ -90,7 +90,7 @@ class BrpopClaims(ClaimSource):
         return not len(running)
 
     async def reclaim(self, limit: int, running: Collection[Claim]) -> list[Claim]:  # noqa: ARG002 - they need no slot
-        await self._orphans.give_back(running)
+        await self._reclaimer.give_back(running)
         return []
 
     async def take(self, limit: int, running: Collection[Claim]) -> list[Claim]:  # noqa: ARG002 - one job at a time
@@ -99,13 +99,13 @@ class BrpopClaims(ClaimSource):
 
     async def wait(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:  # noqa: ARG002
         """What comes within ``wait`` seconds."""
-        wait = max(AT_ONCE, min(wait, BLOCK, min(self._orphans.look_at) - monotonic()))
+        wait = max(AT_ONCE, min(wait, BLOCK, min(self._reclaimer.look_at) - monotonic()))
         return await self._pop(wait, running)
 
     async def _pop(self, wait: float, running: Collection[Claim]) -> list[Claim]:
-        await self._link.fresh()
-        with self._link.watched():
-            async with self._link.commands.pipeline(transaction=False) as pipe:
+        await self._session.fresh()
+        with self._session.watched():
+            async with self._session.commands.pipeline(transaction=False) as pipe:
                 for keys in self._keys:
                     pipe.execute_command("HMGET", keys.meta, *_ASKED)
                 answers = await pipe.execute(raise_on_error=False)
@@ -115,17 +115,17 @@ class BrpopClaims(ClaimSource):
         self.waited = frozenset(self._keys[i].queue for i, answer in known.items() if answer[3])
         self.secrets.update({self._keys[i].queue: answer[4] or b"" for i, answer in known.items()})
         await self._seal_again()  # before anything is popped, which an error would lose
-        spots = self._open(running)
-        if not spots:
+        ready_keys = self._open(running)
+        if not ready_keys:
             if wait > AT_ONCE:
                 await self._idle(wait)
             return []
-        with self._link.watched():
-            reply = await self._link.reader.execute_command("BRPOP", *self._ordered(list(spots)), wait)
+        with self._session.watched():
+            reply = await self._session.reader.execute_command("BRPOP", *self._ordered(list(ready_keys)), wait)
         if reply is None:
             return []
         place, element = reply[0].decode(), reply[1]
-        keys, level = spots[place]
+        keys, level = ready_keys[place]
         secret = self.secrets.get(keys.queue, b"")
         body, mark = unmarked(element, secret)
         entry, count = (mark.id, mark.deliveries + 1) if mark is not None else (codec.new_id(), 1)
@@ -136,20 +136,20 @@ class BrpopClaims(ClaimSource):
         if not self._weighted:
             return places
         turn = LEVELS[self._order.budgets(1).index(1)]
-        first = [place for keys, level, place in self.spots if level == turn and place in places]
+        first = [place for keys, level, place in self.ready_keys if level == turn and place in places]
         return [*first, *(place for place in places if place not in first)]
 
     def rest(self, seconds: float) -> None:
-        self._orphans.rest(seconds)
+        self._reclaimer.rest(seconds)
 
     def _rest_after_outage(self) -> None:
-        self._orphans.rest_after_outage()
+        self._reclaimer.rest_after_outage()
 
 
 class BrpopBroker(ListBroker):
     """List mode with BRPOP: a claim is in this process and nowhere else; there is nothing to renew or to rescue."""
 
-    _taking: ClassVar[Callable[..., ClaimSource]] = BrpopClaims
+    _source_class: ClassVar[Callable[..., ClaimSource]] = BrpopClaims
 
     async def join(self, worker_id: str) -> None:
         await super().join(worker_id)
@@ -182,21 +182,24 @@ class BrpopBroker(ListBroker):
         ended: Callable[[str], int] = none_ended,
         shut: Collection[str] = (),
     ) -> list[Claim]:
-        claims = await self._intake.claim(limit, wait, running, ended, shut)
+        claims = await self._source.claim(limit, wait, running, ended, shut)
         try:
-            return await self._cancels.judged(claims, self._intake.marked)
+            return await self._cancels.judged(claims, self._source.marked)
         except StreamworkerError as error:  # the job is in our hands and nowhere else
             log.warning("cancelled_unknown", jobs=len(claims), error=str(error))
             return claims
 
     async def settle(self, items: Sequence[Ending]) -> list[Settled]:
         """See `Broker.settle`; what is done left the server when it was popped."""
-        await self._link.fresh()
-        with self._link.watched():
+        await self._session.fresh()
+        with self._session.watched():
             refusals = self._refused()
-            waited = self._intake.waited if isinstance(self._intake, BrpopClaims) else frozenset()
+            waited = self._source.waited if isinstance(self._source, BrpopClaims) else frozenset()
             return await settle(
-                _PoppedSettlement(self._link.wires, self._intake.consumer, waited), self._homes, items, refusals
+                _PoppedSettlement(self._session.pool, self._source.consumer, waited),
+                self._keys_by_place,
+                items,
+                refusals,
             )
 
     async def own_pending(self, running: Collection[Claim]) -> list[Claim]:

@@ -48,7 +48,7 @@ PURGE_BATCH: Final = 1000
 """Jobs one script call deletes."""
 
 
-async def told_to_none(_queue: str, _ids: Sequence[str]) -> None:
+async def nothing_freed(_queue: str, _ids: Sequence[str]) -> None:
     """Where only Redis remembers keys."""
 
 
@@ -72,14 +72,14 @@ class RedisOperator(ABC):
         keys: Callable[[str], QueueKeys],
         *,
         lease: float,
-        freed: Freed = told_to_none,
+        freed: Freed = nothing_freed,
     ) -> None:
         self.lease = lease
         self._freed = freed
         self._address = address
         self._namespace, self._group, self._key = namespace, group, keys
         self._commands = address.commands()
-        self._desk = OperatorSession(self._commands, address, group, namespace)
+        self._session = OperatorSession(self._commands, address, group, namespace)
 
     async def open(self) -> None:
         """Check that a server answers.
@@ -121,7 +121,7 @@ class RedisOperator(ABC):
                 f"the entry {entry.entry_id} of {entry.queue} has no field 'job', or was deleted, and cannot go back: "
                 "drop it"
             )
-        secret = await self._desk.ask("HGET", self._key(entry.queue).meta, SECRET)
+        secret = await self._session.ask("HGET", self._key(entry.queue).meta, SECRET)
         return await self._end(entry, claim, ReleaseAt(), _handed_back(entry, claim.body, secret or b""))
 
     async def bury(self, entry: PendingEntry, reason: str) -> bool:
@@ -150,11 +150,11 @@ class RedisOperator(ABC):
         return answers == [Settled.SETTLED]
 
     async def cancel(self, queue: str, job_id: str) -> bool:
-        return await cancel.cancel(self._desk, self._key(queue), job_id)
+        return await cancel.cancel(self._session, self._key(queue), job_id)
 
     async def progress(self, jobs: Sequence[tuple[str, str]]) -> list[Progress | None]:
         commands = [("HGET", worker_key(self._namespace, worker), PROGRESS + job_id) for worker, job_id in jobs]
-        answers = await self._desk.gather(commands)
+        answers = await self._session.gather(commands)
         return [read(answer) if isinstance(answer, bytes) else None for answer in answers]
 
     async def _with_progress(self, page: Page[PendingEntry]) -> Page[PendingEntry]:
@@ -168,28 +168,28 @@ class RedisOperator(ABC):
         return Page(rows, page.after, page.looked)
 
     async def ticks(self, queue: str) -> dict[str, float]:
-        found = await self._desk.ask("HGETALL", self._key(queue).crons)
+        found = await self._session.ask("HGETALL", self._key(queue).crons)
         pairs = found.items() if isinstance(found, dict) else zip(found[::2], found[1::2], strict=True)
         # Beside the ticks lies which schedule of a name is in force, as a time and the schedule.
         return {text(schedule): int(at) / 1000 for schedule, at in pairs if at.isdigit()}
 
     async def uncancel(self, queue: str, job_id: str) -> bool:
-        return await cancel.uncancel(self._desk, self._key(queue), job_id)
+        return await cancel.uncancel(self._session, self._key(queue), job_id)
 
     # -- delayed and dead
 
     async def delayed(self, queue: str, after: str = "") -> Page[StoredJob]:
-        return await listings.delayed(self._desk, self._key(queue), after)
+        return await listings.delayed(self._session, self._key(queue), after)
 
     async def delayed_job(self, queue: str, handle: str) -> StoredJob | None:
-        return await listings.delayed_job(self._desk, self._key(queue), handle)
+        return await listings.delayed_job(self._session, self._key(queue), handle)
 
     async def run_now(self, job: StoredJob) -> bool:
         keys = self._key(job.queue)
         # Listings of thousands leave the documents out.
-        body = await self._desk.ask("HGET", keys.bodies, job.handle) if job.body is None else job.body
+        body = await self._session.ask("HGET", keys.bodies, job.handle) if job.body is None else job.body
         args = ["hasten", job.handle, _without_date(body) if body else b""]
-        answer = await self._desk.run(scripts.UNPARK, [keys.due, keys.bodies], args)
+        answer = await self._session.run(scripts.UNPARK, [keys.due, keys.bodies], args)
         if answer == -1:
             raise StreamworkerError(
                 f"the delayed job {job.handle} of {job.queue} has no document and cannot run: drop it"
@@ -197,21 +197,21 @@ class RedisOperator(ABC):
         if not answer:
             return False
         # Now means now, also when no worker is there to look: it is first in the set, so that one batch takes it along.
-        await self._desk.run(scripts.PROMOTE, [keys.due, keys.bodies, *keys.places], [PAGE, keys.shape])
+        await self._session.run(scripts.PROMOTE, [keys.due, keys.bodies, *keys.places], [PAGE, keys.shape])
         return True
 
     async def forget(self, job: StoredJob) -> bool:
-        ended = await cancel.forget(self._desk, self._key(job.queue), job.handle)
+        ended = await cancel.forget(self._session, self._key(job.queue), job.handle)
         if ended and job.job_id:
             await self._freed(job.queue, [job.job_id])
         return ended
 
     async def dead(self, queue: str, after: str = "", *, only: str | None = None) -> Page[StoredJob]:
-        return await listings.dead(self._desk, self._key(queue), after, only)
+        return await listings.dead(self._session, self._key(queue), after, only)
 
     async def replay(self, job: StoredJob) -> bool:
         keys = self._key(job.queue)
-        found = (await listings.dead(self._desk, keys, "", job.handle)).rows
+        found = (await listings.dead(self._session, keys, "", job.handle)).rows
         if not found:
             return False
         letter = found[0]
@@ -222,18 +222,18 @@ class RedisOperator(ABC):
             )
         args = [job.handle, _refreshed(letter, letter.body), keys.shape]
         names = [keys.dead, keys.ready(letter.level), keys.result(letter.job_id or "")]
-        return bool(await self._desk.run(scripts.REPLAY, names, args))
+        return bool(await self._session.run(scripts.REPLAY, names, args))
 
     async def erase(self, job: StoredJob) -> bool:
         keys = self._key(job.queue)
         body = job.body
         if body is None:  # listings of thousands leave the documents out
-            body = next((row.body for row in (await listings.dead(self._desk, keys, "", job.handle)).rows), None)
+            body = next((row.body for row in (await listings.dead(self._session, keys, "", job.handle)).rows), None)
         found = codec.keyed(body)
         names, args = [keys.dead], [job.handle]
         if found is not None:
             names, args = [*names, keys.key(found[0])], [*args, found[1]]
-        ended = bool(await self._desk.run(scripts.ERASE, names, args))
+        ended = bool(await self._session.run(scripts.ERASE, names, args))
         if ended and job.job_id:
             await self._freed(job.queue, [job.job_id])
         return ended
@@ -242,14 +242,14 @@ class RedisOperator(ABC):
 
     async def pause(self, queue: str, note: str) -> bool:
         keys = self._key(queue)
-        return bool(await self._desk.run(scripts.PAUSE, [keys.meta, keys.due], [note or "paused"]))
+        return bool(await self._session.run(scripts.PAUSE, [keys.meta, keys.due], [note or "paused"]))
 
     async def resume(self, queue: str) -> bool:
         keys = self._key(queue)
-        return bool(await self._desk.run(scripts.PAUSE, [keys.meta, keys.due], [""]))
+        return bool(await self._session.run(scripts.PAUSE, [keys.meta, keys.due], [""]))
 
     async def paused(self, queue: str) -> str | None:
-        note = await self._desk.ask("HGET", self._key(queue).meta, "paused")
+        note = await self._session.ask("HGET", self._key(queue).meta, "paused")
         return None if note is None else text(note)
 
     async def purge(self, queue: str, place: Place, limit: int) -> int:
@@ -257,7 +257,7 @@ class RedisOperator(ABC):
         names = [*keys.places, keys.due, keys.bodies, keys.dead, keys.key("")]
         while gone < limit:
             batch = min(PURGE_BATCH, limit - gone)
-            count, *ids = await self._desk.run(scripts.PURGE, names, [keys.shape, self._group, place, batch])
+            count, *ids = await self._session.run(scripts.PURGE, names, [keys.shape, self._group, place, batch])
             gone += count
             if ids:
                 await self._freed(queue, [text(each) for each in ids])
@@ -266,10 +266,10 @@ class RedisOperator(ABC):
         return gone
 
     async def waiting(self, queues: Sequence[str], limit: int) -> list[KindCount]:
-        return await listings.waiting(self._desk, self._keys(queues), limit)
+        return await listings.waiting(self._session, self._keys(queues), limit)
 
     async def findings(self, queues: Sequence[str]) -> list[Finding]:
-        return await examine(self._desk, self._keys(queues), self._key)
+        return await examine(self._session, self._keys(queues), self._key)
 
     def _keys(self, queues: Sequence[str]) -> list[QueueKeys]:
         return [self._key(queue) for queue in queues]
@@ -313,7 +313,7 @@ def _without_date(body: bytes) -> bytes:
 class StreamOperator(RedisOperator):
     """Stream mode of the `Operator` protocol."""
 
-    def __init__(self, address: Address, options: StreamOptions, freed: Freed = told_to_none) -> None:
+    def __init__(self, address: Address, options: StreamOptions, freed: Freed = nothing_freed) -> None:
         namespace = options.namespace
         super().__init__(
             address,
@@ -333,13 +333,13 @@ class StreamOperator(RedisOperator):
         min_idle: float = 0.0,
         only: str | None = None,
     ) -> Page[PendingEntry]:
-        page = await listings.pending(self._desk, self._key(queue), after, consumer, min_idle, only)
+        page = await listings.pending(self._session, self._key(queue), after, consumer, min_idle, only)
         return await self._with_progress(page)
 
     async def _claim(self, entry: PendingEntry) -> Claim | None:
         place = self._key(entry.queue).ready(entry.level)
         args = [self._group, entry.entry_id, entry.entry_id, 1, 0, entry.worker_id]
-        _, rows = await self._desk.run(scripts.PENDING, [place], args)
+        _, rows = await self._session.run(scripts.PENDING, [place], args)
         if not rows:
             return None
         body = document(rows[0][4] or [])
@@ -349,37 +349,37 @@ class StreamOperator(RedisOperator):
         return StreamSettlement(self._commands, self._group, worker_id)
 
     async def workers(self, queues: Sequence[str], *, everywhere: bool = True) -> list[WorkerInfo]:
-        return await listings.workers(self._desk, self._keys(queues), everywhere=everywhere)
+        return await listings.workers(self._session, self._keys(queues), everywhere=everywhere)
 
     async def prune(self, queues: Sequence[str], worker_id: str) -> bool:
-        if await self._desk.ask("EXISTS", worker_key(self._namespace, worker_id)):
+        if await self._session.ask("EXISTS", worker_key(self._namespace, worker_id)):
             return False
         keys = self._keys(queues)
         for place in [place for each in keys for place in each.streams]:
-            _, rows = await self._desk.run(scripts.PENDING, [place], [self._group, "-", "+", 1, 0, worker_id])
+            _, rows = await self._session.run(scripts.PENDING, [place], [self._group, "-", "+", 1, 0, worker_id])
             if rows:
                 return False
         # Each call looks again: a name with pending entries would take them along.
-        answers = [await self._desk.run(scripts.LEAVE, each.streams, [self._group, worker_id]) for each in keys]
+        answers = [await self._session.run(scripts.LEAVE, each.streams, [self._group, worker_id]) for each in keys]
         return all(answers)
 
     # -- queues and the server
 
     async def depth(self, queues: Sequence[str]) -> list[Depth]:
-        return [await listings.depth(self._desk.run, keys, self._group) for keys in self._keys(queues)]
+        return [await listings.depth(self._session.run, keys, self._group) for keys in self._keys(queues)]
 
     async def departed(self, queues: Sequence[str]) -> list[int | None]:
-        counts = [int(await self._desk.run(scripts.FLOW, keys.streams, [])) for keys in self._keys(queues)]
+        counts = [int(await self._session.run(scripts.FLOW, keys.streams, [])) for keys in self._keys(queues)]
         return [count if count >= 0 else None for count in counts]
 
     async def queues(self) -> list[str]:
-        return await listings.queues(self._desk)
+        return await listings.queues(self._session)
 
 
 class ListOperator(RedisOperator):
     """List mode of the `Operator` protocol."""
 
-    def __init__(self, address: Address, options: Options, freed: Freed = told_to_none) -> None:
+    def __init__(self, address: Address, options: Options, freed: Freed = nothing_freed) -> None:
         refuse_cluster(address)
         namespace = options.namespace
         super().__init__(
@@ -403,14 +403,14 @@ class ListOperator(RedisOperator):
         # One page for all: what is claimed is no more than the workers have slots.
         del after
         (keys,) = self._lists([queue])
-        held = await listings.list_pending(self._desk, keys, consumer)
+        held = await listings.list_pending(self._session, keys, consumer)
         rows = [each for each in held if each.idle_ms >= min_idle * 1000 and only in (None, each.entry_id)]
         return await self._with_progress(Page(rows, None, len(held)))
 
     async def _claim(self, entry: PendingEntry) -> Claim | None:
         (keys,) = self._lists([entry.queue])
         wanted = (entry.entry_id.encode(), entry.deliveries)
-        async for claim in listings.claimed(self._desk, keys, entry.worker_id):
+        async for claim in listings.claimed(self._session, keys, entry.worker_id):
             if (claim.entry, claim.count) == wanted:
                 return claim
         return None
@@ -419,23 +419,23 @@ class ListOperator(RedisOperator):
         return ListSettlement(self._commands, worker_id)
 
     async def workers(self, queues: Sequence[str], *, everywhere: bool = True) -> list[WorkerInfo]:
-        return await listings.list_workers(self._desk, self._lists(queues), everywhere=everywhere)
+        return await listings.list_workers(self._session, self._lists(queues), everywhere=everywhere)
 
     async def prune(self, queues: Sequence[str], worker_id: str) -> bool:
         """See `Operator.prune`: a name that holds nothing lies nowhere."""
-        if await self._desk.ask("EXISTS", worker_key(self._namespace, worker_id)):
+        if await self._session.ask("EXISTS", worker_key(self._namespace, worker_id)):
             return False
-        return not any([await self._desk.ask("LLEN", keys.claimed(worker_id)) for keys in self._lists(queues)])
+        return not any([await self._session.ask("LLEN", keys.claimed(worker_id)) for keys in self._lists(queues)])
 
     async def depth(self, queues: Sequence[str]) -> list[Depth]:
-        return [await listings.list_depth(self._desk.run, keys) for keys in self._lists(queues)]
+        return [await listings.list_depth(self._session.run, keys) for keys in self._lists(queues)]
 
     async def departed(self, queues: Sequence[str]) -> list[int | None]:
-        answers = await self._desk.gather([("HGET", keys.meta, "left") for keys in self._lists(queues)])
+        answers = await self._session.gather([("HGET", keys.meta, "left") for keys in self._lists(queues)])
         return [None if isinstance(answer, Exception) else int(answer or 0) for answer in answers]
 
     async def queues(self) -> list[str]:
-        return await listings.list_queues(self._desk)
+        return await listings.list_queues(self._session)
 
     def _lists(self, queues: Sequence[str]) -> list[ListKeys]:
         return [ListKeys(queue, self._namespace) for queue in queues]

@@ -71,11 +71,11 @@ class Subscriber:
     """The subscriptions of one broker, and the task that receives for them.
 
     Args:
-        link: knows the server's address.
+        session: knows the server's address.
     """
 
-    def __init__(self, link: Session) -> None:
-        self._link = link
+    def __init__(self, session: Session) -> None:
+        self._session = session
         self._by_channel: dict[bytes, set[Subscription]] = {}
         self._confirmed: set[bytes] = set()
         self._pubsub: Any = None
@@ -124,9 +124,9 @@ class Subscriber:
     async def _receive(self) -> None:
         logged: set[str] = set()
         while self._by_channel:
-            client = self._link.address.listener()
+            client = self._session.address.listener()
             try:
-                with understood(self._link.address):
+                with understood(self._session.address):
                     async with client.pubsub() as pubsub:
                         asked = set(self._by_channel)
                         await pubsub.subscribe(*asked)
@@ -225,8 +225,8 @@ NOTED: Final = 30.0
 class RedisResultWaiter:
     """`ResultWaiter` for a job in one of some queues."""
 
-    def __init__(self, link: Session, subscription: Subscription, queues: Sequence[QueueKeys], job_id: str) -> None:
-        self._link = link
+    def __init__(self, session: Session, subscription: Subscription, queues: Sequence[QueueKeys], job_id: str) -> None:
+        self._session = session
         self._subscription = subscription
         self._queues = queues
         self._job_id = job_id
@@ -236,7 +236,7 @@ class RedisResultWaiter:
         found: bytes | None = None
         for keys in self._queues:
             names = [keys.meta, keys.result(self._job_id), keys.ended(self._job_id)]
-            answer = await self._link.run(scripts.WAIT, names, [round(NOTED * 1000)])
+            answer = await self._session.run(scripts.WAIT, names, [round(NOTED * 1000)])
             found = found or answer
         return found
 
@@ -249,7 +249,7 @@ class RedisResultWaiter:
 
 @asynccontextmanager
 async def waiting(
-    link: Session, subscriber: Subscriber, queues: Sequence[QueueKeys], job_id: str
+    session: Session, subscriber: Subscriber, queues: Sequence[QueueKeys], job_id: str
 ) -> AsyncIterator[RedisResultWaiter]:
     """Subscribe to the end of a job in one of the queues.
 
@@ -260,5 +260,5 @@ async def waiting(
         with anyio.move_on_after(PATIENCE):
             await subscription.open.wait()
         if not subscription.open.is_set():
-            raise Unreachable(f"Redis at {link.address} takes no subscription: check the server and its ACL")
-        yield RedisResultWaiter(link, subscription, queues, job_id)
+            raise Unreachable(f"Redis at {session.address} takes no subscription: check the server and its ACL")
+        yield RedisResultWaiter(session, subscription, queues, job_id)

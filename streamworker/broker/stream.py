@@ -47,25 +47,25 @@ class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
     def _key(self, queue: str) -> QueueKeys:
         return QueueKeys(queue, self._options.namespace)
 
-    def _take(self, queues: Sequence[tuple[QueueKeys, int | None]]) -> StreamClaims | ClusterStreamClaims:
-        kind, options = ClusterStreamClaims if self._link.address.spread else StreamClaims, self._options
+    def _claim_source(self, queues: Sequence[tuple[QueueKeys, int | None]]) -> StreamClaims | ClusterStreamClaims:
+        kind, options = ClusterStreamClaims if self._session.address.spread else StreamClaims, self._options
         return kind(
-            self._link, queues, group=self._group, lease=options.lease, weighted=options.weighted,
+            self._session, queues, group=self._group, lease=options.lease, weighted=options.weighted,
             alone_from=options.alone_from,
         )  # fmt: skip
 
     async def join(self, worker_id: str) -> None:
-        self._intake.consumer = worker_id
-        self._link.named(worker_id)
+        self._source.consumer = worker_id
+        self._session.named(worker_id)
         if not self._keys:
             raise ConfigurationError("there is no queue to work on: register a handler, or set STREAMWORKER_QUEUES")
         away: list[str] = []
         for keys in self._keys:
             try:
-                foreign, trouble = await self._intake.ensure(keys)
+                foreign, trouble = await self._source.ensure(keys)
             except Unreachable as error:
                 away.append(keys.queue)
-                if not self._link.address.spread or len(away) == len(self._keys):
+                if not self._session.address.spread or len(away) == len(self._keys):
                     raise
                 log.error("node_away", queues=[keys.queue], error=str(error))  # its groups are made when it is back
                 continue
@@ -82,30 +82,30 @@ class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
     async def leave(self) -> bool:
         gone = True
         for keys in self._keys:
-            args = [self._group, self._intake.consumer]
+            args = [self._group, self._source.consumer]
             try:
-                left = bool(await self._link.run(scripts.LEAVE, keys.streams, args))
+                left = bool(await self._session.run(scripts.LEAVE, keys.streams, args))
             except Unreachable:
-                if not self._link.address.spread:
+                if not self._session.address.spread:
                     raise
                 continue  # what is held there is known to the worker; the name is pruned when the node is back
             if left:
-                await self._link.run(scripts.LEASE, [keys.meta], [self._intake.consumer, 0])
+                await self._session.run(scripts.LEASE, [keys.meta], [self._source.consumer, 0])
             gone = gone and left
         try:
-            with self._link.watched():
-                await self._link.commands.delete(self._name)
+            with self._session.watched():
+                await self._session.commands.delete(self._name)
         except Unreachable:
-            if not self._link.address.spread:
+            if not self._session.address.spread:
                 raise  # else the heartbeat's node is away: it lapses by itself
         return gone
 
     async def interrupt(self) -> None:
-        self._intake.interrupt()
-        await self._link.unblock()
+        self._source.interrupt()
+        await self._session.unblock()
 
     async def confirm(self, claim: Claim) -> Claim | None:
-        args = [self._group, self._intake.consumer, claim.entry, claim.count]
+        args = [self._group, self._source.consumer, claim.entry, claim.count]
         # Remembered, because a lost reply leaves it to `own_pending` to see whether this delivery was counted. One is
         # enough: suspects run alone.
         self._last_confirmed = (claim.place, claim.entry, claim.count)
@@ -120,20 +120,20 @@ class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
             by_place.setdefault(claim.place, {})[claim.entry] = claim
         down: dict[object, Unreachable] = {}
         for place, mine in by_place.items():
-            home, meta = self._link.address.home(place), self._homes[place].meta
+            home, meta = self._session.address.home(place), self._keys_by_place[place].meta
             if home in down:
                 continue
             entries = list(mine)
             for start in range(0, len(entries), RENEW_BATCH):
-                args: list[Any] = [self._group, self._intake.consumer, int(self._options.lease * 1000)]
+                args: list[Any] = [self._group, self._source.consumer, int(self._options.lease * 1000)]
                 for entry in entries[start : start + RENEW_BATCH]:
                     args += (entry, mine[entry].count)
                 try:
-                    lost += [mine[entry] for entry in self._link.in_thread(scripts.RENEW, [place, meta], args)]
+                    lost += [mine[entry] for entry in self._session.in_thread(scripts.RENEW, [place, meta], args)]
                 except Unreachable as error:  # claims on other nodes of a cluster must not run out with these
                     down[home] = error
                     break
-        homes = {self._link.address.home(place) for place in by_place}
+        homes = {self._session.address.home(place) for place in by_place}
         if down and len(down) == len(homes):
             raise next(iter(down.values()))
         for problem in down.values():
@@ -141,29 +141,29 @@ class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
         return lost
 
     def standby(self, longest: float) -> bytes | None:
-        args = [self._group, self._intake.consumer, int(self._options.lease * 1000)]
-        calls = [([place], args) for place in self._homes]
+        args = [self._group, self._source.consumer, int(self._options.lease * 1000)]
+        calls = [([place], args) for place in self._keys_by_place]
         lease = self._options.lease
-        return standby(self._link.address, scripts.KEEP, calls, self._name, lease=lease, longest=longest)
+        return standby(self._session.address, scripts.KEEP, calls, self._name, lease=lease, longest=longest)
 
     async def settle(self, items: Sequence[Ending]) -> list[Settled]:
-        await self._link.fresh()
+        await self._session.fresh()
         refusals = self._refused()
-        with self._link.watched():
-            sender = StreamSettlement(self._link.wires, self._group, self._intake.consumer)
-            return await settle(sender, self._homes, items, refusals, spread=self._link.address.spread)
+        with self._session.watched():
+            sender = StreamSettlement(self._session.pool, self._group, self._source.consumer)
+            return await settle(sender, self._keys_by_place, items, refusals, spread=self._session.address.spread)
 
     async def own_pending(self, running: Collection[Claim]) -> list[Claim]:
         found: list[Claim] = []
-        for keys, level, place in self._intake.spots:
+        for keys, level, place in self._source.ready_keys:
             mine = [claim.entry for claim in running if claim.place == place]
-            epoch = self._intake.epochs.get(place, UNKNOWN_EPOCH)
-            secret = self._intake.secrets.get(keys.queue, b"")
-            args = [self._group, self._intake.consumer, *mine]
+            epoch = self._source.epochs.get(place, UNKNOWN_EPOCH)
+            secret = self._source.secrets.get(keys.queue, b"")
+            args = [self._group, self._source.consumer, *mine]
             try:
-                pending = await self._link.run(scripts.STRAYS, [place], args)
+                pending = await self._session.run(scripts.OWN_PENDING, [place], args)
             except Unreachable:
-                if not self._link.address.spread:
+                if not self._session.address.spread:
                     raise
                 continue  # claims elsewhere are found all the same; these when their node is back
             for entry, count, fields in pending:
@@ -176,7 +176,7 @@ class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
         return await self._cancels.judged(found, {keys.queue for keys in self._keys})
 
     async def promote(self) -> float:
-        wait = await promote(self._link, self._keys)
+        wait = await promote(self._session, self._keys)
         if monotonic() >= self._tidy_at:
             await self._tidy()
         return wait
@@ -185,16 +185,16 @@ class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
         lease = self._options.lease
         self._tidy_at = monotonic() + tidy_pause(lease)
         for keys in self._keys:
-            for name in await tidy(self._link, keys, self._group, namespace=self._options.namespace, idle=2 * lease):
+            for name in await tidy(self._session, keys, self._group, namespace=self._options.namespace, idle=2 * lease):
                 log.info("consumer_pruned", queue=keys.queue, consumer=name)
 
             async def gone(name: str, keys: QueueKeys = keys) -> bool:
-                return bool(await self._link.run(scripts.LEAVE, keys.streams, [self._group, name]))
+                return bool(await self._session.run(scripts.LEAVE, keys.streams, [self._group, name]))
 
-            await forget_leases(self._link, keys, self._options.namespace, gone)
+            await forget_leases(self._session, keys, self._options.namespace, gone)
 
     async def depth(self) -> list[Depth]:
-        return [await listings.depth(self._link.run, keys, self._group) for keys in self._keys]
+        return [await listings.depth(self._session.run, keys, self._group) for keys in self._keys]
 
 
 LEASES: Final = 10
@@ -207,11 +207,11 @@ def tidy_pause(lease: float) -> float:
     return max(2.0, min(60.0, 4 * lease)) * random.uniform(0.8, 1.2)  # noqa: S311 - spreads load
 
 
-async def tidy(link: Session, keys: QueueKeys, group: str, *, namespace: str, idle: float) -> list[str]:
+async def tidy(session: Session, keys: QueueKeys, group: str, *, namespace: str, idle: float) -> list[str]:
     """Delete the names of dead workers from one queue's groups.
 
     Args:
-        link: the connections.
+        session: the connections.
         keys: the queue's keys.
         group: the consumer group.
         namespace: goes before every key.
@@ -222,40 +222,42 @@ async def tidy(link: Session, keys: QueueKeys, group: str, *, namespace: str, id
     """
     silent: dict[str, float] = {}
     for stream in keys.streams:
-        for info in await _consumers(link, stream, group):
+        for info in await _consumers(session, stream, group):
             name = info["name"].decode(errors="replace")
             silent[name] = min(silent.get(name, float("inf")), info["idle"] / 1000)
     gone = []
     for name in [name for name, seconds in silent.items() if seconds > idle]:
-        with link.watched():
-            alive = await link.commands.exists(worker_key(namespace, name))
+        with session.watched():
+            alive = await session.commands.exists(worker_key(namespace, name))
         # The script looks again for pending entries: deleting a consumer deletes them with it.
-        if not alive and await link.run(scripts.LEAVE, keys.streams, [group, name]):
+        if not alive and await session.run(scripts.LEAVE, keys.streams, [group, name]):
             gone.append(name)
     return gone
 
 
-async def forget_leases(link: Session, keys: QueueKeys, namespace: str, gone: Callable[[str], Awaitable[bool]]) -> None:
+async def forget_leases(
+    session: Session, keys: QueueKeys, namespace: str, gone: Callable[[str], Awaitable[bool]]
+) -> None:
     """Forget the leases of some workers that are dead and hold nothing any more.
 
     Args:
-        link: the connections.
+        session: the connections.
         keys: the queue's keys.
         namespace: goes before every key.
         gone: whether a name holds nothing.
     """
     names = [
-        name.decode(errors="replace") for name in _LINE.findall(await link.ask("HGET", keys.meta, "leases") or b"")
+        name.decode(errors="replace") for name in _LINE.findall(await session.ask("HGET", keys.meta, "leases") or b"")
     ]
     for name in random.sample(names, min(LEASES, len(names))):  # whoever looks next takes others
-        if not await link.ask("EXISTS", worker_key(namespace, name)) and await gone(name):
-            await link.run(scripts.LEASE, [keys.meta], [name, 0])
+        if not await session.ask("EXISTS", worker_key(namespace, name)) and await gone(name):
+            await session.run(scripts.LEASE, [keys.meta], [name, 0])
 
 
-async def _consumers(link: Session, stream: str, group: str) -> list[dict[str, Any]]:
+async def _consumers(session: Session, stream: str, group: str) -> list[dict[str, Any]]:
     try:
-        with link.watched():
-            return list(await link.commands.xinfo_consumers(stream, group))
+        with session.watched():
+            return list(await session.commands.xinfo_consumers(stream, group))
     except Exception as error:
         if isinstance(error.__cause__, redis_errors.ResponseError):
             return []  # no such stream or group: the next claim makes it

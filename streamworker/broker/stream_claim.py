@@ -14,11 +14,11 @@ from redis.exceptions import ResponseError
 
 from streamworker.broker import scripts
 from streamworker.broker.claim import (
-    DEAF_WAIT,
     DRAIN_LOOK,
     JUST_LOOKED,
     LEAVE,
     RESERVE,
+    SILENT_WAIT,
     UNBLOCK_EVERY,
     ClaimSource,
     Order,
@@ -45,7 +45,7 @@ class ClusterStreamClaims:
 
     def __init__(
         self,
-        link: Session,
+        session: Session,
         queues: Sequence[tuple[QueueKeys, int | None]],
         *,
         group: str,
@@ -53,23 +53,25 @@ class ClusterStreamClaims:
         weighted: bool,
         alone_from: int,
     ) -> None:
-        self._link = link
+        self._session = session
         self._lease = lease
         by_slot: dict[int, list[tuple[QueueKeys, int | None]]] = {}
         for keys, cap in queues:
             by_slot.setdefault(slot_of(keys.base), []).append((keys, cap))
-        self._links = [link.branch(each[0][0].base) for each in by_slot.values()]
+        self._sessions = [session.branch(each[0][0].base) for each in by_slot.values()]
         self._parts = [
             StreamClaims(branch, each, group=group, lease=lease, weighted=weighted, alone_from=alone_from)
-            for branch, each in zip(self._links, by_slot.values(), strict=True)
+            for branch, each in zip(self._sessions, by_slot.values(), strict=True)
         ]
         self.epochs: dict[str, bytes] = {}
         self.secrets: dict[str, bytes] = {}
         for part in self._parts:
             part.epochs, part.secrets = self.epochs, self.secrets
         parts = dict(zip(by_slot, self._parts, strict=True))
-        self._homes = {keys.queue: parts[slot_of(keys.base)] for keys, _ in queues}
-        self.spots: Final[list[tuple[QueueKeys, Level, str]]] = [spot for part in self._parts for spot in part.spots]
+        self._part_of = {keys.queue: parts[slot_of(keys.base)] for keys, _ in queues}
+        self.ready_keys: Final[list[tuple[QueueKeys, Level, str]]] = [
+            spot for part in self._parts for spot in part.ready_keys
+        ]
         self._reads: dict[StreamClaims, asyncio.Task[list[Claim]]] = {}
         self._away: dict[StreamClaims, Unreachable] = {}
         """Parts whose node does not answer, and how it does not."""
@@ -141,7 +143,7 @@ class ClusterStreamClaims:
         if not claims and wait > 0 and draining:
             await anyio.sleep(min(wait, DRAIN_LOOK))
         elif not claims and wait > 0 and not self._interrupted:
-            claims = await self._wait(limit, min(wait, DEAF_WAIT) if self.silent else wait, running)
+            claims = await self._wait(limit, min(wait, SILENT_WAIT) if self.silent else wait, running)
             if not claims and self._away:
                 self._look_after_the_away(running)
         return claims
@@ -152,7 +154,9 @@ class ClusterStreamClaims:
             return await look
         except Unreachable as error:
             self._away[part] = error
-            log.error("node_away", queues=[keys.queue for keys, _, _ in part.spots[:: len(LEVELS)]], error=str(error))
+            log.error(
+                "node_away", queues=[keys.queue for keys, _, _ in part.ready_keys[:: len(LEVELS)]], error=str(error)
+            )
             return []
 
     def _look_after_the_away(self, running: Collection[Claim]) -> None:
@@ -174,7 +178,7 @@ class ClusterStreamClaims:
         claims = await part.claim(1, 0, running, part.ended, part.shut)
         if self._away.pop(part, None) is not None:
             self.reply_lost = True
-            log.info("node_back", queues=[keys.queue for keys, _, _ in part.spots[:: len(LEVELS)]])
+            log.info("node_back", queues=[keys.queue for keys, _, _ in part.ready_keys[:: len(LEVELS)]])
         return claims
 
     async def look_again(self) -> None:
@@ -185,7 +189,7 @@ class ClusterStreamClaims:
                 await part.look_again()
 
     async def ensure(self, keys: QueueKeys) -> tuple[list[str], list[str]]:
-        return await self._homes[keys.queue].ensure(keys)
+        return await self._part_of[keys.queue].ensure(keys)
 
     def rest(self, seconds: float) -> None:
         """Take nobody for dead for some seconds."""
@@ -194,7 +198,7 @@ class ClusterStreamClaims:
 
     def _rest_after_outage(self) -> None:
         # Of one node: whether claims elsewhere were renewed meanwhile is not worth telling apart.
-        if self._link.longest_outage() > self._lease / 3:
+        if self._session.longest_outage() > self._lease / 3:
             self.rest(self._lease)
 
     def interrupt(self) -> None:
@@ -220,7 +224,9 @@ class ClusterStreamClaims:
                 error = None if read.cancelled() else read.exception()
                 if isinstance(error, Unreachable):
                     if part not in self._away:
-                        log.error("node_away", queues=[keys.queue for keys, _, _ in part.spots[::3]], error=str(error))
+                        log.error(
+                            "node_away", queues=[keys.queue for keys, _, _ in part.ready_keys[::3]], error=str(error)
+                        )
                     self._away[part] = error
                 else:
                     claims += [] if read.cancelled() else read.result()
@@ -249,7 +255,7 @@ class ClusterStreamClaims:
         """Reads that go on, and their connections."""
         return {
             self._reads[part]: branch
-            for part, branch in zip(self._parts, self._links, strict=True)
+            for part, branch in zip(self._parts, self._sessions, strict=True)
             if part in self._reads and part not in self._away and not self._reads[part].done()
         }
 
@@ -258,7 +264,7 @@ class StreamClaims(ClaimSource):
     """Claims entries of ``queues`` for one consumer.
 
     Args:
-        link: the connections.
+        session: the connections.
         queues: (keys, cap) in the order they are taken.
         group: the consumer group.
         lease: seconds after which an unrenewed claim is an orphan.
@@ -267,7 +273,7 @@ class StreamClaims(ClaimSource):
 
     def __init__(
         self,
-        link: Session,
+        session: Session,
         queues: Sequence[tuple[QueueKeys, int | None]],
         *,
         group: str,
@@ -275,7 +281,7 @@ class StreamClaims(ClaimSource):
         weighted: bool,
         alone_from: int,
     ) -> None:
-        super().__init__(link, queues, lease=lease, alone_from=alone_from)
+        super().__init__(session, queues, lease=lease, alone_from=alone_from)
         self._group = group
         self._order = Order(len(queues), weighted=weighted)
         self._all = [keys.meta for keys in self._keys] + [stream for keys in self._keys for stream in keys.streams]
@@ -290,8 +296,10 @@ class StreamClaims(ClaimSource):
         args: list[Any] = [self._group, secrets.token_hex(8)]
         for place in keys.streams:
             args += (self.epochs.get(place, b""), self._seen.get(place, b""))
-        _, foreign, trouble, derived = await self._link.run(scripts.GROUPS, [keys.meta, keys.ids, *keys.streams], args)
-        await self._link.run(scripts.LEASE, [keys.meta], [self.consumer, int(self._lease * 1000)])
+        _, foreign, trouble, derived = await self._session.run(
+            scripts.GROUPS, [keys.meta, keys.ids, *keys.streams], args
+        )
+        await self._session.run(scripts.LEASE, [keys.meta], [self.consumer, int(self._lease * 1000)])
         self.epochs.update(zip(keys.streams, derived, strict=True))
         return (
             [text.decode(errors="replace") for text in foreign],
@@ -306,7 +314,7 @@ class StreamClaims(ClaimSource):
         queues, budgets = len(self._keys), self._order.budgets(limit)
         head = [self._group, self.consumer, limit, queues, len(budgets)]
         args = [*head, *self._allowances(limit, running), *budgets, *self._order.steps]
-        taken, trouble, paused, epochs, cancelled, sealed = await self._link.read(scripts.CLAIM, self._all, args)
+        taken, trouble, paused, epochs, cancelled, sealed = await self._session.read(scripts.CLAIM, self._all, args)
         self.epochs.update((place, epoch) for place, epoch in zip(self._all[queues:], epochs, strict=True) if epoch)
         for keys, secret in zip(self._keys, sealed, strict=True):
             self.secrets[keys.queue] = secret
@@ -314,7 +322,7 @@ class StreamClaims(ClaimSource):
         self.marked = frozenset(self._keys[index - 1].queue for index in cancelled)
         claims: list[Claim] = []
         for index, epoch, entries in taken:
-            keys, level, place = self.spots[index - queues - 1]
+            keys, level, place = self.ready_keys[index - queues - 1]
             name, secret, self._seen[place] = keys.queue, self.secrets[keys.queue], entries[-1][0]
             claims += [  # by position: names would cost a third of it
                 Claim(name, level, place, entry, 1, document(fields), epoch, False, False, secret)
@@ -331,7 +339,7 @@ class StreamClaims(ClaimSource):
             key, message = self._all[index - 1], error.decode(errors="replace")
             reaction = reaction_to(message)
             if index > len(self._keys) and reaction is Reaction.HEAL:
-                keys, _, _ = self.spots[index - len(self._keys) - 1]
+                keys, _, _ = self.ready_keys[index - len(self._keys) - 1]
                 try:
                     _, problems = await self.ensure(keys)
                 except (Unreachable, ConfigurationError):
@@ -346,7 +354,7 @@ class StreamClaims(ClaimSource):
             elif reaction in (Reaction.KEY, Reaction.HEAL, Reaction.REFUSE):
                 self._complain(key, message)
             else:  # not this key's trouble: what a script passed on is the whole server's answer
-                with self._link.watched():
+                with self._session.watched():
                     raise ResponseError(message)
         return healed
 
@@ -380,12 +388,12 @@ class StreamClaims(ClaimSource):
             f"{LEVELS.index(claim.level) + 2}:{claim.entry.decode()}" for claim in running if claim.queue == keys.queue
         ]
         args: list[Any] = [self._group, self.consumer, int(self._lease * 1000), limit]
-        expected, sent = self._link.clock_should_show(), monotonic()
+        expected, sent = self._session.clock_should_show(), monotonic()
         wish = self._about_suspects(index, running)
         args += [self._alone_from, wish, expected, self._group_room(running), *held]
         try:
-            wait, entries, missing, passed, shown, granted, longest = await self._link.read(
-                scripts.SWEEP, [keys.meta, *keys.streams], args
+            wait, entries, missing, passed, shown, granted, longest = await self._session.read(
+                scripts.RECLAIM, [keys.meta, *keys.streams], args
             )
         except (Unreachable, ConfigurationError):
             raise
@@ -402,7 +410,7 @@ class StreamClaims(ClaimSource):
         if wish == RESERVE and entries and not entries[0][5]:
             wish = LEAVE  # not idle any more
         self._left_to_others(index, passed, wish, granted=bool(granted))
-        if self._link.clock_shows(shown, sent, expected, self._lease):
+        if self._session.clock_shows(shown, sent, expected, self._lease):
             self.rest(self._lease)  # the other queues, too: nobody could renew in the time that was left out
         claims, secret = [], self.secrets.get(keys.queue, b"")
         for stream, entry, count, fields, epoch, suspect in entries:
@@ -414,14 +422,14 @@ class StreamClaims(ClaimSource):
     async def wait(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:  # noqa: ARG002 - one entry
         """Block until a new entry comes, at most until the next sweep is due."""
         wait = max(0.01, min(wait, BLOCK, self._next_sweep(running) - monotonic()))
-        spots = self._open(running)
-        if not spots:
+        ready_keys = self._open(running)
+        if not ready_keys:
             await self._idle(wait)
             return []
         command = ("XREADGROUP", "GROUP", self._group, self.consumer, "BLOCK", int(wait * 1000), "COUNT", 1, "STREAMS")
         try:
-            with self._link.watched():
-                reply = await self._link.reader.execute_command(*command, *spots, *(">" for _ in spots))
+            with self._session.watched():
+                reply = await self._session.reader.execute_command(*command, *ready_keys, *(">" for _ in ready_keys))
         except StreamworkerError as error:
             if (
                 error.__cause__ is not None
@@ -433,7 +441,7 @@ class StreamClaims(ClaimSource):
         claims: list[Claim] = []
         for name, entries in reply or ():
             place = name.decode()
-            keys, level = spots[place]
+            keys, level = ready_keys[place]
             epoch, self._seen[place] = self.epochs.get(place, UNKNOWN_EPOCH), entries[-1][0]
             secret = self.secrets.get(keys.queue, b"")
             claims += [

@@ -140,7 +140,7 @@ class StreamGround(Ground):
         return StreamBroker(Address(url), StreamOptions(queues=queues, **options))
 
     def sweep_soon(self, broker: Any) -> None:
-        for intake in getattr(broker._intake, "_parts", [broker._intake]):  # in a cluster there is one per slot
+        for intake in getattr(broker._source, "_parts", [broker._source]):  # in a cluster there is one per slot
             intake._sweep_at = [0.0] * len(intake._sweep_at)
 
     def keys(self, queue: str = "q", namespace: str = "") -> QueueKeys:
@@ -205,7 +205,7 @@ class ListGround(Ground):
         return ListBroker(Address(url), Options(queues=queues, **options))
 
     def sweep_soon(self, broker: Any) -> None:
-        broker._orphans.look_at = [0.0] * len(broker._orphans.look_at)
+        broker._reclaimer.look_at = [0.0] * len(broker._reclaimer.look_at)
 
     def keys(self, queue: str = "q", namespace: str = "") -> ListKeys:
         return ListKeys(queue, namespace)

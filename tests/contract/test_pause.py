@@ -84,10 +84,10 @@ async def test_when_everything_is_paused_the_end_of_it_is_heard(broker_factory, 
 async def test_without_a_bell_waits_are_short(broker_factory, operator_of, raw, monkeypatch):
     """Who may not subscribe looks again soon."""
     for module in ("claim", "stream_claim", "lists_brpop"):
-        monkeypatch.setattr(f"streamworker.broker.{module}.DEAF_WAIT", 0.3)
+        monkeypatch.setattr(f"streamworker.broker.{module}.SILENT_WAIT", 0.3)
     async with broker_factory("w") as broker:
         await broker.claim(1, 0, ())
-        broker._intake.silent = True
+        broker._source.silent = True
         begun = time.monotonic()
         assert await broker.claim(1, 5.0, ()) == []
         assert 0.25 < time.monotonic() - begun < 4

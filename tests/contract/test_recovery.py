@@ -246,7 +246,7 @@ async def suspects_and_a_job(broker, ground, owner):
 async def until_it_drains(broker, running):
     """Claim until new jobs are left alone."""
     deadline = time.monotonic() + 10
-    while not broker._intake.draining:
+    while not broker._source.draining:
         assert time.monotonic() < deadline
         assert await asyncio.to_thread(broker.renew, running) == []
         assert not any(claim.suspect for claim in await broker.claim(1, 0.02, running))
@@ -260,7 +260,7 @@ async def test_a_busy_worker_leaves_suspects_to_idle_ones_and_only_then_drains(b
         broker_factory("idle", lease=1) as idle_one,
     ):
         mine = await suspects_and_a_job(gone, ground, "busy")
-        assert await recover(busy, ground, running=[mine]) == [] and not busy._intake.draining
+        assert await recover(busy, ground, running=[mine]) == [] and not busy._source.draining
         await gone.publish([job("new")])
         assert names(await busy.claim(1, 0, [mine])) == ["new"]  # it does not drain at once
         await until_it_drains(busy, [mine])
@@ -274,7 +274,7 @@ async def test_a_busy_worker_leaves_suspects_to_idle_ones_and_only_then_drains(b
         for broker, claim in ((idle_one, taken), (busy, other)):
             counted = await broker.confirm(claim)
             assert counted is not None and await settle_one(broker, done(counted)) is Settled.SETTLED
-        assert names(await recover(busy, ground)) == ["newer"] and not busy._intake.draining
+        assert names(await recover(busy, ground)) == ["newer"] and not busy._source.draining
 
 
 async def test_only_one_worker_drains_and_another_one_follows_when_it_dies(broker_factory, ground):
@@ -287,11 +287,11 @@ async def test_only_one_worker_drains_and_another_one_follows_when_it_dies(broke
         other = await one(two)
         mine = await suspects_and_a_job(gone, ground, "one")
         await until_it_drains(one_, [mine])
-        for part in getattr(two._intake, "_parts", [two._intake]):
+        for part in getattr(two._source, "_parts", [two._source]):
             part._passing_since = [time.monotonic() - 60]
         for _ in range(3):  # both ask, and the first one has the word
-            assert await recover(one_, ground, running=[mine]) == [] and one_._intake.draining
-            assert await recover(two, ground, running=[other]) == [] and not two._intake.draining
+            assert await recover(one_, ground, running=[mine]) == [] and one_._source.draining
+            assert await recover(two, ground, running=[other]) == [] and not two._source.draining
         await until_it_drains(two, [other])  # "one" asks no more
 
 

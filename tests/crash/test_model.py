@@ -82,7 +82,7 @@ class Verbs(RuleBasedStateMachine):
         self.ground.forget_pace()
         self.ground.sweep_soon(broker)
         if not sweeping:
-            broker._intake.rest(60)
+            broker._source.rest(60)
         claims = self.do(broker.claim(limit, 0, list(self.held[name])))
         assert len(claims) <= limit
         for claim in claims:

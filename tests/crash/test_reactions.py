@@ -52,8 +52,8 @@ RAISES = {
 
 
 def sweep_soon(broker):
-    for index, _ in enumerate(broker._intake._sweep_at):
-        broker._intake._sweep_at[index] = 0.0
+    for index, _ in enumerate(broker._source._sweep_at):
+        broker._source._sweep_at[index] = 0.0
 
 
 def test_every_row_is_here():
@@ -170,7 +170,7 @@ async def test_nogroup_is_healed_while_waiting(broker_factory, raw):
 async def test_unblocked_by_force_is_no_error(broker_factory, raw):
     async with broker_factory("w") as broker:
         waiting = asyncio.create_task(broker.claim(1, 5, ()))
-        reader = broker._link.reader
+        reader = broker._session.reader
         await eventually(lambda: reader.client_id is not None and raw.client_unblock(reader.client_id, error=True))
         assert await waiting == []
         await broker.publish([job("a")])

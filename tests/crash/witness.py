@@ -145,7 +145,7 @@ def _install_stream() -> None:
         script = getattr(scripts, name)
         facts = {"name": f"'{name.lower()}'", **shape, "text": script.text, "list": WITNESSES}
         _replace(script, _WRAP % facts)
-    _replace(scripts.SWEEP, _SWEEP % {"text": scripts.SWEEP.text, "list": WITNESSES})
+    _replace(scripts.RECLAIM, _SWEEP % {"text": scripts.RECLAIM.text, "list": WITNESSES})
 
 
 def _install_list() -> None:

@@ -181,7 +181,7 @@ async def test_one_claim_waits_for_queues_on_all_masters(masters, broker_of):
             assert time.monotonic() - started < 0.2
             assert names(claims) == [queue]
             assert blocked(masters) == 0
-        assert [len(part._link._branches) for part in broker._intake._parts] == [0] * len(SPREAD)
+        assert [len(part._session._branches) for part in broker._source._parts] == [0] * len(SPREAD)
 
 
 async def test_the_renewing_process_finds_every_node_and_follows_a_slot_that_moved(masters, broker_of):

@@ -110,7 +110,7 @@ async def test_what_a_replica_refuses_is_sent_to_the_master(sentinels, broker_of
             await eventually(lambda: two.xpending("stream:{q}", GROUP)["pending"] == 1)
             two.replicaof("NO", "ONE")
             one.replicaof("127.0.0.1", replica.port)
-            broker._link.address._kwargs["sentinels"].master = _found(replica.port)
+            broker._session.address._kwargs["sentinels"].master = _found(replica.port)
             with pytest.raises(Unreachable, match="not the master any more"):
                 await broker.publish([job("refused")])
             await broker.publish([job("after")])

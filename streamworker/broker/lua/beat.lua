@@ -1,4 +1,4 @@
--- beat: write a worker's heartbeat; it vanishes when the worker stops writing it.
+-- beat: write a worker's heartbeat. It expires when the worker stops writing it.
 --
 -- KEYS[1]    the worker's hash
 -- ARGV[1]    ms it lives

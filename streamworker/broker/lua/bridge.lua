@@ -1,6 +1,6 @@
--- bridge: move elements of lists to the streams of the same level: from the right end, the oldest, and byte for byte. The
--- growing write comes first: where it fails, the element stays where it is, and so do those behind it. One call moves a
--- bounded batch, so that the server is never busy for long.
+-- bridge: move elements of lists to the streams of the same level: from the right end, the oldest first, byte for byte.
+-- The growing write comes first: where it fails, the element and those behind it stay in the list. One call moves a
+-- bounded batch, so that it never blocks the server for long.
 --
 -- KEYS     two a lane: list, stream
 -- ARGV[1]  most elements to move

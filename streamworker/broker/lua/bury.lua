@@ -1,10 +1,10 @@
--- bury: move claimed entries to the dead letters, each only if the claim still holds. The bytes are taken from the stream,
--- so that a dead letter holds exactly what the producer wrote; an entry without a field "job" keeps all its fields, each
--- prefixed with "field:". The growing write comes first: out of memory, nothing happened.
+-- bury: move claimed entries to the dead letters, each only if the claim still holds. The bytes are taken from the
+-- stream, so that a dead letter holds exactly what the producer wrote; an entry without a field "job" keeps all its
+-- fields, each prefixed with "field:". The growing write comes first: out of memory, nothing changes.
 --
 -- KEYS[1]    stream
 -- KEYS[2]    dead stream of the queue
--- KEYS[3..]  one a claim: where it is kept how its job ended, and the channel on which that is told
+-- KEYS[3..]  one a claim: result note of its job, and the channel on which it is published
 -- ARGV[1]    group
 -- ARGV[2..]  twelve a claim: consumer, entry id, delivery count, job id, kind, level, reason, error, attempts, failed_at,
 --            ms to keep the note (0: not at all), note
@@ -13,7 +13,7 @@
 local group = ARGV[1]
 local result, settled = {}, 0
 
--- Lua cannot pass more values than this to one command; who writes more fields finds them as JSON in one.
+-- Lua cannot pass more values than this to one command; an entry with more fields keeps them as JSON in one.
 local MOST = 4000
 
 local function letter(i, fields)

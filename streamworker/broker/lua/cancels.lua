@@ -1,4 +1,5 @@
--- cancels: which of some jobs were cancelled. Where no mark is left, that is noted, so that nobody asks again.
+-- cancels: find the cancelled ones of some jobs. Where no mark is left, the field "cancelled" of the meta hash is
+-- deleted, so that workers do not ask again.
 --
 -- KEYS[1]  cancelled set of the queue
 -- KEYS[2]  meta hash of the queue

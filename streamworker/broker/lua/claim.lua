@@ -1,6 +1,6 @@
--- claim: take new entries from streams in the order given, never more than asked for.
--- A stream that cannot be read (no group, wrong type) is reported and blinds none of the others. A queue is skipped while
--- its meta hash has the field "paused" (an operator's word) or "inactive" (the relay's: is_active is false in PostgreSQL).
+-- claim: read new entries from streams in the order given, never more than asked for. A stream that cannot be read (no
+-- group, wrong type) is reported, and the others are read all the same. A queue is skipped while its meta hash has the
+-- field "paused" (set by an operator) or "inactive" (set by the relay: is_active is false in PostgreSQL).
 --
 -- KEYS[1..Q]    meta hash of each queue
 -- KEYS[Q+1..]   the streams, three a queue: high, normal, low
@@ -14,12 +14,12 @@
 -- then          the walk, three numbers a step: index of the stream in KEYS, of its queue, of its budget
 --
 -- returns { taken, trouble, paused, epochs, cancelled, secrets }
---   taken    { index of the stream in KEYS, what ids are derived from, entries as XREADGROUP gives them } ...
+--   taken    { index of the stream in KEYS, value that ids are derived from, entries as XREADGROUP gives them } ...
 --   trouble  { index of the stream in KEYS, error } ...
 --   paused   indexes of queues
---   epochs   what ids are derived from, three a queue: high, normal, low ("": not said yet)
+--   epochs   value that ids are derived from, three a queue: high, normal, low ("": not said yet)
 --   cancelled  indexes of queues with jobs that were cancelled and have not ended yet
---   secrets  what the state of each queue's jobs is sealed with ("": nothing yet)
+--   secrets  secret of each queue ("": nothing yet)
 local group, consumer, left = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local queues, budgets = tonumber(ARGV[4]), tonumber(ARGV[5])
 local allowance, derived, budget = {}, {}, {}

@@ -1,4 +1,4 @@
--- clock: what the server's clock shows.
+-- clock: the server's clock.
 --
 -- KEYS  meta hash of a queue, so that in a cluster the server of that queue answers
 --

@@ -1,4 +1,4 @@
--- confirm: count the delivery of a reserved suspect just before it runs, if it is still ours.
+-- confirm: count the delivery of a reserved suspect just before it runs, if the claim still holds.
 --
 -- KEYS[1]  stream
 -- ARGV[1]  group

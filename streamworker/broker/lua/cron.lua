@@ -1,21 +1,21 @@
--- cron: one tick of a schedule. Every worker proposes it; the first after its moment, by this server's clock, adds the job.
--- A schedule that is not known yet begins with this tick, and adds nothing, unless its proposer has known it since an
--- earlier tick: then the hash was lost meanwhile, and the tick was not. Of two schedules of one name the one whose worker
--- started last is in force: the other one adds nothing until the first has not been proposed for a while. A proposer whose
--- clock is wrong by seconds has proposed the wrong tick: it is told to come again.
+-- cron: offer one tick of a schedule. Every worker offers it; the first offer after the tick's moment, by this server's
+-- clock, adds the job. A schedule that is not known yet begins with this tick and adds nothing, unless the worker has
+-- known it since an earlier tick: then the hash was lost meanwhile, and the schedule is not new. Of two schedules with
+-- one name the one whose worker started last is in force: the other one adds nothing until the first has not been offered
+-- for a while. A worker whose clock is wrong by seconds has offered the wrong tick and must offer again.
 --
--- KEYS[1]  hash of the queue: schedule -> ms of its last tick, and "current:NAME" -> ms it was proposed last, and schedule
--- KEYS[2]  where the ready jobs of the level lie
+-- KEYS[1]  hash of the queue: schedule -> ms of its last tick, and "current:NAME" -> ms it was offered last, and schedule
+-- KEYS[2]  ready jobs of the level
 -- ARGV[1]  the schedule
 -- ARGV[2]  ms of the tick
--- ARGV[3]  what ready jobs lie in: stream or list
+-- ARGV[3]  type of the ready keys: stream or list
 -- ARGV[4]  the job ("": the tick passes without one)
 -- ARGV[5]  its name, shared by all forms it ever had ("": it has none)
--- ARGV[6]  ms of the tick that its proposer proposed before ("": this is its first)
--- ARGV[7]  ms that the proposer takes for now ("": it does not say)
--- ARGV[8]  ms after which a schedule that is not proposed any more is in force no longer
+-- ARGV[6]  ms of the tick that the worker offered before ("": this is its first)
+-- ARGV[7]  ms that the worker estimates for now ("": no estimate)
+-- ARGV[8]  ms after which a schedule that is not offered any more is in force no longer
 --
--- returns { ms until it should be proposed again (0: it need not), 1 if the job was added by this call, ms of the server's clock }
+-- returns { ms until it must be offered again (0: it need not), 1 if the job was added by this call, the server's time in ms }
 local now, tick = now_ms(), tonumber(ARGV[2])
 if ARGV[7] ~= '' and math.abs(tonumber(ARGV[7]) - now) > 5000 then return { 1, 0, now } end
 if tick > now then return { tick - now, 0, now } end
@@ -27,7 +27,7 @@ if ARGV[5] ~= '' then seen, current = string.match(redis.call('HGET', KEYS[1], f
 local replaces = current and current ~= ARGV[1]
 if replaces and before then
   if now - tonumber(seen) < tonumber(ARGV[8]) then return { 0, 0, now } end
-  last = tonumber(seen) -- what has ticked since then did not
+  last = tonumber(seen) -- ticks since then were not offered
 elseif replaces then
   last = nil
 elseif not last and before and before < tick then

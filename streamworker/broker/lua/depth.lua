@@ -1,4 +1,5 @@
--- depth: how much lies in a queue. The oldest ready job of a stream is the first entry after the last delivered one.
+-- depth: numbers of ready, running, delayed and dead jobs of a queue. The oldest ready job of a stream is the first entry
+-- after the last delivered one.
 --
 -- KEYS[1..3]  streams
 -- KEYS[4]     due set

@@ -1,14 +1,14 @@
--- dispatch: put jobs out of the ledger behind the ready ones of their level, each at most once: what was added is
--- remembered as "id/hop" until the relay has noted it in the ledger (ZREM), so that repeating the call adds nothing twice.
--- A relay that was frozen comes too late: after its deadline, by this server's clock, nothing is added.
+-- dispatch: put jobs of the ledger behind the ready ones of their level, each at most once: an addition is remembered as
+-- "id/hop" until the relay has noted it in the ledger (ZREM), so that repeating the call adds nothing twice. After the
+-- deadline, by this server's clock, nothing is added: the relay that sent the call was frozen.
 --
 -- KEYS[1]     meta hash of the queue
 -- KEYS[2]     sorted set of what was added and is not noted yet
--- KEYS[3..5]  where ready jobs lie: high, normal, low
--- ARGV[1]     what they lie in: stream or list
+-- KEYS[3..5]  keys of ready jobs: high, normal, low
+-- ARGV[1]     type of the ready keys: stream or list
 -- ARGV[2]     the deadline, in ms since the epoch
 -- ARGV[3]     a fresh random epoch, taken by a queue of lists that has none
--- ARGV[4]     ms after which even what nobody noted is forgotten
+-- ARGV[4]     ms after which even additions that no relay noted are forgotten
 -- ARGV[5..]   three a job: number of its place in KEYS, "id/hop", body
 --
 -- returns { ms since the epoch, what was done: "added", "late" or "groups" (they must be made first), the queue's epoch,

@@ -1,6 +1,6 @@
--- done: acknowledge and delete finished entries, each only if the claim still holds.
--- The fence is (consumer, delivery count): XACK itself asks nobody. One look at the consumer's pending entries between the
--- first and the last in question finds nearly all; one by one would cost the server twice as much.
+-- done: acknowledge and delete finished entries, each only if the claim still holds. The fence is (consumer, delivery
+-- count), because XACK checks neither. One look at the consumer's pending entries between the first id and the last finds
+-- nearly all; one look per entry would cost the server twice as much.
 --
 -- KEYS[1]    stream
 -- KEYS[2]    meta hash of the queue
@@ -8,7 +8,7 @@
 -- ARGV[2]    consumer
 -- ARGV[3..]  two a claim: entry id, delivery count
 --
--- returns one number a claim: 1 settled, 0 lost; and one more, 1 if somebody waits for jobs of the queue to end
+-- returns one number a claim: 1 settled, 0 lost; and one more, 1 if a caller waits for jobs of the queue to end
 local group, consumer = ARGV[1], ARGV[2]
 local result, ids, counts = {}, {}, {}
 

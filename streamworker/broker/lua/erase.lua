@@ -1,4 +1,5 @@
--- erase: delete a dead letter for good. The deduplication key of its job is free, unless another job has it by now.
+-- erase: delete a dead letter for good. The deduplication key of its job is deleted too, unless another job has it by
+-- now.
 --
 -- KEYS[1]  dead stream
 -- KEYS[2..] deduplication key of the job, if it has one

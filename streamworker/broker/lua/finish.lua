@@ -1,12 +1,12 @@
--- finish: acknowledge and delete ended entries, as done does, each only if the claim still holds. How a job ended is kept
--- for a while and told to those who wait for it; the mark that it was cancelled goes. The deduplication key of a job that
--- was ended by hand is free then, unless another job has it by now.
+-- finish: acknowledge and delete ended entries like `done`, each only if the claim still holds, and keep and publish
+-- their result notes. The mark of a cancelled job is deleted; so is the deduplication key of a job that an operator
+-- ended, unless another job has it by now.
 --
 -- KEYS[1]    stream
 -- KEYS[2]    cancelled set of the queue
 -- KEYS[3]    meta hash of the queue
--- KEYS[4..]  two a claim: where it is kept how its job ended, which is the channel on which that is told, too; and
---            where it is remembered a minute longer for how long a result was kept. Behind them deduplication keys
+-- KEYS[4..]  two a claim: result note of its job, which is also the channel on which it is published; and
+--            key that remembers a minute longer for how long a note was kept. Behind them deduplication keys
 -- ARGV[1]    group
 -- ARGV[2]    consumer
 -- ARGV[3..]  six a claim: entry id, delivery count, job id, ms to keep the note (0: not at all), note, number of the

@@ -1,4 +1,4 @@
--- flow: how many entries ever left a queue's streams. Grows for ever, so that two readings give a rate.
+-- flow: number of entries that ever left a queue's streams. It only grows, so that two readings give a rate.
 --
 -- KEYS  streams
 --

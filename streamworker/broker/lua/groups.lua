@@ -1,18 +1,18 @@
--- groups: make sure that a queue's streams and their group exist, and that no other group reads along.
--- The group starts at 0, so that entries added before anybody looked are delivered.
--- The epoch of the queue changes whenever a group is made: jobs may be lost. What ids are derived from belongs to the entries
--- of a stream: it is random, made anew only with a stream that was not there, or whose entry ids went back, because they may
--- repeat from then on. It is kept twice, so that it survives whichever of the two hashes, and any group, is deleted.
+-- groups: create a queue's streams and their group if they are missing, and report other groups that read along. The
+-- group starts at 0, so that entries added before the first worker started are delivered. The epoch of the queue changes
+-- whenever a group is created: jobs may be lost. The value that ids are derived from belongs to the entries of a stream:
+-- it is random, and changes only with a stream that was missing or whose entry ids went back, because ids may repeat from
+-- then on. It is stored twice, so that it survives the deletion of either hash, and of any group.
 --
 -- KEYS[1]    meta hash of the queue
--- KEYS[2]    hash of what ids are derived from: field "id:N" for the Nth stream; meta has the same fields
+-- KEYS[2]    hash of value that ids are derived from: field "id:N" for the Nth stream; meta has the same fields
 -- KEYS[3..]  its streams
 -- ARGV[1]    group
 -- ARGV[2]    a fresh random epoch, taken if one is needed
--- ARGV[3..]  two a stream, as the caller remembers it: what ids are derived from, the last entry id it saw ("": nothing)
+-- ARGV[3..]  two a stream, as the caller remembers it: value that ids are derived from, the last entry id it saw ("": nothing)
 --
 -- returns { epoch, foreign groups as "stream group" ..., errors of streams that cannot be prepared as "stream error" ...,
---           what ids are derived from, one a stream }
+--           value that ids are derived from, one a stream }
 local made, foreign, trouble, derived = false, {}, {}, {}
 local epoch = redis.call('HGET', KEYS[1], 'epoch')
 

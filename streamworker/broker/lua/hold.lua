@@ -1,8 +1,8 @@
--- hold: the ledger pauses a queue (is_active = false) or resumes it, and the bell tells those who wait for its jobs. The
--- field "inactive" is the ledger's; "paused" beside it is an operator's. Nothing is claimed while either is there.
+-- hold: pause a queue for the ledger (is_active = false), or resume it, and notify waiting workers. The field "inactive"
+-- is the ledger's; the field "paused" is an operator's. Nothing is claimed while either is set.
 --
 -- KEYS[1]  meta hash of the queue
--- KEYS[2]  due set of the queue: the bell is the channel named like it
+-- KEYS[2]  due set of the queue: notifications are published on the channel named like it
 -- ARGV[1]  1 pauses, 0 resumes
 --
 -- returns 1 changed, 0 it was so already

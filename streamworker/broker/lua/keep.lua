@@ -1,5 +1,5 @@
--- keep: prolong all leases of a worker that is alive and cannot renew by itself, each only if it has not run out. What others
--- have taken over is not its any more, and so is not found.
+-- keep: renew all leases of a worker that is alive and cannot renew by itself, each only if it has not expired. A claim
+-- that another worker has taken over is not among the consumer's pending entries.
 --
 -- KEYS[1]  stream
 -- ARGV[1]  group

@@ -1,5 +1,5 @@
--- lease: note the lease of a worker, or forget it, where whoever looks for orphans of the queue finds it: each claim is judged
--- by the lease of the worker that holds it. The field "leases" of meta has a line "NAME MS" a worker.
+-- lease: store the lease of a worker, or delete it. Reclaiming judges each claim by the lease of the worker that holds
+-- it. The field "leases" of the meta hash has a line "NAME MS" for each worker.
 --
 -- KEYS[1]  meta hash of the queue
 -- ARGV[1]  worker id

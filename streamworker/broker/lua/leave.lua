@@ -1,5 +1,5 @@
--- leave: delete a consumer from a queue's groups, only if nothing is pending under its name: XGROUP DELCONSUMER would
--- delete its pending entries with it, and they would never be delivered again.
+-- leave: delete a consumer from a queue's groups, only if it has no pending entry: XGROUP DELCONSUMER deletes pending
+-- entries with it, and they would never be delivered again.
 --
 -- KEYS     streams
 -- ARGV[1]  group
@@ -14,7 +14,7 @@ end
 for _, stream in ipairs(KEYS) do
   local reply = redis.pcall('XGROUP', 'DELCONSUMER', stream, ARGV[1], ARGV[2])
   if failed(reply) and string.find(reply.err, 'READONLY', 1, true) then
-    return redis.error_reply(reply.err) -- a replica knows nothing of what is pending, nor forgets anybody
+    return redis.error_reply(reply.err) -- a replica neither knows what is pending nor deletes a consumer
   end
 end
 return 1

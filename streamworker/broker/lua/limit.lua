@@ -1,25 +1,26 @@
--- limit: who of kinds with limits may run now. First the holds of runs that ended are given back, then jobs ask in order. A limit
--- caps how many run at once (a hold each, which lapses unless `retain` renews it) and spaces their starts (a token bucket,
--- as GCRA keeps it: one number). Turns go by arrival: whoever may not run yet is noted and parked, and as soon as there is room
--- the first of those noted are called, that is moved from the due set behind the ready jobs. A called one that does not come
--- in time (dropped, paused, behind a long backlog) holds nobody up: it carries its arrival with it and is first when it comes.
+-- limit: acquire permits of kinds with limits. First the permits of ended executions are released, then the requests are
+-- answered in order. A limit caps how many jobs run at once (a permit each, which expires unless `retain` renews it) and
+-- spaces their starts (a token bucket, stored as GCRA does: one number). Turns go by arrival: a job that may not run yet
+-- is noted and parked, and as soon as a permit is free the first noted jobs are called, that is, moved from the due set
+-- behind the ready jobs. A called job that does not ask in time (dropped, paused, behind a long backlog) blocks no other:
+-- it keeps its arrival and is first when it asks.
 --
 -- KEYS[1]    due set of the queue
 -- KEYS[2]    bodies hash of the queue
--- KEYS[3..5] where its ready jobs lie: high, normal, low
--- KEYS[6]    calls of the queue: member of the due set to the ms at which it was called. Whoever parks a job looks here: it may
+-- KEYS[3..5] keys of its ready jobs: high, normal, low
+-- KEYS[6]    calls of the queue: member of the due set to the ms at which it was called. A job is parked only if it is not here: it may
 --            have been called since it asked
--- KEYS[7..]  three a limit: its holds (token to the ms at which it lapses), its turns (member to arrival in ms), its bucket (µs
+-- KEYS[7..]  three a limit: its permits (token to the ms at which it expires), its turns (member to arrival in ms), its bucket (µs
 --            at which it is full again)
--- ARGV[1]    what ready jobs lie in: stream or list
--- ARGV[2]    ms a hold lives unless renewed
--- ARGV[3]    ms a called one may take to come
+-- ARGV[1]    type of the ready keys: stream or list
+-- ARGV[2]    ms a permit lives unless renewed
+-- ARGV[3]    ms in which a called job must ask
 -- ARGV[4]    N, number of limits
--- ARGV[5]    F, number of holds to give back
+-- ARGV[5]    F, number of permits to release
 -- ARGV[6..]  three a limit: most that run at once (0: any), µs between starts (0: none), starts that may come at once
--- then       two a hold to give back: its limit (from 1), token
--- then       five a job that asks: its limit, token of its hold, member for the due set if it has to wait, the member it waited under
---            before ("": none), its arrival in ms as it was told then (0: it comes for the first time)
+-- then       two a permit to release: its limit (from 1), token
+-- then       five a job that asks: its limit, token of its permit, member for the due set if it has to wait, the member it waited under
+--            before ("": none), its arrival in ms as it was answered then (0: it asks for the first time)
 --
 -- returns { 1 it may run / 0 not yet, ms to wait, arrival } for each that asks
 local life, patience = tonumber(ARGV[2]), tonumber(ARGV[3])
@@ -52,7 +53,7 @@ local function wait(n, rank)
     ms = math.max(ms, math.ceil((math.max(micros, full[n]) + (rank + 1 - burst[n]) * gap[n] - micros) / 1000))
   end
   if cap[n] > 0 then
-    -- With places free, those in front of it were called: should they not come, somebody has to notice.
+    -- With places free, those in front of it were called: if they do not ask, the next one has to notice.
     local pace, held = running[n] < cap[n] and math.min(patience, life) or life, nil
     if pace == life and rank < cap[n] then held = redis.call('ZRANGE', KEYS[key(n)], rank, rank, 'WITHSCORES')[2] end
     ms = math.max(ms, held and tonumber(held) - now + 1 or pace * (1 + math.floor(rank / cap[n])))
@@ -94,7 +95,7 @@ local function call(n)
   end
 end
 
--- Those who were called and did not come are passed over. Turns are called in order: whoever was called is among the first.
+-- Called jobs that did not ask in time are passed over. Turns are called in order: called jobs are among the first.
 local function pass_over(n)
   for _, member in ipairs(redis.call('ZRANGE', KEYS[key(n) + 1], 0, MOST)) do
     local called = redis.call('ZSCORE', KEYS[6], member)

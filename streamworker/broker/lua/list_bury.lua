@@ -1,13 +1,13 @@
 -- list_bury: move claims to the dead letters, each only if it still holds. The growing write comes first: out of memory,
--- nothing happened. A job that was popped lies nowhere; what of such jobs was buried last is remembered with the worker's
--- heartbeat, so that a repeat after a lost reply is a no-op.
+-- nothing changes. A job that was popped is stored nowhere; the last ones of them that became dead letters are remembered
+-- with the worker's heartbeat, so that a repeat after a lost reply is a no-op.
 --
 -- KEYS[1]    claimed list of the worker
 -- KEYS[2]    lease set of the queue
 -- KEYS[3]    dead stream of the queue
 -- KEYS[4]    meta hash of the queue
 -- KEYS[5]    the worker's heartbeat
--- KEYS[6..]  one a claim: where it is kept how its job ended, and the channel on which that is told
+-- KEYS[6..]  one a claim: result note of its job, and the channel on which it is published
 -- ARGV[1]    F, number of values that make a letter
 -- ARGV[2..]  4 + F a claim: its member in the lease set, its string in the claimed list ("": it was popped), ms to keep the
 --            note (0: not at all), note, names and values

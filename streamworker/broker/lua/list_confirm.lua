@@ -1,4 +1,4 @@
--- list_confirm: count the delivery of a reserved suspect just before it runs, if it is still ours.
+-- list_confirm: count the delivery of a reserved suspect just before it runs, if the claim still holds.
 --
 -- KEYS[1]  claimed list of the worker
 -- KEYS[2]  lease set of the queue

@@ -1,4 +1,5 @@
--- list_depth: how much lies in a queue. Lists know no ages: the elements that wait longest are handed out to be asked.
+-- list_depth: numbers of ready, running, delayed and dead jobs of a queue. Lists have no ages: the oldest element of each
+-- is returned, and its document tells its age.
 --
 -- KEYS[1..3]  lists: high, normal, low
 -- KEYS[4]     due set

@@ -6,7 +6,7 @@
 -- KEYS[3]  meta hash of the queue
 -- ARGV     two a claim: its member in the lease set, its string in the claimed list
 --
--- returns one number a claim: 1 settled, 0 lost; and one more, 1 if somebody waits for jobs of the queue to end
+-- returns one number a claim: 1 settled, 0 lost; and one more, 1 if a caller waits for jobs of the queue to end
 local result, left = {}, 0
 for i = 1, #ARGV, 2 do
   local gone = redis.call('LREM', KEYS[1], 1, ARGV[i + 1])

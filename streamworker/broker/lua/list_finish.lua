@@ -1,13 +1,13 @@
--- list_finish: delete ended claims, as list_done does, each only if it still holds. How a job ended is kept for a while and
--- told to those who wait for it; the mark that it was cancelled goes. A job that was popped lies nowhere. The deduplication
--- key of a job that was ended by hand is free then, unless another job has it by now.
+-- list_finish: delete ended claims like `list_done`, each only if it still holds, and keep and publish their result
+-- notes. The mark of a cancelled job is deleted; so is the deduplication key of a job that an operator ended, unless
+-- another job has it by now. A job that was popped is stored nowhere.
 --
 -- KEYS[1]  claimed list of the worker
 -- KEYS[2]  lease set of the queue
 -- KEYS[3]  meta hash of the queue
 -- KEYS[4]  cancelled set of the queue
--- KEYS[5..] two a claim: where it is kept how its job ended, which is the channel on which that is told, too; and
---           where it is remembered a minute longer for how long a result was kept. Behind them deduplication keys
+-- KEYS[5..] two a claim: result note of its job, which is also the channel on which it is published; and
+--           key that remembers a minute longer for how long a note was kept. Behind them deduplication keys
 -- ARGV     six a claim: its member in the lease set, its string in the claimed list ("": it was popped), job id, ms to keep
 --          the note (0: not at all), note, number of the deduplication key in KEYS (0: none, or it stays)
 --

@@ -1,4 +1,4 @@
--- list_keep: prolong all leases of a worker that is alive and cannot renew by itself, each only if it has not run out.
+-- list_keep: renew all leases of a worker that is alive and cannot renew by itself, each only if it has not expired.
 --
 -- KEYS[1]  lease set of the queue
 -- KEYS[2]  claimed list of the worker

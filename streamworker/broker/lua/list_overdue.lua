@@ -1,19 +1,19 @@
--- list_overdue: claims whose lease ran out: that of the worker that holds them, see lease.lua. Who left none is given the longest
--- that is known. One look at a time per queue: the token in meta says when the next one is due,
--- which is when the claim that was not renewed for longest could become an orphan.
+-- list_overdue: find claims whose lease has expired: the lease of the worker that holds them (see `lease`), or the
+-- longest known one if that worker stored none. One look at a time for each queue: a token in the meta hash holds the
+-- moment of the next look, which is when the claim with the oldest renewal can expire.
 --
 -- KEYS     two a queue: meta hash, lease set
 -- ARGV[1]  the worker's lease in ms
 -- ARGV[2]  most claims of each queue
--- ARGV[3]  what the server's clock should show by the worker's own, in ms; 0 if it has not seen it yet
+-- ARGV[3]  the server's time as the worker expects it, in ms; 0 if it has not read it yet
 --
--- returns what the clock shows in ms, then four a queue: { ms until the next look, members of the lease set, the error of a key
+-- returns the server's time in ms, then four a queue: { ms until the next look, members of the lease set, the error of a key
 --         ("": none), the longest lease of the queue's workers in ms (0: not looked up) }
 local lease = tonumber(ARGV[1])
 local now = now_ms()
 
--- It leapt ahead: everything looks abandoned. Nobody is taken for dead before everyone had a lease to renew. Half a lease is
--- no leap yet: who renews every third of one is never idle for a whole one by it, and a slow network looks like it.
+-- It leapt ahead: all leases look expired. No claim expires before every worker had one lease to renew. Half a lease is
+-- no leap yet: a worker that renews every third of a lease is never idle for a whole one by it, and a slow network looks the same.
 local leap = tonumber(ARGV[3]) > 0 and now - tonumber(ARGV[3]) or 0
 
 local function look(k)
@@ -45,8 +45,8 @@ local function look(k)
   local first = redis.call('ZRANGE', KEYS[k + 1], 0, 0, 'WITHSCORES')[2]
   local wait = first and math.min(math.max(tonumber(first) + shortest - now, 20), shortest) or shortest
   if first and shortest < longest then wait = math.min(math.max(wait, 500), math.floor(shortest / 2)) end -- it may not be the next
-  if #members > 0 then wait = math.min(500, math.floor(shortest / 2)) end -- whoever gives them back may die over it
-  redis.pcall('HSET', KEYS[k], 'returns', string.format('%d', now + wait)) -- out of memory, everybody looks
+  if #members > 0 then wait = math.min(500, math.floor(shortest / 2)) end -- the worker that releases them may die meanwhile
+  redis.pcall('HSET', KEYS[k], 'returns', string.format('%d', now + wait)) -- out of memory, every worker looks
   return { wait, members, '', longest }
 end
 

@@ -1,8 +1,7 @@
--- list_park: end claims whose jobs go on: write the job's next form to the due set or behind the others of its list, then
--- delete the claim, each only if it still holds. The growing write comes first: out of memory, nothing happened.
--- A job that becomes the first to be due rings the bell: a message with the ms until then, on the channel named like KEYS[4].
--- A job that was popped lies nowhere; what of such jobs was stored last is remembered with the worker's heartbeat, so that a
--- repeat after a lost reply is a no-op.
+-- list_park: settle claims whose jobs go on: write the job's next form to the due set or behind the others of its list,
+-- then delete the claim, each only if it still holds. The growing write comes first: out of memory, nothing changes. A
+-- job that was popped is stored nowhere; the last ones of them that were parked are remembered with the worker's
+-- heartbeat, so that a repeat after a lost reply is a no-op.
 --
 -- KEYS[1]  claimed list of the worker
 -- KEYS[2]  lease set of the queue
@@ -11,7 +10,7 @@
 -- KEYS[5]  bodies hash of the queue
 -- KEYS[6]  meta hash of the queue
 -- KEYS[7]  the worker's heartbeat
--- KEYS[8]  calls of the queue: who waited for a limit and was called meanwhile is ready at once
+-- KEYS[8]  calls of the queue: a job that was called for its limit meanwhile is ready at once
 -- ARGV     five a claim: its member in the lease set, its string in the claimed list ("": it was popped), delay in ms
 --          (negative: ready at once), member for the due set, body
 --

@@ -1,5 +1,6 @@
--- list_renew: prolong leases, each only if the claim still holds: whoever takes a claim away takes its lease along. Where the
--- lease set itself was deleted, what the worker holds tells. The worker's lease is written where whoever looks for orphans finds it.
+-- list_renew: renew leases, each only if the claim still holds: taking a claim over deletes its member of the lease set.
+-- Where the lease set itself was deleted, the worker's claimed list decides. The worker's lease is stored where
+-- reclaiming reads it.
 --
 -- KEYS[1]  lease set of the queue
 -- KEYS[2]  claimed list of the worker
@@ -16,7 +17,7 @@ local lost, doubted, some = {}, {}, false
 redis.call('ZREM', KEYS[1], '')
 local known = redis.pcall('HGET', KEYS[3], 'leases') or ''
 if type(known) == 'string' and not string.find('\n' .. known, '\n' .. ARGV[1] .. ' ', 1, true) then
-  redis.pcall('HSET', KEYS[3], 'leases', known .. ARGV[1] .. ' ' .. ARGV[2] .. '\n') -- somebody deleted it
+  redis.pcall('HSET', KEYS[3], 'leases', known .. ARGV[1] .. ' ' .. ARGV[2] .. '\n') -- it was deleted
 end
 for a = 3, #ARGV do
   local member = ARGV[a]

@@ -1,21 +1,21 @@
--- list_return: give claims whose lease ran out back to the right ends of their lists, in the order in which they were first
--- taken, the oldest rightmost. The mark that is put in front of an element keeps its id and its count, sealed (streamworker/marks.py):
--- {"streamworker":{"id":"...","deliveries":N,"seal":"..."}, ...; bytes that are no object of JSON stay as they are. What grows is
--- written first.
+-- list_return: release expired claims to the right ends of their lists, in the order in which they were first taken, the
+-- oldest rightmost. The mark in front of an element keeps its id and its delivery count, sealed (streamworker/codec.py):
+-- {"streamworker":{"id":"...","deliveries":N,"seal":"..."}, ...; bytes that are no JSON object stay as they are. Growing
+-- writes come first.
 --
 -- KEYS[1]     lease set of the queue
 -- KEYS[2..4]  its lists: high, normal, low
 -- KEYS[5]     meta hash of the queue
--- KEYS[6..]   claimed lists of those who held the claims
--- ARGV[1]     lease in ms of workers that left none, see lease.lua: claims that were not renewed for a lease are orphans
+-- KEYS[6..]   claimed lists of the workers that held the claims
+-- ARGV[1]     lease in ms of workers that stored none, see `lease`: claims that were not renewed for a lease have expired
 -- ARGV[2..]   two a claim: its member in the lease set, index of its claimed list in KEYS
 --
--- returns { number given back, number that were deleted underneath, errors of keys that refused ... }
+-- returns { number given back, number that were deleted, errors of keys that refused ... }
 local lease = tonumber(ARGV[1])
 local now = now_ms()
 local LISTS = { high = 2, normal = 3, low = 4 }
 local secret = string.match(redis.call('HGET', KEYS[5], 'secret') or '', '^%x+')
-local wanted, orphans, returned, missing, errors = {}, {}, 0, 0, {}
+local wanted, expired, returned, missing, errors = {}, {}, 0, 0, {}
 
 -- A first write that changes nothing: a script that has written may write on when memory is out, and moving does not grow.
 redis.call('ZREM', KEYS[1], '')
@@ -39,7 +39,7 @@ for k, members in pairs(wanted) do
   for _, wrapper in ipairs(wrappers) do
     local token, level, start = string.match(wrapper, '^(%S+ %d+) (%a+)%?? ()')
     if token and members[token] and LISTS[level] then
-      orphans[#orphans + 1] = { token, k, wrapper, members[token], LISTS[level], string.sub(wrapper, start) }
+      expired[#expired + 1] = { token, k, wrapper, members[token], LISTS[level], string.sub(wrapper, start) }
       members[token] = nil
     end
   end
@@ -60,14 +60,14 @@ local function marked(token, body)
   return brace .. '"streamworker":{"id":"' .. id .. '","deliveries":' .. count .. proof .. '},' .. rest
 end
 
-table.sort(orphans, function(a, b) return a[1] > b[1] end)
-for _, orphan in ipairs(orphans) do
-  local reply = redis.pcall('RPUSH', KEYS[orphan[5]], marked(orphan[1], orphan[6]))
+table.sort(expired, function(a, b) return a[1] > b[1] end)
+for _, each in ipairs(expired) do
+  local reply = redis.pcall('RPUSH', KEYS[each[5]], marked(each[1], each[6]))
   if failed(reply) then
     errors[#errors + 1] = reply.err
   else
-    redis.call('LREM', KEYS[orphan[2]], 1, orphan[3])
-    redis.call('ZREM', KEYS[1], orphan[4])
+    redis.call('LREM', KEYS[each[2]], 1, each[3])
+    redis.call('ZREM', KEYS[1], each[4])
     returned = returned + 1
   end
 end

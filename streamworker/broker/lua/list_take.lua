@@ -1,11 +1,11 @@
--- list_take: take jobs from the right ends of lists in the order given, never more than asked for, into what the worker
--- holds. An element that was taken before carries our mark in front, its id and its deliveries (see list_return): such
--- are at the right ends, and go before all others, whatever their level; a mark that is not sealed as ours is none. A job stays with its id for good; without a mark
--- it gets a fresh one, a UUIDv7 by the server's clock. Suspects (as often delivered as ARGV[6] says) stay where they
--- are, and so does what runs here; a worker that is idle and finds nothing else that was taken before reserves one, uncounted.
--- Where nobody is idle, one worker at a time takes nothing new until it is: the field "drainer" of meta holds its name, for a
--- second, so that another one follows when it dies. What grows is written first, what shrinks last.
--- A queue is skipped while its meta hash has the field "paused" (an operator's word) or "inactive" (the relay's).
+-- list_take: take jobs from the right ends of lists in the order given, never more than asked for, into the worker's
+-- claimed list. An element that was taken before carries our mark in front, its id and its deliveries (see
+-- `list_return`): such elements are at the right ends and are taken before all others, whatever their level; a mark
+-- without our seal does not count. A job keeps its id for good; without a mark it gets a fresh one, a UUIDv7 by the
+-- server's clock. Suspects (delivered as often as ARGV[6] says) stay in the list, and so do jobs that run here; a worker
+-- that is idle and finds no other element that was taken before reserves one suspect, uncounted. Where no worker is idle,
+-- one worker at a time drains: it takes nothing new until it is idle. Growing writes come first, shrinking ones last. A
+-- queue is skipped while its meta hash has the field "paused" (set by an operator) or "inactive" (set by the relay).
 --
 -- KEYS[1..Q]   meta hash of each queue; then as many lease sets; then as many claimed lists of this worker
 -- KEYS[3Q+1..] the lists, three a queue: high, normal, low
@@ -29,15 +29,15 @@
 --   trouble  { index in KEYS, error } ...
 --   paused   indexes of queues
 --   epochs   the epoch of each queue ("": none yet)
---   skipped  indexes of lists in KEYS at whose right end something stays
---   suspects how many were left to others
+--   skipped  indexes of lists in KEYS at whose right end elements stay
+--   suspects number of suspects left to other workers
 --   cancelled  indexes of queues with jobs that were cancelled and have not ended yet
 --   drains   1 if this worker shall take nothing new
---   secrets  what the state of each queue's jobs is sealed with ("": nothing yet)
+--   secrets  secret of each queue ("": nothing yet)
 local worker, left, queues, budgets = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
 local may_reserve, reserved, left_to_others, drains = false, false, 0, ARGV[7] == '3' and 1 or 0
 local LEVELS = { 'high', 'normal', 'low' }
-local PAGE, SKIP = 500, 500 -- elements of one move; elements that are looked at in vain
+local PAGE, SKIP = 500, 500 -- elements of one move; elements that are read in vain
 local time = redis.call('TIME')
 local now = string.format('%d', time[1] * 1000 + math.floor(time[2] / 1000))
 local stamp, sequence = string.format('%012x', tonumber(now)), 0
@@ -108,7 +108,7 @@ local function writable(q)
   return usable[q]
 end
 
--- What of the right end may be taken: rows, wrappers, scored members, elements; and how many elements they span.
+-- Elements of the right end that may be taken: rows, wrappers, scored members, elements; and how many elements they span.
 local function look(i, q, most, again)
   local level = LEVELS[(i - 3 * queues - 1) % 3 + 1]
   local found, seen, span, length = { {}, {}, {}, {} }, 0, 0, redis.call('LLEN', KEYS[i])
@@ -201,7 +201,7 @@ if left_to_others > 0 then
 else
   drains = 0
 end
-if reserved or drains == 1 then left = 0 end -- nothing new comes beside a suspect, which waits for everything else to end
+if reserved or drains == 1 then left = 0 end -- nothing new is taken beside a suspect, which waits until all else has ended
 for w = walk, #ARGV, 3 do
   local i, q, b = tonumber(ARGV[w]), tonumber(ARGV[w + 1]), tonumber(ARGV[w + 2])
   while budget[b] > 0 and not exhausted(i, q) do

@@ -1,11 +1,11 @@
--- park: end claims whose jobs go on: write the job's next form to the due set or back to its stream, then acknowledge and
--- delete the old entry, each only if the claim still holds. The growing write comes first: out of memory, nothing happened.
--- A job that becomes the first to be due rings the bell: a message with the ms until then, on the channel named like KEYS[2].
+-- park: settle claims whose jobs go on: write the job's next form to the due set or back to its stream, then acknowledge
+-- and delete the old entry, each only if the claim still holds. The growing write comes first: out of memory, nothing
+-- changes.
 --
 -- KEYS[1]    stream
 -- KEYS[2]    due set of the queue
 -- KEYS[3]    bodies hash of the queue
--- KEYS[4]    calls of the queue: who waited for a limit and was called meanwhile goes back to the stream at once
+-- KEYS[4]    calls of the queue: a job that was called for its limit meanwhile goes back to the stream at once
 -- ARGV[1]    group
 -- ARGV[2..]  six a claim: consumer, entry id, delivery count, delay in ms (negative: back to the stream at once),
 --            member for the due set, body

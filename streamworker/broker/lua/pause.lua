@@ -1,9 +1,9 @@
--- pause: an operator pauses a queue or resumes it, and the bell tells those who wait for its jobs. The field "paused" is an
--- operator's; "inactive" beside it is the relay's. Nothing is claimed while either is there.
+-- pause: pause a queue for an operator, or resume it, and notify waiting workers. The field "paused" is an operator's;
+-- the field "inactive" is the relay's. Nothing is claimed while either is set.
 --
 -- KEYS[1]  meta hash of the queue
--- KEYS[2]  due set of the queue: the bell is the channel named like it
--- ARGV[1]  who paused it and when, as people read it ("": resume)
+-- KEYS[2]  due set of the queue: notifications are published on the channel named like it
+-- ARGV[1]  who paused it and when, for operators ("": resume)
 --
 -- returns 1 changed, 0 it was so already
 local changed
@@ -12,6 +12,6 @@ if ARGV[1] == '' then
 else
   changed = redis.call('HSETNX', KEYS[1], 'paused', ARGV[1])
 end
--- Also when nothing changed: whoever repeats it may do so because somebody has not heard of it.
+-- Also when nothing changed: a call may be repeated because a worker missed the notification.
 redis.pcall('PUBLISH', KEYS[2], 'look')
 return changed

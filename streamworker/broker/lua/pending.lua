@@ -1,16 +1,16 @@
--- pending: one page of a group's pending entries with their documents, for people. Reads only; every entry of the page is
--- looked at, whether it fits or not, so that one call costs the same however few fit.
+-- pending: one page of a group's pending entries with their documents, for operators. Reads only; every entry of the page
+-- is read, whether it matches or not, so that one call costs the same however few match.
 --
 -- KEYS[1]  stream
 -- ARGV[1]  group
--- ARGV[2]  first entry id, or "(" and the id to go on after
+-- ARGV[2]  first entry id, or "(" and the cursor: id to go on after
 -- ARGV[3]  last entry id
 -- ARGV[4]  entries to look at
 -- ARGV[5]  ms an entry must have been idle
 -- ARGV[6]  consumer ("": any)
 --
--- returns { id to go on after (false: that was all), rows }
---   rows   { id, consumer, ms idle, delivery count, fields (false: deleted underneath) } ...
+-- returns { cursor: id to go on after (false: that was all), rows }
+--   rows   { id, consumer, ms idle, delivery count, fields (false: deleted) } ...
 local reply
 if ARGV[6] == '' then
   reply = redis.pcall('XPENDING', KEYS[1], ARGV[1], ARGV[2], ARGV[3], ARGV[4])

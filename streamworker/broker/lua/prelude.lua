@@ -1,5 +1,5 @@
--- prelude: functions that several scripts share. `scripts` puts those that a script calls before its text, so that a script
--- pays for none that it does not call.
+-- prelude: functions that several scripts share. `scripts` puts those that a script calls before its text, so that a
+-- script pays for none that it does not call.
 --
 -- KEYS  of the script that calls; a function takes keys as parameters
 --

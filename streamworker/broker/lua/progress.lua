@@ -1,9 +1,9 @@
--- progress: write into a worker's heartbeat how far its jobs have come, and forget those that have ended.
+-- progress: store the progress of a worker's jobs in its heartbeat, and delete that of ended jobs.
 --
 -- KEYS[1]  the worker's hash
 -- ARGV[1]  ms it lives
--- ARGV[2]  N, number of fields to forget
--- ARGV[3..] N fields, then two a job: field, what its handler said
+-- ARGV[2]  N, number of fields to delete
+-- ARGV[3..] N fields, then two a job: field, what its handler reported
 --
 -- returns 1
 local forgotten = tonumber(ARGV[2])

@@ -1,9 +1,10 @@
--- promote: move due jobs behind the ready ones of their level, in bounded batches, by the server's clock. Nothing is decoded: the member names
--- the level. The growing write comes first: where it fails (out of memory, a wrong type), the job stays parked.
+-- promote: move due jobs behind the ready ones of their level, in bounded batches, by the server's clock. Nothing is
+-- decoded: the member of the due set names the level. The growing write comes first: where it fails (out of memory, a
+-- wrong type), the job stays parked.
 --
--- KEYS     five a queue: due set, bodies hash, where its ready jobs lie: high, normal, low
+-- KEYS     five a queue: due set, bodies hash, keys of its ready jobs: high, normal, low
 -- ARGV[1]  most jobs to move of each queue
--- ARGV[2]  what ready jobs lie in: stream or list
+-- ARGV[2]  type of the ready keys: stream or list
 --
 -- returns one triple a queue: { moved, ms until its next job is due (-1: none), the error of a key that refused ("": none) }
 local now = now_ms()

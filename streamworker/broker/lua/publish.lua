@@ -1,13 +1,13 @@
--- publish: store new jobs of one queue: behind the others of their level, or parked until they are due. A deduplication key is written after its
--- job, and while it is remembered the earlier job's id is the answer. Repeating a call with a key is safe: the same id
--- under the same key is our own first try. A job that becomes the first to be due rings the bell: a message with the ms
--- until then, on the channel named like KEYS[4].
+-- publish: store new jobs of one queue: behind the others of their level, or parked until they are due. A deduplication
+-- key is written after its job, and while it exists the answer is the earlier job's id. Repeating a call with a key is
+-- safe: the same id under the same key is our own first try. A job that becomes the first to be due is published on the
+-- channel named like KEYS[4], as the ms until then.
 --
--- KEYS[1..3]  where ready jobs lie: high, normal, low
+-- KEYS[1..3]  keys of ready jobs: high, normal, low
 -- KEYS[4]     due set
 -- KEYS[5]     bodies hash
 -- KEYS[6..]   deduplication keys
--- ARGV[1]     what ready jobs lie in: stream or list
+-- ARGV[1]     type of the ready keys: stream or list
 -- ARGV[2..]   seven a job: number of its level's key in KEYS, when ("" now, "+ms" from now, "ms" since the epoch),
 --             member for the due set, number of its deduplication key in KEYS (0: none), ms to remember the key,
 --             job id, body

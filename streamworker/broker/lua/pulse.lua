@@ -1,4 +1,4 @@
--- pulse: what tells whether the server lost jobs, and who pauses the queues.
+-- pulse: what tells a relay whether the server lost jobs, and which queues the ledger pauses.
 --
 -- KEYS  meta hash of each queue
 --

@@ -1,12 +1,12 @@
--- purge: delete jobs of a queue for good, a batch a call. What workers hold is not touched: ready is what lies behind the
--- last delivered entry. Their deduplication keys are free, unless other jobs have them by now.
+-- purge: delete jobs of a queue for good, a batch a call, but no claimed one: an entry is ready if it is behind the last
+-- delivered entry. Their deduplication keys are deleted too, unless other jobs have them by now.
 --
--- KEYS[1..3]  where ready jobs lie: high, normal, low
+-- KEYS[1..3]  keys of ready jobs: high, normal, low
 -- KEYS[4]     due set
 -- KEYS[5]     bodies hash
 -- KEYS[6]     dead stream
 -- KEYS[7]     what the names of deduplication keys start with
--- ARGV[1]     "stream" or "list": what the ready jobs lie in
+-- ARGV[1]     type of the ready keys: "stream" or "list"
 -- ARGV[2]     group
 -- ARGV[3]     "ready", "delayed" or "dead"
 -- ARGV[4]     most jobs to delete, up to 1000

@@ -1,5 +1,6 @@
--- renew: prolong leases, each only if the claim still holds. A plain XCLAIM would steal the entry back from its rescuer.
--- JUSTID resets the idle time and leaves the delivery count alone. The worker's lease is written where whoever sweeps looks for it.
+-- renew: renew leases, each only if the claim still holds: a plain XCLAIM would steal the entry back from the worker that
+-- reclaimed it. JUSTID resets the idle time and leaves the delivery count alone. The worker's lease is stored where
+-- reclaiming reads it.
 --
 -- KEYS[1]    stream
 -- KEYS[2]    meta hash of the queue
@@ -25,7 +26,7 @@ if replica then return replica end
 if #ids > 0 then
   local known = redis.pcall('HGET', KEYS[2], 'leases') or ''
   if type(known) == 'string' and not string.find('\n' .. known, '\n' .. ARGV[2] .. ' ', 1, true) then
-    redis.pcall('HSET', KEYS[2], 'leases', known .. ARGV[2] .. ' ' .. ARGV[3] .. '\n') -- somebody deleted it
+    redis.pcall('HSET', KEYS[2], 'leases', known .. ARGV[2] .. ' ' .. ARGV[3] .. '\n') -- it was deleted
   end
   ids[#ids + 1] = 'JUSTID'
   redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, unpack(ids))

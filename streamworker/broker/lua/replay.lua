@@ -1,11 +1,11 @@
--- replay: put a dead letter back on its queue, once: whoever comes second finds no letter.
+-- replay: put a dead letter back on its queue, once: a second call finds no letter.
 --
 -- KEYS[1]  dead stream
--- KEYS[2]  where the ready jobs of its level lie
+-- KEYS[2]  ready jobs of its level
 -- KEYS[3]  where it is kept how its job ended
 -- ARGV[1]  id of the dead letter
 -- ARGV[2]  body
--- ARGV[3]  what ready jobs lie in: stream or list
+-- ARGV[3]  type of the ready keys: stream or list
 --
 -- returns 1 moved, 0 the letter is gone
 if not redis.call('XRANGE', KEYS[1], ARGV[1], ARGV[1])[1] then return 0 end

@@ -1,8 +1,9 @@
--- retain: renew the holds of runs whose leases were renewed. One that was given back meanwhile, or has lapsed, does not come back.
+-- retain: renew the permits of executions whose leases were renewed. A permit that was released or has expired meanwhile
+-- does not come back.
 --
--- KEYS       the holds of each limit
--- ARGV[1]    ms a hold lives unless renewed
--- ARGV[2..]  two a hold: its limit (from 1), token
+-- KEYS       permits of each limit
+-- ARGV[1]    ms a permit lives unless renewed
+-- ARGV[2..]  two a permit: its limit (from 1), token
 --
 -- returns 1
 local till = string.format('%d', now_ms() + ARGV[1])

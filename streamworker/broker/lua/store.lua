@@ -1,8 +1,8 @@
 -- store: put new jobs of one queue behind the others of their levels: what `publish` does, for jobs without a delay or a
 -- deduplication key, which are nearly all.
 --
--- KEYS[1..3]  where ready jobs lie: high, normal, low
--- ARGV[1]     what those are: stream or list
+-- KEYS[1..3]  keys of ready jobs: high, normal, low
+-- ARGV[1]     type of the ready keys: stream or list
 -- ARGV[2..4]  how many jobs of each level follow
 -- ARGV[5..]   bodies, level by level
 --

@@ -1,6 +1,6 @@
--- unpark: delete a parked job for good, or make it due now. A body given with it replaces the stored one, because a document
--- that says "not before" would be parked again by the worker that reads it. The deduplication key of a job that is deleted is
--- free, unless another job has it by now.
+-- unpark: delete a parked job for good, or make it due now. A body given with it replaces the stored one, because a
+-- document that says "not before" would be parked again by the worker that reads it. The deduplication key of a deleted
+-- job is deleted too, unless another job has it by now.
 --
 -- KEYS[1]  due set of the queue
 -- KEYS[2]  bodies hash of the queue

@@ -82,19 +82,19 @@ class Address:
     def __init__(self, url: str, name: str = "streamworker") -> None:
         self._init(urls.parse(url), name)
 
-    def _init(self, form: RedisUrl, name: str) -> None:
-        self._form = form
+    def _init(self, url: RedisUrl, name: str) -> None:
+        self._url = url
         self._name = _shown(name)
-        self._async, self._sync = _ASYNC[form.scheme], _SYNC[form.scheme]
-        self._kwargs = dict(form.options)
-        if form.kind == "sentinel":
-            self._async, self._sync = _MANAGED[form.scheme], _MANAGED_SYNC[form.scheme]
-            self._kwargs["sentinels"] = Sentinels(form)
-        elif form.hosts:
-            self._kwargs["host"], self._kwargs["port"] = form.hosts[0]
-        self._slots = ClusterSlots(form) if form.kind == "cluster" else None
-        if form.scheme == "rediss":
-            _check_tls(form.options)
+        self._async, self._sync = _ASYNC[url.scheme], _SYNC[url.scheme]
+        self._kwargs = dict(url.options)
+        if url.kind == "sentinel":
+            self._async, self._sync = _MANAGED[url.scheme], _MANAGED_SYNC[url.scheme]
+            self._kwargs["sentinels"] = Sentinels(url)
+        elif url.hosts:
+            self._kwargs["host"], self._kwargs["port"] = url.hosts[0]
+        self._slots = ClusterSlots(url) if url.kind == "cluster" else None
+        if url.scheme == "rediss":
+            _check_tls(url.options)
 
     @classmethod
     def of(cls, client: object, name: str = "streamworker") -> Address:
@@ -116,7 +116,7 @@ class Address:
 
     def __str__(self) -> str:
         """Without the password."""
-        return str(self._form)
+        return str(self._url)
 
     @property
     def spread(self) -> bool:
@@ -131,7 +131,7 @@ class Address:
         """One node of the cluster."""
         other = self.renamed(self._name)
         other._slots = None
-        other._form = msgspec.structs.replace(self._form, kind="server", hosts=(host,))
+        other._url = msgspec.structs.replace(self._url, kind="server", hosts=(host,))
         other._kwargs = {**self._kwargs, "host": host[0], "port": host[1]}
         return other
 
@@ -141,16 +141,16 @@ class Address:
         Returns:
             ``None`` where only redis-py can do it: logins that are made anew each time, OCSP.
         """
-        form = self._form
-        told = _bare(form.scheme, form.options)
-        if told is None or form.scheme == "unix":
+        url = self._url
+        told = _bare(url.scheme, url.options)
+        if told is None or url.scheme == "unix":
             return told
-        if form.kind == "sentinel":
-            asked = _bare(form.scheme, form.sentinel_options)
+        if url.kind == "sentinel":
+            asked = _bare(url.scheme, url.sentinel_options)
             if asked is None:
                 return None
-            return {**told, "sentinels": {**asked, "hosts": form.hosts, "service": form.service}}
-        return {**told, "host": form.hosts[0][0], "port": form.hosts[0][1]}
+            return {**told, "sentinels": {**asked, "hosts": url.hosts, "service": url.service}}
+        return {**told, "host": url.hosts[0][0], "port": url.hosts[0][1]}
 
     def _options(self) -> dict[str, Any]:
         return {
@@ -223,7 +223,7 @@ class Address:
     def _reader(self, block: float, control: aioredis.Redis) -> Reader:
         return Reader(CommandConnection(self._connection(), block + BLOCK_SLACK), control)
 
-    def wires(self, size: int = POOL_SIZE) -> CommandPool | ClusterClient:
+    def pool(self, size: int = POOL_SIZE) -> CommandPool | ClusterClient:
         """What sends commands of the hot path; in a cluster there is no short cut."""
         if self._slots is not None:
             return ClusterClient(self._slots, lambda host: self.at(host).commands(size))
@@ -241,13 +241,13 @@ class Address:
         Args:
             size: most connections, unless the URL has ``max_connections``.
         """
-        said = {"client_name": self._name, "max_connections": size, **self._form.client}
+        said = {"client_name": self._name, "max_connections": size, **self._url.client}
         if self._slots is not None:
-            nodes = [ClusterNode(host, port) for host, port in self._form.hosts]
+            nodes = [ClusterNode(host, port) for host, port in self._url.hosts]
             kept = {name: value for name, value in self._kwargs.items() if name not in ("host", "port")}
             known = inspect.signature(aioredis.RedisCluster.__init__).parameters
             options = {"socket_timeout": None, **{name: value for name, value in said.items() if name in known}}
-            return aioredis.RedisCluster(startup_nodes=nodes, ssl=self._form.scheme == "rediss", **kept, **options)
+            return aioredis.RedisCluster(startup_nodes=nodes, ssl=self._url.scheme == "rediss", **kept, **options)
         options = {"timeout": POOL_TIMEOUT, "socket_connect_timeout": COMMAND_TIMEOUT, "protocol": 2, **said}
         if options.pop("retry_on_timeout", False):
             options["retry"], options["retry_on_error"] = Retry(NoBackoff(), 1), [redis_errors.TimeoutError]

@@ -259,11 +259,11 @@ class ClusterSlots:
     """Which node serves which slot: shared by the event loop and the lease thread, always replaced as a whole.
 
     Args:
-        form: a form of the kind "cluster".
+        url: a url of the kind "cluster".
     """
 
-    def __init__(self, form: RedisUrl) -> None:
-        self.form: Final = form
+    def __init__(self, url: RedisUrl) -> None:
+        self.url: Final = url
         self._ranges: tuple[list[int], list[tuple[int, Host]]] = ([], [])
         self._moved: dict[int, Host] = {}
         self._doubted: dict[Host, float] = {}
@@ -285,7 +285,7 @@ class ClusterSlots:
 
     def candidates(self) -> list[Host]:
         """Whom to ask for the map: who is known to serve, then the URL's hosts; who was silent lately comes last."""
-        known = dict.fromkeys([*self.masters, *self.form.hosts])
+        known = dict.fromkeys([*self.masters, *self.url.hosts])
         return sorted(known, key=lambda host: self._doubted.get(host, 0.0))
 
     def doubt(self, host: Host) -> None:
@@ -373,7 +373,7 @@ class SlotsLookup:
     def failed(self, error: Exception, host: Host) -> None:
         if "cluster support disabled" in str(error):
             raise ConfigurationError(
-                f"Redis at {self._slots.form} is no cluster: write redis:// instead of redis+cluster:// in REDIS_URL"
+                f"Redis at {self._slots.url} is no cluster: write redis:// instead of redis+cluster:// in REDIS_URL"
             ) from error
         if isinstance(error, redis_errors.AuthenticationError | redis_errors.NoPermissionError):
             raise error

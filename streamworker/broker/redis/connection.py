@@ -17,22 +17,22 @@ class Reader:
     """One connection of its own that may block, and knows its client id so that it can be unblocked from elsewhere.
 
     Args:
-        wire: not connected yet; its limit is longer than the longest block.
+        connection: not connected yet; its limit is longer than the longest block.
         control: a client to the same server, to unblock it with.
     """
 
-    def __init__(self, wire: CommandConnection, control: aioredis.Redis) -> None:
-        self._wire = wire
+    def __init__(self, connection: CommandConnection, control: aioredis.Redis) -> None:
+        self._connection = connection
         self._control = control
         self.client_id: int | None = None
 
     async def execute_command(self, *args: Any, **_: Any) -> Any:
         """Send one command and return its raw reply. Raises what `CommandConnection.call` raises."""
-        if not self._wire.connected:
+        if not self._connection.connected:
             self.client_id = None
-        if await self._wire.ready():
-            self.client_id = await self._wire.call("CLIENT", "ID")
-        return await self._wire.call(*args)
+        if await self._connection.ready():
+            self.client_id = await self._connection.call("CLIENT", "ID")
+        return await self._connection.call(*args)
 
     async def unblock(self) -> None:
         """End its blocking read, if there is one."""
@@ -42,7 +42,7 @@ class Reader:
     async def close(self) -> None:
         """Close the connection."""
         with suppress(redis_errors.RedisError, OSError):
-            await self._wire.close()
+            await self._connection.close()
 
 
 class CommandConnection:
@@ -100,7 +100,7 @@ class CommandConnection:
 
 
 class CommandPool:
-    """A few wires; whoever finds none free waits for one.
+    """A few pool; whoever finds none free waits for one.
 
     Args:
         make: makes a connection.
@@ -118,21 +118,21 @@ class CommandPool:
     async def execute_command(self, *args: Any, **_: Any) -> Any:
         """Send one command and return its raw reply. Raises what `CommandConnection.call` raises."""
         async with self._free:
-            wire = self._idle.pop() if self._idle else CommandConnection(self._make(), self._limit)
+            connection = self._idle.pop() if self._idle else CommandConnection(self._make(), self._limit)
             try:
-                await wire.ready()
-                return await wire.call(*args)
+                await connection.ready()
+                return await connection.call(*args)
             finally:
                 if self._closed:
-                    await wire.close()
+                    await connection.close()
                 else:
-                    self._idle.append(wire)
+                    self._idle.append(connection)
 
     async def disconnect(self) -> None:
         """Give up the idle connections; the next commands make new ones."""
         idle, self._idle = self._idle, []
-        for wire in idle:
-            await wire.close()
+        for connection in idle:
+            await connection.close()
 
     async def aclose(self) -> None:
         """Close all connections, those in use after their command."""

@@ -28,14 +28,14 @@ class Sentinels:
     """The Sentinels of one service; whoever answered last is asked first.
 
     Args:
-        form: a form of the kind "sentinel".
+        url: a url of the kind "sentinel".
     """
 
-    def __init__(self, form: RedisUrl) -> None:
-        self._form = form
-        self._hosts = list(form.hosts)
+    def __init__(self, url: RedisUrl) -> None:
+        self._url = url
+        self._hosts = list(url.hosts)
         self._options: dict[str, Any] = {
-            **form.sentinel_options,
+            **url.sentinel_options,
             "protocol": 2,
             "socket_connect_timeout": TIMEOUT,
             "socket_timeout": TIMEOUT,
@@ -48,13 +48,13 @@ class Sentinels:
             ConnectionError: no Sentinel answers.
             ConfigurationError: what answers is none, refuses us, or knows no such master.
         """
-        kind: Any = connections.TlsConnection if self._form.scheme == "rediss" else connections.TcpConnection
-        search = _Search(self._form, self._hosts)
+        kind: Any = connections.TlsConnection if self._url.scheme == "rediss" else connections.TcpConnection
+        search = _Search(self._url, self._hosts)
         for host, port in search:
             connection = kind(host=host, port=port, retry=Retry(NoBackoff(), 0), **self._options)
             try:
                 await connection.connect()
-                await connection.send_command(*_ASK, self._form.service)
+                await connection.send_command(*_ASK, self._url.service)
                 search.answered(await connection.read_response())
             except (redis_errors.RedisError, OSError) as error:
                 search.failed(error)
@@ -64,13 +64,13 @@ class Sentinels:
 
     def master_blocking(self) -> Host:
         """`master` for the lease thread."""
-        kind: Any = redis.SSLConnection if self._form.scheme == "rediss" else redis.Connection
-        search = _Search(self._form, self._hosts)
+        kind: Any = redis.SSLConnection if self._url.scheme == "rediss" else redis.Connection
+        search = _Search(self._url, self._hosts)
         for host, port in search:
             connection = kind(host=host, port=port, retry=SyncRetry(NoBackoff(), 0), **self._options)
             try:
                 connection.connect()
-                connection.send_command(*_ASK, self._form.service)
+                connection.send_command(*_ASK, self._url.service)
                 search.answered(connection.read_response())
             except (redis_errors.RedisError, OSError) as error:
                 search.failed(error)
@@ -82,8 +82,8 @@ class Sentinels:
 class _Search:
     """One walk over the Sentinels, until one of them knows."""
 
-    def __init__(self, form: RedisUrl, hosts: list[Host]) -> None:
-        self._form = form
+    def __init__(self, url: RedisUrl, hosts: list[Host]) -> None:
+        self._url = url
         self._hosts = hosts
         self._at: Host = hosts[0]
         self._master: Host | None = None
@@ -117,17 +117,17 @@ class _Search:
             return self._master
         if self._unknown:
             raise ConfigurationError(
-                f"the Sentinels of {self._form} know no master named {self._form.service!r}: check the name after the "
+                f"the Sentinels of {self._url} know no master named {self._url.service!r}: check the name after the "
                 "hosts in REDIS_URL"
             )
         if isinstance(self._refusal, redis_errors.AuthenticationError | redis_errors.NoPermissionError):
             raise ConfigurationError(
-                f"the Sentinels of {self._form} refused the login ({self._refusal}): check sentinel_username and "
+                f"the Sentinels of {self._url} refused the login ({self._refusal}): check sentinel_username and "
                 "sentinel_password in REDIS_URL"
             )
         if self._refusal is not None:
             raise ConfigurationError(
-                f"what answers at {self._form} is no Sentinel ({self._refusal}): name the Sentinels in REDIS_URL, or "
+                f"what answers at {self._url} is no Sentinel ({self._refusal}): name the Sentinels in REDIS_URL, or "
                 "write redis:// for a server"
             )
         # These words tell the publisher that nothing was sent.

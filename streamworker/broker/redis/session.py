@@ -37,7 +37,7 @@ class Session:
     def __init__(self, address: Address) -> None:
         self.address = address
         self.commands: Final = address.commands()
-        self.wires: Final = address.wires()
+        self.pool: Final = address.pool()
         self.reader = address.reader(BLOCK, self.commands)
         self._branches: list[tuple[Session, str]] = []
         self.lease_client = address.blocking()
@@ -72,7 +72,7 @@ class Session:
             branch.reader = address.reader(BLOCK, self.commands, key)
 
     def branch(self, key: str) -> Session:
-        """The same link with a reader of its own, for the slot of a key."""
+        """The same session with a reader of its own, for the slot of a key."""
         other = copy(self)
         other._branches = []
         other.reader = self.address.reader(BLOCK, self.commands, key)
@@ -81,15 +81,15 @@ class Session:
 
     async def unblock(self) -> None:
         """End blocking reads."""
-        for link in (self, *(branch for branch, _ in self._branches)):
+        for session in (self, *(branch for branch, _ in self._branches)):
             with self.watched():
-                await link.reader.unblock()
+                await session.reader.unblock()
 
     async def close(self) -> None:
         """Close all connections."""
-        for link in (self, *(branch for branch, _ in self._branches)):
-            await link.reader.close()
-        await self.wires.aclose()
+        for session in (self, *(branch for branch, _ in self._branches)):
+            await session.reader.close()
+        await self.pool.aclose()
         await self.commands.aclose()
         self.lease_client.close()
 
@@ -103,7 +103,7 @@ class Session:
         """Run a script on a command connection."""
         await self.fresh()
         with self.watched():
-            return await script(self.wires, keys, args)
+            return await script(self.pool, keys, args)
 
     async def read(self, script: scripts.Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
         """Run a script on the reader's connection."""
@@ -158,8 +158,8 @@ class Session:
             await self.reader.close()
             # Those in use fail by themselves and come here again.
             await self.commands.connection_pool.disconnect(inuse_connections=False)
-            if isinstance(self.wires, CommandPool):
-                await self.wires.disconnect()
+            if isinstance(self.pool, CommandPool):
+                await self.pool.disconnect()
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -190,12 +190,12 @@ class Session:
         return self._returns + sum(branch._returns for branch, _ in self._branches)
 
     def outage(self) -> float:
-        """Seconds the link was down before it last came back, or is down so far; once told, it starts anew."""
+        """Seconds the session was down before it last came back, or is down so far; once told, it starts anew."""
         down, seconds, self._outage = self._down_since, self._outage, 0.0
         return seconds if down is None else max(seconds, monotonic() - down)
 
     def longest_outage(self) -> float:
-        """`outage` of this link and of its branches."""
+        """`outage` of this session and of its branches."""
         return max(self.outage(), *(branch.outage() for branch, _ in self._branches), 0.0)
 
 
@@ -232,15 +232,15 @@ class OperatorSession:
     async def scan(self, pattern: str, *kind: str) -> AsyncIterator[str]:
         """Names of keys, of one type if it is named. It walks the whole key space: for people's commands alone."""
         types = [word for name in kind for word in ("TYPE", name)]
-        desks, away = await self.each(), 0
-        for desk in desks:
+        sessions, away = await self.each(), 0
+        for session in sessions:
             cursor: Any = 0
             while True:
                 try:
-                    cursor, names = await desk.ask("SCAN", cursor, "MATCH", pattern, "COUNT", SCAN, *types)
+                    cursor, names = await session.ask("SCAN", cursor, "MATCH", pattern, "COUNT", SCAN, *types)
                 except Unreachable as error:  # the other nodes of a cluster are listed all the same
                     away += 1
-                    if away == len(desks):
+                    if away == len(sessions):
                         raise
                     log.warning("node_away", error=str(error), hint="what this node holds is missing here")
                     break
@@ -250,7 +250,7 @@ class OperatorSession:
                     break
 
     async def each(self) -> list[OperatorSession]:
-        """One desk per server that holds keys: this one alone, but in a cluster."""
+        """One session per server that holds keys: this one alone, but in a cluster."""
         with understood(self.address):
             clients = await self.address.masters(self.client)
         return [OperatorSession(client, self.address, self.group, self.namespace) for client in clients]

@@ -1,11 +1,11 @@
--- sweep: take over entries whose lease ran out (XAUTOCLAIM with a kept cursor), at most as many as asked for. The lease is that of
--- the worker that holds an entry, see lease.lua. Who left none there is given the longest that is known.
--- Where leases differ, XPENDING is asked, which tells the holder, and only what is an orphan by its holder's lease is touched.
--- The delivery count is read before an entry is claimed for real. One that would reach the suspects' count runs alone: it is
--- only reserved (ours, but not counted), so that it can be confirmed, and only by a worker that is idle and finds nothing else;
--- until then suspects stay ripe, for whoever is idle first. Where nobody is, one worker at a time takes nothing new until it is:
--- the field "drainer" of meta holds its name, for a second, so that another one follows when it dies.
--- A paused queue is not swept. One sweep at a time per queue: the token in meta says when the next one is due.
+-- reclaim: claim entries whose lease has expired (XAUTOCLAIM with a stored cursor), at most as many as asked for. The
+-- lease is that of the worker that holds an entry, see `lease`; a worker that stored none is given the longest known one.
+-- Where leases differ, XPENDING is asked, which names the holder, and only entries that are expired by their holder's
+-- lease are touched. The delivery count is read before an entry is claimed for real. An entry that would reach the
+-- suspects' count runs alone: it is only reserved (claimed, but not counted), so that it can be confirmed, and only by a
+-- worker that is idle and finds no other entry; until then suspects stay expired, for the first idle worker. Where no
+-- worker is idle, one worker at a time drains: it takes nothing new until it is idle. A paused queue is not reclaimed
+-- from. One call at a time for each queue: a token in the meta hash holds the moment of the next one.
 --
 -- KEYS[1]    meta hash of the queue
 -- KEYS[2..]  its streams
@@ -16,19 +16,19 @@
 -- ARGV[5]    delivery count from which an entry is a suspect that runs alone
 -- ARGV[6]    what the worker does about suspects: 1 it is idle and takes one, 2 it asks to be the one that drains, else it leaves
 --            them to others
--- ARGV[7]    what the server's clock should show by the worker's own, in ms; 0 if it has not seen it yet
+-- ARGV[7]    the server's time as the worker expects it, in ms; 0 if it has not read it yet
 -- ARGV[8]    most entries to take that are about to be delivered for the last time before that: a group of suspects
--- ARGV[9..]  what runs here and is passed over, as "index of the stream in KEYS:entry id"
+-- ARGV[9..]  entries that run here and are passed over, as "index of the stream in KEYS:entry id"
 --
--- returns { ms until the next sweep, entries, number of entries that were deleted underneath, number of suspects that were left
---           to others (-1: it was too early to look), what the server's clock shows in ms, 1 if this worker shall drain, the
+-- returns { ms until the next sweep, entries, number of entries that were deleted, number of suspects that were left
+--           to others (-1: it was too early), the server's time in ms, 1 if this worker shall drain, the
 --           longest lease of the queue's workers in ms (0: not looked up) }
---   entries  { index of the stream in KEYS, id, delivery count, fields, what its id is derived from, 1 if a suspect } ...
+--   entries  { index of the stream in KEYS, id, delivery count, fields, value that its id is derived from, 1 if a suspect } ...
 local lease, limit = tonumber(ARGV[3]), tonumber(ARGV[4])
 local now = now_ms()
 
--- The clock leapt ahead: everything looks abandoned. Nobody is taken for dead before everyone had a lease to renew. Half a
--- lease is no leap yet: who renews every third of one is never idle for a whole one by it, and a slow network looks like it.
+-- The clock leapt ahead: all leases look expired. No claim expires before every worker had one lease to renew. Half a
+-- lease is no leap yet: a worker that renews every third of a lease is never idle for a whole one by it, and a slow network looks the same.
 local leap = tonumber(ARGV[7]) > 0 and now - tonumber(ARGV[7]) or 0
 local most = math.max(lease / 2, 1000)
 if leap > most then return { lease, {}, 0, -1, now, 0, 0 } end
@@ -62,7 +62,7 @@ if leap > math.max(shortest / 2, 1000) then return { longest, {}, 0, -1, now, 0,
 local running = {}
 for i = 9, #ARGV do running[ARGV[i]] = true end
 local derived = redis.call('HMGET', KEYS[1], 'id:1', 'id:2', 'id:3')
-local entries, missing, passed, unfinished = {}, 0, 0, false -- unfinished: somebody should sweep again at once
+local entries, missing, passed, unfinished = {}, 0, 0, false -- unfinished: the next call should follow at once
 local suspect -- the first one that was passed
 local group, left = tonumber(ARGV[8]), 0 -- suspects that a group has room for, and those that it has none for
 
@@ -89,7 +89,7 @@ local function take(k, id)
   end
 end
 
--- A page of orphans from a cursor on: { the next cursor, ids, ids that were deleted underneath }, as XAUTOCLAIM answers.
+-- A page of expired entries from a cursor on: { the next cursor, ids, ids that were deleted }, as XAUTOCLAIM answers.
 local function page(k, cursor, most)
   if shortest == longest then
     -- It looks at up to 10 x COUNT entries.
@@ -130,7 +130,7 @@ for k = 2, #KEYS do
     if cursor == '0-0' then break end
     if pages >= 100 then unfinished = true break end
   end
-  redis.pcall('HSET', KEYS[1], field, cursor) -- out of memory, everybody sweeps from the start: orphans come first
+  redis.pcall('HSET', KEYS[1], field, cursor) -- out of memory, every worker reclaims from the start: expired leases come first
 end
 
 if suspect and ARGV[6] == '1' and #entries == 0 then
@@ -153,7 +153,7 @@ if #entries >= limit or unfinished or passed > 0 and entries[1] and entries[1][6
 elseif left > 0 then
   wait = passed > 0 and 20 or 200 -- as soon as one of the group has ended
 elseif passed > 0 then
-  wait = 20 -- whoever is idle can run one at once
+  wait = 20 -- an idle worker can run one at once
 else
   for k = 2, #KEYS do
     local summary = redis.pcall('XPENDING', KEYS[k], ARGV[1])

@@ -1,5 +1,5 @@
--- strays: entries that are pending under our name without running here, because the reply to a read was lost on its way.
--- They were never started: the delivery count stays as it is.
+-- own_pending: pending entries of this consumer that do not run here, because the reply to their claim was lost. They
+-- were never started: the delivery count stays as it is.
 --
 -- KEYS[1]    stream
 -- ARGV[1]    group
