@@ -1,4 +1,4 @@
-"""What the brokers of both modes share: everything that does not depend on what the jobs of a worker lie in."""
+"""The part of a broker that both modes share, and publishing: it does not depend on the type of the ready keys."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ I = TypeVar("I", bound=ClaimSource | ClusterStreamClaims)  # noqa: E741 - K is f
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """What a broker is told.
+    """Options of a broker.
 
     Attributes:
-        queues: (name, cap) in the order they are taken; a cap bounds what one worker runs of the queue.
-        namespace: goes before every key, as it is; but not before the lists that producers push to.
+        queues: (name, cap) in claim order; a cap bounds how many jobs of the queue one worker runs.
+        namespace: prefix of every key, but for the lists that producers push to.
         lease: seconds a claim lives unrenewed.
         weighted: weighted order of levels instead of strict order.
         alone_from: the delivery from which on a job runs alone.
@@ -61,11 +61,11 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RedisBroker(ABC, Generic[K, I]):
-    """Half of the `Broker` protocol; one instance serves one worker, or producers.
+    """`WorkerBroker` of both modes; one instance serves one worker, or producers.
 
     Args:
         address: the server.
-        options: see there.
+        options: queues, lease and the like.
     """
 
     def __init__(self, address: Address, options: Options) -> None:
@@ -92,7 +92,7 @@ class RedisBroker(ABC, Generic[K, I]):
 
     async def open(self) -> None:
         uptime = await self._session.greet()
-        # After a restart everyone alive gets one lease to renew before anybody is taken for dead.
+        # After a restart of the server every worker gets one lease to renew before any lease expires.
         self._source.rest(max(0.0, self._options.lease - uptime))
 
     async def close(self) -> None:
@@ -102,7 +102,7 @@ class RedisBroker(ABC, Generic[K, I]):
 
     @property
     def _name(self) -> str:
-        """The key that says that this worker lives."""
+        """Key of this worker's heartbeat."""
         return worker_key(self._options.namespace, self._source.consumer)
 
     async def publish(self, jobs: Sequence[Outgoing]) -> list[Enqueued]:
@@ -130,7 +130,7 @@ class RedisBroker(ABC, Generic[K, I]):
         ended: Callable[[str], int] = none_ended,
         shut: Collection[str] = (),
     ) -> list[Claim]:
-        """See `Broker.claim`. What a lost reply claimed is found with the next call."""
+        """`Broker.claim`. The call after one whose reply may be lost returns what that one claimed."""
         if self._source.reply_lost:
             found = await self.own_pending(running)
             self._source.reply_lost = False
@@ -145,7 +145,7 @@ class RedisBroker(ABC, Generic[K, I]):
 
     @abstractmethod
     async def own_pending(self, running: Collection[Claim]) -> list[Claim]:
-        """See `Consumer.own_pending`."""
+        """`Consumer.own_pending`."""
 
     async def _confirmed(self, script: scripts.Script, names: Sequence[str], args: Sequence[Any]) -> bool:
         """Run a script that counts a delivery; whether it did is found like a claim if its reply is lost."""
@@ -184,7 +184,6 @@ class RedisBroker(ABC, Generic[K, I]):
         self._limits.renew_permits(permits)
 
     async def listen(self, parked: Callable[[float], None], cancelled: Callable[[], None] = lambda: None) -> None:
-        """See `Broker.listen`."""
 
         def notified(channel: bytes) -> None:
             self._cancels.notified(channel)
@@ -198,18 +197,18 @@ class RedisBroker(ABC, Generic[K, I]):
 
 
 BATCH: Final = 1000
-"""Most jobs of one round trip."""
+"""Most jobs of one call."""
 TRIES: Final = 3
 IN_FORCE: Final = 180.0
-"""Seconds a schedule stays in force after its last proposal: workers propose at least once a minute."""
+"""Seconds a schedule stays in force after its last offer: workers offer at least once a minute."""
 
 
 class Publisher:
     """Stores jobs of any queue. Only jobs with a deduplication key are sent again after a lost reply.
 
     Args:
-        client: what to send with.
-        address: whose, for errors.
+        client: sends the commands.
+        address: names the server in errors.
         keys: the keys of a queue, by its name.
     """
 
@@ -237,7 +236,7 @@ class Publisher:
         return [answers[index] for index in range(len(jobs))]
 
     async def offer_tick(self, tick: CronTick) -> CronTickResult:
-        """See `Broker.offer_tick`. Sending it again is safe."""
+        """`CronStore.offer_tick`. Repeating it is safe."""
         keys = self._keys(tick.queue)
         args: list[str | bytes | int | float] = [tick.schedule, round(tick.at * 1000), keys.shape, tick.body, tick.name]
         args += ["" if each is None else round(each * 1000) for each in (tick.before, tick.now)]
@@ -286,7 +285,7 @@ class Publisher:
         ]
 
     async def _send(self, command: Callable[[], Awaitable[Any]], tries: int) -> Any:
-        """Send, and send again only what may be repeated; a lost reply is not a server that is not there."""
+        """Send up to ``tries`` times; a lost reply raises another error than a server that does not answer."""
         for attempt in range(1, tries + 1):
             try:
                 with understood(self._address):
@@ -305,7 +304,7 @@ class Publisher:
 
 
 def _was_sent(cause: BaseException | None) -> bool:
-    """Whether a command can have been run: not if no connection came about, nor if a server said no."""
+    """Whether a command may have run: not if no connection was made, nor if the server refused it."""
     if isinstance(cause, NotExecuted | redis_errors.ResponseError | redis_errors.BusyLoadingError):
         return False
     return not (isinstance(cause, redis_errors.ConnectionError) and "onnecting to" in str(cause))
@@ -316,15 +315,15 @@ def _is_plain(job: Outgoing) -> bool:
 
 
 PROMOTE_BATCH: Final = 500
-"""Most due jobs one script call moves."""
+"""Most due jobs of one script call."""
 IDLE_TICK: Final = 5.0
-"""Most seconds between looks at the due sets; the bell tells of jobs that others park."""
+"""Most seconds between looks at the due sets; notifications announce jobs that other processes park."""
 REFUSED_TICK: Final = 1.0
 """Seconds before due jobs that could not be moved are offered again."""
 
 
 async def promote(session: Session, queues: Sequence[QueueKeys]) -> float:
-    """Move what is due by now; returns the seconds until it should be called again."""
+    """Move due jobs behind the ready ones; returns the seconds after which it must be called again."""
     # All queues in one call, unless a cluster keeps them in different slots.
     together = [[keys] for keys in queues] if session.address.spread else [queues] if queues else []
     waits: list[float] = []
@@ -332,7 +331,7 @@ async def promote(session: Session, queues: Sequence[QueueKeys]) -> float:
     for group in together:
         try:
             waits.append(await _promote(session, group))
-        except Unreachable as error:  # a node of a cluster: the others' jobs are due all the same
+        except Unreachable as error:  # a node of a cluster: jobs on the other nodes are promoted all the same
             failure = error
     if failure is not None and not waits:
         raise failure
@@ -344,7 +343,7 @@ async def _promote(session: Session, queues: Sequence[QueueKeys]) -> float:
     wait = IDLE_TICK
     reply = await session.run(scripts.PROMOTE, names, [PROMOTE_BATCH, queues[0].shape])
     for keys, (moved, soonest, refused) in zip(queues, reply, strict=True):
-        if refused:  # a key of a wrong type, or no memory: this queue's trouble alone
+        if refused:  # a key of a wrong type, or no memory: the other queues are promoted all the same
             log.error("due_jobs_stuck", queue=keys.queue, error=refused.decode(errors="replace"))
             wait = min(wait, REFUSED_TICK)
         elif moved >= PROMOTE_BATCH:
@@ -355,10 +354,10 @@ async def _promote(session: Session, queues: Sequence[QueueKeys]) -> float:
 
 
 class StandbyServer(msgspec.Struct, frozen=True):
-    """One server, how to log in there, and what to send it.
+    """One server: its login, and the commands for it.
 
     Attributes:
-        login: as `Address.bare` tells it.
+        login: as `Address.bare` returns it.
         commands: each a list of words, or (index of a script, keys, arguments).
     """
 
@@ -375,13 +374,13 @@ def standby(
     lease: float,
     longest: float,
 ) -> bytes | None:
-    """The line that tells everything; ``None`` if a program without redis-py cannot log in.
+    """Commands of the renewing process, as a line of JSON; ``None`` if only redis-py can log in.
 
     Args:
-        address: where Redis is.
-        script: what renews.
-        calls: its (keys, arguments), one a call.
-        heartbeat: key of the worker's heartbeat, which goes on, too.
+        address: the server.
+        script: renews leases.
+        calls: (keys, arguments) of each call of the script.
+        heartbeat: key of the worker's heartbeat, which is prolonged too.
         lease: seconds.
         longest: seconds of silence after which the worker counts as hung for good.
     """

@@ -1,8 +1,7 @@
-"""Cancelled jobs: marking them, and finding them among what is claimed, held or parked.
+"""Cancellations: marking jobs as cancelled, and finding the marked ones among claimed, running and parked jobs.
 
-A mark says that a job must not start any more and that a running one shall end. It lies in the queue's set until a
-worker has ended the job; a field of the queue's meta hash, which claiming reads anyway, says whether there are marks at
-all.
+A marked job does not start any more, and ends if it runs. The mark stays in a set of the queue until a worker has
+settled the job. A field of the queue's meta hash, which claiming reads anyway, says whether there are marks at all.
 """
 
 from __future__ import annotations
@@ -25,15 +24,15 @@ from streamworker.telemetry.logs import get_logger
 log = get_logger("streamworker.broker")
 
 LIFE: Final = 7 * 86_400
-"""Seconds a mark lives: longer than any job should lie in a queue. Delayed jobs are deleted instead."""
+"""Seconds a mark lives: longer than a job should wait in a queue. Delayed jobs are deleted instead."""
 PAGE: Final = 1000
-"""Parked jobs that are looked at in one go."""
+"""Parked jobs of one page."""
 FRESH: Final = 6.0
-"""Seconds after the bell in which no older look is believed to say that nothing is cancelled."""
+"""Seconds after a notification in which an older look does not count as proof that nothing is cancelled."""
 
 
 class CancelSession(Protocol):
-    """What can be asked."""
+    """The part of a session that cancelling needs."""
 
     async def ask(self, *command: Any) -> Any:
         """Send one command."""
@@ -43,11 +42,11 @@ class CancelSession(Protocol):
 
 
 class Cancels:
-    """What one broker knows of cancelled jobs of its queues.
+    """Cancelled jobs of a broker's queues.
 
     Args:
         session: the connections.
-        queues: whose.
+        queues: their keys.
     """
 
     def __init__(self, session: Session, queues: Sequence[QueueKeys]) -> None:
@@ -64,11 +63,11 @@ class Cancels:
             self._notified[queue] = monotonic() + FRESH
 
     async def judged(self, claims: list[Claim], marked: Collection[str]) -> list[Claim]:
-        """The claims, those of cancelled jobs marked as such.
+        """The claims, with ``cancelled`` set on those of cancelled jobs.
 
         Args:
             claims: new ones.
-            marked: queues that have cancelled jobs, as far as the last look at them could tell.
+            marked: queues that had cancelled jobs at the last look.
         """
         if not claims or not (marked or self._notified):
             return claims
@@ -85,16 +84,16 @@ class Cancels:
                     found = await self._session.run(scripts.CANCELS, [keys.cancelled, keys.meta], list(ids.values()))
                 except (Unreachable, ConfigurationError):
                     raise
-                except StreamworkerError as error:  # a key of a wrong type is this queue's trouble alone
+                except StreamworkerError as error:  # a key of a wrong type affects this queue alone
                     log.error("cancelled_unknown", queue=queue, error=str(error))
                     continue
                 for index in [list(ids)[number - 1] for number in found]:
                     claims[index] = msgspec.structs.replace(claims[index], cancelled=True)
-            if notifications == self._notifications:  # else one was cancelled meanwhile, and may be among them
+            if notifications == self._notifications:  # else a job was cancelled meanwhile, and may be one of these
                 return claims
 
     def find(self, claims: Collection[Claim]) -> list[Claim]:
-        """Those whose jobs were cancelled; from the lease thread."""
+        """Claims whose jobs were cancelled; from the lease thread."""
         asked: dict[str, list[tuple[Claim, str]]] = {}
         for claim in claims:
             if (job_id := id_of(claim)) is not None:
@@ -108,21 +107,21 @@ class Cancels:
                 )
             except (Unreachable, ConfigurationError):
                 raise
-            except StreamworkerError:  # said where jobs are claimed
+            except StreamworkerError:  # logged where jobs are claimed
                 continue
             found += [pairs[number - 1][0] for number in numbers]
         return found
 
 
 async def cancel(server: CancelSession, keys: QueueKeys, job_id: str) -> bool:
-    """Cancel a job of a queue, wherever it is; True if it was delayed: then it is gone already.
+    """Cancel a job of a queue, whatever its state; True if it was delayed, which deletes it at once.
 
     Args:
-        server: where.
+        server: the session.
         keys: of its queue.
-        job_id: which.
+        job_id: its id.
     """
-    # Marked first: whatever becomes ready while the delayed jobs are looked through is judged by whoever claims it.
+    # Marked first: a job that becomes ready while the delayed jobs are read is found cancelled when it is claimed.
     await server.run(scripts.CANCEL, [keys.cancelled, keys.meta, keys.due], [job_id, LIFE * 1000])
     gone = False
     async for member in _parked(server, keys, job_id):
@@ -143,12 +142,12 @@ async def forget(server: CancelSession, keys: QueueKeys, member: bytes | str) ->
 
 
 async def uncancel(server: CancelSession, keys: QueueKeys, job_id: str) -> bool:
-    """Take a mark back: the job may run again; False if there is none."""
+    """Delete a mark, so that the job may run again; False if there is none."""
     return bool(await server.run(scripts.CANCEL, [keys.cancelled, keys.meta, keys.due], [job_id, 0]))
 
 
 async def _parked(server: CancelSession, keys: QueueKeys, job_id: str) -> AsyncIterator[bytes]:
-    """Members of the due set for a job. They are ordered by time: every one has to be looked at, page by page."""
+    """Members of the due set for a job. The set is ordered by time, so that all of it is read, page by page."""
     pattern = "".join(f"\\{char}" if char in "*?[]\\^" else char for char in job_id)
     cursor: Any = 0
     while True:

@@ -1,4 +1,4 @@
-"""What of a server can lose jobs: looked at, never changed."""
+"""Checks of a server for settings that lose jobs. Reads only."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Severity: TypeAlias = Literal["error", "warning", "ok"]
 async def examine(
     session: OperatorSession, queues: Sequence[QueueKeys], keys_of: Callable[[str], QueueKeys]
 ) -> list[Finding]:
-    """Look at the server and at the keys of ``queues``; ``keys_of`` knows the keys of any queue by its name."""
+    """Check the server and the keys of ``queues``; ``keys_of`` returns the keys of any queue by its name."""
     info: dict[str, Any] = {}
     servers: list[Finding] = []
     for each in await session.each():
@@ -76,7 +76,7 @@ def _server(info: dict[str, Any]) -> Finding:
 
 
 async def _config(session: OperatorSession, name: str) -> str | None:
-    """A setting of the server; ``None`` if it does not tell, as managed services do not."""
+    """A setting of the server; ``None`` if CONFIG is refused, as managed services do."""
     try:
         answer = await session.ask("CONFIG GET", name)
     except StreamworkerError as error:
@@ -171,11 +171,11 @@ async def _groups(session: OperatorSession, queues: Sequence[QueueKeys]) -> list
 
 
 async def _elsewhere(session: OperatorSession, queues: Sequence[QueueKeys]) -> list[Finding]:
-    """Jobs that lie where the other mode reads."""
+    """Jobs in the ready keys of the other mode."""
     commands = [(keys, command) for keys in queues for command in keys.counting_elsewhere()]
     counts: Counter[QueueKeys] = Counter()
     for (keys, _), answer in zip(commands, await session.gather([c for _, c in commands]), strict=True):
-        counts[keys] += answer if isinstance(answer, int) else 0  # no access, or a key of somebody else's
+        counts[keys] += answer if isinstance(answer, int) else 0  # no access, or a key of another type
     return [
         Finding("warning", "mode", f"{count} jobs of {keys.queue} {_ELSEWHERE[keys.shape]}")
         for keys, count in counts.items()
@@ -205,7 +205,7 @@ async def _clock(session: OperatorSession) -> Finding:
 
 
 PROBE: Final = "streamworker-check"
-"""The queue whose keys are tried on; nobody can have jobs there."""
+"""Name of a queue for trying commands; it has no jobs."""
 
 
 # Every command of a worker that an ACL can deny, in an order that works on keys that do not exist yet; docs/security.md
@@ -263,7 +263,7 @@ def _commands(keys: QueueKeys, group: str, beat: str) -> list[tuple[str, ...]]:
 
 
 def _places(keys: QueueKeys) -> dict[str, str]:
-    """Where jobs of a queue lie that are not parked or dead."""
+    """Keys of ready and claimed jobs of a queue."""
     places = {"@ready": keys.ready("normal")}
     return places | ({"@claimed": keys.claimed(PROBE), "@leases": keys.leases} if isinstance(keys, ListKeys) else {})
 
@@ -274,8 +274,8 @@ async def look(
     """All commands, on the keys of ``queues`` where the server can be asked about them, else on keys of our own.
 
     Args:
-        session: asks.
-        queues: whose keys.
+        session: the connection.
+        queues: their keys are tried.
         keys_of: the keys of any queue, by its name.
     """
     beat = worker_key(session.namespace, PROBE)

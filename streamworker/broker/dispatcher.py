@@ -1,9 +1,9 @@
-"""The relay's side of Redis: jobs out of the ledger are added at most once, and lost ones are noticed.
+"""The relay's `Dispatcher` on Redis: it adds jobs of the ledger at most once, and notices lost ones.
 
-How long must an addition be remembered? Each attempt of a relay is valid for a few seconds, by the server's clock (the
-script refuses later ones); a row is only taken over by another relay after that. So at any moment at most one attempt
-per (id, hop) can still add something, and once the ledger knows that the job is there, none is left: the memory ends
-with `forget`. What a relay that dies in between leaves behind is found there by whoever takes the row over.
+An addition is remembered until `forget`. Each attempt of a relay is valid for a few seconds, by the server's clock (the
+script refuses later ones), and another relay takes the row over only after that. So at any moment at most one attempt
+per (id, hop) can add the job, and none is left once the ledger has noted the addition. If a relay dies in between, the
+relay that takes the row over finds the job remembered.
 """
 
 from __future__ import annotations
@@ -25,56 +25,56 @@ from streamworker.job import LEVELS
 from streamworker.relay import Dispatch, Dispatched, Pulse
 
 FORGET: Final = 30 * 86_400_000
-"""Milliseconds after which even what no relay ever noted is forgotten."""
+"""Milliseconds after which even additions that no relay noted are forgotten."""
 MEMBERS: Final = 1000
 MOST_COPIES: Final = 200_000
-"""Most jobs of a queue whose hops are remembered from one look to the next."""
+"""Most jobs of a queue whose hops are kept from one look to the next."""
 REMEMBERED: Final = 10
-"""How many times as long as a look took it is remembered."""
+"""A look is kept for so many times the seconds it took."""
 
 
 class _Copies:
-    """What a look at a whole queue found of jobs that were put on a stream before.
+    """Hops of the jobs in a queue, as one look at all of it found them.
 
     Args:
-        wanted: ids that are kept however many there are.
+        wanted: ids that are kept even beyond `MOST_COPIES`.
     """
 
     def __init__(self, wanted: Mapping[str, int]) -> None:
         self._wanted = wanted
         self._began = monotonic()
         self.until = 0.0
-        """Seconds of the monotonic clock up to which this is taken for true."""
+        """Monotonic seconds until which the look is used."""
         self.hops: dict[str, int] = {}
         self.parked: dict[str, set[bytes]] = {}
 
     def entries(self, page: Sequence[tuple[str, int]]) -> None:
-        """Ready and held ones, with their hops."""
+        """Add ready and claimed jobs, with their hops."""
         for job_id, hop in page:
             if hop and (job_id in self._wanted or len(self.hops) < MOST_COPIES):
                 self.hops[job_id] = max(hop, self.hops.get(job_id, 0))
 
     def members(self, page: Sequence[tuple[str, bytes]]) -> None:
-        """Delayed ones, whose documents are not looked at before they are asked for."""
+        """Add delayed jobs; their documents are read only when they are asked for."""
         for job_id, member in page:
             if job_id in self._wanted or len(self.parked) < MOST_COPIES:
                 self.parked.setdefault(job_id, set()).add(member)
 
     def close(self) -> None:
-        """That was all."""
+        """The look is complete."""
         if max(len(self.hops), len(self.parked)) < MOST_COPIES:
             now = monotonic()
             self.until = now + max(0.2, REMEMBERED * (now - self._began))
 
 
 class RedisDispatcher:
-    """The `Dispatcher` of both modes: ``keys`` knows where ready jobs lie.
+    """The `Dispatcher` of both modes; ``keys`` makes the difference.
 
     Args:
-        address: where Redis is.
+        address: the server.
         keys: the keys of a queue, by its name.
         group: the consumer group of streams.
-        namespace: goes before every key.
+        namespace: prefix of every key.
     """
 
     def __init__(self, address: Address, keys: Callable[[str], QueueKeys], *, group: str, namespace: str) -> None:
@@ -153,7 +153,7 @@ class RedisDispatcher:
         await self._session.run(scripts.HOLD, [keys.meta, keys.due], [int(held)])
 
     async def ids(self, queue: str) -> AsyncIterator[list[str]]:
-        """See `Dispatcher.ids`: delayed, ready, delayed again, so that a job that moves meanwhile is met on the way."""
+        """`Dispatcher.ids`: delayed, ready, delayed again, so that a job that moves meanwhile is read once."""
         keys = self._keys(queue)
         async for members in self._parked(keys):
             yield [job_id for job_id, _ in members]
@@ -176,7 +176,7 @@ class RedisDispatcher:
         return found
 
     async def _looked(self, keys: QueueKeys, wanted: Mapping[str, int]) -> _Copies:
-        """A look at all of a queue, in the order of `ids`."""
+        """Read all of a queue, in the order of `ids`."""
         copies = _Copies(wanted)
         async for members in self._parked(keys):
             copies.members(members)
@@ -188,7 +188,7 @@ class RedisDispatcher:
         return copies
 
     async def _later_in(self, keys: QueueKeys, copies: _Copies, hops: Mapping[str, int]) -> tuple[set[str], bool]:
-        """(ids with a later hop, whether one that was delayed has moved on since the look)."""
+        """(ids with a later hop, whether a delayed job has moved since the look)."""
         found = {job_id for job_id, hop in hops.items() if copies.hops.get(job_id, 0) > hop}
         parked = [(job_id, each) for job_id in hops if job_id not in found for each in copies.parked.get(job_id, ())]
         moved = False
@@ -203,8 +203,8 @@ class RedisDispatcher:
         return found, moved
 
     def _entries(self, keys: QueueKeys) -> AsyncIterator[list[tuple[str, int]]]:
-        """(id, hop) of all ready and held jobs, in pages."""
-        return self._lying(keys) if isinstance(keys, ListKeys) else self._streamed(keys)
+        """(id, hop) of all ready and claimed jobs, in pages."""
+        return self._listed(keys) if isinstance(keys, ListKeys) else self._streamed(keys)
 
     async def _parked(self, keys: QueueKeys) -> AsyncIterator[list[tuple[str, bytes]]]:
         cursor: Any = 0
@@ -226,8 +226,8 @@ class RedisDispatcher:
                     break
                 start = f"({text(page[-1][0])}"
 
-    async def _lying(self, keys: ListKeys) -> AsyncIterator[list[tuple[str, int]]]:
-        # From the left, where new ones come in: what moves on meanwhile moves towards us, or away for good.
+    async def _listed(self, keys: ListKeys) -> AsyncIterator[list[tuple[str, int]]]:
+        # From the left, where new jobs are pushed: elements that move meanwhile move towards us, or away for good.
         for place in keys.places:
             start = 0
             while True:
@@ -261,5 +261,5 @@ def _hop_of(body: bytes | None) -> tuple[str | None, int]:
         document = read(body or b"")
     except InvalidJob:
         return None, 0
-    # Behind an absurd hop documents count anew, so that it says nothing of what came later.
+    # After an absurd hop documents count from 0 again, so that the hop says nothing about their order.
     return id_in(document), 0 if (document.hop or 0) > MOST_HOPS else document.hop or 0

@@ -12,43 +12,43 @@ from streamworker.job import LEVELS, Claim, Level
 
 
 class QueueKeys(msgspec.Struct, frozen=True):
-    """The keys of one queue in stream mode; ``namespace`` goes before each, as it is."""
+    """The keys of one queue in stream mode; ``namespace`` is the prefix of each."""
 
     queue: str
     namespace: str = ""
 
     shape: ClassVar[Literal["stream", "list"]] = "stream"
-    """What ready jobs lie in, as scripts are told it."""
+    """Type of the ready keys, as an argument of scripts."""
 
     @property
     def base(self) -> str:
-        """What all keys of the queue start with."""
+        """Prefix of all keys of the queue."""
         return f"{self.namespace}stream:{{{self.queue}}}"
 
     def ready(self, level: Level) -> str:
-        """Where the ready jobs of a level lie."""
+        """Key of the ready jobs of a level."""
         return self.stream(level)
 
     @property
     def places(self) -> list[str]:
-        """Where ready jobs lie, in the order they are taken."""
+        """Keys of ready jobs, in claim order."""
         return [self.ready(level) for level in LEVELS]
 
     def adding(self, level: Level, body: bytes) -> tuple[str | bytes, ...]:
-        """The command that puts one job behind the others of its level."""
+        """Command that adds one job behind the others of its level."""
         return ("XADD", self.ready(level), "*", "job", body)
 
     def peeking(self, level: Level, count: int) -> tuple[str | int, ...]:
-        """The command that shows the first ``count`` jobs of a level and takes none."""
+        """Command that reads the first ``count`` jobs of a level."""
         return ("XRANGE", self.ready(level), "-", "+", "COUNT", count)
 
     def counting_elsewhere(self) -> list[tuple[str, str]]:
-        """Commands that count the ready jobs that lie where the other mode reads."""
+        """Commands that count ready jobs in the ready keys of the other mode."""
         return [("LLEN", name) for name in ListKeys(self.queue, self.namespace).lists]
 
     @property
     def types(self) -> dict[str, str]:
-        """The types of the keys that have one."""
+        """Expected type of each key."""
         ready = dict.fromkeys([*self.places, self.dead], self.shape)
         return {
             **ready,
@@ -68,7 +68,7 @@ class QueueKeys(msgspec.Struct, frozen=True):
 
     @property
     def streams(self) -> list[str]:
-        """The three streams, in the order they are taken."""
+        """The three streams, in claim order."""
         return [self.stream(level) for level in LEVELS]
 
     @property
@@ -88,12 +88,12 @@ class QueueKeys(msgspec.Struct, frozen=True):
 
     @property
     def relayed(self) -> str:
-        """Sorted set: jobs that relays have added and not yet noted in the ledger."""
+        """Sorted set: jobs that relays have added and not noted in the ledger yet."""
         return f"{self.base}:relayed"
 
     @property
     def cancelled(self) -> str:
-        """Sorted set: ids of cancelled jobs that have not ended yet, to the ms at which that is forgotten."""
+        """Sorted set: ids of cancelled jobs that have not ended yet, to the ms at which the mark expires."""
         return f"{self.base}:cancelled"
 
     @property
@@ -106,7 +106,7 @@ class QueueKeys(msgspec.Struct, frozen=True):
 
     @property
     def ids(self) -> str:
-        """Hash: what ids are derived from of entries that have none, `id_field` for each level; `meta` has a copy."""
+        """Hash: value that ids of entries without one are derived from, `id_field` for each level; copied in `meta`."""
         return f"{self.base}:ids"
 
     @staticmethod
@@ -120,11 +120,11 @@ class QueueKeys(msgspec.Struct, frozen=True):
         return f"{self.base}:cron"
 
     def result(self, job_id: str) -> str:
-        """How a job ended, kept for a while; and the channel on which that is told."""
+        """Result note of a job, kept for a while; and the channel on which it is published."""
         return f"{self.base}:result:{job_id}"
 
     def ended(self, job_id: str) -> str:
-        """For how many ms the result of a job was kept: remembered a minute longer than `result` itself."""
+        """For how many ms the result note of a job was kept; this key lives a minute longer than `result`."""
         return f"{self.base}:ended:{job_id}"
 
     def key(self, name: str) -> str:
@@ -132,7 +132,7 @@ class QueueKeys(msgspec.Struct, frozen=True):
         return f"{self.base}:key:{name}"
 
     def limit(self, name: str) -> list[str]:
-        """The keys of a limit, see ``lua/limit.lua``: who holds it, whose turn it is, and its bucket."""
+        """The keys of a limit, see ``lua/limit.lua``: its permits, its turns, and its bucket."""
         return [f"{self.base}:limit:{part}:{name}" for part in ("holds", "turns", "bucket")]
 
     @property
@@ -142,10 +142,10 @@ class QueueKeys(msgspec.Struct, frozen=True):
 
 
 class ListKeys(QueueKeys, frozen=True):
-    """The keys of one queue in list mode: ready jobs lie in lists, all else where stream mode has it.
+    """The keys of one queue in list mode: ready jobs are in lists, all else under the keys of stream mode.
 
-    Delayed jobs and dead letters so survive a change of the mode. The lists are what legacy producers push to:
-    ``namespace`` does not go before them.
+    So delayed jobs and dead letters survive a change of the mode. Legacy producers push to the lists, so that
+    ``namespace`` is no prefix of them.
     """
 
     shape: ClassVar[Literal["stream", "list"]] = "list"
@@ -156,11 +156,11 @@ class ListKeys(QueueKeys, frozen=True):
 
     @property
     def lists(self) -> list[str]:
-        """The three lists, in the order they are taken."""
+        """The three lists, in claim order."""
         return self.places
 
     def adding(self, level: Level, body: bytes) -> tuple[str | bytes, ...]:
-        """See `QueueKeys.adding`: what is taken from the right goes in at the left."""
+        """`QueueKeys.adding`: jobs are pushed left and taken right."""
         return ("LPUSH", self.ready(level), body)
 
     def peeking(self, level: Level, count: int) -> tuple[str | int, ...]:
@@ -170,7 +170,7 @@ class ListKeys(QueueKeys, frozen=True):
         return [("XLEN", name) for name in self.streams]
 
     def claimed(self, worker_id: str) -> str:
-        """List: what a worker holds, in the order it was taken."""
+        """List: claims of a worker, in the order they were taken."""
         return f"{self.namespace}queue:{self.queue}:claimed:{worker_id}"
 
     @property
@@ -187,7 +187,7 @@ _LIST: Final = re.compile(r"queue:([A-Za-z0-9._:-]{1,100}?)(?::(?:high|low))?")
 
 
 def queue_of_list(key: str, namespace: str = "") -> str | None:
-    """The queue of a list of this name, ready jobs or what a worker holds; ``None`` if it is no such name."""
+    """The queue of a list by its name, of ready jobs or of a worker's claims; ``None`` for any other name."""
     head, claimed, _ = key.removeprefix(namespace).partition(":claimed:")
     match = _LIST.fullmatch(head if claimed else key)
     if match is None or match[1].endswith((":high", ":low")):
@@ -196,9 +196,9 @@ def queue_of_list(key: str, namespace: str = "") -> str | None:
 
 
 SECRET: Final = "secret"  # noqa: S105 - the name of a field
-"""Field of a queue's meta hash: what its state of jobs is sealed with (`streamworker.codec`)."""
+"""Field of a queue's meta hash: the secret that seals the state of jobs (`streamworker.codec`)."""
 PROGRESS: Final = "progress:"
-"""What goes before a job's id in its worker's heartbeat, for how far it has come."""
+"""Prefix of the heartbeat's fields that hold the progress of jobs, by their ids."""
 WORKER_KEY: Final = "streamworker:worker:"
 
 
@@ -211,13 +211,13 @@ _LEVELS: Final[dict[bytes, Level]] = {level.encode(): level for level in LEVELS}
 
 
 def wrapped(claim: Claim) -> bytes:
-    """The string that stands for a claim in its worker's list; the fence of every ending."""
+    """Element of a worker's claimed list for a claim; the fence of its settlement."""
     reserved = b"?" if claim.suspect else b""
     return b"%b %d %b%b %b" % (claim.entry, claim.count, claim.level.encode(), reserved, claim.body or b"")
 
 
 def unwrapped(keys: ListKeys, wrapper: bytes, secret: bytes = b"") -> Claim | None:
-    """The claim a string stands for; ``None`` if it is none of ours. See `Claim.secret`."""
+    """The claim of an element of a claimed list; ``None`` if it is none of ours. See `Claim.secret`."""
     parts = wrapper.split(b" ", 3)
     level = _LEVELS.get(parts[2].removesuffix(b"?")) if len(parts) == 4 else None
     if level is None or not parts[1].isdigit():
@@ -251,7 +251,7 @@ def document(fields: list[bytes] | None) -> bytes | None:
 
 
 UNKNOWN_EPOCH: Final = b"0"
-"""Where it is not known what ids are derived from. Never empty: that says that entries name their jobs."""
+"""The value that ids are derived from where it is not known. Not empty: empty means that entries name their jobs."""
 
 
 def due_member(level: Level, job_id: str) -> str:

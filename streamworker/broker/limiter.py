@@ -1,4 +1,4 @@
-"""Limits of kinds, in both modes: who may run now is decided by one script, on keys that lie beside the due set."""
+"""Limits of kinds, in both modes: one script decides which jobs may run now, on keys beside the due set."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from streamworker.job import Claim
 from streamworker.limits import AcquireRequest, AcquireResult, Limit, Permit
 
 PATIENCE: Final = 1.0
-"""Seconds a job that was called may take to come before others are called in its place."""
+"""Seconds in which a called job must ask again before others are called in its place."""
 
 
 class RedisLimiter:
-    """What both brokers do about limits.
+    """`Limiter` of both modes.
 
     Args:
         session: the connections.
         queues: keys of the queues whose jobs may be limited.
-        lease: seconds a hold lives unless it is renewed.
+        lease: seconds a permit lives unless it is renewed.
     """
 
     def __init__(self, session: Session, queues: Iterable[QueueKeys], *, lease: float) -> None:
@@ -74,5 +74,5 @@ class RedisLimiter:
 
 
 def _token(worker: str, claim: Claim) -> str:
-    """Who holds it: no other run of the job, here or elsewhere, is called so."""
+    """Token of a permit: no other execution of the job, here or elsewhere, has the same."""
     return f"{worker} {claim.place} {claim.entry.decode()} {claim.count}"

@@ -157,8 +157,22 @@ class RedisOperator(ABC):
         answers = await self._session.gather(commands)
         return [read(answer) if isinstance(answer, bytes) else None for answer in answers]
 
-    async def _with_progress(self, page: Page[PendingEntry]) -> Page[PendingEntry]:
-        """The page with what handlers say of their progress."""
+    @abstractmethod
+    async def _page(
+        self, queue: str, after: str, consumer: str | None, min_idle: float, only: str | None
+    ) -> Page[PendingEntry]:
+        """`Operator.pending`, without progress."""
+
+    async def pending(
+        self,
+        queue: str,
+        after: str = "",
+        *,
+        consumer: str | None = None,
+        min_idle: float = 0.0,
+        only: str | None = None,
+    ) -> Page[PendingEntry]:
+        page = await self._page(queue, after, consumer, min_idle, only)
         places = [index for index, row in enumerate(page.rows) if row.alive and row.job_id]
         found = await self.progress([(page.rows[index].worker_id, page.rows[index].job_id or "") for index in places])
         rows = list(page.rows)
@@ -324,17 +338,10 @@ class StreamOperator(RedisOperator):
             freed=freed,
         )
 
-    async def pending(
-        self,
-        queue: str,
-        after: str = "",
-        *,
-        consumer: str | None = None,
-        min_idle: float = 0.0,
-        only: str | None = None,
+    async def _page(
+        self, queue: str, after: str, consumer: str | None, min_idle: float, only: str | None
     ) -> Page[PendingEntry]:
-        page = await listings.pending(self._session, self._key(queue), after, consumer, min_idle, only)
-        return await self._with_progress(page)
+        return await listings.pending(self._session, self._key(queue), after, consumer, min_idle, only)
 
     async def _claim(self, entry: PendingEntry) -> Claim | None:
         place = self._key(entry.queue).ready(entry.level)
@@ -391,21 +398,15 @@ class ListOperator(RedisOperator):
             refuse_cluster(self._address, await self._commands.info("server"))
         await super().open()
 
-    async def pending(
-        self,
-        queue: str,
-        after: str = "",
-        *,
-        consumer: str | None = None,
-        min_idle: float = 0.0,
-        only: str | None = None,
+    async def _page(
+        self, queue: str, after: str, consumer: str | None, min_idle: float, only: str | None
     ) -> Page[PendingEntry]:
         # One page for all: what is claimed is no more than the workers have slots.
         del after
         (keys,) = self._lists([queue])
         held = await listings.list_pending(self._session, keys, consumer)
         rows = [each for each in held if each.idle_ms >= min_idle * 1000 and only in (None, each.entry_id)]
-        return await self._with_progress(Page(rows, None, len(held)))
+        return Page(rows, None, len(held))
 
     async def _claim(self, entry: PendingEntry) -> Claim | None:
         (keys,) = self._lists([entry.queue])

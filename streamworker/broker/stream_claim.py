@@ -363,14 +363,14 @@ class StreamClaims(ClaimSource):
         claims: list[Claim] = []
         now = monotonic()
         if not running and self.draining:  # idle at last
-            self._sweep_at = [
-                at if since is None else 0.0 for at, since in zip(self._sweep_at, self._draining_since, strict=True)
+            self._reclaim_at = [
+                at if since is None else 0.0 for at, since in zip(self._reclaim_at, self._draining_since, strict=True)
             ]
-        if min(self._sweep_at) > now:
+        if min(self._reclaim_at) > now:
             return claims
         allowances = self._allowances(limit, running)
         for index, keys in enumerate(self._keys):
-            if self._sweep_at[index] > now or len(claims) >= limit:
+            if self._reclaim_at[index] > now or len(claims) >= limit:
                 continue
             allowed = min(limit - len(claims), allowances[index])
             if allowed <= 0 and index not in self._paused:
@@ -378,19 +378,19 @@ class StreamClaims(ClaimSource):
                 continue
             if index in self._paused:
                 self._draining_since[index] = None
-                self._sweep_at[index] = now + min(1.0, self._lease / 6)
+                self._reclaim_at[index] = now + min(1.0, self._lease / 6)
                 continue
-            claims += await self._sweep_queue(index, keys, allowed, [*running, *claims])
+            claims += await self._reclaim_queue(index, keys, allowed, [*running, *claims])
         return claims
 
-    async def _sweep_queue(self, index: int, keys: QueueKeys, limit: int, running: list[Claim]) -> list[Claim]:
+    async def _reclaim_queue(self, index: int, keys: QueueKeys, limit: int, running: list[Claim]) -> list[Claim]:
         held = [
             f"{LEVELS.index(claim.level) + 2}:{claim.entry.decode()}" for claim in running if claim.queue == keys.queue
         ]
         args: list[Any] = [self._group, self.consumer, int(self._lease * 1000), limit]
         expected, sent = self._session.clock_should_show(), monotonic()
         wish = self._about_suspects(index, running)
-        args += [self._alone_from, wish, expected, self._group_room(running), *held]
+        args += [self._alone_from, wish, expected, self._suspects_allowed(running), *held]
         try:
             wait, entries, missing, passed, shown, granted, longest = await self._session.read(
                 scripts.RECLAIM, [keys.meta, *keys.streams], args
@@ -399,10 +399,10 @@ class StreamClaims(ClaimSource):
             raise
         except StreamworkerError as problem:
             self._complain(keys.meta, str(problem))
-            self._sweep_at[index] = monotonic() + 1.0
+            self._reclaim_at[index] = monotonic() + 1.0
             self._draining_since[index] = None
             return []
-        self._sweep_at[index] = monotonic() + wait / 1000
+        self._reclaim_at[index] = monotonic() + wait / 1000
         self._longest[index] = longest / 1000
         self.missing += missing
         if passed < 0 and wait > JUST_LOOKED * 1000:
@@ -421,7 +421,7 @@ class StreamClaims(ClaimSource):
 
     async def wait(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:  # noqa: ARG002 - one entry
         """Block until a new entry comes, at most until the next sweep is due."""
-        wait = max(0.01, min(wait, BLOCK, self._next_sweep(running) - monotonic()))
+        wait = max(0.01, min(wait, BLOCK, self._next_reclaim(running) - monotonic()))
         ready_keys = self._open(running)
         if not ready_keys:
             await self._idle(wait)

@@ -141,7 +141,7 @@ class StreamGround(Ground):
 
     def sweep_soon(self, broker: Any) -> None:
         for intake in getattr(broker._source, "_parts", [broker._source]):  # in a cluster there is one per slot
-            intake._sweep_at = [0.0] * len(intake._sweep_at)
+            intake._reclaim_at = [0.0] * len(intake._reclaim_at)
 
     def keys(self, queue: str = "q", namespace: str = "") -> QueueKeys:
         return QueueKeys(queue, namespace)

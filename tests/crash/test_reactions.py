@@ -52,8 +52,8 @@ RAISES = {
 
 
 def sweep_soon(broker):
-    for index, _ in enumerate(broker._source._sweep_at):
-        broker._source._sweep_at[index] = 0.0
+    for index, _ in enumerate(broker._source._reclaim_at):
+        broker._source._reclaim_at[index] = 0.0
 
 
 def test_every_row_is_here():

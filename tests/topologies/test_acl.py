@@ -393,7 +393,7 @@ async def test_what_a_worker_orphans_is_swept_under_the_same_rights(users, broke
         await broker.publish([job("x")])
         (claim,) = await broker.claim(1, 0, ())
         StreamGround(users.raw).ripen(claim, count=3)
-        broker._source._sweep_at = [0.0]
+        broker._source._reclaim_at = [0.0]
         (suspect,) = await broker.claim(1, 0, ())
         assert suspect.suspect
         assert (await broker.confirm(suspect)) is not None

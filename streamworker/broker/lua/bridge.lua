@@ -11,8 +11,8 @@
 local count, room = tonumber(ARGV[1]), tonumber(ARGV[2])
 
 local function move(k)
-  -- Taking none first: whoever may not take must not add. A script that has written may also write on when memory is out:
-  -- moving does not grow, and if it stopped, workers of streams could not make room by working off what lies in lists.
+  -- Take none first: a script that may not take must not add. And a script that has written may go on writing out of memory:
+  -- moving does not grow, and workers of streams cannot free memory by working off jobs that stay in lists.
   local none = redis.pcall('RPOP', KEYS[k], 0)
   if failed(none) then return { 0, 0, -1, none.err } end
   local moved, bytes, refused = 0, 0, ''

@@ -145,7 +145,7 @@ if suspect and ARGV[6] == '1' and #entries == 0 then
   end
 end
 
--- When could the next entry become an orphan? Whoever is alive renews every third of a lease, so that only entries idle
+-- When can the next entry expire? A live worker renews every third of a lease, so that only entries idle
 -- for half a lease need watching; entries claimed from now on have a whole one.
 local wait = shortest
 if #entries >= limit or unfinished or passed > 0 and entries[1] and entries[1][6] == 1 then
