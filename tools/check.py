@@ -49,20 +49,21 @@ class Checks:
         self._began = time.monotonic()
         self._not_run: list[str] = []
         self.failed: list[str] = []
-        """The first that failed, and those that were ended then."""
+        """The check that failed, which ended the others; or what ended all of them."""
 
     def run(self, rows: Sequence[Sequence[str]]) -> int:
-        """Exit code of the first check that failed."""
+        """Run them beside each other; 0 if all passed, else 1."""
         threads = [threading.Thread(target=self._row, args=(row,)) for row in rows]
-        for thread in threads:
-            thread.start()
         try:
+            for thread in threads:
+                thread.start()
             for thread in threads:
                 thread.join()
         except KeyboardInterrupt:
             self._stop("Ctrl-C")
             for thread in threads:
-                thread.join()
+                if thread.is_alive():
+                    thread.join()
         seconds = time.monotonic() - self._began
         for line in self._not_run:
             print(f"=== ci: {line}", flush=True)

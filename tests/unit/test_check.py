@@ -65,8 +65,8 @@ def test_ending_it_ends_what_it_started(checks: Checks, number: signal.Signals):
         "signal.signal(signal.SIGTERM, signal.default_int_handler)\n"
         "sys.exit(Checks(['sh', 'program'], Path()).run([('long', 'never')]))"
     )
-    process = subprocess.Popen([sys.executable, "-c", program])
-    eventually_blocking(Path("long.begun").exists)
-    process.send_signal(number)
-    assert process.wait(30) == 1
+    with subprocess.Popen([sys.executable, "-c", program]) as process:
+        eventually_blocking(Path("long.begun").exists)
+        process.send_signal(number)
+        assert process.wait(30) == 1
     assert Path("long.end").read_text() == "cleaned up\n"
