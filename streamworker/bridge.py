@@ -1,6 +1,6 @@
-"""The loop of the bridge: moves while there is something to move, waits for a ring when there is not.
+"""The loop of the bridge: moves jobs from lists into streams, and blocks while the lists are empty.
 
-An error is logged and followed by a pause. Whatever happens to it, a job lies in the list or in the stream, once.
+An error is logged and followed by a pause. A job is in the list or in the stream at any moment, once.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from streamworker.telemetry.logs import get_logger
 log = get_logger("streamworker.bridge")
 
 LINGER: Final = 0.002
-"""Seconds before the second look at lists that were just emptied: while producers push, no bell needs to ring."""
+"""Seconds before the second look at lists that were just emptied: cheaper than a blocking read while producers push."""
 REFUSALS: Final = 3
-"""Times in a row a password or a permission may be refused: somebody may be changing it right now."""
+"""Times in a row a password or a permission may be refused: an operator may be changing it right now."""
 
 
 class Mover(Protocol):
-    """What the loop needs of a broker."""
+    """The broker's moves, as the loop uses them."""
 
     async def open(self) -> None:
         """Connect and check the server.
@@ -36,10 +36,10 @@ class Mover(Protocol):
         """
 
     async def move(self, *, everything: bool = False) -> Sequence[Moved]:
-        """Move one batch; returns what became of each level that was looked at.
+        """Move one batch; returns the result for each level that was looked at.
 
         Args:
-            everything: look at every list, not only at those where something is to be expected.
+            everything: look at every list, not only at those that may hold jobs.
 
         Raises:
             ConfigurationError: the server refuses us for good.
@@ -47,10 +47,10 @@ class Mover(Protocol):
         """
 
     async def held(self) -> int:
-        """How many jobs workers of list mode hold: each may come back to its list."""
+        """How many jobs workers of list mode have claimed: each may return to its list."""
 
     async def wait(self) -> None:
-        """Wait until something may have come, or it is time to look whether it has.
+        """Wait until a list may hold jobs, or a timeout.
 
         Raises:
             ConfigurationError: the server refuses us for good.
@@ -58,20 +58,20 @@ class Mover(Protocol):
         """
 
     async def interrupt(self) -> None:
-        """End `wait` soon, without cancelling a command. To be called again until it has ended."""
+        """End `wait` soon, without cancelling a command. Call it again until `wait` has ended."""
 
     async def close(self) -> None:
         """Close the connections."""
 
 
-class Tally(msgspec.Struct):
-    """What a bridge did so far. A batch whose reply was lost is moved, and not counted.
+class BridgeTotals(msgspec.Struct):
+    """What a bridge has moved. A batch whose reply was lost is moved, and not counted.
 
     Attributes:
         jobs: moved.
-        bytes: theirs.
+        bytes: of these jobs.
         left: jobs that waited in each level at the last look.
-        held: jobs that workers of list mode held; known only while draining.
+        held: jobs that workers of list mode had claimed; known only while draining.
         stuck: levels whose jobs cannot be moved now, and why.
     """
 
@@ -93,19 +93,19 @@ class Tally(msgspec.Struct):
                 self.stuck[spot] = each.trouble
 
 
-class Bridging:
-    """Runs a bridge until told to stop.
+class BridgeLoop:
+    """Runs a bridge until it is stopped.
 
     Args:
-        mover: does the moving; its owner opens and closes it.
-        drain: stop when nothing is left to be moved, and nobody holds what may come back.
+        mover: moves the jobs; its owner opens and closes it.
+        drain: stop when every list is empty, and no worker of list mode has claimed a job.
     """
 
     def __init__(self, mover: Mover, *, drain: bool = False) -> None:
         self._mover = mover
         self._drain = drain
         self._stopping, self._ended = anyio.Event(), anyio.Event()
-        self.tally: Final = Tally()
+        self.totals: Final = BridgeTotals()
 
     def stop(self) -> None:
         """Move no more than the batch in flight."""
@@ -118,20 +118,20 @@ class Bridging:
             ConfigurationError: the server keeps refusing us for good.
         """
         async with anyio.create_task_group() as group:
-            group.start_soon(self._unblocking)
+            group.start_soon(self._unblock)
             try:
                 await self._loop()
             finally:
                 self._ended.set()
                 self._stopping.set()
 
-    async def _unblocking(self) -> None:
-        """Once stopped, end the wait; repeated, since it may begin just after it was told."""
+    async def _unblock(self) -> None:
+        """Once stopped, interrupt the wait; repeated, since it may begin just after an interrupt."""
         await self._stopping.wait()
         while not self._ended.is_set():
             try:
                 await self._mover.interrupt()
-            except StreamworkerError as error:  # then the wait ends by its own timeout
+            except StreamworkerError as error:  # the wait ends by its own timeout
                 log.warning("unblock_failed", error=str(error))
             with anyio.move_on_after(0.05):
                 await self._ended.wait()
@@ -152,12 +152,12 @@ class Bridging:
                 await pause.wait(self._stopping)
 
     async def _turn(self) -> bool:
-        """One batch, and a rest if there is nothing more; True if all is drained."""
+        """Move one batch, and wait if there is nothing more; True if all is drained."""
         moved = await self._mover.move(everything=self._drain)
-        self.tally.note(moved)
+        self.totals.note(moved)
         if self._drain and all(each.lasting or not (each.jobs or each.left) for each in moved):
-            self.tally.held = await self._mover.held()
-            if not self.tally.held:
+            self.totals.held = await self._mover.held()
+            if not self.totals.held:
                 return True
         if any(each.left and not each.trouble for each in moved):
             return False

@@ -1,12 +1,11 @@
-"""Jobs by the calendar: what an app's schedules are, and when they tick. The only module that knows the cron library.
+"""Cron: the schedules of an app, and when they tick. The only module that imports the cron library.
 
 Expressions are those of Debian's cron (five fields, six with seconds), and daylight saving is handled as it does: what
 falls into the hour that is skipped runs when that is over, and what falls into the hour that comes twice runs once,
 unless its minute or its hour starts with ``*``: that runs by elapsed time, in both hours.
 
-The cron library is asked for times of day only, without a zone; which moments those are is decided here. Given a zone,
-it answers with moments in the past during an hour that comes twice, and with wrong ones where the clock is set by half
-an hour.
+The cron library computes times of day only, without a zone; this module maps them to moments. With a zone the library
+returns moments in the past during an hour that comes twice, and wrong ones where the clock is set by half an hour.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from streamworker.job import Job
 from streamworker.producer import make_job
 
 Missed: TypeAlias = Literal["last", "skip"]
-"""What becomes of ticks while no worker was there: the last of them runs, or none."""
+"""Ticks that were missed while no worker ran: the last of them runs, or none."""
 
 _NAMESPACE: Final = UUID("6b1c4c0a-5f0c-5b7e-9c39-5d3e1f7a2c44")
 _ALIASES: Final = {
@@ -43,7 +42,7 @@ _ALIASES: Final = {
 }
 _EPOCH: Final = datetime(1970, 1, 1)  # noqa: DTZ001 - times of day have no zone here
 _PATIENCE: Final = 60 * 366 * 86_400
-"""Seconds within which an expression that ever ticks has ticked; the cron library looks 50 years ahead."""
+"""Seconds within which an expression that ever ticks has ticked; the cron library searches 50 years ahead."""
 _YEAR: Final = 366 * 86_400
 _STEP: Final = 6 * 3600
 """Seconds between looks for changes of a zone's offset: none has been changed and changed back within so few."""
@@ -52,14 +51,14 @@ _LONGEST: Final = 26 * 3600
 
 
 class Schedule(msgspec.Struct, frozen=True, eq=False):
-    """One line of an app's calendar.
+    """One schedule of an app.
 
     Attributes:
-        name: what people call it; one of a kind in its app.
+        name: unique in its app.
         expression: as it was written.
-        zone: the time zone it is read in.
-        missed: what becomes of ticks while no worker was there.
-        job: what is enqueued at every tick, but for its id.
+        zone: the time zone of the expression.
+        missed: which missed ticks run.
+        job: enqueued at every tick, with an id of its own.
     """
 
     name: str
@@ -70,7 +69,7 @@ class Schedule(msgspec.Struct, frozen=True, eq=False):
 
     @property
     def key(self) -> str:
-        """What its last tick is remembered by: a schedule that was changed begins anew."""
+        """The field of its last tick in Redis: a schedule that was changed begins anew."""
         return f"{self.name} {self.expression} {self.zone}"
 
     def next(self, now: float) -> float:
@@ -95,7 +94,7 @@ class Schedule(msgspec.Struct, frozen=True, eq=False):
             if back > _PATIENCE:
                 raise StopIteration
             back *= 2
-        low, high = end - back, end  # a tick lies behind the first, none behind the second
+        low, high = end - back, end  # a tick is after the first, none after the second
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if self._first(middle, end) is None else (middle, high)
@@ -114,7 +113,7 @@ class Schedule(msgspec.Struct, frozen=True, eq=False):
         return _at(at, self.zone)
 
     def tick(self, at: float) -> Job:
-        """The job of one tick: whoever makes it, it has the same id."""
+        """The job of one tick: with the same id on every worker."""
         moment = datetime.fromtimestamp(at, UTC)
         headers = {**(self.job.headers or {}), "cron": self.name, "tick": moment.isoformat()}
         job_id = str(uuid5(_NAMESPACE, f"{self.job.queue}/{self.key}/{round(at)}"))
@@ -125,8 +124,8 @@ class Schedule(msgspec.Struct, frozen=True, eq=False):
         expression = _ALIASES.get(self.expression, self.expression)
         once = not any(field.startswith("*") for field in expression.split()[-5:-3])  # minute and hour
         offset = _offset(self.zone, after)
-        wall = after + offset  # what the clock on the wall shows, in seconds; ticks come behind it
-        if once:  # what it shows twice has ticked the first time
+        wall = after + offset  # local time in seconds; ticks come after it
+        if once:  # a local time that occurs twice has ticked the first time
             wall = max([wall, *(each.at + each.before - 1 for each in _changes(self.zone, after - _LONGEST, after))])
         while (shown := _shown(expression, wall)) is not None:
             tick = shown - offset
@@ -135,7 +134,7 @@ class Schedule(msgspec.Struct, frozen=True, eq=False):
             if change is None:
                 return tick if tick == end else None
             if once and shown < change.at + change.after:
-                return change.at  # what it never shows runs when that is over
+                return change.at  # a local time that is skipped runs when the skip is over
             after, offset = change.at, change.after
             wall = max(wall, after + max(change.before, offset) - 1) if once else after + offset - 1
         return None
@@ -162,7 +161,7 @@ def _changes(zone: str, after: int, until: int) -> Iterator[_Change]:
 
 @lru_cache(maxsize=4096)
 def _changes_of(zone: str, year: int) -> tuple[_Change, ...]:
-    """Changes in one of the years since 1970, each of 366 days. The standard library knows them and does not tell."""
+    """Changes in one of the years since 1970, each of 366 days. The standard library has no call for them."""
     found: list[_Change] = []
     start, end = year * _YEAR - 1, (year + 1) * _YEAR - 1
     before = _offset(zone, start)
@@ -205,12 +204,12 @@ def schedule(
         expression: five fields, six with seconds, or ``@daily`` and its like.
         payload: of its jobs.
         tz: an IANA time zone.
-        missed: what becomes of ticks while no worker was there.
-        name: what people call it; the payload's kind unless given.
-        options: of its jobs, see `jobs.JobOptions`.
+        missed: which missed ticks run.
+        name: of the schedule; the payload's kind unless given.
+        options: of its jobs, see `producer.JobOptions`.
 
     Raises:
-        ConfigurationError: something of it makes no sense.
+        ConfigurationError: the expression, the zone or ``missed`` is invalid.
     """
     if missed not in ("last", "skip"):
         raise ConfigurationError(f"missed={missed!r} must be 'last' or 'skip'")
@@ -240,11 +239,11 @@ class Calendar:
 
     @property
     def schedules(self) -> list[Schedule]:
-        """All of them, in the order they were made; those of an app that was included where it was."""
+        """All schedules, in the order of their definition; those of an included app at its place."""
         return [made for calendar in self._calendars() for made in calendar._schedules.values()]
 
     def _calendars(self) -> Iterator[Calendar]:
-        """This one and those of included apps."""
+        """This calendar and those of included apps."""
         yield self
 
     def cron(
@@ -260,21 +259,21 @@ class Calendar:
         priority: str | int = "normal",
         headers: dict[str, Any] | None = None,
     ) -> None:
-        """Enqueue a job by the calendar: every worker of the app proposes each tick, and one job comes of it.
+        """Enqueue a job by the calendar: every worker of the app offers each tick, and one job is added.
 
-        The server's clock decides whether it is time. A schedule begins with the first worker that knows it: what came
-        before is not caught up.
+        The server's clock decides whether the tick is due. A schedule begins with the first worker that has it: earlier
+        ticks are not caught up.
 
         Args:
             expression: five fields as in crontab, six with seconds in front, or ``@hourly``, ``@daily``, ``@weekly``,
                 ``@monthly``, ``@yearly``.
-            payload: what the job is made of.
+            payload: of the job.
             tz: the time zone of the expression, as in ``Europe/Berlin``.
-            missed: while no worker was there, ticks were missed: ``last`` runs the last of them, once; ``skip`` none.
-            name: what it is called, in `streamworker cron list` and in the job's headers; the kind unless given.
+            missed: of ticks that were missed while no worker ran, ``last`` runs the last one, once; ``skip`` none.
+            name: its name in `streamworker cron list` and in the job's headers; the kind unless given.
             queue: another queue than the payload's class names.
             priority: ``high``, ``normal``, ``low``, or a number.
-            headers: travel with the job; ``cron`` (the name) and ``tick`` (its moment) come along.
+            headers: of the job; ``cron`` (the name) and ``tick`` (its moment) are added.
 
         Raises:
             ConfigurationError: the expression or the time zone makes no sense, or the name is taken.

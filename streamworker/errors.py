@@ -14,8 +14,8 @@
     ├── NoConnection                            all connections of ctx.database, transaction() or redis are taken
     └── NoResult                                App.result() has none to give
         ├── JobDead                             the job is a dead letter
-        ├── JobCancelled                        somebody cancelled it
-        ├── ResultNotKept                       it is completed, and nobody kept what its handler returned
+        ├── JobCancelled                        it was cancelled
+        ├── ResultNotKept                       it is completed, and its result was not kept
         └── ResultTimeout                       it has not ended in time (a TimeoutError, too)
 
     HandlerSignal                     raised by handlers to say what should happen, not that something broke
@@ -33,7 +33,7 @@ from __future__ import annotations
 from typing import Final
 
 LONGEST_WAIT: Final = 100 * 366 * 86_400.0
-"""Seconds anybody may ask to wait: servers count milliseconds in whole numbers, and those end."""
+"""Most seconds of any delay: servers count milliseconds in integers of a fixed size."""
 
 
 class StreamworkerError(Exception):
@@ -61,7 +61,7 @@ class Unreachable(StreamworkerError):
 
 
 class StuckThread(StreamworkerError):
-    """A handler, a thread or a lifespan would not end when it was told to; it goes on until this process ends."""
+    """A handler, a thread or a lifespan did not end when asked to; it runs until this process ends."""
 
     exit_code = 70
 
@@ -110,11 +110,11 @@ class JobDead(NoResult):
 
 
 class JobCancelled(NoResult):
-    """Somebody cancelled the job."""
+    """The job was cancelled."""
 
 
 class ResultNotKept(NoResult):
-    """The job is completed, but nobody kept what its handler returned."""
+    """The job is completed, but its result was not kept."""
 
 
 class ResultTimeout(NoResult, TimeoutError):
@@ -122,7 +122,7 @@ class ResultTimeout(NoResult, TimeoutError):
 
 
 class HandlerSignal(Exception):
-    """What a handler raises to choose its own ending."""
+    """Raised by a handler to choose its own verdict."""
 
 
 def _check_seconds(wish: str, after: object) -> None:
@@ -168,7 +168,7 @@ class Discard(HandlerSignal):
     """Move the job to the dead letters at once.
 
     Args:
-        reason: what an operator will read there.
+        reason: shown to operators in the dead letter.
     """
 
     def __init__(self, reason: str) -> None:
@@ -177,13 +177,13 @@ class Discard(HandlerSignal):
 
 
 class RunEnded(BaseException):
-    """This run may do nothing more: its job was completed before, goes on elsewhere, or is being worked on.
+    """This run may do nothing more: its job was completed before, has a later delivery, or another run holds its row.
 
-    No `Exception`, so that handlers that catch those do not take it for a failure of their own.
+    Not an `Exception`, so that a handler that catches those does not take it for a failure of its own.
 
     Args:
         why: for the log.
-        busy: another run is at work, and this one may be tried again.
+        busy: another run holds the row, and this one may be tried again.
         superseded: the ledger knows a later hop or delivery of the job.
     """
 

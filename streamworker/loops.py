@@ -1,4 +1,4 @@
-"""How long to wait after an error in a loop: 1 s, growing to 30 s, jittered, ended early by a stop."""
+"""Back-off of a loop after an error: 1 s, growing to 30 s, jittered, ended early by a stop."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ LONGEST: Final = 30.0
 
 
 class Pause:
-    """One loop's pauses; `reset` after a success.
+    """The pauses of one loop; `reset` after a success.
 
     Args:
-        longest: seconds.
+        longest: most seconds of a pause.
     """
 
     def __init__(self, longest: float = LONGEST) -> None:
@@ -23,15 +23,15 @@ class Pause:
         self._longest = longest
 
     def reset(self) -> None:
-        """The next pause is short again."""
+        """Make the next pause short again."""
         self._next = FIRST
 
     async def wait(self, stop: anyio.Event, *, least: float = 0.0) -> float:
-        """Wait, or until ``stop``; returns the seconds that were meant.
+        """Wait for the next pause or until ``stop``; returns the seconds of the pause.
 
         Args:
             stop: ends the wait.
-            least: seconds that are waited if ``stop`` is set already, by loops that have to go on all the same.
+            least: seconds to wait if ``stop`` is set already, for loops that go on after it.
         """
         if least and stop.is_set():
             await anyio.sleep(least)

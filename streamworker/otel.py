@@ -5,11 +5,11 @@ Follows the messaging conventions, https://opentelemetry.io/docs/specs/semconv/m
 - **send** (PRODUCER), one a call of ``enqueue``, ``enqueue_many`` or ``enqueue_blocking``. Its context goes into the
   headers of every job that brings none of its own, as ``traceparent``; one the user put there is kept, and linked.
 - **process** (CONSUMER), one a run of a handler, current while it runs. It links to the context in the job's headers,
-  which is its parent as well unless told otherwise; so do all retries of the job.
+  which is also its parent unless ``parent=False``; so do all retries of the job.
 - **settle** (CLIENT), one a batch, as the worker settles, with a link to each run.
 
 Log lines of a handler, the standard library's too, hold ``trace_id`` and ``span_id``. Spans hold neither payloads nor
-what a handler returned. The SDK, its exporter and the sampling are the program's own.
+results of handlers. The program chooses the SDK, its exporter and the sampling.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _FAILED: Final = frozenset({"raised", "timed_out", "discarded", "undecodable", "
 
 
 class _Open(msgspec.Struct):
-    """A span that is not ended, and how to leave what it is current in."""
+    """A span that has not ended, and the tokens that restore the context around it."""
 
     span: Span
     task: asyncio.Task[Any] | None
@@ -47,7 +47,7 @@ class _Open(msgspec.Struct):
 
 
 class Tracing(Sender):
-    """Makes spans.
+    """Observer that makes the spans.
 
     Args:
         tracer_provider: instead of the global one.
@@ -127,7 +127,7 @@ class Tracing(Sender):
         opened = self._open.pop(run, None)
         if opened is None:
             return
-        # A run that was given back while it could not be stopped ends elsewhere: its task has to keep what it has.
+        # A run that was released while it could not be stopped ends in another task: that of the run keeps its context.
         if opened.task is asyncio.current_task():
             otel_context.detach(opened.token)
             structlog.contextvars.reset_contextvars(**opened.logged)
@@ -191,7 +191,7 @@ def _name(operation: str, queues: set[str]) -> str:
 
 
 def _texts(headers: Mapping[str, Any]) -> dict[str, str]:
-    """Headers are what anybody wrote; propagators read text."""
+    """The headers that are text: propagators read nothing else, and producers may write anything."""
     return {name: value for name, value in headers.items() if isinstance(value, str)}
 
 

@@ -1,7 +1,7 @@
-"""Foreign text made fit for people: passwords hidden (`redact`), controls spelled out (`clean`), bounded (`cut`).
+"""Foreign text for logs and terminals: passwords hidden (`redact`), controls spelled out (`clean`), bounded (`cut`).
 
-Logs, dead letters, the ledger, the command line and the dashboard use these, and `describe` for what a handler raised.
-No function here raises, whatever object it is handed: the ``__str__`` of an exception is a user's code.
+Logs, dead letters, the ledger, the command line and the dashboard use these, and `describe` for an error of a handler.
+No function here raises, whatever its argument: the ``__str__`` of an exception is a user's code.
 
 When a URL is ambiguous (an unescaped ``@``, ``/`` or ``?`` in a password), too much is hidden rather than too little.
 """
@@ -17,9 +17,9 @@ MASK = "***"
 MAX_CHARS: Final = 4000
 """Characters of a text from outside that are kept: an error in a dead letter and in the ledger, a value in the log."""
 
-# What a terminal or a browser obeys instead of showing it: C0 and C1 controls, line and paragraph separators, marks
-# that reorder text (U+061C, U+200E, U+200F, U+202A to U+202E, U+2066 to U+2069), and marks without a width, which hide
-# differences. Half a surrogate pair cannot be written at all.
+# Characters that a terminal or a browser obeys instead of showing: C0 and C1 controls, line and paragraph separators,
+# marks that reorder text (U+061C, U+200E, U+200F, U+202A to U+202E, U+2066 to U+2069), and marks without a width,
+# which hide differences. Half a surrogate pair cannot be written at all.
 _INVISIBLE: Final = (
     "\x7f-\x9f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f"
 )
@@ -55,7 +55,7 @@ def mask_url(url: str) -> str:
     a token), and whatever does not parse: text without ``scheme://`` becomes ``***``.
 
     Args:
-        url: a URL, ``embedded``, or whatever a person typed in its place.
+        url: a URL, ``embedded``, or any other text in its place.
     """
     match = _SCHEME.match(url)
     if match is None:
@@ -85,7 +85,7 @@ def redact(text: str) -> str:
 
 
 def clean(text: str) -> str:
-    """The text in one line, with everything spelled out that a terminal would obey instead of show."""
+    """The text in one line, with every character spelled out that a terminal would obey instead of show."""
     return text if text.isprintable() else _CONTROL.sub(_spelled, text)
 
 
@@ -95,14 +95,14 @@ def clean_block(text: str) -> str:
 
 
 def clean_json(line: str) -> str:
-    """A line of JSON, unchanged in meaning, with everything escaped that a terminal would obey."""
+    """A line of JSON, unchanged in meaning, with every character escaped that a terminal would obey."""
     if line.isascii() and "\x7f" not in line:
         return line
     return _CONTROL_IN_JSON.sub(_escaped, line)
 
 
 def cut(text: str, most: int = MAX_CHARS) -> str:
-    """The first ``most`` characters, with a remark on how many follow if that is not all."""
+    """The first ``most`` characters, and how many were cut off."""
     return text if len(text) <= most else f"{text[:most]}… ({len(text) - most:,} characters more)"
 
 
@@ -125,7 +125,7 @@ def fit(text: str, most: int = MAX_CHARS) -> str:
         text: from outside.
         most: characters that are kept.
     """
-    if len(text) > 2 * most:  # nothing of 20 MB is searched for passwords
+    if len(text) > 2 * most:  # a text of 20 MB is not searched for passwords
         text = text[: 2 * most]
         head, _, word = text.rpartition(" ")
         text = head or MASK if "://" in word else text  # half a URL is no URL, and hides nothing

@@ -125,7 +125,7 @@ class Relaying:
             barred=lambda: self._vigil.barred,
         )
         self._vigil = LossDetector(
-            outbox, dispatcher, self._ending, lease=lease, hearing=lambda: self.relay.hearing, queues=tuple(queues)
+            outbox, dispatcher, self._ending, lease=lease, listening=lambda: self.relay.listening, queues=tuple(queues)
         )
 
     async def run(self, stopping: anyio.Event) -> None:

@@ -16,7 +16,7 @@ from rich.file_proxy import FileProxy
 from rich.live import Live
 
 from streamworker.app import App
-from streamworker.bridge import Bridging, Tally
+from streamworker.bridge import BridgeLoop, BridgeTotals
 from streamworker.cli.loading import load_app, with_own
 from streamworker.cli.options import SERVER, QueueNames, ServerFlags, Text
 from streamworker.cli.output import json_line
@@ -85,8 +85,8 @@ def _chosen(settings: Settings, named: Sequence[str], everything: bool) -> tuple
 
 async def _run(settings: Settings, queues: list[str], everything: bool, drain: bool, json: bool) -> int:
     async with App[Any](settings=settings).bridge(None if everything else queues, settings, known=queues) as mover:
-        bridging = Bridging(mover, drain=drain)
-        progress = _Progress(bridging.tally, settings, json=json)
+        bridging = BridgeLoop(mover, drain=drain)
+        progress = _Progress(bridging.totals, settings, json=json)
         async with anyio.create_task_group() as group:
             told: list[int] = []
 
@@ -107,11 +107,11 @@ async def _run(settings: Settings, queues: list[str], everything: bool, drain: b
     if len(told) > 1:
         return 128 + told[-1]
     if drain and not told:
-        _all_moved(bridging.tally)
+        _all_moved(bridging.totals)
     return 0
 
 
-def _all_moved(tally: Tally) -> None:
+def _all_moved(tally: BridgeTotals) -> None:
     """Complain of jobs that a drained bridge had to leave.
 
     Raises:
@@ -128,7 +128,7 @@ def _all_moved(tally: Tally) -> None:
 class _Progress:
     """A live line on a terminal, now and then a line of the log or of JSON elsewhere; totals at the end."""
 
-    def __init__(self, tally: Tally, settings: Settings, *, json: bool) -> None:
+    def __init__(self, tally: BridgeTotals, settings: Settings, *, json: bool) -> None:
         self._tally = tally
         self._settings = settings
         self._json = json

@@ -1,6 +1,6 @@
-"""What workers and operators need of a ledger: the durable record of jobs and their runs. No SQL words in here.
+"""The ledger as protocols: `Ledger` for workers, `Archive` for operators, and the records they exchange. No SQL here.
 
-The rule of the record: ``completed`` and ``cancelled`` are final; otherwise a run is recorded only if its (hop,
+The rule of the ledger: ``completed`` and ``cancelled`` are final; otherwise a run is recorded only if its (hop,
 deliveries) are not below what is stored. A run is recorded before its claim is settled; settling follows the answer.
 """
 
@@ -23,40 +23,40 @@ Status: TypeAlias = Literal[
     "queued", "dispatching", "dispatched", "running", "retrying", "completed", "dead", "cancelled"
 ]
 JobKey: TypeAlias = tuple[str, str]
-"""What names a job in the ledger: its queue, and its id within that."""
+"""The key of a job in the ledger: its queue, and its id within the queue."""
 LANES: Final = 2
-"""Batches that one worker records at once."""
+"""Batches that one worker records concurrently."""
 FINAL: tuple[Status, Status] = ("completed", "cancelled")
-"""What no run changes any more."""
+"""Statuses that no run changes any more."""
 
 
 class RunRecord(msgspec.Struct, gc=False):
-    """What is told of one run of a job. Times are epoch seconds.
+    """One run of a job, as a worker records it in the ledger. Times are epoch seconds.
 
     Attributes:
         job_id: the job's id.
         queue: the queue it came from.
-        kind: its kind; empty if nobody said.
+        kind: its kind; empty if the document names none.
         level: high, normal or low.
         hop: of the entry that ran.
         deliveries: of this run, deaths of workers on earlier entries included.
         attempt: which attempt this run is, from 1.
         attempts: failed attempts, this run included.
         max_attempts: how many the document allows; ``None`` leaves it to the handler.
-        epoch: identity of the place it was claimed from.
+        epoch: identity of the stream or list it was claimed from.
         body: the whole document.
         payload: the payload's JSON; ``None`` if the document cannot be read.
-        headers: the document's.
+        headers: headers of the document.
         started: when the handler began; ``None`` if it never did.
-        created: when the producer made the job, if it said so.
-        status: what the job is after this run.
+        created: when the producer made the job, if the document says so.
+        status: of the job after this run.
         outcome: one word for the attempt's log.
         finished: when the run ended.
-        run_at: when it runs again, for jobs that do.
+        run_at: when the job runs again, if it does.
         error: what went wrong.
         result: what the handler returned, as JSON.
-        new: nothing was known of the job before it ran, and nothing has been written since: it is recorded without
-            looking for its row first. A guess; if it is wrong, that only costs time.
+        new: the ledger had no row of the job before the run, and none was written since: it is inserted without a
+            look for its row. A guess; a wrong one only costs time.
     """
 
     job_id: str
@@ -84,19 +84,19 @@ class RunRecord(msgspec.Struct, gc=False):
 
 
 class Stored(enum.Enum):
-    """The answer to one record."""
+    """The ledger's answer to one `RunRecord`."""
 
     STORED = "stored"
     ENDED = "ended"  # completed or cancelled before: nothing was changed
     SUPERSEDED = "superseded"  # a later hop or delivery of the job is known: nothing was changed
-    BUSY = "busy"  # somebody works on the job's record right now: tell it again later
+    BUSY = "busy"  # another transaction has locked the job's row: record it again later
 
 
 class Known(msgspec.Struct, frozen=True):
-    """What is known of a job before it runs.
+    """The state of a job in the ledger before it runs.
 
     Attributes:
-        status: what it is.
+        status: of the job.
         hop: of the last record.
         deliveries: of the last record.
         attempts: failed attempts.
@@ -113,7 +113,7 @@ class Known(msgspec.Struct, frozen=True):
 
 
 class Effect(enum.Enum):
-    """What became of a run's transaction."""
+    """The outcome of a run's transaction."""
 
     OPEN = "open"
     COMMITTED = "committed"  # the writes and "this job is done" are stored
@@ -125,7 +125,7 @@ class Effect(enum.Enum):
 
 
 def refusal(error: RunEnded) -> Effect:
-    """What became of a transaction that a run was refused."""
+    """The outcome of a transaction that was refused to a run."""
     if error.busy:
         return Effect.BUSY
     return Effect.SUPERSEDED if error.superseded else Effect.ENDED
@@ -138,22 +138,22 @@ class Transaction(AbstractAsyncContextManager[Any], Protocol):
 
 
 class Ledger(Protocol):
-    """The record of one worker. Every method raises `Unreachable` while no database answers."""
+    """The ledger as one worker uses it. Every method raises `Unreachable` while no database answers."""
 
     async def lookup(self, jobs: Collection[JobKey]) -> dict[JobKey, Known]:
-        """What is known of claimed jobs; of a job that is not in the answer, nothing. It may hold jobs besides."""
+        """The state of claimed jobs. A job without a row is not in the answer, which may hold other jobs, too."""
 
     async def record(self, runs: Sequence[RunRecord]) -> list[Stored]:
         """Record finished runs; answers in order. Recording a run again changes nothing."""
 
     async def running(self, runs: Sequence[RunRecord]) -> None:
-        """Note that these have been running for a while."""
+        """Record that these jobs have been running for a while."""
 
     def transaction(self, run: RunRecord, deadline: float | None) -> Transaction:
         """The transaction of a run.
 
         Args:
-            run: which.
+            run: the run.
             deadline: monotonic seconds at which the run times out.
         """
 
@@ -165,10 +165,10 @@ class Ledger(Protocol):
         """
 
     def abandon(self) -> None:
-        """Break off whatever is under way: it fails at once, whether or not the server got it."""
+        """Break the connections in use: every pending statement fails at once, executed by the server or not."""
 
     async def tick(self) -> float:
-        """Forget some of what is older than its queue's retention; returns the seconds until the next need."""
+        """Delete a batch of jobs past their queue's retention; returns the seconds until the next call."""
 
 
 class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -177,22 +177,22 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         id: the job's id.
         queue: the queue's name.
-        kind: the kind; empty if nobody named one.
+        kind: the kind; empty if the document names none.
         level: high, normal or low.
-        status: what it is.
+        status: of the job.
         attempts: failed attempts so far.
         max_attempts: attempts the job itself allows; ``None`` leaves it to the handler.
         hop: how often it was put on a stream again.
         deliveries: of its last run.
-        created_at: when it was made, as far as is known.
+        created_at: when it was made, as far as the ledger knows.
         run_at: not before this moment.
         started_at: when its last run began.
         finished_at: when it was completed, cancelled, or died.
-        worker_id: where it ran last.
+        worker_id: the worker that ran it last.
         error: what went wrong last, or why its result is missing.
         result: what the handler returned.
         payload: the payload's JSON text, undecoded; ``None`` if it was not asked for, or is only there as ``document``.
-        headers: what travels with the job besides its payload.
+        headers: of the document.
         document: the whole document, where the database cannot hold its parts.
     """
 
@@ -224,7 +224,7 @@ class Attempt(msgspec.Struct, frozen=True):
         hop: of the entry that ran.
         deliveries: of this run.
         attempt: which attempt it was, from 1.
-        worker_id: where it ran.
+        worker_id: the worker that ran it.
         started_at: when the handler began; ``None`` if it never did.
         finished_at: when it ended.
         outcome: one word: ok, raised, timed_out, interrupted, snoozed, discarded, undecodable, unknown_kind, abandoned,
@@ -243,15 +243,15 @@ class Attempt(msgspec.Struct, frozen=True):
 
 
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):
-    """Which jobs of the ledger; what is not said does not matter.
+    """A filter on jobs of the ledger; a field that is not set matches every job.
 
     Attributes:
         queue: of this queue.
         kind: of this kind.
         statuses: with one of these.
         since: made at this moment or later.
-        ids: these.
-        after: behind this one, given as (made at, id, queue), in the order of `Archive.jobs`.
+        ids: with one of these ids.
+        after: behind this job, given as (made at, id, queue), in the order of `Archive.jobs`.
     """
 
     queue: str | None = None
@@ -263,41 +263,43 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Archive(Protocol):
-    """What people ask the ledger, and do to it. Every method raises `Unreachable` while no database answers."""
+    """The ledger as operators use it: list, show, cancel, retry, prune. Every method raises `Unreachable` while no
+    database answers.
+    """
 
     def jobs(self, wanted: Wanted, *, payload: bool = False) -> AsyncIterator[JobRecord]:
         """Jobs, newest first, in pages of bounded cost.
 
         Args:
-            wanted: which.
+            wanted: the filter.
             payload: with payload and document.
         """
 
     async def find(self, job_id: str, queue: str | None = None) -> JobRecord | None:
-        """One job with everything that is known of it.
+        """One job with all its columns.
 
         Args:
             job_id: its id.
             queue: its queue; needed only where several queues have a job with this id.
 
         Raises:
-            UsageError: several queues have one, and it is not said which is meant.
+            UsageError: several queues have one, and ``queue`` is not given.
         """
 
     async def attempts(self, queue: str, job_id: str) -> list[Attempt]:
         """The runs of a job, oldest first."""
 
     async def cancel(self, queue: str, job_id: str) -> bool:
-        """Cancel a job that does not run: it never will; False if it runs, has ended, or is not there."""
+        """Cancel a job before it runs; False if it runs, has ended, or does not exist."""
 
     async def free_keys(self, queue: str, ids: Sequence[str]) -> int:
-        """Forget the deduplication keys of jobs; returns how many there were."""
+        """Delete the deduplication keys of jobs; returns how many there were."""
 
     async def retry(self, queue: str, job_id: str) -> bool:
-        """Queue a job anew that has ended, with all its attempts before it; False if it has not, or is not there."""
+        """Queue an ended job again, with all its attempts; False if it has not ended, or does not exist."""
 
     async def prunable(self, queue: str | None = None, *, older: float | None = None) -> int:
-        """How many jobs `prune` would forget.
+        """How many jobs `prune` would delete.
 
         Args:
             queue: of this queue; all of them otherwise.
@@ -305,14 +307,14 @@ class Archive(Protocol):
         """
 
     async def prune(self, queue: str | None = None, *, older: float | None = None) -> int:
-        """Forget a batch of completed and cancelled jobs, as `prunable`; returns how many: 0 when none is left."""
+        """Delete a batch of the jobs that `prunable` counts; returns how many: 0 when none is left."""
 
 
 def run_record(claim: Claim, reading: Reading, *, kind: str, started: float | None) -> RunRecord:
     """The record of a run that has begun.
 
     Args:
-        claim: what runs.
+        claim: of the run.
         reading: its document.
         kind: the handler's kind, or the document's.
         started: epoch seconds.
@@ -338,7 +340,7 @@ def run_record(claim: Claim, reading: Reading, *, kind: str, started: float | No
 
 
 def unread_record(claim: Claim) -> RunRecord:
-    """The record of a claim whose document cannot be read: of the job that it names, if it names one."""
+    """The record of a claim whose document cannot be decoded, under the id that the document names, if any."""
     told, hop = codec.told_of(claim.body)
     job_id = told or codec.derived_id(claim.place, claim.epoch, claim.entry)
     deliveries = deliveries_of(claim, None)

@@ -1,4 +1,4 @@
-"""What people ask the ledger by hand, and what they do to its jobs."""
+"""`Archive` on PostgreSQL: operators list, show, cancel, retry and prune jobs of the ledger."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ select hop, deliveries, attempt, worker_id, {within_python("started_at")} as sta
   {within_python("finished_at")} as finished_at, outcome, error
 from streamworker.job_logs where job_id = $1 and queue_name in ($2, '') order by hop, deliveries"""  # noqa: S608
 
-# What waits in Redis comes by once more, and is let go: workers look every job up before they run it.
+# A job that waits in Redis is claimed once more and acknowledged unrun: workers look every job up before they run it.
 CANCEL: Final = """
 update streamworker.jobs
 set status = 'cancelled', finished_at = now(), updated_at = now()
@@ -44,7 +44,7 @@ FREE_KEYS: Final = """
 with freed as (delete from streamworker.job_keys where queue_name = $1 and job_id = any($2::text[]) returning key)
 select count(*) from freed"""
 
-# The next hop, so that no run of before can record anything any more.
+# With the next hop, so that no earlier run can record anything any more.
 RETRY: Final = """
 with again as (
   update streamworker.jobs
@@ -60,14 +60,13 @@ class PostgresArchive:
     """`Archive` on PostgreSQL.
 
     Args:
-        database: which.
+        database: of the ledger.
     """
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     async def jobs(self, wanted: Wanted, *, payload: bool = False) -> AsyncIterator[JobRecord]:
-        """See `Archive.jobs`."""
         conditions, values = _conditions(wanted)
         more = ", payload::text, headers::text, document" if payload else ""
         after = ""
@@ -89,7 +88,6 @@ class PostgresArchive:
             values[-3:] = [rows[-1]["made"], rows[-1]["id"], rows[-1]["queue_name"]]
 
     async def find(self, job_id: str, queue: str | None = None) -> JobRecord | None:
-        """See `Archive.find`."""
         with understood("looking a job up"):
             rows = await self._database.fetch(FIND, stored_id(job_id), queue)
         if len(rows) > 1:
@@ -98,39 +96,33 @@ class PostgresArchive:
         return _record(rows[0]) if rows else None
 
     async def attempts(self, queue: str, job_id: str) -> list[Attempt]:
-        """See `Archive.attempts`."""
         with understood("reading a job's attempts"):
             rows = await self._database.fetch(ATTEMPTS, stored_id(job_id), queue)
         return [Attempt(**row) for row in rows]
 
     async def cancel(self, queue: str, job_id: str) -> bool:
-        """See `Archive.cancel`."""
         with understood("cancelling a job"):
             return bool(await self._database.fetch(CANCEL, stored_id(job_id), queue))
 
     async def free_keys(self, queue: str, ids: Sequence[str]) -> int:
-        """See `Archive.free_keys`."""
         with understood("forgetting the keys of jobs"):
             return int((await self._database.fetch(FREE_KEYS, queue, [stored_id(job_id) for job_id in ids]))[0][0])
 
     async def retry(self, queue: str, job_id: str) -> bool:
-        """See `Archive.retry`."""
         with understood("queueing a job anew"):
             return bool(await self._database.fetch(RETRY, stored_id(job_id), queue))
 
     async def prunable(self, queue: str | None = None, *, older: float | None = None) -> int:
-        """See `Archive.prunable`."""
         with understood("counting old jobs"):
             return int((await self._database.fetch(PRUNABLE, queue, older))[0][0])
 
     async def prune(self, queue: str | None = None, *, older: float | None = None) -> int:
-        """See `Archive.prune`."""
         with understood("forgetting old jobs"):
             return int((await self._database.fetch(PRUNE, BATCH, queue, older))[0][0])
 
 
 def _conditions(wanted: Wanted) -> tuple[list[str], list[Any]]:
-    """Only what is asked for stands in the statement, so that its plan can use the index that fits."""
+    """Conditions of the filter's set fields only, so that the plan can use the index that fits."""
     conditions: list[str] = []
     values: list[Any] = []
 
@@ -150,16 +142,16 @@ def _conditions(wanted: Wanted) -> tuple[list[str], list[Any]]:
         conditions.append(_behind(len(values)))
         values += [wanted.after[0], stored_id(wanted.after[1]), wanted.after[2]]
     if wanted.statuses:
-        # Written out, because partial indexes are chosen by the words; they come from a fixed list.
+        # As literals, because the planner picks partial indexes by them; they come from a fixed list.
         words = ", ".join(f"'{status}'" for status in wanted.statuses)
         conditions.append(f"status in ({words})")
     return conditions, values
 
 
 def _behind(count: int, moment: str = "timestamptz") -> str:
-    """The condition of a page that goes on behind a row; its three values come after ``count`` others.
+    """The condition of a page that begins after a row; its three values follow ``count`` others.
 
-    As text a moment is exactly the row's, also one that Python does not have.
+    A moment given as text is exactly the row's, also one that Python cannot hold.
     """
     at, job_id, queue = (f"${count + n}" for n in (1, 2, 3))
     return f"(created_at, id, queue_name) < ({at}::{moment}, {job_id}::text, {queue}::text)"
@@ -191,7 +183,7 @@ def _record(row: asyncpg.Record) -> JobRecord:
 
 
 def _decoded(json: str) -> Any:
-    """The value; its JSON text where Python has no such value, as for a number of 5,000 digits, or 1,500 brackets."""
+    """The value, or its JSON text if Python cannot decode it: a number of 5,000 digits, or 1,500 brackets."""
     try:
         return msgspec.json.decode(json)
     except (msgspec.MsgspecError, RecursionError):
@@ -201,5 +193,5 @@ def _decoded(json: str) -> Any:
 def _headers(json: str) -> dict[str, Any]:
     try:
         return {name: _decoded(bytes(raw).decode()) for name, raw in _fields(json).items()}
-    except (msgspec.MsgspecError, RecursionError):  # no object, or not even its names can be told
+    except (msgspec.MsgspecError, RecursionError):  # not an object, or its names cannot be decoded
         return {}

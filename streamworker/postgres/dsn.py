@@ -1,8 +1,8 @@
-"""DATABASE_URL as libpq's users write it, for asyncpg, which knows fewer of its options.
+"""Options of libpq in DATABASE_URL, translated for asyncpg, which knows fewer of them.
 
-asyncpg hands options that it does not know to the server as settings, which refuses libpq's own. Those that mean
-something here are understood (``connect_timeout``, ``keepalives…``, ``tcp_user_timeout``), those that ask for what
-happens anyway are left out (``channel_binding=prefer``), and the others are named. Settings of the server
+asyncpg sends options that it does not know to the server as settings, and the server refuses libpq's own. This module
+applies some of them itself (``connect_timeout``, ``keepalives…``, ``tcp_user_timeout``), drops those that ask for what
+happens anyway (``channel_binding=prefer``), and refuses the others by name. Settings of the server
 (``?statement_timeout=5000``) are passed on.
 Source: https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-PARAMKEYWORDS
 """
@@ -31,7 +31,7 @@ _ASIDE: Final = {
     "sslcompression": ("0",),
     "sslsni": ("0", "1"),
 }
-"""Options of libpq, and the values that ask for nothing that asyncpg does not do."""
+"""Options of libpq, and their values that ask for what asyncpg does anyway."""
 _LACKING: Final = frozenset(
     {
         "hostaddr", "max_protocol_version", "min_protocol_version", "oauth_client_id", "oauth_issuer",
@@ -49,11 +49,11 @@ _SOCKET: Final = {
 
 
 class Dsn(msgspec.Struct, frozen=True):
-    """A URL, taken apart.
+    """A parsed DATABASE_URL.
 
     Attributes:
         url: for asyncpg.
-        timeout: seconds a connection may take to come about; ``None`` where the URL does not say.
+        timeout: seconds a connection may take to be made; ``None`` if the URL does not set it.
         socket_options: (level, option, value) for each connection's socket.
     """
 
@@ -63,10 +63,10 @@ class Dsn(msgspec.Struct, frozen=True):
 
 
 def parse(url: str) -> Dsn:
-    """Take a URL apart.
+    """Parse a URL.
 
     Raises:
-        ConfigurationError: an option asks for what asyncpg cannot do, or is no number where it has to be.
+        ConfigurationError: an option asks for what asyncpg cannot do, or is not a number.
     """
     base, _, query = url.partition("?")
     rest, timeout = [], None
@@ -94,10 +94,10 @@ def parse(url: str) -> Dsn:
 
 
 async def connect(url: str, *, timeout: float, **options: Any) -> Any:
-    """One connection, as the URL wants it.
+    """One connection with the options of the URL.
 
     Args:
-        url: of libpq's form.
+        url: in libpq's form.
         timeout: seconds it may take, unless the URL has ``connect_timeout``.
         options: asyncpg's.
 
@@ -110,7 +110,7 @@ async def connect(url: str, *, timeout: float, **options: Any) -> Any:
         transport = getattr(connection, "_transport", None)
         line = transport.get_extra_info("socket") if transport is not None else None
         for option in dsn.socket_options:
-            with suppress(OSError, AttributeError):  # a socket of this machine has none of them
+            with suppress(OSError, AttributeError):  # a Unix socket has none of them
                 line.setsockopt(*option)  # type: ignore[union-attr]
     return connection
 

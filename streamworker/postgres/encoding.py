@@ -1,8 +1,9 @@
-"""Many runs as a few values: what an array of every column costs to encode is most of what recording costs.
+"""Encoding of a batch of runs for PostgreSQL, and of single values that text or jsonb cannot hold.
 
-Columns that differ from run to run are one text each: numbers as PostgreSQL writes arrays, and texts joined with a
-control character that neither JSON nor any sane id contains. Everything else stands once per *shape*, as JSON. Whatever
-does not fit that goes the long way (`recording.RECORD`), which can also tell which row is at fault.
+An array per column is expensive to encode: most of the cost of a record. So a column that differs from run to run is
+one text: numbers in PostgreSQL's array syntax, and texts joined with a control character that neither JSON nor any sane
+id contains. The other columns are sent once per *shape*, as JSON. A batch that does not fit is recorded with
+`recording.RECORD`, which can also find the row at fault.
 """
 
 from __future__ import annotations
@@ -21,34 +22,34 @@ from streamworker.postgres import RunRecord
 
 _NAMESPACE: Final = UUID("0b1d2e3c-7f55-5b0e-8a41-3f2f6c1b9d10")
 _NO_JSONB: Final = re.compile(r"\\u(?:0000|[dD][89a-fA-F])")
-# What looks like that and is none: an escaped backslash before a "u", and both halves of a pair.
+# Matches that are harmless: an escaped backslash before a "u", and both halves of a surrogate pair.
 _HARMLESS: Final = re.compile(r"\\\\|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}")
 _ODD: Final = re.compile("[\x00\ud800-\udfff]")
 SEPARATOR: Final = "\x1f"
-"""Joins many texts into one, which costs a tenth of an array: neither JSON nor any sane id contains it."""
+"""Joins many texts into one, for a tenth of the cost of an array: neither JSON nor any sane id contains it."""
 
 
 def text(value: str) -> str:
-    """The text, with what PostgreSQL cannot hold written as escapes."""
+    """The text, with characters that PostgreSQL cannot hold written as escapes."""
     if value.isascii() and "\x00" not in value:
         return value
     return _ODD.sub(lambda match: f"\\u{ord(match.group()):04x}", value)
 
 
 def stored_id(job_id: str) -> str:
-    """The id a job is stored under: its own, or for one that text cannot hold the UUIDv5 of it."""
+    """The id in the job's row: its own, or the UUIDv5 of one that text cannot hold."""
     if "\x00" in job_id:
         return str(uuid5(_NAMESPACE, job_id))
     return job_id
 
 
 def separable(joined: str, count: int) -> bool:
-    """Whether ``count`` texts that were joined with `SEPARATOR` can be taken apart again, and stored."""
+    """Whether ``count`` texts that were joined with `SEPARATOR` can be split again, and stored."""
     return joined.count(SEPARATOR) == count - 1 and "\x00" not in joined
 
 
 def json_text(raw: msgspec.Raw | bytes | None) -> str | None:
-    """JSON as text for jsonb; ``None`` for what jsonb refuses as far as can be told cheaply."""
+    """JSON as text for jsonb; ``None`` if a cheap check finds what jsonb refuses."""
     if raw is None:
         return None
     try:
@@ -129,7 +130,7 @@ _STORE: Final = """
         case when status in ('completed', 'cancelled', 'dead') then finished_at end, error, result, headers, epoch
       from items"""
 
-# The ids of what was written only if something was not: nearly always one null instead of hundreds.
+# The written ids only if a row was not written: nearly always one null instead of hundreds of ids.
 _LEFT_ALONE: Final = """
 select case when count(*) < (select count(*) from items) then coalesce(array_agg(id), '{}') end as ids from written"""
 
@@ -140,7 +141,7 @@ written as ({_STORE}{ON_CONFLICT})
 {_LEFT_ALONE}"""
 
 PACK_NEW: Final = f"{_UNPACKED}, logged as ({_LOG}) {_STORE}"
-"""The same for jobs that have no row yet, or error 23505: to be ready for a conflict costs a third of all."""
+"""The same for jobs without a row, or error 23505: ON CONFLICT costs a third of the statement."""
 
 
 def packed(runs: Sequence[RunRecord], epochs: dict[bytes, str]) -> tuple[Any, ...] | None:
@@ -161,7 +162,7 @@ def packed(runs: Sequence[RunRecord], epochs: dict[bytes, str]) -> tuple[Any, ..
             headers = _joined([(headers_text(run.headers) or "\x00") if run.headers else _NULL for run in runs])
         if any(run.result is not None for run in runs):
             results = _joined([_NULL if run.result is None else run.result.decode() for run in runs])
-    except (TypeError, ValueError):  # no payload, or no UTF-8 in it; or what does not fit
+    except (TypeError, ValueError):  # no payload, or not UTF-8; or it does not fit
         return None
     described = _described(shapes, epochs)
     if described is None:
@@ -177,14 +178,14 @@ def _joined(column: list[str]) -> str:
 
 
 def _checked(text: str, count: int) -> str:
-    """The text; ValueError if it could not be taken apart again, or not be stored."""
+    """The text; ValueError if it could not be split again, or not be stored."""
     if not separable(text, count) or refused_by_jsonb(text):
         raise ValueError("this does not fit")
     return text
 
 
 def _array(numbers: Sequence[float | None]) -> str:
-    """As PostgreSQL reads it."""
+    """An array in PostgreSQL's syntax."""
     return f"{{{_encode(numbers)[1:-1].decode()}}}"
 
 

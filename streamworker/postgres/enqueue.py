@@ -1,4 +1,4 @@
-"""Enqueueing inside the caller's transaction: jobs are rows with the status queued, and a relay puts them on Redis.
+"""Enqueue in the caller's transaction: a job is a row with the status ``queued``, and a relay adds it to Redis.
 
 The connection is the user's, with the user's type codecs: everything goes as text and is cast by the server, and COPY
 uses its text format, so that no codec of theirs touches our values.
@@ -20,12 +20,12 @@ from streamworker.errors import ConfigurationError, UsageError
 from streamworker.job import Enqueued, Job
 
 COPY_FROM: Final = 20
-"""Jobs from which on COPY is worth its extra round trip."""
+"""Least jobs for which COPY is worth its extra round trip."""
 BATCH: Final = 1000
 """Most jobs of one statement."""
 CHANNEL: Final = "streamworker"
 DEEPEST: Final = 1000
-"""Brackets a payload may open and still be sure to fit the server's stack as jsonb."""
+"""Brackets that a payload may open and surely fit the server's stack as jsonb."""
 
 # One statement whatever the jobs need. Keys are taken in one order: two transactions cannot wait for each other.
 ENQUEUE: Final = """
@@ -61,8 +61,8 @@ _NUMBERS: Final = re.compile(rb"\d[eE]|-0(?!\.\d*[1-9])|\d{300}")
 _SPECIAL: Final = str.maketrans({"\\": r"\\", "\n": r"\n", "\r": r"\r", "\t": r"\t"})
 
 
-class Row(msgspec.Struct, frozen=True, gc=False):
-    """A job as its row holds it: everything is text; ``None`` is null."""
+class QueuedRow(msgspec.Struct, frozen=True, gc=False):
+    """A job as the values of its row: all text; ``None`` is null."""
 
     job: Job
     payload: str | None
@@ -83,7 +83,7 @@ async def enqueue(connection: Any, jobs: Sequence[Job], *, max_bytes: int, key_t
         UsageError: the connection is not in a transaction, or not one of asyncpg's.
         JobTooLarge: a document is too large; nothing was written.
         ConfigurationError: the database has no schema streamworker, or is not encoded in UTF8.
-        asyncpg.PostgresError: what any statement of the caller's may meet, such as a serialization failure.
+        asyncpg.PostgresError: as any statement in the caller's transaction, such as a serialization failure.
     """
     _check(connection)
     rows = [_row(job, max_bytes, key_ttl) for job in jobs]
@@ -115,21 +115,21 @@ def _check(connection: Any) -> None:
         )
 
 
-def _row(job: Job, max_bytes: int, key_ttl: float) -> Row:
+def _row(job: Job, max_bytes: int, key_ttl: float) -> QueuedRow:
     for name, value in (("key", job.key), ("kind", job.kind)):
         if value is not None and "\x00" in value:
             raise UsageError(f"{name}={value!r} holds a NUL, which PostgreSQL cannot store")
     body = codec.pack(job, max_bytes=max_bytes, key_ttl=key_ttl).body
-    codec.read(body)  # raw JSON in a payload may be none: said here, not by a failed transaction
+    codec.read(body)  # raw JSON in a payload may be invalid: refused here, not by a failed transaction
     payload = bytes(job.payload)
     headers = msgspec.json.encode(job.headers) if job.headers is not None else b""
     if fits_jsonb(payload) and fits_jsonb(headers):
-        return Row(job, payload.decode(), headers.decode() or None, None)
-    return Row(job, None, None, body.hex())
+        return QueuedRow(job, payload.decode(), headers.decode() or None, None)
+    return QueuedRow(job, None, None, body.hex())
 
 
 def fits_jsonb(text: bytes) -> bool:
-    """Whether jsonb takes this JSON and gives it back alike: no NUL, no number it would write otherwise."""
+    """Whether jsonb returns this JSON as it is: no NUL, no number that jsonb writes otherwise."""
     if _ESCAPES.search(text):
         return False
     bare = _STRINGS.sub(b"", text)
@@ -142,7 +142,7 @@ def fits_jsonb(text: bytes) -> bool:
     return True
 
 
-def _values(row: Row, key_ttl: float) -> tuple[str | None, ...]:
+def _values(row: QueuedRow, key_ttl: float) -> tuple[str | None, ...]:
     job = row.job
     return (
         job.id,
@@ -164,7 +164,7 @@ def _utc(moment: datetime) -> str:
     return moment.astimezone(UTC).isoformat()
 
 
-async def _copy(connection: Any, rows: Sequence[Row]) -> None:
+async def _copy(connection: Any, rows: Sequence[QueuedRow]) -> None:
     now: datetime | None = None
     if any(row.job.delay is not None for row in rows):  # counted by the clock that will judge it
         now = datetime.fromtimestamp(float(await connection.fetchval(NOW)), UTC)
@@ -179,7 +179,7 @@ async def _copy(connection: Any, rows: Sequence[Row]) -> None:
     await connection.fetchval(TELL, "later" if later else "")
 
 
-def _line(row: Row, now: datetime | None) -> str:
+def _line(row: QueuedRow, now: datetime | None) -> str:
     """One line of COPY's text format (PostgreSQL documentation, COPY, "Text Format")."""
     job, run_at = row.job, row.job.run_at
     if job.delay is not None and now is not None:

@@ -1,4 +1,4 @@
-"""What asyncpg raises, as our errors: the connection's, one row's fault, or what the server cannot do at all now."""
+"""Errors of asyncpg, classified and translated: an outage, one row's fault, or a server that cannot serve now."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _NO_SERVER: Final = (
     asyncpg.IdleSessionTimeoutError,
 )
 _STATEMENT_MODE: Final = "statement pooling mode"
-# PgBouncer, of settings of the server in a URL that it was not told to pass on or to ignore.
+# PgBouncer, about settings in a URL that its configuration neither passes on nor ignores.
 _OPTIONS: Final = (
     _STATEMENT_MODE,
     "unsupported startup parameter",
-    # The server, of a setting in the URL that it does not know, or not in this form, or not here.
+    # The server, about a setting in the URL that it does not know, or not in this form, or not at this time.
     "unrecognized configuration parameter",
     "invalid value for parameter",
     "cannot be changed now",
@@ -37,14 +37,14 @@ _REFUSED: Final = (asyncpg.InvalidAuthorizationSpecificationError, asyncpg.Inval
 _ROW_FAULTS: Final = ("22", "23", "54")
 _UNABLE: Final = ("53", "57", "58", "F0", "XX")
 _VALUES: Final = (ValueError, ArithmeticError, TypeError, RecursionError, struct.error)
-# What poolers say of servers they cannot reach, and clients of connections that broke under them.
+# Errors of poolers that cannot reach a server, and of clients whose connection broke.
 _BROKEN: Final = ("connection is closed", "connection was closed", "pool is clos", "released back to the pool")
 
 
 def is_outage(error: BaseException) -> bool:
-    """Whether the server could not be asked, rather than refused what it was asked."""
+    """Whether the server could not be reached, as opposed to refusing the statement."""
     if isinstance(error, NoConnection) or _is_misconfigured(error):
-        return False  # we hold them all; or the answer will never be another
+        return False  # the pool is exhausted; or every try fails alike
     if isinstance(error, _NO_SERVER):
         return True
     if isinstance(error, asyncpg.ProtocolViolationError):  # PgBouncer: "server conn crashed?", "query_wait_timeout"
@@ -53,7 +53,7 @@ def is_outage(error: BaseException) -> bool:
 
 
 def _is_misconfigured(error: BaseException) -> bool:
-    """Whether options of the URL, or the pooler it leads to, make every connection fail alike."""
+    """Whether options of the URL, or the pooler it names, make every connection fail alike."""
     if not isinstance(error, asyncpg.InterfaceError | asyncpg.PostgresError):
         return False
     wrong = asyncpg.exceptions.ClientConfigurationError  # asyncpg, of a value in the URL
@@ -66,16 +66,16 @@ def reason(error: BaseException) -> str:
 
 
 def sqlstate(error: BaseException) -> str:
-    """The SQLSTATE (PostgreSQL documentation, appendix A); empty if the server said none."""
+    """The SQLSTATE (PostgreSQL documentation, appendix A); empty if the error has none."""
     return (error.sqlstate or "") if isinstance(error, asyncpg.PostgresError) else ""
 
 
 def is_one_rows_fault(error: BaseException) -> bool:
-    """Whether one row, or one value, is to blame for what failed, and the rest of its batch would do without it.
+    """Whether one row, or one value, is at fault, and the rest of its batch would succeed without it.
 
     Of the server's errors these are the classes 22 (data exception), 23 (integrity constraint violation) and 54
-    (program limit exceeded) of PostgreSQL's appendix A. What is raised on our side of the connection, such as an
-    OverflowError of a time that Python does not have, is about a value, too. Everything else is the server's trouble.
+    (program limit exceeded) of PostgreSQL's appendix A. An error on our side of the connection, such as
+    an OverflowError of a time that Python cannot hold, is about a value, too. All others concern the server.
     """
     if isinstance(error, StreamworkerError) or is_outage(error):
         return False
@@ -85,7 +85,7 @@ def is_one_rows_fault(error: BaseException) -> bool:
 
 
 def is_unable(error: BaseException) -> bool:
-    """Whether the server cannot do now what it was asked, whoever asks: it is read-only, full, out of memory, broken.
+    """Whether the server refuses the statement from every client now: it is read-only, full, out of memory, broken.
 
     These are 25006 and, of PostgreSQL's appendix A, the classes 53 (insufficient resources), 57 (operator intervention)
     without 57014, which ends a single query, 58 (system error), F0 (configuration file) and XX (internal error).
@@ -95,7 +95,7 @@ def is_unable(error: BaseException) -> bool:
 
 
 def is_gone(connection: Any) -> bool:
-    """Whether a connection broke; one of a pool's is back in the pool then, and refuses every question."""
+    """Whether a connection broke; one of a pool is back in the pool then, and refuses every statement."""
     try:
         return bool(connection.is_closed())
     except asyncpg.InterfaceError:
@@ -103,17 +103,17 @@ def is_gone(connection: Any) -> bool:
 
 
 def break_off(connection: Any) -> None:
-    """End a connection at once; what is under way on it fails."""
+    """End a connection at once; pending statements fail."""
     with suppress(asyncpg.InterfaceError):
         connection.terminate()
 
 
 @contextmanager
 def understood(what: str) -> Iterator[None]:
-    """Turn what asyncpg raises into our errors.
+    """Translate errors of asyncpg into ours.
 
     Args:
-        what: what was being done, for the sentence.
+        what: what is being done, for the sentence.
     """
     try:
         yield
@@ -124,7 +124,7 @@ def understood(what: str) -> Iterator[None]:
 
 
 def translated(error: Exception, what: str) -> Exception:
-    """Our error for one of asyncpg's; any other as it is."""
+    """Our error for an error of asyncpg; any other as it is."""
     if is_outage(error):
         return Unreachable(f"PostgreSQL does not answer while {what}: {reason(error)}")
     if _STATEMENT_MODE in str(error):

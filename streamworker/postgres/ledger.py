@@ -1,4 +1,4 @@
-"""The ledger of one worker, on PostgreSQL."""
+"""`Ledger` on PostgreSQL: look claimed jobs up, record runs, delete jobs past their retention."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ class PostgresLedger:
     Args:
         database: the ledger's own connections.
         pool: the pool of handlers' transactions.
-        worker_id: whose runs these are.
+        worker_id: the worker whose runs are recorded.
     """
 
     def __init__(self, database: Database, pool: AnyPool, worker_id: str) -> None:
         self._database = database
-        self._line = database.line()
+        self._kept = database.kept()
         self._pool = pool
         self._worker_id = worker_id
         self._recording = Recording(database, worker_id)
         self._retention = Retention(database)
 
     async def open(self, queues: Sequence[str]) -> None:
-        """Make the queues known.
+        """Insert a row for each queue.
 
         Raises:
             Unreachable: no server answers.
@@ -55,7 +55,6 @@ class PostgresLedger:
             await self._database.fetch(QUEUES, sorted(queues))
 
     async def lookup(self, jobs: Collection[JobKey]) -> dict[JobKey, Known]:
-        """See `Ledger.lookup`."""
         try:
             return await self._looked_up(jobs)
         except Exception as error:
@@ -74,9 +73,9 @@ class PostgresLedger:
         plain = separable(joined, len(job_ids))
         names = {} if plain else {stored_id(job_id): job_id for job_id in job_ids}
         if plain:
-            rows = await self._line.fetch(LOOKUP, joined)
+            rows = await self._kept.fetch(LOOKUP, joined)
         else:
-            rows = await self._line.fetch(LOOKUP_ARRAY, list(names))
+            rows = await self._kept.fetch(LOOKUP_ARRAY, list(names))
         return {
             (row["queue_name"], names.get(row["id"], row["id"])): Known(
                 row["status"],
@@ -90,38 +89,32 @@ class PostgresLedger:
         }
 
     async def record(self, runs: Sequence[RunRecord]) -> list[Stored]:
-        """See `Ledger.record`."""
         return await self._recording.record(runs)
 
     async def running(self, runs: Sequence[RunRecord]) -> None:
-        """See `Ledger.running`."""
         await self._recording.running(runs)
 
     def transaction(self, run: RunRecord, deadline: float | None) -> RunTransaction:
-        """See `Ledger.transaction`."""
         return RunTransaction(self._pool, self._database, run, self._worker_id, deadline)
 
     async def complete(self, run: RunRecord, connection: Any) -> None:
-        """See `Ledger.complete`."""
         await complete(connection, run, self._worker_id)
 
     def abandon(self) -> None:
-        """See `Ledger.abandon`."""
         self._database.abandon()
 
     async def tick(self) -> float:
-        """See `Ledger.tick`."""
         return await self._retention.tick()
 
 
 BATCH: Final = 500
-"""Most jobs one statement forgets."""
+"""Most jobs that one statement deletes."""
 INTERVAL: Final = 60.0
-"""Seconds between two looks of one worker, when there was nothing left to forget."""
+"""Seconds between two calls of one worker, when no job was left to delete."""
 BREATH: Final = 0.2
 """Seconds between two batches."""
 
-# One worker at a time, whoever comes first; the others find nothing to do.
+# One worker at a time, the first that takes the advisory lock; for the others the statement deletes nothing.
 TIDY: Final = """
 with turn as materialized (select pg_try_advisory_xact_lock(hashtext('streamworker.prune')) as ours),
 old as materialized (
@@ -177,17 +170,17 @@ select coalesce(sum(job.count), 0)::bigint from streamworker.job_queues as queue
 
 
 class Retention:
-    """Prunes one database.
+    """Deletes completed and cancelled jobs that are past the retention of their queue.
 
     Args:
-        database: which.
+        database: of the ledger.
     """
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     async def tick(self) -> float:
-        """Forget one batch; returns the seconds until the next."""
+        """Delete one batch; returns the seconds until the next."""
         with understood("forgetting old jobs"):
             rows = await self._database.fetch(TIDY, BATCH)
         if rows[0][0] >= BATCH:

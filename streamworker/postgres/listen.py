@@ -1,4 +1,4 @@
-"""Hearing of commits: LISTEN on a connection of its own, past any pooler."""
+"""LISTEN on a connection of its own, past any pooler: notifications of commits and of changed queues."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from streamworker.telemetry.logs import get_logger
 log = get_logger("streamworker.relay")
 
 RETRY: Final = 2.0
-"""Seconds between tries to connect again; until then the relay polls."""
+"""Seconds between tries to connect again; meanwhile the relay polls."""
 PROBE: Final = 30.0
-"""Seconds after which a silent connection is asked whether it lives."""
+"""Seconds after which a silent connection is probed."""
 
 
-async def listen(url: str, told: Callable[[str], None], hearing: Callable[[bool], None]) -> None:
-    """Call ``told(message)`` for every notification. Never returns; cancel it.
+async def listen(url: str, on_message: Callable[[str], None], on_state: Callable[[bool], None]) -> None:
+    """Call ``on_message`` for every notification. Never returns; cancel it.
 
     Args:
-        url: where, past any connection pooler.
-        told: gets the message.
-        hearing: is told whether notifications come in.
+        url: of the database, past any connection pooler.
+        on_message: called with the message.
+        on_state: called with whether notifications arrive, when that changes.
     """
-    said = False
+    logged = False
     while True:
         try:
             connection = await connect(url, "relay, listening")
@@ -37,36 +37,36 @@ async def listen(url: str, told: Callable[[str], None], hearing: Callable[[bool]
                 gone = anyio.Event()
                 connection.add_termination_listener(lambda _, gone=gone: gone.set())
                 with understood("listening for jobs"):
-                    await connection.add_listener(CHANNEL, lambda _c, _p, _n, message: told(str(message)))
-                    hearing(True)
-                    said = False
+                    await connection.add_listener(CHANNEL, lambda _c, _p, _n, message: on_message(str(message)))
+                    on_state(True)
+                    logged = False
                     while not gone.is_set():
                         with anyio.move_on_after(PROBE):
                             await gone.wait()
                             break
                         await connection.execute("select 1", timeout=PROBE)
             finally:
-                hearing(False)
+                on_state(False)
                 connection.terminate()
         except Exception as error:  # noqa: BLE001 - a hint that fails must not end the relay
-            if not said:
-                log.info("relay_deaf", error=str(error), hint="queued jobs are looked for twice a second meanwhile")
-            said = True
+            if not logged:
+                log.info("listen_lost", error=str(error), hint="queued jobs are looked for twice a second meanwhile")
+            logged = True
         await anyio.sleep(RETRY)
 
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
 CONNECT_TIMEOUT: Final = 10.0
-"""Seconds a connection may take to come about."""
+"""Seconds a connection may take to be made."""
 
 
 async def connect(url: str, what: str) -> Connection:
     """One connection.
 
     Args:
-        url: where.
-        what: what it is for, shown by pg_stat_activity.
+        url: of the database.
+        what: its purpose, shown by pg_stat_activity.
 
     Raises:
         Unreachable: no server answers.

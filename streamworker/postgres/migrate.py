@@ -1,4 +1,4 @@
-"""Numbered SQL files, applied once and in order, however many processes start at once.
+"""Migrations: numbered SQL files, applied once and in order, however many processes start at once.
 
 A file runs in one transaction together with the note that it was applied. Its first line may be
 ``-- transaction: off`` (CREATE INDEX CONCURRENTLY); such a file holds statements that are safe to run again, parted by
@@ -31,8 +31,8 @@ log = get_logger("streamworker.migrate")
 T = TypeVar("T")
 Word: TypeAlias = Literal["applied", "missing", "drifted", "unknown"]
 
-LOCK: Final = 0x73_77_6D_69_67  # "swmig": any number that nobody else takes
-"""The advisory lock migrators exclude each other with."""
+LOCK: Final = 0x73_77_6D_69_67  # "swmig": any number that no other program uses
+"""The advisory lock by which migrators exclude each other."""
 POLL: Final = 0.05
 PATIENCE: Final = 300.0
 """Seconds to wait for another migrator."""
@@ -51,7 +51,7 @@ _RECORD: Final = "insert into streamworker.schema_migrations (version, name, che
 
 
 class Migration(msgspec.Struct, frozen=True):
-    """One file."""
+    """One SQL file."""
 
     version: int
     name: str
@@ -69,12 +69,12 @@ class Migration(msgspec.Struct, frozen=True):
 
     @property
     def statements(self) -> list[str]:
-        """What is sent one by one: several statements sent together would run in a transaction."""
+        """Sent one by one: several statements sent together would run in a transaction."""
         return [self.sql] if self.atomic else _NEXT.split(self.sql)
 
 
-class State(msgspec.Struct, frozen=True):
-    """What the database knows of one migration: ``drifted`` was changed since, ``unknown`` is of a newer release."""
+class MigrationState(msgspec.Struct, frozen=True):
+    """The state of one migration in the database: ``drifted`` was changed since, ``unknown`` is of a newer release."""
 
     version: int
     name: str
@@ -89,7 +89,7 @@ def shipped() -> list[Migration]:
         ConfigurationError: the installation lacks them.
     """
     package = files("streamworker")
-    # In a wheel they lie inside the package; in a checkout beside it.
+    # In a wheel they are inside the package; in a checkout beside it.
     for folder in (package.joinpath("_migrations"), Path(str(package)).parent / "migrations"):
         found = load(folder)
         if found:
@@ -98,7 +98,7 @@ def shipped() -> list[Migration]:
 
 
 def load(folder: Traversable) -> list[Migration]:
-    """The migrations in a folder, in order; other files are passed over."""
+    """The migrations in a folder, in order; other files are ignored."""
     if not folder.is_dir():
         return []
     found = []
@@ -111,7 +111,7 @@ def load(folder: Traversable) -> list[Migration]:
 
 
 def printed(migrations: Sequence[Migration]) -> str:
-    """All of it as SQL for people who apply it themselves: ``psql -v ON_ERROR_STOP=1 -f``."""
+    """The whole schema as SQL, for ``psql -v ON_ERROR_STOP=1 -f``."""
     parts = [_TABLE]
     for each in migrations:
         record = f"{_RECORD} ({each.version}, '{each.name}', '{each.checksum}');\n"
@@ -121,7 +121,7 @@ def printed(migrations: Sequence[Migration]) -> str:
 
 
 class Migrator:
-    """Brings the schema of one database up to this release.
+    """Migrates the schema of one database to this release.
 
     Args:
         url: the database, past any connection pooler.
@@ -133,13 +133,13 @@ class Migrator:
         self.migrations: Final = shipped() if migrations is None else list(migrations)
 
     async def up(self) -> list[str]:
-        """Apply what is missing; returns the names of what was applied here.
+        """Apply the missing migrations; returns the names of those applied by this call.
 
         Raises:
             ConfigurationError: an applied migration was changed since, this user may not, or the database is
                 not encoded in UTF8.
             Unreachable: no server answers.
-            StreamworkerError: a statement failed; the file's earlier statements were taken back.
+            StreamworkerError: a statement failed; the file's earlier statements were rolled back.
         """
         done = []
         async with self._connected() as connection:
@@ -151,8 +151,8 @@ class Migrator:
                         done.append(migration.name)
         return done
 
-    async def status(self) -> list[State]:
-        """What of the schema is there, in order.
+    async def status(self) -> list[MigrationState]:
+        """The state of each migration, in order.
 
         Raises:
             Unreachable: no server answers.
@@ -165,11 +165,11 @@ class Migrator:
             except (asyncpg.UndefinedTableError, asyncpg.InvalidSchemaNameError):
                 rows = []
         checksums = {migration.version: migration.checksum for migration in self.migrations}
-        states = {each.version: State(each.version, each.name, "missing") for each in self.migrations}
+        states = {each.version: MigrationState(each.version, each.name, "missing") for each in self.migrations}
         for row in rows:
             ours, at = checksums.get(row["version"]), row["applied_at"].isoformat(timespec="seconds")
             word: Word = "unknown" if ours is None else "applied" if ours == row["checksum"] else "drifted"
-            states[row["version"]] = State(row["version"], row["name"], word, at)
+            states[row["version"]] = MigrationState(row["version"], row["name"], word, at)
         return sorted(states.values(), key=lambda state: state.version)
 
     @asynccontextmanager
@@ -183,11 +183,11 @@ class Migrator:
 
 
 async def _make_table(connection: Connection) -> None:
-    # Looked at first: IF NOT EXISTS asks for the right to create even where nothing has to be created.
+    # The table is looked up first: IF NOT EXISTS needs the right to create even if the table exists.
     if await connection.fetchval("select to_regclass('streamworker.schema_migrations')") is not None:
         return
-    encoding = getattr(connection.get_settings(), "server_encoding", "UTF8")  # a pooler may not tell
-    if encoding not in ("UTF8", "SQL_ASCII"):  # the latter keeps all bytes as they are; initdb takes it under locale C
+    encoding = getattr(connection.get_settings(), "server_encoding", "UTF8")  # a pooler may not report it
+    if encoding not in ("UTF8", "SQL_ASCII"):  # SQL_ASCII keeps all bytes as they are; initdb chooses it under locale C
         raise ConfigurationError(
             f"this database is encoded in {encoding}, which cannot hold what jobs may say: create one in UTF8 "
             "(create database NAME encoding 'UTF8' template template0) and name it in DATABASE_URL"
@@ -196,7 +196,7 @@ async def _make_table(connection: Connection) -> None:
 
 
 async def _applied(connection: Connection, migration: Migration) -> bool:
-    """Apply one file and note it; False if it was there."""
+    """Apply one file and record it; False if it was applied before."""
 
     async def apply(connection: Connection) -> bool:
         checksum = await connection.fetchval(
@@ -218,20 +218,19 @@ async def _applied(connection: Connection, migration: Migration) -> bool:
 
 
 async def _exclusively(connection: Connection, work: Callable[[Connection], Awaitable[T]]) -> T:
-    """Work in a transaction, one migrator at a time."""
+    """Run ``work`` in a transaction, one migrator at a time."""
     deadline = monotonic() + PATIENCE
     while True:
         async with connection.transaction():
-            # The lock of a transaction: it holds through any pooler, and ends with whoever held it. Asked again and
-            # again, because waiting inside PostgreSQL would hold a snapshot, and CREATE INDEX CONCURRENTLY waits for
-            # all of those: a deadlock.
+            # A lock of the transaction: it works through any pooler, and ends with its holder. Polled: a wait inside
+            # PostgreSQL would hold a snapshot, and CREATE INDEX CONCURRENTLY waits for all of them: a deadlock.
             if await connection.fetchval("select pg_try_advisory_xact_lock($1)", LOCK):
                 return await work(connection)
         await _wait(deadline)
 
 
 async def _exclusively_bare(connection: Connection, work: Callable[[Connection], Awaitable[T]]) -> T:
-    """The same outside of a transaction."""
+    """The same outside a transaction."""
     deadline = monotonic() + PATIENCE
     while not await connection.fetchval("select pg_try_advisory_lock($1)", LOCK):
         await _wait(deadline)

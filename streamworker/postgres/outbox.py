@@ -1,7 +1,7 @@
-"""The relay's side of PostgreSQL: queued rows are taken, dispatched and noted; what Redis lost is queued again.
+"""`Outbox` on PostgreSQL: a relay claims queued rows, notes what it dispatched, and queues what Redis lost again.
 
-Each statement is a transaction of its own: no row is locked while Redis is asked, and a row that somebody else has
-locked is passed over. A row that no worker could read becomes dead with its reason, and its neighbours go on.
+Each statement is a transaction of its own: no row is locked during a command to Redis, and a row that another
+transaction has locked is skipped. A row that no worker could decode becomes dead with its reason; the others go on.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ log = get_logger("streamworker.relay")
 LIMIT: Final = 200
 """Most jobs of one level in one batch."""
 BYTES: Final = 8 * 1_048_576
-"""Bytes of one batch, about; a single job may have more."""
+"""Bytes of one batch, approximately; a single job may have more."""
 TAKEOVER: Final = 10.0
-"""Seconds after which rows that a relay left half dispatched are taken by another. Longer than an attempt is valid."""
+"""Seconds after which another relay takes over rows that are still ``dispatching``. Longer than `relay.VALID`."""
 PAGE: Final = 100_000
-"""Ids of open jobs that are compared at once."""
+"""Ids of open jobs in one page of a comparison."""
 LARGEST: Final = 64 * 1_048_576
 """Most bytes of a document on its way to Redis, whatever the limits of the workers."""
 UNREADABLE: Final = "no worker can read it"
 FLIP: Final = 500
 KEYS: Final = 1000
 
-# asyncpg cannot hold every time that PostgreSQL can, so the order is made before the rows come here.
+# asyncpg cannot hold every time that PostgreSQL can, so the server sorts.
 _RETURNED: Final = f"""returning job.id, job.queue_name, job.kind, job.payload::text as payload, job.level,
   job.attempt_count, job.max_attempts, job.hop, job.headers::text as headers, job.document,
   {within_python("job.created_at")} as created_at, coalesce(job.run_at, job.created_at) as due"""
@@ -85,18 +85,18 @@ with {_STUCK}, taken as (
   {_RETURNED}
 ){_IN_ORDER}
 """  # noqa: S608
-# Nothing of the row is returned: it is the one that cannot be read.
-BURY_QUEUED: Final = f"""
+# Returns no column: the row is one that cannot be decoded.
+DEAD_QUEUED: Final = f"""
 with {_QUEUED}
 update streamworker.jobs as job set {_DEAD} from due
 where job.id = due.id and job.queue_name = due.queue_name and due.before < $2 returning 1
 """  # noqa: S608
-BURY_STUCK: Final = f"""
+DEAD_STUCK: Final = f"""
 with {_STUCK}
 update streamworker.jobs as job set {_DEAD} from stuck
 where job.id = stuck.id and job.queue_name = stuck.queue_name returning 1
 """  # noqa: S608
-BURY: Final = """
+DEAD: Final = """
 update streamworker.jobs as job
 set status = 'dead', last_error = odd.reason, finished_at = clock_timestamp(), updated_at = clock_timestamp()
 from (
@@ -110,7 +110,7 @@ _SOONEST: Final = """(select extract(epoch from coalesce(run_at, created_at)) fr
 NEXT: Final = f"""
 select least({", ".join(_SOONEST % level for level in LEVELS)}) - extract(epoch from clock_timestamp())
 """  # noqa: S608
-# A row that is locked belongs to a run that is faster than the note; returned, to be noted later.
+# A locked row belongs to a run that is faster than the note; it is returned, to be noted later.
 NOTE: Final = """
 with sent as materialized (
   select * from unnest($1::text[], $2::bigint[], $3::text[], $4::text[]) as sent (id, hop, epoch, queue_name)
@@ -158,8 +158,8 @@ select id from streamworker.jobs
 where queue_name = $1 and id > $2 and status in ('dispatched', 'running', 'retrying') and updated_at < $3
 order by id limit $4
 """
-# The next hop at once, so that nothing recorded of the lost one counts any more. A locked row is passed over, and
-# returned as such: its run may be frozen in its transaction, and must not keep the others.
+# With the next hop, so that no late record of the lost entry counts. A locked row is skipped and returned as locked:
+# its run may be frozen in its transaction, and must not hold up the others.
 LOST: Final = f"""
 with lost as materialized (
   select job.id from streamworker.jobs as job
@@ -179,7 +179,7 @@ with lost as materialized (
 )
 select id, id in (select id from again) as queued from lost
 """  # noqa: S608
-HASTEN: Final = """
+RUN_NOW: Final = """
 update streamworker.jobs set run_at = now(), updated_at = clock_timestamp()
 where status = 'queued' and coalesce(run_at, created_at) > now() and queue_name = any($1) returning 1
 """
@@ -197,18 +197,13 @@ delete from streamworker.job_keys where (queue_name, key) in (
   for update skip locked
 )
 """
-STATEMENTS: Final = {
-    name: value
-    for name, value in globals().items()
-    if name.isupper() and isinstance(value, str) and not name.startswith("_")
-}
 
 
 class PostgresOutbox:
-    """The `Outbox` of a relay.
+    """`Outbox` on PostgreSQL.
 
     Args:
-        database: the connections.
+        database: of the ledger.
     """
 
     def __init__(self, database: Database) -> None:
@@ -226,24 +221,22 @@ class PostgresOutbox:
     # -- dispatching
 
     async def claim(self) -> list[Taken]:
-        """See `Outbox.claim`."""
-        return await self._taken("taking queued jobs", CLAIM, BURY_QUEUED, BYTES, 1)
+        return await self._taken("taking queued jobs", CLAIM, DEAD_QUEUED, BYTES, 1)
 
     async def retake(self, older: float = TAKEOVER) -> list[Taken]:
-        """See `Outbox.retake`."""
-        return await self._taken("taking over dispatched jobs", RETAKE, BURY_STUCK, older, older)
+        return await self._taken("taking over dispatched jobs", RETAKE, DEAD_STUCK, older, older)
 
-    async def _taken(self, what: str, take: str, bury: str, some: float, one: float) -> list[Taken]:
-        """Jobs, in order. Those that no worker could read are dead now.
+    async def _taken(self, what: str, take: str, kill: str, some: float, one: float) -> list[Taken]:
+        """Take jobs, in order; those that no worker could decode become dead.
 
         Args:
-            what: is being done.
+            what: for the error: what is being done.
             take: the statement.
-            bury: makes the first of those that it would take dead.
-            some: its second value.
+            kill: the statement that makes the first row that ``take`` would return dead.
+            some: second value of ``take`` for a batch.
             one: the same for a single job.
         """
-        # What is claimed and cannot be received is taken over later; what is taken over must stay as it was then.
+        # Claimed rows whose reply is lost are taken over later; `RETAKE` must change nothing if its reply is lost.
         fetch = self._database.fetch if take is CLAIM else self._received
         try:
             rows = await fetch(take, LIMIT, some)
@@ -253,14 +246,16 @@ class PostgresOutbox:
         else:
             return await self._readable(rows)
         taken: list[Taken] = []
-        for _ in range(LIMIT):  # one of them cannot even be taken: each by itself
+        for _ in range(LIMIT):  # one of them cannot be received: one at a time
             try:
                 rows = await self._received(take, 1, one)
             except Exception as error:
                 if not is_one_rows_fault(error):
                     raise translated(error, what) from error
                 log.error("relay_job_dead", error=reason(error), hint="its row cannot be read")
-                await self._ask("burying a job that cannot be read", bury, 1, one, f"{UNREADABLE}: {reason(error)}")
+                await self._ask(
+                    "marking a job dead that cannot be read", kill, 1, one, f"{UNREADABLE}: {reason(error)}"
+                )
                 continue
             if not rows:
                 break
@@ -268,7 +263,7 @@ class PostgresOutbox:
         return taken
 
     async def _received(self, statement: str, *values: Any) -> list[asyncpg.Record]:
-        """The rows of a statement that has no effect unless they all arrive."""
+        """The rows of a statement that is rolled back unless all of them arrive."""
         async with self._database.session(alone=False) as connection:
             return await connection.fetch(statement, *values)
 
@@ -285,25 +280,21 @@ class PostgresOutbox:
             else:
                 taken.append(Taken(row["id"], row["queue_name"], row["level"], row["hop"], body))
         if odd:
-            await self._ask("burying jobs that cannot be read", BURY, *map(list, zip(*odd, strict=True)))
+            await self._ask("marking jobs dead that cannot be read", DEAD, *map(list, zip(*odd, strict=True)))
         return taken
 
     async def next_due(self) -> float | None:
-        """See `Outbox.next_due`."""
         ((seconds,),) = await self._ask("looking for queued jobs", NEXT)
         return None if seconds is None else max(0.0, float(seconds))
 
     async def run_now(self, queues: Sequence[str]) -> int:
-        """See `Outbox.run_now`."""
-        return len(await self._ask("making queued jobs due", HASTEN, list(queues)))
+        return len(await self._ask("making queued jobs due", RUN_NOW, list(queues)))
 
     async def queued(self, queues: Sequence[str]) -> tuple[int, int]:
-        """See `Outbox.queued`."""
         ((due, later),) = await self._ask("counting queued jobs", QUEUED, list(queues))
         return due, later
 
     async def note(self, jobs: Sequence[Taken], epochs: Sequence[str]) -> set[tuple[str, str]]:
-        """See `Outbox.note`."""
         ids, hops, queues = [job.id for job in jobs], [job.hop for job in jobs], [job.queue for job in jobs]
         rows = await self._ask("noting dispatched jobs", NOTE, ids, hops, list(epochs), queues)
         return {(row["queue_name"], row["id"]) for row in rows}
@@ -311,17 +302,14 @@ class PostgresOutbox:
     # -- queues
 
     async def meet(self, queues: Mapping[str, str]) -> None:
-        """See `Outbox.meet`."""
         await self._ask("noting queues", MEET, list(queues), list(queues.values()))
 
     async def queues(self) -> list[KnownQueue]:
-        """See `Outbox.queues`."""
         return [KnownQueue(*row) for row in await self._ask("looking at queues", QUEUES)]
 
     async def observe(
         self, known: KnownQueue, *, epoch: str, relayed: int, server: str, recheck: tuple[float, int] | None
     ) -> bool:
-        """See `Outbox.observe`."""
         after, times = recheck if recheck is not None else (None, 0)
         old = (known.epoch, known.relayed, known.server)
         return bool(await self._ask("noting queues", OBSERVE, known.name, epoch, relayed, server, *old, after, times))
@@ -329,26 +317,21 @@ class PostgresOutbox:
     # -- what Redis lost
 
     async def recheck(self, queue: str, within: float) -> datetime | None:
-        """See `Outbox.recheck`."""
         rows = await self._ask("taking a comparison", RECHECK, queue, within)
         return rows[0][0] if rows else None
 
     async def rechecked(self, queue: str, again: float, *, done: bool = True) -> None:
-        """See `Outbox.rechecked`."""
         await self._ask("noting a comparison", RECHECKED, queue, again, int(done))
 
     async def now(self) -> datetime:
-        """See `Outbox.now`."""
         ((now,),) = await self._ask("asking for the time", CLOCK)
         moment: datetime = now
         return moment
 
     async def open_ids(self, queue: str, after: str, before: datetime) -> list[str]:
-        """See `Outbox.open_ids`."""
         return [row[0] for row in await self._ask("looking for open jobs", OPEN, queue, after, before, PAGE)]
 
     async def lost(self, queue: str, ids: Sequence[str], before: datetime) -> Lost:
-        """See `Outbox.lost`."""
         queued: list[str] = []
         locked: list[str] = []
         for start in range(0, len(ids), FLIP):
@@ -360,15 +343,14 @@ class PostgresOutbox:
         return Lost(queued, locked)
 
     async def prune_keys(self) -> None:
-        """See `Outbox.prune_keys`."""
         await self._ask("deleting old keys", PRUNE_KEYS, KEYS)
 
 
 def document(row: asyncpg.Record) -> bytes:
-    """What goes to Redis for a row. ``run_at`` is left out: the moment has come, by the database's clock.
+    """The document of a row, for Redis. Without ``run_at``: the job is due by the database's clock.
 
     Raises:
-        InvalidJob: no worker could read it.
+        InvalidJob: no worker could decode it.
     """
     hop, attempts = codec.written_hop(row["hop"]), row["attempt_count"]
     if row["document"] is not None:
@@ -388,7 +370,7 @@ def _packed(row: asyncpg.Record, hop: int, attempts: int) -> bytes:
         headers = None if row["headers"] is None else msgspec.json.decode(row["headers"])
     except (msgspec.MsgspecError, RecursionError) as error:
         raise InvalidJob(f"the headers cannot be read: {error}") from None
-    if isinstance(headers, dict):  # rows that earlier versions wrote hold state of theirs
+    if isinstance(headers, dict):  # earlier versions kept state of workers in the headers of rows
         headers = {name: value for name, value in headers.items() if name not in OLD_HEADERS} or None
     job = Job(
         id=row["id"],
@@ -402,5 +384,5 @@ def _packed(row: asyncpg.Record, hop: int, attempts: int) -> bytes:
         created_at=row["created_at"],
         headers=headers,
     )
-    # Limits were checked when it was enqueued; another driver's jobs meet the worker's.
+    # The limit was checked at enqueue; for rows that another driver wrote the worker's limit holds.
     return codec.pack(job, max_bytes=2**62, key_ttl=0).body

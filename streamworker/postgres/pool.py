@@ -1,8 +1,8 @@
-"""The ledger's way to PostgreSQL: a few connections of its own, or the user's pool where there is no URL.
+"""Pools of connections to PostgreSQL: the ledger's own, those of handlers, or the user's pool where there is no URL.
 
 Behind a pooler in transaction mode (PgBouncer) nothing may outlive a transaction: no named statements, no session
-settings. There every statement is a transaction that sets what it needs; on a straight line, the settings belong to the
-session and a statement costs one round trip.
+settings. There every statement is a transaction that sets what it needs; on a direct connection the settings belong to
+the session, and a statement costs one round trip.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ AnyPool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
 
 CONNECT_TIMEOUT: Final = 10.0
 ACQUIRE_TIMEOUT: Final = 30.0
-"""Seconds a handler waits for a connection of a pool; then that is its error."""
+"""Seconds a handler waits for a connection of a pool before `NoConnection`."""
 NOTICE: Final = 5.0
-"""Seconds of waiting after which the log says what is waited for."""
+"""Seconds of waiting for a connection after which it is logged."""
 SILENCE: Final = 60.0
-"""Seconds until a pool says so again."""
+"""Seconds until a pool logs that again."""
 IDLE: Final = 300.0
 IDLE_POOLED: Final = 3.0
-"""Seconds an unused connection is kept; behind a pooler it may hold a session that others wait for."""
+"""Seconds an unused connection is kept; behind a pooler it may occupy a session that others wait for."""
 COMMAND_TIMEOUT: Final = 30.0
-"""Seconds after which a server that says nothing counts as down."""
+"""Seconds without a reply after which a server counts as down."""
 CONNECTIONS: Final = LANES + 3
-"""Most connections of one ledger: recording, looking up, noting what runs, cleaning up."""
+"""Most connections of one ledger: record, look up, mark as running, prune."""
 RELAY_CONNECTIONS: Final = 2
 """Most connections of one relay, besides the one that listens."""
 TRY: Final = 3.0
@@ -48,9 +48,9 @@ TRY: Final = 3.0
 SETTINGS: Final = {
     "lock_timeout": "250ms",
     "statement_timeout": "20s",
-    # A process of ours that is frozen between two statements must not hold rows; nothing of ours idles in between.
+    # A process of ours that is frozen between two statements must not hold row locks; none of ours idles in between.
     "idle_in_transaction_session_timeout": "20s",
-    # All our statements are questions by key. A plan made while a table was empty must not read all of it later.
+    # All our statements look up by key. A plan made for an empty table must not scan all of it later.
     "enable_seqscan": "off",
     "jit": "off",
 }
@@ -58,34 +58,34 @@ _SET_LOCAL: Final = "begin; " + "; ".join(f"set local {name} = '{value}'" for na
 
 
 class Pressure:
-    """Whether PostgreSQL, or a pooler in front of it, gives fewer connections than this process asks for.
+    """Whether PostgreSQL, or a pooler in front of it, grants fewer connections than this process asks for.
 
-    Shared by the pools of a worker: while it is high, each closes a connection that is given back instead of keeping
-    it, so that one pool's idle sessions are not what another waits for (PgBouncer in session mode).
+    Shared by the pools of a worker: while it is high, each pool closes a released connection instead of keeping it, so
+    that no pool waits for the idle sessions of another (PgBouncer in session mode).
     """
 
     def __init__(self) -> None:
         self._until = 0.0
 
     def rise(self) -> None:
-        """A connection did not come about at once."""
+        """A connection was not made at once."""
         self._until = monotonic() + SILENCE
 
     @property
     def high(self) -> bool:
-        """Whether that was within the last minute."""
+        """Whether it rose within the last minute."""
         return monotonic() < self._until
 
 
 class NamedPool(asyncpg.Pool):
-    """asyncpg's pool, which knows poolers and says what it waits for.
+    """asyncpg's pool with a name for errors and logs, which detects a pooler in front of the server.
 
     Args:
         url: of the database.
-        what: what it is called in errors and in the log.
+        what: its name in errors and in the log.
         size: most connections.
-        pressure: of the worker.
-        pooled: whether a pooler stands in between; ``None`` finds out with the first connection.
+        pressure: shared with the other pools of the worker.
+        pooled: whether a pooler is in front of the server; ``None`` finds out with the first connection.
         options: of each connection.
 
     Raises:
@@ -99,7 +99,7 @@ class NamedPool(asyncpg.Pool):
         self._pressure = pressure
         self._pooled = pooled
         self._silent_until = 0.0
-        dsn.parse(url)  # what is wrong with it is said when the worker starts, not by its first job
+        dsn.parse(url)  # a wrong URL is an error when the worker starts, not of its first job
         super().__init__(
             url,
             min_size=0,  # connects when first needed
@@ -113,7 +113,7 @@ class NamedPool(asyncpg.Pool):
         )
 
     async def _connected(self, *place: Any, **options: Any) -> Any:
-        """One connection; behind a pooler without prepared statements, and with its session, if it gives any."""
+        """One connection; without prepared statements behind a pooler."""
         if self._pooled is not False:
             connection = await dsn.connect(*place, **{**options, "statement_cache_size": 0})
             try:
@@ -134,7 +134,7 @@ class NamedPool(asyncpg.Pool):
         if self.get_idle_size():
             return await acquire(timeout)
         began, loop = monotonic(), asyncio.get_running_loop()
-        timers = [loop.call_later(1.0, self._pressed), loop.call_later(NOTICE, self._say)]
+        timers = [loop.call_later(1.0, self._pressed), loop.call_later(NOTICE, self._log_wait)]
         try:
             return await acquire(timeout)
         except asyncio.CancelledError as error:
@@ -149,21 +149,20 @@ class NamedPool(asyncpg.Pool):
                 timer.cancel()
 
     async def release(self, connection: Any, *, timeout: float | None = None) -> None:
-        """See asyncpg."""
         if self._pressure.high and self._pooled:
             await self.expire_connections()
         await super().release(connection, timeout=timeout)
 
     @property
     def _exhausted(self) -> bool:
-        """All connections are there and in use: it is not the server that is waited for."""
+        """All connections are open and in use: the wait is not for the server."""
         return self.get_size() - self.get_idle_size() >= self.get_max_size()
 
     def _pressed(self) -> None:
         if not self._exhausted:
             self._pressure.rise()
 
-    def _say(self) -> None:
+    def _log_wait(self) -> None:
         if monotonic() < self._silent_until:
             return
         self._silent_until = monotonic() + SILENCE
@@ -189,7 +188,7 @@ class Database:
 
     Args:
         pool: the connections.
-        pooled: a pooler stands in between.
+        pooled: a pooler is in front of the server.
         own: the pool is ours, with our settings in every session.
     """
 
@@ -197,34 +196,34 @@ class Database:
         self.pool: Final = pool
         self.pooled: Final = pooled
         self._own: Final = own
-        self.straight: Final = own and not pooled
-        """A statement is one round trip: our settings hold for the session, and statements stay prepared."""
+        self.direct: Final = own and not pooled
+        """A statement is one round trip: our settings belong to the session, and statements stay prepared."""
         self.active: set[Connection] = set()
-        """In use by us."""
+        """Connections in use by us."""
 
     @asynccontextmanager
     async def session(self, *, alone: bool = True) -> AsyncIterator[Connection]:
         """A connection with our settings.
 
         Args:
-            alone: one statement will be sent, which is a transaction by itself on a straight line; else there is one
-                around all of them.
+            alone: one statement will be sent, which is a transaction by itself on a direct connection; otherwise a
+                transaction is put around all statements.
         """
         async with self.pool.acquire(timeout=CONNECT_TIMEOUT) as connection:
             self.active.add(connection)
             try:
-                if alone and self.straight:
+                if alone and self.direct:
                     yield connection
                 else:
                     await connection.execute(_SET_LOCAL)
                     yield connection
                     await connection.execute("commit")
             except (TimeoutError, asyncio.CancelledError):
-                # What the server does about it is unknown, and waiting for it to say so may take for ever.
+                # Whether the server executed the statement is unknown, and a wait for its reply may never end.
                 break_off(connection)
                 raise
             except BaseException:
-                if not (alone and self.straight) and not is_gone(connection):
+                if not (alone and self.direct) and not is_gone(connection):
                     await connection.execute("rollback")
                 raise
             finally:
@@ -235,44 +234,44 @@ class Database:
         async with self.session() as connection:
             return await connection.fetch(statement, *values)
 
-    def line(self, width: int = 1) -> Line:
-        """A way to ask again and again, ``width`` questions at once."""
-        return Line(self, width)
+    def kept(self, width: int = 1) -> KeptConnections:
+        """Connections that are kept between statements, at most ``width``."""
+        return KeptConnections(self, width)
 
     def abandon(self) -> None:
-        """Break the connections that are in use by us: whatever is under way on them fails."""
+        """Break the connections in use by us: every pending statement fails."""
         for connection in list(self.active):
             break_off(connection)
 
     def close(self) -> None:
-        """Close the connections that are ours; nothing is waited for."""
+        """Close our connections without waiting for replies."""
         self.abandon()
         if self._own:
             self.pool.terminate()
 
 
-class Line:
-    """Questions on connections that are kept where they are ours: a pool costs more than many a question.
+class KeptConnections:
+    """Connections of a `Database` that are not released between statements: the pool costs more than a short statement.
 
-    Who asks while ``width`` questions are under way takes a connection of the pool.
+    A statement takes a connection of the pool while ``width`` others are pending, and where the pool is the user's.
     """
 
     def __init__(self, database: Database, width: int) -> None:
         self._database = database
-        self._room = width
+        self._free = width
         self._kept: list[Connection] = []
 
     async def fetch(self, statement: str, *values: Any) -> list[asyncpg.Record]:
         """The rows of one statement, in a transaction of its own; raises what asyncpg raises."""
-        if not self._room or not self._database.straight:
+        if not self._free or not self._database.direct:
             return await self._database.fetch(statement, *values)
-        self._room -= 1
+        self._free -= 1
         try:
-            return await self._ask(statement, values)
+            return await self._fetch(statement, values)
         finally:
-            self._room += 1
+            self._free += 1
 
-    async def _ask(self, statement: str, values: tuple[Any, ...]) -> list[asyncpg.Record]:
+    async def _fetch(self, statement: str, values: tuple[Any, ...]) -> list[asyncpg.Record]:
         connection = await self._connection()
         try:
             return await connection.fetch(statement, *values)
@@ -281,7 +280,7 @@ class Line:
             raise
         finally:
             if is_gone(connection):
-                await self._let_go(connection)
+                await self._drop(connection)
             else:
                 self._kept.append(connection)
 
@@ -290,12 +289,12 @@ class Line:
             connection = self._kept.pop()
             if not is_gone(connection):
                 return connection
-            await self._let_go(connection)
+            await self._drop(connection)
         connection = await self._database.pool.acquire(timeout=CONNECT_TIMEOUT)
         self._database.active.add(connection)
         return connection
 
-    async def _let_go(self, connection: Connection) -> None:
+    async def _drop(self, connection: Connection) -> None:
         self._database.active.discard(connection)
         await self._database.pool.release(connection)  # type: ignore[arg-type]
 
@@ -307,7 +306,7 @@ async def open_database(
 
     Args:
         url: of the database.
-        name: what it is for, shown by pg_stat_activity.
+        name: its purpose, shown by pg_stat_activity.
         connections: at most.
         pressure: shared with other pools.
 
@@ -340,7 +339,7 @@ async def open_database(
 
 
 async def borrowed_database(pool: AnyPool) -> Database:
-    """The user's pool; nothing is set in its sessions beyond a transaction.
+    """The user's pool; no setting outlives a transaction in its sessions.
 
     Raises:
         Unreachable: no server answers.
@@ -353,14 +352,14 @@ async def borrowed_database(pool: AnyPool) -> Database:
 
 
 async def behind_pooler(connection: Connection) -> bool:
-    """Whether a pooler answers for the server: the process it named at connecting is not the one that works for us."""
+    """Whether a pooler is in front of the server: the backend's pid is not the one in the connection's greeting."""
     async with connection.transaction():
         backend = await connection.fetchval("select pg_backend_pid()")
     return bool(backend != connection.get_server_pid())
 
 
 async def count_sessions(url: str, wanted: int) -> int:
-    """How many of ``wanted`` connections, open at once, get an answer within `TRY` seconds.
+    """How many of ``wanted`` concurrent connections get a reply within `TRY` seconds.
 
     Args:
         url: of the database.
@@ -385,7 +384,7 @@ async def count_sessions(url: str, wanted: int) -> int:
 
 
 async def require_same_database(ledger: Database, pool: AnyPool) -> None:
-    """See that the ledger is visible through the pool that handlers' transactions use.
+    """Check that the ledger is visible through the pool of handlers' transactions.
 
     Raises:
         ConfigurationError: the pool leads to another database, to a standby, or may not write the ledger.

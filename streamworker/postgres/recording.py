@@ -1,4 +1,4 @@
-"""Recording runs in batches: one statement for jobs and attempts, bisected where one row is at fault."""
+"""Recording of runs in batches: one statement for jobs and attempts, bisected if one row is at fault."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ log = get_logger("streamworker.ledger")
 Row: TypeAlias = tuple[Any, ...]
 
 TRIES: Final = 5
-"""How often a batch that met a deadlock or a conflict is tried before that counts as trouble."""
+"""How often a batch is tried that meets a deadlock (40P01) or a serialization failure (40001)."""
 _AGAIN: Final = ("40P01", "40001")
 _LOCKED: Final = ("55P03", "57014")
-"""Lock not available, statement timeout: somebody holds one of the rows."""
+"""Lock not available, statement timeout: another transaction has locked one of the rows."""
 WORTH_IT: Final = 40
-"""Jobs without a row, among others, that are worth a statement of their own."""
+"""Least jobs without a row, in a batch that has others too, that get a statement of their own."""
 _MOST_INT: Final = 2**31 - 1
 
 _ITEMS: Final = """unnest($2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::int[], $9::int[],
@@ -56,7 +56,7 @@ insert into streamworker.jobs as stored (id, queue_name, kind, payload, level, s
 WHY: Final = "select id, queue_name, status from streamworker.jobs where id = any($1::text[])"
 
 TABLES: Final = "lock table streamworker.jobs, streamworker.job_logs in row exclusive mode"
-"""Waits for whoever locked a whole table, such as a migration, as long as the session's lock_timeout."""
+"""Waits for a lock on a whole table, such as a migration's, as long as the session's lock_timeout."""
 LOCKED: Final = """
 with free as materialized (
   select id, queue_name from streamworker.jobs where id = any($1::text[]) for update skip locked
@@ -82,26 +82,25 @@ insert into streamworker.jobs as stored (id, queue_name, kind, payload, level, s
 
 
 def _at_fault(error: Exception) -> bool:
-    """Whether one row is to blame, which is found by halving; raises what concerns all of them."""
+    """Whether one row is at fault, which bisection finds, and not the whole batch."""
     return sqlstate(error) in _LOCKED or is_one_rows_fault(error)
 
 
 class Recording:
-    """Records runs of one worker.
+    """Records the runs of one worker.
 
     Args:
-        database: where.
-        worker_id: whose.
+        database: of the ledger.
+        worker_id: the worker.
     """
 
     def __init__(self, database: Database, worker_id: str) -> None:
         self._database = database
-        self._line = database.line(LANES)
+        self._kept = database.kept(LANES)
         self._worker_id = worker_id
         self._epochs: dict[bytes, str] = {}
 
     async def record(self, runs: Sequence[RunRecord]) -> list[Stored]:
-        """See `Ledger.record`."""
         answers = [Stored.STORED] * len(runs)
         for batch in _rounds(runs):
             for part, new in _parted(batch):
@@ -110,7 +109,7 @@ class Recording:
         return answers
 
     async def _pack(self, batch: Sequence[_Item], answers: list[Stored], *, new: bool) -> bool:
-        """Record a batch the short way; False if it has to go the long one."""
+        """Record a batch with `PACK`; False if it needs `RECORD`."""
         values = packed([run for _, run, _ in batch], self._epochs)
         if values is None:
             return False
@@ -127,25 +126,24 @@ class Recording:
         return True
 
     async def _all_new(self, values: Sequence[Any], count: int) -> bool:
-        """Record jobs that are taken for new; False if one of them is not, and nothing was recorded."""
+        """Insert jobs that should have no row; False if one has a row, and nothing was recorded."""
         try:
             await self._told(PACK_NEW, values)
         except asyncpg.UniqueViolationError:
-            log.debug("jobs_not_new", jobs=count)  # somebody else was faster, or our own last try
+            log.debug("jobs_not_new", jobs=count)  # another worker was faster, or an earlier try of ours succeeded
             return False
         return True
 
     async def running(self, runs: Sequence[RunRecord]) -> None:
-        """See `Ledger.running`."""
         answers = [Stored.STORED] * len(runs)
         for batch in _rounds(runs):
             await self._store(RUNNING, batch, answers)
 
     async def _unlocked(self, batch: Sequence[_Item], answers: list[Stored]) -> list[_Item]:
-        """The rows of a batch that met a lock which nobody holds; the others are busy.
+        """The rows of a batch that are not locked now; the others are answered BUSY.
 
         Raises:
-            StreamworkerError: not rows are locked, but the tables: nothing can be recorded.
+            StreamworkerError: a table is locked, not a row: nothing can be recorded.
         """
         with understood("recording jobs"):
             async with self._database.session(alone=False) as connection:
@@ -185,7 +183,7 @@ class Recording:
             await self._explain(batch, {row["id"] for row in stored}, answers)
 
     async def _store_reduced(self, statement: str, item: _Item, error: Exception, answers: list[Stored]) -> None:
-        """Store one row without what offends, or put it off if somebody works on it."""
+        """Store one row without the values at fault, or answer BUSY if it is locked."""
         index, run, bare = item
         if sqlstate(error) in _LOCKED:
             answers[index] = Stored.BUSY
@@ -197,29 +195,29 @@ class Recording:
             log.error("ledger_row_refused", job_id=run.job_id, kind=run.kind, queue=run.queue, error=reason(error))
 
     async def _explain(self, batch: Sequence[_Item], stored: set[str], answers: list[Stored]) -> None:
-        """Answer for the rows that were left alone."""
+        """Answer for the rows that the statement did not change."""
         names = {(stored_id(run.job_id), run.queue): index for index, run, _ in batch}
         missing = {name: index for name, index in names.items() if name[0] not in stored}
         with understood("recording jobs"):
-            for row in await self._line.fetch(WHY, sorted({job_id for job_id, _ in missing})):
+            for row in await self._kept.fetch(WHY, sorted({job_id for job_id, _ in missing})):
                 index = missing.get((row["id"], row["queue_name"]))
                 if index is None:  # another queue's job of that name
                     continue
                 answers[index] = Stored.ENDED if row["status"] in FINAL else Stored.SUPERSEDED
 
     async def _told(self, statement: str, values: Sequence[Any]) -> list[asyncpg.Record]:
-        """Run the statement; again if it met a deadlock or a conflict."""
+        """Execute the statement; again after a deadlock or a serialization failure."""
         for _ in range(TRIES - 1):
             try:
-                return await self._line.fetch(statement, self._worker_id, *values)
+                return await self._kept.fetch(statement, self._worker_id, *values)
             except asyncpg.PostgresError as error:
                 if error.sqlstate not in _AGAIN:
                     raise
                 await anyio.sleep(random.uniform(0, 0.1))  # noqa: S311 - spreads load
-        return await self._line.fetch(statement, self._worker_id, *values)
+        return await self._kept.fetch(statement, self._worker_id, *values)
 
     def _row(self, run: RunRecord, bare: int) -> Row:
-        """The values of one run; ``bare`` leaves out what may offend: 1 payload, headers, result; 2 all that can be."""
+        """The values of one run; ``bare`` leaves some out: 1 payload, headers, result; 2 all that may be null."""
         payload = json_text(run.payload) if not bare else None
         headers = headers_text(run.headers) if run.headers and not bare else None
         result = json_text(run.result) if run.result is not None and not bare else None
@@ -240,11 +238,11 @@ class Recording:
 
 
 _Item: TypeAlias = tuple[int, RunRecord, int]
-"""(place in the answer, the run, how much of it is left out)"""
+"""(index in the answer, the run, how much of it is left out: see `_row`)"""
 
 
 def _rounds(runs: Sequence[RunRecord]) -> list[list[_Item]]:
-    """The runs in order of their ids, so that batches never deadlock; an id that comes twice goes another round."""
+    """The runs in order of their ids, so that batches never deadlock; an id's second run is in a second round."""
     names = [run.job_id for run in runs]
     order = sorted(range(len(runs)), key=names.__getitem__)
     if len(set(names)) == len(names):
@@ -261,7 +259,7 @@ def _rounds(runs: Sequence[RunRecord]) -> list[list[_Item]]:
 
 
 def _parted(batch: list[_Item]) -> list[tuple[list[_Item], bool]]:
-    """Parts to be recorded by a statement each, and whether their jobs have no row yet."""
+    """Parts of a batch for a statement each, and whether their jobs have no row yet."""
     new = [item for item in batch if item[1].new]
     if len(new) == len(batch):
         return [(batch, True)]
@@ -271,7 +269,7 @@ def _parted(batch: list[_Item]) -> list[tuple[list[_Item], bool]]:
 
 
 def _error(run: RunRecord, result: str | None) -> str | None:
-    """The run's error as it can be stored, with a note if its result is not."""
+    """The run's error as text for PostgreSQL, with a note if its result cannot be stored."""
     error = None if run.error is None else text(run.error)
     if run.result is None or result is not None:
         return error

@@ -1,8 +1,8 @@
-"""The transaction of a run: the handler's writes and "this job is done" commit together, once.
+"""`ctx.transaction()`: the handler's writes and the job's status ``completed`` commit together, once.
 
-The first statement locks the job's row, so that of all runs of a job, wherever they are, one at a time may write. A
-zombie finds the row completed, or taken by a later delivery, and may do nothing; it holds the lock no longer than its
-deadline, because the server ends a session that is idle in a transaction for longer.
+The first statement locks the job's row, so that of all runs of a job, on all workers, one at a time may write. A zombie
+finds the row completed, or taken by a later delivery, and is refused; it holds the lock no longer than its deadline,
+because the server ends a session that is idle in a transaction for longer.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ T = TypeVar("T")
 PATIENCE: Final = 10.0
 """Seconds a commit may take."""
 RESOLVE: Final = 10.0
-"""Seconds in which the fate of a commit whose answer was lost must be found out; then the job is given back."""
+"""Seconds to find out whether a commit whose reply was lost took effect; then the job is released."""
 _MOST_INT: Final = 2**31 - 1
 
-# The connection is the user's, with the user's type codecs: every value goes as text, and is cast by the server.
+# The connection is the user's, with the user's type codecs: every value is sent as text and cast by the server.
 TAKE: Final = """
 select streamworker.take_job(
   $1::text, $2::text::bigint, $3::text::integer, $4::text, $5::text, $6::text::integer, $7::text, $8::text, $9::text,
@@ -58,9 +58,9 @@ class RunTransaction:
 
     Args:
         pool: the pool of the handlers.
-        ledger: asked when the answer to a commit was lost.
-        run: whose transaction.
-        worker_id: where it runs.
+        ledger: to look the job up when the reply to a commit was lost.
+        run: of the job.
+        worker_id: the worker that runs it.
         deadline: monotonic seconds at which the run times out.
     """
 
@@ -75,11 +75,11 @@ class RunTransaction:
         self.effect = Effect.UNDONE
 
     async def __aenter__(self) -> Connection:
-        """Begin, and take the job.
+        """Begin, and lock the job's row.
 
         Raises:
-            RunEnded: the job was completed before, goes on elsewhere, or another run holds it.
-            Unreachable: no server answers; the job is given back uncharged.
+            RunEnded: the job was completed before, a later delivery took it, or another run has locked its row.
+            Unreachable: no server answers; the job is released uncharged.
         """
         try:
             connection = self._connection = await self._pool.acquire()
@@ -115,7 +115,7 @@ class RunTransaction:
             raise UsageError(
                 "the transaction was ended inside the block: leave commit and rollback to ctx.transaction()"
             )
-        # A server that says nothing must not hold the handler for ever; a broken connection is resolved below.
+        # A silent server must not block the handler for ever; a broken connection is resolved below.
         patience = asyncio.get_running_loop().call_later(PATIENCE, break_off, connection)
         try:
             key = (stored_id(run.job_id), str(run.hop), _small(run.deliveries), run.queue)
@@ -144,7 +144,7 @@ class RunTransaction:
         await self._release()
 
     async def _resolved(self) -> Effect:
-        """Whether the commit got through; asks with a lock, so that a commit still under way is waited for."""
+        """Whether the commit took effect; the query locks the row, so that it waits for a commit in flight."""
         run, give_up_at = self._run, monotonic() + RESOLVE
         while True:
             try:
@@ -165,7 +165,7 @@ class RunTransaction:
         return Effect.UNDONE
 
     async def _undo(self, effect: Effect) -> None:
-        """Roll back, as far as there is anything to."""
+        """Roll back, if a transaction has begun."""
         self.effect = effect
         transaction, connection = self._transaction, self._connection
         try:
@@ -183,12 +183,12 @@ class RunTransaction:
             return
         try:
             await self._pool.release(connection)  # type: ignore[arg-type]
-        except Exception as error:  # noqa: BLE001 - what was decided before stands
+        except Exception as error:  # noqa: BLE001 - the outcome is known already
             log.debug("release_failed", job_id=self._run.job_id, error=reason(error))
 
 
 async def complete(connection: Any, run: RunRecord, worker_id: str) -> None:
-    """See `Ledger.complete`."""
+    """Mark the job completed in the caller's own transaction: `Ledger.complete`."""
     if not hasattr(connection, "is_in_transaction") or not hasattr(connection, "fetchval"):
         raise UsageError("ctx.complete() needs an asyncpg connection, in a transaction of yours")
     if not connection.is_in_transaction():
@@ -203,13 +203,13 @@ async def take(connection: Any, run: RunRecord, worker_id: str, *, becomes: str,
 
     Args:
         connection: in a transaction.
-        run: which.
-        worker_id: where it runs.
-        becomes: the job's status when the transaction commits, unless it is changed before.
+        run: the run.
+        worker_id: the worker that runs it.
+        becomes: the job's status when the transaction commits, unless a later statement changes it.
         within: milliseconds the transaction may take.
 
     Raises:
-        RunEnded: nothing may be done for this job by this run.
+        RunEnded: this run may do nothing more for the job.
     """
     try:
         against = await connection.fetchval(
@@ -227,7 +227,7 @@ async def take(connection: Any, run: RunRecord, worker_id: str, *, becomes: str,
 
 
 async def uninterrupted(work: Awaitable[T]) -> T:
-    """Wait for ``work`` to its end; a cancellation that comes meanwhile is raised afterwards."""
+    """Await ``work`` to its end; a cancellation meanwhile is raised afterwards."""
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
     while not task.done():

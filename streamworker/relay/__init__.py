@@ -1,6 +1,6 @@
-"""The two sides of a relay: the outbox, where jobs wait in the ledger, and the dispatcher, which puts them on Redis.
+"""The two ports of a relay: the `Outbox`, jobs that wait in the ledger, and the `Dispatcher`, which adds them to Redis.
 
-A relay needs no more of PostgreSQL and Redis than is said here; both implement it, and neither knows the other.
+PostgreSQL implements the first, the broker the second, and neither imports the other.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from streamworker.job import Level
 
 
 class Dispatch(msgspec.Struct, frozen=True):
-    """A job out of the ledger on its way to its queue. (id, hop) is what it is remembered by."""
+    """A job of the ledger for its queue. Redis remembers it by (id, hop)."""
 
     id: str
     hop: int
@@ -24,12 +24,12 @@ class Dispatch(msgspec.Struct, frozen=True):
 
 
 class Dispatched(msgspec.Struct, frozen=True):
-    """What became of jobs that were dispatched.
+    """The result of a dispatch.
 
     Attributes:
-        epoch: identity of the queue they lie in.
+        epoch: identity of the queue.
         there: per job whether it is in the queue now, added by this call or an earlier one.
-        error: why some are not.
+        error: why some jobs are not.
     """
 
     epoch: str
@@ -38,14 +38,14 @@ class Dispatched(msgspec.Struct, frozen=True):
 
 
 class Pulse(msgspec.Struct, frozen=True):
-    """What tells whether a queue lost jobs.
+    """The state of a queue in Redis by which lost jobs are noticed.
 
     Attributes:
-        queue: whose.
-        epoch: its identity; empty if it has none, as after everything was deleted.
-        relayed: jobs that relays have added, ever.
-        server: identity of the running server; empty if it is not told.
-        held: the database pauses it.
+        queue: the queue.
+        epoch: its identity; empty if it has none, as after FLUSHALL.
+        relayed: jobs that relays have ever added.
+        server: run id of the server; empty if it is unknown.
+        held: the ledger pauses the queue.
     """
 
     queue: str
@@ -56,7 +56,7 @@ class Pulse(msgspec.Struct, frozen=True):
 
 
 class Dispatcher(Protocol):
-    """What a relay needs: jobs out of the ledger are added at most once, and lost ones are noticed.
+    """Redis as a relay uses it: jobs of the ledger are added at most once, and lost jobs are noticed.
 
     Every method raises `Unreachable` when no server answers.
     """
@@ -65,52 +65,52 @@ class Dispatcher(Protocol):
         """Add jobs, each at most once per (id, hop), however often this is repeated before `forget`.
 
         Args:
-            queue: where to.
+            queue: the queue.
             jobs: in order.
-            until: monotonic seconds after which nothing must be added any more; judged by the server, so that it
-                holds for a process that is frozen in between.
+            until: monotonic seconds after which nothing may be added; the server checks it, so that it holds for a
+                process that was frozen meanwhile.
 
         Returns:
-            What became of them; ``None`` if it was too late.
+            The result; ``None`` if it was too late.
         """
 
     async def forget(self, queue: str, jobs: Sequence[Dispatch]) -> None:
-        """The jobs are noted as dispatched: they need not be remembered any more."""
+        """Remember these jobs no more: the ledger notes them as dispatched."""
 
     async def pulses(self, queues: Sequence[str]) -> list[Pulse]:
-        """One per queue, in order."""
+        """The pulse of each queue, in order."""
 
     async def found(self, queue: str) -> None:
-        """Give a queue its identity, if it has none."""
+        """Give a queue its epoch, if it has none."""
 
     async def hold(self, queue: str, *, held: bool) -> None:
-        """Pause a queue on behalf of the database, or take that back."""
+        """Pause a queue on behalf of the ledger, or resume it."""
 
     def ids(self, queue: str) -> AsyncIterator[list[str]]:
-        """Ids of all jobs that lie in the queue, ready, held or delayed; some may be told twice."""
+        """Ids of all jobs in the queue: ready, pending or delayed; some may occur twice."""
 
     async def later(self, queue: str, hops: Mapping[str, int]) -> set[str]:
-        """Ids of those jobs that are in the queue at a later hop than the one given: ready, held or delayed.
+        """Ids of those jobs that are in the queue at a later hop than the given one: ready, pending or delayed.
 
-        What is in the queue is read from end to end, and remembered for ten times as long as that took.
+        The whole queue is read, and the answer is cached for ten times as long as that took.
 
         Args:
-            queue: whose jobs.
+            queue: the queue.
             hops: id to hop.
         """
 
     async def promote(self, queues: Sequence[str]) -> float:
-        """Move due jobs of the queues; returns the seconds until it should be called again."""
+        """Promote due jobs of the queues; returns the seconds until the next call."""
 
     async def queues(self) -> list[str]:
-        """Names of all queues that exist on the server."""
+        """Names of all queues on the server."""
 
     async def close(self) -> None:
         """Close the connections."""
 
 
 class Taken(msgspec.Struct, frozen=True):
-    """A job that this relay is dispatching: what of it goes to its queue."""
+    """A row of the ledger that this relay has marked ``dispatching``, and the document for its queue."""
 
     id: str
     queue: str
@@ -120,7 +120,7 @@ class Taken(msgspec.Struct, frozen=True):
 
 
 class KnownQueue(msgspec.Struct, frozen=True):
-    """What the ledger last saw of a queue, and whether its jobs are due to be compared with those that lie there."""
+    """The last state of a queue in the ledger, and whether its jobs are due to be compared with those in Redis."""
 
     name: str
     is_active: bool
@@ -131,11 +131,11 @@ class KnownQueue(msgspec.Struct, frozen=True):
 
 
 class Lost(msgspec.Struct, frozen=True):
-    """What became of jobs that Redis lost.
+    """Jobs that Redis lost.
 
     Attributes:
         queued: ids of those that are queued again.
-        locked: ids of those that could not be: a run of theirs is in its transaction.
+        locked: ids of those that could not be: a run has locked the row in its transaction.
     """
 
     queued: list[str]
@@ -143,69 +143,69 @@ class Lost(msgspec.Struct, frozen=True):
 
 
 class Outbox(Protocol):
-    """What a relay needs of the ledger. Every method raises `Unreachable` when no server answers."""
+    """The ledger as a relay uses it. Every method raises `Unreachable` when no server answers."""
 
     async def claim(self) -> list[Taken]:
-        """Take due jobs for dispatching, in order: they are at their next hop then. The unreadable ones are dead."""
+        """Mark due jobs as ``dispatching`` with their next hop, in order; those that cannot be decoded become dead."""
 
     async def retake(self) -> list[Taken]:
-        """Take over jobs that a relay left half dispatched a while ago; their hop stays."""
+        """Take over jobs that another relay left ``dispatching``; their hop stays."""
 
     async def next_due(self) -> float | None:
         """Seconds until the next queued job is due; ``None`` if there is none."""
 
     async def run_now(self, queues: Sequence[str]) -> int:
-        """Queued jobs of these queues are due now; returns how many were not."""
+        """Make queued jobs of these queues due now; returns how many were not."""
 
     async def queued(self, queues: Sequence[str]) -> tuple[int, int]:
         """How many jobs of these queues are queued: (due, later)."""
 
     async def note(self, jobs: Sequence[Taken], epochs: Sequence[str]) -> set[tuple[str, str]]:
-        """The jobs are in their queues, each in the one with that epoch.
+        """Mark jobs as ``dispatched``, each with the epoch of its queue.
 
         Returns:
-            (queue, id) of jobs that could not be noted yet, because a run of theirs has locked them.
+            (queue, id) of jobs that could not be marked yet, because a run has locked the row.
         """
 
     async def meet(self, queues: Mapping[str, str]) -> None:
-        """Make sure that the queues are known; the epochs count only for those that have none yet."""
+        """Insert a row for each queue; an epoch is stored only if the row has none yet."""
 
     async def queues(self) -> list[KnownQueue]:
-        """What is known of every queue."""
+        """The state of every queue."""
 
     async def observe(
         self, known: KnownQueue, *, epoch: str, relayed: int, server: str, recheck: tuple[float, int] | None
     ) -> bool:
-        """Note what was seen of a queue, unless somebody else did since ``known``; returns whether it was noted.
+        """Store the state of a queue, unless another relay has since ``known``; returns whether it was stored.
 
         Args:
-            known: what was known before.
+            known: the state before.
             epoch: its identity.
-            relayed: jobs added by relays, ever.
-            server: whose it is.
+            relayed: jobs that relays have ever added.
+            server: run id of the server.
             recheck: compare its jobs in so many seconds, so many times; ``None``: no need.
         """
 
     async def recheck(self, queue: str, within: float) -> datetime | None:
-        """Take the due comparison of a queue for ``within`` seconds: now, or ``None`` if somebody else has it."""
+        """Take the due comparison of a queue for ``within`` seconds; returns now; ``None``: another relay has it."""
 
     async def rechecked(self, queue: str, again: float, *, done: bool = True) -> None:
-        """The comparison has ended; the next one, if there is one, in ``again`` seconds.
+        """End a comparison; the next one, if one is left, is due in ``again`` seconds.
 
         Args:
-            queue: whose.
+            queue: the queue.
             again: seconds.
-            done: it counts; one that met locked jobs does not, and is made again.
+            done: the comparison counts; one that met locked jobs does not, and is repeated.
         """
 
     async def now(self) -> datetime:
         """The ledger's clock."""
 
     async def open_ids(self, queue: str, after: str, before: datetime) -> list[str]:
-        """Ids of jobs that should lie in the queue, unchanged since ``before``: a page, from ``after`` on."""
+        """Ids of jobs that should be in the queue, unchanged since ``before``: a page, after the id ``after``."""
 
     async def lost(self, queue: str, ids: Sequence[str], before: datetime) -> Lost:
-        """Queue those jobs of a queue again that are still open and unchanged since ``before``."""
+        """Queue those of the jobs again that are still open and unchanged since ``before``."""
 
     async def prune_keys(self) -> None:
-        """Delete some deduplication keys that are remembered no more."""
+        """Delete a batch of expired deduplication keys."""

@@ -1,9 +1,9 @@
-"""What a relay watches beside its jobs: queues that the ledger pauses, and a Redis that lost jobs.
+"""Loss detection of a relay: notices a Redis that lost jobs, and passes pauses of the ledger on to it.
 
-Three signs say that jobs may be gone: the queue has another epoch (FLUSHALL, a restart without persistence), another
-server answers (a failover to a replica that lags, an old backup), and the count of relayed jobs went backwards. Then
-one lease is waited, so that what still runs can finish, and the queue is compared with the ledger job by job; and twice
-more later, for what was recorded late. What is there is left alone, whatever the signs said.
+Three signs say that jobs may be lost: the queue has another epoch (FLUSHALL, a restart without persistence), another
+server answers (a failover to a replica that lags, an old backup), or the count of relayed jobs fell. One lease later,
+so that running jobs can finish, the queue is compared with the ledger job by job; and twice more, for late records. A
+job that is in Redis is left alone, whatever the signs said.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ log = get_logger("streamworker.relay")
 
 
 async def missing(outbox: Outbox, dispatcher: Dispatcher, queue: str, before: datetime) -> list[str]:
-    """Ids of a queue's open jobs that lie nowhere in Redis; jobs that moved on since ``before`` are left out.
+    """Ids of a queue's open jobs that are not in Redis; jobs that changed since ``before`` are left out.
 
-    Read in pages: a page of ids of the ledger is held in memory, and compared with all that lies in the queue. What
-    seems lost is looked for once more: a job may have moved past the look.
+    A page of ids of the ledger is held in memory and compared with the whole queue. The queue is read twice: a job may
+    have moved past the first read.
     """
     found: list[str] = []
     after = ""
@@ -45,7 +45,7 @@ async def missing(outbox: Outbox, dispatcher: Dispatcher, queue: str, before: da
 
 
 async def reconcile(outbox: Outbox, dispatcher: Dispatcher, queue: str, before: datetime) -> Lost:
-    """Queue what is missing again."""
+    """Queue missing jobs again."""
     gone = await outbox.lost(queue, await missing(outbox, dispatcher, queue, before), before)
     if gone.queued:
         log.warning("jobs_lost_by_redis", queue=queue, jobs=len(gone.queued), hint="they are dispatched again")
@@ -53,28 +53,28 @@ async def reconcile(outbox: Outbox, dispatcher: Dispatcher, queue: str, before: 
 
 
 LOOK: Final = 3.0
-"""Seconds between looks at the queues while changes of the ledger are told."""
+"""Seconds between looks at the queues while notifications of the ledger arrive."""
 LOOK_BLIND: Final = 0.8
-"""The same while nobody tells: a queue has to pause within a second."""
+"""The same without notifications: a queue has to pause within a second."""
 PASSES: Final = 3
 """How often a queue is compared after a sign of loss."""
 HOLD: Final = 60.0
 """Seconds after which a comparison whose relay died may be taken by another."""
 COMPLAINT: Final = 60.0
-"""Seconds between complaints that others keep the ledger for another Redis."""
+"""Seconds between log lines about a ledger that serves another Redis."""
 PRUNE: Final = 60.0
-"""Seconds between looks for deduplication keys that are remembered no more."""
+"""Seconds between deletions of expired deduplication keys."""
 
 
 class LossDetector:
-    """Watches until it is stopped.
+    """Compares the queues of Redis with the ledger until it is stopped.
 
     Args:
         outbox: the ledger.
         dispatcher: Redis.
         stopping: ends it; call `wake` with it.
         lease: seconds after a sign of loss in which running jobs may finish.
-        hearing: whether changes of queues in the ledger are told.
+        listening: whether notifications of the ledger arrive.
         queues: those that this process serves.
     """
 
@@ -85,14 +85,14 @@ class LossDetector:
         stopping: anyio.Event,
         *,
         lease: float,
-        hearing: Callable[[], bool],
+        listening: Callable[[], bool],
         queues: tuple[str, ...] = (),
     ) -> None:
         self._outbox = outbox
         self._dispatcher = dispatcher
         self._stopping = stopping
         self._lease = lease
-        self._hearing = hearing
+        self._listening = listening
         self._queues = queues
         self._own: dict[str, str] = {}
         """The server of each queue, as this process last agreed on it with the ledger."""
@@ -113,11 +113,11 @@ class LossDetector:
             try:
                 await self.look()
                 pause.reset()
-            except Exception as error:  # noqa: BLE001 - the watch goes on when the servers do
+            except Exception as error:  # noqa: BLE001 - the loop goes on when the servers are back
                 log.error("relay_watch_failed", error=str(error))
                 await pause.wait(self._stopping)
                 continue
-            seconds = min(LOOK, self._lease) if self._hearing() else LOOK_BLIND
+            seconds = min(LOOK, self._lease) if self._listening() else LOOK_BLIND
             with anyio.move_on_after(seconds * random.uniform(0.8, 1.0)):  # noqa: S311 - spreads load
                 await self._wake.wait()
 
@@ -141,11 +141,11 @@ class LossDetector:
 
     async def _compare(self, known: KnownQueue, pulse: Pulse) -> None:
         if not pulse.epoch:
-            if known.epoch:  # everything is gone; nobody else may come to say so
+            if known.epoch:  # the keys were deleted; perhaps no worker is there to notice
                 await self._dispatcher.found(known.name)
                 (pulse,) = await self._dispatcher.pulses([known.name])
             else:
-                return  # nobody uses it yet
+                return  # no process has used it yet
         server = pulse.server or known.server
         if known.server and server != known.server and server == self._own.get(known.name):
             self._complain(known.name)
@@ -171,10 +171,10 @@ class LossDetector:
 
     @property
     def barred(self) -> bool:
-        """Nothing may be relayed: others keep the same ledger for another Redis, while ours is still the same.
+        """Nothing may be relayed: other processes use the same ledger with another Redis, while ours is the same.
 
-        Two Redis on one ledger, or the old master of a failover that is still reached from here: what is put there is
-        lost to the others, and what is missed there lies with them.
+        Two Redis on one ledger, or this process still reaches the old master of a failover: jobs added there are lost
+        to the others, and jobs missing there are with them.
         """
         return bool(self._strange)
 

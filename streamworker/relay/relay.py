@@ -1,9 +1,9 @@
-"""The relay: puts jobs that wait in the ledger onto Redis, and notices when Redis has lost some.
+"""The relay of the transactional outbox: adds jobs that are queued in the ledger to Redis.
 
-The order of its steps is what makes a crash harmless: a job is marked as being dispatched, with its next hop, and that
-is committed; one script adds it and remembers (id, hop), so that a repeat adds nothing; then it is noted as dispatched.
-Who dies in between leaves a row that another relay takes over after a while, with the same hop. Every worker runs one;
-they share the work by passing over what others have locked.
+The order of its steps makes a crash harmless: a job is marked ``dispatching``, with its next hop, and committed; one
+script adds it to its stream and remembers (id, hop), so that a repeat adds nothing; then it is marked ``dispatched``.
+A relay that dies in between leaves a row that another one takes over, with the same hop. Every worker runs a relay;
+they share the work by skipping rows that others have locked.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ from streamworker.telemetry.logs import get_logger
 log = get_logger("streamworker.relay")
 
 VALID: Final = 5.0
-"""Seconds after taking jobs in which they may be added; others take them over later than that."""
+"""Seconds after a claim in which the jobs may be added to Redis; other relays take them over later than that."""
 RETAKE: Final = 5.0
-"""Seconds between looks for what other relays left behind."""
+"""Seconds between looks for rows that other relays left ``dispatching``."""
 BLIND: Final = (0.05, 0.5)
-"""Shortest and longest pause between looks while nobody tells of commits."""
+"""Shortest and longest pause between polls without notifications."""
 SIGHTED: Final = 5.0
-"""Longest pause while notifications come in."""
+"""Longest pause while notifications arrive."""
 NOTE_AGAIN: Final = 1.0
-"""Seconds before a job is noted again whose row a run had locked."""
+"""Seconds until a job is marked again whose row a run had locked."""
 UNNOTED: Final = 10_000
-"""Most jobs that are noted later."""
+"""Most jobs that are marked later."""
 LOSING: Final = (0.005, 0.25)
-"""Shortest and longest pause of a relay that was told of jobs and found that others had taken them."""
+"""Shortest and longest pause of a relay that is notified and finds that others have taken the jobs."""
 
 Listener = Callable[[Callable[[str], None], Callable[[bool], None]], Coroutine[Any, Any, None]]
-"""Calls the first with every message and the second with whether messages come in. Never returns."""
+"""Calls the first with every notification and the second with whether notifications arrive. Never returns."""
 
 
 class Relay:
     """Dispatches queued jobs until it is stopped.
 
     Args:
-        outbox: where they wait.
-        dispatcher: where they go.
+        outbox: the ledger.
+        dispatcher: Redis.
         stopping: ends it; call `wake` with it.
-        listener: tells of commits; ``None`` leaves it to looking again and again.
-        queues_changed: is called when somebody changes a queue in the ledger.
+        listener: source of notifications; without one the relay polls.
+        queues_changed: called when a queue changed in the ledger.
         barred: whether nothing may be relayed for now.
     """
 
@@ -70,9 +70,9 @@ class Relay:
         self._queues_changed = queues_changed
         self._barred = barred
         self._wake = anyio.Event()
-        self._told = False
-        self.hearing = False
-        """Whether commits are told."""
+        self._notified = False
+        self.listening = False
+        """Whether notifications of commits arrive."""
         self._losses = 0
         self._idle = BLIND[0]
         self._unsent: list[Taken] = []
@@ -91,31 +91,31 @@ class Relay:
         self._wake.set()
 
     async def unsent(self) -> bool:
-        """Whether jobs that are due have not reached their queues yet; then they are looked for now."""
+        """Whether due jobs have not reached their queues yet; wakes the relay if so."""
         due = await self._outbox.next_due()
         if due is not None and due <= 0:
             self.wake()
             return True
-        return self._stepping  # what it has taken is no longer queued, and perhaps not there yet
+        return self._stepping  # claimed jobs are no longer queued, and perhaps not in Redis yet
 
     async def run(self) -> None:
         """Dispatch until stopped; an error is logged and followed by a pause."""
-        async with anyio.create_task_group() as house:
+        async with anyio.create_task_group() as tasks:
             if self._listener is not None:
-                house.start_soon(self._listener, self._on_message, self._on_hearing)
+                tasks.start_soon(self._listener, self._on_message, self._on_state)
             await self._loop()
-            house.cancel_scope.cancel()
+            tasks.cancel_scope.cancel()
 
     async def _loop(self) -> None:
         pause = Pause()
         while not self._stopping.is_set():
-            # Before the look, not after it: what is told meanwhile must not be slept over.
-            self._wake, told, self._told = anyio.Event(), self._told, False
+            # Reset before the step, not after it: a notification during the step must end the next wait.
+            self._wake, notified, self._notified = anyio.Event(), self._notified, False
             self._stepping = True
             try:
-                seconds = await self.step(told=told)
+                seconds = await self.step(notified=notified)
                 pause.reset()
-            except Exception as error:  # noqa: BLE001 - the relay goes on when the servers do
+            except Exception as error:  # noqa: BLE001 - the relay goes on when the servers are back
                 log.error("relay_failed", error=str(error), unsent=len(self._unsent))
                 await pause.wait(self._stopping)
                 continue
@@ -125,11 +125,11 @@ class Relay:
                 with anyio.move_on_after(seconds):
                     await self._wake.wait()
 
-    async def step(self, *, told: bool = False) -> float:
-        """Dispatch one batch, if there is one; returns the seconds until the next look."""
+    async def step(self, *, notified: bool = False) -> float:
+        """Dispatch one batch, if there is one; returns the seconds until the next step."""
         if self._barred():
             return SIGHTED
-        if self._doubted is not None:  # Redis was away: nothing more is taken before it is back
+        if self._doubted is not None:  # Redis did not answer: nothing more is claimed before it does
             await self._dispatcher.pulses([self._doubted])
             self._doubted = None
         if self._unnoted and monotonic() >= self._note_at:
@@ -137,8 +137,8 @@ class Relay:
         if self._unsent:
             await self._dispatch()
             return 0.0
-        if told and self._losses:
-            # Told like all the others, and lately too late each time: who was first goes first, and costs less alone.
+        if notified and self._losses:
+            # All relays are notified, and others have been faster lately: let them, one relay alone costs less.
             low, high = LOSING
             with anyio.move_on_after(min(high, low * 2**self._losses) * random.uniform(0.7, 1.3)):  # noqa: S311
                 await self._stopping.wait()
@@ -147,7 +147,7 @@ class Relay:
             self._losses, self._idle = 0, BLIND[0]
             await self._dispatch()
             return 0.0
-        if told:
+        if notified:
             self._losses = min(self._losses + 1, 10)
         return await self._rest()
 
@@ -164,18 +164,18 @@ class Relay:
 
     async def _rest(self) -> float:
         due = await self._outbox.next_due()
-        # Due now and yet not ours: somebody else is taking it.
+        # Due now and not claimed by us: another relay is taking it.
         due = float("inf") if due is None else max(due, BLIND[0])
         if self._unnoted:
             due = min(due, max(BLIND[0], self._note_at - monotonic()))
-        if self.hearing:
+        if self.listening:
             return min(due, SIGHTED * random.uniform(0.8, 1.0))  # noqa: S311 - spreads load
         self._idle = min(BLIND[1], self._idle * 1.5)
         return min(due, self._idle * random.uniform(0.8, 1.2))  # noqa: S311 - spreads load
 
     async def _dispatch(self) -> None:
-        """Send what was taken, queue by queue; what one queue refuses does not hold up the others."""
-        if monotonic() > self._until:  # too late for it: by now it may be somebody else's, and is taken over if not
+        """Add the claimed jobs, queue by queue; a queue that refuses some does not hold up the others."""
+        if monotonic() > self._until:  # too late: another relay may have taken them over, or will
             self._unsent = []
             return
         by_queue: dict[str, list[Taken]] = {}
@@ -202,7 +202,7 @@ class Relay:
             raise troubles[0]
 
     async def _send(self, queue: str, jobs: Sequence[Taken]) -> tuple[list[tuple[Taken, str]], str]:
-        """(what is there now, each with the queue's epoch; why some are not)."""
+        """(jobs that are in the queue now, each with the queue's epoch; why some are not)."""
         wire = [Dispatch(job.id, job.hop, job.level, job.body) for job in jobs]
         done = await self._dispatcher.dispatch(queue, wire, self._until)
         if done is None:
@@ -223,7 +223,7 @@ class Relay:
         except StreamworkerError:
             self._unnoted = noting
             raise
-        # Redis remembers what is not noted, so that nobody who takes it over adds it again.
+        # Redis remembers jobs until they are marked, so that a relay that takes them over does not add them again.
         self._unnoted = [(job, epoch) for job, epoch in noting if (job.queue, job.id) in locked][-UNNOTED:]
         self._note_at = monotonic() + NOTE_AGAIN
         by_queue: dict[str, list[Dispatch]] = {}
@@ -233,15 +233,15 @@ class Relay:
         for queue, jobs in by_queue.items():
             await self._dispatcher.forget(queue, jobs)
 
-    # -- what the listener tells
+    # -- notifications
 
     def _on_message(self, message: str) -> None:
         if message == "queues":
             self._queues_changed()
             return
-        self._told = self._told or message != "later"
+        self._notified = self._notified or message != "later"
         self._wake.set()
 
-    def _on_hearing(self, hearing: bool) -> None:
-        self.hearing = hearing
-        self._wake.set()  # what was committed before the ears were open
+    def _on_state(self, listening: bool) -> None:
+        self.listening = listening
+        self._wake.set()  # for what was committed before LISTEN

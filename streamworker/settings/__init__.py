@@ -1,7 +1,7 @@
-"""The environment as one frozen, checked value: ``Settings.load()``.
+"""The settings of a process as one frozen, checked value: ``Settings.load()``.
 
-Every variable is one field of `Settings`; its type, its rule and its default stand in that one line. Flags go before
-``STREAMWORKER_X``, that before ``REDIS_URL`` and ``DATABASE_URL`` without the prefix, that before the default.
+Every variable is one field of `Settings`, one line with its type, its rule and its default. A flag wins over
+``STREAMWORKER_X``, that over ``REDIS_URL`` and ``DATABASE_URL`` without the prefix, that over the default.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from streamworker.settings.rules import (
 __all__ = ["EMBEDDED", "Address", "Described", "QueueSpec", "Settings", "mask_url"]
 
 EMBEDDED = "embedded"
-"""The ``REDIS_URL`` that stands for the embedded pair of servers."""
+"""The ``REDIS_URL`` that means the embedded pair of servers."""
 
 Mode: TypeAlias = Literal["stream", "list"]
 Priority: TypeAlias = Literal["strict", "weighted"]
@@ -47,9 +47,9 @@ Loop: TypeAlias = Literal["auto", "uvloop", "asyncio"]
 LogLevel: TypeAlias = Literal["debug", "info", "warning", "error", "critical"]
 LogFormat: TypeAlias = Literal["console", "json"]
 
-# These two are known without the prefix as well: every host of containers sets them so.
+# These two are read without the prefix as well: platforms that run containers set them so.
 _PLAIN = ("REDIS_URL", "DATABASE_URL")
-# Read by the dashboard alone; listed so that they are not taken for mistakes.
+# Read by the dashboard alone; listed so that they are not reported as misspelled.
 _READ_ELSEWHERE = (f"{PREFIX}DASHBOARD_USER", f"{PREFIX}DASHBOARD_PASSWORD")
 
 _YEAR = 366 * 86_400

@@ -1,4 +1,4 @@
-"""Reads variables and container secrets from an environment, and notices misspelled names."""
+"""Variables and container secrets of an environment, and the check for misspelled names."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Found(NamedTuple):
     """A value and where it came from.
 
     Attributes:
-        value: the text as it stood there.
-        source: what to call the place in a message: ``STREAMWORKER_LEASE``, ``--lease``, ``X_FILE (/path)``.
+        value: the text as it is.
+        source: its name in a message: ``STREAMWORKER_LEASE``, ``--lease``, ``X_FILE (/path)``.
         private: whether the value came from a file of secrets and must not be repeated in a message.
     """
 

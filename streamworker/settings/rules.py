@@ -1,7 +1,7 @@
-"""What the text of a setting may look like, and the value it stands for.
+"""Rules of settings: the texts that a setting accepts, and the value of each.
 
-A `Rule` parses text or raises ValueError. Whatever `to_text` makes of a parsed value parses to the same value again, so
-a setting can travel through an environment to a child process.
+A `Rule` parses text or raises ValueError. The text that `to_text` makes of a parsed value parses to the same value
+again, so that a setting can be passed through the environment to a child process.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _REDIS_SCHEMES = {f"{scheme}{kind}" for scheme in ("redis", "rediss") for kind i
 
 
 class Rule(NamedTuple):
-    """How a setting is read.
+    """How the text of a setting is parsed.
 
     Attributes:
         allowed: completes the sentence "it must be ...".
-        parse: text → value; raises ValueError, whose message may add why, and never holds the text.
+        parse: text → value; raises ValueError, whose message may say why, and never contains the text.
         secret: whether the text is a URL that may hold a password.
     """
 
@@ -40,11 +40,11 @@ class Rule(NamedTuple):
 
 
 class QueueSpec(NamedTuple):
-    """A queue that a worker takes from.
+    """A queue that a worker claims from.
 
     Attributes:
         name: the queue's name.
-        cap: jobs of it that this worker runs at most at once; ``None`` leaves it to the concurrency.
+        cap: most jobs of it that this worker runs at once; ``None``: only the concurrency bounds them.
     """
 
     name: str
@@ -55,7 +55,7 @@ class QueueSpec(NamedTuple):
 
 
 class Address(NamedTuple):
-    """Where to listen: a host without brackets, and a TCP port (0 takes any free one)."""
+    """An address to listen at: a host without brackets, and a TCP port (0 takes any free one)."""
 
     host: str
     port: int
@@ -69,7 +69,7 @@ def to_text(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
-        # repr() is exact but may use an exponent, which nobody would write for seconds.
+        # repr() is exact but may use an exponent, which is no usual form of seconds.
         text = format(Decimal(repr(value)), "f")
         return text.rstrip("0").removesuffix(".") if "." in text else text
     if isinstance(value, (list, tuple)) and not isinstance(value, (QueueSpec, Address)):

@@ -10,7 +10,7 @@ import anyio
 import pytest
 import redis
 
-from streamworker.bridge import Bridging
+from streamworker.bridge import BridgeLoop
 from streamworker.broker import list_bridge as bridge_module
 from streamworker.broker.list_bridge import BridgeOptions, ListBridge
 from streamworker.broker.redis.client import Address
@@ -53,9 +53,9 @@ def bridge_of(redis_url: str) -> Callable[..., Any]:
 
 
 @asynccontextmanager
-async def running(bridge: ListBridge, **options: Any) -> AsyncIterator[Bridging]:
+async def running(bridge: ListBridge, **options: Any) -> AsyncIterator[BridgeLoop]:
     """The bridge's loop, until the body ends."""
-    bridging = Bridging(bridge, **options)
+    bridging = BridgeLoop(bridge, **options)
     async with anyio.create_task_group() as group:
         group.start_soon(bridging.run)
         try:

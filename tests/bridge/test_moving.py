@@ -10,7 +10,7 @@ import threading
 import pytest
 import structlog
 
-from streamworker.bridge import Bridging
+from streamworker.bridge import BridgeLoop
 from streamworker.broker import list_bridge as bridge_module
 from streamworker.broker import scripts
 from streamworker.broker.redis.client import Address
@@ -27,9 +27,9 @@ def numbered(count: int, start: int = 0) -> list[bytes]:
 
 
 async def drained(bridge):
-    bridging = Bridging(bridge, drain=True)
+    bridging = BridgeLoop(bridge, drain=True)
     await bridging.run()
-    return bridging.tally
+    return bridging.totals
 
 
 async def test_what_was_pushed_first_is_first_in_the_stream_of_its_level(raw, bridge_of):
@@ -91,7 +91,7 @@ async def test_several_bridges_share_the_work_and_keep_the_order(raw, bridge_of)
             producing.start()
             await eventually(lambda: raw.xlen("stream:{q}") == len(expected), 30)
             await asyncio.to_thread(producing.join)
-        tallies = [first.tally, second.tally, third.tally]
+        tallies = [first.totals, second.totals, third.totals]
     assert stored(raw) == expected
     assert sum(tally.jobs for tally in tallies) == len(expected)
 
@@ -177,10 +177,10 @@ async def test_a_key_that_has_become_right_is_moved(raw, bridge_of, monkeypatch)
     raw.set("stream:{q}", "no")
     push(raw, "queue:q", b"x")
     async with bridge_of() as bridge, running(bridge) as bridging:
-        await eventually(lambda: bridging.tally.stuck)
+        await eventually(lambda: bridging.totals.stuck)
         raw.delete("stream:{q}")
         await eventually(lambda: raw.exists("stream:{q}") and stored(raw) == [b"x"])
-        await eventually(lambda: not bridging.tally.stuck)
+        await eventually(lambda: not bridging.totals.stuck)
 
 
 async def test_out_of_memory_jobs_are_moved_so_that_workers_can_make_room(raw, bridge_of):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from streamworker import codec
-from streamworker.bridge import Bridging
+from streamworker.bridge import BridgeLoop
 from streamworker.broker.base import Options
 from streamworker.broker.lists import ListBroker
 from streamworker.broker.redis.client import Address
@@ -86,10 +86,10 @@ async def test_a_drain_waits_for_what_workers_hold(raw, bridge_of, lister):
     push(raw, "queue:q", document("a"), document("b"))
     async with lister("dead") as broker, bridge_of(lease=LEASE) as bridge:
         await broker.claim(1, 0, ())
-        bridging = Bridging(bridge, drain=True)
+        bridging = BridgeLoop(bridge, drain=True)
         await bridging.run()
     assert sorted(payload_names(stored(raw))) == ["a", "b"]
-    assert bridging.tally.jobs == 2
+    assert bridging.totals.jobs == 2
 
 
 @pytest.mark.parametrize("namespace", ["", "ns:"])

@@ -60,7 +60,7 @@ async def dispatcher(request, redis_url):
 
 
 def vigil_of(outbox, dispatcher, lease=0.2):
-    return LossDetector(outbox, dispatcher, anyio.Event(), lease=lease, hearing=lambda: True)
+    return LossDetector(outbox, dispatcher, anyio.Event(), lease=lease, listening=lambda: True)
 
 
 async def compare(outbox, dispatcher, pg):

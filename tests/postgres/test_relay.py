@@ -80,7 +80,7 @@ async def running(outbox, dispatcher, database_url=None, *, lease=15.0, **option
     async with anyio.create_task_group() as group:
         group.start_soon(relaying.run, stopping)
         if database_url:
-            await eventually(lambda: relaying.relay.hearing)
+            await eventually(lambda: relaying.relay.listening)
         yield relaying
         stopping.set()
 
@@ -240,7 +240,7 @@ async def test_committed_jobs_are_there_at_once(outbox, streams, pg, raw, databa
 
 async def test_without_listening_it_polls(outbox, streams, pg, raw):
     async with running(outbox, streams) as relaying:
-        assert not relaying.relay.hearing
+        assert not relaying.relay.listening
         await commit(pg, Bill())
         await eventually(lambda: raw.xlen("stream:{billing}"))
 
@@ -249,10 +249,10 @@ async def test_it_listens_again_when_the_connection_breaks(outbox, streams, pg, 
     async with running(outbox, streams, database_url) as relaying:
         kill = "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'streamworker relay, listening' and datname = current_database()"
         assert await pg.fetchval(kill)
-        await eventually(lambda: not relaying.relay.hearing)
+        await eventually(lambda: not relaying.relay.listening)
         await commit(pg, Bill())
         await eventually(lambda: raw.xlen("stream:{billing}") == 1)
-        await eventually(lambda: relaying.relay.hearing)
+        await eventually(lambda: relaying.relay.listening)
         await commit(pg, Bill())
         await eventually(lambda: raw.xlen("stream:{billing}") == 2)
 
@@ -428,7 +428,7 @@ async def test_postgres_restarts(own_postgres, redis_url, raw):
         pg = await asyncpg.connect(url)
         await commit(pg, Bill(number=1))
         await eventually(lambda: raw.xlen("stream:{billing}") == 2, 20)
-        await eventually(lambda: relaying.relay.hearing, 20)
+        await eventually(lambda: relaying.relay.listening, 20)
         await eventually(lambda: dispatched_are(pg, 2))
         await pg.close()
     await dispatcher.close()

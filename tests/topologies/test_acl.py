@@ -14,7 +14,7 @@ import pytest
 import redis
 
 from streamworker import App, Context, Discard, Payload, QueueWorker, Retry, Settings, Snooze
-from streamworker.bridge import Bridging
+from streamworker.bridge import BridgeLoop
 from streamworker.broker.base import Options
 from streamworker.broker.keys import ListKeys, QueueKeys
 from streamworker.broker.lists import ListBroker
@@ -362,7 +362,7 @@ async def test_a_bridge_moves_jobs_and_does_nothing_else(users):
     await gone.close()
     settings = Settings(redis_url=users.url("bridge"), namespace=namespace, lease=0.5)
     async with App[Any](settings=settings).bridge(None) as mover:
-        bridging = Bridging(mover)
+        bridging = BridgeLoop(mover)
         running = asyncio.create_task(bridging.run())
         await eventually(lambda: raw.xlen(f"{namespace}{Q}") == 3)
         await eventually(lambda: sum("b" in client["flags"] for client in raw.client_list()) == 3)

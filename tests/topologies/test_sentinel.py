@@ -11,7 +11,7 @@ import redis
 import redis.asyncio as aioredis
 
 from streamworker import App, Settings
-from streamworker.bridge import Bridging
+from streamworker.bridge import BridgeLoop
 from streamworker.broker.redis.client import Address
 from streamworker.errors import ConfigurationError, Unreachable
 from tests.conftest import eventually
@@ -77,10 +77,10 @@ async def test_a_bridge_follows_the_master(sentinels, how):
                     acknowledged.append(name)
 
     async with App[Any](settings=Settings(redis_url=sentinels.url)).bridge(["q"]) as mover:
-        bridging = Bridging(mover)
+        bridging = BridgeLoop(mover)
         running = asyncio.create_task(bridging.run())
         producing = asyncio.create_task(asyncio.to_thread(produce))
-        await eventually(lambda: bridging.tally.jobs > 100)
+        await eventually(lambda: bridging.totals.jobs > 100)
         if how == "killed":
             old.kill()
         else:
