@@ -17,6 +17,7 @@ from typing import IO, Any
 from uuid import uuid4
 
 import pytest
+import redis
 
 from tests import forkserver, inprocess
 from tests.conftest import MODES, Server, eventually_blocking
@@ -218,6 +219,12 @@ class Running:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
+
+
+def forget(raw: redis.Redis, killed: Running) -> None:
+    """What time does some leases after a worker was killed: its heartbeat is gone."""
+    raw.ping()  # what it sent last is read before this is answered
+    raw.delete(f"streamworker:worker:{killed.worker_id}")
 
 
 class Terminal:

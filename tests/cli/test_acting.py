@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from streamworker import codec
-from tests.cli.conftest import Terminal, both_modes, document
+from tests.cli.conftest import Terminal, both_modes, document, forget
 from tests.conftest import eventually_blocking
 
 HOLDS = "stream:{holds}"
@@ -30,7 +30,7 @@ def lost(sw, raw, held):
     def lose(count):
         worker = held(count, "--lease", "1")
         worker.kill()
-        raw.delete(f"streamworker:worker:{worker.worker_id}")  # which its time does, two leases later
+        forget(raw, worker)
         return worker
 
     return lose

@@ -10,7 +10,7 @@ import pytest
 
 from streamworker.views import age, printable
 from streamworker.views.listing import Pace
-from tests.cli.conftest import Terminal, both_modes
+from tests.cli.conftest import Terminal, both_modes, forget
 from tests.conftest import eventually_blocking
 
 PENDING = ["queue", "level", "entry_id", "job_id", "kind", "worker_id", "idle_ms", "deliveries", "alive"]
@@ -166,7 +166,7 @@ def test_dead(sw, doomed):
 
 @both_modes
 def test_workers(sw, held):
-    worker = held(2, "--lease", "1")
+    worker = held(2, "--lease", "2")
     (row,) = sw.ok("workers", "--json").rows
     assert (row["worker_id"], row["alive"], row["pending"], row["pid"]) == (
         worker.worker_id, True, 2, worker.process.pid,
@@ -206,7 +206,7 @@ def test_watch_fits_a_small_terminal(sw, held, words):
 def test_watch_tells_first_what_needs_attention(sw, raw, held):
     worker = held(2, "--lease", "1")
     worker.kill()
-    raw.delete(f"streamworker:worker:{worker.worker_id}")  # which its time does, two leases later
+    forget(raw, worker)
     sw.env["STREAMWORKER_LEASE"] = "1"
     sw.ok("enqueue", "x", "--queue", "lonely")
     sw.ok("queues", "pause", "sleepy")
