@@ -153,8 +153,11 @@ def test_ticks_survive_what_happens_meanwhile(served):
     served.open("/dead")
     page = served.page
     page.click("tbody tr:nth-child(3) input")
+    page.press("j", "j")
+    page.until("document.querySelector('tr.at') === document.querySelectorAll('tbody tr')[1]")
     letter(served.raw, id="new")
     page.until("document.querySelectorAll('#live tbody tr').length === 4")
+    page.until("document.querySelector('tr.at') === document.querySelectorAll('tbody tr')[2]")  # so does the place
     assert page.value("[...document.querySelectorAll('tbody input')].map(box => box.checked)") == [False] * 3 + [True]
 
 

@@ -288,13 +288,17 @@
 
   // -- keys
 
-  let going = 0;
+  let going = 0, place = "";
+  function marked() {
+    $$("#live tbody tr[data-open]").forEach((row) => row.classList.toggle("at", row.dataset.open === place));
+  }
   function step(by) {
     const rows = $$("#live tbody tr[data-open]");
     if (!rows.length) return;
     const at = rows.findIndex((row) => row.classList.contains("at"));
     const next = rows[Math.max(0, Math.min(rows.length - 1, at < 0 ? 0 : at + by))];
-    rows.forEach((row) => row.classList.toggle("at", row === next));
+    place = next.dataset.open;
+    marked();
     next.focus({ preventScroll: true });
     next.scrollIntoView({ block: "nearest" });
   }
@@ -342,7 +346,7 @@
 
   document.addEventListener("look", (event) => looked(JSON.parse(event.detail.data)));
   document.addEventListener("htmx:sse:error", () => { $("#pulse").className = "pulse off"; });
-  document.addEventListener("htmx:after:swap", () => { picked(); sparkAll(); });
+  document.addEventListener("htmx:after:swap", () => { picked(); marked(); sparkAll(); });
   addEventListener("resize", () => { for (const { place, plot } of charts) plot.setSize({ width: place.clientWidth, height: place.clientHeight }); });
 
   picked();
