@@ -1,8 +1,8 @@
 """The bridge: out of the lists of legacy producers and of list mode, into the streams of the same level.
 
 Each batch is one script, so that a bridge may be killed at any moment, and any number of them may run. It reads no
-document: whatever lies in a list goes into the stream as it is, and what to make of it is for the worker to decide. It
-also gives back what dead workers of list mode held: where all work on streams now, nobody else does.
+document: elements go into the stream byte for byte, and workers judge them. It also releases expired claims of list
+mode: where all workers run in stream mode, no other process does.
 """
 
 from __future__ import annotations
@@ -33,32 +33,32 @@ BATCH: Final = 500
 """Most elements of one script call: a few milliseconds in which the server does nothing else."""
 BATCH_BYTES: Final = 1 << 20
 LANES: Final = 96
-"""Most lists of one script call, and most that have a doorbell: each is a connection."""
+"""Most lists of one script call, and most that are waited on: each needs a connection."""
 SWEEP: Final = 5.0
-"""Seconds between looks at all lists: doorbells tell of new elements, and this of what they miss."""
+"""Seconds between looks at all lists: blocking reads announce new elements, and this finds what they miss."""
 POLL: Final = 1.0
-"""The same where a list has no doorbell, where something is stuck, or where a drain waits for workers."""
+"""The same where a list is not waited on, where a list is stuck, or where a drain waits for workers."""
 DISCOVER: Final = 5.0
 """Seconds between looks for new queues, at least; and looking takes at most a fiftieth of the time."""
 COMPLAIN: Final = 60.0
-"""Seconds between complaints about one list."""
+"""Seconds between log lines about one list."""
 CLUSTER: Final = (
     "the bridge is not for a Redis Cluster, where a list and its stream lie on different nodes: let producers write to "
     "the streams (XADD), or run it where the lists are on a single Redis or behind Sentinel"
 )
-_EVERYBODYS: Final = (Reaction.WAIT, Reaction.RECONNECT, Reaction.FATAL)
+_SERVER_WIDE: Final = (Reaction.WAIT, Reaction.RECONNECT, Reaction.FATAL)
 """Reactions to errors that are not about one list."""
 
 
 class BridgeOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What a bridge is told.
+    """Options of a bridge.
 
     Attributes:
-        queues: whose lists; ``None`` for all lists whose name is that of a queue's, but for those that look like
-            another program's processing lists.
-        known: queues, whatever their names look like.
-        namespace: goes before the streams; lists have none.
-        lease: seconds after which what a worker of list mode holds and does not renew is given back; the workers'.
+        queues: queues of the lists; ``None`` for all lists with the name of a queue's list, except those that look
+            like another program's processing lists.
+        known: names of queues, even if they look like processing lists.
+        namespace: prefix of the streams; lists have none.
+        lease: seconds after which unrenewed claims of list mode are released; the workers' lease.
     """
 
     queues: tuple[str, ...] | None
@@ -77,7 +77,7 @@ class _Lane:
 
 
 class ListBridge:
-    """Moves elements of lists; see `streamworker.bridge.Mover`."""
+    """`streamworker.bridge.Mover` on Redis."""
 
     def __init__(self, address: Address, options: BridgeOptions) -> None:
         self._options = options
@@ -100,7 +100,7 @@ class ListBridge:
             info = await self._session.commands.info("server")
         if clustered(info):
             raise ConfigurationError(CLUSTER)
-        # After a restart workers get one lease to renew before anybody is taken for dead.
+        # After a restart of the server every worker gets one lease to renew before any lease expires.
         self._reclaimer.rest(max(0.0, self._options.lease - float(info.get("uptime_in_seconds", 0))))
         for queue in self._options.queues or ():
             self._add(queue)
@@ -112,7 +112,7 @@ class ListBridge:
         self._reclaimer.rest_after_outage()
         self._look_at = monotonic() + await self._reclaimer.give_back(None)
         sweep = everything or now >= self._sweep_at
-        self._lanes.rotate(-1)  # a list that fills a whole batch must not keep others from theirs
+        self._lanes.rotate(-1)  # a list that fills a whole batch must not starve the others
         lanes = [lane for lane in self._lanes if lane.awake or sweep]
         moved: list[Moved] = []
         for start in range(0, len(lanes), LANES):
@@ -162,14 +162,14 @@ class ListBridge:
         cursor: Any = 0
         found: dict[str, bool] = {}
         while True:
-            # With a namespace, what workers hold has it in front, and what waits has not.
+            # A namespace is a prefix of claimed lists, and not of ready lists.
             command = ("SCAN", cursor, "MATCH", f"{'*' if namespace else ''}queue:*", "COUNT", 1000, "TYPE", "list")
             with self._session.watched():
                 cursor, names = await self._session.commands.execute_command(*command)
             for name in (name.decode(errors="replace") for name in names):
                 queue = queue_of_list(name, namespace)
                 if queue is not None and queue not in self._keys:
-                    # What our own workers hold belongs to a queue, whatever that is called.
+                    # Claimed lists of our own workers prove their queue, whatever its name.
                     found[queue] = found.get(queue, queue in self._options.known) or ":claimed:" in name
             if not int(cursor):
                 break
@@ -193,7 +193,7 @@ class ListBridge:
     def _noted(self, lane: _Lane, jobs: int, size: int, left: int, error: bytes) -> Moved:
         trouble = error.decode(errors="replace")
         reaction = reaction_to(trouble) if trouble else None
-        if reaction in _EVERYBODYS:
+        if reaction in _SERVER_WIDE:
             with self._session.watched():
                 raise redis_errors.ResponseError(trouble)
         if trouble and monotonic() >= lane.complain_at:
@@ -203,7 +203,7 @@ class ListBridge:
         if not trouble:
             lane.complain_at = 0.0
         lane.stuck = bool(trouble)
-        # What was not empty is looked at once more before anybody waits for a ring: producers come in bursts.
+        # A list that was not empty is read once more before it is waited on: producers push in bursts.
         lane.awake = not trouble and bool(jobs or left)
         lasting = reaction in (Reaction.KEY, Reaction.REFUSE)
         return Moved(lane.queue, lane.level, jobs, size, max(0, left), trouble, lasting)
@@ -214,20 +214,20 @@ _HELD: Final = frozenset((
     "in_flight", "active", "running", "reserved", "unacked", "unacknowledged", "pending", "backup", "tmp", "temp",
     "failed", "errors", "dead", "deadletter", "dead-letter", "dead_letter", "dlq",
 ))  # fmt: skip
-"""What other programs call their lists of jobs at work, and of jobs that failed."""
+"""Names that other programs give their lists of running and of failed jobs."""
 _PROCESSING: Final = frozenset(("processing", "inprogress", "in-progress", "in_progress"))
 _SUFFIX: Final = re.compile(r"(.+)[-_.]([a-z]+)")
 
 
 def looks_held(queue: str, known: Container[str]) -> bool:
-    """Whether a list of this name looks like another program's: of what its workers hold, or of what failed there.
+    """Whether a list of this name looks like another program's list of running or failed jobs.
 
     ``BRPOPLPUSH queue:q queue:q:processing`` is how Redis' own pages take a job, so a word of `_HELD` between or behind
     colons counts; behind another separator only if the name before it is a queue's; alone only `_PROCESSING`.
 
     Args:
-        queue: the name that the list gives its queue.
-        known: names of queues that are there.
+        queue: name of the queue, by the name of the list.
+        known: names of existing queues.
     """
     words = queue.lower().split(":")
     if len(words) > 1 and not _HELD.isdisjoint(words):

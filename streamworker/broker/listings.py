@@ -1,4 +1,4 @@
-"""What lies on the server, read in pages of bounded cost. Nothing here consumes or changes anything."""
+"""Listings of queues, jobs and workers, read in pages of bounded cost. Nothing here consumes or changes anything."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ PAGE: Final = 100
 
 
 async def derived_from(session: OperatorSession, keys: QueueKeys, level: Level) -> bytes:
-    """What ids of a stream's entries are derived from; `UNKNOWN_EPOCH` if nobody has said so yet."""
+    """The value that ids of a stream's entries are derived from; `UNKNOWN_EPOCH` if it is not stored yet."""
     field = keys.id_field(level)
-    # Its own hash, the copy, and what releases took that had neither.
+    # Its own hash, the copy, and the value of releases that had neither.
     for key, name in ((keys.ids, field), (keys.meta, field), (keys.meta, "epoch")):
         found: bytes | None = await session.ask("HGET", key, name)
         if found:
@@ -47,7 +47,7 @@ async def derived_from(session: OperatorSession, keys: QueueKeys, level: Level) 
 
 
 async def queues(session: OperatorSession) -> list[str]:
-    """Names of queues any key exists of, sorted."""
+    """Names of queues that have any key, sorted."""
     shape = re.compile(
         rf"{re.escape(session.namespace)}stream:\{{([A-Za-z0-9._:-]{{1,100}})\}}(?::(?:high|low|due|dead|meta))?"
     )
@@ -70,7 +70,7 @@ async def depth(run: Callable[..., Awaitable[Any]], keys: QueueKeys, group: str)
 
 
 async def workers(session: OperatorSession, keys: Sequence[QueueKeys], *, everywhere: bool) -> list[WorkerInfo]:
-    """Everyone with a name in a group of these queues or, ``everywhere``, with a heartbeat; the living first."""
+    """Consumers of these queues' groups and, with ``everywhere``, workers with a heartbeat; live ones first."""
     places = [(each.queue, place) for each in keys for place in each.streams]
     consumers = await session.gather([("XINFO CONSUMERS", place, session.group) for _, place in places])
     held: Counter[str] = Counter()
@@ -88,7 +88,7 @@ async def workers(session: OperatorSession, keys: Sequence[QueueKeys], *, everyw
 
 
 async def reports(session: OperatorSession, names: Collection[str] | None = None) -> dict[str, dict[str, str]]:
-    """The heartbeats, by worker id: of the workers named, else all there are, for which the key space is walked."""
+    """Heartbeats by worker id: of the workers named, else of all, for which the key space is walked."""
     prefix = f"{session.namespace}{WORKER_KEY}"
     beating = (
         [name async for name in session.scan(f"{prefix}*")] if names is None else [prefix + name for name in names]
@@ -108,13 +108,13 @@ def infos(
     held: Mapping[str, int],
     wanted: Collection[str],
 ) -> list[WorkerInfo]:
-    """Workers, the living first.
+    """Workers, live ones first.
 
     Args:
         beats: heartbeats, by worker id.
-        homes: queues in which a worker's name lies.
-        held: how much it holds there.
-        wanted: of these queues.
+        homes: queues in which a worker is a consumer.
+        held: number of its claims there.
+        wanted: only workers of these queues.
     """
     found = []
     for name in sorted(beats.keys() | homes.keys(), key=lambda name: (name not in beats, name)):
@@ -153,12 +153,12 @@ def _document(entry: Any) -> bytes | None:
 
 
 async def _readable(session: OperatorSession, commands: Sequence[Sequence[Any]]) -> list[Any]:
-    """Answers in order; nothing where a key is of the wrong type, which `examine` finds."""
+    """Answers in order; empty where a key is of the wrong type, which `examine` finds."""
     return [[] if isinstance(answer, Exception) else answer for answer in await session.gather(commands)]
 
 
 def _kinds(bodies: Sequence[bytes | None]) -> list[str | None]:
-    """The kinds of those that can be read; the others are nobody's, with or without a handler."""
+    """Kinds of the documents that can be read; the others have none, with or without a handler."""
     found = []
     for body in bodies:
         try:
@@ -175,7 +175,7 @@ _SCORE: Final = re.compile(r"-?(?:inf|[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)")
 async def pending(
     session: OperatorSession, keys: QueueKeys, after: str, consumer: str | None, min_idle: float, only: str | None
 ) -> Page[PendingEntry]:
-    """A page of one queue's pending entries, all of one level; see `Operator.pending`."""
+    """A page of one queue's pending entries, all of one level."""
     head, _, entry_id = after.partition("/")
     if after and (head not in LEVELS or not (entry_id == "" or _is_entry_id(entry_id))):
         raise _nowhere(after)
@@ -213,7 +213,7 @@ async def delayed(session: OperatorSession, keys: QueueKeys, after: str) -> Page
     bodies = await session.ask("HMGET", keys.bodies, *(member for member, _ in page)) if page else []
     found = []
     for (member, score), body in zip(page, bodies, strict=True):
-        # The next page begins at this score, behind those of it that were seen already.
+        # The next page begins at this score, behind the members that were read already.
         last, count = (last, count + 1) if text(score) == last else (text(score), 1)
         found.append(_parked(keys, text(member), float(score), body))
     return Page(found, f"{last}/{count}" if len(page) == PAGE else None, len(page))
@@ -259,7 +259,7 @@ async def dead(session: OperatorSession, keys: QueueKeys, after: str, only: str 
 
 
 def _is_entry_id(name: str) -> bool:
-    """Whether the server takes it for the id of one entry: two numbers of 64 bits."""
+    """Whether it is the id of one entry: two numbers of 64 bits."""
     parts = _ENTRY_ID.fullmatch(name)
     return parts is not None and max(int(parts[1]), int(parts[2])) < 2**64
 
@@ -269,14 +269,14 @@ def _nowhere(after: str) -> UsageError:
 
 
 async def alive(session: OperatorSession, holders: set[bytes]) -> set[bytes]:
-    """Those of the workers whose hearts beat."""
+    """The workers that have a heartbeat."""
     names = list(holders)
     answers = await session.gather([("EXISTS", worker_key(session.namespace, text(name))) for name in names])
     return {name for name, answer in zip(names, answers, strict=True) if answer == 1}
 
 
 def _named(body: bytes | None, place: str, epoch: bytes, entry: bytes) -> tuple[str | None, str | None]:
-    """(id, kind) as workers call the job; one without an id has the id derived from where it lies."""
+    """(id, kind) of a job as workers log it; without an id in the document, the id derived from its entry."""
     try:
         reading = codec.read(body or b"")
     except InvalidJob:
@@ -288,7 +288,7 @@ _CLAIMED: Final = re.compile(r"queue:([A-Za-z0-9._:-]{1,100}):claimed:.+", re.DO
 
 
 async def list_queues(session: OperatorSession) -> list[str]:
-    """Names of queues any key exists of, sorted; lists that look like a queue's are taken for one."""
+    """Names of queues that have any key, sorted; a list with the name of a queue's list counts."""
     found = set(await queues(session))
     async for name in session.scan("queue:*", "list"):
         queue = queue_of_list(name)
@@ -302,7 +302,7 @@ async def list_queues(session: OperatorSession) -> list[str]:
 
 
 async def list_depth(run: Callable[..., Awaitable[Any]], keys: ListKeys) -> Depth:
-    """How much lies in one queue; ``run`` runs a script."""
+    """Depth of one queue of lists; ``run`` runs a script."""
     names = [*keys.lists, keys.due, keys.dead, keys.meta, keys.leases]
     ready, claimed, delayed, dead, paused, inactive, *oldest = await run(scripts.LIST_DEPTH, names, [])
     ages = [time.time() - made for element in oldest if (made := codec.made_at(element)) is not None]
@@ -311,7 +311,7 @@ async def list_depth(run: Callable[..., Awaitable[Any]], keys: ListKeys) -> Dept
 
 
 async def claimed(session: OperatorSession, keys: ListKeys, worker: str) -> AsyncIterator[Claim]:
-    """What a worker holds of one queue, in the order in which it was taken."""
+    """Claims of a worker in one queue, in the order they were taken."""
     start = 0
     while True:
         page = await session.ask("LRANGE", keys.claimed(worker), start, start + PAGE - 1)
@@ -325,12 +325,12 @@ async def claimed(session: OperatorSession, keys: ListKeys, worker: str) -> Asyn
 
 
 async def holders(session: OperatorSession, keys: ListKeys) -> set[str]:
-    """Workers that have something claimed of a queue."""
+    """Workers that have claims in a queue."""
     return {worker for _, _, worker in await _leases(session, keys)}
 
 
 async def list_pending(session: OperatorSession, keys: ListKeys, consumer: str | None) -> list[PendingEntry]:
-    """What is claimed of one queue, level by level, the oldest first."""
+    """Claims in one queue, level by level, the oldest first."""
     now = await session.ask("TIME")
     renewed = await _leases(session, keys)
     holders_ = {worker.encode() for _, _, worker in renewed if consumer in (None, worker)}
@@ -347,7 +347,7 @@ async def list_pending(session: OperatorSession, keys: ListKeys, consumer: str |
 
 
 async def list_workers(session: OperatorSession, queues_: Sequence[ListKeys], *, everywhere: bool) -> list[WorkerInfo]:
-    """Everyone with something claimed of these queues or, ``everywhere``, with a heartbeat; the living first."""
+    """Workers with claims in these queues and, with ``everywhere``, with a heartbeat; live ones first."""
     count: Counter[str] = Counter()
     homes: dict[str, list[str]] = {}
     for keys in queues_:
@@ -360,14 +360,14 @@ async def list_workers(session: OperatorSession, queues_: Sequence[ListKeys], *,
 
 
 async def _leases(session: OperatorSession, keys: ListKeys) -> dict[tuple[bytes, int, str], float]:
-    """(id, delivery count, worker) of what is claimed of a queue: the ms at which it was renewed."""
+    """(id, delivery count, worker) of each claim in a queue: the ms at which it was renewed."""
     flat = await session.ask("ZRANGE", keys.leases, 0, -1, "WITHSCORES")
     pairs = zip(flat[::2], flat[1::2], strict=True)
     return {lease: float(score) for member, score in pairs if (lease := lease_of(member)) is not None}
 
 
 def _claim_named(claim: Claim) -> tuple[str | None, str | None]:
-    """(id, kind) as workers call the job."""
+    """(id, kind) of a job as workers log it."""
     try:
         reading = codec.read(claim.body or b"")
     except InvalidJob:

@@ -1,6 +1,6 @@
 """The broker on Redis lists: elements are moved into a list of the worker's own, each move one Lua script.
 
-For producers that push JSON to ``queue:*``. What is delayed or dead lies where stream mode has it.
+For producers that push JSON to ``queue:*``. Delayed jobs and dead letters are under the keys of stream mode.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ log = get_logger("streamworker.broker")
 
 
 class ListClaims(ClaimSource):
-    """Claims elements of ``queues`` for one worker.
+    """`ClaimSource` that takes elements of ``queues`` for one worker.
 
     Args:
         session: the connections.
@@ -64,12 +64,12 @@ class ListClaims(ClaimSource):
         self._for_others: frozenset[str] = frozenset()
 
     async def reclaim(self, limit: int, running: Collection[Claim]) -> list[Claim]:  # noqa: ARG002 - they need no slot
-        """Orphans go to the right ends of their lists, and are taken from there before all others."""
+        """Expired claims go to the right ends of their lists, and are taken from there before all others."""
         await self._reclaimer.give_back(running)
         return []
 
     async def take(self, limit: int, running: Collection[Claim]) -> list[Claim]:
-        """Elements, in order."""
+        """Take elements, in order."""
         await self._seal_again()
         keys = [each.meta for each in self._lists] + [each.leases for each in self._lists]
         keys += [each.claimed(self.consumer) for each in self._lists] + [place for _, _, place in self.ready_keys]
@@ -84,7 +84,7 @@ class ListClaims(ClaimSource):
         self.secrets.update(zip((each.queue for each in self._lists), sealed, strict=True))
         if wish == RESERVE and taken and not taken[0][1][0][2]:
             wish = LEAVE  # not idle any more
-        self._left_to_others(0, suspects, wish, granted=bool(granted))  # of whatever queue: this looks at all of them
+        self._left_to_others(0, suspects, wish, granted=bool(granted))  # of any queue: this script reads all of them
         self._paused = frozenset(index - 1 for index in paused)
         self.marked = frozenset(self._keys[index - 1].queue for index in cancelled)
         first = HEADS * len(self._lists) + 1
@@ -102,11 +102,9 @@ class ListClaims(ClaimSource):
         return claims
 
     def _judge(self, key: str, index: int, message: str) -> None:
-        """A key that cannot be used is said now and then, and read around; its queue waits for nothing meanwhile."""
+        """Log a key that cannot be used, and do not wait on its queue meanwhile; raise what is not about one key."""
         if reaction_to(message) not in (Reaction.KEY, Reaction.REFUSE, Reaction.FULL):
-            with (
-                self._session.watched()
-            ):  # not this key's trouble: what a script passed on is the whole server's answer
+            with self._session.watched():  # not about this key: an error of the whole server that the script passed on
                 raise ResponseError(message)
         self._complain(key, message)
         heads = HEADS * len(self._lists)
@@ -115,7 +113,7 @@ class ListClaims(ClaimSource):
                 self._unreadable_until[place] = self._unreadable_until[key]
 
     async def wait(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:
-        """Wait for a bell, and take what it announced."""
+        """Wait until a list has an element, and take it."""
         wait = max(0.01, min(wait, BLOCK, min(self._reclaimer.look_at) - monotonic()))
         ready_keys = self._open(running)
         open_ = [place for place in ready_keys if place not in self._for_others]
@@ -141,11 +139,11 @@ class ListClaims(ClaimSource):
         self._reclaimer.rest_after_outage()
 
     async def end_wait(self) -> None:
-        """See `ClaimSource.end_wait`: the lists are waited for on."""
+        """End the current wait; the blocking reads go on."""
         self._wake_lists.wake()
 
     async def unblock(self) -> None:
-        """End waits."""
+        """End the blocking reads."""
         await self._wake_lists.unblock()
 
     async def close(self) -> None:
@@ -153,18 +151,18 @@ class ListClaims(ClaimSource):
 
 
 MOST: Final = 10_000
-"""Most orphans of a queue one look brings."""
+"""Most expired claims of a queue in one look."""
 BATCH: Final = 500
-"""Most of them one script call gives back."""
+"""Most claims that one script call releases."""
 
 
 class Reclaimer:
-    """Gives back claims of ``queues`` that nobody renews.
+    """Releases expired claims of ``queues``.
 
     Args:
         session: the connections.
-        queues: whose.
-        lease: seconds after which an unrenewed claim is an orphan.
+        queues: their keys.
+        lease: seconds after which an unrenewed claim expires.
     """
 
     def __init__(self, session: Session, queues: Sequence[ListKeys], *, lease: float) -> None:
@@ -173,34 +171,34 @@ class Reclaimer:
         self._lease = lease
         self._longest = 0.0
         self.worker = ""
-        """Who looks."""
+        """Id of the worker that looks."""
         self.look_at = [0.0] * len(self._keys)
-        """When each queue is looked at next, by the monotonic clock."""
+        """Monotonic seconds of the next look at each queue."""
         self._resting_until = 0.0
         self.missing = 0
-        """Claims whose jobs were deleted underneath, since the start."""
+        """Claims whose jobs were deleted, since the start."""
 
     def add(self, keys: ListKeys) -> None:
-        """One more queue."""
+        """Add a queue."""
         self._keys.append(keys)
         self.look_at.append(self._resting_until)
 
     def rest(self, seconds: float) -> None:
-        """Take nobody for dead for some seconds."""
+        """Release nothing for some seconds."""
         seconds = max(seconds, self._longest) if seconds > 0 else seconds
         self._resting_until = max(self._resting_until, monotonic() + seconds)
         self.look_at = [max(at, self._resting_until) for at in self.look_at]
 
     def rest_after_outage(self) -> None:
-        """Nobody could renew meanwhile: no one is taken for dead before everyone had a lease to come back."""
+        """After an outage no worker could renew: release nothing before every worker had one lease to renew."""
         if self._session.outage() > self._lease / 3:
             self.rest(self._lease)
 
     async def give_back(self, running: Collection[Claim] | None) -> float:
-        """Give back what is due; returns the seconds until the next look.
+        """Release expired claims of the queues whose look is due; returns the seconds until the next look.
 
         Args:
-            running: what runs here; it is left to others to find that it overran its lease. ``None``: all we hold.
+            running: claims that run here, which are left to other workers; ``None`` for all that this worker holds.
         """
         now = monotonic()
         due = [index for index, at in enumerate(self.look_at) if at <= now]
@@ -229,7 +227,7 @@ class Reclaimer:
         for member in sorted(members, reverse=True):
             lease = lease_of(member)
             if lease is None or (lease[2] == self.worker and (own is None or (keys.queue, lease[0]) in own)):
-                continue  # whoever runs it here past its deadline must not find it in the list again
+                continue  # this worker must not claim again what it still runs past its deadline
             entries.append((member, holders.setdefault(lease[2], len(holders) + 6)))
         names = [keys.leases, *keys.lists, keys.meta, *(keys.claimed(worker) for worker in holders)]
         for start in range(0, len(entries), BATCH):
@@ -350,7 +348,7 @@ class ListBroker(RedisBroker[ListKeys, ClaimSource]):
 
     async def promote(self) -> float:
         wait = await promote(self._session, self._keys)
-        # Here too, because nobody claims while all slots are busy.
+        # Here too, because no worker claims while all its slots are busy.
         self._reclaimer.rest_after_outage()
         if monotonic() >= self._tidy_at:
             self._tidy_at = monotonic() + tidy_pause(self._options.lease)
@@ -369,14 +367,14 @@ class ListBroker(RedisBroker[ListKeys, ClaimSource]):
 
 
 def refuse_cluster(address: Address, info: dict[str, Any] | None = None) -> None:
-    """List mode moves jobs between keys that a cluster keeps on different nodes.
+    """Refuse a cluster: list mode moves jobs between keys that a cluster keeps on different nodes.
 
     Args:
-        address: where it would work.
-        info: INFO's section "server", once that is known.
+        address: the server.
+        info: INFO's section "server", once it is known.
 
     Raises:
-        ConfigurationError: there is a cluster.
+        ConfigurationError: the server is a cluster's.
     """
     if address.spread or (info is not None and clustered(info)):
         raise ConfigurationError(
@@ -386,17 +384,17 @@ def refuse_cluster(address: Address, info: dict[str, Any] | None = None) -> None
 
 
 HEADS: Final = 3
-"""Keys of a queue that come before the lists: its meta hash, its lease set, and what this worker holds of it."""
+"""Keys of a queue before the lists in the script's KEYS: meta hash, lease set, claimed list of the worker."""
 PASSED_PAUSE: Final = 0.5
-"""Most seconds between looks at a list whose right end holds what only others may take."""
+"""Most seconds between looks at a list whose right end holds elements that only other workers may take."""
 
 
 class ListSettlement:
-    """Claims in the list of one worker. See `Settlement`.
+    """`ClaimSettlement` of claims in the claimed lists of one worker.
 
     Args:
-        client: what to send with.
-        worker: whose claims these are.
+        client: sends the scripts.
+        worker: the worker's id.
     """
 
     def __init__(self, client: scripts.AsyncCaller, worker: str) -> None:
@@ -457,24 +455,24 @@ class ListSettlement:
 
 
 def as_lists(keys: QueueKeys) -> ListKeys:
-    """The keys as those of list mode."""
+    """The keys, which must be those of list mode."""
     if not isinstance(keys, ListKeys):
         raise UsageError(f"the queue {keys.queue} is not one of list mode")
     return keys
 
 
 WAKE_BLOCK: Final = 30.0
-"""Seconds one wait of a single list takes; more lists wait longer, so that all together ask the server rarely."""
+"""Seconds of one blocking read; many lists block longer, so that all together ask the server rarely."""
 LAST_CALL: Final = 1.0
-"""Seconds a wait may take to end after it was unblocked."""
+"""Seconds a blocking read may take to end after it was unblocked."""
 
 
 class WakeLists:
-    """One bell per list, put up when it is first waited for.
+    """Blocking reads of lists, a connection each, opened when a list is first waited on.
 
     Args:
         session: the connections.
-        count: most bells there will be.
+        count: most lists.
     """
 
     def __init__(self, session: Session, count: int) -> None:
@@ -495,7 +493,7 @@ class WakeLists:
             if key not in self._readers:
                 self._readers[key] = self._session.address.reader(self._block, self._session.commands)
             if key not in self._waits:
-                # Tasks of asyncio's own: a wait outlives this call, which no task group allows.
+                # Tasks without a group: a wait outlives this call.
                 self._waits[key] = asyncio.ensure_future(self._wait(key))
         watched = {self._waits[key]: key for key in keys}
         self._woken = asyncio.get_running_loop().create_future()
@@ -520,23 +518,23 @@ class WakeLists:
             if row is not None and row.name == "OOM":  # BLMOVE could grow, and so is refused while memory is out
                 await anyio.sleep(LAST_CALL)
                 return True
-            await reader.close()  # whatever it was, the next wait finds its server anew
+            await reader.close()  # the next wait connects again
             raise
         return reply is not None
 
     def wake(self) -> None:
-        """End `ring` now; the lists are waited for on."""
+        """End `wait` now; the blocking reads go on."""
         if self._woken is not None and not self._woken.done():
             self._woken.set_result(None)
 
     async def unblock(self) -> None:
-        """End all waits soon."""
+        """End all blocking reads soon."""
         for key in [key for key, wait in self._waits.items() if not wait.done()]:
             with understood(self._session.address):
                 await self._readers[key].unblock()
 
     async def close(self) -> None:
-        """End all waits and close their connections."""
+        """End all blocking reads and close their connections."""
         waits = [wait for wait in self._waits.values() if not wait.done()]
         if waits:
             with suppress(StreamworkerError), anyio.move_on_after(LAST_CALL):

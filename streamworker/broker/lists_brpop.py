@@ -1,8 +1,8 @@
-"""The literal loop of old workers: ``BRPOP key... timeout``, one job at a time.
+"""List mode by ``BRPOP key... timeout``, one job at a time, as legacy workers do.
 
-A popped job lies nowhere but in this process: a crash loses it, and so does a reply that the network lost. A worker
-that stops in order loses nothing: what came last is taken and finished, or put back. For fleets whose jobs must not run
-twice after a crash; everyone else wants `lists`.
+A popped job is in this process alone: a crash loses it, and so does a lost reply. A worker that is stopped loses
+nothing: the last job is finished, or put back. For fleets whose jobs must not run twice after a crash; for all others
+there is `lists`.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ log = get_logger("streamworker.broker")
 
 _ASKED: Final = ("paused", "inactive", "cancelled", "waits", SECRET)
 AT_ONCE = 0.01
-"""Seconds a BRPOP waits that should not: zero would mean for ever."""
+"""Seconds of a BRPOP that should not wait: zero means for ever."""
 
 
 class BrpopClaims(ClaimSource):
-    """Pops one element at a time.
+    """`ClaimSource` that pops one element at a time.
 
     Args:
         session: the connections.
@@ -58,7 +58,7 @@ class BrpopClaims(ClaimSource):
         self._weighted = weighted
         self._reclaimer = reclaimer
         self.waited: frozenset[str] = frozenset()
-        """Queues with jobs whose end somebody waits for, by the last look."""
+        """Queues with jobs whose end a caller waits for, by the last look."""
 
     async def claim(
         self,
@@ -68,7 +68,7 @@ class BrpopClaims(ClaimSource):
         ended: Callable[[str], int] = none_ended,
         shut: Collection[str] = (),
     ) -> list[Claim]:
-        """See `Broker.claim`: BRPOP looks and waits in one, with nothing in hand, so that no cap is ever met."""
+        """`Broker.claim`: BRPOP reads and waits in one, while no job runs, so that no cap is ever reached."""
         del ended
         self.shut = shut
         self._rest_after_outage()
@@ -81,7 +81,7 @@ class BrpopClaims(ClaimSource):
         return await self.wait_unless_stale(limit, min(wait, SILENT_WAIT) if self.silent else wait, running)
 
     async def _hands_free(self, wait: float, running: Collection[Claim]) -> bool:
-        """Wait until nothing is in hand: what is finished and not settled would be lost with the next one."""
+        """Wait until no job runs: a finished job that is not settled would be lost together with the next one."""
         pause = 0.0005
         with anyio.move_on_after(wait):
             while len(running) and not self._interrupted.is_set():
@@ -94,11 +94,11 @@ class BrpopClaims(ClaimSource):
         return []
 
     async def take(self, limit: int, running: Collection[Claim]) -> list[Claim]:  # noqa: ARG002 - one job at a time
-        """What is there at once."""
+        """Pop without waiting."""
         return await self._pop(AT_ONCE, running)
 
     async def wait(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:  # noqa: ARG002
-        """What comes within ``wait`` seconds."""
+        """Pop within ``wait`` seconds."""
         wait = max(AT_ONCE, min(wait, BLOCK, min(self._reclaimer.look_at) - monotonic()))
         return await self._pop(wait, running)
 
@@ -132,7 +132,7 @@ class BrpopClaims(ClaimSource):
         return [Claim(keys.queue, level, place, entry.encode(), count, body, b"", secret=secret)]
 
     def _ordered(self, places: list[str]) -> list[str]:
-        """Strictly as listed; weighted, the level whose turn it is comes first."""
+        """Keys as listed; with weighted order the level whose turn it is comes first."""
         if not self._weighted:
             return places
         turn = LEVELS[self._order.budgets(1).index(1)]
@@ -147,7 +147,7 @@ class BrpopClaims(ClaimSource):
 
 
 class BrpopBroker(ListBroker):
-    """List mode with BRPOP: a claim is in this process and nowhere else; there is nothing to renew or to rescue."""
+    """List mode with BRPOP: a claim is in this process alone; there is no lease to renew or to reclaim."""
 
     _source_class: ClassVar[Callable[..., ClaimSource]] = BrpopClaims
 
@@ -161,16 +161,16 @@ class BrpopBroker(ListBroker):
         )
 
     async def confirm(self, claim: Claim) -> Claim | None:
-        """See `Broker.confirm`: nothing is ever reserved."""
+        """Nothing is ever reserved."""
         return claim
 
     def renew(self, claims: Collection[Claim]) -> list[Claim]:
-        """See `Broker.renew`: nobody can take them away."""
+        """No claim can be lost."""
         del claims
         return []
 
     def standby(self, longest: float) -> bytes | None:
-        """See `Broker.standby`: there is nothing to renew."""
+        """There is no lease to renew."""
         del longest
         return None
 
@@ -185,12 +185,12 @@ class BrpopBroker(ListBroker):
         claims = await self._source.claim(limit, wait, running, ended, shut)
         try:
             return await self._cancels.judged(claims, self._source.marked)
-        except StreamworkerError as error:  # the job is in our hands and nowhere else
+        except StreamworkerError as error:  # the job is in this process alone
             log.warning("cancelled_unknown", jobs=len(claims), error=str(error))
             return claims
 
     async def settle(self, items: Sequence[Ending]) -> list[Settled]:
-        """See `Broker.settle`; what is done left the server when it was popped."""
+        """Settle; a finished job left the server when it was popped."""
         await self._session.fresh()
         with self._session.watched():
             refusals = self._refused()
@@ -203,13 +203,13 @@ class BrpopBroker(ListBroker):
             )
 
     async def own_pending(self, running: Collection[Claim]) -> list[Claim]:
-        """See `Broker.own_pending`: what a lost reply brought is lost."""
+        """What a lost reply claimed is lost."""
         del running
         return []
 
 
 class _PoppedSettlement(ListSettlement):
-    """Endings of claims that lie nowhere: only whether they were stored before is asked."""
+    """`ClaimSettlement` of popped claims, which have no fence: scripts check whether an ending was stored before."""
 
     def __init__(self, client: scripts.AsyncCaller, worker: str, waited: frozenset[str]) -> None:
         super().__init__(client, worker)

@@ -1,7 +1,7 @@
-"""What people do by hand, in either mode.
+"""`Operator` of both modes.
 
-Nothing here consumes: listings read in pages, and every change goes through the workers' own scripts with the holder's
-name and delivery count as the fence, so that a job that moved on meanwhile is left alone.
+Listings consume nothing. Every change goes through the workers' own scripts, fenced by the holder's name and the
+delivery count, so that a job that has moved meanwhile is left alone.
 """
 
 from __future__ import annotations
@@ -36,32 +36,32 @@ from streamworker.broker.lists import ListSettlement, refuse_cluster
 from streamworker.broker.redis.client import Address
 from streamworker.broker.redis.reactions import understood
 from streamworker.broker.redis.session import OperatorSession, text
-from streamworker.broker.settle import Refusals, Settlement, StreamSettlement, settle
+from streamworker.broker.settle import ClaimSettlement, Refusals, StreamSettlement, settle
 from streamworker.broker.stream import StreamOptions
 from streamworker.codec import NOTHING
 from streamworker.errors import InvalidJob, StreamworkerError
 from streamworker.job import Claim, Dead, Depth, Drop, Progress, ReleaseAt, Settled, Verdict, read
 
 Freed: TypeAlias = Callable[[str, Sequence[str]], Awaitable[None]]
-"""Told of a queue and the ids of jobs of it that were ended by hand: a ledger remembers keys of its own."""
+"""Called with a queue and the ids of jobs that an operator ended: a ledger stores deduplication keys too."""
 PURGE_BATCH: Final = 1000
-"""Jobs one script call deletes."""
+"""Most jobs that one script call deletes."""
 
 
 async def nothing_freed(_queue: str, _ids: Sequence[str]) -> None:
-    """Where only Redis remembers keys."""
+    """`Freed` where only Redis stores deduplication keys."""
 
 
 class RedisOperator(ABC):
-    """What both modes of the `Operator` protocol share.
+    """The part of `Operator` that both modes share.
 
     Args:
         address: the server.
-        namespace: goes before every key of ours.
-        group: the consumer group, where there is one.
+        namespace: prefix of our keys.
+        group: the consumer group; empty in list mode.
         keys: the keys of a queue, by its name.
         lease: seconds a claim lives unrenewed.
-        freed: told of jobs that were ended by hand.
+        freed: called with jobs that the operator ended.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class RedisOperator(ABC):
         with understood(self._address):
             try:
                 await self._address.greet(self._commands)
-            except NoPermissionError:  # not everybody may ask for INFO
+            except NoPermissionError:  # the user may not have the right to INFO
                 await self._commands.ping()
 
     async def close(self) -> None:
@@ -102,11 +102,11 @@ class RedisOperator(ABC):
 
     @abstractmethod
     async def _claim(self, entry: PendingEntry) -> Claim | None:
-        """What is held as it was listed, without a document if that is gone; ``None`` if it is not so any more."""
+        """The claim as it was listed, without a body if its document is gone; ``None`` if the claim has changed."""
 
     @abstractmethod
-    def _sender(self, worker_id: str) -> Settlement:
-        """Ends claims of a worker."""
+    def _sender(self, worker_id: str) -> ClaimSettlement:
+        """Settles claims of a worker."""
 
     async def body(self, entry: PendingEntry) -> bytes | None:
         claim = await self._claim(entry)
@@ -184,7 +184,7 @@ class RedisOperator(ABC):
     async def ticks(self, queue: str) -> dict[str, float]:
         found = await self._session.ask("HGETALL", self._key(queue).crons)
         pairs = found.items() if isinstance(found, dict) else zip(found[::2], found[1::2], strict=True)
-        # Beside the ticks lies which schedule of a name is in force, as a time and the schedule.
+        # Other fields name the schedule in force for a name, as a time and the schedule.
         return {text(schedule): int(at) / 1000 for schedule, at in pairs if at.isdigit()}
 
     async def uncancel(self, queue: str, job_id: str) -> bool:
@@ -200,7 +200,7 @@ class RedisOperator(ABC):
 
     async def run_now(self, job: StoredJob) -> bool:
         keys = self._key(job.queue)
-        # Listings of thousands leave the documents out.
+        # Long listings leave the documents out.
         body = await self._session.ask("HGET", keys.bodies, job.handle) if job.body is None else job.body
         args = ["hasten", job.handle, _without_date(body) if body else b""]
         answer = await self._session.run(scripts.UNPARK, [keys.due, keys.bodies], args)
@@ -210,7 +210,7 @@ class RedisOperator(ABC):
             )
         if not answer:
             return False
-        # Now means now, also when no worker is there to look: it is first in the set, so that one batch takes it along.
+        # Promoted at once, even if no worker runs: the job is first in the set, so that one batch includes it.
         await self._session.run(scripts.PROMOTE, [keys.due, keys.bodies, *keys.places], [PAGE, keys.shape])
         return True
 
@@ -241,7 +241,7 @@ class RedisOperator(ABC):
     async def erase(self, job: StoredJob) -> bool:
         keys = self._key(job.queue)
         body = job.body
-        if body is None:  # listings of thousands leave the documents out
+        if body is None:  # long listings leave the documents out
             body = next((row.body for row in (await listings.dead(self._session, keys, "", job.handle)).rows), None)
         found = codec.keyed(body)
         names, args = [keys.dead], [job.handle]
@@ -290,7 +290,7 @@ class RedisOperator(ABC):
 
 
 def _handed_back(entry: PendingEntry, body: bytes, secret: bytes) -> bytes | None:
-    """The document for the next hop. The deaths of workers stay with it: by hand is no way past MAX_DELIVERIES."""
+    """The document for the next hop. It keeps its deliveries: a release by hand does not evade MAX_DELIVERIES."""
     try:
         document = codec.read(body)
         before = codec.state_of(document, secret)
@@ -302,7 +302,7 @@ def _handed_back(entry: PendingEntry, body: bytes, secret: bytes) -> bytes | Non
 
 
 def _refreshed(letter: StoredJob, body: bytes) -> bytes:
-    """The document of a dead letter with nothing charged to it; bytes that cannot be read stay as they are."""
+    """The document of a dead letter with no attempts charged; bytes that cannot be read stay as they are."""
     try:
         document = codec.read(body)
         patch = {
@@ -317,7 +317,7 @@ def _refreshed(letter: StoredJob, body: bytes) -> bytes:
 
 
 def _without_date(body: bytes) -> bytes:
-    """The document without its ``run_at``, which would send it back to the due set; as it is if it cannot be read."""
+    """The document without ``run_at``, which would park the job again; unchanged if it cannot be read."""
     try:
         return codec.rewrite(body, {"run_at": None}) if codec.read(body).run_at is not None else body
     except InvalidJob:
@@ -325,7 +325,7 @@ def _without_date(body: bytes) -> bytes:
 
 
 class StreamOperator(RedisOperator):
-    """Stream mode of the `Operator` protocol."""
+    """`Operator` of stream mode."""
 
     def __init__(self, address: Address, options: StreamOptions, freed: Freed = nothing_freed) -> None:
         namespace = options.namespace
@@ -366,7 +366,7 @@ class StreamOperator(RedisOperator):
             _, rows = await self._session.run(scripts.PENDING, [place], [self._group, "-", "+", 1, 0, worker_id])
             if rows:
                 return False
-        # Each call looks again: a name with pending entries would take them along.
+        # Each call checks again: deleting a consumer deletes its pending entries.
         answers = [await self._session.run(scripts.LEAVE, each.streams, [self._group, worker_id]) for each in keys]
         return all(answers)
 
@@ -384,7 +384,7 @@ class StreamOperator(RedisOperator):
 
 
 class ListOperator(RedisOperator):
-    """List mode of the `Operator` protocol."""
+    """`Operator` of list mode."""
 
     def __init__(self, address: Address, options: Options, freed: Freed = nothing_freed) -> None:
         refuse_cluster(address)
@@ -394,14 +394,14 @@ class ListOperator(RedisOperator):
         )
 
     async def open(self) -> None:
-        with understood(self._address), suppress(NoPermissionError):  # not everybody may ask for INFO
+        with understood(self._address), suppress(NoPermissionError):  # the user may not have the right to INFO
             refuse_cluster(self._address, await self._commands.info("server"))
         await super().open()
 
     async def _page(
         self, queue: str, after: str, consumer: str | None, min_idle: float, only: str | None
     ) -> Page[PendingEntry]:
-        # One page for all: what is claimed is no more than the workers have slots.
+        # One page for all: there are no more claims than the workers have slots.
         del after
         (keys,) = self._lists([queue])
         held = await listings.list_pending(self._session, keys, consumer)
@@ -423,7 +423,7 @@ class ListOperator(RedisOperator):
         return await listings.list_workers(self._session, self._lists(queues), everywhere=everywhere)
 
     async def prune(self, queues: Sequence[str], worker_id: str) -> bool:
-        """See `Operator.prune`: a name that holds nothing lies nowhere."""
+        """A worker without claims has no key, so that nothing is deleted."""
         if await self._session.ask("EXISTS", worker_key(self._namespace, worker_id)):
             return False
         return not any([await self._session.ask("LLEN", keys.claimed(worker_id)) for keys in self._lists(queues)])

@@ -1,4 +1,4 @@
-"""Ending claims in groups: one script a place and kind of verdict, the finished ones first."""
+"""Settling claims in groups: one script for each ready key and kind of verdict, finished jobs first."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from streamworker.errors import InvalidJob, StreamworkerError
 from streamworker.job import Claim, Dead, Done, Drop, ReleaseAt, RetryAt, Settled
 
 BATCH: Final = 500
-"""Most claims of one script call, so that it never blocks the server for long."""
+"""Most claims of one script call, so that it does not block the server for long."""
 _STAGES: Final[dict[type, int]] = {Done: 0, Drop: 1, RetryAt: 2, ReleaseAt: 2, Dead: 3}
 _CODES: Final = (Settled.LOST, Settled.SETTLED)
 BISECTIONS: Final = 12
@@ -28,44 +28,44 @@ Code: TypeAlias = int | bytes
 """1 settled, 0 lost, a text: why it was refused."""
 
 
-class Settlement(Protocol):
-    """Ends claims of one worker, all of one place; each answers 1 settled, 0 lost, or why it was refused, in order."""
+class ClaimSettlement(Protocol):
+    """Settles claims of one worker, all of one ready key; answers a code for each, in order."""
 
     waited: bool
-    """Whether somebody waited for jobs of the queue to end, when `done` was last called."""
+    """Whether a caller waited for jobs of the queue to end, when `done` was last called."""
 
     async def done(self, keys: QueueKeys, items: list[Ending]) -> list[Code]:
-        """Delete what is finished."""
+        """Delete finished claims."""
 
     async def tell(self, keys: QueueKeys, items: list[Ending]) -> None:
-        """Tell those who wait that it is."""
+        """Publish to waiting callers that jobs are finished."""
 
     async def finish(self, keys: QueueKeys, items: list[Ending]) -> list[Code]:
-        """Delete what has ended and leaves something behind, or was cancelled."""
+        """Delete ended claims that have a result note, or were cancelled."""
 
     async def park(self, keys: QueueKeys, items: list[Ending]) -> list[Code]:
-        """Store what goes on, then delete the claim."""
+        """Store the next form of a job that goes on, then delete the claim."""
 
     async def bury(self, keys: QueueKeys, items: list[Ending]) -> list[Code]:
         """Store a dead letter, then delete the claim."""
 
 
 async def settle(
-    sender: Settlement,
+    sender: ClaimSettlement,
     homes: Mapping[str, QueueKeys],
     items: Sequence[Ending],
     refusals: Refusals,
     *,
     spread: bool = False,
 ) -> list[Settled]:
-    """End claims, each only if it still holds.
+    """Settle claims, each only if it still holds.
 
     Args:
-        sender: whose claims these are, and what they lie in.
-        homes: place to the keys of its queue.
-        items: what to end, and how.
-        refusals: told why the server refused to store some.
-        spread: the queues are served by several nodes: one that does not answer keeps its own from being ended alone.
+        sender: settles claims of the worker, in its mode.
+        homes: ready key to the keys of its queue.
+        items: the claims and their verdicts.
+        refusals: collects why the server refused to store some.
+        spread: several nodes serve the queues: claims on a node that does not answer are refused, the others settled.
     """
     groups: dict[tuple[int, str], list[int]] = {}
     for index, item in enumerate(items):
@@ -95,7 +95,7 @@ _Stage: TypeAlias = Callable[[QueueKeys, list[Ending]], Awaitable[list[Code]]]
 
 
 async def _sent(stage: _Stage, keys: QueueKeys, items: list[Ending], *, spread: bool) -> list[Code]:
-    """One batch; an error that is not the whole server's is looked for in halves, and refuses what it is about."""
+    """Settle a batch; an error that is not about the whole server is bisected, and refuses only its own claims."""
     codes: list[Code] = []
     rest, failures = [items], 0
     while rest:
@@ -117,23 +117,23 @@ async def _sent(stage: _Stage, keys: QueueKeys, items: list[Ending], *, spread: 
 
 
 class Refusals:
-    """Why the server refuses to store endings, by queue; of one call."""
+    """Why the server refused to store endings in one call, by queue."""
 
     def __init__(self) -> None:
         self.why: dict[str, Refusal] = {}
 
     def note(self, queue: str, error: str) -> None:
-        """One ending of a queue was refused."""
+        """Add a refused ending of a queue."""
         self.why.setdefault(queue, Refusal(error, cure_of(error)))
 
 
 class StreamSettlement:
-    """Claims in the pending lists of consumer groups; the fence is (consumer, delivery count).
+    """`ClaimSettlement` of pending entries of a consumer; the fence is (consumer, delivery count).
 
     Args:
-        client: what to send with.
+        client: sends the scripts.
         group: the consumer group.
-        consumer: whose claims these are.
+        consumer: the worker's id.
     """
 
     def __init__(self, client: scripts.AsyncCaller, group: str, consumer: str) -> None:
@@ -182,7 +182,7 @@ class StreamSettlement:
 
 
 async def tell(client: scripts.AsyncCaller, keys: QueueKeys, items: Iterable[Ending]) -> None:
-    """Tell those who wait that jobs are done. A hint: whoever misses it looks now and then."""
+    """Publish that jobs are finished. A hint: waiting callers also look now and then."""
     ids = [item.job_id or id_of(item.claim) for item in items]
     names = [keys.result(job_id) for job_id in ids if job_id]
     if names:
@@ -191,12 +191,12 @@ async def tell(client: scripts.AsyncCaller, keys: QueueKeys, items: Iterable[End
 
 
 def kept_at(keys: QueueKeys, items: Iterable[Ending]) -> list[str]:
-    """Two keys for each ending: where it is kept how the job ended, and where it is remembered that this was kept."""
+    """Two keys for each ending: of the result note, and of the mark that remembers that it was kept."""
     return [key for item in items for key in (keys.result(item.job_id), keys.ended(item.job_id))]
 
 
 def note(item: Ending) -> tuple[int, bytes]:
-    """What is told of an ending: ms for which it can be read (0: not at all), and the note."""
+    """(ms for which the result note can be read (0: not at all), the note) of an ending."""
     told = item.note
     if told is None:
         verdict = item.verdict
@@ -209,7 +209,7 @@ def note(item: Ending) -> tuple[int, bytes]:
 
 
 def freed(item: Ending, keys: QueueKeys, names: list[str]) -> int:
-    """The deduplication key that an ending by hand makes free, put behind ``names``: its number there, 0 for none."""
+    """Append the deduplication key that `Drop` deletes to ``names``; its number there, 0 for none."""
     found = codec.keyed(item.claim.body) if isinstance(item.verdict, Drop) else None
     if found is None or found[1] != item.job_id:
         return 0
@@ -226,7 +226,7 @@ def id_of(claim: Claim) -> str | None:
 
 
 def parking(item: Ending, now: float) -> tuple[int, str, bytes]:
-    """How a job goes on: ms to wait (negative: ready at once), its member in the due set, its document."""
+    """(ms to wait (negative: ready at once), member of the due set, document) of a job that goes on."""
     verdict = item.verdict
     body = item.body if item.body is not None else item.claim.body
     if not isinstance(verdict, RetryAt | ReleaseAt) or body is None:
@@ -236,7 +236,7 @@ def parking(item: Ending, now: float) -> tuple[int, str, bytes]:
 
 
 def dead_letter_fields(item: Ending) -> dict[str, Any]:
-    """What a dead letter tells of its job, in the order in which scripts take it."""
+    """Fields of a dead letter, in the order of the script's arguments."""
     verdict = item.verdict
     if not isinstance(verdict, Dead):
         raise StreamworkerError(f"only the dead are buried, not {verdict}")

@@ -26,7 +26,7 @@ log = get_logger("streamworker.broker")
 
 
 class StreamOptions(Options, frozen=True, kw_only=True):
-    """What a stream broker is told.
+    """Options of a stream broker.
 
     Attributes:
         group: the consumer group.
@@ -36,7 +36,7 @@ class StreamOptions(Options, frozen=True, kw_only=True):
 
 
 class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
-    """Stream mode of the `Broker` protocol; one instance serves one worker, or producers."""
+    """`WorkerBroker` of stream mode; one instance serves one worker, or producers."""
 
     def __init__(self, address: Address, options: StreamOptions) -> None:
         self._group = options.group
@@ -64,10 +64,10 @@ class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
             try:
                 foreign, trouble = await self._source.ensure(keys)
             except Unreachable as error:
-                away.append(keys.queue)
+                away.append(keys.queue)  # its groups are created when the node is back
                 if not self._session.address.spread or len(away) == len(self._keys):
                     raise
-                log.error("node_away", queues=[keys.queue], error=str(error))  # its groups are made when it is back
+                log.error("node_away", queues=[keys.queue], error=str(error))
                 continue
             if trouble:
                 stream, _, problem = trouble[0].partition(" ")
@@ -88,7 +88,7 @@ class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
             except Unreachable:
                 if not self._session.address.spread:
                     raise
-                continue  # what is held there is known to the worker; the name is pruned when the node is back
+                continue  # the worker knows its claims there; the consumer is pruned when the node is back
             if left:
                 await self._session.run(scripts.LEASE, [keys.meta], [self._source.consumer, 0])
             gone = gone and left
@@ -97,7 +97,7 @@ class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
                 await self._session.commands.delete(self._name)
         except Unreachable:
             if not self._session.address.spread:
-                raise  # else the heartbeat's node is away: it lapses by itself
+                raise  # else the heartbeat's node is away: it expires by itself
         return gone
 
     async def interrupt(self) -> None:
@@ -106,8 +106,8 @@ class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
 
     async def confirm(self, claim: Claim) -> Claim | None:
         args = [self._group, self._source.consumer, claim.entry, claim.count]
-        # Remembered, because a lost reply leaves it to `own_pending` to see whether this delivery was counted. One is
-        # enough: suspects run alone.
+        # After a lost reply `own_pending` decides by this whether the delivery was counted. One is enough: suspects
+        # run alone.
         self._last_confirmed = (claim.place, claim.entry, claim.count)
         if await self._confirmed(scripts.CONFIRM, [claim.place], args):
             return msgspec.structs.replace(claim, count=claim.count + 1, suspect=False)
@@ -130,7 +130,7 @@ class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
                     args += (entry, mine[entry].count)
                 try:
                     lost += [mine[entry] for entry in self._session.in_thread(scripts.RENEW, [place, meta], args)]
-                except Unreachable as error:  # claims on other nodes of a cluster must not run out with these
+                except Unreachable as error:  # claims on other nodes of a cluster must not expire with these
                     down[home] = error
                     break
         homes = {self._session.address.home(place) for place in by_place}
@@ -165,10 +165,10 @@ class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
             except Unreachable:
                 if not self._session.address.spread:
                     raise
-                continue  # claims elsewhere are found all the same; these when their node is back
+                continue  # claims on other nodes are found all the same; these when their node is back
             for entry, count, fields in pending:
-                # Claimed for real, a count is at most one below a suspect's; from there on it was only reserved, unless
-                # it is the one whose confirmation got through.
+                # A counted claim is at most one delivery below a suspect. From there on it was only reserved, unless
+                # its confirmation succeeded.
                 counted = self._last_confirmed == (place, entry, count - 1)
                 suspect = count >= self._options.alone_from - 1 and not counted
                 body = document(fields)
@@ -198,27 +198,27 @@ class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
 
 
 LEASES: Final = 10
-"""Most names of one queue that are looked at in one go."""
+"""Most names of one queue in one look."""
 _LINE: Final = re.compile(rb"(\S+) \d+\n")
 
 
 def tidy_pause(lease: float) -> float:
-    """Seconds between two goes, for workers of that lease."""
+    """Seconds between two looks, for workers of that lease."""
     return max(2.0, min(60.0, 4 * lease)) * random.uniform(0.8, 1.2)  # noqa: S311 - spreads load
 
 
 async def tidy(session: Session, keys: QueueKeys, group: str, *, namespace: str, idle: float) -> list[str]:
-    """Delete the names of dead workers from one queue's groups.
+    """Delete consumers of dead workers from one queue's groups.
 
     Args:
         session: the connections.
         keys: the queue's keys.
         group: the consumer group.
-        namespace: goes before every key.
-        idle: seconds a name must have been silent.
+        namespace: prefix of every key.
+        idle: seconds for which a consumer must have been idle.
 
     Returns:
-        The names that are gone.
+        The names of the deleted consumers.
     """
     silent: dict[str, float] = {}
     for stream in keys.streams:
@@ -229,7 +229,7 @@ async def tidy(session: Session, keys: QueueKeys, group: str, *, namespace: str,
     for name in [name for name, seconds in silent.items() if seconds > idle]:
         with session.watched():
             alive = await session.commands.exists(worker_key(namespace, name))
-        # The script looks again for pending entries: deleting a consumer deletes them with it.
+        # The script checks again for pending entries: deleting a consumer deletes them with it.
         if not alive and await session.run(scripts.LEAVE, keys.streams, [group, name]):
             gone.append(name)
     return gone
@@ -238,18 +238,18 @@ async def tidy(session: Session, keys: QueueKeys, group: str, *, namespace: str,
 async def forget_leases(
     session: Session, keys: QueueKeys, namespace: str, gone: Callable[[str], Awaitable[bool]]
 ) -> None:
-    """Forget the leases of some workers that are dead and hold nothing any more.
+    """Delete the stored leases of some dead workers without claims.
 
     Args:
         session: the connections.
         keys: the queue's keys.
-        namespace: goes before every key.
-        gone: whether a name holds nothing.
+        namespace: prefix of every key.
+        gone: whether a worker has no claims.
     """
     names = [
         name.decode(errors="replace") for name in _LINE.findall(await session.ask("HGET", keys.meta, "leases") or b"")
     ]
-    for name in random.sample(names, min(LEASES, len(names))):  # whoever looks next takes others
+    for name in random.sample(names, min(LEASES, len(names))):  # the next look takes others
         if not await session.ask("EXISTS", worker_key(namespace, name)) and await gone(name):
             await session.run(scripts.LEASE, [keys.meta], [name, 0])
 

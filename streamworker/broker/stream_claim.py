@@ -1,4 +1,4 @@
-"""How a worker comes to jobs in stream mode: new entries in order, orphans by sweeping, waiting when there is none."""
+"""Claims of stream mode: reclaim expired leases, read new entries by priority, else block."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ log = get_logger("streamworker.broker")
 AWAY_PAUSE: Final = 1.0
 """Seconds between looks at a node that does not answer."""
 LAST_CALL: Final = 1.0
-"""Seconds a read may take to end after it was unblocked; then nobody waits for its node any more."""
+"""Seconds a read may take to end after it was unblocked; then its node is not waited for any more."""
 
 
 class ClusterStreamClaims:
-    """One `StreamClaims` per slot, with the face of one. See there."""
+    """`StreamClaims` of a cluster: one for each slot, behind the methods of one."""
 
     def __init__(
         self,
@@ -74,16 +74,16 @@ class ClusterStreamClaims:
         ]
         self._reads: dict[StreamClaims, asyncio.Task[list[Claim]]] = {}
         self._away: dict[StreamClaims, Unreachable] = {}
-        """Parts whose node does not answer, and how it does not."""
+        """Parts whose node does not answer, and the error."""
         self._interrupted = False
         self.silent = False
-        """The bell is not heard: see `listen`."""
+        """No notification arrives, see `listen`."""
         self.reply_lost = False
-        """See `ClaimSource.reply_lost`."""
+        """The reply to a claim may have been lost."""
 
     @property
     def consumer(self) -> str:
-        """Whose claims these are."""
+        """Name of the consumer."""
         return self._parts[0].consumer if self._parts else ""
 
     @consumer.setter
@@ -111,7 +111,7 @@ class ClusterStreamClaims:
 
     @property
     def missing(self) -> int:
-        """Entries that were deleted underneath their claim, since the start."""
+        """Entries that were deleted while claimed, since the start."""
         return sum(part.missing for part in self._parts)
 
     async def claim(
@@ -127,13 +127,13 @@ class ClusterStreamClaims:
         self._rest_after_outage()
         claims = self._brought()
         idle = [part for part in self._parts if part not in self._reads]
-        for part in idle:  # orphans of all queues first: new jobs of the first shall not starve them
+        for part in idle:  # expired leases of all queues first: new jobs of the first queue must not starve them
             if len(claims) < limit:
                 claims += await self._looked(part, part.reclaim(limit - len(claims), [*running, *claims]))
         draining = self.draining
-        suspect = any(claim.suspect for claim in claims)  # it waits for everything else to end
+        suspect = any(claim.suspect for claim in claims)  # it waits until all else has ended
         for part in idle:
-            part.stale = False  # whatever rings from here on, this look may not have seen
+            part.stale = False  # from here on a notification may be newer than this look
             if len(claims) < limit and not suspect and not draining and part not in self._away:
                 new = part.take(limit - len(claims), [*running, *claims] if claims else running)
                 claims += await self._looked(part, new)
@@ -149,7 +149,7 @@ class ClusterStreamClaims:
         return claims
 
     async def _looked(self, part: StreamClaims, look: Awaitable[list[Claim]]) -> list[Claim]:
-        """What a look brought; a node that does not answer is looked at by itself from then on."""
+        """Claims of a look; a node that does not answer is looked at separately from then on."""
         try:
             return await look
         except Unreachable as error:
@@ -160,7 +160,7 @@ class ClusterStreamClaims:
             return []
 
     def _look_after_the_away(self, running: Collection[Claim]) -> None:
-        """Look at parts whose nodes do not answer, beside the others, so that these wait for none of them.
+        """Look at parts whose nodes do not answer in tasks of their own, so that the others do not wait for them.
 
         Raises:
             Unreachable: no node answers.
@@ -192,23 +192,23 @@ class ClusterStreamClaims:
         return await self._part_of[keys.queue].ensure(keys)
 
     def rest(self, seconds: float) -> None:
-        """Take nobody for dead for some seconds."""
+        """Reclaim nothing for some seconds."""
         for part in self._parts:
             part.rest(seconds)
 
     def _rest_after_outage(self) -> None:
-        # Of one node: whether claims elsewhere were renewed meanwhile is not worth telling apart.
+        # Of any node: leases on the other nodes rest with it.
         if self._session.longest_outage() > self._lease / 3:
             self.rest(self._lease)
 
     def interrupt(self) -> None:
-        """No claim waits any more."""
+        """From now on no claim waits."""
         self._interrupted = True
         for part in self._parts:
             part.interrupt()
 
     async def close(self) -> None:
-        """End what still reads; call it when nothing is claimed any more."""
+        """End pending reads; call it when nothing is claimed any more."""
         reads, self._reads = list(self._reads.values()), {}
         for read in reads:
             read.cancel()
@@ -216,7 +216,7 @@ class ClusterStreamClaims:
             await asyncio.wait(reads)
 
     def _brought(self) -> list[Claim]:
-        """What ended reads brought; the first that failed raises, and the reconciliation finds what the others had."""
+        """Claims of ended reads; the first that failed raises, and `own_pending` finds the claims of the others."""
         claims: list[Claim] = []
         for part, read in list(self._reads.items()):
             if read.done():
@@ -233,7 +233,7 @@ class ClusterStreamClaims:
         return claims
 
     async def _wait(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:
-        # asyncio's own tasks: a read whose node hangs outlives this call, which no task group allows.
+        # Tasks without a group: a read whose node hangs outlives this call.
         for part in self._parts:
             if part not in self._reads and part not in self._away:
                 self._reads[part] = asyncio.ensure_future(part.wait_unless_stale(limit, wait, running))
@@ -252,7 +252,7 @@ class ClusterStreamClaims:
         return self._brought()
 
     def _late(self) -> dict[asyncio.Task[list[Claim]], Session]:
-        """Reads that go on, and their connections."""
+        """Pending reads, and their sessions."""
         return {
             self._reads[part]: branch
             for part, branch in zip(self._parts, self._sessions, strict=True)
@@ -261,13 +261,13 @@ class ClusterStreamClaims:
 
 
 class StreamClaims(ClaimSource):
-    """Claims entries of ``queues`` for one consumer.
+    """`ClaimSource` that claims entries of ``queues`` for one consumer.
 
     Args:
         session: the connections.
-        queues: (keys, cap) in the order they are taken.
+        queues: (keys, cap) in claim order.
         group: the consumer group.
-        lease: seconds after which an unrenewed claim is an orphan.
+        lease: seconds after which an unrenewed claim expires.
         weighted: weighted order of levels.
     """
 
@@ -286,13 +286,13 @@ class StreamClaims(ClaimSource):
         self._order = Order(len(queues), weighted=weighted)
         self._all = [keys.meta for keys in self._keys] + [stream for keys in self._keys for stream in keys.streams]
         self.epochs: dict[str, bytes] = {}
-        """What the ids of each stream's entries are derived from."""
+        """The value that ids of each stream's entries are derived from."""
         self._seen: dict[str, bytes] = {}
-        """The last entry of each stream that came here."""
+        """The last entry of each stream that was claimed here."""
 
     async def ensure(self, keys: QueueKeys) -> tuple[list[str], list[str]]:
-        """Make a queue's streams and groups; returns foreign groups as "stream group", troubles as "stream error"."""
-        await self.seal(keys)  # first: whether others worked on the queue before is told by its epoch
+        """Create a queue's streams and groups; returns foreign groups as "stream group", errors as "stream error"."""
+        await self.seal(keys)  # first: by the epoch the secret notes whether earlier versions worked on the queue
         args: list[Any] = [self._group, secrets.token_hex(8)]
         for place in keys.streams:
             args += (self.epochs.get(place, b""), self._seen.get(place, b""))
@@ -307,7 +307,7 @@ class StreamClaims(ClaimSource):
         )
 
     async def take(self, limit: int, running: Collection[Claim], *, healed: bool = False) -> list[Claim]:
-        """New entries, in order."""
+        """Claim new entries, in order."""
         if self.draining:
             return []
         await self._seal_again()
@@ -333,7 +333,7 @@ class StreamClaims(ClaimSource):
         return claims
 
     async def _heal(self, trouble: list[tuple[int, bytes]]) -> bool:
-        """Make missing groups anew; what cannot be healed is said now and then, and read around."""
+        """Create missing groups again; log other keys that cannot be read, and do not block on them."""
         healed = False
         for index, error in trouble:
             key, message = self._all[index - 1], error.decode(errors="replace")
@@ -353,13 +353,13 @@ class StreamClaims(ClaimSource):
                     healed = True
             elif reaction in (Reaction.KEY, Reaction.HEAL, Reaction.REFUSE):
                 self._complain(key, message)
-            else:  # not this key's trouble: what a script passed on is the whole server's answer
+            else:  # not about this key: an error of the whole server that the script passed on
                 with self._session.watched():
                     raise ResponseError(message)
         return healed
 
     async def reclaim(self, limit: int, running: Collection[Claim]) -> list[Claim]:
-        """Orphans, of the queues whose sweep is due."""
+        """Reclaim expired leases of the queues whose turn has come."""
         claims: list[Claim] = []
         now = monotonic()
         if not running and self.draining:  # idle at last
@@ -406,12 +406,12 @@ class StreamClaims(ClaimSource):
         self._longest[index] = longest / 1000
         self.missing += missing
         if passed < 0 and wait > JUST_LOOKED * 1000:
-            passed = 0  # whoever looked last had none to leave
+            passed = 0  # the last look left no suspect
         if wish == RESERVE and entries and not entries[0][5]:
             wish = LEAVE  # not idle any more
         self._left_to_others(index, passed, wish, granted=bool(granted))
         if self._session.clock_shows(shown, sent, expected, self._lease):
-            self.rest(self._lease)  # the other queues, too: nobody could renew in the time that was left out
+            self.rest(self._lease)  # the other queues, too: no worker could renew in the time that the clock left out
         claims, secret = [], self.secrets.get(keys.queue, b"")
         for stream, entry, count, fields, epoch, suspect in entries:
             level = LEVELS[stream - 2]
@@ -420,7 +420,7 @@ class StreamClaims(ClaimSource):
         return claims
 
     async def wait(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:  # noqa: ARG002 - one entry
-        """Block until a new entry comes, at most until the next sweep is due."""
+        """Block until a new entry arrives, at most until the next reclaim is due."""
         wait = max(0.01, min(wait, BLOCK, self._next_reclaim(running) - monotonic()))
         ready_keys = self._open(running)
         if not ready_keys:
@@ -436,7 +436,7 @@ class StreamClaims(ClaimSource):
                 and (row := row_of(error.__cause__))
                 and row.name in ("NOGROUP", "UNBLOCKED")
             ):
-                return []  # the next claim heals it, or learns that the server is another one now
+                return []  # the next claim creates the group, or finds the new master
             raise
         claims: list[Claim] = []
         for name, entries in reply or ():

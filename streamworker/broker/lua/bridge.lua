@@ -8,7 +8,7 @@
 --
 -- returns one quadruple a lane: { elements moved, their bytes, elements left (-1: unknown), the error of a key that refused
 --   ("": none) }
-local count, room = tonumber(ARGV[1]), tonumber(ARGV[2])
+local count, bytes_left = tonumber(ARGV[1]), tonumber(ARGV[2])
 
 local function move(k)
   -- Take none first: a script that may not take must not add. And a script that has written may go on writing out of memory:
@@ -16,7 +16,7 @@ local function move(k)
   local none = redis.pcall('RPOP', KEYS[k], 0)
   if failed(none) then return { 0, 0, -1, none.err } end
   local moved, bytes, refused = 0, 0, ''
-  while count > 0 and room > 0 do
+  while count > 0 and bytes_left > 0 do
     local element = redis.call('LINDEX', KEYS[k], -1)
     if not element then break end
     local added = redis.pcall('XADD', KEYS[k + 1], '*', 'job', element)
@@ -25,7 +25,7 @@ local function move(k)
       break
     end
     redis.call('RPOP', KEYS[k])
-    moved, bytes, count, room = moved + 1, bytes + #element, count - 1, room - #element
+    moved, bytes, count, bytes_left = moved + 1, bytes + #element, count - 1, bytes_left - #element
   end
   return { moved, bytes, redis.call('LLEN', KEYS[k]), refused }
 end

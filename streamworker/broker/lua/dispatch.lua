@@ -27,7 +27,7 @@ local result, added = {}, 0
 for i = 5, #ARGV, 3 do
   local answer = 0
   if not redis.call('ZSCORE', KEYS[2], ARGV[i + 1]) then
-    -- Remembered first: if there is no room for that, the job must not be added, or the next try would add it again.
+    -- Remembered first: if there is no memory for that, the job must not be added, or the next try would add it again.
     local known = redis.pcall('ZADD', KEYS[2], string.format('%d', now), ARGV[i + 1])
     local reply = failed(known) and known or add(ARGV[1], KEYS[tonumber(ARGV[i])], ARGV[i + 2])
     answer = failed(reply) or 1

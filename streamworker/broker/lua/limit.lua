@@ -39,14 +39,14 @@ local function live(k, ms) -- a key lives as long as its longest-lived member ne
   if redis.call('PTTL', KEYS[k]) < ms then redis.call('PEXPIRE', KEYS[k], whole(ms)) end
 end
 
-local function room(n)
-  local free = math.huge
-  if cap[n] > 0 then free = cap[n] - running[n] end
-  if gap[n] > 0 then free = math.min(free, math.floor((micros - math.max(micros, full[n])) / gap[n]) + burst[n]) end
-  return free
+local function free(n)
+  local left = math.huge
+  if cap[n] > 0 then left = cap[n] - running[n] end
+  if gap[n] > 0 then left = math.min(left, math.floor((micros - math.max(micros, full[n])) / gap[n]) + burst[n]) end
+  return left
 end
 
--- ms until there may be room for the one that has `rank` others before it. Calls come sooner; this is for those that got lost.
+-- ms until a permit may be free for the one that has `rank` others before it. Calls come sooner; this is for those that got lost.
 local function wait(n, rank)
   local ms = 1
   if gap[n] > 0 then
@@ -78,20 +78,20 @@ local function promote(member) -- the growing write first: without memory, it st
 end
 
 local function call(n)
-  local free, spare = math.min(room(n), MOST), 1
-  if free < 1 then return end
-  for _, member in ipairs(redis.call('ZRANGE', KEYS[key(n) + 1], 0, whole(free))) do
-    if free < 1 then break end
+  local places, spare = math.min(free(n), MOST), 1
+  if places < 1 then return end
+  for _, member in ipairs(redis.call('ZRANGE', KEYS[key(n) + 1], 0, whole(places))) do
+    if places < 1 then break end
     if not redis.call('ZSCORE', KEYS[6], member) then
       if redis.call('ZSCORE', KEYS[1], member) then
         if not promote(member) then break end
       elseif spare > 0 then -- it is about to be parked, or gone: one more is called, in case it is gone
-        free, spare = free + 1, 0
+        places, spare = places + 1, 0
       end
       redis.call('ZADD', KEYS[6], whole(now), member)
       live(6, 20 * patience)
     end
-    free = free - 1
+    places = places - 1
   end
 end
 
@@ -112,7 +112,7 @@ local function ask(n, token, member, before, arrival, order)
   if first then arrival = now + order / 1000 end -- those of one call keep their order
   local stamp = string.format('%.3f', arrival)
   local rank = redis.call('ZCOUNT', KEYS[key(n) + 1], '-inf', (first and '' or '(') .. stamp)
-  if rank < room(n) then
+  if rank < free(n) then
     if cap[n] > 0 then
       redis.call('ZADD', KEYS[key(n)], whole(now + life), token)
       live(key(n), life)

@@ -64,7 +64,7 @@ for i = 9, #ARGV do running[ARGV[i]] = true end
 local derived = redis.call('HMGET', KEYS[1], 'id:1', 'id:2', 'id:3')
 local entries, missing, passed, unfinished = {}, 0, 0, false -- unfinished: the next call should follow at once
 local suspect -- the first one that was passed
-local group, left = tonumber(ARGV[8]), 0 -- suspects that a group has room for, and those that it has none for
+local group, left = tonumber(ARGV[8]), 0 -- suspects that may still be claimed, and those that may not
 
 local function gone(stream, id)
   redis.call('XACK', stream, ARGV[1], id)

@@ -1,4 +1,4 @@
-"""Connections to Redis, and what its errors mean to us.
+"""Clients of Redis for each purpose.
 
 Three kinds, never mixed: commands (a pool), one reader that may block, and a synchronous one for the lease thread. None
 retries by itself: redis-py's default of ten retries runs an XADD twice when a reply is lost.
@@ -42,7 +42,7 @@ from streamworker.errors import ConfigurationError, NoConnection
 COMMAND_TIMEOUT: Final = 5.0
 """Seconds a command may take before its connection is given up."""
 BLOCK_SLACK: Final = 5.0
-"""Seconds a blocking read may overrun its BLOCK: servers are late by up to 0.1 s, half-open connections for ever."""
+"""Seconds a blocking read may exceed its BLOCK: servers are late by up to 0.1 s, half-open connections for ever."""
 POOL_SIZE: Final = 16
 POOL_TIMEOUT: Final = 30.0
 """Seconds a handler waits for a connection of ``ctx.redis``, unless the URL has ``timeout``."""
@@ -52,7 +52,7 @@ BLOCKING: Final = frozenset(
         "XREAD", "XREADGROUP",
     }
 )  # fmt: skip
-"""Commands that may answer late because they were told to; they end when their job does."""
+"""Commands that may block on purpose; they end with their job."""
 
 _ASYNC: Final[dict[str, Any]] = {
     "redis": connection.TcpConnection,
@@ -69,10 +69,10 @@ _MANAGED_SYNC: Final[dict[str, Any]] = {"redis": ManagedThreadConnection, "redis
 
 
 class Address:
-    """Where Redis is and how to log in; makes every kind of client. The one place that knows forms of URLs.
+    """Address of the server and login; makes every kind of client. The only place that knows the forms of URLs.
 
     Args:
-        url: see `forms`.
+        url: see `streamworker.broker.redis.url`.
         name: client name shown by CLIENT LIST.
 
     Raises:
@@ -101,7 +101,7 @@ class Address:
         """The address a user's client talks to.
 
         Raises:
-            ConfigurationError: it is no client of ours to understand.
+            ConfigurationError: the client is of an unknown kind.
         """
         address = cls.__new__(cls)
         address._init(urls.of(client), name)
@@ -120,11 +120,11 @@ class Address:
 
     @property
     def spread(self) -> bool:
-        """Whether queues live on servers of their own: no command may touch two of them."""
+        """Whether queues are on different servers, so that no command may touch two of them."""
         return self._slots is not None
 
     def home(self, key: str) -> Host | None:
-        """The node that serves a key, as far as is known; ``None`` for a single server."""
+        """The node that serves a key, as far as it is known; ``None`` for a single server."""
         return self._slots.node(slot_of(key)) if self._slots is not None else None
 
     def at(self, host: Host) -> Address:
@@ -136,10 +136,10 @@ class Address:
         return other
 
     def bare(self) -> dict[str, Any] | None:
-        """What a program that has no redis-py needs to connect here: places, TLS and login, all of it JSON.
+        """Hosts, TLS and login for a program without redis-py, as JSON values.
 
         Returns:
-            ``None`` where only redis-py can do it: logins that are made anew each time, OCSP.
+            ``None`` where only redis-py can connect: credential providers, OCSP.
         """
         url = self._url
         told = _bare(url.scheme, url.options)
@@ -177,7 +177,7 @@ class Address:
         return aioredis.Redis.from_pool(pool)
 
     def listener(self) -> aioredis.Redis:
-        """A client for a subscription: silence is normal there, and TCP keepalive notices a dead peer."""
+        """A client for a subscription: it may stay silent, and TCP keepalive notices a dead peer."""
         if self._slots is not None:  # a cluster passes messages on to all its nodes
             return self.at(random.choice(self._slots.masters or self._slots.candidates())).listener()  # noqa: S311
         pool = aioredis.ConnectionPool(
@@ -224,7 +224,7 @@ class Address:
         return Reader(CommandConnection(self._connection(), block + BLOCK_SLACK), control)
 
     def pool(self, size: int = POOL_SIZE) -> CommandPool | ClusterClient:
-        """What sends commands of the hot path; in a cluster there is no short cut."""
+        """Pool for the commands of the hot path; in a cluster it is an ordinary client."""
         if self._slots is not None:
             return ClusterClient(self._slots, lambda host: self.at(host).commands(size))
         return CommandPool(self._connection, size, COMMAND_TIMEOUT)
@@ -236,7 +236,7 @@ class Address:
         return connection
 
     def for_handlers(self, size: int) -> Any:
-        """A client for users, as the URL wants it; of a cluster it is redis-py's own, which knows all commands.
+        """A client for handlers, with the options of the URL; in a cluster redis-py's own, which knows all commands.
 
         Args:
             size: most connections, unless the URL has ``max_connections``.
@@ -259,11 +259,11 @@ class Address:
         return (HandlersRedis if patient else aioredis.Redis).from_pool(pool)
 
     async def masters(self, client: aioredis.Redis) -> list[aioredis.Redis]:
-        """Clients of all servers that hold keys, for what has to be asked of each."""
+        """A client for each server that holds keys."""
         return await client.masters() if isinstance(client, ClusterClient) else [client]
 
     async def greet(self, client: aioredis.Redis) -> dict[str, Any]:
-        """INFO's section "server" of whoever answers.
+        """INFO's section "server".
 
         Raises:
             ConfigurationError: it is a node of a cluster, and the URL is not that of one.
@@ -298,10 +298,10 @@ def _bare(scheme: str, options: dict[str, Any]) -> dict[str, Any] | None:
 
 
 class HandlersPool(aioredis.BlockingConnectionPool):
-    """redis-py's pool, which says what was waited for."""
+    """redis-py's pool, whose timeout names what was waited for."""
 
     async def get_connection(self, *_: Any, **__: Any) -> Any:
-        """A connection, as soon as one is free.
+        """A connection, when one is free.
 
         Raises:
             NoConnection: none was.
@@ -325,10 +325,9 @@ class HandlersPool(aioredis.BlockingConnectionPool):
 
 
 class HandlersRedis(aioredis.Redis):
-    """redis-py's client, whose ``socket_timeout`` does not end commands that block on purpose."""
+    """redis-py's client; its ``socket_timeout`` does not end commands that block on purpose."""
 
     async def parse_response(self, connection: Any, command_name: Any, **options: Any) -> Any:
-        """See redis-py."""
         name = command_name.decode() if isinstance(command_name, bytes) else str(command_name)
         if name.upper() not in BLOCKING:
             return await super().parse_response(connection, command_name, **options)
@@ -340,7 +339,7 @@ class HandlersRedis(aioredis.Redis):
 
 
 def _check_tls(options: dict[str, Any]) -> None:
-    """See that certificates, ciphers and flags can be used, before anything is connected.
+    """Check certificates, ciphers and flags before the first connection.
 
     Raises:
         ConfigurationError: they cannot.
@@ -359,7 +358,7 @@ def _check_tls(options: dict[str, Any]) -> None:
 
 @cache
 def _driver() -> DriverInfo:
-    """What connections tell the server of the library. Without it each one reads redis-py's metadata: 1 ms."""
+    """Name of the library for CLIENT SETINFO. Without it each connection reads redis-py's metadata: 1 ms."""
     return DriverInfo()
 
 

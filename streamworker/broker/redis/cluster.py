@@ -1,4 +1,4 @@
-"""Clients of a Redis Cluster that ask the right node.
+"""Clients of a Redis Cluster that send each command to the node that serves its keys.
 
 redis-py's own cluster client sends a command again after a lost reply unless told not to, asks the server for a table
 of all commands, and cannot be unblocked; these know our commands, and repeat only what a node refused to execute.
@@ -24,7 +24,7 @@ from streamworker.errors import ConfigurationError
 
 
 class ClusterClient(aioredis.Redis):
-    """Our commands, each to the node that serves its keys. One client with a pool per node.
+    """Client of a cluster: one client with a pool for each node.
 
     Args:
         slots: the map.
@@ -39,7 +39,7 @@ class ClusterClient(aioredis.Redis):
         self._looking = anyio.Lock()
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
-        """Send a command where it belongs."""
+        """Send a command to the node that serves its keys."""
         route = Route(self._slots, key_of(args))
         while True:
             host = await self.find(route)
@@ -54,7 +54,7 @@ class ClusterClient(aioredis.Redis):
                 await anyio.sleep(route.refused(error, host))
 
     async def find(self, route: Route) -> Host:
-        """Where a command goes next; looks the map up if it is not known or in doubt."""
+        """The node for a command; reads the map again if it is unknown or in doubt."""
         while True:
             host = route.asking or route.home()
             if host is not None:
@@ -73,7 +73,7 @@ class ClusterClient(aioredis.Redis):
                 return
             except (redis_errors.RedisError, OSError) as error:
                 lookup.failed(error, host)
-        raise lookup.nobody()
+        raise lookup.error()
 
     def at(self, host: Host) -> aioredis.Redis:
         """A node's own client."""
@@ -83,13 +83,13 @@ class ClusterClient(aioredis.Redis):
         return client
 
     async def masters(self) -> list[aioredis.Redis]:
-        """Clients of all who serve slots, by a fresh map."""
+        """Clients of all nodes that serve slots, by a fresh map."""
         async with self._looking:
             await self._look()
         return [self.at(host) for host in self._slots.masters]
 
     def pipeline(self, transaction: bool = False, shard_hint: Any = None) -> Any:  # noqa: ARG002 - redis-py's signature
-        """Commands that are sent one by one: they may belong to different nodes. Answers come in order."""
+        """A pipeline that sends commands one by one, because they may go to different nodes. Answers are in order."""
         return _Commands(self)
 
     async def aclose(self, close_connection_pool: bool | None = None) -> None:
@@ -100,7 +100,7 @@ class ClusterClient(aioredis.Redis):
 
 
 class _Commands:
-    """What a pipeline is for a single server."""
+    """Commands of a pipeline."""
 
     def __init__(self, client: ClusterClient) -> None:
         self._client = client
@@ -128,7 +128,7 @@ class _Commands:
 
 
 class ClusterThreadClient:
-    """Commands of the lease thread, each to the node that serves its key."""
+    """Synchronous client of a cluster, for the lease thread."""
 
     def __init__(self, slots: ClusterSlots, connect: Callable[[Host], redis.Redis]) -> None:
         self._slots = slots
@@ -136,7 +136,7 @@ class ClusterThreadClient:
         self._clients: dict[Host, redis.Redis] = {}
 
     def execute_command(self, *args: Any) -> Any:
-        """Send a command where it belongs."""
+        """Send a command to the node that serves its keys."""
         route = Route(self._slots, key_of(args))
         while True:
             host = self._find(route)
@@ -164,7 +164,7 @@ class ClusterThreadClient:
                 return
             except (redis_errors.RedisError, OSError) as error:
                 lookup.failed(error, host)
-        raise lookup.nobody()
+        raise lookup.error()
 
     def _at(self, host: Host) -> redis.Redis:
         client = self._clients.get(host)
@@ -174,11 +174,11 @@ class ClusterThreadClient:
 
     @property
     def connection_pool(self) -> ClusterThreadClient:
-        """What holds the connections: this."""
+        """This client, which holds the connections itself."""
         return self
 
     def disconnect(self) -> None:
-        """Give up all connections; the next command makes new ones."""
+        """Close all connections; the next command makes new ones."""
         for client in self._clients.values():
             client.connection_pool.disconnect()
 
@@ -188,12 +188,12 @@ class ClusterThreadClient:
 
 
 class ClusterReader:
-    """A `Reader` at whatever node serves a key.
+    """A `Reader` at the node that serves a key.
 
     Args:
-        client: knows the nodes.
+        client: finds the node.
         slots: the map.
-        key: whose slot is read.
+        key: its slot is read.
         connect: makes a reader at a node.
     """
 
@@ -202,7 +202,7 @@ class ClusterReader:
         self._at: tuple[Host, Reader] | None = None
 
     async def execute_command(self, *args: Any, **_: Any) -> Any:
-        """Send one command and return its raw reply; see `Reader`."""
+        """Send one command and return its raw reply."""
         route = Route(self._slots, self._key)
         while True:
             host = await self._client.find(route)
@@ -230,7 +230,7 @@ class ClusterReader:
 
 
 PATIENCE: Final = 8
-"""Redirections and refusals one command bears; the pauses between them add up to about 2 s."""
+"""Most redirections and refusals of one command; the pauses between them add up to about 2 s."""
 PAUSE: Final = 0.05
 _KEYLESS: Final = frozenset({"ACL", "CLIENT", "CLUSTER", "CONFIG", "INFO", "PING", "PUBLISH", "SCAN", "TIME"})
 
@@ -242,7 +242,7 @@ def slot_of(key: str) -> int:
 
 
 def key_of(args: tuple[Any, ...]) -> str | None:
-    """The first key of a command of ours; ``None`` if any node may answer it."""
+    """The first key of one of our commands; ``None`` if any node may answer it."""
     name, _, sub = str(args[0]).partition(" ")
     if name in _KEYLESS:
         return None
@@ -256,7 +256,7 @@ def key_of(args: tuple[Any, ...]) -> str | None:
 
 
 class ClusterSlots:
-    """Which node serves which slot: shared by the event loop and the lease thread, always replaced as a whole.
+    """Map of slots to nodes: shared by the event loop and the lease thread, always replaced as a whole.
 
     Args:
         url: a url of the kind "cluster".
@@ -270,7 +270,7 @@ class ClusterSlots:
         self.stale = True
 
     def node(self, slot: int) -> Host | None:
-        """Who serves a slot, as far as is known."""
+        """The node that serves a slot, as far as it is known."""
         moved = self._moved.get(slot)
         if moved is not None:
             return moved
@@ -280,26 +280,26 @@ class ClusterSlots:
 
     @property
     def masters(self) -> list[Host]:
-        """Everybody who serves slots."""
+        """All nodes that serve slots."""
         return list(dict.fromkeys([*(host for _, host in self._ranges[1]), *self._moved.values()]))
 
     def candidates(self) -> list[Host]:
-        """Whom to ask for the map: who is known to serve, then the URL's hosts; who was silent lately comes last."""
+        """Nodes to ask for the map: those that serve slots, then the URL's hosts; silent ones come last."""
         known = dict.fromkeys([*self.masters, *self.url.hosts])
         return sorted(known, key=lambda host: self._doubted.get(host, 0.0))
 
     def doubt(self, host: Host) -> None:
-        """It did not answer: the map may have changed."""
+        """A node did not answer: the map may have changed."""
         self._doubted[host] = time.monotonic()
         self.stale = True
 
     def moved(self, slot: int, host: Host) -> None:
-        """A node says who serves a slot; the others of the map are looked up at the next chance."""
+        """A node redirected a slot; the rest of the map is read again soon."""
         self._moved = {**self._moved, slot: host}
         self.stale = True
 
     def load(self, reply: Any, asked: Host) -> None:
-        """Take the answer to CLUSTER SLOTS; a node that does not know its own name is where it was asked."""
+        """Load the reply to CLUSTER SLOTS; a node without a name of its own has the host at which it was asked."""
         found = []
         for first, last, (name, port, *_), *_replicas in reply:
             host = name.decode() if isinstance(name, bytes) else name
@@ -312,7 +312,7 @@ class ClusterSlots:
 
 
 class Route:
-    """Where one command goes, by what the nodes answered so far."""
+    """Route of one command, by the redirections so far."""
 
     def __init__(self, slots: ClusterSlots, key: str | None) -> None:
         self._slots = slots
@@ -321,7 +321,7 @@ class Route:
         self._tries = 0
 
     def home(self) -> Host | None:
-        """Where to send it; ``None``: the map has to be looked up first."""
+        """The node by the map; ``None`` if the map has to be read first."""
         if self._slots.stale:
             return None
         if self.slot is None:
@@ -329,15 +329,15 @@ class Route:
         return self._slots.node(self.slot)
 
     def uncovered(self) -> float:
-        """The map is fresh and nobody serves the slot: seconds to wait before looking again."""
+        """The map is fresh and no node serves the slot: seconds to wait before it is read again."""
         self._slots.stale = True
         return self._again(f"no node serves slot {self.slot}")
 
     def refused(self, error: Exception, host: Host) -> float:
-        """Judge an error: seconds to wait before the command is sent again, which is only done if it was not executed.
+        """Seconds to wait before a refused command is sent again; only a command that was not executed is.
 
         Raises:
-            Exception: ``error``, if it is none of a cluster's refusals.
+            Exception: ``error``, if it is no redirection or refusal of a cluster.
             NotExecuted: the cluster refused too often.
         """
         self.asking = None
@@ -364,7 +364,7 @@ class Route:
 
 
 class SlotsLookup:
-    """One round of asking nodes for the map."""
+    """One round of requests for the map."""
 
     def __init__(self, slots: ClusterSlots) -> None:
         self._slots = slots
@@ -380,6 +380,6 @@ class SlotsLookup:
         self._slots.doubt(host)
         self._last = error
 
-    def nobody(self) -> Exception:
-        # The word "connecting" tells the publisher that nothing was sent.
+    def error(self) -> Exception:
+        # By the word "connecting" the publisher knows that nothing was sent.
         return redis_errors.ConnectionError(f"no node of the cluster answers; the last, connecting to it: {self._last}")

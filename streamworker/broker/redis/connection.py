@@ -1,4 +1,4 @@
-"""The connection that may block."""
+"""Connections: for blocking reads, and a pool for commands."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from redis import exceptions as redis_errors
 
 
 class Reader:
-    """One connection of its own that may block, and knows its client id so that it can be unblocked from elsewhere.
+    """A connection for blocking reads; it knows its client id, so that another connection can unblock it.
 
     Args:
         connection: not connected yet; its limit is longer than the longest block.
-        control: a client to the same server, to unblock it with.
+        control: a client of the same server that sends CLIENT UNBLOCK.
     """
 
     def __init__(self, connection: CommandConnection, control: aioredis.Redis) -> None:
@@ -50,7 +50,7 @@ class CommandConnection:
 
     Args:
         connection: not connected yet; its own ``socket_timeout`` bounds the handshake.
-        limit: seconds a command may take; afterwards the connection is given up, since its reply could still come.
+        limit: seconds a command may take; then the connection is closed, because the reply may still arrive.
     """
 
     def __init__(self, connection: aioredis.Connection, limit: float) -> None:
@@ -60,15 +60,15 @@ class CommandConnection:
 
     @property
     def connected(self) -> bool:
-        """Whether the next command needs no new connection, as far as is known."""
+        """Whether the connection is open, as far as it is known."""
         return bool(self._connection.is_connected)
 
     async def ready(self) -> bool:
-        """Connect if need be; an idle connection the server has closed is noticed. Tells whether it is a new one."""
+        """Connect if needed, also where the server closed the idle connection; True if the connection is new."""
         connection = self._connection
         if connection.is_connected:
             try:
-                if not await connection.can_read():  # nothing can be there to read but the end
+                if not await connection.can_read():  # nothing can be readable but its end
                     return False
             except (redis_errors.ConnectionError, OSError):
                 pass
@@ -79,12 +79,12 @@ class CommandConnection:
         return True
 
     async def call(self, *args: Any) -> Any:
-        """Send one command on the ready connection; it is given up on any error but the server's own.
+        """Send one command on the ready connection, which is closed on any error but the server's own.
 
         Raises:
-            redis.exceptions.ResponseError: the server said no.
+            redis.exceptions.ResponseError: the server refused the command.
             redis.exceptions.ConnectionError: the connection broke; the command may have been executed.
-            redis.exceptions.TimeoutError: no reply came in time; the command may have been executed.
+            redis.exceptions.TimeoutError: no reply in time; the command may have been executed.
         """
         connection = self._connection
         try:
@@ -100,7 +100,7 @@ class CommandConnection:
 
 
 class CommandPool:
-    """A few pool; whoever finds none free waits for one.
+    """A few connections; a command waits until one is free.
 
     Args:
         make: makes a connection.
@@ -129,7 +129,7 @@ class CommandPool:
                     self._idle.append(connection)
 
     async def disconnect(self) -> None:
-        """Give up the idle connections; the next commands make new ones."""
+        """Close the idle connections; the next commands make new ones."""
         idle, self._idle = self._idle, []
         for connection in idle:
             await connection.close()
@@ -151,7 +151,7 @@ class _Bounded:
         if limit is None:  # the hot path: `CommandConnection` bounds the whole exchange
             await super().send_packed_command(command, check_health)  # type: ignore[misc]
             return
-        here.socket_timeout = None  # nobody else uses a connection meanwhile
+        here.socket_timeout = None  # a connection has one user at a time
         try:
             async with asyncio.timeout(limit):
                 await super().send_packed_command(command, check_health)  # type: ignore[misc]
@@ -162,12 +162,12 @@ class _Bounded:
 
 
 class TcpConnection(_Bounded, aioredis.Connection):
-    """Over TCP."""
+    """A connection over TCP."""
 
 
 class TlsConnection(_Bounded, aioredis.SSLConnection):
-    """Over TLS."""
+    """A connection over TLS."""
 
 
 class UnixConnection(_Bounded, aioredis.UnixDomainSocketConnection):
-    """Over a socket of this machine."""
+    """A connection over a Unix socket."""

@@ -1,7 +1,7 @@
-"""What a worker does about each error a server can answer with. One table; the first row that fits holds.
+"""Table of reactions: what a worker does about each error of a server. The first row that matches holds.
 
-redis-py tells some errors by class and strips their prefix, others only by text; out of a script all of them may come
-as text, and Redis 6.2 wraps that once more. So a row names both: classes, and words to look for.
+redis-py has classes for some errors, whose prefix it strips, and only text for others; errors of a script may all be
+text, which Redis 6.2 wraps once more. So a row names both: classes, and words to look for.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class ErrorKind(NamedTuple):
     """One kind of error.
 
     Attributes:
-        name: what the server calls it.
-        reaction: what is done.
-        classes: of redis-py.
+        name: the server's name for it.
+        reaction: what to do.
+        classes: redis-py's exceptions.
         words: one of them in the message is enough.
     """
 
@@ -72,11 +72,11 @@ TABLE: Final = (
 
 
 SILENT: Final = "no answer"
-"""How the reason begins why something was not stored on a node that does not answer."""
+"""Prefix of the reason why an ending was not stored on a node that does not answer."""
 
 
 def row_of(error: BaseException | str) -> ErrorKind | None:
-    """The row for an error, or for the text of one that a script passed on; ``None`` for any other."""
+    """The row for an error, or for the text of an error that a script passed on; ``None`` if none matches."""
     text = str(error)
     for row in TABLE:
         if isinstance(error, row.classes) or any(word in text for word in row.words):
@@ -85,7 +85,7 @@ def row_of(error: BaseException | str) -> ErrorKind | None:
 
 
 def cure_of(error: str) -> str:
-    """What people can do about an error with which the server refuses to store something of a queue."""
+    """What an operator can do about an error with which the server refuses to store an ending."""
     reaction = reaction_to(error)
     if reaction is Reaction.FULL:
         return "Redis is out of memory: raise maxmemory or delete keys"
@@ -99,7 +99,7 @@ def cure_of(error: str) -> str:
 
 
 def reaction_to(error: BaseException | str) -> Reaction:
-    """What to do about an error; what the table does not know is the command's own fault."""
+    """What to do about an error; without a row the command is at fault."""
     row = row_of(error)
     return row.reaction if row is not None else Reaction.REFUSE
 
@@ -111,11 +111,11 @@ def clustered(info: dict[str, Any]) -> bool:
 
 @contextmanager
 def understood(address: object) -> Iterator[None]:
-    """Turn redis-py's errors into ours, one sentence each, by the table of reactions.
+    """Turn redis-py's errors into ours by the table of reactions, one sentence each.
 
     Raises:
         ConfigurationError: the server refuses us for good: password, permissions, not a usable server.
-        Unreachable: nobody answers, no Redis does, or one that can do nothing for us now.
+        Unreachable: no server answers, what answers is not Redis, or it cannot serve us now.
         StreamworkerError: the server refuses a command for another reason.
     """
     try:

@@ -1,7 +1,7 @@
-"""Connections to the master that Sentinels know, looked up anew for every connection.
+"""Connections to a master behind Sentinels, which are asked for its address at every connect.
 
-Only the connection classes know of it: pools, clients and the reader stay those of a single server. After a failover
-Sentinel closes the connections of the old master; whoever is told READONLY all the same closes its own.
+Only the connection classes know of Sentinels: pools, clients and the reader are those of a single server. After a
+failover Sentinel closes the connections of the old master; a connection that is answered READONLY closes itself.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from streamworker.broker.redis.url import Host, NotExecuted, RedisUrl
 from streamworker.errors import ConfigurationError
 
 TIMEOUT: Final = 1.0
-"""Seconds one Sentinel may take: the others wait behind it."""
+"""Seconds one Sentinel may take: the others are asked after it."""
 _ASK: Final = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME")
 
 
 class Sentinels:
-    """The Sentinels of one service; whoever answered last is asked first.
+    """The Sentinels of one service; the one that answered last is asked first.
 
     Args:
         url: a url of the kind "sentinel".
@@ -42,11 +42,11 @@ class Sentinels:
         }
 
     async def master(self) -> Host:
-        """Where the master is now.
+        """Address of the master.
 
         Raises:
             ConnectionError: no Sentinel answers.
-            ConfigurationError: what answers is none, refuses us, or knows no such master.
+            ConfigurationError: what answers is no Sentinel, refuses us, or knows no such master.
         """
         kind: Any = connections.TlsConnection if self._url.scheme == "rediss" else connections.TcpConnection
         search = _Search(self._url, self._hosts)
@@ -80,7 +80,7 @@ class Sentinels:
 
 
 class _Search:
-    """One walk over the Sentinels, until one of them knows."""
+    """One round over the Sentinels, until one of them knows the master."""
 
     def __init__(self, url: RedisUrl, hosts: list[Host]) -> None:
         self._url = url
@@ -130,12 +130,12 @@ class _Search:
                 f"what answers at {self._url} is no Sentinel ({self._refusal}): name the Sentinels in REDIS_URL, or "
                 "write redis:// for a server"
             )
-        # These words tell the publisher that nothing was sent.
+        # By the word "connecting" the publisher knows that nothing was sent.
         raise redis_errors.ConnectionError(f"no Sentinel answers, last error connecting to one: {self._silence}")
 
 
 class _Managed:
-    """An async connection whose host is looked up when it connects."""
+    """An async connection whose host is asked for when it connects."""
 
     def __init__(self, *, sentinels: Sentinels, **options: Any) -> None:
         super().__init__(**options)
@@ -165,7 +165,7 @@ class ManagedSSLConnection(_Managed, connections.TlsConnection):
 
 
 class _ManagedInThread:
-    """A connection of the lease thread whose host is looked up when it connects."""
+    """A synchronous connection whose host is asked for when it connects, for the lease thread."""
 
     def __init__(self, *, sentinels: Sentinels, **options: Any) -> None:
         super().__init__(**options)

@@ -1,4 +1,4 @@
-"""The connections of one broker, and how long they were down."""
+"""Sessions: the connections of a broker or an operator, with errors of ours and the seconds of an outage."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from streamworker.telemetry.logs import get_logger
 log = get_logger("streamworker.broker")
 
 BLOCK: Final = 5.0
-"""Most seconds of one blocking read: Redis 6.2 does not tell a blocked reader that its stream is gone."""
+"""Most seconds of one blocking read: Redis 6.2 does not wake a blocked reader whose stream was deleted."""
 
 
 def too_old(info: Mapping[str, Any]) -> bool:
@@ -32,7 +32,7 @@ def too_old(info: Mapping[str, Any]) -> bool:
 
 
 class Session:
-    """Commands, the reader and the lease thread's client to one address; all errors come out as ours."""
+    """Connections of a broker to one address: commands, the reader, the lease thread's client; it raises our errors."""
 
     def __init__(self, address: Address) -> None:
         self.address = address
@@ -42,7 +42,7 @@ class Session:
         self._branches: list[tuple[Session, str]] = []
         self.lease_client = address.blocking()
         self.clock: tuple[int, float] | None = None
-        """What the server's clock showed in ms when it was last seen, and when that was by ours."""
+        """The server's time in ms when it was last read, and the monotonic seconds of that moment."""
         self._down_since: float | None = None
         self._outage = 0.0
         self._moved = False
@@ -65,14 +65,14 @@ class Session:
         return float(info.get("uptime_in_seconds", 0))
 
     def named(self, name: str) -> None:
-        """From now on CLIENT LIST shows the readers and the lease thread's client under this name."""
+        """Name the readers and the lease thread's client, as CLIENT LIST shows them."""
         address = self.address = self.address.renamed(name)
         self.reader, self.lease_client = address.reader(BLOCK, self.commands), address.blocking()
         for branch, key in self._branches:
             branch.reader = address.reader(BLOCK, self.commands, key)
 
     def branch(self, key: str) -> Session:
-        """The same session with a reader of its own, for the slot of a key."""
+        """A copy of the session with a reader of its own, for the slot of a key."""
         other = copy(self)
         other._branches = []
         other.reader = self.address.reader(BLOCK, self.commands, key)
@@ -117,7 +117,7 @@ class Session:
             with self.watched():
                 return script.blocking(self.lease_client.execute_command, keys, args)
         except Unreachable:
-            self.lease_client.connection_pool.disconnect()  # whatever it was: one connection, and nobody else's
+            self.lease_client.connection_pool.disconnect()  # the next call connects again
             raise
 
     def beat(self, key: str, lease: float, report: Mapping[str, str | int | float]) -> None:
@@ -128,22 +128,22 @@ class Session:
         self.in_thread(scripts.BEAT, [key], args)
 
     def progress(self, key: str, lease: float, told: Mapping[str, Progress], ended: Collection[str]) -> None:
-        """Write into a heartbeat how far jobs have come, and forget others, from the lease thread."""
+        """Store progress of jobs in a heartbeat and delete that of ended jobs, from the lease thread."""
         args: list[Any] = [max(1000, int(lease * 1000)), len(ended), *(PROGRESS + job_id for job_id in ended)]
         for job_id, word in told.items():
             args += (PROGRESS + job_id, msgspec.json.encode(word))
         self.in_thread(scripts.PROGRESS, [key], args)
 
     def clock_should_show(self) -> int:
-        """What the server's clock should show now, in ms, by our own, which nobody sets; 0 if we never saw it."""
+        """The server's time as our monotonic clock expects it, in ms; 0 if it was never read."""
         seen = self.clock
         return 0 if seen is None else seen[0] + int((monotonic() - seen[1]) * 1000)
 
     def clock_shows(self, shown: int, sent: float, expected: int, lease: float) -> bool:
-        """What it showed in the answer to a command that was sent at ``sent`` of our clock; a leap is said.
+        """Note the server's time in the reply to a command that was sent at ``sent``, and log a leap.
 
         Returns:
-            True if it leapt ahead, so that everything looks abandoned.
+            True if it leapt ahead, so that all leases look expired.
         """
         ahead = shown - expected if expected else 0
         if abs(ahead) > max(lease * 500, 1000):
@@ -152,18 +152,18 @@ class Session:
         return ahead > max(lease * 500, 1000)
 
     async def fresh(self) -> None:
-        """Give up connections to a server that is a replica by now: the next ones go where the address leads."""
+        """Close connections to a server that has become a replica: the next ones look the master up again."""
         if self._moved:
             self._moved = False
             await self.reader.close()
-            # Those in use fail by themselves and come here again.
+            # Connections in use fail by themselves and set the flag again.
             await self.commands.connection_pool.disconnect(inuse_connections=False)
             if isinstance(self.pool, CommandPool):
                 await self.pool.disconnect()
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Translate errors, and note since when nothing gets through."""
+        """Translate errors, and note since when no command succeeds."""
         started = monotonic()
         try:
             with understood(self.address):
@@ -186,21 +186,21 @@ class Session:
             self._returns += 1
 
     def reconnects(self) -> int:
-        """How often it came back, its branches too."""
+        """How often the server answered again after it had not, branches included."""
         return self._returns + sum(branch._returns for branch, _ in self._branches)
 
     def outage(self) -> float:
-        """Seconds the session was down before it last came back, or is down so far; once told, it starts anew."""
+        """Seconds of the last outage, or of the current one so far; reading it resets it."""
         down, seconds, self._outage = self._down_since, self._outage, 0.0
         return seconds if down is None else max(seconds, monotonic() - down)
 
     def longest_outage(self) -> float:
-        """`outage` of this session and of its branches."""
+        """The longest `outage` of this session and its branches."""
         return max(self.outage(), *(branch.outage() for branch, _ in self._branches), 0.0)
 
 
 class OperatorSession:
-    """A client, and whose keys it reads; errors come out as ours."""
+    """Connection of an operator; it raises our errors."""
 
     def __init__(self, client: Redis, address: Address, group: str, namespace: str) -> None:
         self.client: Final = client
@@ -219,7 +219,7 @@ class OperatorSession:
             return await script(self.client, keys, args)
 
     async def gather(self, commands: Sequence[Sequence[Any]]) -> list[Any]:
-        """Send commands in one round trip; an error of the server's takes the place of its answer."""
+        """Send commands in one round trip; an error of the server takes the place of its answer."""
         if not commands:
             return []
         with understood(self.address):
@@ -230,7 +230,7 @@ class OperatorSession:
                 return answers
 
     async def scan(self, pattern: str, *kind: str) -> AsyncIterator[str]:
-        """Names of keys, of one type if it is named. It walks the whole key space: for people's commands alone."""
+        """Names of keys, of one type if it is named. It walks the whole key space: only for commands of operators."""
         types = [word for name in kind for word in ("TYPE", name)]
         sessions, away = await self.each(), 0
         for session in sessions:
@@ -238,7 +238,7 @@ class OperatorSession:
             while True:
                 try:
                     cursor, names = await session.ask("SCAN", cursor, "MATCH", pattern, "COUNT", SCAN, *types)
-                except Unreachable as error:  # the other nodes of a cluster are listed all the same
+                except Unreachable as error:  # the other nodes of a cluster are read all the same
                     away += 1
                     if away == len(sessions):
                         raise
@@ -250,16 +250,16 @@ class OperatorSession:
                     break
 
     async def each(self) -> list[OperatorSession]:
-        """One session per server that holds keys: this one alone, but in a cluster."""
+        """A session for each server that holds keys; outside a cluster this one."""
         with understood(self.address):
             clients = await self.address.masters(self.client)
         return [OperatorSession(client, self.address, self.group, self.namespace) for client in clients]
 
 
 def text(value: Any) -> str:
-    """Bytes as text, whatever they are."""
+    """Bytes as text, with escapes for what is not UTF-8."""
     return value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value)
 
 
 SCAN: Final = 1000
-"""Keys one step over the key space looks at."""
+"""Keys of one SCAN step."""

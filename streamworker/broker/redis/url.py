@@ -1,4 +1,4 @@
-"""What REDIS_URL may look like: a server, a socket, a master that Sentinels know, a cluster; each with TLS or without.
+"""Forms of REDIS_URL: a server, a socket, a master behind Sentinels, a cluster; with TLS or without.
 
 ::
 
@@ -8,9 +8,9 @@
     redis+cluster://[user:password@]host:6379[,host:port…]
     rediss+sentinel://…  rediss+cluster://…               TLS to every node, and to the Sentinels
 
-What TLS needs stands in the query, under redis-py's names: ``ssl_ca_certs``, ``ssl_certfile``, ``ssl_keyfile``,
-``ssl_password``, ``ssl_check_hostname``, ``ssl_cert_reqs`` and their like. What else redis-py knows there
-(``socket_timeout``, ``max_connections``, …) holds for ``ctx.redis``.
+Options of TLS are in the query, under redis-py's names: ``ssl_ca_certs``, ``ssl_certfile``, ``ssl_keyfile``,
+``ssl_password``, ``ssl_check_hostname``, ``ssl_cert_reqs`` and their like. Other options of redis-py
+(``socket_timeout``, ``max_connections``, …) apply to ``ctx.redis``.
 """
 
 from __future__ import annotations
@@ -52,24 +52,24 @@ CLIENT: Final = frozenset(
         "socket_read_size", "socket_timeout", "timeout",
     }
 )  # fmt: skip
-"""Options for the client that handlers get; connections of ours have their own."""
+"""Options of the client for handlers; our own connections have fixed ones."""
 
 
 class NotExecuted(RedisConnectionError):
-    """The server that was asked is not in charge any more and did nothing: whatever it was may be sent again."""
+    """The server is not the master any more and executed nothing: the command may be sent again."""
 
 
 class RedisUrl(msgspec.Struct, frozen=True):
-    """One URL, taken apart.
+    """A parsed REDIS_URL.
 
     Attributes:
-        kind: what stands behind it.
-        scheme: how its connections are made.
+        kind: topology.
+        scheme: transport.
         hosts: the server, the Sentinels, or the nodes to ask for the others.
-        options: what redis-py's connections want to know: login, database, path, TLS.
+        options: options of redis-py's connections: login, database, path, TLS.
         service: the name under which Sentinels know the master.
         sentinel_options: the same as ``options`` for connections to Sentinels.
-        client: what the client of handlers wants to know besides.
+        client: further options of the client for handlers.
     """
 
     kind: Literal["server", "sentinel", "cluster"]
@@ -92,7 +92,7 @@ class RedisUrl(msgspec.Struct, frozen=True):
 
 
 def parse(url: str) -> RedisUrl:
-    """Take a URL apart.
+    """Parse a URL.
 
     Raises:
         ConfigurationError: it cannot be understood, or names a file that cannot be read.
@@ -108,10 +108,10 @@ def parse(url: str) -> RedisUrl:
 
 
 def of(client: Any) -> RedisUrl:
-    """The form of what a user's client talks to: a server, a Sentinel's master or a cluster.
+    """The URL of a user's client: of a server, a master behind Sentinels or a cluster.
 
     Raises:
-        ConfigurationError: it is another thing.
+        ConfigurationError: the client is of an unknown kind.
     """
     if isinstance(client, aioredis.RedisCluster):
         nodes = client.nodes_manager.startup_nodes.values()
@@ -198,7 +198,7 @@ def _host(text: str, port: int) -> Host:
 
 
 def _kept(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Who to log in as, and TLS; pools and retries are ours."""
+    """Options of login and TLS; pools and retries are ours."""
     return {name: value for name, value in given.items() if (name in _LOGIN or name in _TLS) and value is not None}
 
 
