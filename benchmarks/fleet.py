@@ -23,8 +23,9 @@ from benchmarks import measure, report
 from benchmarks.measure import Row
 from benchmarks.server import server
 from streamworker.broker import Broker, Ending
+from streamworker.broker.claim import StreamOptions
 from streamworker.broker.redis.client import Address
-from streamworker.broker.stream import StreamBroker, StreamOptions
+from streamworker.broker.stream import StreamBroker
 from streamworker.job import Claim, Done
 
 LEASE = 15.0

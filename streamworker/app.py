@@ -17,13 +17,14 @@ from typing_extensions import TypeVar
 from streamworker import results
 from streamworker.bridge import Mover
 from streamworker.broker import Operator, ResultWaiter, WorkerBroker
+from streamworker.broker.claim import StreamOptions
 from streamworker.broker.dispatcher import RedisDispatcher
 from streamworker.broker.keys import ListKeys, QueueKeys
 from streamworker.broker.list_bridge import BridgeOptions, ListBridge
 from streamworker.broker.lists import ListBroker
 from streamworker.broker.lists_brpop import BrpopBroker
 from streamworker.broker.redis.client import Address
-from streamworker.broker.stream import StreamBroker, StreamOptions
+from streamworker.broker.stream import StreamBroker
 from streamworker.cron import Calendar, Schedule
 from streamworker.errors import (
     ConfigurationError,

@@ -14,9 +14,9 @@ from redis.asyncio import Redis
 
 from streamworker import embedded
 from streamworker.broker import Operator
+from streamworker.broker.claim import StreamOptions
 from streamworker.broker.operator import ListOperator, StreamOperator
 from streamworker.broker.redis.client import Address
-from streamworker.broker.stream import StreamOptions
 from streamworker.errors import StreamworkerError
 from streamworker.policy import alone_from
 from streamworker.postgres import Archive

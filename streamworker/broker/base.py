@@ -15,7 +15,7 @@ from typing_extensions import TypeVar
 
 from streamworker.broker import CronTick, CronTickResult, Refusal, ResultWaiter, scripts
 from streamworker.broker.cancel import Cancels, cancel
-from streamworker.broker.claim import ClaimSource, none_ended
+from streamworker.broker.claim import ClaimSource, Options, none_ended
 from streamworker.broker.keys import QueueKeys, due_member, worker_key
 from streamworker.broker.limiter import RedisLimiter
 from streamworker.broker.pubsub import Subscriber, listen, waiting
@@ -28,7 +28,6 @@ from streamworker.broker.stream_claim import ClusterStreamClaims
 from streamworker.errors import PublishUncertain, Unreachable
 from streamworker.job import LEVELS, Claim, Enqueued, Level, Outgoing, Progress
 from streamworker.limits import AcquireRequest, AcquireResult, Permit
-from streamworker.policy import SUSPECT_DELIVERIES
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.broker")
@@ -38,26 +37,6 @@ RENEW_BATCH: Final = 500
 
 K = TypeVar("K", bound=QueueKeys)
 I = TypeVar("I", bound=ClaimSource | ClusterStreamClaims)  # noqa: E741 - K is for keys, I for source
-
-
-class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """Options of a broker.
-
-    Attributes:
-        queues: (name, cap) in claim order; a cap bounds how many jobs of the queue one worker runs.
-        namespace: prefix of every key, but for the lists that producers push to.
-        lease: seconds a claim lives unrenewed.
-        weighted: weighted order of levels instead of strict order.
-        alone_from: the delivery from which on a job runs alone.
-        slots: jobs that run at once; suspects that do not run alone fill at most half of them.
-    """
-
-    queues: tuple[tuple[str, int | None], ...]
-    namespace: str = ""
-    lease: float = 15.0
-    weighted: bool = False
-    alone_from: int = SUSPECT_DELIVERIES + 1
-    slots: int = 10
 
 
 class RedisBroker(ABC, Generic[K, I]):
@@ -79,7 +58,6 @@ class RedisBroker(ABC, Generic[K, I]):
         self._subscriber = Subscriber(self._session)
         self._limits = RedisLimiter(self._session, self._keys, lease=options.lease)
         self._source = self._claim_source(queues)
-        self._source.slots = options.slots
         self._refusals = Refusals()
 
     @abstractmethod

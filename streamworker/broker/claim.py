@@ -11,6 +11,7 @@ from time import monotonic
 from typing import Final
 
 import anyio
+import msgspec
 
 from streamworker.broker import scripts
 from streamworker.broker.keys import QueueKeys
@@ -45,25 +46,56 @@ def none_ended(queue: str) -> int:
     return 0
 
 
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """Options of a broker.
+
+    Attributes:
+        queues: (name, cap) in claim order; a cap bounds how many jobs of the queue one worker runs.
+        namespace: prefix of every key, but for the lists that producers push to.
+        lease: seconds a claim lives unrenewed.
+        weighted: weighted order of levels instead of strict order.
+        alone_from: the delivery from which on a job runs alone.
+        slots: jobs that run at once; suspects that do not run alone fill at most half of them.
+    """
+
+    queues: tuple[tuple[str, int | None], ...]
+    namespace: str = ""
+    lease: float = 15.0
+    weighted: bool = False
+    alone_from: int = SUSPECT_DELIVERIES + 1
+    slots: int = 10
+
+
+class StreamOptions(Options, frozen=True, kw_only=True):
+    """Options of a stream broker.
+
+    Attributes:
+        group: the consumer group.
+    """
+
+    group: str = "workers"
+
+
 class ClaimSource(ABC):
     """Source of claims: caps, the pace of reclaiming, rest after an outage, keys that cannot be read.
 
     Args:
         session: the connections.
         queues: (keys, cap) in claim order.
-        lease: seconds after which an unrenewed claim expires.
-        alone_from: the delivery from which on a job runs alone.
+        options: the broker's.
+        heads: keys of each queue that come before the ready keys in the claiming script's KEYS.
     """
 
     def __init__(
-        self, session: Session, queues: Sequence[tuple[QueueKeys, int | None]], *, lease: float, alone_from: int
+        self, session: Session, queues: Sequence[tuple[QueueKeys, int | None]], options: Options, heads: int = 1
     ) -> None:
         self._session = session
         self._keys: Final[list[QueueKeys]] = [keys for keys, _ in queues]
         self._caps = [cap for _, cap in queues]
-        self._lease = lease
-        self._alone_from = alone_from
-        self.slots = 1
+        self._lease = options.lease
+        self._alone_from = options.alone_from
+        self._slots = options.slots
+        self._order = Order(len(queues), weighted=options.weighted, heads=heads)
         self.ready_keys: Final[list[tuple[QueueKeys, Level, str]]] = [
             (keys, level, keys.ready(level)) for keys in self._keys for level in LEVELS
         ]
@@ -117,6 +149,11 @@ class ClaimSource(ABC):
                 return claims
             claims = await self.wait_unless_stale(limit, min(wait, SILENT_WAIT) if self.silent else wait, running)
         return claims
+
+    @property
+    def queues(self) -> list[str]:
+        """Names of its queues."""
+        return [keys.queue for keys in self._keys]
 
     @property
     def draining(self) -> bool:
@@ -181,7 +218,7 @@ class ClaimSource(ABC):
         held = Counter(claim.queue for claim in running if SUSPECT_DELIVERIES <= claim.count < self._alone_from)
         # Ended claims of a queue that refuses to settle them must not block suspects of other queues.
         group = sum(max(0, count - self.ended(queue)) for queue, count in held.items())
-        return max(0, max(1, self.slots // 2) - group)
+        return max(0, max(1, self._slots // 2) - group)
 
     def _about_suspects(self, index: int, running: Collection[Claim]) -> int:
         """What to do about suspects of this queue.

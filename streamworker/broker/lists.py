@@ -18,8 +18,8 @@ import msgspec
 from redis.exceptions import ResponseError
 
 from streamworker.broker import Ending, listings, scripts
-from streamworker.broker.base import RENEW_BATCH, Options, RedisBroker, promote, standby
-from streamworker.broker.claim import LEAVE, RESERVE, ClaimSource, Order
+from streamworker.broker.base import RENEW_BATCH, RedisBroker, promote, standby
+from streamworker.broker.claim import LEAVE, RESERVE, ClaimSource, Options
 from streamworker.broker.keys import ListKeys, QueueKeys, lease_of, leased, unwrapped, worker_key, wrapped
 from streamworker.broker.redis.client import Address
 from streamworker.broker.redis.cluster import ClusterReader
@@ -40,25 +40,20 @@ class ListClaims(ClaimSource):
 
     Args:
         session: the connections.
-        queues: (keys, cap) in the order they are taken.
-        reclaimer: gives back what dead workers held.
-        lease: seconds after which an unrenewed claim is an orphan.
-        weighted: weighted order of levels.
+        queues: (keys, cap) in claim order.
+        options: the broker's.
+        reclaimer: releases expired claims.
     """
 
     def __init__(
         self,
         session: Session,
         queues: Sequence[tuple[ListKeys, int | None]],
-        *,
+        options: Options,
         reclaimer: Reclaimer,
-        lease: float,
-        weighted: bool,
-        alone_from: int,
     ) -> None:
-        super().__init__(session, queues, lease=lease, alone_from=alone_from)
+        super().__init__(session, queues, options, HEADS)
         self._lists: Final[list[ListKeys]] = [keys for keys, _ in queues]
-        self._order = Order(len(queues), weighted=weighted, heads=HEADS)
         self._reclaimer = reclaimer
         self._wake_lists = WakeLists(session, len(self.ready_keys))
         self._for_others: frozenset[str] = frozenset()
@@ -256,12 +251,8 @@ class ListBroker(RedisBroker[ListKeys, ClaimSource]):
         return ListKeys(queue, self._options.namespace)
 
     def _claim_source(self, queues: Sequence[tuple[ListKeys, int | None]]) -> ClaimSource:
-        lease, weighted = self._options.lease, self._options.weighted
-        self._reclaimer = Reclaimer(self._session, self._keys, lease=lease)
-        alone = self._options.alone_from
-        return self._source_class(
-            self._session, queues, reclaimer=self._reclaimer, lease=lease, weighted=weighted, alone_from=alone
-        )
+        self._reclaimer = Reclaimer(self._session, self._keys, lease=self._options.lease)
+        return self._source_class(self._session, queues, self._options, self._reclaimer)
 
     @property
     def _lease_ms(self) -> int:

@@ -15,7 +15,7 @@ import anyio
 
 from streamworker import codec
 from streamworker.broker import Ending, scripts
-from streamworker.broker.claim import SILENT_WAIT, ClaimSource, Order, none_ended
+from streamworker.broker.claim import SILENT_WAIT, ClaimSource, Options, none_ended
 from streamworker.broker.keys import SECRET, ListKeys, QueueKeys, leased
 from streamworker.broker.lists import ListBroker, ListSettlement, Reclaimer
 from streamworker.broker.redis.session import BLOCK, Session
@@ -37,25 +37,20 @@ class BrpopClaims(ClaimSource):
 
     Args:
         session: the connections.
-        queues: (keys, cap) in the order they are taken.
-        reclaimer: gives back what dead workers held that do not pop.
-        lease: seconds after which an unrenewed claim is an orphan.
-        weighted: weighted order of levels.
+        queues: (keys, cap) in claim order.
+        options: the broker's.
+        reclaimer: releases expired claims of workers that do not pop.
     """
 
     def __init__(
         self,
         session: Session,
         queues: Sequence[tuple[ListKeys, int | None]],
-        *,
+        options: Options,
         reclaimer: Reclaimer,
-        lease: float,
-        weighted: bool,
-        alone_from: int,
     ) -> None:
-        super().__init__(session, queues, lease=lease, alone_from=alone_from)
-        self._order = Order(len(queues), weighted=weighted, heads=0)
-        self._weighted = weighted
+        super().__init__(session, queues, options, 0)
+        self._weighted = options.weighted
         self._reclaimer = reclaimer
         self.waited: frozenset[str] = frozenset()
         """Queues with jobs whose end a caller waits for, by the last look."""

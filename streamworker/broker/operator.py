@@ -28,7 +28,7 @@ from streamworker.broker import (
     listings,
     scripts,
 )
-from streamworker.broker.base import Options
+from streamworker.broker.claim import Options, StreamOptions
 from streamworker.broker.diagnostics import examine
 from streamworker.broker.keys import PROGRESS, SECRET, ListKeys, QueueKeys, document, worker_key
 from streamworker.broker.listings import PAGE
@@ -37,7 +37,6 @@ from streamworker.broker.redis.client import Address
 from streamworker.broker.redis.reactions import understood
 from streamworker.broker.redis.session import OperatorSession, text
 from streamworker.broker.settle import ClaimSettlement, Refusals, StreamSettlement, settle
-from streamworker.broker.stream import StreamOptions
 from streamworker.codec import NOTHING
 from streamworker.errors import InvalidJob, StreamworkerError
 from streamworker.job import Claim, Dead, Depth, Drop, Progress, ReleaseAt, Settled, Verdict, read

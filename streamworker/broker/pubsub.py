@@ -28,8 +28,8 @@ LISTEN_RETRY: Final = 1.0
 """Seconds between tries to connect again."""
 PATIENCE: Final = 10.0
 """Most seconds until a subscription to the end of a job is confirmed."""
-_RESULTS: Final = ("ears_closed", "whoever waits for a result looks every 10 s")
-_NOTIFICATIONS: Final = ("bell_silent", "delayed jobs of others may start up to 5 s late")
+_RESULTS: Final = ("subscription_lost", "callers that wait for a result look every 10 s")
+_NOTIFICATIONS: Final = ("notifications_lost", "delayed jobs of others may start up to 5 s late")
 """(log event, hint) when the connection is lost."""
 
 

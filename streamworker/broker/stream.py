@@ -12,7 +12,8 @@ import msgspec
 from redis import exceptions as redis_errors
 
 from streamworker.broker import Ending, listings, scripts
-from streamworker.broker.base import RENEW_BATCH, Options, RedisBroker, promote, standby
+from streamworker.broker.base import RENEW_BATCH, RedisBroker, promote, standby
+from streamworker.broker.claim import StreamOptions
 from streamworker.broker.keys import UNKNOWN_EPOCH, QueueKeys, document, worker_key
 from streamworker.broker.redis.client import Address
 from streamworker.broker.redis.session import Session
@@ -23,16 +24,6 @@ from streamworker.job import Claim, Depth, Settled
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.broker")
-
-
-class StreamOptions(Options, frozen=True, kw_only=True):
-    """Options of a stream broker.
-
-    Attributes:
-        group: the consumer group.
-    """
-
-    group: str = "workers"
 
 
 class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
@@ -48,11 +39,8 @@ class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
         return QueueKeys(queue, self._options.namespace)
 
     def _claim_source(self, queues: Sequence[tuple[QueueKeys, int | None]]) -> StreamClaims | ClusterStreamClaims:
-        kind, options = ClusterStreamClaims if self._session.address.spread else StreamClaims, self._options
-        return kind(
-            self._session, queues, group=self._group, lease=options.lease, weighted=options.weighted,
-            alone_from=options.alone_from,
-        )  # fmt: skip
+        kind = ClusterStreamClaims if self._session.address.spread else StreamClaims
+        return kind(self._session, queues, self._options, self._group)
 
     async def join(self, worker_id: str) -> None:
         self._source.consumer = worker_id

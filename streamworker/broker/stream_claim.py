@@ -21,7 +21,7 @@ from streamworker.broker.claim import (
     SILENT_WAIT,
     UNBLOCK_EVERY,
     ClaimSource,
-    Order,
+    Options,
     none_ended,
 )
 from streamworker.broker.keys import UNKNOWN_EPOCH, QueueKeys, document
@@ -29,7 +29,7 @@ from streamworker.broker.redis.cluster import slot_of
 from streamworker.broker.redis.reactions import Reaction, reaction_to, row_of
 from streamworker.broker.redis.session import BLOCK, Session
 from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable
-from streamworker.job import LEVELS, Claim, Level
+from streamworker.job import LEVELS, Claim
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.broker")
@@ -47,20 +47,17 @@ class ClusterStreamClaims:
         self,
         session: Session,
         queues: Sequence[tuple[QueueKeys, int | None]],
-        *,
+        options: Options,
         group: str,
-        lease: float,
-        weighted: bool,
-        alone_from: int,
     ) -> None:
         self._session = session
-        self._lease = lease
+        self._lease = options.lease
         by_slot: dict[int, list[tuple[QueueKeys, int | None]]] = {}
         for keys, cap in queues:
             by_slot.setdefault(slot_of(keys.base), []).append((keys, cap))
         self._sessions = [session.branch(each[0][0].base) for each in by_slot.values()]
         self._parts = [
-            StreamClaims(branch, each, group=group, lease=lease, weighted=weighted, alone_from=alone_from)
+            StreamClaims(branch, each, options, group)
             for branch, each in zip(self._sessions, by_slot.values(), strict=True)
         ]
         self.epochs: dict[str, bytes] = {}
@@ -69,9 +66,7 @@ class ClusterStreamClaims:
             part.epochs, part.secrets = self.epochs, self.secrets
         parts = dict(zip(by_slot, self._parts, strict=True))
         self._part_of = {keys.queue: parts[slot_of(keys.base)] for keys, _ in queues}
-        self.ready_keys: Final[list[tuple[QueueKeys, Level, str]]] = [
-            spot for part in self._parts for spot in part.ready_keys
-        ]
+        self.ready_keys: Final = [each for part in self._parts for each in part.ready_keys]
         self._reads: dict[StreamClaims, asyncio.Task[list[Claim]]] = {}
         self._away: dict[StreamClaims, Unreachable] = {}
         """Parts whose node does not answer, and the error."""
@@ -90,16 +85,6 @@ class ClusterStreamClaims:
     def consumer(self, name: str) -> None:
         for part in self._parts:
             part.consumer = name
-
-    @property
-    def slots(self) -> int:
-        """Jobs that run at once."""
-        return self._parts[0].slots if self._parts else 1
-
-    @slots.setter
-    def slots(self, count: int) -> None:
-        for part in self._parts:
-            part.slots = count
 
     @property
     def marked(self) -> frozenset[str]:
@@ -154,9 +139,7 @@ class ClusterStreamClaims:
             return await look
         except Unreachable as error:
             self._away[part] = error
-            log.error(
-                "node_away", queues=[keys.queue for keys, _, _ in part.ready_keys[:: len(LEVELS)]], error=str(error)
-            )
+            log.error("node_away", queues=part.queues, error=str(error))
             return []
 
     def _look_after_the_away(self, running: Collection[Claim]) -> None:
@@ -178,7 +161,7 @@ class ClusterStreamClaims:
         claims = await part.claim(1, 0, running, part.ended, part.shut)
         if self._away.pop(part, None) is not None:
             self.reply_lost = True
-            log.info("node_back", queues=[keys.queue for keys, _, _ in part.ready_keys[:: len(LEVELS)]])
+            log.info("node_back", queues=part.queues)
         return claims
 
     async def look_again(self) -> None:
@@ -224,9 +207,7 @@ class ClusterStreamClaims:
                 error = None if read.cancelled() else read.exception()
                 if isinstance(error, Unreachable):
                     if part not in self._away:
-                        log.error(
-                            "node_away", queues=[keys.queue for keys, _, _ in part.ready_keys[::3]], error=str(error)
-                        )
+                        log.error("node_away", queues=part.queues, error=str(error))
                     self._away[part] = error
                 else:
                     claims += [] if read.cancelled() else read.result()
@@ -266,24 +247,15 @@ class StreamClaims(ClaimSource):
     Args:
         session: the connections.
         queues: (keys, cap) in claim order.
+        options: the broker's.
         group: the consumer group.
-        lease: seconds after which an unrenewed claim expires.
-        weighted: weighted order of levels.
     """
 
     def __init__(
-        self,
-        session: Session,
-        queues: Sequence[tuple[QueueKeys, int | None]],
-        *,
-        group: str,
-        lease: float,
-        weighted: bool,
-        alone_from: int,
+        self, session: Session, queues: Sequence[tuple[QueueKeys, int | None]], options: Options, group: str
     ) -> None:
-        super().__init__(session, queues, lease=lease, alone_from=alone_from)
+        super().__init__(session, queues, options)
         self._group = group
-        self._order = Order(len(queues), weighted=weighted)
         self._all = [keys.meta for keys in self._keys] + [stream for keys in self._keys for stream in keys.streams]
         self.epochs: dict[str, bytes] = {}
         """The value that ids of each stream's entries are derived from."""

@@ -13,7 +13,7 @@ import pytest
 
 from streamworker import codec
 from streamworker.bridge import BridgeLoop
-from streamworker.broker.base import Options
+from streamworker.broker.claim import Options
 from streamworker.broker.lists import ListBroker
 from streamworker.broker.redis.client import Address
 from tests.bridge.conftest import push, running, stored

@@ -11,11 +11,11 @@ from typing import Any
 
 import redis
 
-from streamworker.broker.base import Options
+from streamworker.broker.claim import Options, StreamOptions
 from streamworker.broker.keys import ListKeys, QueueKeys, lease_of
 from streamworker.broker.lists import ListBroker
 from streamworker.broker.redis.client import Address
-from streamworker.broker.stream import StreamBroker, StreamOptions
+from streamworker.broker.stream import StreamBroker
 from streamworker.codec import unmarked
 from streamworker.job import LEVELS, Claim, Level
 

@@ -11,7 +11,7 @@ import anyio
 import pytest
 
 from streamworker import App, Payload, codec
-from streamworker.broker.base import Options
+from streamworker.broker.claim import Options
 from streamworker.broker.lists import ListBroker
 from streamworker.broker.redis.client import Address
 from streamworker.errors import ConfigurationError, Unreachable

@@ -9,7 +9,7 @@ from uuid import UUID
 import pytest
 
 from streamworker import codec
-from streamworker.broker.base import Options
+from streamworker.broker.claim import Options
 from streamworker.broker.lists_brpop import BrpopBroker
 from streamworker.broker.redis.client import Address
 from streamworker.errors import StreamworkerError, Unreachable

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from streamworker.broker.base import Options
+from streamworker.broker.claim import Options
 from streamworker.broker.lists_brpop import BrpopBroker
 from streamworker.broker.redis.client import Address
 from streamworker.worker import renewer

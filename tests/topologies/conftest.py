@@ -14,9 +14,10 @@ import pytest
 import redis
 
 from streamworker import App, Payload, QueueWorker, Settings
+from streamworker.broker.claim import StreamOptions
 from streamworker.broker.keys import QueueKeys
 from streamworker.broker.redis.client import Address
-from streamworker.broker.stream import StreamBroker, StreamOptions
+from streamworker.broker.stream import StreamBroker
 from tests.conftest import eventually
 from tests.topologies.servers import Clustered, Sentineled
 

@@ -15,12 +15,11 @@ import redis
 
 from streamworker import App, Context, Discard, Payload, QueueWorker, Retry, Settings, Snooze
 from streamworker.bridge import BridgeLoop
-from streamworker.broker.base import Options
+from streamworker.broker.claim import Options, StreamOptions
 from streamworker.broker.keys import ListKeys, QueueKeys
 from streamworker.broker.lists import ListBroker
 from streamworker.broker.operator import ListOperator, StreamOperator
 from streamworker.broker.redis.client import Address
-from streamworker.broker.stream import StreamOptions
 from streamworker.errors import ConfigurationError, StreamworkerError
 from streamworker.views import Selection, chosen_dead, chosen_delayed, chosen_pending
 from tests.cli.conftest import JOBS, Program

@@ -12,10 +12,10 @@ import structlog
 from redis.crc import key_slot
 
 from streamworker import App, Context, QueueWorker, Settings
+from streamworker.broker.claim import StreamOptions
 from streamworker.broker.operator import StreamOperator
 from streamworker.broker.redis.client import Address
 from streamworker.broker.redis.cluster import key_of, slot_of
-from streamworker.broker.stream import StreamOptions
 from streamworker.errors import ConfigurationError, Unreachable
 from streamworker.job import Settled
 from streamworker.telemetry import logs
