@@ -9,7 +9,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Final
 
 from streamworker.errors import StreamworkerError
@@ -27,7 +26,9 @@ def ensure() -> None:
     """Open what of the standard streams is closed (`>&-`): sockets would get their numbers, and our words."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 - until the process ends
+            null = os.open(os.devnull, os.O_RDWR)
+            # It stays open until the process ends, and Python does not warn of that: as with its own streams.
+            setattr(sys, name, open(null, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
 @contextmanager
