@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AsyncExitStack
+from contextvars import copy_context
 from time import monotonic, time
 from typing import Any, Final, overload
 
@@ -21,6 +22,7 @@ from streamworker.policy import Limits
 from streamworker.producer import make_job
 from streamworker.settings import Settings
 from streamworker.worker.batching import BatchExecution
+from streamworker.worker.completion import Completion
 from streamworker.worker.executor import Executor
 from streamworker.worker.tasks import JobTasks
 
@@ -136,60 +138,55 @@ async def run(
             services = await stack.enter_async_context(app.lifespan())
         shared = Shared(WORKER_ID, services, redis, database)
         executor = Executor(app.handlers, shared, middleware=app.middleware, threads=1)
-        return await _in_task(executor, Execution(claim))
+        return await _outcome(executor, Execution(claim))
     raise AssertionError("a lifespan must not swallow errors")
 
 
-async def _in_task(executor: Executor, run: Execution) -> Outcome:
-    """Run as a worker runs it, which minds the deadline."""
-    ended = anyio.Event()
+class _OneCompletion(Completion):
+    """Completion of one job, which is neither recorded nor settled."""
+
+    def __init__(self) -> None:
+        self.ended: Final = anyio.Event()
+
+    def finish(self, run: Execution) -> None:
+        if isinstance(run, BatchExecution):
+            list(run.disperse())
+        self.ended.set()
+
+
+async def _outcome(executor: Executor, run: Execution) -> Outcome:
+    """Prepare and run as a worker does. This machine's clock says what is due, and one job is a batch of one."""
+    copy_context().run(executor.prepare, run)
+    if run.outcome is None and run.reading is not None and run.reading.run_at is not None:
+        until = codec.when(run.reading) or 0.0
+        if until > time():
+            run.outcome = Postponed(until)
+        else:
+            copy_context().run(executor.decode, run)
+    if run.outcome is None:
+        together = run.registration is not None and run.registration.together is not None
+        await _in_task(executor, BatchExecution([run]) if together else run)
+    if run.outcome is None:
+        raise AssertionError("a run that ended has an outcome")
+    return run.outcome
+
+
+async def _in_task(executor: Executor, run: Execution) -> None:
+    completion = _OneCompletion()
 
     def abandon(stuck: Execution) -> None:
         """A worker would exit with 70; here the thread is left behind."""
         stuck.outcome = TimedOut((stuck.deadline or 0.0) - (stuck.started or 0.0))
-        ended.set()
+        completion.finish(stuck)
 
-    def may_run(prepared: Execution) -> bool:
-        """One job is a batch of one; and where no server is, this clock says what is due."""
-        reading = prepared.reading
-        if not prepared.due and reading is not None and reading.run_at is not None:
-            until = codec.when(reading) or 0.0
-            if until > time():
-                prepared.outcome = Postponed(until)
-                finished(prepared)
-            else:
-                prepared.due, prepared.facts = True, None
-                executions.put(prepared)
-            return False
-        together = prepared.registration is not None and prepared.registration.together is not None
-        if together and not isinstance(prepared, BatchExecution):
-            executions.put(BatchExecution([prepared]))
-            return False
-        return True
-
-    def finished(ran: Execution) -> None:
-        if isinstance(ran, BatchExecution):
-            list(ran.disperse())
-        ended.set()
-
-    executions = JobTasks(
-        1,
-        executor,
-        finished=finished,
-        admit=may_run,
-        stuck=abandon,
-        grace=_THREAD_GRACE,
-    )
-    executions.open()
+    tasks = JobTasks(1, executor, completion, stuck=abandon, grace=_THREAD_GRACE)
+    tasks.open()
     try:
-        executions.put(run)
-        await ended.wait()
+        tasks.put(run)
+        await completion.ended.wait()
     finally:
         with anyio.CancelScope(shield=True):
-            await executions.close(_THREAD_GRACE)
-    if run.outcome is None:
-        raise AssertionError("a run that ended has an outcome")
-    return run.outcome
+            await tasks.close(_THREAD_GRACE)
 
 
 def _claim(job: Payload | Job, attempt: int, delivery: int) -> Claim:

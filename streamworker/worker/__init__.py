@@ -12,7 +12,7 @@ import signal
 import time
 from contextlib import AsyncExitStack
 from time import monotonic
-from typing import Any, Final, NoReturn, Protocol
+from typing import Any, Final, NoReturn
 
 import anyio
 import anyio.to_thread
@@ -22,26 +22,23 @@ from streamworker.broker import Consumer, Ending
 from streamworker.context import Shared
 from streamworker.errors import ConfigurationError, HandBackFailed, StuckThread, Unreachable, UsageError
 from streamworker.execution import Execution
-from streamworker.job import Interrupted, Raised, Settled, TimedOut
+from streamworker.job import Interrupted, Settled, TimedOut
 from streamworker.redact import text_of
 from streamworker.settings import Settings
 from streamworker.telemetry.logs import get_logger
 from streamworker.worker import signals, stacks
-from streamworker.worker.admission import Admission
 from streamworker.worker.executor import Executor
-from streamworker.worker.fetcher import Fetcher
 from streamworker.worker.health import Health
 from streamworker.worker.heartbeat import heartbeat, new_worker_id
 from streamworker.worker.host import WorkerHost
 from streamworker.worker.inflight import InFlight, LeasedSet
 from streamworker.worker.job_task import JobThreads
 from streamworker.worker.lease import LeaseKeeper, longest_silence
-from streamworker.worker.ledger import stages
 from streamworker.worker.metrics import Metering
-from streamworker.worker.observers import watching
+from streamworker.worker.observers import dispatch_to
+from streamworker.worker.pipeline import Pipeline
 from streamworker.worker.scheduler import CronLoop, DelayedPromoter
-from streamworker.worker.settler import Settler, ending
-from streamworker.worker.tasks import JobTasks
+from streamworker.worker.settler import ending
 
 log = get_logger("streamworker.worker")
 
@@ -55,23 +52,9 @@ HURRIED: Final = 5.0
 """Seconds after a second signal by which it has."""
 LAST_CALL: Final = 1.0
 """Seconds that what was told to end, and should have, is given once more."""
-SECOND_THOUGHT: Final = 0.2
+SECOND_TRY: Final = 0.2
 """Seconds before a server that did not let us go is asked once more."""
 SHUTDOWN: Final = Interrupted("the worker shut down")
-
-
-class Draining(Protocol):
-    """What draining needs of a worker."""
-
-    def finish(self, run: Execution) -> None:
-        """Make room for another run, and settle."""
-
-    def abandon_waiting(self) -> list[Execution]:
-        """Runs that have not been started."""
-
-    @property
-    def executor(self) -> Executor:
-        """Prepares runs."""
 
 
 class Shutdown:
@@ -125,20 +108,17 @@ class Shutdown:
         return min([*ends, *([min(again) + HURRIED] if again else [])], default=float("inf"))
 
 
-async def drain(worker: Draining, executions: JobTasks, holdings: InFlight, grace: float, hurry: anyio.Event) -> bool:
-    """Wait for running jobs, then cancel and hand back what is left; returns whether anything was.
+async def drain(pipeline: Pipeline, grace: float, hurry: anyio.Event) -> bool:
+    """Wait for running jobs, then cancel and hand back the rest; returns whether a running job was handed back.
 
     Args:
-        worker: whose runs these are.
-        executions: where they run.
-        holdings: what is held.
+        pipeline: whose fetcher has ended.
         grace: seconds running jobs may take to finish.
-        hurry: set by a second signal: no more waiting.
+        hurry: set by a second signal: running jobs are cancelled at once.
     """
-    for run in [*executions.abandon_waiting(), *worker.abandon_waiting()]:
-        if run.outcome is None:
-            worker.executor.prepare(run)
-        give_back(worker, run)
+    tasks, in_flight = pipeline.tasks, pipeline.in_flight
+    for run in pipeline.abandon_waiting():
+        hand_back(pipeline, run)
     async with anyio.create_task_group() as group:
 
         async def wait_no_more() -> None:
@@ -147,27 +127,27 @@ async def drain(worker: Draining, executions: JobTasks, holdings: InFlight, grac
 
         group.start_soon(wait_no_more)
         with anyio.move_on_after(grace):
-            while any(not run.stuck for run in executions.running):
-                await holdings.changed(0.25)
+            while any(not run.stuck for run in tasks.running):
+                await in_flight.changed(0.25)
         group.cancel_scope.cancel()
-    cut_short = list(executions.running)
+    cut_short = list(tasks.running)
     for run in cut_short:
         run.cancel(SHUTDOWN)
     with anyio.move_on_after(UNWIND):
-        while any(not run.in_thread and not run.stuck for run in executions.running):
-            await holdings.changed(0.05)
-    for run in list(executions.running):  # threads, and handlers that cannot be cancelled: the process ends under them
-        give_back(worker, run)
+        while any(not run.in_thread and not run.stuck for run in tasks.running):
+            await in_flight.changed(0.05)
+    for run in list(tasks.running):  # threads, and handlers that cannot be cancelled: the process ends under them
+        hand_back(pipeline, run)
     return bool(cut_short)
 
 
-def give_back(worker: Draining, run: Execution) -> None:
-    """Settle a run that did not come to an end here; one that can have no other end (undecodable) gets that."""
+def hand_back(pipeline: Pipeline, run: Execution) -> None:
+    """Complete a run that has not ended here, to be settled as interrupted; one that has its outcome keeps that."""
     if run.outcome is None:
         # A thread past its deadline is charged, or it would stick worker after worker for ever.
         limits = run.facts.limits if run.facts is not None and run.overdue(monotonic()) else None
         run.outcome = TimedOut(limits.timeout) if limits is not None and limits.timeout is not None else SHUTDOWN
-    worker.finish(run)
+    pipeline.completion.finish(run)
 
 
 async def end_reading(broker: Consumer, ended: anyio.Event) -> None:
@@ -186,44 +166,45 @@ async def end_reading(broker: Consumer, ended: anyio.Event) -> None:
             await ended.wait()
 
 
-async def take_leave(broker: Consumer, executor: Executor, holdings: InFlight) -> None:
-    """Leave nothing behind under our name: no pending entry, no consumer, no heartbeat.
+async def take_leave(broker: Consumer, executor: Executor, in_flight: InFlight) -> None:
+    """Leave nothing behind under this worker's name: no pending entry, no consumer, no heartbeat.
 
     Raises:
-        HandBackFailed: something is pending under our name still.
-        StreamworkerError: the server would not, and not at the second attempt either.
+        HandBackFailed: something is still pending under its name.
+        StreamworkerError: the server refused, also at the second attempt.
     """
     try:
-        await _hand_back_strays(broker, executor, holdings)
+        await _hand_back_pending(broker, executor, in_flight)
         gone = await broker.leave()
     except Unreachable:
-        # A connection that was idle may be the one that a failover left behind; the next one leads to the new master.
-        await anyio.sleep(SECOND_THOUGHT)
-        await _hand_back_strays(broker, executor, holdings)
+        # An idle connection may lead to a server that a failover replaced; the next one leads to the new master.
+        await anyio.sleep(SECOND_TRY)
+        await _hand_back_pending(broker, executor, in_flight)
         gone = await broker.leave()
-    if not gone or len(holdings):
+    if not gone or len(in_flight):
         raise HandBackFailed("some jobs are still pending under this worker's name")
 
 
-async def _hand_back_strays(broker: Consumer, executor: Executor, holdings: InFlight) -> None:
-    """What is pending under our name still is settled: what is held by its outcome, what is not goes back."""
-    while runs := await _pending_runs(broker, executor, holdings):
+async def _hand_back_pending(broker: Consumer, executor: Executor, in_flight: InFlight) -> None:
+    """Settle what is still pending under our name: runs in flight by their outcome, other entries as interrupted."""
+    while runs := await _pending_runs(broker, executor, in_flight):
         endings = [run.ending or ending(run, now=time.time(), jitter=0.5) for run in runs]
-        refused = await _settled(broker, holdings, runs, endings)
+        refused = await _settled(broker, in_flight, runs, endings)
         if refused:
-            # What cannot be parked or buried where it belongs goes back to where it came from, at once and uncharged.
+            # What cannot be parked or moved to the dead letters is released to where it came from, uncharged.
             for run in refused:
                 run.outcome = SHUTDOWN
             endings = [ending(run, now=time.time(), jitter=0.5) for run in refused]
-            if await _settled(broker, holdings, refused, endings):
+            if await _settled(broker, in_flight, refused, endings):
                 return
 
 
-async def _pending_runs(broker: Consumer, executor: Executor, holdings: InFlight) -> list[Execution]:
+async def _pending_runs(broker: Consumer, executor: Executor, in_flight: InFlight) -> list[Execution]:
     runs = []
     for claim in await broker.own_pending(()):
-        run = holdings.find(claim) or Execution(claim)
-        if run.outcome is None:
+        run = in_flight.find(claim)
+        if run is None:
+            run = Execution(claim)
             executor.prepare(run)
         if run.outcome is None:
             run.outcome = SHUTDOWN
@@ -232,7 +213,7 @@ async def _pending_runs(broker: Consumer, executor: Executor, holdings: InFlight
 
 
 async def _settled(
-    broker: Consumer, holdings: InFlight, runs: list[Execution], endings: list[Ending]
+    broker: Consumer, in_flight: InFlight, runs: list[Execution], endings: list[Ending]
 ) -> list[Execution]:
     """Settle; returns the runs that the server refused to store."""
     refused = []
@@ -240,7 +221,7 @@ async def _settled(
         if answer is Settled.REFUSED:
             refused.append(run)
         else:
-            holdings.forget(run)
+            in_flight.forget(run)
     return refused
 
 
@@ -272,7 +253,7 @@ class QueueWorker:
         self.worker_id: Final = new_worker_id(worker_id or self._settings.worker_id)
         self._redis, self._database, self._services = redis, database, services
         self._stopping, self._hurry, self._stopped = anyio.Event(), anyio.Event(), anyio.Event()
-        self._burst = self._begun = self._main_begun = self._forked = False
+        self._burst = self._begun = self._main_begun = False
         self._queues = [spec.name for spec in self._settings.queues] or app.handlers.queues
         self._error: StuckThread | HandBackFailed | ConfigurationError | None = None
         self._signal = 0
@@ -359,7 +340,7 @@ class QueueWorker:
                     self.shutdown.leave()
         finally:
             self._stopped.set()
-        log.info("worker_stopped", worker_id=self.worker_id, done=self._holdings.counts.done)
+        log.info("worker_stopped", worker_id=self.worker_id, done=self._in_flight.counts.done)
         if self._error is not None:
             raise self._error
 
@@ -404,49 +385,28 @@ class QueueWorker:
         stack.enter_context(app.handlers.serving())  # before it is looked which queues, limits and batches there are
         self._queues[:] = [spec.name for spec in settings.queues] or app.handlers.queues
         await stack.enter_async_context(app.entered(settings, self._redis))
-        site = await app.site(stack, settings, self._redis, self._database, self.worker_id)
-        self._broker, self._relay = site.broker, site.relay
+        resources = await app.site(stack, settings, self._redis, self._database, self.worker_id)
+        self._broker, self._relay = resources.broker, resources.relay
         await self._broker.open()
         await self._broker.join(self.worker_id)
         services = await self._enter_services(stack)
-        self._shared = Shared(self.worker_id, services, site.redis, site.database, site.ledger)
-        self._holdings, self._ticker = InFlight(), DelayedPromoter(self._broker, self._stopping)
-        self._settler = Settler(self._broker, self._holdings, parked=self._ticker.parked)
+        self._shared = Shared(self.worker_id, services, resources.redis, resources.database, resources.ledger)
+        self._promoter = DelayedPromoter(self._broker, self._stopping)
+        observers = dispatch_to((*app.observers, *self._health.observers), self.worker_id)
         self._executor = Executor(
             app.handlers, self._shared, middleware=app.middleware, threads=settings.concurrency,
             max_deliveries=settings.max_deliveries, max_job_bytes=settings.max_job_bytes,
-            unknown_kind_ttl=settings.unknown_kind_ttl,
+            unknown_kind_ttl=settings.unknown_kind_ttl, observers=observers,
         )  # fmt: skip
-        self._watch = watching((*app.observers, *self._health.observers), self._executor, self._settler)
-        self._executions = JobTasks(
-            settings.concurrency, self._executor, call=self._watch.starts if self._watch is not None else None,
-            finished=self.finish, stuck=self._stuck, grace=settings.grace,
-            admit=lambda run: self._entrance.may_run(run),  # noqa: PLW0108 - made afterwards
+        self._pipeline = Pipeline(
+            app, settings, resources, self._executor, self._promoter, observers,
+            stopping=self._stopping, burst=self._burst, stuck=self._stuck, refused=self._refused,
         )  # fmt: skip
-        record = None if site.ledger is None or site.dispatcher is None else (site.ledger, site.dispatcher)
-        self._stages = stages(record, self._executor, self._executions, self._settler, self._holdings)
-        self._claimer = Fetcher(
-            self._broker,
-            self._holdings,
-            self._stages.put,
-            concurrency=settings.concurrency,
-            most=self._stages.most(settings.concurrency),
-            max_deliveries=settings.max_deliveries,
-            caps={spec.name: spec.cap for spec in settings.queues if spec.cap is not None},
-            stopping=self._stopping,
-            burst=self._burst,
-            unsent=self._relay.unsent,
-            fatal=self._refused,
-            closed=self._stages.closed,
-        )
-        self._entrance = Admission(
-            self._broker, app.handlers, limit=settings.concurrency, isolate=self._claimer.may_run,
-            put=self._executions.put, finished=self.finish,
-        )  # fmt: skip
-        held = LeasedSet(self._holdings, self._executor, self._entrance.kept)
+        self._in_flight = self._pipeline.in_flight
+        held = LeasedSet(self._in_flight, self._pipeline.permits)
         longest = longest_silence(app.handlers.registrations, settings.grace)
         self._lease = LeaseKeeper(self._broker, lease=settings.lease, held=held, report=self._report, longest=longest)
-        self._health.watch(self._claimer, self._lease, self._holdings, self._broker)
+        self._health.watch(self._pipeline.fetcher, self._lease, self._in_flight, self._broker)
 
     async def _enter_services(self, stack: AsyncExitStack) -> Any:
         if self._services is None and self._app.lifespan is not None:
@@ -456,29 +416,25 @@ class QueueWorker:
     async def _main(self) -> None:
         self._lease.start()
         try:
-            self._executions.open()
-            async with anyio.create_task_group() as house:
-                house.start_soon(self._broker.listen, self._ticker.parked, self._lease.look)
+            self._pipeline.tasks.open()
+            async with anyio.create_task_group() as listener:
+                listener.start_soon(self._broker.listen, self._promoter.parked, self._lease.look)
                 async with anyio.create_task_group() as loops:
-                    for part in (self._settler, self._stages, self._entrance, self._ticker):
-                        loops.start_soon(part.run)
-                    loops.start_soon(self._unblocking)
+                    loops.start_soon(self._pipeline.run)
+                    loops.start_soon(self._promoter.run)
+                    loops.start_soon(self._unblock)
                     loops.start_soon(self._relay.run, self._stopping)
                     if self._app.schedules and not self._burst:
                         loops.start_soon(
                             CronLoop(self._broker, self._app.schedules, self._settings, self._stopping).run
                         )
                     log.info("worker_ready", worker_id=self.worker_id, queues=self._queues)
-                    await self._claimer.run()
-                    self.shutdown.cut_short = await drain(
-                        self, self._executions, self._holdings, self._settings.grace, self._hurry
-                    )
-                    await self._stages.close(HAND_BACK)
-                    self._settler.close(HAND_BACK)
-                    self._entrance.close(HAND_BACK)
-                house.cancel_scope.cancel()
+                    await self._pipeline.fetcher.run()
+                    self.shutdown.cut_short = await drain(self._pipeline, self._settings.grace, self._hurry)
+                    await self._pipeline.close(HAND_BACK)
+                listener.cancel_scope.cancel()
         finally:
-            for run in await self._executions.close(LAST_CALL):
+            for run in await self._pipeline.tasks.close(LAST_CALL):
                 if not run.stuck:
                     self._stuck(run)
             self._lease.stop()
@@ -489,34 +445,14 @@ class QueueWorker:
             # The thread may be in a command; its heartbeat must not outlive us.
             await anyio.to_thread.run_sync(self._lease.join, abandon_on_cancel=True)
         try:
-            await take_leave(self._broker, self._executor, self._holdings)
+            await take_leave(self._broker, self._executor, self._in_flight)
         except Exception as error:  # noqa: BLE001 - whatever keeps us from handing back: the leases will run out
-            log.error("hand_back_failed", worker_id=self.worker_id, jobs=len(self._holdings), error=str(error))
+            log.error("hand_back_failed", worker_id=self.worker_id, jobs=len(self._in_flight), error=str(error))
             self._error = self._error or HandBackFailed(
-                f"{len(self._holdings)} jobs could not be handed back ({error}): they run elsewhere after their lease"
+                f"{len(self._in_flight)} jobs could not be handed back ({error}): they run elsewhere after their lease"
             )
 
-    # -- what the parts tell
-
-    def finish(self, run: Execution) -> None:
-        """A run has its outcome: make room for another, record it, settle it."""
-        if self._forked:
-            signals.end_child(run.outcome.error if isinstance(run.outcome, Raised) else None)
-        if run.special and self._entrance.left(run):
-            return
-        if self._watch is not None:
-            self._watch.finished(run)
-        self._holdings.finished()
-        self._stages.finish(run)
-
-    def abandon_waiting(self) -> list[Execution]:
-        """Runs that have not been started; they do not wait any more afterwards."""
-        return self._claimer.abandon_waiting() + self._stages.abandon_waiting() + self._entrance.abandon_waiting()
-
-    @property
-    def executor(self) -> Executor:
-        """What prepares and calls runs."""
-        return self._executor
+    # -- what the stages report
 
     def _stuck(self, run: Execution) -> None:
         name, where = run.registration.name if run.registration is not None else run.kind, stacks.of_run(run)
@@ -534,21 +470,22 @@ class QueueWorker:
         self._stopping.set()
 
     def _report(self) -> dict[str, str | int | float]:
-        report = heartbeat(self._settings, self._queues, self._started, self._holdings, self._lease.loop_lag)
+        report = heartbeat(self._settings, self._queues, self._started, self._in_flight, self._lease.loop_lag)
         aside = [
-            f"{jobs} jobs of {queue} cannot be settled, see its log" for queue, jobs in self._settler.aside.items()
+            f"{jobs} jobs of {queue} cannot be settled, see its log"
+            for queue, jobs in self._pipeline.settler.refused.items()
         ]
-        return {**report, "notice": "; ".join(filter(None, [*aside, self._claimer.notice]))}
+        return {**report, "notice": "; ".join(filter(None, [*aside, self._pipeline.fetcher.notice]))}
 
     # -- stops and signals
 
-    async def _unblocking(self) -> None:
+    async def _unblock(self) -> None:
         """At shutdown, end the blocking read; repeated, since it may begin just after it was told."""
         await self._stopping.wait()
         self._shared.stopping = True
-        self._ticker.wake()
-        self._holdings.stir()
-        await end_reading(self._broker, self._claimer.ended)
+        self._promoter.wake()
+        self._in_flight.stir()
+        await end_reading(self._broker, self._pipeline.fetcher.ended)
 
     def _signalled(self, number: int) -> None:
         if not self._stopping.is_set():
@@ -561,7 +498,7 @@ class QueueWorker:
 
     def _in_forked_child(self) -> None:
         """Called in a process that one of our handlers forked: its copy of this worker must not settle anything."""
-        self._forked = True
         self._health.close_in_forked_child()
         if self._main_begun:
-            self._executions.abandon_waiting()  # the event loop's turn that forked must not start what waits
+            self._pipeline.completion.close_in_forked_child()
+            self._pipeline.tasks.abandon_waiting()  # the event loop's turn that forked must not start what waits

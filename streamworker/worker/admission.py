@@ -1,7 +1,8 @@
-"""The gate between decoding and running, for kinds with limits: asks the broker who may run now, and gives holds back.
+"""Admission: decides when a prepared job may start: its run_at, the limits of its kind, its batch.
 
-Group commit, as in the settle loop: while one question is on its way the next gathers. Kinds without limits never come
-here, and without any such kind there is no gate.
+Jobs without any of these go straight to their task. The others pass the stages they need, once each, in this order:
+`DueCheck`, `LimitGate`, `Batcher`. The first two are group commits, as the settler is: while one request is under way
+the next gathers.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import asyncio
 import hashlib
 import itertools
 import secrets
-from collections.abc import Callable, Collection
 from time import time
 from typing import Any, Final, Protocol
 
@@ -21,61 +21,134 @@ from streamworker import codec
 from streamworker.broker import Limiter, ServerClock
 from streamworker.errors import Unreachable
 from streamworker.execution import Execution
-from streamworker.handlers import Handlers
-from streamworker.job import Claim, Deferred, Postponed
-from streamworker.limits import AcquireRequest, AcquireResult, Limit, Permit, Quota
+from streamworker.handlers import Handlers, Registration
+from streamworker.job import Deferred, Postponed
+from streamworker.limits import AcquireRequest, AcquireResult, Limit, Quota
 from streamworker.loops import Pause
 from streamworker.telemetry.logs import get_logger
-from streamworker.worker.batching import Batcher, BatchExecution
+from streamworker.worker.batching import BatchExecution
+from streamworker.worker.completion import Completion
+from streamworker.worker.executor import Executor
+from streamworker.worker.inflight import Permits
+from streamworker.worker.tasks import JobTasks
 
 log = get_logger("streamworker.worker")
+
+MOST: Final = 200
+"""Most jobs of one request."""
+SHORTEST_PAUSE: Final = 0.2
+LONGEST_AWAY: Final = 5.0
+LONGEST_PAUSE: Final = 30.0
+"""Seconds before a failed request for a queue is repeated: with its server away, and with keys that are not usable."""
+ASK_LATER: Final = 5.0
+"""Least seconds for which a job is deferred whose limit cannot be asked for."""
+LONGEST_VALUE: Final = 100
+"""Characters of a value in the name of a key; longer values stand there as a digest."""
 
 
 class AdmissionBroker(Limiter, ServerClock, Protocol):
     """The roles of a broker that admission calls."""
 
 
-class DueCheck:
-    """Lets runs with a ``run_at`` through when it has come by the server's clock; this machine's may be wrong.
-
-    Group commit, as at the gate: while one question is on its way the next gathers.
+class Admission:
+    """Passes a prepared job to its task at once, or through the stages that decide when it may start.
 
     Args:
-        broker: asked.
-        put: starts a run that may run; it is prepared again then.
-        finished: told of runs that have an outcome: it is not their time yet.
+        broker: knows limits and the servers' clocks.
+        handlers: whether a kind has a limit or a batch. A stage that no kind needs is left out.
+        executor: decodes payloads that are due.
+        tasks: the last of these stages' successor.
+        completion: takes jobs that get an outcome here: they do not start now.
+        permits: what jobs hold of limits; ``None`` if no kind has one.
     """
 
     def __init__(
-        self, broker: AdmissionBroker, put: Callable[[Execution], None], finished: Callable[[Execution], None]
+        self,
+        broker: AdmissionBroker,
+        handlers: Handlers[Any],
+        executor: Executor,
+        tasks: JobTasks,
+        completion: Completion,
+        *,
+        permits: Permits | None,
+        concurrency: int,
     ) -> None:
-        self._broker, self._put, self._finished = broker, put, finished
+        batches = any(registration.together is not None for registration in handlers.registrations)
+        self._tasks = tasks
+        self._batcher = Batcher(concurrency, tasks, completion) if batches else None
+        after_limits = self._batcher or tasks
+        self._gate = LimitGate(broker, permits, after_limits, completion) if permits is not None else None
+        self._due_check = DueCheck(broker, executor, self._gate or after_limits, completion)
+
+    def put(self, run: Execution) -> None:
+        """Take a prepared run in."""
+        if run.special and run.outcome is None:
+            self._due_check.put(run)
+        else:
+            self._tasks.put(run)
+
+    def abandon_waiting(self) -> list[Execution]:
+        """Remove and return the runs that wait here."""
+        stages = (self._due_check, self._gate, self._batcher)
+        return [run for stage in stages if stage is not None for run in stage.abandon_waiting()]
+
+    async def run(self) -> None:
+        """Run until closed."""
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._due_check.run)
+            if self._gate is not None:
+                group.start_soon(self._gate.run)
+
+    def close(self, within: float) -> None:
+        """End when every permit is given back, at the latest in ``within`` seconds."""
+        self._due_check.close(within)
+        if self._gate is not None:
+            self._gate.close(within)
+
+
+class DueCheck:
+    """Admits jobs with a ``run_at`` that has come by the server's clock; this machine's may be wrong.
+
+    Args:
+        broker: knows the server's clock.
+        executor: decodes the payloads of jobs that are due.
+        successor: the next stage.
+        completion: takes jobs that are not due yet.
+    """
+
+    def __init__(
+        self, broker: ServerClock, executor: Executor, successor: LimitGate | Batcher | JobTasks, completion: Completion
+    ) -> None:
+        self._broker = broker
+        self._executor = executor
+        self._successor = successor
+        self._completion = completion
         self._waiting: list[Execution] = []
         self._wake = asyncio.Event()
         self._closing = anyio.Event()
         self._give_up_at = float("inf")
 
-    def may_run(self, run: Execution) -> bool:
-        """Whether the run need not be asked about; if it must, it waits here until it gets an answer."""
-        if run.due or run.reading is None or run.reading.run_at is None or isinstance(run, BatchExecution):
-            return True
+    def put(self, run: Execution) -> None:
+        """Take a run in; one with a ``run_at`` waits for the server's clock."""
+        if run.reading is None or run.reading.run_at is None:
+            self._successor.put(run)
+            return
         self._waiting.append(run)
         self._wake.set()
-        return False
 
     def abandon_waiting(self) -> list[Execution]:
-        """Runs that wait for an answer; they do not wait any more afterwards."""
+        """Remove and return the runs that wait for the clock."""
         waiting, self._waiting = self._waiting, []
         return waiting
 
     def close(self, within: float) -> None:
-        """End the loop when nothing waits, at the latest in ``within`` seconds."""
+        """End the loop when no run waits, at the latest in ``within`` seconds."""
         self._give_up_at = anyio.current_time() + within
         self._closing.set()
         self._wake.set()
 
     async def run(self) -> None:
-        """Ask until closed; an error is followed by a pause, and the question asked again."""
+        """Ask until closed; an error is followed by a pause, and the request repeated."""
         pause = Pause(longest=5.0)
         while self._waiting or not self._closing.is_set():
             if not self._waiting:
@@ -85,7 +158,7 @@ class DueCheck:
             try:
                 await self._turn(self._waiting[0].claim.queue)
                 pause.reset()
-            except Exception as error:  # noqa: BLE001 - a main loop never crashes; what waits is asked about again
+            except Exception as error:  # noqa: BLE001 - a main loop never crashes; the request is repeated
                 if not isinstance(error, Unreachable):
                     log.error("due_check_failed", jobs=len(self._waiting), error=str(error))
                 await pause.wait(self._closing, least=0.2)
@@ -93,7 +166,7 @@ class DueCheck:
                 return
 
     async def _turn(self, queue: str) -> None:
-        """One question, about all runs of one queue that wait when it is asked."""
+        """One request, for all runs of one queue that wait when it is sent."""
         asked = {run for run in self._waiting if run.claim.queue == queue}
         now = await self._broker.clock(queue)
         mine = [run for run in self._waiting if run in asked]  # others were handed back meanwhile
@@ -101,167 +174,68 @@ class DueCheck:
         for run in mine:
             left = ((codec.when(run.reading) if run.reading is not None else None) or 0.0) - now
             if left > 0 and run.outcome is None:
-                run.outcome = Postponed(time() + left)  # parking counts from now on, by whatever this clock shows
-            if run.outcome is not None:  # or its claim was lost
-                self._finished(run)
-                continue
-            run.due, run.facts = True, None
-            self._put(run)
-
-
-class Admission:
-    """Asked before a run starts that is `Execution.special`; costs nothing where there are none.
-
-    Args:
-        broker: knows about limits, and what time it is.
-        handlers: whether any kind has one, or is called for several jobs at once.
-        limit: jobs that the worker runs at once.
-        isolate: asked before a suspect runs; False puts it aside for later.
-        put: starts a run.
-        finished: told of runs that have an outcome without having run.
-    """
-
-    def __init__(
-        self,
-        broker: AdmissionBroker,
-        handlers: Handlers[object],
-        *,
-        limit: int,
-        isolate: Callable[[Execution], bool],
-        put: Callable[[Execution], None],
-        finished: Callable[[Execution], None],
-    ) -> None:
-        self._isolate = isolate
-        limited = any(registration.quota is not None for registration in handlers.registrations)
-        gathering = any(registration.together is not None for registration in handlers.registrations)
-        self._finished = finished
-        self._due = DueCheck(broker, put, finished)
-        self._gate = LimitGate(broker, put, finished) if limited else None
-        self._batches = Batcher(limit, put, finished) if gathering else None
-        self.kept: Callable[[Collection[Claim]], None] | None = self._gate.retain if self._gate is not None else None
-        """What the lease thread renews along with claims."""
-
-    def may_run(self, run: Execution) -> bool:
-        """Whether a prepared special run may run now; if not, it waits here or elsewhere, and comes again."""
-        if not self._due.may_run(run):
-            return False
-        if run.suspect and not self._isolate(run):
-            return False
-        if self._gate is not None and not self._gate.may_run(run):
-            return False
-        return self._batches is None or self._batches.may_run(run)
-
-    def left(self, run: Execution) -> bool:
-        """A special run has its outcome. True if it stood for others, which are finished by that, each for itself."""
-        if isinstance(run, BatchExecution):
-            for item in run.disperse():
-                self._finished(item)
-            return True
-        if self._gate is not None:
-            self._gate.leave(run)
-        return False
-
-    def abandon_waiting(self) -> list[Execution]:
-        """Runs that wait here; they do not wait any more afterwards."""
-        waiting = self._due.abandon_waiting()
-        waiting += self._gate.abandon_waiting() if self._gate is not None else []
-        return waiting + (self._batches.abandon_waiting() if self._batches is not None else [])
-
-    async def run(self) -> None:
-        """Run until closed."""
-        async with anyio.create_task_group() as group:
-            group.start_soon(self._due.run)
-            if self._gate is not None:
-                group.start_soon(self._gate.run)
-
-    def close(self, within: float) -> None:
-        """End it when all is given back, at the latest in ``within`` seconds."""
-        self._due.close(within)
-        if self._gate is not None:
-            self._gate.close(within)
-
-
-MOST: Final = 200
-"""Most jobs of one question."""
-SHORTEST_PAUSE: Final = 0.2
-LONGEST_AWAY: Final = 5.0
-LONGEST_PAUSE: Final = 30.0
-"""Seconds before a queue is asked about again that could not be: whose server is away, or whose keys are not usable."""
-ASK_LATER: Final = 5.0
-"""Least seconds after which a job asks again that could not be asked about."""
-LONGEST_VALUE: Final = 100
-"""Characters of a value in the name of a key; longer ones stand there as a digest."""
+                run.outcome = Postponed(time() + left)  # relative to this machine's clock, which the settler reads
+            if run.outcome is None:
+                self._executor.decode(run)
+            if run.outcome is None:
+                self._successor.put(run)
+            else:  # not due, not decodable, or its claim was lost meanwhile
+                self._completion.finish(run)
 
 
 class LimitGate:
-    """Lets runs of kinds with limits through when it is their turn.
+    """Admits jobs of kinds with limits when the broker grants them a permit.
 
     Args:
-        broker: asked.
-        put: starts a run that may run.
-        finished: told of runs that have an outcome: it is not their turn yet.
+        broker: grants permits.
+        permits: what jobs hold.
+        successor: the next stage.
+        completion: takes jobs that get no permit now.
     """
 
     def __init__(
-        self, broker: Limiter, put: Callable[[Execution], None], finished: Callable[[Execution], None]
+        self, broker: Limiter, permits: Permits, successor: Batcher | JobTasks, completion: Completion
     ) -> None:
         self._broker = broker
-        self._put = put
-        self._finished = finished
+        self._permits = permits
+        self._successor = successor
+        self._completion = completion
         self._asking: dict[Execution, AcquireRequest] = {}
-        self._leaving: list[Permit] = []
-        self._holds: dict[tuple[str, bytes], Permit] = {}
         self._pauses: dict[str, tuple[float, float]] = {}
-        """Queues that could not be asked about: until when nobody asks again, and how long that pause is."""
+        """Queues whose last request failed: until when there is no other one, and the length of that pause."""
         self._broken: set[str] = set()
-        self._wake = asyncio.Event()
+        self._wake = permits.wake
         self._closing = anyio.Event()
         self._give_up_at = float("inf")
 
-    def may_run(self, run: Execution) -> bool:
-        """Whether this prepared run has got its turn; if not, it waits here until it gets an answer."""
-        if run.passed:
-            return True
-        asking = asking_of(run)
-        if asking is None:
-            return True
-        self._asking[run] = asking
+    def put(self, run: Execution) -> None:
+        """Take a run in; one of a kind with a limit waits for a permit."""
+        request = request_of(run)
+        if request is None:
+            self._successor.put(run)
+            return
+        self._asking[run] = request
         self._wake.set()
-        return False
-
-    def leave(self, run: Execution) -> None:
-        """The run has ended: its place is free. A thread that still runs keeps it until it lapses."""
-        hold = self._holds.pop((run.claim.place, run.claim.entry), None)
-        if hold is not None and not run.in_thread:
-            self._leaving.append(hold)
-            self._wake.set()
-
-    def retain(self, claims: Collection[Claim]) -> None:
-        """Renew what is held by runs of these claims; from the lease thread, after their leases."""
-        find = self._holds.get
-        holds = [hold for claim in claims if (hold := find((claim.place, claim.entry))) is not None]
-        if holds:
-            self._broker.renew_permits(holds)
 
     def abandon_waiting(self) -> list[Execution]:
-        """Runs that wait for an answer; they do not wait any more afterwards."""
+        """Remove and return the runs that wait for a permit."""
         waiting = list(self._asking)
         self._asking = {}
         return waiting
 
     def close(self, within: float) -> None:
-        """End the loop when every hold is given back, at the latest in ``within`` seconds."""
+        """End the loop when every permit is given back, at the latest in ``within`` seconds."""
         self._give_up_at = anyio.current_time() + within
         self._closing.set()
         self._wake.set()
 
     async def run(self) -> None:
-        """Ask until closed. A queue that cannot be asked about is asked about again after a pause; the others go on."""
+        """Ask until closed. After an error the queue pauses; the others go on."""
         while True:
-            self._put_off()
+            self._defer_broken()
             queue = self._next()
             if queue is None:
-                if self._closing.is_set() and not self._asking and not self._leaving:
+                if self._closing.is_set() and not self._asking and not self._permits.leaving:
                     return
                 with anyio.move_on_after(self._until_next()):
                     await self._wake.wait()
@@ -271,16 +245,16 @@ class LimitGate:
                     await self._turn(queue)
                     self._pauses.pop(queue, None)
                     self._broken.discard(queue)
-                except Exception as error:  # noqa: BLE001 - a main loop never crashes; what waits is asked about again
+                except Exception as error:  # noqa: BLE001 - a main loop never crashes; the request is repeated
                     self._failed(queue, error)
             if anyio.current_time() > self._give_up_at:
                 return
 
     def _next(self) -> str | None:
-        """The queue whose turn it is: holds are given back first, then in order of arrival."""
+        """The queue to ask for next: permits are given back first, then runs in order of arrival."""
         now = anyio.current_time()
         for limit in itertools.chain(
-            (hold.limit for hold in self._leaving), (asking.limit for asking in self._asking.values())
+            (permit.limit for permit in self._permits.leaving), (request.limit for request in self._asking.values())
         ):
             pause = self._pauses.get(limit.queue)
             if pause is None or pause[0] <= now:
@@ -288,14 +262,14 @@ class LimitGate:
         return None
 
     def _until_next(self) -> float | None:
-        """Seconds until a queue may be asked about again."""
-        if not self._asking and not self._leaving:
+        """Seconds until the first pause of a queue is over."""
+        if not self._asking and not self._permits.leaving:
             return None
         soonest = min((at for at, _ in self._pauses.values()), default=0.0)
         return max(0.01, min(soonest, self._give_up_at) - anyio.current_time())
 
     def _failed(self, queue: str, error: Exception) -> None:
-        """Nobody of the queue may run now. Unless its server is away, they wait in Redis, and not in our slots."""
+        """No job of the queue may start now. Unless its server is away they wait in Redis, and free their places."""
         _, before = self._pauses.get(queue, (0.0, 0.0))
         away = isinstance(error, Unreachable)
         pause = min(LONGEST_AWAY if away else LONGEST_PAUSE, max(SHORTEST_PAUSE, 2 * before))
@@ -304,11 +278,11 @@ class LimitGate:
             return
         log.error("limits_failed", queue=queue, error=str(error), pause=round(pause, 1))
         self._broken.add(queue)
-        if self._closing.is_set():  # they lapse by themselves
-            self._leaving = [hold for hold in self._leaving if hold.limit.queue != queue]
+        if self._closing.is_set():  # they expire
+            self._permits.given_back({permit for permit in self._permits.leaving if permit.limit.queue == queue})
 
-    def _put_off(self) -> None:
-        """Jobs of queues whose keys are not usable wait in Redis, and not in our slots."""
+    def _defer_broken(self) -> None:
+        """Defer the jobs of queues whose keys are not usable: they wait in Redis, and free their places."""
         if not self._broken:
             return
         now = anyio.current_time()
@@ -318,36 +292,34 @@ class LimitGate:
             if at > now:
                 del self._asking[run]
                 run.outcome = run.outcome or Deferred(time() + max(at - now, ASK_LATER), each.turn, "")
-                self._finished(run)
+                self._completion.finish(run)
 
     async def _turn(self, queue: str) -> None:
-        """One question, of one queue."""
-        leaving = [hold for hold in self._leaving if hold.limit.queue == queue][:MOST]
+        """One request, for one queue."""
+        leaving = [permit for permit in self._permits.leaving if permit.limit.queue == queue][:MOST]
         asking = [(run, each) for run, each in self._asking.items() if each.limit.queue == queue][:MOST]
         answers = await self._broker.acquire(queue, [each for _, each in asking], leaving)
-        given = set(leaving)
-        self._leaving = [hold for hold in self._leaving if hold not in given]
+        self._permits.given_back(set(leaving))
         for (run, _), answer in zip(asking, answers, strict=True):
-            self._answer(run, answer)
+            self._answered(run, answer)
 
-    def _answer(self, run: Execution, answer: AcquireResult) -> None:
+    def _answered(self, run: Execution, answer: AcquireResult) -> None:
         mine = self._asking.pop(run, None) is not None  # else it was handed back meanwhile
         runs = mine and run.outcome is None  # else its claim was lost
         if answer.hold is not None and answer.hold.limit.concurrency:
             if runs:
-                self._holds[run.claim.place, run.claim.entry] = answer.hold
+                self._permits.grant(run, answer.hold)
             else:
-                self._leaving.append(answer.hold)
+                self._permits.leaving.append(answer.hold)
         if runs and answer.hold is not None:
-            run.passed = True
-            self._put(run)
+            self._successor.put(run)
         elif mine:
             run.outcome = run.outcome or Deferred(time() + answer.wait, answer.turn, answer.member)
-            self._finished(run)
+            self._completion.finish(run)
 
 
-def asking_of(run: Execution) -> AcquireRequest | None:
-    """What a prepared run has to ask; ``None`` if its kind has no limit."""
+def request_of(run: Execution) -> AcquireRequest | None:
+    """The request for a permit of a prepared run; ``None`` if its kind has no limit."""
     registration, reading = run.registration, run.reading
     if registration is None or reading is None or registration.quota is None:
         return None
@@ -360,7 +332,7 @@ def asking_of(run: Execution) -> AcquireRequest | None:
 
 
 def limit_name(kind: str, quota: Quota, payload: Any) -> str:
-    """The end of the names of a limit's keys: the kind, and the value that it is limited by."""
+    """The last part of the names of a limit's keys: the kind, and the value of ``limit_by``."""
     name = kind.replace("%", "%25").replace(":", "%3A")  # so that no kind can be another one with a value
     if not quota.limit_by:
         return name
@@ -369,3 +341,56 @@ def limit_name(kind: str, quota: Quota, payload: Any) -> str:
     if len(text) > LONGEST_VALUE or not text.isprintable():
         text = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
     return f"{name}:{text}"
+
+
+class Batcher:
+    """Collects jobs of one kind until the batch is full, or its first job has waited for its linger.
+
+    Args:
+        most: jobs that the worker runs at once: no batch waits for more.
+        tasks: the next stage.
+        completion: takes jobs that got an outcome while they waited.
+    """
+
+    def __init__(self, most: int, tasks: JobTasks, completion: Completion) -> None:
+        self._most = most
+        self._tasks = tasks
+        self._completion = completion
+        self._open: dict[Registration, list[Execution]] = {}
+        self._timers: dict[Registration, asyncio.TimerHandle] = {}
+
+    def put(self, run: Execution) -> None:
+        """Take a run in; one of a kind with ``batch=`` waits for others."""
+        registration = run.registration
+        if registration is None or registration.together is None:
+            self._tasks.put(run)
+            return
+        if run.suspect:
+            self._tasks.put(BatchExecution([run]))  # alone
+            return
+        waiting = self._open.setdefault(registration, [])
+        waiting.append(run)
+        if len(waiting) >= min(registration.together.batch, self._most):
+            self._close(registration)
+        elif len(waiting) == 1:
+            later = asyncio.get_running_loop().call_later
+            self._timers[registration] = later(registration.together.linger, self._close, registration)
+
+    def abandon_waiting(self) -> list[Execution]:
+        """Remove and return the runs that wait for others."""
+        waiting = [run for runs in self._open.values() for run in runs]
+        for timer in self._timers.values():
+            timer.cancel()
+        self._open, self._timers = {}, {}
+        return waiting
+
+    def _close(self, registration: Registration) -> None:
+        timer = self._timers.pop(registration, None)
+        if timer is not None:
+            timer.cancel()
+        waiting = self._open.pop(registration, [])
+        for run in waiting:
+            if run.outcome is not None:  # lost or cancelled while it waited
+                self._completion.finish(run)
+        if left := [run for run in waiting if run.outcome is None]:
+            self._tasks.put(BatchExecution(left))

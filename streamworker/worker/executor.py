@@ -1,8 +1,7 @@
-"""Claim to Outcome: decode, find the handler, run it under its deadline.
+"""Executor: claim to outcome. It decodes the document, finds the handler, and calls it.
 
-What is decided before user code runs (`prepare`) is synchronous and cheap; `call` is the only place that awaits a
-handler. A deadline costs no timer per job: whoever holds the runs looks at ``deadline`` and
-calls `Execution.cancel`.
+`prepare` is synchronous and cheap; `call` is the only place that awaits a handler. A deadline costs no timer per job:
+`tasks.JobTasks` looks at ``deadline`` ten times a second and calls `Execution.cancel`.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from streamworker import codec
 from streamworker.codec import Reading
 from streamworker.context import Context, Shared
 from streamworker.errors import HandlerSignal, InvalidJob
-from streamworker.execution import CANCELLED, Cause, Execution
+from streamworker.execution import CANCELLED, OK, Cause, Execution
 from streamworker.handlers import Handlers, Registration
 from streamworker.job import Cancelled, Interrupted, Ok, Outcome, Raised, TimedOut, Undecodable, UnknownKind
 from streamworker.policy import Facts, Limits, abandoned, alone_from, wish_in
@@ -32,34 +31,35 @@ from streamworker.redact import describe
 from streamworker.telemetry.logs import get_logger
 from streamworker.worker import signals
 from streamworker.worker.job_task import JOB, AsyncGenerators, JobTask, JobThreads
+from streamworker.worker.observers import ObserverDispatch
 
 log = get_logger("streamworker.worker")
 
 Middleware: TypeAlias = Callable[[Context[Any], Callable[[], Awaitable[Any]]], Awaitable[Any]]
 """``async def mw(ctx, call_next)``: awaits ``call_next()`` once, and returns what that returned."""
 
-OK = Ok()
 Ended: TypeAlias = Callable[[Execution, Outcome], None]
-"""Told of a run and its outcome."""
+"""Called with a run and its outcome."""
 WAITED: Final = "for a connection of ctx."
-"""In what pools note on a cancellation that ends their waiting."""
+"""Part of the note that connection pools add to a cancellation that ends a wait for a connection."""
 LONGEST_DOUBLING: Final = 6
 """A job that others cancel waits for 1 s, then 2 s, and 64 s at most before it runs again."""
 REWRITE_SLACK: Final = 1024
-"""Bytes by which a document that was put back may exceed the limit: our own keys were added to a small enough one."""
+"""Bytes by which a document may exceed the limit on a later hop: our own keys were added to it."""
 
 
 class Executor:
-    """Runs claims of one worker.
+    """Prepares and calls the jobs of one worker.
 
     Args:
         handlers: kind to handler.
         shared: what all contexts of the worker share.
         middleware: wraps every handler, the first outermost.
-        threads: handlers of sync functions that may run at once.
+        threads: sync handlers that may run at once.
         max_deliveries: deliveries after which a job is dead before it runs.
         max_job_bytes: the largest document that is decoded.
         unknown_kind_ttl: seconds an unknown kind may wait for a worker that knows it.
+        observers: called before each handler, if one has ``on_start``.
     """
 
     def __init__(
@@ -72,6 +72,7 @@ class Executor:
         max_deliveries: int = 5,
         max_job_bytes: int = 262_144,
         unknown_kind_ttl: float = 86_400.0,
+        observers: ObserverDispatch | None = None,
     ) -> None:
         self._handlers = handlers
         self.shared = shared
@@ -87,10 +88,11 @@ class Executor:
         self.generators: Final = AsyncGenerators()
         self._begun = self.generators.begun
         self._thread_calls = JobThreads.calls
-        self._facts: dict[str, Facts] = {}  # by kind: hashing a registration would hash all it holds
+        self._facts: dict[str, Facts] = {}  # by kind: hashing a registration would hash all its fields
+        self._observers = observers if observers is not None and observers.starts else None
 
     def prepare(self, run: Execution) -> None:
-        """Decode the claim and find its handler; sets ``run.outcome`` if the job does not come to run. Never raises."""
+        """Decode the document and find its handler. Sets ``run.outcome`` if the job does not run. Never raises."""
         claim = run.claim
         run.facts = self._no_limits
         try:
@@ -110,27 +112,38 @@ class Executor:
                 run.outcome = UnknownKind(reading.kind or "", since or None)
                 return
             run.registration = registration
-            run.special = registration.special or run.suspect
-            if reading.run_at is not None and not run.due:
-                run.special = True  # only the server knows whether its time has come; it is prepared again then
+            if reading.run_at is not None:
+                run.special = True  # only the server knows whether its time has come; `decode` follows then
                 return
+            run.special = registration.special
             run.payload = registration.decode(reading.payload)
-        except InvalidJob as error:
-            run.outcome = Undecodable(str(error))
         except BaseException as error:  # noqa: BLE001 - payload types run users' code; no document may end the worker
-            run.outcome = Undecodable(f"the payload of {run.kind!r} does not fit: {describe(error)}")
+            run.outcome = _undecodable(run, error)
+
+    def decode(self, run: Execution) -> None:
+        """Decode the payload of a prepared run with a ``run_at`` that has come. Never raises."""
+        registration, reading = run.registration, run.reading
+        if registration is None or reading is None:
+            raise AssertionError("a run must be prepared before its payload is decoded")
+        try:
+            run.special = registration.special
+            run.payload = registration.decode(reading.payload)
+        except BaseException as error:  # noqa: BLE001 - as in `prepare`
+            run.outcome = _undecodable(run, error)
 
     async def call(self, run: Execution, ended: Ended | None = None) -> Outcome:
         """Run the handler of a prepared run to its outcome: all that the task of a job does. Never raises.
 
         Args:
             run: prepared.
-            ended: told of the outcome, last.
+            ended: called last, with the outcome.
         """
         registration = run.registration
         if registration is None or run.facts is None or run.reading is None:
             raise AssertionError("a run must be prepared before it is called")
         JOB.set(run.claim.entry)
+        if self._observers is not None:
+            self._observers.started(run)
         limits = run.facts.limits
         run.started = now = monotonic()
         if limits.timeout is not None:
@@ -141,7 +154,7 @@ class Executor:
             else:
                 value = await self._in_context(run, registration, limits)
             if value is not None and inspect.isawaitable(value):
-                value = await value  # a function around an async one: what it returned is the job itself
+                value = await value  # a sync function around an async one
             outcome: Outcome = OK if value is None else Ok(value)
         except BaseException as error:  # noqa: BLE001 - SystemExit and the like in a handler end the job, not the worker
             outcome = self._failed(run, error)
@@ -150,11 +163,7 @@ class Executor:
         if self._thread_calls and not isinstance(outcome, Ok | Cancelled):
             await self._end_threads(run)
         if run.cause is not None and isinstance(outcome, Ok):
-            _uncancel(run.task or asyncio.current_task())
-            if isinstance(run.cause, TimedOut):
-                _overran(run, monotonic())
-            if run.cause is CANCELLED and run.context is not None and run.context.heeded:
-                outcome = CANCELLED  # it looked, and ended early; one that did not has done its work
+            outcome = _returned_after(run.cause, run, outcome)
         if ended is not None:
             ended(run, outcome)
         return outcome
@@ -183,7 +192,7 @@ class Executor:
         """Close what the handler left open, in its own task, under its own deadline."""
         for generator in self.generators.take(asyncio.current_task()):
             if generator.ag_running:
-                continue  # a task that the handler left is in it
+                continue  # another task is inside it
             try:
                 await generator.aclose()
             except GeneratorExit:
@@ -195,7 +204,7 @@ class Executor:
     async def _end_threads(self, run: Execution) -> None:
         """Wait for calls that go on in threads: the job may run again, and must not run beside them.
 
-        Nothing can stop a thread. One that overruns the deadline by the grace is stuck, as that of a sync handler.
+        A thread cannot be stopped. One that overruns the deadline by the grace is stuck, as a sync handler is.
         """
         calls = JobThreads.of(run.claim.entry)
         if not calls:
@@ -216,7 +225,7 @@ class Executor:
                 await ended.wait()
                 ended.clear()
             except asyncio.CancelledError:
-                _uncancel(task)  # the worker ends: what was given back has its outcome
+                _uncancel(task)  # the worker ends: a job that was handed back has its outcome
         run.in_thread = False
 
     async def _in_context(self, run: Execution, registration: Registration, limits: Limits) -> Any:
@@ -225,7 +234,7 @@ class Executor:
         run.context = context = Context(self.shared, run.claim, run.reading, limits)
         context.deadline_at = run.deadline
         if run.special:
-            run.task = asyncio.current_task()  # the jobs of a batch are shown it
+            run.task = asyncio.current_task()  # `BatchExecution.begin` gives it to the jobs of the batch
         if self._middleware:
             return await self._wrapped(run, registration, context)
         if registration.is_async:
@@ -246,7 +255,7 @@ class Executor:
         return await call()
 
     async def _in_thread(self, run: Execution, context: Context[Any]) -> Any:
-        """A sync handler in a thread; its clock starts there, and nothing can stop it."""
+        """Run a sync handler in a thread. Its clock starts there; it cannot be stopped."""
         registration, facts = run.registration, run.facts
         if registration is None or facts is None:
             raise AssertionError("a run must be prepared before it is called")
@@ -263,7 +272,7 @@ class Executor:
             except BaseException as error:  # noqa: BLE001 - a future cannot carry StopIteration, nor the loop SystemExit
                 outcome = Raised(error)
             ended = monotonic()
-            if os.getpid() != self._pid:  # a forked child, which came back as well
+            if os.getpid() != self._pid:  # a forked child
                 signals.end_child(outcome.error if isinstance(outcome, Raised) else None)
             return outcome
 
@@ -302,8 +311,23 @@ class Executor:
         return Facts(reading.attempt_count or 0, limits, self._unknown_kind_ttl)
 
 
+def _undecodable(run: Execution, error: BaseException) -> Undecodable:
+    if isinstance(error, InvalidJob):
+        return Undecodable(str(error))
+    return Undecodable(f"the payload of {run.kind!r} does not fit: {describe(error)}")
+
+
+def _returned_after(cause: Cause, run: Execution, outcome: Ok) -> Outcome:
+    """The outcome of a handler that returned after it was cancelled: its work is done, unless it ended for that."""
+    _uncancel(run.task or asyncio.current_task())
+    if isinstance(cause, TimedOut):
+        _overran(run, monotonic())
+    heeded = cause is CANCELLED and run.context is not None and run.context.heeded
+    return CANCELLED if heeded else outcome
+
+
 def _overran(run: Execution, ended: float) -> None:
-    """Say that a handler returned after its timeout: its work counts as done, and the timeout did not hold."""
+    """Log that a handler returned after its timeout: the job counts as done."""
     timeout = run.facts.limits.timeout if run.facts is not None else None
     if timeout is None or run.deadline is None:
         return
@@ -318,13 +342,13 @@ def _overran(run: Execution, ended: float) -> None:
 
 
 def _uncancel(task: asyncio.Task[Any] | None) -> None:
-    """Take cancellations back, so that what cleans up after the handler is not cut off by them."""
+    """Take cancellations back, so that they do not cut off the clean-up after the handler."""
     while task is not None and task.cancelling():
         task.uncancel()
 
 
 def _explained(cause: Cause, error: BaseException) -> Cause:
-    """A timeout says for what the handler waited, if a pool noted it on the cancellation."""
+    """The cause; a timeout with what the handler waited for, if a connection pool noted that on the cancellation."""
     if not isinstance(cause, TimedOut):
         return cause
     return TimedOut(cause.after, next((note for note in getattr(error, "__notes__", ()) if WAITED in note), ""))
@@ -337,14 +361,14 @@ def _came_of_cancelling(error: BaseException) -> bool:
         if isinstance(error, asyncio.CancelledError):
             return True
         if isinstance(error, HandlerSignal):
-            return False  # whatever happened, this is what the handler wants
+            return False  # the handler's own wish counts
         seen.add(id(error))
         error = error.__cause__ or error.__context__ or error
     return False
 
 
 def _cancelled_by(by: str, run: Execution) -> Interrupted:
-    """The outcome of a run that something else cancelled: given back uncharged, later each time, so that none spins."""
+    """The outcome of a job that other code cancelled: released uncharged, later each time, so that it does not spin."""
     hop = run.reading.hop or 0 if run.reading is not None else 0
     wait = 2.0 ** min(hop, LONGEST_DOUBLING)
     log.warning(

@@ -75,11 +75,11 @@ class Health:
         """Who counts, where somebody may ask."""
         return (self._metering.observer,) if self._metering is not None else ()
 
-    def watch(self, claimer: Fetcher, lease: LeaseKeeper, holdings: InFlight, broker: Connected) -> None:
+    def watch(self, claimer: Fetcher, lease: LeaseKeeper, in_flight: InFlight, broker: Connected) -> None:
         """The groups are joined: from now on these tell how the worker is."""
         self._claimer, self._lease = claimer, lease
         if self._metering is not None:
-            self._metering.watch(holdings, lease, broker)
+            self._metering.watch(in_flight, lease, broker)
 
     def close(self) -> None:
         """Answer no more."""

@@ -1,4 +1,4 @@
-"""Who a worker is, and what it tells of itself."""
+"""The id of a worker, and its heartbeat: what operators see of it."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ def rss_bytes() -> int:
 
 
 def heartbeat(
-    settings: Settings, queues: Sequence[str], started: float, holdings: InFlight, loop_lag: float
+    settings: Settings, queues: Sequence[str], started: float, in_flight: InFlight, loop_lag: float
 ) -> dict[str, str | int | float]:
-    """What operators see of a worker between two heartbeats."""
-    counts, spinning = holdings.counts, holdings.spinning()
+    """The fields of one heartbeat."""
+    counts, spinning = in_flight.counts, in_flight.spinning()
     return {
         "hostname": socket.gethostname(),
         "pid": os.getpid(),
         "started": round(started, 3),
         "mode": settings.mode,
         "queues": ",".join(queues),
-        "running": holdings.busy,
+        "running": in_flight.busy,
         "done": counts.done,
         "failed": counts.failed,
         "retried": counts.retried,

@@ -1,28 +1,29 @@
-"""What this worker holds: every claim from its arrival until it is settled, and the counts operators see."""
+"""InFlight: every claim that this worker holds, from its arrival until it is settled, and its counts for operators."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from time import monotonic
 from typing import Final
 
 import anyio
 import msgspec
 
+from streamworker.broker import Limiter
 from streamworker.execution import CANCELLED, Execution
 from streamworker.job import Claim, Interrupted
+from streamworker.limits import Permit
 from streamworker.telemetry.logs import get_logger
-from streamworker.worker.executor import Executor
 
 log = get_logger("streamworker.worker")
 
-LATELY: Final = 150.0
-"""Seconds for which a job that spins is told of: it waits a minute at most, and may then run on another worker."""
+SPINNING_SHOWN: Final = 150.0
+"""Seconds for which a spinning job is reported: it waits a minute at most, and may then run on another worker."""
 
 
 class Counts(msgspec.Struct):
-    """What became of jobs here, since the start."""
+    """How many jobs ended how on this worker, since its start."""
 
     done: int = 0
     retried: int = 0
@@ -32,7 +33,7 @@ class Counts(msgspec.Struct):
     lost: int = 0
     recovered: int = 0
     skipped: int = 0
-    """Claims of jobs that the ledger knew as ended, or as going on elsewhere."""
+    """Claims of jobs that have ended according to the ledger, or go on elsewhere."""
 
     @property
     def failed(self) -> int:
@@ -40,14 +41,14 @@ class Counts(msgspec.Struct):
         return self.retried + self.dead
 
 
-class Spinning(msgspec.Struct, frozen=True, array_like=True):
-    """A job that keeps coming back at once and uncharged, and is made to wait for that.
+class SpinningJob(msgspec.Struct, frozen=True, array_like=True):
+    """A job that is released again and again within a second, and therefore waits longer each time.
 
     Attributes:
-        queue: where it lies.
+        queue: its queue.
         kind: its kind.
         job_id: its id.
-        turns: how often in a row it came back.
+        turns: how often in a row it was released.
         wait: seconds it waits now.
     """
 
@@ -59,24 +60,24 @@ class Spinning(msgspec.Struct, frozen=True, array_like=True):
 
 
 class InFlight(Collection[Claim]):
-    """Runs by claim. As a collection it is the claims, so that brokers never see runs."""
+    """Runs by claim. As a collection it holds the claims, so that brokers never see runs."""
 
     def __init__(self) -> None:
         self._runs: dict[tuple[str, bytes], Execution] = {}
         self.busy = 0
-        """Runs without an outcome: they fill slots. Finished ones only wait to be settled."""
+        """Runs without an outcome: they count against CONCURRENCY. Finished ones only wait to be settled."""
         self.counts: Final = Counts()
         self._changed = asyncio.Event()
-        self._spinning: tuple[float, Spinning] | None = None
+        self._spinning: tuple[float, SpinningJob] | None = None
 
-    def spun(self, job: Spinning) -> None:
-        """A job was made to wait; the one that has done so most often is told of."""
+    def spun(self, job: SpinningJob) -> None:
+        """A spinning job was made to wait; the one that spins most is reported."""
         if (worst := self.spinning()) is None or job.turns >= worst.turns or job.job_id == worst.job_id:
             self._spinning = monotonic(), job
 
-    def spinning(self) -> Spinning | None:
-        """The job that has come back most often of late, if any did too often."""
-        if self._spinning is not None and monotonic() - self._spinning[0] < LATELY:
+    def spinning(self) -> SpinningJob | None:
+        """The job that spun most lately; ``None`` if none did."""
+        if self._spinning is not None and monotonic() - self._spinning[0] < SPINNING_SHOWN:
             return self._spinning[1]
         return None
 
@@ -90,7 +91,7 @@ class InFlight(Collection[Claim]):
         return isinstance(claim, Claim) and (claim.place, claim.entry) in self._runs
 
     def admit(self, claim: Claim) -> Execution | None:
-        """Take a claim in; ``None`` if its entry is here already."""
+        """Add a claim; ``None`` if its entry is held already."""
         key = (claim.place, claim.entry)
         if key in self._runs:
             return None
@@ -104,16 +105,16 @@ class InFlight(Collection[Claim]):
         return run if run is not None and run.claim == claim else None
 
     def ended(self, queue: str) -> int:
-        """How many runs of a queue have an outcome and only wait to be settled."""
+        """How many runs of a queue have their outcome and only wait to be settled."""
         return sum(run.outcome is not None and run.claim.queue == queue for run in self._runs.values())
 
     def finished(self) -> None:
-        """A run got its outcome: its slot is free."""
+        """A run got its outcome: another may be claimed."""
         self.busy -= 1
         self._changed.set()
 
     def forget(self, run: Execution) -> None:
-        """A run is settled, or somebody else's."""
+        """Remove a run: it is settled, or another worker has its claim."""
         self._runs.pop((run.claim.place, run.claim.entry), None)
         self._changed.set()
 
@@ -126,7 +127,7 @@ class InFlight(Collection[Claim]):
                 continue
 
     def stir(self) -> None:
-        """Wake whoever waits for a change."""
+        """Wake those who wait in `changed`."""
         self._changed.set()
 
     async def changed(self, timeout: float | None = None) -> None:
@@ -136,29 +137,64 @@ class InFlight(Collection[Claim]):
         self._changed.clear()
 
 
-class LeasedSet:
-    """The runs of one worker. `runs` bears being called from the thread; the rest belongs to the event loop.
+class Permits:
+    """Permits of limits: those that jobs of this worker hold, and those to be given back to the broker.
 
     Args:
-        holdings: what is held.
-        executor: prepares runs.
-        kept: renews what goes along with claims; ``None`` if nothing does.
+        broker: renews them.
     """
 
-    def __init__(
-        self, holdings: InFlight, executor: Executor, kept: Callable[[Collection[Claim]], None] | None = None
-    ) -> None:
-        self._holdings = holdings
-        self._executor = executor
-        self.kept: Final = kept
-        """Told, in the thread, of claims that were renewed."""
+    def __init__(self, broker: Limiter) -> None:
+        self._broker = broker
+        self._held: dict[tuple[str, bytes], Permit] = {}
+        self.leaving: list[Permit] = []
+        """To be given back with the next request."""
+        self.wake: Final = asyncio.Event()
+        """Set with each release."""
+
+    def grant(self, run: Execution, permit: Permit) -> None:
+        """This run holds a permit from now on."""
+        self._held[run.claim.place, run.claim.entry] = permit
+
+    def release(self, run: Execution) -> None:
+        """Give back the permit of a run that has ended. One of a thread that still runs stays until it expires."""
+        permit = self._held.pop((run.claim.place, run.claim.entry), None)
+        if permit is not None and not run.in_thread:
+            self.leaving.append(permit)
+            self.wake.set()
+
+    def given_back(self, permits: Collection[Permit]) -> None:
+        """These need not be given back any more."""
+        self.leaving = [permit for permit in self.leaving if permit not in permits]
+
+    def retain(self, claims: Collection[Claim]) -> None:
+        """Renew the permits of these claims; called in the lease thread, after their leases."""
+        find = self._held.get
+        held = [permit for claim in claims if (permit := find((claim.place, claim.entry))) is not None]
+        if held:
+            self._broker.renew_permits(held)
+
+
+class LeasedSet:
+    """The in-flight set as the lease thread uses it: renewals, lost leases, cancellations.
+
+    `runs` and `permits.retain` may be called in the thread; the rest belongs to the event loop.
+
+    Args:
+        in_flight: what is held.
+        permits: renewed along with the claims; ``None`` if no kind has a limit.
+    """
+
+    def __init__(self, in_flight: InFlight, permits: Permits | None = None) -> None:
+        self._in_flight = in_flight
+        self.permits: Final = permits
 
     def runs(self) -> list[Execution]:
         """All runs, from their arrival until they are settled."""
-        return self._holdings.snapshot()
+        return self._in_flight.snapshot()
 
     def lost(self, claims: list[Claim]) -> None:
-        """The claims are somebody else's by now: nothing of what runs here may count any more."""
+        """Another worker has these claims by now: what runs here must not count any more."""
         for run in self._unfinished(claims):
             claim = run.claim
             log.warning("claim_lost", job_id=run.job_id, kind=run.kind, queue=claim.queue, deliveries=claim.count)
@@ -168,14 +204,13 @@ class LeasedSet:
                 run.cancel(Interrupted("the claim was lost"))
 
     def cancelled(self, claims: list[Claim]) -> None:
-        """The jobs were cancelled: what waits does not start, what runs is told."""
+        """These jobs were cancelled: those that wait do not start, handlers that run are cancelled."""
         for run in self._unfinished(claims):
             if run.started is None:
-                self._executor.prepare(run)
                 run.outcome = CANCELLED
             else:
                 run.cancel(CANCELLED)
 
     def _unfinished(self, claims: list[Claim]) -> list[Execution]:
-        runs = [self._holdings.find(claim) for claim in claims]
+        runs = [self._in_flight.find(claim) for claim in claims]
         return [run for run in runs if run is not None and not run.settling and run.outcome is None]

@@ -220,9 +220,9 @@ class LeaseKeeper:
             lost = self._broker.renew(claims) if claims else []
             if lost:  # before the heartbeat, which may fail by itself
                 self._call(lambda: self._held.lost(lost))
-            if self._held.kept is not None:
+            if self._held.permits is not None:
                 gone = set(lost)
-                self._held.kept([claim for claim in claims if claim not in gone])
+                self._held.permits.retain([claim for claim in claims if claim not in gone])
             self._broker.beat(self._report())
             self._process.sign()
         except Exception as error:  # noqa: BLE001 - whatever it is, the leases run down: say it and try again

@@ -1,15 +1,13 @@
-"""What lies between claiming, running and settling: nothing, or the stages of a worker that has a ledger.
+"""LedgerLookup and RunningMarker: what a worker with a ledger does before jobs run and while they run.
 
-With a ledger jobs are looked up before they run, and recorded before they are settled. Without one a run goes straight
-from the claim loop to its task and from there to the settle loop, as if these stages did not exist.
+Without a ledger neither exists. Recording follows the run, see `recorder`.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection
 from time import monotonic, time
-from typing import Final, Protocol
+from typing import Final
 
 import anyio
 
@@ -19,36 +17,34 @@ from streamworker.job import Cancelled, Dead, Recorded, ReleaseAt, RetryAt
 from streamworker.loops import Pause
 from streamworker.policy import DONE
 from streamworker.postgres import FINAL, Effect, JobKey, Known, Ledger
-from streamworker.relay import Dispatcher
 from streamworker.telemetry.logs import get_logger
+from streamworker.worker.admission import Admission
 from streamworker.worker.batching import each_of
-from streamworker.worker.executor import Executor
-from streamworker.worker.inflight import Counts, InFlight
-from streamworker.worker.recorder import SUPERSEDED, LaterHops, LedgerOutage, Recorder, begun, decided, hop_of, outrank
-from streamworker.worker.settler import Settler
+from streamworker.worker.inflight import Counts
+from streamworker.worker.recorder import SUPERSEDED, WorkerLedger, begun, hop_of, outrank
 from streamworker.worker.tasks import JobTasks
 
 log = get_logger("streamworker.worker")
 
 LONG: Final = 1.0
-"""Seconds after which a run is noted as running."""
+"""Seconds after which a run is recorded as running."""
 INTERVAL: Final = 0.5
 TIDY_PAUSE: Final = 30.0
-"""Seconds before tidying is tried again after an error."""
+"""Seconds before pruning is tried again after an error."""
 
 
 class RunningMarker:
-    """Ticks until closed.
+    """Records long runs as running, and prunes the ledger now and then.
 
     Args:
-        ledger: told.
-        running: the runs whose handlers are at work.
+        ledger: where they are recorded.
+        tasks: run the jobs.
     """
 
-    def __init__(self, ledger: Ledger, running: Callable[[], Collection[Execution]]) -> None:
+    def __init__(self, ledger: Ledger, tasks: JobTasks) -> None:
         self._ledger = ledger
-        self._running = running
-        self._noted: set[Execution] = set()
+        self._tasks = tasks
+        self._marked: set[Execution] = set()
         self._stop = anyio.Event()
         self._logged = ""
         self._tidy_at = monotonic() + INTERVAL
@@ -58,41 +54,41 @@ class RunningMarker:
         self._stop.set()
 
     async def run(self) -> None:
-        """Note and tidy; what goes wrong here is tried again, and disturbs nobody."""
+        """Mark and prune until closed; errors are logged, and the next turn tries again."""
         while not self._stop.is_set():
             with anyio.move_on_after(INTERVAL):
                 await self._stop.wait()
                 return
             try:
-                await self._note()
+                await self._mark()
                 self._logged = ""
             except Unreachable:
-                continue  # the recorder and the lookup say so
+                continue  # the recorder and the lookup log it
             except Exception as error:  # noqa: BLE001 - a main loop never crashes
                 if str(error) != self._logged:
                     log.error("noting_failed", error=str(error))
                 self._logged = str(error)
             await self._tidy()
 
-    async def _note(self) -> None:
-        running = self._running()
-        self._noted.intersection_update(running)
+    async def _mark(self) -> None:
+        running = list(each_of(self._tasks.running))
+        self._marked.intersection_update(running)
         long_ago = monotonic() - LONG
-        # A run in its own transaction holds its record: waiting for that would only hold up the others.
+        # A run in its own transaction has locked its record: waiting for that would hold up the others.
         new = [
             run
             for run in running
             if run.started is not None
             and run.started < long_ago
-            and run not in self._noted
+            and run not in self._marked
             and (run.context is None or run.context.effect is not Effect.OPEN)
         ]
         if new:
             begun_at = time() - monotonic()
             for run in new:
-                run.new = False  # whatever comes of this
+                run.new = False  # even if this fails
             await self._ledger.running([begun(run, begun_at) for run in new])
-            self._noted.update(new)
+            self._marked.update(new)
 
     async def _tidy(self) -> None:
         if monotonic() < self._tidy_at:
@@ -107,156 +103,21 @@ class RunningMarker:
         self._tidy_at = monotonic() + seconds
 
 
-TOGETHER: Final = 100
-"""Jobs that make a good batch."""
-
-
-class Stages(Protocol):
-    """What a worker knows of them.
-
-    Attributes:
-        put: takes a claimed run on its way to its task.
-        finish: takes a run that has its outcome.
-        closed: whether nothing may be claimed right now; ``None`` if that never happens.
-    """
-
-    put: Callable[[Execution], None]
-    finish: Callable[[Execution], None]
-    closed: Callable[[], bool] | None
-
-    def most(self, limit: int) -> int:
-        """Most jobs of one claim: what all stages get through best."""
-
-    def abandon_waiting(self) -> list[Execution]:
-        """Runs that were not started yet; they do not wait any more afterwards."""
-
-    async def run(self) -> None:
-        """Run until closed."""
-
-    async def close(self, within: float) -> None:
-        """End them; what cannot be recorded ``within`` seconds is handed back."""
-
-
-def stages(
-    record: tuple[Ledger, Dispatcher] | None,
-    executor: Executor,
-    executions: JobTasks,
-    settler: Settler,
-    holdings: InFlight,
-) -> Stages:
-    """The stages of a worker.
+class LedgerLookup:
+    """Looks prepared runs up in the ledger before they run: one that has ended before does not run again.
 
     Args:
-        record: the ledger, if there is one, and what looks for the jobs that it knows.
-        executor: prepares runs.
-        executions: where runs go that may run.
-        settler: where runs go that have ended.
-        holdings: what is held.
-    """
-    if record is None:
-        return Straight(executions, settler)
-    return Bookkeeping(*record, executor, executions, settler, holdings)
-
-
-class Straight:
-    """No ledger."""
-
-    def __init__(self, executions: JobTasks, settler: Settler) -> None:
-        self.put: Callable[[Execution], None] = executions.put
-        self.finish: Callable[[Execution], None] = settler.add
-        self.closed: Callable[[], bool] | None = None
-
-    def most(self, limit: int) -> int:
-        """Half of what may run, so that Redis fetches while Python runs what came before."""
-        return max(1, limit // 2)
-
-    def abandon_waiting(self) -> list[Execution]:
-        """See `Stages.abandon_waiting`."""
-        return []
-
-    async def run(self) -> None:
-        """See `Stages.run`."""
-
-    async def close(self, within: float) -> None:
-        """See `Stages.close`."""
-
-
-class Bookkeeping:
-    """Lookup before running, record before settling, and the slow loop beside them."""
-
-    def __init__(
-        self,
-        ledger: Ledger,
-        dispatcher: Dispatcher,
-        executor: Executor,
-        executions: JobTasks,
-        settler: Settler,
-        holdings: InFlight,
-    ) -> None:
-        self._ledger = ledger
-        outage, later = LedgerOutage(), LaterHops(ledger, dispatcher)
-        self._lookup = Lookup(ledger, executor, executions.put, later=later, counts=holdings.counts, outage=outage)
-        self._recorder = Recorder(ledger, settler, holdings, outage, later)
-        self._noting = RunningMarker(ledger, lambda: list(each_of(executions.running)))
-        self.put: Callable[[Execution], None] = self._lookup.put
-        self.finish: Callable[[Execution], None] = self._recorder.add
-        self.closed: Callable[[], bool] | None = outage.is_on
-        settler.judge = decided
-
-    def most(self, limit: int) -> int:
-        """More where few may run: what is claimed together is looked up together, and records go on meanwhile."""
-        return max(min(limit, TOGETHER), limit // 2)
-
-    def abandon_waiting(self) -> list[Execution]:
-        """See `Stages.abandon_waiting`."""
-        return self._lookup.abandon()
-
-    async def run(self) -> None:
-        """See `Stages.run`."""
-        async with anyio.create_task_group() as loops:
-            loops.start_soon(self._lookup.run)
-            loops.start_soon(self._lookup.weigh)
-            loops.start_soon(self._recorder.run)
-            loops.start_soon(self._noting.run)
-
-    async def close(self, within: float) -> None:
-        """See `Stages.close`."""
-        self._lookup.close()
-        self._noting.close()
-        with anyio.move_on_after(within):
-            await self._recorder.close(within)
-        self._ledger.abandon()
-        await self._recorder.ended.wait()
-
-
-class Lookup:
-    """Prepares claimed runs and looks them up before they run.
-
-    Args:
-        ledger: what is asked.
-        executor: prepares runs: their ids and hops stand in their documents.
-        put: starts a run; one that need not run has its outcome.
-        later: looks for later hops.
+        record: asked.
+        admission: the next stage.
         counts: what operators see.
-        outage: told whether there was an answer.
     """
 
-    def __init__(
-        self,
-        ledger: Ledger,
-        executor: Executor,
-        put: Callable[[Execution], None],
-        *,
-        later: LaterHops,
-        counts: Counts,
-        outage: LedgerOutage,
-    ) -> None:
-        self._ledger = ledger
-        self._executor = executor
-        self._put = put
-        self._later = later
+    def __init__(self, record: WorkerLedger, admission: Admission, counts: Counts) -> None:
+        self._ledger = record.ledger
+        self._admission = admission
+        self._later_hops = record.later_hops
         self._counts = counts
-        self._outage = outage
+        self._outage = record.outage
         self._waiting: list[Execution] = []
         self._asking: list[Execution] = []
         self._doubts: list[tuple[Execution, Known]] = []
@@ -265,17 +126,15 @@ class Lookup:
         self._stop = anyio.Event()
 
     def put(self, run: Execution) -> None:
-        """Take a run in."""
-        if run.outcome is None:
-            self._executor.prepare(run)
-        if run.reading is None:  # nobody can say which job it is
-            self._put(run)
+        """Take a prepared run in."""
+        if run.reading is None:  # its document cannot be read: it has no id
+            self._admission.put(run)
             return
         self._waiting.append(run)
         self._wake.set()
 
-    def abandon(self) -> list[Execution]:
-        """Runs that were not started; they do not wait any more afterwards."""
+    def abandon_waiting(self) -> list[Execution]:
+        """Remove and return the runs that wait for an answer."""
         waiting = self._asking + self._waiting + [run for run, _ in self._doubts]
         self._asking, self._waiting, self._doubts = [], [], []
         return waiting
@@ -287,7 +146,7 @@ class Lookup:
         self._doubted.set()
 
     async def run(self) -> None:
-        """Ask until closed; an error is followed by a pause, and the question asked again."""
+        """Ask until closed; an error is followed by a pause, and the request repeated."""
         pause = Pause(longest=5.0)
         while not self._stop.is_set():
             if not self._waiting:
@@ -298,7 +157,7 @@ class Lookup:
             self._asking = batch
             try:
                 known = await self._ledger.lookup([(run.claim.queue, run.job_id) for run in batch])
-            except Exception as error:  # noqa: BLE001 - a main loop never crashes; what it holds is tried again
+            except Exception as error:  # noqa: BLE001 - a main loop never crashes; the request is repeated
                 if isinstance(error, StreamworkerError):
                     self._outage.began("lookup", error)
                 else:
@@ -308,8 +167,8 @@ class Lookup:
                 continue
             self._outage.over("lookup")
             pause.reset()
-            batch, self._asking = self._asking, []  # empty if they were given back meanwhile
-            doubts = self._judged(batch, known) if known else []
+            batch, self._asking = self._asking, []  # empty if they were handed back meanwhile
+            doubts = self._compared(batch, known) if known else []
             if doubts:
                 self._doubts += doubts
                 self._doubted.set()
@@ -319,10 +178,10 @@ class Lookup:
                 for run in batch:
                     run.new = True
             for run in batch:
-                self._put(run)
+                self._admission.put(run)
 
-    def _judged(self, batch: list[Execution], known: dict[JobKey, Known]) -> list[tuple[Execution, Known]]:
-        """Apply what is known; those of which it has to be seen whether they go on elsewhere."""
+    def _compared(self, batch: list[Execution], known: dict[JobKey, Known]) -> list[tuple[Execution, Known]]:
+        """Apply the records; returns the runs of which a later hop is recorded."""
         doubts = []
         for run in batch:
             found = known.get((run.claim.queue, run.job_id))
@@ -334,8 +193,8 @@ class Lookup:
                 self._apply(run, verdict_of(found, run))
         return doubts
 
-    async def weigh(self) -> None:
-        """Look for later hops until closed, beside the others: most jobs need none of it, and must not wait for it."""
+    async def look_for_later_hops(self) -> None:
+        """Look for later hops until closed. Most jobs need no such look: they do not wait for this loop."""
         pause = Pause(longest=5.0)
         while not self._stop.is_set():
             if not self._doubts:
@@ -344,17 +203,17 @@ class Lookup:
                 continue
             doubts = list(self._doubts)
             try:
-                answers = await self._later.elsewhere(doubts)
-            except Exception as error:  # noqa: BLE001 - a main loop never crashes; what it holds is tried again
+                answers = await self._later_hops.elsewhere(doubts)
+            except Exception as error:  # noqa: BLE001 - a main loop never crashes; the request is repeated
                 log.error("later_hops_unknown", jobs=len(doubts), error=str(error))
                 await pause.wait(self._stop)
                 continue
             pause.reset()
             held, self._doubts = set(map(_first, self._doubts)), self._doubts[len(doubts) :]
             for (run, _), why in zip(doubts, answers, strict=True):
-                if run in held:  # not given back meanwhile
+                if run in held:  # not handed back meanwhile
                     self._apply(run, Recorded(DONE, why) if why else None)
-                    self._put(run)
+                    self._admission.put(run)
 
     def _apply(self, run: Execution, recorded: Recorded | None) -> None:
         if recorded is None or (isinstance(run.outcome, Cancelled) and recorded.why != SUPERSEDED):
@@ -366,10 +225,10 @@ class Lookup:
 
 
 def verdict_of(known: Known, run: Execution) -> Recorded | None:
-    """What the record says about a claim, instead of running it; ``None`` if it may run.
+    """The recorded outcome of a claim, instead of running it; ``None`` if it may run.
 
     Args:
-        known: the record, of no later hop; if it is above the run all the same, and the run may go on, it is outranked.
+        known: the record, of no later hop. If its deliveries are above the run's all the same, the run outranks it.
         run: prepared.
     """
     if known.status in FINAL:
@@ -383,7 +242,7 @@ def verdict_of(known: Known, run: Execution) -> Recorded | None:
         verdict = RetryAt(known.run_at, known.error) if charged else ReleaseAt(known.run_at, known.error)
         return Recorded(verdict, "retrying")
     if known.status == "dead" and known.deliveries < run.deliveries:
-        # Not above: then it is no second delivery, but somebody enqueued the job anew, and it may run.
+        # Not above: then it is no second delivery; the job was enqueued anew, and may run.
         reason, _, error = known.error.partition(": ")
         return Recorded(Dead(reason, error, charged=charged), "dead")
     if known.deliveries > run.deliveries:  # an id that is used anew, or a server that counts from an earlier state

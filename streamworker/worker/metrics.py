@@ -187,7 +187,7 @@ class Metering:
     def __init__(self, app: WorkerHost, settings: Settings, redis: Any, queues: list[str]) -> None:
         self._app, self._settings, self._redis, self._queues = app, settings, redis, queues
         self._started = time.time()
-        self._holdings: InFlight | None = None
+        self._in_flight: InFlight | None = None
         self._lease: LeaseKeeper | None = None
         self._broker: Connected | None = None
         self._depths: list[Depth] = []
@@ -197,9 +197,9 @@ class Metering:
         self._asked, self._answered = asyncio.Event(), asyncio.Event()
         self.observer: Final = Metrics()
 
-    def watch(self, holdings: InFlight, lease: LeaseKeeper, broker: Connected) -> None:
+    def watch(self, in_flight: InFlight, lease: LeaseKeeper, broker: Connected) -> None:
         """The groups are joined: from now on these tell how the worker is."""
-        self._holdings, self._lease, self._broker = holdings, lease, broker
+        self._in_flight, self._lease, self._broker = in_flight, lease, broker
 
     def end(self) -> None:
         """Ask for no more depths; call it before the thread is stopped."""
@@ -249,10 +249,10 @@ class Metering:
             (STARTED, {(): self._started}),
             (BUILD, {(version("streamworker"), mode): 1}),
         ]
-        if self._holdings is None or self._lease is None or self._broker is None:
+        if self._in_flight is None or self._lease is None or self._broker is None:
             return told
-        running = Counter(run.claim.queue for run in self._holdings.snapshot() if run.outcome is None)
-        counts = self._holdings.counts
+        running = Counter(run.claim.queue for run in self._in_flight.snapshot() if run.outcome is None)
+        counts = self._in_flight.counts
         return [
             *told,
             (RUNNING, {(queue,): running[queue] for queue in self._queues}),

@@ -1,4 +1,4 @@
-"""How a worker tells its observers. Without observers there is no watch, and nothing here is called."""
+"""ObserverDispatch: calls the observers of a worker. A worker without observers has none, and pays nothing."""
 
 from __future__ import annotations
 
@@ -9,61 +9,53 @@ from typing import Any, Final, TypeVar
 
 from streamworker.broker import Ending
 from streamworker.execution import Execution
-from streamworker.job import Dead, Outcome, Settled
+from streamworker.job import Dead, Settled
 from streamworker.observe import JobRun, Observer, Settlement
 from streamworker.redact import name_of, text_of
 from streamworker.telemetry.logs import get_logger
 from streamworker.worker.batching import each_of
-from streamworker.worker.executor import Ended, Executor
-from streamworker.worker.settler import Settler
-from streamworker.worker.tasks import Call
 
 log = get_logger("streamworker.observer")
 
 T = TypeVar("T")
 
 SILENCE: Final = 10.0
-"""Seconds between two lines about an observer that keeps failing."""
+"""Seconds between two log lines about an observer that keeps failing."""
 
 
 class ObserverDispatch:
     """Calls the observers of one worker, in their order.
 
     Args:
-        observers: whom to tell.
-        executor: runs jobs.
+        observers: of the app and of the worker itself.
+        worker_id: the worker's.
     """
 
-    def __init__(self, observers: Sequence[Observer], executor: Executor) -> None:
-        self._executor = executor
-        self._worker_id = executor.shared.worker_id
-        self._said: dict[str, float] = {}
-        self._on_start = _overridden(observers, "on_start")
-        self._on_outcome = _overridden(observers, "on_outcome")
-        self._on_settled = _overridden(observers, "on_settled")
-        self._on_dead = _overridden(observers, "on_dead")
+    def __init__(self, observers: Sequence[Observer], worker_id: str) -> None:
+        self._worker_id = worker_id
+        self._logged: dict[str, float] = {}
+        self._on_start = overridden(observers, "on_start")
+        self._on_outcome = overridden(observers, "on_outcome")
+        self._on_settled = overridden(observers, "on_settled")
+        self._on_dead = overridden(observers, "on_dead")
+        self.starts: Final = bool(self._on_start)
+        """Whether an observer has ``on_start``."""
 
-    @property
-    def starts(self) -> Call | None:
-        """What the task of a job shall call so that its start is seen; ``None`` if no observer looks at starts."""
-        return self.call if self._on_start else None
-
-    async def call(self, run: Execution, ended: Ended) -> Outcome:
-        """`Executor.call`, seen."""
+    def started(self, run: Execution) -> None:
+        """The handler is about to be called, in this task."""
         for each in each_of((run,)):
             seen = self._seen(each)
             each.started = monotonic()
-            for told in self._on_start:
-                self._tell(told, seen)
-        return await self._executor.call(run, ended)
+            for method in self._on_start:
+                self._call(method, seen)
 
     def finished(self, run: Execution) -> None:
         """A run has its outcome."""
         run.ended = monotonic()
         if self._on_outcome:
             seen = self._seen(run)
-            for told in self._on_outcome:
-                self._tell(told, seen)
+            for method in self._on_outcome:
+                self._call(method, seen)
 
     def settled(
         self, batch: Sequence[Execution], items: Sequence[Ending], results: Sequence[Settled], began: float
@@ -73,7 +65,7 @@ class ObserverDispatch:
         Args:
             batch: the runs.
             items: their endings.
-            results: what became of each.
+            results: the broker's answers.
             began: when it was sent, in epoch seconds.
         """
         pairs: list[tuple[JobRun, Settled]] = []
@@ -85,11 +77,11 @@ class ObserverDispatch:
             if result is Settled.SETTLED and isinstance(item.verdict, Dead):
                 dead.append(seen)
         settlement = Settlement(pairs, began, max(0.0, time.time() - began))
-        for told in self._on_settled:
-            self._tell(told, settlement)
+        for method in self._on_settled:
+            self._call(method, settlement)
         for seen in dead:
-            for told in self._on_dead:
-                self._tell(told, seen)
+            for method in self._on_dead:
+                self._call(method, seen)
 
     def _seen(self, run: Execution) -> JobRun:
         if run.seen is None:
@@ -97,31 +89,27 @@ class ObserverDispatch:
         seen: JobRun = run.seen
         return seen
 
-    def _tell(self, told: Callable[[T], None], what: T) -> None:
+    def _call(self, method: Callable[[T], None], argument: T) -> None:
         try:
-            told(what)
+            method(argument)
         except BaseException as error:
-            name = text_of(getattr(told, "__qualname__", name_of(told)))
-            if monotonic() - self._said.get(name, float("-inf")) >= SILENCE:
-                self._said[name] = monotonic()
+            name = text_of(getattr(method, "__qualname__", name_of(method)))
+            if monotonic() - self._logged.get(name, float("-inf")) >= SILENCE:
+                self._logged[name] = monotonic()
                 log.error("observer_failed", observer=name, error=text_of(error), exc_info=error)
 
 
-def watching(observers: Sequence[Observer], executor: Executor, settler: Settler) -> ObserverDispatch | None:
-    """Let a worker's parts tell the observers; without observers nothing changes.
+def dispatch_to(observers: Sequence[Observer], worker_id: str) -> ObserverDispatch | None:
+    """The dispatch to these observers; ``None`` without any.
 
     Args:
-        observers: whom to tell.
-        executor: runs jobs.
-        settler: ends them.
+        observers: of the app and of the worker itself.
+        worker_id: the worker's.
     """
-    if not observers:
-        return None
-    watch = ObserverDispatch(observers, executor)
-    settler.settled = watch.settled
-    return watch
+    return ObserverDispatch(observers, worker_id) if observers else None
 
 
-def _overridden(observers: Sequence[Observer], name: str) -> list[Callable[[Any], None]]:
+def overridden(observers: Sequence[Observer], name: str) -> list[Callable[[Any], None]]:
+    """The methods of this name that observers have themselves; those inherited from `Observer` do nothing."""
     own = getattr(Observer, name)
     return [getattr(observer, name) for observer in observers if getattr(type(observer), name) is not own]

@@ -1,9 +1,9 @@
-"""The stage between running and settling, where there is a ledger: PostgreSQL before Redis.
+"""Recorder: judges finished jobs and records them in the ledger before they are settled. Only with a ledger.
 
-Group commit, as in the settle loop: while one batch is recorded the next gathers, and what was recorded is settled
-meanwhile. Under load a second batch does not wait for the first, or all would stand still while the database waits for
-its disk. Settling follows the answer: a job that had ended before is done, whatever its run came to. Nothing is dropped
-on an error: runs stay held, under lease, until they are recorded, or are handed back at shutdown.
+Group commit, as in the settler: while one batch is recorded the next gathers, and recorded runs are settled meanwhile.
+Under load a second batch does not wait for the first: the database's disk would hold up everything. Settling follows
+the ledger's answer: a job that had ended before is done, whatever its run's outcome. After an error nothing is dropped:
+runs stay held, under lease, until they are recorded, or are handed back at shutdown.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import anyio
 from streamworker import results
 from streamworker.broker import Ending
 from streamworker.errors import StreamworkerError
-from streamworker.execution import Execution
+from streamworker.execution import OK, Execution
 from streamworker.job import (
     Dead,
     Deferred,
@@ -49,24 +49,23 @@ from streamworker.postgres import (
 from streamworker.redact import describe
 from streamworker.relay import Dispatcher
 from streamworker.telemetry.logs import get_logger
-from streamworker.worker.executor import OK
 from streamworker.worker.inflight import InFlight
 from streamworker.worker.settler import Settler, judged
 
 log = get_logger("streamworker.worker")
 
 SUPERSEDED: Final = "superseded"
-"""A later hop of the job is known, and really is there, or moves: this one is let go, and the other goes on."""
+"""A later hop of the job is recorded and exists, or is on its way: this one ends, and the other goes on."""
 SENT_BY_LEDGER: Final[tuple[Status, ...]] = ("queued", "dispatching")
-"""The later hop is on its way out of the ledger: it cannot be lost by Redis."""
+"""The later hop is on its way out of the ledger: Redis cannot have lost it."""
 _HIGHEST: Final = 2**63 - 2
 
 
 class LaterHops:
-    """Tells twins that really are there from those that Redis lost.
+    """Finds out whether the later hop of a job that the ledger knows exists, or was lost by Redis.
 
     Args:
-        ledger: is asked again after the look.
+        ledger: asked again after the look.
         dispatcher: looks into queues.
     """
 
@@ -75,10 +74,10 @@ class LaterHops:
         self._dispatcher = dispatcher
 
     async def elsewhere(self, doubts: Sequence[tuple[Execution, Known]]) -> list[str]:
-        """Why each run is let go; empty for one that goes on: it is above what is known of its job from here on.
+        """Why each run ends, in a word; empty for one that goes on: from here on it outranks the record of its job.
 
         Args:
-            doubts: runs, and the later hop that is known of their jobs.
+            doubts: runs, and the later hop that is recorded of their jobs.
         """
         if not doubts:
             return []
@@ -88,7 +87,7 @@ class LaterHops:
                 queue = hops.setdefault(run.claim.queue, {})
                 queue[run.job_id] = min(hop_of(run), queue.get(run.job_id, _HIGHEST))
         there = {queue: await self._dispatcher.later(queue, ids) for queue, ids in hops.items()}
-        # A later hop leaves Redis only after its end was recorded: what is not there may have ended before the look.
+        # A later hop leaves Redis only after its end was recorded: a missing one may have ended before the look.
         now = await self._ledger.lookup([(run.claim.queue, run.job_id) for run, _ in doubts])
         answers = []
         for run, known in doubts:
@@ -109,7 +108,7 @@ def hop_of(run: Execution) -> int:
 
 
 def outrank(run: Execution, known: Known) -> None:
-    """Put a run above what is known of its job, so that what becomes of it counts."""
+    """Raise the hop of a run above the record of its job, so that its outcome counts."""
     if run.reading is not None:
         log.info(
             "job_outranks", job_id=run.job_id, kind=run.kind, queue=run.claim.queue, status=known.status,
@@ -118,23 +117,23 @@ def outrank(run: Execution, known: Known) -> None:
         run.reading.hop = min(known.hop, _HIGHEST) + 1
 
 
-Part: TypeAlias = Literal["lookup", "record"]
-"""What the ledger is asked for. A database that answers lookups may still refuse records: a standby, a full disk."""
+LedgerCall: TypeAlias = Literal["lookup", "record"]
+"""A database that answers lookups may still refuse records: a standby, a full disk."""
 
 
 class LedgerOutage:
-    """One worker's view of its ledger."""
+    """Whether the ledger failed one worker's last calls: nothing is claimed meanwhile."""
 
     def __init__(self) -> None:
         self._since = 0.0
-        self._failing: set[Part] = set()
+        self._failing: set[LedgerCall] = set()
 
     def is_on(self) -> bool:
         """Whether the last lookup or the last record failed."""
         return bool(self._failing)
 
-    def began(self, part: Part, error: Exception) -> None:
-        """It failed, and no single row is to blame."""
+    def began(self, call: LedgerCall, error: Exception) -> None:
+        """A call failed, for no fault of a single row."""
         if not self._failing:
             self._since = monotonic()
             log.error(
@@ -142,48 +141,58 @@ class LedgerOutage:
                 error=str(error),
                 hint="nothing is claimed until PostgreSQL records again; finished jobs are kept until then",
             )
-        self._failing.add(part)
+        self._failing.add(call)
 
-    def over(self, part: Part) -> None:
-        """It worked."""
-        if part in self._failing:
-            self._failing.discard(part)
+    def over(self, call: LedgerCall) -> None:
+        """A call succeeded."""
+        if call in self._failing:
+            self._failing.discard(call)
             if not self._failing:
                 log.info("ledger_back", seconds=round(monotonic() - self._since, 1))
+
+
+class WorkerLedger:
+    """The ledger as one worker uses it.
+
+    Args:
+        ledger: the record.
+        dispatcher: looks for the ledger's jobs in Redis.
+    """
+
+    def __init__(self, ledger: Ledger, dispatcher: Dispatcher) -> None:
+        self.ledger: Final = ledger
+        self.later_hops: Final = LaterHops(ledger, dispatcher)
+        self.outage: Final = LedgerOutage()
 
 
 MOST: Final = 500
 """Most runs of one statement."""
 WORTH_IT: Final = 50
-"""Runs that are worth a batch beside another."""
+"""Runs that are worth a second batch beside one under way."""
 PAUSE: Final = 0.2
 """Seconds to wait at least after an error."""
 BUSY_PAUSE: Final = 1.0
-"""Seconds before a run is recorded again whose row somebody was working on."""
+"""Seconds before a run is recorded again whose row was locked."""
 AGAIN_AFTER: Final = 2.0
 """Seconds before a job runs again that could not take its row, or lost PostgreSQL."""
 HANDED_BACK: Final = Interrupted("PostgreSQL was down when the worker shut down")
 
 
 class Recorder:
-    """Records finished runs and hands them on to be settled.
+    """Records finished runs and passes them to the settler.
 
     Args:
-        ledger: where they are recorded.
-        settler: settles what is recorded; its `judge` has to be `decided`.
-        holdings: what is held.
-        outage: told whether there was an answer.
-        later: looks for later hops.
+        record: where they are recorded.
+        settler: the next stage.
+        in_flight: what this worker holds.
     """
 
-    def __init__(
-        self, ledger: Ledger, settler: Settler, holdings: InFlight, outage: LedgerOutage, later: LaterHops
-    ) -> None:
-        self._ledger = ledger
-        self._settle = settler.add
-        self._holdings = holdings
-        self._outage = outage
-        self._later = later
+    def __init__(self, record: WorkerLedger, settler: Settler, in_flight: InFlight) -> None:
+        self._ledger = record.ledger
+        self._settler = settler
+        self._in_flight = in_flight
+        self._outage = record.outage
+        self._later_hops = record.later_hops
         self._finished: list[Execution] = []
         self._under_way = 0
         self._busy: list[Execution] = []
@@ -201,7 +210,7 @@ class Recorder:
             self._wake.set()
 
     async def close(self, within: float) -> None:
-        """End the loop when all is handed on; what cannot be recorded in ``within`` seconds goes back to the queue."""
+        """End the loop when all is recorded; what cannot be within ``within`` seconds goes back to its queue."""
         self._give_up_at = anyio.current_time() + within
         self._closing.set()
         self._wake.set()
@@ -224,7 +233,7 @@ class Recorder:
             self._under_way += 1
             try:
                 await self._record(batch)
-            except Exception as error:  # noqa: BLE001 - a main loop never crashes; what it holds is tried again
+            except Exception as error:  # noqa: BLE001 - a main loop never crashes; the batch is tried again
                 self._finished = [run for run in batch if run.ending is None] + self._finished
                 if self._finished and isinstance(error, StreamworkerError):
                     self._outage.began("record", error)
@@ -252,7 +261,7 @@ class Recorder:
             self._wake.clear()
 
     def _wanted(self) -> bool:
-        """Whether what has finished is worth a batch right now."""
+        """Whether the finished runs are worth a batch right now."""
         return not self._under_way or len(self._finished) >= WORTH_IT
 
     async def _record(self, batch: Sequence[Execution]) -> None:
@@ -285,13 +294,13 @@ class Recorder:
     async def _stored(
         self, runs: Sequence[Execution], endings: Sequence[Ending], records: Sequence[RunRecord]
     ) -> list[Execution]:
-        """Record, and pass on what is recorded; those of which it has to be seen whether they go on elsewhere."""
+        """Record, and pass on what is recorded; returns the runs of which a later hop is recorded."""
         answers = await self._ledger.record(records)
-        settle, doubtful = self._settle, []
+        doubtful = []
         for run, ending, answer in zip(runs, endings, answers, strict=True):
             if answer is Stored.STORED:
                 run.ending = ending
-                settle(run)
+                self._settler.add(run)
             elif answer is Stored.BUSY:
                 self._busy.append(run)
                 self._busy_until = anyio.current_time() + BUSY_PAUSE
@@ -302,7 +311,7 @@ class Recorder:
         return doubtful
 
     async def _weigh(self, runs: Sequence[Execution]) -> None:
-        """A later hop or delivery of these jobs is known: let go of those that really go on elsewhere."""
+        """A later hop or delivery of these jobs is recorded: end those that do go on elsewhere."""
         try:
             found = await self._ledger.lookup([(run.claim.queue, run.job_id) for run in runs])
             doubts = []
@@ -311,12 +320,12 @@ class Recorder:
                 if known is None:  # forgotten meanwhile
                     self._go_on(run)
                 elif known.status in FINAL or known.hop <= hop_of(run):  # or claimed again: the fence decides
-                    self._let_go(run, known.status if known.status in FINAL else SUPERSEDED)
+                    self._end_here(run, known.status if known.status in FINAL else SUPERSEDED)
                 else:
                     doubts.append((run, known))
-            for (run, _), why in zip(doubts, await self._later.elsewhere(doubts), strict=True):
+            for (run, _), why in zip(doubts, await self._later_hops.elsewhere(doubts), strict=True):
                 if why:
-                    self._let_go(run, why)
+                    self._end_here(run, why)
                 else:
                     self._go_on(run)
         except Exception as error:  # noqa: BLE001 - they stay held, and are recorded again
@@ -326,35 +335,35 @@ class Recorder:
             self._busy_until = anyio.current_time() + BUSY_PAUSE
 
     def _go_on(self, run: Execution) -> None:
-        """This run is the job: record it once more, or if it was refused its transaction, run it once more."""
+        """The later hop was lost: record this run again, or release it if its transaction was refused."""
         if run.context is not None and run.context.effect is Effect.SUPERSEDED:
             run.outcome = Recorded(ReleaseAt(time(), "a later hop of this job was lost"), "superseded")
             self._pass_on(run, judged(run, time()))
         else:
             self._finished.append(run)
 
-    def _let_go(self, run: Execution, why: str) -> None:
+    def _end_here(self, run: Execution, why: str) -> None:
         log.info("run_overruled", job_id=run.job_id, kind=run.kind, queue=run.claim.queue, reason=why)
-        self._holdings.counts.skipped += 1
+        self._in_flight.counts.skipped += 1
         self._pass_on(run, Ending(run.claim, DONE))
 
     def _pass_on(self, run: Execution, ending: Ending) -> None:
         run.ending = ending
-        self._settle(run)
+        self._settler.add(run)
 
     def _overruled(self, run: Execution, ending: Ending, answer: Stored) -> None:
-        """The job has ended, here or before: there is nothing left to do but to let go of the claim."""
+        """The job has ended, here or before: only the claim is left to settle."""
         if isinstance(ending.verdict, Drop) and answer is Stored.ENDED:
             self._pass_on(run, ending)  # as it should be; and its mark goes
             return
         if not isinstance(ending.verdict, Done):
             log.info("run_overruled", job_id=run.job_id, kind=run.kind, queue=run.claim.queue, reason=answer.value)
         elif answer is Stored.SUPERSEDED:
-            self._holdings.counts.skipped += 1
+            self._in_flight.counts.skipped += 1
         self._pass_on(run, Ending(run.claim, DONE))
 
     def _correct(self, run: Execution, effect: Effect, now: float) -> None:
-        """A run's transaction decides, whatever the handler did after it."""
+        """Correct the outcome by the run's transaction, which decides whatever the handler did after it."""
         if isinstance(run.outcome, Recorded):
             return
         if effect is Effect.COMMITTED:
@@ -367,14 +376,14 @@ class Recorder:
                 run.outcome = Ok()
         elif effect is Effect.ENDED:
             run.outcome = Recorded(DONE, "ended")
-            self._holdings.counts.skipped += 1
+            self._in_flight.counts.skipped += 1
         elif effect is Effect.BUSY:
             run.outcome = Recorded(ReleaseAt(now + AGAIN_AFTER, "another run of this job was at work"), "busy")
         elif effect is Effect.LOST:
             run.outcome = Recorded(ReleaseAt(now + AGAIN_AFTER, "PostgreSQL was lost"), "lost")
 
     def _hand_back(self) -> None:
-        """What could not be recorded goes back to its queue, uncharged: it runs again where it can be recorded."""
+        """Release what could not be recorded, uncharged: it runs again where it can be recorded."""
         left, self._finished, self._busy = self._finished + self._busy, [], []
         if left:
             log.warning("unrecorded_handed_back", jobs=len(left))
@@ -384,24 +393,19 @@ class Recorder:
             self._pass_on(run, judged(run, time()))
 
 
-def decided(run: Execution, now: float) -> Ending:
-    """The ending that was decided when the run was recorded; for the settler."""
-    return run.ending if run.ending is not None else judged(run, now)
-
-
 def record_of(run: Execution, ending: Ending, begun_at: float) -> RunRecord | None:
-    """What the ledger is told of a run; ``None`` if nothing is to be told.
+    """The record of a run; ``None`` if there is nothing to record.
 
     Args:
         run: with its outcome.
-        ending: what becomes of it.
+        ending: its ending.
         begun_at: epoch seconds of the monotonic clock's zero.
     """
     outcome, verdict = run.outcome, ending.verdict
     if type(outcome) is not Ok:
         unbegun = isinstance(outcome, Interrupted) and run.started is None
         if unbegun or isinstance(outcome, Recorded | Postponed | Deferred):
-            return None  # it is recorded, or nothing has happened
+            return None  # recorded before, or nothing has happened
     record = begun(run, begun_at)
     record.finished = run.finished
     record.outcome = word_of(outcome)
@@ -429,7 +433,7 @@ def record_of(run: Execution, ending: Ending, begun_at: float) -> RunRecord | No
 
 
 def begun(run: Execution, begun_at: float) -> RunRecord:
-    """What the ledger is told of a run that has no outcome yet.
+    """The record of a run that has no outcome yet.
 
     Args:
         run: prepared.

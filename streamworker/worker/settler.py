@@ -1,7 +1,8 @@
-"""The settle loop: group commit. While one flush is in flight the next gathers; no timer, no batch size to tune.
+"""Settler: judges finished jobs and settles their claims, in group commits.
 
-Nothing is dropped on an error: the batch stays held, its leases are renewed, and it is sent again. The fence makes that
-safe: what the first try settled is LOST to the second.
+While one flush is under way the next gathers: no timer, no batch size to tune. After an error nothing is dropped: the
+batch stays held, its leases are renewed, and it is sent again. The fence makes that safe: a claim that the first try
+settled is LOST to the second.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from streamworker import codec, results
 from streamworker.broker import Broker, Ending
 from streamworker.codec import NOTHING, State, trace_id
 from streamworker.errors import ConfigurationError, InvalidJob, Unreachable
-from streamworker.execution import Execution
+from streamworker.execution import OK, Execution
 from streamworker.job import (
     Dead,
     Deferred,
@@ -39,8 +40,8 @@ from streamworker.loops import Pause
 from streamworker.policy import DONE, RAPID, judge, least_wait
 from streamworker.redact import describe
 from streamworker.telemetry.logs import get_logger
-from streamworker.worker.executor import OK
-from streamworker.worker.inflight import InFlight, Spinning
+from streamworker.worker.inflight import InFlight, SpinningJob
+from streamworker.worker.observers import ObserverDispatch
 
 log = get_logger("streamworker.worker")
 
@@ -49,19 +50,19 @@ REFUSED_PAUSE: Final = 1.0
 """Seconds before endings that the server refused to store are offered again; longer each time, up to the next one."""
 LONGEST_PAUSE: Final = 30.0
 PROBE: Final = 10
-"""Endings of a queue that are offered again to see whether the server takes them by now."""
-SAY_AGAIN: Final = 60.0
-"""Seconds before it is said again that a queue's endings are refused."""
+"""Refused endings of a queue that are offered again at once, to see whether the server stores them by now."""
+LOG_AGAIN: Final = 60.0
+"""Seconds between two log lines about a queue's refused endings."""
 
 
-class Aside:
-    """Runs of one queue whose endings the server refuses to store: kept under lease, offered again now and then."""
+class RefusedRuns:
+    """Runs of one queue whose endings the server refuses to store: kept under lease, offered again after pauses."""
 
     def __init__(self) -> None:
         self.runs: list[Execution] = []
         self.at = 0.0
         self.pause = 0.0
-        self.said: tuple[str, float] = ("", 0.0)
+        self.logged: tuple[str, float] = ("", 0.0)
 
 
 class Settler:
@@ -69,20 +70,25 @@ class Settler:
 
     Args:
         broker: whose `settle` is called.
-        holdings: what is held; settled runs leave it.
-        parked: told the epoch seconds at which a job of ours is due again.
+        in_flight: what this worker holds; settled runs leave it.
+        parked: called with the epoch seconds at which a job of this worker is due again.
+        observers: called with every settled batch, if there are any.
     """
 
-    def __init__(self, broker: Broker, holdings: InFlight, *, parked: Callable[[float], None]) -> None:
+    def __init__(
+        self,
+        broker: Broker,
+        in_flight: InFlight,
+        *,
+        parked: Callable[[float], None],
+        observers: ObserverDispatch | None = None,
+    ) -> None:
         self._broker = broker
-        self._holdings = holdings
+        self._in_flight = in_flight
         self._parked = parked
-        self.judge: Callable[[Execution, float], Ending] = judged
-        """Run and epoch seconds to the ending; replaced where that is decided before a run comes here."""
-        self.settled: Callable[[list[Execution], list[Ending], list[Settled], float], None] | None = None
-        """Told of every batch, and when (epoch seconds) it was sent; where somebody watches."""
+        self._observers = observers
         self._finished: list[Execution] = []
-        self._aside: dict[str, Aside] = {}
+        self._refused: dict[str, RefusedRuns] = {}
         self._uncertain: set[Execution] = set()
         self._wake = asyncio.Event()
         self._closing = anyio.Event()
@@ -108,7 +114,7 @@ class Settler:
             batch, self._finished = self._finished + self._offer_again(), []
             try:
                 await self._flush(batch)
-            except Exception as error:  # noqa: BLE001 - a main loop never crashes; what it holds is tried again
+            except Exception as error:  # noqa: BLE001 - a main loop never crashes; the batch is sent again
                 self._keep(batch)
                 log.error("settle_failed", jobs=len(batch), error=str(error))
                 await pause.wait(self._closing, least=0.2)
@@ -120,9 +126,9 @@ class Settler:
     async def _gather(self) -> bool:
         """Wait for something to settle; False when closed and nothing is left."""
         while not self._finished:
-            if self._closing.is_set() and not self._aside:
+            if self._closing.is_set() and not self._refused:
                 return False
-            soonest = min((each.at for each in self._aside.values()), default=None)
+            soonest = min((each.at for each in self._refused.values()), default=None)
             with anyio.move_on_after(None if soonest is None else max(0.01, soonest - anyio.current_time())):
                 await self._wake.wait()
             self._wake.clear()
@@ -130,14 +136,14 @@ class Settler:
         return True
 
     @property
-    def aside(self) -> dict[str, int]:
-        """How many endings of which queues the server refuses to store."""
-        return {queue: len(each.runs) for queue, each in self._aside.items() if each.runs}
+    def refused(self) -> dict[str, int]:
+        """Queues whose endings the server refuses to store, and how many of them."""
+        return {queue: len(each.runs) for queue, each in self._refused.items() if each.runs}
 
     def _offer_again(self) -> list[Execution]:
-        """Some of those that were refused, when their pause is over; under load too, or they would starve."""
+        """Some refused runs whose pause is over; under load too, or they would starve."""
         again: list[Execution] = []
-        for each in self._aside.values():
+        for each in self._refused.values():
             if anyio.current_time() >= each.at:
                 most = len(each.runs) if self._closing.is_set() else PROBE
                 again += each.runs[:most]
@@ -146,14 +152,14 @@ class Settler:
         return again
 
     async def _flush(self, batch: list[Execution]) -> None:
-        now, items, judge = time.time(), [], self.judge
+        now, items = time.time(), []
         for run in batch:
             run.settling = True  # out of the renewal set before the claim can end, or the thread would report it lost
-            items.append(judge(run, now))
+            items.append(run.ending or judged(run, now))
         results = await self._settled(items)
-        if self.settled is not None:
-            self.settled(batch, items, results, now)
-        counts, forget = self._holdings.counts, self._holdings.forget
+        if self._observers is not None:
+            self._observers.settled(batch, items, results, now)
+        counts, forget = self._in_flight.counts, self._in_flight.forget
         refused: dict[str, list[Execution]] = {}
         for run, item, result in zip(batch, items, results, strict=True):
             if result is Settled.REFUSED:
@@ -166,21 +172,21 @@ class Settler:
                 if type(item.verdict) is Done:
                     counts.done += 1
                 else:
-                    self._tell(run, item)
+                    self._count(run, item)
             elif run not in self._uncertain:
                 counts.lost += 1
                 log.info("settle_lost", **facts_of(run))
             self._uncertain.discard(run)
-        if refused or self._aside:
+        if refused or self._refused:
             self._set_aside(refused, {run.claim.queue for run in batch})
 
     def _set_aside(self, refused: dict[str, list[Execution]], queues: set[str]) -> None:
-        """Keep what was refused, and decide when it is offered again: at once where the server takes some by now."""
+        """Keep refused runs, and set when they are offered again: at once if the server stored others of the queue."""
         now = anyio.current_time()
         for queue, runs in refused.items():
-            self._aside.setdefault(queue, Aside()).runs += runs
-        for queue in queues & self._aside.keys():
-            each = self._aside[queue]
+            self._refused.setdefault(queue, RefusedRuns()).runs += runs
+        for queue in queues & self._refused.keys():
+            each = self._refused[queue]
             if queue not in refused:
                 each.at, each.pause = now, 0.0
             elif each.at > now + LONGEST_PAUSE or each.at <= now:  # it was offered again, or is new
@@ -188,20 +194,20 @@ class Settler:
                 each.pause = min(longest, max(REFUSED_PAUSE, 2 * each.pause))
                 each.at = now + (each.pause if not self._closing.is_set() else 0.2)
             if not each.runs:
-                del self._aside[queue]
+                del self._refused[queue]
             elif queue in refused:
-                self._say(queue, each, now)
+                self._log_refused(queue, each, now)
 
-    def _say(self, queue: str, aside: Aside, now: float) -> None:
+    def _log_refused(self, queue: str, refused: RefusedRuns, now: float) -> None:
         why = self._broker.refusals.get(queue)
         error = why.error if why is not None else "it cannot be judged"
-        if aside.said[0] != error or now > aside.said[1]:
-            aside.said = (error, now + SAY_AGAIN)
+        if refused.logged[0] != error or now > refused.logged[1]:
+            refused.logged = (error, now + LOG_AGAIN)
             hint = why.cure if why is not None else "see the lines before this one"
-            log.error("settle_refused", queue=queue, jobs=len(aside.runs), error=error, hint=hint)
+            log.error("settle_refused", queue=queue, jobs=len(refused.runs), error=error, hint=hint)
 
     async def _settled(self, items: list[Ending]) -> list[Settled]:
-        """Settle; if something about one item breaks the call, settle one by one, so that it jams none but itself."""
+        """Settle; if one item breaks the call, settle one by one, so that it blocks only itself."""
         try:
             return await self._broker.settle(items)
         except (Unreachable, ConfigurationError):
@@ -216,21 +222,21 @@ class Settler:
                 results += await self._broker.settle([item])
             except (Unreachable, ConfigurationError):
                 raise
-            except Exception as error:  # noqa: BLE001 - whatever it is, it is about this one: keep it and try again
+            except Exception as error:  # noqa: BLE001 - it is about this item: keep it and try again
                 log.error("settle_failed", jobs=1, job_id=item.job_id, kind=item.kind, error=str(error))
                 results.append(Settled.REFUSED)
         return results
 
     def _keep(self, batch: list[Execution]) -> None:
-        held = [run for run in batch if self._holdings.find(run.claim) is run]
+        held = [run for run in batch if self._in_flight.find(run.claim) is run]
         for run in held:
             run.settling = False
         self._uncertain.update(held)
         self._finished = held + self._finished
 
-    def _tell(self, run: Execution, item: Ending) -> None:
+    def _count(self, run: Execution, item: Ending) -> None:
         """Count and log one ending that is not a plain success."""
-        counts = self._holdings.counts
+        counts = self._in_flight.counts
         facts = facts_of(run)
         match item.verdict:
             case RetryAt(at=at, error=error):
@@ -249,7 +255,7 @@ class Settler:
                     self._parked(at)
                 if turns and at is not None:
                     wait = round(at - time.time(), 1)
-                    self._holdings.spun(Spinning(run.claim.queue, item.kind, item.job_id, turns, wait))
+                    self._in_flight.spun(SpinningJob(run.claim.queue, item.kind, item.job_id, turns, wait))
                     log.warning("job_spinning", **facts, reason=reason, turns=turns, delay=wait)
                 # A kind with a limit releases all the time: that is its ordinary way.
                 (log.debug if isinstance(run.outcome, Deferred) else log.info)("job_released", **facts, reason=reason)
@@ -261,7 +267,7 @@ class Settler:
 
 
 def facts_of(run: Execution) -> dict[str, str | int]:
-    """What every line about a run holds; the worker's id is bound to all of its lines."""
+    """The fields of every log line about a run; the worker's id is bound to all of its lines."""
     facts: dict[str, str | int] = {"job_id": run.job_id, "kind": run.kind, "queue": run.claim.queue}
     if run.facts is not None:
         facts["attempt"] = run.facts.attempts + 1
@@ -272,7 +278,7 @@ def facts_of(run: Execution) -> dict[str, str | int]:
 
 
 def judged(run: Execution, now: float) -> Ending:
-    """The ending of a run; one that cannot even be judged is dead, because it would jam everything behind it."""
+    """The ending of a run. One that cannot be judged is dead: it would block everything behind it."""
     if run.outcome is OK and keeping(run) is None:  # nearly all
         return Ending(run.claim, DONE)
     try:
@@ -283,7 +289,7 @@ def judged(run: Execution, now: float) -> Ending:
 
 
 def _where(error: str) -> str:
-    """The place in a document that is wrong, without what stands there: logs hold no payloads, dead letters do."""
+    """Where a document is wrong, without the value there: logs hold no payloads, dead letters do."""
     found = _PLACE.search(error)
     return f"the document does not fit at {found.group(1)}" if found else "the document does not fit"
 
@@ -327,12 +333,12 @@ def ending(run: Execution, *, now: float, jitter: float) -> Ending:
 
 
 def keeping(run: Execution) -> float | None:
-    """Seconds for which its end is kept in Redis, if its handler says so."""
+    """Seconds for which its result is kept in Redis, if its handler has a ``result_ttl``."""
     return None if run.facts is None else run.facts.limits.result_ttl
 
 
 def _state(run: Execution, verdict: ReleaseAt) -> State:
-    """What is remembered of a job that goes back uncharged."""
+    """The state that a job carries to its next hop when it is released uncharged."""
     before = NOTHING if run.reading is None else codec.state_of(run.reading, run.claim.secret)
     turn, since = before.turn, before.unknown_since
     if isinstance(run.outcome, Deferred):
@@ -345,7 +351,7 @@ def _state(run: Execution, verdict: ReleaseAt) -> State:
 
 
 def _slowed(verdict: ReleaseAt, state: State, now: float, ran: float) -> tuple[ReleaseAt, State]:
-    """A job that ran for ``ran`` seconds and goes back uncharged: later, where it does little else."""
+    """The release of a job that ran for ``ran`` seconds: later, if it is released again and again."""
     wait = 0.0 if verdict.at is None else verdict.at - now
     rapid = state.rapid + 1 if wait + ran < RAPID else 0
     state = msgspec.structs.replace(state, returns=state.returns + 1, rapid=rapid)

@@ -1,21 +1,22 @@
-"""What a worker runs: a task for each job, as many at once as CONCURRENCY allows, and the watch over deadlines."""
+"""JobTasks: an asyncio task for each job, as many at once as CONCURRENCY allows, and their deadlines."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextvars import copy_context
 from time import monotonic
-from typing import Any, Final, TypeAlias
+from typing import Final
 
 import anyio
 
 from streamworker.execution import Execution
 from streamworker.job import Interrupted, Outcome, TimedOut
 from streamworker.telemetry.logs import get_logger
-from streamworker.worker.executor import Ended, Executor
+from streamworker.worker.completion import Completion
+from streamworker.worker.executor import Executor
 from streamworker.worker.job_task import JobTask
 
 log = get_logger("streamworker.worker")
@@ -27,22 +28,18 @@ STARTS: Final = 100
 TURN: Final = 0.002
 """Seconds after which no other job is started before the event loop turns: first steps of handlers can be long."""
 
-Call: TypeAlias = Callable[[Execution, Ended], Coroutine[Any, Any, Outcome]]
-
 
 class JobTasks:
-    """Starts runs, each in a task and a context of its own, and minds their deadlines.
+    """Starts jobs, each in a task and a context of its own, and cancels those that pass their deadline.
 
     A task begins at once where Python can do that (3.12), so that a handler that awaits nothing costs no turn of the
-    event loop. Task factories are not asked: a job's task is a `JobTask` whatever the process uses elsewhere.
+    event loop. A job's task is a `JobTask`, whatever task factory the loop has.
 
     Args:
         limit: jobs that run at once.
-        executor: prepares runs.
-        call: what a task does with a run; `Executor.call` unless given.
-        finished: told of every run that has an outcome.
-        admit: asked before a run that is `Execution.special`; False puts it aside for later.
-        stuck: told of a run that goes on ``grace`` seconds after it should have ended.
+        executor: calls handlers.
+        completion: the next stage.
+        stuck: called with a run that goes on ``grace`` seconds after it should have ended.
         grace: seconds a handler may overrun its deadline, or go on after its claim was lost, before it counts as stuck.
     """
 
@@ -50,19 +47,14 @@ class JobTasks:
         self,
         limit: int,
         executor: Executor,
+        completion: Completion,
         *,
-        call: Call | None = None,
-        finished: Callable[[Execution], None],
-        admit: Callable[[Execution], bool],
         stuck: Callable[[Execution], None],
         grace: float,
     ) -> None:
         self._limit = limit
-        self._prepare = executor.prepare
-        self._generators = executor.generators
-        self._call = call or executor.call
-        self._finished = finished
-        self._admit = admit
+        self._executor = executor
+        self._completion = completion
         self._stuck = stuck
         self._grace = grace
         self._waiting: deque[Execution] = deque()
@@ -75,10 +67,10 @@ class JobTasks:
         """Runs whose handler has begun and not ended."""
 
     def open(self) -> None:
-        """Start what waits; jobs run in copies of the context that this is called in."""
+        """Begin to start jobs, in copies of the context of this call."""
         self._loop = asyncio.get_running_loop()
         self._pristine = copy_context()
-        self._generators.open(self._loop)
+        self._executor.generators.open(self._loop)
         self._watcher = asyncio.create_task(self._watch())
         self._schedule()
 
@@ -92,28 +84,28 @@ class JobTasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=within)
-        self._generators.close()
+        self._executor.generators.close()
         return [run for task, run in tasks.items() if not task.done()]
 
     def put(self, run: Execution) -> None:
-        """Take a run in: it starts with the next turn of the event loop, if no more than the limit run."""
+        """Take a prepared run in: it starts with the next turn of the event loop, if fewer than the limit run."""
         self._waiting.append(run)
         if not self._scheduled:
             self._schedule()
 
     def abandon_waiting(self) -> list[Execution]:
-        """Runs that have not been started; they do not wait any more afterwards."""
+        """Remove and return the runs that have not been started."""
         waiting = list(self._waiting)
         self._waiting.clear()
         return waiting
 
     def _schedule(self) -> None:
         self._scheduled = True
-        # In a copy: what decoding a payload does to its context must not reach the contexts of jobs.
+        # Not in the context of the job whose end may have led here.
         self._loop.call_soon(self._turn, context=self._pristine.copy())
 
     def _turn(self) -> None:
-        """Start what waits, as much as one turn of the event loop may take."""
+        """Start waiting runs, as many as one turn of the event loop may take."""
         if self._closed:
             return
         waiting, running, limit = self._waiting, self.running, self._limit
@@ -123,14 +115,12 @@ class JobTasks:
                 if not waiting or len(running) >= limit:
                     return
                 run = waiting.popleft()
-                if run.facts is None and run.outcome is None:
-                    self._prepare(run)
                 if run.outcome is not None:
-                    self._finished(run)
-                elif not run.special or self._admit(run):
-                    self._start(run)
-                    if run.started is not None and run.started > until:
-                        return
+                    self._completion.finish(run)
+                    continue
+                self._start(run)
+                if run.started is not None and run.started > until:
+                    return
         finally:
             self._scheduled = False
             if waiting and len(running) < limit:
@@ -140,7 +130,7 @@ class JobTasks:
         name = run.registration.kind if run.registration is not None else None
         if sys.version_info >= (3, 12):
             task = JobTask(
-                self._call(run, self._ended),
+                self._executor.call(run, self._ended),
                 loop=self._loop, name=name, context=self._pristine.copy(), eager_start=True,
             )  # fmt: skip
             if not task.done():
@@ -148,18 +138,19 @@ class JobTasks:
                 self.running.add(run)
         else:
             context = self._pristine.copy()
-            run.task = task = JobTask(self._call(run, self._ended), loop=self._loop, name=name, context=context)
+            coroutine = self._executor.call(run, self._ended)
+            run.task = task = JobTask(coroutine, loop=self._loop, name=name, context=context)
             task.context = context
             run.started = monotonic()  # it can be cancelled from now on
             self.running.add(run)
 
     def _ended(self, run: Execution, outcome: Outcome) -> None:
-        """Called by the task of a run, last."""
+        """Called last by the task of a run."""
         if run.task is not None:
             self.running.discard(run)
-        if run.outcome is None:  # else it was given back while it could not be stopped
+        if run.outcome is None:  # else it was handed back while it could not be stopped
             run.outcome = outcome
-            self._finished(run)
+            self._completion.finish(run)
         if self._waiting and not self._scheduled:
             self._schedule()
 
@@ -185,7 +176,7 @@ class JobTasks:
 
     @staticmethod
     def _overruns_since(run: Execution, now: float) -> float | None:
-        """Since when a run should have ended: its deadline, or when it was told that its claim is lost."""
+        """Since when a run should have ended: its deadline, or the moment its claim was found lost."""
         if run.overdue(now):
             return run.deadline
         return run.told if isinstance(run.cause, Interrupted) else None

@@ -192,13 +192,13 @@ async def test_one_that_is_lost_does_not_take_the_others_along(ground, raw):
         await filled(app, 2)
         async with working(app) as (worker,):
             await eventually(lambda: began == [2])
-            lost = worker._holdings.snapshot()[0]
+            lost = worker._in_flight.snapshot()[0]
             ground.hand_over(lost.claim, "somebody-else")
             await eventually(lambda: lost.cause is not None)
             gate.set()
-            await eventually(lambda: worker._holdings.counts.done == 1)
+            await eventually(lambda: worker._in_flight.counts.done == 1)
             assert ground.held() == 1  # somebody else's
-            await eventually(lambda: worker._holdings.counts.lost == 1)
+            await eventually(lambda: worker._in_flight.counts.lost == 1)
     assert cancelled == [[True, False]]
 
 
@@ -220,10 +220,10 @@ async def test_when_all_are_lost_the_call_is_cancelled(ground, raw):
         await filled(app, 2)
         async with working(app) as (worker,):
             await eventually(lambda: began == [2])
-            for run in worker._holdings.snapshot():
+            for run in worker._in_flight.snapshot():
                 ground.hand_over(run.claim, "somebody-else")
             await eventually(lambda: ended == ["CancelledError"])
-            await eventually(lambda: worker._holdings.counts.lost == 2)
+            await eventually(lambda: worker._in_flight.counts.lost == 2)
 
 
 @pytest.mark.parametrize(
@@ -259,11 +259,11 @@ async def test_one_that_is_cancelled_ends_alone(ground, raw, how, others):
         async with working(app) as (worker,):
             await eventually(lambda: began == [3])
             assert await app.cancel(made[1].id) == "asked"
-            victim = next(run for run in worker._holdings.snapshot() if run.job_id == made[1].id)
+            victim = next(run for run in worker._in_flight.snapshot() if run.job_id == made[1].id)
             await eventually(lambda: victim.cause is not None)
             gate.set()
             await eventually(ground.empty)
-            counts = worker._holdings.counts
+            counts = worker._in_flight.counts
     cancelled = int(how != "returns without looking")
     assert (counts.cancelled, counts.retried, counts.lost) == (cancelled, 0, 0)
     assert (counts.done, counts.dead) == ((3 - cancelled, 0) if others == "done" else (0, 2))
@@ -295,7 +295,7 @@ async def test_when_all_are_cancelled_the_call_is(ground, raw):
             await eventually(lambda: began == [2])
             for each in made:
                 await app.cancel(each.id)
-            await eventually(lambda: worker._holdings.counts.cancelled == 2)
+            await eventually(lambda: worker._in_flight.counts.cancelled == 2)
             await eventually(ground.empty)
     assert ended == ["CancelledError"]
     assert not raw.exists("stream:{q}:cancelled", "stream:{q}:dead")
@@ -314,11 +314,11 @@ async def test_one_that_is_cancelled_while_it_waits_for_others_is_not_called(gro
         async with working(app) as (worker,):
             await eventually(lambda: ground.held() == 1)
             await app.cancel(made.id)
-            (run,) = await eventually(worker._holdings.snapshot)
+            (run,) = await eventually(worker._in_flight.snapshot)
             await eventually(lambda: run.outcome is not None)
             await app.enqueue(Row(n=1))  # makes the batch full
-            await eventually(lambda: worker._holdings.counts.cancelled == 1)
-            await eventually(lambda: worker._holdings.counts.done == 1)
+            await eventually(lambda: worker._in_flight.counts.cancelled == 1)
+            await eventually(lambda: worker._in_flight.counts.done == 1)
             await eventually(ground.empty)
     assert seen == [[1]]
 

@@ -199,7 +199,7 @@ class Scene:
 
     @property
     def counts(self):
-        return self.worker._holdings.counts
+        return self.worker._in_flight.counts
 
 
 @pytest.fixture
@@ -275,17 +275,17 @@ async def test_one_that_ends_regularly_without_looking_has_done_its_work(ground,
             await eventually(lambda: len(began) == 2)
             for each in ids:
                 await app.cancel(each)
-            await eventually(lambda: worker._holdings.counts.cancelled == 1)
-            run = next(run for run in worker._holdings.snapshot() if run.outcome is None)
+            await eventually(lambda: worker._in_flight.counts.cancelled == 1)
+            run = next(run for run in worker._in_flight.snapshot() if run.outcome is None)
             await eventually(lambda: run.cause is not None)
             go.set()
-            await eventually(lambda: worker._holdings.counts.done == 1)
+            await eventually(lambda: worker._in_flight.counts.done == 1)
             await eventually(ground.empty)
     finally:
         go.set()
         await worker.stop()
         await life
-    assert worker._holdings.counts.cancelled == 1
+    assert worker._in_flight.counts.cancelled == 1
 
 
 async def test_where_a_job_lies_must_be_known(redis_url):

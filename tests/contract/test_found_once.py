@@ -220,9 +220,9 @@ async def test_headers_json_cannot_hold_are_our_error(settings):
 async def test_refused_jobs_are_offered_again_under_load(monkeypatch):
     """Refused runs wait for a moment without finished ones: under load that moment never comes."""
     from streamworker import codec
+    from streamworker.execution import OK
     from streamworker.job import Claim, Interrupted, Settled
     from streamworker.policy import Facts, Limits
-    from streamworker.worker.executor import OK
     from streamworker.worker.inflight import InFlight
     from streamworker.worker.settler import Settler
 
@@ -238,15 +238,15 @@ async def test_refused_jobs_are_offered_again_under_load(monkeypatch):
             await asyncio.sleep(0.01)
             return [Settled.REFUSED if i.job_id else Settled.SETTLED for i in items]
 
-    holdings = InFlight()
-    settler = Settler(Fake(), holdings, parked=lambda at: None)
+    in_flight = InFlight()
+    settler = Settler(Fake(), in_flight, parked=lambda at: None)
     n = 0
 
     def add(outcome, name):
         nonlocal n
         n += 1
         body = json.dumps({"id": name, "payload": {}}).encode()
-        run = holdings.admit(Claim("q", "normal", "s", b"%d-0" % n, 1, body, b"e"))
+        run = in_flight.admit(Claim("q", "normal", "s", b"%d-0" % n, 1, body, b"e"))
         run.reading = codec.read(body)
         run.facts = Facts(0, Limits(), 1)
         run.outcome = outcome

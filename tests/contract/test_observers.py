@@ -221,12 +221,12 @@ async def test_a_broken_observer_harms_neither_jobs_nor_other_observers(ground, 
 
 
 async def test_without_observers_the_worker_calls_what_it_always_called(redis_url, monkeypatch):
-    """No observers, no cost: slots call the executor, and nothing of the watch is made."""
+    """No observers, no cost: no dispatch is made."""
     from streamworker import worker
     from streamworker.worker import observers
 
     made: list[Any] = []
-    monkeypatch.setattr(worker, "watching", lambda *args: made.append(observers.watching(*args)))
+    monkeypatch.setattr(worker, "dispatch_to", lambda *args: made.append(observers.dispatch_to(*args)))
     async with make_app(redis_url, "stream") as app:
         await app.enqueue(Step())
         await QueueWorker(app, redis=None, database=None, services=None).run(burst=True)  # `drain` observes
@@ -235,8 +235,8 @@ async def test_without_observers_the_worker_calls_what_it_always_called(redis_ur
 
 @pytest.mark.parametrize("names", [["on_dead"], ["on_start", "on_outcome"]])
 def test_what_an_observer_does_not_override_is_not_called(names):
-    from streamworker.worker.observers import _overridden
+    from streamworker.worker.observers import overridden
 
     made = type("Made", (Observer,), {name: lambda self, run: None for name in names})()
-    called = [name for name in ("on_start", "on_outcome", "on_settled", "on_dead") if _overridden([made], name)]
+    called = [name for name in ("on_start", "on_outcome", "on_settled", "on_dead") if overridden([made], name)]
     assert called == names

@@ -81,7 +81,7 @@ async def test_a_queue_that_was_spoilt_stops_no_other_and_no_shutdown(raw, groun
         spoil(raw, how)
         for _ in range(100):
             ground.push(body, queue="spoilt")
-        await eventually(lambda: len(worker._holdings) >= 5 or not ground.ready(queue="spoilt"))
+        await eventually(lambda: len(worker._in_flight) >= 5 or not ground.ready(queue="spoilt"))
         for n in range(20):
             ground.push(json.dumps({"kind": "other", "payload": {"n": n}}), queue="b")
         await eventually(lambda: sorted(ran) == list(range(20)), 15)
@@ -101,10 +101,10 @@ async def test_what_is_refused_is_named_by_its_error_once_and_settled_when_it_ca
         spoil(raw, "dead letters of a wrong type")
         for _ in range(30):
             ground.push("no json", queue="spoilt")
-        await eventually(lambda: worker._settler.aside == {"spoilt": 30})
+        await eventually(lambda: worker._pipeline.settler.refused == {"spoilt": 30})
         raw.delete("stream:{spoilt}:dead")
         await eventually(lambda: raw.xlen("stream:{spoilt}:dead") == 30, 40)
-        assert worker._settler.aside == {}
+        assert worker._pipeline.settler.refused == {}
         await worker.stop()
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines() if line.startswith("{")]
     (said,) = [line for line in lines if line["event"] == "settle_refused"]

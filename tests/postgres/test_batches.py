@@ -96,7 +96,7 @@ async def test_one_that_is_cancelled_is_recorded_as_such_and_the_others_are_not(
         async with working(app) as worker:
             await began.wait()
             assert await app.cancel(ids[1]) == "asked"
-            run = next(run for run in worker._holdings.snapshot() if run.job_id == ids[1])
+            run = next(run for run in worker._in_flight.snapshot() if run.job_id == ids[1])
             await eventually(lambda: run.cause is not None)
             gate.set()
 

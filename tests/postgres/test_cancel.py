@@ -49,7 +49,7 @@ async def test_a_running_job_is_recorded_as_cancelled(scene, pg, raw, noted):
 
             await eventually(running)
         assert await scene.cancel(made.id) == "asked"
-        await eventually(lambda: worker._holdings.counts.cancelled == 1)
+        await eventually(lambda: worker._in_flight.counts.cancelled == 1)
         record = await scene.find(made.id)
         assert (record.status, record.error, record.attempts) == ("cancelled", None, 0)
         assert record.finished_at is not None
@@ -77,7 +77,7 @@ async def test_what_waits_is_cancelled_for_good(scene, pg, raw):
         assert await scene.cancel(sent.id) == "cancelled"
         assert await scene.cancel(straight.id) == "asked"
         await scene.cancel(blocker.id)
-        await eventually(lambda: worker._holdings.counts.cancelled == 3)
+        await eventually(lambda: worker._in_flight.counts.cancelled == 3)
         assert scene.ran == [blocker.id]
         assert {await status(pg, each.id) for each in (queued, sent, straight, blocker)} == {"cancelled"}
         await eventually(lambda: not raw.exists("stream:{q}:cancelled"))

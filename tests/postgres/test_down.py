@@ -81,7 +81,7 @@ async def test_while_it_is_down_nothing_is_claimed_and_what_finished_is_kept(red
         await eventually(lambda: len(ran) == 10)
         own_postgres.kill()
         go.set()
-        await eventually(lambda: one._stages.closed() and two._stages.closed())
+        await eventually(lambda: one._pipeline.record.outage.is_on() and two._pipeline.record.outage.is_on())
         # Three leases pass. What is finished is still ours, and what comes is left to wait.
         await app.enqueue_many([Job(n=n) for n in range(10, 50)])
         begun = time.monotonic()
@@ -92,7 +92,7 @@ async def test_while_it_is_down_nothing_is_claimed_and_what_finished_is_kept(red
         assert len(ran) == 10
         own_postgres.start()
         await eventually(lambda: ended(raw), 30)
-        lost = one._holdings.counts.lost + two._holdings.counts.lost
+        lost = one._in_flight.counts.lost + two._in_flight.counts.lost
     assert lost == 0 and set(ran.values()) == {1} and len(ran) == 50
     assert await ask(own_postgres, "select count(*) from streamworker.jobs where status = 'completed'") == 50
     assert caplog.text.count("ledger_down") == 2 == caplog.text.count("ledger_back")  # once a worker
@@ -116,7 +116,7 @@ async def test_at_shutdown_what_cannot_be_recorded_is_handed_back(redis_url, raw
             await eventually(lambda: len(ran) == 5)
             own_postgres.kill() if how == "dead" else own_postgres.pause()
             go.set()
-            await eventually(lambda: worker._holdings.busy == 0)
+            await eventually(lambda: worker._in_flight.busy == 0)
             begun = time.monotonic()
         assert time.monotonic() - begun < 15
     try:
@@ -146,7 +146,7 @@ async def test_a_row_that_is_locked_is_recorded_later(redis_url, raw, own_postgr
             await connection.execute("insert into streamworker.jobs (id, queue_name) values ($1, 'q')", enqueued.id)
             go.set()
             await app.enqueue_many([Job(n=n) for n in range(1, 20)])
-            await eventually(lambda: worker._holdings.counts.done == 19)
+            await eventually(lambda: worker._in_flight.counts.done == 19)
             assert raw.xlen(Q) == 1
         await eventually(lambda: ended(raw))
     assert await connection.fetchval("select count(*) from streamworker.jobs where status = 'completed'") == 20
@@ -213,13 +213,13 @@ async def test_whatever_keeps_it_from_recording_closes_the_claim_loop(redis_url,
         await tell(own_postgres, breaks)
         await app.enqueue_many([Job(n=n) for n in range(300)])
         # A claim that was under way when the loop was closed has brought its jobs, and those have run.
-        await eventually(lambda: worker._claimer.shut and worker._holdings.busy == 0)
+        await eventually(lambda: worker._pipeline.fetcher.shut and worker._in_flight.busy == 0)
         before = len(ran)
         assert before < 300, "a batch, and what was claimed until it failed"
         begun = time.monotonic()
         while time.monotonic() < begun + 0.8:  # it is tried again and again; lookups would be answered
             await asyncio.sleep(0.05)
-            assert worker._stages.closed() and len(ran) == before
+            assert worker._pipeline.record.outage.is_on() and len(ran) == before
         await tell(own_postgres, mends)
         await eventually(lambda: ended(raw), 30)
     assert set(ran.values()) == {1} and len(ran) == 301
@@ -279,7 +279,7 @@ async def test_a_table_that_is_locked_is_no_fault_of_its_rows(redis_url, raw, ow
         await eventually(lambda: ended(raw))
         async with locking(own_postgres, mode):
             await app.enqueue_many([Job(n=n) for n in range(1500)])
-            await eventually(worker._stages.closed)
+            await eventually(worker._pipeline.record.outage.is_on)
             assert len(ran) < 1500
         await eventually(lambda: ended(raw), 30)
     assert set(ran.values()) == {1} and len(ran) == 1501

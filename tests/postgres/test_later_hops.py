@@ -193,7 +193,7 @@ async def test_an_earlier_hop_is_let_go_where_the_later_one_is_there(app, ground
         async with working(app) as worker:
             if where == "ready":
                 await eventually(lambda: completed(pg))
-            await eventually(lambda: hasattr(worker, "_holdings") and worker._holdings.counts.skipped == 1)
+            await eventually(lambda: hasattr(worker, "_in_flight") and worker._in_flight.counts.skipped == 1)
         assert len(held) == (where == "held")
     assert ran == ([2] if where == "ready" else [])
 

@@ -69,7 +69,7 @@ async def test_after_the_commit_the_job_is_done_whatever_the_handler_does(app, r
         put(raw, "a")
         await eventually(lambda: ended(raw))
     assert await effects(pg) == ["a"] and await statuses(pg) == {"a": "completed"}
-    assert worker._holdings.counts.done == 1
+    assert worker._in_flight.counts.done == 1
     assert not raw.exists(f"{Q}:dead")
     assert ("failed_after_commit" in caplog.text) == (afterwards != "returns")
     if afterwards == "returns":
@@ -152,7 +152,7 @@ async def test_a_job_that_was_completed_meanwhile_is_done(app, raw, pg):
         await pg.execute("insert into streamworker.jobs (id, queue_name, status) values ('a', 'q', 'completed')")
         go.set()
         await eventually(lambda: ended(raw))
-        assert worker._holdings.counts.skipped == 1
+        assert worker._in_flight.counts.skipped == 1
     assert await effects(pg) == [] and after == [] and not raw.exists(f"{Q}:dead")
 
 
@@ -170,7 +170,7 @@ async def test_complete_in_the_users_own_transaction(app, raw, pg, fails):
         put(raw, "a")
         await eventually(lambda: ended(raw))
     assert await effects(pg) == ["a"] and await statuses(pg) == {"a": "completed"}
-    assert not raw.exists(f"{Q}:dead") and worker._holdings.counts.done == 1
+    assert not raw.exists(f"{Q}:dead") and worker._in_flight.counts.done == 1
 
 
 async def test_ledger_and_users_pool(app, raw, pg, database_url):

@@ -98,7 +98,7 @@ async def test_same_id_same_job(app, raw, pg):
         put(raw, "a")
         put(raw, "b")
         await eventually(lambda: ended(raw))
-        assert worker._holdings.counts.skipped == 1
+        assert worker._in_flight.counts.skipped == 1
     assert ran == ["a", "b"]
 
 
@@ -351,7 +351,7 @@ async def test_jobs_without_ids_that_are_done_stay_done_whatever_is_deleted(
             await connection.execute("insert into effect values (2)")
 
     async with working(app) as worker:
-        await eventually(lambda: hasattr(worker, "_holdings") and worker._holdings.counts.skipped == 6)
+        await eventually(lambda: hasattr(worker, "_in_flight") and worker._in_flight.counts.skipped == 6)
     assert await pg.fetchval("select count(*) from effect") == 6
     assert await pg.fetch("select status, count(*) from streamworker.jobs group by 1") == [("completed", 6)]
     database.close()

@@ -9,7 +9,7 @@ from streamworker import Backoff, codec
 from streamworker.broker import Ending
 from streamworker.codec import State, sealed
 from streamworker.errors import Discard, Snooze
-from streamworker.execution import Execution
+from streamworker.execution import OK, Execution
 from streamworker.job import (
     Abandoned,
     Claim,
@@ -25,7 +25,6 @@ from streamworker.job import (
     UnknownKind,
 )
 from streamworker.policy import FREE_RETURNS, LONGEST_LEAST_WAIT, Facts, Limits
-from streamworker.worker.executor import OK
 from streamworker.worker.settler import ending
 
 NOW = 1_000_000.0

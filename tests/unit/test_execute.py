@@ -144,8 +144,7 @@ def test_whether_a_job_is_due_is_left_to_the_server(moment):
     runs = executor(note)
     run = prepared(runs, claim({"run_at": moment}))
     assert (run.outcome, run.special, run.payload) == (None, True, None)
-    run.due = True
-    runs.prepare(run)
+    runs.decode(run)
     assert (run.outcome, run.special, run.payload) == (None, False, Note(text="x"))
 
 
@@ -452,10 +451,14 @@ async def test_no_job_sees_a_context_variable_of_another():
             done.set()
 
     made = executor(note)
-    executions = JobTasks(1, made, finished=lambda run: None, admit=lambda run: True, stuck=lambda run: None, grace=1)
+
+    class Ignored:
+        def finish(self, run: Execution) -> None: ...
+
+    executions = JobTasks(1, made, Ignored(), stuck=lambda run: None, grace=1)
     executions.open()
     for _ in range(5):
-        executions.put(Execution(claim()))
+        executions.put(prepared(made))
     with anyio.fail_after(5):
         await done.wait()
     assert await executions.close(1) == []

@@ -57,15 +57,17 @@ class Stage:
         self.made = 0
         self.ended: list[Execution] = []
         self.stuck: list[Execution] = []
-        self.executions = JobTasks(
-            limit, Executor(handlers, Shared("w", None)), finished=self.ended.append,
-            admit=lambda run: True, stuck=self.stuck.append, grace=grace,
-        )  # fmt: skip
+        self.executor = Executor(handlers, Shared("w", None))
+        self.executions = JobTasks(limit, self.executor, self, stuck=self.stuck.append, grace=grace)
+
+    def finish(self, run: Execution) -> None:
+        self.ended.append(run)
 
     def put(self, text: str = "", **document: Any) -> Execution:
         self.made += 1
         body = json.dumps({"id": f"i{self.made}", "kind": "note", "payload": {"text": text}, **document}).encode()
         run = Execution(Claim("q", "normal", "stream:{q}", b"%d-0" % self.made, 1, body, b"e"))
+        contextvars.copy_context().run(self.executor.prepare, run)
         self.executions.put(run)
         return run
 
@@ -408,13 +410,13 @@ async def test_exhausted_generators_leave_nothing_however_many():
         for _ in range(1000):
             async for _ in few():
                 pass
-        begun = on.executions._generators.begun
+        begun = on.executor.generators.begun
         sizes.extend(len(each.alive) for each in begun.values())
 
     async with stage(note) as on:
         on.put()
         await on.all_ended()
-        assert sizes == [0] and not on.executions._generators.begun
+        assert sizes == [0] and not on.executor.generators.begun
 
 
 async def test_a_generator_that_fails_to_close_or_hangs_spoils_nothing():
