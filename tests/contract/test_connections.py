@@ -36,7 +36,7 @@ async def test_a_cancelled_task_ends_wherever_its_command_is(redis_url, steps):
 async def test_a_wait_that_has_not_begun_can_be_ended(redis_url):
     link = Session(Address(redis_url))
     bells = WakeLists(link, 1)
-    waiting = asyncio.create_task(bells.ring(["queue:q"], 0.2))
+    waiting = asyncio.create_task(bells.wait(["queue:q"], 0.2))
     await asyncio.sleep(0)  # the bell is put up, and its task has not had its turn
     await bells.unblock()
     assert not await waiting

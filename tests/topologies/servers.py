@@ -17,7 +17,7 @@ from tests.conftest import eventually_blocking, free_port, server_program
 
 SERVICE = "mymaster"
 SLOTS = 16384
-PACE = ("info-period", 300, "publish-period", 200)
+PACE = ("info-period", 1000, "publish-period", 200)
 """ms between what Sentinels do every ten and every two seconds: they learn of each other and convert masters sooner."""
 
 
@@ -142,6 +142,17 @@ class Sentineled:
 
     def client(self) -> redis.Redis:
         return self.master.client()
+
+    def demote(self) -> bool:
+        """Let the replica become the master; False while the Sentinel has no fresh word of it, and does nothing."""
+        with self.sentinels[0].client() as sentinel:
+            try:
+                sentinel.execute_command("SENTINEL", "FAILOVER", SERVICE)
+            except redis.ResponseError as error:
+                if not str(error).startswith("NOGOODSLAVE"):
+                    raise
+                return False
+        return True
 
     def kill(self) -> None:
         for node in [*self.sentinels, *self.nodes]:
