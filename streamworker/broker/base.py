@@ -125,7 +125,7 @@ class RedisBroker(ABC, Generic[K, I]):
     async def own_pending(self, running: Collection[Claim]) -> list[Claim]:
         """`Consumer.own_pending`."""
 
-    async def _confirmed(self, script: scripts.Script, names: Sequence[str], args: Sequence[Any]) -> bool:
+    async def _confirmed(self, script: scripts.LuaScript, names: Sequence[str], args: Sequence[Any]) -> bool:
         """Run a script that counts a delivery; whether it did is found like a claim if its reply is lost."""
         try:
             return bool(await self._session.run(script, names, args))
@@ -345,7 +345,7 @@ class StandbyServer(msgspec.Struct, frozen=True):
 
 def standby(
     address: Address,
-    script: scripts.Script,
+    script: scripts.LuaScript,
     calls: Sequence[tuple[list[str], list[Any]]],
     heartbeat: str,
     *,

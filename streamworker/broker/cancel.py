@@ -37,7 +37,7 @@ class CancelSession(Protocol):
     async def ask(self, *command: Any) -> Any:
         """Send one command."""
 
-    async def run(self, script: scripts.Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
+    async def run(self, script: scripts.LuaScript, keys: Sequence[str], args: Sequence[Any]) -> Any:
         """Run a script."""
 
 

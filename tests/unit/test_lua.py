@@ -132,7 +132,7 @@ def test_a_script_stands_behind_what_it_calls_of_the_prelude_alone():
     assert "appointed" not in scripts.PARK.text
     assert scripts.CLAIM.text == (FOLDER / "claim.lua").read_text(), "the hot path pays for none"
     shared = re.findall(r"^local function (\w+)\(", (FOLDER / "prelude.lua").read_text(), re.MULTILINE)
-    for script in (value for value in vars(scripts).values() if isinstance(value, scripts.Script)):
+    for script in (value for value in vars(scripts).values() if isinstance(value, scripts.LuaScript)):
         made = re.findall(r"^local function (\w+)\(", script.text, re.MULTILINE)
         assert len(made) == len(set(made)), f"{script.name} has a function of its own under a shared name"
         assert all(len(re.findall(rf"\b{name}\(", code(script.text))) > 1 for name in made if name in shared), (
@@ -157,7 +157,7 @@ def test_nothing_depends_on_a_clock_of_ours_or_on_chance(path):
 
 
 def test_every_file_is_loaded_and_every_script_has_a_file():
-    loaded = {value.name: value for value in vars(scripts).values() if isinstance(value, scripts.Script)}
+    loaded = {value.name: value for value in vars(scripts).values() if isinstance(value, scripts.LuaScript)}
     assert set(loaded) == {path.stem for path in FILES} - {"prelude"}
     for name, script in loaded.items():
         assert vars(scripts)[name.upper()] is script

@@ -99,19 +99,19 @@ class Session:
         with self.watched():
             return await self.commands.execute_command(*command)
 
-    async def run(self, script: scripts.Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
+    async def run(self, script: scripts.LuaScript, keys: Sequence[str], args: Sequence[Any]) -> Any:
         """Run a script on a command connection."""
         await self.fresh()
         with self.watched():
             return await script(self.pool, keys, args)
 
-    async def read(self, script: scripts.Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
+    async def read(self, script: scripts.LuaScript, keys: Sequence[str], args: Sequence[Any]) -> Any:
         """Run a script on the reader's connection."""
         await self.fresh()
         with self.watched():
             return await script(self.reader, keys, args)
 
-    def in_thread(self, script: scripts.Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
+    def in_thread(self, script: scripts.LuaScript, keys: Sequence[str], args: Sequence[Any]) -> Any:
         """Run a script from the lease thread."""
         try:
             with self.watched():
@@ -213,7 +213,7 @@ class OperatorSession:
         with understood(self.address):
             return await self.client.execute_command(*command)
 
-    async def run(self, script: scripts.Script, keys: Sequence[str], args: Sequence[Any]) -> Any:
+    async def run(self, script: scripts.LuaScript, keys: Sequence[str], args: Sequence[Any]) -> Any:
         """Run a script."""
         with understood(self.address):
             return await script(self.client, keys, args)
