@@ -34,11 +34,11 @@ async def test_a_cancelled_task_ends_wherever_its_command_is(redis_url, steps):
 
 @pytest.mark.skipif(CLUSTER, reason="of list mode, which refuses a cluster")
 async def test_a_wait_that_has_not_begun_can_be_ended(redis_url):
-    link = Session(Address(redis_url))
-    bells = WakeLists(link, 1)
-    waiting = asyncio.create_task(bells.wait(["queue:q"], 0.2))
-    await asyncio.sleep(0)  # the bell is put up, and its task has not had its turn
-    await bells.unblock()
+    session = Session(Address(redis_url))
+    lists = WakeLists(session, 1)
+    waiting = asyncio.create_task(lists.wait(["queue:q"], 0.2))
+    await asyncio.sleep(0)  # the blocking read is due, and its task has not had its turn
+    await lists.unblock()
     assert not await waiting
-    await bells.close()
-    await link.close()
+    await lists.close()
+    await session.close()
