@@ -16,7 +16,6 @@ from streamworker.cron import Schedule
 from streamworker.errors import ConfigurationError, StreamworkerError
 from streamworker.loops import Pause
 from streamworker.postgres.archive import PostgresArchive
-from streamworker.postgres.errors import understood
 from streamworker.postgres.ledger import PostgresLedger
 from streamworker.postgres.listen import connect, listen
 from streamworker.postgres.outbox import PostgresOutbox
@@ -31,6 +30,7 @@ from streamworker.postgres.pool import (
     open_database,
     require_same_database,
 )
+from streamworker.postgres.sqlstate import understood
 from streamworker.relay import Dispatcher, Outbox
 from streamworker.relay.loss_detector import LossDetector, missing
 from streamworker.relay.relay import Listener, Relay

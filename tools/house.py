@@ -25,6 +25,7 @@ FLOOR_LINES = 60
 CONSTRUCTOR_CALLABLES = 3
 ROW_NAMES = 6
 MOST_LISTED = 10
+"""Figures with a larger goal are counts; the offences of the others get a line each."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -145,7 +146,11 @@ class House:
     def entries(self, folder: str) -> list[Offence]:
         """Files and folders right below a folder of the package, caches and the marker for types aside."""
         where = self.package / folder
-        names = sorted(path.name for path in where.iterdir()) if where.is_dir() else []
+        names = (
+            sorted(path.name for path in where.iterdir() if not path.is_dir() or _has_files(path))
+            if where.is_dir()
+            else []
+        )
         short = where.relative_to(self.root).as_posix()
         return [Offence(f"{short}/{name}", 1, "entry") for name in names if name not in {"__pycache__", "py.typed"}]
 
@@ -289,6 +294,11 @@ class House:
                     if len(names) > CONSTRUCTOR_CALLABLES:
                         found.append(Offence(module.path, node.lineno, f"{node.name} takes {', '.join(names)}"))
         return found
+
+
+def _has_files(folder: Path) -> bool:
+    """Whether a folder has more than the caches that a removed package leaves behind."""
+    return any(path.is_file() and "__pycache__" not in path.parts for path in folder.rglob("*"))
 
 
 def _in_core(name: str) -> bool:
@@ -488,11 +498,6 @@ class Figure(NamedTuple):
     offences: Callable[[House], list[Offence] | None]
     weigh: Callable[[list[Offence], House], int] = lambda offences, _: len(offences)
 
-    @property
-    def is_listed(self) -> bool:
-        """Its offences are worth a line each; a count of files is not."""
-        return self.goal < MOST_LISTED
-
 
 class Count(NamedTuple):
     """A figure as it is today."""
@@ -502,10 +507,6 @@ class Count(NamedTuple):
     value: int | None
     """None if there is nothing yet that it could be counted from."""
     limit: int
-
-    @property
-    def is_above(self) -> bool:
-        return (self.value or 0) > self.limit
 
 
 FIGURES = (
@@ -578,7 +579,7 @@ def main(arguments: list[str], root: Path = ROOT) -> int:
     if options.lower:
         lower(root, found)
     print("\n".join(table(found)))
-    above = [count for count in found if count.is_above]
+    above = [count for count in found if (count.value or 0) > count.limit]
     for count in above if options.strict else found:
         _print_offences(count, tuple(options.paths))
     if options.strict and above:
@@ -589,7 +590,7 @@ def main(arguments: list[str], root: Path = ROOT) -> int:
 
 def _print_offences(count: Count, paths: tuple[str, ...]) -> None:
     offences = [each for each in count.offences if not paths or each.path.startswith(paths)]
-    if count.figure.is_listed and offences:
+    if count.figure.goal < MOST_LISTED and offences:
         print(f"\n{count.figure.words}: {len(offences)}")
         print("\n".join(map(str, sorted(offences))))
 

@@ -11,9 +11,9 @@ import msgspec
 from streamworker.errors import UsageError
 from streamworker.postgres import Attempt, JobRecord, Wanted
 from streamworker.postgres.encoding import stored_id, within_python
-from streamworker.postgres.errors import understood
 from streamworker.postgres.ledger import BATCH, PRUNABLE, PRUNE
 from streamworker.postgres.pool import Database
+from streamworker.postgres.sqlstate import understood
 
 PAGE: Final = 500
 _fields: Final = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode

@@ -8,9 +8,9 @@ from typing import Any, Final
 
 from streamworker.postgres import JobKey, Known, RunRecord, Stored
 from streamworker.postgres.encoding import SEPARATOR, separable, stored_id, within_python
-from streamworker.postgres.errors import is_one_rows_fault, reason, translated, understood
 from streamworker.postgres.pool import AnyPool, Database
 from streamworker.postgres.recording import Recording
+from streamworker.postgres.sqlstate import is_one_rows_fault, reason, translated, understood
 from streamworker.postgres.transaction import RunTransaction, complete
 from streamworker.telemetry.logs import get_logger
 

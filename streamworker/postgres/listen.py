@@ -10,7 +10,7 @@ import asyncpg
 
 from streamworker.postgres import dsn
 from streamworker.postgres.enqueue import CHANNEL
-from streamworker.postgres.errors import understood
+from streamworker.postgres.sqlstate import understood
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.relay")

@@ -22,8 +22,8 @@ import asyncpg
 import msgspec
 
 from streamworker.errors import ConfigurationError, StreamworkerError
-from streamworker.postgres.errors import understood
 from streamworker.postgres.listen import Connection, connect
+from streamworker.postgres.sqlstate import understood
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.migrate")

@@ -18,8 +18,8 @@ from streamworker.codec import NOTHING, OLD_HEADERS
 from streamworker.errors import InvalidJob
 from streamworker.job import LEVELS, Job, Level
 from streamworker.postgres.encoding import text, within_python
-from streamworker.postgres.errors import is_one_rows_fault, reason, translated, understood
 from streamworker.postgres.pool import Database
+from streamworker.postgres.sqlstate import is_one_rows_fault, reason, translated, understood
 from streamworker.relay import KnownQueue, Lost, Taken
 from streamworker.telemetry.logs import get_logger
 

@@ -19,7 +19,7 @@ from asyncpg.pool import PoolConnectionProxy
 
 from streamworker.errors import ConfigurationError, NoConnection
 from streamworker.postgres import LANES, dsn
-from streamworker.postgres.errors import break_off, is_gone, understood
+from streamworker.postgres.sqlstate import break_off, is_gone, understood
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.ledger")

@@ -11,8 +11,8 @@ import asyncpg
 
 from streamworker.postgres import FINAL, LANES, RunRecord, Stored
 from streamworker.postgres.encoding import ON_CONFLICT, PACK, PACK_NEW, headers_text, json_text, packed, stored_id, text
-from streamworker.postgres.errors import is_one_rows_fault, reason, sqlstate, translated, understood
 from streamworker.postgres.pool import Database
+from streamworker.postgres.sqlstate import is_one_rows_fault, reason, sqlstate, translated, understood
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.ledger")

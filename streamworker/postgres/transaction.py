@@ -20,8 +20,8 @@ from asyncpg.transaction import Transaction as AsyncpgTransaction
 from streamworker.errors import RunEnded, Unreachable, UsageError
 from streamworker.postgres import Effect, RunRecord, refusal
 from streamworker.postgres.encoding import headers_text, json_text, stored_id, text
-from streamworker.postgres.errors import break_off, is_gone, is_outage, is_unable, reason
 from streamworker.postgres.pool import AnyPool, Connection, Database
+from streamworker.postgres.sqlstate import break_off, is_gone, is_outage, is_unable, reason
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.ledger")

@@ -34,6 +34,8 @@ def test_entries_are_files_and_folders_of_one_level(package, tmp_path):
     made = package(app="", broker____init__="", broker__stream="")
     (tmp_path / "streamworker" / "py.typed").touch()
     (tmp_path / "streamworker" / "__pycache__").mkdir()
+    (tmp_path / "streamworker" / "removed" / "__pycache__").mkdir(parents=True)
+    (tmp_path / "streamworker" / "removed" / "__pycache__" / "old.pyc").touch()
     assert [each.path for each in made.entries("")] == [
         f"streamworker/{name}" for name in ("__init__.py", "app.py", "broker")
     ]
