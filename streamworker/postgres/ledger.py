@@ -111,11 +111,11 @@ BATCH: Final = 500
 """Most jobs that one statement deletes."""
 INTERVAL: Final = 60.0
 """Seconds between two calls of one worker, when no job was left to delete."""
-BREATH: Final = 0.2
+BATCH_PAUSE: Final = 0.2
 """Seconds between two batches."""
 
 # One worker at a time, the first that takes the advisory lock; for the others the statement deletes nothing.
-TIDY: Final = """
+PRUNE_EXPIRED: Final = """
 with turn as materialized (select pg_try_advisory_xact_lock(hashtext('streamworker.prune')) as ours),
 old as materialized (
   select job.id, queue.name as queue_name from streamworker.job_queues as queue
@@ -182,7 +182,7 @@ class Retention:
     async def tick(self) -> float:
         """Delete one batch; returns the seconds until the next."""
         with understood("forgetting old jobs"):
-            rows = await self._database.fetch(TIDY, BATCH)
+            rows = await self._database.fetch(PRUNE_EXPIRED, BATCH)
         if rows[0][0] >= BATCH:
-            return BREATH
+            return BATCH_PAUSE
         return INTERVAL * random.uniform(0.75, 1.25)  # noqa: S311 - spreads load

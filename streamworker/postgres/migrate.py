@@ -34,7 +34,7 @@ Word: TypeAlias = Literal["applied", "missing", "drifted", "unknown"]
 LOCK: Final = 0x73_77_6D_69_67  # "swmig": any number that no other program uses
 """The advisory lock by which migrators exclude each other."""
 POLL: Final = 0.05
-PATIENCE: Final = 300.0
+LOCK_WAIT: Final = 300.0
 """Seconds to wait for another migrator."""
 _NAME: Final = re.compile(r"(\d{4})_[a-z0-9_]+\.sql")
 _OFF: Final = "-- transaction: off"
@@ -219,7 +219,7 @@ async def _applied(connection: Connection, migration: Migration) -> bool:
 
 async def _exclusively(connection: Connection, work: Callable[[Connection], Awaitable[T]]) -> T:
     """Run ``work`` in a transaction, one migrator at a time."""
-    deadline = monotonic() + PATIENCE
+    deadline = monotonic() + LOCK_WAIT
     while True:
         async with connection.transaction():
             # A lock of the transaction: it works through any pooler, and ends with its holder. Polled: a wait inside
@@ -231,7 +231,7 @@ async def _exclusively(connection: Connection, work: Callable[[Connection], Awai
 
 async def _exclusively_bare(connection: Connection, work: Callable[[Connection], Awaitable[T]]) -> T:
     """The same outside a transaction."""
-    deadline = monotonic() + PATIENCE
+    deadline = monotonic() + LOCK_WAIT
     while not await connection.fetchval("select pg_try_advisory_lock($1)", LOCK):
         await _wait(deadline)
     try:
@@ -244,6 +244,6 @@ async def _exclusively_bare(connection: Connection, work: Callable[[Connection],
 async def _wait(deadline: float) -> None:
     if monotonic() > deadline:
         raise StreamworkerError(
-            f"another migration has been running for {PATIENCE:g} s: look for it in pg_stat_activity, then try again"
+            f"another migration has been running for {LOCK_WAIT:g} s: look for it in pg_stat_activity, then try again"
         )
     await anyio.sleep(POLL)

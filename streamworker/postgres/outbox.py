@@ -36,8 +36,8 @@ PAGE: Final = 100_000
 LARGEST: Final = 64 * 1_048_576
 """Most bytes of a document on its way to Redis, whatever the limits of the workers."""
 UNREADABLE: Final = "no worker can read it"
-FLIP: Final = 500
-KEYS: Final = 1000
+LOST_BATCH: Final = 500
+KEY_BATCH: Final = 1000
 
 # asyncpg cannot hold every time that PostgreSQL can, so the server sorts.
 _RETURNED: Final = f"""returning job.id, job.queue_name, job.kind, job.payload::text as payload, job.level,
@@ -188,7 +188,7 @@ select count(*) filter (where due), count(*) filter (where not due)
 from (select coalesce(run_at, created_at) <= now() as due from streamworker.jobs
       where status = 'queued' and queue_name = any($1)) as queued
 """
-THERE: Final = "select to_regclass('streamworker.jobs') is not null"
+HAS_SCHEMA: Final = "select to_regclass('streamworker.jobs') is not null"
 CLOCK: Final = "select clock_timestamp()"
 TELL: Final = "select pg_notify('streamworker', '')"
 PRUNE_KEYS: Final = """
@@ -215,7 +215,7 @@ class PostgresOutbox:
 
     async def is_there(self) -> bool:
         """Whether the database has the schema."""
-        ((there,),) = await self._ask("looking for the schema streamworker", THERE)
+        ((there,),) = await self._ask("looking for the schema streamworker", HAS_SCHEMA)
         return bool(there)
 
     # -- dispatching
@@ -334,8 +334,8 @@ class PostgresOutbox:
     async def lost(self, queue: str, ids: Sequence[str], before: datetime) -> Lost:
         queued: list[str] = []
         locked: list[str] = []
-        for start in range(0, len(ids), FLIP):
-            some = list(ids[start : start + FLIP])
+        for start in range(0, len(ids), LOST_BATCH):
+            some = list(ids[start : start + LOST_BATCH])
             for row in await self._ask("queueing lost jobs again", LOST, some, before, queue):
                 (queued if row["queued"] else locked).append(row["id"])
         if queued:
@@ -343,7 +343,7 @@ class PostgresOutbox:
         return Lost(queued, locked)
 
     async def prune_keys(self) -> None:
-        await self._ask("deleting old keys", PRUNE_KEYS, KEYS)
+        await self._ask("deleting old keys", PRUNE_KEYS, KEY_BATCH)
 
 
 def document(row: asyncpg.Record) -> bytes:

@@ -32,7 +32,7 @@ ACQUIRE_TIMEOUT: Final = 30.0
 """Seconds a handler waits for a connection of a pool before `NoConnection`."""
 NOTICE: Final = 5.0
 """Seconds of waiting for a connection after which it is logged."""
-SILENCE: Final = 60.0
+LOG_AGAIN: Final = 60.0
 """Seconds until a pool logs that again."""
 IDLE: Final = 300.0
 IDLE_POOLED: Final = 3.0
@@ -69,7 +69,7 @@ class Pressure:
 
     def rise(self) -> None:
         """A connection was not made at once."""
-        self._until = monotonic() + SILENCE
+        self._until = monotonic() + LOG_AGAIN
 
     @property
     def high(self) -> bool:
@@ -165,7 +165,7 @@ class NamedPool(asyncpg.Pool):
     def _log_wait(self) -> None:
         if monotonic() < self._silent_until:
             return
-        self._silent_until = monotonic() + SILENCE
+        self._silent_until = monotonic() + LOG_AGAIN
         hint = (
             "raise STREAMWORKER_DATABASE_CONNECTIONS, or hold them for shorter"
             if self._exhausted

@@ -28,9 +28,9 @@ log = get_logger("streamworker.ledger")
 
 T = TypeVar("T")
 
-PATIENCE: Final = 10.0
+COMMIT_TIMEOUT: Final = 10.0
 """Seconds a commit may take."""
-RESOLVE: Final = 10.0
+RESOLVE_TIMEOUT: Final = 10.0
 """Seconds to find out whether a commit whose reply was lost took effect; then the job is released."""
 _MOST_INT: Final = 2**31 - 1
 
@@ -48,7 +48,7 @@ where id = $1::text and queue_name = $4::text and hop = $2::text::bigint and del
   and status = 'running'
 returning id"""
 
-FATE: Final = """
+IS_COMPLETED: Final = """
 select (status = 'completed' and hop = $2 and deliveries = $3) as completed
 from streamworker.jobs where id = $1 and queue_name = $4 for update"""
 
@@ -116,7 +116,7 @@ class RunTransaction:
                 "the transaction was ended inside the block: leave commit and rollback to ctx.transaction()"
             )
         # A silent server must not block the handler for ever; a broken connection is resolved below.
-        patience = asyncio.get_running_loop().call_later(PATIENCE, break_off, connection)
+        timer = asyncio.get_running_loop().call_later(COMMIT_TIMEOUT, break_off, connection)
         try:
             key = (stored_id(run.job_id), str(run.hop), _small(run.deliveries), run.queue)
             if not await connection.fetchval(FINISH, *key):
@@ -139,17 +139,17 @@ class RunTransaction:
                 raise Unreachable(f"PostgreSQL was lost during the commit: {reason(error)}") from error
             return
         finally:
-            patience.cancel()
+            timer.cancel()
         self.effect = Effect.COMMITTED
         await self._release()
 
     async def _resolved(self) -> Effect:
         """Whether the commit took effect; the query locks the row, so that it waits for a commit in flight."""
-        run, give_up_at = self._run, monotonic() + RESOLVE
+        run, give_up_at = self._run, monotonic() + RESOLVE_TIMEOUT
         while True:
             try:
                 key = (stored_id(run.job_id), run.hop, min(run.deliveries, _MOST_INT), run.queue)
-                done = await self._ledger.fetch(FATE, *key)
+                done = await self._ledger.fetch(IS_COMPLETED, *key)
             except Exception as error:  # noqa: BLE001 - down, or locked by the commit itself
                 if monotonic() > give_up_at:
                     log.debug("commit_unresolved", job_id=run.job_id, error=reason(error))

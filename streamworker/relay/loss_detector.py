@@ -54,13 +54,13 @@ async def reconcile(outbox: Outbox, dispatcher: Dispatcher, queue: str, before: 
 
 LOOK: Final = 3.0
 """Seconds between looks at the queues while notifications of the ledger arrive."""
-LOOK_BLIND: Final = 0.8
+LOOK_UNNOTIFIED: Final = 0.8
 """The same without notifications: a queue has to pause within a second."""
-PASSES: Final = 3
+COMPARISONS: Final = 3
 """How often a queue is compared after a sign of loss."""
-HOLD: Final = 60.0
+COMPARISON_TIMEOUT: Final = 60.0
 """Seconds after which a comparison whose relay died may be taken by another."""
-COMPLAINT: Final = 60.0
+LOG_AGAIN: Final = 60.0
 """Seconds between log lines about a ledger that serves another Redis."""
 PRUNE: Final = 60.0
 """Seconds between deletions of expired deduplication keys."""
@@ -94,10 +94,10 @@ class LossDetector:
         self._lease = lease
         self._listening = listening
         self._queues = queues
-        self._own: dict[str, str] = {}
+        self._agreed: dict[str, str] = {}
         """The server of each queue, as this process last agreed on it with the ledger."""
-        self._strange: set[str] = set()
-        self._complain_at = 0.0
+        self._foreign: set[str] = set()
+        self._log_at = 0.0
         self._wake = anyio.Event()
         self._prune_at = monotonic() + PRUNE * random.random()  # noqa: S311 - spreads load
 
@@ -117,7 +117,7 @@ class LossDetector:
                 log.error("relay_watch_failed", error=str(error))
                 await pause.wait(self._stopping)
                 continue
-            seconds = min(LOOK, self._lease) if self._listening() else LOOK_BLIND
+            seconds = min(LOOK, self._lease) if self._listening() else LOOK_UNNOTIFIED
             with anyio.move_on_after(seconds * random.uniform(0.8, 1.0)):  # noqa: S311 - spreads load
                 await self._wake.wait()
 
@@ -133,7 +133,7 @@ class LossDetector:
                 await self._dispatcher.hold(queue.name, held=not queue.is_active)
                 log.info("queue_paused" if not queue.is_active else "queue_resumed", queue=queue.name, by="job_queues")
             await self._compare(queue, pulse)
-            if queue.due and queue.name not in self._strange:
+            if queue.due and queue.name not in self._foreign:
                 await self._recheck(queue.name)
         if monotonic() >= self._prune_at:
             self._prune_at = monotonic() + PRUNE * random.uniform(0.8, 1.2)  # noqa: S311 - spreads load
@@ -147,12 +147,12 @@ class LossDetector:
             else:
                 return  # no process has used it yet
         server = pulse.server or known.server
-        if known.server and server != known.server and server == self._own.get(known.name):
-            self._complain(known.name)
+        if known.server and server != known.server and server == self._agreed.get(known.name):
+            self._log_foreign(known.name)
             return
-        self._strange.discard(known.name)
+        self._foreign.discard(known.name)
         if (pulse.epoch, pulse.relayed, server) == (known.epoch, known.relayed, known.server):
-            self._own[known.name] = server
+            self._agreed[known.name] = server
             return
         signs = {
             "another epoch": bool(known.epoch) and pulse.epoch != known.epoch,
@@ -160,12 +160,12 @@ class LossDetector:
             "fewer jobs were relayed than before": pulse.relayed < known.relayed,
         }
         why = [sign for sign, seen in signs.items() if seen]
-        recheck = (self._lease, PASSES) if why else None
+        recheck = (self._lease, COMPARISONS) if why else None
         noted = await self._outbox.observe(
             known, epoch=pulse.epoch, relayed=pulse.relayed, server=server, recheck=recheck
         )
         if noted:
-            self._own[known.name] = server
+            self._agreed[known.name] = server
         if noted and why:
             log.warning("redis_may_have_lost_jobs", queue=known.name, why=why, compared_in=self._lease)
 
@@ -176,12 +176,12 @@ class LossDetector:
         Two Redis on one ledger, or this process still reaches the old master of a failover: jobs added there are lost
         to the others, and jobs missing there are with them.
         """
-        return bool(self._strange)
+        return bool(self._foreign)
 
-    def _complain(self, queue: str) -> None:
-        self._strange.add(queue)
-        if monotonic() >= self._complain_at:
-            self._complain_at = monotonic() + COMPLAINT
+    def _log_foreign(self, queue: str) -> None:
+        self._foreign.add(queue)
+        if monotonic() >= self._log_at:
+            self._log_at = monotonic() + LOG_AGAIN
             log.error(
                 "ledger_has_another_redis",
                 queue=queue,
@@ -189,7 +189,7 @@ class LossDetector:
             )
 
     async def _recheck(self, queue: str) -> None:
-        before = await self._outbox.recheck(queue, HOLD)
+        before = await self._outbox.recheck(queue, COMPARISON_TIMEOUT)
         if before is None:
             return
         lost = await reconcile(self._outbox, self._dispatcher, queue, before)

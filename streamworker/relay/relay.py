@@ -26,15 +26,15 @@ VALID: Final = 5.0
 """Seconds after a claim in which the jobs may be added to Redis; other relays take them over later than that."""
 RETAKE: Final = 5.0
 """Seconds between looks for rows that other relays left ``dispatching``."""
-BLIND: Final = (0.05, 0.5)
+POLL: Final = (0.05, 0.5)
 """Shortest and longest pause between polls without notifications."""
-SIGHTED: Final = 5.0
+LONGEST_PAUSE: Final = 5.0
 """Longest pause while notifications arrive."""
 NOTE_AGAIN: Final = 1.0
 """Seconds until a job is marked again whose row a run had locked."""
-UNNOTED: Final = 10_000
+MOST_UNNOTED: Final = 10_000
 """Most jobs that are marked later."""
-LOSING: Final = (0.005, 0.25)
+YIELD: Final = (0.005, 0.25)
 """Shortest and longest pause of a relay that is notified and finds that others have taken the jobs."""
 
 Listener = Callable[[Callable[[str], None], Callable[[bool], None]], Coroutine[Any, Any, None]]
@@ -74,7 +74,7 @@ class Relay:
         self.listening = False
         """Whether notifications of commits arrive."""
         self._losses = 0
-        self._idle = BLIND[0]
+        self._idle = POLL[0]
         self._unsent: list[Taken] = []
         self._unnoted: list[tuple[Taken, str]] = []
         self._note_at = 0.0
@@ -128,7 +128,7 @@ class Relay:
     async def step(self, *, notified: bool = False) -> float:
         """Dispatch one batch, if there is one; returns the seconds until the next step."""
         if self._barred():
-            return SIGHTED
+            return LONGEST_PAUSE
         if self._doubted is not None:  # Redis did not answer: nothing more is claimed before it does
             await self._dispatcher.pulses([self._doubted])
             self._doubted = None
@@ -139,12 +139,12 @@ class Relay:
             return 0.0
         if notified and self._losses:
             # All relays are notified, and others have been faster lately: let them, one relay alone costs less.
-            low, high = LOSING
+            low, high = YIELD
             with anyio.move_on_after(min(high, low * 2**self._losses) * random.uniform(0.7, 1.3)):  # noqa: S311
                 await self._stopping.wait()
         taken = await self._take()
         if taken:
-            self._losses, self._idle = 0, BLIND[0]
+            self._losses, self._idle = 0, POLL[0]
             await self._dispatch()
             return 0.0
         if notified:
@@ -165,12 +165,12 @@ class Relay:
     async def _rest(self) -> float:
         due = await self._outbox.next_due()
         # Due now and not claimed by us: another relay is taking it.
-        due = float("inf") if due is None else max(due, BLIND[0])
+        due = float("inf") if due is None else max(due, POLL[0])
         if self._unnoted:
-            due = min(due, max(BLIND[0], self._note_at - monotonic()))
+            due = min(due, max(POLL[0], self._note_at - monotonic()))
         if self.listening:
-            return min(due, SIGHTED * random.uniform(0.8, 1.0))  # noqa: S311 - spreads load
-        self._idle = min(BLIND[1], self._idle * 1.5)
+            return min(due, LONGEST_PAUSE * random.uniform(0.8, 1.0))  # noqa: S311 - spreads load
+        self._idle = min(POLL[1], self._idle * 1.5)
         return min(due, self._idle * random.uniform(0.8, 1.2))  # noqa: S311 - spreads load
 
     async def _dispatch(self) -> None:
@@ -224,7 +224,7 @@ class Relay:
             self._unnoted = noting
             raise
         # Redis remembers jobs until they are marked, so that a relay that takes them over does not add them again.
-        self._unnoted = [(job, epoch) for job, epoch in noting if (job.queue, job.id) in locked][-UNNOTED:]
+        self._unnoted = [(job, epoch) for job, epoch in noting if (job.queue, job.id) in locked][-MOST_UNNOTED:]
         self._note_at = monotonic() + NOTE_AGAIN
         by_queue: dict[str, list[Dispatch]] = {}
         for job, _ in noting:
