@@ -17,7 +17,7 @@ from rich.live import Live
 
 from streamworker.app import App
 from streamworker.bridge import BridgeLoop, BridgeTotals
-from streamworker.cli.loading import load_app, with_own
+from streamworker.cli.app_loader import load_app, with_own
 from streamworker.cli.options import SERVER, QueueNames, ServerFlags, Text
 from streamworker.cli.output import json_line
 from streamworker.cli.streams import Report

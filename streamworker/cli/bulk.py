@@ -1,4 +1,4 @@
-"""Changing jobs by hand: show what is meant, ask, do it one by one, and say what became of each."""
+"""Actions on many jobs: show what is meant, ask, act on each, print each result."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import msgspec
 from typing_extensions import TypeVar
 
 from streamworker.broker import StoredJob
-from streamworker.cli.options import Acting
+from streamworker.cli.options import ActionFlags
 from streamworker.cli.output import json_line, sentence_of
 from streamworker.cli.streams import Report, say
 from streamworker.errors import StreamworkerError, UsageError
@@ -57,7 +57,7 @@ def narrowed(selection: Selection, everything: bool, verb: str) -> Selection:
 
 
 def stored_names(job: StoredJob) -> dict[str, Any]:
-    """What names a delayed job or a dead letter in what is told of it."""
+    """The identity of a delayed job or a dead letter, as it is printed."""
     return {"queue": job.queue, "entry_id": job.handle, "job_id": job.job_id, "kind": job.kind}
 
 
@@ -68,14 +68,14 @@ async def without_bodies(jobs: AsyncIterator[StoredJob]) -> AsyncIterator[Stored
 
 
 async def act(
-    acting: Acting,
+    acting: ActionFlags,
     items: AsyncIterator[T],
     deed: BulkAction[T],
     wanted: Collection[str] = (),
     *,
     rate: float | None = None,
 ) -> int:
-    """Do the deed to the items, whether or not anybody reads what is said about it.
+    """Apply the action to the items, whether or not the reader of standard output is still there.
 
     All are read first: a job that is released may come by again.
 
@@ -101,7 +101,7 @@ async def act(
 
 
 async def _chosen(
-    acting: Acting, items: AsyncIterator[T], deed: BulkAction[T], wanted: Collection[str], report: Report
+    acting: ActionFlags, items: AsyncIterator[T], deed: BulkAction[T], wanted: Collection[str], report: Report
 ) -> tuple[list[T], int]:
     """(what is to be done and was agreed to, the exit code so far)."""
     chosen: list[T] = []
@@ -133,7 +133,7 @@ async def _chosen(
     return free, int(bad)
 
 
-async def _do(acting: Acting, deed: BulkAction[T], items: Sequence[T], report: Report, rate: float | None) -> int:
+async def _do(acting: ActionFlags, deed: BulkAction[T], items: Sequence[T], report: Report, rate: float | None) -> int:
     tally: Counter[str] = Counter()
     pace = Throttle(rate)
     try:
@@ -156,7 +156,7 @@ async def _do(acting: Acting, deed: BulkAction[T], items: Sequence[T], report: R
     return int(tally["refused"] > 0)
 
 
-def _tell(acting: Acting, report: Report, names: dict[str, Any], result: str, reason: str = "") -> None:
+def _tell(acting: ActionFlags, report: Report, names: dict[str, Any], result: str, reason: str = "") -> None:
     if acting.json:
         report.write(json_line({**names, "result": result, **({"reason": reason} if reason else {})}))
         return

@@ -11,7 +11,7 @@ import msgspec
 from streamworker import wiring
 from streamworker.app import App
 from streamworker.broker import Finding, Operator
-from streamworker.cli.loading import load_app, with_own
+from streamworker.cli.app_loader import load_app, with_own
 from streamworker.cli.options import WORKER, WorkerFlags
 from streamworker.cli.output import json_line
 from streamworker.cli.streams import Report
@@ -32,7 +32,7 @@ def check(app: str | None = None, *, json: bool = False, flags: WorkerFlags = WO
         json: One JSON object per line, for programs.
     """
     found = _everything(app, flags)
-    report = Report()  # the exit code is told also to whoever reads only the first lines
+    report = Report()  # the exit code is right although `| head` reads only the first lines
     for finding in found:
         if json:
             report.write(json_line(msgspec.structs.asdict(finding)))

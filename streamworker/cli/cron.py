@@ -10,7 +10,7 @@ import anyio
 import msgspec
 from cyclopts import App
 
-from streamworker.cli.loading import load_app, with_own
+from streamworker.cli.app_loader import load_app, with_own
 from streamworker.cli.options import LISTING, WORKER, Listing, WorkerFlags
 from streamworker.cli.output import Column, show
 from streamworker.cron import Schedule
@@ -18,7 +18,7 @@ from streamworker.cron import Schedule
 cron = App(name="cron", help="What is enqueued by the calendar, and when next.")
 
 NEXT: Final = 3
-"""Next ticks that are told."""
+"""Next ticks that are shown."""
 
 
 class CronRow(msgspec.Struct, frozen=True):

@@ -12,7 +12,17 @@ from cyclopts.validators import Number
 
 from streamworker.broker import Operator, StoredJob
 from streamworker.cli.bulk import BulkAction, act, narrowed, stored_names, without_bodies
-from streamworker.cli.options import ACTING, LISTING, SERVER, Acting, Listing, QueueName, ServerFlags, fleet, operate
+from streamworker.cli.options import (
+    ACTION,
+    LISTING,
+    SERVER,
+    ActionFlags,
+    Listing,
+    QueueName,
+    ServerFlags,
+    fleet,
+    operate,
+)
 from streamworker.cli.output import Column, detail, print_lines, show
 from streamworker.cli.streams import say
 from streamworker.errors import UsageError
@@ -36,7 +46,7 @@ NamedIds = Annotated[tuple[str, ...], Parameter(name="--id", help="The same, onc
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class Conditions:
+class DeadConditions:
     """Which dead letters.
 
     Attributes:
@@ -50,7 +60,7 @@ class Conditions:
     search: str | None = None
 
 
-CONDITIONS = Conditions()
+CONDITIONS = DeadConditions()
 
 
 @dead.default
@@ -58,7 +68,7 @@ CONDITIONS = Conditions()
 def list_(
     queue: QueueName = None,
     *,
-    conditions: Conditions = CONDITIONS,
+    conditions: DeadConditions = CONDITIONS,
     payload: bool = False,
     listing: Listing = LISTING,
     server: ServerFlags = SERVER,
@@ -127,10 +137,10 @@ def retry(
     *ids: str,
     named: NamedIds = (),
     queue: QueueName = None,
-    conditions: Conditions = CONDITIONS,
+    conditions: DeadConditions = CONDITIONS,
     all: bool = False,  # noqa: A002 - the flag's name
     rate: Annotated[float | None, Parameter(validator=Number(gt=0, lte=1_000_000))] = None,
-    acting: Acting = ACTING,
+    acting: ActionFlags = ACTION,
     server: ServerFlags = SERVER,
 ) -> int:
     """Put dead letters back on their queue, with all their attempts before them.
@@ -150,9 +160,9 @@ def drop(
     *ids: str,
     named: NamedIds = (),
     queue: QueueName = None,
-    conditions: Conditions = CONDITIONS,
+    conditions: DeadConditions = CONDITIONS,
     all: bool = False,  # noqa: A002 - the flag's name
-    acting: Acting = ACTING,
+    acting: ActionFlags = ACTION,
     server: ServerFlags = SERVER,
 ) -> int:
     """Delete dead letters for good.
@@ -166,7 +176,7 @@ def drop(
     return _change(("drop", "dropped"), narrowed(selection, all, "drop"), acting, server, lambda it: it.erase)
 
 
-def _selection(ids: tuple[str, ...], queue: str | None, conditions: Conditions) -> Selection:
+def _selection(ids: tuple[str, ...], queue: str | None, conditions: DeadConditions) -> Selection:
     return Selection(
         queue=queue, ids=frozenset(ids), kind=conditions.kind, reason=conditions.reason, text=conditions.search
     )
@@ -175,7 +185,7 @@ def _selection(ids: tuple[str, ...], queue: str | None, conditions: Conditions) 
 def _change(
     words: tuple[str, str],
     selection: Selection,
-    acting: Acting,
+    acting: ActionFlags,
     server: ServerFlags,
     do: Callable[[Operator], Callable[[StoredJob], Awaitable[bool]]],
     rate: float | None = None,

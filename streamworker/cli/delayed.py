@@ -10,7 +10,17 @@ from cyclopts import App, Parameter
 
 from streamworker.broker import Operator, StoredJob
 from streamworker.cli.bulk import BulkAction, act, narrowed, stored_names, without_bodies
-from streamworker.cli.options import ACTING, LISTING, SERVER, Acting, Listing, QueueName, ServerFlags, fleet, operate
+from streamworker.cli.options import (
+    ACTION,
+    LISTING,
+    SERVER,
+    ActionFlags,
+    Listing,
+    QueueName,
+    ServerFlags,
+    fleet,
+    operate,
+)
 from streamworker.cli.output import Column, show
 from streamworker.views import DelayedRow, Selection, age, chosen_delayed, delayed_row
 
@@ -66,7 +76,7 @@ def run(
     queue: QueueName = None,
     kind: str | None = None,
     all: bool = False,  # noqa: A002 - the flag's name
-    acting: Acting = ACTING,
+    acting: ActionFlags = ACTION,
     server: ServerFlags = SERVER,
 ) -> int:
     """Make delayed jobs ready now.
@@ -88,7 +98,7 @@ def drop(
     queue: QueueName = None,
     kind: str | None = None,
     all: bool = False,  # noqa: A002 - the flag's name
-    acting: Acting = ACTING,
+    acting: ActionFlags = ACTION,
     server: ServerFlags = SERVER,
 ) -> int:
     """Delete delayed jobs for good.
@@ -107,7 +117,7 @@ def _change(
     verb: str,
     past: str,
     selection: Selection,
-    acting: Acting,
+    acting: ActionFlags,
     server: ServerFlags,
     do: Callable[[Operator], Callable[[StoredJob], Awaitable[bool]]],
 ) -> int:

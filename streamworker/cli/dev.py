@@ -19,8 +19,8 @@ import msgspec
 
 from streamworker import embedded, web
 from streamworker.app import App
+from streamworker.cli.app_loader import HOW
 from streamworker.cli.dashboard import LISTEN as DASHBOARD
-from streamworker.cli.loading import HOW
 from streamworker.cli.options import WORKER, WorkerFlags
 from streamworker.errors import ConfigurationError
 from streamworker.settings import EMBEDDED, Settings

@@ -15,7 +15,7 @@ from cyclopts.validators import Number
 
 from streamworker import codec
 from streamworker.app import App
-from streamworker.cli.loading import load_app, with_own
+from streamworker.cli.app_loader import load_app, with_own
 from streamworker.cli.options import SERVER, QueueName, Seconds, ServerFlags
 from streamworker.cli.output import json_line
 from streamworker.cli.streams import Report

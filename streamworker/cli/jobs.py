@@ -17,7 +17,7 @@ from streamworker.app import App as StreamworkerApp
 from streamworker.broker import Operator
 from streamworker.cli import streams
 from streamworker.cli.bulk import BulkAction, act, agreed
-from streamworker.cli.options import ACTING, LISTING, WORKER, Acting, Listing, QueueName, Seconds, WorkerFlags
+from streamworker.cli.options import ACTION, LISTING, WORKER, ActionFlags, Listing, QueueName, Seconds, WorkerFlags
 from streamworker.cli.output import Column, document, plain, print_json, print_lines, show
 from streamworker.cli.streams import say
 from streamworker.errors import StreamworkerError, UsageError
@@ -51,7 +51,7 @@ NamedIds = Annotated[tuple[str, ...], Parameter(name="--id", help="The same, onc
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class Conditions:
+class JobConditions:
     """Which jobs.
 
     Attributes:
@@ -71,7 +71,7 @@ class Conditions:
         return Wanted(queue=queue, kind=self.kind, statuses=statuses, since=since, ids=frozenset(ids))
 
 
-CONDITIONS = Conditions()
+CONDITIONS = JobConditions()
 
 
 @jobs.default
@@ -80,7 +80,7 @@ def list_(
     queue: QueueName = None,
     *,
     named: NamedIds = (),
-    conditions: Conditions = CONDITIONS,
+    conditions: JobConditions = CONDITIONS,
     payload: bool = False,
     listing: Listing = LISTING,
     flags: WorkerFlags = WORKER,
@@ -155,10 +155,10 @@ def retry(
     *ids: str,
     named: NamedIds = (),
     queue: QueueName = None,
-    conditions: Conditions = CONDITIONS,
+    conditions: JobConditions = CONDITIONS,
     all: bool = False,  # noqa: A002 - the flag's name
     force: bool = False,
-    acting: Acting = ACTING,
+    acting: ActionFlags = ACTION,
     flags: WorkerFlags = WORKER,
 ) -> int:
     """Queue jobs anew that died or were cancelled, with all their attempts before them; a relay dispatches them.
@@ -242,7 +242,7 @@ def _ask(flags: WorkerFlags, work: Callable[[Archive], Coroutine[Any, Any, int]]
 
 @asynccontextmanager
 async def redis_too(settings: Settings) -> AsyncIterator[Operator | None]:
-    """For what lies in Redis; ``None`` where only the ledger is known."""
+    """An operator of Redis; ``None`` where only the ledger is named."""
     if settings.redis_url is None:
         yield None
         return
@@ -251,7 +251,7 @@ async def redis_too(settings: Settings) -> AsyncIterator[Operator | None]:
 
 
 async def _progress(settings: Settings, job: JobRecord) -> Progress | None:
-    """How far a running job has come; ``None`` if nobody says so, or nobody said where Redis is."""
+    """The progress of a running job; ``None`` if its handler reports none, or no Redis is named."""
     async with redis_too(settings) as operator:
         if operator is None or job.worker_id is None:
             return None
@@ -323,9 +323,9 @@ def cancel(
     *ids: str,
     named: NamedIds = (),
     queue: QueueName = None,
-    conditions: Conditions = CONDITIONS,
+    conditions: JobConditions = CONDITIONS,
     all: bool = False,  # noqa: A002 - the flag's name
-    acting: Acting = ACTING,
+    acting: ActionFlags = ACTION,
     flags: WorkerFlags = WORKER,
 ) -> int:
     """Keep jobs from running, and end those that run. Without a ledger, and for jobs that it does not know, --queue
@@ -384,7 +384,7 @@ async def _targets(archive: Archive | None, wanted: Wanted, queue: str | None) -
             yield _Target(queue, job_id, None, None)
 
 
-class Missing(NamedTuple):
+class MissingJob(NamedTuple):
     """A job that is missing in Redis, unchanged in the ledger since ``before``."""
 
     queue: str
@@ -392,7 +392,7 @@ class Missing(NamedTuple):
     before: datetime
 
 
-def reconcile(queue: QueueName = None, *, acting: Acting = ACTING, flags: WorkerFlags = WORKER) -> int:
+def reconcile(queue: QueueName = None, *, acting: ActionFlags = ACTION, flags: WorkerFlags = WORKER) -> int:
     """Compare the ledger with Redis job by job, and queue again what Redis lost.
 
     Relays do the same by themselves one lease after Redis shows a sign of loss. Jobs that lie in Redis, ready, held or
@@ -406,13 +406,13 @@ def reconcile(queue: QueueName = None, *, acting: Acting = ACTING, flags: Worker
     async def main() -> int:
         async with StreamworkerApp[Any](settings=settings).relaying(settings) as relaying:
 
-            async def missing() -> AsyncIterator[Missing]:
+            async def missing() -> AsyncIterator[MissingJob]:
                 for name in [queue] if queue is not None else await relaying.known():
                     ids, before = await relaying.missing(name)
                     for job_id in ids:
-                        yield Missing(name, job_id, before)
+                        yield MissingJob(name, job_id, before)
 
-            async def again(job: Missing) -> bool:
+            async def again(job: MissingJob) -> bool:
                 lost = await relaying.outbox.lost(job.queue, [job.job_id], job.before)
                 if lost.locked:
                     raise StreamworkerError("a run of it is in its transaction: try again when that has ended")
@@ -424,5 +424,5 @@ def reconcile(queue: QueueName = None, *, acting: Acting = ACTING, flags: Worker
     return anyio.run(main)
 
 
-def _names_of_missing(job: Missing) -> dict[str, Any]:
+def _names_of_missing(job: MissingJob) -> dict[str, Any]:
     return {"queue": job.queue, "job_id": job.job_id}

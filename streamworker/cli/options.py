@@ -56,7 +56,7 @@ Seconds = Annotated[float, Parameter(validator=_wait)]
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class ServerFlags:
-    """Settings that matter to whoever looks at the server.
+    """Settings of commands that look at the server.
 
     Attributes:
         redis_url: redis://host:6379/0, or embedded.
@@ -167,7 +167,7 @@ class Listing:
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class Acting:
+class ActionFlags:
     """How a change is wanted.
 
     Attributes:
@@ -186,11 +186,11 @@ class Acting:
 SERVER = ServerFlags()
 WORKER = WorkerFlags()
 LISTING = Listing()
-ACTING = Acting()
+ACTION = ActionFlags()
 
 
 def fleet(operator: Operator, listing: Listing, queue: str | None) -> Fleet | None:
-    """What is told above a listing that is watched; ``None`` if it is not."""
+    """The summary above a listing that is watched; ``None`` if it is not."""
     return Fleet(operator, operator.lease, queue) if listing.watch else None
 
 

@@ -26,7 +26,7 @@ R = TypeVar("R")
 
 
 def plain(row: Any) -> dict[str, Any]:
-    """A row as a dictionary, in the order of its fields; ``progress`` is there only if somebody told any."""
+    """A row as a dictionary, in the order of its fields; ``progress`` is there only if the handler reported any."""
     if isinstance(row, Mapping):
         return dict(row)
     fields = msgspec.structs.asdict(row)
@@ -82,7 +82,7 @@ async def show(
         title: what is listed, in the plural.
         payload: print the documents too.
         json: row to what is printed as JSON.
-        fleet: what is told above a listing that is watched.
+        fleet: the summary above a listing that is watched.
 
     Raises:
         UsageError: JSON cannot be watched.

@@ -30,7 +30,7 @@ BLOCKED: Final = 1.0
 PATIENCE: Final = 30.0
 """Seconds more for a worker whose event loop turns: it is a server that keeps it, and it knows its own limits."""
 LAST_WORDS: Final = 1.0
-"""Seconds for the last line of the log: whoever blocks may hold its lock."""
+"""Seconds for the last line of the log: the thread that blocks may hold its lock."""
 
 
 class LastResort:

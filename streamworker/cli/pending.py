@@ -11,10 +11,10 @@ from cyclopts import App, Parameter
 from streamworker.broker import Operator, PendingEntry
 from streamworker.cli.bulk import BulkAction, act, narrowed
 from streamworker.cli.options import (
-    ACTING,
+    ACTION,
     LISTING,
     SERVER,
-    Acting,
+    ActionFlags,
     Listing,
     QueueName,
     Seconds,
@@ -47,7 +47,7 @@ NamedIds = Annotated[tuple[str, ...], Parameter(name="--id", help="The same, onc
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class Conditions:
+class PendingConditions:
     """Which pending jobs.
 
     Attributes:
@@ -67,7 +67,7 @@ class Conditions:
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class Which(Conditions):
+class PendingChoice(PendingConditions):
     """Which pending jobs are changed.
 
     Attributes:
@@ -81,8 +81,8 @@ class Which(Conditions):
     force: bool = False
 
 
-CONDITIONS = Conditions()
-WHICH = Which()
+CONDITIONS = PendingConditions()
+WHICH = PendingChoice()
 
 
 @pending.default
@@ -90,7 +90,7 @@ WHICH = Which()
 def list_(
     queue: QueueName = None,
     *,
-    conditions: Conditions = CONDITIONS,
+    conditions: PendingConditions = CONDITIONS,
     payload: bool = False,
     listing: Listing = LISTING,
     server: ServerFlags = SERVER,
@@ -153,7 +153,11 @@ def show_(
 
 @pending.command
 def release(
-    *ids: str, named: NamedIds = (), which: Which = WHICH, acting: Acting = ACTING, server: ServerFlags = SERVER
+    *ids: str,
+    named: NamedIds = (),
+    which: PendingChoice = WHICH,
+    acting: ActionFlags = ACTION,
+    server: ServerFlags = SERVER,
 ) -> int:
     """Give pending jobs back to their queue at once; no attempt is charged.
 
@@ -168,8 +172,8 @@ def bury(
     *ids: str,
     reason: str = "buried by hand",
     named: NamedIds = (),
-    which: Which = WHICH,
-    acting: Acting = ACTING,
+    which: PendingChoice = WHICH,
+    acting: ActionFlags = ACTION,
     server: ServerFlags = SERVER,
 ) -> int:
     """Move pending jobs to the dead letters.
@@ -187,7 +191,11 @@ def bury(
 
 @pending.command
 def drop(
-    *ids: str, named: NamedIds = (), which: Which = WHICH, acting: Acting = ACTING, server: ServerFlags = SERVER
+    *ids: str,
+    named: NamedIds = (),
+    which: PendingChoice = WHICH,
+    acting: ActionFlags = ACTION,
+    server: ServerFlags = SERVER,
 ) -> int:
     """Delete pending jobs for good.
 
@@ -200,8 +208,8 @@ def drop(
 def _change(
     words: tuple[str, str],
     ids: tuple[str, ...],
-    which: Which,
-    acting: Acting,
+    which: PendingChoice,
+    acting: ActionFlags,
     server: ServerFlags,
     do: Callable[[Operator], Callable[[PendingEntry], Awaitable[bool]]],
 ) -> int:

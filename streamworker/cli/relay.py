@@ -7,7 +7,7 @@ from typing import Any
 import anyio
 
 from streamworker.app import App
-from streamworker.cli.loading import load_app, loop_options, with_own
+from streamworker.cli.app_loader import load_app, loop_options, with_own
 from streamworker.cli.options import WORKER, WorkerFlags
 from streamworker.telemetry.logs import get_logger
 from streamworker.wiring import Scheduler

@@ -19,7 +19,7 @@ LONGEST: Final = 64_000
 
 
 class Unread(Exception):
-    """Nobody reads standard output any more; what is still written to it goes nowhere."""
+    """Standard output has no reader any more; later writes are dropped."""
 
 
 def ensure() -> None:
@@ -62,7 +62,7 @@ def flush() -> None:
 
 
 class Report:
-    """What a command says about changes it makes: it makes all of them, whether or not anybody listens."""
+    """What a command says about changes it makes: it makes all of them, whether or not there is a reader."""
 
     def __init__(self) -> None:
         self._trouble: StreamworkerError | None = None
@@ -87,10 +87,10 @@ class Report:
             self._trouble = error
 
     def end(self) -> None:
-        """All is done and said.
+        """End the report: all changes are made and reported.
 
         Raises:
-            StreamworkerError: not all was said, although somebody may be waiting for it.
+            StreamworkerError: not all could be written.
         """
         self.flush()
         if self._trouble is not None:
@@ -108,5 +108,5 @@ def _nowhere() -> None:
 def say(sentence: str) -> None:
     """One sentence on standard error, passwords hidden and controls spelled out."""
     # Not through the logs: they may not be configured yet, or be JSON for machines.
-    with suppress(OSError, ValueError):  # nobody listens, and the exit code says it too
+    with suppress(OSError, ValueError):  # standard error is closed; the exit code says it too
         print(f"streamworker: {clean_block(redact(cut_lines(sentence, LONGEST)))}", file=sys.stderr, flush=True)

@@ -14,7 +14,7 @@ R = TypeVar("R")
 ROWS: Final = 50
 """Rows of a table unless --limit says otherwise."""
 WIDE: Final = 150
-"""Columns of a terminal that has room for everything."""
+"""Columns of a terminal on which nothing is left out."""
 UNBOUNDED: Final = 10_000
 """Columns of what is no terminal: nothing is cut off."""
 GAP: Final = 2
@@ -31,10 +31,10 @@ class Column(NamedTuple, Generic[R]):
         title: its head.
         cell: row to text.
         right: numbers stand on the right.
-        wide: left out where there is no room.
-        short: how long its text may be where there is no room; the middle is left out.
-        fold: goes on in the next line where there is no room, instead of being cut off.
-        rest: is cut to the room that the others leave.
+        wide: left out on a narrow terminal.
+        short: how long its text may be on a narrow terminal; the middle is left out.
+        fold: continues in the next line where it is too long, instead of being cut off.
+        rest: is cut to the width that the others leave.
     """
 
     title: str
@@ -109,11 +109,11 @@ def _cut_rest(texts: Sequence[list[str]], columns: Sequence[Column[R]], width: i
         for at, column in enumerate(columns)
         if not column.rest
     )
-    room = max(10, width - others - 2)
+    left = max(10, width - others - 2)
     for at in (at for at, column in enumerate(columns) if column.rest):
         for line in texts:
-            if len(line[at]) > room:
-                line[at] = f"{line[at][: room - 1]}…"
+            if len(line[at]) > left:
+                line[at] = f"{line[at][: left - 1]}…"
 
 
 def _short(text: str, most: int) -> str:

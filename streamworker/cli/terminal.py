@@ -114,8 +114,8 @@ async def _picture(
         if fleet is not None:
             look = await fleet.look()
             head += _summary(look)
-        room = max(1, out.height - len(head) - 3) if out.is_terminal else ROWS
-        chosen, more = await take(rows(), min(listing.limit or room, room))
+        height = max(1, out.height - len(head) - 3) if out.is_terminal else ROWS
+        chosen, more = await take(rows(), min(listing.limit or height, height))
         body: Any = table(chosen, columns, out.width) if chosen else Text(f"no {title}")
         foot = Text("... and more" if more else "", "dim")
     except Unreachable as error:
@@ -149,7 +149,7 @@ def _line(text: str, style: str) -> Text:
 
 @asynccontextmanager
 async def _key(letter: str) -> AsyncIterator[anyio.Event]:
-    """An event that is set when somebody presses the key; the terminal is as it was afterwards."""
+    """An event that is set when the key is pressed; the terminal's mode is restored afterwards."""
     pressed = anyio.Event()
     try:
         number = sys.stdin.fileno()

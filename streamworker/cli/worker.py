@@ -18,7 +18,7 @@ import anyio.abc
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from streamworker.cli.loading import load_app, loop_options, with_own
+from streamworker.cli.app_loader import load_app, loop_options, with_own
 from streamworker.cli.options import WORKER, WorkerFlags
 from streamworker.cli.overrun import LastResort, leave, leave_threads
 from streamworker.cli.streams import say
@@ -50,7 +50,7 @@ class _Child(NamedTuple):
         process: it.
         link: signals are passed on through this socket, a byte each, so that the worker can tell them from those that
             reach it directly: a service manager may signal all processes, and the worker must count one. It closes
-            with the supervisor, which tells the worker that nobody else would end it.
+            with the supervisor, which tells the worker to end by itself.
     """
 
     process: anyio.abc.Process
@@ -169,7 +169,7 @@ def command(app: str | None, *, burst: bool) -> list[str]:
 
 
 async def watch(link: int) -> None:
-    """Hear the signals that the supervisor passes on; when it is gone, end this process in order: nobody else would.
+    """Hear the signals that the supervisor passes on; when it is gone, end this process in order.
 
     Args:
         link: file descriptor of the socket that the supervisor made.

@@ -10,7 +10,17 @@ from cyclopts import App
 
 from streamworker.broker import Operator, WorkerInfo
 from streamworker.cli.bulk import BulkAction, act
-from streamworker.cli.options import ACTING, LISTING, SERVER, Acting, Listing, QueueName, ServerFlags, fleet, operate
+from streamworker.cli.options import (
+    ACTION,
+    LISTING,
+    SERVER,
+    ActionFlags,
+    Listing,
+    QueueName,
+    ServerFlags,
+    fleet,
+    operate,
+)
 from streamworker.cli.output import Column, show
 from streamworker.errors import UsageError
 from streamworker.views import WorkerRow, age, size, worker_row
@@ -57,7 +67,7 @@ def list_(queue: QueueName = None, *, listing: Listing = LISTING, server: Server
 
 
 @workers.command
-def prune(*ids: str, all: bool = False, acting: Acting = ACTING, server: ServerFlags = SERVER) -> int:  # noqa: A002
+def prune(*ids: str, all: bool = False, acting: ActionFlags = ACTION, server: ServerFlags = SERVER) -> int:  # noqa: A002
     """Delete the names of dead workers that hold nothing. Jobs of dead workers go to others by themselves.
 
     Args:

@@ -39,9 +39,9 @@ async def main(*, jobs: int = 10_000, workers: int = 3, kill: bool = True, json:
         _require_extra()
         # Only now: these need the extra that was just looked for, and the worker processes need none of them.
         from streamworker.demo.run import show  # noqa: PLC0415
-        from streamworker.demo.script import Script  # noqa: PLC0415
+        from streamworker.demo.script import Scenario  # noqa: PLC0415
 
-        return await show(Script(jobs=jobs, workers=workers, kill=kill), as_json=json)
+        return await show(Scenario(jobs=jobs, workers=workers, kill=kill), as_json=json)
     except StreamworkerError as error:
         print(f"streamworker demo: {error}", file=sys.stderr)
         return error.exit_code

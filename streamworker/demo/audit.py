@@ -15,7 +15,7 @@ from redis import exceptions as redis_errors
 from redis.asyncio import Redis
 
 from streamworker.demo import script
-from streamworker.demo.script import Script
+from streamworker.demo.script import Scenario
 
 _NAMED: Final = 5
 """Most jobs a sentence names."""
@@ -45,7 +45,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         arrived: recipient to number of messages, from the SMTP server.
         leftovers: from Redis.
-        killed: ``None`` if nobody was.
+        killed: ``None`` if no worker was killed.
         exits: name of every worker that was not killed, to its exit code; ``None`` if it did not end.
     """
 
@@ -55,7 +55,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     exits: dict[str, int | None]
 
 
-class Finding(msgspec.Struct, frozen=True):
+class AuditFinding(msgspec.Struct, frozen=True):
     """One thing that was checked: its name, whether it is as promised, and one sentence for people."""
 
     name: str
@@ -63,10 +63,10 @@ class Finding(msgspec.Struct, frozen=True):
     says: str
 
 
-class Report(msgspec.Struct, frozen=True):
+class AuditReport(msgspec.Struct, frozen=True):
     """The audit's result."""
 
-    findings: list[Finding]
+    findings: list[AuditFinding]
     duplicates: int
     """Messages beyond the first, over all recipients."""
 
@@ -81,7 +81,7 @@ class Report(msgspec.Struct, frozen=True):
         return [finding.says for finding in self.findings if not finding.ok]
 
 
-def audit(play: Script, evidence: Evidence) -> Report:
+def audit(play: Scenario, evidence: Evidence) -> AuditReport:
     """Compare what was found with what the script says.
 
     Args:
@@ -91,7 +91,7 @@ def audit(play: Script, evidence: Evidence) -> Report:
     duplicates, twice = _duplicates(evidence)
     findings = [
         _delivered(play, evidence.arrived),
-        _nobody_else(play, evidence.arrived),
+        _no_stranger(play, evidence.arrived),
         twice,
         _dead_letters(play, evidence.leftovers),
         *_nothing_left(evidence.leftovers),
@@ -100,28 +100,28 @@ def audit(play: Script, evidence: Evidence) -> Report:
     ]
     if play.kill:
         findings.append(_recovered(evidence.killed))
-    return Report(findings, duplicates)
+    return AuditReport(findings, duplicates)
 
 
-def _delivered(play: Script, arrived: dict[str, int]) -> Finding:
+def _delivered(play: Scenario, arrived: dict[str, int]) -> AuditFinding:
     lost = [n for n in range(play.jobs) if not script.is_hopeless(n) and not arrived.get(script.address(n))]
     if lost:
-        return Finding("delivered", False, f"{len(lost)} of {play.mails} recipients got no mail: {_some(lost)}")
-    return Finding("delivered", True, f"all {play.mails:,} recipients got their mail")
+        return AuditFinding("delivered", False, f"{len(lost)} of {play.mails} recipients got no mail: {_some(lost)}")
+    return AuditFinding("delivered", True, f"all {play.mails:,} recipients got their mail")
 
 
-def _nobody_else(play: Script, arrived: dict[str, int]) -> Finding:
+def _no_stranger(play: Scenario, arrived: dict[str, int]) -> AuditFinding:
     wrong = [
         recipient
         for recipient, count in arrived.items()
         if count and ((n := script.number_of(recipient)) is None or n >= play.jobs or script.is_hopeless(n))
     ]
     if wrong:
-        return Finding("nobody_else", False, f"{len(wrong)} got mail who should not have: {_some(wrong)}")
-    return Finding("nobody_else", True, "nobody else got any")
+        return AuditFinding("nobody_else", False, f"{len(wrong)} got mail who should not have: {_some(wrong)}")
+    return AuditFinding("nobody_else", True, "nobody else got any")
 
 
-def _duplicates(evidence: Evidence) -> tuple[int, Finding]:
+def _duplicates(evidence: Evidence) -> tuple[int, AuditFinding]:
     """At-least-once: a mail that was sent but not yet settled when its worker died is sent once more, and no other."""
     held = evidence.killed.held if evidence.killed else frozenset()
     repeated = {recipient: count for recipient, count in evidence.arrived.items() if count > 1}
@@ -131,31 +131,31 @@ def _duplicates(evidence: Evidence) -> tuple[int, Finding]:
     ]
     if unexplained:
         says = f"{len(unexplained)} got mail more often than the kill explains: {_some(unexplained)}"
-        return duplicates, Finding("duplicates", False, says)
+        return duplicates, AuditFinding("duplicates", False, says)
     if not duplicates:
-        return 0, Finding("duplicates", True, "no mail was sent twice")
+        return 0, AuditFinding("duplicates", True, "no mail was sent twice")
     says = (
         f"{duplicates} mails came twice (at-least-once): of the {len(held)} jobs the killed worker held, these were "
         "sent, but not yet marked as done"
     )
-    return duplicates, Finding("duplicates", True, says)
+    return duplicates, AuditFinding("duplicates", True, says)
 
 
-def _dead_letters(play: Script, leftovers: Leftovers) -> Finding:
+def _dead_letters(play: Scenario, leftovers: Leftovers) -> AuditFinding:
     found = [number for number in leftovers.dead if number is not None]
     missing, wrong = play.dead - set(found), set(found) - play.dead
     if len(found) != len(leftovers.dead):
-        return Finding("dead_letters", False, f"{len(leftovers.dead) - len(found)} dead letters cannot be read")
+        return AuditFinding("dead_letters", False, f"{len(leftovers.dead) - len(found)} dead letters cannot be read")
     if missing or wrong or len(found) != len(play.dead):
         says = (
             f"the dead letters are not the {len(play.dead)} jobs that cannot succeed: missing {_some(missing)}, "
             f"wrong {_some(wrong)}, double {len(found) - len(set(found))}"
         )
-        return Finding("dead_letters", False, says)
-    return Finding("dead_letters", True, f"{len(found)} dead letters: exactly the jobs that can never succeed")
+        return AuditFinding("dead_letters", False, says)
+    return AuditFinding("dead_letters", True, f"{len(found)} dead letters: exactly the jobs that can never succeed")
 
 
-def _nothing_left(leftovers: Leftovers) -> Iterator[Finding]:
+def _nothing_left(leftovers: Leftovers) -> Iterator[AuditFinding]:
     places = (
         ("streams", leftovers.streams, "jobs still in the streams"),
         ("pending", leftovers.pending, "jobs still pending"),
@@ -165,39 +165,41 @@ def _nothing_left(leftovers: Leftovers) -> Iterator[Finding]:
         left = {key: count for key, count in counts.items() if count}
         if left:
             says = ", ".join(f"{count} in {key}" for key, count in left.items())
-            yield Finding(name, False, f"{words}: {says}")
+            yield AuditFinding(name, False, f"{words}: {says}")
         else:
-            yield Finding(name, True, f"0 {words}")
+            yield AuditFinding(name, True, f"0 {words}")
 
 
-def _consumers(evidence: Evidence) -> Finding:
+def _consumers(evidence: Evidence) -> AuditFinding:
     expected = {evidence.killed.worker_id} if evidence.killed else set()
     left = [name for name in evidence.leftovers.consumers if name not in expected]
     if left:
-        return Finding("consumers", False, f"{len(left)} workers left their name in the group: {_some(left)}")
+        return AuditFinding("consumers", False, f"{len(left)} workers left their name in the group: {_some(left)}")
     if evidence.leftovers.consumers:
-        return Finding("consumers", True, "only the killed worker's name is left in the group, with nothing under it")
-    return Finding("consumers", True, "no worker left its name in the group")
+        return AuditFinding(
+            "consumers", True, "only the killed worker's name is left in the group, with nothing under it"
+        )
+    return AuditFinding("consumers", True, "no worker left its name in the group")
 
 
-def _exits(exits: dict[str, int | None]) -> Finding:
+def _exits(exits: dict[str, int | None]) -> AuditFinding:
     wrong = [f"{name} ({'still runs' if code is None else code})" for name, code in exits.items() if code != 0]
     if wrong:
-        return Finding("exits", False, f"{len(wrong)} workers did not end with exit code 0: {_some(wrong)}")
-    return Finding("exits", True, f"every living worker ({len(exits)}) drained and ended with exit code 0")
+        return AuditFinding("exits", False, f"{len(wrong)} workers did not end with exit code 0: {_some(wrong)}")
+    return AuditFinding("exits", True, f"every living worker ({len(exits)}) drained and ended with exit code 0")
 
 
-def _recovered(killed: Killed | None) -> Finding:
+def _recovered(killed: Killed | None) -> AuditFinding:
     limit = script.LEASE + script.SLACK
     if killed is None or not killed.held:
-        return Finding("recovery", False, "no worker could be killed while it held jobs: try more jobs")
+        return AuditFinding("recovery", False, "no worker could be killed while it held jobs: try more jobs")
     if killed.recovery is None:
-        return Finding("recovery", False, f"nobody took over all {len(killed.held)} jobs of the killed worker")
+        return AuditFinding("recovery", False, f"nobody took over all {len(killed.held)} jobs of the killed worker")
     says = (
         f"the {len(killed.held)} jobs of the killed worker ran elsewhere {killed.recovery:.1f} s after the kill "
         f"({limit:g} s are promised: lease {script.LEASE:g} s + {script.SLACK:g} s)"
     )
-    return Finding("recovery", killed.recovery <= limit, says)
+    return AuditFinding("recovery", killed.recovery <= limit, says)
 
 
 def _some(items: Collection[Any]) -> str:
@@ -217,8 +219,8 @@ HEARTBEATS: Final = "streamworker:worker:"
 _PAGE: Final = 1000
 
 
-class Counts(msgspec.Struct, frozen=True):
-    """How much of the queue lies where."""
+class QueueCounts(msgspec.Struct, frozen=True):
+    """Jobs of the queue by state."""
 
     ready: int = 0
     running: int = 0
@@ -272,8 +274,8 @@ class Lookout:
         """Close the connection."""
         await self._redis.aclose()
 
-    async def counts(self) -> Counts:
-        """How much lies where, read in one transaction: a job on its way from one key to the next is seen once."""
+    async def counts(self) -> QueueCounts:
+        """Jobs by state, read in one transaction: a job on its way from one key to the next is seen once."""
         pipe: Any = self._redis.pipeline(transaction=True)  # typed as if it were no pipeline
         for stream in STREAMS:
             pipe.xlen(stream)
@@ -283,7 +285,7 @@ class Lookout:
             pipe.xpending(stream, GROUP)
         *lengths, delayed, dead, high, normal, low = await pipe.execute(raise_on_error=False)
         running = sum(_pending(reply) for reply in (high, normal, low))
-        return Counts(max(0, sum(lengths) - running), running, delayed, dead)
+        return QueueCounts(max(0, sum(lengths) - running), running, delayed, dead)
 
     async def heartbeats(self) -> list[Heartbeat]:
         """Every worker whose heart beats."""

@@ -18,12 +18,12 @@ from redis import exceptions as redis_errors
 
 from streamworker import App, Settings, embedded
 from streamworker.demo import script
-from streamworker.demo.app import SMTP_PORT, SendWelcome
 from streamworker.demo.audit import Evidence, Killed, Lookout, audit
-from streamworker.demo.script import Script
+from streamworker.demo.mailer import SMTP_PORT, SendWelcome
+from streamworker.demo.script import Scenario
 from streamworker.demo.smtp import Mailbox
 from streamworker.demo.stage import INTERVAL, STALL, Member, Stage, launch, stop
-from streamworker.demo.view import Timing, View
+from streamworker.demo.view import Durations, View
 from streamworker.embedded import Servers
 from streamworker.errors import Unreachable
 
@@ -31,7 +31,7 @@ _BATCH: Final = 1000
 _SERVERS_STOP_WITHIN: Final = 20.0
 
 
-async def show(play: Script, *, as_json: bool) -> int:
+async def show(play: Scenario, *, as_json: bool) -> int:
     """Play the demo and clean up, whatever happens.
 
     Args:
@@ -71,7 +71,7 @@ async def show(play: Script, *, as_json: bool) -> int:
     return code
 
 
-async def _play(play: Script, view: View) -> int:
+async def _play(play: Scenario, view: View) -> int:
     began = monotonic()
     async with AsyncExitStack() as stack:
         home = Path(tempfile.mkdtemp(prefix="streamworker-demo-"))
@@ -114,7 +114,7 @@ async def _play(play: Script, view: View) -> int:
             exits={member.name: member.exit_code for member in members if not member.killed},
         )
         report = audit(play, evidence)
-        view.report(play, report, killed, Timing(monotonic() - began, working))
+        view.report(play, report, killed, Durations(monotonic() - began, working))
         return 0 if report.ok else 1
 
 
@@ -133,7 +133,7 @@ async def _work(stage: Stage, url: str, lookout: Lookout, view: View) -> tuple[K
 
 
 async def _kill_one(stage: Stage, lookout: Lookout, view: View) -> Killed | None:
-    """Kill the worker that holds most, and watch what becomes of its jobs; ``None`` if none ever held any."""
+    """Kill the worker that holds most, and wait until others run its jobs; ``None`` if none ever held any."""
     await stage.until(lambda seen: seen.mails >= stage.play.jobs * script.KILL_AT, fresh=True)
     found = await _catch(stage, lookout)
     if found is None:
@@ -187,7 +187,7 @@ async def _clear(home: Path) -> None:
     """Remove the demo's directory, as soon as the servers in it have stopped."""
     with anyio.CancelScope(shield=True):
         with anyio.move_on_after(_SERVERS_STOP_WITHIN):
-            while embedded.describe(home).state not in {"stopped", "failed"}:  # noqa: ASYNC110 - they tell nobody
+            while embedded.describe(home).state not in {"stopped", "failed"}:  # noqa: ASYNC110 - there is no event for it
                 await anyio.sleep(INTERVAL)
         await anyio.to_thread.run_sync(lambda: shutil.rmtree(home, ignore_errors=True))
 

@@ -35,7 +35,7 @@ CONNECTIONS: Final = 8
 _DOMAIN: Final = "@example.com"
 
 
-class Script(msgspec.Struct, frozen=True, kw_only=True):
+class Scenario(msgspec.Struct, frozen=True, kw_only=True):
     """What will be played.
 
     Attributes:

@@ -97,7 +97,7 @@ class Mailbox:
             raise StreamworkerError("the demo's SMTP server does not answer: run the demo again") from None
 
 
-class Counting:
+class MailCounter:
     """Takes every message and counts it, by recipient."""
 
     def __init__(self) -> None:
@@ -117,7 +117,7 @@ async def serve() -> None:
     from aiosmtpd.smtp import SMTP  # noqa: PLC0415 - the demo imports this module too, and needs no server
 
     loop = asyncio.get_running_loop()
-    counting = Counting()
+    counting = MailCounter()
     listening = await loop.create_server(
         lambda: SMTP(counting, hostname="localhost", ident="streamworker demo", loop=loop), "127.0.0.1", 0
     )
@@ -152,7 +152,7 @@ async def start(
     """
     with log.open("ab") as errors:
         process = await anyio.open_process(
-            # -P: a file email.py in the directory where somebody happens to be must not become the standard library's.
+            # -P: a file email.py in the working directory must not become the standard library's.
             [sys.executable, "-P", "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

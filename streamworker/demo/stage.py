@@ -13,8 +13,8 @@ import anyio
 import anyio.abc
 import msgspec
 
-from streamworker.demo.audit import Counts, Heartbeat, Killed, Lookout
-from streamworker.demo.script import Script
+from streamworker.demo.audit import Heartbeat, Killed, Lookout, QueueCounts
+from streamworker.demo.script import Scenario
 from streamworker.demo.smtp import Mailbox, start
 from streamworker.errors import StreamworkerError
 
@@ -37,7 +37,7 @@ class Seen(msgspec.Struct):
         looks: how often was looked.
     """
 
-    counts: Counts = Counts()
+    counts: QueueCounts = QueueCounts()
     mails: int = 0
     heartbeats: dict[int, Heartbeat] = {}
     beating: frozenset[int] = frozenset()
@@ -55,7 +55,7 @@ class Stage:
         lookout: reads from Redis; used by the looking task alone.
     """
 
-    def __init__(self, play: Script, mailbox: Mailbox, members: list[Member], lookout: Lookout) -> None:
+    def __init__(self, play: Scenario, mailbox: Mailbox, members: list[Member], lookout: Lookout) -> None:
         self.play = play
         self.members = members
         self.seen = Seen()
@@ -139,7 +139,7 @@ class Member:
 
     @property
     def alive(self) -> bool:
-        """It runs and nobody killed it."""
+        """It runs and was not killed."""
         return not self.killed and self.exit_code is None
 
     @property
@@ -177,7 +177,7 @@ async def launch(stack: AsyncExitStack, count: int, logs: Path, env: Mapping[str
     for number in range(1, count + 1):
         name, log = f"worker-{number}", logs / f"worker-{number}.log"
         process = await start(
-            stack, "streamworker.demo.worker", log=log, env={**env, "STREAMWORKER_WORKER_ID": f"demo-{number}"}
+            stack, "streamworker.demo.mailer", log=log, env={**env, "STREAMWORKER_WORKER_ID": f"demo-{number}"}
         )
         members.append(Member(name, process, log))
     return members

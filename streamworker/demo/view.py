@@ -15,15 +15,15 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from streamworker.demo import script
-from streamworker.demo.audit import Finding, Killed, Report
-from streamworker.demo.script import Script
+from streamworker.demo.audit import AuditFinding, AuditReport, Killed
+from streamworker.demo.script import Scenario
 from streamworker.demo.stage import Member, Seen, Stage
 
 _LIVE_INTERVAL: Final = 0.25
 _PLAIN_INTERVAL: Final = 1.0
 
 
-class Timing(msgspec.Struct, frozen=True):
+class Durations(msgspec.Struct, frozen=True):
     """Seconds: of the whole demo, and from the first enqueue to the last settled job."""
 
     total: float
@@ -44,7 +44,7 @@ class View:
 
     def say(self, line: str = "", style: str = "") -> None:
         """One line of the story."""
-        # Without a terminal nobody wants 80 columns: one line stays one line, for grep.
+        # Without a terminal one line stays one line, for grep.
         self._console.print(line, style=style, soft_wrap=not self._console.is_terminal)
 
     async def follow(self, stage: Stage) -> None:
@@ -61,7 +61,7 @@ class View:
             finally:
                 live.update(picture(stage), refresh=True)
 
-    def report(self, play: Script, report: Report, killed: Killed | None, timing: Timing) -> None:
+    def report(self, play: Scenario, report: AuditReport, killed: Killed | None, timing: Durations) -> None:
         """What the audit found, and what to try next."""
         self.say()
         self.say("The audit, counted at the servers and not by the workers:", "bold")
@@ -83,7 +83,7 @@ class View:
             sys.stdout.write(msgspec.json.encode(as_object(play, report, killed, timing)).decode() + "\n")
             sys.stdout.flush()
 
-    def _check(self, finding: Finding) -> None:
+    def _check(self, finding: AuditFinding) -> None:
         mark, style = ("  ok      ", "green") if finding.ok else ("  MISSING ", "bold red")
         if not self._console.is_terminal:
             self.say(mark + finding.says)
@@ -93,7 +93,7 @@ class View:
         self._console.print(line)
 
 
-def as_object(play: Script, report: Report, killed: Killed | None, timing: Timing) -> dict[str, Any]:
+def as_object(play: Scenario, report: AuditReport, killed: Killed | None, timing: Durations) -> dict[str, Any]:
     """The JSON object of ``--json``."""
     fallen = killed and {
         "worker_id": killed.worker_id,
@@ -115,7 +115,7 @@ def as_object(play: Script, report: Report, killed: Killed | None, timing: Timin
     }
 
 
-def progress(play: Script, seen: Seen, seconds: float) -> str:
+def progress(play: Scenario, seen: Seen, seconds: float) -> str:
     """One line about where things stand."""
     counts = seen.counts
     return (

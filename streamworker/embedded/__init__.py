@@ -15,7 +15,6 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from streamworker.embedded.binaries import find_binaries
-from streamworker.embedded.joining import await_servers, is_supervised, join_users
 from streamworker.embedded.layout import (
     FAILED,
     STARTING,
@@ -26,6 +25,7 @@ from streamworker.embedded.layout import (
     open_layout,
     read_record,
 )
+from streamworker.embedded.users import await_servers, is_supervised, join_users
 from streamworker.errors import ConfigurationError
 
 __all__ = ["Description", "Servers", "acquire", "default_state_dir", "describe"]
@@ -46,7 +46,7 @@ class Servers:
         self._lock = lock
 
     def close(self) -> None:
-        """Let go; the servers stop soon if nobody else uses them. Never waits, harmless when repeated."""
+        """Let go; the servers stop soon if no other program uses them. Never waits, harmless when repeated."""
         self._lock.close()
 
     def __enter__(self) -> Self:

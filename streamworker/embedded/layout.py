@@ -55,7 +55,7 @@ def open_layout(state_dir: Path) -> Layout:
     """Make the private directory, or check that the one that is there is safe to use.
 
     Raises:
-        ConfigurationError: somebody else owns the directory.
+        ConfigurationError: another user owns the directory.
         OSError: it cannot be made.
     """
     state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def open_layout(state_dir: Path) -> Layout:
 
 
 def default_state_dir(env: Mapping[str, str]) -> Path:
-    """Where STATE_DIR points when nobody set it. Creates nothing.
+    """Where STATE_DIR points unless it is set. Creates nothing.
 
     Args:
         env: the environment, for ``XDG_STATE_HOME`` and ``HOME``.
@@ -207,7 +207,7 @@ class Lock:
         _open.add(self)
 
     def try_shared(self) -> bool:
-        """Take the lock together with others; False if somebody holds it alone."""
+        """Take the lock together with others; False if another process holds it alone."""
         return self._try(fcntl.LOCK_SH)
 
     def try_exclusive(self) -> bool:

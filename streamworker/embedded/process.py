@@ -157,7 +157,7 @@ NOBODY = 65534  # number of both user and group; no entry in /etc/group is neede
 
 
 class Launcher(NamedTuple):
-    """One way to run a program as somebody PostgreSQL accepts."""
+    """One way to run a program as a user that PostgreSQL accepts."""
 
     prefix: tuple[str, ...] = ()
     owner: int | None = None  # user and group number that must own the data; None: leave it alone

@@ -1,8 +1,8 @@
 """The process behind the embedded servers: starts them, keeps them running, stops them after the last user.
 
-It is told everything on its command line and answers in one file (``record``). It never learns who its users are: they
+Its command line says everything, and it answers in one file (``record``). It never learns who its users are: they
 hold a shared lock, and the moment it can have that lock exclusively there are none. It then keeps the lock until it is
-dead, so that somebody who arrives meanwhile waits, finds nobody, and starts a supervisor of their own.
+dead, so that a user who arrives meanwhile waits, finds no supervisor, and starts another.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ from pathlib import Path
 
 from streamworker.embedded.binaries import Binaries
 from streamworker.embedded.layout import FAILED, READY, STARTING, Layout, Lock, Record
-from streamworker.embedded.postgres import Postgres
 from streamworker.embedded.process import STOP_TIMEOUT, Child, StartFailed, say
-from streamworker.embedded.valkey import Valkey
+from streamworker.embedded.servers import Postgres, Valkey
 
 BUSY = 0.005  # seconds between looks while a server starts
 IDLE = 0.2  # and while all is well
 
 
-class Supervisor:
+class ServerSupervisor:
     """One run of the pair.
 
     Args:
@@ -46,7 +45,7 @@ class Supervisor:
         self._asked_to_stop = 0
 
     def run(self) -> int:
-        """Serve until nobody uses the servers; returns the exit status."""
+        """Serve until the servers have no user; returns the exit status."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask_to_stop)
         failed = False
@@ -117,7 +116,7 @@ class Supervisor:
             with contextlib.suppress(FileNotFoundError):
                 self._layout.record.unlink()
         for child in self._children:
-            # If somebody deleted our directory there is nothing to save, and there may be a successor in its place
+            # If our directory was deleted there is nothing to save, and there may be a successor in its place
             # already, whose socket and pid file a clean stop would delete.
             child.signal(child.stop_signal if current else signal.SIGKILL)
         deadline = time.monotonic() + STOP_TIMEOUT
@@ -144,7 +143,7 @@ def main(arguments: Sequence[str]) -> int:
     layout = Layout(Path(root))
     Lock(layout.supervisor_lock, int(lock))  # held until we are dead
     say(f"supervisor {os.getpid()} starts on {root}")
-    return Supervisor(layout, Binaries(Path(valkey), Path(postgres)), float(linger)).run()
+    return ServerSupervisor(layout, Binaries(Path(valkey), Path(postgres)), float(linger)).run()
 
 
 if __name__ == "__main__":

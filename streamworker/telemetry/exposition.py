@@ -1,6 +1,6 @@
 """Metrics as text that Prometheus reads, https://prometheus.io/docs/instrumenting/exposition_formats/ (version 0.0.4).
 
-Pure. The sizes are plain numbers that whoever counts keeps as he likes; only asking costs.
+Pure. The sizes are plain numbers that their owners keep as they like; only asking costs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Family(msgspec.Struct, frozen=True):
-    """One metric: what it is called, what it is, and by what it is told apart."""
+    """One metric: its name, its type and its labels."""
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
@@ -26,7 +26,7 @@ class Family(msgspec.Struct, frozen=True):
     """Of a histogram: upper bounds of its buckets, rising; the last bucket, up to infinity, is not named."""
 
 
-class Tally:
+class Histogram:
     """A histogram's numbers."""
 
     __slots__ = ("_bounds", "counts", "total")
@@ -42,7 +42,7 @@ class Tally:
         self.total += value
 
 
-Numbers = Mapping[tuple[str, ...], float | Tally]
+Numbers = Mapping[tuple[str, ...], float | Histogram]
 """Values of the labels, in the order of `Family.labels`, to what is measured."""
 
 
@@ -54,14 +54,14 @@ def render(families: Iterable[tuple[Family, Numbers]]) -> bytes:
         for values, number in numbers.items():
             pairs = zip(family.labels, values, strict=True)
             labels = [f'{name}="{_escaped(value, quote=True)}"' for name, value in pairs]
-            if isinstance(number, Tally):
+            if isinstance(number, Histogram):
                 lines += _histogram(family, labels, number)
             else:
                 lines.append(f"{family.name}{_braced(labels)} {_number(number)}")
     return ("\n".join(lines) + "\n").encode()
 
 
-def _histogram(family: Family, labels: list[str], tally: Tally) -> Iterable[str]:
+def _histogram(family: Family, labels: list[str], tally: Histogram) -> Iterable[str]:
     below = 0
     counts, total = list(tally.counts), tally.total
     for bound, count in zip((*family.bounds, math.inf), counts, strict=True):

@@ -140,7 +140,7 @@ class HttpThread:
         if task is None:
             raise AssertionError("asyncio runs this in a task")
         if len(self._open) >= CONNECTIONS:
-            self._make_room()
+            self._drop_oldest()
         self._open[task] = peer = _Peer(str((writer.get_extra_info("peername") or ("",))[0]), writer)
         try:
             async with asyncio.timeout(PATIENCE):
@@ -151,7 +151,7 @@ class HttpThread:
             self._open.pop(task, None)
             writer.close()
 
-    def _make_room(self) -> None:
+    def _drop_oldest(self) -> None:
         """Cut off the oldest connection of the address that has the most, one that still has to ask if there is any."""
         silent = {task: peer for task, peer in self._open.items() if not peer.asked}
         candidates = silent or self._open

@@ -1,7 +1,7 @@
 """Logs: one line per event on standard error, readable for people or as JSON for machines.
 
 Nothing is configured at import. A program calls `configure` once; a library calls `get_logger` and nothing else. Until
-`configure` was called (streamworker used inside somebody else's program), events go to the standard library's logger
+`configure` was called (streamworker used as a library), events go to the standard library's logger
 ``streamworker``, or to structlog if that program configured it.
 
 structlog is imported with the first event, or by `configure`: it brings rich and its tracebacks with it, and a command

@@ -1,7 +1,7 @@
 """Structlog's side of the logs: the processors that turn an event into a line, and loggers made of them.
 
 Every line of ours is cleaned: passwords of URLs become ``***``, values under keys that hold payloads or secrets are not
-written at all, controls are spelled out, and texts are bounded. A value that cannot be shown fails nobody.
+written at all, controls are spelled out, and texts are bounded. A value that cannot be shown raises nothing.
 """
 
 from __future__ import annotations

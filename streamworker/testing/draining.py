@@ -116,7 +116,7 @@ class _Counting(Observer):
         self.errors: list[BaseException] = []
 
     def on_outcome(self, run: JobRun) -> None:
-        """See `Observer.on_outcome`."""
+        """Count the outcome."""
         if run.started_at is None:
             return
         if isinstance(run.outcome, Ok):

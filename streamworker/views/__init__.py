@@ -1,19 +1,23 @@
 """Read models: what an operator sees of a job, a queue or a worker, as frozen rows. Shared by command line and web."""
 
-from streamworker.views.bulk import PendingAction, StoredAction, Throttle, pending_action, stored_action
 from streamworker.views.fleet import Fleet, History, Look, Notice, Point, Stuck, attention
 from streamworker.views.listing import (
     BUDGET,
     Pace,
+    PendingAction,
     Selection,
     Slice,
+    StoredAction,
+    Throttle,
     chosen_dead,
     chosen_delayed,
     chosen_pending,
     dead_slice,
     delayed_slice,
     overview,
+    pending_action,
     pending_slice,
+    stored_action,
 )
 from streamworker.views.rows import (
     DeadRow,

@@ -113,7 +113,7 @@ _ORDER: Final[dict[Severity, int]] = {"bad": 0, "warn": 1, "note": 2}
 
 
 class Stuck(msgspec.Struct, frozen=True):
-    """Pending jobs of a queue that nobody renews.
+    """Pending jobs of a queue whose leases no worker renews.
 
     Attributes:
         count: how many of the oldest were not renewed for a lease.
@@ -130,7 +130,7 @@ class Notice(msgspec.Struct, frozen=True):
     """One thing that needs attention.
 
     Attributes:
-        severity: ``bad`` keeps jobs from being done, ``warn`` soon may, ``note`` is as somebody wanted it.
+        severity: ``bad`` keeps jobs from being done, ``warn`` soon may, ``note`` is as an operator wanted it.
         place: which listing shows more.
         sentence: what is so.
         queue: whose queue it is about.
@@ -153,7 +153,7 @@ def attention(
         queues: all queues.
         workers: all workers.
         stuck: by queue.
-        died: by queue, how many dead letters came since somebody began to look.
+        died: by queue, how many dead letters came since the first look.
     """
     living = [worker for worker in workers if worker.alive]
     found = [notice for worker in workers for notice in _of_worker(worker)]

@@ -1,4 +1,4 @@
-"""What an operator asked for: the jobs that fit, read in pages."""
+"""The jobs that an operator selected, read in pages; the actions on them, and the rate of many actions."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
-from typing import Final, Generic
+from typing import Final, Generic, Literal, TypeAlias
 
+import anyio
 import msgspec
 from typing_extensions import TypeVar
 
@@ -234,3 +235,48 @@ async def overview(
         return [(row, None) for row in rows]
     departed, now = await operator.departed(queues), time.monotonic()
     return [(row, pace.rate(row.queue, count, now)) for row, count in zip(rows, departed, strict=True)]
+
+
+StoredAction: TypeAlias = Literal["replay", "erase", "hasten", "forget"]
+"""On a dead letter, or on a delayed job."""
+PendingAction: TypeAlias = Literal["release", "bury", "drop"]
+"""On a job that a worker holds."""
+
+
+def stored_action(operator: Operator, name: StoredAction) -> Callable[[StoredJob], Awaitable[bool]]:
+    """What does it; False if the job has moved on."""
+    return {
+        "replay": operator.replay,
+        "erase": operator.erase,
+        "hasten": operator.run_now,
+        "forget": operator.forget,
+    }[name]
+
+
+def pending_action(operator: Operator, name: PendingAction, reason: str) -> Callable[[PendingEntry], Awaitable[bool]]:
+    """What does it; False if the job has moved on. ``reason`` is read in the dead letter of one that is buried."""
+    if name == "bury":
+        return lambda entry: operator.bury(entry, reason)
+    return operator.release if name == "release" else operator.drop
+
+
+class Throttle:
+    """Spaces turns evenly; who comes late does not make up for it in a burst.
+
+    Args:
+        rate: turns a second; ``None`` for as fast as it goes.
+    """
+
+    def __init__(self, rate: float | None) -> None:
+        self._gap = 1 / rate if rate else 0.0
+        self._next = 0.0
+
+    async def turn(self) -> None:
+        """Wait for the next turn."""
+        if not self._gap:
+            return
+        now = time.monotonic()
+        # A tenth of a second is made up for: sleeps overrun, and the rate shall hold on average.
+        self._next = max(self._next + self._gap, now - 0.1)
+        if self._next > now:
+            await anyio.sleep(self._next - now)

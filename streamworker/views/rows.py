@@ -16,7 +16,7 @@ from streamworker.views.text import moment
 
 
 class QueueRow(msgspec.Struct, frozen=True):
-    """How much lies in a queue; ``oldest_age_s`` is the age in seconds of the oldest ready job.
+    """Depth of a queue; ``oldest_age_s`` is the age in seconds of the oldest ready job.
 
     ``paused`` says that nothing is claimed from it; ``inactive``, that PostgreSQL says so and not an operator.
     """

@@ -17,10 +17,10 @@ from streamworker.postgres import Archive
 from streamworker.telemetry.logs import get_logger
 from streamworker.views import PendingAction, StoredAction, moment, pending_action, stored_action
 from streamworker.web.bulk import BulkJob, What
-from streamworker.web.forms import MOST_RATE, Form, Row
+from streamworker.web.forms import MOST_RATE, Form, FormRow
 from streamworker.web.job_pages import pending_row
 from streamworker.web.pages import narrow
-from streamworker.web.render import client, room_of, who
+from streamworker.web.render import client, monitor_of, who
 
 log = get_logger("streamworker.web")
 
@@ -38,15 +38,15 @@ async def do(request: Request) -> Response:
     act = _ACTIONS.get(what)
     if act is None:
         return JSONResponse({"ok": False, "message": "There is no such thing to do."}, 404)
-    room = room_of(request)
+    monitor = monitor_of(request)
     told: dict[str, Any] = {}
     try:
-        told = await act(request, await room.operator(), form)
+        told = await act(request, await monitor.operator(), form)
     except StreamworkerError as error:
         told = {"ok": False, "message": str(error)}
         raise
     finally:
-        room.hurry()
+        monitor.hurry()
         rows = [f"{row.queue}/{row.handle}" for row in form.rows()[:LOGGED]]
         named = {
             "queue": form.text("queue"),
@@ -94,7 +94,7 @@ def _pending(what: PendingAction) -> Callable[[Request, Operator, Form], Awaitab
     async def act(request: Request, operator: Operator, form: Form) -> dict[str, Any]:
         change = pending_action(operator, what, form.text("reason") or f"buried by {who(request)}")
 
-        async def one(row: Row) -> str:
+        async def one(row: FormRow) -> str:
             entry = await pending_row(operator, row.queue, row.handle)
             if entry is None or (entry.worker_id, entry.deliveries) != (row.worker, row.deliveries):
                 return "gone"
@@ -111,7 +111,7 @@ def _stored(what: StoredAction) -> Callable[[Request, Operator, Form], Awaitable
     async def act(_: Request, operator: Operator, form: Form) -> dict[str, Any]:
         change = stored_action(operator, what)
 
-        async def one(row: Row) -> str:
+        async def one(row: FormRow) -> str:
             job = StoredJob(row.queue, row.level, row.handle, None, None, 0.0, None)
             return what if await change(job) else "gone"
 
@@ -120,8 +120,8 @@ def _stored(what: StoredAction) -> Callable[[Request, Operator, Form], Awaitable
     return act
 
 
-async def _each(rows: list[Row], one: Callable[[Row], Awaitable[str]]) -> dict[str, Any]:
-    """Do it to all, and say what became of how many."""
+async def _each(rows: list[FormRow], one: Callable[[FormRow], Awaitable[str]]) -> dict[str, Any]:
+    """Act on each row; returns the counts by result."""
     if not rows:
         raise UsageError("nothing is ticked")
     tally: Counter[str] = Counter()
@@ -143,25 +143,25 @@ async def _each(rows: list[Row], one: Callable[[Row], Awaitable[str]]) -> dict[s
     return {"ok": not (tally["alive"] or tally["refused"]), "message": "; ".join(words)}
 
 
-async def _campaign(request: Request, operator: Operator, form: Form) -> dict[str, Any]:
+async def _bulk_job(request: Request, operator: Operator, form: Form) -> dict[str, Any]:
     """Change all that fit, at a rate, in the background."""
     wanted = form.must("what")
     what: What | None = next((each for each in get_args(What) if each == wanted), None)
     if what is None:
         raise UsageError("there is no such thing to do to many jobs")
     selection, rate = form.selection(), form.number("rate", MOST_RATE)
-    room = room_of(request)
-    look = await room.looked()
+    monitor = monitor_of(request)
+    look = await monitor.looked()
     place = "dead" if what in ("replay", "erase") else "delayed" if what in ("hasten", "forget") else "running"
     expected = sum(getattr(row, place) for row, _ in look.queues if selection.queue in (None, row.queue))
     if selection.worker is not None:
         expected = sum(each.pending for each in look.workers if each.worker_id == selection.worker)
     elif narrow(selection):
         expected = 0  # how many fit is known at the end
-    campaign = BulkJob(what, selection, rate or None, who(request), expected)
-    room.campaigns.begin(operator, campaign)
-    room.stir()
-    return {"message": f"Begun: {campaign.told()['title'].lower()}", "campaign": campaign.id}
+    bulk_job = BulkJob(what, selection, rate or None, who(request), expected)
+    monitor.bulk_jobs.begin(operator, bulk_job)
+    monitor.stir()
+    return {"message": f"Begun: {bulk_job.told()['title'].lower()}", "campaign": bulk_job.id}
 
 
 async def _cancel(request: Request, operator: Operator, form: Form) -> dict[str, Any]:
@@ -182,20 +182,20 @@ async def _again(request: Request, operator: Operator, form: Form) -> dict[str, 
 
 
 async def _ledger(request: Request) -> Archive:
-    archive = await room_of(request).archive()
+    archive = await monitor_of(request).archive()
     if archive is None:
         raise UsageError("there is no ledger: set DATABASE_URL, and run streamworker migrate up")
     return archive
 
 
 async def _stop(request: Request, _: Operator, form: Form) -> dict[str, Any]:
-    stopped = room_of(request).campaigns.stop(form.must("id"))
+    stopped = monitor_of(request).bulk_jobs.stop(form.must("id"))
     return {"message": "Stopped" if stopped else "It had ended already"}
 
 
 async def _dismiss(request: Request, _: Operator, form: Form) -> dict[str, Any]:
-    room_of(request).campaigns.dismiss(form.must("id"))
-    room_of(request).stir()
+    monitor_of(request).bulk_jobs.dismiss(form.must("id"))
+    monitor_of(request).stir()
     return {"message": ""}
 
 
@@ -218,7 +218,7 @@ _ACTIONS: Final[dict[str, Callable[[Request, Operator, Form], Awaitable[dict[str
     "erase": _stored("erase"),
     "hasten": _stored("hasten"),
     "forget": _stored("forget"),
-    "campaign": _campaign,
+    "campaign": _bulk_job,
     "cancel": _cancel,
     "again": _again,
     "stop": _stop,

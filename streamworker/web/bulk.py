@@ -83,7 +83,7 @@ class BulkJob:
         }
 
 
-class Campaigns:
+class BulkJobs:
     """All of them.
 
     Args:
@@ -94,7 +94,7 @@ class Campaigns:
         self._stir = stir
         self._all: dict[str, BulkJob] = {}
 
-    def begin(self, operator: Operator, campaign: BulkJob) -> BulkJob:
+    def begin(self, operator: Operator, bulk_job: BulkJob) -> BulkJob:
         """Start it.
 
         Raises:
@@ -105,16 +105,16 @@ class Campaigns:
             raise UsageError("too many of these are running: stop one first")
         for old in [each for each in self._all.values() if each.state != "running"][: len(self._all) - KEPT + 1]:
             del self._all[old.id]
-        self._all[campaign.id] = campaign
-        campaign.task = asyncio.create_task(self._run(operator, campaign))
-        return campaign
+        self._all[bulk_job.id] = bulk_job
+        bulk_job.task = asyncio.create_task(self._run(operator, bulk_job))
+        return bulk_job
 
     def stop(self, name: str) -> bool:
         """End it where it is; False if it does not run. What is in flight is finished first."""
-        campaign = self._all.get(name)
-        if campaign is None or campaign.state != "running":
+        bulk_job = self._all.get(name)
+        if bulk_job is None or bulk_job.state != "running":
             return False
-        campaign.state = "stopped"
+        bulk_job.state = "stopped"
         self._stir()
         return True
 
@@ -124,8 +124,8 @@ class Campaigns:
 
     def dismiss(self, name: str) -> bool:
         """Forget one that ended."""
-        campaign = self._all.get(name)
-        if campaign is None or campaign.state == "running":
+        bulk_job = self._all.get(name)
+        if bulk_job is None or bulk_job.state == "running":
             return False
         del self._all[name]
         return True
@@ -133,51 +133,51 @@ class Campaigns:
     async def aclose(self) -> None:
         """Stop all, and wait for what is in flight."""
         tasks = []
-        for campaign in self._all.values():
-            if campaign.task is not None and not campaign.task.done():
-                campaign.state = "stopped"
-                tasks.append(campaign.task)
+        for bulk_job in self._all.values():
+            if bulk_job.task is not None and not bulk_job.task.done():
+                bulk_job.state = "stopped"
+                tasks.append(bulk_job.task)
         if tasks:
             _, late = await asyncio.wait(tasks, timeout=5)
             for task in late:
                 task.cancel()
 
-    async def _run(self, operator: Operator, campaign: BulkJob) -> None:
-        throttle, told = Throttle(campaign.rate), time.monotonic()
+    async def _run(self, operator: Operator, bulk_job: BulkJob) -> None:
+        throttle, told = Throttle(bulk_job.rate), time.monotonic()
         try:
-            async for do in _steps(operator, campaign):
+            async for do in _steps(operator, bulk_job):
                 await throttle.turn()
-                if campaign.state != "running":
+                if bulk_job.state != "running":
                     break
                 try:
                     if await do():
-                        campaign.done += 1
+                        bulk_job.done += 1
                     else:
-                        campaign.gone += 1
+                        bulk_job.gone += 1
                 except StreamworkerError as error:
                     if error.exit_code != StreamworkerError.exit_code:
                         raise
-                    campaign.refused, campaign.trouble = campaign.refused + 1, str(error)
+                    bulk_job.refused, bulk_job.trouble = bulk_job.refused + 1, str(error)
                 if time.monotonic() - told > STIR_EVERY:
                     told = time.monotonic()
                     self._stir()
-            if campaign.state == "running":
-                campaign.state = "done"
+            if bulk_job.state == "running":
+                bulk_job.state = "done"
         except StreamworkerError as error:
-            campaign.state, campaign.trouble = "failed", str(error)
+            bulk_job.state, bulk_job.trouble = "failed", str(error)
         log.info(
-            "dashboard_campaign_ended", what=campaign.what, who=campaign.who, state=campaign.state,
-            queue=campaign.selection.queue, done=campaign.done, gone=campaign.gone, refused=campaign.refused,
+            "dashboard_campaign_ended", what=bulk_job.what, who=bulk_job.who, state=bulk_job.state,
+            queue=bulk_job.selection.queue, done=bulk_job.done, gone=bulk_job.gone, refused=bulk_job.refused,
         )  # fmt: skip
         self._stir()
 
 
-async def _steps(operator: Operator, campaign: BulkJob) -> AsyncIterator[Callable[[], Awaitable[bool]]]:
+async def _steps(operator: Operator, bulk_job: BulkJob) -> AsyncIterator[Callable[[], Awaitable[bool]]]:
     """The change to each job that fits, in the order of the pages."""
-    selection, what = campaign.selection, campaign.what
+    selection, what = bulk_job.selection, bulk_job.what
     match what:
         case "release" | "bury" | "drop":
-            act = pending_action(operator, what, f"buried by {campaign.who}")
+            act = pending_action(operator, what, f"buried by {bulk_job.who}")
             async for entry in chosen_pending(operator, selection):
                 if not entry.alive:  # what a living worker runs is changed one by one, knowingly
                     yield partial(act, entry)

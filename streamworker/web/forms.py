@@ -18,7 +18,7 @@ MOST_LETTERS: Final = 500
 MOST_RATE: Final = 100_000.0
 
 
-class Row(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class FormRow(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """What a listing says of one of its rows, and the fence of what is done to it."""
 
     queue: str
@@ -87,10 +87,10 @@ class Form:
             raise UsageError(f"{name} has to be a number from 0 to {most:,.0f}")
         return value
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[FormRow]:
         """The rows that were ticked."""
         try:
-            found = [msgspec.json.decode(value, type=Row) for name, value in self._pairs if name == "row"]
+            found = [msgspec.json.decode(value, type=FormRow) for name, value in self._pairs if name == "row"]
         except (msgspec.DecodeError, RecursionError):
             raise UsageError("a row cannot be read: load the page anew") from None
         for row in found:

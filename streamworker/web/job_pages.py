@@ -1,4 +1,4 @@
-"""One job: everything about it, and where an id lies."""
+"""Pages of one job: everything about it, and the places that hold its id."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from streamworker.telemetry.logs import get_logger
 from streamworker.views import BUDGET, Selection, dead_row, dead_slice, delayed_slice, pending_slice, printable
 from streamworker.web.forms import Form, query
 from streamworker.web.pages import names, token
-from streamworker.web.render import access_of, client, render, room_of, who
+from streamworker.web.render import access_of, client, monitor_of, render, who
 
 log = get_logger("streamworker.web")
 
@@ -43,7 +43,7 @@ async def show(request: Request) -> Response:
 
 
 async def payload(request: Request) -> Response:
-    """The document of one job. Whoever looks is remembered."""
+    """The document of one job. The log says who looked."""
     if not access_of(request).payloads:
         raise UsageError("payloads are shown only where a password is asked for, or on this machine")
     form = query(request)
@@ -56,9 +56,9 @@ async def payload(request: Request) -> Response:
 
 
 async def places(request: Request, wanted: str) -> tuple[dict[str, list[Any]], bool]:
-    """(where a job id lies on the server: (row, queue, handle) by place; whether all was looked at)."""
-    room = room_of(request)
-    look, operator = await room.looked(), await room.operator()
+    """(the places of a job id on the server: (row, queue, handle) by place; whether all was looked at)."""
+    monitor = monitor_of(request)
+    look, operator = await monitor.looked(), await monitor.operator()
     selection, there, whole = Selection(ids=frozenset({wanted})), names(look), True
     found: dict[str, list[Any]] = {}
     for place, slicing in (("pending", pending_slice), ("delayed", delayed_slice), ("dead", dead_slice)):
@@ -72,7 +72,7 @@ async def places(request: Request, wanted: str) -> tuple[dict[str, list[Any]], b
 
 async def _find(request: Request, form: Form) -> tuple[str, Any, bytes | None, str]:
     """(place, row, document, token) of what an address names."""
-    operator = await room_of(request).operator()
+    operator = await monitor_of(request).operator()
     place, queue, handle = form.must("place"), form.queue(), form.must("id")
     if queue is None:
         raise UsageError("queue is missing")

@@ -15,17 +15,17 @@ from streamworker.errors import StreamworkerError, Unreachable
 from streamworker.postgres import Archive
 from streamworker.telemetry.logs import get_logger
 from streamworker.views import Fleet, Look, Point
-from streamworker.web.bulk import Campaigns
+from streamworker.web.bulk import BulkJobs
 
 log = get_logger("streamworker.web")
 
 WATCHED: Final = 2.0
-"""Seconds between looks while somebody watches."""
+"""Seconds between looks while a page is open."""
 UNWATCHED: Final = 10.0
 PATIENCE: Final = 0.2
 """Seconds a page waits for a new look when the last one is old."""
 QUIET: Final = 60.0
-"""Seconds after the last request from which nobody watches."""
+"""Seconds after the last request until no page counts as open."""
 HEARTBEAT: Final = 15.0
 """Seconds after which a silent stream of events says that it is there: proxies cut what they take for dead."""
 
@@ -61,7 +61,7 @@ class FleetMonitor:
         """How many looks there were."""
         self.watchers = 0
         self._leaving = False
-        self.campaigns: Final = Campaigns(self.stir)
+        self.bulk_jobs: Final = BulkJobs(self.stir)
 
     async def operator(self) -> Operator:
         """The operator, once the server answered.
@@ -105,7 +105,7 @@ class FleetMonitor:
             while self.look is None and not self.trouble:
                 await self._changed.wait()
         if self.look is not None and time.time() - self.look.at > 2 * WATCHED:
-            # Nobody watched: what was seen then is not shown as what is. A server that is slow must not hold the page.
+            # No page was open: the old look is not the present state. A server that is slow must not hold the page.
             self.hurry()
             with anyio.move_on_after(PATIENCE):
                 await self._changed.wait()
@@ -130,7 +130,7 @@ class FleetMonitor:
             self.watchers -= 1
 
     def leave(self) -> None:
-        """End the streams of events: whoever serves this waits for them when it stops."""
+        """End the streams of events: the HTTP server waits for them when it stops."""
         self._leaving = True
         self.stir()
 
@@ -142,7 +142,7 @@ class FleetMonitor:
 
     async def aclose(self) -> None:
         """Close the connections; what was begun for many jobs at once ends where it is, and a look is finished."""
-        await self.campaigns.aclose()
+        await self.bulk_jobs.aclose()
         self._archive = None
         await self._stack.aclose()
         if self._task is not None:
@@ -171,13 +171,13 @@ class FleetMonitor:
                 await self._rest(WATCHED, self._hurried)
 
     def _ending(self) -> bool:
-        # redis-py sends with asyncio.wait_for, which on Python 3.11 may swallow a cancellation: it is told once, by
+        # redis-py sends with asyncio.wait_for, which on Python 3.11 may swallow a cancellation: it comes once, from
         # an application that ends without `aclose`, and has to be remembered.
         task = self._task
         return self._closing or (task is not None and task.cancelling() > 0)
 
     async def _rest(self, seconds: float, hurried: anyio.Event) -> None:
-        """Until it is time, somebody changed something, or comes while nobody watched."""
+        """Wait until it is time, a change was made, or the first page is opened."""
         if not self._ending():
             with anyio.move_on_after(seconds):
                 await hurried.wait()
@@ -225,9 +225,9 @@ class FleetMonitor:
         }
 
     def told(self) -> dict[str, Any]:
-        """What all who watch are told."""
+        """The state that every open page gets."""
         look = self.look
-        told: dict[str, Any] = {"trouble": self.trouble, "campaigns": self.campaigns.told()}
+        told: dict[str, Any] = {"trouble": self.trouble, "campaigns": self.bulk_jobs.told()}
         if look is not None:
             told["point"], told["counts"] = look.total, self.counts()
             told["queues"] = {row.queue: self.past(row.queue)[-1:] for row, _ in look.queues[:200]}

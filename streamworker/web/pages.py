@@ -12,7 +12,7 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 
 from streamworker.views import BUDGET, Look, Selection, dead_row, dead_slice, delayed_row, delayed_slice, pending_slice
 from streamworker.web.forms import query
-from streamworker.web.render import render, room_of
+from streamworker.web.render import monitor_of, render
 
 RUNNING: int = 200
 """Jobs that are shown of one worker at most."""
@@ -34,14 +34,14 @@ def _page(request: Request, template: str, title: str, **values: Any) -> Respons
 
 async def overview(request: Request) -> Response:
     """Everything at a glance."""
-    look = await room_of(request).looked()
+    look = await monitor_of(request).looked()
     return _page(request, "overview.html", "Overview", fleet=look)
 
 
 async def queue(request: Request) -> Response:
     """One queue."""
-    room, name = room_of(request), query(request).queue() or "default"
-    look, operator = await room.looked(), await room.operator()
+    monitor, name = monitor_of(request), query(request).queue() or "default"
+    look, operator = await monitor.looked(), await monitor.operator()
     (depth,) = await operator.depth([name])
     note = await operator.paused(name)
     workers = [worker for worker in look.workers if name in worker.queues]
@@ -55,8 +55,8 @@ async def queue(request: Request) -> Response:
 
 async def pending(request: Request) -> Response:
     """Pending jobs."""
-    room, form = room_of(request), query(request)
-    look, operator = await room.looked(), await room.operator()
+    monitor, form = monitor_of(request), query(request)
+    look, operator = await monitor.looked(), await monitor.operator()
     selection = form.selection()
     found = await pending_slice(operator, names(look), selection, form.text("after") or "")
     rows = [(row, token(row.queue, row.entry_id, row.level, row.worker_id, row.deliveries)) for row in found.rows]
@@ -70,8 +70,8 @@ async def pending(request: Request) -> Response:
 
 async def dead(request: Request) -> Response:
     """Dead letters."""
-    room, form = room_of(request), query(request)
-    look, operator = await room.looked(), await room.operator()
+    monitor, form = monitor_of(request), query(request)
+    look, operator = await monitor.looked(), await monitor.operator()
     selection = form.selection()
     found = await dead_slice(operator, names(look), selection, form.text("after") or "")
     rows = [(dead_row(job, look.at), token(job.queue, job.handle, job.level)) for job in found.rows]
@@ -84,8 +84,8 @@ async def dead(request: Request) -> Response:
 
 async def delayed(request: Request) -> Response:
     """Delayed jobs."""
-    room, form = room_of(request), query(request)
-    look, operator = await room.looked(), await room.operator()
+    monitor, form = monitor_of(request), query(request)
+    look, operator = await monitor.looked(), await monitor.operator()
     selection = form.selection()
     found = await delayed_slice(operator, names(look), selection, form.text("after") or "")
     rows = [
@@ -99,8 +99,8 @@ async def delayed(request: Request) -> Response:
 
 async def workers(request: Request) -> Response:
     """Who works, and what one of them runs."""
-    room, form = room_of(request), query(request)
-    look, operator = await room.looked(), await room.operator()
+    monitor, form = monitor_of(request), query(request)
+    look, operator = await monitor.looked(), await monitor.operator()
     chosen = form.text("worker")
     running, more = [], False
     if chosen is not None:
@@ -122,14 +122,14 @@ MOST: Final = 200
 
 async def events(request: Request) -> Response:
     """Server-sent events: ``look`` for each look at the fleet."""
-    room = room_of(request)
-    if room.watchers >= MOST:
+    monitor = monitor_of(request)
+    if monitor.watchers >= MOST:
         return PlainTextResponse("Too many watch already.\n", 503)
-    await room.operator()
+    await monitor.operator()
 
     async def stream() -> AsyncIterator[bytes]:
-        async for told in room.events():
-            yield b"event: look\ndata: " + msgspec.json.encode(room.told()) + b"\n\n" if told else b": here\n\n"
+        async for told in monitor.events():
+            yield b"event: look\ndata: " + msgspec.json.encode(monitor.told()) + b"\n\n" if told else b": here\n\n"
 
     # Proxies must not gather what is meant for now.
     return StreamingResponse(stream(), media_type="text/event-stream", headers={"x-accel-buffering": "no"})
@@ -137,7 +137,7 @@ async def events(request: Request) -> Response:
 
 async def history(request: Request) -> Response:
     """The points of a queue, or of all: [at, ready, running, delayed, dead, rate, oldest] each."""
-    room = room_of(request)
-    await room.looked()
-    points = room.past(query(request).queue() or "")
+    monitor = monitor_of(request)
+    await monitor.looked()
+    points = monitor.past(query(request).queue() or "")
     return Response(msgspec.json.encode(points), media_type="application/json")

@@ -21,7 +21,7 @@ from streamworker.web.security import Access
 HERE = Path(__file__).parent
 
 
-class Rendering:
+class PageTemplates:
     """The templates. Everything that is put into them is escaped."""
 
     def __init__(self) -> None:
@@ -108,10 +108,10 @@ def _time(at: float, words: str) -> Markup:
     return Markup('<time datetime="{0}" title="{0}">{1}</time>').format(exact, words)
 
 
-def room_of(request: Request) -> FleetMonitor:
+def monitor_of(request: Request) -> FleetMonitor:
     """What is known between requests."""
-    room: FleetMonitor = request.app.state.room
-    return room
+    monitor: FleetMonitor = request.app.state.monitor
+    return monitor
 
 
 def access_of(request: Request) -> Access:
@@ -122,14 +122,14 @@ def access_of(request: Request) -> Access:
 
 def render(request: Request, template: str, status: int = 200, **values: Any) -> HTMLResponse:
     """A page, or only its changing part if a script on that page asks for it."""
-    rendering: Rendering = request.app.state.rendering
-    room, access = room_of(request), access_of(request)
+    rendering: PageTemplates = request.app.state.rendering
+    monitor, access = monitor_of(request), access_of(request)
     common = {
         "writable": not access.read_only,
         "payloads": access.payloads,
-        "look": room.look,
-        "trouble": room.trouble,
-        "counts": room.counts(),
+        "look": monitor.look,
+        "trouble": monitor.trouble,
+        "counts": monitor.counts(),
     }
     return rendering.page(request, template, status, **{**common, **values})
 

@@ -156,7 +156,7 @@ class Access(msgspec.Struct, frozen=True, kw_only=True):
     """Who may see and do what.
 
     Attributes:
-        user: with ``password``, asked for by HTTP Basic authentication; ``None`` for nobody is asked.
+        user: with ``password``, asked for by HTTP Basic authentication; ``None``: no password is asked for.
         password: see ``user``.
         read_only: nothing can be changed.
         outer: the application around the dashboard has checked who asks; names it by ``scope["user"].display_name``.
@@ -200,7 +200,7 @@ class Access(msgspec.Struct, frozen=True, kw_only=True):
         """The same for a server that listens on ``host``.
 
         Raises:
-            ConfigurationError: others could reach it, and nobody would be asked who they are.
+            ConfigurationError: others could reach it, and no password would be asked for.
         """
         if self.user is not None or is_local(host):
             return self
@@ -213,7 +213,7 @@ class Access(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def payloads(self) -> bool:
-        """Whether payloads may be looked at: they may be private, and not for whoever comes along."""
+        """Whether payloads may be looked at: they may be private, and not for every visitor."""
         return not self.public
 
     def admits_host(self, host: str) -> bool:

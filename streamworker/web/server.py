@@ -83,19 +83,19 @@ def serve(app: App[Any], settings: Settings, access: Access, listen: str) -> int
         listen: host:port.
 
     Raises:
-        ConfigurationError: the address cannot be listened on, or others could reach it and nobody would be asked.
+        ConfigurationError: the address cannot be listened on, or others could reach it without a password.
         UsageError: it is no address.
         Unreachable: no Redis answers.
     """
     host, port = _address(listen)
     site = Site(app, settings, access.for_bind(host))
-    with _listening(host, port) as door:
-        anyio.run(_serve, site, door)
+    with _listening(host, port) as listener:
+        anyio.run(_serve, site, listener)
     return 0
 
 
-async def _serve(site: Site, door: socket.socket) -> None:
-    await site.room.operator()  # a wrong REDIS_URL is said here, not to the first who looks
+async def _serve(site: Site, listener: socket.socket) -> None:
+    await site.monitor.operator()  # a wrong REDIS_URL is said here, not to the first who looks
     config = uvicorn.Config(
         site,
         http=PatientProtocol,
@@ -109,17 +109,17 @@ async def _serve(site: Site, door: socket.socket) -> None:
         timeout_graceful_shutdown=GRACE,
     )
     server = _Server(config)
-    host, port = door.getsockname()[:2]
+    host, port = listener.getsockname()[:2]
     log.info("dashboard_ready", url=f"http://{f'[{host}]' if ':' in host else host}:{port}/", read_only=site.read_only)
     async with anyio.create_task_group() as group:
 
         def stop(_number: int) -> None:
             server.force_exit = server.should_exit
             server.should_exit = True
-            site.room.leave()
+            site.monitor.leave()
 
         await group.start(signals.watch, stop)
-        await server.serve(sockets=[door])
+        await server.serve(sockets=[listener])
         group.cancel_scope.cancel()
 
 
@@ -134,10 +134,10 @@ def _address(listen: str) -> tuple[str, int]:
 def _listening(host: str, port: int) -> Iterator[socket.socket]:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        door = socket.create_server(address[:2], family=family)
+        listener = socket.create_server(address[:2], family=family)
     except OSError as error:
         raise ConfigurationError(
             f"the dashboard cannot listen on {host}:{port} ({error.strerror or error}): choose another with --listen"
         ) from None
-    with door:
-        yield door
+    with listener:
+        yield listener

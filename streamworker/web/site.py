@@ -1,4 +1,4 @@
-"""The dashboard's ASGI application: its rooms, doors and guard."""
+"""The dashboard's ASGI application: routes, live events and access control."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from starlette.types import Receive, Scope, Send
 from streamworker.app import App
 from streamworker.errors import StreamworkerError, UsageError
 from streamworker.settings import EMBEDDED, Settings
-from streamworker.web import actions, job_pages, ledger, pages
+from streamworker.web import actions, job_pages, ledger_pages, pages
 from streamworker.web.monitor import FleetMonitor
-from streamworker.web.render import Rendering, render
+from streamworker.web.render import PageTemplates, render
 from streamworker.web.security import Access, Guard
 
 STATIC = Path(__file__).parent / "static"
@@ -37,7 +37,9 @@ class Site:
     def __init__(self, app: App[Any], settings: Settings, access: Access) -> None:
         self.read_only = access.read_only
         durable = settings.ledger != "off" and (settings.database_url or settings.redis_url == EMBEDDED)
-        self.room = FleetMonitor(lambda: app.operator(settings), (lambda: app.archive(settings)) if durable else None)
+        self.monitor = FleetMonitor(
+            lambda: app.operator(settings), (lambda: app.archive(settings)) if durable else None
+        )
         routes = [
             Route("/", pages.overview, name="overview"),
             Route("/queue", pages.queue, name="queue"),
@@ -45,8 +47,8 @@ class Site:
             Route("/dead", pages.dead, name="dead"),
             Route("/delayed", pages.delayed, name="delayed"),
             Route("/workers", pages.workers, name="workers"),
-            Route("/jobs", ledger.jobs, name="jobs"),
-            Route("/remembered", ledger.remembered, name="remembered"),
+            Route("/jobs", ledger_pages.jobs, name="jobs"),
+            Route("/remembered", ledger_pages.remembered, name="remembered"),
             Route("/show", job_pages.show, name="show"),
             Route("/payload", job_pages.payload, name="payload"),
             Route("/events", pages.events, name="events"),
@@ -56,7 +58,7 @@ class Site:
         ]
         handlers: Any = {StreamworkerError: _trouble, 404: _nothing}
         site = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
-        site.state.room, site.state.access, site.state.rendering = self.room, access, Rendering()
+        site.state.monitor, site.state.access, site.state.rendering = self.monitor, access, PageTemplates()
         self._guarded = Guard(site, access)
         self._site = site
 
@@ -69,7 +71,7 @@ class Site:
 
     async def aclose(self) -> None:
         """Close the connections."""
-        await self.room.aclose()
+        await self.monitor.aclose()
 
     @asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:

@@ -20,7 +20,7 @@ from streamworker.job import Depth, RetryAt, Settled
 from streamworker.observe import JobRun, Observer, Settlement
 from streamworker.redact import redact
 from streamworker.settings import Settings
-from streamworker.telemetry.exposition import CONTENT_TYPE, Family, Numbers, Tally, render
+from streamworker.telemetry.exposition import CONTENT_TYPE, Family, Histogram, Numbers, render
 from streamworker.telemetry.http import Answer
 from streamworker.telemetry.logs import get_logger
 from streamworker.worker.heartbeat import rss_bytes
@@ -99,9 +99,9 @@ class Metrics(Observer):
         self._jobs: dict[tuple[str, ...], int] = {}
         self._retries: dict[tuple[str, ...], int] = {}
         self._dead: dict[tuple[str, ...], int] = {}
-        self._durations: dict[tuple[str, ...], Tally] = {}
-        self._waits: dict[tuple[str, ...], Tally] = {}
-        self._batches, self._settles = Tally(BATCH.bounds), Tally(SETTLE.bounds)
+        self._durations: dict[tuple[str, ...], Histogram] = {}
+        self._waits: dict[tuple[str, ...], Histogram] = {}
+        self._batches, self._settles = Histogram(BATCH.bounds), Histogram(SETTLE.bounds)
 
     def on_settled(self, settlement: Settlement) -> None:
         """Count a batch."""
@@ -119,12 +119,12 @@ class Metrics(Observer):
             if (seconds := run.seconds) is None:
                 continue
             if (tally := durations.get(place)) is None:
-                tally = durations[place] = Tally(_SECONDS)
+                tally = durations[place] = Histogram(_SECONDS)
             tally.add(seconds)
             if (waited := run.waited) is None:
                 continue
             if (tally := waits.get(place)) is None:
-                tally = waits[place] = Tally(_WAITS)
+                tally = waits[place] = Histogram(_WAITS)
             tally.add(waited)
 
     def on_dead(self, run: JobRun) -> None:
@@ -134,7 +134,7 @@ class Metrics(Observer):
 
     def numbers(self) -> list[tuple[Family, Numbers]]:
         """What was counted so far."""
-        once: dict[tuple[str, ...], Tally] = {(): self._batches}
+        once: dict[tuple[str, ...], Histogram] = {(): self._batches}
         return [
             (JOBS, steady(self._jobs)),
             (RETRIES, steady(self._retries)),

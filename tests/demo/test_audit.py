@@ -6,11 +6,11 @@ import msgspec
 import pytest
 
 from streamworker.demo import script
-from streamworker.demo.audit import DUE, STREAMS, Evidence, Killed, Leftovers, Report, audit, number_in
-from streamworker.demo.script import Script
+from streamworker.demo.audit import DUE, STREAMS, AuditReport, Evidence, Killed, Leftovers, audit, number_in
+from streamworker.demo.script import Scenario
 from streamworker.errors import UsageError
 
-PLAY = Script(jobs=2_100, workers=3, kill=True)
+PLAY = Scenario(jobs=2_100, workers=3, kill=True)
 HELD = frozenset({10, 11, 12})
 KILLED = Killed("worker-1", "demo-1-abc", 4711, HELD, 3.2)
 CLEAN = Leftovers(
@@ -30,7 +30,7 @@ def evidence(arrived: dict[str, int] | None = None, **changes: Any) -> Evidence:
     return Evidence(arrived=ARRIVED | (arrived or {}), leftovers=left, **found)
 
 
-def failed(report: Report) -> list[str]:
+def failed(report: AuditReport) -> list[str]:
     return [finding.name for finding in report.findings if not finding.ok]
 
 
@@ -81,7 +81,7 @@ def test_a_lie_is_found(lie: dict[str, Any], finding: str, says: str):
 
 
 def test_without_a_kill_nobody_is_asked_about_recovery():
-    play = Script(jobs=2_100, workers=1, kill=False)
+    play = Scenario(jobs=2_100, workers=1, kill=False)
     report = audit(play, evidence(killed=None, consumers=[]))
     assert report.ok
     assert "recovery" not in [finding.name for finding in report.findings]
@@ -115,7 +115,7 @@ def test_recipients_are_read_back_exactly(recipient: str, number: int | None):
 )
 def test_scripts_that_cannot_be_played(options: dict[str, int]):
     with pytest.raises(UsageError, match="--"):
-        Script(**{"jobs": 10, "workers": 3, "kill": True, **options})
+        Scenario(**{"jobs": 10, "workers": 3, "kill": True, **options})
 
 
 @pytest.mark.parametrize("job", ["", "[]", "{}", '{"payload": {"number": "1"}}', '{"payload": 1}'])

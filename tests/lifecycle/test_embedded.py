@@ -24,7 +24,8 @@ import pytest
 import redis
 
 from streamworker import embedded
-from streamworker.embedded import Servers, acquire, default_state_dir, describe, joining
+from streamworker.embedded import Servers, acquire, default_state_dir, describe
+from streamworker.embedded import users as joining
 from streamworker.errors import ConfigurationError, Unreachable
 
 T = TypeVar("T")
@@ -41,7 +42,7 @@ import json, os, signal, subprocess, sys, time, types
 from pathlib import Path
 sys.modules["streamworker"] = types.ModuleType("streamworker")
 sys.modules["streamworker"].__path__ = [sys.argv[2]]
-from streamworker.embedded import acquire, describe, joining
+from streamworker.embedded import acquire, describe, users as joining
 from streamworker.errors import StreamworkerError
 joining.LINGER = 0.1
 {before}

@@ -11,7 +11,7 @@ from typing import Any
 
 from streamworker.embedded.binaries import find_binaries
 from streamworker.embedded.layout import PG_PORT, PG_USER, open_layout
-from streamworker.embedded.postgres import Postgres
+from streamworker.embedded.servers import Postgres
 
 
 class _Listening:

@@ -7,7 +7,7 @@ import math
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from streamworker.telemetry.exposition import Family, Tally, render
+from streamworker.telemetry.exposition import Family, Histogram, render
 from streamworker.worker.metrics import FAMILIES
 
 COUNT = Family("a_total", "counter", 'Says "\\" and\nmore.', ("queue", "kind"))
@@ -29,7 +29,7 @@ def test_labels_of_any_text_come_out_as_they_went_in():
 
 
 def test_a_histogram_is_cumulative_and_its_last_bucket_is_its_count():
-    tally = Tally(SIZE.bounds)
+    tally = Histogram(SIZE.bounds)
     for value in (0.1, 0.5, 0.6, 11.0):
         tally.add(value)
     samples = read(render([(SIZE, {("q",): tally})]))["b_seconds"].samples

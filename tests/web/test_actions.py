@@ -111,7 +111,7 @@ async def test_many_at_a_rate_in_the_background(browser, raw, logged):
     await browser.text("/")
     told = await browser.do("campaign", what="replay", queue="q", kind="good", rate="200")
     assert told["ok"]
-    campaigns = browser.site.room.campaigns
+    campaigns = browser.site.monitor.bulk_jobs
     await eventually(lambda: campaigns.told()[0]["state"] == "done")
     assert campaigns.told()[0] | {"done": 15, "gone": 0, "refused": 0, "who": "local"} == campaigns.told()[0]
     assert (raw.xlen("stream:{q}:dead"), raw.xlen("stream:{q}")) == (15, 15)
@@ -160,24 +160,24 @@ async def test_one_job_id_wherever_it_lies(browser, raw):
 
 async def test_whoever_watches_is_told(browser, raw):
     raw.xadd("stream:{q}", {"job": "{}"})
-    room, told = browser.site.room, []
-    events = room.events()
+    monitor, told = browser.site.monitor, []
+    events = monitor.events()
     with anyio.fail_after(20):
         while len(told) < 2:
-            if await anext(events) and room.look is not None:
-                told.append(room.told())
+            if await anext(events) and monitor.look is not None:
+                told.append(monitor.told())
     assert (told[0]["counts"]["running"], told[0]["point"].ready) == (0, 1)
-    assert room.watchers == 1
+    assert monitor.watchers == 1
     await events.aclose()
-    assert room.watchers == 0
+    assert monitor.watchers == 0
 
 
 async def test_streams_of_events_end_when_the_program_does(browser):
-    room = browser.site.room
+    monitor = browser.site.monitor
     with anyio.fail_after(20):
-        async for _ in room.events():
-            room.leave()
-    assert room.watchers == 0
+        async for _ in monitor.events():
+            monitor.leave()
+    assert monitor.watchers == 0
 
 
 async def test_mounted_under_a_path(site_of, raw):
@@ -216,12 +216,12 @@ async def test_a_server_that_goes_away_is_said(own_server):
     async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=site), base_url=HERE) as client:
         assert (await client.get("/")).status_code == 200
         own_server.kill()
-        await eventually(lambda: site.room.trouble)
+        await eventually(lambda: site.monitor.trouble)
         assert "does not answer" in (await client.get("/")).text  # what was seen last, and why it is old
         answer = await client.get("/pending")
         assert answer.status_code == 503
         assert "does not answer" in answer.text
         own_server.start()
-        await eventually(lambda: not site.room.trouble, 20)
+        await eventually(lambda: not site.monitor.trouble, 20)
         assert (await client.get("/pending")).status_code == 200
     await site.aclose()

@@ -1,6 +1,6 @@
 """How a user joins: take the users' lock, see that a supervisor lives, wait until the servers answer.
 
-Whoever holds the supervisor's lock *is* the supervisor, or is about to hand the lock to the one it spawns. So there is
+The process that holds the supervisor's lock *is* the supervisor, or hands the lock to the one it spawns. So there is
 never a second one, and never a moment in which a dead one counts as alive; a published record is only believed if the
 servers in it answer.
 """
@@ -34,7 +34,7 @@ from streamworker.errors import ConfigurationError, Unreachable
 
 LINGER = 1.0  # seconds the servers outlive their last user, so that commands typed in a row share one start
 POLL = 0.005  # seconds
-SPAWNS = 3  # supervisors one call starts before it gives up: somebody kills them
+SPAWNS = 3  # supervisors one call starts before it gives up: something kills them
 
 # All the supervisor and the servers get of the environment: PGPORT, PGTZ and their like would change PostgreSQL, and
 # secrets do not belong into a process that outlives their owner.
@@ -82,7 +82,7 @@ def await_servers(layout: Layout, binaries: Binaries, deadline: float) -> Record
     while True:
         supervisor = Lock(layout.supervisor_lock)
         try:
-            if supervisor.try_exclusive():  # nobody supervises: the record is the last word of one that is dead
+            if supervisor.try_exclusive():  # no supervisor lives: the record is that of a dead one
                 _give_up_after(spawned, layout)
                 layout.record.unlink(missing_ok=True)
                 _spawn(layout, binaries, supervisor)
@@ -182,7 +182,7 @@ def postgres_answers(socket_dir: Path, database: str, statement: str = "", timeo
         timeout: seconds for each step.
 
     Returns:
-        ``OK``, else the SQLSTATE of the first error, else "" if nobody answers.
+        ``OK``, else the SQLSTATE of the first error, else "" if no server answers.
     """
     fields = f"user\0{PG_USER}\0database\0{database}\0\0".encode()
     try:

@@ -1,17 +1,25 @@
-"""The app of the demo: one job, which sends one mail. It is written as a user would write it."""
+"""The app of the demo: one job, which sends one mail. It is written as a user would write it.
+
+``python -m streamworker.demo.mailer`` is one of its workers: what ``streamworker worker`` does, and it ends when its
+parent does.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import sys
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Final
 
 import aiosmtplib
+import uvloop
 
-from streamworker import App, Backoff, Context, Payload
+from streamworker import App, Backoff, Context, Payload, QueueWorker, Settings
 from streamworker.demo import script
+from streamworker.telemetry.logs import configure
 
 SMTP_PORT: Final = "DEMO_SMTP_PORT"
 """The environment variable that tells the workers where mail goes."""
@@ -88,3 +96,23 @@ async def send_welcome(payload: SendWelcome, ctx: Context[EmailService]) -> None
     if script.fails(payload.number, ctx.attempt):
         raise ConnectionError("the mail provider had a bad moment, as the script wants it")
     await ctx.services.send(payload.to, "Welcome", f"You are customer number {payload.number}.")
+
+
+def _end_with_parent() -> None:
+    """The parent holds the other end of our standard input and never writes to it."""
+    os.read(sys.stdin.fileno(), 1)  # not sys.stdin.read(): its lock would make the interpreter abort at its own end
+    os._exit(1)  # no clean end: the servers are gone as well
+
+
+def main() -> int:
+    """Work until SIGTERM; returns the exit code."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    settings = Settings.load()
+    configure(settings.log_level, settings.log_format)
+    worker = QueueWorker(app, redis=None, database=None, services=None, settings=settings)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(worker.run())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -18,13 +18,13 @@ from streamworker.views.rows import attempt_row, job_row
 from streamworker.web.forms import Form, query
 from streamworker.web.job_pages import LARGEST, places, spelled
 from streamworker.web.pages import names
-from streamworker.web.render import access_of, client, render, room_of, who
+from streamworker.web.render import access_of, client, monitor_of, render, who
 
 log = get_logger("streamworker.web")
 
 FIRST: Final = datetime.fromtimestamp(FIRST_MOMENT, UTC)
 LAST: Final = datetime.fromtimestamp(LAST_MOMENT, UTC)
-"""What the ledger tells lies between them."""
+"""The ledger's times are between them."""
 SIZE: Final = 100
 """Rows of a page."""
 
@@ -35,7 +35,7 @@ async def jobs(request: Request) -> Response:
     wanted = form.text("id")
     archive, trouble = None, ""
     try:
-        archive = await room_of(request).archive()
+        archive = await monitor_of(request).archive()
     except StreamworkerError as error:
         trouble = str(error)
     values: dict[str, Any] = {"durable": archive is not None, "ledger_trouble": trouble}
@@ -45,7 +45,7 @@ async def jobs(request: Request) -> Response:
         queue = rows[0].queue if rows else asked.queue
         values |= await _one(request, archive, wanted, queue)
         return render(request, "job.html", title=printable(wanted), wanted=wanted, queue=queue, **values)
-    look = await room_of(request).looked()
+    look = await monitor_of(request).looked()
     values |= {"asked": asked, "rows": [job_row(job) for job in rows], "after": after}
     return render(request, "jobs.html", title="Jobs", queues=names(look), statuses=get_args(Status), **values)
 
@@ -64,10 +64,10 @@ async def _one(request: Request, archive: Archive | None, wanted: str, queue: st
 
 
 async def remembered(request: Request) -> Response:
-    """What the ledger remembers of a job that may be private. Whoever looks is remembered."""
+    """What the ledger remembers of a job that may be private. The log says who looked."""
     if not access_of(request).payloads:
         raise UsageError("payloads are shown only where a password is asked for, or on this machine")
-    archive, form = await room_of(request).archive(), query(request)
+    archive, form = await monitor_of(request).archive(), query(request)
     wanted = form.must("id")
     job = await archive.find(wanted, form.queue()) if archive is not None else None
     if job is None:
