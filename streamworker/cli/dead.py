@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 from cyclopts import App, Parameter
 from cyclopts.validators import Number
 
 from streamworker.broker import Operator, StoredJob
-from streamworker.cli.bulk import BulkAction, act, narrowed, stored_names, without_bodies
-from streamworker.cli.options import (
-    ACTION,
-    LISTING,
-    SERVER,
-    ActionFlags,
-    Listing,
-    QueueName,
-    ServerFlags,
-    fleet,
-    operate,
-)
-from streamworker.cli.output import Column, detail, print_lines, show
-from streamworker.cli.streams import say
-from streamworker.errors import UsageError
-from streamworker.views import DeadRow, Selection, age, chosen_dead, dead_row, printable
+from streamworker.cli.options import ACTION, LISTING, SERVER, ActionFlags, Listing, NamedIds, QueueName, ServerFlags
+from streamworker.cli.output import Column
+from streamworker.cli.resource import Resource, narrowed
+from streamworker.views import DeadRow, Selection, age, chosen_dead, dead_row
 
 dead = App(name="dead", help="Jobs that failed for good, and why.")
 
@@ -41,7 +28,20 @@ _COLUMNS: Final[list[Column[DeadRow]]] = [
     Column("error", lambda row: row.error or row.reason, rest=True),
 ]
 
-NamedIds = Annotated[tuple[str, ...], Parameter(name="--id", help="The same, once per id.")]
+
+async def _body(_: Operator, job: StoredJob) -> bytes | None:
+    return job.body
+
+
+def _more(job: StoredJob, private: bool) -> dict[str, Any]:
+    # Fields of an entry that had no document are the producer's, and as private as a payload.
+    foreign = {name: value for name, value in job.details.items() if name.startswith("field:")}
+    return {"pending_entry": job.details.get("entry", "")} | (foreign if private else {})
+
+
+_DEAD: Final = Resource(
+    "dead", "dead letter", chosen_dead, lambda job: dead_row(job, time.time()), _COLUMNS, _body, _more
+)
 
 
 @Parameter(name="*")
@@ -79,17 +79,7 @@ def list_(
         queue: Only of this queue.
         payload: Print the documents too.
     """
-    selection = _selection((), queue, conditions)
-
-    async def work(operator: Operator) -> int:
-        async def rows() -> AsyncIterator[tuple[DeadRow, bytes | None]]:
-            async for job in chosen_dead(operator, selection):
-                yield dead_row(job, time.time()), job.body
-
-        above = fleet(operator, listing, queue)
-        return await show(listing, rows, _COLUMNS, title="dead letters", payload=payload, fleet=above)
-
-    return operate(server, work, endless=listing.watch)
+    return _DEAD.list(_selection((), queue, conditions), listing, server, payload=payload)
 
 
 @dead.command(name="show")
@@ -109,27 +99,7 @@ def show_(
         payload: Print the documents too.
         json: One JSON object per line, for programs.
     """
-    wanted = (*ids, *named)
-    if not wanted:
-        raise UsageError("say which: streamworker dead show ID")
-    selection = Selection(queue=queue, ids=frozenset(wanted))
-
-    async def work(operator: Operator) -> int:
-        found: set[str | None] = set()
-        async for job in chosen_dead(operator, selection):
-            if found and not json:
-                print_lines([("--", "")])
-            found |= {job.handle, job.job_id}
-            # Fields of an entry that had no document are the producer's, and as private as a payload.
-            foreign = {name: value for name, value in job.details.items() if name.startswith("field:")}
-            more = {"pending_entry": job.details.get("entry", "")} | (foreign if payload else {})
-            detail(dead_row(job, time.time()), job.body, payload=payload, json=json, more=more)
-        missing = [name for name in wanted if name not in found]
-        for name in missing:
-            say(f"there is no dead letter {printable(name)}")
-        return int(bool(missing))
-
-    return operate(server, work)
+    return _DEAD.show((*ids, *named), queue, server, payload=payload, json=json)
 
 
 @dead.command
@@ -152,7 +122,7 @@ def retry(
         rate: So many a second at most; as fast as it goes unless given.
     """
     selection = narrowed(_selection(ids + named, queue, conditions), all, "retry")
-    return _change(("retry", "retried"), selection, acting, server, lambda it: it.replay, rate)
+    return _DEAD.change(("retry", "retried"), selection, acting, server, lambda it: it.replay, rate=rate)
 
 
 @dead.command
@@ -172,26 +142,11 @@ def drop(
         queue: In this queue.
         all: All of them.
     """
-    selection = _selection(ids + named, queue, conditions)
-    return _change(("drop", "dropped"), narrowed(selection, all, "drop"), acting, server, lambda it: it.erase)
+    selection = narrowed(_selection(ids + named, queue, conditions), all, "drop")
+    return _DEAD.change(("drop", "dropped"), selection, acting, server, lambda it: it.erase)
 
 
 def _selection(ids: tuple[str, ...], queue: str | None, conditions: DeadConditions) -> Selection:
     return Selection(
         queue=queue, ids=frozenset(ids), kind=conditions.kind, reason=conditions.reason, text=conditions.search
     )
-
-
-def _change(
-    words: tuple[str, str],
-    selection: Selection,
-    acting: ActionFlags,
-    server: ServerFlags,
-    do: Callable[[Operator], Callable[[StoredJob], Awaitable[bool]]],
-    rate: float | None = None,
-) -> int:
-    async def work(operator: Operator) -> int:
-        deed = BulkAction(*words, "dead letter", do(operator), stored_names)
-        return await act(acting, without_bodies(chosen_dead(operator, selection)), deed, selection.ids, rate=rate)
-
-    return operate(server, work)

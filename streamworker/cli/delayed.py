@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Annotated, Final
+from typing import Final
 
-from cyclopts import App, Parameter
+from cyclopts import App
 
 from streamworker.broker import Operator, StoredJob
-from streamworker.cli.bulk import BulkAction, act, narrowed, stored_names, without_bodies
-from streamworker.cli.options import (
-    ACTION,
-    LISTING,
-    SERVER,
-    ActionFlags,
-    Listing,
-    QueueName,
-    ServerFlags,
-    fleet,
-    operate,
-)
-from streamworker.cli.output import Column, show
+from streamworker.cli.options import ACTION, LISTING, SERVER, ActionFlags, Listing, NamedIds, QueueName, ServerFlags
+from streamworker.cli.output import Column
+from streamworker.cli.resource import Resource, narrowed
 from streamworker.views import DelayedRow, Selection, age, chosen_delayed, delayed_row
 
 delayed = App(name="delayed", help="Jobs that wait for their time, retries among them.")
@@ -36,7 +25,14 @@ _COLUMNS: Final[list[Column[DelayedRow]]] = [
     Column("entry", lambda row: row.entry_id, wide=True),
 ]
 
-NamedIds = Annotated[tuple[str, ...], Parameter(name="--id", help="The same, once per id.")]
+
+async def _body(_: Operator, job: StoredJob) -> bytes | None:
+    return job.body
+
+
+_DELAYED: Final = Resource(
+    "delayed", "delayed job", chosen_delayed, lambda job: delayed_row(job, time.time()), _COLUMNS, _body
+)
 
 
 @delayed.default
@@ -56,17 +52,7 @@ def list_(
         kind: Only of this kind.
         payload: Print the documents too.
     """
-    selection = Selection(queue=queue, kind=kind)
-
-    async def work(operator: Operator) -> int:
-        async def rows() -> AsyncIterator[tuple[DelayedRow, bytes | None]]:
-            async for job in chosen_delayed(operator, selection):
-                yield delayed_row(job, time.time()), job.body
-
-        above = fleet(operator, listing, queue)
-        return await show(listing, rows, _COLUMNS, title="delayed jobs", payload=payload, fleet=above)
-
-    return operate(server, work, endless=listing.watch)
+    return _DELAYED.list(Selection(queue=queue, kind=kind), listing, server, payload=payload)
 
 
 @delayed.command
@@ -88,7 +74,7 @@ def run(
         all: All of them.
     """
     selection = narrowed(Selection(queue=queue, ids=frozenset((*ids, *named)), kind=kind), all, "run")
-    return _change("make ready", "made ready", selection, acting, server, lambda operator: operator.run_now)
+    return _DELAYED.change(("make ready", "made ready"), selection, acting, server, lambda operator: operator.run_now)
 
 
 @delayed.command
@@ -110,19 +96,4 @@ def drop(
         all: All of them.
     """
     selection = narrowed(Selection(queue=queue, ids=frozenset((*ids, *named)), kind=kind), all, "drop")
-    return _change("drop", "dropped", selection, acting, server, lambda operator: operator.forget)
-
-
-def _change(
-    verb: str,
-    past: str,
-    selection: Selection,
-    acting: ActionFlags,
-    server: ServerFlags,
-    do: Callable[[Operator], Callable[[StoredJob], Awaitable[bool]]],
-) -> int:
-    async def work(operator: Operator) -> int:
-        deed = BulkAction(verb, past, "delayed job", do(operator), stored_names)
-        return await act(acting, without_bodies(chosen_delayed(operator, selection)), deed, selection.ids)
-
-    return operate(server, work)
+    return _DELAYED.change(("drop", "dropped"), selection, acting, server, lambda operator: operator.forget)

@@ -16,9 +16,19 @@ from streamworker import app
 from streamworker.app import App as StreamworkerApp
 from streamworker.broker import Operator
 from streamworker.cli import streams
-from streamworker.cli.bulk import BulkAction, act, agreed
-from streamworker.cli.options import ACTION, LISTING, WORKER, ActionFlags, Listing, QueueName, Seconds, WorkerFlags
+from streamworker.cli.options import (
+    ACTION,
+    LISTING,
+    WORKER,
+    ActionFlags,
+    Listing,
+    NamedIds,
+    QueueName,
+    Seconds,
+    WorkerFlags,
+)
 from streamworker.cli.output import Column, document, plain, print_json, print_lines, show
+from streamworker.cli.resource import BulkAction, act, agreed
 from streamworker.cli.streams import say
 from streamworker.errors import StreamworkerError, UsageError
 from streamworker.job import Progress
@@ -45,8 +55,6 @@ _COLUMNS: Final[list[Column[JobRow]]] = [
     Column("worker", lambda row: row.worker_id or "", wide=True),
     Column("error", lambda row: row.error or "", rest=True),
 ]
-
-NamedIds = Annotated[tuple[str, ...], Parameter(name="--id", help="The same, once per id.")]
 
 
 @Parameter(name="*")
@@ -183,8 +191,8 @@ def retry(
             return await archive.retry(job.queue, job.id)
 
         async with redis_too(settings) as operator:
-            deed = BulkAction("retry", "queued", "job", do, _names, barred)
-            return await act(acting, unambiguous(archive, wanted), deed, wanted.ids)
+            action = BulkAction("retry", "queued", "job", do, _names, barred)
+            return await act(acting, unambiguous(archive, wanted), action, wanted.ids)
 
     settings = flags.settings()
     return _ask(flags, work)
@@ -345,8 +353,8 @@ def cancel(
         async def do(job: _Target) -> bool:
             return await app.cancel(archive, operator, job.queue, job.job_id) != "ended"
 
-        deed = BulkAction("cancel", "cancelled", "job", do, msgspec.structs.asdict, barred)
-        return await act(acting, _targets(archive, wanted, queue), deed, wanted.ids)
+        action = BulkAction("cancel", "cancelled", "job", do, msgspec.structs.asdict, barred)
+        return await act(acting, _targets(archive, wanted, queue), action, wanted.ids)
 
     settings = flags.settings()
 
@@ -418,8 +426,8 @@ def reconcile(queue: QueueName = None, *, acting: ActionFlags = ACTION, flags: W
                     raise StreamworkerError("a run of it is in its transaction: try again when that has ended")
                 return bool(lost.queued)
 
-            deed = BulkAction("queue again", "queued again", "lost job", again, _names_of_missing)
-            return await act(acting, missing(), deed)
+            action = BulkAction("queue again", "queued again", "lost job", again, _names_of_missing)
+            return await act(acting, missing(), action)
 
     return anyio.run(main)
 

@@ -49,6 +49,7 @@ QueueName = Annotated[str | None, Parameter(validator=_queue)]
 OneQueue = Annotated[str, Parameter(validator=_queue)]
 QueueNames = Annotated[tuple[str, ...], Parameter(name="--queue", validator=_queues)]
 """Queues, each with a flag of its own."""
+NamedIds = Annotated[tuple[str, ...], Parameter(name="--id", help="The same, once per id.")]
 Seconds = Annotated[float, Parameter(validator=_wait)]
 """How long to wait, or how long ago."""
 

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 from cyclopts import App, Parameter
 
 from streamworker.broker import Operator, PendingEntry
-from streamworker.cli.bulk import BulkAction, act, narrowed
 from streamworker.cli.options import (
     ACTION,
     LISTING,
     SERVER,
     ActionFlags,
     Listing,
+    NamedIds,
     QueueName,
     Seconds,
     ServerFlags,
-    fleet,
-    operate,
 )
-from streamworker.cli.output import Column, detail, print_lines, show
-from streamworker.cli.streams import say
-from streamworker.errors import UsageError
-from streamworker.views import Selection, age, chosen_pending, printable
+from streamworker.cli.output import Column
+from streamworker.cli.resource import Resource, narrowed
+from streamworker.views import Selection, age, chosen_pending
 
 pending = App(name="pending", help="Jobs that were delivered to a worker and are not settled.")
 
@@ -42,7 +39,13 @@ _COLUMNS: Final[list[Column[PendingEntry]]] = [
 ]
 
 Ids = Annotated[tuple[str, ...], Parameter(help="Entry ids or job ids.")]
-NamedIds = Annotated[tuple[str, ...], Parameter(name="--id", help="The same, once per id.")]
+
+
+async def _body(operator: Operator, entry: PendingEntry) -> bytes | None:
+    return await operator.body(entry)
+
+
+_PENDING: Final = Resource("pending", "pending job", chosen_pending, lambda entry: entry, _COLUMNS, _body)
 
 
 @Parameter(name="*")
@@ -101,17 +104,7 @@ def list_(
         queue: Only of this queue.
         payload: Print the documents too.
     """
-    selection = conditions.selection(queue)
-
-    async def work(operator: Operator) -> int:
-        async def rows() -> AsyncIterator[tuple[PendingEntry, bytes | None]]:
-            async for entry in chosen_pending(operator, selection):
-                yield entry, await operator.body(entry) if payload else None
-
-        above = fleet(operator, listing, queue)
-        return await show(listing, rows, _COLUMNS, title="pending jobs", payload=payload, fleet=above)
-
-    return operate(server, work, endless=listing.watch)
+    return _PENDING.list(conditions.selection(queue), listing, server, payload=payload)
 
 
 @pending.command(name="show")
@@ -131,24 +124,7 @@ def show_(
         payload: Print the documents too.
         json: One JSON object per line, for programs.
     """
-    wanted = (*ids, *named)
-    if not wanted:
-        raise UsageError("say which: streamworker pending show ID")
-    selection = Selection(queue=queue, ids=frozenset(wanted))
-
-    async def work(operator: Operator) -> int:
-        found: set[str | None] = set()
-        async for entry in chosen_pending(operator, selection):
-            if found and not json:
-                print_lines([("--", "")])
-            found |= {entry.entry_id, entry.job_id}
-            detail(entry, await operator.body(entry), payload=payload, json=json)
-        missing = [name for name in wanted if name not in found]
-        for name in missing:
-            say(f"there is no pending job {printable(name)}")
-        return int(bool(missing))
-
-    return operate(server, work)
+    return _PENDING.show((*ids, *named), queue, server, payload=payload, json=json)
 
 
 @pending.command
@@ -220,12 +196,4 @@ def _change(
             return f"the worker {entry.worker_id} is alive and may be running it; --force changes it all the same"
         return None
 
-    async def work(operator: Operator) -> int:
-        deed = BulkAction(*words, "pending job", do(operator), _names, barred)
-        return await act(acting, chosen_pending(operator, selection), deed, ids)
-
-    return operate(server, work)
-
-
-def _names(entry: PendingEntry) -> dict[str, Any]:
-    return {"queue": entry.queue, "entry_id": entry.entry_id, "job_id": entry.job_id, "kind": entry.kind}
+    return _PENDING.change(words, selection, acting, server, do, barred=barred)

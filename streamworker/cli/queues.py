@@ -12,9 +12,9 @@ from cyclopts import App, Parameter
 
 from streamworker.broker import Operator, Place
 from streamworker.cli import streams
-from streamworker.cli.bulk import agreed
 from streamworker.cli.options import LISTING, SERVER, Listing, OneQueue, QueueName, ServerFlags, fleet, operate
 from streamworker.cli.output import Column, plain, show
+from streamworker.cli.resource import agreed
 from streamworker.cli.streams import Report, say
 from streamworker.errors import UsageError
 from streamworker.views import Pace, QueueRow, age, moment, overview

@@ -9,7 +9,6 @@ from typing import Any, Final
 from cyclopts import App
 
 from streamworker.broker import Operator, WorkerInfo
-from streamworker.cli.bulk import BulkAction, act
 from streamworker.cli.options import (
     ACTION,
     LISTING,
@@ -22,6 +21,7 @@ from streamworker.cli.options import (
     operate,
 )
 from streamworker.cli.output import Column, show
+from streamworker.cli.resource import BulkAction, act
 from streamworker.errors import UsageError
 from streamworker.views import WorkerRow, age, size, worker_row
 
@@ -88,8 +88,8 @@ def prune(*ids: str, all: bool = False, acting: ActionFlags = ACTION, server: Se
         async def do(info: WorkerInfo) -> bool:
             return await operator.prune(queues, info.worker_id)
 
-        deed = BulkAction("prune", "pruned", "dead worker", do, _names, _barred)
-        return await act(acting, items(), deed, ids)
+        action = BulkAction("prune", "pruned", "dead worker", do, _names, _barred)
+        return await act(acting, items(), action, ids)
 
     return operate(server, work)
 

@@ -1,0 +1,279 @@
+"""Jobs as a command lists, shows and changes them: one description of a resource, and the actions on many jobs."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from typing import Any, Generic, NamedTuple
+
+import msgspec
+from typing_extensions import TypeVar
+
+from streamworker.broker import Operator, StoredJob
+from streamworker.cli.options import ActionFlags, Listing, ServerFlags, fleet, operate
+from streamworker.cli.output import Column, detail, json_line, print_lines, sentence_of, show
+from streamworker.cli.streams import Report, say
+from streamworker.errors import StreamworkerError, UsageError
+from streamworker.views import Selection, Throttle, printable
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class BulkAction(NamedTuple, Generic[T]):
+    """A change.
+
+    Attributes:
+        verb: what is done ("release").
+        past: what was done then ("released").
+        noun: to what, in the singular ("pending job").
+        do: does it; False if it did not hold any more.
+        names: the item's identity, as printed in JSON.
+        barred: why it must not be done without --force; ``None`` if it may.
+    """
+
+    verb: str
+    past: str
+    noun: str
+    do: Callable[[T], Awaitable[bool]]
+    names: Callable[[T], dict[str, Any]]
+    barred: Callable[[T], str | None] = lambda _: None
+
+
+def narrowed(selection: Selection, everything: bool, verb: str) -> Selection:
+    """The selection, if it says which jobs are meant.
+
+    Raises:
+        UsageError: it does not.
+    """
+    says = (
+        selection.ids or selection.worker or selection.min_idle or selection.kind or selection.reason or selection.text
+    )
+    if says and everything:
+        raise UsageError("--all and other conditions contradict each other: keep one of them")
+    if not says and not everything:
+        raise UsageError(f"say what to {verb}: ids, a condition, or --all")
+    return selection
+
+
+class Resource(NamedTuple, Generic[T, R]):
+    """Jobs in one state, as ``list``, ``show`` and the actions of their command use them.
+
+    Attributes:
+        command: its name.
+        noun: one of the jobs, in the singular ("dead letter").
+        choose: the jobs that fit a selection.
+        row: a job as its listing shows it.
+        columns: of the listing.
+        body: the document of a job.
+        more: further facts for ``show``; the second argument says whether private ones are wanted.
+    """
+
+    command: str
+    noun: str
+    choose: Callable[[Operator, Selection], AsyncIterator[T]]
+    row: Callable[[T], R]
+    columns: Sequence[Column[R]]
+    body: Callable[[Operator, T], Awaitable[bytes | None]]
+    more: Callable[[T, bool], dict[str, Any]] = lambda _, __: {}
+
+    def list(self, selection: Selection, listing: Listing, server: ServerFlags, *, payload: bool) -> int:
+        """Print the jobs that fit."""
+
+        async def work(operator: Operator) -> int:
+            async def rows() -> AsyncIterator[tuple[R, bytes | None]]:
+                async for job in self.choose(operator, selection):
+                    yield self.row(job), await self.body(operator, job) if payload else None
+
+            above = fleet(operator, listing, selection.queue)
+            return await show(listing, rows, self.columns, title=f"{self.noun}s", payload=payload, fleet=above)
+
+        return operate(server, work, endless=listing.watch)
+
+    def show(self, ids: Sequence[str], queue: str | None, server: ServerFlags, *, payload: bool, json: bool) -> int:
+        """Print everything about the jobs with these ids; 1 if one of them is not there.
+
+        Raises:
+            UsageError: no id was given.
+        """
+        if not ids:
+            raise UsageError(f"say which: streamworker {self.command} show ID")
+
+        async def work(operator: Operator) -> int:
+            found: set[str | None] = set()
+            async for job in self.choose(operator, Selection(queue=queue, ids=frozenset(ids))):
+                if found and not json:
+                    print_lines([("--", "")])
+                names = job_names(job)
+                found |= {names["entry_id"], names["job_id"]}
+                body, more = await self.body(operator, job), self.more(job, payload)
+                detail(self.row(job), body, payload=payload, json=json, more=more)
+            missing = [name for name in ids if name not in found]
+            for name in missing:
+                say(f"there is no {self.noun} {printable(name)}")
+            return int(bool(missing))
+
+        return operate(server, work)
+
+    def change(
+        self,
+        words: tuple[str, str],
+        selection: Selection,
+        acting: ActionFlags,
+        server: ServerFlags,
+        do: Callable[[Operator], Callable[[T], Awaitable[bool]]],
+        *,
+        barred: Callable[[T], str | None] = lambda _: None,
+        rate: float | None = None,
+    ) -> int:
+        """Act on the jobs that fit.
+
+        Args:
+            words: the action, as an infinitive and as a participle.
+            selection: which jobs.
+            acting: how.
+            server: flags of settings.
+            do: makes the action.
+            barred: as in `BulkAction`.
+            rate: jobs a second at most.
+        """
+
+        async def work(operator: Operator) -> int:
+            action = BulkAction(*words, self.noun, do(operator), job_names, barred)
+            return await act(
+                acting, _without_bodies(self.choose(operator, selection)), action, selection.ids, rate=rate
+            )
+
+        return operate(server, work)
+
+
+def job_names(job: Any) -> dict[str, Any]:
+    """The identity of a pending job, a delayed one or a dead letter, as it is printed."""
+    entry_id = job.handle if isinstance(job, StoredJob) else job.entry_id
+    return {"queue": job.queue, "entry_id": entry_id, "job_id": job.job_id, "kind": job.kind}
+
+
+async def _without_bodies(jobs: AsyncIterator[T]) -> AsyncIterator[T]:
+    """The jobs without their documents: thousands of them need not be kept until the last is confirmed."""
+    async for job in jobs:
+        yield msgspec.structs.replace(job, body=None) if isinstance(job, StoredJob) else job
+
+
+async def act(
+    acting: ActionFlags,
+    items: AsyncIterator[T],
+    action: BulkAction[T],
+    wanted: Collection[str] = (),
+    *,
+    rate: float | None = None,
+) -> int:
+    """Apply the action to the items, whether or not the reader of standard output is still there.
+
+    All are read first: a job that is released may come by again.
+
+    Args:
+        acting: how.
+        items: what fits.
+        action: what is done.
+        wanted: ids that were named; each that no item has is said.
+        rate: items a second at most; ``None`` for as fast as it goes.
+
+    Returns:
+        0, or 1 if something that was named is not there, or could not be done.
+
+    Raises:
+        StreamworkerError: not all could be said, or done.
+    """
+    report = Report()
+    free, code = await _chosen(acting, items, action, wanted, report)
+    if free:
+        code = max(code, await _do(acting, action, free, report, rate))
+    report.end()
+    return code
+
+
+async def _chosen(
+    acting: ActionFlags, items: AsyncIterator[T], action: BulkAction[T], wanted: Collection[str], report: Report
+) -> tuple[list[T], int]:
+    """(what is to be done and was agreed to, the exit code so far)."""
+    chosen: list[T] = []
+    async for item in items:
+        chosen.append(item)
+        if len(chosen) == acting.limit:
+            break
+    known = {str(value) for item in chosen for value in action.names(item).values()}
+    missing = [] if acting.limit == len(chosen) else sorted(set(wanted) - known)
+    for name in missing:
+        say(f"there is no {action.noun} {printable(name)}")
+    free = [item for item in chosen if action.barred(item) is None]
+    for item in chosen:
+        reason = action.barred(item)
+        if reason is not None:
+            _tell(acting, report, action.names(item), "skipped", reason)
+    bad = bool(missing) or (len(free) < len(chosen) and bool(wanted))
+    if not free:
+        if not chosen and not missing:
+            say(f"no {action.noun} fits")
+        return [], int(bad)
+    if acting.dry_run:
+        for item in free:
+            _tell(acting, report, action.names(item), f"would be {action.past}")
+        return [], int(bad)
+    if not acting.yes and not agreed(f"{action.verb} {_count(len(free), action.noun)}?"):
+        say("nothing was changed")
+        return [], 1
+    return free, int(bad)
+
+
+async def _do(
+    acting: ActionFlags, action: BulkAction[T], items: Sequence[T], report: Report, rate: float | None
+) -> int:
+    tally: Counter[str] = Counter()
+    pace = Throttle(rate)
+    try:
+        for item in items:
+            await pace.turn()
+            reason = ""
+            try:
+                result = action.past if await action.do(item) else "gone"
+            except StreamworkerError as error:
+                result, reason = "refused", sentence_of(error)
+            tally[result] += 1
+            if acting.json or result == "refused":
+                _tell(acting, report, action.names(item), result, reason)
+    finally:
+        # Also when the server went away in the middle: what is done is done.
+        if not acting.json:
+            report.write(f"{action.past} {_count(tally[action.past], action.noun)}\n")
+        if tally["gone"]:
+            say(f"{_count(tally['gone'], action.noun)} moved on meanwhile and were left alone")
+    return int(tally["refused"] > 0)
+
+
+def _tell(acting: ActionFlags, report: Report, names: dict[str, Any], result: str, reason: str = "") -> None:
+    if acting.json:
+        report.write(json_line({**names, "result": result, **({"reason": reason} if reason else {})}))
+        return
+    what = printable(" ".join(str(value) for value in names.values() if value is not None))
+    if reason:
+        say(f"{result}: {what}: {printable(reason)}")
+    else:
+        report.write(f"{result}: {what}\n")
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def agreed(question: str) -> bool:
+    """Ask on a terminal.
+
+    Raises:
+        UsageError: there is no terminal to ask on.
+    """
+    if not sys.stdin.isatty():
+        raise UsageError(f"{question} Nobody is there to answer: add --yes, or --dry-run to see what would be done.")
+    sys.stderr.write(f"{question} [y/N] ")
+    sys.stderr.flush()
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
