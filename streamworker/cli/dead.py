@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final
 from cyclopts import App, Parameter
 from cyclopts.validators import Number
 
-from streamworker.broker import Operator, StoredJob
+from streamworker.broker import StoredJob
 from streamworker.cli.options import ACTION, LISTING, SERVER, ActionFlags, Listing, NamedIds, QueueName, ServerFlags
 from streamworker.cli.output import Column
 from streamworker.cli.resource import Resource, narrowed
@@ -29,19 +29,13 @@ _COLUMNS: Final[list[Column[DeadRow]]] = [
 ]
 
 
-async def _body(_: Operator, job: StoredJob) -> bytes | None:
-    return job.body
-
-
 def _more(job: StoredJob, private: bool) -> dict[str, Any]:
     # Fields of an entry that had no document are the producer's, and as private as a payload.
     foreign = {name: value for name, value in job.details.items() if name.startswith("field:")}
     return {"pending_entry": job.details.get("entry", "")} | (foreign if private else {})
 
 
-_DEAD: Final = Resource(
-    "dead", "dead letter", chosen_dead, lambda job: dead_row(job, time.time()), _COLUMNS, _body, _more
-)
+_DEAD: Final = Resource("dead", "dead letter", chosen_dead, lambda job: dead_row(job, time.time()), _COLUMNS, _more)
 
 
 @Parameter(name="*")

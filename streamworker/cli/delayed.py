@@ -7,7 +7,6 @@ from typing import Final
 
 from cyclopts import App
 
-from streamworker.broker import Operator, StoredJob
 from streamworker.cli.options import ACTION, LISTING, SERVER, ActionFlags, Listing, NamedIds, QueueName, ServerFlags
 from streamworker.cli.output import Column
 from streamworker.cli.resource import Resource, narrowed
@@ -26,12 +25,8 @@ _COLUMNS: Final[list[Column[DelayedRow]]] = [
 ]
 
 
-async def _body(_: Operator, job: StoredJob) -> bytes | None:
-    return job.body
-
-
 _DELAYED: Final = Resource(
-    "delayed", "delayed job", chosen_delayed, lambda job: delayed_row(job, time.time()), _COLUMNS, _body
+    "delayed", "delayed job", chosen_delayed, lambda job: delayed_row(job, time.time()), _COLUMNS
 )
 
 

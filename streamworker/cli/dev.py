@@ -57,7 +57,7 @@ def dev(app: str | None = None, *, flags: WorkerFlags = WORKER) -> int:
             # Held here, so that the servers outlive the restarts of the worker.
             servers = stack.enter_context(embedded.acquire(settings.state_dir))
             os.environ[f"{PREFIX}REDIS_URL"] = EMBEDDED
-            if settings.database_url is None:  # nobody else's: it may be brought up to date unasked
+            if settings.database_url is None:  # it is ours alone: it may be brought up to date unasked
                 anyio.run(_migrate, msgspec.structs.replace(settings, redis_url=EMBEDDED))
             log.info("embedded_servers", redis_url=servers.redis_url, database_url=servers.database_url)
         stack.enter_context(_dashboard())

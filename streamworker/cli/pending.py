@@ -41,11 +41,7 @@ _COLUMNS: Final[list[Column[PendingEntry]]] = [
 Ids = Annotated[tuple[str, ...], Parameter(help="Entry ids or job ids.")]
 
 
-async def _body(operator: Operator, entry: PendingEntry) -> bytes | None:
-    return await operator.body(entry)
-
-
-_PENDING: Final = Resource("pending", "pending job", chosen_pending, lambda entry: entry, _COLUMNS, _body)
+_PENDING: Final = Resource("pending", "pending job", chosen_pending, lambda entry: entry, _COLUMNS)
 
 
 @Parameter(name="*")

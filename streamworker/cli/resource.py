@@ -10,7 +10,7 @@ from typing import Any, Generic, NamedTuple
 import msgspec
 from typing_extensions import TypeVar
 
-from streamworker.broker import Operator, StoredJob
+from streamworker.broker import Operator, PendingEntry, StoredJob
 from streamworker.cli.options import ActionFlags, Listing, ServerFlags, fleet, operate
 from streamworker.cli.output import Column, detail, json_line, print_lines, sentence_of, show
 from streamworker.cli.streams import Report, say
@@ -19,6 +19,7 @@ from streamworker.views import Selection, Throttle, printable
 
 T = TypeVar("T")
 R = TypeVar("R")
+J = TypeVar("J", bound=StoredJob | PendingEntry)
 
 
 class BulkAction(NamedTuple, Generic[T]):
@@ -57,7 +58,7 @@ def narrowed(selection: Selection, everything: bool, verb: str) -> Selection:
     return selection
 
 
-class Resource(NamedTuple, Generic[T, R]):
+class Resource(NamedTuple, Generic[J, R]):
     """Jobs in one state, as ``list``, ``show`` and the actions of their command use them.
 
     Attributes:
@@ -66,17 +67,15 @@ class Resource(NamedTuple, Generic[T, R]):
         choose: the jobs that fit a selection.
         row: a job as its listing shows it.
         columns: of the listing.
-        body: the document of a job.
         more: further facts for ``show``; the second argument says whether private ones are wanted.
     """
 
     command: str
     noun: str
-    choose: Callable[[Operator, Selection], AsyncIterator[T]]
-    row: Callable[[T], R]
+    choose: Callable[[Operator, Selection], AsyncIterator[J]]
+    row: Callable[[J], R]
     columns: Sequence[Column[R]]
-    body: Callable[[Operator, T], Awaitable[bytes | None]]
-    more: Callable[[T, bool], dict[str, Any]] = lambda _, __: {}
+    more: Callable[[J, bool], dict[str, Any]] = lambda _, __: {}
 
     def list(self, selection: Selection, listing: Listing, server: ServerFlags, *, payload: bool) -> int:
         """Print the jobs that fit."""
@@ -84,7 +83,7 @@ class Resource(NamedTuple, Generic[T, R]):
         async def work(operator: Operator) -> int:
             async def rows() -> AsyncIterator[tuple[R, bytes | None]]:
                 async for job in self.choose(operator, selection):
-                    yield self.row(job), await self.body(operator, job) if payload else None
+                    yield self.row(job), await _body(operator, job) if payload else None
 
             above = fleet(operator, listing, selection.queue)
             return await show(listing, rows, self.columns, title=f"{self.noun}s", payload=payload, fleet=above)
@@ -107,7 +106,7 @@ class Resource(NamedTuple, Generic[T, R]):
                     print_lines([("--", "")])
                 names = job_names(job)
                 found |= {names["entry_id"], names["job_id"]}
-                body, more = await self.body(operator, job), self.more(job, payload)
+                body, more = await _body(operator, job), self.more(job, payload)
                 detail(self.row(job), body, payload=payload, json=json, more=more)
             missing = [name for name in ids if name not in found]
             for name in missing:
@@ -122,9 +121,9 @@ class Resource(NamedTuple, Generic[T, R]):
         selection: Selection,
         acting: ActionFlags,
         server: ServerFlags,
-        do: Callable[[Operator], Callable[[T], Awaitable[bool]]],
+        do: Callable[[Operator], Callable[[J], Awaitable[bool]]],
         *,
-        barred: Callable[[T], str | None] = lambda _: None,
+        barred: Callable[[J], str | None] = lambda _: None,
         rate: float | None = None,
     ) -> int:
         """Act on the jobs that fit.
@@ -148,13 +147,17 @@ class Resource(NamedTuple, Generic[T, R]):
         return operate(server, work)
 
 
-def job_names(job: Any) -> dict[str, Any]:
+def job_names(job: StoredJob | PendingEntry) -> dict[str, Any]:
     """The identity of a pending job, a delayed one or a dead letter, as it is printed."""
     entry_id = job.handle if isinstance(job, StoredJob) else job.entry_id
     return {"queue": job.queue, "entry_id": entry_id, "job_id": job.job_id, "kind": job.kind}
 
 
-async def _without_bodies(jobs: AsyncIterator[T]) -> AsyncIterator[T]:
+async def _body(operator: Operator, job: StoredJob | PendingEntry) -> bytes | None:
+    return job.body if isinstance(job, StoredJob) else await operator.body(job)
+
+
+async def _without_bodies(jobs: AsyncIterator[J]) -> AsyncIterator[J]:
     """The jobs without their documents: thousands of them need not be kept until the last is confirmed."""
     async for job in jobs:
         yield msgspec.structs.replace(job, body=None) if isinstance(job, StoredJob) else job
