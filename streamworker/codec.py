@@ -20,7 +20,7 @@ import msgspec
 import uuid_utils
 
 from streamworker.errors import InvalidJob, JobTooLarge
-from streamworker.job import Claim, Job, Level, Outgoing
+from streamworker.job import Claim, Job, Level, PackedJob
 from streamworker.payload import Payload, fit_of
 
 MAX_ID_BYTES: Final = 200
@@ -216,7 +216,7 @@ def level_of(priority: int | str | None) -> Level:
     raise ValueError(f"priority={priority!r} must be 'high', 'normal', 'low' or a number")
 
 
-def pack(job: Job, *, max_bytes: int, key_ttl: float) -> Outgoing:
+def pack(job: Job, *, max_bytes: int, key_ttl: float) -> PackedJob:
     """Encode a job for a broker.
 
     Args:
@@ -255,7 +255,7 @@ def pack(job: Job, *, max_bytes: int, key_ttl: float) -> Outgoing:
         )
     run_at = job.run_at.timestamp() if job.run_at is not None else None
     ttl = key_ttl if job.key_ttl is None else job.key_ttl
-    return Outgoing(job.id, job.queue, job.level, body, job.delay, run_at, job.key, ttl)
+    return PackedJob(job.id, job.queue, job.level, body, job.delay, run_at, job.key, ttl)
 
 
 def check_depth(body: bytes) -> None:

@@ -1,8 +1,8 @@
-"""What moves through the house: a Job, the Claim on it, the Outcome of running it, the Verdict on the outcome.
+"""The values that stages pass on: a Job, the Claim on it, the Outcome of its run, the Verdict on the outcome.
 
-Frozen values without behaviour. A job is data all the way: ``app.enqueue`` makes an `Outgoing`, the broker hands out
-`Claim`, ``execute`` turns a claim into an `Outcome`, ``policy.judge`` turns that into a `Verdict`, and the broker
-settles (claim, verdict). Times are seconds since the epoch; only the brokers know milliseconds.
+Frozen, without behaviour. ``app.enqueue`` makes a `PackedJob`, the broker delivers a `Claim`, the executor turns it
+into an `Outcome`, ``policy.judge`` turns that into a `Verdict`, and the broker settles (claim, verdict).
+Times are seconds since the epoch; only the brokers know milliseconds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import msgspec
 
 Level: TypeAlias = Literal["high", "normal", "low"]
 LEVELS: tuple[Level, Level, Level] = ("high", "normal", "low")
-"""The levels of a queue, in the order they are taken."""
+"""The levels of a queue, in the order of claims."""
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,12 +30,12 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         attempts: failed attempts so far.
         max_attempts: attempts allowed; ``None`` leaves it to the handler.
         hop: how often the job was put on a stream again.
-        created_at: when the producer made it, if it said so.
+        created_at: when the producer made it, if the document says so.
         run_at: not before this moment.
         delay: seconds to wait from the moment of enqueueing; only on jobs to be enqueued.
         key: deduplication key; only on jobs to be enqueued.
         key_ttl: seconds the key is remembered; ``None`` takes ``STREAMWORKER_KEY_TTL``.
-        headers: what travels with the job besides its payload.
+        headers: the user's, beside the payload.
     """
 
     id: str
@@ -66,8 +66,8 @@ class Enqueued(msgspec.Struct, frozen=True):
     new: bool
 
 
-class Outgoing(msgspec.Struct, frozen=True):
-    """A job on its way to a broker: the bytes, and what the broker must know without reading them."""
+class PackedJob(msgspec.Struct, frozen=True):
+    """A job as the broker stores it: the document's bytes, and what the broker needs without decoding them."""
 
     id: str
     queue: str
@@ -80,20 +80,20 @@ class Outgoing(msgspec.Struct, frozen=True):
 
 
 class Claim(msgspec.Struct, frozen=True, gc=False):
-    """A job delivered to this worker. (place, entry, consumer, count) is the fence every ending is checked against.
+    """A job delivered to this worker. (place, entry, consumer, count) is the fence that every settlement checks.
 
     Attributes:
         queue: the queue it came from.
-        level: the level of the key it lay in; retries return there.
-        place: the stream or list it is claimed in.
+        level: of the key it was claimed from; retries return there.
+        place: the stream or list it was claimed from.
         entry: its id there.
         count: how often the server delivered this entry.
         body: the document's bytes; ``None`` if the entry holds no document.
-        epoch: what ids of the place's entries are derived from; entry ids repeat across epochs. Empty in lists, where
-            entries are UUIDs and never repeat.
+        epoch: of the place; job ids are derived from it and the entry, because entry ids repeat across epochs. Empty in
+            lists, where entries are UUIDs and never repeat.
         suspect: it was delivered so often that it must be confirmed and then run alone.
-        cancelled: somebody cancelled the job: it must not start any more.
-        secret: what the queue's state of jobs is sealed with (`marks`); empty where it is not known.
+        cancelled: the job was cancelled: it must not start any more.
+        secret: seals the state of the queue's jobs (`codec.State`); empty if it is not known.
     """
 
     queue: str
@@ -124,7 +124,7 @@ class Raised(msgspec.Struct, frozen=True):
 
 
 class TimedOut(msgspec.Struct, frozen=True):
-    """The handler was still running at its deadline, ``after`` seconds; ``waiting`` says for what, if that is known."""
+    """The handler was still running at its deadline, ``after`` seconds; ``waiting`` says for what, if it is known."""
 
     after: float
     waiting: str = ""
@@ -136,7 +136,7 @@ class TimedOut(msgspec.Struct, frozen=True):
 
 
 class Interrupted(msgspec.Struct, frozen=True):
-    """The handler was stopped for reasons not its own: shutdown, a lost claim, or other code cancelled its task.
+    """The handler was stopped from outside: by shutdown, a lost claim, or other code that cancelled its task.
 
     Attributes:
         reason: in a few words.
@@ -148,7 +148,7 @@ class Interrupted(msgspec.Struct, frozen=True):
 
 
 class Cancelled(msgspec.Struct, frozen=True):
-    """Somebody cancelled the job, before it started or while it ran."""
+    """The job was cancelled, before it started or while it ran."""
 
 
 class Undecodable(msgspec.Struct, frozen=True):
@@ -165,18 +165,18 @@ class UnknownKind(msgspec.Struct, frozen=True):
 
 
 class Postponed(msgspec.Struct, frozen=True):
-    """The document says not before ``until`` (epoch seconds), and that is still to come."""
+    """The document's ``run_at`` is in the future: ``until``, in epoch seconds."""
 
     until: float
 
 
 class Deferred(msgspec.Struct, frozen=True):
-    """A limit of its kind does not let it run before ``until`` (epoch seconds), unless it is called sooner.
+    """A limit of its kind does not let it run before ``until`` (epoch seconds), unless a permit is free sooner.
 
     Attributes:
-        until: when it comes again by itself.
-        turn: what it brings along then, see `marks.State`.
-        member: what it is called by while it waits: its member in the due set.
+        until: when it is due again.
+        turn: its place in the order of those that wait, see `codec.State`.
+        member: its member in the due set while it waits.
     """
 
     until: float
@@ -191,7 +191,7 @@ class Abandoned(msgspec.Struct, frozen=True):
 
 
 class Recorded(msgspec.Struct, frozen=True):
-    """The ledger knows what is to be done with the job, whatever happened here; ``why`` in a word or two."""
+    """The ledger has a verdict for the job already; ``why`` in a word or two."""
 
     verdict: Verdict
     why: str
@@ -220,7 +220,7 @@ class Done(msgspec.Struct, frozen=True):
 
 
 class Drop(msgspec.Struct, frozen=True):
-    """Ended for good without having been done: acknowledge and delete, and forget that it was cancelled."""
+    """Cancelled: acknowledge and delete, and delete the mark of the cancellation."""
 
 
 class RetryAt(msgspec.Struct, frozen=True):
@@ -231,7 +231,7 @@ class RetryAt(msgspec.Struct, frozen=True):
 
 
 class Dead(msgspec.Struct, frozen=True):
-    """Move to the dead letters, bytes kept; ``charged`` tells whether this run counts as a failed attempt."""
+    """Move to the dead letters, bytes kept; ``charged``: whether this run counts as a failed attempt."""
 
     reason: str
     error: str = ""
@@ -239,7 +239,7 @@ class Dead(msgspec.Struct, frozen=True):
 
 
 class ReleaseAt(msgspec.Struct, frozen=True):
-    """Give back uncharged: at once (``at=None``), or at ``at`` (epoch seconds).
+    """Release uncharged: at once (``at=None``), or at ``at`` (epoch seconds).
 
     ``unknown_since`` (epoch seconds) is remembered with the job, so that unknown kinds can end by age. ``turns`` is how
     often in a row it ran and came back uncharged, if it comes back later for that than it was meant to.
@@ -255,15 +255,15 @@ Verdict: TypeAlias = Done | Drop | RetryAt | Dead | ReleaseAt
 
 
 class Settled(enum.Enum):
-    """What became of one settled item."""
+    """The result of one settlement."""
 
     SETTLED = "settled"
-    LOST = "lost"  # somebody else's by now; losing is normal, silent and counted
+    LOST = "lost"  # another worker has the job by now; that is normal, silent and counted
     REFUSED = "refused"  # the server could not store it (out of memory): keep it and try again
 
 
 class Depth(msgspec.Struct, frozen=True):
-    """How much lies in one queue.
+    """How many jobs are in one queue.
 
     Attributes:
         ready: jobs waiting to be claimed.
@@ -271,8 +271,8 @@ class Depth(msgspec.Struct, frozen=True):
         delayed: jobs parked until later.
         dead: dead letters.
         oldest_age: seconds the oldest ready job has waited; ``None`` when none waits.
-        paused: nothing is claimed from it, whoever says so.
-        inactive: it is PostgreSQL that says so (``is_active`` is false), not an operator.
+        paused: nothing is claimed from it, by an operator or by PostgreSQL.
+        inactive: PostgreSQL pauses it (``is_active`` is false).
     """
 
     queue: str
@@ -286,7 +286,7 @@ class Depth(msgspec.Struct, frozen=True):
 
 
 class Moved(msgspec.Struct, frozen=True):
-    """What one batch of a bridge did to one level of a queue.
+    """The result of one batch of a bridge for one level of a queue.
 
     Attributes:
         queue: the queue's name.
@@ -295,7 +295,7 @@ class Moved(msgspec.Struct, frozen=True):
         bytes: how many bytes they have.
         left: how many wait to be moved.
         trouble: why the next one cannot be moved; empty if it can.
-        lasting: people have to end that trouble.
+        lasting: only an operator can end that trouble.
     """
 
     queue: str
@@ -308,13 +308,13 @@ class Moved(msgspec.Struct, frozen=True):
 
 
 class Progress(msgspec.Struct, frozen=True):
-    """A handler's word.
+    """The progress that a handler reports.
 
     Attributes:
-        done: how much of it is done.
-        total: of how much; ``None`` if nobody knows.
+        done: how much is done.
+        total: of how much; ``None`` if it is not known.
         note: what it is doing.
-        at: when it said so, in epoch seconds.
+        at: when it was reported, in epoch seconds.
     """
 
     done: float
@@ -337,7 +337,7 @@ _decoder = msgspec.json.Decoder(Progress)
 
 
 def read(told: bytes | None) -> Progress | None:
-    """What was written of it; ``None`` for anything else."""
+    """Decode a `Progress`; ``None`` for anything else."""
     try:
         return None if told is None else _decoder.decode(told)
     except msgspec.MsgspecError:

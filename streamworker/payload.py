@@ -32,10 +32,10 @@ def check_queue(name: str) -> str:
 
 
 class Fit(NamedTuple):
-    """What a payload's JSON text is checked with where it is enqueued.
+    """The checks of a payload's JSON text at enqueue.
 
     Attributes:
-        decode: the type's own decoder: what it does not take, no worker would.
+        decode: the type's own decoder: what it refuses, every worker would.
         finite: no field of it can hold a float, so that none can hold NaN or an infinity, which JSON writes as null.
         compares: a payload that equals what its JSON text is decoded to has lost none.
     """
@@ -63,7 +63,7 @@ class _PayloadMeta(msgspec.StructMeta):
         if not root:
             if kind is None or queue is None:
                 raise TypeError(f"{name} needs a kind and a queue: class {name}(Payload, kind='...', queue='...')")
-            if hasattr(aliases, "lower"):  # one string would be taken letter by letter
+            if hasattr(aliases, "lower"):  # a string would be split into letters
                 raise TypeError(f"{name}: aliases={aliases!r} must be a tuple of kinds")
             for each in (kind, *aliases):
                 if not KIND_NAME.fullmatch(each):
@@ -91,7 +91,7 @@ class Payload(msgspec.Struct, metaclass=_PayloadMeta):
 
 
 def fit_of(type_: type[Payload]) -> Fit:
-    """What payloads of a class are checked with, made when it is first asked for.
+    """The checks of a payload class, made at the first call.
 
     Raises:
         ConfigurationError: the class cannot be decoded.
@@ -137,7 +137,7 @@ def place_of(thing: Any, field: str | None = None) -> str:
 
 
 def _resolve(namespace: dict[str, Any], frame: Any) -> None:
-    """Evaluate annotations of a class inside a function while its names can be seen: later, only the module's can."""
+    """Evaluate annotations of a class inside a function while the function's names are in scope."""
     for name, annotation in namespace.get("__annotations__", {}).items():
         holder = type("_", (), {"__annotations__": {name: annotation}})
         try:
@@ -171,7 +171,7 @@ def _unresolved(type_: Any, seen: set[Any]) -> Iterator[str]:
 
 
 def _parts(info: Any) -> Iterator[Any]:
-    """All that a type is made of, as `msgspec.inspect` has it; itself included."""
+    """All types that a type is made of, as `msgspec.inspect` describes them; itself included."""
     waiting, seen = [info], set()
     while waiting:
         each = waiting.pop()

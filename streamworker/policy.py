@@ -1,12 +1,12 @@
-"""Outcome to Verdict: every rule about what happens to a job, and nothing else.
+"""Policy: the verdict of each outcome, and no other rule.
 
-Pure: no I/O, no clock, no randomness; the caller brings ``now`` (epoch seconds) and ``jitter`` (0 to 1).
+Pure: no I/O, no clock, no randomness; the caller passes ``now`` (epoch seconds) and ``jitter`` (0 to 1).
 
-The rules, in the order they are asked:
+The rules, in order:
 
 1. Ok is Done.
 2. A job whose workers died more than ``max_deliveries`` times is Dead before user code runs.
-3. What the handler wished (Retry, Snooze, Discard) is done; only Retry charges an attempt.
+3. Retry, Snooze and Discard, which handlers raise, are obeyed; only Retry charges an attempt.
 4. Raised and TimedOut charge an attempt: RetryAt while attempts remain, then Dead.
 5. Interrupted, Postponed and Deferred are ReleaseAt: shutdown, a limit, or a task that other code cancelled is no
    failed attempt.
@@ -15,7 +15,7 @@ The rules, in the order they are asked:
 8. Cancelled is Drop: no failure, no attempt, no dead letter.
 9. Recorded is what the ledger says.
 
-Besides, a job that ran and goes back uncharged again and again waits longer each time, see `least_wait`.
+Also, a job that ran and is released uncharged again and again waits longer each time, see `least_wait`.
 """
 
 from __future__ import annotations
@@ -49,18 +49,18 @@ from streamworker.redact import describe, fit, text_of
 
 SUSPECT_DELIVERIES: Final = 3
 """From this delivery on a job is a suspect: two workers died with it. The first time it runs in a group of suspects, at
-most half of a worker's slots, beside fresh jobs: most suspects were only neighbours of what kills."""
+most half of a worker's slots, beside fresh jobs: most suspects only ran beside the job that kills."""
 
 
 def alone_from(max_deliveries: int) -> int:
-    """From which delivery on a suspect runs alone: its group died, too. Never later than its last delivery."""
+    """The delivery from which on a suspect runs alone: its group died, too. Never after its last delivery."""
     return SUSPECT_DELIVERIES + 1 if max_deliveries > SUSPECT_DELIVERIES else SUSPECT_DELIVERIES
 
 
 RAPID: Final = 1.0
 """Seconds from the start of a run to the next: a job that comes back uncharged sooner does so rapidly."""
 FREE_RETURNS: Final = 10
-"""Rapid returns in a row that cost nothing: waiting a moment for something is no spinning."""
+"""Rapid returns in a row without a wait: a handler may wait a moment for something."""
 LONGEST_LEAST_WAIT: Final = 60.0
 DONE: Final = Done()
 DROP: Final = Drop()
@@ -109,8 +109,7 @@ class Limits(msgspec.Struct, frozen=True):
         max_attempts: failed attempts after which a job is dead.
         timeout: seconds a run may take; ``None`` for no limit.
         backoff: how long to wait between attempts.
-        result_ttl: seconds for which it is kept in Redis how a job ended, and what its handler returned; ``None`` keeps
-            nothing.
+        result_ttl: seconds for which the end of a job and its result are kept in Redis; ``None`` keeps nothing.
     """
 
     max_attempts: int = 20
@@ -128,7 +127,7 @@ class Limits(msgspec.Struct, frozen=True):
 
 
 class Facts(msgspec.Struct, frozen=True):
-    """What a verdict depends on besides the outcome.
+    """The inputs of a verdict beside the outcome.
 
     Attributes:
         attempts: failed attempts before this run.
@@ -192,7 +191,7 @@ def judge(outcome: Outcome, facts: Facts, *, now: float, jitter: float) -> Verdi
 
 
 def wish_in(error: BaseException) -> BaseException:
-    """The handler's wish inside the groups that task groups wrap errors in, if it is the only error; else the error."""
+    """The `HandlerSignal` inside the groups that task groups raise, if it is the only error; else the error."""
     inner = error
     while isinstance(inner, BaseExceptionGroup) and len(inner.exceptions) == 1:
         inner = inner.exceptions[0]
@@ -239,6 +238,6 @@ def _unknown(outcome: UnknownKind, facts: Facts, now: float) -> Verdict:
     age = now - since
     if age >= facts.unknown_kind_ttl:
         return Dead("unknown kind", f"no handler for {outcome.kind!r} appeared within {facts.unknown_kind_ttl:g} s")
-    # Half its age again: patient with rolling deploys, cheap for kinds nobody will ever know, never past its end.
+    # Half its age again: soon enough in a rolling deploy, cheap for a kind without a handler, never past its end.
     wait = min(max(1.0, age / 2), 300.0, facts.unknown_kind_ttl - age)
     return ReleaseAt(now + wait, "unknown kind", unknown_since=since)

@@ -14,7 +14,7 @@ from typing import Generic, Literal, Protocol, TypeAlias
 import msgspec
 from typing_extensions import TypeVar
 
-from streamworker.job import Claim, Depth, Enqueued, Level, Outgoing, Progress, Settled, Verdict
+from streamworker.job import Claim, Depth, Enqueued, Level, PackedJob, Progress, Settled, Verdict
 from streamworker.limits import AcquireRequest, AcquireResult, Permit
 
 T = TypeVar("T")
@@ -115,7 +115,7 @@ class Connected(Protocol):
 class Broker(Protocol):
     """Six verbs that move jobs. Every settlement is fenced by the claim that it settles."""
 
-    async def publish(self, jobs: Sequence[Outgoing]) -> list[Enqueued]:
+    async def publish(self, jobs: Sequence[PackedJob]) -> list[Enqueued]:
         """Store jobs; answers in order.
 
         Raises:

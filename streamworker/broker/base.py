@@ -26,7 +26,7 @@ from streamworker.broker.redis.url import NotExecuted
 from streamworker.broker.settle import Refusals
 from streamworker.broker.stream_claim import ClusterStreamClaims
 from streamworker.errors import PublishUncertain, Unreachable
-from streamworker.job import LEVELS, Claim, Enqueued, Level, Outgoing, Progress
+from streamworker.job import LEVELS, Claim, Enqueued, Level, PackedJob, Progress
 from streamworker.limits import AcquireRequest, AcquireResult, Permit
 from streamworker.telemetry.logs import get_logger
 
@@ -83,7 +83,7 @@ class RedisBroker(ABC, Generic[K, I]):
         """Key of this worker's heartbeat."""
         return worker_key(self._options.namespace, self._source.consumer)
 
-    async def publish(self, jobs: Sequence[Outgoing]) -> list[Enqueued]:
+    async def publish(self, jobs: Sequence[PackedJob]) -> list[Enqueued]:
         return await self._publisher.publish(jobs)
 
     @property
@@ -195,7 +195,7 @@ class Publisher:
         self._address = address
         self._keys = keys
 
-    async def publish(self, jobs: Sequence[Outgoing]) -> list[Enqueued]:
+    async def publish(self, jobs: Sequence[PackedJob]) -> list[Enqueued]:
         if len(jobs) == 1 and _is_plain(jobs[0]):
             job = jobs[0]
             command = self._keys(job.queue).adding(job.level, job.body)
@@ -223,7 +223,7 @@ class Publisher:
         early, added, now = await self._send(lambda: scripts.CRON(self._client, names, args), TRIES)
         return CronTickResult(early / 1000, bool(added), now / 1000)
 
-    async def _store_plain(self, keys: QueueKeys, jobs: list[Outgoing]) -> list[Enqueued]:
+    async def _store_plain(self, keys: QueueKeys, jobs: list[PackedJob]) -> list[Enqueued]:
         bodies: dict[Level, list[bytes]] = {level: [] for level in LEVELS}
         for job in jobs:
             bodies[job.level].append(job.body)
@@ -231,7 +231,7 @@ class Publisher:
         await self._send(lambda: scripts.STORE(self._client, keys.places, args), 1)
         return [Enqueued(job.id, new=True) for job in jobs]
 
-    async def _store(self, keys: QueueKeys, jobs: list[Outgoing]) -> list[Enqueued]:
+    async def _store(self, keys: QueueKeys, jobs: list[PackedJob]) -> list[Enqueued]:
         names = [*keys.places, keys.due, keys.bodies]
         args: list[Any] = [keys.shape]
         for job in jobs:
@@ -288,7 +288,7 @@ def _was_sent(cause: BaseException | None) -> bool:
     return not (isinstance(cause, redis_errors.ConnectionError) and "onnecting to" in str(cause))
 
 
-def _is_plain(job: Outgoing) -> bool:
+def _is_plain(job: PackedJob) -> bool:
     return job.key is None and job.delay is None and job.run_at is None
 
 

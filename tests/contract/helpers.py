@@ -12,7 +12,7 @@ import pytest
 
 from streamworker import QueueWorker, Settings, codec
 from streamworker.broker import Broker, Ending
-from streamworker.job import Claim, Dead, Done, Level, Outgoing, ReleaseAt, RetryAt, Settled, Verdict
+from streamworker.job import Claim, Dead, Done, Level, PackedJob, ReleaseAt, RetryAt, Settled, Verdict
 from tests.conftest import CLUSTER
 from tests.contract.ground import Ground
 
@@ -28,9 +28,9 @@ list_in_all = pytest.mark.parametrize("ground", ["stream", pytest.param("list", 
 """For what takes seconds, and is in list mode the same once more: its scripts, or the loop around them, are held by others."""
 
 
-def job(name: str = "", queue: str = "q", level: Level = "normal", **options: Any) -> Outgoing:
+def job(name: str = "", queue: str = "q", level: Level = "normal", **options: Any) -> PackedJob:
     name = name or codec.new_id()
-    return Outgoing(name, queue, level, document(name), **{"key_ttl": 60.0, **options})
+    return PackedJob(name, queue, level, document(name), **{"key_ttl": 60.0, **options})
 
 
 def document(name: str) -> bytes:
