@@ -1,4 +1,4 @@
-"""What a handler is handed beside its payload. One object a job; everything that costs is made when first asked for."""
+"""Context: the second argument of a handler. One object a job; everything that costs is made on first use."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ S_co = TypeVar("S_co", covariant=True, default=Any)
 
 
 class Shared(msgspec.Struct, Generic[S]):
-    """What all jobs of one worker share. ``stopping`` is the only field that changes."""
+    """What the contexts of one worker share. Only ``stopping`` changes."""
 
     worker_id: str
     services: S
@@ -40,8 +40,8 @@ class Shared(msgspec.Struct, Generic[S]):
     stopping: bool = False
 
 
-class Refused(msgspec.Struct):
-    """Why the job could not be marked done in the handler's own transaction."""
+class RefusedTransaction(msgspec.Struct):
+    """Why the job could not be completed in the handler's own transaction."""
 
     effect: Effect
 
@@ -54,7 +54,7 @@ class Context(Generic[S_co]):
 
     __slots__ = (
         "_attempts", "_batch", "_claim", "_job", "_limits", "_log", "_progress", "_reading", "_shared", "_transaction",
-        "booked", "deadline_at", "heeded", "told",
+        "booked", "cause", "deadline_at", "heeded",
     )  # fmt: skip
 
     def __init__(self, shared: Shared[S_co], claim: Claim, reading: Reading, limits: Limits) -> None:
@@ -64,10 +64,10 @@ class Context(Generic[S_co]):
         self._limits: Final = limits
         self._attempts: Final = reading.attempt_count or 0
         self.deadline_at: float | None = None  # monotonic seconds; the executor's
-        self.told = ""  # the worker's: why this run shall end
-        self.heeded = False  # the handler looked at ``cancelled`` after it was told
+        self.cause = ""  # the worker's: why this run is cancelled
+        self.heeded = False  # the handler read ``cancelled`` after that
         self.booked = False  # this run may have written to the ledger itself
-        self._transaction: Transaction | Refused | None = None
+        self._transaction: Transaction | RefusedTransaction | None = None
         self._job: Job | None = None
         self._log: Any = None
 
@@ -100,7 +100,7 @@ class Context(Generic[S_co]):
         self._batch = contexts
 
     def beside(self, claim: Claim, reading: Reading, limits: Limits) -> Context[S_co]:
-        """The context of another job of the same call; called by the worker."""
+        """The context of another job of the same batch; called by the worker."""
         other = Context(self._shared, claim, reading, limits)
         other.deadline_at = self.deadline_at
         return other
@@ -170,19 +170,19 @@ class Context(Generic[S_co]):
         Threads cannot be stopped: long ones should look here. A handler that returns after it has seen that its job was
         cancelled ends as cancelled; one that never looked has done its work, and is completed.
         """
-        if not self.told:
+        if not self.cause:
             return False
         self.heeded = True
         return True
 
     def progress(self, done: float, total: float | None = None, note: str = "") -> None:
-        """Say how far the job has come, for `pending`, `jobs show` and the dashboard. Costs next to nothing.
+        """Report how far the job has come, for `pending`, `jobs show` and the dashboard. Costs next to nothing.
 
-        The worker writes it down once a second at most, and forgets it with the run. Handlers in threads may call it.
+        The worker stores it once a second at most, and deletes it with the run. Handlers in threads may call it.
 
         Args:
             done: how much of it is done.
-            total: of how much; ``None`` if nobody knows.
+            total: of how much; ``None`` if that is not known.
             note: what it is doing, in a few words; operators read it.
         """
         if not (done >= 0 and (total is None or total >= 0)) or float("inf") in (done, total):
@@ -191,12 +191,12 @@ class Context(Generic[S_co]):
 
     @property
     def reported(self) -> Progress | None:
-        """What the handler last said with `progress`."""
-        return getattr(self, "_progress", None)  # unset until then: most jobs never say anything
+        """The last report of `progress`."""
+        return getattr(self, "_progress", None)  # unset until then: most jobs report none
 
     def cancel(self, why: str) -> None:
-        """Note that this run shall end; called by the worker."""
-        self.told = why
+        """Set `cancelled`; called by the worker."""
+        self.cause = why
 
     @property
     def stopping(self) -> bool:
@@ -232,12 +232,12 @@ class Context(Generic[S_co]):
         try:
             await self._book("complete").complete(self._record(), connection)
         except RunEnded as ended:
-            self._transaction = Refused(refusal(ended))
+            self._transaction = RefusedTransaction(refusal(ended))
             raise
 
     @property
     def effect(self) -> Effect | None:
-        """What became of this run's transaction; ``None`` without one."""
+        """The state of this run's transaction; ``None`` without one."""
         return None if self._transaction is None else self._transaction.effect
 
     def _book(self, what: str) -> Ledger:

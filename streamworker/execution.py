@@ -32,9 +32,9 @@ class Execution:
     """One claim on its way through this worker, from its arrival until it is settled."""
 
     __slots__ = (
-        "batch", "cause", "claim", "context", "deadline", "ended", "ending", "facts", "finished", "in_thread", "new",
-        "outcome", "payload", "reading", "registration", "seen", "settling", "special", "started", "stuck", "suspect",
-        "task", "thread", "told",
+        "batch", "cancelled_at", "cause", "claim", "context", "deadline", "ended", "ending", "facts", "finished",
+        "in_thread", "new", "outcome", "payload", "reading", "registration", "seen", "settling", "special", "started",
+        "stuck", "suspect", "task", "thread",
     )  # fmt: skip
 
     def __init__(self, claim: Claim) -> None:
@@ -60,7 +60,7 @@ class Execution:
         self.new = False  # the ledger was asked, and has no record of the job
         self.ending: Ending | None = None  # as recorded in the ledger
         self.cause: Cause | None = None  # why the handler was cancelled, if it was
-        self.told: float | None = None  # when it was, like `started`
+        self.cancelled_at: float | None = None  # when it was, like `started`
         self.thread: int | None = None  # that runs a sync handler
 
     @property
@@ -103,6 +103,6 @@ class Execution:
         if self.in_thread:
             return
         self.cause = self.cause or cause
-        self.told = self.told or monotonic()
+        self.cancelled_at = self.cancelled_at or monotonic()
         if self.task is not None:
             self.task.cancel()

@@ -1,4 +1,4 @@
-"""The registry that leads from a kind to its handler, its type and its policy."""
+"""Handlers: the registry of handlers by kind, with their payload types and options."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from streamworker.policy import Backoff, Limits
 
 
 class Registration(msgspec.Struct, frozen=True):
-    """One handler: what it is called for, how it is called, and what it grants its jobs."""
+    """One handler: its kind, its function, and the options of its jobs."""
 
     kind: str
     queue: str
@@ -32,9 +32,9 @@ class Registration(msgspec.Struct, frozen=True):
     is_async: bool
     wants_context: bool
     quota: Quota | None = None
-    together: Gathering | None = None
+    together: BatchOptions | None = None
     special: bool = False
-    """It does not simply run: it is limited, or called for several jobs at once."""
+    """Its jobs pass the stages of `Admission`: the kind has a limit or a batch."""
 
     @property
     def name(self) -> str:
@@ -49,16 +49,16 @@ def registered(
     *,
     limits: Limits,
     quota: Quota | None = None,
-    together: Gathering | None = None,
+    together: BatchOptions | None = None,
 ) -> Registration:
-    """What a function is registered as.
+    """The registration of a function.
 
     Args:
         function: the handler.
         scope: names that are visible where it was decorated.
-        limits: what it grants its jobs.
-        quota: what its kind may do in the whole fleet.
-        together: how jobs are gathered, if it is called for several at once.
+        limits: attempts, timeout and backoff of its jobs.
+        quota: the limit of its kind in the whole fleet.
+        together: its batches, if it is called for several jobs at once.
 
     Raises:
         ConfigurationError: it cannot be a handler.
@@ -74,7 +74,7 @@ def registered(
     is_async = inspect.iscoroutinefunction(_outermost(function))
     wants_context = len(parameters) == 2 and _is_context(parameters[1])
     if together is not None:
-        function, wants_context = gathered(function, is_async=is_async, wants_contexts=wants_context), True
+        function, wants_context = batch_handler(function, is_async=is_async, wants_contexts=wants_context), True
     return Registration(
         kind=payload.__kind__,
         queue=payload.__queue__,
@@ -90,8 +90,8 @@ def registered(
     )
 
 
-def _payload(name: str, annotation: Any, together: Gathering | None) -> tuple[type[Payload], Any]:
-    """The payload's class by the annotation of the first parameter, and what is decoded: ``Box[int]`` of a ``Box``."""
+def _payload(name: str, annotation: Any, together: BatchOptions | None) -> tuple[type[Payload], Any]:
+    """The payload's class by the first parameter's annotation, and the type to decode: ``Box[int]`` of a ``Box``."""
     if together is not None:
         if get_origin(annotation) is not list:
             raise ConfigurationError(
@@ -121,7 +121,7 @@ def _parameters(function: Callable[..., Any], name: str) -> list[inspect.Paramet
 
 
 def _outermost(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What is really called: decorators stay, partials and callable objects are seen through."""
+    """The function that is called: inside partials and callable objects, but outside of decorators."""
     target: Any = function
     while isinstance(target, partial):
         target = target.func
@@ -161,10 +161,10 @@ def _annotation(function: Callable[..., Any], parameter: inspect.Parameter, scop
         ) from None
 
 
-__all__ = ["Decorator", "GatheringDecorator", "Handlers", "Payload", "Registration", "check_queue"]
+__all__ = ["BatchDecorator", "Decorator", "Handlers", "Payload", "Registration", "check_queue"]
 
 QUOTA: Final = ("concurrency", "rate", "burst", "limit_by")
-GATHERING: Final = ("batch", "linger")
+BATCH: Final = ("batch", "linger")
 
 P = TypeVar("P", bound=Payload)
 S = TypeVar("S", default=Any)
@@ -187,7 +187,7 @@ class Decorator(Generic[S]):
         return function
 
 
-class GatheringDecorator(Generic[S]):
+class BatchDecorator(Generic[S]):
     """What ``@handler(batch=...)`` returns; the decorated function stays callable as it was."""
 
     def __init__(self, register: Callable[[Callable[..., Any]], None]) -> None:
@@ -252,7 +252,7 @@ class Handlers(Generic[S]):
         burst: int | None = None,
         limit_by: str | None = None,
         result_ttl: float | None = None,
-    ) -> GatheringDecorator[S]: ...
+    ) -> BatchDecorator[S]: ...
     def handler(self, function: Any = None, /, **options: Any) -> Any:
         """Register a handler; usable with and without parentheses.
 
@@ -277,7 +277,7 @@ class Handlers(Generic[S]):
         """
         try:
             limited = quota(**{name: options.pop(name) for name in QUOTA if name in options})
-            together = gathering(**{name: options.pop(name) for name in GATHERING if name in options})
+            together = batch_options(**{name: options.pop(name) for name in BATCH if name in options})
             limits = Limits(**options)
         except (TypeError, ValueError) as error:
             raise ConfigurationError(f"the handler's options are wrong: {error}") from None
@@ -286,7 +286,7 @@ class Handlers(Generic[S]):
         def register(target: Callable[..., Any]) -> None:
             self._add(registered(target, scope, limits=limits, quota=limited, together=together))
 
-        decorator = Decorator[S](register) if together is None else GatheringDecorator[S](register)
+        decorator = Decorator[S](register) if together is None else BatchDecorator[S](register)
         return decorator if function is None else decorator(function)
 
     def include(self, *groups: Handlers[S]) -> None:
@@ -334,7 +334,7 @@ class Handlers(Generic[S]):
 
     @property
     def _brought(self) -> Sequence[str]:
-        """What a group has besides handlers that cannot be included elsewhere, in words. Only apps have such."""
+        """What a group has besides handlers that cannot be included elsewhere, in words. Only apps have any."""
         return ()
 
     def handler_of(self, kind: str | None, queue: str) -> Registration | None:
@@ -359,7 +359,7 @@ class Handlers(Generic[S]):
 
     @contextmanager
     def serving(self) -> Iterator[None]:
-        """While a worker runs, nothing can be added: it has looked which queues, limits and batches there are."""
+        """While a worker runs, nothing can be added: its queues, limits and batches are fixed when it starts."""
         self._workers += 1
         try:
             yield
@@ -426,8 +426,8 @@ _MOST = 10_000
 _LONGEST = 60.0
 
 
-class Gathering(msgspec.Struct, frozen=True):
-    """How jobs of one kind are gathered.
+class BatchOptions(msgspec.Struct, frozen=True):
+    """The batches of a kind.
 
     Attributes:
         batch: most jobs of one call.
@@ -438,15 +438,15 @@ class Gathering(msgspec.Struct, frozen=True):
     linger: float
 
 
-def gathering(batch: int | None = None, linger: float | None = None) -> Gathering | None:
-    """What a handler's options come to; ``None`` without any.
+def batch_options(batch: int | None = None, linger: float | None = None) -> BatchOptions | None:
+    """The batches that a handler's options describe; ``None`` without ``batch=``.
 
     Args:
         batch: most jobs of one call.
         linger: seconds the first one waits for others; 0.05 unless given.
 
     Raises:
-        ValueError: they are none.
+        ValueError: the options are wrong.
     """
     if batch is None:
         if linger is not None:
@@ -456,25 +456,25 @@ def gathering(batch: int | None = None, linger: float | None = None) -> Gatherin
         raise ValueError(f"batch={batch!r} must be from 1 to {_MOST}")
     if linger is not None and not 0 <= linger <= _LONGEST:
         raise ValueError(f"linger={linger!r} must be seconds from 0 to {_LONGEST:g}")
-    return Gathering(batch, 0.05 if linger is None else linger)
+    return BatchOptions(batch, 0.05 if linger is None else linger)
 
 
 class Batch(Protocol):
-    """The jobs of one call; it stands in for the payload."""
+    """The jobs of one call, in place of the payload."""
 
     def begin(self, context: Any) -> tuple[list[Any], list[Any]]:
-        """(payloads, contexts) of the jobs, whose clock starts."""
+        """Start the clock of every job; returns (payloads, contexts)."""
 
     def end(self, value: Any) -> None:
         """Take what the function returned.
 
         Raises:
-            TypeError: that says not what became of each job.
+            TypeError: it is not one outcome for each job.
         """
 
 
-def gathered(function: Callable[..., Any], *, is_async: bool, wants_contexts: bool) -> Callable[..., Any]:
-    """A handler of batches that calls a function of lists.
+def batch_handler(function: Callable[..., Any], *, is_async: bool, wants_contexts: bool) -> Callable[..., Any]:
+    """A function of a batch that calls a function of lists.
 
     Args:
         function: takes a list of payloads, and perhaps a list of contexts.

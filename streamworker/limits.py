@@ -1,4 +1,4 @@
-"""Limits of kinds: how much of one may run in the whole fleet, and what workers and brokers say about it."""
+"""Limits of kinds: how many jobs of a kind run in the whole fleet, and the permits that brokers grant for that."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MOST: Final = 100_000
 
 
 class Quota(msgspec.Struct, frozen=True):
-    """What a handler's kind may do in the whole fleet.
+    """The limit of a handler's kind in the whole fleet.
 
     Attributes:
         concurrency: most jobs that run at once; 0 for any number.
@@ -34,7 +34,7 @@ class Quota(msgspec.Struct, frozen=True):
 def quota(
     concurrency: int | None = None, rate: str | None = None, burst: int | None = None, limit_by: str | None = None
 ) -> Quota | None:
-    """What a handler's options come to; ``None`` without any.
+    """The quota that a handler's options describe; ``None`` without any.
 
     Args:
         concurrency: most jobs that run at once.
@@ -43,7 +43,7 @@ def quota(
         limit_by: a field of the payload.
 
     Raises:
-        ValueError: they are none.
+        ValueError: the options are wrong.
     """
     if concurrency is None and rate is None:
         if burst is not None or limit_by is not None:
@@ -88,14 +88,14 @@ class Limit(msgspec.Struct, frozen=True):
 
 
 class AcquireRequest(msgspec.Struct, frozen=True):
-    """A claimed job that may run only if its limit lets it.
+    """The request for a permit: a claimed job of a kind with a limit.
 
     Attributes:
         claim: the job.
         limit: which.
         job_id: the job's id.
-        mark: eight hexadecimal digits by which it is told from others of its id, should it have to wait.
-        turn: what it was told when it asked before; empty the first time.
+        mark: eight hexadecimal digits that distinguish it from others of its id while it waits.
+        turn: its turn from the last answer; empty the first time.
     """
 
     claim: Claim
@@ -106,20 +106,20 @@ class AcquireRequest(msgspec.Struct, frozen=True):
 
 
 class Permit(msgspec.Struct, frozen=True):
-    """One of the places of a limit, held by a running job until it ends."""
+    """One place of a limit, held by a running job until it ends."""
 
     limit: Limit
     token: str
 
 
 class AcquireResult(msgspec.Struct, frozen=True):
-    """What becomes of a job that asked.
+    """The answer to an `AcquireRequest`.
 
     Attributes:
-        hold: it may run; ``None``: not yet.
-        wait: seconds after which it shall ask again, unless it is called sooner.
-        turn: what it has to bring along then.
-        member: what it is called by meanwhile.
+        hold: the permit; ``None``: not yet.
+        wait: seconds after which it asks again, unless a release wakes it sooner.
+        turn: to be sent along then.
+        member: its member in the due set meanwhile.
     """
 
     hold: Permit | None

@@ -1,4 +1,4 @@
-"""What an error tracker, a metric or a trace is told of every job: the `Observer` interface.
+"""The `Observer` interface: calls about every job, for error trackers, metrics and traces.
 
 Observers report; middleware wraps. An observer is called on the worker's event loop and must not block it.
 `on_start` and `on_outcome` are called in the task that runs the handler, so that a context variable set in the one is
@@ -35,7 +35,7 @@ class JobRun:
         queue: the queue it was taken from.
         kind: the job's kind: the handler's, else what the document says, which may be anything.
         known: this worker has a handler of that kind.
-        verdict: what becomes of the job; ``None`` until that is settled.
+        verdict: on the outcome; ``None`` until it is settled.
     """
 
     __slots__ = ("_run", "_trace_id", "kind", "known", "queue", "verdict", "worker_id")
@@ -120,7 +120,7 @@ class JobRun:
 
     @property
     def waited(self) -> float | None:
-        """Seconds from the moment the job was ready until its handler was called; ``None`` if nobody knows.
+        """Seconds from the moment the job was ready until its handler was called; ``None`` if that is not known.
 
         An entry of a stream tells its moment, that of a retry or a delayed job too; an element of a list only if its
         producer said ``created_at``, and only before its first retry.
@@ -174,7 +174,7 @@ class Settlement(msgspec.Struct, frozen=True):
     """One batch of claims that was settled in one call.
 
     Attributes:
-        items: each run, and whether its ending was stored, was somebody else's by then, or was refused for now.
+        items: each run, and whether its ending was stored, its claim was lost, or the server refused it for now.
         began: epoch seconds.
         seconds: how long the server took.
     """

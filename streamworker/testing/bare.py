@@ -22,9 +22,8 @@ from streamworker.policy import Limits
 from streamworker.producer import make_job
 from streamworker.settings import Settings
 from streamworker.worker.batching import BatchExecution
-from streamworker.worker.completion import Completion
 from streamworker.worker.executor import Executor
-from streamworker.worker.tasks import JobTasks
+from streamworker.worker.tasks import Completion, JobTasks
 
 S = TypeVar("S", default=Any)
 

@@ -1,4 +1,4 @@
-"""QueueWorker: claims jobs, runs them, settles them, and drains when told to stop.
+"""QueueWorker: claims jobs, runs them, settles them, and drains when it is stopped.
 
 Stateless: everything it knows of a job comes from the broker and goes back there. Its loops (claiming, running,
 settling, moving due jobs) share nothing but the runs this worker holds. An error in a loop is logged and followed by a
@@ -34,7 +34,7 @@ from streamworker.worker.host import WorkerHost
 from streamworker.worker.inflight import InFlight, LeasedSet
 from streamworker.worker.job_task import JobThreads
 from streamworker.worker.lease import LeaseKeeper, longest_silence
-from streamworker.worker.metrics import Metering
+from streamworker.worker.metrics import MetricsEndpoint
 from streamworker.worker.observers import dispatch_to
 from streamworker.worker.pipeline import Pipeline
 from streamworker.worker.scheduler import CronLoop, DelayedPromoter
@@ -58,7 +58,7 @@ SHUTDOWN: Final = Interrupted("the worker shut down")
 
 
 class Shutdown:
-    """When a worker was told to stop, and by when it must be over.
+    """When a worker was stopped, and by when it must have ended.
 
     Args:
         grace: seconds running jobs may take to finish.
@@ -67,20 +67,20 @@ class Shutdown:
     def __init__(self, grace: float) -> None:
         self._grace = grace
         self.began: float | None = None
-        """When it was told (time.monotonic)."""
+        """When it was stopped (time.monotonic)."""
         self.hurried: float | None = None
-        """When it was told again."""
+        """When it was stopped again."""
         self.leaving: float | None = None
         """Since when everything is handed back, and only what was opened is closed."""
         self.cut_short = False
         """Running jobs were handed back: nothing of them may go on once the worker has ended."""
 
     def begin(self) -> None:
-        """It was told to stop; a second call changes nothing."""
+        """It is stopped; a second call changes nothing."""
         self.began = self.began or monotonic()
 
     def hurry(self) -> None:
-        """It was told again."""
+        """It is stopped again."""
         self.hurried = self.hurried or monotonic()
 
     def leave(self) -> None:
@@ -88,7 +88,7 @@ class Shutdown:
         self.leaving = self.leaving or monotonic()
 
     def since(self, now: float) -> float:
-        """Seconds since it was told."""
+        """Seconds since it was stopped."""
         return now - (self.began or now)
 
     def overdue(self, now: float) -> bool:
@@ -99,7 +99,7 @@ class Shutdown:
         """By when it must be over (time.monotonic); infinity while nothing stops it.
 
         Args:
-            began: when it was told, if the event loop does not know of it yet.
+            began: when it was stopped, if the event loop does not know of it yet.
             hurried: the same for the second time.
         """
         told = [at for at in (self.began, began) if at is not None]
@@ -151,7 +151,7 @@ def hand_back(pipeline: Pipeline, run: Execution) -> None:
 
 
 async def end_reading(broker: Consumer, ended: anyio.Event) -> None:
-    """End the blocking read; told again and again, since it may begin just after it was told.
+    """End the blocking read. Repeated, since the read may begin just after the first time.
 
     Args:
         broker: whose.
@@ -226,7 +226,7 @@ async def _settled(
 
 
 class QueueWorker:
-    """A worker process's core.
+    """One worker: start, run, drain, stop. Its jobs pass the stages of `pipeline.Pipeline`.
 
     Args:
         app: handlers, middleware and lifespan.
@@ -258,9 +258,9 @@ class QueueWorker:
         self._error: StuckThread | HandBackFailed | ConfigurationError | None = None
         self._signal = 0
         self.shutdown: Final = Shutdown(self._settings.grace)
-        """When it was told to stop, and by when it has ended."""
-        metering = Metering(app, self._settings, redis, self._queues) if self._settings.http is not None else None
-        self._health = Health(self._settings, self.worker_id, self._stopping, metering)
+        """When it was stopped, and by when it has ended."""
+        metrics = MetricsEndpoint(app, self._settings, redis, self._queues) if self._settings.http is not None else None
+        self._health = Health(self._settings, self.worker_id, self._stopping, metrics)
         self._started = time.time()
 
     # -- the lifecycle
@@ -288,7 +288,7 @@ class QueueWorker:
             raise
 
     async def _end_of(self, life: asyncio.Task[None]) -> None:
-        """Wait for the end, and once the worker was told to stop no longer than that may take."""
+        """Wait for the end; after a stop only as long as `Shutdown` allows."""
         told = asyncio.create_task(self._stopping.wait())
         await asyncio.wait({life, told}, return_when=asyncio.FIRST_COMPLETED)
         told.cancel()
@@ -307,7 +307,7 @@ class QueueWorker:
             await life
 
     async def _overran(self, life: asyncio.Task[None]) -> NoReturn:
-        """Code of users does not end: name it, and leave it behind. Everything was handed back before."""
+        """A user's code does not end: name it in the log, and leave it behind. All jobs were handed back before."""
         where = stacks.of_task(life)
         hint = "this process must end: code that was told to stop goes on"
         log.error("worker_overran", worker_id=self.worker_id, where=where, hint=hint)
@@ -318,7 +318,7 @@ class QueueWorker:
 
     async def _live(self) -> None:
         loop = asyncio.get_running_loop()
-        if hasattr(loop, "_default_executor"):  # asyncio's; of uvloop's only whoever makes it knows that it is unchosen
+        if hasattr(loop, "_default_executor"):  # asyncio's; uvloop's cannot be asked whether the program chose one
             JobThreads.install(loop)
         bind_contextvars(worker_id=self.worker_id)  # every line of this worker's tasks has it; they copy this context
         log.info("worker_starting", worker_id=self.worker_id)
@@ -464,7 +464,7 @@ class QueueWorker:
         self._stopping.set()
 
     def _refused(self, error: ConfigurationError) -> None:
-        """The server keeps refusing us for good: only people can change that, and a restart will tell them."""
+        """The server refuses this worker for good: only an operator can change that, and sees it by the restarts."""
         self._error = self._error or error
         log.error("worker_refused", worker_id=self.worker_id, error=str(error))
         self._stopping.set()
@@ -480,7 +480,7 @@ class QueueWorker:
     # -- stops and signals
 
     async def _unblock(self) -> None:
-        """At shutdown, end the blocking read; repeated, since it may begin just after it was told."""
+        """At shutdown, end the blocking read."""
         await self._stopping.wait()
         self._shared.stopping = True
         self._promoter.wake()

@@ -27,10 +27,9 @@ from streamworker.limits import AcquireRequest, AcquireResult, Limit, Quota
 from streamworker.loops import Pause
 from streamworker.telemetry.logs import get_logger
 from streamworker.worker.batching import BatchExecution
-from streamworker.worker.completion import Completion
 from streamworker.worker.executor import Executor
 from streamworker.worker.inflight import Permits
-from streamworker.worker.tasks import JobTasks
+from streamworker.worker.tasks import Completion, JobTasks
 
 log = get_logger("streamworker.worker")
 

@@ -55,7 +55,7 @@ class Fetcher:
         executor: prepares runs.
         successor: the lookup in a worker with a ledger, else admission.
         settings: concurrency, and the caps of queues.
-        most: jobs of one claim, whatever room there is.
+        most: jobs of one claim.
         relay: whether due jobs are still on their way from the ledger; a burst waits for them.
         outage: nothing is claimed while the ledger is away; ``None`` without a ledger.
         stopping: set when nothing more is to be claimed.
@@ -164,12 +164,12 @@ class Fetcher:
             self.asking_since = None
             await in_flight.changed(0.5)
             return
-        room = self._concurrency - in_flight.busy
-        if room <= 0:
+        free = self._concurrency - in_flight.busy
+        if free <= 0:
             self.asking_since = None
             await in_flight.changed()
             return
-        claims = await self._claim(min(room, self._most))
+        claims = await self._claim(min(free, self._most))
         self.asking_since = None
         await self._admit(claims)
         if claims:
@@ -178,7 +178,7 @@ class Fetcher:
             await self._look_for_the_end()
 
     async def _claim(self, limit: int) -> list[Claim]:
-        """Claim. When a job of a queue at its cap ends, the wait ends: there is room for one more of it."""
+        """Claim. When a job of a queue at its cap ends, the wait ends: one more of it may be claimed."""
         wait, in_flight, shut = 0.0 if self._burst else BLOCK, self._in_flight, self._shut_queues()
         if not self._caps:
             return await self._broker.claim(limit, wait, in_flight, shut=shut)
@@ -189,7 +189,7 @@ class Fetcher:
         claims: list[Claim] = []
         failure: Exception | None = None
         async with anyio.create_task_group() as group:
-            group.start_soon(self._watch_for_room, full)
+            group.start_soon(self._watch_caps, full)
             try:
                 claims = await self._broker.claim(limit, wait, in_flight, in_flight.ended, shut)
             except Exception as error:  # noqa: BLE001 - raised below, outside of the group that would wrap it
@@ -207,8 +207,8 @@ class Fetcher:
         unsettled = Counter(run.claim.queue for run in in_flight.snapshot() if run.outcome is not None)
         return frozenset(queue for queue, count in unsettled.items() if count > most)
 
-    async def _watch_for_room(self, full: Collection[str]) -> None:
-        """End the waiting claim when a queue that was at its cap has room again; until cancelled."""
+    async def _watch_caps(self, full: Collection[str]) -> None:
+        """End the waiting claim when a queue that was at its cap is below it again; until cancelled."""
         while True:
             await self._in_flight.changed()
             running = self._running()

@@ -20,7 +20,7 @@ from streamworker.telemetry.http import Answer, HttpThread, Route
 from streamworker.worker.fetcher import Fetcher
 from streamworker.worker.inflight import InFlight
 from streamworker.worker.lease import LeaseKeeper
-from streamworker.worker.metrics import Metering
+from streamworker.worker.metrics import MetricsEndpoint
 
 ASK: Final = 0.5
 """Seconds between two questions to the event loop whether it turns."""
@@ -32,19 +32,19 @@ class Health:
 
     Args:
         settings: the worker's.
-        worker_id: told with every answer.
+        worker_id: part of every answer.
         stopping: set when the worker drains.
-        metering: answers scrapes; ``None`` where nobody shall.
+        metrics: answers scrapes; ``None`` without ``STREAMWORKER_HTTP``.
     """
 
     def __init__(
-        self, settings: Settings, worker_id: str, stopping: anyio.Event, metering: Metering | None = None
+        self, settings: Settings, worker_id: str, stopping: anyio.Event, metrics: MetricsEndpoint | None = None
     ) -> None:
-        self._metering = metering
+        self._metrics = metrics
         self._lease_seconds = settings.lease
         self._worker_id = worker_id
         self._stopping = stopping
-        self._claimer: Fetcher | None = None
+        self._fetcher: Fetcher | None = None
         self._lease: LeaseKeeper | None = None
         self.stuck: str | None = None
         """What will not end although it was told to, in a sentence."""
@@ -55,9 +55,9 @@ class Health:
             "/readyz": self._route(not_ready),
         }
         tasks = [self._ask_the_loop]
-        if metering is not None:
-            routes["/metrics"] = metering.answer
-            tasks.append(metering.look)
+        if metrics is not None:
+            routes["/metrics"] = metrics.answer
+            tasks.append(metrics.look)
         self._http = HttpThread(settings.http, routes, tasks) if settings.http is not None else None
 
     def open(self) -> None:
@@ -72,19 +72,19 @@ class Health:
 
     @property
     def observers(self) -> tuple[Observer, ...]:
-        """Who counts, where somebody may ask."""
-        return (self._metering.observer,) if self._metering is not None else ()
+        """The observer of the metrics, if there are any."""
+        return (self._metrics.observer,) if self._metrics is not None else ()
 
-    def watch(self, claimer: Fetcher, lease: LeaseKeeper, in_flight: InFlight, broker: Connected) -> None:
-        """The groups are joined: from now on these tell how the worker is."""
-        self._claimer, self._lease = claimer, lease
-        if self._metering is not None:
-            self._metering.watch(in_flight, lease, broker)
+    def watch(self, fetcher: Fetcher, lease: LeaseKeeper, in_flight: InFlight, broker: Connected) -> None:
+        """The groups are joined: answers show the state of these from now on."""
+        self._fetcher, self._lease = fetcher, lease
+        if self._metrics is not None:
+            self._metrics.watch(in_flight, lease, broker)
 
     def close(self) -> None:
         """Answer no more."""
-        if self._metering is not None:
-            self._metering.end()
+        if self._metrics is not None:
+            self._metrics.end()
         if self._http is not None:
             self._http.close()
 
@@ -95,21 +95,21 @@ class Health:
 
     def vitals(self) -> Vitals:
         """How the worker is right now; may be called from any thread."""
-        now, claimer, lease = monotonic(), self._claimer, self._lease
+        now, fetcher, lease = monotonic(), self._fetcher, self._lease
         silent = max(0.0, now - self._turned - ASK)
-        if claimer is None or lease is None:
+        if fetcher is None or lease is None:
             return Vitals(phase="starting", lease=self._lease_seconds, loop_silent=silent)
-        asking, renewed = claimer.asking_since, lease.renewed_at
+        asking, renewed = fetcher.asking_since, lease.renewed_at
         return Vitals(
             phase="draining" if self._stopping.is_set() else "working",
             lease=self._lease_seconds,
             loop_silent=silent,
             asking=now - asking if asking is not None else 0.0,
-            claim_trouble=claimer.trouble,
+            claim_trouble=fetcher.trouble,
             renewed=now - renewed if renewed is not None else None,
             renewal_trouble=lease.trouble,
             stuck=self.stuck,
-            away=(LEDGER_AWAY,) if claimer.shut else (),
+            away=(LEDGER_AWAY,) if fetcher.shut else (),
         )
 
     def _route(self, judge: Callable[[Vitals], str | None]) -> Route:

@@ -1,4 +1,4 @@
-"""What a worker needs of an app. The app implements it, so that the worker need not know apps."""
+"""WorkerHost: what a worker needs of an app, which implements it. So workers do not import apps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from streamworker.worker.executor import Middleware
 
 
 class Relays(Protocol):
-    """What puts jobs from the ledger onto Redis."""
+    """The relay of a worker: it puts jobs of the ledger onto Redis."""
 
     async def run(self, stopping: anyio.Event, /) -> None:
         """Relay until stopped."""
@@ -29,7 +29,7 @@ class Relays(Protocol):
 
 
 class WorkerResources(msgspec.Struct, frozen=True):
-    """What a worker stands on.
+    """The servers of a worker.
 
     Attributes:
         broker: hands out jobs.
@@ -83,4 +83,4 @@ class WorkerHost(Protocol):
     async def site(
         self, stack: AsyncExitStack, settings: Settings, redis: Any, database: Any, worker_id: str
     ) -> WorkerResources:
-        """What a worker stands on, open until ``stack`` is left."""
+        """The servers of a worker, open until ``stack`` is left."""

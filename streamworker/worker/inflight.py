@@ -22,7 +22,7 @@ SPINNING_SHOWN: Final = 150.0
 """Seconds for which a spinning job is reported: it waits a minute at most, and may then run on another worker."""
 
 
-class Counts(msgspec.Struct):
+class WorkerCounts(msgspec.Struct):
     """How many jobs ended how on this worker, since its start."""
 
     done: int = 0
@@ -66,7 +66,7 @@ class InFlight(Collection[Claim]):
         self._runs: dict[tuple[str, bytes], Execution] = {}
         self.busy = 0
         """Runs without an outcome: they count against CONCURRENCY. Finished ones only wait to be settled."""
-        self.counts: Final = Counts()
+        self.counts: Final = WorkerCounts()
         self._changed = asyncio.Event()
         self._spinning: tuple[float, SpinningJob] | None = None
 

@@ -1,4 +1,4 @@
-"""The thread that keeps claims alive, hears of cancelled jobs, and watches the event loop from outside.
+"""LeaseKeeper: the thread that renews claims, finds cancelled jobs, and watches the event loop from outside.
 
 It has its own connection, so that a handler that blocks the event loop keeps its lease and is named in the log. A
 handler that runs past its deadline is renewed no more: hung is not slow. C code that keeps the interpreter lock stops
@@ -31,11 +31,11 @@ log = get_logger("streamworker.lease")
 BLOCKED_AFTER: Final = 1.0
 """Seconds without an answer from the event loop after which the blocking handler is named."""
 LOOK: Final = 1.0
-"""Most seconds between looks whether what runs was cancelled; the bell asks for one at once."""
+"""Most seconds between looks whether running jobs were cancelled; a notification asks for one at once."""
 TELL: Final = 1.0
-"""Seconds between writing down how far jobs have come."""
+"""Seconds between two writes of the progress of jobs."""
 LONG: Final = 0.5
-"""Seconds after which a run is worth asking about without the bell: shorter ones cost nothing this way."""
+"""Seconds after which a run is looked up without a notification: shorter ones cost nothing this way."""
 UNBOUNDED: Final = 3600.0
 """Seconds for which a worker may be silent that has a handler without a timeout."""
 RESTART: Final = 60.0
@@ -52,7 +52,7 @@ def longest_silence(handlers: Iterable[Registration], grace: float) -> float:
 
 
 class RenewalProcess:
-    """The process that renews while this one cannot; used by the lease thread alone.
+    """The process that renews while this one cannot; used only by the lease thread.
 
     Args:
         told: what it has to know, see `Broker.standby`; ``None``: there is nothing it could do.
@@ -75,7 +75,7 @@ class RenewalProcess:
         self.flush()
 
     def flush(self) -> None:
-        """Send what the pipe had no room for; never waits."""
+        """Send what the pipe did not take before; never waits."""
         if self._process is None or self._process.stdin is None or not self._unsent:
             return
         try:
@@ -233,7 +233,7 @@ class LeaseKeeper:
         return True
 
     def _look_at_marks(self, now: float) -> None:
-        """Whether what is held was cancelled: all of it when the bell told so, else what has been running for long."""
+        """Whether what is held was cancelled: all of it after a notification, else what has run for long."""
         told = self._told
         if now < self._look_at and not (told and now >= self._pause_until):
             return
@@ -258,16 +258,16 @@ class LeaseKeeper:
             self._call(lambda: self._held.cancelled(found))
 
     def _tell_progress(self, now: float) -> None:
-        """Write down what handlers have said since the last time, and forget jobs that have ended."""
+        """Store the progress that handlers reported since the last time, and delete that of jobs that have ended."""
         if now < self._tell_at:
             return
         self._tell_at = now + TELL
-        said: dict[str, Progress] = {}
+        reported: dict[str, Progress] = {}
         for run in self._runs():
             if run.context is not None and run.outcome is None and (word := run.context.reported) is not None:
-                said[run.job_id] = word
-        new = {job_id: word for job_id, word in said.items() if self._progress.get(job_id) is not word}
-        ended = self._progress.keys() - said.keys()
+                reported[run.job_id] = word
+        new = {job_id: word for job_id, word in reported.items() if self._progress.get(job_id) is not word}
+        ended = self._progress.keys() - reported.keys()
         if not new and not ended:
             return
         try:
@@ -275,7 +275,7 @@ class LeaseKeeper:
         except Exception as error:  # noqa: BLE001 - it is written with the next one
             log.warning("progress_untold", jobs=len(new), error=str(error))
             return
-        self._progress = said
+        self._progress = reported
 
     def _look_at_loop(self) -> None:
         if self._asked <= self._answered:

@@ -20,7 +20,7 @@ from streamworker.postgres import FINAL, Effect, JobKey, Known, Ledger
 from streamworker.telemetry.logs import get_logger
 from streamworker.worker.admission import Admission
 from streamworker.worker.batching import each_of
-from streamworker.worker.inflight import Counts
+from streamworker.worker.inflight import WorkerCounts
 from streamworker.worker.recorder import SUPERSEDED, WorkerLedger, begun, hop_of, outrank
 from streamworker.worker.tasks import JobTasks
 
@@ -112,7 +112,7 @@ class LedgerLookup:
         counts: what operators see.
     """
 
-    def __init__(self, record: WorkerLedger, admission: Admission, counts: Counts) -> None:
+    def __init__(self, record: WorkerLedger, admission: Admission, counts: WorkerCounts) -> None:
         self._ledger = record.ledger
         self._admission = admission
         self._later_hops = record.later_hops

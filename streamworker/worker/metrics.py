@@ -1,4 +1,4 @@
-"""What a worker counts for Prometheus: an observer that is told of whole batches, so that a job costs two additions.
+"""Metrics of a worker for Prometheus: an observer called once a settled batch, so that a job costs two additions.
 
 docs/observability.md has the table for people. No label holds a job's or a worker's id: labels are queues this worker
 serves, kinds it has handlers for, and words from a fixed list, so that their number is bounded.
@@ -169,13 +169,13 @@ def of_queues(depths: list[Depth]) -> list[tuple[Family, Numbers]]:
 
 
 FRESH: Final = 5.0
-"""Seconds for which depths are told again without asking."""
+"""Seconds for which depths are answered again without a request."""
 PATIENCE: Final = 2.0
 """Seconds a scrape waits for depths; then it goes without them."""
 
 
-class Metering:
-    """Answers scrapes.
+class MetricsEndpoint:
+    """Answers scrapes of /metrics.
 
     Args:
         app: where depths are asked for.
@@ -198,7 +198,7 @@ class Metering:
         self.observer: Final = Metrics()
 
     def watch(self, in_flight: InFlight, lease: LeaseKeeper, broker: Connected) -> None:
-        """The groups are joined: from now on these tell how the worker is."""
+        """The groups are joined: scrapes show the state of these from now on."""
         self._in_flight, self._lease, self._broker = in_flight, lease, broker
 
     def end(self) -> None:
@@ -219,7 +219,7 @@ class Metering:
         return Answer(200, render(families), CONTENT_TYPE)
 
     async def look(self) -> None:
-        """Look at the queues whenever somebody asks; runs on the thread's loop, and ends by `end`."""
+        """Ask for depths with each scrape that needs them; runs on the thread's loop until `end`."""
         stack, operator = AsyncExitStack(), None
         while not self._ended:
             await self._asked.wait()

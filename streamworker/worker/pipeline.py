@@ -17,7 +17,6 @@ from streamworker.errors import ConfigurationError
 from streamworker.execution import Execution
 from streamworker.settings import Settings
 from streamworker.worker.admission import Admission
-from streamworker.worker.completion import Completion
 from streamworker.worker.executor import Executor
 from streamworker.worker.fetcher import Fetcher
 from streamworker.worker.host import WorkerHost, WorkerResources
@@ -27,7 +26,7 @@ from streamworker.worker.observers import ObserverDispatch
 from streamworker.worker.recorder import Recorder, WorkerLedger
 from streamworker.worker.scheduler import DelayedPromoter
 from streamworker.worker.settler import Settler
-from streamworker.worker.tasks import JobTasks
+from streamworker.worker.tasks import Completion, JobTasks
 
 TOGETHER: Final = 100
 """Jobs that make a good batch for the ledger."""

@@ -28,7 +28,7 @@ REDIRECTIONS = 3
 """Most times in a row that nodes of a cluster may send a command elsewhere."""
 
 
-class Refused(Exception):
+class ServerRefused(Exception):
     """The server answered with an error."""
 
 
@@ -61,7 +61,7 @@ class Connection:
         line = self._line()
         kind, rest = line[:1], line[1:]
         if kind == b"-":
-            raise Refused(rest.decode(errors="replace"))
+            raise ServerRefused(rest.decode(errors="replace"))
         if kind == b"$":
             return None if rest == b"-1" else self._bytes(int(rest) + 2)[:-2]
         if kind == b"*":
@@ -119,7 +119,7 @@ def _home(server: dict[str, Any]) -> tuple[str, int]:
                 found = connection.call("SENTINEL", "GET-MASTER-ADDR-BY-NAME", asked["service"])
             finally:
                 connection.close()
-        except (OSError, Refused):
+        except (OSError, ServerRefused):
             continue
         if found:
             return found[0].decode(), int(found[1])
@@ -147,7 +147,7 @@ def renew(server: dict[str, Any], scripts: list[str]) -> None:
                 try:
                     connections[at].call(*command)
                     break
-                except Refused as error:
+                except ServerRefused as error:
                     words = str(error).split()
                     if len(words) < 3 or words[0] != "MOVED":
                         raise OSError(str(error)) from None

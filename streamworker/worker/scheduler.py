@@ -1,4 +1,4 @@
-"""The loop that moves due jobs: it sleeps until the next one, and wakes for one that is parked sooner."""
+"""DelayedPromoter and CronLoop: the loops that promote due jobs and offer the ticks of schedules."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class CronLoop:
         return max(min(schedule.next(at), answer.now + look), float(int(answer.now) + 1))
 
     def _set(self, server: float) -> None:
-        """The server's clock shows this now. Where somebody has set it, all waits stay as long as they are."""
+        """The server's clock shows this now. Where it was set, all waits stay as long as they are."""
         moved = server - self.now()
         self._due = {schedule: due + moved for schedule, due in self._due.items()}
         self._server, self._asked = server, monotonic()

@@ -1,4 +1,4 @@
-"""Where code stands that does not end: the lines of code that tasks and threads are at, for logs."""
+"""The line of code that a task or a thread is at, for log lines about code that does not end."""
 
 from __future__ import annotations
 

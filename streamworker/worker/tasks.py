@@ -1,4 +1,4 @@
-"""JobTasks: an asyncio task for each job, as many at once as CONCURRENCY allows, and their deadlines."""
+"""JobTasks: an asyncio task for each job, with its deadline. Completion: the stage after it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,16 @@ from typing import Final
 import anyio
 
 from streamworker.execution import Execution
-from streamworker.job import Interrupted, Outcome, TimedOut
+from streamworker.job import Interrupted, Outcome, Raised, TimedOut
 from streamworker.telemetry.logs import get_logger
-from streamworker.worker.completion import Completion
+from streamworker.worker import signals
+from streamworker.worker.batching import BatchExecution
 from streamworker.worker.executor import Executor
+from streamworker.worker.inflight import InFlight, Permits
 from streamworker.worker.job_task import JobTask
+from streamworker.worker.observers import ObserverDispatch
+from streamworker.worker.recorder import Recorder
+from streamworker.worker.settler import Settler
 
 log = get_logger("streamworker.worker")
 
@@ -179,4 +184,49 @@ class JobTasks:
         """Since when a run should have ended: its deadline, or the moment its claim was found lost."""
         if run.overdue(now):
             return run.deadline
-        return run.told if isinstance(run.cause, Interrupted) else None
+        return run.cancelled_at if isinstance(run.cause, Interrupted) else None
+
+
+class Completion:
+    """Takes every job that has its outcome, whichever stage gave it that, and passes it on.
+
+    Args:
+        in_flight: what this worker holds.
+        successor: the recorder in a worker with a ledger, else the settler.
+        permits: of limits that its jobs hold; ``None`` if no kind has a limit.
+        observers: called with the outcome, if there are any.
+    """
+
+    def __init__(
+        self,
+        in_flight: InFlight,
+        successor: Recorder | Settler,
+        *,
+        permits: Permits | None = None,
+        observers: ObserverDispatch | None = None,
+    ) -> None:
+        self._in_flight = in_flight
+        self._successor = successor
+        self._permits = permits
+        self._observers = observers
+        self._forked = False
+
+    def finish(self, run: Execution) -> None:
+        """Take a run that has its outcome; of a batch, each of its jobs."""
+        if self._forked:
+            signals.end_child(run.outcome.error if isinstance(run.outcome, Raised) else None)
+        if run.special:
+            if isinstance(run, BatchExecution):
+                for each in run.disperse():
+                    self.finish(each)
+                return
+            if self._permits is not None:
+                self._permits.release(run)
+        if self._observers is not None:
+            self._observers.finished(run)
+        self._in_flight.finished()
+        self._successor.add(run)
+
+    def close_in_forked_child(self) -> None:
+        """End the process with the next run: a copy of this worker must not settle its parent's jobs."""
+        self._forked = True
