@@ -246,13 +246,13 @@ async def test_one_that_is_cancelled_ends_alone(ground, raw, how, others):
     async def rows(payloads: list[Row], contexts: list[Context]) -> list[Exception | None] | None:
         began.append(len(payloads))
         await gate.wait()
-        told.extend(bool(context.told) for context in contexts)
+        told.extend(bool(context.cause) for context in contexts)
         if how == "looks and returns":
             assert [context.cancelled for context in contexts] == told
         if how == "raises":
             raise ValueError("all of them")
         failed = how == "returns a failure"
-        return [ValueError("no") if failed and context.told else None for context in contexts]
+        return [ValueError("no") if failed and context.cause else None for context in contexts]
 
     async with app:
         made = [await app.enqueue(Row(n=n)) for n in range(3)]
