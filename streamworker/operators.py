@@ -12,7 +12,6 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import anyio.to_thread
 from redis.asyncio import Redis
 
-from streamworker import embedded
 from streamworker.broker import Operator
 from streamworker.broker.claim import StreamOptions
 from streamworker.broker.operator import ListOperator, StreamOperator
@@ -92,6 +91,8 @@ async def open_servers(
         return Address.of(redis), database
     url = (Settings(redis_url=redis) if redis else settings).require_redis_url()
     if url == EMBEDDED:
+        from streamworker import embedded  # noqa: PLC0415 - few use them
+
         servers = await anyio.to_thread.run_sync(embedded.acquire, settings.state_dir)
         stack.callback(servers.close)
         url, database = servers.redis_url, database or servers.database_url

@@ -27,7 +27,16 @@ def test_help_imports_no_client(bare):
     assert "pending" in done.stdout
 
 
-HEAVY = ("asyncpg", "opentelemetry.sdk", "pygments", "rich", "streamworker.app", "streamworker.worker", "structlog")
+HEAVY = (
+    "asyncpg",
+    "opentelemetry.sdk",
+    "pygments",
+    "rich",
+    "streamworker.app",
+    "streamworker.embedded",
+    "streamworker.worker",
+    "structlog",
+)
 
 
 @pytest.mark.parametrize("words", ["queues", "queues --json", "pending", "delayed", "dead", "workers"])
