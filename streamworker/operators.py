@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Final, Literal, Protocol, TypeAlias
 
 import anyio.to_thread
 from redis.asyncio import Redis
@@ -16,13 +17,54 @@ from streamworker.broker import Operator
 from streamworker.broker.claim import StreamOptions
 from streamworker.broker.operator import ListOperator, StreamOperator
 from streamworker.broker.redis.client import Address
-from streamworker.errors import StreamworkerError
+from streamworker.errors import StreamworkerError, UsageError
 from streamworker.policy import alone_from
-from streamworker.postgres import Archive
+from streamworker.postgres import FINAL, Archive
 from streamworker.settings import EMBEDDED, Settings
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.ledger")
+
+
+CancelAnswer: TypeAlias = Literal["cancelled", "asked", "ended"]
+"""What `App.cancel` answers."""
+NEVER_SENT: Final = "queued"
+"""The status of a job that has not left the ledger."""
+
+
+class Canceller(Protocol):
+    """Cancels jobs that are in Redis: a broker, or an operator."""
+
+    async def cancel(self, queue: str, job_id: str) -> bool:
+        """See `Broker.cancel`."""
+
+
+async def cancel_job(archive: Archive | None, canceller: Canceller | None, queue: str, job_id: str) -> CancelAnswer:
+    """Cancel a job, in the ledger first: whatever happens in Redis afterwards, no worker runs it again.
+
+    Args:
+        archive: the ledger, if there is one.
+        canceller: for jobs in Redis; ``None`` where no Redis is named.
+        queue: of the job.
+        job_id: which.
+
+    Raises:
+        UsageError: the job may be running, and no Redis is named.
+    """
+    record = None if archive is None else await archive.find(job_id, queue)
+    if record is not None and (record.status in FINAL or record.status == "dead"):
+        return "ended"
+    if canceller is None:
+        if archive is not None and await archive.cancel(queue, job_id):
+            return "cancelled"
+        raise UsageError(f"the job {job_id} may be running: set REDIS_URL, so that its worker can be told")
+    if archive is None or record is None:
+        return "cancelled" if await canceller.cancel(queue, job_id) else "asked"
+    final = await archive.cancel(queue, job_id)
+    if final and record.status == NEVER_SENT:
+        return "cancelled"
+    gone = await canceller.cancel(queue, job_id)
+    return "cancelled" if final or gone else "asked"
 
 
 class LedgerKeys:
@@ -45,7 +87,7 @@ class LedgerKeys:
         """Free the keys of these jobs; what PostgreSQL refuses is logged, since the jobs have ended all the same."""
         if self._url is None:
             return
-        from streamworker.wiring import open_archive  # noqa: PLC0415 - it imports asyncpg, which listings do not use
+        from streamworker.postgres.archive import open_archive  # noqa: PLC0415 - it imports asyncpg, which listings do not use
 
         try:
             if self._archive is None:

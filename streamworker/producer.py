@@ -1,4 +1,4 @@
-"""What an app offers to whoever makes jobs: one by one, by the thousand, and from sync code."""
+"""Producer: makes jobs of payloads, checks options, publishes; for sync code on an event loop of its own."""
 
 from __future__ import annotations
 
@@ -9,119 +9,62 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack
 from datetime import UTC, datetime
 from types import NoneType
-from typing import Any, Final, Generic, TypedDict
+from typing import Any, Final, Generic, Protocol, TypedDict
 
 import anyio
-import asyncpg
 from anyio.from_thread import BlockingPortal
 from typing_extensions import TypeVar, Unpack
 
 from streamworker import codec
-from streamworker.broker import WorkerBroker
+from streamworker.broker import Broker
 from streamworker.codec import infinity_in, reserved_in
 from streamworker.errors import LONGEST_WAIT, InvalidJob, UsageError
 from streamworker.handlers import Payload, check_queue
 from streamworker.job import Enqueued, Job
 from streamworker.observe import Sender
-from streamworker.postgres import enqueue
 from streamworker.settings import Settings
 
 
-class Producer:
-    """Makes and enqueues jobs. An `App` says where they go."""
+class Outlet(Protocol):
+    """Where a producer's jobs go: an app's connection to Redis, or a transaction of the caller's."""
 
-    def __init__(self) -> None:
-        self._senders: tuple[Sender, ...] = ()
-        self._background: BackgroundLoop[Producer] | None = None
-        self._lock = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        """The event loop it is open on; ``None`` while it is not open."""
 
-    def _outlet(self) -> WorkerBroker | None:
-        """Where jobs go, ``None`` while the app is not open.
+    def rules(self) -> Settings:
+        """The settings in force, or that would be."""
+
+    def broker(self) -> Broker | None:
+        """Publishes; ``None`` while the app is not open.
 
         Raises:
             UsageError: the app is open on another event loop.
         """
-        raise NotImplementedError
 
-    def _rules(self) -> Settings:
-        """The settings in force, or that would be."""
-        raise NotImplementedError
+    async def add(self, connection: Any, jobs: Sequence[Job], settings: Settings) -> list[Enqueued]:
+        """Add jobs to the caller's transaction."""
 
-    def _sibling(self) -> AbstractAsyncContextManager[Producer]:
-        """The same app, opened on another event loop."""
-        raise NotImplementedError
+    def elsewhere(self) -> AbstractAsyncContextManager[Outlet]:
+        """The same servers, opened on another event loop."""
 
-    def job(self, payload: Payload, /, **options: Unpack[JobOptions]) -> Job:
-        """Make a job with options, for `enqueue_many`.
 
-        Args:
-            payload: its class names kind and queue.
-            options: see `JobOptions`.
+class Producer:
+    """Makes jobs of payloads and sends them.
 
-        Raises:
-            UsageError: an option makes no sense, or two contradict each other.
-            InvalidJob: the payload does not fit its own type, or cannot be written as JSON.
-        """
-        return make_job(payload, **options)
+    Args:
+        outlet: where they go.
+        senders: observers that stand around every enqueue.
+    """
 
-    async def enqueue(
-        self,
-        payload: Payload | Job,
-        /,
-        *,
-        queue: str | None = None,
-        priority: str | int = "normal",
-        delay: float | None = None,
-        run_at: datetime | None = None,
-        key: str | None = None,
-        key_ttl: float | None = None,
-        headers: dict[str, Any] | None = None,
-        connection: asyncpg.Connection[asyncpg.Record] | None = None,
-    ) -> Enqueued:
-        """Enqueue one job.
+    def __init__(self, outlet: Outlet, senders: Sequence[Sender] = ()) -> None:
+        self._outlet = outlet
+        self._senders = tuple(senders)
+        self._background: BackgroundLoop[Outlet] | None = None
+        self._lock = threading.Lock()
 
-        Args:
-            payload: its class names kind and queue; or a job made with `job`, which has its options.
-            queue: another queue than the class names.
-            priority: ``high``, ``normal``, ``low``, or a number (up to 50 high, up to 150 normal, else low).
-            delay: seconds to wait from now on.
-            run_at: not before this moment; without a time zone it is UTC.
-            key: deduplication key: while it is remembered, enqueueing again gives the earlier job's id.
-            key_ttl: seconds the key is remembered; ``STREAMWORKER_KEY_TTL`` unless given.
-            headers: travel with the job; anything JSON can hold.
-            connection: an asyncpg connection in a transaction: the job commits or vanishes with the caller's rows.
-
-        Raises:
-            UsageError: the app is not open, or on another event loop; it is no payload; or an option makes no sense.
-            InvalidJob: the payload does not fit its own type, or cannot be written as JSON.
-            PublishUncertain: the reply was lost; with ``key`` enqueueing again is safe.
-            JobTooLarge: the document exceeds ``STREAMWORKER_MAX_JOB_BYTES``.
-            ConfigurationError: the database of ``connection`` has no schema streamworker.
-            Unreachable: no server answers.
-        """
-        options = JobOptions(
-            queue=queue, priority=priority, delay=delay, run_at=run_at, key=key, key_ttl=key_ttl, headers=headers
-        )
-        return (await self.enqueue_many([job_of(payload, **options)], connection=connection))[0]
-
-    async def enqueue_many(
-        self, jobs: Iterable[Payload | Job], /, *, connection: asyncpg.Connection[asyncpg.Record] | None = None
-    ) -> list[Enqueued]:
-        """Enqueue many jobs, up to a thousand per round trip; answers in order.
-
-        With ``connection`` the app need not be open: Redis is not asked.
-
-        Args:
-            jobs: payloads, or jobs made with `job`.
-            connection: see `enqueue`.
-
-        Raises:
-            UsageError: one of them is no payload and no job; nothing was enqueued.
-            InvalidJob: a payload does not fit its own type, or cannot be written as JSON; nothing was enqueued.
-            PublishUncertain: a reply was lost; some of the jobs may be queued.
-            JobTooLarge: a document exceeds ``STREAMWORKER_MAX_JOB_BYTES``; nothing was enqueued.
-        """
+    async def enqueue_many(self, jobs: Iterable[Payload | Job], connection: Any = None) -> list[Enqueued]:
+        """See `App.enqueue_many`."""
         if isinstance(jobs, Payload | Job) or not isinstance(jobs, Iterable):
             raise UsageError(f"enqueue_many() takes a list: enqueue_many([...]), not one {type(jobs).__name__}")
         if isinstance(jobs, Sequence):
@@ -139,39 +82,28 @@ class Producer:
             jobs = stack.enter_context(sender.sending(jobs))
         return jobs
 
-    async def _send(
-        self, made: Sequence[Job], connection: asyncpg.Connection[asyncpg.Record] | None = None
-    ) -> list[Enqueued]:
-        settings = self._rules()
+    async def _send(self, made: Sequence[Job], connection: Any) -> list[Enqueued]:
+        settings = self._outlet.rules()
         if connection is not None:
-            return await enqueue.enqueue(connection, made, max_bytes=settings.max_job_bytes, key_ttl=settings.key_ttl)
-        broker = self._outlet()
+            return await self._outlet.add(connection, made, settings)
+        broker = self._outlet.broker()
         if broker is None:
             raise UsageError("the app is not open: enqueue inside `async with app:`")
         packed = [codec.pack(job, max_bytes=settings.max_job_bytes, key_ttl=settings.key_ttl) for job in made]
         return await broker.publish(packed) if packed else []
 
-    def enqueue_blocking(self, payload: Payload | Job, /, **options: Unpack[JobOptions]) -> Enqueued:
-        """`enqueue` for sync code: a script, a thread, a sync handler.
-
-        Args:
-            payload: its class names kind and queue; or a job made with `job`, which has its options.
-            options: see `JobOptions`.
-
-        Raises:
-            UsageError: called on the event loop of the app, which it would block, or gevent or eventlet has patched
-                this process; else what `enqueue` raises.
-        """
-        job = job_of(payload, **options)
+    def enqueue_blocking(self, job: Job) -> Enqueued:
+        """See `App.enqueue_blocking`."""
         refuse_patched()
-        refuse_on_loop("enqueue_blocking() would block this event loop: await enqueue() instead", self._loop)
+        sentence = "enqueue_blocking() would block this event loop: await enqueue() instead"
+        refuse_on_loop(sentence, self._outlet.loop)
         with self._lock:
             if self._background is None or not self._background.alive:
-                self._background = BackgroundLoop(self._sibling)
+                self._background = BackgroundLoop(self._outlet.elsewhere)
         background = self._background
-        with ExitStack() as stack:  # here, where the caller's context is; the sibling has no senders
+        with ExitStack() as stack:  # here, where the caller's context is; the other loop has no senders
             sent = self._seen_off(stack, [job])
-            return background.call(lambda sibling: sibling.enqueue_many(sent))[0]
+            return background.call(lambda outlet: Producer(outlet).enqueue_many(sent))[0]
 
 
 # What checkers know and callers without one do not: said here, before it breaks somewhere else.

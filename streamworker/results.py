@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, Literal
+from time import monotonic
+from typing import Any, Final, Literal, Protocol
 
 import msgspec
 
 from streamworker.codec import infinity_in
+from streamworker.errors import JobCancelled, JobDead, ResultNotKept, ResultTimeout
+from streamworker.postgres import Archive
 from streamworker.redact import describe
 
 MAX_RESULT: Final = 262_144
@@ -74,3 +77,71 @@ def completed(value: Any) -> bytes:
         return written(JobEnd("completed", msgspec.Raw(result_json(value))))
     except ValueError as error:
         return written(JobEnd("completed", error=str(error)))
+
+
+LOOK: Final = 10.0
+"""Seconds between looks while nothing is heard: what was told while the connection was down is found then."""
+
+
+class ResultWaiter(Protocol):
+    """Subscription to the end of one job."""
+
+    async def kept(self) -> bytes | None:
+        """The result note that is stored, if there is one; ends of the job are published for the next 30 seconds."""
+
+    async def heard(self, timeout: float) -> bytes | None:
+        """The next published note; empty if one may have been missed, ``None`` after ``timeout`` seconds."""
+
+
+async def wait_for(
+    hearing: ResultWaiter, archive: Archive | None, job: tuple[str | None, str], end: float | None
+) -> Any:
+    """Look, then listen, and look again when there may be something new; ``job`` is its queue, if known, and its id."""
+    _, job_id = job
+    while True:
+        note = await _noted(hearing, archive, *job)
+        look_at = monotonic() + LOOK
+        while note is None:
+            left = min(look_at, end if end is not None else look_at) - monotonic()
+            told = await hearing.heard(max(0.0, left))
+            if told is None and end is not None and monotonic() >= end:
+                raise ResultTimeout(
+                    f"the job {job_id} has not ended yet, or longer ago than its result is kept (result_ttl): wait for "
+                    "longer, or look at it",
+                    job_id,
+                )
+            if not told:
+                break
+            note = read(told)
+            if note is not None and note.status == "completed" and not bytes(note.result):
+                # Told by a worker that keeps nothing in Redis: the ledger has it, if there is one.
+                note = await _noted(hearing, archive, *job) or note
+        if note is not None:
+            return _value(note, job_id)
+
+
+async def _noted(hearing: ResultWaiter, archive: Archive | None, queue: str | None, job_id: str) -> JobEnd | None:
+    """What is kept of a job's end, in Redis or in the ledger."""
+    kept = await hearing.kept()
+    note = read(kept) if kept is not None else None
+    if note is not None and (archive is None or note.status != "completed" or bytes(note.result)):
+        return note
+    record = None if archive is None else await archive.find(job_id, queue)
+    if record is None or record.status not in ("completed", "dead", "cancelled"):
+        return note
+    lost = record.result is None and record.error is not None
+    kept_none = record.status != "completed" or lost
+    result = msgspec.Raw() if kept_none else msgspec.Raw(msgspec.json.encode(record.result))
+    return JobEnd(record.status, result, record.error)
+
+
+def _value(note: JobEnd, job_id: str) -> Any:
+    if note.status == "dead":
+        why = note.error or "nobody said why"
+        raise JobDead(f"the job {job_id} is a dead letter ({why}): look at it, and retry or drop it", job_id, why)
+    if note.status == "cancelled":
+        raise JobCancelled(f"the job {job_id} was cancelled", job_id)
+    if not bytes(note.result):
+        why = note.error or "set result_ttl on its handler, or use the ledger"
+        raise ResultNotKept(f"the job {job_id} is completed, but has no result: {why}", job_id)
+    return msgspec.json.decode(note.result)

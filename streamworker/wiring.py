@@ -1,4 +1,6 @@
-"""Whether there is a ledger, and through which connections: the PostgreSQL side of the composition root."""
+"""Composition root: settings to broker, operator, relay, ledger and bridge. The only place that knows modes, concrete
+brokers and PostgreSQL.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,23 @@ from typing import Any, Final, Literal, Protocol
 
 import anyio
 import asyncpg
+from redis.asyncio import Redis
 
 from streamworker.broker import CronStore, Finding
+from streamworker.broker.dispatcher import RedisDispatcher
+from streamworker.broker.keys import ListKeys, QueueKeys
+from streamworker.broker.list_bridge import BridgeOptions, ListBridge
+from streamworker.broker.lists import ListBroker
+from streamworker.broker.lists_brpop import BrpopBroker
+from streamworker.broker.redis.client import Address
+from streamworker.broker.stream import StreamBroker
 from streamworker.cron import Schedule
 from streamworker.errors import ConfigurationError, StreamworkerError
+from streamworker.job import Enqueued, Job
 from streamworker.loops import Pause
-from streamworker.postgres.archive import PostgresArchive
+from streamworker.operators import broker_options, open_servers
+from streamworker.postgres import enqueue
+from streamworker.postgres.archive import SCHEMA_LOOK, PostgresArchive, open_archive, schema_is_there
 from streamworker.postgres.ledger import PostgresLedger
 from streamworker.postgres.listen import connect, listen
 from streamworker.postgres.outbox import PostgresOutbox
@@ -31,11 +44,13 @@ from streamworker.postgres.pool import (
     require_same_database,
 )
 from streamworker.postgres.sqlstate import understood
+from streamworker.producer import refuse_patched
 from streamworker.relay import Dispatcher, Outbox
 from streamworker.relay.loss_detector import LossDetector, missing
 from streamworker.relay.relay import Listener, Relay
-from streamworker.settings import Settings
+from streamworker.settings import EMBEDDED, Settings
 from streamworker.telemetry.logs import get_logger
+from streamworker.worker.host import Relays, WorkerResources
 from streamworker.worker.scheduler import CronLoop
 
 log = get_logger("streamworker.ledger")
@@ -220,10 +235,6 @@ RELEASE: Final = 1.0
 # The key of a job is (id, queue_name).
 _TRIED: Final = 100
 """Most connections that `check` opens."""
-_THERE: Final = """
-select to_regclass('streamworker.jobs') is not null as any, exists (
-  select from pg_index where indexrelid = to_regclass('streamworker.jobs_pkey') and indnkeyatts = 2
-) as all, current_setting('server_encoding') as encoding"""
 
 
 async def open_durable(
@@ -283,7 +294,7 @@ async def examine(settings: Settings, url: str) -> list[Finding]:
         database = await open_database(url, name="check", connections=1)
         try:
             with understood("looking for the schema streamworker"):
-                there = (await database.fetch(_THERE))[0]
+                there = (await database.fetch(SCHEMA_LOOK))[0]
         finally:
             database.close()  # before the sessions are counted: it would hold one of them
         sessions = await count_sessions(url, min(most, _TRIED))
@@ -350,18 +361,6 @@ async def _close(pool: asyncpg.Pool[asyncpg.Record]) -> None:
         )
 
 
-async def open_archive(stack: AsyncExitStack, url: str, *, required: bool = True) -> PostgresArchive | None:
-    """What people ask the ledger, closed with ``stack``; ``None`` without its schema, unless it is ``required``.
-
-    Raises:
-        ConfigurationError: the schema is not there.
-        Unreachable: PostgreSQL does not answer.
-    """
-    database = await open_database(url, name="jobs", connections=2)
-    stack.callback(database.close)
-    return PostgresArchive(database) if await _schema(database, required=required) else None
-
-
 async def _ledger_database(
     stack: AsyncExitStack, settings: Settings, url: str | None, brought: Any, pressure: Pressure
 ) -> Database | None:
@@ -371,21 +370,161 @@ async def _ledger_database(
         return None
     database = await (open_database(url, pressure=pressure) if url is not None else borrowed_database(brought))
     stack.callback(database.close)
-    if await _schema(database, required=settings.ledger == "on"):
+    if await schema_is_there(database, required=settings.ledger == "on"):
         return database
     log.warning("ledger_off", reason="the schema streamworker is not there: `streamworker migrate up` makes it")
     return None
 
 
-async def _schema(database: Database, *, required: bool) -> bool:
-    """Whether the schema is there as this release needs it."""
-    with understood("looking for the schema streamworker"):
-        there = (await database.fetch(_THERE))[0]
-    if there["all"]:
-        return True
-    if required or there["any"]:
-        what = "of an older release" if there["any"] else "not there"
-        raise ConfigurationError(
-            f"the schema streamworker is {what}: run `streamworker migrate up`, or set STREAMWORKER_LEDGER=off"
-        )
-    return False
+# -- from settings to what people and workers use
+
+
+async def open_checked_servers(
+    stack: AsyncExitStack, settings: Settings, redis: Redis | str | None = None
+) -> tuple[Address, str | None]:
+    """(where Redis is, URL of the database), see `operators.open_servers`.
+
+    Raises:
+        UsageError: gevent or eventlet has patched this process.
+    """
+    refuse_patched()
+    return await open_servers(stack, settings, redis)
+
+
+async def database_of(stack: AsyncExitStack, settings: Settings) -> str:
+    """The URL of the database; the embedded pair is started if that is what the settings say.
+
+    Raises:
+        ConfigurationError: no database is named.
+    """
+    url = settings.database_url
+    if url is None and settings.redis_url == EMBEDDED:
+        _, url = await open_checked_servers(stack, settings)
+    return url or settings.require_database_url()
+
+
+def make_broker(settings: Settings, address: Address, queues: Sequence[str]) -> StreamBroker | ListBroker:
+    """The broker of the mode that the settings name.
+
+    Args:
+        settings: name mode, group, lease and the queues, if not all.
+        address: where Redis is.
+        queues: those of the app's handlers.
+    """
+    options = broker_options(settings, queues)
+    if settings.mode == "stream":
+        return StreamBroker(address, options)
+    return BrpopBroker(address, options) if settings.list_pop == "brpop" else ListBroker(address, options)
+
+
+def make_dispatcher(settings: Settings, address: Address) -> RedisDispatcher:
+    """What moves the ledger's jobs onto Redis, in the mode that the settings name."""
+    keys = ListKeys if settings.mode == "list" else QueueKeys
+    namespace = settings.namespace
+    return RedisDispatcher(address, lambda queue: keys(queue, namespace), group=settings.group, namespace=namespace)
+
+
+async def open_worker_resources(
+    stack: AsyncExitStack, settings: Settings, brought: tuple[Any, Any], worker_id: str, queues: Sequence[str]
+) -> WorkerResources:
+    """What a worker stands on, closed with ``stack``; what the user brought stays the user's.
+
+    Args:
+        stack: closes what is made here.
+        settings: the worker's.
+        brought: (a Redis client, a URL or ``None`` for ``REDIS_URL``; an asyncpg pool, a URL or ``None`` for
+            ``DATABASE_URL``).
+        worker_id: the worker's.
+        queues: those of the app's handlers.
+    """
+    redis, database = brought
+    address, default = await open_checked_servers(stack, settings, redis)
+    broker = make_broker(settings, address, queues)
+    stack.push_async_callback(broker.close)
+    client: Any = redis
+    if client is None or isinstance(client, str):
+        client = address.for_handlers(settings.concurrency)
+        stack.push_async_callback(client.aclose)
+    url, pool = (database, None) if isinstance(database, str) else (default, database)
+    queues = [spec.name for spec in settings.queues] or queues
+    database, ledger = await open_durable(stack, settings, url, pool, worker_id, queues)
+    if ledger is None:
+        return WorkerResources(broker, client, database, None, NothingToRelay())
+    relay: Relays = NothingToRelay()
+    dispatcher = make_dispatcher(settings, address.renamed(worker_id))
+    if settings.relay == "on":
+        relay = await open_relaying(stack, settings, dispatcher, url, pool, queues=queues)
+    else:
+        stack.push_async_callback(dispatcher.close)
+    return WorkerResources(broker, client, database, ledger, relay, dispatcher)
+
+
+async def open_relay_process(
+    stack: AsyncExitStack, settings: Settings, schedules: Sequence[Schedule]
+) -> Relaying | Scheduler:
+    """What ``streamworker relay`` runs, closed with ``stack``; see `App.relay_process`."""
+    address, url = await open_checked_servers(stack, settings)
+    if url is None and settings.ledger == "on":
+        raise ConfigurationError("STREAMWORKER_LEDGER is 'on' but there is no PostgreSQL: set DATABASE_URL")
+    dispatcher = make_dispatcher(settings, address)
+    scheduler = Scheduler(dispatcher, schedules, settings)
+    if url is None or settings.ledger == "off":
+        stack.push_async_callback(dispatcher.close)
+        await dispatcher.open()
+        return scheduler
+    await dispatcher.open()
+    return await open_relaying(stack, settings, dispatcher, url, None, scheduler=scheduler)
+
+
+async def open_relay(stack: AsyncExitStack, settings: Settings) -> Relaying:
+    """A relay, for those who look after its outbox, closed with ``stack``; see `App.relaying`."""
+    address, url = await open_checked_servers(stack, settings)
+    url = url or settings.require_database_url()
+    dispatcher = make_dispatcher(settings, address)
+    await dispatcher.open()
+    return await open_relaying(stack, settings, dispatcher, url, None)
+
+
+async def open_bridge(
+    stack: AsyncExitStack, settings: Settings, queues: Sequence[str] | None, known: Sequence[str]
+) -> ListBridge:
+    """What moves jobs out of lists into streams, closed with ``stack``; see `App.bridge`."""
+    address, _ = await open_checked_servers(stack, settings)
+    chosen = tuple(queues) if queues is not None else None
+    options = BridgeOptions(queues=chosen, known=frozenset(known), namespace=settings.namespace, lease=settings.lease)
+    bridge = ListBridge(address, options)
+    stack.push_async_callback(bridge.close)
+    await bridge.open()
+    return bridge
+
+
+async def find_archive(stack: AsyncExitStack, settings: Settings) -> PostgresArchive | None:
+    """What people ask the ledger, closed with ``stack``; ``None`` where the settings name none or it is not there.
+
+    Raises:
+        ConfigurationError: STREAMWORKER_LEDGER is ``on``, and the schema is not there.
+    """
+    named = settings.database_url is not None or settings.redis_url == EMBEDDED
+    if not named or settings.ledger == "off":
+        return None
+    return await open_archive(stack, await database_of(stack, settings), required=settings.ledger == "on")
+
+
+async def require_archive(stack: AsyncExitStack, settings: Settings) -> PostgresArchive:
+    """What people ask the ledger, closed with ``stack``.
+
+    Raises:
+        ConfigurationError: no database is named, or it has no schema streamworker.
+        Unreachable: PostgreSQL does not answer.
+    """
+    archive = await open_archive(stack, await database_of(stack, settings))
+    if archive is None:
+        raise AssertionError("a ledger that is required is there, or an error")
+    return archive
+
+
+async def add_in_transaction(
+    connection: asyncpg.Connection[asyncpg.Record], jobs: Sequence[Job], settings: Settings
+) -> list[Enqueued]:
+    """Add jobs to the caller's transaction."""
+    return await enqueue.enqueue(connection, jobs, max_bytes=settings.max_job_bytes, key_ttl=settings.key_ttl)

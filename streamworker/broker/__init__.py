@@ -16,6 +16,7 @@ from typing_extensions import TypeVar
 
 from streamworker.job import Claim, Depth, Enqueued, Level, PackedJob, Progress, Settled, Verdict
 from streamworker.limits import AcquireRequest, AcquireResult, Permit
+from streamworker.results import ResultWaiter
 
 T = TypeVar("T")
 
@@ -213,16 +214,6 @@ class Limiter(Protocol):
 
     def renew_permits(self, permits: Collection[Permit]) -> None:
         """Renew the permits of executions whose claims were renewed; from the lease thread."""
-
-
-class ResultWaiter(Protocol):
-    """Subscription to the end of one job."""
-
-    async def kept(self) -> bytes | None:
-        """The result note that is stored, if there is one; ends of the job are published for the next 30 seconds."""
-
-    async def heard(self, timeout: float) -> bytes | None:
-        """The next published note; empty if one may have been missed, ``None`` after ``timeout`` seconds."""
 
 
 class Results(Protocol):

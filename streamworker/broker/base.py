@@ -13,7 +13,7 @@ import msgspec
 from redis import exceptions as redis_errors
 from typing_extensions import TypeVar
 
-from streamworker.broker import CronTick, CronTickResult, Refusal, ResultWaiter, scripts
+from streamworker.broker import CronTick, CronTickResult, Refusal, scripts
 from streamworker.broker.cancel import Cancels, cancel
 from streamworker.broker.claim import ClaimSource, Options, none_ended
 from streamworker.broker.keys import QueueKeys, due_member, worker_key
@@ -28,6 +28,7 @@ from streamworker.broker.stream_claim import ClusterStreamClaims
 from streamworker.errors import PublishUncertain, Unreachable
 from streamworker.job import LEVELS, Claim, Enqueued, Level, PackedJob, Progress
 from streamworker.limits import AcquireRequest, AcquireResult, Permit
+from streamworker.results import ResultWaiter
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.broker")

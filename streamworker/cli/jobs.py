@@ -12,7 +12,6 @@ import anyio
 import msgspec
 from cyclopts import App, Parameter
 
-from streamworker import app
 from streamworker.app import App as StreamworkerApp
 from streamworker.broker import Operator
 from streamworker.cli import streams
@@ -32,6 +31,7 @@ from streamworker.cli.resource import BulkAction, act, agreed
 from streamworker.cli.streams import say
 from streamworker.errors import StreamworkerError, UsageError
 from streamworker.job import Progress
+from streamworker.operators import cancel_job
 from streamworker.postgres import Archive, JobRecord, Status, Wanted
 from streamworker.settings import EMBEDDED, Settings
 from streamworker.views import age, printable
@@ -351,7 +351,7 @@ def cancel(
             return None if job.status in (*OPEN, "running", None) else f"it is {job.status}"
 
         async def do(job: _Target) -> bool:
-            return await app.cancel(archive, operator, job.queue, job.job_id) != "ended"
+            return await cancel_job(archive, operator, job.queue, job.job_id) != "ended"
 
         action = BulkAction("cancel", "cancelled", "job", do, msgspec.structs.asdict, barred)
         return await act(acting, _targets(archive, wanted, queue), action, wanted.ids)

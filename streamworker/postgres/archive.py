@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack
 from typing import Any, Final
 
 import asyncpg
 import msgspec
 
-from streamworker.errors import UsageError
+from streamworker.errors import ConfigurationError, UsageError
 from streamworker.postgres import Attempt, JobRecord, Wanted
 from streamworker.postgres.encoding import stored_id, within_python
 from streamworker.postgres.ledger import BATCH, PRUNABLE, PRUNE
-from streamworker.postgres.pool import Database
+from streamworker.postgres.pool import Database, open_database
 from streamworker.postgres.sqlstate import understood
 
 PAGE: Final = 500
@@ -195,3 +196,35 @@ def _headers(json: str) -> dict[str, Any]:
         return {name: _decoded(bytes(raw).decode()) for name, raw in _fields(json).items()}
     except (msgspec.MsgspecError, RecursionError):  # not an object, or its names cannot be decoded
         return {}
+
+
+SCHEMA_LOOK: Final = """
+select to_regclass('streamworker.jobs') is not null as any, exists (
+  select from pg_index where indexrelid = to_regclass('streamworker.jobs_pkey') and indnkeyatts = 2
+) as all, current_setting('server_encoding') as encoding"""
+
+
+async def open_archive(stack: AsyncExitStack, url: str, *, required: bool = True) -> PostgresArchive | None:
+    """What people ask the ledger, closed with ``stack``; ``None`` without its schema, unless it is ``required``.
+
+    Raises:
+        ConfigurationError: the schema is not there.
+        Unreachable: PostgreSQL does not answer.
+    """
+    database = await open_database(url, name="jobs", connections=2)
+    stack.callback(database.close)
+    return PostgresArchive(database) if await schema_is_there(database, required=required) else None
+
+
+async def schema_is_there(database: Database, *, required: bool) -> bool:
+    """Whether the schema is there as this release needs it."""
+    with understood("looking for the schema streamworker"):
+        there = (await database.fetch(SCHEMA_LOOK))[0]
+    if there["all"]:
+        return True
+    if required or there["any"]:
+        what = "of an older release" if there["any"] else "not there"
+        raise ConfigurationError(
+            f"the schema streamworker is {what}: run `streamworker migrate up`, or set STREAMWORKER_LEDGER=off"
+        )
+    return False

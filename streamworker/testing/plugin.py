@@ -66,9 +66,9 @@ def streamworker_live_app(streamworker_app: Any, streamworker_settings: Any, mon
 
     Not open yet: ``async with streamworker_live_app as app:``, in whatever async plugin you use.
     """
-    monkeypatch.setattr(streamworker_app, "_settings", streamworker_settings)
+    monkeypatch.setattr(streamworker_app._connection, "settings", streamworker_settings)
     # The loop behind enqueue_blocking() knows the settings it was made with.
-    monkeypatch.setattr(streamworker_app, "_background", None)
+    monkeypatch.setattr(streamworker_app._producer, "_background", None)
     return streamworker_app
 
 

@@ -10,9 +10,9 @@ from typing import Any, Final, get_args
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from streamworker import app
 from streamworker.broker import Operator, Place, StoredJob
 from streamworker.errors import StreamworkerError, UsageError
+from streamworker.operators import cancel_job
 from streamworker.postgres import Archive
 from streamworker.telemetry.logs import get_logger
 from streamworker.views import PendingAction, StoredAction, moment, pending_action, stored_action
@@ -167,7 +167,7 @@ async def _bulk_job(request: Request, operator: Operator, form: Form) -> dict[st
 async def _cancel(request: Request, operator: Operator, form: Form) -> dict[str, Any]:
     archive, job_id = await _ledger(request), form.must("id")
     job = await archive.find(job_id, form.queue())
-    answer = "ended" if job is None else await app.cancel(archive, operator, job.queue, job_id)
+    answer = "ended" if job is None else await cancel_job(archive, operator, job.queue, job_id)
     words = {"cancelled": "never runs", "asked": "is told to end", "ended": "has ended, or is not there"}
     return {"ok": answer != "ended", "message": f"{job_id} {words[answer]}"}
 

@@ -122,7 +122,7 @@ async def test_an_app_belongs_to_its_loop_while_it_is_still_being_opened(redis_u
     own_server.pause()
     opening = asyncio.create_task(app.__aenter__())
     try:
-        await eventually(lambda: app._entries == 1)
+        await eventually(lambda: app._connection._entries == 1)
         assert "another event loop" in await _wrong(lambda: _enter(app))
         with pytest.raises(UsageError, match="not open"):
             await app.enqueue(Step(n=1))

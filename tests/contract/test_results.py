@@ -59,7 +59,7 @@ class Scene:
     @property
     def waiting(self) -> bool:
         """Somebody's ear is open."""
-        subscriber = self.app._broker._subscriber
+        subscriber = self.app._connection._broker._subscriber
         return any(each.open.is_set() for several in subscriber._by_channel.values() for each in several)
 
 
@@ -110,7 +110,7 @@ async def test_a_result_comes_to_whoever_waits_and_to_whoever_comes_later(scene,
     assert await scene.app.result(made.id) == "at last"
     key = f"stream:{{q}}:result:{made.id}"
     assert 0 < raw.ttl(key) <= 60
-    await eventually(scene.app._broker._subscriber._task.done)
+    await eventually(scene.app._connection._broker._subscriber._task.done)
     others = ("worker", "sentinel-")  # workers hear the bell, sentinels each other
     listening = [client for client in raw.client_list() if client["sub"] != "0"]
     assert not [client for client in listening if not any(name in client["name"] for name in others)]
@@ -144,7 +144,7 @@ async def test_a_cancelled_job_has_no_result(scene, working):
     async with anyio.create_task_group() as group:
         for each in (running, delayed):
             group.start_soon(wait, each.id)
-        await eventually(lambda: scene.waiting and len(scene.app._broker._subscriber._confirmed) == 2)
+        await eventually(lambda: scene.waiting and len(scene.app._connection._broker._subscriber._confirmed) == 2)
         for each in (running, delayed):
             await scene.app.cancel(each.id)
     assert sorted(refused) == sorted([running.id, delayed.id])

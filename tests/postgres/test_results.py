@@ -15,7 +15,7 @@ async def test_the_ledger_has_the_result_and_redis_tells_that_it_is_there(
     redis_url, database_url, pg, raw, monkeypatch
 ):
     app = App(settings=settings_for(redis_url, database_url))
-    monkeypatch.setattr("streamworker.app.LOOK", 1000.0)
+    monkeypatch.setattr("streamworker.results.LOOK", 1000.0)
     go = anyio.Event()
 
     @app.handler(max_attempts=1, backoff=Backoff(base=0.01))
@@ -39,7 +39,7 @@ async def test_the_ledger_has_the_result_and_redis_tells_that_it_is_there(
         async with anyio.create_task_group() as group:
             for n, each in enumerate([*made, later]):
                 group.start_soon(wait, n, each.id)
-            await eventually(lambda: len(app._broker._subscriber._confirmed) == 5)
+            await eventually(lambda: len(app._connection._broker._subscriber._confirmed) == 5)
             await eventually(lambda: raw.hexists("stream:{q}:meta", "waits"))
             assert got == {}
             go.set()

@@ -99,7 +99,7 @@ class _Stored:
 def opened() -> App[None]:
     """An app that stores nothing."""
     app = App(settings=Settings(redis_url="redis://127.0.0.1:1"))
-    app._outlet = _Stored  # type: ignore[assignment,method-assign]
+    app._connection.broker = _Stored  # type: ignore[assignment,method-assign]
     return app
 
 
@@ -254,7 +254,7 @@ def test_one_where_many_are_wanted(given):
 
 def test_nothing_of_a_bulk_with_a_misfit_is_enqueued():
     app = opened()
-    app._outlet = lambda: pytest.fail("something was sent")  # type: ignore[method-assign]
+    app._connection.broker = lambda: pytest.fail("something was sent")  # type: ignore[method-assign]
     with pytest.raises(InvalidJob):
         asyncio.run(app.enqueue_many([Price(item=1), Price(item=1, old=NAN)]))
 
