@@ -36,7 +36,7 @@ class Canceller(Protocol):
     """Cancels jobs that are in Redis: a broker, or an operator."""
 
     async def cancel(self, queue: str, job_id: str) -> bool:
-        """See `Broker.cancel`."""
+        """Delete a delayed job, or mark one that waits or runs; whether it was deleted."""
 
 
 async def cancel_job(archive: Archive | None, canceller: Canceller | None, queue: str, job_id: str) -> CancelAnswer:

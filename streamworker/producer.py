@@ -64,7 +64,7 @@ class Producer:
         self._lock = threading.Lock()
 
     async def enqueue_many(self, jobs: Iterable[Payload | Job], connection: Any = None) -> list[Enqueued]:
-        """See `App.enqueue_many`."""
+        """Make jobs of payloads and publish them, as `App.enqueue_many` says."""
         if isinstance(jobs, Payload | Job) or not isinstance(jobs, Iterable):
             raise UsageError(f"enqueue_many() takes a list: enqueue_many([...]), not one {type(jobs).__name__}")
         if isinstance(jobs, Sequence):
@@ -93,7 +93,7 @@ class Producer:
         return await broker.publish(packed) if packed else []
 
     def enqueue_blocking(self, job: Job) -> Enqueued:
-        """See `App.enqueue_blocking`."""
+        """Publish one job from sync code, on an event loop of the producer's own."""
         refuse_patched()
         sentence = "enqueue_blocking() would block this event loop: await enqueue() instead"
         refuse_on_loop(sentence, self._outlet.loop)

@@ -64,10 +64,10 @@ class Promoting(CronStore, Protocol):
     """What a scheduler needs of Redis."""
 
     async def promote(self, queues: Sequence[str]) -> float:
-        """See `Dispatcher.promote`."""
+        """Move due jobs to their queues; seconds until the next is due."""
 
     async def queues(self) -> list[str]:
-        """See `Dispatcher.queues`."""
+        """All queues of the namespace."""
 
 
 class Scheduler:
