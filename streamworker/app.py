@@ -30,7 +30,7 @@ from streamworker.postgres import Archive, JobRecord
 from streamworker.postgres.migrate import Migrator, printed, shipped
 from streamworker.producer import JobOptions, Producer, job_of, make_job, refuse_patched, running_loop
 from streamworker.settings import Settings
-from streamworker.wiring import Relaying, Scheduler
+from streamworker.wiring import RelayProcess, Scheduler
 from streamworker.worker.executor import Middleware
 from streamworker.worker.host import WorkerResources
 
@@ -361,22 +361,22 @@ class App(Handlers[S], Calendar):
     async def cancel(self, job_id: str, /, *, queue: str | None = None) -> CancelAnswer:
         """Keep a job from running, or end it while it runs.
 
-        A delayed job is deleted. A waiting one never starts: the worker that comes to it lets it go. A running one is
+        A delayed job is deleted. A waiting one never starts: the worker that claims it lets it go. A running one is
         told within a second: ``ctx.cancelled`` is true from then on, a handler that awaits is cancelled, and the job
         ends as cancelled, which is no failure: no retry, no dead letter. A handler that ends regularly all the same,
         without having looked, has done its work.
 
         Args:
             job_id: as `enqueue` returned it.
-            queue: where it lies. Needed only if there is no ledger that knows the job, and this app has handlers for
+            queue: where it is. Needed only if there is no ledger that knows the job, and this app has handlers for
                 none or for several queues; or if several queues have a job with this id.
 
         Returns:
-            ``cancelled``: it will not run any more. ``asked``: it waits or runs, or is not known at all; whoever has it
-            is told. ``ended``: the ledger says that it is over, and nothing was done.
+            ``cancelled``: it will not run any more. ``asked``: it waits or runs, or is not known at all; a worker that
+            holds it hears of it. ``ended``: the ledger says that it is over, and nothing was done.
 
         Raises:
-            UsageError: the app is not open, or open on another event loop, or nobody can tell where the job lies.
+            UsageError: the app is not open, or open on another event loop, or the queue of the job is not known.
             Unreachable: a server does not answer.
         """
         broker = self._connection.broker()
@@ -396,15 +396,15 @@ class App(Handlers[S], Calendar):
         Args:
             job_id: as `enqueue` returned it.
             timeout: seconds to wait at most; ``None`` waits for as long as it takes.
-            queue: where the job lies; unless given, wherever the ledger says, or any queue that this app has handlers
+            queue: where the job is; unless given, wherever the ledger says, or any queue that this app has handlers
                 for. Needed if several queues have a job with this id.
 
         Raises:
             JobDead: the job is a dead letter.
-            JobCancelled: somebody cancelled it.
+            JobCancelled: it was cancelled.
             ResultNotKept: it is completed, and what its handler returned was not kept, or could not be.
             ResultTimeout: it has not ended in time; it goes on.
-            UsageError: the app is not open, or open on another event loop, or nobody can tell where the job lies.
+            UsageError: the app is not open, or open on another event loop, or the queue of the job is not known.
             Unreachable: a server does not answer.
         """
         broker = self._connection.broker()
@@ -414,7 +414,7 @@ class App(Handlers[S], Calendar):
         record = None if archive is None else await archive.find(job_id, queue)
         queues = [record.queue] if record is not None else [check_queue(queue)] if queue is not None else self.queues
         if not queues:
-            raise UsageError("nobody here can tell where this job lies: say queue=")
+            raise UsageError("the queue of this job is not known here: say queue=")
         end = None if timeout is None else monotonic() + timeout
         async with broker.ended(queues, job_id) as hearing:
             return await results.wait_for(hearing, archive, (queues[0] if len(queues) == 1 else None, job_id), end)
@@ -426,7 +426,7 @@ class App(Handlers[S], Calendar):
         if len(self.queues) == 1:
             return self.queues[0]
         raise UsageError(
-            "nobody here can tell where this job lies: say queue=, or set DATABASE_URL if there is a ledger"
+            "the queue of this job is not known here: say queue=, or set DATABASE_URL if there is a ledger"
         )
 
     # -- the registry, as workers see it
@@ -541,7 +541,7 @@ class App(Handlers[S], Calendar):
             yield operator
 
     @asynccontextmanager
-    async def relay_process(self, settings: Settings | None = None) -> AsyncIterator[Relaying | Scheduler]:
+    async def relay_process(self, settings: Settings | None = None) -> AsyncIterator[RelayProcess | Scheduler]:
         """What ``streamworker relay`` runs: due jobs of all queues, this app's schedules, and with a ledger the relay.
 
         Raises:
@@ -552,7 +552,7 @@ class App(Handlers[S], Calendar):
             yield await wiring.open_relay_process(stack, self.resolve(settings), self.schedules)
 
     @asynccontextmanager
-    async def relaying(self, settings: Settings | None = None) -> AsyncIterator[Relaying]:
+    async def relaying(self, settings: Settings | None = None) -> AsyncIterator[RelayProcess]:
         """A relay, for those who look after its outbox.
 
         Raises:

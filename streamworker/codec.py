@@ -160,7 +160,7 @@ def glance(body: bytes | None) -> tuple[str | None, str | None]:
 def keyed(body: bytes | None) -> tuple[str, str] | None:
     """(deduplication key, id) of a job that was enqueued with a key; ``None`` for one without, or for other bytes.
 
-    Producers may write a key that is another job's: whoever frees it looks whether it is remembered for this id.
+    Producers may write a key that is another job's: freeing it looks whether it is remembered for this id.
     """
     try:
         document = _keyed(body or b"")
@@ -171,7 +171,7 @@ def keyed(body: bytes | None) -> tuple[str, str] | None:
 
 
 def job_id(document: Reading, claim: Claim) -> str:
-    """The job's id; without one in the document, one derived from where the entry lies, the same at every delivery."""
+    """The job's id; without one in the document, one derived from where the entry is, the same at every delivery."""
     return id_in(document) or derived_id(claim.place, claim.epoch, claim.entry)
 
 
@@ -456,7 +456,7 @@ def seal(secret: bytes, job_id: str, text: str) -> str:
     """The proof that a worker of the queue wrote ``text`` about the job. Lua computes the same.
 
     Args:
-        secret: as it lies in the queue's meta hash.
+        secret: as stored in the queue's meta hash.
         job_id: whose state it is.
         text: what is proven; without line breaks.
     """

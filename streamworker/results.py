@@ -1,4 +1,4 @@
-"""What is told of a job that has ended: to those who wait for it, and for a while to those who come later."""
+"""Results: the note about the end of a job, published to waiters and stored for a while; and waiting for it."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ NEW_QUEUES: Final = 5.0
 """Seconds between looks for queues that were not there before."""
 
 
-class Promoting(CronStore, Protocol):
+class SchedulerStore(CronStore, Protocol):
     """What a scheduler needs of Redis."""
 
     async def promote(self, queues: Sequence[str]) -> float:
@@ -82,7 +82,7 @@ class Scheduler:
     dispatched: Final = 0
     """Jobs it took from a ledger."""
 
-    def __init__(self, dispatcher: Promoting, schedules: Sequence[Schedule], settings: Settings) -> None:
+    def __init__(self, dispatcher: SchedulerStore, schedules: Sequence[Schedule], settings: Settings) -> None:
         self._dispatcher, self._schedules, self._settings = dispatcher, schedules, settings
 
     async def run(self, stopping: anyio.Event) -> None:
@@ -105,13 +105,13 @@ class Scheduler:
                 await stopping.wait()
 
 
-class Relaying:
-    """A relay and its watch.
+class RelayProcess:
+    """A relay, its loss detector, and perhaps a scheduler.
 
     Args:
         outbox: where jobs wait.
         dispatcher: where they go.
-        listener: tells of commits, if anybody does.
+        listener: tells of commits, if anything does.
         lease: seconds a running job may take to finish after a sign of loss.
         queues: those that this process serves.
         scheduler: runs beside it, if there is one.
@@ -131,29 +131,22 @@ class Relaying:
         self.outbox: Final = outbox
         self._scheduler = scheduler
         self._ending = anyio.Event()
+        self._loss_detector = LossDetector(outbox, dispatcher, self._ending, lease=lease, queues=tuple(queues))
         self.relay: Final = Relay(
-            outbox,
-            dispatcher,
-            self._ending,
-            listener=listener,
-            queues_changed=lambda: self._vigil.wake(),  # noqa: PLW0108 - made after it
-            barred=lambda: self._vigil.barred,
-        )
-        self._vigil = LossDetector(
-            outbox, dispatcher, self._ending, lease=lease, listening=lambda: self.relay.listening, queues=tuple(queues)
+            outbox, dispatcher, self._ending, listener=listener, loss_detector=self._loss_detector
         )
 
     async def run(self, stopping: anyio.Event) -> None:
         """Relay until stopped. What is under way is finished first: no command to Redis is cancelled."""
         async with anyio.create_task_group() as loops:
             loops.start_soon(self.relay.run)
-            loops.start_soon(self._vigil.run)
+            loops.start_soon(self._loss_detector.run)
             if self._scheduler is not None:
                 loops.start_soon(self._scheduler.run, self._ending)
             await stopping.wait()
             self._ending.set()
             self.relay.wake()
-            self._vigil.wake()
+            self._loss_detector.wake()
 
     async def unsent(self) -> bool:
         """Whether jobs that are due have not reached their queues yet; then they are looked for now."""
@@ -169,7 +162,7 @@ class Relaying:
         return sorted(queue.name for queue in await self.outbox.queues())
 
     async def missing(self, queue: str) -> tuple[list[str], datetime]:
-        """(ids of open jobs of a queue that lie nowhere in Redis, the moment the look began)."""
+        """(ids of open jobs of a queue that are nowhere in Redis, the moment the look began)."""
         before = await self.outbox.now()
         return await missing(self.outbox, self._dispatcher, queue, before), before
 
@@ -194,7 +187,7 @@ async def open_relaying(
     *,
     queues: Sequence[str] = (),
     scheduler: Scheduler | None = None,
-) -> Relaying:
+) -> RelayProcess:
     """A relay, closed with ``stack``, the dispatcher too.
 
     Args:
@@ -220,11 +213,11 @@ async def open_relaying(
     if not await outbox.is_there():
         raise ConfigurationError("the schema streamworker is not there: run `streamworker migrate up`")
     listener = listener_for(url, settings.database_direct_url, pooled=database.pooled)
-    return Relaying(outbox, dispatcher, listener=listener, lease=settings.lease, queues=queues, scheduler=scheduler)
+    return RelayProcess(outbox, dispatcher, listener=listener, lease=settings.lease, queues=queues, scheduler=scheduler)
 
 
 def listener_for(url: str | None, direct: str | None, *, pooled: bool) -> Listener | None:
-    """What listens for commits: nobody, if the only way leads through a pooler."""
+    """What listens for commits; ``None`` if the only way leads through a pooler."""
     way = direct or (None if pooled else url)
     return None if way is None else partial(listen, way)
 
@@ -461,7 +454,7 @@ async def open_worker_resources(
 
 async def open_relay_process(
     stack: AsyncExitStack, settings: Settings, schedules: Sequence[Schedule]
-) -> Relaying | Scheduler:
+) -> RelayProcess | Scheduler:
     """What ``streamworker relay`` runs, closed with ``stack``; see `App.relay_process`."""
     address, url = await open_checked_servers(stack, settings)
     if url is None and settings.ledger == "on":
@@ -476,7 +469,7 @@ async def open_relay_process(
     return await open_relaying(stack, settings, dispatcher, url, None, scheduler=scheduler)
 
 
-async def open_relay(stack: AsyncExitStack, settings: Settings) -> Relaying:
+async def open_relay(stack: AsyncExitStack, settings: Settings) -> RelayProcess:
     """A relay, for those who look after its outbox, closed with ``stack``; see `App.relaying`."""
     address, url = await open_checked_servers(stack, settings)
     url = url or settings.require_database_url()

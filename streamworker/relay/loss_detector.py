@@ -9,7 +9,6 @@ job that is in Redis is left alone, whatever the signs said.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from datetime import datetime
 from time import monotonic
 from typing import Final
@@ -74,7 +73,7 @@ class LossDetector:
         dispatcher: Redis.
         stopping: ends it; call `wake` with it.
         lease: seconds after a sign of loss in which running jobs may finish.
-        listening: whether notifications of the ledger arrive.
+        listening: whether notifications of the ledger arrive; `listen` changes it.
         queues: those that this process serves.
     """
 
@@ -85,7 +84,7 @@ class LossDetector:
         stopping: anyio.Event,
         *,
         lease: float,
-        listening: Callable[[], bool],
+        listening: bool = False,
         queues: tuple[str, ...] = (),
     ) -> None:
         self._outbox = outbox
@@ -105,6 +104,10 @@ class LossDetector:
         """Look now."""
         self._wake.set()
 
+    def listen(self, listening: bool) -> None:
+        """Notifications of the ledger arrive from now on, or no longer: without them it looks more often."""
+        self._listening = listening
+
     async def run(self) -> None:
         """Look until stopped; an error is logged and followed by a pause."""
         pause = Pause()
@@ -117,7 +120,7 @@ class LossDetector:
                 log.error("relay_watch_failed", error=str(error))
                 await pause.wait(self._stopping)
                 continue
-            seconds = min(LOOK, self._lease) if self._listening() else LOOK_UNNOTIFIED
+            seconds = min(LOOK, self._lease) if self._listening else LOOK_UNNOTIFIED
             with anyio.move_on_after(seconds * random.uniform(0.8, 1.0)):  # noqa: S311 - spreads load
                 await self._wake.wait()
 

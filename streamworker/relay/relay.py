@@ -18,6 +18,7 @@ import anyio
 from streamworker.errors import StreamworkerError, Unreachable
 from streamworker.loops import Pause
 from streamworker.relay import Dispatch, Dispatcher, Outbox, Taken
+from streamworker.relay.loss_detector import LossDetector
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.relay")
@@ -49,8 +50,7 @@ class Relay:
         dispatcher: Redis.
         stopping: ends it; call `wake` with it.
         listener: source of notifications; without one the relay polls.
-        queues_changed: called when a queue changed in the ledger.
-        barred: whether nothing may be relayed for now.
+        loss_detector: looks at queues that changed in the ledger, and bars the relay; none in tests of a relay alone.
     """
 
     def __init__(
@@ -60,15 +60,13 @@ class Relay:
         stopping: anyio.Event,
         *,
         listener: Listener | None = None,
-        queues_changed: Callable[[], None] = lambda: None,
-        barred: Callable[[], bool] = lambda: False,
+        loss_detector: LossDetector | None = None,
     ) -> None:
         self._outbox = outbox
         self._dispatcher = dispatcher
         self._stopping = stopping
         self._listener = listener
-        self._queues_changed = queues_changed
-        self._barred = barred
+        self._loss_detector = loss_detector
         self._wake = anyio.Event()
         self._notified = False
         self.listening = False
@@ -127,7 +125,7 @@ class Relay:
 
     async def step(self, *, notified: bool = False) -> float:
         """Dispatch one batch, if there is one; returns the seconds until the next step."""
-        if self._barred():
+        if self._loss_detector is not None and self._loss_detector.barred:
             return LONGEST_PAUSE
         if self._doubted is not None:  # Redis did not answer: nothing more is claimed before it does
             await self._dispatcher.pulses([self._doubted])
@@ -237,11 +235,14 @@ class Relay:
 
     def _on_message(self, message: str) -> None:
         if message == "queues":
-            self._queues_changed()
+            if self._loss_detector is not None:
+                self._loss_detector.wake()
             return
         self._notified = self._notified or message != "later"
         self._wake.set()
 
     def _on_state(self, listening: bool) -> None:
         self.listening = listening
+        if self._loss_detector is not None:
+            self._loss_detector.listen(listening)
         self._wake.set()  # for what was committed before LISTEN

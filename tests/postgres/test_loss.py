@@ -60,7 +60,7 @@ async def dispatcher(request, redis_url):
 
 
 def vigil_of(outbox, dispatcher, lease=0.2):
-    return LossDetector(outbox, dispatcher, anyio.Event(), lease=lease, listening=lambda: True)
+    return LossDetector(outbox, dispatcher, anyio.Event(), lease=lease, listening=True)
 
 
 async def compare(outbox, dispatcher, pg):
@@ -233,7 +233,7 @@ async def test_two_redis_on_one_ledger_do_not_take_jobs_for_lost_by_turns(outbox
     """The one whose server is still the same, and is not the ledger's any more, leaves the ledger alone."""
     await commit(pg, Bill())
     vigil = vigil_of(outbox, dispatcher)
-    relay = Relay(outbox, dispatcher, anyio.Event(), barred=lambda: vigil.barred)
+    relay = Relay(outbox, dispatcher, anyio.Event(), loss_detector=vigil)
     await relay.step()
     await vigil.look()
     ours = await pg.fetchval("select server from streamworker.job_queues")

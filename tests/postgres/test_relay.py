@@ -23,7 +23,7 @@ from streamworker.postgres.outbox import PostgresOutbox
 from streamworker.postgres.pool import open_database
 from streamworker.relay import Dispatch
 from streamworker.relay.relay import Relay
-from streamworker.wiring import Relaying, Scheduler, listener_for
+from streamworker.wiring import RelayProcess, Scheduler, listener_for
 from tests import forkserver
 from tests.conftest import eventually
 from tests.postgres.working import settings_for, working
@@ -75,7 +75,7 @@ async def streams(redis_url):
 @asynccontextmanager
 async def running(outbox, dispatcher, database_url=None, *, lease=15.0, **options):
     listener = listener_for(database_url, None, pooled=False) if database_url else None
-    relaying = Relaying(outbox, dispatcher, listener=listener, lease=lease, **options)
+    relaying = RelayProcess(outbox, dispatcher, listener=listener, lease=lease, **options)
     stopping = anyio.Event()
     async with anyio.create_task_group() as group:
         group.start_soon(relaying.run, stopping)
@@ -278,7 +278,7 @@ async def a_relay(database_url, redis_url, stopping):
     dispatcher = RedisDispatcher(Address(redis_url), QueueKeys, group="workers", namespace="")
     async with outbox_of(database_url) as outbox:
         listener = listener_for(database_url, None, pooled=False)
-        await Relaying(outbox, dispatcher, listener=listener, lease=15).run(stopping)
+        await RelayProcess(outbox, dispatcher, listener=listener, lease=15).run(stopping)
     await dispatcher.close()
 
 
