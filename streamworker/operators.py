@@ -155,5 +155,5 @@ def broker_options(settings: Settings, queues: Sequence[str]) -> StreamOptions:
         lease=settings.lease,
         weighted=settings.priority == "weighted",
         alone_from=alone_from(settings.max_deliveries),
-        slots=settings.concurrency,
+        concurrency=settings.concurrency,
     )

@@ -49,7 +49,7 @@ from streamworker.redact import describe, fit, text_of
 
 SUSPECT_DELIVERIES: Final = 3
 """From this delivery on a job is a suspect: two workers died with it. The first time it runs in a group of suspects, at
-most half of a worker's slots, beside fresh jobs: most suspects only ran beside the job that kills."""
+most half of what a worker may run, beside fresh jobs: most suspects only ran beside the job that kills."""
 
 
 def alone_from(max_deliveries: int) -> int:

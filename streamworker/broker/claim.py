@@ -55,7 +55,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         lease: seconds a claim lives unrenewed.
         weighted: weighted order of levels instead of strict order.
         alone_from: the delivery from which on a job runs alone.
-        slots: jobs that run at once; suspects that do not run alone fill at most half of them.
+        concurrency: jobs that run at once; suspects that do not run alone fill at most half of them.
     """
 
     queues: tuple[tuple[str, int | None], ...]
@@ -63,7 +63,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     lease: float = 15.0
     weighted: bool = False
     alone_from: int = SUSPECT_DELIVERIES + 1
-    slots: int = 10
+    concurrency: int = 10
 
 
 class StreamOptions(Options, frozen=True, kw_only=True):
@@ -94,7 +94,7 @@ class ClaimSource(ABC):
         self._caps = [cap for _, cap in queues]
         self._lease = options.lease
         self._alone_from = options.alone_from
-        self._slots = options.slots
+        self._concurrency = options.concurrency
         self._order = Order(len(queues), weighted=options.weighted, heads=heads)
         self.ready_keys: Final[list[tuple[QueueKeys, Level, str]]] = [
             (keys, level, keys.ready(level)) for keys in self._keys for level in LEVELS
@@ -212,13 +212,13 @@ class ClaimSource(ABC):
         """Wait for a job, at most ``wait`` seconds."""
 
     def _suspects_allowed(self, running: Collection[Claim]) -> int:
-        """How many suspects that need not run alone may be claimed: together they fill at most half of the slots."""
+        """How many suspects that need not run alone may be claimed: at most half of the jobs that may run at once."""
         if self._alone_from <= SUSPECT_DELIVERIES:
             return 0
         held = Counter(claim.queue for claim in running if SUSPECT_DELIVERIES <= claim.count < self._alone_from)
         # Ended claims of a queue that refuses to settle them must not block suspects of other queues.
         group = sum(max(0, count - self.ended(queue)) for queue, count in held.items())
-        return max(0, max(1, self._slots // 2) - group)
+        return max(0, max(1, self._concurrency // 2) - group)
 
     def _about_suspects(self, index: int, running: Collection[Claim]) -> int:
         """What to do about suspects of this queue.

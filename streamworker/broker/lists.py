@@ -58,7 +58,7 @@ class ListClaims(ClaimSource):
         self._wake_lists = WakeLists(session, len(self.ready_keys))
         self._for_others: frozenset[str] = frozenset()
 
-    async def reclaim(self, limit: int, running: Collection[Claim]) -> list[Claim]:  # noqa: ARG002 - they need no slot
+    async def reclaim(self, limit: int, running: Collection[Claim]) -> list[Claim]:  # noqa: ARG002 - they run on their own
         """Expired claims go to the right ends of their lists, and are taken from there before all others."""
         await self._reclaimer.give_back(running)
         return []
@@ -339,7 +339,7 @@ class ListBroker(RedisBroker[ListKeys, ClaimSource]):
 
     async def promote(self) -> float:
         wait = await promote(self._session, self._keys)
-        # Here too, because no worker claims while all its slots are busy.
+        # Here too, because no worker claims while it runs as many jobs as it may.
         self._reclaimer.rest_after_outage()
         if monotonic() >= self._tidy_at:
             self._tidy_at = monotonic() + tidy_pause(self._options.lease)

@@ -84,7 +84,7 @@ class BrpopClaims(ClaimSource):
                 await anyio.sleep(pause)  # settling takes no round trip but for what goes on
         return not len(running)
 
-    async def reclaim(self, limit: int, running: Collection[Claim]) -> list[Claim]:  # noqa: ARG002 - they need no slot
+    async def reclaim(self, limit: int, running: Collection[Claim]) -> list[Claim]:  # noqa: ARG002 - they run on their own
         await self._reclaimer.give_back(running)
         return []
 

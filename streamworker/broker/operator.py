@@ -400,7 +400,7 @@ class ListOperator(RedisOperator):
     async def _page(
         self, queue: str, after: str, consumer: str | None, min_idle: float, only: str | None
     ) -> Page[PendingEntry]:
-        # One page for all: there are no more claims than the workers have slots.
+        # One page for all: there are no more claims than the workers may run jobs.
         del after
         (keys,) = self._lists([queue])
         held = await listings.list_pending(self._session, keys, consumer)

@@ -132,7 +132,7 @@ class Fetcher:
             return f"{len(self._suspects)} jobs with which several workers died wait to run alone"
         group = self._group()
         if group:
-            return f"{group} jobs with which two workers died run here, in at most half of the slots"
+            return f"{group} jobs with which two workers died run here, in at most half of the concurrency"
         return ""
 
     def _group(self) -> int:
@@ -264,7 +264,7 @@ class Fetcher:
         self._in_flight.counts.recovered += 1
         log_recovered(run)
         if claim.count >= SUSPECT_DELIVERIES and not claim.suspect:
-            hint = "two workers died with them; they fill at most half of the slots, and fresh jobs go on beside"
+            hint = "two workers died with them; they fill at most half of the concurrency, and fresh jobs go on beside"
             self._log_suspects("suspects_running", queue=claim.queue, jobs=self._group(), hint=hint)
 
     def _start_capped(self) -> None:
