@@ -23,6 +23,8 @@ _ELSEWHERE: Final = {
     "list": "lie in streams, which list mode does not read: run workers in stream mode until they are done",
 }
 
+LAST_ID: Final = f"{2**64 - 1}-{2**64 - 1}"
+"""The last id that a stream can have (Redis, XADD)."""
 Severity: TypeAlias = Literal["error", "warning", "ok"]
 
 
@@ -40,6 +42,7 @@ async def examine(
         *await look(session, queues, keys_of),
         *await _keys(session, queues),
         *await _groups(session, queues),
+        *await _closed(session, queues),
         *await _elsewhere(session, queues),
         await _clock(session),
         *_renewal(session),
@@ -168,6 +171,22 @@ async def _groups(session: OperatorSession, queues: Sequence[QueueKeys]) -> list
         if text(group["name"]) != session.group
     ]
     return foreign or [Finding("ok", "groups", f"no group but {session.group!r} reads our streams")]
+
+
+async def _closed(session: OperatorSession, queues: Sequence[QueueKeys]) -> list[Finding]:
+    """Streams that take no entry any more: XADD wants an id above the last one, and theirs is the last possible."""
+    places = [place for keys in queues for place in keys.streams] if session.group else []
+    answers = await session.gather([("XINFO STREAM", place) for place in places])
+    return [
+        Finding(
+            "error",
+            "queues",
+            f"the stream {place} has had the last possible id, so XADD to it fails: delete the key when it is empty "
+            "(DEL), and workers make it anew",
+        )
+        for place, answer in zip(places, answers, strict=True)
+        if isinstance(answer, dict) and text(answer.get("last-generated-id", "")) == LAST_ID
+    ]
 
 
 async def _elsewhere(session: OperatorSession, queues: Sequence[QueueKeys]) -> list[Finding]:

@@ -160,6 +160,20 @@ def test_check_finds_what_loses_jobs(sw, raw):
     ]
 
 
+@pytest.mark.parametrize("entry", ["is there", "is gone"])
+def test_check_finds_a_stream_that_takes_no_entry_any_more(sw, raw, entry):
+    last = f"{2**64 - 1}-{2**64 - 1}"
+    raw.xadd("stream:{notes}:high", {"job": "{}"}, last)
+    if entry == "is gone":
+        raw.xdel("stream:{notes}:high", last)
+    done = sw("check", "--json", "--queues", "notes")
+    assert done.returncode == 1
+    ((severity, sentence),) = found(done, "queues")
+    assert severity == "error" and "stream:{notes}:high" in sentence
+    raw.delete("stream:{notes}:high")
+    assert not found(sw("check", "--json", "--queues", "notes"), "queues")
+
+
 @pytest.mark.parametrize(
     ("ground", "dryrun", "lacks"),
     [("stream", True, "XDEL"), ("stream", False, "XDEL"), ("list", True, "LREM"), ("list", False, "LREM")],
