@@ -35,8 +35,12 @@ class Log:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All lines; whoever was killed within a write(2) may leave none, never half of one."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """All lines. One that is just being written is read without its end, and counts next time."""
+    return (
+        [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        if path.exists()
+        else []
+    )
 
 
 class Journal:
