@@ -1,8 +1,9 @@
 """The checks of ``bash .ci/run`` (``./dev check``), in rows that run beside each other; nothing is tried twice.
 
 Those of the second row are short, or wait for containers, while those of the first compute. The crash suite has the
-machine to itself by then: a worker that gets no processor for a lease is dead to the others. What a check prints is shown in one piece when it has ended. The first one that fails is named, and ends the
-others. At the end stands once more what was not run, and why.
+machine to itself by then: a worker that gets no processor for a lease is dead to the others. What a check prints is
+shown in one piece when it has ended. The first one that fails is named, and ends the others. At the end stands once
+more what was not run, and why.
 """
 
 from __future__ import annotations
