@@ -78,7 +78,8 @@ async def test_options_of_the_url_are_heard(redis_url):
         holders = [asyncio.create_task(client.blpop(["queue:none"], timeout=3)) for _ in range(2)]
         await eventually(lambda: not client.connection_pool.can_get_connection())
         with pytest.raises(
-            NoConnection, match=r"waited 0.2 s for a connection of ctx.redis \(2 connections, all taken\): raise max_c"
+            NoConnection,
+            match=r"waited [0-9.]+ s for a connection of ctx.redis \(2 connections, all taken\): raise max_c",
         ):
             await client.get("queue:x")
         for each in holders:
@@ -111,7 +112,7 @@ async def test_a_job_that_times_out_while_it_waits_says_so(ground, redis_url, ra
         await life
     ((_, fields),) = raw.xrange("stream:{q}:dead")
     error = fields[b"error"].decode()
-    assert error.startswith("timed out after 0.5 s: waited 0.")
+    assert error.startswith("timed out after 0.5 s: waited ")
     assert error.endswith("for a connection of ctx.redis (1 connections, all taken)")
 
 

@@ -95,7 +95,7 @@ async def test_a_job_that_times_out_while_it_waits_for_a_connection_says_so(redi
         ((_, fields),) = raw.xrange(DEAD)
     what = "ctx.transaction()" if how == "transaction" else "ctx.database"
     error = fields["error"] if "error" in fields else fields[b"error"].decode()
-    assert error.startswith("timed out after 0.3 s: waited 0."), error
+    assert error.startswith("timed out after 0.3 s: waited "), error
     assert error.endswith(f" s for a connection of {what} (1 connections, all taken)"), error
 
 
@@ -108,7 +108,7 @@ async def test_waiting_ends_with_an_error_that_names_the_pool_and_the_log_says_i
         async with pool.acquire(), pool.acquire():
             for _ in range(2):
                 with pytest.raises(
-                    NoConnection, match=r"waited 0.3 s for a connection of ctx.database \(2 connections, all"
+                    NoConnection, match=r"waited [0-9.]+ s for a connection of ctx.database \(2 connections, all"
                 ):
                     await pool.fetchval("select 1")
         assert await pool.fetchval("select 1") == 1
