@@ -16,6 +16,8 @@ PROGRAM = """
 echo "this is $*"
 case $1 in
 poor) echo "not run: 1 skipped (needs Chromium: apt-get install chromium)"; echo "7 passed" ;;
+shaky) [ -e shaky.begun ] || { echo >shaky.begun; exit 1; } ;;
+broken) exit 1 ;;
 long)
     trap 'echo cleaned up >long.end; exit 130' INT
     echo $$ >long.begun
@@ -70,3 +72,14 @@ def test_ending_it_ends_what_it_started(checks: Checks, number: signal.Signals):
         process.send_signal(number)
         assert process.wait(30) == 1
     assert Path("long.end").read_text() == "cleaned up\n"
+
+
+def test_what_may_fail_once_is_named_and_run_again(tmp_path: Path, checks: Checks, capfd: pytest.CaptureFixture[str]):
+    checks = Checks(["sh", "program"], tmp_path, {"shaky": "shaky --last-failed", "broken": "broken --last-failed"})
+    assert checks.run([("shaky --all", "two")]) == 0
+    out = capfd.readouterr().out
+    assert "=== ci: shaky --all failed once (exit 1), and what failed is run again; it ran" in out
+    assert "this is shaky --last-failed" in out and "this is two" in out
+    assert checks.run([("broken --all", "never")]) == 1
+    out = capfd.readouterr().out
+    assert "=== ci: broken --last-failed FAILED (exit 1)" in out and "never" not in out
