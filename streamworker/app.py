@@ -12,7 +12,6 @@ from typing import Any, TypeAlias, overload
 
 import anyio
 import asyncpg
-import msgspec
 from redis.asyncio import Redis
 from typing_extensions import TypeVar, Unpack
 
@@ -73,10 +72,7 @@ class AppConnection:
         """
         if settings is None and self.settings is None:
             self.settings = Settings.load()
-        settings = settings or self.settings or Settings()
-        # BRPOP is one job at a time: more concurrency could only wait.
-        popping = settings.mode == "list" and settings.list_pop == "brpop"
-        return msgspec.structs.replace(settings, concurrency=1) if popping else settings
+        return wiring.fit_mode(settings or self.settings or Settings())
 
     def rules(self) -> Settings:
         """The settings in force, or that would be."""

@@ -25,7 +25,6 @@ from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.ledger")
 
-
 CancelAnswer: TypeAlias = Literal["cancelled", "asked", "ended"]
 """What `App.cancel` answers."""
 NEVER_SENT: Final = "queued"

@@ -12,6 +12,7 @@ from typing import Any, Final, Literal, Protocol
 
 import anyio
 import asyncpg
+import msgspec
 from redis.asyncio import Redis
 
 from streamworker.broker import CronStore, Finding
@@ -369,9 +370,6 @@ async def _ledger_database(
     return None
 
 
-# -- from settings to what people and workers use
-
-
 async def open_checked_servers(
     stack: AsyncExitStack, settings: Settings, redis: Redis | str | None = None
 ) -> tuple[Address, str | None]:
@@ -394,6 +392,12 @@ async def database_of(stack: AsyncExitStack, settings: Settings) -> str:
     if url is None and settings.redis_url == EMBEDDED:
         _, url = await open_checked_servers(stack, settings)
     return url or settings.require_database_url()
+
+
+def fit_mode(settings: Settings) -> Settings:
+    """The settings as their mode can have them: BRPOP is one job at a time, and more concurrency could only wait."""
+    popping = settings.mode == "list" and settings.list_pop == "brpop"
+    return msgspec.structs.replace(settings, concurrency=1) if popping else settings
 
 
 def make_broker(settings: Settings, address: Address, queues: Sequence[str]) -> StreamBroker | ListBroker:
