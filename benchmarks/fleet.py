@@ -14,7 +14,6 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import redis.asyncio as redis
 import uvloop
@@ -42,13 +41,11 @@ class Consumer:
         url: of the server.
         name: the worker id.
         queue: which it reads.
-        threads: for the heartbeats, which are sent from a thread.
     """
 
-    def __init__(self, url: str, name: str, queue: str, threads: ThreadPoolExecutor) -> None:
+    def __init__(self, url: str, name: str, queue: str) -> None:
         self._broker: Broker = StreamBroker(Address(url), StreamOptions(queues=((queue, None),), lease=LEASE))
         self._name = name
-        self._threads = threads
         self._held: list[Claim] = []
 
     async def run(self) -> None:
@@ -72,18 +69,16 @@ class Consumer:
             await asyncio.sleep(max(0.01, wait))
 
     async def _beat(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
-            await loop.run_in_executor(self._threads, self._broker.beat, {"hostname": self._name})
+            await self._broker.beat({"hostname": self._name})
             await asyncio.sleep(LEASE / 3)
 
 
 async def consumers(url: str, queue: str, first: int, count: int) -> None:
     """``count`` consumers in this process, until it is told to end."""
-    threads = ThreadPoolExecutor(8)
     async with asyncio.TaskGroup() as group:
         for number in range(first, first + count):
-            group.create_task(Consumer(url, f"{queue}-{number}", queue, threads).run())
+            group.create_task(Consumer(url, f"{queue}-{number}", queue).run())
             await asyncio.sleep(0.01)
 
 

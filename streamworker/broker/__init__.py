@@ -141,8 +141,8 @@ class Broker(Protocol):
             shut: queues of which nothing is claimed now.
         """
 
-    def renew(self, claims: Collection[Claim]) -> list[Claim]:
-        """Renew leases, from the lease thread; returns the claims that are lost."""
+    async def renew(self, claims: Collection[Claim]) -> list[Claim]:
+        """Renew leases, in the lease thread; returns the claims that are lost."""
 
     async def settle(self, items: Sequence[Ending]) -> list[Settled]:
         """Settle claims, each atomically and only if the claim still holds; answers in order."""
@@ -185,13 +185,20 @@ class Consumer(Broker, Protocol):
 
 
 class Heartbeats(Protocol):
-    """Signs of life of one worker, written by its lease thread."""
+    """Signs of life of one worker, written by its lease thread.
 
-    def beat(self, report: dict[str, str | int | float]) -> None:
+    That thread has an event loop and a connection of its own; all that it calls is called on that loop: `beat`,
+    `progress`, `Broker.renew`, `Limiter.renew_permits` and `Signals.cancelled`.
+    """
+
+    async def beat(self, report: dict[str, str | int | float]) -> None:
         """Write the heartbeat; operators read the report."""
 
-    def progress(self, told: Mapping[str, Progress], ended: Collection[str]) -> None:
+    async def progress(self, told: Mapping[str, Progress], ended: Collection[str]) -> None:
         """Store the progress of this worker's jobs by their ids, and delete that of ended ones."""
+
+    async def leave_thread(self) -> None:
+        """Close the connection of the lease thread, in it; the next call there opens it again."""
 
     def standby(self, longest: float) -> bytes | None:
         """Commands for the renewing child process (`streamworker.worker.renewer`).
@@ -212,8 +219,8 @@ class Limiter(Protocol):
     ) -> list[AcquireResult]:
         """Release permits, then acquire others, all of one queue; answers in order. Safe to repeat after an error."""
 
-    def renew_permits(self, permits: Collection[Permit]) -> None:
-        """Renew the permits of executions whose claims were renewed; from the lease thread."""
+    async def renew_permits(self, permits: Collection[Permit]) -> None:
+        """Renew the permits of executions whose claims were renewed; in the lease thread."""
 
 
 class Results(Protocol):
@@ -240,8 +247,8 @@ class Signals(Protocol):
             cancelled: called when a job is cancelled that this worker may hold.
         """
 
-    def cancelled(self, claims: Collection[Claim]) -> list[Claim]:
-        """Claims whose jobs were cancelled since they were claimed; from the lease thread."""
+    async def cancelled(self, claims: Collection[Claim]) -> list[Claim]:
+        """Claims whose jobs were cancelled since they were claimed; in the lease thread."""
 
     async def cancel(self, queue: str, job_id: str) -> bool:
         """Cancel a job, whatever its state; True if it was delayed, which deletes it at once.

@@ -137,8 +137,8 @@ class RedisBroker(ABC, Generic[K, I]):
     async def look_again(self) -> None:
         await self._source.look_again()
 
-    def cancelled(self, claims: Collection[Claim]) -> list[Claim]:
-        return self._cancels.find(claims)
+    async def cancelled(self, claims: Collection[Claim]) -> list[Claim]:
+        return await self._cancels.find(claims)
 
     async def cancel(self, queue: str, job_id: str) -> bool:
         return await cancel(self._session, self._key(queue), job_id)
@@ -146,11 +146,14 @@ class RedisBroker(ABC, Generic[K, I]):
     def ended(self, queues: Sequence[str], job_id: str) -> AbstractAsyncContextManager[ResultWaiter]:
         return waiting(self._session, self._subscriber, [self._key(queue) for queue in queues], job_id)
 
-    def progress(self, told: Mapping[str, Progress], ended: Collection[str]) -> None:
-        self._session.progress(self._name, self._options.lease, told, ended)
+    async def progress(self, told: Mapping[str, Progress], ended: Collection[str]) -> None:
+        await self._session.progress(self._name, self._options.lease, told, ended)
 
-    def beat(self, report: dict[str, str | int | float]) -> None:
-        self._session.beat(self._name, self._options.lease, report)
+    async def beat(self, report: dict[str, str | int | float]) -> None:
+        await self._session.beat(self._name, self._options.lease, report)
+
+    async def leave_thread(self) -> None:
+        await self._session.leave_thread()
 
     async def acquire(
         self, queue: str, requests: Sequence[AcquireRequest], released: Sequence[Permit]
@@ -158,9 +161,9 @@ class RedisBroker(ABC, Generic[K, I]):
         """`Limiter.acquire`."""
         return await self._limits.acquire(self._source.consumer, queue, requests, released)
 
-    def renew_permits(self, permits: Collection[Permit]) -> None:
+    async def renew_permits(self, permits: Collection[Permit]) -> None:
         """`Limiter.renew_permits`."""
-        self._limits.renew_permits(permits)
+        await self._limits.renew_permits(permits)
 
     async def listen(self, parked: Callable[[float], None], cancelled: Callable[[], None] = lambda: None) -> None:
 

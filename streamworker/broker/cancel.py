@@ -92,7 +92,7 @@ class Cancels:
             if notifications == self._notifications:  # else a job was cancelled meanwhile, and may be one of these
                 return claims
 
-    def find(self, claims: Collection[Claim]) -> list[Claim]:
+    async def find(self, claims: Collection[Claim]) -> list[Claim]:
         """Claims whose jobs were cancelled; from the lease thread."""
         asked: dict[str, list[tuple[Claim, str]]] = {}
         for claim in claims:
@@ -102,7 +102,7 @@ class Cancels:
         for queue, pairs in asked.items():
             keys = self._keys[queue]
             try:
-                numbers = self._session.in_thread(
+                numbers = await self._session.in_thread(
                     scripts.CANCELS, [keys.cancelled, keys.meta], [job_id for _, job_id in pairs]
                 )
             except (Unreachable, ConfigurationError):

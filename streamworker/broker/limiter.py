@@ -60,7 +60,7 @@ class RedisLimiter:
             for each, (granted, wait, arrival), hold, member in zip(requests, reply, holds, members, strict=True)
         ]
 
-    def renew_permits(self, permits: Collection[Permit]) -> None:
+    async def renew_permits(self, permits: Collection[Permit]) -> None:
         """`Limiter.renew_permits`."""
         by_queue: dict[str, list[Permit]] = {}
         for permit in permits:
@@ -70,7 +70,7 @@ class RedisLimiter:
             args: list[Any] = [self._lease]
             for permit in mine:
                 args += (numbers.setdefault(permit.limit.name, len(numbers) + 1), permit.token)
-            self._session.in_thread(scripts.RETAIN, [self._keys[queue].limit(name)[0] for name in numbers], args)
+            await self._session.in_thread(scripts.RETAIN, [self._keys[queue].limit(name)[0] for name in numbers], args)
 
 
 def _token(worker: str, claim: Claim) -> str:

@@ -301,7 +301,7 @@ class ListBroker(RedisBroker[ListKeys, ClaimSource]):
         confirmed = await self._confirmed(scripts.LIST_CONFIRM, [keys.claimed(worker), keys.leases], args)
         return counted if confirmed else None
 
-    def renew(self, claims: Collection[Claim]) -> list[Claim]:
+    async def renew(self, claims: Collection[Claim]) -> list[Claim]:
         by_queue: dict[ListKeys, dict[bytes, Claim]] = {}
         for claim in claims:
             by_queue.setdefault(self._keys_by_place[claim.place], {})[leased(claim, self._source.consumer)] = claim
@@ -310,7 +310,7 @@ class ListBroker(RedisBroker[ListKeys, ClaimSource]):
             members, names = list(mine), [keys.leases, keys.claimed(self._source.consumer), keys.meta]
             for start in range(0, len(members), RENEW_BATCH):
                 batch = [self._source.consumer, self._lease_ms, *members[start : start + RENEW_BATCH]]
-                lost += [mine[member] for member in self._session.in_thread(scripts.LIST_RENEW, names, batch)]
+                lost += [mine[member] for member in await self._session.in_thread(scripts.LIST_RENEW, names, batch)]
         return lost
 
     def standby(self, longest: float) -> bytes | None:

@@ -159,7 +159,7 @@ class BrpopBroker(ListBroker):
         """Nothing is ever reserved."""
         return claim
 
-    def renew(self, claims: Collection[Claim]) -> list[Claim]:
+    async def renew(self, claims: Collection[Claim]) -> list[Claim]:
         """No claim can be lost."""
         del claims
         return []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from hashlib import sha1
 from importlib.resources import files
 from typing import Any, Final, Protocol
@@ -50,13 +50,6 @@ class LuaScript:
             return await client.execute_command("EVALSHA", self.sha, len(keys), *keys, *args)
         except NoScriptError:
             return await client.execute_command("EVAL", self.text, len(keys), *keys, *args)
-
-    def blocking(self, call: Callable[..., Any], keys: Sequence[str], args: Sequence[Arg]) -> Any:
-        """Run the script with a synchronous client's ``execute_command``, for the lease thread."""
-        try:
-            return call("EVALSHA", self.sha, len(keys), *keys, *args)
-        except NoScriptError:
-            return call("EVAL", self.text, len(keys), *keys, *args)
 
 
 BEAT: Final = LuaScript("beat")

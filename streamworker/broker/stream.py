@@ -101,7 +101,7 @@ class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
             return msgspec.structs.replace(claim, count=claim.count + 1, suspect=False)
         return None
 
-    def renew(self, claims: Collection[Claim]) -> list[Claim]:
+    async def renew(self, claims: Collection[Claim]) -> list[Claim]:
         lost: list[Claim] = []
         by_place: dict[str, dict[bytes, Claim]] = {}
         for claim in claims:
@@ -117,7 +117,7 @@ class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
                 for entry in entries[start : start + RENEW_BATCH]:
                     args += (entry, mine[entry].count)
                 try:
-                    lost += [mine[entry] for entry in self._session.in_thread(scripts.RENEW, [place, meta], args)]
+                    lost += [mine[entry] for entry in await self._session.in_thread(scripts.RENEW, [place, meta], args)]
                 except Unreachable as error:  # claims on other nodes of a cluster must not expire with these
                     down[home] = error
                     break

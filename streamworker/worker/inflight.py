@@ -167,12 +167,12 @@ class Permits:
         """These need not be given back any more."""
         self.leaving = [permit for permit in self.leaving if permit not in permits]
 
-    def retain(self, claims: Collection[Claim]) -> None:
+    async def retain(self, claims: Collection[Claim]) -> None:
         """Renew the permits of these claims; called in the lease thread, after their leases."""
         find = self._held.get
         held = [permit for claim in claims if (permit := find((claim.place, claim.entry))) is not None]
         if held:
-            self._broker.renew_permits(held)
+            await self._broker.renew_permits(held)
 
 
 class LeasedSet:

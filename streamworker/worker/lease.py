@@ -1,8 +1,8 @@
 """LeaseKeeper: the thread that renews claims, finds cancelled jobs, and watches the event loop from outside.
 
-It has its own connection, so that a handler that blocks the event loop keeps its lease and is named in the log. A
-handler that runs past its deadline is renewed no more: hung is not slow. C code that keeps the interpreter lock stops
-this thread, too: a small process beside the worker renews meanwhile, see `renewer`.
+It has an event loop and a connection of its own, so that a handler that blocks the worker's event loop keeps its lease
+and is named in the log. A handler that runs past its deadline is renewed no more: hung is not slow. C code that keeps
+the interpreter lock stops this thread, too: a small process beside the worker renews meanwhile, see `renewer`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from contextvars import copy_context
 from time import monotonic
 from typing import Final, Protocol
+
+import anyio
 
 from streamworker.broker import Broker, Heartbeats, Signals
 from streamworker.execution import Execution
@@ -132,7 +135,7 @@ class LeaseKeeper:
     """Renews every third of a lease; beats the heart at the same time.
 
     Args:
-        broker: whose `renew` and `beat` are called, from the thread.
+        broker: whose `renew` and `beat` are called, on the thread's event loop.
         lease: seconds.
         held: what this worker holds; told of claims that were lost, and of those whose jobs were cancelled.
         report: what the heartbeat tells.
@@ -155,11 +158,12 @@ class LeaseKeeper:
         self._runs = held.runs
         self._report = report
         self._stopping = False
-        self._wake = threading.Event()
+        self._wake = asyncio.Event()
         self._told = False
         self._look_at = self._pause_until = self._tell_at = 0.0
         self._progress: dict[str, Progress] = {}
         self._thread: threading.Thread | None = None
+        self._own_loop: asyncio.AbstractEventLoop | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loop_thread = 0
         self._answered = 0.0
@@ -174,57 +178,70 @@ class LeaseKeeper:
 
     def start(self) -> None:
         """Start the thread; call it on the event loop."""
-        self._loop = asyncio.get_running_loop()
+        self._loop, self._own_loop = asyncio.get_running_loop(), asyncio.new_event_loop()
         self._loop_thread = threading.get_ident()
         # In a copy of this context: its lines are this worker's, too.
-        target = copy_context().run
-        self._thread = threading.Thread(target=target, args=(self._main,), name="streamworker-lease", daemon=True)
+        target, args = copy_context().run, (self._main, self._own_loop)
+        self._thread = threading.Thread(target=target, args=args, name="streamworker-lease", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
         """Tell the thread to end; renewals stop with it."""
         self._stopping = True
-        self._wake.set()
+        self._stir()
 
     def look(self) -> None:
         """A job was cancelled that may be ours: look now."""
         self._told = True
-        self._wake.set()
+        self._stir()
 
     def join(self) -> None:
         """Wait for the thread to end."""
         if self._thread is not None:
             self._thread.join()
 
-    def _main(self) -> None:
+    def _stir(self) -> None:
+        if self._own_loop is not None:
+            with suppress(RuntimeError):  # it is closed: the thread has ended
+                self._own_loop.call_soon_threadsafe(self._wake.set)
+
+    def _main(self, loop: asyncio.AbstractEventLoop) -> None:
         signals.leave_to_main()
+        try:
+            loop.run_until_complete(self._keep())
+        finally:
+            loop.close()
+
+    async def _keep(self) -> None:
         next_renewal = 0.0
         while True:
             now = monotonic()
             if now >= next_renewal:
                 # After a failure soon again: the lease runs down meanwhile.
-                next_renewal = now + (self._interval if self._renew(now) else min(self._interval, 0.5))
+                next_renewal = now + (self._interval if await self._renew(now) else min(self._interval, 0.5))
             self._process.flush()
-            self._look_at_marks(monotonic())
-            self._tell_progress(monotonic())
+            await self._look_at_marks(monotonic())
+            await self._tell_progress(monotonic())
             self._look_at_loop()
-            self._wake.wait(min(self._interval, 0.25, max(0.01, next_renewal - monotonic())))
+            with anyio.move_on_after(min(self._interval, 0.25, max(0.01, next_renewal - monotonic()))):
+                await self._wake.wait()
             self._wake.clear()
             if self._stopping:
                 self._process.end()
+                await self._broker.leave_thread()
                 return
 
-    def _renew(self, now: float) -> bool:
+    async def _renew(self, now: float) -> bool:
         claims = [run.claim for run in self._runs() if not run.settling and not run.overdue(now)]
         try:
-            lost = self._broker.renew(claims) if claims else []
+            lost = await self._broker.renew(claims) if claims else []
             if lost:  # before the heartbeat, which may fail by itself
                 self._call(lambda: self._held.lost(lost))
             if self._held.permits is not None:
                 gone = set(lost)
-                self._held.permits.retain([claim for claim in claims if claim not in gone])
-            self._broker.beat(self._report())
-            self._process.sign()
+                await self._held.permits.retain([claim for claim in claims if claim not in gone])
+            self._process.sign()  # before anything else at the start: a first job may hold the interpreter lock
+            await self._broker.beat(self._report())
         except Exception as error:  # noqa: BLE001 - whatever it is, the leases run down: say it and try again
             self.trouble = str(error) or type(error).__name__
             log.warning("renewal_failed", claims=len(claims), error=str(error))
@@ -232,7 +249,7 @@ class LeaseKeeper:
         self.renewed_at, self.trouble = monotonic(), None
         return True
 
-    def _look_at_marks(self, now: float) -> None:
+    async def _look_at_marks(self, now: float) -> None:
         """Whether what is held was cancelled: all of it after a notification, else what has run for long."""
         told = self._told
         if now < self._look_at and not (told and now >= self._pause_until):
@@ -249,7 +266,7 @@ class LeaseKeeper:
         if not asked:
             return
         try:
-            found = self._broker.cancelled(asked)
+            found = await self._broker.cancelled(asked)
         except Exception as error:  # noqa: BLE001 - whatever it is: the next look tells
             self._told, self._pause_until = self._told or told, now + LOOK
             log.warning("cancelled_unknown", claims=len(asked), error=str(error))
@@ -257,7 +274,7 @@ class LeaseKeeper:
         if found:
             self._call(lambda: self._held.cancelled(found))
 
-    def _tell_progress(self, now: float) -> None:
+    async def _tell_progress(self, now: float) -> None:
         """Store the progress that handlers reported since the last time, and delete that of jobs that have ended."""
         if now < self._tell_at:
             return
@@ -271,7 +288,7 @@ class LeaseKeeper:
         if not new and not ended:
             return
         try:
-            self._broker.progress(new, ended)
+            await self._broker.progress(new, ended)
         except Exception as error:  # noqa: BLE001 - it is written with the next one
             log.warning("progress_untold", jobs=len(new), error=str(error))
             return

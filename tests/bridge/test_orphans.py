@@ -76,7 +76,7 @@ async def test_what_a_living_worker_holds_stays_with_it(raw, bridge_of, lister):
         claims = await broker.claim(1, 0, ())
         async with running(bridge):
             for _ in range(12):
-                assert await asyncio.to_thread(broker.renew, claims) == []
+                assert await broker.renew(claims) == []
                 await asyncio.sleep(LEASE / 6)
         assert payload_names(stored(raw)) == ["b"]
         assert raw.llen("queue:q:claimed:alive") == 1

@@ -144,7 +144,7 @@ async def test_a_hold_lapses_unless_it_is_renewed(broker_factory, raw):
         assert second.wait <= 0.5  # when the first one's hold would lapse
         began = monotonic()
         while monotonic() - began < 0.7:
-            await anyio.to_thread.run_sync(broker.renew_permits, [first.hold])
+            await broker.renew_permits([first.hold])
             (second,) = await broker.acquire("q", [asking(b, one, second.turn)], ())
             assert second.hold is None
             await anyio.sleep(0.05)
@@ -162,7 +162,7 @@ async def test_a_hold_that_was_given_back_is_not_renewed_to_life(broker_factory,
         (claim,) = await broker.claim(1, 0, ())
         (answer,) = await broker.acquire("q", [asking(claim)], ())
         await broker.acquire("q", [], [answer.hold])
-        await anyio.to_thread.run_sync(broker.renew_permits, [answer.hold])
+        await broker.renew_permits([answer.hold])
         assert limit_keys(raw) == []
 
 

@@ -126,7 +126,7 @@ async def test_endings_are_those_of_every_mode(popping, raw, ground):
         # A reply that was lost: the same is sent again, and is not done again.
         assert await broker.settle(endings[1:]) == [Settled.LOST] * 3
         assert raw.zcard(DUE) == raw.llen("queue:q") == raw.xlen(DEAD) == 1
-        assert broker.renew(claims) == [] and await broker.own_pending(()) == []
+        assert await broker.renew(claims) == [] and await broker.own_pending(()) == []
         assert await broker.leave() and not raw.exists("streamworker:worker:w")
 
 

@@ -130,9 +130,9 @@ async def test_what_has_not_changed_is_not_written_again(scene, raw, monkeypatch
     written: list[dict[str, object]] = []
     original = Session.progress
 
-    def progress(self, key, lease, told, ended) -> None:
+    async def progress(self, key, lease, told, ended) -> None:
         written.append(dict(told))
-        original(self, key, lease, told, ended)
+        await original(self, key, lease, told, ended)
 
     monkeypatch.setattr(Session, "progress", progress)
     async with scene.working():

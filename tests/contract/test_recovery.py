@@ -41,11 +41,11 @@ async def test_renewing_resets_the_lease_and_counts_no_delivery(broker_factory, 
         for claim in claims:
             ground.ripen(claim, 100_000)
             assert ground.idle(claim) >= 100_000
-        assert await asyncio.to_thread(broker.renew, claims) == []
+        assert await broker.renew(claims) == []
         for claim in claims:
             assert ground.idle(claim) < 1000
             assert ground.owner(claim) == (b"w", 1)
-        assert broker.renew([]) == []
+        assert await broker.renew([]) == []
 
 
 async def test_renewing_never_steals_and_names_what_is_lost(broker_factory, raw, ground):
@@ -55,7 +55,7 @@ async def test_renewing_never_steals_and_names_what_is_lost(broker_factory, raw,
         ground.hand_over(stolen, "rescuer", idle=5000)
         ground.hand_over(recounted, "w", count=2)
         ground.finish(finished)
-        lost = await asyncio.to_thread(broker.renew, claims)
+        lost = await broker.renew(claims)
         assert {claim.entry for claim in lost} == {stolen.entry, recounted.entry, finished.entry}
         assert ground.owner(stolen)[0] == b"rescuer" and ground.idle(stolen) >= 5000
         assert ground.owner(mine) == (b"w", 1)
@@ -65,9 +65,9 @@ async def test_renewing_many_and_after_everything_was_flushed(broker_factory, ra
     async with broker_factory("w") as broker:
         await broker.publish([job() for _ in range(1200)])
         claims = await broker.claim(2000, 0, ())
-        assert await asyncio.to_thread(broker.renew, claims) == []
+        assert await broker.renew(claims) == []
         raw.flushall()
-        assert len(await asyncio.to_thread(broker.renew, claims)) == 1200
+        assert len(await broker.renew(claims)) == 1200
 
 
 async def test_a_dead_workers_jobs_come_after_the_lease_and_not_before(broker_factory, ground):
@@ -99,7 +99,7 @@ async def test_a_renewed_claim_is_nobodys_orphan(broker_factory, raw):
         claim = await one(slow)
         until = time.monotonic() + 0.7
         while time.monotonic() < until:
-            assert await asyncio.to_thread(slow.renew, [claim]) == []
+            assert await slow.renew([claim]) == []
             assert await broker.claim(10, 0.02, ()) == []
         assert await settle_one(slow, done(claim)) is Settled.SETTLED
 
@@ -210,7 +210,7 @@ async def test_a_suspect_is_reserved_counted_when_confirmed_and_alone(broker_fac
         (reserved,) = await recover(broker, ground)
         assert names([reserved]) == ["poison"] and reserved.suspect and reserved.count == ALONE - 1
         assert ground.owner(reserved) == (b"w", ALONE - 1)
-        assert await asyncio.to_thread(broker.renew, [reserved]) == []
+        assert await broker.renew([reserved]) == []
         confirmed = await broker.confirm(reserved)
         assert confirmed is not None and not confirmed.suspect and confirmed.count == ALONE
         assert ground.owner(confirmed) == (b"w", ALONE)
@@ -248,7 +248,7 @@ async def until_it_drains(broker, running):
     deadline = time.monotonic() + 10
     while not broker._source.draining:
         assert time.monotonic() < deadline
-        assert await asyncio.to_thread(broker.renew, running) == []
+        assert await broker.renew(running) == []
         assert not any(claim.suspect for claim in await broker.claim(1, 0.02, running))
 
 
@@ -427,7 +427,7 @@ async def test_after_a_lost_reply_nothing_stays_behind(broker_factory, raw, grou
 async def test_leave_deletes_the_consumer_and_its_heartbeat(broker_factory, raw, ground):
     async with broker_factory("w", queues=("a", "q")) as broker:
         await broker.publish([job(), job(queue="a")])
-        await asyncio.to_thread(broker.beat, {"hostname": "h", "pid": 1})
+        await broker.beat({"hostname": "h", "pid": 1})
         assert raw.hget("streamworker:worker:w", "hostname") == b"h"
         assert 0 < raw.pttl("streamworker:worker:w") <= 15_000
         claims = await broker.claim(10, 0, ())
@@ -568,7 +568,7 @@ async def test_leases_that_were_deleted_are_made_anew_for_what_is_held(broker_fa
         await broker.publish([job("x")])
         claim = await one(broker)
         raw.delete("stream:{q}:leases")
-        assert await asyncio.to_thread(broker.renew, [claim]) == []
+        assert await broker.renew([claim]) == []
         assert ground.idle(claim) < 1000
         raw.delete("queue:q:claimed:w")
         ground.raw.zadd("stream:{q}:leases", {f"{claim.entry.decode()} 1 w": 1})
@@ -627,7 +627,7 @@ async def test_a_replica_never_calls_a_claim_of_a_list_lost(broker_factory, raw,
         raw.replicaof("127.0.0.1", free_port())
         try:
             with pytest.raises(Unreachable, match=READONLY):
-                await asyncio.to_thread(broker.renew, claims)
+                await broker.renew(claims)
             for ending in ENDINGS.values():
                 with pytest.raises(Unreachable, match=READONLY):
                     await broker.settle([ending(claim) for claim in claims])
@@ -639,7 +639,7 @@ async def test_a_replica_never_calls_a_claim_of_a_list_lost(broker_factory, raw,
                 await broker.leave()
         finally:
             raw.replicaof("NO", "ONE")
-        lost = await asyncio.to_thread(broker.renew, claims)
+        lost = await broker.renew(claims)
         assert sorted(map(repr, lost)) == sorted(map(repr, claims if forgotten == "claims" else []))
 
 
@@ -759,7 +759,7 @@ async def test_a_worker_that_told_no_lease_is_given_the_longest(broker_factory, 
         raw.hset(META, "leases", leases)
         ground.ripen(claim, 29_000)
         assert await recover(short, ground) == []
-        assert await asyncio.to_thread(old.renew, [claim]) == []
+        assert await old.renew([claim]) == []
         assert raw.hget(META, "leases") == leases + b"old 60000\n"
         ground.ripen(claim, 31_000)
         assert await recover(long, ground) == []
@@ -771,7 +771,7 @@ async def test_leases_of_workers_that_left_or_died_are_forgotten(broker_factory,
         claim = await one(gone)
         assert raw.hget(META, "leases") == b"w 15000\ndead 2000\nleft 15000\n"
         await left.leave()
-        broker.beat({"pid": 1})
+        await broker.beat({"pid": 1})
         broker._tidy_at = 0.0
         await broker.promote()
         assert raw.hget(META, "leases") == b"w 15000\ndead 2000\n"  # it holds something: its lease counts still

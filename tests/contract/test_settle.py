@@ -1,6 +1,5 @@
 """Ending claims: each verdict, atomically, only if the claim still holds; and what happens when memory runs out."""
 
-import asyncio
 import json
 import time
 from contextlib import suppress
@@ -266,7 +265,7 @@ async def test_out_of_memory_jobs_are_still_taken_rescued_renewed_and_finished(b
             for claim in claims:
                 ground.hand_over(claim, "w", idle=5_000)
             ground.raw.config_set("maxmemory", 1)
-            assert await asyncio.to_thread(broker.renew, claims) == []
+            assert await broker.renew(claims) == []
             assert all(ground.idle(claim) < 5_000 for claim in claims)
             assert await broker.claim(10, 0.05, claims) == []
             assert await broker.settle([done(claim) for claim in claims]) == [Settled.SETTLED] * 6

@@ -43,7 +43,7 @@ def process(line):
 async def test_everything_a_worker_holds_is_renewed_by_the_process(broker_factory, ground, raw):
     async with broker_factory("w", queues=("q", "b")) as broker:
         await broker.publish([job(f"{queue}{level}", queue, level) for queue in "qb" for level in ("high", "low")])
-        broker.beat({"pid": 1})
+        await broker.beat({"pid": 1})
         claims = await broker.claim(10, 0, ())
         for claim in claims:
             ground.ripen(claim, 10_000)

@@ -115,9 +115,9 @@ def _leaving(reached: Callable[[], None]) -> None:
 def _renewing(reached: Callable[[], None]) -> None:
     original = BROKER.renew
 
-    def renew(self: Any, claims: Any) -> Any:
+    async def renew(self: Any, claims: Any) -> Any:
         reached()
-        return original(self, claims)
+        return await original(self, claims)
 
     BROKER.renew = renew
 

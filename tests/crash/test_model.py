@@ -132,7 +132,7 @@ class Verbs(RuleBasedStateMachine):
     @rule(data=st.data())
     def renew(self, data: Any) -> None:
         name = data.draw(st.sampled_from([name for name in NAMES if self.held[name]]))
-        lost = self.brokers[name].renew(self.held[name])
+        lost = self.do(self.brokers[name].renew(self.held[name]))
         expected = [claim for claim in self.held[name] if not self._holds(name, claim)]
         assert sorted(lost, key=repr) == sorted(expected, key=repr)
         for claim in self.held[name]:

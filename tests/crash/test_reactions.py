@@ -121,7 +121,7 @@ async def test_what_becomes_of_each_error(mode, name, line):
                 assert type(caught.value) is RAISES[row.reaction]
             if row.reaction is not Reaction.FATAL:
                 with pytest.raises(RAISES[row.reaction]):
-                    await asyncio.to_thread(broker.renew, [claim])
+                    await broker.renew([claim])
             # An error is an answer: nothing was stored, and nobody need wonder.
             with pytest.raises(StreamworkerError) as caught:
                 await broker.publish([job()])
@@ -148,7 +148,7 @@ async def test_noscript_is_sent_again(broker_factory, ground, raw):
         claim = await one(broker)
         for _ in range(3):
             raw.script_flush()
-            assert broker.renew([claim]) == []
+            assert await broker.renew([claim]) == []
         raw.script_flush()
         await settle_one(broker, done(claim))
     assert ground.left() == 0
@@ -183,10 +183,10 @@ async def test_out_of_memory_finishes_claims_and_rescues(broker_factory, ground,
         await other.claim(1, 0, ())
         mine = await one(broker)
         for claim in (mine,):
-            assert broker.renew([claim]) == []
+            assert await broker.renew([claim]) == []
         raw.config_set("maxmemory", 1)
-        assert broker.renew([mine]) == []
-        broker.beat({"pid": 1})
+        assert await broker.renew([mine]) == []
+        await broker.beat({"pid": 1})
         await settle_one(broker, done(mine))
         await asyncio.sleep(0.25)
         ground.sweep_soon(broker)
@@ -227,7 +227,7 @@ async def test_a_missing_permission_is_never_a_lost_claim(broker_factory, raw, r
                         await verb
             if command in ("xpending", "xclaim"):
                 with pytest.raises(ConfigurationError):
-                    broker.renew([claim])
+                    await broker.renew([claim])
             if command in ("xreadgroup", "xautoclaim"):
                 raw.hdel("stream:{q}:meta", "sweep")
                 sweep_soon(broker)
@@ -254,7 +254,7 @@ async def test_a_replica_never_calls_a_claim_lost(broker_factory, raw, forgotten
                 raw.xack(NORMAL, "workers", *(claim.entry for claim in claims))
             raw.replicaof("127.0.0.1", free_port())
             with pytest.raises(Unreachable, match="READONLY"):
-                await asyncio.to_thread(broker.renew, claims)
+                await broker.renew(claims)
             for ending in ENDINGS.values():
                 with pytest.raises(Unreachable, match="READONLY"):
                     await broker.settle([ending(claim) for claim in claims])
@@ -264,7 +264,7 @@ async def test_a_replica_never_calls_a_claim_lost(broker_factory, raw, forgotten
                 with pytest.raises(Unreachable, match="READONLY"):
                     await broker.leave()
             raw.replicaof("NO", "ONE")
-            assert sorted(map(repr, broker.renew(claims))) == sorted(
+            assert sorted(map(repr, await broker.renew(claims))) == sorted(
                 map(repr, claims if forgotten != "nothing" else [])
             )
     finally:
@@ -292,11 +292,11 @@ async def test_the_first_command_after_an_outage_takes_nobody_for_dead(mode, own
         of(None).sweep_soon(quick)
         began = time.monotonic()
         assert await quick.claim(1, 0, ()) == []
-        assert slow.renew([claim]) == []
+        assert await slow.renew([claim]) == []
         assert isinstance(done(claim).verdict, Done)
         while time.monotonic() - began < 0.9:
             assert await quick.claim(1, 0, ()) == []
-            assert slow.renew([claim]) == []
+            assert await slow.renew([claim]) == []
         with own_server.client() as raw:
             of(raw).ripen(claim)
             await asyncio.sleep(0.7)

@@ -305,7 +305,7 @@ async def filled(users: Users, broker_of: Any) -> None:
         await broker.publish([job("dead"), job("pending"), job("ready"), job("due", delay=60.0)])
         first, *_ = await broker.claim(2, 0, ())
         await broker.settle([dead(first)])
-        await asyncio.to_thread(broker.beat, {"pid": 1, "queues": "q"})
+        await broker.beat({"pid": 1, "queues": "q"})
 
 
 async def test_an_inspector_lists_everything_and_changes_nothing(users, broker_of):

@@ -254,7 +254,7 @@ async def test_a_node_that_hangs_holds_nobody_up_for_long(masters, broker_of):
 async def test_operators_see_all_masters(masters, broker_of):
     async with broker_of(masters.url, *SPREAD) as broker:
         await broker.publish([job(queue, queue) for queue in SPREAD])
-        await asyncio.to_thread(broker.beat, {"pid": 1, "queues": ",".join(SPREAD)})
+        await broker.beat({"pid": 1, "queues": ",".join(SPREAD)})
         operator = StreamOperator(Address(masters.url), StreamOptions(queues=()))
         await operator.open()
         assert await operator.queues() == sorted(SPREAD)
@@ -278,12 +278,12 @@ async def test_a_slot_halfway_on_its_way_is_asked_for(masters, broker_of):
             await broker.publish([job("during")])
             claims = await broker.claim(10, 0, ())
             assert names(claims) == ["before", "during"]
-            assert await asyncio.to_thread(broker.renew, claims) == []
+            assert await broker.renew(claims) == []
             with target.client() as client:
                 client.execute_command("ASKING")
                 assert client.xlen(key) == 2
         assert masters.owner(key) is target
-        assert await asyncio.to_thread(broker.renew, claims) == []
+        assert await broker.renew(claims) == []
         assert await broker.settle([done(claim) for claim in claims]) == [Settled.SETTLED] * 2
 
 

@@ -94,7 +94,7 @@ async def test_everything_over_tls_with_a_custom_ca(certificates, server, redis_
             await broker.publish([job("x"), job("later", delay=0.0)])
             claims = await broker.claim(10, 0, ())
             assert names(claims) == ["x", "later"]
-            assert await asyncio.to_thread(broker.renew, claims) == []
+            assert await broker.renew(claims) == []
             rung = asyncio.Event()
             listening = asyncio.create_task(broker.listen(lambda _: rung.set()))
             delay = 60.0
@@ -192,7 +192,7 @@ async def test_a_cluster_over_tls(certificates, tmp_path, broker_of):
                 await broker.publish([job(queue, queue) for queue in "aqbc"])
                 claims = await broker.claim(10, 0, ())
                 assert names(claims) == ["a", "q", "b", "c"]
-                assert await asyncio.to_thread(broker.renew, claims) == []
+                assert await broker.renew(claims) == []
                 assert await broker.claim(10, 0.05, claims) == []
     finally:
         servers.kill()
@@ -233,7 +233,7 @@ async def test_sentinels_and_their_master_over_tls(certificates, server, redis_u
             await broker.publish([job("x")])
             claims = await broker.claim(10, 0, ())
             assert names(claims) == ["x"]
-            assert await asyncio.to_thread(broker.renew, claims) == []
+            assert await broker.renew(claims) == []
         sentinel.close()
         await asyncio.sleep(0.05)  # lets the transports say goodbye before the loop closes
 

@@ -1,6 +1,6 @@
 """Clients of Redis for each purpose.
 
-Three kinds, never mixed: commands (a pool), one reader that may block, and a synchronous one for the lease thread. None
+Three kinds, never mixed: commands (a pool), one reader that may block, and one connection of the lease thread. None
 retries by itself: redis-py's default of ten retries runs an XADD twice when a reply is lost.
 """
 
@@ -22,20 +22,13 @@ from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.driver_info import DriverInfo
-from redis.retry import Retry as SyncRetry
 
 from streamworker.broker.redis import connection
 from streamworker.broker.redis import url as urls
-from streamworker.broker.redis.cluster import ClusterClient, ClusterReader, ClusterSlots, ClusterThreadClient, slot_of
+from streamworker.broker.redis.cluster import ClusterClient, ClusterReader, ClusterSlots, slot_of
 from streamworker.broker.redis.connection import CommandConnection, CommandPool, Reader
 from streamworker.broker.redis.reactions import CLUSTER, _short, clustered
-from streamworker.broker.redis.sentinel import (
-    ManagedConnection,
-    ManagedSSLConnection,
-    ManagedThreadConnection,
-    ManagedThreadSSLConnection,
-    Sentinels,
-)
+from streamworker.broker.redis.sentinel import ManagedConnection, ManagedSSLConnection, Sentinels
 from streamworker.broker.redis.url import Host, RedisUrl
 from streamworker.errors import ConfigurationError, NoConnection
 
@@ -59,13 +52,7 @@ _ASYNC: Final[dict[str, Any]] = {
     "rediss": connection.TlsConnection,
     "unix": connection.UnixConnection,
 }
-_SYNC: Final[dict[str, Any]] = {
-    "redis": redis.Connection,
-    "rediss": redis.SSLConnection,
-    "unix": redis.UnixDomainSocketConnection,
-}
 _MANAGED: Final[dict[str, Any]] = {"redis": ManagedConnection, "rediss": ManagedSSLConnection}
-_MANAGED_SYNC: Final[dict[str, Any]] = {"redis": ManagedThreadConnection, "rediss": ManagedThreadSSLConnection}
 
 
 class Address:
@@ -85,10 +72,10 @@ class Address:
     def _init(self, url: RedisUrl, name: str) -> None:
         self._url = url
         self._name = _shown(name)
-        self._async, self._sync = _ASYNC[url.scheme], _SYNC[url.scheme]
+        self._async = _ASYNC[url.scheme]
         self._kwargs = dict(url.options)
         if url.kind == "sentinel":
-            self._async, self._sync = _MANAGED[url.scheme], _MANAGED_SYNC[url.scheme]
+            self._async = _MANAGED[url.scheme]
             self._kwargs["sentinels"] = Sentinels(url)
         elif url.hosts:
             self._kwargs["host"], self._kwargs["port"] = url.hosts[0]
@@ -188,24 +175,6 @@ class Address:
             **self._options(),
         )
         return aioredis.Redis.from_pool(pool)
-
-    def blocking(self) -> redis.Redis | ClusterThreadClient:
-        """A synchronous client with one connection, per node in a cluster, for the lease thread."""
-        if self._slots is not None:
-            return ClusterThreadClient(self._slots, self._one_blocking)
-        return self._one_blocking(None)
-
-    def _one_blocking(self, host: Host | None) -> redis.Redis:
-        if host is not None:
-            return self.at(host)._one_blocking(None)
-        pool = redis.ConnectionPool(
-            connection_class=self._sync,
-            max_connections=1,
-            socket_timeout=COMMAND_TIMEOUT,
-            retry=SyncRetry(NoBackoff(), 0),
-            **self._options(),
-        )
-        return redis.Redis.from_pool(pool)  # owns the pool: closing the client closes its connection
 
     def reader(self, block: float, control: aioredis.Redis, key: str = "") -> Reader | ClusterReader:
         """The connection for blocking reads of up to ``block`` seconds.

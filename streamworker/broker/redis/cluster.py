@@ -13,7 +13,6 @@ from functools import lru_cache
 from typing import Any, Final
 
 import anyio
-import redis
 import redis.asyncio as aioredis
 from redis import exceptions as redis_errors
 from redis.crc import key_slot
@@ -125,66 +124,6 @@ class _Commands:
                     raise
                 answers.append(error)
         return answers
-
-
-class ClusterThreadClient:
-    """Synchronous client of a cluster, for the lease thread."""
-
-    def __init__(self, slots: ClusterSlots, connect: Callable[[Host], redis.Redis]) -> None:
-        self._slots = slots
-        self._connect = connect
-        self._clients: dict[Host, redis.Redis] = {}
-
-    def execute_command(self, *args: Any) -> Any:
-        """Send a command to the node that serves its keys."""
-        route = Route(self._slots, key_of(args))
-        while True:
-            host = self._find(route)
-            try:
-                if route.asking is not None:  # holds for one connection, and there is but one
-                    self._at(host).execute_command("ASKING")
-                return self._at(host).execute_command(*args)
-            except Exception as error:  # noqa: BLE001 - judged, and raised again unless it is a redirection
-                time.sleep(route.refused(error, host))
-
-    def _find(self, route: Route) -> Host:
-        while True:
-            host = route.asking or route.home()
-            if host is not None:
-                return host
-            self._look()
-            if route.home() is None:
-                time.sleep(route.uncovered())
-
-    def _look(self) -> None:
-        lookup = SlotsLookup(self._slots)
-        for host in self._slots.candidates():
-            try:
-                self._slots.load(self._at(host).execute_command("CLUSTER", "SLOTS"), host)
-                return
-            except (redis_errors.RedisError, OSError) as error:
-                lookup.failed(error, host)
-        raise lookup.error()
-
-    def _at(self, host: Host) -> redis.Redis:
-        client = self._clients.get(host)
-        if client is None:
-            client = self._clients[host] = self._connect(host)
-        return client
-
-    @property
-    def connection_pool(self) -> ClusterThreadClient:
-        """This client, which holds the connections itself."""
-        return self
-
-    def disconnect(self) -> None:
-        """Close all connections; the next command makes new ones."""
-        for client in self._clients.values():
-            client.connection_pool.disconnect()
-
-    def close(self) -> None:
-        """Close all nodes' connections."""
-        self.disconnect()
 
 
 class ClusterReader:

@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Final
 
-import redis
 from redis import exceptions as redis_errors
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.retry import Retry as SyncRetry
 
 from streamworker.broker.redis import connection as connections
 from streamworker.broker.redis.url import Host, NotExecuted, RedisUrl
@@ -60,22 +58,6 @@ class Sentinels:
                 search.failed(error)
             finally:
                 await connection.disconnect(nowait=True)
-        return search.found()
-
-    def master_blocking(self) -> Host:
-        """`master` for the lease thread."""
-        kind: Any = redis.SSLConnection if self._url.scheme == "rediss" else redis.Connection
-        search = _Search(self._url, self._hosts)
-        for host, port in search:
-            connection = kind(host=host, port=port, retry=SyncRetry(NoBackoff(), 0), **self._options)
-            try:
-                connection.connect()
-                connection.send_command(*_ASK, self._url.service)
-                search.answered(connection.read_response())
-            except (redis_errors.RedisError, OSError) as error:
-                search.failed(error)
-            finally:
-                connection.disconnect()
         return search.found()
 
 
@@ -162,33 +144,3 @@ class ManagedConnection(_Managed, connections.TcpConnection):
 
 class ManagedSSLConnection(_Managed, connections.TlsConnection):
     """To the master, over TLS."""
-
-
-class _ManagedInThread:
-    """A synchronous connection whose host is asked for when it connects, for the lease thread."""
-
-    def __init__(self, *, sentinels: Sentinels, **options: Any) -> None:
-        super().__init__(**options)
-        self._sentinels = sentinels
-
-    def connect(self) -> None:
-        here: Any = self
-        if not here.is_connected:
-            here.host, here.port = self._sentinels.master_blocking()
-        super().connect()  # type: ignore[misc]
-
-    def read_response(self, *args: Any, **options: Any) -> Any:
-        try:
-            return super().read_response(*args, **options)  # type: ignore[misc]
-        except redis_errors.ReadOnlyError as error:
-            here: Any = self
-            here.disconnect()
-            raise NotExecuted(f"{here.host}:{here.port} is not the master any more") from error
-
-
-class ManagedThreadConnection(_ManagedInThread, redis.Connection):
-    """To the master, from the lease thread."""
-
-
-class ManagedThreadSSLConnection(_ManagedInThread, redis.SSLConnection):
-    """To the master, from the lease thread, over TLS."""

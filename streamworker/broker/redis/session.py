@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from time import monotonic
 from typing import Any, Final
@@ -32,7 +32,7 @@ def too_old(info: Mapping[str, Any]) -> bool:
 
 
 class Session:
-    """Connections of a broker to one address: commands, the reader, the lease thread's client; it raises our errors."""
+    """Connections of a broker to one address: commands, the reader, the lease thread's own; it raises our errors."""
 
     def __init__(self, address: Address) -> None:
         self.address = address
@@ -40,7 +40,7 @@ class Session:
         self.pool: Final = address.pool()
         self.reader = address.reader(BLOCK, self.commands)
         self._branches: list[tuple[Session, str]] = []
-        self.lease_client = address.blocking()
+        self.lease_pool = address.pool(1)
         self.clock: tuple[int, float] | None = None
         """The server's time in ms when it was last read, and the monotonic seconds of that moment."""
         self._down_since: float | None = None
@@ -65,9 +65,9 @@ class Session:
         return float(info.get("uptime_in_seconds", 0))
 
     def named(self, name: str) -> None:
-        """Name the readers and the lease thread's client, as CLIENT LIST shows them."""
+        """Name the readers and the lease thread's connection, as CLIENT LIST shows them."""
         address = self.address = self.address.renamed(name)
-        self.reader, self.lease_client = address.reader(BLOCK, self.commands), address.blocking()
+        self.reader, self.lease_pool = address.reader(BLOCK, self.commands), address.pool(1)
         for branch, key in self._branches:
             branch.reader = address.reader(BLOCK, self.commands, key)
 
@@ -91,7 +91,8 @@ class Session:
             await session.reader.close()
         await self.pool.aclose()
         await self.commands.aclose()
-        self.lease_client.close()
+        with suppress(RuntimeError):  # the lease thread is still in a command, and closes it on its own event loop
+            await self.lease_pool.aclose()
 
     async def ask(self, *command: Any) -> Any:
         """Send one command on a command connection."""
@@ -111,28 +112,33 @@ class Session:
         with self.watched():
             return await script(self.reader, keys, args)
 
-    def in_thread(self, script: scripts.LuaScript, keys: Sequence[str], args: Sequence[Any]) -> Any:
-        """Run a script from the lease thread."""
+    async def in_thread(self, script: scripts.LuaScript, keys: Sequence[str], args: Sequence[Any]) -> Any:
+        """Run a script from the lease thread, on the event loop of that thread."""
         try:
             with self.watched():
-                return script.blocking(self.lease_client.execute_command, keys, args)
+                return await script(self.lease_pool, keys, args)
         except Unreachable:
-            self.lease_client.connection_pool.disconnect()  # the next call connects again
+            await self.leave_thread()
             raise
 
-    def beat(self, key: str, lease: float, report: Mapping[str, str | int | float]) -> None:
+    async def leave_thread(self) -> None:
+        """Close the lease thread's connection, from that thread; the next call connects again."""
+        pool, self.lease_pool = self.lease_pool, self.address.pool(1)
+        await pool.aclose()
+
+    async def beat(self, key: str, lease: float, report: Mapping[str, str | int | float]) -> None:
         """Write a heartbeat that lives for ``lease`` seconds, from the lease thread."""
         args: list[Any] = [max(1000, int(lease * 1000))]
         for name, value in report.items():
             args += (name, value)
-        self.in_thread(scripts.BEAT, [key], args)
+        await self.in_thread(scripts.BEAT, [key], args)
 
-    def progress(self, key: str, lease: float, told: Mapping[str, Progress], ended: Collection[str]) -> None:
+    async def progress(self, key: str, lease: float, told: Mapping[str, Progress], ended: Collection[str]) -> None:
         """Store progress of jobs in a heartbeat and delete that of ended jobs, from the lease thread."""
         args: list[Any] = [max(1000, int(lease * 1000)), len(ended), *(PROGRESS + job_id for job_id in ended)]
         for job_id, word in told.items():
             args += (PROGRESS + job_id, msgspec.json.encode(word))
-        self.in_thread(scripts.PROGRESS, [key], args)
+        await self.in_thread(scripts.PROGRESS, [key], args)
 
     def clock_should_show(self) -> int:
         """The server's time as our monotonic clock expects it, in ms; 0 if it was never read."""
