@@ -50,7 +50,7 @@ class Execution:
         self.in_thread = False
         self.settling = False
         self.stuck = False  # it does not end: only a new process frees its place
-        self.suspect = False  # several workers died while they held it: it runs alone
+        self.suspect = False  # several workers died while they held it: it runs apart
         self.special = False  # `Admission` decides when it starts: it has a run_at, a limit or a batch
         self.batch: SharedCall | None = None  # the call it shares with other jobs
         self.task: asyncio.Task[Any] | None = None

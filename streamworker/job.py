@@ -91,7 +91,7 @@ class Claim(msgspec.Struct, frozen=True, gc=False):
         body: the document's bytes; ``None`` if the entry holds no document.
         epoch: of the place; job ids are derived from it and the entry, because entry ids repeat across epochs. Empty in
             lists, where entries are UUIDs and never repeat.
-        suspect: it was delivered so often that it must be confirmed and then run alone.
+        suspect: it was delivered so often that it must be confirmed and then run apart.
         cancelled: the job was cancelled: it must not start any more.
         secret: seals the state of the queue's jobs (`codec.State`); empty if it is not known.
     """

@@ -18,7 +18,7 @@ from streamworker.broker.claim import StreamOptions
 from streamworker.broker.operator import ListOperator, StreamOperator
 from streamworker.broker.redis.client import Address
 from streamworker.errors import StreamworkerError, UsageError
-from streamworker.policy import alone_from
+from streamworker.policy import group_sizes
 from streamworker.postgres import FINAL, Archive
 from streamworker.settings import EMBEDDED, Settings
 from streamworker.telemetry.logs import get_logger
@@ -153,6 +153,5 @@ def broker_options(settings: Settings, queues: Sequence[str]) -> StreamOptions:
         namespace=settings.namespace,
         lease=settings.lease,
         weighted=settings.priority == "weighted",
-        alone_from=alone_from(settings.max_deliveries),
-        concurrency=settings.concurrency,
+        groups=group_sizes(settings.max_deliveries, settings.concurrency),
     )

@@ -20,6 +20,8 @@ Also, a job that ran and is released uncharged again and again waits longer each
 
 from __future__ import annotations
 
+import hashlib
+import math
 from typing import Any, Final
 
 import msgspec
@@ -48,13 +50,44 @@ from streamworker.job import (
 from streamworker.redact import describe, fit, text_of
 
 SUSPECT_DELIVERIES: Final = 3
-"""From this delivery on a job is a suspect: two workers died with it. The first time it runs in a group of suspects, at
-most half of what a worker may run, beside fresh jobs: most suspects only ran beside the job that kills."""
+"""From this delivery on a job is a suspect: two workers died with it. Most suspects only ran beside the job that kills,
+which is found by halving, see `group_sizes` and `half_of`."""
 
 
-def alone_from(max_deliveries: int) -> int:
-    """The delivery from which on a suspect runs alone: its group died, too. Never after its last delivery."""
-    return SUSPECT_DELIVERIES + 1 if max_deliveries > SUSPECT_DELIVERIES else SUSPECT_DELIVERIES
+def group_sizes(max_deliveries: int, concurrency: int) -> tuple[int, ...]:
+    """Most suspects that run together at their third delivery, the fourth, and so on until one runs alone.
+
+    The first group fills at most half of the worker, and fresh jobs run beside it. Each later one is at most half as
+    large, or smaller where fewer deliveries are left, has the worker to itself, and the last delivery is alone: no job
+    dies for another one. After the last size every group is of one.
+
+    Args:
+        max_deliveries: how many deliveries are allowed.
+        concurrency: how many jobs a worker runs.
+    """
+    left, sizes = max_deliveries - SUSPECT_DELIVERIES, [max(1, concurrency // 2)]
+    if left <= 0:
+        return (1,)
+    while sizes[-1] > 1 or len(sizes) == 1:
+        later = len(sizes)
+        even = sizes[0] ** (max(0, left - later) / left)  # the same part of the group that died, each time
+        sizes.append(max(1, min(math.ceil(even - 1e-9), math.ceil(sizes[-1] / 2))))
+    return tuple(sizes)
+
+
+def apart_from(sizes: tuple[int, ...]) -> int:
+    """The delivery from which on a group of suspects has its worker to itself: a group died beside fresh jobs."""
+    return SUSPECT_DELIVERIES + (len(sizes) > 1)
+
+
+def half_of(entry: bytes, delivery: int) -> str:
+    """The group of a suspect: suspects of one delivery run together if it is the same.
+
+    Each delivery splits each group of the delivery before in two, by the entry's digest, so that every worker splits a
+    group in the same way, knowing nothing but its entries. The scripts do the same (``half_of`` in lua/prelude.lua).
+    """
+    digits = hashlib.sha1(entry, usedforsecurity=False).hexdigest()[: max(0, delivery - SUSPECT_DELIVERIES + 1)]
+    return "".join("1" if int(digit, 16) % 2 else "0" for digit in digits)
 
 
 RAPID: Final = 1.0

@@ -17,7 +17,7 @@ from streamworker.broker import scripts
 from streamworker.broker.keys import QueueKeys
 from streamworker.broker.redis.session import Session
 from streamworker.job import LEVELS, Claim, Level
-from streamworker.policy import SUSPECT_DELIVERIES
+from streamworker.policy import SUSPECT_DELIVERIES, apart_from, half_of
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.broker")
@@ -37,7 +37,7 @@ DRAIN_LOOK: Final = 0.05
 JUST_LOOKED: Final = 0.05
 """Seconds within which the next reclaim is due if the last one left suspects to other workers."""
 LEAVE, RESERVE, ASK, DRAIN = range(4)
-"""What to do about suspects: leave them; reserve one, being idle; ask to be the worker that drains; drain unasked."""
+"""What to do about suspects: leave them; being idle, reserve a group; ask to be the one that drains; drain unasked."""
 
 
 def none_ended(queue: str) -> int:
@@ -54,16 +54,14 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         namespace: prefix of every key, but for the lists that producers push to.
         lease: seconds a claim lives unrenewed.
         weighted: weighted order of levels instead of strict order.
-        alone_from: the delivery from which on a job runs alone.
-        concurrency: jobs that run at once; suspects that do not run alone fill at most half of them.
+        groups: most suspects that run together, by delivery from the third on, see `streamworker.policy.group_sizes`.
     """
 
     queues: tuple[tuple[str, int | None], ...]
     namespace: str = ""
     lease: float = 15.0
     weighted: bool = False
-    alone_from: int = SUSPECT_DELIVERIES + 1
-    concurrency: int = 10
+    groups: tuple[int, ...] = (5, 1)
 
 
 class StreamOptions(Options, frozen=True, kw_only=True):
@@ -93,8 +91,9 @@ class ClaimSource(ABC):
         self._keys: Final[list[QueueKeys]] = [keys for keys, _ in queues]
         self._caps = [cap for _, cap in queues]
         self._lease = options.lease
-        self._alone_from = options.alone_from
-        self._concurrency = options.concurrency
+        self._groups = options.groups
+        self._apart_from = apart_from(options.groups)
+        self._half_since: float | None = None
         self._order = Order(len(queues), weighted=options.weighted, heads=heads)
         self.ready_keys: Final[list[tuple[QueueKeys, Level, str]]] = [
             (keys, level, keys.ready(level)) for keys in self._keys for level in LEVELS
@@ -157,7 +156,7 @@ class ClaimSource(ABC):
 
     @property
     def draining(self) -> bool:
-        """Nothing new is claimed, so that this worker becomes idle and can run a suspect alone."""
+        """Nothing new is claimed, so that this worker becomes idle and can run suspects apart."""
         return any(self._draining_since)
 
     async def wait_unless_stale(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:
@@ -211,20 +210,35 @@ class ClaimSource(ABC):
     async def wait(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:
         """Wait for a job, at most ``wait`` seconds."""
 
-    def _suspects_allowed(self, running: Collection[Claim]) -> int:
-        """How many suspects that need not run alone may be claimed: at most half of the jobs that may run at once."""
-        if self._alone_from <= SUSPECT_DELIVERIES:
-            return 0
-        held = Counter(claim.queue for claim in running if SUSPECT_DELIVERIES <= claim.count < self._alone_from)
+    def _group_here(self, running: Collection[Claim]) -> tuple[int, str, str]:
+        """The scripts' arguments about groups: suspects that may join the one here, its half, sizes of those apart.
+
+        One half runs after the other, or on another worker; but a suspect that has run for a lease keeps no others
+        waiting.
+        """
+        sizes = " ".join(str(size) for size in self._groups[self._apart_from - SUSPECT_DELIVERIES :])
+        if self._apart_from <= SUSPECT_DELIVERIES:
+            return 0, "", sizes
+        group = [claim for claim in running if SUSPECT_DELIVERIES <= claim.count < self._apart_from]
         # Ended claims of a queue that refuses to settle them must not block suspects of other queues.
-        group = sum(max(0, count - self.ended(queue)) for queue, count in held.items())
-        return max(0, max(1, self._concurrency // 2) - group)
+        held = Counter(claim.queue for claim in group)
+        live = {queue: count - ended for queue, count in held.items() if count > (ended := self.ended(queue))}
+        if not live:
+            self._half_since = None
+            return self._groups[0], "", sizes
+        now = monotonic()
+        self._half_since = self._half_since or now
+        latest = next(claim for claim in reversed(group) if claim.queue in live)
+        half = half_of(latest.entry, SUSPECT_DELIVERIES)
+        if now - self._half_since > self._lease:
+            self._half_since, half = now, ""
+        return max(0, self._groups[0] - sum(live.values())), half, sizes
 
     def _about_suspects(self, index: int, running: Collection[Claim]) -> int:
         """What to do about suspects of this queue.
 
-        An idle worker reserves one and runs it at once. A busy worker leaves it to idle ones for a while; if there are
-        none, it asks to be the worker that drains: that claims nothing new until it is idle. The suspect stays
+        An idle worker reserves a group and runs it at once. A busy worker leaves it to idle ones for a while; if there
+        are none, it asks to be the worker that drains: that claims nothing new until it is idle. The suspects stay
         unclaimed meanwhile: the first idle worker reserves it, and a worker that dies while it drains delays it by a
         second. After a lease a worker asks no more, so that another one, whose jobs are shorter, may drain too.
         """

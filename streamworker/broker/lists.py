@@ -72,7 +72,7 @@ class ListClaims(ClaimSource):
         held = [claim.entry for claim in running]
         args: list[Any] = [self.consumer, limit, len(self._lists), len(budgets), secrets.token_hex(6)]
         wish = self._about_suspects(0, running)
-        args += [self._alone_from, wish, self._suspects_allowed(running), len(held)]
+        args += [self._apart_from, wish, *self._group_here(running), len(held)]
         args += [*self._allowances(limit, running), *budgets, *held, *self._order.steps]
         answer = await self._session.read(scripts.LIST_TAKE, keys, args)
         taken, trouble, paused, _, passed, suspects, cancelled, granted, sealed = answer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from time import monotonic
 from typing import Any, Final
@@ -21,6 +22,7 @@ from streamworker.broker.settle import StreamSettlement, settle
 from streamworker.broker.stream_claim import ClusterStreamClaims, StreamClaims
 from streamworker.errors import ConfigurationError, Unreachable
 from streamworker.job import Claim, Depth, Settled
+from streamworker.policy import apart_from
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.broker")
@@ -33,7 +35,7 @@ class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
         self._group = options.group
         super().__init__(address, options)
         self._tidy_at = 0.0
-        self._last_confirmed: tuple[str, bytes, int] | None = None
+        self._confirmed_lately: deque[tuple[str, bytes, int]] = deque(maxlen=max(options.groups))
 
     def _key(self, queue: str) -> QueueKeys:
         return QueueKeys(queue, self._options.namespace)
@@ -94,9 +96,8 @@ class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
 
     async def confirm(self, claim: Claim) -> Claim | None:
         args = [self._group, self._source.consumer, claim.entry, claim.count]
-        # After a lost reply `own_pending` decides by this whether the delivery was counted. One is enough: suspects
-        # run alone.
-        self._last_confirmed = (claim.place, claim.entry, claim.count)
+        # After a lost reply `own_pending` decides by this whether the delivery was counted.
+        self._confirmed_lately.append((claim.place, claim.entry, claim.count))
         if await self._confirmed(scripts.CONFIRM, [claim.place], args):
             return msgspec.structs.replace(claim, count=claim.count + 1, suspect=False)
         return None
@@ -157,8 +158,8 @@ class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
             for entry, count, fields in pending:
                 # A counted claim is at most one delivery below a suspect. From there on it was only reserved, unless
                 # its confirmation succeeded.
-                counted = self._last_confirmed == (place, entry, count - 1)
-                suspect = count >= self._options.alone_from - 1 and not counted
+                counted = (place, entry, count - 1) in self._confirmed_lately
+                suspect = count >= apart_from(self._options.groups) - 1 and not counted
                 body = document(fields)
                 found.append(Claim(keys.queue, level, place, entry, count, body, epoch, suspect, secret=secret))
         return await self._cancels.judged(found, {keys.queue for keys in self._keys})

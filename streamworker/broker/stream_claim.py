@@ -362,7 +362,7 @@ class StreamClaims(ClaimSource):
         args: list[Any] = [self._group, self.consumer, int(self._lease * 1000), limit]
         expected, sent = self._session.clock_should_show(), monotonic()
         wish = self._about_suspects(index, running)
-        args += [self._alone_from, wish, expected, self._suspects_allowed(running), *held]
+        args += [self._apart_from, wish, expected, *self._group_here(running), *held]
         try:
             wait, entries, missing, passed, shown, granted, longest = await self._session.read(
                 scripts.RECLAIM, [keys.meta, *keys.streams], args

@@ -26,7 +26,7 @@ from streamworker.errors import HandlerSignal, InvalidJob
 from streamworker.execution import CANCELLED, OK, Cause, Execution
 from streamworker.handlers import Handlers, Registration
 from streamworker.job import Cancelled, Interrupted, Ok, Outcome, Raised, TimedOut, Undecodable, UnknownKind
-from streamworker.policy import Facts, Limits, abandoned, alone_from, wish_in
+from streamworker.policy import Facts, Limits, abandoned, apart_from, group_sizes, wish_in
 from streamworker.redact import describe
 from streamworker.telemetry.logs import get_logger
 from streamworker.worker import signals
@@ -81,7 +81,7 @@ class Executor:
         self._limiter: anyio.CapacityLimiter | None = None
         self._pid = os.getpid()
         self._max_deliveries = max_deliveries
-        self._alone_from = alone_from(max_deliveries)
+        self._apart_from = apart_from(group_sizes(max_deliveries, 1))
         self._max_job_bytes = max_job_bytes
         self._unknown_kind_ttl = unknown_kind_ttl
         self._no_limits = Facts(0, Limits(), unknown_kind_ttl)
@@ -102,7 +102,7 @@ class Executor:
             if claim.cancelled:
                 run.outcome = CANCELLED
             elif deliveries > 1:
-                run.suspect = deliveries >= self._alone_from
+                run.suspect = deliveries >= self._apart_from
                 run.outcome = abandoned(deliveries, self._max_deliveries)
             run.facts = self._facts_of(reading, registration)
             if run.outcome is not None:

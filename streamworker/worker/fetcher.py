@@ -1,4 +1,4 @@
-"""Fetcher: the claim loop. It claims as many jobs as may start, prepares them, and runs suspects alone."""
+"""Fetcher: the claim loop. It claims as many jobs as may start, prepares them, and runs groups of suspects apart."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from streamworker.errors import ConfigurationError, StreamworkerError
 from streamworker.execution import Execution
 from streamworker.job import Claim
 from streamworker.loops import Pause
-from streamworker.policy import SUSPECT_DELIVERIES
+from streamworker.policy import SUSPECT_DELIVERIES, apart_from, group_sizes, half_of
 from streamworker.settings import Settings
 from streamworker.telemetry.logs import get_logger
 from streamworker.worker.admission import Admission
@@ -36,10 +36,11 @@ BLOCK: Final = 5.0
 """Seconds one claim waits for jobs."""
 REFUSALS: Final = 3
 """Times in a row a password or a permission may be refused: an operator may be changing it right now."""
+HALVING: Final = "one half of them at a time, to find the one that kills"
 LOG_AGAIN: Final = 60.0
 """Seconds between two log lines about suspects."""
 SETTLES: Final = 1.0
-"""Most seconds after a suspect's run for which its settlement is waited for before the next claim."""
+"""Most seconds after a group of suspects ended for which its settlement is waited for before the next claim."""
 PREPARED: Final = 20
 """Claims that are prepared between two looks at the time."""
 UNSETTLED: Final = 1000
@@ -93,7 +94,8 @@ class Fetcher:
         self._quiet = False
         self._suspects: deque[Execution] = deque()
         self._capped: list[Execution] = []
-        self._alone: Execution | None = None
+        self._apart: list[Execution] = []
+        self._groups = group_sizes(settings.max_deliveries, settings.concurrency)
         self._log_at: dict[str, float] = {}
         self.ended: Final = anyio.Event()
         self.asking_since: float | None = None
@@ -125,14 +127,17 @@ class Fetcher:
     @property
     def notice(self) -> str:
         """Why fewer jobs run here than could, in a sentence for operators; empty if there is no reason."""
-        if self._alone is not None and self._alone.outcome is None:
-            deaths = self._alone.deliveries - 1
-            return f"a job with which {deaths} workers died runs alone, and nothing else is claimed here until it ends"
+        running = [run for run in self._apart if run.outcome is None]
+        if running:
+            jobs, deaths = _jobs(len(running)), running[0].deliveries - 1
+            return f"{jobs} with which {deaths} workers died, run apart; nothing else is claimed here until they end"
         if self._suspects:
-            return f"{len(self._suspects)} jobs with which several workers died wait to run alone"
+            return f"{_jobs(len(self._suspects))} with which several workers died, wait to run apart"
         group = self._group()
         if group:
-            return f"{group} jobs with which two workers died run here, in at most half of the concurrency"
+            return (
+                f"{_jobs(group)} with which two workers died, run here, in at most half of the concurrency; {HALVING}"
+            )
         return ""
 
     def _group(self) -> int:
@@ -145,7 +150,7 @@ class Fetcher:
             log.warning(event, **facts)
 
     def abandon_waiting(self) -> list[Execution]:
-        """Remove and return the suspects that wait to run alone and the runs of queues at their cap."""
+        """Remove and return the suspects that wait to run apart and the runs of queues at their cap."""
         waiting = [*self._suspects, *self._capped]
         self._suspects, self._capped = deque(), []
         return waiting
@@ -154,9 +159,9 @@ class Fetcher:
         in_flight = self._in_flight
         if self._capped:
             self._start_capped()
-        if self._suspects:
+        if self._suspects or any(run.outcome is None for run in self._apart):
             self.asking_since = None
-            await self._run_alone()
+            await self._run_apart()
             return
         self.asking_since = self.asking_since or monotonic()
         self.shut = self._outage is not None and self._outage.is_on()
@@ -181,7 +186,7 @@ class Fetcher:
         """Claim. When a job of a queue at its cap ends, the wait ends: one more of it may be claimed."""
         wait, in_flight, shut = 0.0 if self._burst else BLOCK, self._in_flight, self._shut_queues()
         if not self._caps:
-            return await self._broker.claim(limit, wait, in_flight, shut=shut)
+            return await self._broker.claim(limit, wait, in_flight, in_flight.ended, shut)
         held = Counter(run.claim.queue for run in in_flight.snapshot() if run.outcome is None)
         full = {queue for queue, cap in self._caps.items() if held[queue] >= cap}
         if not full or not wait:
@@ -264,7 +269,7 @@ class Fetcher:
         self._in_flight.counts.recovered += 1
         log_recovered(run)
         if claim.count >= SUSPECT_DELIVERIES and not claim.suspect:
-            hint = "two workers died with them; they fill at most half of the concurrency, and fresh jobs go on beside"
+            hint = f"two workers died with them: {HALVING}; fresh jobs go on beside"
             self._log_suspects("suspects_running", queue=claim.queue, jobs=self._group(), hint=hint)
 
     def _start_capped(self) -> None:
@@ -285,29 +290,52 @@ class Fetcher:
         running.subtract(run.claim.queue for run in self._capped if run.outcome is None)
         return running
 
-    async def _run_alone(self) -> None:
-        """Wait until everything else has ended, then run one suspect: if it kills the worker, no other job is lost."""
+    async def _run_apart(self) -> None:
+        """Wait until everything else has ended, then run one group of suspects: it can take no other job along."""
         in_flight = self._in_flight
         while in_flight.busy > len(self._suspects):
             if self._stopping.is_set():
                 return
             await in_flight.changed(1.0)
             self._start_capped()
-        run = self._suspects.popleft()
-        if run.claim.suspect and not await self._confirmed(run):
-            in_flight.finished()
-            in_flight.forget(run)
+        self._apart = []
+        group = self._next_group()
+        for run in group:
+            self._suspects.remove(run)
+            if run.claim.suspect and not await self._confirmed(run):
+                in_flight.finished()
+                in_flight.forget(run)
+                continue
+            self._apart.append(run)
+            self._successor.put(run)
+        if not self._apart:
             return
-        self._alone = run
-        hint = "its workers died again and again; fresh jobs go on on other workers, and here when it has ended"
-        self._log_suspects("suspect_alone", queue=run.claim.queue, deliveries=run.claim.count, hint=hint)
-        self._successor.put(run)
-        while run.outcome is None and not self._stopping.is_set():
+        first = self._apart[0]
+        hint = f"their workers died again and again: {HALVING}; fresh jobs go on on other workers, and here afterwards"
+        self._log_suspects(
+            "suspects_apart", queue=first.claim.queue, jobs=len(self._apart), deliveries=first.deliveries, hint=hint
+        )
+        while any(run.outcome is None for run in self._apart) and not self._stopping.is_set():
             await in_flight.changed(1.0)
-        # Settled, too: a worker that holds something is not idle, and leaves the next suspect to others for a while.
+        # Settled, too: a worker that holds something is not idle, and leaves the next suspects to others for a while.
         with anyio.move_on_after(SETTLES):
-            while in_flight.find(run.claim) is run and not self._stopping.is_set():
+            while any(in_flight.find(run.claim) is run for run in self._apart) and not self._stopping.is_set():
                 await in_flight.changed()
+
+    def _next_group(self) -> list[Execution]:
+        """The suspects that run next: of one delivery and one half, and as many as that delivery may have."""
+        if not self._suspects:
+            return []
+        first = self._suspects[0]
+        at = first.deliveries - apart_from(self._groups) + (len(self._groups) > 1)
+        most = self._groups[at] if at < len(self._groups) else 1
+        half = half_of(first.claim.entry, first.deliveries)
+        group = [
+            run
+            for run in self._suspects
+            if run.deliveries == first.deliveries and half_of(run.claim.entry, run.deliveries) == half
+        ]
+        return group[:most]
 
     async def _confirmed(self, run: Execution) -> bool:
         """Count the delivery of a reserved suspect; False if the claim is lost."""
@@ -323,6 +351,10 @@ class Fetcher:
             return False
         run.claim, run.settling = claim, False
         return True
+
+
+def _jobs(count: int) -> str:
+    return "1 job" if count == 1 else f"{count} jobs"
 
 
 def log_recovered(run: Execution) -> None:

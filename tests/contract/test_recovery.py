@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import Counter
 
 import msgspec
 import pytest
@@ -10,7 +11,7 @@ from streamworker import codec
 from streamworker.codec import unmarked
 from streamworker.errors import Unreachable
 from streamworker.job import Settled
-from streamworker.policy import alone_from
+from streamworker.policy import group_sizes, half_of
 from tests.conftest import eventually, free_port
 from tests.contract.ground import GROUP
 from tests.contract.helpers import (
@@ -30,8 +31,8 @@ from tests.contract.helpers import (
     stream_only,
 )
 
-ALONE = alone_from(5)
-"""The delivery from which on a suspect runs alone."""
+ALONE = 4
+"""The delivery from which on a suspect runs apart; alone in the groups of these brokers."""
 
 
 async def test_renewing_resets_the_lease_and_counts_no_delivery(broker_factory, ground):
@@ -643,29 +644,101 @@ async def test_a_replica_never_calls_a_claim_of_a_list_lost(broker_factory, raw,
         assert sorted(map(repr, lost)) == sorted(map(repr, claims if forgotten == "claims" else []))
 
 
-async def test_most_suspects_were_neighbours_and_run_in_a_group_of_half_the_slots(broker_factory, ground):
+def halves_of(claims, delivery: int) -> Counter:
+    return Counter(half_of(claim.entry, delivery) for claim in claims)
+
+
+async def test_most_suspects_were_neighbours_and_run_by_halves_in_half_of_the_slots(broker_factory, ground):
     async with broker_factory("dead") as gone, broker_factory("w") as broker:
-        await gone.publish([job(f"s{n}") for n in range(12)])
-        for claim in await gone.claim(12, 0, ()):
+        await gone.publish([job(f"s{n}") for n in range(24)])
+        suspects = await gone.claim(24, 0, ())
+        for claim in suspects:
             ground.ripen(claim, count=2)
         await gone.publish([job(f"fresh{n}") for n in range(20)])
         taken = await recover(broker, ground, limit=10)
         group = [claim for claim in taken if claim.count == 3]
-        assert len(taken) == 10 and len(group) == 5  # half of the slots; fresh jobs go on beside
+        ((half, size),) = halves_of(group, 3).items()
+        assert len(taken) == 10 and size == min(5, halves_of(suspects, 3)[half])  # fresh jobs go on beside
         assert {name[:5] for name in names([claim for claim in taken if claim.count == 1])} == {"fresh"}
         assert not any(claim.suspect for claim in taken)
-        rest = [claim for claim in taken if claim not in group[:2]]
-        for claim in group[:2]:
-            assert await settle_one(broker, done(claim)) is Settled.SETTLED
-        more = await recover(broker, ground, limit=2, running=rest)
-        assert [claim.count for claim in more] == [3, 3]
-        everything = [*rest, *more]
+        everything, halves = taken, [half]
         while left := [claim for claim in everything if claim.count == 3]:
-            for claim in left:
-                await settle_one(broker, done(claim))
-            everything = [claim for claim in everything if claim not in left]
+            assert len(halves_of(left, 3)) == 1 and len(left) <= 5  # never one beside the other
+            halves += halves_of(left, 3)
+            assert await settle_one(broker, done(left[0])) is Settled.SETTLED
+            everything.remove(left[0])
             everything += await recover(broker, ground, limit=10 - len(everything), running=everything)
+        assert set(halves) == set(halves_of(suspects, 3))
         assert not [claim for claim in ground.claims() if claim[2] > 1]
+
+
+async def test_a_suspect_that_runs_for_longer_than_a_lease_keeps_the_other_half_no_longer(broker_factory, ground):
+    async with broker_factory("dead") as gone, broker_factory("w", groups=(50, 1)) as broker:
+        await gone.publish([job(f"s{n}") for n in range(24)])
+        for claim in await gone.claim(24, 0, ()):
+            ground.ripen(claim, count=2)
+        first = await recover(broker, ground)
+        assert len(halves_of(first, 3)) == 1 and len(first) < 24
+        assert await recover(broker, ground, running=first) == []
+        broker._source._half_since = time.monotonic() - 16  # its lease is 15 s
+        assert len(await recover(broker, ground, running=first)) == 24 - len(first)
+
+
+async def test_from_the_fourth_delivery_on_a_small_group_of_one_half_runs_apart(broker_factory, raw, ground):
+    async with broker_factory("dead") as gone, broker_factory("w", groups=group_sizes(6, 100)) as broker:
+        assert group_sizes(6, 100) == (50, 14, 4, 1)
+        await gone.publish([job(f"s{n}") for n in range(60)])
+        suspects = await gone.claim(60, 0, ())
+        for claim in suspects:
+            ground.ripen(claim, count=3)
+        seen: list = []
+        await gone.publish([job("new")])
+        while len(seen) < 60:
+            group = await recover(broker, ground)
+            ((half, size),) = halves_of(group, 4).items()
+            waiting = [claim for claim in suspects if claim.entry not in {each.entry for each in seen}]
+            assert size == min(14, halves_of(waiting, 4)[half])
+            assert all(claim.suspect and claim.count == 3 for claim in group)
+            counted = [await broker.confirm(claim) for claim in group]
+            strays = {claim.entry: claim for claim in await broker.own_pending(())}  # a reply was lost
+            assert [(strays[claim.entry].count, strays[claim.entry].suspect) for claim in group] == [(4, False)] * size
+            assert await broker.settle([done(claim) for claim in counted]) == [Settled.SETTLED] * size
+            seen += group
+        assert names(await recover(broker, ground)) == ["new"]
+
+
+@pytest.mark.parametrize("deliveries", [5, 10])
+async def test_a_poison_job_is_found_by_halving_and_no_innocent_is_charged_to_death(broker_factory, ground, deliveries):
+    """Forty innocents, one poison, one worker at a time, which dies with all it holds once the poison starts."""
+    groups = group_sizes(deliveries, 100)
+    async with broker_factory("producer") as producer:
+        await producer.publish([job("poison" if n == 17 else str(n)) for n in range(41)])
+    letters, charged, beside, turn = 0, Counter(), {}, 0
+    for death in range(deliveries + 1):
+        alive = True
+        async with broker_factory(f"w{death}", groups=groups) as broker:
+            while alive and ground.left():
+                turn += 1
+                held = await recover(broker, ground)
+                assert held or turn < 500
+                counted = [await broker.confirm(claim) if claim.suspect else claim for claim in held]
+                charged |= Counter({name: claim.count for name, claim in zip(names(held), counted, strict=True)})
+                poison = [claim for claim in counted if names([claim]) == ["poison"]]
+                if poison and poison[0].count > deliveries:
+                    assert len(counted) == 1
+                    assert await settle_one(broker, dead(poison[0])) is Settled.SETTLED
+                    letters += 1
+                elif poison:
+                    alive, beside[death + 1] = False, len(counted) - 1
+                    for claim in counted:
+                        ground.ripen(claim)
+                else:
+                    assert await broker.settle([done(claim) for claim in counted]) == [Settled.SETTLED] * len(counted)
+    assert letters == 1 and not ground.left()
+    assert beside[1] == beside[2] == 40 and beside[3] < 40 and beside[deliveries] == 0
+    for death in range(4, deliveries + 1):
+        assert beside[death] < ([*groups, *[1] * deliveries][death - 3])
+    assert max(charged[str(n)] for n in range(41) if n != 17) <= deliveries
 
 
 async def test_a_worker_with_one_slot_runs_suspects_one_by_one_beside_nothing(broker_factory, ground):
@@ -682,21 +755,23 @@ async def test_a_worker_with_one_slot_runs_suspects_one_by_one_beside_nothing(br
 async def test_suspects_that_ended_and_cannot_be_settled_keep_no_others_waiting(broker_factory, ground):
     """A queue that refuses what has ended holds it for ever; the suspects of other queues run all the same."""
     async with broker_factory("dead") as gone, broker_factory("w") as broker:
-        await gone.publish([job(f"s{n}") for n in range(12)])
-        for claim in await gone.claim(12, 0, ()):
+        await gone.publish([job(f"s{n}") for n in range(24)])
+        suspects = await gone.claim(24, 0, ())
+        for claim in suspects:
             ground.ripen(claim, count=2)
         taken = [claim for claim in await recover(broker, ground, limit=10) if claim.count == 3]
-        elsewhere = [msgspec.structs.replace(claim, queue="refuses") for claim in taken]
-        assert len(elsewhere) == 5
+        assert taken
+        elsewhere = [msgspec.structs.replace(claim, queue="refuses") for claim in taken] * 5
         assert await recover(broker, ground, limit=10, running=elsewhere + taken) == []
         ground.forget_pace("q")
         ground.sweep_soon(broker)
-        more = await broker.claim(10, 0, [*taken, *elsewhere], lambda queue: 5 if queue in ("refuses", "q") else 0)
-        assert [claim.count for claim in more] == [3] * 5
+        more = await broker.claim(10, 0, [*taken, *elsewhere], lambda queue: 500)
+        left = [claim for claim in suspects if claim.entry not in {each.entry for each in taken}]
+        assert [claim.count for claim in more] == [3] * min(5, halves_of(left, 3)[half_of(more[0].entry, 3)])
 
 
 async def test_with_three_deliveries_the_third_runs_alone(broker_factory, ground):
-    async with broker_factory("dead") as gone, broker_factory("w", alone_from=alone_from(3)) as broker:
+    async with broker_factory("dead") as gone, broker_factory("w", groups=group_sizes(3, 10)) as broker:
         await gone.publish([job("s"), job("t")])
         for claim in await gone.claim(2, 0, ()):
             ground.ripen(claim, count=2)

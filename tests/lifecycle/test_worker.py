@@ -16,6 +16,7 @@ import pytest
 import redis
 
 from streamworker.job import LEVELS, Level
+from streamworker.policy import half_of
 from tests import forkserver
 from tests.conftest import Server, eventually_blocking
 from tests.contract.ground import Ground
@@ -357,7 +358,39 @@ def test_a_job_that_kills_its_workers_dies_alone(start, raw, ground, deliveries)
     assert [run[1:] for run in traced(raw, "poison", "poison")] == [["1", str(n + 1), "0"] for n in range(deliveries)]
     counts = Counter(traces(raw, "quick"))
     assert counts.keys() == set(names)
-    assert max(counts.values()) <= min(deliveries, 4)  # after the group of its third delivery it takes nobody along
+    assert max(counts.values()) <= deliveries  # the last of which is alone: none is charged to death
+
+
+def test_a_poison_job_among_forty_is_found_by_halving_while_fresh_jobs_go_on(start, raw, ground):
+    """It kills MAX_DELIVERIES workers, fewer of its neighbours with each, and nothing else is charged to death."""
+    names = [f"i{n}" for n in range(40)]
+    for n, name in enumerate(names):
+        put(ground, "wait", name)
+        if n == 20:
+            put(ground, "poison", "poison")
+    worker = start(CONCURRENCY=100, LEASE=0.5)
+    deaths, runs, logs = 0, [0], []
+    deadline = time.monotonic() + 45
+    while not raw.xlen(DEAD):
+        assert time.monotonic() < deadline, (ground.left(), deaths)
+        if worker.ended:
+            assert worker.wait() == 9
+            deaths += 1
+            runs.append(len(traces(raw, "wait")))
+            logs.append(worker)
+            worker = start(CONCURRENCY=100, LEASE=0.5)
+        if deaths == 3:
+            raw.sadd("queue:trace:go", *names)
+        time.sleep(0.02)
+    assert deaths == 5
+    put(ground, "quick", "fresh")
+    eventually_blocking(ground.empty, 20)
+    ((_, letter),) = raw.xrange(DEAD)
+    assert (letter["id"], letter["reason"]) == ("poison", "worker died 5 times")
+    counts = Counter(run.split()[0] for run in traces(raw, "wait"))
+    assert counts.keys() == set(names) and max(counts.values()) <= 5
+    assert runs[1] <= 40 and runs[3] - runs[2] < 40  # from the third on only one half is with it
+    assert any(each.said("suspects_running") for each in logs) and any(each.said("suspects_apart") for each in logs)
 
 
 def test_innocents_whose_workers_died_twice_go_on_beside_fresh_jobs_and_that_is_said(start, raw, ground):
@@ -368,17 +401,21 @@ def test_innocents_whose_workers_died_twice_go_on_beside_fresh_jobs_and_that_is_
         worker = start().ready()
         eventually_blocking(lambda death=death: len(traces(raw, "wait")) == death * len(names), 15)
         worker.kill()
+    waiting = [entry for entry, _, count in ground.claims() if count == 2]
+    assert len(waiting) == len(names)
+    sizes = Counter(half_of(entry, 3) for entry in waiting)
     third = start().ready()
-    eventually_blocking(lambda: len(traces(raw, "wait")) >= 2 * len(names) + 5, 15)  # half of its ten slots
+    first = 2 * len(names)
+    eventually_blocking(lambda: len(traces(raw, "wait")) - first in {min(5, size) for size in sizes.values()}, 15)
     for n in range(20):
         put(ground, "quick", f"fresh{n}")
     eventually_blocking(lambda: len(traces(raw, "quick")) == 20, 10)
-    assert len(traces(raw, "wait")) == 2 * len(names) + 5
     assert third.said("suspects_running")
     (heart,) = raw.keys("streamworker:worker:*")
     eventually_blocking(lambda: "two workers died" in (raw.hget(heart, "notice") or ""), 10)
     raw.sadd("queue:trace:go", *names)
     eventually_blocking(ground.empty)
+    assert len(traces(raw, "wait")) == 3 * len(names)
     assert raw.xlen(DEAD) == 0
 
 

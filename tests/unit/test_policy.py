@@ -23,7 +23,7 @@ from streamworker.job import (
     Undecodable,
     UnknownKind,
 )
-from streamworker.policy import Backoff, Facts, Limits, abandoned, judge
+from streamworker.policy import Backoff, Facts, Limits, abandoned, apart_from, group_sizes, half_of, judge
 from streamworker.redact import MAX_CHARS as MAX_ERROR_CHARS
 from streamworker.redact import describe
 
@@ -212,3 +212,29 @@ def test_a_discard_takes_the_exception_that_was_caught():
 def test_wishes_take_seconds_and_say_so(wish, words):
     with pytest.raises(TypeError, match=words):
         wish()
+
+
+@pytest.mark.parametrize(
+    ("deliveries", "concurrency", "sizes"),
+    [
+        (1, 100, (1,)),
+        (3, 100, (1,)),
+        (4, 100, (50, 1)),
+        (5, 100, (50, 8, 1)),
+        (5, 1, (1, 1)),
+        (10, 100, (50, 25, 13, 7, 4, 2, 1)),
+        (100, 1000, (500, 250, 125, 63, 32, 16, 8, 4, 2, 1)),
+    ],
+)
+def test_each_group_is_at_most_half_of_the_one_before_and_the_last_delivery_is_alone(deliveries, concurrency, sizes):
+    assert group_sizes(deliveries, concurrency) == sizes
+    assert apart_from(sizes) == (4 if deliveries > 3 else 3)
+    assert [*sizes, *[1] * deliveries][max(0, deliveries - 3)] == 1
+
+
+def test_each_delivery_splits_each_group_in_two():
+    entries = [b"%d-%d" % (n, n % 7) for n in range(2000)]
+    for delivery in (3, 4, 5):
+        halves = {half_of(entry, delivery) for entry in entries}
+        assert len(halves) == 2 ** (delivery - 2)
+        assert all(half_of(entry, delivery + 1).startswith(half_of(entry, delivery)) for entry in entries)

@@ -2,9 +2,10 @@
 -- claimed list. An element that was taken before carries our mark in front, its id and its deliveries (see
 -- `list_return`): such elements are at the right ends and are taken before all others, whatever their level; a mark
 -- without our seal does not count. A job keeps its id for good; without a mark it gets a fresh one, a UUIDv7 by the
--- server's clock. Suspects (delivered as often as ARGV[6] says) stay in the list, and so do jobs that run here; a worker
--- that is idle and finds no other element that was taken before reserves one suspect, uncounted. Where no worker is idle,
--- one worker at a time drains: it takes nothing new until it is idle. Growing writes come first, shrinking ones last. A
+-- server's clock. Elements at their third delivery are suspects; the ones that run together are of one half (see
+-- `half_of`). Suspects that run apart (delivered as often as ARGV[6] says) stay in the list, and so do jobs that run here; a
+-- worker that is idle and finds no other element that was taken before reserves a group of them, uncounted. Where no worker
+-- is idle, one worker at a time drains: it takes nothing new until it is idle. Growing writes come first, shrinking ones last. A
 -- queue is skipped while its meta hash has the field "paused" (set by an operator) or "inactive" (set by the relay).
 --
 -- KEYS[1..Q]   meta hash of each queue; then as many lease sets; then as many claimed lists of this worker
@@ -14,12 +15,14 @@
 -- ARGV[3]      Q, number of queues
 -- ARGV[4]      B, number of budgets
 -- ARGV[5]      twelve random hexadecimal digits
--- ARGV[6]      delivery count from which a job is a suspect that runs alone
--- ARGV[7]      what the worker does about suspects: 1 it is idle and takes one, 2 it asks to be the one that drains, 3 it drains
---              unasked, 0 it leaves them to others
+-- ARGV[6]      delivery count from which a job is a suspect that runs apart
+-- ARGV[7]      what the worker does about those: 1 it is idle and takes a group, 2 it asks to be the one that drains, 3 it
+--              drains unasked, 0 it leaves them to others
 -- ARGV[8]      most jobs to take that are about to be delivered for the last time before that: a group of suspects
--- ARGV[9]      H, number of ids that run here
--- ARGV[10..]   Q allowances: most jobs to take of each queue
+-- ARGV[9]      half of those that run here already; empty: any
+-- ARGV[10]     most jobs of a group that runs apart, by delivery count from ARGV[6] on: numbers; one later
+-- ARGV[11]     H, number of ids that run here
+-- ARGV[12..]   Q allowances: most jobs to take of each queue
 -- then         B budgets: most jobs to take on each budget
 -- then         H ids that run here
 -- then         the walk, three numbers a step: index of the list in KEYS, of its queue, of its budget
@@ -35,7 +38,8 @@
 --   drains   1 if this worker shall take nothing new
 --   secrets  secret of each queue ("": nothing yet)
 local worker, left, queues, budgets = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
-local may_reserve, reserved, left_to_others, drains = false, false, 0, ARGV[7] == '3' and 1 or 0
+local may_reserve, reserved, left_to_others, drains = false, 0, 0, ARGV[7] == '3' and 1 or 0
+local apart -- the group that is reserved: its delivery count, its half, how many more may be
 local LEVELS = { 'high', 'normal', 'low' }
 local PAGE, SKIP = 500, 500 -- elements of one move; elements that are read in vain
 local time = redis.call('TIME')
@@ -45,14 +49,14 @@ local allowance, budget, epochs, usable, running = {}, {}, {}, {}, {}
 local taken, trouble, paused, skipped, broken, empty, cancelled = {}, {}, {}, {}, {}, {}, {}
 local secrets = {}
 local suspects = {} -- queues of which some were left
-local group = tonumber(ARGV[8])
+local group, half = tonumber(ARGV[8]), ARGV[9]
 
 local function report(k, err) trouble[#trouble + 1] = { k, err } end
 
 for q = 1, queues do
   local meta = redis.pcall('HMGET', KEYS[q], 'paused', 'epoch', 'inactive', 'cancelled', 'secret')
   secrets[q] = not meta.err and meta[5] or ''
-  allowance[q], epochs[q] = tonumber(ARGV[9 + q]), ''
+  allowance[q], epochs[q] = tonumber(ARGV[11 + q]), ''
   if meta.err then
     report(q, meta.err)
     allowance[q] = 0
@@ -66,9 +70,9 @@ for q = 1, queues do
     end
   end
 end
-for b = 1, budgets do budget[b] = tonumber(ARGV[9 + queues + b]) end
-local walk = 10 + queues + budgets + tonumber(ARGV[9])
-for h = 10 + queues + budgets, walk - 1 do running[ARGV[h]] = true end
+for b = 1, budgets do budget[b] = tonumber(ARGV[11 + queues + b]) end
+local walk = 12 + queues + budgets + tonumber(ARGV[11])
+for h = 12 + queues + budgets, walk - 1 do running[ARGV[h]] = true end
 
 local function fresh()
   sequence = sequence + 1
@@ -108,6 +112,13 @@ local function writable(q)
   return usable[q]
 end
 
+-- Whether a suspect is of the group that this call reserves, which the first one that is asked for begins.
+local function joins(id, n)
+  if not may_reserve then return false end
+  apart = apart or { n, half_of(id, n), math.min(numbers(ARGV[10])[n + 1 - tonumber(ARGV[6])] or 1, left) }
+  return apart[3] > 0 and n == apart[1] and half_of(id, n) == apart[2]
+end
+
 -- Elements of the right end that may be taken: rows, wrappers, scored members, elements; and how many elements they span.
 local function look(i, q, most, again)
   local level = LEVELS[(i - 3 * queues - 1) % 3 + 1]
@@ -120,16 +131,16 @@ local function look(i, q, most, again)
       if again and not id then return found, span end
       seen = seen + 1
       local suspect = id and deliveries + 1 >= tonumber(ARGV[6])
-      local third = id and not suspect and deliveries + 1 >= 3
-      if id and (running[id] or suspect and not may_reserve or third and group <= 0) then
+      local its = id and not suspect and deliveries + 1 >= 3 and half_of(id, 3)
+      if id and (running[id] or suspect and not joins(id, deliveries + 1) or its and (group <= 0 or half ~= '' and half ~= its)) then
         skipped[i] = true
-        if not running[id] and suspect then left_to_others, suspects[q] = left_to_others + 1, true end
+        if not running[id] and suspect and not may_reserve then left_to_others, suspects[q] = left_to_others + 1, true end
       else
         local n = suspect and deliveries or (deliveries or 0) + 1
-        may_reserve, reserved = may_reserve and not suspect, reserved or suspect
+        if suspect then reserved, apart[3] = reserved + 1, apart[3] - 1 end
         id = id or fresh()
         running[id] = true
-        if third then group = group - 1 end
+        if its then group, half = group - 1, its end
         found[1][#found[1] + 1] = { id, n, suspect and 1 or 0, body }
         found[2][#found[2] + 1] = id .. ' ' .. n .. ' ' .. level .. (suspect and '? ' or ' ') .. body
         found[3][#found[3] + 1], found[3][#found[3] + 2] = now, id .. ' ' .. n .. ' ' .. worker
@@ -181,7 +192,7 @@ local function take_marked(most)
     if not exhausted(i, q) then
       local _, again = unmarked(redis.call('LINDEX', KEYS[i], -1), q)
       while again and not exhausted(i, q) and take(i, q, math.min(left, allowance[q], most), true) > 0 do
-        if reserved then return end
+        if apart and apart[3] <= 0 then return end
       end
     end
   end
@@ -191,8 +202,8 @@ take_marked(left)
 if left_to_others > 0 then
   if ARGV[7] == '1' and #taken == 0 then
     may_reserve = true
-    take_marked(1)
-    may_reserve, left_to_others = false, left_to_others - 1
+    take_marked(left)
+    may_reserve, left_to_others = false, left_to_others - reserved
   elseif ARGV[7] == '2' then
     for q in pairs(suspects) do
       if drains == 0 and appointed(KEYS[q], worker, tonumber(now)) then drains = 1 end
@@ -201,7 +212,7 @@ if left_to_others > 0 then
 else
   drains = 0
 end
-if reserved or drains == 1 then left = 0 end -- nothing new is taken beside a suspect, which waits until all else has ended
+if reserved > 0 or drains == 1 then left = 0 end -- nothing new is taken beside a suspect, which waits until all else has ended
 for w = walk, #ARGV, 3 do
   local i, q, b = tonumber(ARGV[w]), tonumber(ARGV[w + 1]), tonumber(ARGV[w + 2])
   while budget[b] > 0 and not exhausted(i, q) do

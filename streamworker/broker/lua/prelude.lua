@@ -91,3 +91,20 @@ local function appointed(key, worker, now)
   redis.pcall('HSET', key, 'drainer', worker .. ' ' .. string.format('%d', now + TERM)) -- out of memory, every worker drains
   return true
 end
+
+-- The group of a suspect at a delivery: those with the same one run together. Each delivery from the third on splits each
+-- group in two, by the digest of the entry; `streamworker.policy.half_of` does the same.
+local function half_of(id, delivery)
+  local digest, half = redis.sha1hex(id), ''
+  for digit = 1, math.min(delivery - 2, #digest) do
+    half = half .. tonumber(string.sub(digest, digit, digit), 16) % 2
+  end
+  return half
+end
+
+-- Numbers of a text, from the first one on.
+local function numbers(text)
+  local found = {}
+  for number in string.gmatch(text, '%d+') do found[#found + 1] = tonumber(number) end
+  return found
+end

@@ -1,11 +1,12 @@
 -- reclaim: claim entries whose lease has expired (XAUTOCLAIM with a stored cursor), at most as many as asked for. The
 -- lease is that of the worker that holds an entry, see `lease`; a worker that stored none is given the longest known one.
 -- Where leases differ, XPENDING is asked, which names the holder, and only entries that are expired by their holder's
--- lease are touched. The delivery count is read before an entry is claimed for real. An entry that would reach the
--- suspects' count runs alone: it is only reserved (claimed, but not counted), so that it can be confirmed, and only by a
--- worker that is idle and finds no other entry; until then suspects stay expired, for the first idle worker. Where no
--- worker is idle, one worker at a time drains: it takes nothing new until it is idle. A paused queue is not reclaimed
--- from. One call at a time for each queue: a token in the meta hash holds the moment of the next one.
+-- lease are touched. The delivery count is read before an entry is claimed for real. At their third delivery entries are
+-- suspects; the ones that run together are of one half (see `half_of`). From the count in ARGV[5] on a group of suspects
+-- runs apart from all else: its entries are only reserved (claimed, but not counted), so that they can be confirmed, and
+-- only by a worker that is idle and finds no other entry; until then suspects stay expired, for the first idle worker.
+-- Where no worker is idle, one worker at a time drains: it takes nothing new until it is idle. A paused queue is not
+-- reclaimed from. One call at a time for each queue: a token in the meta hash holds the moment of the next one.
 --
 -- KEYS[1]    meta hash of the queue
 -- KEYS[2..]  its streams
@@ -13,12 +14,14 @@
 -- ARGV[2]    consumer
 -- ARGV[3]    the worker's lease in ms
 -- ARGV[4]    most entries to take
--- ARGV[5]    delivery count from which an entry is a suspect that runs alone
--- ARGV[6]    what the worker does about suspects: 1 it is idle and takes one, 2 it asks to be the one that drains, else it leaves
---            them to others
+-- ARGV[5]    delivery count from which an entry is a suspect that runs apart
+-- ARGV[6]    what the worker does about those: 1 it is idle and takes a group, 2 it asks to be the one that drains, else it
+--            leaves them to others
 -- ARGV[7]    the server's time as the worker expects it, in ms; 0 if it has not read it yet
 -- ARGV[8]    most entries to take that are about to be delivered for the last time before that: a group of suspects
--- ARGV[9..]  entries that run here and are passed over, as "index of the stream in KEYS:entry id"
+-- ARGV[9]    half of those that run here already; empty: any
+-- ARGV[10]   most entries of a group that runs apart, by delivery count from ARGV[5] on: numbers; one later
+-- ARGV[11..] entries that run here and are passed over, as "index of the stream in KEYS:entry id"
 --
 -- returns { ms until the next sweep, entries, number of entries that were deleted, number of suspects that were left
 --           to others (-1: it was too early), the server's time in ms, 1 if this worker shall drain, the
@@ -60,11 +63,11 @@ local leases, shortest, longest = leases_of(KEYS[1], lease)
 if leap > math.max(shortest / 2, 1000) then return { longest, {}, 0, -1, now, 0, longest } end
 
 local running = {}
-for i = 9, #ARGV do running[ARGV[i]] = true end
+for i = 11, #ARGV do running[ARGV[i]] = true end
 local derived = redis.call('HMGET', KEYS[1], 'id:1', 'id:2', 'id:3')
 local entries, missing, passed, unfinished = {}, 0, 0, false -- unfinished: the next call should follow at once
-local suspect -- the first one that was passed
-local group, left = tonumber(ARGV[8]), 0 -- suspects that may still be claimed, and those that may not
+local suspects = {} -- those that were passed: stream, id, delivery count
+local group, left, half = tonumber(ARGV[8]), 0, ARGV[9] -- suspects that may still be claimed, and those that may not
 
 local function gone(stream, id)
   redis.call('XACK', stream, ARGV[1], id)
@@ -74,17 +77,19 @@ end
 local function take(k, id)
   local pending = redis.call('XPENDING', KEYS[k], ARGV[1], id, id, 1)[1]
   if not pending then return end
-  local alone, third = tonumber(ARGV[5]), pending[4] + 1 >= 3 and pending[4] + 1 < tonumber(ARGV[5])
-  if third and group <= 0 then
+  local apart, third = tonumber(ARGV[5]), pending[4] + 1 >= 3 and pending[4] + 1 < tonumber(ARGV[5])
+  local its = third and half_of(id, 3)
+  if third and (group <= 0 or half ~= '' and half ~= its) then
     redis.call('XCLAIM', KEYS[k], ARGV[1], ARGV[2], 0, id, 'IDLE', lease, 'JUSTID')
     left = left + 1
-  elseif pending[4] + 1 >= alone then
+  elseif pending[4] + 1 >= apart then
     redis.call('XCLAIM', KEYS[k], ARGV[1], ARGV[2], 0, id, 'IDLE', lease, 'JUSTID')
-    suspect, passed = suspect or { k, id, pending[4] }, passed + 1
+    passed = passed + 1
+    suspects[passed] = { k, id, pending[4] }
   else
     local entry = redis.call('XCLAIM', KEYS[k], ARGV[1], ARGV[2], 0, id)[1]
     if not entry then return gone(KEYS[k], id) end
-    if third then group = group - 1 end
+    if third then group, half = group - 1, its end
     entries[#entries + 1] = { k, id, pending[4] + 1, entry[2], derived[k - 1] or '0', 0 }
   end
 end
@@ -133,15 +138,22 @@ for k = 2, #KEYS do
   redis.pcall('HSET', KEYS[1], field, cursor) -- out of memory, every worker reclaims from the start: expired leases come first
 end
 
-if suspect and ARGV[6] == '1' and #entries == 0 then
-  local k, id, count = unpack(suspect)
-  local entry = redis.call('XRANGE', KEYS[k], id, id)[1]
-  passed = passed - 1
-  if entry then
-    redis.call('XCLAIM', KEYS[k], ARGV[1], ARGV[2], 0, id, 'JUSTID')
-    entries[1] = { k, id, count, entry[2], derived[k - 1] or '0', 1 }
-  else
-    gone(KEYS[k], id)
+if suspects[1] and ARGV[6] == '1' and #entries == 0 then
+  local first = suspects[1]
+  local its = half_of(first[2], first[3] + 1)
+  local most = math.min(numbers(ARGV[10])[first[3] + 2 - tonumber(ARGV[5])] or 1, limit)
+  for _, suspect in ipairs(suspects) do
+    local k, id, count = unpack(suspect)
+    if #entries < most and count == first[3] and half_of(id, count + 1) == its then
+      local entry = redis.call('XRANGE', KEYS[k], id, id)[1]
+      passed = passed - 1
+      if entry then
+        redis.call('XCLAIM', KEYS[k], ARGV[1], ARGV[2], 0, id, 'JUSTID')
+        entries[#entries + 1] = { k, id, count, entry[2], derived[k - 1] or '0', 1 }
+      else
+        gone(KEYS[k], id)
+      end
+    end
   end
 end
 
