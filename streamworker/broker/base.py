@@ -340,11 +340,16 @@ class StandbyServer(msgspec.Struct, frozen=True):
 
     Attributes:
         login: as `Address.bare` returns it.
-        commands: each a list of words, or (index of a script, keys, arguments).
+        commands: each a list of words, or (index of a script, keys, arguments), or (index of a script, keys, arguments,
+            command that names more keys; the script runs if it names any).
     """
 
     login: dict[str, Any]
     commands: list[list[Any]]
+
+
+MOST_LIMITS: Final = 1000
+"""Most limits of a queue whose permits the renewing process looks through."""
 
 
 def standby(
@@ -353,6 +358,8 @@ def standby(
     calls: Sequence[tuple[list[str], list[Any]]],
     heartbeat: str,
     *,
+    permits: Sequence[str],
+    worker: str,
     lease: float,
     longest: float,
 ) -> bytes | None:
@@ -363,11 +370,15 @@ def standby(
         script: renews leases.
         calls: (keys, arguments) of each call of the script.
         heartbeat: key of the worker's heartbeat, which is prolonged too.
+        permits: index of each queue's permits, which are renewed too.
+        worker: id of the worker that holds them.
         lease: seconds.
         longest: seconds of silence after which the worker counts as hung for good.
     """
     commands: list[tuple[str, list[Any]]] = [(keys[0], [0, keys, args]) for keys, args in calls]
     commands.append((heartbeat, ["PEXPIRE", heartbeat, max(1000, int(lease * 1000))]))
+    mine = [worker, int(lease * 1000)]
+    commands += [(key, [1, [key], mine, ["ZRANGE", key, -MOST_LIMITS, -1]]) for key in permits]  # leases come first
     servers: dict[object, StandbyServer] = {}
     for key, command in commands:
         home = address.home(key)
@@ -381,7 +392,7 @@ def standby(
     told = {
         "lease": lease,
         "longest": longest,
-        "scripts": [script.text],
+        "scripts": [script.text, scripts.RETAIN_ALL.text],
         "servers": [{**server.login, "commands": server.commands} for server in servers.values()],
     }
     return msgspec.json.encode(told)

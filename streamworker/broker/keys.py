@@ -136,6 +136,11 @@ class QueueKeys(msgspec.Struct, frozen=True):
         return [f"{self.base}:limit:{part}:{name}" for part in ("holds", "turns", "bucket")]
 
     @property
+    def permits(self) -> str:
+        """Sorted set: keys of the permits of limits, to the ms at which their last one expires."""
+        return f"{self.base}:limit:permits"
+
+    @property
     def calls(self) -> str:
         """Sorted set: jobs that waited for a limit and were called, to the ms of the call."""
         return f"{self.base}:limit:calls"

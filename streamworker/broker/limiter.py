@@ -50,7 +50,7 @@ class RedisLimiter:
             holds.append(Permit(each.limit, _token(worker, each.claim)))
             members.append(stem + each.mark)
             args += (numbers[each.limit], holds[-1].token, members[-1], stem + before if before else "", arrival or 0)
-        names = [keys.due, keys.bodies, *keys.places, keys.calls]
+        names = [keys.due, keys.bodies, *keys.places, keys.calls, keys.permits]
         names += [name for limit in numbers for name in keys.limit(limit.name)]
         reply = await self._session.run(scripts.LIMIT, names, args)
         return [
@@ -70,7 +70,9 @@ class RedisLimiter:
             args: list[Any] = [self._lease]
             for permit in mine:
                 args += (numbers.setdefault(permit.limit.name, len(numbers) + 1), permit.token)
-            await self._session.in_thread(scripts.RETAIN, [self._keys[queue].limit(name)[0] for name in numbers], args)
+            keys = self._keys[queue]
+            names = [keys.permits, *(keys.limit(name)[0] for name in numbers)]
+            await self._session.in_thread(scripts.RETAIN, names, args)
 
 
 def _token(worker: str, claim: Claim) -> str:

@@ -316,8 +316,16 @@ class ListBroker(RedisBroker[ListKeys, ClaimSource]):
     def standby(self, longest: float) -> bytes | None:
         worker = self._source.consumer
         calls = [([keys.leases, keys.claimed(worker)], [worker, self._lease_ms]) for keys in self._keys]
-        lease = self._options.lease
-        return standby(self._session.address, scripts.LIST_KEEP, calls, self._name, lease=lease, longest=longest)
+        return standby(
+            self._session.address,
+            scripts.LIST_KEEP,
+            calls,
+            self._name,
+            permits=[keys.permits for keys in self._keys],
+            worker=self._source.consumer,
+            lease=self._options.lease,
+            longest=longest,
+        )
 
     async def settle(self, items: Sequence[Ending]) -> list[Settled]:
         await self._session.fresh()

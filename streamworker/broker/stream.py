@@ -132,8 +132,16 @@ class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
     def standby(self, longest: float) -> bytes | None:
         args = [self._group, self._source.consumer, int(self._options.lease * 1000)]
         calls = [([place], args) for place in self._keys_by_place]
-        lease = self._options.lease
-        return standby(self._session.address, scripts.KEEP, calls, self._name, lease=lease, longest=longest)
+        return standby(
+            self._session.address,
+            scripts.KEEP,
+            calls,
+            self._name,
+            permits=[keys.permits for keys in self._keys],
+            worker=self._source.consumer,
+            lease=self._options.lease,
+            longest=longest,
+        )
 
     async def settle(self, items: Sequence[Ending]) -> list[Settled]:
         await self._session.fresh()

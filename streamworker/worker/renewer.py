@@ -134,25 +134,31 @@ def renew(server: dict[str, Any], scripts: list[str]) -> None:
     """
     connections: dict[tuple[str, int], Connection] = {}
     home = _home(server)
+
+    def call(*command: Any) -> Any:
+        at = home
+        for _ in range(REDIRECTIONS):
+            if at not in connections:
+                connections[at] = Connection(server, *at)
+            try:
+                return connections[at].call(*command)
+            except ServerRefused as error:
+                words = str(error).split()
+                if len(words) < 3 or words[0] != "MOVED":
+                    raise OSError(str(error)) from None
+                host, _, port = words[2].rpartition(":")
+                at = (host or at[0], int(port))
+        return None
+
     try:
         for told in server["commands"]:
-            command = told
-            if isinstance(told[0], int):
-                number, keys, args = told
-                command = ["EVAL", scripts[number], len(keys), *keys, *args]
-            at = home
-            for _ in range(REDIRECTIONS):
-                if at not in connections:
-                    connections[at] = Connection(server, *at)
-                try:
-                    connections[at].call(*command)
-                    break
-                except ServerRefused as error:
-                    words = str(error).split()
-                    if len(words) < 3 or words[0] != "MOVED":
-                        raise OSError(str(error)) from None
-                    host, _, port = words[2].rpartition(":")
-                    at = (host or at[0], int(port))
+            if not isinstance(told[0], int):
+                call(*told)
+                continue
+            number, keys, args, *ask = told
+            more = call(*ask[0]) if ask else []
+            if more or not ask:
+                call("EVAL", scripts[number], len(keys) + len(more), *keys, *more, *args)
     finally:
         for connection in connections.values():
             connection.close()

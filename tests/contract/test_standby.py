@@ -12,8 +12,10 @@ from contextlib import contextmanager
 import pytest
 
 from streamworker.broker.claim import Options
+from streamworker.broker.keys import QueueKeys
 from streamworker.broker.lists_brpop import BrpopBroker
 from streamworker.broker.redis.client import Address
+from streamworker.limits import AcquireRequest, Limit
 from streamworker.worker import renewer
 from tests.conftest import CLUSTER, eventually, eventually_blocking
 from tests.contract.helpers import job, list_in_all, names, one, recover
@@ -68,6 +70,33 @@ async def test_the_process_takes_nothing_back_and_leaves_what_has_run_out(broker
         assert ground.idle(out) >= 20_000
         assert ground.idle(kept) < 5000
         assert names(await recover(other, ground, running=[taken])) == ["out"]
+
+
+async def test_places_of_limits_are_renewed_by_the_process_as_long_as_they_have_not_run_out(
+    broker_factory, raw, ground
+):
+    limits = [Limit("q", f"k:{value}", concurrency=1) for value in ("here", "out", "given_back")]
+    async with broker_factory("w") as broker, broker_factory("other") as other:
+        await broker.publish([job(limit.name) for limit in limits])
+        await broker.publish([job("others")])
+        claims = await broker.claim(3, 0, ())
+        requests = [AcquireRequest(c, limit, limit.name, "mark", "") for c, limit in zip(claims, limits, strict=True)]
+        held, out, given_back = [answer.hold for answer in await broker.acquire("q", requests, ())]
+        theirs = Limit("q", "theirs", concurrency=1)
+        (answer,) = await other.acquire("q", [AcquireRequest(await one(other), theirs, "others", "mark", "")], ())
+        await broker.acquire("q", [], [given_back])
+        keys = QueueKeys("q", "")
+        places = {permit: keys.limit(permit.limit.name)[0] for permit in (held, out, answer.hold)}
+        for (permit, place), left in zip(places.items(), (5000, -1, 5000), strict=True):
+            raw.zadd(place, {permit.token: int(raw.time()[0]) * 1000 + left})
+            raw.pexpire(place, 5000)
+        before = raw.zscore(places[answer.hold], answer.hold.token)
+        await asyncio.to_thread(renew, broker)
+        now = int(raw.time()[0]) * 1000
+        assert raw.zscore(places[held], held.token) > now + 10_000 and raw.pttl(places[held]) > 10_000
+        assert raw.zscore(places[out], out.token) < now
+        assert raw.zscore(places[answer.hold], answer.hold.token) == before
+        assert not raw.exists(keys.limit(given_back.limit.name)[0])
 
 
 @list_in_all

@@ -43,6 +43,11 @@ class Lock(Payload, kind="lock", queue="q"):
     seconds: float
 
 
+class LockLimited(Payload, kind="lock_limited", queue="q"):
+    name: str
+    seconds: float
+
+
 class LockThread(Payload, kind="lock_thread", queue="q"):
     name: str
     seconds: float
@@ -104,12 +109,17 @@ async def lock(payload: Lock, ctx: Context) -> None:
     keep_the_lock(payload, ctx)
 
 
+@app.handler(concurrency=1)
+async def lock_limited(payload: LockLimited, ctx: Context) -> None:
+    keep_the_lock(payload, ctx)
+
+
 @app.handler
 def lock_thread(payload: LockThread, ctx: Context) -> None:
     keep_the_lock(payload, ctx)
 
 
-def keep_the_lock(payload: Lock | LockThread, ctx: Context) -> None:
+def keep_the_lock(payload: Lock | LockThread | LockLimited, ctx: Context) -> None:
     trace("lock", payload.name, ctx)
     ctypes.PyDLL(None).usleep(
         int(payload.seconds * 1_000_000)

@@ -235,6 +235,24 @@ def test_c_code_that_keeps_the_interpreter_lock_keeps_its_lease(start, raw, grou
     assert not first.said("claim_lost") and not second.said("claim_lost")
 
 
+def test_c_code_that_keeps_the_interpreter_lock_keeps_its_place_of_a_limit(start, raw, ground):
+    workers = [start().ready() for _ in range(2)]
+    put(ground, "lock_limited", "x", seconds=2.5)  # two leases and a half
+    eventually_blocking(lambda: traces(raw, "lock"), 15)
+    for n in range(3):  # the blocked worker's pending read takes one of them
+        put(ground, "lock_limited", f"y{n}", seconds=0.1)
+
+    def all_ended() -> bool:
+        ended, started = len(traces(raw, "locked")), len(traces(raw, "lock"))
+        assert started <= ended + 1 or len(traces(raw, "locked")) > ended, "two run at once"
+        return ended == 4
+
+    eventually_blocking(all_ended, 20)
+    eventually_blocking(ground.empty)
+    assert len(traces(raw, "lock")) == 4
+    assert not any(worker.said("claim_lost") for worker in workers)
+
+
 @list_with_all
 def test_the_renewing_process_ends_with_its_worker(start, raw, ground):
     def children(pid: int) -> list[int]:

@@ -10,7 +10,9 @@
 -- KEYS[3..5] keys of its ready jobs: high, normal, low
 -- KEYS[6]    calls of the queue: member of the due set to the ms at which it was called. A job is parked only if it is not here: it may
 --            have been called since it asked
--- KEYS[7..]  three a limit: its permits (token to the ms at which it expires), its turns (member to arrival in ms), its bucket (µs
+-- KEYS[7]    index of the queue's permits: the permits of a limit to the ms at which the last one expires; what renews all permits of
+--            a worker finds them by it (see `retain_all`)
+-- KEYS[8..]  three a limit: its permits (token to the ms at which it expires), its turns (member to arrival in ms), its bucket (µs
 --            at which it is full again)
 -- ARGV[1]    type of the ready keys: stream or list
 -- ARGV[2]    ms a permit lives unless renewed
@@ -32,12 +34,8 @@ local stream = { high = KEYS[3], normal = KEYS[4], low = KEYS[5] }
 local cap, gap, burst, running, full = {}, {}, {}, {}, {}
 local DAY, MOST = 86400000, 100
 
-local function key(n) return 7 + 3 * (n - 1) end
+local function key(n) return 8 + 3 * (n - 1) end
 local function whole(number) return string.format('%d', number) end
-
-local function live(k, ms) -- a key lives as long as its longest-lived member needs it, and a little longer
-  if redis.call('PTTL', KEYS[k]) < ms then redis.call('PEXPIRE', KEYS[k], whole(ms)) end
-end
 
 local function free(n)
   local left = math.huge
@@ -89,7 +87,7 @@ local function call(n)
         places, spare = places + 1, 0
       end
       redis.call('ZADD', KEYS[6], whole(now), member)
-      live(6, 20 * patience)
+      outlive(KEYS[6], 20 * patience)
     end
     places = places - 1
   end
@@ -115,7 +113,7 @@ local function ask(n, token, member, before, arrival, order)
   if rank < free(n) then
     if cap[n] > 0 then
       redis.call('ZADD', KEYS[key(n)], whole(now + life), token)
-      live(key(n), life)
+      outlive(KEYS[key(n)], life)
       running[n] = running[n] + 1
     end
     if gap[n] > 0 then
@@ -126,7 +124,7 @@ local function ask(n, token, member, before, arrival, order)
   end
   local ms = wait(n, rank)
   redis.call('ZADD', KEYS[key(n) + 1], stamp, member)
-  live(key(n) + 1, ms + life)
+  outlive(KEYS[key(n) + 1], ms + life)
   return { 0, ms, stamp }
 end
 
@@ -151,5 +149,13 @@ for i = at, #ARGV, 5 do
   result[#result + 1] = ask(tonumber(ARGV[i]), ARGV[i + 1], ARGV[i + 2], ARGV[i + 3], tonumber(ARGV[i + 4]), order)
   order = order + 1
 end
-for n = 1, limits do call(n) end
+for n = 1, limits do
+  call(n)
+  if cap[n] > 0 and running[n] > 0 then
+    redis.pcall('ZADD', KEYS[7], 'GT', whole(now + life), KEYS[key(n)])
+    outlive(KEYS[7], life)
+  elseif cap[n] > 0 then
+    redis.pcall('ZREM', KEYS[7], KEYS[key(n)])
+  end
+end
 return result

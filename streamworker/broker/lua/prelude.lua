@@ -71,6 +71,12 @@ local function park(job, delay, now, shape, key, due, bodies, calls)
   return false
 end
 
+-- A key lives for some ms at least: its members of other workers may need it for longer.
+local function outlive(key, ms)
+  local left = redis.pcall('PTTL', key)
+  if not failed(left) and left < ms then redis.call('PEXPIRE', key, string.format('%d', ms)) end
+end
+
 -- Leases in ms by worker, from the field "leases" of a meta hash; the shortest and the longest, `lease` included.
 local function leases_of(key, lease)
   local leases, shortest, longest = {}, lease, lease
