@@ -272,6 +272,8 @@ class App(Handlers[S], Calendar):
         priority: str | int = "normal",
         delay: float | None = None,
         run_at: datetime | None = None,
+        expires_in: float | None = None,
+        expires_at: datetime | None = None,
         key: str | None = None,
         key_ttl: float | None = None,
         headers: dict[str, Any] | None = None,
@@ -285,6 +287,8 @@ class App(Handlers[S], Calendar):
             priority: ``high``, ``normal``, ``low``, or a number (up to 50 high, up to 150 normal, else low).
             delay: seconds to wait from now on.
             run_at: not before this moment; without a time zone it is UTC.
+            expires_in: seconds from now on; from then on it never starts, and ends as expired.
+            expires_at: the same as a moment; without a time zone it is UTC.
             key: deduplication key: while it is remembered, enqueueing again gives the earlier job's id.
             key_ttl: seconds the key is remembered; ``STREAMWORKER_KEY_TTL`` unless given.
             headers: travel with the job; anything JSON can hold.
@@ -299,8 +303,9 @@ class App(Handlers[S], Calendar):
             Unreachable: no server answers.
         """
         options = JobOptions(
-            queue=queue, priority=priority, delay=delay, run_at=run_at, key=key, key_ttl=key_ttl, headers=headers
-        )
+            queue=queue, priority=priority, delay=delay, run_at=run_at, expires_in=expires_in, expires_at=expires_at,
+            key=key, key_ttl=key_ttl, headers=headers,
+        )  # fmt: skip
         return (await self.enqueue_many([job_of(payload, **options)], connection=connection))[0]
 
     async def enqueue_many(
@@ -398,6 +403,7 @@ class App(Handlers[S], Calendar):
         Raises:
             JobDead: the job is a dead letter.
             JobCancelled: it was cancelled.
+            JobExpired: it expired before it could start.
             ResultNotKept: it is completed, and what its handler returned was not kept, or could not be.
             ResultTimeout: it has not ended in time; it goes on.
             UsageError: the app is not open, or open on another event loop, or the queue of the job is not known.

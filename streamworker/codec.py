@@ -6,9 +6,8 @@ patches our own keys and keeps every other byte, so that what producers of other
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from hashlib import sha1
 from hmac import compare_digest
@@ -21,7 +20,7 @@ import uuid_utils
 
 from streamworker.errors import InvalidJob, JobTooLarge
 from streamworker.job import Claim, Job, Level, PackedJob
-from streamworker.payload import Payload, fit_of
+from streamworker.payload import Payload, fit_of, infinity_in
 
 MAX_ID_BYTES: Final = 200
 MAX_DEPTH: Final = 500
@@ -51,6 +50,7 @@ class Document(msgspec.Struct, kw_only=True, omit_defaults=True):
     payload: msgspec.Raw
     created_at: datetime | None = None
     run_at: datetime | None = None
+    expires_at: datetime | None = None
     attempt_count: Count | None = None
     max_attempts: Count | None = None
     hop: Count | None = None
@@ -79,6 +79,7 @@ class Reading(msgspec.Struct, kw_only=True, gc=False):
     queue_name: str | None = None
     kind: str | None = None
     run_at: datetime | None = None
+    expires_at: datetime | None = None
     attempt_count: Count | None = None
     max_attempts: Count | None = None
     hop: Count | None = None
@@ -237,6 +238,7 @@ def pack(job: Job, *, max_bytes: int, key_ttl: float) -> PackedJob:
         payload=job.payload,
         created_at=job.created_at,
         run_at=job.run_at,
+        expires_at=job.expires_at,
         attempt_count=job.attempts or None,
         max_attempts=job.max_attempts,
         hop=job.hop or None,
@@ -399,12 +401,18 @@ def _filled(raw: msgspec.Raw | None) -> bool:
 
 def when(document: Reading) -> float | None:
     """``run_at`` as epoch seconds; a time without a zone is UTC."""
-    moment = document.run_at
+    return _seconds(document.run_at)
+
+
+def expiry(document: Reading) -> float | None:
+    """``expires_at`` as epoch seconds; a time without a zone is UTC."""
+    return _seconds(document.expires_at)
+
+
+def _seconds(moment: datetime | None) -> float | None:
     if moment is None:
         return None
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=UTC)
-    return moment.timestamp()
+    return (moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)).timestamp()
 
 
 _MARKED: Final = re.compile(
@@ -570,26 +578,6 @@ def trace_id(headers: Mapping[str, Any] | None) -> str | None:
     value = headers.get(HEADER) if headers else None
     found = _FORM.fullmatch(value) if isinstance(value, str) else None
     return found.group(1) if found else None
-
-
-def infinity_in(value: Any) -> str | None:
-    """Where something that was written as JSON holds NaN or an infinity: ``.field[0]``; ``None`` if it holds none."""
-    try:
-        value = msgspec.to_builtins(value)
-    except Exception:  # noqa: BLE001 - it holds JSON as it is, or an object of a user's
-        value = msgspec.structs.asdict(value) if isinstance(value, msgspec.Struct) else value
-    return next(_infinities(value, ""), None)
-
-
-def _infinities(value: Any, path: str) -> Iterator[str]:
-    if isinstance(value, float) and not math.isfinite(value):
-        yield path
-    elif isinstance(value, Mapping):
-        for name, each in value.items():
-            yield from _infinities(each, f"{path}.{name}")
-    elif isinstance(value, list | tuple | set | frozenset):
-        for number, each in enumerate(value):
-            yield from _infinities(each, f"{path}[{number}]")
 
 
 def deliveries_of(claim: Claim, reading: Reading | None) -> int:

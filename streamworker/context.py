@@ -86,6 +86,7 @@ class Context(Generic[S_co]):
                 max_attempts=self._limits.max_attempts,
                 hop=reading.hop or 0,
                 run_at=reading.run_at,
+                expires_at=reading.expires_at,
                 headers=reading.headers,
             )
         return self._job

@@ -15,6 +15,7 @@
     └── NoResult                                App.result() has none to give
         ├── JobDead                             the job is a dead letter
         ├── JobCancelled                        it was cancelled
+        ├── JobExpired                          it had expired before it could start
         ├── ResultNotKept                       it is completed, and its result was not kept
         └── ResultTimeout                       it has not ended in time (a TimeoutError, too)
 
@@ -111,6 +112,10 @@ class JobDead(NoResult):
 
 class JobCancelled(NoResult):
     """The job was cancelled."""
+
+
+class JobExpired(NoResult):
+    """The job had expired before it could start, or before its next attempt."""
 
 
 class ResultNotKept(NoResult):

@@ -11,12 +11,13 @@ from streamworker.broker import Ending
 from streamworker.codec import Reading, deliveries_of
 from streamworker.context import Context
 from streamworker.handlers import Registration
-from streamworker.job import Cancelled, Claim, Interrupted, Ok, Outcome, TimedOut
+from streamworker.job import Cancelled, Claim, Expired, Interrupted, Ok, Outcome, TimedOut
 from streamworker.policy import Facts
 
 OK: Final = Ok()
 """The outcome of nearly all runs: compared by identity where that saves time."""
 CANCELLED: Final = Cancelled()
+EXPIRED: Final = Expired()
 Cause: TypeAlias = TimedOut | Interrupted | Cancelled
 """Why a worker stops a handler."""
 
@@ -85,6 +86,10 @@ class Execution:
     def overdue(self, now: float) -> bool:
         """Whether the handler runs past its deadline (``now``: seconds of the monotonic clock)."""
         return self.deadline is not None and self.outcome is None and now > self.deadline
+
+    def late(self) -> bool:
+        """Whether the job has expired by the server's clock, as `DueCheck` read it."""
+        return self.facts is not None and self.facts.expires is not None and monotonic() >= self.facts.expires
 
     def cancel(self, cause: Cause) -> None:
         """Cancel the running handler. A thread cannot be cancelled: it sees ``ctx.cancelled``."""

@@ -33,6 +33,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         created_at: when the producer made it, if the document says so.
         run_at: not before this moment.
         delay: seconds to wait from the moment of enqueueing; only on jobs to be enqueued.
+        expires_at: it never starts at this moment or later.
+        expires_in: seconds from the moment of enqueueing until it expires; only on jobs to be enqueued.
         key: deduplication key; only on jobs to be enqueued.
         key_ttl: seconds the key is remembered; ``None`` takes ``STREAMWORKER_KEY_TTL``.
         headers: the user's, beside the payload.
@@ -49,6 +51,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     created_at: datetime | None = None
     run_at: datetime | None = None
     delay: float | None = None
+    expires_at: datetime | None = None
+    expires_in: float | None = None
     key: str | None = None
     key_ttl: float | None = None
     headers: dict[str, Any] | None = None
@@ -151,6 +155,10 @@ class Cancelled(msgspec.Struct, frozen=True):
     """The job was cancelled, before it started or while it ran."""
 
 
+class Expired(msgspec.Struct, frozen=True):
+    """The job's ``expires_at`` had come before it could start."""
+
+
 class Undecodable(msgspec.Struct, frozen=True):
     """The bytes are no job for this handler; ``error`` says where they break."""
 
@@ -203,6 +211,7 @@ Outcome: TypeAlias = (
     | TimedOut
     | Interrupted
     | Cancelled
+    | Expired
     | Undecodable
     | UnknownKind
     | Postponed
@@ -221,6 +230,18 @@ class Done(msgspec.Struct, frozen=True):
 
 class Drop(msgspec.Struct, frozen=True):
     """Cancelled: acknowledge and delete, and delete the mark of the cancellation."""
+
+
+class Expire(msgspec.Struct, frozen=True):
+    """It must not start any more: acknowledge and delete.
+
+    Attributes:
+        error: what went wrong in the run whose retry would be too late; empty if it expired unrun.
+        charged: whether that run counts as a failed attempt.
+    """
+
+    error: str = ""
+    charged: bool = False
 
 
 class RetryAt(msgspec.Struct, frozen=True):
@@ -251,7 +272,7 @@ class ReleaseAt(msgspec.Struct, frozen=True):
     turns: int = 0
 
 
-Verdict: TypeAlias = Done | Drop | RetryAt | Dead | ReleaseAt
+Verdict: TypeAlias = Done | Drop | Expire | RetryAt | Dead | ReleaseAt
 
 
 class Settled(enum.Enum):

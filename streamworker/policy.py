@@ -14,6 +14,7 @@ The rules, in order:
 7. Undecodable is Dead at once; its bytes are kept.
 8. Cancelled is Drop: no failure, no attempt, no dead letter.
 9. Recorded is what the ledger says.
+10. Expired is Expire, as is a retry or release that would be due when the job has expired, see `within`.
 
 Also, a job that ran and is released uncharged again and again waits longer each time, see `least_wait`.
 """
@@ -34,6 +35,8 @@ from streamworker.job import (
     Deferred,
     Done,
     Drop,
+    Expire,
+    Expired,
     Interrupted,
     Ok,
     Outcome,
@@ -97,12 +100,14 @@ FREE_RETURNS: Final = 10
 LONGEST_LEAST_WAIT: Final = 60.0
 DONE: Final = Done()
 DROP: Final = Drop()
+EXPIRE: Final = Expire()
 _WORDS: Final[dict[type, str]] = {
     Ok: "ok",
     Raised: "raised",
     TimedOut: "timed_out",
     Interrupted: "interrupted",
     Cancelled: "cancelled",
+    Expired: "expired",
     Deferred: "deferred",
     Undecodable: "undecodable",
     UnknownKind: "unknown_kind",
@@ -166,11 +171,13 @@ class Facts(msgspec.Struct, frozen=True):
         attempts: failed attempts before this run.
         limits: the handler's, with the job's own ``max_attempts`` put in.
         unknown_kind_ttl: seconds an unknown kind may wait for a worker that knows it.
+        expires: seconds of the worker's monotonic clock from which on the job must not start.
     """
 
     attempts: int
     limits: Limits
     unknown_kind_ttl: float
+    expires: float | None = None
 
 
 def abandoned(deliveries: int, max_deliveries: int) -> Abandoned | None:
@@ -183,7 +190,7 @@ def abandoned(deliveries: int, max_deliveries: int) -> Abandoned | None:
     return Abandoned(deliveries - 1) if deliveries > max_deliveries else None
 
 
-def judge(outcome: Outcome, facts: Facts, *, now: float, jitter: float) -> Verdict:  # noqa: C901 - a table
+def judge(outcome: Outcome, facts: Facts, *, now: float, jitter: float) -> Verdict:  # noqa: C901, PLR0912 - a table
     """What to do about an outcome.
 
     Args:
@@ -209,6 +216,8 @@ def judge(outcome: Outcome, facts: Facts, *, now: float, jitter: float) -> Verdi
             return ReleaseAt(now + wait if wait else None, reason)
         case Cancelled():
             return DROP
+        case Expired():
+            return EXPIRE
         case Postponed(until=until):
             return ReleaseAt(until, "not due yet")
         case Deferred(until=until):
@@ -221,6 +230,22 @@ def judge(outcome: Outcome, facts: Facts, *, now: float, jitter: float) -> Verdi
             return Dead(f"worker died {deaths} times")
         case Recorded(verdict=verdict):
             return verdict
+
+
+def within(verdict: Verdict, *, now: float, left: float) -> Verdict:
+    """The verdict on a job that expires: one that would start too late ends at once, and does not wait for it.
+
+    Args:
+        verdict: what `judge` said.
+        now: epoch seconds.
+        left: seconds until it expires.
+    """
+    match verdict:
+        case RetryAt(at=at, error=error) if at - now >= left:
+            return Expire(error, charged=True)
+        case ReleaseAt(at=at, reason=reason) if (now if at is None else at) - now >= left:
+            return Expire(reason)
+    return verdict
 
 
 def wish_in(error: BaseException) -> BaseException:

@@ -12,17 +12,23 @@ from types import NoneType
 from typing import Any, Final, Generic, Protocol, TypedDict
 
 import anyio
+import msgspec
 from anyio.from_thread import BlockingPortal
 from typing_extensions import TypeVar, Unpack
 
 from streamworker import codec
-from streamworker.broker import Broker
-from streamworker.codec import infinity_in, reserved_in
+from streamworker.broker import Broker, ServerClock
+from streamworker.codec import reserved_in
 from streamworker.errors import LONGEST_WAIT, InvalidJob, UsageError
 from streamworker.handlers import Payload, check_queue
 from streamworker.job import Enqueued, Job
 from streamworker.observe import Sender
+from streamworker.payload import infinity_in
 from streamworker.settings import Settings
+
+
+class ProducerBroker(Broker, ServerClock, Protocol):
+    """The roles of a broker that a producer calls."""
 
 
 class Outlet(Protocol):
@@ -35,7 +41,7 @@ class Outlet(Protocol):
     def rules(self) -> Settings:
         """The settings in force, or that would be."""
 
-    def broker(self) -> Broker | None:
+    def broker(self) -> ProducerBroker | None:
         """Publishes; ``None`` while the app is not open.
 
         Raises:
@@ -89,6 +95,8 @@ class Producer:
         broker = self._outlet.broker()
         if broker is None:
             raise UsageError("the app is not open: enqueue inside `async with app:`")
+        if any(job.expires_in is not None for job in made):
+            made = await _dated(made, broker)
         packed = [codec.pack(job, max_bytes=settings.max_job_bytes, key_ttl=settings.key_ttl) for job in made]
         return await broker.publish(packed) if packed else []
 
@@ -106,11 +114,26 @@ class Producer:
             return background.call(lambda outlet: Producer(outlet).enqueue_many(sent))[0]
 
 
+async def _dated(jobs: Sequence[Job], clock: ServerClock) -> list[Job]:
+    """The jobs with an ``expires_at`` in place of ``expires_in``, counted by the clock that judges it."""
+    now = {queue: await clock.clock(queue) for queue in {job.queue for job in jobs if job.expires_in is not None}}
+    dated = []
+    for job in jobs:
+        if job.expires_in is None:
+            dated.append(job)
+        else:
+            moment = datetime.fromtimestamp(now[job.queue] + job.expires_in, UTC)
+            dated.append(msgspec.structs.replace(job, expires_in=None, expires_at=moment))
+    return dated
+
+
 # What checkers know and callers without one do not: said here, before it breaks somewhere else.
 _KINDS: Final[dict[str, tuple[type, ...]]] = {
     "queue": (str, NoneType),
     "delay": (float, int, NoneType),
     "run_at": (datetime, NoneType),
+    "expires_in": (float, int, NoneType),
+    "expires_at": (datetime, NoneType),
     "key": (str, NoneType),
     "key_ttl": (float, int, NoneType),
     "headers": (dict, NoneType),
@@ -128,6 +151,8 @@ class JobOptions(TypedDict, total=False):
         priority: ``high``, ``normal`` (the default), ``low``, or a number: up to 50 high, up to 150 normal, else low.
         delay: seconds to wait from the moment of enqueueing.
         run_at: not before this moment; without a time zone it is UTC.
+        expires_in: seconds from the moment of enqueueing; from then on the job never starts, and ends as expired.
+        expires_at: the same as a moment; without a time zone it is UTC.
         key: deduplication key: while it is remembered, enqueueing again gives the earlier job's id.
         key_ttl: seconds the key is remembered; ``STREAMWORKER_KEY_TTL`` unless given.
         headers: travel with the job; anything JSON can hold.
@@ -137,6 +162,8 @@ class JobOptions(TypedDict, total=False):
     priority: str | int
     delay: float | None
     run_at: datetime | None
+    expires_in: float | None
+    expires_at: datetime | None
     key: str | None
     key_ttl: float | None
     headers: dict[str, Any] | None
@@ -157,11 +184,13 @@ def make_job(payload: Payload, **options: Unpack[JobOptions]) -> Job:
         return plain_job(payload, datetime.now(UTC))
     type_ = _class_of(payload)
     _check_types(options)
-    delay, run_at = options.get("delay"), options.get("run_at")
+    delay, run_at = options.get("delay"), _in_zone(options.get("run_at"))
+    expires_in, expires_at = options.get("expires_in"), _in_zone(options.get("expires_at"))
     key, ttl = options.get("key"), options.get("key_ttl")
     if delay is not None and run_at is not None:
         raise UsageError("delay and run_at say the same thing twice: give one of them")
     _check_seconds("delay", delay)
+    _check_expiry(expires_in, expires_at, delay, run_at)
     _check_seconds("key_ttl", ttl)
     if key is not None and (not key or not _is_text(key)):
         raise UsageError(f"key={key!r} cannot be a key: leave it out, or give it some text")
@@ -178,8 +207,10 @@ def make_job(payload: Payload, **options: Unpack[JobOptions]) -> Job:
         payload=codec.encode_payload(payload),
         level=level,
         created_at=datetime.now(UTC),
-        run_at=run_at.replace(tzinfo=UTC) if run_at is not None and run_at.tzinfo is None else run_at,
+        run_at=run_at,
         delay=delay,
+        expires_at=expires_at,
+        expires_in=expires_in,
         key=key,
         key_ttl=ttl,
         headers=options.get("headers"),
@@ -245,6 +276,23 @@ def _no_payload(given: Any) -> str:
     what = type(given).__name__
     article = "an" if what[:1].lower() in "aeiou" else "a"
     return f"{article} {what} is no payload: {_WANTED}"
+
+
+def _in_zone(moment: datetime | None) -> datetime | None:
+    return moment.replace(tzinfo=UTC) if isinstance(moment, datetime) and moment.tzinfo is None else moment
+
+
+def _check_expiry(
+    expires_in: float | None, expires_at: datetime | None, delay: float | None, run_at: datetime | None
+) -> None:
+    """Refuse an expiry that is said twice, or that comes before the job may run."""
+    _check_seconds("expires_in", expires_in)
+    if expires_in is not None and expires_at is not None:
+        raise UsageError("expires_in and expires_at say the same thing twice: give one of them")
+    if expires_in is not None and delay is not None and expires_in <= delay:
+        raise UsageError(f"expires_in={expires_in!r} ends before delay={delay!r}: no run would ever start")
+    if expires_at is not None and run_at is not None and expires_at <= run_at:
+        raise UsageError(f"expires_at={expires_at} is not after run_at={run_at}: no run would ever start")
 
 
 def _check_headers(headers: dict[str, Any] | None) -> None:

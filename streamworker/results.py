@@ -7,8 +7,8 @@ from typing import Any, Final, Literal, Protocol
 
 import msgspec
 
-from streamworker.codec import infinity_in
-from streamworker.errors import JobCancelled, JobDead, ResultNotKept, ResultTimeout
+from streamworker.errors import JobCancelled, JobDead, JobExpired, ResultNotKept, ResultTimeout
+from streamworker.payload import infinity_in
 from streamworker.postgres import Archive
 from streamworker.redact import describe
 
@@ -22,10 +22,10 @@ class JobEnd(msgspec.Struct, frozen=True, omit_defaults=True):
     Attributes:
         status: as the ledger calls it.
         result: what its handler returned, as JSON; empty where it is not kept here.
-        error: why it is dead, or why there is no result.
+        error: why it is dead, what its last run failed with if it expired then, or why there is no result.
     """
 
-    status: Literal["completed", "dead", "cancelled"]
+    status: Literal["completed", "dead", "cancelled", "expired"]
     result: msgspec.Raw = msgspec.Raw()
     error: str | None = None
 
@@ -127,7 +127,7 @@ async def _noted(hearing: ResultWaiter, archive: Archive | None, queue: str | No
     if note is not None and (archive is None or note.status != "completed" or bytes(note.result)):
         return note
     record = None if archive is None else await archive.find(job_id, queue)
-    if record is None or record.status not in ("completed", "dead", "cancelled"):
+    if record is None or record.status not in ("completed", "dead", "cancelled", "expired"):
         return note
     lost = record.result is None and record.error is not None
     kept_none = record.status != "completed" or lost
@@ -141,6 +141,9 @@ def _value(note: JobEnd, job_id: str) -> Any:
         raise JobDead(f"the job {job_id} is a dead letter ({why}): look at it, and retry or drop it", job_id, why)
     if note.status == "cancelled":
         raise JobCancelled(f"the job {job_id} was cancelled", job_id)
+    if note.status == "expired":
+        why = f" ({note.error})" if note.error else ""
+        raise JobExpired(f"the job {job_id} expired before it could start{why}: enqueue its data anew", job_id)
     if not bytes(note.result):
         why = note.error or "set result_ttl on its handler, or use the ledger"
         raise ResultNotKept(f"the job {job_id} is completed, but has no result: {why}", job_id)

@@ -16,11 +16,11 @@ from streamworker.broker import Ending, Refusal, scripts
 from streamworker.broker.keys import QueueKeys, due_member
 from streamworker.broker.redis.reactions import SILENT, Reaction, cure_of, reaction_to
 from streamworker.errors import InvalidJob, StreamworkerError
-from streamworker.job import Claim, Dead, Done, Drop, ReleaseAt, RetryAt, Settled
+from streamworker.job import Claim, Dead, Done, Drop, Expire, ReleaseAt, RetryAt, Settled
 
 BATCH: Final = 500
 """Most claims of one script call, so that it does not block the server for long."""
-_STAGES: Final[dict[type, int]] = {Done: 0, Drop: 1, RetryAt: 2, ReleaseAt: 2, Dead: 3}
+_STAGES: Final[dict[type, int]] = {Done: 0, Drop: 1, Expire: 1, RetryAt: 2, ReleaseAt: 2, Dead: 3}
 _CODES: Final = (Settled.LOST, Settled.SETTLED)
 BISECTIONS: Final = 12
 """Most script calls of one batch that may fail before the rest of it is put off."""
@@ -41,7 +41,7 @@ class ClaimSettlement(Protocol):
         """Publish to waiting callers that jobs are finished."""
 
     async def finish(self, keys: QueueKeys, items: list[Ending]) -> list[Code]:
-        """Delete ended claims that have a result note, or were cancelled."""
+        """Delete ended claims that have a result note, were cancelled, or have expired."""
 
     async def park(self, keys: QueueKeys, items: list[Ending]) -> list[Code]:
         """Store the next form of a job that goes on, then delete the claim."""
@@ -203,6 +203,8 @@ def note(item: Ending) -> tuple[int, bytes]:
         why = f"{verdict.reason}: {verdict.error}" if isinstance(verdict, Dead) and verdict.error else None
         if isinstance(verdict, Dead):
             told = results.written(results.JobEnd("dead", error=why or verdict.reason))
+        elif isinstance(verdict, Expire):
+            told = results.written(results.JobEnd("expired", error=verdict.error or None))
         else:
             told = results.CANCELLED if isinstance(verdict, Drop) else results.COMPLETED
     return round(item.keep * 1000), told

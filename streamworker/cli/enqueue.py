@@ -37,6 +37,7 @@ def enqueue(
     queue: QueueName = None,
     priority: str = "normal",
     delay: Seconds | None = None,
+    expires_in: Seconds | None = None,
     key: str | None = None,
     count: Annotated[int, Parameter(validator=Number(gte=1))] = 1,
     app: str | None = None,
@@ -54,15 +55,13 @@ def enqueue(
         queue: Another queue than the handler's.
         priority: high, normal, low, or a number (up to 50 high, up to 150 normal).
         delay: Seconds to wait first.
+        expires_in: Seconds from now on; from then on it never starts, and ends as expired.
         key: While this key is remembered, enqueueing again gives the earlier job's id.
         count: Enqueue so many, each with an id of its own.
         app: module:attribute of the app whose handlers check the payload.
         json: One JSON object per line, with id and new.
     """
-    if key is not None and count > 1:
-        raise UsageError("--key makes all jobs the same and --count wants many: leave one of them out")
-    if key == "":
-        raise UsageError("--key is empty and would make every job the same: leave it out or give it a value")
+    _refuse_nonsense(key, count, delay, expires_in)
     level = _level(priority)
     settings = server.settings(app=app)
     text = _stdin() if payload == "-" else payload.encode()
@@ -74,10 +73,20 @@ def enqueue(
     else:
         queue, raw = _unchecked(kind, queue, text)
     job = Job(
-        id="", queue=queue, kind=kind, payload=raw, level=level, created_at=datetime.now(UTC), delay=delay, key=key
-    )
+        id="", queue=queue, kind=kind, payload=raw, level=level, created_at=datetime.now(UTC), delay=delay,
+        expires_in=expires_in, key=key,
+    )  # fmt: skip
     anyio.run(_enqueue, settings, job, count, json)
     return 0
+
+
+def _refuse_nonsense(key: str | None, count: int, delay: float | None, expires_in: float | None) -> None:
+    if key is not None and count > 1:
+        raise UsageError("--key makes all jobs the same and --count wants many: leave one of them out")
+    if key == "":
+        raise UsageError("--key is empty and would make every job the same: leave it out or give it a value")
+    if expires_in is not None and delay is not None and expires_in <= delay:
+        raise UsageError("--expires-in ends before --delay: no run would ever start")
 
 
 async def _enqueue(settings: Settings, job: Job, count: int, json: bool) -> None:

@@ -183,6 +183,8 @@ def retry(
         def barred(job: JobRecord) -> str | None:
             if job.status == "completed":
                 return None if force else "it is completed: --force runs it a second time"
+            if job.expires_at is not None and job.expires_at <= datetime.now(UTC):
+                return "it has expired: enqueue its data anew"
             return None if job.status in ("dead", "cancelled") else f"it is {job.status}"
 
         async def do(job: JobRecord) -> bool:
@@ -207,7 +209,7 @@ def prune(
     dry_run: bool = False,
     flags: WorkerFlags = WORKER,
 ) -> int:
-    """Forget jobs that were completed or cancelled long ago. Workers do it by themselves; dead jobs are kept.
+    """Forget completed, cancelled and expired jobs after a while. Workers do it by themselves; dead jobs are kept.
 
     Args:
         queue: Only of this queue.

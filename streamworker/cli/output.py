@@ -173,4 +173,5 @@ def _read(body: bytes | None) -> dict[str, Any]:
         "max_attempts": document.max_attempts,
         "hop": document.hop or 0,
         "run_at": None if document.run_at is None else document.run_at.isoformat(),
+        "expires_at": None if document.expires_at is None else document.expires_at.isoformat(),
     }

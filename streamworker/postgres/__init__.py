@@ -1,7 +1,8 @@
 """The ledger as protocols: `Ledger` for workers, `Archive` for operators, and the records they exchange. No SQL here.
 
-The rule of the ledger: ``completed`` and ``cancelled`` are final; otherwise a run is recorded only if its (hop,
-deliveries) are not below what is stored. A run is recorded before its claim is settled; settling follows the answer.
+The rule of the ledger: ``completed``, ``cancelled`` and ``expired`` are final; otherwise a run is recorded only if its
+(hop, deliveries) are not below what is stored. A run is recorded before its claim is settled; settling follows the
+answer.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from streamworker.errors import RunEnded
 from streamworker.job import Claim, Level
 
 Status: TypeAlias = Literal[
-    "queued", "dispatching", "dispatched", "running", "retrying", "completed", "dead", "cancelled"
+    "queued", "dispatching", "dispatched", "running", "retrying", "completed", "dead", "cancelled", "expired"
 ]
 JobKey: TypeAlias = tuple[str, str]
 """The key of a job in the ledger: its queue, and its id within the queue."""
 LANES: Final = 2
 """Batches that one worker records concurrently."""
-FINAL: tuple[Status, Status] = ("completed", "cancelled")
+FINAL: tuple[Status, ...] = ("completed", "cancelled", "expired")
 """Statuses that no run changes any more."""
 
 
@@ -57,6 +58,7 @@ class RunRecord(msgspec.Struct, gc=False):
         result: what the handler returned, as JSON.
         new: the ledger had no row of the job before the run, and none was written since: it is inserted without a
             look for its row. A guess; a wrong one only costs time.
+        expires: when the job expires, if it does.
     """
 
     job_id: str
@@ -81,13 +83,14 @@ class RunRecord(msgspec.Struct, gc=False):
     error: str | None = None
     result: bytes | None = None
     new: bool = False
+    expires: float | None = None
 
 
 class Stored(enum.Enum):
     """The ledger's answer to one `RunRecord`."""
 
     STORED = "stored"
-    ENDED = "ended"  # completed or cancelled before: nothing was changed
+    ENDED = "ended"  # completed, cancelled or expired before: nothing was changed
     SUPERSEDED = "superseded"  # a later hop or delivery of the job is known: nothing was changed
     BUSY = "busy"  # another transaction has locked the job's row: record it again later
 
@@ -186,8 +189,9 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
         deliveries: of its last run.
         created_at: when it was made, as far as the ledger knows.
         run_at: not before this moment.
+        expires_at: it never starts at this moment or later.
         started_at: when its last run began.
-        finished_at: when it was completed, cancelled, or died.
+        finished_at: when it was completed, was cancelled, expired, or died.
         worker_id: the worker that ran it last.
         error: what went wrong last, or why its result is missing.
         result: what the handler returned.
@@ -211,6 +215,7 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     finished_at: datetime | None
     worker_id: str | None
     error: str | None
+    expires_at: datetime | None = None
     result: Any = None
     payload: msgspec.Raw | None = None
     headers: dict[str, Any] | None = None
@@ -228,7 +233,7 @@ class Attempt(msgspec.Struct, frozen=True):
         started_at: when the handler began; ``None`` if it never did.
         finished_at: when it ended.
         outcome: one word: ok, raised, timed_out, interrupted, snoozed, discarded, undecodable, unknown_kind, abandoned,
-            cancelled.
+            cancelled, expired.
         error: what went wrong.
     """
 
@@ -296,7 +301,7 @@ class Archive(Protocol):
         """Delete the deduplication keys of jobs; returns how many there were."""
 
     async def retry(self, queue: str, job_id: str) -> bool:
-        """Queue an ended job again, with all its attempts; False if it has not ended, or does not exist."""
+        """Queue an ended job again, with all its attempts; False if it has not ended, expired, or does not exist."""
 
     async def prunable(self, queue: str | None = None, *, older: float | None = None) -> int:
         """How many jobs `prune` would delete.
@@ -336,6 +341,7 @@ def run_record(claim: Claim, reading: Reading, *, kind: str, started: float | No
         reading.headers,
         started,
         codec.made_at(reading),
+        expires=codec.expiry(reading),
     )
 
 

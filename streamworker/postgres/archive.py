@@ -19,7 +19,7 @@ from streamworker.postgres.sqlstate import understood
 PAGE: Final = 500
 _fields: Final = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
-_TIMES: Final = ("created_at", "run_at", "started_at", "finished_at")
+_TIMES: Final = ("created_at", "run_at", "expires_at", "started_at", "finished_at")
 _COLUMNS: Final = f"""
 job.id, job.queue_name, job.kind, job.level, job.status, job.attempt_count, job.max_attempts, job.hop, job.deliveries,
 job.worker_id, job.last_error, {", ".join(f"{within_python(f'job.{name}')} as {name}" for name in _TIMES)}"""
@@ -52,6 +52,7 @@ with again as (
   set status = 'queued', attempt_count = 0, hop = hop + 1, deliveries = 0, run_at = null, worker_id = null,
     started_at = null, finished_at = null, last_error = null, result = null, updated_at = now()
   where id = $1 and queue_name = $2 and status in ('completed', 'dead', 'cancelled')
+    and (expires_at is null or expires_at > now())
   returning id
 )
 select pg_notify('streamworker', '') from again"""
@@ -172,6 +173,7 @@ def _record(row: asyncpg.Record) -> JobRecord:
         deliveries=row["deliveries"],
         created_at=row["created_at"],
         run_at=row["run_at"],
+        expires_at=row["expires_at"],
         started_at=row["started_at"],
         finished_at=row["finished_at"],
         worker_id=row["worker_id"],
@@ -200,7 +202,8 @@ def _headers(json: str) -> dict[str, Any]:
 
 SCHEMA_LOOK: Final = """
 select to_regclass('streamworker.jobs') is not null as any, exists (
-  select from pg_index where indexrelid = to_regclass('streamworker.jobs_pkey') and indnkeyatts = 2
+  select from pg_attribute
+  where attrelid = to_regclass('streamworker.jobs') and attname = 'expires_at' and not attisdropped
 ) as all, current_setting('server_encoding') as encoding"""
 
 

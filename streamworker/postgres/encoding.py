@@ -83,7 +83,7 @@ _NULL: Final = "\x1e"
 _encode = msgspec.json.encode
 _shape_of: Final[Callable[[RunRecord], tuple[Any, ...]]] = attrgetter(
     "queue", "kind", "level", "status", "attempts", "max_attempts", "hop", "deliveries", "run_at", "error", "epoch",
-    "attempt", "outcome",
+    "attempt", "outcome", "expires",
 )  # fmt: skip
 
 ON_CONFLICT: Final = """
@@ -95,9 +95,9 @@ ON_CONFLICT: Final = """
       finished_at = excluded.finished_at, last_error = excluded.last_error,
       result = coalesce(excluded.result, stored.result), epoch = excluded.epoch, updated_at = now()
     where (excluded.hop, excluded.deliveries) >= (stored.hop, stored.deliveries)
-      and stored.status not in ('completed', 'cancelled')
+      and stored.status not in ('completed', 'cancelled', 'expired')
       or (excluded.hop, excluded.deliveries) = (stored.hop, stored.deliveries)
-      and stored.status = 'completed' and excluded.status = 'completed'
+      and stored.status in ('completed', 'expired') and excluded.status = stored.status
   returning id"""
 
 # Ordered, so that all batches lock their rows in the order of the ids.
@@ -105,7 +105,8 @@ _UNPACKED: Final = """
 with shapes as materialized (
   select * from json_to_recordset($2::text::json) as shape (
     n integer, queue text, kind text, level text, status text, attempts integer, max_attempts integer, hop bigint,
-    deliveries integer, run_at double precision, error text, epoch text, attempt integer, outcome text)
+    deliveries integer, run_at double precision, error text, epoch text, attempt integer, outcome text,
+    expires double precision)
 ), items as materialized (
   select item.id, item.payload::jsonb, item.headers::jsonb, item.result::jsonb, shape.*,
       to_timestamp($3::float8 + item.started) as started_at, to_timestamp($3::float8 + item.finished) as finished_at,
@@ -124,10 +125,12 @@ _LOG: Final = """
     select id, queue, hop, deliveries, attempt, $1, started_at, finished_at, outcome, error from items"""
 _STORE: Final = """
   insert into streamworker.jobs as stored (id, queue_name, kind, payload, level, status, attempt_count, max_attempts,
-      hop, deliveries, run_at, worker_id, created_at, started_at, finished_at, last_error, result, headers, epoch)
+      hop, deliveries, run_at, worker_id, created_at, started_at, finished_at, last_error, result, headers, epoch,
+      expires_at)
     select id, queue, kind, payload, level, status, attempts, max_attempts, hop,
         deliveries, to_timestamp(run_at), $1, coalesce(created_at, now()), started_at,
-        case when status in ('completed', 'cancelled', 'dead') then finished_at end, error, result, headers, epoch
+        case when status in ('completed', 'cancelled', 'expired', 'dead') then finished_at end, error, result, headers,
+        epoch, to_timestamp(expires)
       from items"""
 
 # The written ids only if a row was not written: nearly always one null instead of hundreds of ids.
@@ -196,14 +199,15 @@ def _times(moments: Sequence[float | None], base: float) -> str:
 def _described(shapes: dict[tuple[Any, ...], int], epochs: dict[bytes, str]) -> str | None:
     rows = []
     for shape, place in shapes.items():
-        queue, kind, level, status, attempts, limit, hop, deliveries, run_at, error, epoch, attempt, outcome = shape
+        (queue, kind, level, status, attempts, limit, hop, deliveries, run_at, error, epoch, attempt, outcome,
+         expires) = shape  # fmt: skip
         name = epochs.get(epoch)
         if name is None:
             name = epochs[epoch] = epoch.decode(errors="backslashreplace")
         rows.append({
             "n": place, "queue": queue, "kind": kind, "level": level, "status": status,
             "attempts": attempts, "max_attempts": limit, "hop": hop, "deliveries": deliveries, "run_at": run_at,
-            "error": error, "epoch": name, "attempt": attempt, "outcome": outcome,
+            "error": error, "epoch": name, "attempt": attempt, "outcome": outcome, "expires": expires,
         })  # fmt: skip
     try:
         text = _encode(rows).decode()

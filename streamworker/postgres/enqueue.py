@@ -31,19 +31,23 @@ DEEPEST: Final = 1000
 ENQUEUE: Final = """
 with given as (
   select * from unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[],
-                       $9::text[], $10::text[], $11::text[], $12::text[]) with ordinality
-    as job (id, queue_name, kind, payload, level, delay, run_at, max_attempts, headers, document, key, key_ttl, at)
+                       $9::text[], $10::text[], $11::text[], $12::text[], $13::text[], $14::text[]) with ordinality
+    as job (id, queue_name, kind, payload, level, delay, run_at, max_attempts, headers, document, key, key_ttl,
+            expires_in, expires_at, at)
 ), taken as materialized (
   select given.*, case when key is not null then
       streamworker.take_key(queue_name, key, id, make_interval(secs => key_ttl::double precision))
     end as earlier
   from (select * from given order by queue_name, key, at) as given
 ), added as (
-  insert into streamworker.jobs (id, queue_name, kind, payload, level, run_at, max_attempts, headers, document)
+  insert into streamworker.jobs (id, queue_name, kind, payload, level, run_at, max_attempts, headers, document,
+    expires_at)
   select id, queue_name, kind, payload::jsonb, level,
     case when delay is null then run_at::timestamptz
       else clock_timestamp() + make_interval(secs => delay::double precision) end,
-    max_attempts::integer, headers::jsonb, decode(document, 'hex')
+    max_attempts::integer, headers::jsonb, decode(document, 'hex'),
+    case when expires_in is null then expires_at::timestamptz
+      else clock_timestamp() + make_interval(secs => expires_in::double precision) end
   from taken where earlier is null
 ), told as materialized (
   select pg_notify('streamworker', case when bool_or(delay is null and run_at is null) then '' else 'later' end)
@@ -157,6 +161,8 @@ def _values(row: QueuedRow, key_ttl: float) -> tuple[str | None, ...]:
         row.document,
         job.key,
         repr(float(key_ttl if job.key_ttl is None else job.key_ttl)),
+        None if job.expires_in is None else repr(float(job.expires_in)),
+        None if job.expires_at is None else _utc(job.expires_at),
     )
 
 
@@ -166,9 +172,12 @@ def _utc(moment: datetime) -> str:
 
 async def _copy(connection: Any, rows: Sequence[QueuedRow]) -> None:
     now: datetime | None = None
-    if any(row.job.delay is not None for row in rows):  # counted by the clock that will judge it
+    # Counted by the clock that will judge it.
+    if any(row.job.delay is not None or row.job.expires_in is not None for row in rows):
         now = datetime.fromtimestamp(float(await connection.fetchval(NOW)), UTC)
-    columns = ("id", "queue_name", "kind", "payload", "level", "run_at", "max_attempts", "headers", "document")
+    columns = (
+        "id", "queue_name", "kind", "payload", "level", "run_at", "max_attempts", "headers", "document", "expires_at",
+    )  # fmt: skip
 
     async def lines() -> Any:
         for start in range(0, len(rows), BATCH):
@@ -181,9 +190,11 @@ async def _copy(connection: Any, rows: Sequence[QueuedRow]) -> None:
 
 def _line(row: QueuedRow, now: datetime | None) -> str:
     """One line of COPY's text format (PostgreSQL documentation, COPY, "Text Format")."""
-    job, run_at = row.job, row.job.run_at
+    job, run_at, expires_at = row.job, row.job.run_at, row.job.expires_at
     if job.delay is not None and now is not None:
         run_at = now + timedelta(seconds=job.delay)
+    if job.expires_in is not None and now is not None:
+        expires_at = now + timedelta(seconds=job.expires_in)
     values = (
         job.id,
         job.queue,
@@ -194,6 +205,7 @@ def _line(row: QueuedRow, now: datetime | None) -> str:
         None if job.max_attempts is None else str(job.max_attempts),
         row.headers,
         None if row.document is None else f"\\x{row.document}",
+        None if expires_at is None else _utc(expires_at),
     )
     return "\t".join(r"\N" if value is None else value.translate(_SPECIAL) for value in values) + "\n"
 

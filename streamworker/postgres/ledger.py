@@ -121,7 +121,7 @@ old as materialized (
   select job.id, queue.name as queue_name from streamworker.job_queues as queue
     cross join lateral (
       select id from streamworker.jobs
-        where queue_name = queue.name and status in ('completed', 'cancelled')
+        where queue_name = queue.name and status in ('completed', 'cancelled', 'expired')
           and finished_at < now() - queue.retention
         order by finished_at limit $1
     ) as job
@@ -129,7 +129,7 @@ old as materialized (
     limit $1
 ), gone as (
   delete from streamworker.jobs as job using old
-    where job.id = old.id and job.queue_name = old.queue_name and job.status in ('completed', 'cancelled')
+    where job.id = old.id and job.queue_name = old.queue_name and job.status in ('completed', 'cancelled', 'expired')
     returning job.id, job.queue_name
 ), logs as (
   delete from streamworker.job_logs as log using gone
@@ -142,7 +142,7 @@ with old as materialized (
   select job.id, queue.name as queue_name from streamworker.job_queues as queue
     cross join lateral (
       select id from streamworker.jobs
-        where queue_name = queue.name and status in ('completed', 'cancelled')
+        where queue_name = queue.name and status in ('completed', 'cancelled', 'expired')
           and finished_at < now() - coalesce(make_interval(secs => $3::double precision), queue.retention)
         order by finished_at limit $1
     ) as job
@@ -150,7 +150,7 @@ with old as materialized (
     limit $1
 ), gone as (
   delete from streamworker.jobs as job using old
-    where job.id = old.id and job.queue_name = old.queue_name and job.status in ('completed', 'cancelled')
+    where job.id = old.id and job.queue_name = old.queue_name and job.status in ('completed', 'cancelled', 'expired')
     returning job.id, job.queue_name
 ), logs as (
   delete from streamworker.job_logs as log using gone
@@ -163,14 +163,14 @@ PRUNABLE: Final = """
 select coalesce(sum(job.count), 0)::bigint from streamworker.job_queues as queue
   cross join lateral (
     select count(*) from streamworker.jobs
-      where queue_name = queue.name and status in ('completed', 'cancelled')
+      where queue_name = queue.name and status in ('completed', 'cancelled', 'expired')
         and finished_at < now() - coalesce(make_interval(secs => $2::double precision), queue.retention)
   ) as job
   where $1::text is null or queue.name = $1::text"""
 
 
 class Retention:
-    """Deletes completed and cancelled jobs that are past the retention of their queue.
+    """Deletes completed, cancelled and expired jobs that are past the retention of their queue.
 
     Args:
         database: of the ledger.

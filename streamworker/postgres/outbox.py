@@ -42,11 +42,15 @@ KEY_BATCH: Final = 1000
 # asyncpg cannot hold every time that PostgreSQL can, so the server sorts.
 _RETURNED: Final = f"""returning job.id, job.queue_name, job.kind, job.payload::text as payload, job.level,
   job.attempt_count, job.max_attempts, job.hop, job.headers::text as headers, job.document,
-  {within_python("job.created_at")} as created_at, coalesce(job.run_at, job.created_at) as due"""
+  {within_python("job.created_at")} as created_at, {within_python("job.expires_at")} as expires_at, job.status,
+  coalesce(job.run_at, job.created_at) as due"""
 _IN_ORDER: Final = """
-select id, queue_name, kind, payload, level, attempt_count, max_attempts, hop, headers, document, created_at from taken
+select id, queue_name, kind, payload, level, attempt_count, max_attempts, hop, headers, document, created_at,
+  expires_at, status
+from taken
 order by array_position(array['high', 'normal', 'low'], level), due, id"""
 _NEXT_HOP: Final = f"least(job.hop, {2**63 - 2}) + 1"
+_LATE: Final = "job.expires_at <= clock_timestamp()"
 _DEAD: Final = "status = 'dead', last_error = $3, finished_at = clock_timestamp(), updated_at = clock_timestamp()"
 
 
@@ -73,7 +77,9 @@ _STUCK: Final = """stuck as materialized (
 CLAIM: Final = f"""
 with {_QUEUED}, taken as (
   update streamworker.jobs as job
-  set status = 'dispatching', hop = {_NEXT_HOP}, deliveries = 0, updated_at = clock_timestamp()
+  set hop = {_NEXT_HOP}, deliveries = 0, updated_at = clock_timestamp(),
+    status = case when {_LATE} then 'expired' else 'dispatching' end,
+    finished_at = case when {_LATE} then clock_timestamp() end
   from due where job.id = due.id and job.queue_name = due.queue_name and due.before < $2
   {_RETURNED}
 ){_IN_ORDER}
@@ -271,6 +277,9 @@ class PostgresOutbox:
         taken: list[Taken] = []
         odd: list[tuple[str, int, str, str]] = []
         for row in rows:
+            if row["status"] == "expired":
+                log.info("relay_job_expired", job_id=row["id"], kind=row["kind"], queue=row["queue_name"])
+                continue
             try:
                 body = document(row)
             except InvalidJob as error:
@@ -354,7 +363,8 @@ def document(row: asyncpg.Record) -> bytes:
     """
     hop, attempts = codec.written_hop(row["hop"]), row["attempt_count"]
     if row["document"] is not None:
-        patch = {"id": row["id"], "hop": hop, "attempt_count": attempts or None, "run_at": None}
+        patch = {"id": row["id"], "hop": hop, "attempt_count": attempts or None, "run_at": None,
+                 "expires_at": row["expires_at"]}  # fmt: skip
         body = codec.rewrite(row["document"], patch, state=NOTHING)
     else:
         body = _packed(row, hop, attempts)
@@ -382,6 +392,7 @@ def _packed(row: asyncpg.Record, hop: int, attempts: int) -> bytes:
         max_attempts=row["max_attempts"],
         hop=hop,
         created_at=row["created_at"],
+        expires_at=row["expires_at"],
         headers=headers,
     )
     # The limit was checked at enqueue; for rows that another driver wrote the worker's limit holds.

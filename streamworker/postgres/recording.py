@@ -9,6 +9,7 @@ from typing import Any, Final, TypeAlias
 import anyio
 import asyncpg
 
+from streamworker.codec import FIRST_MOMENT, LAST_MOMENT
 from streamworker.postgres import FINAL, LANES, RunRecord, Stored
 from streamworker.postgres.encoding import ON_CONFLICT, PACK, PACK_NEW, headers_text, json_text, packed, stored_id, text
 from streamworker.postgres.pool import Database
@@ -30,10 +31,10 @@ _MOST_INT: Final = 2**31 - 1
 
 _ITEMS: Final = """unnest($2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::int[], $9::int[],
     $10::bigint[], $11::int[], $12::float8[], $13::float8[], $14::float8[], $15::text[], $16::text[], $17::text[],
-    $18::bytea[], $19::text[], $20::float8[], $21::int[], $22::text[])
+    $18::bytea[], $19::text[], $20::float8[], $21::int[], $22::text[], $23::float8[])
   as item (id, queue_name, kind, payload, level, status, attempts, max_attempts,
     hop, deliveries, run_at, started, finished, error, result, headers,
-    document, epoch, created, attempt, outcome)"""
+    document, epoch, created, attempt, outcome, expires)"""
 
 RECORD: Final = f"""
 with items as materialized (select * from {_ITEMS}),
@@ -45,11 +46,12 @@ logged as (
     on conflict do nothing
 )
 insert into streamworker.jobs as stored (id, queue_name, kind, payload, level, status, attempt_count, max_attempts, hop,
-    deliveries, run_at, worker_id, created_at, started_at, finished_at, last_error, result, headers, document, epoch)
+    deliveries, run_at, worker_id, created_at, started_at, finished_at, last_error, result, headers, document, epoch,
+    expires_at)
   select id, queue_name, kind, payload::jsonb, level, status, attempts, max_attempts, hop,
       deliveries, to_timestamp(run_at), $1, coalesce(to_timestamp(created), now()), to_timestamp(started),
-      case when status in ('completed', 'cancelled', 'dead') then to_timestamp(finished) end, error, result::jsonb,
-      headers::jsonb, document, epoch
+      case when status in ('completed', 'cancelled', 'expired', 'dead') then to_timestamp(finished) end, error,
+      result::jsonb, headers::jsonb, document, epoch, to_timestamp(expires)
     from items
 {ON_CONFLICT}"""  # noqa: S608 - our own text
 
@@ -67,14 +69,15 @@ where id = any($1::text[]) and (id, queue_name) not in (select id, queue_name fr
 
 RUNNING: Final = f"""
 insert into streamworker.jobs as stored (id, queue_name, kind, payload, level, status, attempt_count, max_attempts, hop,
-    deliveries, worker_id, created_at, started_at, headers, document, epoch)
+    deliveries, worker_id, created_at, started_at, headers, document, epoch, expires_at)
   select id, queue_name, kind, payload::jsonb, level, status, attempts, max_attempts, hop,
-      deliveries, $1, coalesce(to_timestamp(created), now()), to_timestamp(started), headers::jsonb, document, epoch
+      deliveries, $1, coalesce(to_timestamp(created), now()), to_timestamp(started), headers::jsonb, document, epoch,
+      to_timestamp(expires)
     from {_ITEMS}
   on conflict (queue_name, id) do update set
       status = excluded.status, hop = excluded.hop, deliveries = excluded.deliveries, worker_id = excluded.worker_id,
       started_at = excluded.started_at, epoch = excluded.epoch, updated_at = now()
-    where stored.status not in ('completed', 'cancelled')
+    where stored.status not in ('completed', 'cancelled', 'expired')
       and ((excluded.hop, excluded.deliveries) > (stored.hop, stored.deliveries)
         or (excluded.hop, excluded.deliveries) = (stored.hop, stored.deliveries)
         and stored.status in ('queued', 'dispatching', 'dispatched'))
@@ -233,8 +236,13 @@ class Recording:
             min(run.attempts, _MOST_INT), None if run.max_attempts is None else min(run.max_attempts, _MOST_INT),
             run.hop, min(run.deliveries, _MOST_INT), run.run_at if bare < 2 else None, run.started, run.finished,
             error, result, headers, None if whole else run.body, epoch, run.created if bare < 2 else None,
-            min(run.attempt, _MOST_INT), run.outcome,
+            min(run.attempt, _MOST_INT), run.outcome, _moment(run.expires) if bare < 2 else None,
         )  # fmt: skip
+
+
+def _moment(seconds: float | None) -> float | None:
+    """Epoch seconds that to_timestamp() takes, or None."""
+    return None if seconds is None else min(max(seconds, FIRST_MOMENT), LAST_MOMENT)
 
 
 _Item: TypeAlias = tuple[int, RunRecord, int]

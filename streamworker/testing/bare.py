@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AsyncExitStack
 from contextvars import copy_context
+from datetime import UTC, datetime, timedelta
 from time import monotonic, time
 from typing import Any, Final, overload
 
@@ -15,7 +16,7 @@ from streamworker import codec
 from streamworker.app import App
 from streamworker.context import Context, Shared
 from streamworker.errors import UsageError
-from streamworker.execution import Execution
+from streamworker.execution import EXPIRED, Execution
 from streamworker.handlers import Payload
 from streamworker.job import Claim, Job, Outcome, Postponed, TimedOut
 from streamworker.policy import Limits
@@ -156,11 +157,13 @@ class _OneCompletion(Completion):
 async def _outcome(executor: Executor, run: Execution) -> Outcome:
     """Prepare and run as a worker does. This machine's clock says what is due, and one job is a batch of one."""
     copy_context().run(executor.prepare, run)
-    if run.outcome is None and run.reading is not None and run.reading.run_at is not None:
-        until = codec.when(run.reading) or 0.0
-        if until > time():
+    if run.outcome is None and run.reading is not None and run.special:
+        until, expires = codec.when(run.reading) or 0.0, codec.expiry(run.reading)
+        if expires is not None and expires <= time():
+            run.outcome = EXPIRED
+        elif until > time():
             run.outcome = Postponed(until)
-        else:
+        elif run.reading.run_at is not None or expires is not None:
             copy_context().run(executor.decode, run)
     if run.outcome is None:
         together = run.registration is not None and run.registration.together is not None
@@ -193,6 +196,8 @@ def _claim(job: Payload | Job, attempt: int, delivery: int) -> Claim:
     if attempt < 1 or delivery < 1:
         raise UsageError(f"attempt={attempt} and delivery={delivery} count from 1")
     made = job if isinstance(job, Job) else make_job(job)
+    if made.expires_in is not None:
+        made = msgspec.structs.replace(made, expires_at=datetime.now(UTC) + timedelta(seconds=made.expires_in))
     if attempt > 1:
         made = msgspec.structs.replace(made, attempts=attempt - 1)
     settings = Settings()

@@ -201,6 +201,7 @@ class JobRow(msgspec.Struct, frozen=True):
     age_s: float
     worker_id: str | None
     error: str | None
+    expires_at: str | None
 
 
 class AttemptRow(msgspec.Struct, frozen=True):
@@ -237,6 +238,7 @@ def job_row(job: JobRecord) -> JobRow:
         round(time.time() - job.created_at.timestamp(), 3),
         job.worker_id,
         job.error and redact(job.error),
+        _moment(job.expires_at),
     )
 
 

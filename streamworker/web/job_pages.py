@@ -124,6 +124,7 @@ def _facts(body: bytes | None) -> dict[str, Any]:
         "attempts allowed": read.max_attempts,
         "hop": read.hop or 0,
         "not before": None if read.run_at is None else read.run_at.isoformat(),
+        "expires": None if read.expires_at is None else read.expires_at.isoformat(),
     }
 
 

@@ -1,4 +1,4 @@
-"""Admission: decides when a prepared job may start: its run_at, the limits of its kind, its batch.
+"""Admission: decides when a prepared job may start: its run_at and expires_at, the limits of its kind, its batch.
 
 Jobs without any of these go straight to their task. The others pass the stages they need, once each, in this order:
 `DueCheck`, `LimitGate`, `Batcher`. The first two are group commits, as the settler is: while one request is under way
@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 import itertools
 import secrets
-from time import time
+from time import monotonic, time
 from typing import Any, Final, Protocol
 
 import anyio
@@ -20,9 +20,9 @@ import msgspec
 from streamworker import codec
 from streamworker.broker import Limiter, ServerClock
 from streamworker.errors import Unreachable
-from streamworker.execution import Execution
+from streamworker.execution import EXPIRED, Execution
 from streamworker.handlers import Handlers, Registration
-from streamworker.job import Deferred, Postponed
+from streamworker.job import Deferred, Postponed, UnknownKind
 from streamworker.limits import AcquireRequest, AcquireResult, Limit, Quota
 from streamworker.loops import Pause
 from streamworker.telemetry.logs import get_logger
@@ -81,7 +81,7 @@ class Admission:
 
     def put(self, run: Execution) -> None:
         """Take a prepared run in."""
-        if run.special and run.outcome is None:
+        if run.special and (run.outcome is None or type(run.outcome) is UnknownKind):
             self._due_check.put(run)
         else:
             self._tasks.put(run)
@@ -106,13 +106,16 @@ class Admission:
 
 
 class DueCheck:
-    """Admits jobs with a ``run_at`` that has come by the server's clock; this machine's may be wrong.
+    """Admits jobs with a ``run_at`` that has come and an ``expires_at`` that has not, by the server's clock.
+
+    This machine's clock may be wrong. A job that passes and then waits for a permit or a batch is looked at once more,
+    see `Execution.late`.
 
     Args:
         broker: knows the server's clock.
         executor: decodes the payloads of jobs that are due.
         successor: the next stage.
-        completion: takes jobs that are not due yet.
+        completion: takes jobs that are not due yet, or have expired.
     """
 
     def __init__(
@@ -128,8 +131,9 @@ class DueCheck:
         self._give_up_at = float("inf")
 
     def put(self, run: Execution) -> None:
-        """Take a run in; one with a ``run_at`` waits for the server's clock."""
-        if run.reading is None or run.reading.run_at is None:
+        """Take a run in; one with a ``run_at`` or an ``expires_at`` waits for the server's clock."""
+        reading = run.reading
+        if reading is None or (reading.run_at is None and reading.expires_at is None):
             self._successor.put(run)
             return
         self._waiting.append(run)
@@ -167,19 +171,38 @@ class DueCheck:
     async def _turn(self, queue: str) -> None:
         """One request, for all runs of one queue that wait when it is sent."""
         asked = {run for run in self._waiting if run.claim.queue == queue}
+        asked_at = monotonic()
         now = await self._broker.clock(queue)
         mine = [run for run in self._waiting if run in asked]  # others were handed back meanwhile
         self._waiting = [run for run in self._waiting if run not in asked]
         for run in mine:
-            left = ((codec.when(run.reading) if run.reading is not None else None) or 0.0) - now
-            if left > 0 and run.outcome is None:
-                run.outcome = Postponed(time() + left)  # relative to this machine's clock, which the settler reads
+            self._judge(run, now, asked_at)
             if run.outcome is None:
                 self._executor.decode(run)
             if run.outcome is None:
                 self._successor.put(run)
             else:  # not due, not decodable, or its claim was lost meanwhile
                 self._completion.finish(run)
+
+    @staticmethod
+    def _judge(run: Execution, now: float, asked_at: float) -> None:
+        """Give a run that must not start now its outcome.
+
+        Args:
+            run: prepared.
+            now: the server's time, epoch seconds.
+            asked_at: when it was asked for (time.monotonic), so that no job counts as fresh for longer than it is.
+        """
+        if run.reading is None or run.facts is None:
+            return
+        expires = codec.expiry(run.reading)
+        if expires is not None:
+            run.facts = msgspec.structs.replace(run.facts, expires=asked_at + expires - now)
+            if run.late() and (run.outcome is None or type(run.outcome) is UnknownKind):
+                run.outcome = EXPIRED
+        left = (codec.when(run.reading) or 0.0) - now
+        if left > 0 and run.outcome is None:
+            run.outcome = Postponed(time() + left)  # relative to this machine's clock, which the settler reads
 
 
 class LimitGate:
@@ -311,7 +334,11 @@ class LimitGate:
             else:
                 self._permits.leaving.append(answer.hold)
         if runs and answer.hold is not None:
-            self._successor.put(run)
+            if run.late():
+                run.outcome = EXPIRED
+                self._completion.finish(run)
+            else:
+                self._successor.put(run)
         elif mine:
             run.outcome = run.outcome or Deferred(time() + answer.wait, answer.turn, answer.member)
             self._completion.finish(run)
@@ -389,7 +416,9 @@ class Batcher:
             timer.cancel()
         waiting = self._open.pop(registration, [])
         for run in waiting:
-            if run.outcome is not None:  # lost or cancelled while it waited
+            if run.outcome is None and run.late():
+                run.outcome = EXPIRED
+            if run.outcome is not None:  # lost, cancelled or expired while it waited
                 self._completion.finish(run)
         if left := [run for run in waiting if run.outcome is None]:
             self._tasks.put(BatchExecution(left))

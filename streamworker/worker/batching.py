@@ -38,6 +38,10 @@ class BatchExecution(Execution):
         self.payload = self
         self.special = True
 
+    def late(self) -> bool:
+        """Never: `Batcher` has dropped the jobs that have expired, each by itself."""
+        return False
+
     def begin(self, context: Context[Any]) -> tuple[list[Any], list[Any]]:
         """Start the clock of every job; returns their payloads and contexts."""
         contexts = []

@@ -110,9 +110,10 @@ class Executor:
             if registration is None:
                 since = codec.state_of(reading, claim.secret).unknown_since
                 run.outcome = UnknownKind(reading.kind or "", since or None)
+                run.special = reading.expires_at is not None
                 return
             run.registration = registration
-            if reading.run_at is not None:
+            if reading.run_at is not None or reading.expires_at is not None:
                 run.special = True  # only the server knows whether its time has come; `decode` follows then
                 return
             run.special = registration.special
@@ -121,7 +122,7 @@ class Executor:
             run.outcome = _undecodable(run, error)
 
     def decode(self, run: Execution) -> None:
-        """Decode the payload of a prepared run with a ``run_at`` that has come. Never raises."""
+        """Decode the payload of a prepared run whose ``run_at`` and ``expires_at`` let it start now. Never raises."""
         registration, reading = run.registration, run.reading
         if registration is None or reading is None:
             raise AssertionError("a run must be prepared before its payload is decoded")

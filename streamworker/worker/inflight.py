@@ -30,6 +30,7 @@ class WorkerCounts(msgspec.Struct):
     released: int = 0
     dead: int = 0
     cancelled: int = 0
+    expired: int = 0
     lost: int = 0
     recovered: int = 0
     skipped: int = 0

@@ -16,7 +16,7 @@ from time import monotonic
 from typing import Any, Final, TypeVar
 
 from streamworker.broker import Connected, Queues
-from streamworker.job import Depth, RetryAt, Settled
+from streamworker.job import Depth, Expire, RetryAt, Settled
 from streamworker.observe import JobRun, Observer, Settlement
 from streamworker.redact import redact
 from streamworker.settings import Settings
@@ -44,6 +44,9 @@ JOBS: Final = Family(
     "streamworker_jobs_total", "counter", "Runs that ended and were settled here.", ("queue", "kind", "outcome")
 )
 RETRIES: Final = Family("streamworker_retries_total", "counter", "Failures to be tried again.", ("queue", "kind"))
+EXPIRED: Final = Family(
+    "streamworker_expired_total", "counter", "Jobs that expired before they could start.", ("queue", "kind")
+)
 DEAD: Final = Family(
     "streamworker_dead_letters_total", "counter", "Jobs that became dead letters here.", ("queue", "kind", "outcome")
 )
@@ -83,7 +86,7 @@ MEMORY: Final = Family("process_resident_memory_bytes", "gauge", "Resident memor
 STARTED: Final = Family("process_start_time_seconds", "gauge", "Start time of the process since the epoch in seconds.")
 BUILD: Final = Family("streamworker_build_info", "gauge", "Always 1.", ("version", "mode"))
 
-OF_JOBS: Final = (JOBS, RETRIES, DEAD, DURATION, WAIT, BATCH, SETTLE)
+OF_JOBS: Final = (JOBS, RETRIES, EXPIRED, DEAD, DURATION, WAIT, BATCH, SETTLE)
 OF_QUEUES: Final = (READY, HELD, DELAYED, LETTERS, OLDEST, PAUSED)
 FAMILIES: Final = (
     *OF_JOBS, RUNNING, SLOTS, LOST, RECLAIMED, SKIPPED, RELEASED, LAG, RECONNECTS, *OF_QUEUES, UP, MEMORY, STARTED,
@@ -98,6 +101,7 @@ class Metrics(Observer):
     def __init__(self) -> None:
         self._jobs: dict[tuple[str, ...], int] = {}
         self._retries: dict[tuple[str, ...], int] = {}
+        self._expired: dict[tuple[str, ...], int] = {}
         self._dead: dict[tuple[str, ...], int] = {}
         self._durations: dict[tuple[str, ...], Histogram] = {}
         self._waits: dict[tuple[str, ...], Histogram] = {}
@@ -114,8 +118,9 @@ class Metrics(Observer):
             place = (run.queue, run.kind if run.known else UNKNOWN)
             word = (*place, run.word)
             jobs[word] = jobs.get(word, 0) + 1
-            if result is Settled.SETTLED and isinstance(run.verdict, RetryAt):
-                self._retries[place] = self._retries.get(place, 0) + 1
+            if result is Settled.SETTLED and isinstance(run.verdict, RetryAt | Expire):
+                counted = self._retries if isinstance(run.verdict, RetryAt) else self._expired
+                counted[place] = counted.get(place, 0) + 1
             if (seconds := run.seconds) is None:
                 continue
             if (tally := durations.get(place)) is None:
@@ -138,6 +143,7 @@ class Metrics(Observer):
         return [
             (JOBS, steady(self._jobs)),
             (RETRIES, steady(self._retries)),
+            (EXPIRED, steady(self._expired)),
             (DEAD, steady(self._dead)),
             (DURATION, steady(self._durations)),
             (WAIT, steady(self._waits)),

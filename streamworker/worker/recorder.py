@@ -24,6 +24,7 @@ from streamworker.job import (
     Deferred,
     Done,
     Drop,
+    Expire,
     Interrupted,
     Ok,
     Postponed,
@@ -416,6 +417,9 @@ def record_of(run: Execution, ending: Ending, begun_at: float) -> RunRecord | No
             _keep_result(record, outcome.value)
     elif isinstance(verdict, Drop):
         record.status = "cancelled"
+    elif isinstance(verdict, Expire):
+        record.status, record.error = "expired", verdict.error or None
+        record.attempts += verdict.charged
     elif isinstance(verdict, RetryAt):
         record.status, record.run_at, record.error = "retrying", verdict.at, verdict.error
         record.attempts += 1

@@ -28,16 +28,18 @@ from streamworker.job import (
     Deferred,
     Done,
     Drop,
+    Expire,
     Interrupted,
     Ok,
     Raised,
+    Recorded,
     ReleaseAt,
     RetryAt,
     Settled,
     Undecodable,
 )
 from streamworker.loops import Pause
-from streamworker.policy import DONE, RAPID, judge, least_wait
+from streamworker.policy import DONE, RAPID, judge, least_wait, within
 from streamworker.redact import describe
 from streamworker.telemetry.logs import get_logger
 from streamworker.worker.inflight import InFlight, SpinningJob
@@ -262,6 +264,9 @@ class Settler:
             case Drop():
                 counts.cancelled += 1
                 log.info("job_cancelled", **facts)
+            case Expire(error=error):
+                counts.expired += 1
+                log.info("job_expired", **facts, **({"error": error} if error else {}))
             case Done():
                 counts.done += 1
 
@@ -311,13 +316,15 @@ def ending(run: Execution, *, now: float, jitter: float) -> Ending:
     if outcome is None or run.facts is None:
         raise AssertionError("a run is judged after its outcome")
     verdict = judge(outcome, run.facts, now=now, jitter=jitter)
+    if run.facts.expires is not None and not isinstance(outcome, Recorded):
+        verdict = within(verdict, now=now, left=run.facts.expires - monotonic())
     attempts, member = run.facts.attempts, ""
     match verdict:
         case Done():
             return Ending(run.claim, verdict)
         case Drop():
             return Ending(run.claim, verdict, None, run.job_id, run.kind, keep=keeping(run) or 0.0)
-        case Dead():
+        case Expire() | Dead():
             charged, keep = attempts + verdict.charged, keeping(run) or 0.0
             return Ending(run.claim, verdict, None, run.job_id, run.kind, charged, keep=keep)
         case RetryAt():

@@ -12,7 +12,7 @@ from typing import Final
 
 import anyio
 
-from streamworker.execution import Execution
+from streamworker.execution import EXPIRED, Execution
 from streamworker.job import Interrupted, Outcome, Raised, TimedOut
 from streamworker.telemetry.logs import get_logger
 from streamworker.worker import signals
@@ -120,6 +120,8 @@ class JobTasks:
                 if not waiting or len(running) >= limit:
                     return
                 run = waiting.popleft()
+                if run.special and run.outcome is None and run.late():
+                    run.outcome = EXPIRED
                 if run.outcome is not None:
                     self._completion.finish(run)
                     continue

@@ -3,6 +3,7 @@
 import json
 import shlex
 import subprocess
+from datetime import datetime
 
 import pytest
 
@@ -49,6 +50,15 @@ def test_key_and_delay(sw, raw):
     assert "(enqueued before)" in sw.ok("enqueue", "k", "--queue", "q", "--key", "once").stdout
     sw.ok("enqueue", "k", "--queue", "q", "--delay", "0.5")
     assert (raw.xlen("stream:{q}"), raw.zcard("stream:{q}:due")) == (1, 1)
+
+
+def test_expiry(sw, raw):
+    sw.ok("enqueue", "k", "--queue", "q", "--delay", "5", "--expires-in", "600")
+    (body,) = raw.hvals("stream:{q}:bodies")
+    seconds, _ = raw.time()
+    assert 590 < datetime.fromisoformat(json.loads(body)["expires_at"]).timestamp() - seconds <= 601
+    refused = sw("enqueue", "k", "--queue", "q", "--delay", "5", "--expires-in", "5")
+    assert refused.returncode == 2 and "no run would ever start" in refused.sentence
 
 
 @pytest.mark.parametrize(

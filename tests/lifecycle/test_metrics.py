@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import shutil
 import subprocess
 from typing import Any
@@ -54,6 +55,9 @@ def test_what_jobs_come_to_is_counted(start, redis_url, raw):  # noqa: F811
     put(raw, "fail", "f")
     put(raw, "nobody knows this kind 17", "u")
     raw.xadd("stream:{q}", {"job": "no json"})
+    late = {"kind": "quick", "payload": {}, "expires_at": "2020-01-01T00:00:00Z"}
+    raw.xadd("stream:{q}", {"job": json.dumps(late)})
+    eventually_blocking(lambda: value(worker, "expired_total", queue="q", kind="quick") == 1, 20)
     eventually_blocking(lambda: value(worker, "dead_letters_total", queue="q", kind="fail", outcome="raised") == 1, 20)
     eventually_blocking(lambda: value(worker, "jobs_total", queue="q", kind="unknown", outcome="unknown_kind"), 20)
     text = scrape(worker)
@@ -65,6 +69,7 @@ def test_what_jobs_come_to_is_counted(start, redis_url, raw):  # noqa: F811
     assert of("jobs_total", queue="q", kind="quick", outcome="ok") == 3
     assert of("jobs_total", queue="q", kind="fail", outcome="raised") == 3
     assert of("retries_total", queue="q", kind="fail") == 2
+    assert of("expired_total", queue="q", kind="quick") == 1
     assert of("dead_letters_total", queue="q", kind="unknown", outcome="undecodable") == 1
     assert of("job_duration_seconds_count", queue="q", kind="quick") == 3
     assert of("queue_wait_seconds_count", queue="q", kind="fail") == 3

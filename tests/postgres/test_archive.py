@@ -210,7 +210,7 @@ def test_list_and_show(streamworker, filled):
     assert {row["job_id"]: row["status"] for row in rows} == {"done": "completed", "poor": "dead", "odd": "dead"}
     assert list(rows[0]) == [
         "job_id", "queue", "kind", "level", "status", "attempts", "max_attempts", "hop", "deliveries", "created_at", "run_at",
-        "started_at", "finished_at", "took_s", "age_s", "worker_id", "error",
+        "started_at", "finished_at", "took_s", "age_s", "worker_id", "error", "expires_at",
     ]  # fmt: skip
     table = streamworker("list", "q", "--status", "dead").stdout
     assert "twice" in table and "done" not in table

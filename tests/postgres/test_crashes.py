@@ -189,3 +189,15 @@ async def test_a_zombie_that_holds_the_row_does_not_block_its_successor_into_fai
     assert (stored["status"], stored["attempt_count"]) == ("completed", 0)
     assert [each["worker"] for each in await pg.fetch("select worker from effect")] == [stored["worker_id"]]
     assert not raw.exists(f"{Q}:dead")
+
+
+@pytest.mark.parametrize("at", ["record", "settle"])
+async def test_an_expired_job_stays_so_whenever_its_worker_dies(start, raw, pg, at):
+    raw.xadd(Q, {"job": '{"id": "a", "kind": "work", "payload": {"how": "ok"}, "expires_at": "2020-01-01T00:00:00Z"}'})
+    doomed = start(CRASH_AT=at)
+    await eventually(lambda: doomed.ended)
+    assert raw.xlen(Q) == 1
+    await start().ready()
+    await eventually(lambda: ended(raw))
+    assert (await job(pg))["status"] == "expired"
+    assert not ran(raw) and not raw.xlen(f"{Q}:dead")

@@ -62,6 +62,7 @@ async def produce() -> None:
     await app.enqueue({"invoice_id": 1})  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     await app.enqueue(SendInvoice(UUID(int=1)), later=5)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     await app.enqueue(SendInvoice(UUID(int=1)), delay="soon")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await app.enqueue(SendInvoice(UUID(int=1)), expires_in="soon")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     app.job(SendInvoice(UUID(int=1)), run_at=5)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     await fine(SendInvoice(UUID(int=1)))  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 

@@ -150,6 +150,8 @@ async def produce(i: UUID) -> None:
         assert_type(answer.id, str)
         assert_type(answer.new, bool)
         await app.enqueue(SendInvoice(i), run_at=datetime.now(UTC), priority=200)
+        await app.enqueue(SendInvoice(i), delay=1, expires_in=60)
+        await app.enqueue(app.job(SendInvoice(i), expires_at=datetime.now(UTC)))
         job = app.job(SendInvoice(i), delay=5)
         assert_type(job, Job)
         assert_type(await app.enqueue_many([job, Cleanup()]), list[Enqueued])

@@ -16,10 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamworker import App, Payload, Settings, codec, results, testing
-from streamworker.codec import infinity_in
 from streamworker.errors import ConfigurationError, InvalidJob, UsageError
 from streamworker.job import Enqueued
-from streamworker.payload import fit_of
+from streamworker.payload import fit_of, infinity_in
 
 NAN, INF = math.nan, math.inf
 T = TypeVar("T")
