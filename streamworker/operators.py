@@ -116,7 +116,7 @@ async def open_operator(
     """
     async with AsyncExitStack() as stack:
         address, url = await open_servers(stack, settings, redis)
-        kind = StreamOperator if settings.mode == "stream" else ListOperator
+        kind = settings.by_mode(StreamOperator, ListOperator)
         operator = kind(address, broker_options(settings, queues), LedgerKeys(stack, settings, url))
         stack.push_async_callback(operator.close)
         await operator.open()

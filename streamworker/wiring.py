@@ -31,8 +31,7 @@ from streamworker.operators import broker_options, open_servers
 from streamworker.postgres import enqueue
 from streamworker.postgres.archive import SCHEMA_LOOK, PostgresArchive, open_archive, schema_is_there
 from streamworker.postgres.ledger import PostgresLedger
-from streamworker.postgres.listen import connect, listen
-from streamworker.postgres.outbox import PostgresOutbox
+from streamworker.postgres.outbox import PostgresOutbox, listen
 from streamworker.postgres.pool import (
     CONNECTIONS,
     RELAY_CONNECTIONS,
@@ -40,6 +39,7 @@ from streamworker.postgres.pool import (
     NamedPool,
     Pressure,
     borrowed_database,
+    connect,
     count_sessions,
     open_database,
     require_same_database,
@@ -416,7 +416,7 @@ def make_broker(settings: Settings, address: Address, queues: Sequence[str]) -> 
 
 def make_dispatcher(settings: Settings, address: Address) -> RedisDispatcher:
     """What moves the ledger's jobs onto Redis, in the mode that the settings name."""
-    keys = ListKeys if settings.mode == "list" else QueueKeys
+    keys = settings.by_mode(QueueKeys, ListKeys)
     namespace = settings.namespace
     return RedisDispatcher(address, lambda queue: keys(queue, namespace), group=settings.group, namespace=namespace)
 

@@ -38,6 +38,7 @@ PINNED = frozenset(f"streamworker.{name}" for name in _PINNED.split())
 
 _METAPHORS = "ears?|bells?|deaf|rooms?|houses?|doors?|whoever|somebody|nobody"
 BANNED = re.compile(rf"\b({_METAPHORS}|(?:is|are) told|lies|comes to|what becomes of)\b", re.IGNORECASE)
+MODE_CHOOSERS = ("streamworker.settings", "streamworker.wiring")
 BANNED_NAMES = re.compile(_METAPHORS)
 WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 
@@ -96,6 +97,13 @@ class Module:
     def is_special(self) -> bool:
         """``__init__`` and ``__main__``, whose names Python chooses."""
         return self.basename.startswith("__")
+
+    @property
+    def is_program(self) -> bool:
+        """Run by its path, in an interpreter of its own, so that it cannot be part of what starts it."""
+        return any(
+            isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'" for node in self.tree.body
+        )
 
     @property
     def is_core(self) -> bool:
@@ -159,11 +167,17 @@ class House:
         return [Offence(module.path, 1, f"{module.lines} lines") for module in self.modules]
 
     def single_importers(self) -> list[Offence]:
-        """Core modules that one other core module imports, and nothing else."""
+        """Core modules that one other core module imports, and nothing else; none that are programs of their own."""
         found = []
         for module in self.modules:
             importers = self.importers[module.name]
-            if module.is_core and module.name not in PINNED and len(importers) == 1 and _in_core(min(importers)):
+            if (
+                module.is_core
+                and not module.is_program
+                and module.name not in PINNED
+                and len(importers) == 1
+                and _in_core(min(importers))
+            ):
                 found.append(Offence(module.path, 1, f"only {min(importers)} imports it"))
         return found
 
@@ -283,6 +297,16 @@ class House:
                         found.append(Offence(module.path, line, f"lambda uses {name}, made after it"))
         return found
 
+    def mode_branches(self) -> list[Offence]:
+        """Comparisons with a mode: what serves which mode is chosen in settings and in wiring, and nowhere else."""
+        return [
+            Offence(module.path, node.lineno, ast.unparse(node).partition("\n")[0])
+            for module in self.modules
+            if not module.name.startswith(MODE_CHOOSERS)
+            for node in ast.walk(module.tree)
+            if isinstance(node, ast.Compare | ast.Match) and any(map(_is_mode, ast.iter_child_nodes(node)))
+        ]
+
     def many_callables(self) -> list[Offence]:
         """Classes whose constructor takes more callables than one keeps apart."""
         found = []
@@ -307,6 +331,10 @@ def _in_core(name: str) -> bool:
 
 def _others(path: str, paths: Iterable[str]) -> str:
     return ", ".join(sorted(set(paths) - {path})) or "the same file"
+
+
+def _is_mode(node: ast.AST) -> bool:
+    return "mode" in (getattr(node, "attr", None), getattr(node, "id", None))
 
 
 def _is_gerund(name: str) -> bool:
@@ -519,6 +547,7 @@ FIGURES = (
     Figure("small", f"modules below {FLOOR_LINES} lines with one importer", 0, House.small),
     Figure("foreign", "assignments of behaviour into another object's attribute", 0, House.foreign_behaviour),
     Figure("untraceable", "hooks with NotImplementedError, lambdas made before what they use", 0, House.untraceable),
+    Figure("modes", "comparisons with a mode outside of settings and wiring", 0, House.mode_branches),
     Figure("callables", f"constructors with more than {CONSTRUCTOR_CALLABLES} callables", 0, House.many_callables),
     Figure("basenames", "modules named as another", 0, House.repeated_basenames),
     Figure("classes", "public classes named as another", 0, House.repeated_classes),

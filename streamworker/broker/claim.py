@@ -99,8 +99,8 @@ class ClaimSource(ABC):
             (keys, level, keys.ready(level)) for keys in self._keys for level in LEVELS
         ]
         self.consumer = ""
-        self.ended: Callable[[str], int] = none_ended
-        self.shut: Collection[str] = ()
+        self._ended: Callable[[str], int] = none_ended
+        self._shut: Collection[str] = ()
         self.secrets: dict[str, bytes] = {}
         """Secret of each queue, by the last look; it seals the state of jobs."""
         self._seal_at = 0.0
@@ -125,15 +125,12 @@ class ClaimSource(ABC):
         self.reply_lost = False
         """The reply to a claim may have been lost: `Consumer.own_pending` finds what it claimed."""
 
-    async def claim(
-        self,
-        limit: int,
-        wait: float,
-        running: Collection[Claim],
-        ended: Callable[[str], int] = none_ended,
-        shut: Collection[str] = (),
-    ) -> list[Claim]:
-        self.ended, self.shut = ended, shut
+    def bound(self, ended: Callable[[str], int], shut: Collection[str]) -> None:
+        """``ended`` and ``shut`` of `Broker.claim`, for the claims from now on."""
+        self._ended, self._shut = ended, shut
+
+    async def claim(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:
+        """`Broker.claim`, within the bounds that `bound` set."""
         # Before reclaiming: the first command after an outage would find all leases expired.
         self._rest_after_outage()
         claims = await self.reclaim(limit, running)
@@ -222,7 +219,7 @@ class ClaimSource(ABC):
         group = [claim for claim in running if SUSPECT_DELIVERIES <= claim.count < self._apart_from]
         # Ended claims of a queue that refuses to settle them must not block suspects of other queues.
         held = Counter(claim.queue for claim in group)
-        live = {queue: count - ended for queue, count in held.items() if count > (ended := self.ended(queue))}
+        live = {queue: count - ended for queue, count in held.items() if count > (ended := self._ended(queue))}
         if not live:
             self._half_since = None
             return self._groups[0], "", sizes
@@ -304,15 +301,15 @@ class ClaimSource(ABC):
 
     def _allowances(self, limit: int, running: Collection[Claim]) -> list[int]:
         """How many jobs of each queue may be claimed: a cap bounds how many of it this worker runs."""
-        if not any(self._caps) and not self.shut:
+        if not any(self._caps) and not self._shut:
             return [limit] * len(self._caps)
         used = Counter(claim.queue for claim in running)
         return [
             0
-            if keys.queue in self.shut
+            if keys.queue in self._shut
             else limit
             if cap is None
-            else max(0, cap - used[keys.queue] + self.ended(keys.queue))
+            else max(0, cap - used[keys.queue] + self._ended(keys.queue))
             for keys, cap in zip(self._keys, self._caps, strict=True)
         ]
 

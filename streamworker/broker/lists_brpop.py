@@ -15,7 +15,7 @@ import anyio
 
 from streamworker import codec
 from streamworker.broker import Ending, scripts
-from streamworker.broker.claim import SILENT_WAIT, ClaimSource, Options, none_ended
+from streamworker.broker.claim import SILENT_WAIT, ClaimSource, Options
 from streamworker.broker.keys import SECRET, ListKeys, QueueKeys, leased
 from streamworker.broker.lists import ListBroker, ListSettlement, Reclaimer
 from streamworker.broker.redis.session import BLOCK, Session
@@ -55,17 +55,8 @@ class BrpopClaims(ClaimSource):
         self.waited: frozenset[str] = frozenset()
         """Queues with jobs whose end a caller waits for, by the last look."""
 
-    async def claim(
-        self,
-        limit: int,
-        wait: float,
-        running: Collection[Claim],
-        ended: Callable[[str], int] = none_ended,
-        shut: Collection[str] = (),
-    ) -> list[Claim]:
+    async def claim(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:
         """`Broker.claim`: BRPOP reads and waits in one, while no job runs, so that no cap is ever reached."""
-        del ended
-        self.shut = shut
         self._rest_after_outage()
         await self.reclaim(limit, running)
         if not await self._hands_free(wait, running):
@@ -169,17 +160,9 @@ class BrpopBroker(ListBroker):
         del longest
         return None
 
-    async def claim(
-        self,
-        limit: int,
-        wait: float,
-        running: Collection[Claim],
-        ended: Callable[[str], int] = none_ended,
-        shut: Collection[str] = (),
-    ) -> list[Claim]:
-        claims = await self._source.claim(limit, wait, running, ended, shut)
+    async def _judged(self, claims: list[Claim]) -> list[Claim]:
         try:
-            return await self._cancels.judged(claims, self._source.marked)
+            return await super()._judged(claims)
         except StreamworkerError as error:  # the job is in this process alone
             log.warning("cancelled_unknown", jobs=len(claims), error=str(error))
             return claims

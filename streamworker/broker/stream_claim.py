@@ -22,7 +22,6 @@ from streamworker.broker.claim import (
     UNBLOCK_EVERY,
     ClaimSource,
     Options,
-    none_ended,
 )
 from streamworker.broker.keys import UNKNOWN_EPOCH, QueueKeys, document
 from streamworker.broker.redis.cluster import slot_of
@@ -99,16 +98,12 @@ class ClusterStreamClaims:
         """Entries that were deleted while claimed, since the start."""
         return sum(part.missing for part in self._parts)
 
-    async def claim(
-        self,
-        limit: int,
-        wait: float,
-        running: Collection[Claim],
-        ended: Callable[[str], int] = none_ended,
-        shut: Collection[str] = (),
-    ) -> list[Claim]:
+    def bound(self, ended: Callable[[str], int], shut: Collection[str]) -> None:
+        """``ended`` and ``shut`` of `Broker.claim`, for the claims from now on."""
         for part in self._parts:
-            part.ended, part.shut = ended, shut
+            part.bound(ended, shut)
+
+    async def claim(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:
         self._rest_after_outage()
         claims = self._brought()
         idle = [part for part in self._parts if part not in self._reads]
@@ -158,7 +153,7 @@ class ClusterStreamClaims:
 
     async def _look_later(self, part: StreamClaims, running: Collection[Claim]) -> list[Claim]:
         await anyio.sleep(AWAY_PAUSE)
-        claims = await part.claim(1, 0, running, part.ended, part.shut)
+        claims = await part.claim(1, 0, running)
         if self._away.pop(part, None) is not None:
             self.reply_lost = True
             log.info("node_back", queues=part.queues)

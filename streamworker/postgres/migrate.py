@@ -22,7 +22,7 @@ import asyncpg
 import msgspec
 
 from streamworker.errors import ConfigurationError, StreamworkerError
-from streamworker.postgres.listen import Connection, connect
+from streamworker.postgres.pool import OwnConnection, connect
 from streamworker.postgres.sqlstate import understood
 from streamworker.telemetry.logs import get_logger
 
@@ -173,7 +173,7 @@ class Migrator:
         return sorted(states.values(), key=lambda state: state.version)
 
     @asynccontextmanager
-    async def _connected(self) -> AsyncIterator[Connection]:
+    async def _connected(self) -> AsyncIterator[OwnConnection]:
         connection = await connect(self._url, "migrations")
         try:
             with understood("migrating"):
@@ -182,7 +182,7 @@ class Migrator:
             await connection.close(timeout=5)
 
 
-async def _make_table(connection: Connection) -> None:
+async def _make_table(connection: OwnConnection) -> None:
     # The table is looked up first: IF NOT EXISTS needs the right to create even if the table exists.
     if await connection.fetchval("select to_regclass('streamworker.schema_migrations')") is not None:
         return
@@ -195,10 +195,10 @@ async def _make_table(connection: Connection) -> None:
     await connection.execute(_TABLE)
 
 
-async def _applied(connection: Connection, migration: Migration) -> bool:
+async def _applied(connection: OwnConnection, migration: Migration) -> bool:
     """Apply one file and record it; False if it was applied before."""
 
-    async def apply(connection: Connection) -> bool:
+    async def apply(connection: OwnConnection) -> bool:
         checksum = await connection.fetchval(
             "select checksum from streamworker.schema_migrations where version = $1", migration.version
         )
@@ -217,7 +217,7 @@ async def _applied(connection: Connection, migration: Migration) -> bool:
     return await (_exclusively if migration.atomic else _exclusively_bare)(connection, apply)
 
 
-async def _exclusively(connection: Connection, work: Callable[[Connection], Awaitable[T]]) -> T:
+async def _exclusively(connection: OwnConnection, work: Callable[[OwnConnection], Awaitable[T]]) -> T:
     """Run ``work`` in a transaction, one migrator at a time."""
     deadline = monotonic() + LOCK_WAIT
     while True:
@@ -229,7 +229,7 @@ async def _exclusively(connection: Connection, work: Callable[[Connection], Awai
         await _wait(deadline)
 
 
-async def _exclusively_bare(connection: Connection, work: Callable[[Connection], Awaitable[T]]) -> T:
+async def _exclusively_bare(connection: OwnConnection, work: Callable[[OwnConnection], Awaitable[T]]) -> T:
     """The same outside a transaction."""
     deadline = monotonic() + LOCK_WAIT
     while not await connection.fetchval("select pg_try_advisory_lock($1)", LOCK):

@@ -2,14 +2,16 @@
 
 Each statement is a transaction of its own: no row is locked during a command to Redis, and a row that another
 transaction has locked is skipped. A row that no worker could decode becomes dead with its reason; the others go on.
+`listen` tells of commits, on a connection of its own, past any pooler.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final
 
+import anyio
 import asyncpg
 import msgspec
 
@@ -18,7 +20,8 @@ from streamworker.codec import NOTHING, OLD_HEADERS
 from streamworker.errors import InvalidJob
 from streamworker.job import LEVELS, Job, Level
 from streamworker.postgres.encoding import text, within_python
-from streamworker.postgres.pool import Database
+from streamworker.postgres.enqueue import CHANNEL
+from streamworker.postgres.pool import Database, connect
 from streamworker.postgres.sqlstate import is_one_rows_fault, reason, translated, understood
 from streamworker.relay import KnownQueue, Lost, Taken
 from streamworker.telemetry.logs import get_logger
@@ -397,3 +400,43 @@ def _packed(row: asyncpg.Record, hop: int, attempts: int) -> bytes:
     )
     # The limit was checked at enqueue; for rows that another driver wrote the worker's limit holds.
     return codec.pack(job, max_bytes=2**62, key_ttl=0).body
+
+
+RETRY: Final = 2.0
+"""Seconds between tries to connect again; meanwhile the relay polls."""
+PROBE: Final = 30.0
+"""Seconds after which a silent connection is probed."""
+
+
+async def listen(url: str, on_message: Callable[[str], None], on_state: Callable[[bool], None]) -> None:
+    """Call ``on_message`` for every notification. Never returns; cancel it.
+
+    Args:
+        url: of the database, past any connection pooler.
+        on_message: called with the message.
+        on_state: called with whether notifications arrive, when that changes.
+    """
+    logged = False
+    while True:
+        try:
+            connection = await connect(url, "relay, listening")
+            try:
+                gone = anyio.Event()
+                connection.add_termination_listener(lambda _, gone=gone: gone.set())
+                with understood("listening for jobs"):
+                    await connection.add_listener(CHANNEL, lambda _c, _p, _n, message: on_message(str(message)))
+                    on_state(True)
+                    logged = False
+                    while not gone.is_set():
+                        with anyio.move_on_after(PROBE):
+                            await gone.wait()
+                            break
+                        await connection.execute("select 1", timeout=PROBE)
+            finally:
+                on_state(False)
+                connection.terminate()
+        except Exception as error:  # noqa: BLE001 - a hint that fails must not end the relay
+            if not logged:
+                log.info("listen_lost", error=str(error), hint="queued jobs are looked for twice a second meanwhile")
+            logged = True
+        await anyio.sleep(RETRY)

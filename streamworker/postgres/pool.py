@@ -24,7 +24,8 @@ from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.ledger")
 
-Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record] | PoolConnectionProxy[asyncpg.Record]"
+OwnConnection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+Connection: TypeAlias = "OwnConnection | PoolConnectionProxy[asyncpg.Record]"
 AnyPool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
 
 CONNECT_TIMEOUT: Final = 10.0
@@ -412,3 +413,21 @@ async def require_same_database(ledger: Database, pool: AnyPool) -> None:
 
 async def _nothing_to_reset(_: asyncpg.Connection[asyncpg.Record]) -> None:
     """Nothing of ours stays behind in a session; asyncpg's own reset would cost a round trip each time."""
+
+
+async def connect(url: str, what: str) -> OwnConnection:
+    """One connection, of no pool.
+
+    Args:
+        url: of the database.
+        what: its purpose, shown by pg_stat_activity.
+
+    Raises:
+        Unreachable: no server answers.
+        ConfigurationError: it refuses this user or this database.
+    """
+    options: dict[str, Any] = {"server_settings": {"application_name": f"streamworker {what}"}}
+    with understood(f"connecting for {what}"):
+        # No cached statements: the URL may lead through a pooler all the same.
+        connection: OwnConnection = await dsn.connect(url, timeout=CONNECT_TIMEOUT, statement_cache_size=0, **options)
+        return connection

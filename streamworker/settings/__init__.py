@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self, TypeAlias, get_args, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeAlias, TypeVar, get_args, get_type_hints
 
 import msgspec
 
@@ -37,6 +37,9 @@ __all__ = ["EMBEDDED", "Address", "Described", "QueueSpec", "Settings", "mask_ur
 
 EMBEDDED = "embedded"
 """The ``REDIS_URL`` that means the embedded pair of servers."""
+
+S = TypeVar("S")
+L = TypeVar("L")
 
 Mode: TypeAlias = Literal["stream", "list"]
 Priority: TypeAlias = Literal["strict", "weighted"]
@@ -208,6 +211,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 "No PostgreSQL is configured: set DATABASE_URL=postgresql://user:password@host:5432/name."
             )
         return self.database_url
+
+    def by_mode(self, stream: S, lists: L) -> S | L:
+        """Return ``stream`` or ``lists``, as ``mode`` says."""
+        return stream if self.mode == "stream" else lists
 
     def __repr__(self) -> str:
         # msgspec's own would print passwords into tracebacks.

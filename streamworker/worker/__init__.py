@@ -8,7 +8,12 @@ pause; running jobs go on, finished ones wait in memory and keep their lease unt
 from __future__ import annotations
 
 import asyncio
+import os
+import re
+import secrets
 import signal
+import socket
+import string
 import time
 from contextlib import AsyncExitStack
 from time import monotonic
@@ -29,11 +34,10 @@ from streamworker.telemetry.logs import get_logger
 from streamworker.worker import signals, stacks
 from streamworker.worker.executor import Executor
 from streamworker.worker.health import Health
-from streamworker.worker.heartbeat import heartbeat, new_worker_id
 from streamworker.worker.host import WorkerHost
 from streamworker.worker.inflight import InFlight, LeasedSet
 from streamworker.worker.job_task import JobThreads
-from streamworker.worker.lease import LeaseKeeper, longest_silence
+from streamworker.worker.lease import LeaseKeeper, heartbeat, longest_silence
 from streamworker.worker.metrics import MetricsEndpoint
 from streamworker.worker.observers import dispatch_to
 from streamworker.worker.pipeline import Pipeline
@@ -55,6 +59,15 @@ LAST_CALL: Final = 1.0
 SECOND_TRY: Final = 0.2
 """Seconds before a server that did not let us go is asked once more."""
 SHUTDOWN: Final = Interrupted("the worker shut down")
+
+
+def new_worker_id(name: str | None) -> str:
+    """``worker-{hostname}-{pid}-{random}``, or ``{name}-{random}``; random: 9 base-36 characters, unique per start."""
+    tail = "".join(secrets.choice(string.digits + string.ascii_lowercase) for _ in range(9))
+    if name:
+        return f"{name}-{tail}"
+    host = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname()) or "localhost"
+    return f"worker-{host}-{os.getpid()}-{tail}"
 
 
 class Shutdown:

@@ -26,7 +26,7 @@ from streamworker.worker.admission import Admission
 from streamworker.worker.executor import Executor
 from streamworker.worker.host import Relays
 from streamworker.worker.inflight import InFlight
-from streamworker.worker.ledger import LedgerLookup
+from streamworker.worker.lookup import LedgerLookup
 from streamworker.worker.recorder import LedgerOutage
 from streamworker.worker.tasks import TURN
 

@@ -1,4 +1,4 @@
-"""LeaseKeeper: the thread that renews claims, finds cancelled jobs, and watches the event loop from outside.
+"""LeaseKeeper: the thread that renews claims, writes the heartbeat, finds cancelled jobs, and watches the event loop.
 
 It has an event loop and a connection of its own, so that a handler that blocks the worker's event loop keeps its lease
 and is named in the log. A handler that runs past its deadline is renewed no more: hung is not slow. C code that keeps
@@ -9,24 +9,28 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from contextvars import copy_context
+from pathlib import Path
 from time import monotonic
 from typing import Final, Protocol
 
 import anyio
+import msgspec
 
 from streamworker.broker import Broker, Heartbeats, Signals
 from streamworker.execution import Execution
 from streamworker.handlers import Registration
 from streamworker.job import Progress
+from streamworker.settings import Settings
 from streamworker.telemetry.logs import get_logger
 from streamworker.worker import renewer, signals
-from streamworker.worker.inflight import LeasedSet
+from streamworker.worker.inflight import InFlight, LeasedSet
 from streamworker.worker.job_task import JobTask
 
 log = get_logger("streamworker.lease")
@@ -45,6 +49,7 @@ RESTART: Final = 60.0
 """Seconds before a renewing process that ended, or could not be started, is started again."""
 ENDS: Final = 2.0
 """Seconds it may take to end."""
+_PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 Report = dict[str, str | int | float]
 
 
@@ -334,3 +339,35 @@ def _is_in(run: Execution, task: asyncio.Task[object] | None) -> bool:
     if run.outcome is not None or run.started is None or not isinstance(task, JobTask):
         return False
     return run.task is task or run.task is None
+
+
+def rss_bytes() -> int:
+    """Resident memory of this process in bytes; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_bytes().split()[1]) * _PAGE
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def heartbeat(
+    settings: Settings, queues: Sequence[str], started: float, in_flight: InFlight, loop_lag: float
+) -> Report:
+    """The fields of one heartbeat."""
+    counts, spinning = in_flight.counts, in_flight.spinning()
+    return {
+        "hostname": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": round(started, 3),
+        "mode": settings.mode,
+        "queues": ",".join(queues),
+        "running": in_flight.busy,
+        "done": counts.done,
+        "failed": counts.failed,
+        "retried": counts.retried,
+        "dead": counts.dead,
+        "recovered": counts.recovered,
+        "lost": counts.lost,
+        "rss": rss_bytes(),
+        "loop_lag": round(loop_lag, 4),
+        "spinning": "" if spinning is None else msgspec.json.encode(spinning).decode(),
+    }

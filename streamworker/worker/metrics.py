@@ -23,10 +23,9 @@ from streamworker.settings import Settings
 from streamworker.telemetry.exposition import CONTENT_TYPE, Family, Histogram, Numbers, render
 from streamworker.telemetry.http import Answer
 from streamworker.telemetry.logs import get_logger
-from streamworker.worker.heartbeat import rss_bytes
 from streamworker.worker.host import WorkerHost
 from streamworker.worker.inflight import InFlight
-from streamworker.worker.lease import LeaseKeeper
+from streamworker.worker.lease import LeaseKeeper, rss_bytes
 
 log = get_logger("streamworker.http")
 

@@ -21,7 +21,7 @@ from streamworker.worker.executor import Executor
 from streamworker.worker.fetcher import Fetcher
 from streamworker.worker.host import WorkerHost, WorkerResources
 from streamworker.worker.inflight import InFlight, Permits
-from streamworker.worker.ledger import LedgerLookup, RunningMarker
+from streamworker.worker.lookup import LedgerLookup, RunningMarker
 from streamworker.worker.observers import ObserverDispatch
 from streamworker.worker.recorder import Recorder, WorkerLedger
 from streamworker.worker.scheduler import DelayedPromoter

@@ -108,7 +108,7 @@ async def test_one_that_was_called_and_never_comes_holds_nobody_up(broker_factor
 
 
 async def test_one_that_was_dropped_while_it_waited_holds_nobody_up(broker_factory, raw, monkeypatch):
-    monkeypatch.setattr("streamworker.broker.limiter.PATIENCE", 0.3)
+    monkeypatch.setattr("streamworker.broker.base.PATIENCE", 0.3)
     one = Limit("q", "k", concurrency=1)
     async with broker_factory("w") as broker:
         await broker.publish([job(name) for name in "abc"])

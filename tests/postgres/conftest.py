@@ -17,11 +17,11 @@ from tests.postgres.servers import PostgresServer
 WAITS = {
     "streamworker.loops.FIRST": 0.1,
     "streamworker.relay.loss_detector.LOOK": 0.4,
-    "streamworker.postgres.listen.RETRY": 0.3,
+    "streamworker.postgres.outbox.RETRY": 0.3,
     "streamworker.worker.recorder.AGAIN_AFTER": 0.5,
     "streamworker.worker.recorder.BUSY_PAUSE": 0.3,
-    "streamworker.worker.ledger.LONG": 0.3,
-    "streamworker.worker.ledger.INTERVAL": 0.1,
+    "streamworker.worker.lookup.LONG": 0.3,
+    "streamworker.worker.lookup.INTERVAL": 0.1,
 }
 """Seconds between tries and looks, of which tests want the next one and not the distance."""
 

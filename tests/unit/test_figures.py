@@ -54,11 +54,25 @@ def test_entries_are_files_and_folders_of_one_level(package, tmp_path):
         ({"a": "", "cli__b": "import streamworker.a\n"}, []),
         ({"cli__a": "", "b": "import streamworker.cli.a\n"}, []),
         ({"errors": "", "b": "import streamworker.errors\n"}, []),
+        ({"a": "if __name__ == '__main__':\n    main()\n", "b": "import streamworker.a\n"}, []),
         ({"a": ""}, []),
     ],
 )
 def test_core_modules_with_one_importer(package, files, found):
     assert texts(package(**files).single_importers()) == found
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("kind = A if settings.mode == 'list' else B", ["a.py:1: settings.mode == 'list'"]),
+        ("def f(mode):\n    return mode in ('list', 'x')", ["a.py:2: mode in ('list', 'x')"]),
+        ("match settings.mode:\n    case 'list':\n        x = 1", ["a.py:1: match settings.mode:"]),
+        ("kind = settings.by_mode(A, B)", []),
+    ],
+)
+def test_only_settings_and_wiring_choose_by_mode(package, code, found):
+    assert texts(package(a=code, wiring=code, settings____init__=code).mode_branches()) == found
 
 
 def test_small_modules_with_one_importer(package):

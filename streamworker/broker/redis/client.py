@@ -26,9 +26,15 @@ from redis.driver_info import DriverInfo
 from streamworker.broker.redis import connection
 from streamworker.broker.redis import url as urls
 from streamworker.broker.redis.cluster import ClusterClient, ClusterReader, ClusterSlots, slot_of
-from streamworker.broker.redis.connection import CommandConnection, CommandPool, Reader
+from streamworker.broker.redis.connection import (
+    CommandConnection,
+    CommandPool,
+    ManagedConnection,
+    ManagedSSLConnection,
+    Reader,
+    Sentinels,
+)
 from streamworker.broker.redis.reactions import CLUSTER, _short, clustered
-from streamworker.broker.redis.sentinel import ManagedConnection, ManagedSSLConnection, Sentinels
 from streamworker.broker.redis.url import Host, RedisUrl
 from streamworker.errors import ConfigurationError, NoConnection
 
