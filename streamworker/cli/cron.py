@@ -6,12 +6,11 @@ import time
 from collections.abc import AsyncIterator
 from typing import Final
 
-import anyio
 import msgspec
 from cyclopts import App
 
 from streamworker.cli.app_loader import load_app, with_own
-from streamworker.cli.options import LISTING, WORKER, Listing, WorkerFlags
+from streamworker.cli.options import LISTING, WORKER, Listing, WorkerFlags, run
 from streamworker.cli.output import Column, show
 from streamworker.cron import Schedule
 
@@ -63,12 +62,7 @@ def list_(*, listing: Listing = LISTING, flags: WorkerFlags = WORKER) -> int:
 
             return await show(listing, rows, _COLUMNS, title="schedules")
 
-    try:
-        return anyio.run(main)
-    except KeyboardInterrupt:
-        if listing.watch:
-            return 0
-        raise
+    return run(main, endless=listing.watch)
 
 
 def _row(schedule: Schedule, last: float | None) -> CronRow:

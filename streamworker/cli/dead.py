@@ -10,10 +10,10 @@ from cyclopts import App, Parameter
 from cyclopts.validators import Number
 
 from streamworker.broker import StoredJob
-from streamworker.cli.options import ACTION, LISTING, SERVER, ActionFlags, Listing, NamedIds, QueueName, ServerFlags
+from streamworker.cli.options import ACTION, LISTING, SERVER, ActionFlags, Listing, QueueName, ServerFlags
 from streamworker.cli.output import Column
-from streamworker.cli.resource import Resource, narrowed
-from streamworker.views import DeadRow, Selection, age, chosen_dead, dead_row
+from streamworker.cli.resource import Choice, Conditions, Resource
+from streamworker.views import DeadRow, age, chosen_dead, dead_row
 
 dead = App(name="dead", help="Jobs that failed for good, and why.")
 
@@ -40,21 +40,30 @@ _DEAD: Final = Resource("dead", "dead letter", chosen_dead, lambda job: dead_row
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class DeadConditions:
+class DeadConditions(Conditions):
     """Which dead letters.
 
     Attributes:
         kind: Of this kind.
         reason: With this text in their reason.
-        search: With this text, in upper or lower case, in id, kind, reason or error.
+        text: With this text, in upper or lower case, in id, kind, reason or error.
     """
 
     kind: str | None = None
     reason: str | None = None
-    search: str | None = None
+    text: Annotated[str | None, Parameter(name="--search")] = None
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class DeadChoice(DeadConditions, Choice):
+    """Which dead letters are changed."""
 
 
 CONDITIONS = DeadConditions()
+WHICH = DeadChoice()
+
+dead.command(_DEAD.show, name="show", help="Show everything about some dead letters.")
 
 
 @dead.default
@@ -73,36 +82,13 @@ def list_(
         queue: Only of this queue.
         payload: Print the documents too.
     """
-    return _DEAD.list(_selection((), queue, conditions), listing, server, payload=payload)
-
-
-@dead.command(name="show")
-def show_(
-    *ids: str,
-    named: NamedIds = (),
-    queue: QueueName = None,
-    payload: bool = False,
-    json: bool = False,
-    server: ServerFlags = SERVER,
-) -> int:
-    """Show everything about some dead letters.
-
-    Args:
-        ids: Entry ids or job ids.
-        queue: In this queue.
-        payload: Print the documents too.
-        json: One JSON object per line, for programs.
-    """
-    return _DEAD.show((*ids, *named), queue, server, payload=payload, json=json)
+    return _DEAD.list(conditions.selection(queue), listing, server, payload=payload)
 
 
 @dead.command
 def retry(
     *ids: str,
-    named: NamedIds = (),
-    queue: QueueName = None,
-    conditions: DeadConditions = CONDITIONS,
-    all: bool = False,  # noqa: A002 - the flag's name
+    which: DeadChoice = WHICH,
     rate: Annotated[float | None, Parameter(validator=Number(gt=0, lte=1_000_000))] = None,
     acting: ActionFlags = ACTION,
     server: ServerFlags = SERVER,
@@ -111,36 +97,17 @@ def retry(
 
     Args:
         ids: Entry ids or job ids.
-        queue: In this queue.
-        all: All of them.
         rate: So many a second at most; as fast as it goes unless given.
     """
-    selection = narrowed(_selection(ids + named, queue, conditions), all, "retry")
+    selection = which.chosen(ids, "retry")
     return _DEAD.change(("retry", "retried"), selection, acting, server, lambda it: it.replay, rate=rate)
 
 
 @dead.command
-def drop(
-    *ids: str,
-    named: NamedIds = (),
-    queue: QueueName = None,
-    conditions: DeadConditions = CONDITIONS,
-    all: bool = False,  # noqa: A002 - the flag's name
-    acting: ActionFlags = ACTION,
-    server: ServerFlags = SERVER,
-) -> int:
+def drop(*ids: str, which: DeadChoice = WHICH, acting: ActionFlags = ACTION, server: ServerFlags = SERVER) -> int:
     """Delete dead letters for good.
 
     Args:
         ids: Entry ids or job ids.
-        queue: In this queue.
-        all: All of them.
     """
-    selection = narrowed(_selection(ids + named, queue, conditions), all, "drop")
-    return _DEAD.change(("drop", "dropped"), selection, acting, server, lambda it: it.erase)
-
-
-def _selection(ids: tuple[str, ...], queue: str | None, conditions: DeadConditions) -> Selection:
-    return Selection(
-        queue=queue, ids=frozenset(ids), kind=conditions.kind, reason=conditions.reason, text=conditions.search
-    )
+    return _DEAD.change(("drop", "dropped"), which.chosen(ids, "drop"), acting, server, lambda it: it.erase)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Final
 
-from cyclopts import App
+from cyclopts import App, Parameter
 
-from streamworker.cli.options import ACTION, LISTING, SERVER, ActionFlags, Listing, NamedIds, QueueName, ServerFlags
+from streamworker.cli.options import ACTION, LISTING, SERVER, ActionFlags, Listing, QueueName, ServerFlags
 from streamworker.cli.output import Column
-from streamworker.cli.resource import Resource, narrowed
+from streamworker.cli.resource import Choice, Resource
 from streamworker.views import DelayedRow, Selection, age, chosen_delayed, delayed_row
 
 delayed = App(name="delayed", help="Jobs that wait for their time, retries among them.")
@@ -24,10 +25,24 @@ _COLUMNS: Final[list[Column[DelayedRow]]] = [
     Column("entry", lambda row: row.entry_id, wide=True),
 ]
 
-
 _DELAYED: Final = Resource(
     "delayed", "delayed job", chosen_delayed, lambda job: delayed_row(job, time.time()), _COLUMNS
 )
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class DelayedChoice(Choice):
+    """Which delayed jobs are changed.
+
+    Attributes:
+        kind: Of this kind.
+    """
+
+    kind: str | None = None
+
+
+WHICH = DelayedChoice()
 
 
 @delayed.default
@@ -51,44 +66,21 @@ def list_(
 
 
 @delayed.command
-def run(
-    *ids: str,
-    named: NamedIds = (),
-    queue: QueueName = None,
-    kind: str | None = None,
-    all: bool = False,  # noqa: A002 - the flag's name
-    acting: ActionFlags = ACTION,
-    server: ServerFlags = SERVER,
-) -> int:
+def run(*ids: str, which: DelayedChoice = WHICH, acting: ActionFlags = ACTION, server: ServerFlags = SERVER) -> int:
     """Make delayed jobs ready now.
 
     Args:
         ids: Job ids, or entry ids as --json shows them.
-        queue: In this queue.
-        kind: Of this kind.
-        all: All of them.
     """
-    selection = narrowed(Selection(queue=queue, ids=frozenset((*ids, *named)), kind=kind), all, "run")
-    return _DELAYED.change(("make ready", "made ready"), selection, acting, server, lambda operator: operator.run_now)
+    words, selection = ("make ready", "made ready"), which.chosen(ids, "run")
+    return _DELAYED.change(words, selection, acting, server, lambda it: it.run_now)
 
 
 @delayed.command
-def drop(
-    *ids: str,
-    named: NamedIds = (),
-    queue: QueueName = None,
-    kind: str | None = None,
-    all: bool = False,  # noqa: A002 - the flag's name
-    acting: ActionFlags = ACTION,
-    server: ServerFlags = SERVER,
-) -> int:
+def drop(*ids: str, which: DelayedChoice = WHICH, acting: ActionFlags = ACTION, server: ServerFlags = SERVER) -> int:
     """Delete delayed jobs for good.
 
     Args:
         ids: Job ids, or entry ids as --json shows them.
-        queue: In this queue.
-        kind: Of this kind.
-        all: All of them.
     """
-    selection = narrowed(Selection(queue=queue, ids=frozenset((*ids, *named)), kind=kind), all, "drop")
-    return _DELAYED.change(("drop", "dropped"), selection, acting, server, lambda operator: operator.forget)
+    return _DELAYED.change(("drop", "dropped"), which.chosen(ids, "drop"), acting, server, lambda it: it.forget)

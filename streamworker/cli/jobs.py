@@ -25,9 +25,10 @@ from streamworker.cli.options import (
     QueueName,
     Seconds,
     WorkerFlags,
+    run,
 )
 from streamworker.cli.output import Column, document, plain, print_json, print_lines, show
-from streamworker.cli.resource import BulkAction, act, agreed
+from streamworker.cli.resource import BulkAction, act, agreed, require_choice
 from streamworker.cli.streams import say
 from streamworker.errors import StreamworkerError, UsageError
 from streamworker.job import Progress
@@ -77,6 +78,17 @@ class JobConditions:
         since = None if self.since is None else datetime.now(UTC) - timedelta(seconds=self.since)
         statuses = self.status or (() if ids else default)
         return Wanted(queue=queue, kind=self.kind, statuses=statuses, since=since, ids=frozenset(ids))
+
+    def chosen(
+        self, queue: str | None, ids: tuple[str, ...], default: tuple[Status, ...], *, everything: bool, verb: str
+    ) -> Wanted:
+        """What is to be changed, as `wanted`.
+
+        Raises:
+            UsageError: neither ids nor a condition say which jobs, nor does ``everything``.
+        """
+        require_choice(bool(ids or self.kind or self.since), everything=everything, verb=verb)
+        return self.wanted(queue, ids, default)
 
 
 CONDITIONS = JobConditions()
@@ -177,7 +189,7 @@ def retry(
         all: All that died.
         force: Completed ones too: they run a second time.
     """
-    wanted = narrowed(conditions.wanted(queue, ids + named, ("dead",)), everything=all, verb="retry")
+    wanted = conditions.chosen(queue, ids + named, ("dead",), everything=all, verb="retry")
 
     async def work(archive: Archive) -> int:
         def barred(job: JobRecord) -> str | None:
@@ -242,12 +254,7 @@ def _ask(flags: WorkerFlags, work: Callable[[Archive], Coroutine[Any, Any, int]]
         async with StreamworkerApp[Any](settings=settings).archive(settings) as archive:
             return await work(archive)
 
-    try:
-        return anyio.run(main)
-    except KeyboardInterrupt:
-        if endless:
-            return 0
-        raise
+    return run(main, endless=endless)
 
 
 @asynccontextmanager
@@ -266,20 +273,6 @@ async def _progress(settings: Settings, job: JobRecord) -> Progress | None:
         if operator is None or job.worker_id is None:
             return None
         return (await operator.progress([(job.worker_id, job.id)]))[0]
-
-
-def narrowed(wanted: Wanted, *, everything: bool, verb: str) -> Wanted:
-    """``wanted``, if it says which jobs are meant.
-
-    Raises:
-        UsageError: it does not.
-    """
-    says = wanted.ids or wanted.kind or wanted.since
-    if says and everything:
-        raise UsageError("--all and other conditions contradict each other: keep one of them")
-    if not says and not everything:
-        raise UsageError(f"say what to {verb}: ids, a condition, or --all")
-    return wanted
 
 
 async def unambiguous(archive: Archive, wanted: Wanted) -> AsyncIterator[JobRecord]:
@@ -346,7 +339,7 @@ def cancel(
         queue: Of this queue.
         all: All that wait.
     """
-    wanted = narrowed(conditions.wanted(queue, ids + named, OPEN), everything=all, verb="cancel")
+    wanted = conditions.chosen(queue, ids + named, OPEN, everything=all, verb="cancel")
 
     async def work(archive: Archive | None, operator: Operator | None) -> int:
         def barred(job: _Target) -> str | None:

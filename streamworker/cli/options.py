@@ -215,6 +215,11 @@ def operate(server: ServerFlags, work: Callable[[Operator], Coroutine[Any, Any, 
         async with open_operator(settings) as operator:
             return await work(operator)
 
+    return run(main, endless=endless)
+
+
+def run(main: Callable[[], Coroutine[Any, Any, int]], *, endless: bool = False) -> int:
+    """Run a command's coroutine; where it is ``endless``, Ctrl-C is its regular end."""
     try:
         return anyio.run(main)
     except KeyboardInterrupt:

@@ -16,11 +16,11 @@ from streamworker.cli import streams
 from streamworker.cli.options import Listing
 from streamworker.cli.streams import say
 from streamworker.cli.tables import ROWS, Column, Rows, plain_table, take
-from streamworker.errors import InvalidJob, StreamworkerError, UsageError
+from streamworker.errors import InvalidJob, UsageError
 from streamworker.redact import clean_json
 from streamworker.views import Fleet, printable
 
-__all__ = ["Column", "document", "json_line", "plain", "print_json", "print_lines", "sentence_of", "show"]
+__all__ = ["Column", "document", "json_line", "plain", "print_json", "print_lines", "show"]
 
 R = TypeVar("R")
 
@@ -127,17 +127,6 @@ def _print_table(rows: Sequence[tuple[R, bytes | None]], columns: Sequence[Colum
 
 _TERMINAL: Final = {"FORCE_COLOR", "TTY_COMPATIBLE"}
 """Variables by which rich takes a pipe for a terminal."""
-
-
-def sentence_of(error: StreamworkerError) -> str:
-    """What to say about one job that could not be changed; errors that concern all of them are raised again.
-
-    Raises:
-        StreamworkerError: the server is away, or a setting is wrong.
-    """
-    if error.exit_code != StreamworkerError.exit_code:
-        raise error
-    return str(error)
 
 
 def detail(row: Any, body: bytes | None, *, payload: bool, json: bool, more: dict[str, Any] | None = None) -> None:

@@ -67,7 +67,7 @@ def list_(queue: QueueName = None, *, listing: Listing = LISTING, server: Server
 
 @queues.command
 def pause(*names: OneQueue, all: bool = False, server: ServerFlags = SERVER) -> int:  # noqa: A002 - the flag's name
-    """Let nobody claim jobs of some queues any more, within a second; what runs goes on.
+    """Stop all claims from some queues, within a second; what runs goes on.
 
     Args:
         names: The queues.

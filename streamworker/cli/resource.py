@@ -1,21 +1,31 @@
 """Jobs as a command lists, shows and changes them: one description of a resource, and the actions on many jobs."""
 
-from __future__ import annotations
+# Annotations are evaluated here: cyclopts would look for those of `Choice` in the modules of its subclasses.
 
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple
 
 import msgspec
 from typing_extensions import TypeVar
 
 from streamworker.broker import Operator, PendingEntry, StoredJob
-from streamworker.cli.options import ActionFlags, Listing, ServerFlags, fleet, operate
-from streamworker.cli.output import Column, detail, json_line, print_lines, sentence_of, show
+from streamworker.cli.options import (
+    SERVER,
+    ActionFlags,
+    Listing,
+    NamedIds,
+    QueueName,
+    ServerFlags,
+    fleet,
+    operate,
+)
+from streamworker.cli.output import Column, detail, json_line, print_lines, show
 from streamworker.cli.streams import Report, say
-from streamworker.errors import StreamworkerError, UsageError
-from streamworker.views import Selection, Throttle, printable
+from streamworker.errors import UsageError
+from streamworker.views import Selection, Throttle, outcome_of, printable
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -42,20 +52,60 @@ class BulkAction(NamedTuple, Generic[T]):
     barred: Callable[[T], str | None] = lambda _: None
 
 
-def narrowed(selection: Selection, everything: bool, verb: str) -> Selection:
-    """The selection, if it says which jobs are meant.
+def require_choice(says: bool, *, everything: bool, verb: str) -> None:
+    """Check that it is said which jobs are to be changed.
+
+    Args:
+        says: ids or conditions say it.
+        everything: ``--all`` was given.
+        verb: what is done to them.
 
     Raises:
-        UsageError: it does not.
+        UsageError: it is not said, or twice.
     """
-    says = (
-        selection.ids or selection.worker or selection.min_idle or selection.kind or selection.reason or selection.text
-    )
     if says and everything:
         raise UsageError("--all and other conditions contradict each other: keep one of them")
     if not says and not everything:
         raise UsageError(f"say what to {verb}: ids, a condition, or --all")
-    return selection
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """Conditions on jobs, as flags. A subclass has a field for each, named as that of `Selection`."""
+
+    def selection(self, queue: str | None, ids: Sequence[str] = ()) -> Selection:
+        """The jobs that fit: in this queue (``None``: in all), with one of these ids (empty: with any)."""
+        conditions = {name: value for name, value in vars(self).items() if name in Selection.__struct_fields__}
+        return Selection(**{**conditions, "queue": queue, "ids": frozenset(ids)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice(Conditions):
+    """Which jobs are changed.
+
+    Attributes:
+        named: The same, once per id.
+        queue: In this queue.
+        all: All of them.
+    """
+
+    named: NamedIds = ()
+    queue: QueueName = None
+    all: bool = False
+
+    def chosen(self, ids: tuple[str, ...], verb: str) -> Selection:
+        """The jobs to change.
+
+        Args:
+            ids: those without a flag.
+            verb: what is done to them.
+
+        Raises:
+            UsageError: it is not said which.
+        """
+        selection = self.selection(self.queue, (*ids, *self.named))
+        require_choice(selection.narrows, everything=self.all, verb=verb)
+        return selection
 
 
 class Resource(NamedTuple, Generic[J, R]):
@@ -90,25 +140,40 @@ class Resource(NamedTuple, Generic[J, R]):
 
         return operate(server, work, endless=listing.watch)
 
-    def show(self, ids: Sequence[str], queue: str | None, server: ServerFlags, *, payload: bool, json: bool) -> int:
-        """Print everything about the jobs with these ids; 1 if one of them is not there.
+    def show(
+        self,
+        *ids: str,
+        named: NamedIds = (),
+        queue: QueueName = None,
+        payload: bool = False,
+        json: bool = False,
+        server: ServerFlags = SERVER,
+    ) -> int:
+        """Print everything about the jobs with these ids; 1 if one of them is not there. It is a command as it is.
+
+        Args:
+            ids: Entry ids or job ids.
+            queue: In this queue.
+            payload: Print the documents too.
+            json: One JSON object per line, for programs.
 
         Raises:
             UsageError: no id was given.
         """
-        if not ids:
+        wanted = (*ids, *named)
+        if not wanted:
             raise UsageError(f"say which: streamworker {self.command} show ID")
 
         async def work(operator: Operator) -> int:
             found: set[str | None] = set()
-            async for job in self.choose(operator, Selection(queue=queue, ids=frozenset(ids))):
+            async for job in self.choose(operator, Selection(queue=queue, ids=frozenset(wanted))):
                 if found and not json:
                     print_lines([("--", "")])
                 names = job_names(job)
                 found |= {names["entry_id"], names["job_id"]}
                 body, more = await _body(operator, job), self.more(job, payload)
                 detail(self.row(job), body, payload=payload, json=json, more=more)
-            missing = [name for name in ids if name not in found]
+            missing = [name for name in wanted if name not in found]
             for name in missing:
                 say(f"there is no {self.noun} {printable(name)}")
             return int(bool(missing))
@@ -237,18 +302,14 @@ async def _do(
     try:
         for item in items:
             await pace.turn()
-            reason = ""
-            try:
-                result = action.past if await action.do(item) else "gone"
-            except StreamworkerError as error:
-                result, reason = "refused", sentence_of(error)
+            result, reason = await outcome_of(action.do(item))
             tally[result] += 1
             if acting.json or result == "refused":
-                _tell(acting, report, action.names(item), result, reason)
+                _tell(acting, report, action.names(item), action.past if result == "done" else result, reason)
     finally:
         # Also when the server went away in the middle: what is done is done.
         if not acting.json:
-            report.write(f"{action.past} {_count(tally[action.past], action.noun)}\n")
+            report.write(f"{action.past} {_count(tally['done'], action.noun)}\n")
         if tally["gone"]:
             say(f"{_count(tally['gone'], action.noun)} moved on meanwhile and were left alone")
     return int(tally["refused"] > 0)

@@ -13,7 +13,7 @@ import msgspec
 from typing_extensions import TypeVar
 
 from streamworker.broker import Operator, Page, PendingEntry, StoredJob
-from streamworker.errors import UsageError
+from streamworker.errors import StreamworkerError, UsageError
 from streamworker.views.rows import QueueRow, queue_row
 
 T = TypeVar("T")
@@ -139,6 +139,11 @@ class Selection(msgspec.Struct, frozen=True, kw_only=True):
     reason: str | None = None
     text: str | None = None
 
+    @property
+    def narrows(self) -> bool:
+        """Whether anything but a queue is asked for."""
+        return any(getattr(self, name) for name in self.__struct_fields__ if name != "queue")
+
     def fits(self, job_id: str | None, entry_id: str, kind: str | None) -> bool:
         """Whether ids and kind are those asked for."""
         return (not self.ids or entry_id in self.ids or job_id in self.ids) and self.kind in (None, kind)
@@ -258,6 +263,20 @@ def pending_action(operator: Operator, name: PendingAction, reason: str) -> Call
     if name == "bury":
         return lambda entry: operator.bury(entry, reason)
     return operator.release if name == "release" else operator.drop
+
+
+async def outcome_of(change: Awaitable[bool]) -> tuple[Literal["done", "gone", "refused"], str]:
+    """What one of many changes did: done, gone (the job had moved on), or refused, and why.
+
+    Raises:
+        StreamworkerError: it concerns them all: the server is away, or a setting is wrong.
+    """
+    try:
+        return ("done" if await change else "gone"), ""
+    except StreamworkerError as error:
+        if error.exit_code != StreamworkerError.exit_code:
+            raise
+        return "refused", str(error)
 
 
 class Throttle:

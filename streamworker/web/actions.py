@@ -15,11 +15,10 @@ from streamworker.errors import StreamworkerError, UsageError
 from streamworker.operators import cancel_job
 from streamworker.postgres import Archive
 from streamworker.telemetry.logs import get_logger
-from streamworker.views import PendingAction, StoredAction, moment, pending_action, stored_action
+from streamworker.views import PendingAction, StoredAction, moment, outcome_of, pending_action, stored_action
 from streamworker.web.bulk import BulkJob, What
 from streamworker.web.forms import MOST_RATE, Form, FormRow
 from streamworker.web.job_pages import pending_row
-from streamworker.web.pages import narrow
 from streamworker.web.render import client, monitor_of, who
 
 log = get_logger("streamworker.web")
@@ -94,15 +93,15 @@ def _pending(what: PendingAction) -> Callable[[Request, Operator, Form], Awaitab
     async def act(request: Request, operator: Operator, form: Form) -> dict[str, Any]:
         change = pending_action(operator, what, form.text("reason") or f"buried by {who(request)}")
 
-        async def one(row: FormRow) -> str:
+        async def one(row: FormRow) -> tuple[str, str]:
             entry = await pending_row(operator, row.queue, row.handle)
             if entry is None or (entry.worker_id, entry.deliveries) != (row.worker, row.deliveries):
-                return "gone"
+                return "gone", ""
             if entry.alive and not form.flag("force"):
-                return "alive"
-            return what if await change(entry) else "gone"
+                return "alive", ""
+            return await outcome_of(change(entry))
 
-        return await _each(form.rows(), one)
+        return await _each(form.rows(), one, _PAST[what])
 
     return act
 
@@ -111,29 +110,25 @@ def _stored(what: StoredAction) -> Callable[[Request, Operator, Form], Awaitable
     async def act(_: Request, operator: Operator, form: Form) -> dict[str, Any]:
         change = stored_action(operator, what)
 
-        async def one(row: FormRow) -> str:
-            job = StoredJob(row.queue, row.level, row.handle, None, None, 0.0, None)
-            return what if await change(job) else "gone"
+        async def one(row: FormRow) -> tuple[str, str]:
+            return await outcome_of(change(StoredJob(row.queue, row.level, row.handle, None, None, 0.0, None)))
 
-        return await _each(form.rows(), one)
+        return await _each(form.rows(), one, _PAST[what])
 
     return act
 
 
-async def _each(rows: list[FormRow], one: Callable[[FormRow], Awaitable[str]]) -> dict[str, Any]:
-    """Act on each row; returns the counts by result."""
+async def _each(rows: list[FormRow], one: Callable[[FormRow], Awaitable[tuple[str, str]]], past: str) -> dict[str, Any]:
+    """Act on each row; returns the counts by result, ``past`` for those that were changed."""
     if not rows:
         raise UsageError("nothing is ticked")
     tally: Counter[str] = Counter()
     refused = ""
     for row in rows:
-        try:
-            tally[await one(row)] += 1
-        except StreamworkerError as error:
-            if error.exit_code != StreamworkerError.exit_code:
-                raise
-            tally["refused"], refused = tally["refused"] + 1, str(error)
-    words = [f"{tally[name]:,} {past}" for name, past in _PAST.items() if tally[name]]
+        result, reason = await one(row)
+        tally[result] += 1
+        refused = reason or refused
+    words = [f"{tally['done']:,} {past}"] if tally["done"] else []
     if tally["gone"]:
         words.append(f"{tally['gone']:,} had moved on and were left alone")
     if tally["alive"]:
@@ -156,7 +151,7 @@ async def _bulk_job(request: Request, operator: Operator, form: Form) -> dict[st
     expected = sum(getattr(row, place) for row, _ in look.queues if selection.queue in (None, row.queue))
     if selection.worker is not None:
         expected = sum(each.pending for each in look.workers if each.worker_id == selection.worker)
-    elif narrow(selection):
+    elif selection.narrows:
         expected = 0  # how many fit is known at the end
     bulk_job = BulkJob(what, selection, rate or None, who(request), expected)
     monitor.bulk_jobs.begin(operator, bulk_job)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from typing import Any, Final, Literal, TypeAlias
@@ -20,6 +21,7 @@ from streamworker.views import (
     chosen_dead,
     chosen_delayed,
     chosen_pending,
+    outcome_of,
     pending_action,
     stored_action,
 )
@@ -60,7 +62,7 @@ class BulkJob:
         self.rate = rate
         self.who = who
         self.expected = expected
-        self.done = self.gone = self.refused = 0
+        self.tally = Counter(done=0, gone=0, refused=0)
         self.state: Literal["running", "done", "stopped", "failed"] = "running"
         self.trouble = ""
         self.began = time.time()
@@ -73,9 +75,7 @@ class BulkJob:
             "id": self.id,
             "title": f"{TITLES[self.what]}{where}",
             "state": self.state,
-            "done": self.done,
-            "gone": self.gone,
-            "refused": self.refused,
+            **self.tally,
             "expected": self.expected,
             "rate": self.rate,
             "who": self.who,
@@ -149,15 +149,9 @@ class BulkJobs:
                 await throttle.turn()
                 if bulk_job.state != "running":
                     break
-                try:
-                    if await do():
-                        bulk_job.done += 1
-                    else:
-                        bulk_job.gone += 1
-                except StreamworkerError as error:
-                    if error.exit_code != StreamworkerError.exit_code:
-                        raise
-                    bulk_job.refused, bulk_job.trouble = bulk_job.refused + 1, str(error)
+                result, reason = await outcome_of(do())
+                bulk_job.tally[result] += 1
+                bulk_job.trouble = reason or bulk_job.trouble
                 if time.monotonic() - told > STIR_EVERY:
                     told = time.monotonic()
                     self._stir()
@@ -167,7 +161,7 @@ class BulkJobs:
             bulk_job.state, bulk_job.trouble = "failed", str(error)
         log.info(
             "dashboard_campaign_ended", what=bulk_job.what, who=bulk_job.who, state=bulk_job.state,
-            queue=bulk_job.selection.queue, done=bulk_job.done, gone=bulk_job.gone, refused=bulk_job.refused,
+            queue=bulk_job.selection.queue, **bulk_job.tally,
         )  # fmt: skip
         self._stir()
 

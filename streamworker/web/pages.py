@@ -78,7 +78,7 @@ async def dead(request: Request) -> Response:
     total = sum(row.dead for row, _ in look.queues if selection.queue in (None, row.queue))
     return _page(
         request, "dead.html", "Dead letters", rows=rows, found=found, asked=selection, total=total, queues=names(look),
-        filtered=narrow(selection),
+        filtered=selection.narrows,
     )  # fmt: skip
 
 
@@ -109,11 +109,6 @@ async def workers(request: Request) -> Response:
         found = await pending_slice(operator, homes, selection, "", RUNNING, BUDGET / 2)
         running, more = found.rows[:RUNNING], found.after is not None
     return _page(request, "workers.html", "Workers", workers=look.workers, chosen=chosen, running=running, more=more)
-
-
-def narrow(selection: Selection) -> bool:
-    """Whether anything but a queue was asked for."""
-    return bool(selection.kind or selection.reason or selection.text or selection.worker or selection.min_idle)
 
 
 MOST: Final = 200
