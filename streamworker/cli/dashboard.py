@@ -11,12 +11,10 @@ from streamworker import web
 from streamworker.app import App
 from streamworker.cli.options import SERVER, ServerFlags
 
-LISTEN = "127.0.0.1:8787"
-
 
 def dashboard(
     *,
-    listen: str = LISTEN,
+    listen: str = web.LISTEN,
     read_only: bool = False,
     origin: Annotated[tuple[str, ...], Parameter(name="--origin")] = (),
     server: ServerFlags = SERVER,

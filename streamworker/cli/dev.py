@@ -20,7 +20,6 @@ import msgspec
 from streamworker import embedded, web
 from streamworker.app import App
 from streamworker.cli.app_loader import HOW
-from streamworker.cli.dashboard import LISTEN as DASHBOARD
 from streamworker.cli.options import WORKER, WorkerFlags
 from streamworker.errors import ConfigurationError
 from streamworker.settings import EMBEDDED, Settings
@@ -73,7 +72,7 @@ def _dashboard() -> Iterator[None]:
         log.info("no_dashboard", reason=str(error))
         yield
         return
-    listen = _free(DASHBOARD)
+    listen = _free(web.LISTEN)
     command = (sys.executable, "-m", "streamworker", "dashboard", "--listen", listen)
     process = subprocess.Popen(command, process_group=0)  # noqa: S603 - our own program, at an address of ours
     try:

@@ -15,6 +15,8 @@ from streamworker.web.security import Access
 
 __all__ = ["Access", "dashboard", "require"]
 
+LISTEN = "127.0.0.1:8787"
+"""Where ``streamworker dashboard`` listens unless told otherwise."""
 MISSING = "The dashboard needs the extra web, which is not installed here: pip install 'streamworker[web]'"
 
 

@@ -147,8 +147,10 @@ async def _bulk_job(request: Request, operator: Operator, form: Form) -> dict[st
     selection, rate = form.selection(), form.number("rate", MOST_RATE)
     monitor = monitor_of(request)
     look = await monitor.looked()
-    place = "dead" if what in ("replay", "erase") else "delayed" if what in ("hasten", "forget") else "running"
-    expected = sum(getattr(row, place) for row, _ in look.queues if selection.queue in (None, row.queue))
+    expected = look.count(
+        "dead" if what in ("replay", "erase") else "delayed" if what in ("hasten", "forget") else "running",
+        selection.queue,
+    )
     if selection.worker is not None:
         expected = sum(each.pending for each in look.workers if each.worker_id == selection.worker)
     elif selection.narrows:

@@ -1,21 +1,25 @@
-"""Pages of one job: everything about it, and the places that hold its id."""
+"""Pages of one job, in Redis and in the ledger: everything about it; and the ledger's jobs, searched."""
 
 from __future__ import annotations
 
 import time
-from typing import Any, Final
+from datetime import UTC, datetime
+from typing import Any, Final, get_args
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from streamworker import codec
-from streamworker.broker import Operator, PendingEntry, StoredJob
-from streamworker.errors import InvalidJob, UsageError
+from streamworker.broker import Operator, PendingEntry
+from streamworker.codec import FIRST_MOMENT, LAST_MOMENT
+from streamworker.errors import InvalidJob, StreamworkerError, UsageError
+from streamworker.postgres import Archive, JobRecord, Status, Wanted
 from streamworker.telemetry.logs import get_logger
 from streamworker.views import BUDGET, Selection, dead_row, dead_slice, delayed_slice, pending_slice, printable
+from streamworker.views.rows import attempt_row, job_row
 from streamworker.web.forms import Form, query
-from streamworker.web.pages import names, token
+from streamworker.web.pages import names, pending_token, stored_token
 from streamworker.web.render import access_of, client, monitor_of, render, who
 
 log = get_logger("streamworker.web")
@@ -44,18 +48,24 @@ async def show(request: Request) -> Response:
 
 async def payload(request: Request) -> Response:
     """The document of one job. The log says who looked."""
+    _require_payloads(request)
+    place, row, body, _ = await _find(request, query(request))
+    return _payload(request, _indented(body), place=place, queue=row.queue, job_id=row.job_id)
+
+
+def _require_payloads(request: Request) -> None:
     if not access_of(request).payloads:
         raise UsageError("payloads are shown only where a password is asked for, or on this machine")
-    form = query(request)
-    place, row, body, _ = await _find(request, form)
-    log.info(
-        "dashboard_payload_shown", who=who(request), place=place, queue=row.queue, job_id=row.job_id,
-        client=client(request),
-    )  # fmt: skip
-    return render(request, "payload.html", title="Payload", **_document(body))
 
 
-async def places(request: Request, wanted: str) -> tuple[dict[str, list[Any]], bool]:
+def _payload(request: Request, text: str, **job: Any) -> Response:
+    """A document, everything spelled out that could reorder or hide its lines; the log says who looked at which."""
+    log.info("dashboard_payload_shown", who=who(request), client=client(request), **job)
+    shown = "\n".join(printable(line) for line in text[:LARGEST].split("\n"))
+    return render(request, "payload.html", title="Payload", text=shown, cut=max(0, len(text) - LARGEST))
+
+
+async def _places(request: Request, wanted: str) -> tuple[dict[str, list[Any]], bool]:
     """(the places of a job id on the server: (row, queue, handle) by place; whether all was looked at)."""
     monitor = monitor_of(request)
     look, operator = await monitor.looked(), await monitor.operator()
@@ -80,16 +90,15 @@ async def _find(request: Request, form: Form) -> tuple[str, Any, bytes | None, s
     if place == "pending":
         row = await pending_row(operator, queue, handle)
         if row is not None:
-            parts = (queue, row.entry_id, row.level, row.worker_id, row.deliveries)
-            return place, row, await operator.body(row), token(*parts)
+            return place, row, await operator.body(row), pending_token(row)
     elif place == "dead":
         page = await operator.dead(queue, only=handle) if handle.replace("-", "").isdigit() else None
         row = page.rows[0] if page is not None and page.rows else None
     elif place == "delayed":
-        row = await delayed_job(operator, queue, handle)
+        row = await operator.delayed_job(queue, handle)
     if row is None:
         raise UsageError(f"{printable(handle)} is not {place} in {queue} any more: it ran, moved on, or was deleted")
-    return place, row, row.body, token(queue, row.handle, row.level)
+    return place, row, row.body, stored_token(row)
 
 
 async def pending_row(operator: Operator, queue: str, entry_id: str) -> PendingEntry | None:
@@ -103,11 +112,6 @@ async def pending_row(operator: Operator, queue: str, entry_id: str) -> PendingE
             return page.rows[0]
         after = page.after
     return None
-
-
-async def delayed_job(operator: Operator, queue: str, handle: str) -> StoredJob | None:
-    """A delayed job by its handle."""
-    return await operator.delayed_job(queue, handle)
 
 
 def _facts(body: bytes | None) -> dict[str, Any]:
@@ -128,16 +132,99 @@ def _facts(body: bytes | None) -> dict[str, Any]:
     }
 
 
-def spelled(text: str) -> str:
-    """Lines of foreign text with everything spelled out that could reorder or hide them."""
-    return "\n".join(printable(line) for line in text.split("\n"))
-
-
-def _document(body: bytes | None) -> dict[str, Any]:
+def _indented(body: bytes | None) -> str:
     if body is None:
-        return {"text": "", "cut": 0}
+        return ""
     try:
-        text = msgspec.json.format(body, indent=2).decode()
+        return msgspec.json.format(body, indent=2).decode()
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        text = body.decode(errors="backslashreplace")
-    return {"text": spelled(text[:LARGEST]), "cut": max(0, len(text) - LARGEST)}
+        return body.decode(errors="backslashreplace")
+
+
+FIRST: Final = datetime.fromtimestamp(FIRST_MOMENT, UTC)
+LAST: Final = datetime.fromtimestamp(LAST_MOMENT, UTC)
+"""The ledger's times are between them."""
+SIZE: Final = 100
+"""Rows of a page."""
+
+
+async def jobs(request: Request) -> Response:
+    """The ledger's jobs, newest first; with an id, all that is known of it."""
+    form = query(request)
+    wanted = form.text("id")
+    archive, trouble = None, ""
+    try:
+        archive = await monitor_of(request).archive()
+    except StreamworkerError as error:
+        trouble = str(error)
+    values: dict[str, Any] = {"durable": archive is not None, "ledger_trouble": trouble}
+    asked = _asked(form) if wanted is None else Wanted(queue=form.queue(), ids=frozenset({wanted}))
+    rows, after = await _page(archive, asked) if archive is not None else ([], None)
+    if wanted is not None and len(rows) < 2:  # more: several queues have a job with this id
+        queue = rows[0].queue if rows else asked.queue
+        values |= await _one(request, archive, wanted, queue)
+        return render(request, "job.html", title=printable(wanted), wanted=wanted, queue=queue, **values)
+    look = await monitor_of(request).looked()
+    values |= {"asked": asked, "rows": [job_row(job) for job in rows], "after": after}
+    return render(request, "jobs.html", title="Jobs", queues=names(look), statuses=get_args(Status), **values)
+
+
+async def _one(request: Request, archive: Archive | None, wanted: str, queue: str | None) -> dict[str, Any]:
+    job = await archive.find(wanted, queue) if archive is not None else None
+    attempts = await archive.attempts(job.queue, wanted) if archive is not None and job is not None else []
+    found, whole = await _places(request, wanted)
+    return {
+        "job": job_row(job) if job is not None else None,
+        "attempts": [attempt_row(attempt) for attempt in attempts],
+        "found": found,
+        "whole": whole,
+        "any": any(found.values()),
+    }
+
+
+async def remembered(request: Request) -> Response:
+    """What the ledger remembers of a job that may be private. The log says who looked."""
+    _require_payloads(request)
+    archive, form = await monitor_of(request).archive(), query(request)
+    wanted = form.must("id")
+    job = await archive.find(wanted, form.queue()) if archive is not None else None
+    if job is None:
+        raise UsageError("the ledger knows no such job")
+    text = job.document.decode(errors="backslashreplace") if job.document is not None else _readable(job)
+    return _payload(request, text, place="ledger", job_id=wanted)
+
+
+def _readable(job: JobRecord) -> str:
+    parts = {"payload": job.payload, "headers": job.headers, "result": job.result}
+    return msgspec.json.format(msgspec.json.encode({k: v for k, v in parts.items() if v is not None})).decode()
+
+
+async def _page(archive: Archive, asked: Wanted) -> tuple[list[JobRecord], str | None]:
+    rows: list[JobRecord] = []
+    async for job in archive.jobs(asked):
+        if len(rows) == SIZE:
+            return rows, f"{rows[-1].created_at.isoformat()}|{rows[-1].queue}|{rows[-1].id}"
+        rows.append(job)
+    return rows, None
+
+
+def _asked(form: Form) -> Wanted:
+    status = form.text("status")
+    statuses: tuple[Status, ...] = tuple(each for each in get_args(Status) if each == status)
+    if status is not None and not statuses:
+        raise UsageError(f"there is no status {printable(status)}")
+    return Wanted(queue=form.queue(), kind=form.text("kind"), statuses=statuses, after=_after(form.text("after")))
+
+
+def _after(text: str | None) -> tuple[datetime, str, str] | None:
+    if text is None:
+        return None
+    moment, _, rest = text.partition("|")
+    queue, separator, job_id = rest.partition("|")
+    try:
+        at = datetime.fromisoformat(moment)
+    except ValueError:
+        at = None
+    if at is None or at.tzinfo is None or not FIRST <= at <= LAST or not separator:
+        raise UsageError("no page begins there: begin at the first one")
+    return at, job_id, queue

@@ -3,24 +3,43 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
-from typing import Any, Final
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Final, Literal
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from typing_extensions import TypeVar
 
-from streamworker.views import BUDGET, Look, Selection, dead_row, dead_slice, delayed_row, delayed_slice, pending_slice
+from streamworker.broker import PendingEntry, StoredJob
+from streamworker.views import (
+    BUDGET,
+    Look,
+    Selection,
+    Slice,
+    dead_row,
+    dead_slice,
+    delayed_row,
+    delayed_slice,
+    pending_slice,
+)
 from streamworker.web.forms import query
 from streamworker.web.render import monitor_of, render
+
+T = TypeVar("T")
 
 RUNNING: int = 200
 """Jobs that are shown of one worker at most."""
 
 
-def token(*parts: Any) -> str:
-    """What names a row in a form; plain ASCII, so that nothing in it can reorder the page around it."""
-    return json.dumps(parts)
+def pending_token(entry: PendingEntry) -> str:
+    """What names a pending job in a form, a `FormRow`; plain ASCII, so that it cannot reorder the page around it."""
+    return json.dumps((entry.queue, entry.entry_id, entry.level, entry.worker_id, entry.deliveries))
+
+
+def stored_token(job: StoredJob) -> str:
+    """The same of a delayed job or a dead letter."""
+    return json.dumps((job.queue, job.handle, job.level))
 
 
 def names(look: Look) -> list[str]:
@@ -28,14 +47,10 @@ def names(look: Look) -> list[str]:
     return [row.queue for row, _ in look.queues]
 
 
-def _page(request: Request, template: str, title: str, **values: Any) -> Response:
-    return render(request, template, title=title, **values)
-
-
 async def overview(request: Request) -> Response:
     """Everything at a glance."""
     look = await monitor_of(request).looked()
-    return _page(request, "overview.html", "Overview", fleet=look)
+    return render(request, "overview.html", title="Overview", fleet=look)
 
 
 async def queue(request: Request) -> Response:
@@ -47,53 +62,77 @@ async def queue(request: Request) -> Response:
     workers = [worker for worker in look.workers if name in worker.queues]
     kinds = sorted(await operator.waiting([name], 300), key=lambda each: -each.count)
     notices = [notice for notice in look.notices if notice.queue == name]
-    return _page(
-        request, "queue.html", name, queue=depth, note=note, workers=workers, kinds=kinds, notices=notices,
+    return render(
+        request, "queue.html", title=name, queue=depth, note=note, workers=workers, kinds=kinds, notices=notices,
         rate=look.rates.get(name),
     )  # fmt: skip
 
 
-async def pending(request: Request) -> Response:
-    """Pending jobs."""
+async def _listing(
+    request: Request,
+    template: str,
+    title: str,
+    count: Literal["running", "delayed", "dead"],
+    slicing: Callable[..., Awaitable[Slice[T]]],
+    row: Callable[[T, Look], tuple[Any, ...]],
+) -> Response:
+    """A page of jobs in one state.
+
+    Args:
+        request: says which jobs, and where the page begins.
+        template: named as the state, ``.html`` aside.
+        title: of the page.
+        count: what a `QueueRow` calls their number.
+        slicing: reads them.
+        row: a job to what the template shows of it.
+    """
     monitor, form = monitor_of(request), query(request)
     look, operator = await monitor.looked(), await monitor.operator()
     selection = form.selection()
-    found = await pending_slice(operator, names(look), selection, form.text("after") or "")
-    rows = [(row, token(row.queue, row.entry_id, row.level, row.worker_id, row.deliveries)) for row in found.rows]
-    total = sum(row.running for row, _ in look.queues if selection.queue in (None, row.queue))
-    lost = [worker for worker in look.workers if not worker.alive and worker.pending]
-    return _page(
-        request, "pending.html", "Pending", rows=rows, found=found, asked=selection, total=total, lost=lost,
-        queues=names(look), lease=operator.lease,
-    )  # fmt: skip
+    found = await slicing(operator, names(look), selection, form.text("after") or "")
+    return render(
+        request,
+        f"{template}.html",
+        title=title,
+        rows=[row(job, look) for job in found.rows],
+        found=found,
+        asked=selection,
+        filtered=selection.narrows,
+        queues=names(look),
+        total=look.count(count, selection.queue),
+        lease=operator.lease,
+        lost=[worker for worker in look.workers if not worker.alive and worker.pending],
+    )
+
+
+async def pending(request: Request) -> Response:
+    """Pending jobs."""
+    return await _listing(
+        request, "pending", "Pending", "running", pending_slice, lambda row, _: (row, pending_token(row))
+    )
 
 
 async def dead(request: Request) -> Response:
     """Dead letters."""
-    monitor, form = monitor_of(request), query(request)
-    look, operator = await monitor.looked(), await monitor.operator()
-    selection = form.selection()
-    found = await dead_slice(operator, names(look), selection, form.text("after") or "")
-    rows = [(dead_row(job, look.at), token(job.queue, job.handle, job.level)) for job in found.rows]
-    total = sum(row.dead for row, _ in look.queues if selection.queue in (None, row.queue))
-    return _page(
-        request, "dead.html", "Dead letters", rows=rows, found=found, asked=selection, total=total, queues=names(look),
-        filtered=selection.narrows,
-    )  # fmt: skip
+    return await _listing(
+        request,
+        "dead",
+        "Dead letters",
+        "dead",
+        dead_slice,
+        lambda job, look: (dead_row(job, look.at), stored_token(job)),
+    )
 
 
 async def delayed(request: Request) -> Response:
     """Delayed jobs."""
-    monitor, form = monitor_of(request), query(request)
-    look, operator = await monitor.looked(), await monitor.operator()
-    selection = form.selection()
-    found = await delayed_slice(operator, names(look), selection, form.text("after") or "")
-    rows = [
-        (delayed_row(job, look.at), job.at_ms / 1000, token(job.queue, job.handle, job.level)) for job in found.rows
-    ]
-    total = sum(row.delayed for row, _ in look.queues if selection.queue in (None, row.queue))
-    return _page(
-        request, "delayed.html", "Delayed", rows=rows, found=found, asked=selection, total=total, queues=names(look)
+    return await _listing(
+        request,
+        "delayed",
+        "Delayed",
+        "delayed",
+        delayed_slice,
+        lambda job, look: (delayed_row(job, look.at), job.at_ms / 1000, stored_token(job)),
     )
 
 
@@ -108,7 +147,9 @@ async def workers(request: Request) -> Response:
         homes = next((worker.queues for worker in look.workers if worker.worker_id == chosen), names(look))
         found = await pending_slice(operator, homes, selection, "", RUNNING, BUDGET / 2)
         running, more = found.rows[:RUNNING], found.after is not None
-    return _page(request, "workers.html", "Workers", workers=look.workers, chosen=chosen, running=running, more=more)
+    return render(
+        request, "workers.html", title="Workers", workers=look.workers, chosen=chosen, running=running, more=more
+    )
 
 
 MOST: Final = 200

@@ -50,7 +50,7 @@ class PatientProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
             self._deadline = self.loop.call_later(REQUEST, self._late)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """See uvicorn."""
+        """Without a connection there is nothing to be late for."""
         if self._deadline is not None:
             self._deadline.cancel()
         super().connection_lost(exc)

@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from streamworker.app import App
 from streamworker.errors import StreamworkerError, UsageError
 from streamworker.settings import EMBEDDED, Settings
-from streamworker.web import actions, job_pages, ledger_pages, pages
+from streamworker.web import actions, job_pages, pages
 from streamworker.web.monitor import FleetMonitor
 from streamworker.web.render import PageTemplates, render
 from streamworker.web.security import Access, Guard
@@ -47,8 +47,8 @@ class Site:
             Route("/dead", pages.dead, name="dead"),
             Route("/delayed", pages.delayed, name="delayed"),
             Route("/workers", pages.workers, name="workers"),
-            Route("/jobs", ledger_pages.jobs, name="jobs"),
-            Route("/remembered", ledger_pages.remembered, name="remembered"),
+            Route("/jobs", job_pages.jobs, name="jobs"),
+            Route("/remembered", job_pages.remembered, name="remembered"),
             Route("/show", job_pages.show, name="show"),
             Route("/payload", job_pages.payload, name="payload"),
             Route("/events", pages.events, name="events"),

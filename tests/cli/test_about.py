@@ -8,8 +8,7 @@ import sys
 import pytest
 
 from streamworker.broker.keys import ListKeys, QueueKeys
-from streamworker.cli import tree
-from streamworker.cli.tree import root
+from streamworker.cli import root, tree
 from tests.cli.conftest import both_modes
 from tests.conftest import MODES
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from cyclopts import CycloptsError
 
 from streamworker import codec
-from streamworker.cli.tree import root
+from streamworker.cli import root
 from tests.docs.blocks import ROOT
 
 BUILTINS = {"export", "cd", "wait", "mkdir", "echo", "cat", "sleep", "kill", "true", "grep", ".", "jq"}

@@ -26,7 +26,7 @@ def test_every_setting_has_its_line():
 
 
 def test_every_command_has_its_heading():
-    from streamworker.cli.tree import _COMMANDS
+    from streamworker.cli import _COMMANDS
 
     page = cli.page()
     assert all(f"## streamworker {name}\n" in page for name, *_ in _COMMANDS)

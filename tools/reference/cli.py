@@ -6,7 +6,7 @@ import re
 from typing import Final
 
 from streamworker import errors
-from streamworker.cli.tree import root
+from streamworker.cli import root
 from tools.reference.tables import table
 
 # Flags of settings are the same everywhere, and have a page.
