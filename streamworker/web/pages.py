@@ -76,33 +76,17 @@ async def _listing(
     slicing: Callable[..., Awaitable[Slice[T]]],
     row: Callable[[T, Look], tuple[Any, ...]],
 ) -> Response:
-    """A page of jobs in one state.
-
-    Args:
-        request: says which jobs, and where the page begins.
-        template: named as the state, ``.html`` aside.
-        title: of the page.
-        count: what a `QueueRow` calls their number.
-        slicing: reads them.
-        row: a job to what the template shows of it.
-    """
+    """A page of jobs in one state, read by ``slicing``; ``row`` makes of a job what the template shows of it."""
     monitor, form = monitor_of(request), query(request)
     look, operator = await monitor.looked(), await monitor.operator()
     selection = form.selection()
     found = await slicing(operator, names(look), selection, form.text("after") or "")
+    rows = [row(job, look) for job in found.rows]
+    lost = [worker for worker in look.workers if not worker.alive and worker.pending]
     return render(
-        request,
-        f"{template}.html",
-        title=title,
-        rows=[row(job, look) for job in found.rows],
-        found=found,
-        asked=selection,
-        filtered=selection.narrows,
-        queues=names(look),
-        total=look.count(count, selection.queue),
-        lease=operator.lease,
-        lost=[worker for worker in look.workers if not worker.alive and worker.pending],
-    )
+        request, f"{template}.html", title=title, rows=rows, found=found, asked=selection, filtered=selection.narrows,
+        queues=names(look), total=look.count(count, selection.queue), lease=operator.lease, lost=lost,
+    )  # fmt: skip
 
 
 async def pending(request: Request) -> Response:

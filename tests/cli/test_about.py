@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
+from streamworker import cli
 from streamworker.broker.keys import ListKeys, QueueKeys
-from streamworker.cli import root, tree
+from streamworker.cli import root
 from tests.cli.conftest import both_modes
 from tests.conftest import MODES
 
@@ -62,7 +63,7 @@ def test_a_listing_that_has_something_to_log_logs_it(sw):
 
 
 def test_every_command_has_help(capsys):
-    for name, *_ in tree._COMMANDS:
+    for name, *_ in cli._COMMANDS:
         app = root[name]
         subcommands = [sub for sub in app if not sub.startswith("-")]
         for words in ([name], *([name, sub] for sub in subcommands)):
@@ -81,9 +82,9 @@ def test_every_command_has_help(capsys):
 
 
 def test_modules_are_found():
-    for _, path, *_ in tree._COMMANDS:
+    for _, path, *_ in cli._COMMANDS:
         module, _, attribute = path.partition(":")
-        assert getattr(importlib.import_module(f"streamworker.cli.{module}"), attribute)
+        assert getattr(importlib.import_module(f"streamworker.cli{module}"), attribute)
 
 
 def test_version(bare):
