@@ -7,7 +7,7 @@ left and who held what when the worker was killed, the script says what must hav
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Final
 
 import msgspec
@@ -214,32 +214,8 @@ DUE: Final = f"{_BASE}:due"
 BODIES: Final = f"{_BASE}:bodies"
 DEAD: Final = f"{_BASE}:dead"
 GROUP: Final = "workers"
-HEARTBEATS: Final = "streamworker:worker:"
 
 _PAGE: Final = 1000
-
-
-class QueueCounts(msgspec.Struct, frozen=True):
-    """Jobs of the queue by state."""
-
-    ready: int = 0
-    running: int = 0
-    delayed: int = 0
-    dead: int = 0
-
-    @property
-    def unfinished(self) -> int:
-        """Jobs that still have to run."""
-        return self.ready + self.running + self.delayed
-
-
-class Heartbeat(msgspec.Struct, frozen=True):
-    """What a worker last said of itself."""
-
-    worker_id: str
-    pid: int
-    done: int
-    running: int
 
 
 class Leftovers(msgspec.Struct, frozen=True):
@@ -260,113 +236,49 @@ class Leftovers(msgspec.Struct, frozen=True):
     consumers: list[str]
 
 
-class Lookout:
-    """One reader of facts, with a connection of its own.
+async def leftovers(url: str) -> Leftovers:
+    """Read everything that is left, with a client and keys of its own: what is audited has no part in it.
 
     Args:
         url: of the server.
     """
-
-    def __init__(self, url: str) -> None:
-        self._redis = Redis.from_url(url, decode_responses=True, max_connections=1)
-
-    async def close(self) -> None:
-        """Close the connection."""
-        await self._redis.aclose()
-
-    async def counts(self) -> QueueCounts:
-        """Jobs by state, read in one transaction: a job on its way from one key to the next is seen once."""
-        pipe: Any = self._redis.pipeline(transaction=True)  # typed as if it were no pipeline
-        for stream in STREAMS:
-            pipe.xlen(stream)
-        pipe.zcard(DUE)
-        pipe.xlen(DEAD)
-        for stream in STREAMS:
-            pipe.xpending(stream, GROUP)
-        *lengths, delayed, dead, high, normal, low = await pipe.execute(raise_on_error=False)
-        running = sum(_pending(reply) for reply in (high, normal, low))
-        return QueueCounts(max(0, sum(lengths) - running), running, delayed, dead)
-
-    async def heartbeats(self) -> list[Heartbeat]:
-        """Every worker whose heart beats."""
-        keys = [key async for key in self._redis.scan_iter(match=f"{HEARTBEATS}*", count=_PAGE)]
-        pipe: Any = self._redis.pipeline(transaction=False)
-        for key in keys:
-            pipe.hgetall(key)
-        found = zip(keys, await pipe.execute() if keys else [], strict=True)
-        return [
-            Heartbeat(
-                key.removeprefix(HEARTBEATS), int(fields["pid"]), int(fields["done"]), int(fields.get("running", 0))
-            )
-            for key, fields in found
-            if fields.keys() >= {"pid", "done"}
-        ]
-
-    async def holders(self) -> dict[str, int]:
-        """Consumer to number of its pending entries."""
-        holders: dict[str, int] = {}
-        for stream in STREAMS:
-            for name, pending in await self._consumers(stream):
-                holders[name] = holders.get(name, 0) + pending
-        return holders
-
-    async def held_by(self, consumer: str) -> list[tuple[str, str]]:
-        """(stream, entry id) of everything pending under a consumer's name."""
-        found: list[tuple[str, str]] = []
-        for stream in STREAMS:
-            start = "-"
-            while True:
-                page: list[dict[str, Any]] = await self._redis.xpending_range(
-                    stream, GROUP, min=start, max="+", count=_PAGE, consumername=consumer
-                )
-                found += [(stream, entry["message_id"]) for entry in page]
-                if len(page) < _PAGE:
-                    break
-                start = f"({page[-1]['message_id']}"
-        return found
-
-    async def job_at(self, stream: str, entry: str) -> int | None:
-        """The number of the job in an entry; ``None`` if it is gone or cannot be read."""
-        entries: Any = await self._redis.xrange(stream, min=entry, max=entry)
-        return number_in(entries[0][1]) if entries else None
-
-    async def leftovers(self) -> Leftovers:
-        """Everything that is there."""
+    async with Redis.from_url(url, decode_responses=True, max_connections=1) as redis:
         return Leftovers(
-            streams={stream: await self._redis.xlen(stream) for stream in STREAMS},
-            pending={stream: _pending(await self._redis.xpending(stream, GROUP)) for stream in STREAMS},
-            delayed={DUE: await self._redis.zcard(DUE), BODIES: await self._redis.hlen(BODIES)},
-            dead=await self._dead_letters(),
-            consumers=sorted(await self.holders()),
+            streams={stream: await redis.xlen(stream) for stream in STREAMS},
+            pending={stream: await _pending(redis, stream) for stream in STREAMS},
+            delayed={DUE: await redis.zcard(DUE), BODIES: await redis.hlen(BODIES)},
+            dead=[number_in(fields) for _, fields in await _entries(redis, DEAD)],
+            consumers=sorted({name for stream in STREAMS for name in await _names(redis, stream)}),
         )
 
-    async def _dead_letters(self) -> list[int | None]:
-        numbers: list[int | None] = []
-        start = "-"
-        while True:
-            page: Any = await self._redis.xrange(DEAD, min=start, count=_PAGE)
-            numbers += [number_in(fields) for _, fields in page]
-            if len(page) < _PAGE:
-                return numbers
-            start = f"({page[-1][0]}"
 
-    async def _consumers(self, stream: str) -> list[tuple[str, int]]:
-        try:
-            consumers: list[dict[str, Any]] = await self._redis.xinfo_consumers(stream, GROUP)
-        except redis_errors.ResponseError:
-            return []  # no worker made the group yet
-        return [(info["name"], info["pending"]) for info in consumers]
+async def _entries(redis: Any, stream: str) -> list[Any]:
+    found: list[Any] = []
+    start = "-"
+    while page := await redis.xrange(stream, min=start, count=_PAGE):
+        found += page
+        start = f"({page[-1][0]}"
+    return found
 
 
-def number_in(fields: dict[str, str]) -> int | None:
+async def _pending(redis: Redis, stream: str) -> int:
+    try:
+        return int((await redis.xpending(stream, GROUP))["pending"])
+    except redis_errors.ResponseError:
+        return 0  # no worker made the group yet
+
+
+async def _names(redis: Redis, stream: str) -> list[str]:
+    try:
+        return [info["name"] for info in await redis.xinfo_consumers(stream, GROUP)]
+    except redis_errors.ResponseError:
+        return []
+
+
+def number_in(fields: Mapping[str, str | bytes]) -> int | None:
     """The job's number, from the fields of an entry; ``None`` if it cannot be read."""
     try:
         number = json.loads(fields["job"])["payload"]["number"]
     except (KeyError, TypeError, ValueError):
         return None
     return number if isinstance(number, int) else None
-
-
-def _pending(reply: Any) -> int:
-    """The count of an XPENDING summary; before any worker made the group there is only an error."""
-    return int(reply["pending"]) if isinstance(reply, dict) else 0

@@ -17,8 +17,9 @@ import msgspec
 from redis import exceptions as redis_errors
 
 from streamworker import App, Settings, embedded
+from streamworker.broker import PendingEntry
 from streamworker.demo import script
-from streamworker.demo.audit import Evidence, Killed, Lookout, audit
+from streamworker.demo.audit import Evidence, Killed, audit, leftovers, number_in
 from streamworker.demo.mailer import SMTP_PORT, SendWelcome
 from streamworker.demo.script import Scenario
 from streamworker.demo.smtp import Mailbox
@@ -26,6 +27,8 @@ from streamworker.demo.stage import INTERVAL, STALL, Member, Stage, launch, stop
 from streamworker.demo.view import Durations, View
 from streamworker.embedded import Servers
 from streamworker.errors import Unreachable
+from streamworker.operators import open_operator
+from streamworker.views import Selection, chosen_pending
 
 _BATCH: Final = 1000
 _SERVERS_STOP_WITHIN: Final = 20.0
@@ -95,21 +98,19 @@ async def _play(play: Scenario, view: View) -> int:
             SMTP_PORT: str(mailbox.port),
         }
         members = await launch(stack, play.workers, home, env)
-        lookouts = [Lookout(servers.redis_url), Lookout(servers.redis_url)]
-        for lookout in lookouts:
-            stack.push_async_callback(lookout.close)
-        stage = Stage(play, mailbox, members, lookouts[0])
+        operator = await stack.enter_async_context(open_operator(Settings(redis_url=servers.redis_url)))
+        stage = Stage(play, mailbox, members, operator)
         async with anyio.create_task_group() as group:
             group.start_soon(stage.look)
             await stage.all_working()
             view.say(f"An SMTP server and {play.workers} workers are up ({monotonic() - began:.1f} s).")
             group.start_soon(view.follow, stage)
-            killed, working = await _work(stage, servers.redis_url, lookouts[1], view)
+            killed, working = await _work(stage, servers.redis_url, view)
             await stop(members)
             group.cancel_scope.cancel()
         evidence = Evidence(
             arrived=await mailbox.recipients(),
-            leftovers=await lookouts[1].leftovers(),
+            leftovers=await leftovers(servers.redis_url),
             killed=killed,
             exits={member.name: member.exit_code for member in members if not member.killed},
         )
@@ -118,7 +119,7 @@ async def _play(play: Scenario, view: View) -> int:
         return 0 if report.ok else 1
 
 
-async def _work(stage: Stage, url: str, lookout: Lookout, view: View) -> tuple[Killed | None, float]:
+async def _work(stage: Stage, url: str, view: View) -> tuple[Killed | None, float]:
     """Enqueue everything, kill if the script says so, wait for the end; returns who died and the seconds it took."""
     play, start = stage.play, monotonic()
     async with App(settings=Settings(redis_url=url)) as producer:
@@ -126,28 +127,28 @@ async def _work(stage: Stage, url: str, lookout: Lookout, view: View) -> tuple[K
             numbers = range(first, min(first + _BATCH, play.jobs))
             await producer.enqueue_many(SendWelcome(number=n, to=script.address(n)) for n in numbers)
     view.say(f"{play.jobs:,} jobs enqueued in {monotonic() - start:.1f} s.")
-    killed = await _kill_one(stage, lookout, view) if play.kill else None
-    if not await stage.until(lambda seen: not seen.counts.unfinished, fresh=True):
+    killed = await _kill_one(stage, view) if play.kill else None
+    if not await stage.until(lambda seen: not seen.unfinished, fresh=True):
         view.say(f"Nothing moved for {STALL:g} s, or no worker is left: counting what is there.", "bold red")
     return killed, monotonic() - start
 
 
-async def _kill_one(stage: Stage, lookout: Lookout, view: View) -> Killed | None:
+async def _kill_one(stage: Stage, view: View) -> Killed | None:
     """Kill the worker that holds most, and wait until others run its jobs; ``None`` if none ever held any."""
     await stage.until(lambda seen: seen.mails >= stage.play.jobs * script.KILL_AT, fresh=True)
-    found = await _catch(stage, lookout)
+    found = await _catch(stage)
     if found is None:
         return None
     victim, worker_id = found
     began = monotonic()
     await victim.kill()
-    numbers: dict[str, int | None] = {}
+    numbers: dict[tuple[str, str], int | None] = {}
     killed = Killed(victim.name, worker_id, victim.pid, frozenset(), None)
-    while held := await lookout.held_by(worker_id):
-        for stream, entry in held:
+    while held := await _held(stage, worker_id):
+        for entry in held:
             # What it had asked for in its last instant may still arrive after its death.
-            if entry not in numbers:
-                numbers[entry] = await lookout.job_at(stream, entry)
+            if (key := (entry.level, entry.entry_id)) not in numbers:
+                numbers[key] = number_in({"job": await stage.operator.body(entry) or b""})
         known = frozenset(number for number in numbers.values() if number is not None)
         if known != killed.held:
             killed = stage.seen.killed = msgspec.structs.replace(killed, held=known)
@@ -160,21 +161,27 @@ async def _kill_one(stage: Stage, lookout: Lookout, view: View) -> Killed | None
     return killed
 
 
-async def _catch(stage: Stage, lookout: Lookout) -> tuple[Member, str] | None:
+async def _catch(stage: Stage) -> tuple[Member, str] | None:
     """Freeze the worker that holds most, so that what it holds does not change before it is killed."""
-    while stage.seen.counts.unfinished:
-        holders = await lookout.holders()
-        names = {heartbeat.pid: heartbeat.worker_id for heartbeat in stage.seen.heartbeats.values()}
+    while stage.seen.unfinished:
+        held = {info.worker_id: info.pending for info in await stage.operator.workers([script.QUEUE], everywhere=False)}
+        names = {pid: row.worker_id for pid, row in stage.seen.workers.items()}
         alive = [member for member in stage.members if member.alive and member.pid in names]
         if not alive:
             return None
-        victim = max(alive, key=lambda member: holders.get(names[member.pid], 0))
+        victim = max(alive, key=lambda member: held.get(names[member.pid], 0))
         victim.signal(signal.SIGSTOP)
-        if await lookout.held_by(names[victim.pid]):
+        if await _held(stage, names[victim.pid]):
             return victim, names[victim.pid]
         victim.signal(signal.SIGCONT)
         await stage.until(lambda _: True, fresh=True)
     return None
+
+
+async def _held(stage: Stage, worker_id: str) -> list[PendingEntry]:
+    """Everything that is pending under a worker's name."""
+    selection = Selection(queue=script.QUEUE, worker=worker_id)
+    return [entry async for entry in chosen_pending(stage.operator, selection)]
 
 
 async def _servers(stack: AsyncExitStack, home: Path) -> Servers:

@@ -1,4 +1,7 @@
-"""What is to be seen while the demo runs: one task looks at all servers, everyone else waits for what it saw."""
+"""What is to be seen while the demo runs: one task looks at all servers, everyone else waits for what it saw.
+
+It looks as people do who run `streamworker queues` and `workers`; the audit at the end does not rely on it.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,19 @@ import signal
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
-from time import monotonic
+from time import monotonic, time
 from typing import Final
 
 import anyio
 import anyio.abc
 import msgspec
 
-from streamworker.demo.audit import Heartbeat, Killed, Lookout, QueueCounts
-from streamworker.demo.script import Scenario
+from streamworker.broker import Operator
+from streamworker.demo.audit import Killed
+from streamworker.demo.script import QUEUE, Scenario
 from streamworker.demo.smtp import Mailbox, start
 from streamworker.errors import StreamworkerError
+from streamworker.views import QueueRow, WorkerRow, overview, worker_row
 
 INTERVAL: Final = 0.02
 """Seconds between looks."""
@@ -29,20 +34,25 @@ class Seen(msgspec.Struct):
     """The latest look.
 
     Attributes:
-        counts: of the queue.
+        queue: its depth.
         mails: messages at the SMTP server.
-        heartbeats: last words of workers by pid; those of the dead stay.
+        workers: by pid; those of the dead stay as they were last.
         beating: pids with a heartbeat right now.
         killed: the killed worker, as soon as there is one.
         looks: how often was looked.
     """
 
-    counts: QueueCounts = QueueCounts()
+    queue: QueueRow = QueueRow(QUEUE, 0, 0, 0, 0, None, paused=False)
     mails: int = 0
-    heartbeats: dict[int, Heartbeat] = {}
+    workers: dict[int, WorkerRow] = {}
     beating: frozenset[int] = frozenset()
     killed: Killed | None = None
     looks: int = 0
+
+    @property
+    def unfinished(self) -> int:
+        """Jobs that still have to run."""
+        return self.queue.ready + self.queue.running + self.queue.delayed
 
 
 class Stage:
@@ -52,16 +62,16 @@ class Stage:
         play: what is played.
         mailbox: the SMTP server.
         members: the workers.
-        lookout: reads from Redis; used by the looking task alone.
+        operator: reads from Redis.
     """
 
-    def __init__(self, play: Scenario, mailbox: Mailbox, members: list[Member], lookout: Lookout) -> None:
+    def __init__(self, play: Scenario, mailbox: Mailbox, members: list[Member], operator: Operator) -> None:
         self.play = play
         self.members = members
         self.seen = Seen()
         self.started = monotonic()
         self._mailbox = mailbox
-        self._lookout = lookout
+        self.operator = operator
         self._news = anyio.Event()
         self._heartbeats_at = 0.0
 
@@ -69,12 +79,13 @@ class Stage:
         """Look again and again, until cancelled."""
         while True:
             seen = self.seen
-            seen.counts = await self._lookout.counts()
+            [(seen.queue, _)] = await overview(self.operator, [QUEUE])
             seen.mails = await self._mailbox.total()
             if monotonic() >= self._heartbeats_at:
                 self._heartbeats_at = monotonic() + HEARTBEAT_INTERVAL
-                beating = {heartbeat.pid: heartbeat for heartbeat in await self._lookout.heartbeats()}
-                seen.heartbeats.update(beating)
+                rows = [worker_row(info, time()) for info in await self.operator.workers([QUEUE])]
+                beating = {row.pid: row for row in rows if row.alive and row.pid is not None}
+                seen.workers |= beating
                 seen.beating = frozenset(beating)
             seen.looks += 1
             self._news.set()
@@ -98,7 +109,7 @@ class Stage:
                 return True
             if not any(member.alive for member in self.members):
                 return False
-            now = (self.seen.counts, self.seen.mails, self.seen.beating)
+            now = (self.seen.queue, self.seen.mails, self.seen.beating)
             if now != progress:
                 progress, moved = now, monotonic()
             elif monotonic() - moved > STALL:

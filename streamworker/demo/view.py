@@ -117,7 +117,7 @@ def as_object(play: Scenario, report: AuditReport, killed: Killed | None, timing
 
 def progress(play: Scenario, seen: Seen, seconds: float) -> str:
     """One line about where things stand."""
-    counts = seen.counts
+    counts = seen.queue
     return (
         f"[{seconds:5.1f} s] {seen.mails:,} mails arrived for {play.mails:,} recipients; "
         f"{script.QUEUE}: {counts.ready:,} ready, {counts.running} running, "
@@ -129,13 +129,13 @@ def picture(stage: Stage) -> RenderableType:
     """The live picture."""
     seen, play = stage.seen, stage.play
     queues = Table("queue", *(_right(name) for name in ("ready", "running", "delayed", "dead")), box=None)
-    counts = seen.counts
+    counts = seen.queue
     queues.add_row(script.QUEUE, *(f"{n:,}" for n in (counts.ready, counts.running, counts.delayed, counts.dead)))
     workers = Table("worker", _right("pid"), _right("done"), _right("running"), "state", box=None)
     for member in stage.members:
-        beat = seen.heartbeats.get(member.pid)
+        beat = seen.workers.get(member.pid)
         state, style = _state(member, seen)
-        done, running = (f"{beat.done:,}", str(beat.running)) if beat else ("-", "-")
+        done, running = (f"{beat.done or 0:,}", str(beat.running or 0)) if beat else ("-", "-")
         workers.add_row(member.name, str(member.pid), done, running, Text(state, style))
     bar = Table.grid(padding=(0, 1))
     bar.add_row(

@@ -21,7 +21,7 @@ from streamworker.demo import smtp
 
 def start(tmp_path: Path, *options: str, **env: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "streamworker.demo", *options],
+        [sys.executable, "-m", "streamworker", "demo", *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
