@@ -8,7 +8,7 @@ import os
 import stat
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -105,12 +105,17 @@ def private_file(path: Path, text: str) -> None:
     new.replace(path)
 
 
-def open_log(path: Path) -> int:
-    """Open a log for appending and return its file descriptor; an overgrown one is moved to ``.1`` first."""
+@contextlib.contextmanager
+def open_log(path: Path) -> Iterator[int]:
+    """The file descriptor of a log that is appended to; an overgrown one is moved to ``.1`` first."""
     with contextlib.suppress(FileNotFoundError):
         if path.stat().st_size > LOG_LIMIT:
             path.replace(path.with_suffix(".log.1"))
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        yield log
+    finally:
+        os.close(log)
 
 
 def last_line(path: Path) -> str:

@@ -153,7 +153,7 @@ def evict(pid_file: Path, path: Path, number: signal.Signals) -> None:
             number = signal.SIGKILL
 
 
-NOBODY = 65534  # number of both user and group; no entry in /etc/group is needed
+UNPRIVILEGED = 65534  # number of both user and group; no entry in /etc/group is needed
 
 
 class Launcher(NamedTuple):
@@ -216,13 +216,13 @@ def choose_launcher(program: Path, home: Path) -> Launcher:
 def _ways(root: bool) -> list[Launcher]:
     ways = []
     if unshare := shutil.which("unshare"):
-        ways.append(Launcher((unshare, "--user", f"--map-user={NOBODY}", f"--map-group={NOBODY}", "--")))
+        ways.append(Launcher((unshare, "--user", f"--map-user={UNPRIVILEGED}", f"--map-group={UNPRIVILEGED}", "--")))
     if root and (setpriv := shutil.which("setpriv")):
-        identity = (f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
+        identity = (f"--reuid={UNPRIVILEGED}", f"--regid={UNPRIVILEGED}", "--clear-groups")
         capability = ("--inh-caps=+dac_override", "--ambient-caps=+dac_override")
-        ways.append(Launcher((setpriv, *identity, *capability, "--"), owner=NOBODY))
+        ways.append(Launcher((setpriv, *identity, *capability, "--"), owner=UNPRIVILEGED))
     if root:
-        ways.append(Launcher(owner=NOBODY, become=NOBODY))
+        ways.append(Launcher(owner=UNPRIVILEGED, become=UNPRIVILEGED))
     return ways
 
 

@@ -71,11 +71,8 @@ class Postgres(Child):
         command = [str(self._binaries.postgres), "-D", str(self._data)]
         for name, value in settings.items():
             command += ["-c", f"{name}={value}"]
-        log = open_log(self.log)
-        try:
+        with open_log(self.log) as log:
             return self._launcher.popen(command, "INT", log, self._home)
-        finally:
-            os.close(log)
 
     def answers(self) -> bool:
         answer = postgres_answers(self.socket_dir, DATABASE)
@@ -94,11 +91,8 @@ class Postgres(Child):
         # mmap: shared memory in the data directory, not in /dev/shm, where a killed server would leave its own behind
         # and containers give 64 MB at most. Only parallel queries could notice the difference.
         command += ["--no-instructions", "-c", "dynamic_shared_memory_type=mmap"]
-        log = open_log(self.log)
-        try:
+        with open_log(self.log) as log:
             status = self._launcher.popen(command, "TERM", log, self._home).wait()
-        finally:
-            os.close(log)
         if status != 0:
             _remove(new)
             raise StartFailed(f"initdb ended with status {status}: {last_line(self.log)} (log: {self.log})")
@@ -216,11 +210,8 @@ class Valkey(Child):
             private_file(self._port_file, str(self.port))
         # A file, because everybody can read a command line.
         private_file(self._config, _CONFIG.format(port=self.port, password=self.password))
-        log = open_log(self.log)
-        try:
+        with open_log(self.log) as log:
             return Launcher().popen([str(self._program), str(self._config)], "TERM", log, self._home)
-        finally:
-            os.close(log)
 
     def answers(self) -> bool:
         return redis_answers(self.port, self.password)

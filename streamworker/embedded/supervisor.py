@@ -3,6 +3,11 @@
 Its command line says everything, and it answers in one file (``record``). It never learns who its users are: they
 hold a shared lock, and the moment it can have that lock exclusively there are none. It then keeps the lock until it is
 dead, so that a user who arrives meanwhile waits, finds no supervisor, and starts another.
+
+``acquire`` runs this file by its path under ``python -I -S``: isolated, so that neither the user's working directory
+nor PYTHONPATH can slip modules of theirs under our imports, and without site-packages, which is faster. The package is
+then found through a stub that points beside this file: the very code the user runs, without all that ``streamworker``
+imports.
 """
 
 from __future__ import annotations
@@ -12,8 +17,14 @@ import os
 import signal
 import sys
 import time
+import types
 from collections.abc import Sequence
 from pathlib import Path
+
+if not __package__:
+    stub = types.ModuleType("streamworker")
+    stub.__path__ = [str(Path(__file__).resolve().parents[1])]
+    sys.modules["streamworker"] = stub
 
 from streamworker.embedded.binaries import Binaries
 from streamworker.embedded.layout import FAILED, READY, STARTING, Layout, Lock, Record

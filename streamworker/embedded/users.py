@@ -129,10 +129,9 @@ def _spawn(layout: Layout, binaries: Binaries, lock: Lock) -> None:
     """Start a supervisor that inherits the lock: it is held without a gap, and for as long as the supervisor lives."""
     if not sys.executable:
         raise ConfigurationError("REDIS_URL=embedded needs a Python interpreter to run: set REDIS_URL to a server.")
-    program = Path(__file__).with_name("__main__.py")
+    program = Path(__file__).with_name("supervisor.py")
     arguments = (layout.root, lock.fd, LINGER, binaries.valkey, binaries.postgres)
-    log = open_log(layout.log)
-    try:
+    with open_log(layout.log) as log:
         starter = subprocess.Popen(  # noqa: S603 - this Python and a file of ours, no shell
             [sys.executable, "-I", "-S", str(program), *map(str, arguments)],
             stdin=subprocess.DEVNULL,
@@ -143,8 +142,6 @@ def _spawn(layout: Layout, binaries: Binaries, lock: Lock) -> None:
             pass_fds=(lock.fd,),
             start_new_session=True,
         )
-    finally:
-        os.close(log)
     starter.wait()  # it forks the supervisor and ends; a failure shows as a lock that is free again
 
 

@@ -13,10 +13,10 @@ checkers read is in ``__init__.pyi``.
 import importlib
 
 _HOMES = {
-    "Drained": "streamworker.testing.draining",
-    "context": "streamworker.testing.bare",
-    "drain": "streamworker.testing.draining",
-    "run": "streamworker.testing.bare",
+    "Drained": "streamworker.testing.harness",
+    "context": "streamworker.testing.harness",
+    "drain": "streamworker.testing.harness",
+    "run": "streamworker.testing.harness",
     "Abandoned": "streamworker.job",
     "Interrupted": "streamworker.job",
     "Ok": "streamworker.job",

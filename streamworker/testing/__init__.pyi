@@ -7,7 +7,7 @@ from streamworker.job import Raised as Raised
 from streamworker.job import TimedOut as TimedOut
 from streamworker.job import Undecodable as Undecodable
 from streamworker.job import UnknownKind as UnknownKind
-from streamworker.testing.bare import context as context
-from streamworker.testing.bare import run as run
-from streamworker.testing.draining import Drained as Drained
-from streamworker.testing.draining import drain as drain
+from streamworker.testing.harness import Drained as Drained
+from streamworker.testing.harness import context as context
+from streamworker.testing.harness import drain as drain
+from streamworker.testing.harness import run as run

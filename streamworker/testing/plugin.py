@@ -75,6 +75,6 @@ def streamworker_live_app(streamworker_app: Any, streamworker_settings: Any, mon
 @pytest.fixture
 def drain() -> Callable[..., Awaitable[Any]]:
     """The function `streamworker.testing.drain`, which runs a worker until nothing is ready."""
-    from streamworker.testing.draining import drain as function  # noqa: PLC0415
+    from streamworker.testing import drain as function  # noqa: PLC0415
 
     return function

@@ -1,5 +1,6 @@
 """Read models: what an operator sees of a job, a queue or a worker, as frozen rows. Shared by command line and web."""
 
+from streamworker.redact import clean as printable
 from streamworker.views.fleet import Fleet, History, Look, Notice, Point, Stuck, attention
 from streamworker.views.listing import (
     BUDGET,
@@ -25,12 +26,14 @@ from streamworker.views.rows import (
     DelayedRow,
     QueueRow,
     WorkerRow,
+    age,
     dead_row,
     delayed_row,
+    moment,
     queue_row,
+    size,
     worker_row,
 )
-from streamworker.views.text import age, moment, printable, size
 
 __all__ = [
     "BUDGET",

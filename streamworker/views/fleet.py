@@ -11,8 +11,7 @@ import msgspec
 
 from streamworker.broker import Operator
 from streamworker.views.listing import Pace, overview
-from streamworker.views.rows import QueueRow, SpinningRow, WorkerRow, worker_row
-from streamworker.views.text import age
+from streamworker.views.rows import QueueRow, SpinningRow, WorkerRow, age, worker_row
 
 NAMES_EVERY: Final = 15.0
 """Seconds between walks over the key space, which finds queues that are new and workers that hold nothing."""

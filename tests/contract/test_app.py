@@ -15,7 +15,7 @@ from streamworker import App, Context, Handlers, Payload, QueueWorker, Settings,
 from streamworker.errors import ConfigurationError, UsageError
 from streamworker.job import Job
 from streamworker.observe import Sender
-from streamworker.testing.draining import drain
+from streamworker.testing import drain
 from tests.conftest import eventually
 from tests.contract.helpers import settings
 

@@ -15,7 +15,7 @@ from streamworker import App, Backoff, Discard, Payload, QueueWorker, Settings, 
 from streamworker.job import Dead, Done, ReleaseAt, RetryAt, Settled
 from streamworker.observe import JobRun, Observer, Settlement
 from streamworker.telemetry import logs
-from streamworker.testing.draining import drain
+from streamworker.testing import drain
 from tests.conftest import eventually
 
 pytestmark = pytest.mark.mode_free

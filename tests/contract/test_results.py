@@ -11,7 +11,7 @@ import pytest
 from streamworker import App, Backoff, Context, Discard, Payload, QueueWorker, Settings
 from streamworker.broker.pubsub import RedisResultWaiter
 from streamworker.errors import JobCancelled, JobDead, ResultNotKept, ResultTimeout, UsageError
-from streamworker.testing.draining import drain
+from streamworker.testing import drain
 from tests.conftest import CLUSTER, eventually
 from tests.contract.ground import out_of_memory
 

@@ -15,7 +15,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 from streamworker import App, Backoff, Context, Payload, Settings, Snooze
 from streamworker.otel import Tracing
 from streamworker.telemetry import logs
-from streamworker.testing.draining import drain
+from streamworker.testing import drain
 
 pytestmark = pytest.mark.mode_free
 
