@@ -69,11 +69,13 @@ async def settle(
     """
     groups: dict[tuple[int, str], list[int]] = {}
     for index, item in enumerate(items):
-        verdict = item.verdict
-        stage = _STAGES[type(verdict)]
+        stage = _STAGES[type(item.verdict)]
         if stage == 0 and item.note is not None:
             stage = 1
-        groups.setdefault((stage, item.claim.place), []).append(index)
+        key = stage, item.claim.place
+        if (group := groups.get(key)) is None:
+            group = groups[key] = []
+        group.append(index)
     stages = (sender.done, sender.finish, sender.park, sender.bury)
     results = [Settled.LOST] * len(items)
     for (stage, place), indexes in sorted(groups.items()):

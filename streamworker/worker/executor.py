@@ -20,7 +20,7 @@ import anyio.to_thread
 import msgspec
 
 from streamworker import codec
-from streamworker.codec import Reading
+from streamworker.codec import Reading, deliveries_of
 from streamworker.context import Context, Shared
 from streamworker.errors import HandlerSignal, InvalidJob
 from streamworker.execution import CANCELLED, OK, Cause, Execution
@@ -96,12 +96,14 @@ class Executor:
         claim = run.claim
         run.facts = self._no_limits
         try:
-            run.reading = reading = self._read(claim.body)
+            body = claim.body
+            # Nearly all are of an ordinary size.
+            reading = codec.read(body) if body is not None and len(body) <= self._max_job_bytes else self._odd(body)
+            run.reading = reading
             registration = self._handlers.handler_of(reading.kind, claim.queue)
-            deliveries = run.deliveries
             if claim.cancelled:
                 run.outcome = CANCELLED
-            elif deliveries > 1:
+            elif (deliveries := deliveries_of(claim, reading)) > 1:
                 run.suspect = deliveries >= self._apart_from
                 run.outcome = abandoned(deliveries, self._max_deliveries)
             run.facts = self._facts_of(reading, registration)
@@ -291,13 +293,13 @@ class Executor:
             _overran(run, ended)
         return outcome.value if isinstance(outcome, Ok) else None
 
-    def _read(self, body: bytes | None) -> Reading:
+    def _odd(self, body: bytes | None) -> Reading:
+        """Decode a document that is missing, or larger than the limit."""
         if body is None:
             raise InvalidJob("the entry has no field 'job'")
-        excess = len(body) - self._max_job_bytes
-        if excess > 0 and not (excess <= REWRITE_SLACK and codec.read(body).hop):
-            raise InvalidJob(f"the document has {len(body)} bytes and {self._max_job_bytes} are allowed")
-        return codec.read(body)
+        if len(body) - self._max_job_bytes <= REWRITE_SLACK and (reading := codec.read(body)).hop:
+            return reading
+        raise InvalidJob(f"the document has {len(body)} bytes and {self._max_job_bytes} are allowed")
 
     def _facts_of(self, reading: Reading, registration: Registration | None) -> Facts:
         """Shared between jobs wherever a job brings nothing of its own."""

@@ -93,10 +93,9 @@ class InFlight(Collection[Claim]):
 
     def admit(self, claim: Claim) -> Execution | None:
         """Add a claim; ``None`` if its entry is held already."""
-        key = (claim.place, claim.entry)
-        if key in self._runs:
+        run = Execution(claim)
+        if self._runs.setdefault((claim.place, claim.entry), run) is not run:
             return None
-        run = self._runs[key] = Execution(claim)
         self.busy += 1
         return run
 
@@ -116,7 +115,8 @@ class InFlight(Collection[Claim]):
 
     def forget(self, run: Execution) -> None:
         """Remove a run: it is settled, or another worker has its claim."""
-        self._runs.pop((run.claim.place, run.claim.entry), None)
+        claim = run.claim
+        self._runs.pop((claim.place, claim.entry), None)
         self._changed.set()
 
     def snapshot(self) -> list[Execution]:

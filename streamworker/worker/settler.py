@@ -48,6 +48,7 @@ from streamworker.worker.observers import ObserverDispatch
 log = get_logger("streamworker.worker")
 
 _PLACE: Final = re.compile(r"at `(\$[^`]*)`")
+SETTLED: Final = Settled.SETTLED
 REFUSED_PAUSE: Final = 1.0
 """Seconds before endings that the server refused to store are offered again; longer each time, up to the next one."""
 LONGEST_PAUSE: Final = 30.0
@@ -161,24 +162,27 @@ class Settler:
         results = await self._settled(items)
         if self._observers is not None:
             self._observers.settled(batch, items, results, now)
-        counts, forget = self._in_flight.counts, self._in_flight.forget
+        counts, forget, uncertain = self._in_flight.counts, self._in_flight.forget, self._uncertain
         refused: dict[str, list[Execution]] = {}
         for run, item, result in zip(batch, items, results, strict=True):
-            if result is Settled.REFUSED:
-                run.settling = False
-                self._uncertain.add(run)  # a node that went away may have done it
-                refused.setdefault(run.claim.queue, []).append(run)
-                continue
-            forget(run)
-            if result is Settled.SETTLED:
-                if type(item.verdict) is Done:
+            if result is SETTLED:
+                forget(run)
+                if item.verdict is DONE:
                     counts.done += 1
                 else:
                     self._count(run, item)
-            elif run not in self._uncertain:
-                counts.lost += 1
-                log.info("settle_lost", **facts_of(run))
-            self._uncertain.discard(run)
+            elif result is Settled.REFUSED:
+                run.settling = False
+                uncertain.add(run)  # a node that went away may have done it
+                refused.setdefault(run.claim.queue, []).append(run)
+                continue
+            else:
+                forget(run)
+                if run not in uncertain:
+                    counts.lost += 1
+                    log.info("settle_lost", **facts_of(run))
+            if uncertain:
+                uncertain.discard(run)
         if refused or self._refused:
             self._set_aside(refused, {run.claim.queue for run in batch})
 
@@ -284,7 +288,7 @@ def facts_of(run: Execution) -> dict[str, str | int]:
 
 def judged(run: Execution, now: float) -> Ending:
     """The ending of a run. One that cannot be judged is dead: it would block everything behind it."""
-    if run.outcome is OK and keeping(run) is None:  # nearly all
+    if run.outcome is OK and (facts := run.facts) is not None and facts.limits.result_ttl is None:  # nearly all
         return Ending(run.claim, DONE)
     try:
         return ending(run, now=now, jitter=random.random())  # noqa: S311 - spreads load

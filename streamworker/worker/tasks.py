@@ -113,7 +113,7 @@ class JobTasks:
         """Start waiting runs, as many as one turn of the event loop may take."""
         if self._closed:
             return
-        waiting, running, limit = self._waiting, self.running, self._limit
+        waiting, running, limit, start = self._waiting, self.running, self._limit, self._start
         until = monotonic() + TURN
         try:
             for _ in range(STARTS):
@@ -125,7 +125,7 @@ class JobTasks:
                 if run.outcome is not None:
                     self._completion.finish(run)
                     continue
-                self._start(run)
+                start(run)
                 if run.started is not None and run.started > until:
                     return
         finally:
