@@ -143,12 +143,20 @@ class StreamSettlement:
         self.waited = False
 
     async def done(self, keys: QueueKeys, items: list[Ending]) -> list[Code]:
-        args: list[Any] = [self._group, self._consumer]
-        for item in items:
-            args += (item.claim.entry, item.claim.count)
-        codes: list[Code]
-        *codes, waited = await scripts.DONE(self._client, [items[0].claim.place, keys.meta], args)
+        args: list[Any] = [self._group, self._consumer, ""]
+        claims = [item.claim for item in items]
+        same = claims[0].count
+        if all(claim.count == same for claim in claims):  # nearly always 1: half of the texts to send
+            args[2] = same
+            args += [claim.entry for claim in claims]
+        else:
+            for claim in claims:
+                args += (claim.entry, claim.count)
+        waited, *lost = await scripts.DONE(self._client, [claims[0].place, keys.meta], args)
         self.waited = bool(waited)
+        codes: list[Code] = [1] * len(items)
+        for number in lost:
+            codes[number - 1] = 0
         return codes
 
     async def tell(self, keys: QueueKeys, items: list[Ending]) -> None:

@@ -290,10 +290,10 @@ class StreamClaims(ClaimSource):
         claims: list[Claim] = []
         for index, epoch, entries in taken:
             keys, level, place = self.ready_keys[index - queues - 1]
-            name, secret, self._seen[place] = keys.queue, self.secrets[keys.queue], entries[-1][0]
+            name, secret, self._seen[place] = keys.queue, self.secrets[keys.queue], entries[-2]
             claims += [  # by position: names would cost a third of it
-                Claim(name, level, place, entry, 1, document(fields), epoch, False, False, secret)
-                for entry, fields in entries
+                Claim(name, level, place, entry, 1, body, epoch, False, False, secret)
+                for entry, body in zip(entries[::2], entries[1::2], strict=True)
             ]
         if trouble and await self._heal(trouble) and not healed and len(claims) < limit:
             claims += await self.take(limit - len(claims), running, healed=True)

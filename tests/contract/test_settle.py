@@ -203,6 +203,19 @@ async def test_answers_come_in_order_whatever_the_mix(broker_factory, ground):
         assert await broker.settle([]) == []
 
 
+async def test_claims_of_different_delivery_counts_are_settled_together(broker_factory, ground):
+    async with broker_factory("w") as broker:
+        await broker.publish([job(f"{n}") for n in range(12)])
+        claims = await broker.claim(100, 0, ())
+        for n, claim in enumerate(claims):
+            if n % 3:
+                ground.hand_over(claim, "w", count=2)
+        seen = [msgspec.structs.replace(claim, count=2) if n % 3 == 1 else claim for n, claim in enumerate(claims)]
+        expected = [Settled.LOST if n % 3 == 2 else Settled.SETTLED for n in range(12)]
+        assert await broker.settle([done(claim) for claim in seen]) == expected
+        assert ground.held() == 4
+
+
 async def test_more_than_one_batch(broker_factory, ground):
     async with broker_factory("w") as broker:
         await broker.publish([job() for _ in range(1203)])

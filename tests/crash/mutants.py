@@ -60,7 +60,7 @@ MUTANTS: Final = (
         (
             (
                 _LUA + "done.lua",
-                "if counts[id] == tonumber(ARGV[i + 1]) then",
+                "if counts[id] == (same or tonumber(ARGV[i + 1])) then",
                 "if true then",
             ),
             (
