@@ -158,6 +158,11 @@ class RelayProcess:
         """Jobs it has dispatched."""
         return self.relay.dispatched
 
+    @property
+    def trouble(self) -> str | None:
+        """Why nothing is relayed although both servers answer."""
+        return self._loss_detector.trouble
+
     async def known(self) -> list[str]:
         """The queues of the ledger."""
         return sorted(queue.name for queue in await self.outbox.queues())
@@ -170,6 +175,8 @@ class RelayProcess:
 
 class NothingToRelay:
     """The relay of a worker that has none."""
+
+    trouble: Final = None
 
     async def run(self, stopping: anyio.Event) -> None:
         """Nothing to do."""
@@ -312,6 +319,37 @@ async def examine(settings: Settings, url: str) -> list[Finding]:
     severity: Literal["error", "warning"] = "error" if settings.ledger == "on" or there["any"] else "warning"
     sentence = f"the schema streamworker is {what}: there is no ledger until `streamworker migrate up` was run"
     return [*found, Finding(severity, "ledger", sentence)]
+
+
+async def examine_pair(settings: Settings, url: str, *, working: bool) -> list[Finding]:
+    """What `streamworker check` says of a ledger whose queues are those of another Redis.
+
+    Args:
+        settings: a worker's.
+        url: of the database.
+        working: workers live on this Redis, which would have noted a failover by now.
+    """
+    try:
+        async with AsyncExitStack() as stack:
+            address, _ = await open_checked_servers(stack, settings)
+            database = await open_database(url, name="check", connections=1)
+            stack.callback(database.close)
+            outbox, dispatcher = PostgresOutbox(database), make_dispatcher(settings, address)
+            stack.push_async_callback(dispatcher.close)
+            known = {queue.name: queue.server for queue in await outbox.queues() if queue.server}
+            pulses = await dispatcher.pulses(list(known))
+    except StreamworkerError as error:
+        return [Finding("warning", "ledger", f"whether it is the ledger of this Redis could not be looked up: {error}")]
+    others = sorted(pulse.queue for pulse in pulses if pulse.server and pulse.server != known[pulse.queue])
+    if not others:
+        return []
+    what = f"the ledger's queues {', '.join(others[:5])} were last used with another Redis than this one"
+    if working:
+        return [Finding("error", "ledger", f"{what}: one schema is for one Redis, give this one a database of its own")]
+    sentence = (
+        f"{what}: right after a failover or a restart that is as it should be, else give this one a database of its own"
+    )
+    return [Finding("warning", "ledger", sentence)]
 
 
 def _of_sessions(most: int, sessions: int, *, pooled: bool) -> Finding:

@@ -74,7 +74,12 @@ def _everything(app: str | None, flags: WorkerFlags) -> list[Finding]:
     except StreamworkerError as error:
         found.append(Finding("error", "server", str(error)))
     if settings.database_url is not None:
-        found += anyio.run(wiring.examine, settings, settings.database_url)
+        looked = anyio.run(wiring.examine, settings, settings.database_url)
+        found += looked
+        if settings.ledger != "off" and not any(
+            each.severity == "error" or each.subject == "ledger" for each in looked
+        ):
+            found += anyio.run(_pair, settings, settings.database_url)
     elif settings.redis_url != EMBEDDED:
         found.append(Finding("ok", "postgresql", "none is named (DATABASE_URL): there is no ledger"))
     return found
@@ -99,6 +104,16 @@ async def _server(settings: Settings, app: App[Any] | None) -> list[Finding]:
                     Finding("warning", "queues", f"the app has handlers for {what}, which STREAMWORKER_QUEUES lacks")
                 )
     return found
+
+
+async def _pair(settings: Settings, database_url: str) -> list[Finding]:
+    """Whether the ledger is the one of this Redis."""
+    try:
+        async with App[Any](settings=settings).operator(settings) as operator:
+            working = any(worker.alive for worker in await operator.workers(await operator.queues()))
+    except StreamworkerError:  # it does not answer, which is a finding already, or this user may not SCAN
+        working = False
+    return await wiring.examine_pair(settings, database_url, working=working)
 
 
 async def _kinds(operator: Operator, app: App[Any], queues: Sequence[str]) -> list[Finding]:

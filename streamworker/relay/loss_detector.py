@@ -59,8 +59,10 @@ COMPARISONS: Final = 3
 """How often a queue is compared after a sign of loss."""
 COMPARISON_TIMEOUT: Final = 60.0
 """Seconds after which a comparison whose relay died may be taken by another."""
-LOG_AGAIN: Final = 60.0
-"""Seconds between log lines about a ledger that serves another Redis."""
+ANOTHER_REDIS: Final = (
+    "processes with another Redis use this ledger, so that nothing is relayed from here: one schema is for one Redis, "
+    "give this one a database of its own"
+)
 PRUNE: Final = 60.0
 """Seconds between deletions of expired deduplication keys."""
 
@@ -96,7 +98,6 @@ class LossDetector:
         self._agreed: dict[str, str] = {}
         """The server of each queue, as this process last agreed on it with the ledger."""
         self._foreign: set[str] = set()
-        self._log_at = 0.0
         self._wake = anyio.Event()
         self._prune_at = monotonic() + PRUNE * random.random()  # noqa: S311 - spreads load
 
@@ -153,7 +154,7 @@ class LossDetector:
         if known.server and server != known.server and server == self._agreed.get(known.name):
             self._log_foreign(known.name)
             return
-        self._foreign.discard(known.name)
+        self._agree(known.name)
         if (pulse.epoch, pulse.relayed, server) == (known.epoch, known.relayed, known.server):
             self._agreed[known.name] = server
             return
@@ -181,15 +182,21 @@ class LossDetector:
         """
         return bool(self._foreign)
 
+    @property
+    def trouble(self) -> str | None:
+        """Why this process is not ready: `barred`, in a sentence for operators."""
+        return ANOTHER_REDIS if self.barred else None
+
     def _log_foreign(self, queue: str) -> None:
+        if not self._foreign:
+            log.error("ledger_has_another_redis", queue=queue, hint=ANOTHER_REDIS)
         self._foreign.add(queue)
-        if monotonic() >= self._log_at:
-            self._log_at = monotonic() + LOG_AGAIN
-            log.error(
-                "ledger_has_another_redis",
-                queue=queue,
-                hint="nothing is relayed from here: one schema is for one Redis, give this one a database of its own",
-            )
+
+    def _agree(self, queue: str) -> None:
+        if queue in self._foreign:
+            self._foreign.remove(queue)
+            if not self._foreign:
+                log.info("ledger_has_this_redis", queue=queue)
 
     async def _recheck(self, queue: str) -> None:
         before = await self._outbox.recheck(queue, COMPARISON_TIMEOUT)

@@ -419,7 +419,7 @@ class QueueWorker:
         held = LeasedSet(self._in_flight, self._pipeline.permits)
         longest = longest_silence(app.handlers.registrations, settings.grace)
         self._lease = LeaseKeeper(self._broker, lease=settings.lease, held=held, report=self._report, longest=longest)
-        self._health.watch(self._pipeline.fetcher, self._lease, self._in_flight, self._broker)
+        self._health.watch(self._pipeline.fetcher, self._lease, self._in_flight, self._broker, self._relay)
 
     async def _enter_services(self, stack: AsyncExitStack) -> Any:
         if self._services is None and self._app.lifespan is not None:

@@ -18,6 +18,7 @@ from streamworker.redact import redact
 from streamworker.settings import Settings
 from streamworker.telemetry.http import Answer, HttpThread, Route
 from streamworker.worker.fetcher import Fetcher
+from streamworker.worker.host import Relays
 from streamworker.worker.inflight import InFlight
 from streamworker.worker.lease import LeaseKeeper
 from streamworker.worker.metrics import MetricsEndpoint
@@ -46,6 +47,7 @@ class Health:
         self._stopping = stopping
         self._fetcher: Fetcher | None = None
         self._lease: LeaseKeeper | None = None
+        self._relay: Relays | None = None
         self.stuck: str | None = None
         """What will not end although it was told to, in a sentence."""
         self._turned = monotonic()
@@ -75,9 +77,11 @@ class Health:
         """The observer of the metrics, if there are any."""
         return (self._metrics.observer,) if self._metrics is not None else ()
 
-    def watch(self, fetcher: Fetcher, lease: LeaseKeeper, in_flight: InFlight, broker: Connected) -> None:
+    def watch(
+        self, fetcher: Fetcher, lease: LeaseKeeper, in_flight: InFlight, broker: Connected, relay: Relays
+    ) -> None:
         """The groups are joined: answers show the state of these from now on."""
-        self._fetcher, self._lease = fetcher, lease
+        self._fetcher, self._lease, self._relay = fetcher, lease, relay
         if self._metrics is not None:
             self._metrics.watch(in_flight, lease, broker)
 
@@ -100,6 +104,7 @@ class Health:
         if fetcher is None or lease is None:
             return Vitals(phase="starting", lease=self._lease_seconds, loop_silent=silent)
         asking, renewed = fetcher.asking_since, lease.renewed_at
+        barred = self._relay.trouble if self._relay is not None else None
         return Vitals(
             phase="draining" if self._stopping.is_set() else "working",
             lease=self._lease_seconds,
@@ -109,7 +114,7 @@ class Health:
             renewed=now - renewed if renewed is not None else None,
             renewal_trouble=lease.trouble,
             stuck=self.stuck,
-            away=(LEDGER_AWAY,) if fetcher.shut else (),
+            away=(LEDGER_AWAY,) if fetcher.shut else (barred,) if barred is not None else (),
         )
 
     def _route(self, judge: Callable[[Vitals], str | None]) -> Route:
@@ -150,7 +155,7 @@ class Vitals(msgspec.Struct, frozen=True, kw_only=True):
         claim_trouble: why the last claim failed, or ``None``.
         renewed: seconds since the lease thread last reached the server; ``None`` before its first success.
         renewal_trouble: why its last call failed, or ``None``.
-        away: one sentence per other server that does not answer.
+        away: one sentence per other server that does not answer, or is not the one it has to be.
         stuck: what will not end although it was told to, in a sentence.
     """
 

@@ -21,6 +21,10 @@ from streamworker.worker.executor import Middleware
 class Relays(Protocol):
     """The relay of a worker: it puts jobs of the ledger onto Redis."""
 
+    @property
+    def trouble(self) -> str | None:
+        """Why nothing is relayed although both servers answer; ``None`` if there is no reason."""
+
     async def run(self, stopping: anyio.Event, /) -> None:
         """Relay until stopped."""
 
