@@ -35,6 +35,8 @@ class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
         self._group = options.group
         super().__init__(address, options)
         self._tidy_at = 0.0
+        self._renewal_failed: set[object] = set()
+        """Nodes of a cluster whose claims could not be renewed the last time."""
         self._confirmed_lately: deque[tuple[str, bytes, int]] = deque(maxlen=max(options.groups))
 
     def _key(self, queue: str) -> QueueKeys:
@@ -125,8 +127,12 @@ class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
         homes = {self._session.address.home(place) for place in by_place}
         if down and len(down) == len(homes):
             raise next(iter(down.values()))
-        for problem in down.values():
-            log.warning("renewal_failed", error=str(problem))
+        for away, problem in down.items():
+            if away not in self._renewal_failed:  # once an outage: it is tried again every third of a lease
+                log.warning("renewal_failed", error=str(problem))
+        for node in (self._renewal_failed & homes) - down.keys():
+            log.info("renewal_back", node=str(node))
+        self._renewal_failed = (self._renewal_failed - homes) | down.keys()
         return lost
 
     def standby(self, longest: float) -> bytes | None:

@@ -180,6 +180,8 @@ class LeaseKeeper:
         """When the server last answered this thread (time.monotonic)."""
         self.trouble: str | None = None
         """Why it did not the last time."""
+        self._failing: dict[str, float] = {}
+        """What has failed since when, by its log event: said once an outage."""
 
     def start(self) -> None:
         """Start the thread; call it on the event loop."""
@@ -249,10 +251,18 @@ class LeaseKeeper:
             await self._broker.beat(self._report())
         except Exception as error:  # noqa: BLE001 - whatever it is, the leases run down: say it and try again
             self.trouble = str(error) or type(error).__name__
-            log.warning("renewal_failed", claims=len(claims), error=str(error))
+            self._failed("renewal_failed", claims=len(claims), error=self.trouble)
             return False
         self.renewed_at, self.trouble = monotonic(), None
+        if (since := self._failing.pop("renewal_failed", None)) is not None:
+            log.info("renewal_back", seconds=round(monotonic() - since, 1))
         return True
+
+    def _failed(self, event: str, **facts: int | str) -> None:
+        """Log a failure, once until it works again: it is tried twice a second."""
+        if event not in self._failing:
+            self._failing[event] = monotonic()
+            log.warning(event, **facts)
 
     async def _look_at_marks(self, now: float) -> None:
         """Whether what is held was cancelled: all of it after a notification, else what has run for long."""
@@ -274,8 +284,9 @@ class LeaseKeeper:
             found = await self._broker.cancelled(asked)
         except Exception as error:  # noqa: BLE001 - whatever it is: the next look tells
             self._told, self._pause_until = self._told or told, now + LOOK
-            log.warning("cancelled_unknown", claims=len(asked), error=str(error))
+            self._failed("cancelled_unknown", claims=len(asked), error=str(error))
             return
+        self._failing.pop("cancelled_unknown", None)
         if found:
             self._call(lambda: self._held.cancelled(found))
 
@@ -295,8 +306,9 @@ class LeaseKeeper:
         try:
             await self._broker.progress(new, ended)
         except Exception as error:  # noqa: BLE001 - it is written with the next one
-            log.warning("progress_untold", jobs=len(new), error=str(error))
+            self._failed("progress_untold", jobs=len(new), error=str(error))
             return
+        self._failing.pop("progress_untold", None)
         self._progress = reported
 
     def _look_at_loop(self) -> None:

@@ -451,6 +451,7 @@ def test_a_restarted_server_finds_its_workers_again(start, ground, own_server: S
         raw.sadd("queue:trace:go", "running")
         eventually_blocking(ground.empty, 20)
         assert len(traces(raw, "wait")) == 1  # it ran on, and nobody took it away
+        assert len(worker.said("renewal_failed")) == len(worker.said("renewal_back")) <= 1  # once an outage
         worker.signal(signal.SIGTERM)
         assert worker.wait() == 0
 

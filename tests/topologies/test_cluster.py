@@ -124,6 +124,39 @@ async def test_listings_and_pauses_of_living_nodes_go_on_while_a_node_is_away(tm
         structlog.reset_defaults()
 
 
+async def test_a_node_that_is_away_is_said_once_by_the_renewals_and_once_when_it_is_back(tmp_path, broker_of, capsys):
+    logs.configure("info", "json")
+    cluster = Clustered(tmp_path)
+
+    def said(event: str) -> int:
+        said.lines += [json.loads(line) for line in capsys.readouterr().err.splitlines() if line.startswith("{")]
+        return sum(line["event"] == event for line in said.lines)
+
+    said.lines = []
+    try:
+        away = cluster.owner("stream:{q}")
+        async with broker_of(cluster.url, "b", "q") as broker:
+            await broker.publish([job("x", "b"), job("y", "q")])
+            claims = await broker.claim(2, 0, ())
+            assert len(claims) == 2
+            away.kill()
+            for _ in range(4):
+                assert await broker.renew(claims) == []
+            assert (said("renewal_failed"), said("renewal_back")) == (1, 0)
+            away.start()
+
+            async def back() -> bool:
+                await broker.renew(claims)
+                return said("renewal_back") == 1
+
+            await eventually(back, 20)
+            await broker.renew(claims)
+            assert (said("renewal_failed"), said("renewal_back")) == (1, 1)
+    finally:
+        cluster.kill()
+        structlog.reset_defaults()
+
+
 async def test_a_slot_moves_under_a_running_worker(cluster):
     key = "stream:{q}"
     source = cluster.owner(key)
