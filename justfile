@@ -163,6 +163,10 @@ lock *args:
 # No host name may get in: the locks install from whatever index pip is configured for.
 lock_options := "--quiet --universal --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate --python-version 3.11"
 
+# Base images of Dockerfile and compose.yaml pinned by the digests that the registry shows now
+pin-images:
+    @python -m tools.pin_images
+
 # What the next release says (changes/ and CHANGELOG.md); --release 0.2.0 writes it
 changelog *args:
     @python -m tools.changelog "$@"
