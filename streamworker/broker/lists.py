@@ -169,6 +169,8 @@ class Reclaimer:
         """Id of the worker that looks."""
         self.look_at = [0.0] * len(self._keys)
         """Monotonic seconds of the next look at each queue."""
+        self._tokens = [0] * len(self._keys)
+        """The moment of the next look at each queue by the server's clock, as last seen; 0 for none."""
         self._resting_until = 0.0
         self.missing = 0
         """Claims whose jobs were deleted, since the start."""
@@ -177,6 +179,7 @@ class Reclaimer:
         """Add a queue."""
         self._keys.append(keys)
         self.look_at.append(self._resting_until)
+        self._tokens.append(0)
 
     def rest(self, seconds: float) -> None:
         """Release nothing for some seconds."""
@@ -200,15 +203,21 @@ class Reclaimer:
         if due:
             names = [name for index in due for name in (self._keys[index].meta, self._keys[index].leases)]
             expected, sent = self._session.clock_should_show(), now
-            shown, *reply = await self._session.run(
-                scripts.LIST_OVERDUE, names, [round(self._lease * 1000), MOST, expected]
-            )
-            self._session.clock_shows(shown, sent, expected, self._lease)
+            args = [round(self._lease * 1000), MOST, expected, *(self._tokens[index] for index in due)]
+            shown, *reply = await self._session.run(scripts.LIST_OVERDUE, names, args)
+            if self._session.clock_shows(shown, sent, expected, self._lease):
+                self._tokens = [0] * len(self._tokens)
             own = None if running is None else {(claim.queue, claim.entry) for claim in running}
-            for index, (wait, members, trouble, longest) in zip(due, reply, strict=True):
+            for index, (wait, members, trouble, longest, token, leapt) in zip(due, reply, strict=True):
                 self.look_at[index] = monotonic() + wait / 1000
                 self._longest = max(self._longest, longest / 1000)
                 keys = self._keys[index]
+                if token >= 0:
+                    self._tokens[index] = token
+                if leapt:
+                    log.warning(
+                        "server_clock_jumped", queue=keys.queue, hint="it was put back and right again meanwhile"
+                    )
                 if trouble:
                     log.error("orphans_unreadable", queue=keys.queue, error=trouble.decode(errors="replace"))
                 elif members:

@@ -33,6 +33,8 @@ from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.broker")
 
+LEAPT_TWICE: Final = -2
+"""Instead of a number of suspects: the server's clock was put back, and right again, since the last look."""
 AWAY_PAUSE: Final = 1.0
 """Seconds between looks at a node that does not answer."""
 LAST_CALL: Final = 1.0
@@ -254,6 +256,8 @@ class StreamClaims(ClaimSource):
         self._all = [keys.meta for keys in self._keys] + [stream for keys in self._keys for stream in keys.streams]
         self.epochs: dict[str, bytes] = {}
         """The value that ids of each stream's entries are derived from."""
+        self._tokens = [0] * len(self._keys)
+        """The moment of the next reclaim of each queue by the server's clock, as last seen; 0 for none."""
         self._seen: dict[str, bytes] = {}
         """The last entry of each stream that was claimed here."""
 
@@ -357,9 +361,9 @@ class StreamClaims(ClaimSource):
         args: list[Any] = [self._group, self.consumer, int(self._lease * 1000), limit]
         expected, sent = self._session.clock_should_show(), monotonic()
         wish = self._about_suspects(index, running)
-        args += [self._apart_from, wish, expected, *self._group_here(running), *held]
+        args += [self._apart_from, wish, expected, *self._group_here(running), self._tokens[index], *held]
         try:
-            wait, entries, missing, passed, shown, granted, longest = await self._session.read(
+            wait, entries, missing, passed, shown, granted, longest, token = await self._session.read(
                 scripts.RECLAIM, [keys.meta, *keys.streams], args
             )
         except (Unreachable, ConfigurationError):
@@ -377,7 +381,14 @@ class StreamClaims(ClaimSource):
         if wish == RESERVE and entries and not entries[0][5]:
             wish = LEAVE  # not idle any more
         self._left_to_others(index, passed, wish, granted=bool(granted))
-        if self._session.clock_shows(shown, sent, expected, self._lease):
+        leap = self._session.clock_shows(shown, sent, expected, self._lease)
+        if leap:
+            self._tokens = [0] * len(self._tokens)
+        if token >= 0:
+            self._tokens[index] = token
+        if passed == LEAPT_TWICE:
+            log.warning("server_clock_jumped", queue=keys.queue, hint="it was put back and right again meanwhile")
+        if leap > 0 or passed == LEAPT_TWICE:
             self.rest(self._lease)  # the other queues, too: no worker could renew in the time that the clock left out
         claims, secret = [], self.secrets.get(keys.queue, b"")
         for stream, entry, count, fields, epoch, suspect in entries:

@@ -12,7 +12,7 @@ from streamworker.codec import unmarked
 from streamworker.errors import Unreachable
 from streamworker.job import Settled
 from streamworker.policy import group_sizes, half_of
-from tests.conftest import eventually, free_port
+from tests.conftest import Server, eventually, free_port
 from tests.contract.ground import GROUP
 from tests.contract.helpers import (
     ENDINGS,
@@ -30,6 +30,7 @@ from tests.contract.helpers import (
     settle_one,
     stream_only,
 )
+from tests.crash.clock import Clock
 
 ALONE = 4
 """The delivery from which on a suspect runs apart; alone in the groups of these brokers."""
@@ -777,6 +778,49 @@ async def test_with_three_deliveries_the_third_runs_alone(broker_factory, ground
             ground.ripen(claim, count=2)
         (claim,) = await recover(broker, ground, limit=10)
         assert claim.suspect and claim.count == 2
+
+
+# -- the server's clock
+
+
+async def test_two_leaps_that_undo_each_other_expire_no_living_lease(broker_factory, ground, tmp_path):
+    """A worker that did not look between them sees that another one did: the token of the sweeps has fallen."""
+    clock = Clock(tmp_path)
+    server = Server(tmp_path, environment=clock.environment)
+    try:
+        with server.client() as client:
+            theirs, at = type(ground)(client), {"url": server.url, "lease": 1}
+            async with (
+                broker_factory("living", **at) as living,
+                broker_factory("busy", **at) as busy,
+                broker_factory("looks", **at) as looks,
+            ):
+                await living.publish([job("x")])
+                claim = await one(living)
+                for broker in (busy, looks):
+                    theirs.sweep_soon(broker)
+                    assert await broker.claim(1, 0, ()) == []
+                clock.show(-3600)
+                theirs.sweep_soon(looks)
+                assert await looks.claim(1, 0, ()) == []
+                assert await living.renew([claim]) == []
+                clock.show(0)
+                theirs.sweep_soon(busy)
+                assert await busy.claim(1, 0, ()) == []
+                assert await living.renew([claim]) == []
+                until = time.monotonic() + 1.5  # the rest is over, and the worker lives
+                while time.monotonic() < until:
+                    assert await living.renew([claim]) == []
+                    assert await busy.claim(1, 0.05, ()) == []
+                got: list = []
+
+                async def rescued() -> bool:
+                    got.extend(await busy.claim(1, 0.05, ()))
+                    return names(got) == ["x"]
+
+                await eventually(rescued, 3)  # one lease after it died, and no rest before that
+    finally:
+        server.kill()
 
 
 # -- workers with different leases

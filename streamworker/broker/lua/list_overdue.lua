@@ -6,9 +6,11 @@
 -- ARGV[1]  the worker's lease in ms
 -- ARGV[2]  most claims of each queue
 -- ARGV[3]  the server's time as the worker expects it, in ms; 0 if it has not read it yet
+-- ARGV[4..]  one a queue: the token as this worker saw it last; 0 if it has not, or since a leap that it noticed
 --
--- returns the server's time in ms, then four a queue: { ms until the next look, members of the lease set, the error of a key
---         ("": none), the longest lease of the queue's workers in ms (0: not looked up) }
+-- returns the server's time in ms, then one a queue: { ms until the next look, members of the lease set, the error of a key
+--         ("": none), the longest lease of the queue's workers in ms (0: not looked up), the token (-1: not looked up),
+--         1 if the clock leapt twice since this worker saw it }
 local lease = tonumber(ARGV[1])
 local now = now_ms()
 
@@ -17,15 +19,16 @@ local now = now_ms()
 local leap = tonumber(ARGV[3]) > 0 and now - tonumber(ARGV[3]) or 0
 
 local function look(k)
-  if leap > math.max(lease / 2, 1000) then return { lease, {}, '', 0 } end
+  if leap > math.max(lease / 2, 1000) then return { lease, {}, '', 0, -1, 0 } end
   local token = redis.pcall('HGET', KEYS[k], 'returns')
-  if failed(token) then return { 1000, {}, token.err, 0 } end
+  if failed(token) then return { 1000, {}, token.err, 0, -1, 0 } end
   local due = tonumber(token or 0) or 0
   -- A token further away than a lease comes from a server clock that jumped.
-  if due > now and due - now <= lease then return { due - now, {}, '', 0 } end
+  if due > now and due - now <= lease then return { due - now, {}, '', 0, due, 0 } end
 
   local leases, shortest, longest = leases_of(KEYS[k], lease)
-  if leap > math.max(shortest / 2, 1000) then return { longest, {}, '', longest } end
+  if leap > math.max(shortest / 2, 1000) then return { longest, {}, '', longest, -1, 0 } end
+  if fell(due, tonumber(ARGV[4 + (k - 1) / 2]), shortest, longest) then return { longest, {}, '', longest, due, 1 } end
 
   -- It leapt back: what was renewed in its future would not age before the clock is there again. Its lease begins now.
   local future = redis.pcall('ZRANGEBYSCORE', KEYS[k + 1], '(' .. string.format('%d', now), '+inf', 'LIMIT', 0, ARGV[2])
@@ -35,7 +38,7 @@ local function look(k)
   local last, members, offset = string.format('%d', now - shortest), {}, 0
   repeat
     local rows = redis.pcall('ZRANGEBYSCORE', KEYS[k + 1], '-inf', last, 'WITHSCORES', 'LIMIT', string.format('%d', offset), ARGV[2])
-    if rows.err then return { 1000, {}, rows.err, longest } end
+    if rows.err then return { 1000, {}, rows.err, longest, -1, 0 } end
     for r = 1, #rows, 2 do
       local its = leases[string.match(rows[r], '^%S+ %d+ (.+)$') or ''] or longest
       if now - tonumber(rows[r + 1]) >= its then members[#members + 1] = rows[r] end
@@ -47,7 +50,7 @@ local function look(k)
   if first and shortest < longest then wait = math.min(math.max(wait, 500), math.floor(shortest / 2)) end -- it may not be the next
   if #members > 0 then wait = math.min(500, math.floor(shortest / 2)) end -- the worker that releases them may die meanwhile
   redis.pcall('HSET', KEYS[k], 'returns', string.format('%d', now + wait)) -- out of memory, every worker looks
-  return { wait, members, '', longest }
+  return { wait, members, '', longest, now + wait, 0 }
 end
 
 local result = { now }

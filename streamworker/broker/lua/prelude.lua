@@ -87,6 +87,14 @@ local function leases_of(key, lease)
   return leases, shortest, longest
 end
 
+-- Whether a token that says when the next look is due has fallen since this worker saw it. Tokens only rise, but by what
+-- different leases make of them: another worker looked while the clock was put back, and it has been put right since. A lease
+-- that was renewed meanwhile looks as old as that leap: no claim expires before every worker had one lease to renew.
+local function fell(token, seen, shortest, longest)
+  local slack = shortest == longest and math.max(shortest / 2, 1000) or longest
+  return token > 0 and token < seen - slack
+end
+
 -- Whether this worker is the one that drains for a suspect, from now on or for another second: the field "drainer" of a meta
 -- hash holds its name and the ms until which it holds, so that another worker follows when it dies.
 local function appointed(key, worker, now)

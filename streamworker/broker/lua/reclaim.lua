@@ -21,11 +21,12 @@
 -- ARGV[8]    most entries to take that are about to be delivered for the last time before that: a group of suspects
 -- ARGV[9]    half of those that run here already; empty: any
 -- ARGV[10]   most entries of a group that runs apart, by delivery count from ARGV[5] on: numbers; one later
--- ARGV[11..] entries that run here and are passed over, as "index of the stream in KEYS:entry id"
+-- ARGV[11]   the token as this worker saw it last; 0 if it has not, or since a leap that it noticed
+-- ARGV[12..] entries that run here and are passed over, as "index of the stream in KEYS:entry id"
 --
 -- returns { ms until the next sweep, entries, number of entries that were deleted, number of suspects that were left
---           to others (-1: it was too early), the server's time in ms, 1 if this worker shall drain, the
---           longest lease of the queue's workers in ms (0: not looked up) }
+--           to others (-1: it was too early, -2: the clock leapt twice), the server's time in ms, 1 if this worker
+--           shall drain, the longest lease of the queue's workers in ms (0: not looked up), the token (-1: not looked up) }
 --   entries  { index of the stream in KEYS, id, delivery count, fields, value that its id is derived from, 1 if a suspect } ...
 local lease, limit = tonumber(ARGV[3]), tonumber(ARGV[4])
 local now = now_ms()
@@ -34,7 +35,7 @@ local now = now_ms()
 -- lease is no leap yet: a worker that renews every third of a lease is never idle for a whole one by it, and a slow network looks the same.
 local leap = tonumber(ARGV[7]) > 0 and now - tonumber(ARGV[7]) or 0
 local most = math.max(lease / 2, 1000)
-if leap > most then return { lease, {}, 0, -1, now, 0, 0 } end
+if leap > most then return { lease, {}, 0, -1, now, 0, 0, -1 } end
 -- It leapt back: what was claimed in its future would not age before the clock is there again. Its lease begins now.
 if leap < -most then
   for k = 2, #KEYS do
@@ -51,19 +52,20 @@ if leap < -most then
 end
 
 local paused = redis.call('HMGET', KEYS[1], 'paused', 'inactive')
-if paused[1] or paused[2] then return { 1000, {}, 0, 0, now, 0, 0 } end
+if paused[1] or paused[2] then return { 1000, {}, 0, 0, now, 0, 0, -1 } end
 
 local function drains() return ARGV[6] == '2' and appointed(KEYS[1], ARGV[2], now) and 1 or 0 end
 
 local due = tonumber(redis.call('HGET', KEYS[1], 'sweep') or 0)
 -- A token further away than a lease comes from a server clock that jumped.
-if due > now and due - now <= lease then return { due - now, {}, 0, -1, now, drains(), 0 } end
+if due > now and due - now <= lease then return { due - now, {}, 0, -1, now, drains(), 0, due } end
 
 local leases, shortest, longest = leases_of(KEYS[1], lease)
-if leap > math.max(shortest / 2, 1000) then return { longest, {}, 0, -1, now, 0, longest } end
+if leap > math.max(shortest / 2, 1000) then return { longest, {}, 0, -1, now, 0, longest, -1 } end
+if fell(due, tonumber(ARGV[11]), shortest, longest) then return { longest, {}, 0, -2, now, 0, longest, due } end
 
 local running = {}
-for i = 11, #ARGV do running[ARGV[i]] = true end
+for i = 12, #ARGV do running[ARGV[i]] = true end
 local derived = redis.call('HMGET', KEYS[1], 'id:1', 'id:2', 'id:3')
 local entries, missing, passed, unfinished = {}, 0, 0, false -- unfinished: the next call should follow at once
 local suspects = {} -- those that were passed: stream, id, delivery count
@@ -185,4 +187,4 @@ end
 -- Long waits end on whole seconds, so that a worker sweeps all its quiet queues in one wake-up.
 if wait > 2000 then wait = math.floor((now + wait) / 1000) * 1000 - now end
 redis.pcall('HSET', KEYS[1], 'sweep', string.format('%d', now + wait))
-return { wait, entries, missing, passed, now, passed > 0 and drains() or 0, longest }
+return { wait, entries, missing, passed, now, passed > 0 and drains() or 0, longest, now + wait }

@@ -145,17 +145,18 @@ class Session:
         seen = self.clock
         return 0 if seen is None else seen[0] + int((monotonic() - seen[1]) * 1000)
 
-    def clock_shows(self, shown: int, sent: float, expected: int, lease: float) -> bool:
+    def clock_shows(self, shown: int, sent: float, expected: int, lease: float) -> int:
         """Note the server's time in the reply to a command that was sent at ``sent``, and log a leap.
 
         Returns:
-            True if it leapt ahead, so that all leases look expired.
+            1 if it leapt ahead, so that all leases look expired, -1 if it leapt back, 0 if neither.
         """
         ahead = shown - expected if expected else 0
-        if abs(ahead) > max(lease * 500, 1000):
-            log.warning("server_clock_jumped", seconds=round((shown - expected) / 1000, 1))
         self.clock = (shown, sent)
-        return ahead > max(lease * 500, 1000)
+        if abs(ahead) <= max(lease * 500, 1000):
+            return 0
+        log.warning("server_clock_jumped", seconds=round(ahead / 1000, 1))
+        return 1 if ahead > 0 else -1
 
     async def fresh(self) -> None:
         """Close connections to a server that has become a replica: the next ones look the master up again."""
