@@ -11,7 +11,6 @@ from time import monotonic
 from typing import Any, TypeAlias, overload
 
 import anyio
-import asyncpg
 from redis.asyncio import Redis
 from typing_extensions import TypeVar, Unpack
 
@@ -131,9 +130,9 @@ class AppConnection:
             self._require_own_loop()
         return self._broker
 
-    async def add(self, connection: Any, jobs: Sequence[Job], settings: Settings) -> list[Enqueued]:
+    async def add(self, connection: Any, jobs: Sequence[Job], settings: Settings, *, blocking: bool) -> list[Enqueued]:
         """Add jobs to the caller's PostgreSQL transaction."""
-        return await wiring.add_in_transaction(connection, jobs, settings)
+        return await wiring.add_in_transaction(connection, jobs, settings, blocking=blocking)
 
     @asynccontextmanager
     async def elsewhere(self) -> AsyncIterator[AppConnection]:
@@ -277,7 +276,7 @@ class App(Handlers[S], Calendar):
         key: str | None = None,
         key_ttl: float | None = None,
         headers: dict[str, Any] | None = None,
-        connection: asyncpg.Connection[asyncpg.Record] | None = None,
+        connection: Any = None,
     ) -> Enqueued:
         """Enqueue one job.
 
@@ -292,7 +291,8 @@ class App(Handlers[S], Calendar):
             key: deduplication key: while it is remembered, enqueueing again gives the earlier job's id.
             key_ttl: seconds the key is remembered; ``STREAMWORKER_KEY_TTL`` unless given.
             headers: travel with the job; anything JSON can hold.
-            connection: an asyncpg connection in a transaction: the job commits or vanishes with the caller's rows.
+            connection: a connection or session in a transaction: the job commits or vanishes with the caller's rows.
+                One of asyncpg, psycopg's async one, or SQLAlchemy's async one (docs/integrations.md).
 
         Raises:
             UsageError: the app is not open, or on another event loop; it is no payload; or an option makes no sense.
@@ -308,9 +308,7 @@ class App(Handlers[S], Calendar):
         )  # fmt: skip
         return (await self.enqueue_many([job_of(payload, **options)], connection=connection))[0]
 
-    async def enqueue_many(
-        self, jobs: Iterable[Payload | Job], /, *, connection: asyncpg.Connection[asyncpg.Record] | None = None
-    ) -> list[Enqueued]:
+    async def enqueue_many(self, jobs: Iterable[Payload | Job], /, *, connection: Any = None) -> list[Enqueued]:
         """Enqueue many jobs, up to a thousand per round trip; answers in order.
 
         With ``connection`` the app need not be open: Redis is not asked.
@@ -327,18 +325,22 @@ class App(Handlers[S], Calendar):
         """
         return await self._producer.enqueue_many(jobs, connection)
 
-    def enqueue_blocking(self, payload: Payload | Job, /, **options: Unpack[JobOptions]) -> Enqueued:
+    def enqueue_blocking(
+        self, payload: Payload | Job, /, *, connection: Any = None, **options: Unpack[JobOptions]
+    ) -> Enqueued:
         """`enqueue` for sync code: a script, a thread, a sync handler.
 
         Args:
             payload: its class names kind and queue; or a job made with `job`, which has its options.
+            connection: a connection or session that blocks, in a transaction: the job commits or vanishes with the
+                caller's rows. One of psycopg, SQLAlchemy or Django (docs/integrations.md).
             options: see `JobOptions`.
 
         Raises:
             UsageError: called on the event loop of the app, which it would block, or gevent or eventlet has patched
-                this process; else what `enqueue` raises.
+                this process; else what `enqueue` raises. With ``connection`` neither matters: Redis is not asked.
         """
-        return self._producer.enqueue_blocking(job_of(payload, **options))
+        return self._producer.enqueue_blocking(job_of(payload, **options), connection)
 
     # -- jobs that were enqueued
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from datetime import UTC, datetime, timedelta
 from time import monotonic, time
-from typing import Any, Final, Generic
+from typing import Any, Final, Generic, overload
 
 import asyncpg
 import msgspec
@@ -18,14 +18,26 @@ from streamworker import codec
 from streamworker.codec import Reading, trace_id
 from streamworker.errors import ConfigurationError, RunEnded, UsageError
 from streamworker.job import Claim, Job, Progress
+from streamworker.loops import at_once
 from streamworker.policy import Limits
-from streamworker.postgres import Effect, Ledger, RunRecord, Transaction, refusal, run_record
+from streamworker.postgres import (
+    AsyncSource,
+    BlockingSource,
+    BlockingTransaction,
+    Effect,
+    Ledger,
+    RunRecord,
+    Transaction,
+    refusal,
+    run_record,
+)
 from streamworker.telemetry.logs import get_logger
 
 MAX_NOTE: Final = 200
 """Characters of a note that are kept."""
 
 S = TypeVar("S", default=Any)
+T = TypeVar("T")
 S_co = TypeVar("S_co", covariant=True, default=Any)
 
 
@@ -67,7 +79,7 @@ class Context(Generic[S_co]):
         self.cause = ""  # the worker's: why this run is cancelled
         self.heeded = False  # the handler read ``cancelled`` after that
         self.booked = False  # this run may have written to the ledger itself
-        self._transaction: Transaction | RefusedTransaction | None = None
+        self._transaction: Transaction | BlockingTransaction | RefusedTransaction | None = None
         self._job: Job | None = None
         self._log: Any = None
 
@@ -204,34 +216,59 @@ class Context(Generic[S_co]):
         """The worker is shutting down and waits for this run until its grace has passed."""
         return self._shared.stopping
 
-    def transaction(self) -> AbstractAsyncContextManager[asyncpg.Connection[asyncpg.Record]]:
+    @overload
+    def transaction(self, /) -> AbstractAsyncContextManager[asyncpg.Connection[asyncpg.Record]]: ...
+    @overload
+    def transaction(self, source: AsyncSource[T], /) -> AbstractAsyncContextManager[T]: ...
+    @overload
+    def transaction(self, source: BlockingSource[T], /) -> AbstractContextManager[T]: ...
+    def transaction(self, source: Any = None, /) -> Any:
         """A PostgreSQL transaction in which the handler's writes and "this job is done" commit together, once.
 
         The block does not begin if the job was completed before, or another run of it is at work. When it was left
         without an error the job is done, whatever the handler does afterwards; left by an error, nothing is stored.
 
+        Args:
+            source: where the connection comes from, and what the block is given: an ``async_sessionmaker`` or
+                ``AsyncEngine`` of SQLAlchemy, an ``AsyncConnectionPool`` of psycopg; in sync handlers, with a plain
+                ``with``, their blocking twins, or Django's ``connection``. Without one: a connection of asyncpg.
+
         Raises:
-            ConfigurationError: this worker has no ledger.
-            UsageError: this run had its transaction.
+            ConfigurationError: this worker has no ledger, or the source's database no schema streamworker.
+            UsageError: this run had its transaction, or the source is none.
         """
         ledger = self._book("transaction")
         if self.effect is not None:
             raise UsageError("ctx.transaction() may be used once in a run: put what belongs together into one block")
-        self._transaction = transaction = ledger.transaction(self._record(), self.deadline_at)
-        return transaction
+        made = ledger.transaction(self._record(), self.deadline_at, source)
+        self._transaction = made
+        return made
 
-    async def complete(self, connection: asyncpg.Connection[asyncpg.Record]) -> None:
+    async def complete(self, connection: Any) -> None:
         """Mark the job done in the caller's own transaction: it is done if that commits.
 
         Args:
-            connection: an asyncpg connection inside a transaction.
+            connection: of asyncpg, psycopg (``AsyncConnection``) or SQLAlchemy (``AsyncSession``,
+                ``AsyncConnection``), inside a transaction.
 
         Raises:
-            ConfigurationError: this worker has no ledger.
-            UsageError: the connection is in no transaction.
+            ConfigurationError: this worker has no ledger, or the connection's database no schema streamworker.
+            UsageError: the connection is in no transaction, or none that can be used.
         """
+        await self._complete(connection, blocking=False)
+
+    def complete_blocking(self, connection: Any) -> None:
+        """`complete` for sync handlers.
+
+        Args:
+            connection: of psycopg (``Connection``), SQLAlchemy (``Session``, ``Connection``) or Django, inside a
+                transaction.
+        """
+        at_once(self._complete(connection, blocking=True))
+
+    async def _complete(self, connection: Any, *, blocking: bool) -> None:
         try:
-            await self._book("complete").complete(self._record(), connection)
+            await self._book("complete").complete(self._record(), connection, blocking=blocking)
         except RunEnded as ended:
             self._transaction = RefusedTransaction(refusal(ended))
             raise

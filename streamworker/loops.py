@@ -1,11 +1,14 @@
-"""Back-off of a loop after an error: 1 s, growing to 30 s, jittered, ended early by a stop."""
+"""Back-off of a loop after an error: 1 s, growing to 30 s, jittered, ended early by a stop. `at_once`."""
 
 from __future__ import annotations
 
 import random
-from typing import Final
+from collections.abc import Coroutine
+from typing import Any, Final, TypeVar
 
 import anyio
+
+T = TypeVar("T")
 
 FIRST: Final = 1.0
 LONGEST: Final = 30.0
@@ -41,3 +44,17 @@ class Pause:
         with anyio.move_on_after(seconds):
             await stop.wait()
         return seconds
+
+
+def at_once(coroutine: Coroutine[Any, Any, T]) -> T:
+    """The result of a coroutine that never suspends, without an event loop; raises what it raises.
+
+    Code that serves connections which block and connections which do not is written once, as coroutines.
+    """
+    try:
+        coroutine.send(None)
+    except StopIteration as ended:
+        return ended.value  # type: ignore[no-any-return]
+    finally:
+        coroutine.close()
+    raise AssertionError("this coroutine awaits something: it needs an event loop")

@@ -22,6 +22,7 @@ from streamworker.codec import reserved_in
 from streamworker.errors import LONGEST_WAIT, InvalidJob, UsageError
 from streamworker.handlers import Payload, check_queue
 from streamworker.job import Enqueued, Job
+from streamworker.loops import at_once
 from streamworker.observe import Sender
 from streamworker.payload import infinity_in
 from streamworker.settings import Settings
@@ -48,8 +49,8 @@ class Outlet(Protocol):
             UsageError: the app is open on another event loop.
         """
 
-    async def add(self, connection: Any, jobs: Sequence[Job], settings: Settings) -> list[Enqueued]:
-        """Add jobs to the caller's transaction."""
+    async def add(self, connection: Any, jobs: Sequence[Job], settings: Settings, *, blocking: bool) -> list[Enqueued]:
+        """Add jobs to the caller's transaction; a caller that blocks calls it with `loops.at_once`."""
 
     def elsewhere(self) -> AbstractAsyncContextManager[Outlet]:
         """The same servers, opened on another event loop."""
@@ -91,7 +92,7 @@ class Producer:
     async def _send(self, made: Sequence[Job], connection: Any) -> list[Enqueued]:
         settings = self._outlet.rules()
         if connection is not None:
-            return await self._outlet.add(connection, made, settings)
+            return await self._outlet.add(connection, made, settings, blocking=False)
         broker = self._outlet.broker()
         if broker is None:
             raise UsageError("the app is not open: enqueue inside `async with app:`")
@@ -100,8 +101,12 @@ class Producer:
         packed = [codec.pack(job, max_bytes=settings.max_job_bytes, key_ttl=settings.key_ttl) for job in made]
         return await broker.publish(packed) if packed else []
 
-    def enqueue_blocking(self, job: Job) -> Enqueued:
-        """Publish one job from sync code, on an event loop of the producer's own."""
+    def enqueue_blocking(self, job: Job, connection: Any = None) -> Enqueued:
+        """Publish one job from sync code, on a loop of the producer's own; or add it to the caller's transaction."""
+        if connection is not None:
+            with ExitStack() as stack:
+                sent = self._seen_off(stack, [job])
+                return at_once(self._outlet.add(connection, sent, self._outlet.rules(), blocking=True))[0]
         refuse_patched()
         sentence = "enqueue_blocking() would block this event loop: await enqueue() instead"
         refuse_on_loop(sentence, self._outlet.loop)

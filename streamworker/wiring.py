@@ -29,6 +29,7 @@ from streamworker.job import Enqueued, Job
 from streamworker.loops import Pause
 from streamworker.operators import broker_options, open_servers
 from streamworker.postgres import enqueue
+from streamworker.postgres.adapters import connection_of
 from streamworker.postgres.archive import SCHEMA_LOOK, PostgresArchive, open_archive, schema_is_there
 from streamworker.postgres.ledger import PostgresLedger
 from streamworker.postgres.outbox import PostgresOutbox, listen
@@ -559,7 +560,9 @@ async def require_archive(stack: AsyncExitStack, settings: Settings) -> Postgres
 
 
 async def add_in_transaction(
-    connection: asyncpg.Connection[asyncpg.Record], jobs: Sequence[Job], settings: Settings
+    connection: Any, jobs: Sequence[Job], settings: Settings, *, blocking: bool
 ) -> list[Enqueued]:
-    """Add jobs to the caller's transaction."""
-    return await enqueue.enqueue(connection, jobs, max_bytes=settings.max_job_bytes, key_ttl=settings.key_ttl)
+    """Add jobs to the caller's transaction; without suspending if the caller blocks."""
+    other = "await app.enqueue(..., connection=...)" if blocking else "call app.enqueue_blocking(..., connection=...)"
+    made = await connection_of(connection, blocking=blocking, instead=other)
+    return await enqueue.enqueue(made, jobs, max_bytes=settings.max_job_bytes, key_ttl=settings.key_ttl)

@@ -8,10 +8,10 @@ answer.
 from __future__ import annotations
 
 import enum
-from collections.abc import AsyncIterator, Collection, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from datetime import datetime
-from typing import Any, Final, Literal, Protocol, TypeAlias
+from typing import Any, Final, Literal, Protocol, TypeAlias, TypeVar
 
 import msgspec
 
@@ -19,6 +19,9 @@ from streamworker import codec
 from streamworker.codec import Reading, deliveries_of
 from streamworker.errors import RunEnded
 from streamworker.job import Claim, Level
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 Status: TypeAlias = Literal[
     "queued", "dispatching", "dispatched", "running", "retrying", "completed", "dead", "cancelled", "expired"
@@ -140,6 +143,92 @@ class Transaction(AbstractAsyncContextManager[Any], Protocol):
     effect: Effect
 
 
+class BlockingTransaction(AbstractContextManager[Any], Protocol):
+    """`Transaction` for handlers in threads."""
+
+    effect: Effect
+
+
+class _AsyncEngine(Protocol[T_co]):
+    def connect(self) -> AbstractAsyncContextManager[T_co]: ...
+
+
+class _AsyncPool(Protocol[T_co]):
+    def connection(self) -> AbstractAsyncContextManager[T_co]: ...
+
+
+class _Engine(Protocol[T_co]):
+    def connect(self) -> AbstractContextManager[T_co]: ...
+
+
+class _Pool(Protocol[T_co]):
+    def connection(self) -> AbstractContextManager[T_co]: ...
+
+
+AsyncSource: TypeAlias = Callable[[], AbstractAsyncContextManager[T]] | _AsyncEngine[T] | _AsyncPool[T]
+"""What type checkers see of a session factory, an engine or a pool, whichever library it is of."""
+BlockingSource: TypeAlias = Callable[[], AbstractContextManager[T]] | _Engine[T] | _Pool[T]
+"""`AsyncSource` for handlers in threads."""
+
+
+class SqlConnection(Protocol):
+    """A connection of the user's, inside the user's transaction, whichever library it is of.
+
+    The coroutines of a ``blocking`` one never suspend: `loops.at_once` calls them without an event loop.
+    """
+
+    @property
+    def blocking(self) -> bool:
+        """Its statements block the thread that calls."""
+
+    async def require_transaction(self) -> None:
+        """Check that what is written now commits with the caller's rows.
+
+        Raises:
+            UsageError: it is in no transaction, or leads to no PostgreSQL.
+        """
+
+    async def fetch(self, statement: str, *values: Any) -> Sequence[Sequence[Any]]:
+        """The rows of one statement.
+
+        Args:
+            statement: with parameters ``$1``, ``$2`` …, each cast from text, or from an array of texts, by the server.
+            values: texts, lists of texts, ``None``.
+        """
+
+    async def copy(self, table: str, columns: Sequence[str], lines: Iterable[bytes]) -> bool:
+        """Add rows by COPY, in its text format; False, and nothing is added, where the library has none.
+
+        Args:
+            table: in the schema streamworker.
+            columns: of the table.
+            lines: the rows.
+        """
+
+
+class SqlTransaction(Protocol):
+    """A transaction on a connection that ``ctx.transaction()`` takes from a pool, an engine or a session factory."""
+
+    @property
+    def blocking(self) -> bool:
+        """Its statements block the thread that calls."""
+
+    async def begin(self) -> tuple[SqlConnection, Any]:
+        """Begin; returns (the connection for our statements, the object that the handler is given)."""
+
+    async def commit(self) -> None:
+        """Commit."""
+
+    async def rollback(self) -> None:
+        """Roll back, if the connection is still there."""
+
+    async def release(self) -> None:
+        """Give the connection back."""
+
+    def break_off(self) -> None:
+        """End the connection at once, from any thread; pending statements fail."""
+
+
 class Ledger(Protocol):
     """The ledger as one worker uses it. Every method raises `Unreachable` while no database answers."""
 
@@ -152,19 +241,28 @@ class Ledger(Protocol):
     async def running(self, runs: Sequence[RunRecord]) -> None:
         """Record that these jobs have been running for a while."""
 
-    def transaction(self, run: RunRecord, deadline: float | None) -> Transaction:
-        """The transaction of a run.
+    def transaction(self, run: RunRecord, deadline: float | None, source: Any = None) -> Any:
+        """The transaction of a run: a `Transaction`, or a `BlockingTransaction` if the source blocks.
 
         Args:
             run: the run.
             deadline: monotonic seconds at which the run times out.
-        """
-
-    async def complete(self, run: RunRecord, connection: Any) -> None:
-        """Mark the job done in the caller's own transaction.
+            source: where its connection comes from; ``None``: the worker's pool.
 
         Raises:
-            UsageError: the connection is in no transaction.
+            UsageError: it is no source of connections.
+        """
+
+    async def complete(self, run: RunRecord, connection: Any, *, blocking: bool) -> None:
+        """Mark the job done in the caller's own transaction.
+
+        Args:
+            run: of the job.
+            connection: the caller's.
+            blocking: the caller blocks, and the coroutine must not suspend.
+
+        Raises:
+            UsageError: the connection is in no transaction, or blocks and must not, or the other way round.
         """
 
     def abandon(self) -> None:

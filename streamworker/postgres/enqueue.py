@@ -1,23 +1,24 @@
 """Enqueue in the caller's transaction: a job is a row with the status ``queued``, and a relay adds it to Redis.
 
 The connection is the user's, with the user's type codecs: everything goes as text and is cast by the server, and COPY
-uses its text format, so that no codec of theirs touches our values.
+uses its text format, so that no codec of theirs touches our values. Nothing here awaits anything but the connection: on
+one that blocks, it all runs without an event loop.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final
+from typing import Final
 
-import asyncpg
 import msgspec
 
 from streamworker import codec
-from streamworker.errors import ConfigurationError, UsageError
+from streamworker.errors import UsageError
 from streamworker.job import Enqueued, Job
+from streamworker.postgres import SqlConnection
+from streamworker.postgres.sqlstate import schema_expected
 
 COPY_FROM: Final = 20
 """Least jobs for which COPY is worth its extra round trip."""
@@ -58,7 +59,6 @@ select taken.earlier from taken, told order by taken.at
 NOW: Final = "select extract(epoch from clock_timestamp())::text"
 TELL: Final = "select pg_notify('streamworker', $1::text)"
 
-_MISSING: Final = (asyncpg.InvalidSchemaNameError, asyncpg.UndefinedTableError, asyncpg.UndefinedFunctionError)
 _STRINGS: Final = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _ESCAPES: Final = re.compile(rb"\\u(?:0000|[dD][89a-fA-F])")
 _NUMBERS: Final = re.compile(rb"\d[eE]|-0(?!\.\d*[1-9])|\d{300}")
@@ -74,27 +74,26 @@ class QueuedRow(msgspec.Struct, frozen=True, gc=False):
     document: str | None
 
 
-async def enqueue(connection: Any, jobs: Sequence[Job], *, max_bytes: int, key_ttl: float) -> list[Enqueued]:
+async def enqueue(connection: SqlConnection, jobs: Sequence[Job], *, max_bytes: int, key_ttl: float) -> list[Enqueued]:
     """Write jobs as rows, visible to the relay when the caller commits; answers in order.
 
     Args:
-        connection: an asyncpg connection, or one of a pool, inside a transaction.
+        connection: the caller's, inside a transaction.
         jobs: what `App.job` made.
         max_bytes: the largest document allowed.
         key_ttl: seconds a deduplication key is remembered unless the job says otherwise.
 
     Raises:
-        UsageError: the connection is not in a transaction, or not one of asyncpg's.
+        UsageError: a key or a kind holds a NUL.
         JobTooLarge: a document is too large; nothing was written.
         ConfigurationError: the database has no schema streamworker, or is not encoded in UTF8.
-        asyncpg.PostgresError: as any statement in the caller's transaction, such as a serialization failure.
+        Exception: the library's own, as of any statement in the caller's transaction: a serialization failure.
     """
-    _check(connection)
     rows = [_row(job, max_bytes, key_ttl) for job in jobs]
     answers: list[Enqueued] = []
-    with _schema_expected():
-        if len(rows) >= COPY_FROM and all(job.key is None for job in jobs):
-            await _copy(connection, rows)
+    with schema_expected("enqueue"):
+        copying = len(rows) >= COPY_FROM and all(job.key is None for job in jobs)
+        if copying and await _copied(connection, rows):
             return [Enqueued(job.id, new=True) for job in jobs]
         for start in range(0, len(rows), BATCH):
             batch = rows[start : start + BATCH]
@@ -105,18 +104,6 @@ async def enqueue(connection: Any, jobs: Sequence[Job], *, max_bytes: int, key_t
                 for row, found in zip(batch, earlier, strict=True)
             ]
     return answers
-
-
-def _check(connection: Any) -> None:
-    if not (hasattr(connection, "is_in_transaction") and hasattr(connection, "copy_to_table")):
-        raise UsageError(
-            f"connection={type(connection).__name__} is no asyncpg connection: with another driver, run "
-            "`select streamworker.enqueue(kind, payload, queue)` in your transaction"
-        )
-    if not connection.is_in_transaction():
-        raise UsageError(
-            "connection= needs a transaction that the job shares: enqueue inside `async with connection.transaction():`"
-        )
 
 
 def _row(job: Job, max_bytes: int, key_ttl: float) -> QueuedRow:
@@ -170,22 +157,23 @@ def _utc(moment: datetime) -> str:
     return moment.astimezone(UTC).isoformat()
 
 
-async def _copy(connection: Any, rows: Sequence[QueuedRow]) -> None:
+async def _copied(connection: SqlConnection, rows: Sequence[QueuedRow]) -> bool:
+    """Whether the rows were added by COPY."""
     now: datetime | None = None
     # Counted by the clock that will judge it.
     if any(row.job.delay is not None or row.job.expires_in is not None for row in rows):
-        now = datetime.fromtimestamp(float(await connection.fetchval(NOW)), UTC)
+        now = datetime.fromtimestamp(float((await connection.fetch(NOW))[0][0]), UTC)
     columns = (
         "id", "queue_name", "kind", "payload", "level", "run_at", "max_attempts", "headers", "document", "expires_at",
     )  # fmt: skip
-
-    async def lines() -> Any:
-        for start in range(0, len(rows), BATCH):
-            yield "".join(_line(row, now) for row in rows[start : start + BATCH]).encode()
-
-    await connection.copy_to_table("jobs", schema_name="streamworker", columns=columns, source=lines(), format="text")
+    lines = (
+        "".join(_line(row, now) for row in rows[start : start + BATCH]).encode() for start in range(0, len(rows), BATCH)
+    )
+    if not await connection.copy("jobs", columns, lines):
+        return False
     later = all(row.job.delay is not None or row.job.run_at is not None for row in rows)
-    await connection.fetchval(TELL, "later" if later else "")
+    await connection.fetch(TELL, "later" if later else "")
+    return True
 
 
 def _line(row: QueuedRow, now: datetime | None) -> str:
@@ -208,22 +196,3 @@ def _line(row: QueuedRow, now: datetime | None) -> str:
         None if expires_at is None else _utc(expires_at),
     )
     return "\t".join(r"\N" if value is None else value.translate(_SPECIAL) for value in values) + "\n"
-
-
-@contextmanager
-def _schema_expected() -> Iterator[None]:
-    try:
-        yield
-    except _MISSING as error:
-        raise ConfigurationError(
-            "the database of this connection has no schema streamworker: run `streamworker migrate up` on it"
-        ) from error
-    except asyncpg.UntranslatableCharacterError as error:
-        raise ConfigurationError(
-            f"this database cannot hold what the job says ({error}): use one that is encoded in UTF8"
-        ) from error
-    except asyncpg.InsufficientPrivilegeError as error:
-        raise ConfigurationError(
-            f"this connection may not enqueue ({error}): grant its user usage of the schema streamworker, select and "
-            "insert on streamworker.jobs, and select, insert, update on streamworker.job_keys"
-        ) from error

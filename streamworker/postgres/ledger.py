@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Collection, Sequence
 from typing import Any, Final
 
 from streamworker.postgres import JobKey, Known, RunRecord, Stored
+from streamworker.postgres.adapters import PoolTransaction, transaction_of
 from streamworker.postgres.encoding import SEPARATOR, separable, stored_id, within_python
 from streamworker.postgres.pool import AnyPool, Database
 from streamworker.postgres.recording import Recording
 from streamworker.postgres.sqlstate import is_one_rows_fault, reason, translated, understood
-from streamworker.postgres.transaction import RunTransaction, complete
+from streamworker.postgres.transaction import BlockingRunTransaction, RunTransaction, complete
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.ledger")
@@ -43,6 +45,7 @@ class PostgresLedger:
         self._worker_id = worker_id
         self._recording = Recording(database, worker_id)
         self._retention = Retention(database)
+        self._loop = asyncio.get_running_loop()  # of the ledger; handlers in threads ask it through it
 
     async def open(self, queues: Sequence[str]) -> None:
         """Insert a row for each queue.
@@ -94,11 +97,16 @@ class PostgresLedger:
     async def running(self, runs: Sequence[RunRecord]) -> None:
         await self._recording.running(runs)
 
-    def transaction(self, run: RunRecord, deadline: float | None) -> RunTransaction:
-        return RunTransaction(self._pool, self._database, run, self._worker_id, deadline)
+    def transaction(
+        self, run: RunRecord, deadline: float | None, source: Any = None
+    ) -> RunTransaction | BlockingRunTransaction:
+        made = PoolTransaction(self._pool) if source is None else transaction_of(source)
+        if made.blocking:
+            return BlockingRunTransaction(made, (self._database, self._loop), run, self._worker_id, deadline)
+        return RunTransaction(made, (self._database, self._loop), run, self._worker_id, deadline)
 
-    async def complete(self, run: RunRecord, connection: Any) -> None:
-        await complete(connection, run, self._worker_id)
+    async def complete(self, run: RunRecord, connection: Any, *, blocking: bool = False) -> None:
+        await complete(connection, run, self._worker_id, blocking=blocking)
 
     def abandon(self) -> None:
         self._database.abandon()

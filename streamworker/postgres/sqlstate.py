@@ -1,7 +1,13 @@
-"""Errors of asyncpg, classified and translated: an outage, one row's fault, or a server that cannot serve now."""
+"""Errors of asyncpg, classified and translated: an outage, one row's fault, or a server that cannot serve now.
+
+Errors of other libraries, met on connections of users, are classified by their SQLSTATE, and by the class names of the
+Python Database API (PEP 249).
+"""
 
 from __future__ import annotations
 
+import os
+import socket
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -33,6 +39,8 @@ _OPTIONS: Final = (
     "cannot be changed now",
     "cannot be changed without restarting",
 )
+_LIBRARIES: Final = ("sqlalchemy", "psycopg", "psycopg_pool", "psycopg2", "django")
+_MISSING: Final = ("3F000", "42P01", "42883")  # schema, table, function
 _REFUSED: Final = (asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidCatalogNameError)
 _ROW_FAULTS: Final = ("22", "23", "54")
 _UNABLE: Final = ("53", "57", "58", "F0", "XX")
@@ -41,15 +49,36 @@ _VALUES: Final = (ValueError, ArithmeticError, TypeError, RecursionError, struct
 _BROKEN: Final = ("connection is closed", "connection was closed", "pool is clos", "released back to the pool")
 
 
+_NO_SERVER_CODES: Final = ("08", "57P01", "57P02", "57P03", "57P05", "25P03", "53300")
+
+
 def is_outage(error: BaseException) -> bool:
     """Whether the server could not be reached, as opposed to refusing the statement."""
+    error = _of_driver(error)
     if isinstance(error, NoConnection) or _is_misconfigured(error):
         return False  # the pool is exhausted; or every try fails alike
     if isinstance(error, _NO_SERVER):
         return True
     if isinstance(error, asyncpg.ProtocolViolationError):  # PgBouncer: "server conn crashed?", "query_wait_timeout"
         return True
-    return isinstance(error, asyncpg.InterfaceError) and any(words in str(error) for words in _BROKEN)
+    if isinstance(error, asyncpg.InterfaceError):
+        return any(words in str(error) for words in _BROKEN)
+    return not isinstance(error, asyncpg.PostgresError) and _breaks_foreign(error)
+
+
+def _breaks_foreign(error: BaseException) -> bool:
+    """`is_outage` for an error of another library than asyncpg."""
+    if code := sqlstate(error):
+        return code.startswith(_NO_SERVER_CODES)
+    names = [cls.__name__ for cls in type(error).__mro__ if cls.__module__.partition(".")[0] in _LIBRARIES]
+    return "OperationalError" in names or ("InterfaceError" in names and any(words in str(error) for words in _BROKEN))
+
+
+def _of_driver(error: BaseException) -> BaseException:
+    """The driver's error inside one of SQLAlchemy's or Django's."""
+    root = type(error).__module__.partition(".")[0]
+    inner = getattr(error, "orig", None) if root == "sqlalchemy" else error.__cause__ if root == "django" else None
+    return inner if isinstance(inner, BaseException) else error
 
 
 def _is_misconfigured(error: BaseException) -> bool:
@@ -67,7 +96,13 @@ def reason(error: BaseException) -> str:
 
 def sqlstate(error: BaseException) -> str:
     """The SQLSTATE (PostgreSQL documentation, appendix A); empty if the error has none."""
-    return (error.sqlstate or "") if isinstance(error, asyncpg.PostgresError) else ""
+    error = _of_driver(error)
+    if isinstance(error, asyncpg.PostgresError):
+        return error.sqlstate or ""
+    if type(error).__module__.partition(".")[0] not in _LIBRARIES:
+        return ""
+    code = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
+    return code if isinstance(code, str) else ""
 
 
 def is_one_rows_fault(error: BaseException) -> bool:
@@ -103,9 +138,13 @@ def is_gone(connection: Any) -> bool:
 
 
 def break_off(connection: Any) -> None:
-    """End a connection at once; pending statements fail."""
-    with suppress(asyncpg.InterfaceError):
-        connection.terminate()
+    """End a connection at once; pending statements fail. From any thread, if it blocks."""
+    if hasattr(connection, "terminate"):
+        with suppress(asyncpg.InterfaceError):
+            connection.terminate()
+        return
+    with suppress(Exception), socket.socket(fileno=os.dup(connection.fileno())) as ours:
+        ours.shutdown(socket.SHUT_RDWR)
 
 
 @contextmanager
@@ -145,3 +184,30 @@ def translated(error: Exception, what: str) -> Exception:
     if isinstance(error, asyncpg.PostgresError | asyncpg.InterfaceError | asyncpg.InternalClientError):
         return StreamworkerError(f"PostgreSQL failed while {what}: {reason(error)}")
     return error
+
+
+@contextmanager
+def schema_expected(verb: str) -> Iterator[None]:
+    """Say what is missing in the database of a user's connection.
+
+    Args:
+        verb: what is being done there: enqueue, or complete a job.
+    """
+    try:
+        yield
+    except Exception as error:
+        code = sqlstate(error)
+        if code in _MISSING:
+            raise ConfigurationError(
+                "the database of this connection has no schema streamworker: run `streamworker migrate up` on it"
+            ) from error
+        if code == "22P05":
+            raise ConfigurationError(
+                f"this database cannot hold what the job says ({reason(error)}): use one that is encoded in UTF8"
+            ) from error
+        if code == "42501":
+            raise ConfigurationError(
+                f"this connection may not {verb} ({reason(error)}): grant its user usage of the schema streamworker, "
+                "select and insert on streamworker.jobs, and select, insert, update on streamworker.job_keys"
+            ) from error
+        raise

@@ -8,20 +8,21 @@ because the server ends a session that is idle in a transaction for longer.
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable
 from time import monotonic
 from types import TracebackType
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import anyio
-import asyncpg
-from asyncpg.transaction import Transaction as AsyncpgTransaction
 
 from streamworker.errors import RunEnded, Unreachable, UsageError
-from streamworker.postgres import Effect, RunRecord, refusal
+from streamworker.loops import at_once
+from streamworker.postgres import Effect, RunRecord, SqlConnection, SqlTransaction, refusal
+from streamworker.postgres.adapters import connection_of
 from streamworker.postgres.encoding import headers_text, json_text, stored_id, text
-from streamworker.postgres.pool import AnyPool, Connection, Database
-from streamworker.postgres.sqlstate import break_off, is_gone, is_outage, is_unable, reason
+from streamworker.postgres.pool import Database
+from streamworker.postgres.sqlstate import is_outage, is_unable, reason, schema_expected, sqlstate
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.ledger")
@@ -32,6 +33,8 @@ COMMIT_TIMEOUT: Final = 10.0
 """Seconds a commit may take."""
 RESOLVE_TIMEOUT: Final = 10.0
 """Seconds to find out whether a commit whose reply was lost took effect; then the job is released."""
+BUSY: Final = ("55P03", "40001", "40P01")
+"""SQLSTATEs of a row that another transaction has: lock_not_available, serialization_failure, deadlock_detected."""
 _MOST_INT: Final = 2**31 - 1
 
 # The connection is the user's, with the user's type codecs: every value is sent as text and cast by the server.
@@ -45,83 +48,77 @@ FINISH: Final = """
 update streamworker.jobs
 set status = 'completed', finished_at = clock_timestamp(), updated_at = clock_timestamp()
 where id = $1::text and queue_name = $4::text and hop = $2::text::bigint and deliveries = $3::text::integer
-  and status = 'running'
+  and status = 'running' and xmin = pg_current_xact_id()::xid
 returning id"""
+"""Of the row as this very transaction wrote it: in another one, begun inside the block, nothing is finished."""
 
 IS_COMPLETED: Final = """
 select (status = 'completed' and hop = $2 and deliveries = $3) as completed
 from streamworker.jobs where id = $1 and queue_name = $4 for update"""
 
 
-class RunTransaction:
-    """`Transaction` on PostgreSQL; yields an asyncpg connection.
+class Timer(Protocol):
+    """Of an event loop or a thread."""
+
+    def cancel(self) -> object:
+        """Do nothing when the time has come."""
+
+
+class _Transaction:
+    """What `RunTransaction` and `BlockingRunTransaction` share, as coroutines: none suspends on what blocks.
 
     Args:
-        pool: the pool of the handlers.
-        ledger: to look the job up when the reply to a commit was lost.
+        transaction: on a connection of the handlers' source.
+        ledger: to look the job up when the reply to a commit was lost; and the event loop that it is on.
         run: of the job.
         worker_id: the worker that runs it.
         deadline: monotonic seconds at which the run times out.
     """
 
-    def __init__(self, pool: AnyPool, ledger: Database, run: RunRecord, worker_id: str, deadline: float | None) -> None:
-        self._pool = pool
-        self._ledger = ledger
+    def __init__(
+        self,
+        transaction: SqlTransaction,
+        ledger: tuple[Database, asyncio.AbstractEventLoop],
+        run: RunRecord,
+        worker_id: str,
+        deadline: float | None,
+    ) -> None:
+        self._transaction = transaction
+        self._ledger, self._loop = ledger
         self._run = run
         self._worker_id = worker_id
         self._deadline = deadline
-        self._connection: Connection | None = None
-        self._transaction: AsyncpgTransaction | None = None
+        self._connection: SqlConnection | None = None
         self.effect = Effect.UNDONE
 
-    async def __aenter__(self) -> Connection:
-        """Begin, and lock the job's row.
-
-        Raises:
-            RunEnded: the job was completed before, a later delivery took it, or another run has locked its row.
-            Unreachable: no server answers; the job is released uncharged.
-        """
+    async def _begin(self) -> Any:
         try:
-            connection = self._connection = await self._pool.acquire()
-            transaction = connection.transaction()
-            await transaction.start()
-            self._transaction = transaction
+            self._connection, given = await self._transaction.begin()
             self.effect = Effect.OPEN
             within = None if self._deadline is None else max(1, int((self._deadline - monotonic()) * 1000))
-            await take(connection, self._run, self._worker_id, becomes="running", within=within)
+            await take(self._connection, self._run, self._worker_id, becomes="running", within=within)
         except BaseException as error:
-            await self._undo(self._effect_of(error))
+            await self._undo(refusal(error) if isinstance(error, RunEnded) else Effect.UNDONE)
             if is_outage(error) or is_unable(error):
                 self.effect = Effect.LOST
                 raise Unreachable(f"PostgreSQL cannot begin ctx.transaction(): {reason(error)}") from error
             raise
-        return connection
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
-        """Commit if the block ended well, else roll back."""
-        if error is not None:
-            await self._undo(Effect.UNDONE)
-            return
-        await uninterrupted(self._commit())
+        return given
 
     async def _commit(self) -> None:
-        connection, transaction, run = self._connection, self._transaction, self._run
-        if connection is None or transaction is None:
+        connection, run = self._connection, self._run
+        if connection is None:
             raise AssertionError("a transaction is committed after it began")
-        if not is_gone(connection) and not connection.is_in_transaction():
-            await self._undo(Effect.UNDONE)
-            raise UsageError(
-                "the transaction was ended inside the block: leave commit and rollback to ctx.transaction()"
-            )
         # A silent server must not block the handler for ever; a broken connection is resolved below.
-        timer = asyncio.get_running_loop().call_later(COMMIT_TIMEOUT, break_off, connection)
+        timer = self._break_off_later()
         try:
             key = (stored_id(run.job_id), str(run.hop), _small(run.deliveries), run.queue)
-            if not await connection.fetchval(FINISH, *key):
-                raise UsageError("the job's row was changed inside its own transaction: leave streamworker.jobs alone")
-            await transaction.commit()
+            if not await connection.fetch(FINISH, *key):
+                raise UsageError(
+                    "the transaction was ended inside the block, or the job's row was changed in it: leave commit, "
+                    "rollback and streamworker.jobs to ctx.transaction()"
+                )
+            await self._transaction.commit()
         except BaseException as error:
             if is_unable(error) and not is_outage(error):
                 await self._undo(Effect.LOST)
@@ -130,7 +127,7 @@ class RunTransaction:
                 await self._undo(Effect.UNDONE)
                 raise
             await self._undo(Effect.LOST)
-            self.effect = await self._resolved()
+            self.effect = await self._looked_up()
             log.warning(
                 "commit_uncertain", job_id=run.job_id, kind=run.kind, fate=self.effect.value, error=reason(error)
             )
@@ -142,6 +139,12 @@ class RunTransaction:
             timer.cancel()
         self.effect = Effect.COMMITTED
         await self._release()
+
+    def _break_off_later(self) -> Timer:
+        return self._loop.call_later(COMMIT_TIMEOUT, self._transaction.break_off)
+
+    async def _looked_up(self) -> Effect:
+        return await self._resolved()
 
     async def _resolved(self) -> Effect:
         """Whether the commit took effect; the query locks the row, so that it waits for a commit in flight."""
@@ -158,47 +161,77 @@ class RunTransaction:
             else:
                 return Effect.COMMITTED if done and done[0][0] else Effect.UNDONE
 
-    @staticmethod
-    def _effect_of(error: BaseException) -> Effect:
-        if isinstance(error, RunEnded):
-            return refusal(error)
-        return Effect.UNDONE
-
     async def _undo(self, effect: Effect) -> None:
         """Roll back, if a transaction has begun."""
         self.effect = effect
-        transaction, connection = self._transaction, self._connection
         try:
-            if transaction is not None and connection is not None and not is_gone(connection):
-                await transaction.rollback()
+            await self._transaction.rollback()
         except Exception as error:  # noqa: BLE001 - the server rolls back by itself when the connection ends
             log.debug("rollback_failed", job_id=self._run.job_id, error=reason(error))
-            break_off(connection)
+            self._transaction.break_off()
         finally:
             await self._release()
 
     async def _release(self) -> None:
-        connection, self._connection, self._transaction = self._connection, None, None
-        if connection is None:
-            return
+        self._connection = None
         try:
-            await self._pool.release(connection)  # type: ignore[arg-type]
+            await self._transaction.release()
         except Exception as error:  # noqa: BLE001 - the outcome is known already
             log.debug("release_failed", job_id=self._run.job_id, error=reason(error))
 
 
-async def complete(connection: Any, run: RunRecord, worker_id: str) -> None:
+class RunTransaction(_Transaction):
+    """`Transaction` on PostgreSQL; yields a connection or a session of its source."""
+
+    async def __aenter__(self) -> Any:
+        """Begin, and lock the job's row.
+
+        Raises:
+            RunEnded: the job was completed before, a later delivery took it, or another run has locked its row.
+            Unreachable: no server answers; the job is released uncharged.
+        """
+        return await self._begin()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        """Commit if the block ended well, else roll back."""
+        if error is not None:
+            await self._undo(Effect.UNDONE)
+            return
+        await uninterrupted(self._commit())
+
+
+class BlockingRunTransaction(_Transaction):
+    """`BlockingTransaction` on PostgreSQL, for handlers in threads."""
+
+    def __enter__(self) -> Any:
+        """Begin, and lock the job's row; raises what `RunTransaction` raises."""
+        return at_once(self._begin())
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Commit if the block ended well, else roll back."""
+        at_once(self._commit() if error is None else self._undo(Effect.UNDONE))
+
+    def _break_off_later(self) -> Timer:
+        timer = threading.Timer(COMMIT_TIMEOUT, self._transaction.break_off)
+        timer.daemon = True
+        timer.start()
+        return timer
+
+    async def _looked_up(self) -> Effect:
+        """The ledger's connections belong to the event loop, and this thread waits for it."""
+        return asyncio.run_coroutine_threadsafe(self._resolved(), self._loop).result()
+
+
+async def complete(given: Any, run: RunRecord, worker_id: str, *, blocking: bool) -> None:
     """Mark the job completed in the caller's own transaction: `Ledger.complete`."""
-    if not hasattr(connection, "is_in_transaction") or not hasattr(connection, "fetchval"):
-        raise UsageError("ctx.complete() needs an asyncpg connection, in a transaction of yours")
-    if not connection.is_in_transaction():
-        raise UsageError(
-            "ctx.complete() needs a connection in a transaction: use it inside `async with connection.transaction():`"
-        )
+    other = "`await ctx.complete(connection)`" if blocking else "`ctx.complete_blocking(connection)`"
+    connection = await connection_of(given, blocking=blocking, instead=f"call {other}")
     await take(connection, run, worker_id, becomes="completed", within=None)
 
 
-async def take(connection: Any, run: RunRecord, worker_id: str, *, becomes: str, within: int | None) -> None:
+async def take(connection: SqlConnection, run: RunRecord, worker_id: str, *, becomes: str, within: int | None) -> None:
     """Lock the job's row for a run.
 
     Args:
@@ -210,17 +243,23 @@ async def take(connection: Any, run: RunRecord, worker_id: str, *, becomes: str,
 
     Raises:
         RunEnded: this run may do nothing more for the job.
+        ConfigurationError: the database has no schema streamworker.
     """
     try:
-        against = await connection.fetchval(
-            TAKE, stored_id(run.job_id), str(run.hop), _small(run.deliveries), becomes, worker_id,
-            None if within is None else _small(within), run.queue, text(run.kind), run.level, json_text(run.payload),
-            headers_text(run.headers), None if run.body is None else run.body.decode(errors="replace"),
-            _small(run.attempts), None if run.max_attempts is None else _small(run.max_attempts),
-            text(run.epoch.decode(errors="backslashreplace")), _float(run.created), _float(run.started),
-        )  # fmt: skip
-    except (asyncpg.LockNotAvailableError, asyncpg.SerializationError, asyncpg.DeadlockDetectedError) as error:
+        with schema_expected("complete jobs"):
+            rows = await connection.fetch(
+                TAKE, stored_id(run.job_id), str(run.hop), _small(run.deliveries), becomes, worker_id,
+                None if within is None else _small(within), run.queue, text(run.kind), run.level,
+                json_text(run.payload), headers_text(run.headers),
+                None if run.body is None else run.body.decode(errors="replace"), _small(run.attempts),
+                None if run.max_attempts is None else _small(run.max_attempts),
+                text(run.epoch.decode(errors="backslashreplace")), _float(run.created), _float(run.started),
+            )  # fmt: skip
+    except Exception as error:
+        if sqlstate(error) not in BUSY:
+            raise
         raise RunEnded("another run of this job is at work", busy=True) from error
+    against = rows[0][0]
     if against is not None:
         log.info("run_ended", job_id=run.job_id, kind=run.kind, queue=run.queue, reason=against)
         raise RunEnded(f"the job is {against}", superseded=against == "superseded")

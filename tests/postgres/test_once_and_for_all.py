@@ -4,15 +4,23 @@ from functools import partial
 
 import pytest
 
+from tests.postgres.stacks import STACKS
 from tests.postgres.turmoil import Turmoil, all_in_all, at_progress
 
 
 # asyncpg forgets to close a connection whose server is killed while it comes about.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("jobs", [300, pytest.param(1000, marks=pytest.mark.all)])
-async def test_exactly_one_row_per_job_whatever_dies(tmp_path, jobs):
-    turmoil = Turmoil(tmp_path, jobs=jobs, workers=2, seed=1, leases=("1",))
+@pytest.mark.parametrize(
+    ("stack", "jobs"),
+    [
+        ("asyncpg", 300),
+        pytest.param("asyncpg", 1000, marks=pytest.mark.all),
+        *(pytest.param(each.name, 300, marks=pytest.mark.all) for each in STACKS if each.name != "asyncpg"),
+    ],
+)
+async def test_exactly_one_row_per_job_whatever_dies(tmp_path, stack, jobs):
+    turmoil = Turmoil(tmp_path, jobs=jobs, workers=2, seed=1, leases=("1",), stack=stack)
     deeds = [(0.15, turmoil.kill_worker), (0.3, turmoil.flush), (0.4, turmoil.kill_worker), (0.55, turmoil.restart_postgres),
              (0.7, turmoil.flush), (0.8, turmoil.kill_worker)]  # fmt: skip
     try:

@@ -33,23 +33,46 @@ from streamworker.postgres.migrate import Migrator
 from tests import forkserver
 from tests.conftest import Server
 from tests.postgres.servers import PostgresServer
+from tests.postgres.stacks import ERRORS, STACKS, stack_of
 
 ROOT = Path(__file__).parents[2]
 
 PROJECT = """
+import os
+from contextlib import asynccontextmanager
+
 from streamworker import App, Backoff, Context
+from tests.postgres.stacks import stack_of
 from tests.postgres.turmoil import Noise, Write
 
-app = App()
+stack = stack_of({stack!r})
+
+@asynccontextmanager
+async def lifespan():
+    async with stack.source(os.environ["DATABASE_URL"]) as source:
+        yield source
+
+app = App(lifespan=lifespan)
 
 @app.handler
 async def noise(payload: Noise) -> None:
     pass
 
-@app.handler(max_attempts=100, backoff=Backoff(base=0.2, cap=2), timeout=20)
+options = dict(max_attempts=100, backoff=Backoff(base=0.2, cap=2), timeout=20)
+"""
+ASYNC = """
+@app.handler(**options)
 async def write(payload: Write, ctx: Context) -> None:
-    async with ctx.transaction() as pg:
-        await pg.execute("insert into effect (n) values ($1)", payload.n)
+    async with ctx.transaction({source}) as given:
+        await stack.execute(given, f"insert into effect (n) values ({{payload.n}})")
+"""
+BLOCKING = """
+@app.handler(**options)
+def write(payload: Write, ctx: Context) -> None:
+    with ctx.transaction({source}) as given:
+        at_once(stack.execute(given, f"insert into effect (n) values ({{payload.n}})"))
+
+from streamworker.loops import at_once
 """
 
 
@@ -72,10 +95,18 @@ class Turmoil:
         workers: processes at a time.
         seed: of what is left to chance.
         leases: seconds, of which each worker gets one by chance.
+        stack: the library that enqueues and writes, by its name in `stacks`.
     """
 
     def __init__(
-        self, directory: Path, *, jobs: int, workers: int, seed: int = 0, leases: Sequence[str] = ("2", "2", "5")
+        self,
+        directory: Path,
+        *,
+        jobs: int,
+        workers: int,
+        seed: int = 0,
+        leases: Sequence[str] = ("2", "2", "5"),
+        stack: str = "asyncpg",
     ) -> None:
         self.leases = leases
         self.directory = directory
@@ -89,7 +120,11 @@ class Turmoil:
         self.told: list[str] = []
         self.started = time.monotonic()
         self.over = asyncio.Event()
-        (directory / "turmoil_app.py").write_text(PROJECT)
+        self.stack = stack_of(stack)
+        handler = (BLOCKING if self.stack.blocking else ASYNC).format(
+            source="" if stack == "asyncpg" else "ctx.services"
+        )
+        (directory / "turmoil_app.py").write_text(PROJECT.format(stack=stack) + handler)
 
     def tell(self, what: str) -> None:
         self.told.append(f"{time.monotonic() - self.started:7.1f}  {what}")
@@ -249,28 +284,26 @@ class Turmoil:
     async def produce(self) -> None:
         """Enqueue all jobs, a few per transaction; some transactions are taken back."""
         app = App(settings=Settings())
-        pg: Any = None
-        n = 0
-        while n < self.jobs:
-            batch = range(n, min(self.jobs, n + self.random.randint(1, 40)))
-            try:
-                if pg is None:
-                    pg = await self.connect()
-                    n = await pg.fetchval("select coalesce(max(n) + 1, 0) from wanted")  # its last answer may be lost
-                    continue
-                transaction = pg.transaction()
-                await transaction.start()
-                await pg.executemany("insert into wanted values ($1)", [(each,) for each in batch])
-                await app.enqueue_many([Write(n=each) for each in batch], connection=pg)
-                if self.random.random() < 0.1:
-                    await transaction.rollback()
-                    continue
-                await transaction.commit()
-                n = batch.stop
-            except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
-                pg = None
-                await anyio.sleep(0.1)
-            await anyio.lowlevel.checkpoint()
+        stack, n = self.stack, 0
+        async with stack.source(self.postgres.url()) as source:
+            while n < self.jobs:
+                try:
+                    async with stack.open(source) as given:
+                        n = await self.ask("select coalesce(max(n) + 1, 0) from wanted")  # an answer may have been lost
+                        batch = range(n, min(self.jobs, n + self.random.randint(1, 40)))
+                        if not batch:
+                            break
+                        values = ", ".join(f"({each})" for each in batch)
+                        await stack.execute(given, f"insert into wanted values {values}")
+                        if stack.blocking:
+                            for each in batch:
+                                app.enqueue_blocking(Write(n=each), connection=given)
+                        else:
+                            await app.enqueue_many([Write(n=each) for each in batch], connection=given)
+                        await (stack.rollback if self.random.random() < 0.1 else stack.commit)(given)
+                except ERRORS:
+                    await anyio.sleep(0.1)
+                await anyio.lowlevel.checkpoint()
 
     async def ask(self, question: str) -> Any:
         """One value, however often PostgreSQL is restarted meanwhile."""
@@ -344,9 +377,9 @@ async def all_in_all(turmoil: Turmoil, timeout: float, *nemeses: Callable[[], Aw
     return await turmoil.verdict()
 
 
-async def main(jobs: int, workers: int, seed: int, timeout: float) -> int:
+async def main(jobs: int, workers: int, seed: int, timeout: float, stack: str) -> int:
     directory = Path(tempfile.mkdtemp(prefix="turmoil-"))
-    turmoil = Turmoil(directory, jobs=jobs, workers=workers, seed=seed)
+    turmoil = Turmoil(directory, jobs=jobs, workers=workers, seed=seed, stack=stack)
 
     async def every_second() -> None:
         while not turmoil.over.is_set():
@@ -395,5 +428,8 @@ if __name__ == "__main__":
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--timeout", type=float, default=600, help="seconds for what is left at the end")
+    parser.add_argument(
+        "--stack", default="asyncpg", choices=[each.name for each in STACKS], help="the library that writes"
+    )
     given = parser.parse_args()
-    sys.exit(anyio.run(main, given.jobs, given.workers, given.seed, given.timeout))
+    sys.exit(anyio.run(main, given.jobs, given.workers, given.seed, given.timeout, given.stack))

@@ -1,0 +1,304 @@
+"""Each library's connections and sessions behind one face: what every adapter promises is tested once, for all of them.
+
+The coroutines of stacks that block never suspend; statements that wait for another transaction belong into a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, ClassVar
+
+import asyncpg
+import psycopg
+import psycopg_pool
+import sqlalchemy
+from sqlalchemy.ext.asyncio import (
+    AsyncEngine,
+    AsyncSession,
+    async_scoped_session,
+    async_sessionmaker,
+    create_async_engine,
+)
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from sqlalchemy.pool import NullPool
+
+
+class Stack:
+    """A library, and one sort of its connections."""
+
+    name: ClassVar[str]
+    blocking: ClassVar[bool] = False
+    broken: ClassVar[tuple[type[BaseException], ...]]
+    """What a deferred constraint that does not hold raises at commit."""
+
+    @asynccontextmanager
+    async def source(self, url: str) -> AsyncIterator[Any]:
+        """What ``ctx.transaction()`` takes."""
+        raise NotImplementedError
+        yield
+
+    @asynccontextmanager
+    async def open(self, source: Any) -> AsyncIterator[Any]:
+        """A connection or session, in a transaction."""
+        raise NotImplementedError
+        yield
+
+    @asynccontextmanager
+    async def autocommitting(self, url: str) -> AsyncIterator[Any]:
+        """A connection that commits each statement by itself."""
+        raise NotImplementedError
+        yield
+
+    async def execute(self, given: Any, statement: str) -> Any:
+        raise NotImplementedError
+
+    async def commit(self, given: Any) -> None:
+        raise NotImplementedError
+
+    async def rollback(self, given: Any) -> None:
+        raise NotImplementedError
+
+    def savepoint(self, given: Any) -> AbstractAsyncContextManager[Any]:
+        raise NotImplementedError
+
+
+class Asyncpg(Stack):
+    name = "asyncpg"
+    broken = (asyncpg.UniqueViolationError,)
+
+    @asynccontextmanager
+    async def source(self, url):
+        async with asyncpg.create_pool(url, min_size=0, max_size=3) as pool:
+            yield pool
+            pool.terminate()
+
+    @asynccontextmanager
+    async def open(self, source):
+        async with source.acquire() as connection:
+            self.transaction = connection.transaction()
+            await self.transaction.start()
+            yield connection
+
+    @asynccontextmanager
+    async def autocommitting(self, url):
+        connection = await asyncpg.connect(url)
+        yield connection
+        await connection.close()
+
+    async def execute(self, given, statement):
+        await given.execute(statement)
+
+    async def commit(self, given):
+        await self.transaction.commit()
+
+    async def rollback(self, given):
+        await self.transaction.rollback()
+
+    def savepoint(self, given):
+        return given.transaction()
+
+
+class Psycopg(Stack):
+    name = "psycopg"
+    broken = (psycopg.errors.UniqueViolation,)
+
+    @asynccontextmanager
+    async def source(self, url):
+        async with psycopg_pool.AsyncConnectionPool(url, min_size=0, max_size=3, open=False, timeout=5) as pool:
+            yield pool
+
+    @asynccontextmanager
+    async def open(self, source):
+        async with source.connection() as connection:
+            yield connection
+
+    @asynccontextmanager
+    async def autocommitting(self, url):
+        async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
+            yield connection
+
+    async def execute(self, given, statement):
+        await given.execute(statement)
+
+    async def commit(self, given):
+        await given.commit()
+
+    async def rollback(self, given):
+        await given.rollback()
+
+    def savepoint(self, given):
+        return given.transaction()
+
+
+class BlockingPsycopg(Stack):
+    name = "psycopg-blocking"
+    blocking = True
+    broken = (psycopg.errors.UniqueViolation,)
+
+    @asynccontextmanager
+    async def source(self, url):
+        with psycopg_pool.ConnectionPool(url, min_size=0, max_size=3, open=False, timeout=5) as pool:
+            yield pool
+
+    @asynccontextmanager
+    async def open(self, source):
+        with source.connection() as connection:
+            yield connection
+
+    @asynccontextmanager
+    async def autocommitting(self, url):
+        with psycopg.connect(url, autocommit=True) as connection:
+            yield connection
+
+    async def execute(self, given, statement):
+        given.execute(statement)
+
+    async def commit(self, given):
+        given.commit()
+
+    async def rollback(self, given):
+        given.rollback()
+
+    @asynccontextmanager
+    async def savepoint(self, given):
+        with given.transaction():
+            yield
+
+
+class AsyncSqlalchemy(Stack):
+    """An ``AsyncSession`` by a driver, or an ``AsyncConnection``."""
+
+    broken = (sqlalchemy.exc.IntegrityError,)
+
+    def __init__(self, driver: str, made: str) -> None:
+        self.driver, self.made = driver, made
+        self.name = f"sqlalchemy-{made}-{driver}"
+
+    def engine(self, url: str, **options: Any) -> AsyncEngine:
+        if self.driver == "asyncpg":
+            url = url.replace("sslmode=", "ssl=")  # which SQLAlchemy hands to asyncpg as it is
+        return create_async_engine(
+            url.replace("postgresql://", f"postgresql+{self.driver}://"), poolclass=NullPool, **options
+        )
+
+    @asynccontextmanager
+    async def source(self, url):
+        engine = self.engine(url)
+        match self.made:
+            case "session":
+                yield async_sessionmaker(engine)
+            case "scoped":
+                yield async_scoped_session(async_sessionmaker(engine), scopefunc=asyncio.current_task)
+            case _:
+                yield engine
+        await engine.dispose()
+
+    @asynccontextmanager
+    async def open(self, source):
+        if isinstance(source, async_scoped_session):
+            try:
+                yield source
+            finally:
+                await source.remove()
+        else:
+            async with source.connect() if isinstance(source, AsyncEngine) else source() as given:
+                yield given
+
+    @asynccontextmanager
+    async def autocommitting(self, url):
+        engine = self.engine(url, isolation_level="AUTOCOMMIT")
+        async with AsyncSession(engine) if self.made != "connection" else engine.connect() as given:
+            yield given
+        await engine.dispose()
+
+    async def execute(self, given, statement):
+        await given.execute(sqlalchemy.text(statement))
+
+    async def commit(self, given):
+        await given.commit()
+
+    async def rollback(self, given):
+        await given.rollback()
+
+    def savepoint(self, given):
+        return given.begin_nested()
+
+
+class BlockingSqlalchemy(Stack):
+    """A ``Session``, or a ``Connection``, by psycopg."""
+
+    blocking = True
+    broken = (sqlalchemy.exc.IntegrityError,)
+
+    def __init__(self, made: str) -> None:
+        self.made = made
+        self.name = f"sqlalchemy-{made}-blocking"
+
+    def engine(self, url: str, **options: Any) -> sqlalchemy.Engine:
+        return sqlalchemy.create_engine(
+            url.replace("postgresql://", "postgresql+psycopg://"), poolclass=NullPool, **options
+        )
+
+    @asynccontextmanager
+    async def source(self, url):
+        engine = self.engine(url)
+        match self.made:
+            case "session":
+                yield sessionmaker(engine)
+            case "scoped":
+                yield scoped_session(sessionmaker(engine))
+            case _:
+                yield engine
+        engine.dispose()
+
+    @asynccontextmanager
+    async def open(self, source):
+        if isinstance(source, scoped_session):
+            try:
+                yield source
+            finally:
+                source.remove()
+        else:
+            with source.connect() if isinstance(source, sqlalchemy.Engine) else source() as given:
+                yield given
+
+    @asynccontextmanager
+    async def autocommitting(self, url):
+        engine = self.engine(url, isolation_level="AUTOCOMMIT")
+        with Session(engine) if self.made != "connection" else engine.connect() as given:
+            yield given
+        engine.dispose()
+
+    async def execute(self, given, statement):
+        given.execute(sqlalchemy.text(statement))
+
+    async def commit(self, given):
+        given.commit()
+
+    async def rollback(self, given):
+        given.rollback()
+
+    @asynccontextmanager
+    async def savepoint(self, given):
+        with given.begin_nested():
+            yield
+
+
+STACKS: list[Stack] = [
+    Asyncpg(),
+    Psycopg(),
+    BlockingPsycopg(),
+    *(AsyncSqlalchemy(driver, made) for driver in ("asyncpg", "psycopg") for made in ("session", "connection")),
+    AsyncSqlalchemy("asyncpg", "scoped"),
+    *(BlockingSqlalchemy(made) for made in ("session", "connection", "scoped")),
+]
+
+ERRORS = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, psycopg.Error, sqlalchemy.exc.SQLAlchemyError)
+"""What the libraries raise when their server is away."""
+
+
+def stack_of(name: str) -> Stack:
+    """The stack of this name."""
+    return next(each for each in STACKS if each.name == name)
