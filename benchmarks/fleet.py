@@ -21,9 +21,9 @@ import uvloop
 from benchmarks import measure, report
 from benchmarks.measure import Row
 from benchmarks.server import server
-from streamworker.broker import Broker, Ending
+from streamworker.broker import Broker, SettleRequest
 from streamworker.broker.claim import StreamOptions
-from streamworker.broker.redis.client import Address
+from streamworker.broker.redis.client import RedisAddress
 from streamworker.broker.stream import StreamBroker
 from streamworker.job import Claim, Done
 
@@ -44,7 +44,7 @@ class Consumer:
     """
 
     def __init__(self, url: str, name: str, queue: str) -> None:
-        self._broker: Broker = StreamBroker(Address(url), StreamOptions(queues=((queue, None),), lease=LEASE))
+        self._broker: Broker = StreamBroker(RedisAddress(url), StreamOptions(queues=((queue, None),), lease=LEASE))
         self._name = name
         self._held: list[Claim] = []
 
@@ -61,7 +61,7 @@ class Consumer:
         while True:
             self._held = await self._broker.claim(10, 5.0, [])
             if self._held:
-                await self._broker.settle([Ending(claim, DONE) for claim in self._held])
+                await self._broker.settle([SettleRequest(claim, DONE) for claim in self._held])
 
     async def _tick(self) -> None:
         while True:

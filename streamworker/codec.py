@@ -67,7 +67,7 @@ OLD_HEADERS: Final = frozenset({"streamworker-deliveries", "streamworker-unknown
 """Names under which earlier versions kept state among the headers. Users never see them, and may not write them."""
 
 
-class Reading(msgspec.Struct, kw_only=True, gc=False):
+class DocumentFields(msgspec.Struct, kw_only=True, gc=False):
     """What of a document decides its fate; unset fields are ``None``.
 
     ``created_at`` and ``priority`` are not looked into: the key's level holds, and a producer's odd clock must not kill
@@ -92,7 +92,7 @@ class Reading(msgspec.Struct, kw_only=True, gc=False):
 
 
 _encode = msgspec.json.encode
-_read: Callable[[bytes], Reading] = msgspec.json.Decoder(Reading).decode
+_read: Callable[[bytes], DocumentFields] = msgspec.json.Decoder(DocumentFields).decode
 
 
 class _Dated(msgspec.Struct):
@@ -117,7 +117,7 @@ _named: Callable[[bytes], _Named] = msgspec.json.Decoder(_Named).decode
 _loose: Callable[[bytes], Any] = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
-def read(body: bytes) -> Reading:
+def read(body: bytes) -> DocumentFields:
     """Decode a document.
 
     Raises:
@@ -171,12 +171,12 @@ def keyed(body: bytes | None) -> tuple[str, str] | None:
     return (key, name) if isinstance(key, str) and isinstance(name, str) and key and name else None
 
 
-def job_id(document: Reading, claim: Claim) -> str:
+def job_id(document: DocumentFields, claim: Claim) -> str:
     """The job's id; without one in the document, one derived from where the entry is, the same at every delivery."""
     return id_in(document) or derived_id(claim.place, claim.epoch, claim.entry)
 
 
-def id_in(document: Reading) -> str | None:
+def id_in(document: DocumentFields) -> str | None:
     """The id that a document holds: its own, or the one that list mode gave it."""
     if document.id:
         return document.id
@@ -365,7 +365,7 @@ def _name_in(fields: Mapping[str, Any]) -> str:
     return name if isinstance(name, str) else msgspec.json.decode(name, type=str | None) or ""
 
 
-def state_of(document: Reading, secret: bytes) -> State:
+def state_of(document: DocumentFields, secret: bytes) -> State:
     """What workers remember of the job; what they did not write themselves is not believed.
 
     Args:
@@ -381,7 +381,7 @@ def state_of(document: Reading, secret: bytes) -> State:
     return msgspec.structs.replace(state, deliveries=min(MOST, state.deliveries + mark.deliveries))
 
 
-def made_at(document: Reading | bytes) -> float | None:
+def made_at(document: DocumentFields | bytes) -> float | None:
     """Epoch seconds at which the producer made a job, if it said so; of a document that was read, or of its bytes."""
     try:
         told = (_dated(document) if isinstance(document, bytes) else document).created_at
@@ -399,12 +399,12 @@ def _filled(raw: msgspec.Raw | None) -> bool:
     return raw is not None and bytes(raw) not in (b"null", b'""')
 
 
-def when(document: Reading) -> float | None:
+def when(document: DocumentFields) -> float | None:
     """``run_at`` as epoch seconds; a time without a zone is UTC."""
     return _seconds(document.run_at)
 
 
-def expiry(document: Reading) -> float | None:
+def expiry(document: DocumentFields) -> float | None:
     """``expires_at`` as epoch seconds; a time without a zone is UTC."""
     return _seconds(document.expires_at)
 
@@ -580,7 +580,7 @@ def trace_id(headers: Mapping[str, Any] | None) -> str | None:
     return found.group(1) if found else None
 
 
-def deliveries_of(claim: Claim, reading: Reading | None) -> int:
+def deliveries_of(claim: Claim, reading: DocumentFields | None) -> int:
     """Deliveries so far, those on earlier entries of the same job and one that is only reserved included."""
     count = claim.count + claim.suspect
     if reading is None or (reading.state is None and reading.streamworker is None):

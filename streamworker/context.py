@@ -15,7 +15,7 @@ from structlog.contextvars import get_contextvars
 from typing_extensions import TypeVar
 
 from streamworker import codec
-from streamworker.codec import Reading, trace_id
+from streamworker.codec import DocumentFields, trace_id
 from streamworker.errors import ConfigurationError, RunEnded, UsageError
 from streamworker.job import Claim, Job, Progress
 from streamworker.loops import at_once
@@ -69,7 +69,7 @@ class Context(Generic[S_co]):
         "booked", "cause", "deadline_at", "heeded",
     )  # fmt: skip
 
-    def __init__(self, shared: Shared[S_co], claim: Claim, reading: Reading, limits: Limits) -> None:
+    def __init__(self, shared: Shared[S_co], claim: Claim, reading: DocumentFields, limits: Limits) -> None:
         self._shared: Final = shared
         self._claim: Final = claim
         self._reading: Final = reading
@@ -112,7 +112,7 @@ class Context(Generic[S_co]):
     def batch(self, contexts: Sequence[Context[S_co]]) -> None:
         self._batch = contexts
 
-    def beside(self, claim: Claim, reading: Reading, limits: Limits) -> Context[S_co]:
+    def beside(self, claim: Claim, reading: DocumentFields, limits: Limits) -> Context[S_co]:
         """The context of another job of the same batch; called by the worker."""
         other = Context(self._shared, claim, reading, limits)
         other.deadline_at = self.deadline_at

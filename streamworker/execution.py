@@ -7,8 +7,8 @@ from time import monotonic
 from typing import Any, Final, Protocol, TypeAlias
 
 from streamworker import codec
-from streamworker.broker import Ending
-from streamworker.codec import Reading, deliveries_of
+from streamworker.broker import SettleRequest
+from streamworker.codec import DocumentFields, deliveries_of
 from streamworker.context import Context
 from streamworker.handlers import Registration
 from streamworker.job import Cancelled, Claim, Expired, Interrupted, Ok, Outcome, TimedOut
@@ -40,7 +40,7 @@ class Execution:
 
     def __init__(self, claim: Claim) -> None:
         self.claim = claim
-        self.reading: Reading | None = None
+        self.reading: DocumentFields | None = None
         self.registration: Registration | None = None
         self.context: Context[Any] | None = None
         self.payload: Any = None
@@ -59,7 +59,7 @@ class Execution:
         self.ended: float | None = None  # like `started`; only with observers
         self.finished: float | None = None  # epoch seconds; this and `new` only with a ledger
         self.new = False  # the ledger was asked, and has no record of the job
-        self.ending: Ending | None = None  # as recorded in the ledger
+        self.ending: SettleRequest | None = None  # as recorded in the ledger
         self.cause: Cause | None = None  # why the handler was cancelled, if it was
         self.cancelled_at: float | None = None  # when it was, like `started`
         self.thread: int | None = None  # that runs a sync handler

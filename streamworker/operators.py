@@ -16,7 +16,7 @@ from redis.asyncio import Redis
 from streamworker.broker import Operator
 from streamworker.broker.claim import StreamOptions
 from streamworker.broker.operator import ListOperator, StreamOperator
-from streamworker.broker.redis.client import Address
+from streamworker.broker.redis.client import RedisAddress
 from streamworker.errors import StreamworkerError, UsageError
 from streamworker.policy import group_sizes
 from streamworker.postgres import FINAL, Archive
@@ -125,11 +125,11 @@ async def open_operator(
 
 async def open_servers(
     stack: AsyncExitStack, settings: Settings, redis: Redis | str | None
-) -> tuple[Address, str | None]:
+) -> tuple[RedisAddress, str | None]:
     """(where Redis is, URL of the database); the embedded pair is started if that is what the settings say."""
     database = settings.database_url
     if redis is not None and not isinstance(redis, str):
-        return Address.of(redis), database
+        return RedisAddress.of(redis), database
     url = (Settings(redis_url=redis) if redis else settings).require_redis_url()
     if url == EMBEDDED:
         from streamworker import embedded  # noqa: PLC0415 - few use them
@@ -137,7 +137,7 @@ async def open_servers(
         servers = await anyio.to_thread.run_sync(embedded.acquire, settings.state_dir)
         stack.callback(servers.close)
         url, database = servers.redis_url, database or servers.database_url
-    return Address(url), database
+    return RedisAddress(url), database
 
 
 def broker_options(settings: Settings, queues: Sequence[str]) -> StreamOptions:

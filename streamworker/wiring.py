@@ -21,7 +21,7 @@ from streamworker.broker.keys import ListKeys, QueueKeys
 from streamworker.broker.list_bridge import BridgeOptions, ListBridge
 from streamworker.broker.lists import ListBroker
 from streamworker.broker.lists_brpop import BrpopBroker
-from streamworker.broker.redis.client import Address
+from streamworker.broker.redis.client import RedisAddress
 from streamworker.broker.stream import StreamBroker
 from streamworker.cron import Schedule
 from streamworker.errors import ConfigurationError, StreamworkerError
@@ -411,7 +411,7 @@ async def _ledger_database(
 
 async def open_checked_servers(
     stack: AsyncExitStack, settings: Settings, redis: Redis | str | None = None
-) -> tuple[Address, str | None]:
+) -> tuple[RedisAddress, str | None]:
     """(where Redis is, URL of the database), see `operators.open_servers`.
 
     Raises:
@@ -439,7 +439,7 @@ def fit_mode(settings: Settings) -> Settings:
     return msgspec.structs.replace(settings, concurrency=1) if popping else settings
 
 
-def make_broker(settings: Settings, address: Address, queues: Sequence[str]) -> StreamBroker | ListBroker:
+def make_broker(settings: Settings, address: RedisAddress, queues: Sequence[str]) -> StreamBroker | ListBroker:
     """The broker of the mode that the settings name.
 
     Args:
@@ -453,7 +453,7 @@ def make_broker(settings: Settings, address: Address, queues: Sequence[str]) -> 
     return BrpopBroker(address, options) if settings.list_pop == "brpop" else ListBroker(address, options)
 
 
-def make_dispatcher(settings: Settings, address: Address) -> RedisDispatcher:
+def make_dispatcher(settings: Settings, address: RedisAddress) -> RedisDispatcher:
     """What moves the ledger's jobs onto Redis, in the mode that the settings name."""
     keys = settings.by_mode(QueueKeys, ListKeys)
     namespace = settings.namespace

@@ -21,8 +21,8 @@ from streamworker.results import ResultWaiter
 T = TypeVar("T")
 
 
-class Ending(msgspec.Struct, frozen=True, gc=False):
-    """Settlement of one claim.
+class SettleRequest(msgspec.Struct, frozen=True, gc=False):
+    """One claim to settle, and how.
 
     Attributes:
         claim: the claim, and the fence.
@@ -144,7 +144,7 @@ class Broker(Protocol):
     async def renew(self, claims: Collection[Claim]) -> list[Claim]:
         """Renew leases, in the lease thread; returns the claims that are lost."""
 
-    async def settle(self, items: Sequence[Ending]) -> list[Settled]:
+    async def settle(self, items: Sequence[SettleRequest]) -> list[Settled]:
         """Settle claims, each atomically and only if the claim still holds; answers in order."""
 
     @property

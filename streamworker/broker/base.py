@@ -18,7 +18,7 @@ from streamworker.broker.cancel import Cancels, cancel
 from streamworker.broker.claim import ClaimSource, Options, none_ended
 from streamworker.broker.keys import QueueKeys, due_member, worker_key
 from streamworker.broker.pubsub import Subscriber, listen, waiting
-from streamworker.broker.redis.client import Address
+from streamworker.broker.redis.client import RedisAddress
 from streamworker.broker.redis.reactions import understood
 from streamworker.broker.redis.session import Session
 from streamworker.broker.redis.url import NotExecuted
@@ -47,7 +47,7 @@ class RedisBroker(ABC, Generic[K, I]):
         options: queues, lease and the like.
     """
 
-    def __init__(self, address: Address, options: Options) -> None:
+    def __init__(self, address: RedisAddress, options: Options) -> None:
         self._options: Final = options
         self._session = Session(address)
         queues = [(self._key(name), cap) for name, cap in options.queues]
@@ -411,7 +411,7 @@ class StandbyServer(msgspec.Struct, frozen=True):
     """One server: its login, and the commands for it.
 
     Attributes:
-        login: as `Address.bare` returns it.
+        login: as `RedisAddress.bare` returns it.
         commands: each a list of words, or (index of a script, keys, arguments), or (index of a script, keys, arguments,
             command that names more keys; the script runs if it names any).
     """
@@ -425,7 +425,7 @@ MOST_LIMITS: Final = 1000
 
 
 def standby(
-    address: Address,
+    address: RedisAddress,
     script: scripts.LuaScript,
     calls: Sequence[tuple[list[str], list[Any]]],
     heartbeat: str,

@@ -17,7 +17,7 @@ from streamworker.broker import CronTick, CronTickResult, listings, scripts
 from streamworker.broker.base import Publisher, promote
 from streamworker.broker.keys import ListKeys, QueueKeys, of_due_member
 from streamworker.broker.listings import derived_from
-from streamworker.broker.redis.client import Address
+from streamworker.broker.redis.client import RedisAddress
 from streamworker.broker.redis.session import OperatorSession, Session, text
 from streamworker.codec import MOST_HOPS, derived_id, id_in, read
 from streamworker.errors import InvalidJob, StreamworkerError
@@ -77,7 +77,7 @@ class RedisDispatcher:
         namespace: prefix of every key.
     """
 
-    def __init__(self, address: Address, keys: Callable[[str], QueueKeys], *, group: str, namespace: str) -> None:
+    def __init__(self, address: RedisAddress, keys: Callable[[str], QueueKeys], *, group: str, namespace: str) -> None:
         self._session = Session(address)
         self._keys = keys
         self._group = group

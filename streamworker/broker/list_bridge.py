@@ -20,7 +20,7 @@ from redis import exceptions as redis_errors
 from streamworker.broker import scripts
 from streamworker.broker.keys import ListKeys, queue_of_list
 from streamworker.broker.lists import Reclaimer, WakeLists
-from streamworker.broker.redis.client import Address
+from streamworker.broker.redis.client import RedisAddress
 from streamworker.broker.redis.reactions import Reaction, clustered, reaction_to
 from streamworker.broker.redis.session import Session
 from streamworker.errors import ConfigurationError
@@ -79,7 +79,7 @@ class _Lane:
 class ListBridge:
     """`streamworker.bridge.Mover` on Redis."""
 
-    def __init__(self, address: Address, options: BridgeOptions) -> None:
+    def __init__(self, address: RedisAddress, options: BridgeOptions) -> None:
         self._options = options
         self._session = Session(address)
         self._wake_lists = WakeLists(

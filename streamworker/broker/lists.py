@@ -17,11 +17,11 @@ import anyio
 import msgspec
 from redis.exceptions import ResponseError
 
-from streamworker.broker import Ending, listings, scripts
+from streamworker.broker import SettleRequest, listings, scripts
 from streamworker.broker.base import RENEW_BATCH, RedisBroker, promote, standby
 from streamworker.broker.claim import LEAVE, RESERVE, ClaimSource, Options
 from streamworker.broker.keys import ListKeys, QueueKeys, lease_of, leased, unwrapped, worker_key, wrapped
-from streamworker.broker.redis.client import Address
+from streamworker.broker.redis.client import RedisAddress
 from streamworker.broker.redis.cluster import ClusterReader
 from streamworker.broker.redis.connection import Reader
 from streamworker.broker.redis.reactions import Reaction, clustered, reaction_to, row_of, understood
@@ -251,7 +251,7 @@ class ListBroker(RedisBroker[ListKeys, ClaimSource]):
 
     _source_class: ClassVar[Callable[..., ClaimSource]] = ListClaims
 
-    def __init__(self, address: Address, options: Options) -> None:
+    def __init__(self, address: RedisAddress, options: Options) -> None:
         refuse_cluster(address)
         super().__init__(address, options)
         self._tidy_at = 0.0
@@ -336,7 +336,7 @@ class ListBroker(RedisBroker[ListKeys, ClaimSource]):
             longest=longest,
         )
 
-    async def settle(self, items: Sequence[Ending]) -> list[Settled]:
+    async def settle(self, items: Sequence[SettleRequest]) -> list[Settled]:
         await self._session.fresh()
         refusals = self._refused()
         with self._session.watched():
@@ -374,7 +374,7 @@ class ListBroker(RedisBroker[ListKeys, ClaimSource]):
         return [await listings.list_depth(self._session.run, keys) for keys in self._keys]
 
 
-def refuse_cluster(address: Address, info: dict[str, Any] | None = None) -> None:
+def refuse_cluster(address: RedisAddress, info: dict[str, Any] | None = None) -> None:
     """Refuse a cluster: list mode moves jobs between keys that a cluster keeps on different nodes.
 
     Args:
@@ -413,7 +413,7 @@ class ListSettlement:
         """(member of the lease set, string in the worker's list)."""
         return leased(claim, self._worker), wrapped(claim)
 
-    async def done(self, keys: QueueKeys, items: list[Ending]) -> list[Code]:
+    async def done(self, keys: QueueKeys, items: list[SettleRequest]) -> list[Code]:
         lists = as_lists(keys)
         args: list[Any] = []
         for item in items:
@@ -424,10 +424,10 @@ class ListSettlement:
         self.waited = bool(waited)
         return codes
 
-    async def tell(self, keys: QueueKeys, items: list[Ending]) -> None:
+    async def tell(self, keys: QueueKeys, items: list[SettleRequest]) -> None:
         await tell(self._client, keys, items)
 
-    async def finish(self, keys: QueueKeys, items: list[Ending]) -> list[Code]:
+    async def finish(self, keys: QueueKeys, items: list[SettleRequest]) -> list[Code]:
         lists = as_lists(keys)
         names = [lists.claimed(self._worker), lists.leases, lists.meta, lists.cancelled]
         names += kept_at(keys, items)
@@ -436,7 +436,7 @@ class ListSettlement:
             args += (*self._fence(item.claim), item.job_id, *note(item), freed(item, keys, names))
         return list(await scripts.LIST_FINISH(self._client, names, args))
 
-    async def park(self, keys: QueueKeys, items: list[Ending]) -> list[Code]:
+    async def park(self, keys: QueueKeys, items: list[SettleRequest]) -> list[Code]:
         lists = as_lists(keys)
         now = time.time()
         args: list[Any] = []
@@ -446,7 +446,7 @@ class ListSettlement:
         names += [worker_key(lists.namespace, self._worker), lists.calls]
         return list(await scripts.LIST_PARK(self._client, names, args))
 
-    async def bury(self, keys: QueueKeys, items: list[Ending]) -> list[Code]:
+    async def bury(self, keys: QueueKeys, items: list[SettleRequest]) -> list[Code]:
         lists = as_lists(keys)
         args: list[Any] = []
         for item in items:

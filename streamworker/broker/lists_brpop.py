@@ -14,7 +14,7 @@ from typing import ClassVar, Final
 import anyio
 
 from streamworker import codec
-from streamworker.broker import Ending, scripts
+from streamworker.broker import SettleRequest, scripts
 from streamworker.broker.claim import SILENT_WAIT, ClaimSource, Options
 from streamworker.broker.keys import SECRET, ListKeys, QueueKeys, leased
 from streamworker.broker.lists import ListBroker, ListSettlement, Reclaimer
@@ -167,7 +167,7 @@ class BrpopBroker(ListBroker):
             log.warning("cancelled_unknown", jobs=len(claims), error=str(error))
             return claims
 
-    async def settle(self, items: Sequence[Ending]) -> list[Settled]:
+    async def settle(self, items: Sequence[SettleRequest]) -> list[Settled]:
         """Settle; a finished job left the server when it was popped."""
         await self._session.fresh()
         with self._session.watched():
@@ -193,7 +193,7 @@ class _PoppedSettlement(ListSettlement):
         super().__init__(client, worker)
         self._waited = waited
 
-    async def done(self, keys: QueueKeys, items: list[Ending]) -> list[Code]:
+    async def done(self, keys: QueueKeys, items: list[SettleRequest]) -> list[Code]:
         self.waited = keys.queue in self._waited
         return [1] * len(items)
 

@@ -16,12 +16,12 @@ from redis.exceptions import NoPermissionError
 
 from streamworker import codec
 from streamworker.broker import (
-    Ending,
     Finding,
     KindCount,
     Page,
     PendingEntry,
     Place,
+    SettleRequest,
     StoredJob,
     WorkerInfo,
     cancel,
@@ -33,7 +33,7 @@ from streamworker.broker.diagnostics import examine
 from streamworker.broker.keys import PROGRESS, SECRET, ListKeys, QueueKeys, document, worker_key
 from streamworker.broker.listings import PAGE
 from streamworker.broker.lists import ListSettlement, refuse_cluster
-from streamworker.broker.redis.client import Address
+from streamworker.broker.redis.client import RedisAddress
 from streamworker.broker.redis.reactions import understood
 from streamworker.broker.redis.session import OperatorSession, text
 from streamworker.broker.settle import ClaimSettlement, Refusals, StreamSettlement, settle
@@ -65,7 +65,7 @@ class RedisOperator(ABC):
 
     def __init__(
         self,
-        address: Address,
+        address: RedisAddress,
         namespace: str,
         group: str,
         keys: Callable[[str], QueueKeys],
@@ -139,7 +139,7 @@ class RedisOperator(ABC):
             attempts = codec.read(claim.body or b"").attempt_count or 0
         except InvalidJob:
             attempts = 0
-        ending = Ending(claim, verdict, next_form, entry.job_id or "", entry.kind or "", attempts)
+        ending = SettleRequest(claim, verdict, next_form, entry.job_id or "", entry.kind or "", attempts)
         with understood(self._address):
             answers = await settle(
                 self._sender(entry.worker_id), {claim.place: self._key(entry.queue)}, [ending], Refusals()
@@ -326,7 +326,7 @@ def _without_date(body: bytes) -> bytes:
 class StreamOperator(RedisOperator):
     """`Operator` of stream mode."""
 
-    def __init__(self, address: Address, options: StreamOptions, freed: Freed = nothing_freed) -> None:
+    def __init__(self, address: RedisAddress, options: StreamOptions, freed: Freed = nothing_freed) -> None:
         namespace = options.namespace
         super().__init__(
             address,
@@ -385,7 +385,7 @@ class StreamOperator(RedisOperator):
 class ListOperator(RedisOperator):
     """`Operator` of list mode."""
 
-    def __init__(self, address: Address, options: Options, freed: Freed = nothing_freed) -> None:
+    def __init__(self, address: RedisAddress, options: Options, freed: Freed = nothing_freed) -> None:
         refuse_cluster(address)
         namespace = options.namespace
         super().__init__(

@@ -12,7 +12,7 @@ from typing import Any, Final, Protocol, TypeAlias
 from redis.exceptions import RedisError
 
 from streamworker import codec, results
-from streamworker.broker import Ending, Refusal, scripts
+from streamworker.broker import Refusal, SettleRequest, scripts
 from streamworker.broker.keys import QueueKeys, due_member
 from streamworker.broker.redis.reactions import SILENT, Reaction, cure_of, reaction_to
 from streamworker.errors import InvalidJob, StreamworkerError
@@ -34,26 +34,26 @@ class ClaimSettlement(Protocol):
     waited: bool
     """Whether a caller waited for jobs of the queue to end, when `done` was last called."""
 
-    async def done(self, keys: QueueKeys, items: list[Ending]) -> list[Code]:
+    async def done(self, keys: QueueKeys, items: list[SettleRequest]) -> list[Code]:
         """Delete finished claims."""
 
-    async def tell(self, keys: QueueKeys, items: list[Ending]) -> None:
+    async def tell(self, keys: QueueKeys, items: list[SettleRequest]) -> None:
         """Publish to waiting callers that jobs are finished."""
 
-    async def finish(self, keys: QueueKeys, items: list[Ending]) -> list[Code]:
+    async def finish(self, keys: QueueKeys, items: list[SettleRequest]) -> list[Code]:
         """Delete ended claims that have a result note, were cancelled, or have expired."""
 
-    async def park(self, keys: QueueKeys, items: list[Ending]) -> list[Code]:
+    async def park(self, keys: QueueKeys, items: list[SettleRequest]) -> list[Code]:
         """Store the next form of a job that goes on, then delete the claim."""
 
-    async def bury(self, keys: QueueKeys, items: list[Ending]) -> list[Code]:
+    async def bury(self, keys: QueueKeys, items: list[SettleRequest]) -> list[Code]:
         """Store a dead letter, then delete the claim."""
 
 
 async def settle(
     sender: ClaimSettlement,
     homes: Mapping[str, QueueKeys],
-    items: Sequence[Ending],
+    items: Sequence[SettleRequest],
     refusals: Refusals,
     *,
     spread: bool = False,
@@ -93,10 +93,10 @@ async def settle(
     return results
 
 
-_Stage: TypeAlias = Callable[[QueueKeys, list[Ending]], Awaitable[list[Code]]]
+_Stage: TypeAlias = Callable[[QueueKeys, list[SettleRequest]], Awaitable[list[Code]]]
 
 
-async def _sent(stage: _Stage, keys: QueueKeys, items: list[Ending], *, spread: bool) -> list[Code]:
+async def _sent(stage: _Stage, keys: QueueKeys, items: list[SettleRequest], *, spread: bool) -> list[Code]:
     """Settle a batch; an error that is not about the whole server is bisected, and refuses only its own claims."""
     codes: list[Code] = []
     rest, failures = [items], 0
@@ -142,7 +142,7 @@ class StreamSettlement:
         self._client, self._group, self._consumer = client, group, consumer
         self.waited = False
 
-    async def done(self, keys: QueueKeys, items: list[Ending]) -> list[Code]:
+    async def done(self, keys: QueueKeys, items: list[SettleRequest]) -> list[Code]:
         args: list[Any] = [self._group, self._consumer, ""]
         claims = [item.claim for item in items]
         same = claims[0].count
@@ -159,17 +159,17 @@ class StreamSettlement:
             codes[number - 1] = 0
         return codes
 
-    async def tell(self, keys: QueueKeys, items: list[Ending]) -> None:
+    async def tell(self, keys: QueueKeys, items: list[SettleRequest]) -> None:
         await tell(self._client, keys, items)
 
-    async def finish(self, keys: QueueKeys, items: list[Ending]) -> list[Code]:
+    async def finish(self, keys: QueueKeys, items: list[SettleRequest]) -> list[Code]:
         names = [items[0].claim.place, keys.cancelled, keys.meta, *kept_at(keys, items)]
         args: list[Any] = [self._group, self._consumer]
         for item in items:
             args += (item.claim.entry, item.claim.count, item.job_id, *note(item), freed(item, keys, names))
         return list(await scripts.FINISH(self._client, names, args))
 
-    async def park(self, keys: QueueKeys, items: list[Ending]) -> list[Code]:
+    async def park(self, keys: QueueKeys, items: list[SettleRequest]) -> list[Code]:
         args: list[Any] = [self._group]
         now = time.time()
         for item in items:
@@ -177,7 +177,7 @@ class StreamSettlement:
             args += (self._consumer, claim.entry, claim.count, *parking(item, now))
         return list(await scripts.PARK(self._client, [items[0].claim.place, keys.due, keys.bodies, keys.calls], args))
 
-    async def bury(self, keys: QueueKeys, items: list[Ending]) -> list[Code]:
+    async def bury(self, keys: QueueKeys, items: list[SettleRequest]) -> list[Code]:
         args: list[Any] = [self._group]
         for item in items:
             args += (
@@ -191,7 +191,7 @@ class StreamSettlement:
         return list(await scripts.BURY(self._client, names, args))
 
 
-async def tell(client: scripts.AsyncCaller, keys: QueueKeys, items: Iterable[Ending]) -> None:
+async def tell(client: scripts.AsyncCaller, keys: QueueKeys, items: Iterable[SettleRequest]) -> None:
     """Publish that jobs are finished. A hint: waiting callers also look now and then."""
     ids = [item.job_id or id_of(item.claim) for item in items]
     names = [keys.result(job_id) for job_id in ids if job_id]
@@ -200,12 +200,12 @@ async def tell(client: scripts.AsyncCaller, keys: QueueKeys, items: Iterable[End
             await scripts.TELL(client, [keys.meta, *names], [results.COMPLETED] * len(names))
 
 
-def kept_at(keys: QueueKeys, items: Iterable[Ending]) -> list[str]:
+def kept_at(keys: QueueKeys, items: Iterable[SettleRequest]) -> list[str]:
     """Two keys for each ending: of the result note, and of the mark that remembers that it was kept."""
     return [key for item in items for key in (keys.result(item.job_id), keys.ended(item.job_id))]
 
 
-def note(item: Ending) -> tuple[int, bytes]:
+def note(item: SettleRequest) -> tuple[int, bytes]:
     """(ms for which the result note can be read (0: not at all), the note) of an ending."""
     told = item.note
     if told is None:
@@ -220,7 +220,7 @@ def note(item: Ending) -> tuple[int, bytes]:
     return round(item.keep * 1000), told
 
 
-def freed(item: Ending, keys: QueueKeys, names: list[str]) -> int:
+def freed(item: SettleRequest, keys: QueueKeys, names: list[str]) -> int:
     """Append the deduplication key that `Drop` deletes to ``names``; its number there, 0 for none."""
     found = codec.keyed(item.claim.body) if isinstance(item.verdict, Drop) else None
     if found is None or found[1] != item.job_id:
@@ -237,7 +237,7 @@ def id_of(claim: Claim) -> str | None:
         return None
 
 
-def parking(item: Ending, now: float) -> tuple[int, str, bytes]:
+def parking(item: SettleRequest, now: float) -> tuple[int, str, bytes]:
     """(ms to wait (negative: ready at once), member of the due set, document) of a job that goes on."""
     verdict = item.verdict
     body = item.body if item.body is not None else item.claim.body
@@ -247,7 +247,7 @@ def parking(item: Ending, now: float) -> tuple[int, str, bytes]:
     return delay, item.member or due_member(item.claim.level, item.job_id), body
 
 
-def dead_letter_fields(item: Ending) -> dict[str, Any]:
+def dead_letter_fields(item: SettleRequest) -> dict[str, Any]:
     """Fields of a dead letter, in the order of the script's arguments."""
     verdict = item.verdict
     if not isinstance(verdict, Dead):

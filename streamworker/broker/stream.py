@@ -12,11 +12,11 @@ from typing import Any, Final
 import msgspec
 from redis import exceptions as redis_errors
 
-from streamworker.broker import Ending, listings, scripts
+from streamworker.broker import SettleRequest, listings, scripts
 from streamworker.broker.base import RENEW_BATCH, RedisBroker, promote, standby
 from streamworker.broker.claim import StreamOptions
 from streamworker.broker.keys import UNKNOWN_EPOCH, QueueKeys, document, worker_key
-from streamworker.broker.redis.client import Address
+from streamworker.broker.redis.client import RedisAddress
 from streamworker.broker.redis.session import Session
 from streamworker.broker.settle import StreamSettlement, settle
 from streamworker.broker.stream_claim import ClusterStreamClaims, StreamClaims
@@ -31,7 +31,7 @@ log = get_logger("streamworker.broker")
 class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
     """`WorkerBroker` of stream mode; one instance serves one worker, or producers."""
 
-    def __init__(self, address: Address, options: StreamOptions) -> None:
+    def __init__(self, address: RedisAddress, options: StreamOptions) -> None:
         self._group = options.group
         super().__init__(address, options)
         self._tidy_at = 0.0
@@ -149,7 +149,7 @@ class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
             longest=longest,
         )
 
-    async def settle(self, items: Sequence[Ending]) -> list[Settled]:
+    async def settle(self, items: Sequence[SettleRequest]) -> list[Settled]:
         await self._session.fresh()
         refusals = self._refused()
         with self._session.watched():

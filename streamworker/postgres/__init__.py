@@ -16,7 +16,7 @@ from typing import Any, Final, Literal, Protocol, TypeAlias, TypeVar
 import msgspec
 
 from streamworker import codec
-from streamworker.codec import Reading, deliveries_of
+from streamworker.codec import DocumentFields, deliveries_of
 from streamworker.errors import RunEnded
 from streamworker.job import Claim, Level
 
@@ -413,7 +413,7 @@ class Archive(Protocol):
         """Delete a batch of the jobs that `prunable` counts; returns how many: 0 when none is left."""
 
 
-def run_record(claim: Claim, reading: Reading, *, kind: str, started: float | None) -> RunRecord:
+def run_record(claim: Claim, reading: DocumentFields, *, kind: str, started: float | None) -> RunRecord:
     """The record of a run that has begun.
 
     Args:

@@ -23,7 +23,7 @@ import anyio
 import anyio.to_thread
 from structlog.contextvars import bind_contextvars
 
-from streamworker.broker import Consumer, Ending
+from streamworker.broker import Consumer, SettleRequest
 from streamworker.context import Shared
 from streamworker.errors import ConfigurationError, HandBackFailed, StuckThread, Unreachable, UsageError
 from streamworker.execution import Execution
@@ -226,7 +226,7 @@ async def _pending_runs(broker: Consumer, executor: Executor, in_flight: InFligh
 
 
 async def _settled(
-    broker: Consumer, in_flight: InFlight, runs: list[Execution], endings: list[Ending]
+    broker: Consumer, in_flight: InFlight, runs: list[Execution], endings: list[SettleRequest]
 ) -> list[Execution]:
     """Settle; returns the runs that the server refused to store."""
     refused = []

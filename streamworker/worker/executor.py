@@ -20,7 +20,7 @@ import anyio.to_thread
 import msgspec
 
 from streamworker import codec
-from streamworker.codec import Reading, deliveries_of
+from streamworker.codec import DocumentFields, deliveries_of
 from streamworker.context import Context, Shared
 from streamworker.errors import HandlerSignal, InvalidJob
 from streamworker.execution import CANCELLED, OK, Cause, Execution
@@ -293,7 +293,7 @@ class Executor:
             _overran(run, ended)
         return outcome.value if isinstance(outcome, Ok) else None
 
-    def _odd(self, body: bytes | None) -> Reading:
+    def _odd(self, body: bytes | None) -> DocumentFields:
         """Decode a document that is missing, or larger than the limit."""
         if body is None:
             raise InvalidJob("the entry has no field 'job'")
@@ -301,7 +301,7 @@ class Executor:
             return reading
         raise InvalidJob(f"the document has {len(body)} bytes and {self._max_job_bytes} are allowed")
 
-    def _facts_of(self, reading: Reading, registration: Registration | None) -> Facts:
+    def _facts_of(self, reading: DocumentFields, registration: Registration | None) -> Facts:
         """Shared between jobs wherever a job brings nothing of its own."""
         if registration is not None and not reading.attempt_count and reading.max_attempts is None:
             facts = self._facts.get(registration.kind)

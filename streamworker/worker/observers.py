@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any, Final, TypeVar
 
-from streamworker.broker import Ending
+from streamworker.broker import SettleRequest
 from streamworker.execution import Execution
 from streamworker.job import Dead, Settled
 from streamworker.observe import JobRun, Observer, Settlement
@@ -58,7 +58,7 @@ class ObserverDispatch:
                 self._call(method, seen)
 
     def settled(
-        self, batch: Sequence[Execution], items: Sequence[Ending], results: Sequence[Settled], began: float
+        self, batch: Sequence[Execution], items: Sequence[SettleRequest], results: Sequence[Settled], began: float
     ) -> None:
         """A batch was settled.
 

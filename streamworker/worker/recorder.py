@@ -16,7 +16,7 @@ from typing import Any, Final, Literal, TypeAlias
 import anyio
 
 from streamworker import results
-from streamworker.broker import Ending
+from streamworker.broker import SettleRequest
 from streamworker.errors import StreamworkerError
 from streamworker.execution import OK, Execution
 from streamworker.job import (
@@ -269,7 +269,7 @@ class Recorder:
         now = time()
         begun_at = now - monotonic()
         runs: list[Execution] = []
-        endings: list[Ending] = []
+        endings: list[SettleRequest] = []
         records: list[RunRecord] = []
         doubtful: list[Execution] = []
         for run in batch:
@@ -293,7 +293,7 @@ class Recorder:
             await self._weigh(doubtful)
 
     async def _stored(
-        self, runs: Sequence[Execution], endings: Sequence[Ending], records: Sequence[RunRecord]
+        self, runs: Sequence[Execution], endings: Sequence[SettleRequest], records: Sequence[RunRecord]
     ) -> list[Execution]:
         """Record, and pass on what is recorded; returns the runs of which a later hop is recorded."""
         answers = await self._ledger.record(records)
@@ -346,13 +346,13 @@ class Recorder:
     def _end_here(self, run: Execution, why: str) -> None:
         log.info("run_overruled", job_id=run.job_id, kind=run.kind, queue=run.claim.queue, reason=why)
         self._in_flight.counts.skipped += 1
-        self._pass_on(run, Ending(run.claim, DONE))
+        self._pass_on(run, SettleRequest(run.claim, DONE))
 
-    def _pass_on(self, run: Execution, ending: Ending) -> None:
+    def _pass_on(self, run: Execution, ending: SettleRequest) -> None:
         run.ending = ending
         self._settler.add(run)
 
-    def _overruled(self, run: Execution, ending: Ending, answer: Stored) -> None:
+    def _overruled(self, run: Execution, ending: SettleRequest, answer: Stored) -> None:
         """The job has ended, here or before: only the claim is left to settle."""
         if isinstance(ending.verdict, Drop) and answer is Stored.ENDED:
             self._pass_on(run, ending)  # as it should be; and its mark goes
@@ -361,7 +361,7 @@ class Recorder:
             log.info("run_overruled", job_id=run.job_id, kind=run.kind, queue=run.claim.queue, reason=answer.value)
         elif answer is Stored.SUPERSEDED:
             self._in_flight.counts.skipped += 1
-        self._pass_on(run, Ending(run.claim, DONE))
+        self._pass_on(run, SettleRequest(run.claim, DONE))
 
     def _correct(self, run: Execution, effect: Effect, now: float) -> None:
         """Correct the outcome by the run's transaction, which decides whatever the handler did after it."""
@@ -394,7 +394,7 @@ class Recorder:
             self._pass_on(run, judged(run, time()))
 
 
-def record_of(run: Execution, ending: Ending, begun_at: float) -> RunRecord | None:
+def record_of(run: Execution, ending: SettleRequest, begun_at: float) -> RunRecord | None:
     """The record of a run; ``None`` if there is nothing to record.
 
     Args:

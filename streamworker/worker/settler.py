@@ -19,7 +19,7 @@ import anyio
 import msgspec
 
 from streamworker import codec, results
-from streamworker.broker import Broker, Ending
+from streamworker.broker import Broker, SettleRequest
 from streamworker.codec import NOTHING, State, trace_id
 from streamworker.errors import ConfigurationError, InvalidJob, Unreachable
 from streamworker.execution import OK, Execution
@@ -212,7 +212,7 @@ class Settler:
             hint = why.cure if why is not None else "see the lines before this one"
             log.error("settle_refused", queue=queue, jobs=len(refused.runs), error=error, hint=hint)
 
-    async def _settled(self, items: list[Ending]) -> list[Settled]:
+    async def _settled(self, items: list[SettleRequest]) -> list[Settled]:
         """Settle; if one item breaks the call, settle one by one, so that it blocks only itself."""
         try:
             return await self._broker.settle(items)
@@ -240,7 +240,7 @@ class Settler:
         self._uncertain.update(held)
         self._finished = held + self._finished
 
-    def _count(self, run: Execution, item: Ending) -> None:
+    def _count(self, run: Execution, item: SettleRequest) -> None:
         """Count and log one ending that is not a plain success."""
         counts = self._in_flight.counts
         facts = facts_of(run)
@@ -286,15 +286,15 @@ def facts_of(run: Execution) -> dict[str, str | int]:
     return facts
 
 
-def judged(run: Execution, now: float) -> Ending:
+def judged(run: Execution, now: float) -> SettleRequest:
     """The ending of a run. One that cannot be judged is dead: it would block everything behind it."""
     if run.outcome is OK and (facts := run.facts) is not None and facts.limits.result_ttl is None:  # nearly all
-        return Ending(run.claim, DONE)
+        return SettleRequest(run.claim, DONE)
     try:
         return ending(run, now=now, jitter=random.random())  # noqa: S311 - spreads load
     except BaseException as error:  # noqa: BLE001 - a hostile document or error object; its bytes are kept
         log.error("ending_failed", kind=run.kind, queue=run.claim.queue, error=describe(error))
-        return Ending(run.claim, Dead("undecidable", describe(error)), kind=run.kind)
+        return SettleRequest(run.claim, Dead("undecidable", describe(error)), kind=run.kind)
 
 
 def _where(error: str) -> str:
@@ -303,7 +303,7 @@ def _where(error: str) -> str:
     return f"the document does not fit at {found.group(1)}" if found else "the document does not fit"
 
 
-def ending(run: Execution, *, now: float, jitter: float) -> Ending:
+def ending(run: Execution, *, now: float, jitter: float) -> SettleRequest:
     """Judge a run that has an outcome.
 
     Args:
@@ -314,9 +314,9 @@ def ending(run: Execution, *, now: float, jitter: float) -> Ending:
     outcome = run.outcome
     if outcome is OK or isinstance(outcome, Ok):
         if (keep := keeping(run)) is None:
-            return Ending(run.claim, DONE)
+            return SettleRequest(run.claim, DONE)
         note = results.completed(outcome.value)
-        return Ending(run.claim, DONE, None, run.job_id, run.kind, note=note, keep=keep)
+        return SettleRequest(run.claim, DONE, None, run.job_id, run.kind, note=note, keep=keep)
     if outcome is None or run.facts is None:
         raise AssertionError("a run is judged after its outcome")
     verdict = judge(outcome, run.facts, now=now, jitter=jitter)
@@ -325,12 +325,12 @@ def ending(run: Execution, *, now: float, jitter: float) -> Ending:
     attempts, member = run.facts.attempts, ""
     match verdict:
         case Done():
-            return Ending(run.claim, verdict)
+            return SettleRequest(run.claim, verdict)
         case Drop():
-            return Ending(run.claim, verdict, None, run.job_id, run.kind, keep=keeping(run) or 0.0)
+            return SettleRequest(run.claim, verdict, None, run.job_id, run.kind, keep=keeping(run) or 0.0)
         case Expire() | Dead():
             charged, keep = attempts + verdict.charged, keeping(run) or 0.0
-            return Ending(run.claim, verdict, None, run.job_id, run.kind, charged, keep=keep)
+            return SettleRequest(run.claim, verdict, None, run.job_id, run.kind, charged, keep=keep)
         case RetryAt():
             body = _next_form(run, {"attempt_count": attempts + 1}, NOTHING)
         case ReleaseAt():
@@ -340,7 +340,7 @@ def ending(run: Execution, *, now: float, jitter: float) -> Ending:
             body = _next_form(run, {}, state)
             if isinstance(outcome, Deferred):
                 member = outcome.member
-    return Ending(run.claim, verdict, body, run.job_id, run.kind, attempts, member)
+    return SettleRequest(run.claim, verdict, body, run.job_id, run.kind, attempts, member)
 
 
 def keeping(run: Execution) -> float | None:

@@ -13,7 +13,7 @@ import redis
 from streamworker.bridge import BridgeLoop
 from streamworker.broker import list_bridge as bridge_module
 from streamworker.broker.list_bridge import BridgeOptions, ListBridge
-from streamworker.broker.redis.client import Address
+from streamworker.broker.redis.client import RedisAddress
 from tests.cli.conftest import Program, bare, project  # noqa: F401 - fixtures
 
 LISTS = ("queue:q:high", "queue:q", "queue:q:low")
@@ -42,7 +42,7 @@ def bridge_of(redis_url: str) -> Callable[..., Any]:
     @asynccontextmanager
     async def make(*queues: str | None, url: str = redis_url, **options: Any) -> AsyncIterator[ListBridge]:
         chosen = None if queues == (None,) else tuple(queues or ("q",))
-        bridge = ListBridge(Address(url), BridgeOptions(queues=chosen, **options))  # type: ignore[arg-type]
+        bridge = ListBridge(RedisAddress(url), BridgeOptions(queues=chosen, **options))  # type: ignore[arg-type]
         try:
             await bridge.open()
             yield bridge

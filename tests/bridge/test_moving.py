@@ -13,7 +13,7 @@ import structlog
 from streamworker.bridge import BridgeLoop
 from streamworker.broker import list_bridge as bridge_module
 from streamworker.broker import scripts
-from streamworker.broker.redis.client import Address
+from streamworker.broker.redis.client import RedisAddress
 from streamworker.errors import ConfigurationError
 from tests.bridge.conftest import LISTS, STREAMS, blocked, push, running, stored
 from tests.conftest import eventually
@@ -337,7 +337,7 @@ async def test_a_worker_that_waits_is_woken(raw, bridge_of, broker_factory):
 
 async def test_the_script_alone_moves_from_the_right_end(raw, redis_url):
     raw.rpush("queue:q", "newest", "middle", "oldest")
-    client = Address(redis_url).commands()
+    client = RedisAddress(redis_url).commands()
     reply = await scripts.BRIDGE(client, ["queue:q", "stream:{q}"], [2, 1000])
     await client.aclose()
     assert reply == [[2, 12, 1, b""]]

@@ -15,7 +15,7 @@ from streamworker import codec
 from streamworker.bridge import BridgeLoop
 from streamworker.broker.claim import Options
 from streamworker.broker.lists import ListBroker
-from streamworker.broker.redis.client import Address
+from streamworker.broker.redis.client import RedisAddress
 from tests.bridge.conftest import push, running, stored
 from tests.cli.conftest import Program
 from tests.conftest import eventually, eventually_blocking
@@ -29,7 +29,7 @@ def lister(redis_url: str) -> Callable[..., Any]:
 
     @asynccontextmanager
     async def make(name: str, **options: Any) -> AsyncIterator[ListBroker]:
-        broker = ListBroker(Address(redis_url), Options(queues=(("q", None),), **{"lease": LEASE, **options}))
+        broker = ListBroker(RedisAddress(redis_url), Options(queues=(("q", None),), **{"lease": LEASE, **options}))
         try:
             await broker.open()
             await broker.join(name)

@@ -14,7 +14,7 @@ import redis
 from streamworker.broker.claim import Options, StreamOptions
 from streamworker.broker.keys import ListKeys, QueueKeys, lease_of
 from streamworker.broker.lists import ListBroker
-from streamworker.broker.redis.client import Address
+from streamworker.broker.redis.client import RedisAddress
 from streamworker.broker.stream import StreamBroker
 from streamworker.codec import unmarked
 from streamworker.job import LEVELS, Claim, Level
@@ -137,7 +137,7 @@ class StreamGround(Ground):
     mode = "stream"
 
     def broker(self, url: str, queues: Any, **options: Any) -> StreamBroker:
-        return StreamBroker(Address(url), StreamOptions(queues=queues, **options))
+        return StreamBroker(RedisAddress(url), StreamOptions(queues=queues, **options))
 
     def sweep_soon(self, broker: Any) -> None:
         for intake in getattr(broker._source, "_parts", [broker._source]):  # in a cluster there is one per slot
@@ -202,7 +202,7 @@ class ListGround(Ground):
     mode = "list"
 
     def broker(self, url: str, queues: Any, **options: Any) -> ListBroker:
-        return ListBroker(Address(url), Options(queues=queues, **options))
+        return ListBroker(RedisAddress(url), Options(queues=queues, **options))
 
     def sweep_soon(self, broker: Any) -> None:
         broker._reclaimer.look_at = [0.0] * len(broker._reclaimer.look_at)

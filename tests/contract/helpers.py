@@ -11,7 +11,7 @@ import anyio
 import pytest
 
 from streamworker import QueueWorker, Settings, codec
-from streamworker.broker import Broker, Ending
+from streamworker.broker import Broker, SettleRequest
 from streamworker.job import Claim, Dead, Done, Level, PackedJob, ReleaseAt, RetryAt, Settled, Verdict
 from tests.conftest import CLUSTER
 from tests.contract.ground import Ground
@@ -41,25 +41,25 @@ def names(claims: list[Claim]) -> list[str]:
     return [json.loads(claim.body or b"{}").get("id", "") for claim in claims]
 
 
-def done(claim: Claim) -> Ending:
-    return Ending(claim, Done())
+def done(claim: Claim) -> SettleRequest:
+    return SettleRequest(claim, Done())
 
 
-def ended(claim: Claim, verdict: Verdict, **options: Any) -> Ending:
-    return Ending(
+def ended(claim: Claim, verdict: Verdict, **options: Any) -> SettleRequest:
+    return SettleRequest(
         claim, verdict, options.pop("body", b'{"id":"next","payload":{}}'), **{"job_id": "next", "kind": "k", **options}
     )
 
 
-def retry(claim: Claim, at: float, **options: Any) -> Ending:
+def retry(claim: Claim, at: float, **options: Any) -> SettleRequest:
     return ended(claim, RetryAt(at, "why"), **options)
 
 
-def release(claim: Claim, at: float | None = None, **options: Any) -> Ending:
+def release(claim: Claim, at: float | None = None, **options: Any) -> SettleRequest:
     return ended(claim, ReleaseAt(at, "why"), **options)
 
 
-def dead(claim: Claim, reason: str = "why", error: str = "e", **options: Any) -> Ending:
+def dead(claim: Claim, reason: str = "why", error: str = "e", **options: Any) -> SettleRequest:
     return ended(claim, Dead(reason, error), **options)
 
 
@@ -71,7 +71,7 @@ async def one(broker: Broker, running: Any = ()) -> Claim:
     return claim
 
 
-async def settle_one(broker: Broker, ending: Ending) -> Settled:
+async def settle_one(broker: Broker, ending: SettleRequest) -> Settled:
     (result,) = await broker.settle([ending])
     return result
 

@@ -10,7 +10,7 @@ import anyio
 import pytest
 
 from streamworker import App, Context, Payload, QueueWorker, Settings, Snooze
-from streamworker.broker import Ending
+from streamworker.broker import SettleRequest
 from streamworker.errors import UsageError
 from streamworker.job import Drop, Settled
 from tests.conftest import eventually
@@ -19,8 +19,8 @@ from tests.contract.helpers import job, names, one, release, retry, settle_one
 CANCELLED, META = "stream:{q}:cancelled", "stream:{q}:meta"
 
 
-def dropped(claim, name) -> Ending:
-    return Ending(claim, Drop(), None, name, "k")
+def dropped(claim, name) -> SettleRequest:
+    return SettleRequest(claim, Drop(), None, name, "k")
 
 
 def marked(raw) -> bool:

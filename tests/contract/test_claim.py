@@ -13,7 +13,7 @@ import pytest
 from streamworker import App, Payload, codec
 from streamworker.broker.claim import Options
 from streamworker.broker.lists import ListBroker
-from streamworker.broker.redis.client import Address
+from streamworker.broker.redis.client import RedisAddress
 from streamworker.errors import ConfigurationError, Unreachable
 from streamworker.job import Settled
 from streamworker.settings.rules import QueueSpec
@@ -505,7 +505,7 @@ async def test_list_mode_refuses_a_cluster_in_one_sentence():
     with pytest.raises(
         ConfigurationError, match="list mode cannot use the Redis Cluster at .* STREAMWORKER_MODE=stream"
     ):
-        ListBroker(Address("redis+cluster://127.0.0.1:7000"), Options(queues=(("q", None),)))
+        ListBroker(RedisAddress("redis+cluster://127.0.0.1:7000"), Options(queues=(("q", None),)))
 
 
 @list_only

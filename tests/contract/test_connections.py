@@ -7,14 +7,14 @@ import asyncio
 import pytest
 
 from streamworker.broker.lists import WakeLists
-from streamworker.broker.redis.client import Address
+from streamworker.broker.redis.client import RedisAddress
 from streamworker.broker.redis.session import Session
 from tests.conftest import CLUSTER
 
 
 @pytest.mark.parametrize("steps", range(12))
 async def test_a_cancelled_task_ends_wherever_its_command_is(redis_url, steps):
-    client = Address(redis_url).commands()
+    client = RedisAddress(redis_url).commands()
 
     async def endless() -> None:
         while True:
@@ -34,7 +34,7 @@ async def test_a_cancelled_task_ends_wherever_its_command_is(redis_url, steps):
 
 @pytest.mark.skipif(CLUSTER, reason="of list mode, which refuses a cluster")
 async def test_a_wait_that_has_not_begun_can_be_ended(redis_url):
-    session = Session(Address(redis_url))
+    session = Session(RedisAddress(redis_url))
     lists = WakeLists(session, 1)
     waiting = asyncio.create_task(lists.wait(["queue:q"], 0.2))
     await asyncio.sleep(0)  # the blocking read is due, and its task has not had its turn

@@ -10,7 +10,7 @@ from redis.exceptions import TimeoutError as RedisTimeout
 
 from streamworker import App, Context, Payload, QueueWorker, Settings
 from streamworker.broker.redis import client as clients
-from streamworker.broker.redis.client import Address
+from streamworker.broker.redis.client import RedisAddress
 from streamworker.errors import NoConnection
 from tests.conftest import TOPOLOGY, eventually
 
@@ -29,7 +29,7 @@ class Hold(Payload, kind="hold", queue="q"):
 
 async def test_commands_may_block_longer_than_others_may_take(redis_url, monkeypatch):
     monkeypatch.setattr(clients, "COMMAND_TIMEOUT", 0.15)
-    async with Address(redis_url).for_handlers(4) as client:
+    async with RedisAddress(redis_url).for_handlers(4) as client:
         for command in (client.blpop(["queue:none"], timeout=0.5), client.xread({"queue:none:stream": "$"}, block=500)):
             began = asyncio.get_running_loop().time()
             assert not await command
@@ -68,13 +68,13 @@ async def test_a_job_each_may_block_at_once(ground, redis_url, raw):
 
 
 async def test_options_of_the_url_are_heard(redis_url):
-    async with Address(f"{redis_url}?socket_timeout=0.2&decode_responses=true&client_name=mine").for_handlers(
+    async with RedisAddress(f"{redis_url}?socket_timeout=0.2&decode_responses=true&client_name=mine").for_handlers(
         4
     ) as client:
         with pytest.raises(RedisTimeout):
             await client.blpop(["queue:none"], timeout=1)
         assert await client.client_getname() == "mine"
-    async with Address(f"{redis_url}?max_connections=2&timeout=0.2").for_handlers(40) as client:
+    async with RedisAddress(f"{redis_url}?max_connections=2&timeout=0.2").for_handlers(40) as client:
         holders = [asyncio.create_task(client.blpop(["queue:none"], timeout=3)) for _ in range(2)]
         await eventually(lambda: not client.connection_pool.can_get_connection())
         with pytest.raises(
@@ -117,7 +117,7 @@ async def test_a_job_that_times_out_while_it_waits_says_so(ground, redis_url, ra
 
 
 def test_a_clusters_client_hears_them_too():
-    client = Address("redis+cluster://h:1?socket_timeout=3&max_connections=7").for_handlers(40)
+    client = RedisAddress("redis+cluster://h:1?socket_timeout=3&max_connections=7").for_handlers(40)
     assert isinstance(client, aioredis.RedisCluster)
     assert client.connection_kwargs["socket_timeout"] == 3
-    assert Address("redis+cluster://h:1").for_handlers(40).connection_kwargs["socket_timeout"] is None
+    assert RedisAddress("redis+cluster://h:1").for_handlers(40).connection_kwargs["socket_timeout"] is None

@@ -11,7 +11,7 @@ import pytest
 from streamworker import codec
 from streamworker.broker.claim import Options
 from streamworker.broker.lists_brpop import BrpopBroker
-from streamworker.broker.redis.client import Address
+from streamworker.broker.redis.client import RedisAddress
 from streamworker.errors import StreamworkerError, Unreachable
 from streamworker.job import Settled
 from tests.conftest import eventually
@@ -28,7 +28,7 @@ def popping(redis_url, ground):
     @asynccontextmanager
     async def make(name: str, *queues: str, lease: float = 15.0, **options):
         broker = BrpopBroker(
-            Address(redis_url), Options(queues=tuple((q, None) for q in queues or ("q",)), lease=lease, **options)
+            RedisAddress(redis_url), Options(queues=tuple((q, None) for q in queues or ("q",)), lease=lease, **options)
         )
         try:
             await broker.open()

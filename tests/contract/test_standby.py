@@ -14,7 +14,7 @@ import pytest
 from streamworker.broker.claim import Options
 from streamworker.broker.keys import QueueKeys
 from streamworker.broker.lists_brpop import BrpopBroker
-from streamworker.broker.redis.client import Address
+from streamworker.broker.redis.client import RedisAddress
 from streamworker.limits import AcquireRequest, Limit
 from streamworker.worker import renewer
 from tests.conftest import CLUSTER, eventually, eventually_blocking
@@ -120,5 +120,5 @@ async def test_the_process_renews_while_its_worker_is_silent_and_no_longer_than_
 
 @pytest.mark.skipif(CLUSTER, reason="list mode refuses a cluster")
 async def test_with_brpop_there_is_nothing_to_renew(redis_url):
-    broker = BrpopBroker(Address(redis_url), Options(queues=(("q", None),)))
+    broker = BrpopBroker(RedisAddress(redis_url), Options(queues=(("q", None),)))
     assert broker.standby(60) is None

@@ -12,7 +12,7 @@ import pytest
 from streamworker import App, Payload, Settings
 from streamworker.broker.dispatcher import RedisDispatcher
 from streamworker.broker.keys import ListKeys, QueueKeys
-from streamworker.broker.redis.client import Address
+from streamworker.broker.redis.client import RedisAddress
 from streamworker.postgres.outbox import PostgresOutbox
 from streamworker.postgres.pool import open_database
 from streamworker.relay.loss_detector import LossDetector
@@ -54,7 +54,7 @@ async def outbox(database_url):
 
 @pytest.fixture(params=[QueueKeys, ListKeys], ids=["stream", "list"])
 async def dispatcher(request, redis_url):
-    made = RedisDispatcher(Address(redis_url), request.param, group="workers", namespace="")
+    made = RedisDispatcher(RedisAddress(redis_url), request.param, group="workers", namespace="")
     yield made
     await made.close()
 
@@ -153,7 +153,7 @@ async def test_lost_jobs_are_dispatched_again_and_finished_ones_are_not(outbox, 
 async def test_what_is_there_is_left_alone_whatever_the_signs_say(redis_url, database_url, outbox, pg, raw, loss):
     """Ready, held, delayed and retrying jobs, in both modes."""
     for mode, keys in (("stream", QueueKeys), ("list", ListKeys)):
-        dispatcher = RedisDispatcher(Address(redis_url), keys, group="workers", namespace="")
+        dispatcher = RedisDispatcher(RedisAddress(redis_url), keys, group="workers", namespace="")
         mine = App(settings=settings_for(redis_url, database_url, mode=mode, concurrency=1, lease=30.0))
         gate = anyio.Event()
 
@@ -215,7 +215,7 @@ async def test_a_comparison_is_made_by_one_relay_and_taken_over_if_that_dies(out
 
 async def test_many_open_jobs_are_compared_in_pages(outbox, redis_url, pg, raw, monkeypatch):
     monkeypatch.setattr("streamworker.postgres.outbox.PAGE", 700)
-    dispatcher = RedisDispatcher(Address(redis_url), QueueKeys, group="workers", namespace="")
+    dispatcher = RedisDispatcher(RedisAddress(redis_url), QueueKeys, group="workers", namespace="")
     ids = await commit(pg, *(Bill(number=n) for n in range(2000)))
     relay = Relay(outbox, dispatcher, anyio.Event())
     while "queued" in await statuses(pg):
@@ -297,7 +297,7 @@ async def test_restarted_without_persistence_while_nothing_runs(own_server, data
     async def bill(payload: Bill) -> None:
         seen.append(payload.number)
 
-    mine_relay = RedisDispatcher(Address(own_server.url), QueueKeys, group="workers", namespace="")
+    mine_relay = RedisDispatcher(RedisAddress(own_server.url), QueueKeys, group="workers", namespace="")
     database = await open_database(database_url, name="test")
     outbox = PostgresOutbox(database)
     await commit(pg, *(Bill(number=n) for n in range(5)))
@@ -329,7 +329,7 @@ def cli(redis_url, database_url, *words):
 
 
 async def test_reconcile_by_hand(redis_url, database_url, outbox, pg, raw):
-    dispatcher = RedisDispatcher(Address(redis_url), QueueKeys, group="workers", namespace="")
+    dispatcher = RedisDispatcher(RedisAddress(redis_url), QueueKeys, group="workers", namespace="")
     ids = await commit(pg, *(Bill(number=n) for n in range(4)))
     await Relay(outbox, dispatcher, anyio.Event()).step()
     await dispatcher.close()
@@ -423,7 +423,7 @@ async def test_a_run_that_is_frozen_in_its_transaction_keeps_no_other_lost_job(o
 async def test_reconcile_by_hand_passes_over_a_job_that_is_locked_and_says_so(
     redis_url, database_url, outbox, pg, raw, other
 ):
-    dispatcher = RedisDispatcher(Address(redis_url), QueueKeys, group="workers", namespace="")
+    dispatcher = RedisDispatcher(RedisAddress(redis_url), QueueKeys, group="workers", namespace="")
     ids = await commit(pg, *(Bill(number=n) for n in range(4)))
     await Relay(outbox, dispatcher, anyio.Event()).step()
     await dispatcher.close()

@@ -11,7 +11,7 @@ import pytest
 from streamworker import App, Payload, Settings
 from streamworker.broker.dispatcher import RedisDispatcher
 from streamworker.broker.keys import ListKeys, QueueKeys
-from streamworker.broker.redis.client import Address
+from streamworker.broker.redis.client import RedisAddress
 from streamworker.postgres import outbox as sql
 from streamworker.postgres.migrate import Migrator, shipped
 from streamworker.postgres.outbox import PostgresOutbox
@@ -70,7 +70,7 @@ async def outbox(database_url):
 
 @pytest.fixture(params=[QueueKeys, ListKeys], ids=["stream", "list"])
 async def dispatcher(request, redis_url):
-    made = RedisDispatcher(Address(redis_url), request.param, group="workers", namespace="")
+    made = RedisDispatcher(RedisAddress(redis_url), request.param, group="workers", namespace="")
     yield made
     await made.close()
 

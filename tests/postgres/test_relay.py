@@ -16,7 +16,7 @@ import pytest
 from streamworker import App, Payload, Settings
 from streamworker.broker.dispatcher import RedisDispatcher
 from streamworker.broker.keys import ListKeys, QueueKeys
-from streamworker.broker.redis.client import Address
+from streamworker.broker.redis.client import RedisAddress
 from streamworker.codec import read
 from streamworker.postgres import outbox as sql
 from streamworker.postgres.outbox import PostgresOutbox
@@ -59,7 +59,7 @@ async def outbox(database_url):
 
 @pytest.fixture(params=[QueueKeys, ListKeys], ids=["stream", "list"])
 async def dispatcher(request, redis_url):
-    made = RedisDispatcher(Address(redis_url), request.param, group="workers", namespace="")
+    made = RedisDispatcher(RedisAddress(redis_url), request.param, group="workers", namespace="")
     made.shape = request.param.shape
     yield made
     await made.close()
@@ -67,7 +67,7 @@ async def dispatcher(request, redis_url):
 
 @pytest.fixture
 async def streams(redis_url):
-    made = RedisDispatcher(Address(redis_url), QueueKeys, group="workers", namespace="")
+    made = RedisDispatcher(RedisAddress(redis_url), QueueKeys, group="workers", namespace="")
     yield made
     await made.close()
 
@@ -275,7 +275,7 @@ async def test_many_relays_share_the_work_and_add_nothing_twice(database_url, re
 
 
 async def a_relay(database_url, redis_url, stopping):
-    dispatcher = RedisDispatcher(Address(redis_url), QueueKeys, group="workers", namespace="")
+    dispatcher = RedisDispatcher(RedisAddress(redis_url), QueueKeys, group="workers", namespace="")
     async with outbox_of(database_url) as outbox:
         listener = listener_for(database_url, None, pooled=False)
         await RelayProcess(outbox, dispatcher, listener=listener, lease=15).run(stopping)
@@ -349,7 +349,7 @@ async def test_a_relay_that_was_frozen_adds_nothing_when_it_comes_back(outbox, s
 
 
 async def test_the_deadline_is_judged_by_the_server_when_the_command_gets_there(streams, raw, own_server):
-    there = RedisDispatcher(Address(own_server.url), QueueKeys, group="workers", namespace="")
+    there = RedisDispatcher(RedisAddress(own_server.url), QueueKeys, group="workers", namespace="")
     job = [Dispatch("a", 1, "normal", b"{}")]
     assert (await there.dispatch("q", job, time.monotonic() + 5)).there == [True]
     own_server.pause()
@@ -381,7 +381,7 @@ async def test_repeats_add_nothing_until_they_are_noted(dispatcher, raw):
 
 
 async def test_redis_away(outbox, pg, own_server, database_url):
-    dispatcher = RedisDispatcher(Address(own_server.url), QueueKeys, group="workers", namespace="")
+    dispatcher = RedisDispatcher(RedisAddress(own_server.url), QueueKeys, group="workers", namespace="")
     async with running(outbox, dispatcher, database_url):
         await commit(pg, Bill(number=0))
         with own_server.client() as client:
@@ -418,7 +418,7 @@ async def taken(pg):
 
 async def test_postgres_restarts(own_postgres, redis_url, raw):
     url = own_postgres.url()
-    dispatcher = RedisDispatcher(Address(redis_url), QueueKeys, group="workers", namespace="")
+    dispatcher = RedisDispatcher(RedisAddress(redis_url), QueueKeys, group="workers", namespace="")
     async with outbox_of(url) as outbox, running(outbox, dispatcher, url) as relaying:
         pg = await asyncpg.connect(url)
         await commit(pg, Bill(number=0))

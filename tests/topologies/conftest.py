@@ -16,7 +16,7 @@ import redis
 from streamworker import App, Payload, QueueWorker, Settings
 from streamworker.broker.claim import StreamOptions
 from streamworker.broker.keys import QueueKeys
-from streamworker.broker.redis.client import Address
+from streamworker.broker.redis.client import RedisAddress
 from streamworker.broker.stream import StreamBroker
 from tests.conftest import eventually
 from tests.topologies.servers import Clustered, Sentineled
@@ -125,8 +125,8 @@ def broker_of() -> Callable[..., Any]:
     """``async with broker_of(url) as broker``: open, joined, and ready to take from the dead."""
 
     @asynccontextmanager
-    async def make(where: str | Address, *queues: str, **options: Any) -> AsyncIterator[StreamBroker]:
-        address = where if isinstance(where, Address) else Address(where)
+    async def make(where: str | RedisAddress, *queues: str, **options: Any) -> AsyncIterator[StreamBroker]:
+        address = where if isinstance(where, RedisAddress) else RedisAddress(where)
         pairs = tuple((queue, None) for queue in queues or ("q",))
         broker = StreamBroker(address, StreamOptions(queues=pairs, **options))
         try:

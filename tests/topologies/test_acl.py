@@ -19,7 +19,7 @@ from streamworker.broker.claim import Options, StreamOptions
 from streamworker.broker.keys import ListKeys, QueueKeys
 from streamworker.broker.lists import ListBroker
 from streamworker.broker.operator import ListOperator, StreamOperator
-from streamworker.broker.redis.client import Address
+from streamworker.broker.redis.client import RedisAddress
 from streamworker.errors import ConfigurationError, StreamworkerError
 from streamworker.views import Selection, chosen_dead, chosen_delayed, chosen_pending
 from tests.cli.conftest import JOBS, Program
@@ -160,7 +160,7 @@ async def test_a_producer_and_an_inspector_of_lists(own_server):
     await gone.close()
     before = contents(users.raw)
     options = Options(queues=(("q", None),))
-    operator = ListOperator(Address(users.url("inspector")), options)
+    operator = ListOperator(RedisAddress(users.url("inspector")), options)
     await operator.open()
     assert await operator.queues() == ["q"]
     everything = Selection(queue="q")
@@ -312,7 +312,7 @@ async def test_an_inspector_lists_everything_and_changes_nothing(users, broker_o
     await filled(users, broker_of)
     options = StreamOptions(queues=(("q", None),), namespace=users.namespace)
     before = contents(users.raw)
-    operator = StreamOperator(Address(users.url("inspector")), options)
+    operator = StreamOperator(RedisAddress(users.url("inspector")), options)
     await operator.open()
     assert await operator.queues() == ["q"]
     everything = Selection(queue="q")
@@ -354,7 +354,7 @@ async def test_a_bridge_moves_jobs_and_does_nothing_else(users):
     namespace, raw = users.namespace, users.raw
     raw.lpush("queue:q", "1", "2", "3")
     options = Options(queues=(("q", None),), namespace=namespace, lease=0.5)
-    gone = ListBroker(Address(users.server.url), options)
+    gone = ListBroker(RedisAddress(users.server.url), options)
     await gone.open()
     await gone.join("gone")
     assert len(await gone.claim(1, 0, ())) == 1

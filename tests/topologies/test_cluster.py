@@ -14,7 +14,7 @@ from redis.crc import key_slot
 from streamworker import App, Context, QueueWorker, Settings
 from streamworker.broker.claim import StreamOptions
 from streamworker.broker.operator import StreamOperator
-from streamworker.broker.redis.client import Address
+from streamworker.broker.redis.client import RedisAddress
 from streamworker.broker.redis.cluster import key_of, slot_of
 from streamworker.errors import ConfigurationError, Unreachable
 from streamworker.job import Settled
@@ -107,7 +107,7 @@ async def test_listings_and_pauses_of_living_nodes_go_on_while_a_node_is_away(tm
             await broker.publish([job("x", "b"), job("y", "q")])
             (claim, *_) = await broker.claim(1, 0, ())
             away.kill()
-            operator = StreamOperator(Address(cluster.url), StreamOptions(queues=()))
+            operator = StreamOperator(RedisAddress(cluster.url), StreamOptions(queues=()))
             await operator.open()
             there = await operator.queues()
             assert "b" in there and "q" not in there
@@ -288,7 +288,7 @@ async def test_operators_see_all_masters(masters, broker_of):
     async with broker_of(masters.url, *SPREAD) as broker:
         await broker.publish([job(queue, queue) for queue in SPREAD])
         await broker.beat({"pid": 1, "queues": ",".join(SPREAD)})
-        operator = StreamOperator(Address(masters.url), StreamOptions(queues=()))
+        operator = StreamOperator(RedisAddress(masters.url), StreamOptions(queues=()))
         await operator.open()
         assert await operator.queues() == sorted(SPREAD)
         assert [depth.ready for depth in await operator.depth(SPREAD)] == [1] * len(SPREAD)
@@ -347,7 +347,7 @@ async def test_the_acl_lines_of_the_docs_with_what_a_cluster_adds(masters, name)
                 client.execute_command("ACL SETUSER", *line, "+cluster|slots", "+asking")
     url = masters.url.replace("//", f"//{name}:SECRET@")
     if name == "inspector":
-        operator = StreamOperator(Address(url), StreamOptions(queues=()))
+        operator = StreamOperator(RedisAddress(url), StreamOptions(queues=()))
         await operator.open()
         assert await operator.queues() == []
         await operator.close()
@@ -379,7 +379,7 @@ async def test_wrong_forms_are_said_in_one_sentence(masters, broker_of, redis_ur
         async with broker_of(plain):
             pass
     assert caught.value.exit_code == 78
-    operator = StreamOperator(Address(plain), StreamOptions(queues=()))
+    operator = StreamOperator(RedisAddress(plain), StreamOptions(queues=()))
     with pytest.raises(ConfigurationError, match="is a node of a cluster"):
         await operator.open()
     await operator.close()

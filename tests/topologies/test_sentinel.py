@@ -12,7 +12,7 @@ import redis.asyncio as aioredis
 
 from streamworker import App, Settings
 from streamworker.bridge import BridgeLoop
-from streamworker.broker.redis.client import Address
+from streamworker.broker.redis.client import RedisAddress
 from streamworker.errors import ConfigurationError, Unreachable
 from tests.conftest import eventually
 from tests.contract.ground import GROUNDS, GROUP
@@ -129,7 +129,7 @@ async def test_a_users_own_sentinel_client_is_understood(sentinels, broker_of):
     hosts = [("127.0.0.1", node.port) for node in sentinels.sentinels]
     manager = aioredis.Sentinel(hosts)
     client = manager.master_for("mymaster", db=0)
-    address = Address.of(client)
+    address = RedisAddress.of(client)
     assert str(address) == sentinels.url
     async with broker_of(address) as broker:
         await broker.publish([job("x")])

@@ -6,7 +6,7 @@ from time import monotonic
 import pytest
 
 from streamworker import Backoff, codec
-from streamworker.broker import Ending
+from streamworker.broker import SettleRequest
 from streamworker.codec import State, sealed
 from streamworker.errors import Discard, Snooze
 from streamworker.execution import OK, Execution
@@ -156,7 +156,7 @@ def returned(made, outcome, ran):
 
 
 def waits(outcomes, ran=0.0):
-    made, found = Ending(run(None).claim, Done(), run(None).claim.body), []
+    made, found = SettleRequest(run(None).claim, Done(), run(None).claim.body), []
     for outcome in outcomes:
         made = returned(made, outcome, ran)
         found.append(round((NOW if made.verdict.at is None else made.verdict.at) - NOW, 3))

@@ -5,7 +5,7 @@ import redis
 import redis.asyncio as aioredis
 
 from streamworker.broker.redis import url as urls
-from streamworker.broker.redis.client import Address
+from streamworker.broker.redis.client import RedisAddress
 from streamworker.errors import ConfigurationError
 
 
@@ -29,7 +29,7 @@ from streamworker.errors import ConfigurationError
 def test_every_form(url, kind, scheme, hosts, options, shown):
     form = urls.parse(url)
     assert (form.kind, form.scheme, form.hosts, form.options) == (kind, scheme, hosts, options)
-    assert str(form) == str(Address(url)) == shown
+    assert str(form) == str(RedisAddress(url)) == shown
 
 
 def test_sentinels_have_a_login_of_their_own():
@@ -110,7 +110,7 @@ def test_what_is_no_client_of_redis_asyncio(client):
 @pytest.mark.parametrize("word", ["CERT_NONE", "cert_none", "none", "None"])
 def test_celerys_words_for_certificates(word):
     assert urls.parse(f"rediss://h?ssl_cert_reqs={word}").options["ssl_cert_reqs"] == "none"
-    Address(f"rediss+cluster://h?ssl_cert_reqs={word}")
+    RedisAddress(f"rediss+cluster://h?ssl_cert_reqs={word}")
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_tls_that_cannot_work_is_said_before_anything_is_connected(option):
     with pytest.raises(
         ConfigurationError, match=f"TLS options in REDIS_URL cannot be used .*{option.partition('=')[0]}"
     ):
-        Address(f"rediss://h?{option}")
+        RedisAddress(f"rediss://h?{option}")
 
 
 def test_options_of_the_clients_of_handlers():

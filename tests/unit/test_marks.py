@@ -100,7 +100,7 @@ def test_rewriting_puts_state_in_the_place_of_the_mark():
 STATE = State(3, "1700000000000.125 0123abcd", 17)
 
 
-def stated(field: object, **document: object) -> codec.Reading:
+def stated(field: object, **document: object) -> codec.DocumentFields:
     return codec.read(json.dumps({"payload": {}, "id": ID, "hop": 1, "streamworker_state": field, **document}).encode())
 
 
@@ -132,7 +132,7 @@ def test_state_belongs_to_one_job():
 HEADERS = {"streamworker-deliveries": "2", "streamworker-unknown-since": "17", "streamworker-turn": STATE.turn}
 
 
-def old(headers: object = None, **document: object) -> codec.Reading:
+def old(headers: object = None, **document: object) -> codec.DocumentFields:
     """As versions before the seal wrote it."""
     written = {"payload": {}, "id": ID, "hop": 1, "headers": {"trace": "00", **HEADERS} if headers is None else headers}
     return codec.read(json.dumps({**written, **document}).encode())

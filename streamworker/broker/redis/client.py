@@ -61,7 +61,7 @@ _ASYNC: Final[dict[str, Any]] = {
 _MANAGED: Final[dict[str, Any]] = {"redis": ManagedConnection, "rediss": ManagedSSLConnection}
 
 
-class Address:
+class RedisAddress:
     """Address of the server and login; makes every kind of client. The only place that knows the forms of URLs.
 
     Args:
@@ -90,7 +90,7 @@ class Address:
             _check_tls(url.options)
 
     @classmethod
-    def of(cls, client: object, name: str = "streamworker") -> Address:
+    def of(cls, client: object, name: str = "streamworker") -> RedisAddress:
         """The address a user's client talks to.
 
         Raises:
@@ -100,9 +100,9 @@ class Address:
         address._init(urls.of(client), name)
         return address
 
-    def renamed(self, name: str) -> Address:
+    def renamed(self, name: str) -> RedisAddress:
         """The same address with another client name."""
-        other = Address.__new__(Address)
+        other = RedisAddress.__new__(RedisAddress)
         other.__dict__.update(self.__dict__)
         other._name = _shown(name)
         return other
@@ -120,7 +120,7 @@ class Address:
         """The node that serves a key, as far as it is known; ``None`` for a single server."""
         return self._slots.node(slot_of(key)) if self._slots is not None else None
 
-    def at(self, host: Host) -> Address:
+    def at(self, host: Host) -> RedisAddress:
         """One node of the cluster."""
         other = self.renamed(self._name)
         other._slots = None

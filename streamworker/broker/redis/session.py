@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 
 from streamworker.broker import scripts
 from streamworker.broker.keys import PROGRESS
-from streamworker.broker.redis.client import Address
+from streamworker.broker.redis.client import RedisAddress
 from streamworker.broker.redis.connection import CommandPool
 from streamworker.broker.redis.reactions import Reaction, reaction_to, understood
 from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable
@@ -34,7 +34,7 @@ def too_old(info: Mapping[str, Any]) -> bool:
 class Session:
     """Connections of a broker to one address: commands, the reader, the lease thread's own; it raises our errors."""
 
-    def __init__(self, address: Address) -> None:
+    def __init__(self, address: RedisAddress) -> None:
         self.address = address
         self.commands: Final = address.commands()
         self.pool: Final = address.pool()
@@ -209,7 +209,7 @@ class Session:
 class OperatorSession:
     """Connection of an operator; it raises our errors."""
 
-    def __init__(self, client: Redis, address: Address, group: str, namespace: str) -> None:
+    def __init__(self, client: Redis, address: RedisAddress, group: str, namespace: str) -> None:
         self.client: Final = client
         self.address: Final = address
         self.group: Final = group
