@@ -65,7 +65,7 @@ flip *args:
 containers *args:
     @python -m tests.containers "$@"
 
-# How fast, beside a bare loop in the same run (./dev bench throughput --rounds 3); --json and --svg write files
+# How fast, beside a bare loop in the same run (./dev bench throughput --rounds 3), or a commit (./dev bench guard HEAD~5)
 bench *args:
     @python -m benchmarks "$@"
 

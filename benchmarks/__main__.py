@@ -1,4 +1,7 @@
-"""All questions in one run: ``./dev bench [QUESTION …] [--rounds N] [--scale X] [--json FILE] [--svg FILE]``."""
+"""All questions in one run: ``./dev bench [QUESTION …] [--rounds N] [--scale X] [--json FILE] [--svg FILE]``.
+
+``./dev bench guard [BASE]`` compares this checkout with a commit instead, see `benchmarks.guard`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from benchmarks import measure, report
+from benchmarks import guard, measure, report
 from benchmarks.measure import Row
 
 QUESTIONS = (
@@ -19,6 +22,8 @@ LONG = ("memory",)
 
 def main() -> int:
     """Ask, and tell; 1 if a goal is missed."""
+    if sys.argv[1:2] == ["guard"]:
+        return guard.main(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="./dev bench", description=__doc__)
     parser.add_argument("questions", nargs="*", metavar="QUESTION", help=f"of {', '.join(QUESTIONS + LONG)}")
     measure.add_arguments(parser)
