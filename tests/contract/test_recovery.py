@@ -801,8 +801,11 @@ async def test_two_leaps_that_undo_each_other_expire_no_living_lease(broker_fact
                     theirs.sweep_soon(broker)
                     assert await broker.claim(1, 0, ()) == []
                 clock.show(-3600)
-                theirs.sweep_soon(looks)
-                assert await looks.claim(1, 0, ()) == []
+                tokens: list[float] = []
+                while not tokens or max(tokens) > time.time() - 3000:  # until it looked by that clock
+                    theirs.sweep_soon(looks)
+                    assert await looks.claim(1, 0, ()) == []
+                    tokens = [float(t) / 1000 for t in client.hmget(META, "sweep", "returns") if t is not None]
                 assert await living.renew([claim]) == []
                 clock.show(0)
                 theirs.sweep_soon(busy)
