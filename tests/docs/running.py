@@ -13,6 +13,7 @@ import asyncpg
 
 from streamworker import App, QueueWorker
 from tests.docs import names, snippets
+from tests.postgres.stacks import Django
 
 TABLES = """
 create table if not exists invoice (id uuid primary key, ready boolean not null default true, sent boolean not null default false);
@@ -21,6 +22,7 @@ create table if not exists customer (id bigserial primary key, address text uniq
 
 
 async def main(folder: Path, packages: list[str], database: str) -> int:
+    Django().configure(database)
     names.connection = await asyncpg.connect(database)
     await names.connection.execute(TABLES)
     failed = 0

@@ -6,14 +6,19 @@ The coroutines of stacks that block never suspend; statements that wait for anot
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, ClassVar
+from urllib.parse import parse_qsl, urlsplit
 
 import asyncpg
+import django
+import django.db
 import psycopg
 import psycopg_pool
 import sqlalchemy
+from django.conf import settings
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
     AsyncSession,
@@ -286,6 +291,84 @@ class BlockingSqlalchemy(Stack):
             yield
 
 
+class Django(Stack):
+    """``django.db.connection``, in the thread that asks."""
+
+    name = "django"
+    blocking = True
+    broken = (django.db.IntegrityError,)
+
+    def configure(self, url: str, **options: Any) -> None:
+        """Make Django's connections lead there."""
+        # Tests use its connections on the thread of their event loop; handlers do not.
+        os.environ["DJANGO_ALLOW_ASYNC_UNSAFE"] = "true"
+        parts, query = urlsplit(url), dict(parse_qsl(urlsplit(url).query))
+        database = {
+            "ENGINE": "django.db.backends.postgresql",
+            "NAME": parts.path.removeprefix("/"),
+            "USER": parts.username or "",
+            "HOST": query.get("host") or parts.hostname or "",
+            "PORT": str(query.get("port") or parts.port or ""),
+            "OPTIONS": {"sslmode": "disable"},
+            **options,
+        }
+        if not settings.configured:
+            settings.configure(DATABASES={"default": database}, USE_TZ=True)
+            django.setup()
+        self.close()
+        django.db.connections.settings["default"] = {**django.db.connections.settings["default"], **database}
+
+    @staticmethod
+    def close() -> None:
+        """Close this thread's connection, and forget it: the next one is made by the settings of then."""
+        django.db.connections["default"].close()
+        del django.db.connections["default"]
+
+    @asynccontextmanager
+    async def source(self, url):
+        self.configure(url)
+        yield django.db.connection
+        self.close()
+
+    @asynccontextmanager
+    async def open(self, source):
+        self.block = django.db.transaction.atomic()
+        self.block.__enter__()
+        try:
+            yield source
+        finally:
+            if self.block is not None:
+                await self.rollback(source)
+
+    @asynccontextmanager
+    async def autocommitting(self, url):
+        async with self.source(url) as source:
+            yield source
+
+    async def execute(self, given, statement):
+        with given.cursor() as cursor:
+            cursor.execute(statement)
+
+    async def commit(self, given):
+        if self.block is None:  # of ctx.transaction()
+            django.db.transaction.commit()
+            return
+        block, self.block = self.block, None
+        block.__exit__(None, None, None)
+
+    async def rollback(self, given):
+        block, self.block = self.block, None
+        django.db.transaction.set_rollback(True)
+        block.__exit__(None, None, None)
+
+    block: Any = None
+
+    @asynccontextmanager
+    async def savepoint(self, given):
+        with django.db.transaction.atomic():
+            yield
+
+
 STACKS: list[Stack] = [
     Asyncpg(),
     Psycopg(),
@@ -293,9 +376,17 @@ STACKS: list[Stack] = [
     *(AsyncSqlalchemy(driver, made) for driver in ("asyncpg", "psycopg") for made in ("session", "connection")),
     AsyncSqlalchemy("asyncpg", "scoped"),
     *(BlockingSqlalchemy(made) for made in ("session", "connection", "scoped")),
+    Django(),
 ]
 
-ERRORS = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, psycopg.Error, sqlalchemy.exc.SQLAlchemyError)
+ERRORS = (
+    OSError,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    psycopg.Error,
+    sqlalchemy.exc.SQLAlchemyError,
+    django.db.Error,
+)
 """What the libraries raise when their server is away."""
 
 

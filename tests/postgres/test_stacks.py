@@ -11,12 +11,16 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import asyncpg
+import django.db
 import psycopg
 import pytest
+from asgiref.sync import sync_to_async
+from django.db.transaction import TransactionManagementError
 from sqlalchemy.ext.asyncio import async_scoped_session
 
-from streamworker import App, Backoff, Context, Payload, Settings
+from streamworker import App, Backoff, Context, Handlers, Payload, Settings
 from streamworker.errors import ConfigurationError, RunEnded, Unreachable, UsageError
+from streamworker.integrations.django import DjangoApp
 from streamworker.loops import at_once
 from streamworker.postgres import Effect
 from streamworker.postgres.enqueue import COPY_FROM
@@ -24,7 +28,7 @@ from streamworker.postgres.ledger import PostgresLedger
 from streamworker.postgres.pool import open_database
 from tests.conftest import eventually
 from tests.postgres.proxy import CuttingProxy
-from tests.postgres.stacks import STACKS, Asyncpg, AsyncSqlalchemy, Stack
+from tests.postgres.stacks import STACKS, Asyncpg, AsyncSqlalchemy, Django, Stack
 from tests.postgres.test_transaction import effects, job, run
 from tests.postgres.working import settings_for, working
 
@@ -310,17 +314,17 @@ async def test_a_savepoint_inside_is_undone_alone(stack, source, ledger, pg):
 async def test_a_commit_inside_the_block_is_a_mistake(stack, source, ledger, pg):
     """Also where the library begins the next transaction by itself: the job is not completed apart from its writes."""
     transaction = ledger.transaction(run(), None, source)
-    # psycopg's own pool refuses it in its own words, before anything is committed.
-    by_psycopg = stack.name.startswith("psycopg")
+    # psycopg and Django refuse it in their own words, before anything is committed.
+    by_library = stack.name.startswith(("psycopg", "django"))
     with pytest.raises(
-        psycopg.ProgrammingError if by_psycopg else UsageError,
-        match="Transaction context" if by_psycopg else "inside the block",
+        (psycopg.ProgrammingError, TransactionManagementError) if by_library else UsageError,
+        match="Transaction context|when an 'atomic' block is active" if by_library else "inside the block",
     ):
         async with entered(transaction) as given:
             await (stack.execute(given, "commit") if isinstance(stack, Asyncpg) else stack.commit(given))
             await stack.execute(given, "insert into effect values (1)")
     assert transaction.effect is Effect.UNDONE
-    assert (await job(pg))["status"] == (None if by_psycopg else "running")
+    assert (await job(pg))["status"] == (None if by_library else "running")
     if not isinstance(stack, Asyncpg):  # what was written after the commit is undone
         assert await effects(pg) == []
 
@@ -485,3 +489,43 @@ async def test_a_workers_handlers_write_once(stack, source, redis_url, database_
     assert await effects(pg) == [1, 2]
     if isinstance(source, async_scoped_session):
         assert not source.registry.registry  # no session of a job that has ended
+
+
+# -- DjangoApp
+
+
+async def test_djangos_connections_are_closed_after_each_job(redis_url, database_url, raw, pg):
+    """Of a thread and of async handlers, whether they were registered with the app or with a group that it includes."""
+    stack = Django()
+    stack.configure(database_url)
+    await pg.execute("create table effect (n integer)")
+    app = DjangoApp(settings=settings_for(redis_url, None, ledger="off"))
+    group = Handlers[Any]()
+    pids = "select pid from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
+    before = {each["pid"] for each in await pg.fetch(pids)}
+    seen: list[int] = []
+
+    @app.handler(max_attempts=1)
+    def write(payload: Write) -> None:
+        with django.db.connection.cursor() as cursor:
+            cursor.execute("insert into effect values (%s) returning pg_backend_pid()", [payload.n])
+            seen.append(cursor.fetchone()[0])
+        if payload.n == 2:
+            raise ValueError("no")
+
+    @group.handler
+    async def finish(payload: Finish) -> None:
+        await sync_to_async(write)(Write(n=payload.n))
+
+    app.include(group)
+    async with app, working(app):
+        for payload in (Write(n=1), Write(n=2), Finish(n=3)):
+            await app.enqueue(payload)
+        await eventually(lambda: len(seen) == 3 and raw.xlen("stream:{q}") == 0)
+        await eventually(lambda: same_sessions(pg, pids, before))
+    assert await effects(pg) == [1, 2, 3]
+    assert len(set(seen)) == 3 and not set(seen) & before
+
+
+async def same_sessions(pg: asyncpg.Connection, pids: str, before: set[int]) -> bool:
+    return {each["pid"] for each in await pg.fetch(pids)} == before
