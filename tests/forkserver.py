@@ -187,6 +187,46 @@ def run(
     return subprocess.CompletedProcess(["streamworker", *words], process.wait(), out, err)
 
 
+_PROGRAM: Final = """#!{python} -IS
+# A program of the fork server, for shells: its streams, folder, environment, exit code, and the signals sent to it.
+import json, os, signal, socket, sys
+words = sys.argv[1:]
+module = "streamworker"
+if {python_itself}:
+    module, *words = words
+    if module == "-m":
+        module, *words = words
+    elif not module.endswith(".py"):
+        os.execv({python!r}, [{python!r}, *sys.argv[1:]])
+order = {{"words": words, "cwd": os.getcwd(), "env": dict(os.environ), "session": False, "module": module}}
+connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+connection.connect({address!r})
+socket.send_fds(connection, [json.dumps({{**order, "constants": {{}}}}).encode()], [0, 1, 2])
+pid = int(connection.recv(100))
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, lambda number, frame: os.kill(pid, number))
+code = int(connection.recv(100))
+if code < 0:
+    signal.signal(-code, signal.SIG_DFL)
+    os.kill(os.getpid(), -code)
+os._exit(code)
+"""
+
+
+def programs(folder: Path) -> Path:
+    """Put ``streamworker`` and ``python`` into ``folder``, for the ``PATH`` of shells: processes of the fork server.
+
+    ``python`` runs files and modules (``python register.py``, ``python -m pytest``), and is Python for all else. A
+    program that is killed (SIGKILL) leaves its process behind: no shell here does that.
+    """
+    folder.mkdir()
+    for name in ("streamworker", "python"):
+        text = _PROGRAM.format(python=sys.executable, address=_address(), python_itself=name == "python")
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    return folder
+
+
 def _address() -> str:
     """Where the fork server of this process listens; started if there is none."""
     global _server  # noqa: PLW0603 - one a process, as the process that it is
@@ -293,6 +333,10 @@ def _child(order: dict[str, Any], descriptors: Sequence[int]) -> int:
     for name, value in order["constants"].items():
         set_constant(name, value)
     try:
+        if order["module"].endswith(".py"):
+            sys.argv[0] = order["module"]
+            runpy.run_path(order["module"], run_name="__main__")
+            return 0
         if order["module"] != "streamworker":
             runpy.run_module(order["module"], run_name="__main__", alter_sys=True)
             return 0

@@ -7,10 +7,12 @@ fits no other test. ``--order-seed N`` runs everything in an order of chance, th
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import re
 from collections import Counter
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,20 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_left_out] = Counter()
     if config.pluginmanager.has_plugin("xdist"):
         config.pluginmanager.register(_Distributed(), "streamworker-distributed")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests() -> None:
+    gc.disable()  # while only that is made which stays
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()  # modules and tests: no collection has to look through them, in no process that is forked either
 
 
 @pytest.hookimpl(optionalhook=True, tryfirst=True)

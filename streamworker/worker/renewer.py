@@ -1,9 +1,9 @@
 """A small process beside a worker that renews its claims while C code there keeps the interpreter lock.
 
 Run by path in a bare interpreter (`python -I -S renewer.py`): nothing of this package or of redis-py is loaded, which
-would cost 40 MB a worker. What it needs comes through its standard input, one line at a time: JSON that says where
-Redis is and which commands renew (`broker.standby`), or an empty line, the worker's sign of life. It ends with its
-worker.
+would cost 40 MB a worker; `json` and `socket`, half of what it takes to start, are loaded once its worker is silent.
+What it needs comes through its standard input, one line at a time: JSON that says where Redis is and which commands
+renew (`broker.standby`), or an empty line, the worker's sign of life. It ends with its worker.
 
 It renews only while all of this holds: the worker was silent for half a lease, its process exists and is not stopped,
 and it was silent for no longer than its jobs may run. The commands renew what the worker still holds and nothing else.
@@ -11,17 +11,17 @@ and it was silent for no longer than its jobs may run. The commands renew what t
 
 from __future__ import annotations
 
-import json
 import os
 import select
 import signal
-import socket
 import sys
 import time
 from typing import Any
 
 TIMEOUT = 2.0
 """Seconds one step of a connection or a command may take."""
+SOON = 0.1
+"""Seconds of silence after which what the worker said is read: half of the shortest lease there is."""
 RETRY = 0.5
 """Seconds until the next try after a failure."""
 REDIRECTIONS = 3
@@ -36,6 +36,8 @@ class Connection:
     """One connection to a server, logged in; replies are read as the protocol's second version has them."""
 
     def __init__(self, told: dict[str, Any], host: str = "", port: int = 0) -> None:
+        import socket  # noqa: PLC0415 - no worker waits for it at its start
+
         self._buffer = b""
         if told.get("path"):
             self._socket: Any = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -193,6 +195,7 @@ class Renewer:
     def __init__(self, worker: int) -> None:
         self._worker = worker
         self._told: dict[str, Any] = {}
+        self._unread = b""
         self._heard = time.monotonic()
         self._next = 0.0
         self._rest = b""
@@ -201,9 +204,14 @@ class Renewer:
         """Until the worker is gone."""
         while os.getppid() == self._worker:
             lease = float(self._told.get("lease", 3.0))
-            readable, _, _ = select.select([0], [], [], max(0.05, min(1.0, lease / 6)))
-            if readable and not self._hear(os.read(0, 65536)):
-                return
+            pause = SOON if self._unread else max(0.05, min(1.0, lease / 6))
+            if select.select([0], [], [], pause)[0]:
+                if not self._hear(os.read(0, 65536)):
+                    return
+                continue
+            if self._unread:
+                self._read()
+                lease = float(self._told["lease"])
             now = time.monotonic()
             silent = now - self._heard
             if not self._told or not lease / 2 <= silent <= self._told["longest"] or now < self._next:
@@ -216,8 +224,13 @@ class Renewer:
         for line in lines:
             self._heard, self._next = time.monotonic(), 0.0
             if line:
-                self._told = json.loads(line)
+                self._unread = line
         return bool(data)
+
+    def _read(self) -> None:
+        import json  # noqa: PLC0415 - as `socket`
+
+        self._told, self._unread = json.loads(self._unread), b""
 
     def _renew(self) -> bool:
         done = True

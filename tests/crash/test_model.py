@@ -256,12 +256,15 @@ class Verbs(RuleBasedStateMachine):
 
 
 @pytest.mark.timeout(1800 if os.environ.get("CRASH_LONG") else 400)
-def test_verbs_in_any_order(redis_url, ground):
+@pytest.mark.parametrize(
+    "sequences", [25, pytest.param(1000 if os.environ.get("CRASH_LONG") else 80, marks=pytest.mark.all)]
+)
+def test_verbs_in_any_order(redis_url, ground, sequences):
     machine = type("Machine", (Verbs,), {"url": redis_url, "ground_of": type(ground), "total": Counter()})
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=1000 if os.environ.get("CRASH_LONG") else 80,
+            max_examples=sequences,
             stateful_step_count=40,
             deadline=None,
             phases=(Phase.generate,),

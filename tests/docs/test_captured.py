@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 import pytest
 
+from tests import forkserver
 from tools import walk
 from tools.capture import capture
 
@@ -15,14 +17,18 @@ PAGES = [page for page in walk.walked_pages() if page.name != "tutorial.md"]
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("started", ["forked", pytest.param("fresh", marks=pytest.mark.all)])
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
-def test_the_page_does_what_it_says(page: Path, tmp_path: Path):
+def test_the_page_does_what_it_says(page: Path, started: str, tmp_path: Path):
     text = page.read_text()
+    env = walk.environment(tmp_path)
+    if started == "forked":
+        env["PATH"] = f"{forkserver.programs(tmp_path / 'bin')}{os.pathsep}{env['PATH']}"
     said = ""
     steps = 0
     folder = tmp_path / "hello"
     with walk.stage(folder):
-        for step in walk.walk(text, folder, walk.environment(tmp_path)):
+        for step in walk.walk(text, folder, env):
             steps += 1
             said += step.printed
             if step.written is not None:

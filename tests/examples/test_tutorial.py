@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 
 from streamworker import embedded
+from tests import forkserver
 
 ROOT = Path(__file__).parents[2]
 TUTORIAL = ROOT / "docs/tutorial.md"
@@ -65,7 +66,8 @@ def mail_server() -> Iterator[tuple[int, list[str]]]:
 # The first block starts the embedded servers with each of its commands and stops them again; then they stay, which saves
 # two seconds each.
 @pytest.mark.timeout(900)
-def test_the_tutorial_does_what_it_says(tmp_path: Path):
+@pytest.mark.parametrize("started", ["forked", pytest.param("fresh", marks=pytest.mark.all)])
+def test_the_tutorial_does_what_it_says(started: str, tmp_path: Path):
     home = tmp_path / "hello"
     home.mkdir()
     environment = {
@@ -78,6 +80,8 @@ def test_the_tutorial_does_what_it_says(tmp_path: Path):
         "PYTHONPATH": str(ROOT),
         "COLUMNS": "200",
     }
+    if started == "forked":
+        environment["PATH"] = f"{forkserver.programs(tmp_path / 'bin')}{os.pathsep}{environment['PATH']}"
     with mail_server() as (port, mails):
         environment["SMTP_PORT"] = str(port)
         assert follow(home, environment) >= 8
