@@ -239,6 +239,8 @@ def _address() -> str:
         )  # fmt: skip
         theirs.close()
         address = mine.recv(200)  # at its end, when the last copy of `mine` is closed, the server ends
+        if not address:
+            raise RuntimeError("the fork server could not start; standard error says why")
         _server = (os.getpid(), process, "\0" + address.decode())
         _keep.append(mine)
     return _server[2]

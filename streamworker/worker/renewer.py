@@ -20,8 +20,6 @@ from typing import Any
 
 TIMEOUT = 2.0
 """Seconds one step of a connection or a command may take."""
-SOON = 0.1
-"""Seconds of silence after which what the worker said is read: half of the shortest lease there is."""
 RETRY = 0.5
 """Seconds until the next try after a failure."""
 REDIRECTIONS = 3
@@ -195,6 +193,7 @@ class Renewer:
     def __init__(self, worker: int) -> None:
         self._worker = worker
         self._told: dict[str, Any] = {}
+        self._lease = 3.0
         self._unread = b""
         self._heard = time.monotonic()
         self._next = 0.0
@@ -203,21 +202,23 @@ class Renewer:
     def run(self) -> None:
         """Until the worker is gone."""
         while os.getppid() == self._worker:
-            lease = float(self._told.get("lease", 3.0))
-            pause = SOON if self._unread else max(0.05, min(1.0, lease / 6))
+            # What the worker said is read after half of the shortest lease there is.
+            pause = 0.1 if self._unread else max(0.05, min(1.0, self._lease / 6))
             if select.select([0], [], [], pause)[0]:
                 if not self._hear(os.read(0, 65536)):
                     return
                 continue
             if self._unread:
-                self._read()
-                lease = float(self._told["lease"])
+                import json  # noqa: PLC0415 - as `socket`
+
+                self._told, self._unread = json.loads(self._unread), b""
+                self._lease = float(self._told["lease"])
             now = time.monotonic()
             silent = now - self._heard
-            if not self._told or not lease / 2 <= silent <= self._told["longest"] or now < self._next:
+            if not self._told or not self._lease / 2 <= silent <= self._told["longest"] or now < self._next:
                 continue
             if not stopped(self._worker):
-                self._next = now + (lease / 3 if self._renew() else RETRY)
+                self._next = now + (self._lease / 3 if self._renew() else RETRY)
 
     def _hear(self, data: bytes) -> bool:
         *lines, self._rest = (self._rest + data).split(b"\n")
@@ -226,11 +227,6 @@ class Renewer:
             if line:
                 self._unread = line
         return bool(data)
-
-    def _read(self) -> None:
-        import json  # noqa: PLC0415 - as `socket`
-
-        self._told, self._unread = json.loads(self._unread), b""
 
     def _renew(self) -> bool:
         done = True

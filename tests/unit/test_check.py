@@ -64,7 +64,8 @@ def test_the_first_that_fails_is_named_and_ends_the_others(checks: Checks, capfd
 def test_ending_it_ends_what_it_started(checks: Checks, number: signal.Signals):
     program = (
         "import signal, sys; from pathlib import Path; from tools.check import Checks\n"
-        "signal.signal(signal.SIGTERM, signal.default_int_handler)\n"
+        # Of both: shells ignore SIGINT for what they run in the background, and that is inherited.
+        "for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.default_int_handler)\n"
         "sys.exit(Checks(['sh', 'program'], Path()).run([('long', 'never')]))"
     )
     with subprocess.Popen([sys.executable, "-c", program]) as process:
