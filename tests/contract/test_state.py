@@ -117,7 +117,8 @@ async def test_deaths_are_counted_across_a_hand_back(broker_factory, ground, raw
             (claim,) = await recover(dying, ground)
             ground.ripen(claim)
     started, seen = anyio.Event(), []
-    app = App(settings=settings(raw, ground, grace=0.0))
+    # A short lease: a worker on a server that has just started waits one before it takes what the dying left.
+    app = App(settings=settings(raw, ground, grace=0.0, lease=1.0))
 
     @app.handler
     async def page(payload: Page, ctx: Context) -> None:
