@@ -13,7 +13,7 @@ from streamworker.broker import StoredJob
 from streamworker.cli.options import ACTION, LISTING, SERVER, ActionFlags, Listing, QueueName, ServerFlags
 from streamworker.cli.output import Column
 from streamworker.cli.resource import Choice, Conditions, Resource
-from streamworker.views import DeadRow, age, chosen_dead, dead_row
+from streamworker.views import DEAD, DeadRow, age, dead_row
 
 dead = App(name="dead", help="Jobs that failed for good, and why.")
 
@@ -35,7 +35,7 @@ def _more(job: StoredJob, private: bool) -> dict[str, Any]:
     return {"pending_entry": job.details.get("entry", "")} | (foreign if private else {})
 
 
-_DEAD: Final = Resource("dead", "dead letter", chosen_dead, lambda job: dead_row(job, time.time()), _COLUMNS, _more)
+_DEAD: Final = Resource("dead letter", DEAD, lambda job: dead_row(job, time.time()), _COLUMNS, _more)
 
 
 @Parameter(name="*")

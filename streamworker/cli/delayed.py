@@ -11,7 +11,7 @@ from cyclopts import App, Parameter
 from streamworker.cli.options import ACTION, LISTING, SERVER, ActionFlags, Listing, QueueName, ServerFlags
 from streamworker.cli.output import Column
 from streamworker.cli.resource import Choice, Resource
-from streamworker.views import DelayedRow, Selection, age, chosen_delayed, delayed_row
+from streamworker.views import DELAYED, DelayedRow, Selection, age, delayed_row
 
 delayed = App(name="delayed", help="Jobs that wait for their time, retries among them.")
 
@@ -25,9 +25,7 @@ _COLUMNS: Final[list[Column[DelayedRow]]] = [
     Column("entry", lambda row: row.entry_id, wide=True),
 ]
 
-_DELAYED: Final = Resource(
-    "delayed", "delayed job", chosen_delayed, lambda job: delayed_row(job, time.time()), _COLUMNS
-)
+_DELAYED: Final = Resource("delayed job", DELAYED, lambda job: delayed_row(job, time.time()), _COLUMNS)
 
 
 @Parameter(name="*")

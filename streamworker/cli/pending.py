@@ -12,7 +12,7 @@ from streamworker.broker import Operator, PendingEntry
 from streamworker.cli.options import ACTION, LISTING, SERVER, ActionFlags, Listing, QueueName, Seconds, ServerFlags
 from streamworker.cli.output import Column
 from streamworker.cli.resource import Choice, Conditions, Resource
-from streamworker.views import age, chosen_pending
+from streamworker.views import PENDING, age
 
 pending = App(name="pending", help="Jobs that were delivered to a worker and are not settled.")
 
@@ -28,7 +28,7 @@ _COLUMNS: Final[list[Column[PendingEntry]]] = [
     Column("", lambda row: "lost" if not row.alive else "" if row.progress is None else row.progress.text, rest=True),
 ]
 
-_PENDING: Final = Resource("pending", "pending job", chosen_pending, lambda entry: entry, _COLUMNS)
+_PENDING: Final = Resource("pending job", PENDING, lambda entry: entry, _COLUMNS)
 
 
 @Parameter(name="*")

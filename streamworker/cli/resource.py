@@ -25,7 +25,7 @@ from streamworker.cli.options import (
 from streamworker.cli.output import Column, detail, json_line, print_lines, show
 from streamworker.cli.streams import Report, say
 from streamworker.errors import UsageError
-from streamworker.views import Selection, Throttle, outcome_of, printable
+from streamworker.views import JobListing, Selection, Throttle, outcome_of, printable
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -112,17 +112,15 @@ class Resource(NamedTuple, Generic[J, R]):
     """Jobs in one state, as ``list``, ``show`` and the actions of their command use them.
 
     Attributes:
-        command: its name.
         noun: one of the jobs, in the singular ("dead letter").
-        choose: the jobs that fit a selection.
+        jobs: all in that state; the command is named as it.
         row: a job as its listing shows it.
         columns: of the listing.
         more: further facts for ``show``; the second argument says whether private ones are wanted.
     """
 
-    command: str
     noun: str
-    choose: Callable[[Operator, Selection], AsyncIterator[J]]
+    jobs: JobListing[J]
     row: Callable[[J], R]
     columns: Sequence[Column[R]]
     more: Callable[[J, bool], dict[str, Any]] = lambda _, __: {}
@@ -132,7 +130,7 @@ class Resource(NamedTuple, Generic[J, R]):
 
         async def work(operator: Operator) -> int:
             async def rows() -> AsyncIterator[tuple[R, bytes | None]]:
-                async for job in self.choose(operator, selection):
+                async for job in self.jobs.chosen(operator, selection):
                     yield self.row(job), await _body(operator, job) if payload else None
 
             above = fleet(operator, listing, selection.queue)
@@ -162,11 +160,11 @@ class Resource(NamedTuple, Generic[J, R]):
         """
         wanted = (*ids, *named)
         if not wanted:
-            raise UsageError(f"say which: streamworker {self.command} show ID")
+            raise UsageError(f"say which: streamworker {self.jobs.state} show ID")
 
         async def work(operator: Operator) -> int:
             found: set[str | None] = set()
-            async for job in self.choose(operator, Selection(queue=queue, ids=frozenset(wanted))):
+            async for job in self.jobs.chosen(operator, Selection(queue=queue, ids=frozenset(wanted))):
                 if found and not json:
                     print_lines([("--", "")])
                 names = job_names(job)
@@ -206,7 +204,7 @@ class Resource(NamedTuple, Generic[J, R]):
         async def work(operator: Operator) -> int:
             action = BulkAction(*words, self.noun, do(operator), job_names, barred)
             return await act(
-                acting, _without_bodies(self.choose(operator, selection)), action, selection.ids, rate=rate
+                acting, _without_bodies(self.jobs.chosen(operator, selection)), action, selection.ids, rate=rate
             )
 
         return operate(server, work)

@@ -28,7 +28,7 @@ from streamworker.demo.view import Durations, View
 from streamworker.embedded import Servers
 from streamworker.errors import Unreachable
 from streamworker.operators import open_operator
-from streamworker.views import Selection, chosen_pending
+from streamworker.views import PENDING, Selection
 
 _BATCH: Final = 1000
 _SERVERS_STOP_WITHIN: Final = 20.0
@@ -181,7 +181,7 @@ async def _catch(stage: Stage) -> tuple[Member, str] | None:
 async def _held(stage: Stage, worker_id: str) -> list[PendingEntry]:
     """Everything that is pending under a worker's name."""
     selection = Selection(queue=script.QUEUE, worker=worker_id)
-    return [entry async for entry in chosen_pending(stage.operator, selection)]
+    return [entry async for entry in PENDING.chosen(stage.operator, selection)]
 
 
 async def _servers(stack: AsyncExitStack, home: Path) -> Servers:

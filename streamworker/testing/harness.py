@@ -27,7 +27,7 @@ from streamworker.policy import Limits
 from streamworker.producer import make_job
 from streamworker.relay import Outbox
 from streamworker.settings import Settings
-from streamworker.views import Selection, chosen_delayed
+from streamworker.views import DELAYED, Selection
 from streamworker.worker import QueueWorker
 from streamworker.worker.batching import BatchExecution
 from streamworker.worker.executor import Executor, Middleware
@@ -287,7 +287,7 @@ async def _run_now(operator: Operator, queues: list[str], *, everything: bool) -
     found = [
         job
         for queue in queues
-        async for job in chosen_delayed(operator, Selection(queue=queue))
+        async for job in DELAYED.chosen(operator, Selection(queue=queue))
         if job.body is not None and (everything or job.at_ms <= now)
     ]
     moved = 0

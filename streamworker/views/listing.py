@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from functools import partial
-from typing import Final, Generic, Literal, TypeAlias
+from typing import Final, Generic, Literal, NamedTuple, TypeAlias
 
 import anyio
 import msgspec
@@ -34,85 +33,6 @@ class Slice(msgspec.Struct, Generic[T], frozen=True):
     rows: list[T]
     after: str | None
     looked: int
-
-
-async def pending_slice(
-    operator: Operator, queues: list[str], selection: Selection, after: str = "", size: int = 50, budget: float = BUDGET
-) -> Slice[PendingEntry]:
-    """Pending jobs that fit, in the order of the queues, oldest entry first within a level.
-
-    Args:
-        operator: the server.
-        queues: the queues that exist; the selection's own goes before.
-        selection: which.
-        after: where the slice before ended.
-        size: rows at most, about.
-        budget: seconds after which the slice ends with what it has.
-    """
-
-    def ask(queue: str, position: str) -> Awaitable[Page[PendingEntry]]:
-        return operator.pending(queue, position, consumer=selection.worker, min_idle=selection.min_idle)
-
-    return await _slice(
-        _walk(queues, selection, after),
-        ask,
-        lambda row: selection.fits(row.job_id, row.entry_id, row.kind),
-        size,
-        budget,
-    )
-
-
-async def dead_slice(
-    operator: Operator, queues: list[str], selection: Selection, after: str = "", size: int = 50, budget: float = BUDGET
-) -> Slice[StoredJob]:
-    """Dead letters that fit, in the order of the queues, newest first. Arguments as of `pending_slice`."""
-    return await _slice(_walk(queues, selection, after), operator.dead, selection.fits_stored, size, budget)
-
-
-async def delayed_slice(
-    operator: Operator, queues: list[str], selection: Selection, after: str = "", size: int = 50, budget: float = BUDGET
-) -> Slice[StoredJob]:
-    """Delayed jobs that fit, in the order of the queues, soonest first. Arguments as of `pending_slice`."""
-    return await _slice(_walk(queues, selection, after), operator.delayed, selection.fits_stored, size, budget)
-
-
-def _walk(queues: list[str], selection: Selection, after: str) -> list[tuple[str, str]]:
-    """(queue, where to begin in it) of all that are left.
-
-    Raises:
-        UsageError: no slice begins there.
-    """
-    names = [selection.queue] if selection.queue is not None else queues
-    if not after:
-        return [(name, "") for name in names]
-    queue, separator, position = after.partition("|")
-    if queue not in names or not separator:
-        raise UsageError(f"no page begins at {after[:100]!a}: begin at the first one")
-    return [(queue, position), *((name, "") for name in names[names.index(queue) + 1 :])]
-
-
-async def _slice(
-    walk: list[tuple[str, str]],
-    ask: Callable[[str, str], Awaitable[Page[T]]],
-    fits: Callable[[T], bool],
-    size: int,
-    budget: float,
-) -> Slice[T]:
-    rows: list[T] = []
-    looked, deadline = 0, time.monotonic() + budget
-    for index, (queue, begin) in enumerate(walk):
-        after: str | None = begin
-        while after is not None:
-            page = await ask(queue, after)
-            looked += page.looked
-            rows += [row for row in page.rows if fits(row)]
-            after = page.after
-            if len(rows) >= size or time.monotonic() > deadline:
-                if after is not None:
-                    return Slice(rows, f"{queue}|{after}", looked)
-                left = walk[index + 1 :]
-                return Slice(rows, f"{left[0][0]}|" if left else None, looked)
-    return Slice(rows, None, looked)
 
 
 _ENTRY_ID: Final = re.compile(r"[0-9]{13,20}-[0-9]{1,20}")  # as servers make them; job ids may look like 2024-117
@@ -172,41 +92,114 @@ class Selection(msgspec.Struct, frozen=True, kw_only=True):
         return [self.queue] if self.queue is not None else await operator.queues()
 
 
-async def chosen_pending(operator: Operator, selection: Selection) -> AsyncIterator[PendingEntry]:
-    """Pending jobs that fit, oldest entry first within a queue's level."""
-    for queue in await selection.queues(operator):
-        for only in selection.direct:
-            ask = partial(operator.pending, queue, consumer=selection.worker, min_idle=selection.min_idle, only=only)
-            async for entry in _rows(ask):
-                if selection.fits(entry.job_id, entry.entry_id, entry.kind):
-                    yield entry
+class JobListing(NamedTuple, Generic[T]):
+    """Jobs in one state, read page by page, queue by queue.
+
+    Attributes:
+        state: its name.
+        column: what a `QueueRow` calls their number.
+        page: reads one, of (operator, selection, queue, where it begins, the only entry id or ``None``).
+        fits: whether a job is one of the selection.
+        direct: an entry is found by its id without reading the others.
+    """
+
+    state: Literal["pending", "delayed", "dead"]
+    column: Literal["running", "delayed", "dead"]
+    page: Callable[[Operator, Selection, str, str, str | None], Awaitable[Page[T]]]
+    fits: Callable[[Selection, T], bool]
+    direct: bool = True
+
+    async def chosen(self, operator: Operator, selection: Selection) -> AsyncIterator[T]:
+        """All jobs that fit."""
+        for queue in await selection.queues(operator):
+            for only in selection.direct if self.direct else [None]:
+                after: str | None = ""
+                while after is not None:
+                    page = await self.page(operator, selection, queue, after, only)
+                    for row in page.rows:
+                        if self.fits(selection, row):
+                            yield row
+                    after = page.after
+
+    async def slice(
+        self,
+        operator: Operator,
+        queues: list[str],
+        selection: Selection,
+        after: str = "",
+        size: int = 50,
+        budget: float = BUDGET,
+    ) -> Slice[T]:
+        """Some of the jobs that fit, for a page that people look at.
+
+        Args:
+            operator: the server.
+            queues: the queues that exist; the selection's own goes before.
+            selection: which.
+            after: where the slice before ended.
+            size: rows at most, about.
+            budget: seconds after which the slice ends with what it has.
+
+        Raises:
+            UsageError: no slice begins there.
+        """
+        walk = _walk(queues, selection, after)
+        rows: list[T] = []
+        looked, deadline = 0, time.monotonic() + budget
+        for index, (queue, begin) in enumerate(walk):
+            cursor: str | None = begin
+            while cursor is not None:
+                page = await self.page(operator, selection, queue, cursor, None)
+                looked += page.looked
+                rows += [row for row in page.rows if self.fits(selection, row)]
+                cursor = page.after
+                if len(rows) >= size or time.monotonic() > deadline:
+                    if cursor is not None:
+                        return Slice(rows, f"{queue}|{cursor}", looked)
+                    left = walk[index + 1 :]
+                    return Slice(rows, f"{left[0][0]}|" if left else None, looked)
+        return Slice(rows, None, looked)
 
 
-async def chosen_delayed(operator: Operator, selection: Selection) -> AsyncIterator[StoredJob]:
-    """Parked jobs that fit, soonest first within a queue."""
-    for queue in await selection.queues(operator):
-        async for job in _rows(partial(operator.delayed, queue)):
-            if selection.fits_stored(job):
-                yield job
+def _walk(queues: list[str], selection: Selection, after: str) -> list[tuple[str, str]]:
+    """(queue, where to begin in it) of all that are left.
+
+    Raises:
+        UsageError: no slice begins there.
+    """
+    names = [selection.queue] if selection.queue is not None else queues
+    if not after:
+        return [(name, "") for name in names]
+    queue, separator, position = after.partition("|")
+    if queue not in names or not separator:
+        raise UsageError(f"no page begins at {after[:100]!a}: begin at the first one")
+    return [(queue, position), *((name, "") for name in names[names.index(queue) + 1 :])]
 
 
-async def chosen_dead(operator: Operator, selection: Selection) -> AsyncIterator[StoredJob]:
-    """Dead letters that fit, newest first within a queue."""
-    for queue in await selection.queues(operator):
-        for only in selection.direct:
-            async for job in _rows(partial(operator.dead, queue, only=only)):
-                if selection.fits_stored(job):
-                    yield job
-
-
-async def _rows(ask: Callable[[str], Awaitable[Page[T]]]) -> AsyncIterator[T]:
-    """The rows of all pages."""
-    after: str | None = ""
-    while after is not None:
-        page = await ask(after)
-        for row in page.rows:
-            yield row
-        after = page.after
+PENDING: Final[JobListing[PendingEntry]] = JobListing(
+    "pending",
+    "running",
+    lambda operator, wanted, queue, after, only: operator.pending(
+        queue, after, consumer=wanted.worker, min_idle=wanted.min_idle, only=only
+    ),
+    lambda wanted, entry: wanted.fits(entry.job_id, entry.entry_id, entry.kind),
+)
+"""Oldest entry first within a queue's level."""
+DELAYED: Final[JobListing[StoredJob]] = JobListing(
+    "delayed",
+    "delayed",
+    lambda operator, _, queue, after, __: operator.delayed(queue, after),
+    Selection.fits_stored,
+    False,
+)
+"""Soonest first within a queue."""
+DEAD: Final[JobListing[StoredJob]] = JobListing(
+    "dead",
+    "dead",
+    lambda operator, _, queue, after, only: operator.dead(queue, after, only=only),
+    Selection.fits_stored,
+)
+"""Newest first within a queue."""
 
 
 class Pace:

@@ -14,13 +14,13 @@ from streamworker.broker import Operator, StoredJob
 from streamworker.errors import StreamworkerError, UsageError
 from streamworker.telemetry.logs import get_logger
 from streamworker.views import (
+    DEAD,
+    DELAYED,
+    PENDING,
     PendingAction,
     Selection,
     StoredAction,
     Throttle,
-    chosen_dead,
-    chosen_delayed,
-    chosen_pending,
     outcome_of,
     pending_action,
     stored_action,
@@ -172,12 +172,12 @@ async def _steps(operator: Operator, bulk_job: BulkJob) -> AsyncIterator[Callabl
     match what:
         case "release" | "bury" | "drop":
             act = pending_action(operator, what, f"buried by {bulk_job.who}")
-            async for entry in chosen_pending(operator, selection):
+            async for entry in PENDING.chosen(operator, selection):
                 if not entry.alive:  # what a living worker runs is changed one by one, knowingly
                     yield partial(act, entry)
         case _:
             change, dead = stored_action(operator, what), what in ("replay", "erase")
-            async for job in chosen_dead(operator, selection) if dead else _delayed(operator, selection):
+            async for job in DEAD.chosen(operator, selection) if dead else _delayed(operator, selection):
                 yield partial(change, job)
 
 
@@ -186,7 +186,7 @@ async def _delayed(operator: Operator, selection: Selection) -> AsyncIterator[St
     seen: set[str] = set()
     while True:
         fresh = []
-        async for job in chosen_delayed(operator, selection):
+        async for job in DELAYED.chosen(operator, selection):
             if job.handle not in seen:
                 fresh.append(job)
             if len(fresh) == 500:

@@ -16,7 +16,7 @@ from streamworker.codec import FIRST_MOMENT, LAST_MOMENT
 from streamworker.errors import InvalidJob, StreamworkerError, UsageError
 from streamworker.postgres import Archive, JobRecord, Status, Wanted
 from streamworker.telemetry.logs import get_logger
-from streamworker.views import BUDGET, Selection, dead_row, dead_slice, delayed_slice, pending_slice, printable
+from streamworker.views import BUDGET, DEAD, DELAYED, PENDING, JobListing, Selection, dead_row, printable
 from streamworker.views.rows import attempt_row, job_row
 from streamworker.web.forms import Form, query
 from streamworker.web.pages import names, pending_token, stored_token
@@ -71,9 +71,10 @@ async def _places(request: Request, wanted: str) -> tuple[dict[str, list[Any]], 
     look, operator = await monitor.looked(), await monitor.operator()
     selection, there, whole = Selection(ids=frozenset({wanted})), names(look), True
     found: dict[str, list[Any]] = {}
-    for place, slicing in (("pending", pending_slice), ("delayed", delayed_slice), ("dead", dead_slice)):
-        piece: Any = await slicing(operator, there, selection, "", 20, BUDGET / 3)
-        found[place] = [
+    listings: tuple[JobListing[Any], ...] = (PENDING, DELAYED, DEAD)
+    for listing in listings:
+        piece = await listing.slice(operator, there, selection, "", 20, BUDGET / 3)
+        found[listing.state] = [
             (row, row.queue, getattr(row, "entry_id", "") or getattr(row, "handle", "")) for row in piece.rows
         ]
         whole = whole and piece.after is None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, Final, Literal
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Final
 
 import msgspec
 from starlette.requests import Request
@@ -12,17 +12,7 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from typing_extensions import TypeVar
 
 from streamworker.broker import PendingEntry, StoredJob
-from streamworker.views import (
-    BUDGET,
-    Look,
-    Selection,
-    Slice,
-    dead_row,
-    dead_slice,
-    delayed_row,
-    delayed_slice,
-    pending_slice,
-)
+from streamworker.views import BUDGET, DEAD, DELAYED, PENDING, JobListing, Look, Selection, dead_row, delayed_row
 from streamworker.web.forms import query
 from streamworker.web.render import monitor_of, render
 
@@ -69,55 +59,38 @@ async def queue(request: Request) -> Response:
 
 
 async def _listing(
-    request: Request,
-    template: str,
-    title: str,
-    count: Literal["running", "delayed", "dead"],
-    slicing: Callable[..., Awaitable[Slice[T]]],
-    row: Callable[[T, Look], tuple[Any, ...]],
+    request: Request, title: str, listing: JobListing[T], row: Callable[[T, Look], tuple[Any, ...]]
 ) -> Response:
-    """A page of jobs in one state, read by ``slicing``; ``row`` makes of a job what the template shows of it."""
+    """A page of jobs in one state; ``row`` makes of a job what the template shows of it."""
     monitor, form = monitor_of(request), query(request)
     look, operator = await monitor.looked(), await monitor.operator()
     selection = form.selection()
-    found = await slicing(operator, names(look), selection, form.text("after") or "")
+    found = await listing.slice(operator, names(look), selection, form.text("after") or "")
     rows = [row(job, look) for job in found.rows]
     lost = [worker for worker in look.workers if not worker.alive and worker.pending]
     return render(
-        request, f"{template}.html", title=title, rows=rows, found=found, asked=selection, filtered=selection.narrows,
-        queues=names(look), total=look.count(count, selection.queue), lease=operator.lease, lost=lost,
+        request, f"{listing.state}.html", title=title, rows=rows, found=found, asked=selection, lease=operator.lease,
+        filtered=selection.narrows, queues=names(look), total=look.count(listing.column, selection.queue), lost=lost,
     )  # fmt: skip
 
 
 async def pending(request: Request) -> Response:
     """Pending jobs."""
-    return await _listing(
-        request, "pending", "Pending", "running", pending_slice, lambda row, _: (row, pending_token(row))
-    )
+    return await _listing(request, "Pending", PENDING, lambda entry, _: (entry, pending_token(entry)))
 
 
 async def dead(request: Request) -> Response:
     """Dead letters."""
-    return await _listing(
-        request,
-        "dead",
-        "Dead letters",
-        "dead",
-        dead_slice,
-        lambda job, look: (dead_row(job, look.at), stored_token(job)),
-    )
+    return await _listing(request, "Dead letters", DEAD, lambda job, look: (dead_row(job, look.at), stored_token(job)))
 
 
 async def delayed(request: Request) -> Response:
     """Delayed jobs."""
-    return await _listing(
-        request,
-        "delayed",
-        "Delayed",
-        "delayed",
-        delayed_slice,
-        lambda job, look: (delayed_row(job, look.at), job.at_ms / 1000, stored_token(job)),
-    )
+
+    def row(job: StoredJob, look: Look) -> tuple[Any, ...]:
+        return delayed_row(job, look.at), job.at_ms / 1000, stored_token(job)
+
+    return await _listing(request, "Delayed", DELAYED, row)
 
 
 async def workers(request: Request) -> Response:
@@ -129,7 +102,7 @@ async def workers(request: Request) -> Response:
     if chosen is not None:
         selection = Selection(worker=chosen)
         homes = next((worker.queues for worker in look.workers if worker.worker_id == chosen), names(look))
-        found = await pending_slice(operator, homes, selection, "", RUNNING, BUDGET / 2)
+        found = await PENDING.slice(operator, homes, selection, "", RUNNING, BUDGET / 2)
         running, more = found.rows[:RUNNING], found.after is not None
     return render(
         request, "workers.html", title="Workers", workers=look.workers, chosen=chosen, running=running, more=more

@@ -21,7 +21,7 @@ from streamworker.broker.lists import ListBroker
 from streamworker.broker.operator import ListOperator, StreamOperator
 from streamworker.broker.redis.client import RedisAddress
 from streamworker.errors import ConfigurationError, StreamworkerError
-from streamworker.views import Selection, chosen_dead, chosen_delayed, chosen_pending
+from streamworker.views import DEAD, DELAYED, PENDING, Selection
 from tests.cli.conftest import JOBS, Program
 from tests.conftest import Server, eventually, eventually_blocking
 from tests.contract.ground import GROUNDS, GROUP, StreamGround
@@ -164,10 +164,10 @@ async def test_a_producer_and_an_inspector_of_lists(own_server):
     await operator.open()
     assert await operator.queues() == ["q"]
     everything = Selection(queue="q")
-    (pending,) = [entry async for entry in chosen_pending(operator, everything)]
+    (pending,) = [entry async for entry in PENDING.chosen(operator, everything)]
     assert b"payload" in (await operator.body(pending) or b"")
-    assert len([each async for each in chosen_delayed(operator, everything)]) == 1
-    assert len([each async for each in chosen_dead(operator, everything)]) == 1
+    assert len([each async for each in DELAYED.chosen(operator, everything)]) == 1
+    assert len([each async for each in DEAD.chosen(operator, everything)]) == 1
     assert [each.worker_id for each in await operator.workers(["q"])] == ["gone"]
     (depth,) = await operator.depth(["q"])
     assert (depth.ready, depth.running, depth.delayed, depth.dead) == (1, 1, 1, 1)
@@ -316,12 +316,12 @@ async def test_an_inspector_lists_everything_and_changes_nothing(users, broker_o
     await operator.open()
     assert await operator.queues() == ["q"]
     everything = Selection(queue="q")
-    (pending,) = [entry async for entry in chosen_pending(operator, everything)]
+    (pending,) = [entry async for entry in PENDING.chosen(operator, everything)]
     some = Selection(queue="q", worker="w", ids=frozenset({pending.entry_id}))
-    assert [entry async for entry in chosen_pending(operator, some)]
+    assert [entry async for entry in PENDING.chosen(operator, some)]
     assert b"pending" in (await operator.body(pending) or b"")
-    (due,) = [each async for each in chosen_delayed(operator, everything)]
-    (letter,) = [each async for each in chosen_dead(operator, everything)]
+    (due,) = [each async for each in DELAYED.chosen(operator, everything)]
+    (letter,) = [each async for each in DEAD.chosen(operator, everything)]
     assert [each.worker_id for each in await operator.workers(["q"])] == ["w"]
     (depth,) = await operator.depth(["q"])
     assert (depth.ready, depth.running, depth.delayed, depth.dead) == (1, 1, 1, 1)
