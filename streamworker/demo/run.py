@@ -23,8 +23,7 @@ from streamworker.demo.audit import Evidence, Killed, audit, leftovers, number_i
 from streamworker.demo.mailer import SMTP_PORT, SendWelcome
 from streamworker.demo.script import Scenario
 from streamworker.demo.smtp import Mailbox
-from streamworker.demo.stage import INTERVAL, STALL, Member, Stage, launch, stop
-from streamworker.demo.view import Durations, View
+from streamworker.demo.stage import INTERVAL, STALL, Durations, Member, Stage, View, launch, stop
 from streamworker.embedded import Servers
 from streamworker.errors import Unreachable
 from streamworker.operators import open_operator

@@ -190,7 +190,7 @@ DELAYED: Final[JobListing[StoredJob]] = JobListing(
     "delayed",
     lambda operator, _, queue, after, __: operator.delayed(queue, after),
     Selection.fits_stored,
-    False,
+    direct=False,
 )
 """Soonest first within a queue."""
 DEAD: Final[JobListing[StoredJob]] = JobListing(
