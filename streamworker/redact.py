@@ -1,4 +1,4 @@
-"""Foreign text for logs and terminals: passwords hidden (`redact`), controls spelled out (`clean`), bounded (`cut`).
+"""Foreign text in logs and terminals: passwords hidden (`redact`), controls spelled out (`printable`), bounded (`cut`).
 
 Logs, dead letters, the ledger, the command line and the dashboard use these, and `describe` for an error of a handler.
 No function here raises, whatever its argument: the ``__str__`` of an exception is a user's code.
@@ -84,13 +84,13 @@ def redact(text: str) -> str:
     return text
 
 
-def clean(text: str) -> str:
+def printable(text: str) -> str:
     """The text in one line, with every character spelled out that a terminal would obey instead of show."""
     return text if text.isprintable() else _CONTROL.sub(_spelled, text)
 
 
 def clean_block(text: str) -> str:
-    """`clean` for a text of several lines: line feeds and tabulators stay."""
+    """`printable` for a text of several lines: line feeds and tabulators stay."""
     return text if text.isprintable() else _CONTROL_IN_BLOCK.sub(_spelled, text)
 
 

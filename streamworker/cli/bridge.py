@@ -22,9 +22,10 @@ from streamworker.cli.options import SERVER, QueueNames, ServerFlags, Text
 from streamworker.cli.output import json_line
 from streamworker.cli.streams import Report
 from streamworker.errors import StreamworkerError, UsageError
+from streamworker.redact import printable
 from streamworker.settings import Settings
 from streamworker.telemetry import logs
-from streamworker.views import age, printable
+from streamworker.views.rows import age
 from streamworker.worker import signals
 
 log = logs.get_logger("streamworker.bridge")

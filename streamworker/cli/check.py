@@ -16,8 +16,8 @@ from streamworker.cli.options import WORKER, WorkerFlags
 from streamworker.cli.output import json_line
 from streamworker.cli.streams import Report
 from streamworker.errors import ConfigurationError, StreamworkerError
+from streamworker.redact import printable
 from streamworker.settings import EMBEDDED, Settings
-from streamworker.views import printable
 
 SAMPLE: Final = 1000
 """Jobs whose kinds are looked at."""

@@ -13,7 +13,8 @@ from streamworker.broker import StoredJob
 from streamworker.cli.options import ACTION, LISTING, SERVER, ActionFlags, Listing, QueueName, ServerFlags
 from streamworker.cli.output import Column
 from streamworker.cli.resource import Choice, Conditions, Resource
-from streamworker.views import DEAD, DeadRow, age, dead_row
+from streamworker.views.listing import DEAD
+from streamworker.views.rows import DeadRow, age, dead_row
 
 dead = App(name="dead", help="Jobs that failed for good, and why.")
 

@@ -11,7 +11,8 @@ from cyclopts import App, Parameter
 from streamworker.cli.options import ACTION, LISTING, SERVER, ActionFlags, Listing, QueueName, ServerFlags
 from streamworker.cli.output import Column
 from streamworker.cli.resource import Choice, Resource
-from streamworker.views import DELAYED, DelayedRow, Selection, age, delayed_row
+from streamworker.views.listing import DELAYED, Selection
+from streamworker.views.rows import DelayedRow, age, delayed_row
 
 delayed = App(name="delayed", help="Jobs that wait for their time, retries among them.")
 

@@ -34,9 +34,9 @@ from streamworker.errors import StreamworkerError, UsageError
 from streamworker.job import Progress
 from streamworker.operators import cancel_job
 from streamworker.postgres import Archive, JobRecord, Status, Wanted
+from streamworker.redact import printable
 from streamworker.settings import EMBEDDED, Settings
-from streamworker.views import age, printable
-from streamworker.views.rows import JobRow, attempt_row, job_row
+from streamworker.views.rows import JobRow, age, attempt_row, job_row
 
 jobs = App(name="jobs", help="Jobs in the ledger: every one that is durable, or has run.")
 jobs.command("streamworker.cli.jobs:cancel", name="cancel")

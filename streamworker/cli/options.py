@@ -22,7 +22,7 @@ from streamworker.settings import Settings
 from streamworker.settings.environment import PREFIX
 from streamworker.settings.rules import QUEUE_NAME
 from streamworker.telemetry import logs
-from streamworker.views import Fleet
+from streamworker.views.fleet import Fleet
 
 SETTINGS = Group.create_ordered("Settings", help="Each goes before the variable of its name, STREAMWORKER_... .")
 

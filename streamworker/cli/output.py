@@ -11,14 +11,14 @@ import msgspec
 import orjson
 from typing_extensions import TypeVar
 
-from streamworker import codec
 from streamworker.cli import streams
 from streamworker.cli.options import Listing
 from streamworker.cli.streams import say
 from streamworker.cli.tables import ROWS, Column, Rows, plain_table, take
-from streamworker.errors import InvalidJob, UsageError
-from streamworker.redact import clean_json
-from streamworker.views import Fleet, printable
+from streamworker.errors import UsageError
+from streamworker.redact import clean_json, printable
+from streamworker.views.fleet import Fleet
+from streamworker.views.rows import document_facts
 
 __all__ = ["Column", "document", "json_line", "plain", "print_json", "print_lines", "show"]
 
@@ -139,7 +139,7 @@ def detail(row: Any, body: bytes | None, *, payload: bool, json: bool, more: dic
         json: for programs.
         more: further facts.
     """
-    facts = plain(row) | (more or {}) | _read(body)
+    facts = plain(row) | (more or {}) | document_facts(body)
     if json:
         print_json(facts | ({"document": document(body)} if payload else {}))
         return
@@ -147,20 +147,3 @@ def detail(row: Any, body: bytes | None, *, payload: bool, json: bool, more: dic
     if payload and body is not None:
         lines.append(("document", body.decode(errors="backslashreplace")))
     print_lines(lines)
-
-
-def _read(body: bytes | None) -> dict[str, Any]:
-    if body is None:
-        return {"bytes": None, "unreadable": "there is no document"}
-    try:
-        document = codec.read(body)
-    except InvalidJob as error:
-        return {"bytes": len(body), "unreadable": str(error)}
-    return {
-        "bytes": len(body),
-        "attempt_count": document.attempt_count or 0,
-        "max_attempts": document.max_attempts,
-        "hop": document.hop or 0,
-        "run_at": None if document.run_at is None else document.run_at.isoformat(),
-        "expires_at": None if document.expires_at is None else document.expires_at.isoformat(),
-    }

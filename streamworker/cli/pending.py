@@ -12,7 +12,8 @@ from streamworker.broker import Operator, PendingEntry
 from streamworker.cli.options import ACTION, LISTING, SERVER, ActionFlags, Listing, QueueName, Seconds, ServerFlags
 from streamworker.cli.output import Column
 from streamworker.cli.resource import Choice, Conditions, Resource
-from streamworker.views import PENDING, age
+from streamworker.views.listing import PENDING
+from streamworker.views.rows import age
 
 pending = App(name="pending", help="Jobs that were delivered to a worker and are not settled.")
 

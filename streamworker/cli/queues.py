@@ -17,7 +17,8 @@ from streamworker.cli.output import Column, plain, show
 from streamworker.cli.resource import agreed
 from streamworker.cli.streams import Report, say
 from streamworker.errors import UsageError
-from streamworker.views import Pace, QueueRow, age, moment, overview
+from streamworker.views.listing import Pace, overview
+from streamworker.views.rows import QueueRow, age, moment
 
 queues = App(
     name="queues", help="How much is ready, running, delayed and dead in each queue; pause, resume and purge them."

@@ -25,7 +25,8 @@ from streamworker.cli.options import (
 from streamworker.cli.output import Column, detail, json_line, print_lines, show
 from streamworker.cli.streams import Report, say
 from streamworker.errors import UsageError
-from streamworker.views import JobListing, Selection, Throttle, outcome_of, printable
+from streamworker.redact import printable
+from streamworker.views.listing import JobListing, Selection, Throttle, outcome_of
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -7,7 +7,7 @@ from typing import Final, Generic, NamedTuple, TypeAlias
 
 from typing_extensions import TypeVar
 
-from streamworker.views import printable
+from streamworker.redact import printable
 
 R = TypeVar("R")
 

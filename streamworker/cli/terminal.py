@@ -22,7 +22,9 @@ from streamworker.cli.options import Listing
 from streamworker.cli.streams import say
 from streamworker.cli.tables import GAP, ROWS, UNBOUNDED, Column, Rows, cells, take
 from streamworker.errors import Unreachable
-from streamworker.views import Fleet, Look, Notice, Point, age, printable
+from streamworker.redact import printable
+from streamworker.views.fleet import Fleet, Look, Notice, Point
+from streamworker.views.rows import age
 
 R = TypeVar("R")
 

@@ -23,7 +23,7 @@ from streamworker.cli.options import (
 from streamworker.cli.output import Column, show
 from streamworker.cli.resource import BulkAction, act
 from streamworker.errors import UsageError
-from streamworker.views import WorkerRow, age, size, worker_row
+from streamworker.views.rows import WorkerRow, age, size, worker_row
 
 workers = App(name="workers", help="Who works, and how busy they are.")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import signal
 import tempfile
-import threading
 from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 from time import monotonic
@@ -27,7 +26,8 @@ from streamworker.demo.stage import INTERVAL, STALL, Durations, Member, Stage, V
 from streamworker.embedded import Servers
 from streamworker.errors import Unreachable
 from streamworker.operators import open_operator
-from streamworker.views import PENDING, Selection
+from streamworker.views.listing import PENDING, Selection
+from streamworker.worker import signals
 
 _BATCH: Final = 1000
 _SERVERS_STOP_WITHIN: Final = 20.0
@@ -51,15 +51,11 @@ async def show(play: Scenario, *, as_json: bool) -> int:
     stopped: list[int] = []
     async with anyio.create_task_group() as group:
 
-        async def watch(*, task_status: anyio.abc.TaskStatus[None]) -> None:
-            with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-                task_status.started()
-                async for number in signals:
-                    stopped.append(number)
-                    group.cancel_scope.cancel()
+        def stop(number: int) -> None:
+            stopped.append(number)
+            group.cancel_scope.cancel()
 
-        if threading.current_thread() is threading.main_thread():
-            await group.start(watch)
+        await group.start(signals.watch, stop)
         try:
             code = await _play(play, view)
         except Exception as error:  # noqa: BLE001 - raised below, outside of the group that would wrap it

@@ -29,7 +29,8 @@ from streamworker.demo.audit import AuditFinding, AuditReport, Killed
 from streamworker.demo.script import QUEUE, Scenario
 from streamworker.demo.smtp import Mailbox, start
 from streamworker.errors import StreamworkerError
-from streamworker.views import QueueRow, WorkerRow, overview, worker_row
+from streamworker.views.listing import overview
+from streamworker.views.rows import QueueRow, WorkerRow, worker_row
 
 INTERVAL: Final = 0.02
 """Seconds between looks."""

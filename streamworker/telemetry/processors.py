@@ -17,8 +17,7 @@ import orjson
 import structlog
 from structlog.typing import EventDict, FilteringBoundLogger, Processor, WrappedLogger
 
-from streamworker.redact import MAX_CHARS, clean_block, clean_json, cut, cut_lines, describe, redact, text_of
-from streamworker.redact import clean as one_line
+from streamworker.redact import MAX_CHARS, clean_block, clean_json, cut, cut_lines, describe, printable, redact, text_of
 
 _REFUSED_KEYS = frozenset({"payload", "body", "bodies", "password", "passwd", "secret", "authorization"})
 _REFUSED = "[not logged]"
@@ -177,7 +176,7 @@ def _to_json(_logger: WrappedLogger, _method: str, event: EventDict) -> str:
 def _escape_controls(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
     for key, value in event.items():
         if isinstance(value, str) and not value.isprintable():
-            event[key] = clean_block(value) if key in _BLOCKS else one_line(value)
+            event[key] = clean_block(value) if key in _BLOCKS else printable(value)
     return event
 
 

@@ -27,7 +27,7 @@ from streamworker.policy import Limits
 from streamworker.producer import make_job
 from streamworker.relay import Outbox
 from streamworker.settings import Settings
-from streamworker.views import DELAYED, Selection
+from streamworker.views.listing import DELAYED, Selection
 from streamworker.worker import QueueWorker
 from streamworker.worker.batching import BatchExecution
 from streamworker.worker.executor import Executor, Middleware

@@ -12,7 +12,9 @@ from typing import Any
 
 import msgspec
 
+from streamworker import codec
 from streamworker.broker import StoredJob, WorkerInfo
+from streamworker.errors import InvalidJob
 from streamworker.job import Depth, Level
 from streamworker.postgres import Attempt, JobRecord
 from streamworker.redact import redact
@@ -304,3 +306,21 @@ def size(count: int | None) -> str:
     if not count:
         return ""
     return f"{count / 1e6:.0f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
+
+
+def document_facts(body: bytes | None) -> dict[str, Any]:
+    """What a document says besides its payload and headers, and how long it is."""
+    if body is None:
+        return {"bytes": None, "unreadable": "there is no document"}
+    try:
+        document = codec.read(body)
+    except InvalidJob as error:
+        return {"bytes": len(body), "unreadable": str(error)}
+    return {
+        "bytes": len(body),
+        "attempt_count": document.attempt_count or 0,
+        "max_attempts": document.max_attempts,
+        "hop": document.hop or 0,
+        "run_at": None if document.run_at is None else document.run_at.isoformat(),
+        "expires_at": None if document.expires_at is None else document.expires_at.isoformat(),
+    }

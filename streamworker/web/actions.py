@@ -15,7 +15,8 @@ from streamworker.errors import StreamworkerError, UsageError
 from streamworker.operators import cancel_job
 from streamworker.postgres import Archive
 from streamworker.telemetry.logs import get_logger
-from streamworker.views import PendingAction, StoredAction, moment, outcome_of, pending_action, stored_action
+from streamworker.views.listing import PendingAction, StoredAction, outcome_of, pending_action, stored_action
+from streamworker.views.rows import moment
 from streamworker.web.bulk import BulkJob, What
 from streamworker.web.forms import MOST_RATE, Form, FormRow
 from streamworker.web.job_pages import pending_row

@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, TypeAlias
 from streamworker.broker import Operator, StoredJob
 from streamworker.errors import StreamworkerError, UsageError
 from streamworker.telemetry.logs import get_logger
-from streamworker.views import (
+from streamworker.views.listing import (
     DEAD,
     DELAYED,
     PENDING,

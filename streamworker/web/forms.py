@@ -11,7 +11,7 @@ from starlette.requests import Request
 from streamworker.errors import LONGEST_WAIT, UsageError
 from streamworker.job import Level
 from streamworker.settings.rules import QUEUE_NAME
-from streamworker.views import Selection
+from streamworker.views.listing import Selection
 
 MOST_FIELDS: Final = 2000
 MOST_LETTERS: Final = 500

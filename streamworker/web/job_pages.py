@@ -10,14 +10,14 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from streamworker import codec
 from streamworker.broker import Operator, PendingEntry
 from streamworker.codec import FIRST_MOMENT, LAST_MOMENT
-from streamworker.errors import InvalidJob, StreamworkerError, UsageError
+from streamworker.errors import StreamworkerError, UsageError
 from streamworker.postgres import Archive, JobRecord, Status, Wanted
+from streamworker.redact import printable
 from streamworker.telemetry.logs import get_logger
-from streamworker.views import BUDGET, DEAD, DELAYED, PENDING, JobListing, Selection, dead_row, printable
-from streamworker.views.rows import attempt_row, job_row
+from streamworker.views.listing import BUDGET, DEAD, DELAYED, PENDING, JobListing, Selection
+from streamworker.views.rows import attempt_row, dead_row, document_facts, job_row
 from streamworker.web.forms import Form, query
 from streamworker.web.pages import names, pending_token, stored_token
 from streamworker.web.render import access_of, client, monitor_of, render, who
@@ -115,22 +115,20 @@ async def pending_row(operator: Operator, queue: str, entry_id: str) -> PendingE
     return None
 
 
+_LABELS: Final = {
+    "bytes": "size",
+    "attempt_count": "failed attempts",
+    "max_attempts": "attempts allowed",
+    "run_at": "not before",
+    "expires_at": "expires",
+}
+
+
 def _facts(body: bytes | None) -> dict[str, Any]:
-    """What the document says besides its payload and headers."""
     if body is None:
         return {"document": "there is none"}
-    try:
-        read = codec.read(body)
-    except InvalidJob as error:
-        return {"size": f"{len(body):,} bytes", "unreadable": str(error)}
-    return {
-        "size": f"{len(body):,} bytes",
-        "failed attempts": read.attempt_count or 0,
-        "attempts allowed": read.max_attempts,
-        "hop": read.hop or 0,
-        "not before": None if read.run_at is None else read.run_at.isoformat(),
-        "expires": None if read.expires_at is None else read.expires_at.isoformat(),
-    }
+    facts = document_facts(body) | {"bytes": f"{len(body):,} bytes"}
+    return {_LABELS.get(name, name): value for name, value in facts.items()}
 
 
 def _indented(body: bytes | None) -> str:

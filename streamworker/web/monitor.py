@@ -14,7 +14,7 @@ from streamworker.broker import Operator
 from streamworker.errors import StreamworkerError, Unreachable
 from streamworker.postgres import Archive
 from streamworker.telemetry.logs import get_logger
-from streamworker.views import Fleet, Look, Point
+from streamworker.views.fleet import Fleet, Look, Point
 from streamworker.web.bulk import BulkJobs
 
 log = get_logger("streamworker.web")

@@ -12,7 +12,9 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from typing_extensions import TypeVar
 
 from streamworker.broker import PendingEntry, StoredJob
-from streamworker.views import BUDGET, DEAD, DELAYED, PENDING, JobListing, Look, Selection, dead_row, delayed_row
+from streamworker.views.fleet import Look
+from streamworker.views.listing import BUDGET, DEAD, DELAYED, PENDING, JobListing, Selection
+from streamworker.views.rows import dead_row, delayed_row
 from streamworker.web.forms import query
 from streamworker.web.render import monitor_of, render
 

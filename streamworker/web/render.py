@@ -14,7 +14,8 @@ from markupsafe import Markup, escape
 from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
-from streamworker.views import age, moment, printable, size
+from streamworker.redact import printable
+from streamworker.views.rows import age, moment, size
 from streamworker.web.monitor import FleetMonitor
 from streamworker.web.security import Access
 

@@ -8,8 +8,9 @@ import time
 
 import pytest
 
-from streamworker.views import age, printable
+from streamworker.redact import printable
 from streamworker.views.listing import Pace
+from streamworker.views.rows import age
 from tests.cli.conftest import Terminal, both_modes, forget
 from tests.conftest import eventually_blocking
 

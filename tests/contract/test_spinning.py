@@ -9,7 +9,7 @@ import pytest
 
 from streamworker import App, Payload, Snooze
 from streamworker.policy import FREE_RETURNS
-from streamworker.views import worker_row
+from streamworker.views.rows import worker_row
 from tests.conftest import eventually
 from tests.contract.helpers import list_in_all, settings, working
 

@@ -21,7 +21,7 @@ from streamworker.broker.lists import ListBroker
 from streamworker.broker.operator import ListOperator, StreamOperator
 from streamworker.broker.redis.client import RedisAddress
 from streamworker.errors import ConfigurationError, StreamworkerError
-from streamworker.views import DEAD, DELAYED, PENDING, Selection
+from streamworker.views.listing import DEAD, DELAYED, PENDING, Selection
 from tests.cli.conftest import JOBS, Program
 from tests.conftest import Server, eventually, eventually_blocking
 from tests.contract.ground import GROUNDS, GROUP, StreamGround

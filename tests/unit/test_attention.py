@@ -4,8 +4,8 @@ import msgspec
 import pytest
 
 from streamworker.broker import WorkerInfo
-from streamworker.views import History, QueueRow, Stuck, WorkerRow, attention
-from streamworker.views.rows import SpinningRow, worker_row
+from streamworker.views.fleet import History, Stuck, attention
+from streamworker.views.rows import QueueRow, SpinningRow, WorkerRow, worker_row
 
 
 def queue(name="q", ready=0, dead=0, oldest=None, **more):

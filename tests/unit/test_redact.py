@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from streamworker.redact import (
     MAX_CHARS,
-    clean,
     clean_block,
     clean_json,
     cut,
@@ -18,6 +17,7 @@ from streamworker.redact import (
     fit,
     mask_url,
     name_of,
+    printable,
     redact,
     text_of,
 )
@@ -132,19 +132,19 @@ CONTROLS = [
 def test_whatever_a_terminal_obeys_is_spelled_out():
     for code in CONTROLS:
         character = chr(code)
-        assert clean(f"a{character}b") == f"a{ascii(character)[1:-1]}b"
+        assert printable(f"a{character}b") == f"a{ascii(character)[1:-1]}b"
         assert clean_block(f"a{character}b") == (
             f"a{character}b" if character in "\t\n" else f"a{ascii(character)[1:-1]}b"
         )
         line = clean_json(json.dumps(f"a{character}b", ensure_ascii=False))
         assert line.isprintable(), hex(code)
         assert json.loads(line) == f"a{character}b"
-    assert clean("für José 日本") == clean_json("für José 日本") == "für José 日本"
+    assert printable("für José 日本") == clean_json("für José 日本") == "für José 日本"
 
 
 @given(st.text())
 def test_nothing_of_a_text_moves_a_cursor_or_turns_its_direction(text):
-    cleaned = clean(text)
+    cleaned = printable(text)
     assert not [each for each in cleaned if unicodedata.category(each) in ("Cc", "Zl", "Zp", "Cs")]
     assert not {unicodedata.bidirectional(each) for each in cleaned} & {
         "RLE",
@@ -157,7 +157,7 @@ def test_nothing_of_a_text_moves_a_cursor_or_turns_its_direction(text):
         "FSI",
         "PDI",
     }
-    assert clean(cleaned) == cleaned
+    assert printable(cleaned) == cleaned
     assert len(cleaned.splitlines()) <= 1
     assert clean_json(json.dumps(text, ensure_ascii=False).encode(errors="replace").decode()).splitlines() != []
 
