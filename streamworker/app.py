@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from datetime import datetime
 from time import monotonic
 from typing import Any, TypeAlias, overload
 
 import anyio
+import msgspec
 from redis.asyncio import Redis
 from typing_extensions import TypeVar, Unpack
 
@@ -27,7 +28,7 @@ from streamworker.payload import Payload
 from streamworker.postgres import Archive, JobRecord
 from streamworker.postgres.migrate import Migrator, printed, shipped
 from streamworker.producer import JobOptions, Producer, job_of, make_job, refuse_patched, running_loop
-from streamworker.settings import Settings
+from streamworker.settings import FairWeight, Settings
 from streamworker.wiring import RelayProcess, Scheduler
 from streamworker.worker.executor import Middleware
 from streamworker.worker.host import WorkerResources
@@ -196,6 +197,7 @@ class App(Handlers[S], Calendar):
         lifespan: makes an async context manager that yields the handlers' services; entered once per worker.
         middleware: ``async def mw(ctx, call_next)``, the first outermost.
         observers: told of every job (`streamworker.observe`), for error trackers, metrics and traces.
+        fair_weights: how many starts a tenant gets where others get one (``fair_by``), unless the setting is given.
     """
 
     @overload
@@ -205,6 +207,7 @@ class App(Handlers[S], Calendar):
         settings: Settings | None = None,
         middleware: Sequence[Middleware] = (),
         observers: Sequence[Observer] = (),
+        fair_weights: Mapping[str, float] | None = None,
     ) -> None: ...
     @overload
     def __init__(
@@ -214,6 +217,7 @@ class App(Handlers[S], Calendar):
         lifespan: Lifespan[S],
         middleware: Sequence[Middleware] = (),
         observers: Sequence[Observer] = (),
+        fair_weights: Mapping[str, float] | None = None,
     ) -> None: ...
     def __init__(
         self,
@@ -222,6 +226,7 @@ class App(Handlers[S], Calendar):
         lifespan: Any = None,
         middleware: Sequence[Middleware] = (),
         observers: Sequence[Observer] = (),
+        fair_weights: Mapping[str, float] | None = None,
     ) -> None:
         Handlers.__init__(self)
         Calendar.__init__(self)
@@ -229,6 +234,7 @@ class App(Handlers[S], Calendar):
         self._middleware, self._observers = tuple(middleware), tuple(observers)
         own = {"lifespan": lifespan, "middleware": middleware, "observers": observers, "settings": settings}
         self._own = tuple(name for name, value in own.items() if value)
+        self._fair_weights = tuple(FairWeight(*pair) for pair in (fair_weights or {}).items())
         self._connection = AppConnection(settings, self)
         self._producer = Producer(self._connection, [each for each in observers if isinstance(each, Sender)])
 
@@ -481,7 +487,10 @@ class App(Handlers[S], Calendar):
         Raises:
             ConfigurationError: the environment holds a wrong setting.
         """
-        return self._connection.resolve(settings)
+        found = self._connection.resolve(settings)
+        if not self._fair_weights or found.fair_weights:
+            return found
+        return msgspec.structs.replace(found, fair_weights=self._fair_weights)
 
     @asynccontextmanager
     async def entered(self, settings: Settings, redis: Redis | str | None) -> AsyncIterator[App[S]]:

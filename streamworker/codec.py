@@ -55,6 +55,8 @@ class Document(msgspec.Struct, kw_only=True, omit_defaults=True):
     max_attempts: Count | None = None
     hop: Count | None = None
     headers: dict[str, Any] | None = None
+    order_key: str | None = None
+    fair_key: str | None = None
 
 
 MOST: Final = 10**6
@@ -84,6 +86,8 @@ class DocumentFields(msgspec.Struct, kw_only=True, gc=False):
     max_attempts: Count | None = None
     hop: Count | None = None
     headers: dict[str, Any] | None = None
+    order_key: str | None = None
+    fair_key: str | None = None
     created_at: msgspec.Raw = msgspec.Raw()
     streamworker: Any = None
     """Perhaps the mark of list mode, see `marks`."""
@@ -241,8 +245,11 @@ def pack(job: Job, *, max_bytes: int, key_ttl: float) -> PackedJob:
         expires_at=job.expires_at,
         attempt_count=job.attempts or None,
         max_attempts=job.max_attempts,
-        hop=job.hop or None,
+        # Behind hop 0 workers look whether a job with a fairness key has been in its tenant's line: here it goes there.
+        hop=job.hop or (None if job.fair_key is None else 1),
         headers=job.headers,
+        order_key=job.order_key,
+        fair_key=job.fair_key,
     )
     try:
         body = _encode(document)
@@ -257,7 +264,8 @@ def pack(job: Job, *, max_bytes: int, key_ttl: float) -> PackedJob:
         )
     run_at = job.run_at.timestamp() if job.run_at is not None else None
     ttl = key_ttl if job.key_ttl is None else job.key_ttl
-    return PackedJob(job.id, job.queue, job.level, body, job.delay, run_at, job.key, ttl)
+    lined = job.order_key is not None or job.fair_key is not None
+    return PackedJob(job.id, job.queue, job.level, body, job.delay, run_at, job.key, ttl, lined)
 
 
 def check_depth(body: bytes) -> None:

@@ -11,13 +11,14 @@ from streamworker.broker import SettleRequest
 from streamworker.codec import DocumentFields, deliveries_of
 from streamworker.context import Context
 from streamworker.handlers import Registration
-from streamworker.job import Cancelled, Claim, Expired, Interrupted, Ok, Outcome, TimedOut
+from streamworker.job import Cancelled, Claim, Expired, Interrupted, Ok, Outcome, OutOfTurn, TimedOut
 from streamworker.policy import Facts
 
 OK: Final = Ok()
 """The outcome of nearly all runs: compared by identity where that saves time."""
 CANCELLED: Final = Cancelled()
 EXPIRED: Final = Expired()
+OUT_OF_TURN: Final = OutOfTurn()
 Cause: TypeAlias = TimedOut | Interrupted | Cancelled
 """Why a worker stops a handler."""
 

@@ -38,6 +38,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         key: deduplication key; only on jobs to be enqueued.
         key_ttl: seconds the key is remembered; ``None`` takes ``STREAMWORKER_KEY_TTL``.
         headers: the user's, beside the payload.
+        order_key: of the jobs of a queue with one order key at most one runs at a time, in order.
+        fair_key: the tenant, whose jobs wait in a line of their own.
     """
 
     id: str
@@ -56,6 +58,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     key: str | None = None
     key_ttl: float | None = None
     headers: dict[str, Any] | None = None
+    order_key: str | None = None
+    fair_key: str | None = None
 
 
 class Enqueued(msgspec.Struct, frozen=True):
@@ -81,6 +85,8 @@ class PackedJob(msgspec.Struct, frozen=True):
     run_at: float | None = None
     key: str | None = None
     key_ttl: float = 0.0
+    lined: bool = False
+    """It has an order key or a fairness key."""
 
 
 class Claim(msgspec.Struct, frozen=True, gc=False):
@@ -198,6 +204,10 @@ class Abandoned(msgspec.Struct, frozen=True):
     deaths: int
 
 
+class OutOfTurn(msgspec.Struct, frozen=True):
+    """It waits in a line: another job holds its order key, or it has not been in its tenant's line yet."""
+
+
 class Recorded(msgspec.Struct, frozen=True):
     """The ledger has a verdict for the job already; ``why`` in a word or two."""
 
@@ -216,6 +226,7 @@ Outcome: TypeAlias = (
     | UnknownKind
     | Postponed
     | Deferred
+    | OutOfTurn
     | Abandoned
     | Recorded
 )
@@ -263,13 +274,15 @@ class ReleaseAt(msgspec.Struct, frozen=True):
     """Release uncharged: at once (``at=None``), or at ``at`` (epoch seconds).
 
     ``unknown_since`` (epoch seconds) is remembered with the job, so that unknown kinds can end by age. ``turns`` is how
-    often in a row it ran and came back uncharged, if it comes back later for that than it was meant to.
+    often in a row it ran and came back uncharged, if it comes back later for that than it was meant to. With ``line``
+    it goes by way of its tenant's line, if it has one.
     """
 
     at: float | None = None
     reason: str = ""
     unknown_since: float | None = None
     turns: int = 0
+    line: bool = False
 
 
 Verdict: TypeAlias = Done | Drop | Expire | RetryAt | Dead | ReleaseAt
@@ -287,13 +300,14 @@ class Depth(msgspec.Struct, frozen=True):
     """How many jobs are in one queue.
 
     Attributes:
-        ready: jobs waiting to be claimed.
+        ready: jobs waiting to be claimed, those in the lines of tenants included.
         running: jobs claimed and not settled.
         delayed: jobs parked until later.
         dead: dead letters.
         oldest_age: seconds the oldest ready job has waited; ``None`` when none waits.
         paused: nothing is claimed from it, by an operator or by PostgreSQL.
         inactive: PostgreSQL pauses it (``is_active`` is false).
+        waiting: jobs behind others with their order key.
     """
 
     queue: str
@@ -304,6 +318,7 @@ class Depth(msgspec.Struct, frozen=True):
     oldest_age: float | None
     paused: bool
     inactive: bool = False
+    waiting: int = 0
 
 
 class Moved(msgspec.Struct, frozen=True):

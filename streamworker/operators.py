@@ -153,5 +153,6 @@ def broker_options(settings: Settings, queues: Sequence[str]) -> StreamOptions:
         namespace=settings.namespace,
         lease=settings.lease,
         weighted=settings.priority == "weighted",
+        fair_weights=tuple((each.tenant, each.weight) for each in settings.fair_weights),
         groups=group_sizes(settings.max_deliveries, settings.concurrency),
     )

@@ -7,13 +7,13 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, Final, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Final, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import inspect as kinds
 from typing_extensions import dataclass_transform
 
-from streamworker.errors import ConfigurationError
+from streamworker.errors import ConfigurationError, UsageError
 from streamworker.settings.rules import QUEUE_NAME
 
 KIND_NAME: Final = re.compile(r"[^\s\x00-\x1f\x7f]{1,200}")
@@ -46,6 +46,17 @@ class Fit(NamedTuple):
     compares: bool
 
 
+MOST_KEY_BYTES: Final = 200
+"""Most bytes of an order key, and of a fairness key."""
+
+
+def _lines(cls: Any, order_by: str | None, fair_by: str | None) -> tuple[str | None, str | None] | None:
+    for option, field in (("order_by", order_by), ("fair_by", fair_by)):
+        if field is not None and field not in cls.__struct_fields__:
+            raise TypeError(f"{cls.__name__}: {option}={field!r} names no field of it")
+    return None if order_by is None and fair_by is None else (order_by, fair_by)
+
+
 @dataclass_transform(frozen_default=True, field_specifiers=(msgspec.field,))
 class _PayloadMeta(msgspec.StructMeta):
     def __new__(
@@ -58,6 +69,9 @@ class _PayloadMeta(msgspec.StructMeta):
         kind: str | None = None,
         queue: str | None = None,
         aliases: tuple[str, ...] = (),
+        order_by: str | None = None,
+        fair_by: str | None = None,
+        on_dead: Literal["continue", "halt"] = "continue",
         **options: Any,
     ) -> Any:
         root = bases == (msgspec.Struct,)
@@ -75,6 +89,9 @@ class _PayloadMeta(msgspec.StructMeta):
         cls: Any = super().__new__(mcls, name, bases, namespace, frozen=True, **options)
         cls.__kind__, cls.__queue__, cls.__aliases__ = kind, queue, tuple(aliases)
         cls.__fit__ = None
+        cls.__lines__, cls.__halts__ = _lines(cls, order_by, fair_by), on_dead == "halt"
+        if on_dead not in ("continue", "halt") or (on_dead == "halt" and order_by is None):
+            raise TypeError(f"{name}: on_dead={on_dead!r} must be 'continue', or 'halt' beside order_by")
         return cls
 
 
@@ -83,12 +100,41 @@ class Payload(msgspec.Struct, metaclass=_PayloadMeta):
 
     Class keywords: ``kind`` (the stable name that picks the handler), ``queue``, and ``aliases``, older kinds that this
     type still answers to. The JSON holds the fields and nothing else; fields added later need defaults.
+
+    ``order_by`` names a field: of the jobs with one value at most one runs at a time, in the order in which they were
+    enqueued. A dead one lets the next one start (``on_dead="continue"``), or holds the others until an operator replays
+    or deletes it (``on_dead="halt"``). ``fair_by`` names a field whose values are tenants: each gets its share of the
+    starts.
     """
 
     __kind__: ClassVar[str]
     __queue__: ClassVar[str]
     __aliases__: ClassVar[tuple[str, ...]]
     __fit__: ClassVar[Fit | None]
+    __lines__: ClassVar[tuple[str | None, str | None] | None]
+    __halts__: ClassVar[bool]
+
+
+def line_keys(payload: Any, lines: tuple[str | None, str | None]) -> tuple[str | None, str | None]:
+    """(order key, fairness key) of a payload; ``None`` where its field is ``None`` or empty.
+
+    Raises:
+        UsageError: a value has more than `MOST_KEY_BYTES` bytes.
+    """
+    order_by, fair_by = lines
+    return _key_in(payload, order_by), _key_in(payload, fair_by)
+
+
+def _key_in(payload: Any, field: str | None) -> str | None:
+    value = getattr(payload, field) if field is not None else None
+    if value is None or value == "":
+        return None
+    plain = value if isinstance(value, str) else msgspec.to_builtins(value)
+    text = plain if isinstance(plain, str) else msgspec.json.encode(plain).decode()
+    if len(text.encode(errors="replace")) > MOST_KEY_BYTES:
+        where = f"{type(payload).__name__}.{field}"
+        raise UsageError(f"{where} has more than {MOST_KEY_BYTES} bytes and cannot be a key: give a shorter one")
+    return text
 
 
 def fit_of(type_: type[Payload]) -> Fit:

@@ -40,6 +40,7 @@ from streamworker.job import (
     Interrupted,
     Ok,
     Outcome,
+    OutOfTurn,
     Postponed,
     Raised,
     Recorded,
@@ -109,6 +110,7 @@ _WORDS: Final[dict[type, str]] = {
     Cancelled: "cancelled",
     Expired: "expired",
     Deferred: "deferred",
+    OutOfTurn: "out_of_turn",
     Undecodable: "undecodable",
     UnknownKind: "unknown_kind",
     Postponed: "postponed",
@@ -172,12 +174,16 @@ class Facts(msgspec.Struct, frozen=True):
         limits: the handler's, with the job's own ``max_attempts`` put in.
         unknown_kind_ttl: seconds an unknown kind may wait for a worker that knows it.
         expires: seconds of the worker's monotonic clock from which on the job must not start.
+        order: the job's order key; empty without one.
+        halts: a dead job keeps its order key.
     """
 
     attempts: int
     limits: Limits
     unknown_kind_ttl: float
     expires: float | None = None
+    order: str = ""
+    halts: bool = False
 
 
 def abandoned(deliveries: int, max_deliveries: int) -> Abandoned | None:
@@ -222,6 +228,8 @@ def judge(outcome: Outcome, facts: Facts, *, now: float, jitter: float) -> Verdi
             return ReleaseAt(until, "not due yet")
         case Deferred(until=until):
             return ReleaseAt(until, "a limit of its kind")
+        case OutOfTurn():
+            return ReleaseAt(None, "not its turn", line=True)
         case UnknownKind():
             return _unknown(outcome, facts, now)
         case Undecodable(error=message):

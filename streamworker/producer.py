@@ -24,7 +24,7 @@ from streamworker.handlers import Payload, check_queue
 from streamworker.job import Enqueued, Job
 from streamworker.loops import at_once
 from streamworker.observe import Sender
-from streamworker.payload import infinity_in
+from streamworker.payload import infinity_in, line_keys
 from streamworker.settings import Settings
 
 
@@ -205,6 +205,7 @@ def make_job(payload: Payload, **options: Unpack[JobOptions]) -> Job:
     except ValueError as error:
         raise UsageError(str(error)) from None
     queue = options.get("queue")
+    order, fair = (None, None) if type_.__lines__ is None else line_keys(payload, type_.__lines__)
     return Job(
         id=codec.new_id(),
         queue=type_.__queue__ if queue is None else check_queue(queue),
@@ -219,6 +220,8 @@ def make_job(payload: Payload, **options: Unpack[JobOptions]) -> Job:
         key=key,
         key_ttl=ttl,
         headers=options.get("headers"),
+        order_key=order,
+        fair_key=fair,
     )
 
 
@@ -234,6 +237,8 @@ def plain_job(payload: Any, created_at: datetime) -> Job:
         InvalidJob: the payload does not fit its own type, or cannot be written as JSON.
     """
     type_ = _class_of(payload)
+    if type_.__lines__ is not None:
+        return make_job(payload, queue=type_.__queue__)
     return Job(
         id=codec.new_id(),
         queue=type_.__queue__,

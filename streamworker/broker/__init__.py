@@ -34,6 +34,8 @@ class SettleRequest(msgspec.Struct, frozen=True, gc=False):
         member: member of the due set under which the job waits for a limit; empty if it waits for none.
         note: result note of a job that has ended for good, see `streamworker.results`; ``None`` notes only the verdict.
         keep: seconds for which the note can be read; 0 only publishes it.
+        order: order key of a job that has ended for good, which is passed on; empty without one. Needs a ``note``.
+        halts: a dead job keeps its order key until it is replayed or deleted.
     """
 
     claim: Claim
@@ -45,6 +47,8 @@ class SettleRequest(msgspec.Struct, frozen=True, gc=False):
     member: str = ""
     note: bytes | None = None
     keep: float = 0.0
+    order: str = ""
+    halts: bool = False
 
 
 class Refusal(msgspec.Struct, frozen=True):
@@ -272,8 +276,15 @@ class ServerClock(Protocol):
         """Time of the queue's server, in epoch seconds."""
 
 
+class OrderKeys(Protocol):
+    """Order keys of a queue."""
+
+    async def turns(self, queue: str, jobs: Sequence[tuple[str, str]]) -> list[bool]:
+        """Whether each job, given as (order key, id), holds its key: it may start."""
+
+
 class WorkerBroker(
-    Connected, Consumer, Heartbeats, Limiter, Results, Signals, CronStore, ServerClock, Protocol
+    Connected, Consumer, Heartbeats, Limiter, Results, Signals, CronStore, ServerClock, OrderKeys, Protocol
 ):  # fmt: skip
     """All roles: what `App` opens for a worker or a producer."""
 

@@ -83,6 +83,15 @@ class RedisBroker(ABC, Generic[K, I]):
         """Key of this worker's heartbeat."""
         return worker_key(self._options.namespace, self._source.consumer)
 
+    async def _weigh(self) -> None:
+        """Store the weights of tenants, as the worker that started last knows them."""
+        if not self._options.fair_weights:
+            return
+        told = {f"weight:{tenant}": repr(weight) for tenant, weight in self._options.fair_weights}
+        for keys in self._keys:
+            pairs = [part for pair in told.items() for part in pair]
+            await self._session.ask("HSET", keys.fair, "weighted", "1", *pairs)
+
     async def publish(self, jobs: Sequence[PackedJob]) -> list[Enqueued]:
         return await self._publisher.publish(jobs)
 
@@ -157,6 +166,11 @@ class RedisBroker(ABC, Generic[K, I]):
 
     async def leave_thread(self) -> None:
         await self._session.leave_thread()
+
+    async def turns(self, queue: str, jobs: Sequence[tuple[str, str]]) -> list[bool]:
+        """`OrderKeys.turns`."""
+        found = await self._session.ask("HMGET", self._key(queue).order, *(key for key, _ in jobs))
+        return [holder == job_id.encode() for holder, (_, job_id) in zip(found, jobs, strict=True)]
 
     async def acquire(
         self, queue: str, requests: Sequence[AcquireRequest], released: Sequence[Permit]
@@ -296,7 +310,7 @@ def _was_sent(cause: BaseException | None) -> bool:
 
 
 def _is_plain(job: PackedJob) -> bool:
-    return job.key is None and job.delay is None and job.run_at is None
+    return job.key is None and job.delay is None and job.run_at is None and not job.lined
 
 
 PROMOTE_BATCH: Final = 500

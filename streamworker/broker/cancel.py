@@ -135,7 +135,7 @@ async def cancel(server: CancelSession, keys: QueueKeys, job_id: str) -> bool:
 async def forget(server: CancelSession, keys: QueueKeys, member: bytes | str) -> bool:
     """Delete a delayed job for good, and free its deduplication key; False if it is not parked any more."""
     found = codec.keyed(await server.ask("HGET", keys.bodies, member))
-    names, args = [keys.due, keys.bodies], ["forget", member, b""]
+    names, args = [keys.due, keys.bodies], ["forget", member, b"", keys.shape]
     if found is not None:
         names, args = [*names, keys.key(found[0])], [*args, found[1]]
     return bool(await server.run(scripts.UNPARK, names, args))

@@ -54,6 +54,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         namespace: prefix of every key, but for the lists that producers push to.
         lease: seconds a claim lives unrenewed.
         weighted: weighted order of levels instead of strict order.
+        fair_weights: weights of tenants; 1 for one that is not named.
         groups: most suspects that run together, by delivery from the third on, see `streamworker.policy.group_sizes`.
     """
 
@@ -61,6 +62,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     namespace: str = ""
     lease: float = 15.0
     weighted: bool = False
+    fair_weights: tuple[tuple[str, float], ...] = ()
     groups: tuple[int, ...] = (5, 1)
 
 
@@ -115,6 +117,8 @@ class ClaimSource(ABC):
         self._paused: frozenset[int] = frozenset()
         self.marked = frozenset(keys.queue for keys in self._keys)
         """Queues with cancelled jobs, by the last look; all queues before the first look."""
+        self._lined = False
+        """Whether a queue has jobs in tenants' lines, by the last look."""
         self._interrupted = anyio.Event()
         self._stirred = anyio.Event()
         self.stale = False
@@ -145,6 +149,24 @@ class ClaimSource(ABC):
                 return claims
             claims = await self.wait_unless_stale(limit, min(wait, SILENT_WAIT) if self.silent else wait, running)
         return claims
+
+    async def _lined_up(self, fair: Sequence[int], left: int, running: Collection[Claim]) -> list[Claim]:
+        """Note whether queues have jobs in tenants' lines; the first look that finds some claims of them, too.
+
+        Args:
+            fair: indexes of such queues, from 1.
+            left: how many jobs may still be claimed.
+            running: claims that run here.
+        """
+        before, self._lined = self._lined, bool(fair)
+        if not fair or before:
+            return []
+        if left > 0 and not self.draining:
+            return await self.take(left, running)
+        for index in fair:
+            keys = self._keys[index - 1]
+            await self._session.run(scripts.PULL, [keys.meta], [keys.shape, 0])
+        return []
 
     @property
     def queues(self) -> list[str]:

@@ -60,6 +60,10 @@ class QueueKeys(msgspec.Struct, frozen=True):
             self.relayed: "zset",
             self.cancelled: "zset",
             self.crons: "hash",
+            self.order: "hash",
+            self.halted: "hash",
+            self.lines: "set",
+            self.fair: "hash",
         }
 
     def stream(self, level: Level) -> str:
@@ -118,6 +122,44 @@ class QueueKeys(msgspec.Struct, frozen=True):
     def crons(self) -> str:
         """Hash: schedule to the ms of its last tick."""
         return f"{self.base}:cron"
+
+    @property
+    def order(self) -> str:
+        """Hash: order key to the id of the job that holds it. The jobs behind it are in `order_line`."""
+        return f"{self.base}:order"
+
+    def order_line(self, key: str) -> str:
+        """List: jobs that wait for an order key, the next one first; `of_line` reads an element."""
+        return f"{self.base}:order:{key}"
+
+    @property
+    def lines(self) -> str:
+        """Set: order keys for which jobs wait."""
+        return f"{self.base}:lines"
+
+    @property
+    def halted(self) -> str:
+        """Hash: order key to the id of the dead job at which it halts."""
+        return f"{self.base}:halted"
+
+    @property
+    def swept(self) -> str:
+        """String that expires: a worker has looked for stuck order keys."""
+        return f"{self.base}:swept"
+
+    @property
+    def popped(self) -> str:
+        """Hash: id of a job with an order key that a worker popped, to the worker."""
+        return f"{self.base}:popped"
+
+    @property
+    def fair(self) -> str:
+        """Hash: virtual time and number of waiting jobs of each level, weights of tenants."""
+        return f"{self.base}:fair"
+
+    def tenants(self, level: Level) -> str:
+        """Sorted set: tenant to its virtual time in a level; behind this name and a colon, its line: a list."""
+        return f"{self.base}:fair:{level}"
 
     def result(self, job_id: str) -> str:
         """Result note of a job, kept for a while; and the channel on which it is published."""
@@ -268,3 +310,17 @@ def of_due_member(member: str) -> tuple[Level, str]:
     """(level, job id) of a member of the due set."""
     level, _, rest = member.partition("/")
     return level if level in LEVELS else "normal", rest.rpartition("/")[0]
+
+
+_WAITING: Final = re.compile(rb"(high|normal|low) ([0-9]{1,3}) ([0-9]{1,3}) ", re.DOTALL)
+
+
+def of_line(element: bytes) -> tuple[Level, bytes, bytes]:
+    """(level, job id, document) of an element of an order key's line; empty if it is none of ours."""
+    match = _WAITING.match(element)
+    level = _LEVELS.get(match[1]) if match is not None else None
+    if match is None or level is None:
+        return "normal", b"", b""
+    start = match.end()
+    named = start + int(match[2])
+    return level, element[start:named], element[named + int(match[3]) :]

@@ -63,10 +63,11 @@ async def depth(run: Callable[..., Awaitable[Any]], keys: QueueKeys, group: str)
     """Depth of one queue of streams; ``run`` runs a script."""
     names = [*keys.streams, keys.due, keys.dead, keys.meta]
     reply = await run(scripts.DEPTH, names, [group])
-    entries, pending_, delayed_, dead_, oldest, paused, inactive = reply
+    entries, pending_, delayed_, dead_, oldest, paused, inactive, waiting_, tenants = reply
     age = oldest / 1000 if oldest >= 0 else None
     held = bool(paused or inactive)
-    return Depth(keys.queue, max(0, entries - pending_), pending_, delayed_, dead_, age, held, bool(inactive))
+    ready = max(0, entries - pending_) + tenants
+    return Depth(keys.queue, ready, pending_, delayed_, dead_, age, held, bool(inactive), waiting_)
 
 
 async def workers(session: OperatorSession, keys: Sequence[QueueKeys], *, everywhere: bool) -> list[WorkerInfo]:
@@ -304,10 +305,12 @@ async def list_queues(session: OperatorSession) -> list[str]:
 async def list_depth(run: Callable[..., Awaitable[Any]], keys: ListKeys) -> Depth:
     """Depth of one queue of lists; ``run`` runs a script."""
     names = [*keys.lists, keys.due, keys.dead, keys.meta, keys.leases]
-    ready, claimed, delayed, dead, paused, inactive, *oldest = await run(scripts.LIST_DEPTH, names, [])
+    reply = await run(scripts.LIST_DEPTH, names, [])
+    ready, claimed, delayed, dead, paused, inactive, waiting_, tenants, *oldest = reply
     ages = [time.time() - made for element in oldest if (made := codec.made_at(element)) is not None]
     age = max(0.0, *ages) if ages else None
-    return Depth(keys.queue, ready, claimed, delayed, dead, age, bool(paused or inactive), bool(inactive))
+    held = bool(paused or inactive)
+    return Depth(keys.queue, ready + tenants, claimed, delayed, dead, age, held, bool(inactive), waiting_)
 
 
 async def claimed(session: OperatorSession, keys: ListKeys, worker: str) -> AsyncIterator[Claim]:

@@ -21,6 +21,7 @@ from streamworker.broker import SettleRequest, listings, scripts
 from streamworker.broker.base import RENEW_BATCH, RedisBroker, promote, standby
 from streamworker.broker.claim import LEAVE, RESERVE, ClaimSource, Options
 from streamworker.broker.keys import ListKeys, QueueKeys, lease_of, leased, unwrapped, worker_key, wrapped
+from streamworker.broker.order import sweep
 from streamworker.broker.redis.client import RedisAddress
 from streamworker.broker.redis.cluster import ClusterReader
 from streamworker.broker.redis.connection import Reader
@@ -74,8 +75,8 @@ class ListClaims(ClaimSource):
         wish = self._about_suspects(0, running)
         args += [self._apart_from, wish, *self._group_here(running), len(held)]
         args += [*self._allowances(limit, running), *budgets, *held, *self._order.steps]
-        answer = await self._session.read(scripts.LIST_TAKE, keys, args)
-        taken, trouble, paused, _, passed, suspects, cancelled, granted, sealed = answer
+        answer = await self._session.read(scripts.FAIR_TAKE if self._lined else scripts.LIST_TAKE, keys, args)
+        taken, trouble, paused, _, passed, suspects, cancelled, granted, sealed, fair = answer
         self.secrets.update(zip((each.queue for each in self._lists), sealed, strict=True))
         if wish == RESERVE and taken and not taken[0][1][0][2]:
             wish = LEAVE  # not idle any more
@@ -94,7 +95,7 @@ class ListClaims(ClaimSource):
             ]
         for index, error in trouble:
             self._judge(keys[index - 1], index, error.decode(errors="replace"))
-        return claims
+        return claims + await self._lined_up(fair, limit - len(claims), [*running, *claims])
 
     def _judge(self, key: str, index: int, message: str) -> None:
         """Log a key that cannot be used, and do not wait on its queue meanwhile; raise what is not about one key."""
@@ -289,6 +290,7 @@ class ListBroker(RedisBroker[ListKeys, ClaimSource]):
                     raise ConfigurationError(f"the key {name} is a {kind}, not a {wanted}: rename or delete it")
             await self._source.seal(keys)
             await self._session.run(scripts.LEASE, [keys.meta], [worker_id, self._lease_ms])
+        await self._weigh()
 
     async def leave(self) -> bool:
         mine = [keys.claimed(self._source.consumer) for keys in self._keys]
@@ -362,6 +364,7 @@ class ListBroker(RedisBroker[ListKeys, ClaimSource]):
             self._tidy_at = monotonic() + tidy_pause(self._options.lease)
             for keys in self._keys:
                 await forget_leases(self._session, keys, self._options.namespace, self._holds_nothing_of(keys))
+                await sweep(self._session, keys)
         return min(wait, await self._reclaimer.give_back(None))
 
     def _holds_nothing_of(self, keys: ListKeys) -> Callable[[str], Awaitable[bool]]:
@@ -433,7 +436,7 @@ class ListSettlement:
         names += kept_at(keys, items)
         args: list[Any] = []
         for item in items:
-            args += (*self._fence(item.claim), item.job_id, *note(item), freed(item, keys, names))
+            args += (*self._fence(item.claim), item.job_id, *note(item), freed(item, keys, names), item.order)
         return list(await scripts.LIST_FINISH(self._client, names, args))
 
     async def park(self, keys: QueueKeys, items: list[SettleRequest]) -> list[Code]:
@@ -454,7 +457,7 @@ class ListSettlement:
             told = {"job": claim.body or b"", **dead_letter_fields(item)}
             told |= {"deliveries": claim.count, "worker": self._worker, "entry": claim.entry}
             args = args or [2 * len(told)]
-            args += (*self._fence(claim), *note(item))
+            args += (*self._fence(claim), *note(item), item.job_id, int(item.halts))
             for pair in told.items():
                 args += pair
         names = [lists.claimed(self._worker), lists.leases, lists.dead, lists.meta]

@@ -18,6 +18,7 @@ from streamworker.broker import SettleRequest, scripts
 from streamworker.broker.claim import SILENT_WAIT, ClaimSource, Options
 from streamworker.broker.keys import SECRET, ListKeys, QueueKeys, leased
 from streamworker.broker.lists import ListBroker, ListSettlement, Reclaimer
+from streamworker.broker.redis.client import RedisAddress
 from streamworker.broker.redis.session import BLOCK, Session
 from streamworker.broker.settle import Code, settle
 from streamworker.codec import unmarked
@@ -27,7 +28,7 @@ from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.broker")
 
-_ASKED: Final = ("paused", "inactive", "cancelled", "waits", SECRET)
+_ASKED: Final = ("paused", "inactive", "cancelled", "waits", SECRET, "fair")
 AT_ONCE = 0.01
 """Seconds of a BRPOP that should not wait: zero means for ever."""
 
@@ -100,6 +101,9 @@ class BrpopClaims(ClaimSource):
         self.marked = frozenset(self._keys[i].queue for i, answer in known.items() if answer[2])
         self.waited = frozenset(self._keys[i].queue for i, answer in known.items() if answer[3])
         self.secrets.update({self._keys[i].queue: answer[4] or b"" for i, answer in known.items()})
+        for i, answer in known.items():
+            if answer[5]:
+                await self._session.run(scripts.PULL, [self._keys[i].meta], [self._keys[i].shape, 1])
         await self._seal_again()  # before anything is popped, which an error would lose
         ready_keys = self._open(running)
         if not ready_keys:
@@ -137,6 +141,11 @@ class BrpopBroker(ListBroker):
 
     _source_class: ClassVar[Callable[..., ClaimSource]] = BrpopClaims
 
+    def __init__(self, address: RedisAddress, options: Options) -> None:
+        super().__init__(address, options)
+        self._popped: set[tuple[str, str]] = set()
+        """(queue, id) of jobs with order keys that this worker holds."""
+
     async def join(self, worker_id: str) -> None:
         await super().join(worker_id)
         log.warning(
@@ -171,6 +180,7 @@ class BrpopBroker(ListBroker):
         """Settle; a finished job left the server when it was popped."""
         await self._session.fresh()
         with self._session.watched():
+            await self._forget_popped(items)
             refusals = self._refused()
             waited = self._source.waited if isinstance(self._source, BrpopClaims) else frozenset()
             return await settle(
@@ -179,6 +189,22 @@ class BrpopBroker(ListBroker):
                 items,
                 refusals,
             )
+
+    async def _forget_popped(self, items: Sequence[SettleRequest]) -> None:
+        for item in items:
+            mine = (item.claim.queue, item.job_id)
+            if mine in self._popped:
+                self._popped.discard(mine)
+                await self._session.ask("HDEL", self._key(mine[0]).popped, mine[1])
+
+    async def turns(self, queue: str, jobs: Sequence[tuple[str, str]]) -> list[bool]:
+        """`OrderKeys.turns`; noted, because a popped job is nowhere else, and its key is not stuck."""
+        answers = await super().turns(queue, jobs)
+        for (_, job_id), holds in zip(jobs, answers, strict=True):
+            if holds:
+                await self._session.ask("HSET", self._key(queue).popped, job_id, self._source.consumer)
+                self._popped.add((queue, job_id))
+        return answers
 
     async def own_pending(self, running: Collection[Claim]) -> list[Claim]:
         """What a lost reply claimed is lost."""

@@ -136,10 +136,11 @@ class RedisOperator(ABC):
 
     async def _end(self, entry: PendingEntry, claim: Claim, verdict: Verdict, next_form: bytes | None = None) -> bool:
         try:
-            attempts = codec.read(claim.body or b"").attempt_count or 0
+            reading = codec.read(claim.body or b"")
+            attempts, order = reading.attempt_count or 0, reading.order_key or ""
         except InvalidJob:
-            attempts = 0
-        ending = SettleRequest(claim, verdict, next_form, entry.job_id or "", entry.kind or "", attempts)
+            attempts, order = 0, ""
+        ending = SettleRequest(claim, verdict, next_form, entry.job_id or "", entry.kind or "", attempts, order=order)
         with understood(self._address):
             answers = await settle(
                 self._sender(entry.worker_id), {claim.place: self._key(entry.queue)}, [ending], Refusals()
@@ -201,7 +202,7 @@ class RedisOperator(ABC):
         keys = self._key(job.queue)
         # Long listings leave the documents out.
         body = await self._session.ask("HGET", keys.bodies, job.handle) if job.body is None else job.body
-        args = ["hasten", job.handle, _without_date(body) if body else b""]
+        args = ["hasten", job.handle, _without_date(body) if body else b"", keys.shape]
         answer = await self._session.run(scripts.UNPARK, [keys.due, keys.bodies], args)
         if answer == -1:
             raise StreamworkerError(
@@ -243,7 +244,7 @@ class RedisOperator(ABC):
         if body is None:  # long listings leave the documents out
             body = next((row.body for row in (await listings.dead(self._session, keys, "", job.handle)).rows), None)
         found = codec.keyed(body)
-        names, args = [keys.dead], [job.handle]
+        names, args = [keys.dead], [job.handle, keys.shape]
         if found is not None:
             names, args = [*names, keys.key(found[0])], [*args, found[1]]
         ended = bool(await self._session.run(scripts.ERASE, names, args))

@@ -39,9 +39,12 @@ class AsyncCaller(Protocol):
 class LuaScript:
     """One Lua file: one atomic move. Its header declares KEYS, ARGV and the reply."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, inner: str = "") -> None:
         self.name: Final = name
-        self.text: Final = _with_prelude(_LUA.joinpath(f"{name}.lua").read_text("utf-8"))
+        text = _LUA.joinpath(f"{name}.lua").read_text("utf-8")
+        if inner:  # another script, which this one calls as a function
+            text = f"local function inner()\n{_LUA.joinpath(f'{inner}.lua').read_text('utf-8')}end\n{text}"
+        self.text: Final = _with_prelude(text)
         self.sha: Final = sha1(self.text.encode(), usedforsecurity=False).hexdigest()  # what EVALSHA asks for
 
     async def __call__(self, client: AsyncCaller, keys: Sequence[str], args: Sequence[Arg]) -> Any:
@@ -63,6 +66,8 @@ CRON: Final = LuaScript("cron")
 DEPTH: Final = LuaScript("depth")
 DISPATCH: Final = LuaScript("dispatch")
 DONE: Final = LuaScript("done")
+FAIR_CLAIM: Final = LuaScript("fair_claim", inner="claim")
+FAIR_TAKE: Final = LuaScript("fair_take", inner="list_take")
 FINISH: Final = LuaScript("finish")
 FLOW: Final = LuaScript("flow")
 GROUPS: Final = LuaScript("groups")
@@ -88,6 +93,7 @@ PENDING: Final = LuaScript("pending")
 PROGRESS: Final = LuaScript("progress")
 PROMOTE: Final = LuaScript("promote")
 PUBLISH: Final = LuaScript("publish")
+PULL: Final = LuaScript("pull")
 PURGE: Final = LuaScript("purge")
 PULSE: Final = LuaScript("pulse")
 RENEW: Final = LuaScript("renew")
@@ -98,6 +104,7 @@ SECRET: Final = LuaScript("secret")
 STORE: Final = LuaScript("store")
 OWN_PENDING: Final = LuaScript("own_pending")
 RECLAIM: Final = LuaScript("reclaim")
+SWEEP: Final = LuaScript("sweep")
 TELL: Final = LuaScript("tell")
 UNPARK: Final = LuaScript("unpark")
 ERASE: Final = LuaScript("erase")

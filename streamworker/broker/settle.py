@@ -70,7 +70,7 @@ async def settle(
     groups: dict[tuple[int, str], list[int]] = {}
     for index, item in enumerate(items):
         stage = _STAGES[type(item.verdict)]
-        if stage == 0 and item.note is not None:
+        if stage == 0 and item.note is not None:  # a result is kept, or an order key is passed on
             stage = 1
         key = stage, item.claim.place
         if (group := groups.get(key)) is None:
@@ -166,7 +166,8 @@ class StreamSettlement:
         names = [items[0].claim.place, keys.cancelled, keys.meta, *kept_at(keys, items)]
         args: list[Any] = [self._group, self._consumer]
         for item in items:
-            args += (item.claim.entry, item.claim.count, item.job_id, *note(item), freed(item, keys, names))
+            fence = (item.claim.entry, item.claim.count)
+            args += (*fence, item.job_id, *note(item), freed(item, keys, names), item.order)
         return list(await scripts.FINISH(self._client, names, args))
 
     async def park(self, keys: QueueKeys, items: list[SettleRequest]) -> list[Code]:
@@ -186,6 +187,7 @@ class StreamSettlement:
                 item.claim.count,
                 *dead_letter_fields(item).values(),
                 *note(item),
+                int(item.halts),
             )
         names = [items[0].claim.place, keys.dead, *(keys.result(item.job_id) for item in items)]
         return list(await scripts.BURY(self._client, names, args))
@@ -238,12 +240,16 @@ def id_of(claim: Claim) -> str | None:
 
 
 def parking(item: SettleRequest, now: float) -> tuple[int, str, bytes]:
-    """(ms to wait (negative: ready at once), member of the due set, document) of a job that goes on."""
+    """(ms to wait, member of the due set, document) of a job that goes on.
+
+    -1 ms is ready at once; -2 ms the same, by way of its tenant's line.
+    """
     verdict = item.verdict
     body = item.body if item.body is not None else item.claim.body
     if not isinstance(verdict, RetryAt | ReleaseAt) or body is None:
         raise StreamworkerError(f"an entry without a document cannot go on: {verdict}")
-    delay = -1 if verdict.at is None else max(0, round((verdict.at - now) * 1000))
+    at_once = -2 if isinstance(verdict, ReleaseAt) and verdict.line else -1
+    delay = at_once if verdict.at is None else max(0, round((verdict.at - now) * 1000))
     return delay, item.member or due_member(item.claim.level, item.job_id), body
 
 

@@ -16,6 +16,7 @@ from streamworker.broker import SettleRequest, listings, scripts
 from streamworker.broker.base import RENEW_BATCH, RedisBroker, promote, standby
 from streamworker.broker.claim import StreamOptions
 from streamworker.broker.keys import UNKNOWN_EPOCH, QueueKeys, document, worker_key
+from streamworker.broker.order import sweep
 from streamworker.broker.redis.client import RedisAddress
 from streamworker.broker.redis.session import Session
 from streamworker.broker.settle import StreamSettlement, settle
@@ -70,6 +71,8 @@ class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
                     f"the stream {stream} is also read by the group {group!r}, which would miss what streamworker "
                     "deletes when it is done: destroy that group (XGROUP DESTROY), or give one of them another queue"
                 )
+        if len(away) < len(self._keys):
+            await self._weigh()
 
     async def leave(self) -> bool:
         gone = True
@@ -195,6 +198,7 @@ class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
                 return bool(await self._session.run(scripts.LEAVE, keys.streams, [self._group, name]))
 
             await forget_leases(self._session, keys, self._options.namespace, gone)
+            await sweep(self._session, keys)
 
     async def depth(self) -> list[Depth]:
         return [await listings.depth(self._session.run, keys, self._group) for keys in self._keys]

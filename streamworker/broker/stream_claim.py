@@ -37,6 +37,8 @@ LEAPT_TWICE: Final = -2
 """Instead of a number of suspects: the server's clock was put back, and right again, since the last look."""
 AWAY_PAUSE: Final = 1.0
 """Seconds between looks at a node that does not answer."""
+PLAIN_FIELDS: Final = 2
+"""A field and its value: what an entry has that came from no line."""
 LAST_CALL: Final = 1.0
 """Seconds a read may take to end after it was unblocked; then its node is not waited for any more."""
 
@@ -285,7 +287,8 @@ class StreamClaims(ClaimSource):
         queues, budgets = len(self._keys), self._order.budgets(limit)
         head = [self._group, self.consumer, limit, queues, len(budgets)]
         args = [*head, *self._allowances(limit, running), *budgets, *self._order.steps]
-        taken, trouble, paused, epochs, cancelled, sealed = await self._session.read(scripts.CLAIM, self._all, args)
+        script = scripts.FAIR_CLAIM if self._lined else scripts.CLAIM
+        taken, trouble, paused, epochs, cancelled, sealed, fair = await self._session.read(script, self._all, args)
         self.epochs.update((place, epoch) for place, epoch in zip(self._all[queues:], epochs, strict=True) if epoch)
         for keys, secret in zip(self._keys, sealed, strict=True):
             self.secrets[keys.queue] = secret
@@ -299,6 +302,7 @@ class StreamClaims(ClaimSource):
                 Claim(name, level, place, entry, 1, body, epoch, False, False, secret)
                 for entry, body in zip(entries[::2], entries[1::2], strict=True)
             ]
+        claims += await self._lined_up(fair, limit - len(claims), [*running, *claims])
         if trouble and await self._heal(trouble) and not healed and len(claims) < limit:
             claims += await self.take(limit - len(claims), running, healed=True)
         return claims
@@ -422,6 +426,9 @@ class StreamClaims(ClaimSource):
             keys, level = ready_keys[place]
             epoch, self._seen[place] = self.epochs.get(place, UNKNOWN_EPOCH), entries[-1][0]
             secret = self.secrets.get(keys.queue, b"")
+            if len(entries[0][1] or ()) > PLAIN_FIELDS:  # from a tenant's line: the next one becomes ready
+                self._lined = True
+                await self._session.run(scripts.PULL, [keys.meta], [keys.shape, 0])
             claims += [
                 Claim(keys.queue, level, place, entry, 1, document(fields), epoch, secret=secret)
                 for entry, fields in entries

@@ -19,6 +19,7 @@ from streamworker.redact import MASK, mask_url, redact
 from streamworker.settings.environment import PREFIX, Found, judge_names, lookup
 from streamworker.settings.rules import (
     Address,
+    FairWeight,
     QueueSpec,
     Rule,
     database_url,
@@ -31,9 +32,10 @@ from streamworker.settings.rules import (
     seconds,
     state_path,
     to_text,
+    weight_list,
 )
 
-__all__ = ["EMBEDDED", "Address", "Described", "QueueSpec", "Settings", "mask_url"]
+__all__ = ["EMBEDDED", "Address", "Described", "FairWeight", "QueueSpec", "Settings", "mask_url"]
 
 EMBEDDED = "embedded"
 """The ``REDIS_URL`` that means the embedded pair of servers."""
@@ -112,6 +114,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     max_job_bytes: Annotated[int, integer(1, 64 * 1_048_576)] = 262_144
     key_ttl: Annotated[float, seconds(0.1, 10 * _YEAR)] = 86_400.0
     priority: Annotated[Priority, one_of(get_args(Priority))] = "strict"
+    fair_weights: Annotated[tuple[FairWeight, ...], weight_list()] = ()
     list_pop: Annotated[ListPop, one_of(get_args(ListPop))] = "move"
     ledger: Annotated[Ledger, one_of(get_args(Ledger))] = "auto"
     relay: Annotated[Relay, one_of(get_args(Relay))] = "on"

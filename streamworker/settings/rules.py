@@ -54,6 +54,16 @@ class QueueSpec(NamedTuple):
         return self.name if self.cap is None else f"{self.name}={self.cap}"
 
 
+class FairWeight(NamedTuple):
+    """The weight of a tenant: how many starts it gets where a tenant of weight 1 gets one."""
+
+    tenant: str
+    weight: float
+
+    def __str__(self) -> str:
+        return f"{self.tenant}={self.weight!r}"
+
+
 class Address(NamedTuple):
     """An address to listen at: a host without brackets, and a TCP port (0 takes any free one)."""
 
@@ -72,7 +82,7 @@ def to_text(value: Any) -> str:
         # repr() is exact but may use an exponent, which is no usual form of seconds.
         text = format(Decimal(repr(value)), "f")
         return text.rstrip("0").removesuffix(".") if "." in text else text
-    if isinstance(value, (list, tuple)) and not isinstance(value, (QueueSpec, Address)):
+    if isinstance(value, (list, tuple)) and not isinstance(value, (QueueSpec, Address, FairWeight)):
         return ",".join(map(str, value))
     return str(value)
 
@@ -121,6 +131,24 @@ def pattern(expression: str, allowed: str) -> Rule:
         return text
 
     return Rule(allowed, parse)
+
+
+def weight_list() -> Rule:
+    """Accept tenants with weights, separated by commas: ``large=3,small=0.5``."""
+
+    def parse(text: str) -> tuple[FairWeight, ...]:
+        weights = []
+        for item in text.split(","):
+            tenant, equals, number = item.rpartition("=")
+            weight = float(number)
+            if not equals or not tenant.strip() or not 0.001 <= weight <= 1000:
+                raise ValueError("a weight is a number from 0.001 to 1000")
+            weights.append(FairWeight(tenant.strip(), weight))
+        if len({each.tenant for each in weights}) < len(weights):
+            raise ValueError("a tenant is listed twice")
+        return tuple(weights)
+
+    return Rule("tenants with their weights, separated by commas, such as large=3,small=0.5", parse)
 
 
 def queue_list() -> Rule:

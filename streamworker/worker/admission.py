@@ -1,8 +1,8 @@
 """Admission: decides when a prepared job may start: its run_at and expires_at, the limits of its kind, its batch.
 
 Jobs without any of these go straight to their task. The others pass the stages they need, once each, in this order:
-`DueCheck`, `LimitGate`, `Batcher`. The first two are group commits, as the settler is: while one request is under way
-the next gathers.
+`DueCheck`, `OrderGate`, `LimitGate`, `Batcher`. The first three are group commits, as the settler is: while one request
+is under way the next gathers.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import itertools
 import secrets
+from abc import ABC, abstractmethod
 from time import monotonic, time
 from typing import Any, Final, Protocol
 
@@ -18,9 +19,9 @@ import anyio
 import msgspec
 
 from streamworker import codec
-from streamworker.broker import Limiter, ServerClock
+from streamworker.broker import Limiter, OrderKeys, ServerClock
 from streamworker.errors import Unreachable
-from streamworker.execution import EXPIRED, Execution
+from streamworker.execution import EXPIRED, OUT_OF_TURN, Execution
 from streamworker.handlers import Handlers, Registration
 from streamworker.job import Deferred, Postponed, UnknownKind
 from streamworker.limits import AcquireRequest, AcquireResult, Limit, Quota
@@ -45,7 +46,7 @@ LONGEST_VALUE: Final = 100
 """Characters of a value in the name of a key; longer values stand there as a digest."""
 
 
-class AdmissionBroker(Limiter, ServerClock, Protocol):
+class AdmissionBroker(Limiter, OrderKeys, ServerClock, Protocol):
     """The roles of a broker that admission calls."""
 
 
@@ -77,7 +78,8 @@ class Admission:
         self._batcher = Batcher(concurrency, tasks, completion) if batches else None
         after_limits = self._batcher or tasks
         self._gate = LimitGate(broker, permits, after_limits, completion) if permits is not None else None
-        self._due_check = DueCheck(broker, executor, self._gate or after_limits, completion)
+        self._order_gate = OrderGate(broker, self._gate or after_limits, completion)
+        self._due_check = DueCheck(broker, executor, self._order_gate, completion)
 
     def put(self, run: Execution) -> None:
         """Take a prepared run in."""
@@ -88,59 +90,45 @@ class Admission:
 
     def abandon_waiting(self) -> list[Execution]:
         """Remove and return the runs that wait here."""
-        stages = (self._due_check, self._gate, self._batcher)
+        stages = (self._due_check, self._order_gate, self._gate, self._batcher)
         return [run for stage in stages if stage is not None for run in stage.abandon_waiting()]
 
     async def run(self) -> None:
         """Run until closed."""
         async with anyio.create_task_group() as group:
             group.start_soon(self._due_check.run)
+            group.start_soon(self._order_gate.run)
             if self._gate is not None:
                 group.start_soon(self._gate.run)
 
     def close(self, within: float) -> None:
         """End when every permit is given back, at the latest in ``within`` seconds."""
         self._due_check.close(within)
+        self._order_gate.close(within)
         if self._gate is not None:
             self._gate.close(within)
 
 
-class DueCheck:
-    """Admits jobs with a ``run_at`` that has come and an ``expires_at`` that has not, by the server's clock.
-
-    This machine's clock may be wrong. A job that passes and then waits for a permit or a batch is looked at once more,
-    see `Execution.late`.
+class Gate(ABC):
+    """Admits runs by what the broker answers about all of one queue that wait: a group commit.
 
     Args:
-        broker: knows the server's clock.
-        executor: decodes the payloads of jobs that are due.
-        successor: the next stage.
-        completion: takes jobs that are not due yet, or have expired.
+        completion: takes jobs that do not start now.
     """
 
-    def __init__(
-        self, broker: ServerClock, executor: Executor, successor: LimitGate | Batcher | JobTasks, completion: Completion
-    ) -> None:
-        self._broker = broker
-        self._executor = executor
-        self._successor = successor
+    def __init__(self, completion: Completion) -> None:
         self._completion = completion
         self._waiting: list[Execution] = []
         self._wake = asyncio.Event()
         self._closing = anyio.Event()
         self._give_up_at = float("inf")
 
-    def put(self, run: Execution) -> None:
-        """Take a run in; one with a ``run_at`` or an ``expires_at`` waits for the server's clock."""
-        reading = run.reading
-        if reading is None or (reading.run_at is None and reading.expires_at is None):
-            self._successor.put(run)
-            return
+    def _wait(self, run: Execution) -> None:
         self._waiting.append(run)
         self._wake.set()
 
     def abandon_waiting(self) -> list[Execution]:
-        """Remove and return the runs that wait for the clock."""
+        """Remove and return the runs that wait for an answer."""
         waiting, self._waiting = self._waiting, []
         return waiting
 
@@ -158,24 +146,63 @@ class DueCheck:
                 await self._wake.wait()
                 self._wake.clear()
                 continue
+            queue = self._waiting[0].claim.queue
+            asked = [run for run in self._waiting if run.claim.queue == queue]
             try:
-                await self._turn(self._waiting[0].claim.queue)
+                await self._turn(queue, asked)
                 pause.reset()
             except Exception as error:  # noqa: BLE001 - a main loop never crashes; the request is repeated
                 if not isinstance(error, Unreachable):
-                    log.error("due_check_failed", jobs=len(self._waiting), error=str(error))
+                    log.error("admission_failed", queue=queue, jobs=len(asked), error=str(error))
                 await pause.wait(self._closing, least=0.2)
             if anyio.current_time() > self._give_up_at:
                 return
 
-    async def _turn(self, queue: str) -> None:
-        """One request, for all runs of one queue that wait when it is sent."""
-        asked = {run for run in self._waiting if run.claim.queue == queue}
+    def _taken(self, asked: list[Execution]) -> set[Execution]:
+        """Those of the runs that still wait, which are removed: others were handed back meanwhile."""
+        waiting, wanted = set(self._waiting), set(asked)
+        self._waiting = [run for run in self._waiting if run not in wanted]
+        return waiting & wanted
+
+    @abstractmethod
+    async def _turn(self, queue: str, asked: list[Execution]) -> None:
+        """One request, for runs of one queue."""
+
+
+class DueCheck(Gate):
+    """Admits jobs with a ``run_at`` that has come and an ``expires_at`` that has not, by the server's clock.
+
+    This machine's clock may be wrong. A job that passes and then waits for a permit or a batch is looked at once more,
+    see `Execution.late`.
+
+    Args:
+        broker: knows the server's clock.
+        executor: decodes the payloads of jobs that are due.
+        successor: the next stage.
+        completion: takes jobs that are not due yet, or have expired.
+    """
+
+    def __init__(self, broker: ServerClock, executor: Executor, successor: OrderGate, completion: Completion) -> None:
+        super().__init__(completion)
+        self._broker = broker
+        self._executor = executor
+        self._successor = successor
+
+    def put(self, run: Execution) -> None:
+        """Take a run in; one with a ``run_at`` or an ``expires_at`` waits for the server's clock."""
+        reading = run.reading
+        if reading is None or (reading.run_at is None and reading.expires_at is None):
+            self._successor.put(run)
+        else:
+            self._wait(run)
+
+    async def _turn(self, queue: str, asked: list[Execution]) -> None:
         asked_at = monotonic()
         now = await self._broker.clock(queue)
-        mine = [run for run in self._waiting if run in asked]  # others were handed back meanwhile
-        self._waiting = [run for run in self._waiting if run not in asked]
-        for run in mine:
+        mine = self._taken(asked)
+        for run in asked:
+            if run not in mine:
+                continue
             self._judge(run, now, asked_at)
             if run.outcome is None:
                 self._executor.decode(run)
@@ -203,6 +230,42 @@ class DueCheck:
         left = (codec.when(run.reading) or 0.0) - now
         if left > 0 and run.outcome is None:
             run.outcome = Postponed(time() + left)  # relative to this machine's clock, which the settler reads
+
+
+class OrderGate(Gate):
+    """Admits jobs that hold their order key. A job that a producer of another language added past its line goes there.
+
+    Args:
+        broker: knows which jobs hold their keys.
+        successor: the next stage.
+        completion: takes jobs whose turn it is not.
+    """
+
+    def __init__(self, broker: OrderKeys, successor: LimitGate | Batcher | JobTasks, completion: Completion) -> None:
+        super().__init__(completion)
+        self._broker = broker
+        self._successor = successor
+
+    def put(self, run: Execution) -> None:
+        """Take a run in; one with an order key waits for the answer which job holds it."""
+        if run.facts is None or not run.facts.order:
+            self._successor.put(run)
+        else:
+            self._wait(run)
+
+    async def _turn(self, queue: str, asked: list[Execution]) -> None:
+        jobs = [(run.facts.order, run.job_id) for run in asked if run.facts is not None]
+        turns = await self._broker.turns(queue, jobs)
+        mine = self._taken(asked)
+        for run, holds in zip(asked, turns, strict=True):
+            if run not in mine:
+                continue
+            if run.outcome is None and not holds:
+                run.outcome = OUT_OF_TURN
+            if run.outcome is None:
+                self._successor.put(run)
+            else:
+                self._completion.finish(run)
 
 
 class LimitGate:

@@ -23,9 +23,10 @@ from streamworker import codec
 from streamworker.codec import DocumentFields, deliveries_of
 from streamworker.context import Context, Shared
 from streamworker.errors import HandlerSignal, InvalidJob
-from streamworker.execution import CANCELLED, OK, Cause, Execution
+from streamworker.execution import CANCELLED, OK, OUT_OF_TURN, Cause, Execution
 from streamworker.handlers import Handlers, Registration
 from streamworker.job import Cancelled, Interrupted, Ok, Outcome, Raised, TimedOut, Undecodable, UnknownKind
+from streamworker.payload import MOST_KEY_BYTES
 from streamworker.policy import Facts, Limits, abandoned, apart_from, group_sizes, wish_in
 from streamworker.redact import describe
 from streamworker.telemetry.logs import get_logger
@@ -107,6 +108,8 @@ class Executor:
                 run.suspect = deliveries >= self._apart_from
                 run.outcome = abandoned(deliveries, self._max_deliveries)
             run.facts = self._facts_of(reading, registration)
+            if reading.order_key is not None or reading.fair_key is not None:
+                _take_lines(run, reading, registration)
             if run.outcome is not None:
                 return
             if registration is None:
@@ -118,7 +121,8 @@ class Executor:
             if reading.run_at is not None or reading.expires_at is not None:
                 run.special = True  # only the server knows whether its time has come; `decode` follows then
                 return
-            run.special = registration.special
+            if registration.special:
+                run.special = True
             run.payload = registration.decode(reading.payload)
         except BaseException as error:  # noqa: BLE001 - payload types run users' code; no document may end the worker
             run.outcome = _undecodable(run, error)
@@ -129,7 +133,7 @@ class Executor:
         if registration is None or reading is None:
             raise AssertionError("a run must be prepared before its payload is decoded")
         try:
-            run.special = registration.special
+            run.special = registration.special or bool(reading.order_key)
             run.payload = registration.decode(reading.payload)
         except BaseException as error:  # noqa: BLE001 - as in `prepare`
             run.outcome = _undecodable(run, error)
@@ -312,6 +316,20 @@ class Executor:
         if reading.max_attempts is not None:
             limits = msgspec.structs.replace(limits, max_attempts=max(1, reading.max_attempts))
         return Facts(reading.attempt_count or 0, limits, self._unknown_kind_ttl)
+
+
+def _take_lines(run: Execution, reading: DocumentFields, registration: Registration | None) -> None:
+    """Take over a job's keys. A producer of another language may not have put it into its tenant's line."""
+    order, fair = reading.order_key or "", reading.fair_key or ""
+    for key in (order, fair):
+        if len(key.encode()) > MOST_KEY_BYTES:
+            raise InvalidJob(f"the document is no job: a key of its lines has more than {MOST_KEY_BYTES} bytes")
+    if order and run.facts is not None:
+        halts = registration is not None and registration.payload.__halts__
+        run.facts = msgspec.structs.replace(run.facts, order=order, halts=halts)
+        run.special = True  # whether it is its turn, only the server knows
+    if fair and not reading.hop and run.claim.count == 1 and run.outcome is None:
+        run.outcome = OUT_OF_TURN
 
 
 def _undecodable(run: Execution, error: BaseException) -> Undecodable:

@@ -31,6 +31,7 @@ from streamworker.job import (
     Expire,
     Interrupted,
     Ok,
+    OutOfTurn,
     Raised,
     Recorded,
     ReleaseAt,
@@ -264,7 +265,9 @@ class Settler:
                     self._in_flight.spun(SpinningJob(run.claim.queue, item.kind, item.job_id, turns, wait))
                     log.warning("job_spinning", **facts, reason=reason, turns=turns, delay=wait)
                 # A kind with a limit releases all the time: that is its ordinary way.
-                (log.debug if isinstance(run.outcome, Deferred) else log.info)("job_released", **facts, reason=reason)
+                (log.debug if isinstance(run.outcome, Deferred | OutOfTurn) else log.info)(
+                    "job_released", **facts, reason=reason
+                )
             case Drop():
                 counts.cancelled += 1
                 log.info("job_cancelled", **facts)
@@ -288,13 +291,23 @@ def facts_of(run: Execution) -> dict[str, str | int]:
 
 def judged(run: Execution, now: float) -> SettleRequest:
     """The ending of a run. One that cannot be judged is dead: it would block everything behind it."""
-    if run.outcome is OK and (facts := run.facts) is not None and facts.limits.result_ttl is None:  # nearly all
+    facts = run.facts
+    if run.outcome is OK and facts is not None and facts.limits.result_ttl is None and not facts.order:  # nearly all
         return SettleRequest(run.claim, DONE)
     try:
-        return ending(run, now=now, jitter=random.random())  # noqa: S311 - spreads load
+        return in_order(run, ending(run, now=now, jitter=random.random()))  # noqa: S311 - spreads load
     except BaseException as error:  # noqa: BLE001 - a hostile document or error object; its bytes are kept
         log.error("ending_failed", kind=run.kind, queue=run.claim.queue, error=describe(error))
         return SettleRequest(run.claim, Dead("undecidable", describe(error)), kind=run.kind)
+
+
+def in_order(run: Execution, item: SettleRequest) -> SettleRequest:
+    """The ending of a job with an order key: where the job has ended for good, its key is passed on."""
+    facts = run.facts
+    if facts is None or not facts.order or isinstance(item.verdict, RetryAt | ReleaseAt):
+        return item
+    note = results.COMPLETED if item.note is None and isinstance(item.verdict, Done) else item.note
+    return msgspec.structs.replace(item, job_id=run.job_id, note=note, order=facts.order, halts=facts.halts)
 
 
 def _where(error: str) -> str:

@@ -14,7 +14,7 @@ FOLDER = Path(broker.__file__).parent / "lua"
 FILES = sorted(FOLDER.glob("*.lua"))
 TAKES_KEYS = {  # functions of the prelude to the positions of their parameters that are keys
     "pending_entry": [0], "read_only": [0], "keep": [0, 3], "add": [1], "park": [4, 5, 6, 7], "leases_of": [0],
-    "appointed": [0], "outlive": [0],
+    "appointed": [0], "outlive": [0], "base_of": [0], "level_of": [0], "fill": [1],
 }  # fmt: skip
 KEYED = re.compile(
     r"redis\.p?call\(\s*'([A-Z]+)'(?:\s*,\s*'(GROUPS|CREATE|DELCONSUMER|CREATECONSUMER|STREAM|CONSUMERS)')?\s*,\s*([^,)]+)"
@@ -75,11 +75,18 @@ def test_only_declared_keys_are_touched(path):
     """A key made up in a script works on a single server and breaks in a cluster."""
     body = code(path.read_text())
     held = {"stream": r"KEYS\[|KEYS\)", "target": r"stream\[.*KEYS\["}  # locals that only ever hold a declared key
+    # Keys of lines are made of what all keys of a queue start with, their hash tag included: the next test but one.
+    if path.stem in ("prelude", "purge"):
+        made = r"^base \.\. |^ready_of\("
+        held |= {"set": made, "state": made, "line": made, "ready": made, "counter": made}
     if path.stem == "prelude":  # parameters that are keys, which the next test holds
         held |= dict.fromkeys(("key", "due", "bodies", "calls", "ended"), "")
     for command, _, key in KEYED.findall(body):
         if command not in {"INFO", "TIME", "XREADGROUP"}:
-            assert key.strip().startswith("KEYS[") or key.strip() in held, f"{command} {key}"
+            known = (
+                key.strip().startswith(("KEYS[", "base .. ':", "set .. ':' .. ", "ready_of(")) or key.strip() in held
+            )
+            assert known, f"{command} {key}"
     for streams in re.findall(r"'STREAMS', ([^,]+)", body):
         assert streams.startswith("KEYS[")
     for name, source in held.items():
@@ -88,6 +95,14 @@ def test_only_declared_keys_are_touched(path):
     if "function gone(stream" in body:
         assert set(re.findall(r"gone\(([^,]+),", body)) == {"stream", "KEYS[k]"}
     assert not re.search(r"'(KEYS|SCAN|FLUSHALL|FLUSHDB|EVAL|MULTI)'", body)
+
+
+@pytest.mark.parametrize("path", FILES, ids=named)
+def test_keys_of_lines_are_made_of_a_declared_key(path):
+    """What all keys of a queue start with is cut from a declared one, so that a cluster has them in the same slot."""
+    for value in re.findall(r"\bbase = (?:[^\n]*?, )*?(base_of\([^)]*\))", code(path.read_text())):
+        assert value in ("base_of(key)", "base_of(due)") or value.startswith("base_of(KEYS["), value
+    assert len(re.findall(r"\bbase = ", code(path.read_text()))) <= 2
 
 
 def arguments(text: str) -> list[str]:
@@ -120,8 +135,9 @@ def test_the_prelude_is_given_declared_keys_alone():
                 given = arguments(body[call.end() :])
                 for at in positions:
                     if at < len(given):
-                        right = ("key", "target") if path.stem in ("prelude", "promote", "limit") else ()
-                        assert given[at].startswith("KEYS[") or given[at] in right, f"{path.stem}: {name}({given})"
+                        right = ("key", "target", "due") if path.stem in ("prelude", "promote", "limit") else ()
+                        made = given[at].startswith(("KEYS[", "ready_of(shape, base, "))
+                        assert made or given[at] in right, f"{path.stem}: {name}({given})"
                         calls += 1
     assert calls > 30
 

@@ -10,7 +10,7 @@ from hypothesis import settings as bounded
 from hypothesis import strategies as st
 
 from streamworker.errors import ConfigurationError
-from streamworker.settings import Address, QueueSpec, Settings
+from streamworker.settings import Address, FairWeight, QueueSpec, Settings
 from streamworker.settings.rules import to_text
 
 # The documented variables (docs/design.md, "Environment"), their defaults, and values that must be accepted.
@@ -51,6 +51,14 @@ VARIABLES = {
     "MAX_JOB_BYTES": (262_144, st.integers(1, 67_108_864)),
     "KEY_TTL": (86_400.0, SECONDS),
     "PRIORITY": ("strict", st.sampled_from(["strict", "weighted"])),
+    "FAIR_WEIGHTS": (
+        (),
+        st.lists(
+            st.builds(FairWeight, st.from_regex(r"[a-z]{1,9}", fullmatch=True), st.floats(0.001, 1000)),
+            min_size=1,
+            unique_by=lambda each: each.tenant,
+        ).map(tuple),
+    ),
     "LIST_POP": ("move", st.sampled_from(["move", "brpop"])),
     "LEDGER": ("auto", st.sampled_from(["auto", "off"])),
     "RELAY": ("on", st.sampled_from(["on", "off"])),

@@ -21,9 +21,12 @@ _WHAT: Final = {
     "payload": "What the handler gets, decoded as its `Payload`.",
     "created_at": "When the producer made it, RFC 3339.",
     "run_at": "Not before this moment, RFC 3339; without a zone it is UTC.",
+    "expires_at": "From this moment on it never starts, RFC 3339; without a zone it is UTC.",
     "attempt_count": "Failed attempts so far.",
     "max_attempts": "Failed attempts after which the job is dead; the handler's unless given.",
     "hop": "How often the job was put on a stream again: retry, release, replay, dispatch.",
+    "order_key": "Of the jobs of a queue with one order key at most one runs at a time, in order. Up to 200 bytes.",
+    "fair_key": "The tenant, which gets its share of the starts. Up to 200 bytes.",
     "headers": "What travels with the job besides its payload, such as `traceparent`.",
 }
 

@@ -1,13 +1,14 @@
 -- bury: move claimed entries to the dead letters, each only if the claim still holds. The bytes are taken from the
 -- stream, so that a dead letter holds exactly what the producer wrote; an entry without a field "job" keeps all its
--- fields, each prefixed with "field:". The growing write comes first: out of memory, nothing changes.
+-- fields, each prefixed with "field:". The growing write comes first: out of memory, nothing changes. The order key of a dead job
+-- is passed on, or halted: kept by the dead job until that is replayed or deleted.
 --
 -- KEYS[1]    stream
 -- KEYS[2]    dead stream of the queue
 -- KEYS[3..]  one a claim: result note of its job, and the channel on which it is published
 -- ARGV[1]    group
--- ARGV[2..]  twelve a claim: consumer, entry id, delivery count, job id, kind, level, reason, error, attempts, failed_at,
---            ms to keep the note (0: not at all), note
+-- ARGV[2..]  thirteen a claim: consumer, entry id, delivery count, job id, kind, level, reason, error, attempts, failed_at,
+--            ms to keep the note (0: not at all), note, 1 if its order key halts
 --
 -- returns one number a claim: 1 settled, 0 lost; or the error why it was refused
 local group = ARGV[1]
@@ -33,7 +34,7 @@ local function letter(i, fields)
   return out
 end
 
-for i = 2, #ARGV, 12 do
+for i = 2, #ARGV, 13 do
   local id = ARGV[i + 1]
   local pending, trouble = pending_entry(KEYS[1], group, id)
   if trouble then return redis.error_reply(trouble) end
@@ -48,6 +49,7 @@ for i = 2, #ARGV, 12 do
       redis.call('XACK', KEYS[1], group, id)
       redis.call('XDEL', KEYS[1], id)
       keep(KEYS[3 + #result], ARGV[i + 10], ARGV[i + 11])
+      bereave('stream', base_of(KEYS[2]), entry and job_in(entry[2]) or '', ARGV[i + 3], ARGV[i + 12] == '1')
       result[#result + 1], settled = 1, settled + 1
     end
   end

@@ -13,7 +13,7 @@
 -- then          B budgets: most entries to take on each budget
 -- then          the walk, three numbers a step: index of the stream in KEYS, of its queue, of its budget
 --
--- returns { taken, trouble, paused, epochs, cancelled, secrets }
+-- returns { taken, trouble, paused, epochs, cancelled, secrets, fair }
 --   taken    { index of the stream in KEYS, value that ids are derived from, entries } ...; entries are flat: the id of each,
 --            then its document (nil: it has no field "job"), which costs server and worker less than nesting
 --   trouble  { index of the stream in KEYS, error } ...
@@ -21,13 +21,14 @@
 --   epochs   value that ids are derived from, three a queue: high, normal, low ("": not said yet)
 --   cancelled  indexes of queues with jobs that were cancelled and have not ended yet
 --   secrets  secret of each queue ("": nothing yet)
+--   fair     indexes of queues with jobs in tenants' lines, see `pull`
 local group, consumer, left = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local queues, budgets = tonumber(ARGV[4]), tonumber(ARGV[5])
 local allowance, derived, budget = {}, {}, {}
-local taken, trouble, paused, cancelled, secrets = {}, {}, {}, {}, {}
+local taken, trouble, paused, cancelled, secrets, fair = {}, {}, {}, {}, {}, {}
 
 for q = 1, queues do
-  local meta = redis.pcall('HMGET', KEYS[q], 'paused', 'epoch', 'inactive', 'cancelled', 'secret', 'id:1', 'id:2', 'id:3')
+  local meta = redis.pcall('HMGET', KEYS[q], 'paused', 'epoch', 'inactive', 'cancelled', 'secret', 'id:1', 'id:2', 'id:3', 'fair')
   secrets[q] = not meta.err and meta[5] or ''
   allowance[q] = tonumber(ARGV[5 + q])
   if meta.err then
@@ -36,6 +37,7 @@ for q = 1, queues do
   else
     for level = 1, 3 do derived[queues + 3 * (q - 1) + level] = meta[2] and meta[5 + level] end
     if meta[4] then cancelled[#cancelled + 1] = q end
+    if meta[9] then fair[#fair + 1] = q end
     if meta[1] or meta[3] then
       paused[#paused + 1] = q
       allowance[q] = 0
@@ -79,4 +81,4 @@ for i = 6 + queues + budgets, #ARGV, 3 do
 end
 local epochs = {}
 for k = queues + 1, 4 * queues do epochs[k - queues] = derived[k] or '' end
-return { taken, trouble, paused, epochs, cancelled, secrets }
+return { taken, trouble, paused, epochs, cancelled, secrets, fair }

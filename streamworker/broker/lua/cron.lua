@@ -36,11 +36,8 @@ end
 
 local added = 0
 if last and last < tick and ARGV[4] ~= '' then
-  if ARGV[3] == 'list' then
-    redis.call('LPUSH', KEYS[2], ARGV[4])
-  else
-    redis.call('XADD', KEYS[2], '*', 'job', ARGV[4])
-  end
+  local reply = enter(ARGV[3], base_of(KEYS[1]), level_of(KEYS[2]), ARGV[4], 'new')
+  if failed(reply) then return reply end
   added = 1
 end
 if replaces then redis.call('HDEL', KEYS[1], current) end

@@ -8,7 +8,7 @@
 -- ARGV[1]     group
 --
 -- returns { entries in the streams, pending, delayed, dead, age in ms of the oldest ready entry (-1: none),
---           1 if paused by an operator, 1 if inactive in PostgreSQL }
+--           1 if paused by an operator, 1 if inactive in PostgreSQL, jobs in the lines of order keys, jobs in the lines of tenants }
 local now = now_ms()
 local entries, pending, oldest = 0, 0, -1
 
@@ -40,4 +40,5 @@ end
 return {
   entries, pending, count('ZCARD', KEYS[4]), count('XLEN', KEYS[5]), oldest,
   redis.pcall('HEXISTS', KEYS[6], 'paused') == 1 and 1 or 0, redis.pcall('HEXISTS', KEYS[6], 'inactive') == 1 and 1 or 0,
+  in_lines(base_of(KEYS[6])),
 }

@@ -1,4 +1,4 @@
--- dispatch: put jobs of the ledger behind the ready ones of their level, each at most once: an addition is remembered as
+-- dispatch: put jobs of the ledger behind the ready ones of their level, or into their lines, each at most once: an addition is remembered as
 -- "id/hop" until the relay has noted it in the ledger (ZREM), so that repeating the call adds nothing twice. After the
 -- deadline, by this server's clock, nothing is added: the relay that sent the call was frozen.
 --
@@ -23,13 +23,13 @@ if not epoch and ARGV[1] == 'list' then
 end
 if not epoch then return { now, 'groups', '', {} } end
 
-local result, added = {}, 0
+local result, added, base = {}, 0, base_of(KEYS[1])
 for i = 5, #ARGV, 3 do
   local answer = 0
   if not redis.call('ZSCORE', KEYS[2], ARGV[i + 1]) then
     -- Remembered first: if there is no memory for that, the job must not be added, or the next try would add it again.
     local known = redis.pcall('ZADD', KEYS[2], string.format('%d', now), ARGV[i + 1])
-    local reply = failed(known) and known or add(ARGV[1], KEYS[tonumber(ARGV[i])], ARGV[i + 2])
+    local reply = failed(known) and known or enter(ARGV[1], base, level_of(KEYS[tonumber(ARGV[i])]), ARGV[i + 2], 'line')
     answer = failed(reply) or 1
     if answer == 1 then
       added = added + 1

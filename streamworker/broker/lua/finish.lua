@@ -1,6 +1,6 @@
 -- finish: acknowledge and delete ended entries like `done`, each only if the claim still holds, and keep and publish
 -- their result notes. The mark of a cancelled job is deleted; so is the deduplication key of a job that an operator
--- ended, unless another job has it by now.
+-- ended, unless another job has it by now. The order key of an ended job is passed on.
 --
 -- KEYS[1]    stream
 -- KEYS[2]    cancelled set of the queue
@@ -9,14 +9,14 @@
 --            key that remembers a minute longer for how long a note was kept. Behind them deduplication keys
 -- ARGV[1]    group
 -- ARGV[2]    consumer
--- ARGV[3..]  six a claim: entry id, delivery count, job id, ms to keep the note (0: not at all), note, number of the
---            deduplication key in KEYS (0: none, or it stays)
+-- ARGV[3..]  seven a claim: entry id, delivery count, job id, ms to keep the note (0: not at all), note, number of the
+--            deduplication key in KEYS (0: none, or it stays), order key ("": none)
 --
 -- returns one number a claim: 1 settled, 0 lost
 local group, consumer = ARGV[1], ARGV[2]
 local result, settled = {}, 0
 
-for i = 3, #ARGV, 6 do
+for i = 3, #ARGV, 7 do
   local id = ARGV[i]
   local pending, trouble = pending_entry(KEYS[1], group, id)
   if trouble then return redis.error_reply(trouble) end
@@ -27,6 +27,7 @@ for i = 3, #ARGV, 6 do
     keep(KEYS[4 + 2 * #result], ARGV[i + 3], ARGV[i + 4], KEYS[5 + 2 * #result])
     local k = tonumber(ARGV[i + 5])
     if k > 0 and redis.pcall('GET', KEYS[k]) == ARGV[i + 2] then redis.call('DEL', KEYS[k]) end
+    if ARGV[i + 6] ~= '' then pass_on('stream', base_of(KEYS[3]), ARGV[i + 6], ARGV[i + 2]) end
     result[#result + 1], settled = 1, settled + 1
   else
     result[#result + 1] = 0

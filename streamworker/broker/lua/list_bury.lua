@@ -1,6 +1,7 @@
 -- list_bury: move claims to the dead letters, each only if it still holds. The growing write comes first: out of memory,
 -- nothing changes. A job that was popped is stored nowhere; the last ones of them that became dead letters are remembered
--- with the worker's heartbeat, so that a repeat after a lost reply is a no-op.
+-- with the worker's heartbeat, so that a repeat after a lost reply is a no-op. The order key of a
+-- dead job is passed on, or halted: kept by the dead job until that is replayed or deleted.
 --
 -- KEYS[1]    claimed list of the worker
 -- KEYS[2]    lease set of the queue
@@ -9,8 +10,8 @@
 -- KEYS[5]    the worker's heartbeat
 -- KEYS[6..]  one a claim: result note of its job, and the channel on which it is published
 -- ARGV[1]    F, number of values that make a letter
--- ARGV[2..]  4 + F a claim: its member in the lease set, its string in the claimed list ("": it was popped), ms to keep the
---            note (0: not at all), note, names and values
+-- ARGV[2..]  6 + F a claim: its member in the lease set, its string in the claimed list ("": it was popped), ms to keep the
+--            note (0: not at all), note, job id, 1 if its order key halts, names and values; the document is the second of these
 --
 -- returns one number a claim: 1 settled, 0 lost; or the error why it was refused
 local size, result, left, ended = tonumber(ARGV[1]), {}, 0, {}
@@ -23,12 +24,12 @@ local function holds(member, wrapper)
   return false
 end
 
-for i = 2, #ARGV, 4 + size do
+for i = 2, #ARGV, 6 + size do
   local member, wrapper = ARGV[i], ARGV[i + 1]
   if not holds(member, wrapper) then
     result[#result + 1] = 0
   else
-    local added = redis.pcall('XADD', KEYS[3], '*', unpack(ARGV, i + 4, i + 3 + size))
+    local added = redis.pcall('XADD', KEYS[3], '*', unpack(ARGV, i + 6, i + 5 + size))
     if failed(added) then
       result[#result + 1] = added.err
     else
@@ -39,6 +40,7 @@ for i = 2, #ARGV, 4 + size do
         redis.call('ZREM', KEYS[2], member)
       end
       keep(KEYS[6 + #result], ARGV[i + 2], ARGV[i + 3])
+      bereave('list', base_of(KEYS[3]), ARGV[i + 7], ARGV[i + 4], ARGV[i + 5] == '1')
       result[#result + 1], left = 1, left + 1
     end
   end

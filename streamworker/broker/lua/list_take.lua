@@ -27,7 +27,7 @@
 -- then         H ids that run here
 -- then         the walk, three numbers a step: index of the list in KEYS, of its queue, of its budget
 --
--- returns { taken, trouble, paused, epochs, skipped, suspects, cancelled, drains, secrets }
+-- returns { taken, trouble, paused, epochs, skipped, suspects, cancelled, drains, secrets, fair }
 --   taken    { index of the list in KEYS, { id, delivery count, 1 if a suspect, body } ... } ...
 --   trouble  { index in KEYS, error } ...
 --   paused   indexes of queues
@@ -37,6 +37,7 @@
 --   cancelled  indexes of queues with jobs that were cancelled and have not ended yet
 --   drains   1 if this worker shall take nothing new
 --   secrets  secret of each queue ("": nothing yet)
+--   fair     indexes of queues with jobs in tenants' lines, see `pull`
 local worker, left, queues, budgets = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
 local may_reserve, reserved, left_to_others, drains = false, 0, 0, ARGV[7] == '3' and 1 or 0
 local apart -- the group that is reserved: its delivery count, its half, how many more may be
@@ -47,14 +48,14 @@ local now = string.format('%d', time[1] * 1000 + math.floor(time[2] / 1000))
 local stamp, sequence = string.format('%012x', tonumber(now)), 0
 local allowance, budget, epochs, usable, running = {}, {}, {}, {}, {}
 local taken, trouble, paused, skipped, broken, empty, cancelled = {}, {}, {}, {}, {}, {}, {}
-local secrets = {}
+local secrets, fair = {}, {}
 local suspects = {} -- queues of which some were left
 local group, half = tonumber(ARGV[8]), ARGV[9]
 
 local function report(k, err) trouble[#trouble + 1] = { k, err } end
 
 for q = 1, queues do
-  local meta = redis.pcall('HMGET', KEYS[q], 'paused', 'epoch', 'inactive', 'cancelled', 'secret')
+  local meta = redis.pcall('HMGET', KEYS[q], 'paused', 'epoch', 'inactive', 'cancelled', 'secret', 'fair')
   secrets[q] = not meta.err and meta[5] or ''
   allowance[q], epochs[q] = tonumber(ARGV[11 + q]), ''
   if meta.err then
@@ -64,6 +65,7 @@ for q = 1, queues do
     if not meta[2] and redis.pcall('HSETNX', KEYS[q], 'epoch', ARGV[5]) == 1 then meta[2] = ARGV[5] end
     epochs[q] = meta[2] or ''
     if meta[4] then cancelled[#cancelled + 1] = q end
+    if meta[6] then fair[#fair + 1] = q end
     if meta[1] or meta[3] then
       paused[#paused + 1] = q
       allowance[q] = 0
@@ -223,4 +225,4 @@ for w = walk, #ARGV, 3 do
 end
 local stay = {}
 for i in pairs(skipped) do stay[#stay + 1] = i end
-return { taken, trouble, paused, epochs, stay, left_to_others, cancelled, drains, secrets }
+return { taken, trouble, paused, epochs, stay, left_to_others, cancelled, drains, secrets, fair }

@@ -54,23 +54,6 @@ local function add(shape, key, body)
   return redis.pcall('XADD', key, '*', 'job', body)
 end
 
--- Park a job for `delay` ms, or make it ready at once: for a negative delay, and if it was called for its limit meanwhile. A job
--- that becomes the first to be due is published on the channel named like the due set, as the ms until then. Returns the error
--- why it cannot be stored, else false.
-local function park(job, delay, now, shape, key, due, bodies, calls)
-  local member, body = job[1], job[2]
-  if delay < 0 or type(redis.pcall('ZSCORE', calls, member)) == 'string' then return failed(add(shape, key, body)) end
-  local err = failed(redis.pcall('HSET', bodies, member, body))
-  if err then return err end
-  err = failed(redis.pcall('ZADD', due, string.format('%d', now + delay), member))
-  if err then
-    redis.call('HDEL', bodies, member)
-    return err
-  end
-  if redis.call('ZRANGE', due, 0, 0)[1] == member then redis.pcall('PUBLISH', due, string.format('%d', delay)) end
-  return false
-end
-
 -- A key lives for some ms at least: its members of other workers may need it for longer.
 local function outlive(key, ms)
   local left = redis.pcall('PTTL', key)
@@ -121,4 +104,220 @@ local function numbers(text)
   local found = {}
   for number in string.gmatch(text, '%d+') do found[#found + 1] = tonumber(number) end
   return found
+end
+
+-- What all keys of a queue start with, given one that ends in a word of ours, as its due set does.
+local function base_of(key) return string.match(key, '^(.*):%a+$') end
+
+-- The key of a level's ready jobs; the lists of list mode have no prefix.
+local function ready_of(shape, base, level)
+  local normal = shape == 'list' and 'queue:' .. string.match(base, '{([^{}]*)}$') or base
+  return level == 'normal' and normal or normal .. ':' .. level
+end
+
+-- The level of a key of ready jobs.
+local function level_of(key)
+  local word = string.match(key, ':(%a+)$')
+  return (word == 'high' or word == 'low') and word or 'normal'
+end
+
+-- Order key and fairness key of a document ("" without), its id and its hop; nil if it has neither key, or no id. Only
+-- documents in which such a name stands are decoded.
+local function flow_of(body)
+  if not string.find(body, '_key"', 1, true) then return nil end
+  local ok, job = pcall(cjson.decode, body)
+  if not ok or type(job) ~= 'table' then return nil end
+  local id = job.id
+  if (type(id) ~= 'string' or id == '') and type(job.streamworker) == 'table' then id = job.streamworker.id end
+  local order = type(job.order_key) == 'string' and #job.order_key <= 200 and job.order_key or ''
+  local fair = type(job.fair_key) == 'string' and #job.fair_key <= 200 and job.fair_key or ''
+  if type(id) ~= 'string' or order .. fair == '' then return nil end
+  return order, fair, id, tonumber(job.hop) or 0
+end
+
+-- Move up to `most` jobs of a level from its tenants' lines to its ready key: start-time fair queuing. The tenant with the
+-- least virtual time is next, and one job costs it 1 / weight. A tenant without jobs leaves when it is next, so that coming and
+-- going gains nothing; the level's virtual time is that of the last start. Returns how many were moved.
+local function pull(shape, base, level, most)
+  local set, state = base .. ':fair:' .. level, base .. ':fair'
+  local weighted = redis.call('HGET', state, 'weighted')
+  local ready, moved, gone, now = ready_of(shape, base, level), 0, 0, nil
+  while gone < 1000 do
+    local tenant, start = unpack(redis.call('ZRANGE', set, 0, 0, 'WITHSCORES'))
+    if not tenant or moved >= most and redis.call('EXISTS', set .. ':' .. tenant) == 1 then break end
+    local body = redis.call('LPOP', set .. ':' .. tenant)
+    if body then
+      local added
+      if shape == 'list' then added = redis.pcall('LPUSH', ready, body) else
+        added = redis.pcall('XADD', ready, '*', 'job', body, 'line', '1')
+      end
+      if failed(added) then
+        redis.call('LPUSH', set .. ':' .. tenant, body)
+        break
+      end
+      local weight = weighted and tonumber(redis.call('HGET', state, 'weight:' .. tenant) or '') or 1
+      redis.call('ZINCRBY', set, string.format('%.17g', 1 / weight), tenant)
+      moved = moved + 1
+    else
+      redis.call('ZREM', set, tenant)
+      gone = gone + 1
+    end
+    now = start
+  end
+  if now then redis.call('HSET', state, 'now:' .. level, now) end
+  if moved > 0 then redis.call('HINCRBY', state, 'lines:' .. level, -moved) end
+  return moved
+end
+
+-- Number of ready jobs of a level that no worker has claimed.
+local function unclaimed(shape, base, level)
+  local ready = ready_of(shape, base, level)
+  local length = redis.pcall(shape == 'list' and 'LLEN' or 'XLEN', ready)
+  if type(length) ~= 'number' or length == 0 or shape == 'list' then return type(length) == 'number' and length or 0 end
+  local info = (redis.call('XINFO', 'GROUPS', ready) or {})[1] or {}
+  for f = 1, #info, 2 do
+    if info[f] == 'pending' then return length - info[f + 1] end
+  end
+  return length
+end
+
+-- Move jobs from the lines of a queue's tenants to its ready keys, until of each level as many are ready as a worker is about to
+-- claim, and one more, for which the others wait. Returns the number of jobs that still wait in lines.
+local function fill(shape, key, most)
+  local base, left = base_of(key), 0
+  for _, level in ipairs({ 'high', 'normal', 'low' }) do
+    if redis.call('EXISTS', base .. ':fair:' .. level) == 1 then
+      pull(shape, base, level, most + 1 - unclaimed(shape, base, level))
+      left = left + tonumber(redis.call('HGET', base .. ':fair', 'lines:' .. level) or 0)
+    end
+  end
+  if left <= 0 then redis.call('HDEL', key, 'fair') end
+  return left
+end
+
+-- Numbers of a queue's jobs in the lines of order keys, and in those of tenants.
+local function in_lines(base)
+  local waiting, tenants = redis.pcall('HGET', base .. ':meta', 'waiting'), 0
+  local lines = redis.pcall('HMGET', base .. ':fair', 'lines:high', 'lines:normal', 'lines:low')
+  for k = 1, 3 do tenants = tenants + (tonumber(lines[k] or 0) or 0) end
+  return type(waiting) == 'string' and tonumber(waiting) or 0, tenants
+end
+
+-- Put a job at the end of its tenant's line. While lines have jobs, their level has a ready one, for which workers wait.
+-- Returns the reply, which may be an error.
+local function join(shape, base, level, fair, body)
+  local set, state = base .. ':fair:' .. level, base .. ':fair'
+  local reply = redis.pcall('RPUSH', set .. ':' .. fair, body)
+  if failed(reply) then return reply end
+  redis.call('ZADD', set, 'NX', redis.call('HGET', state, 'now:' .. level) or '0', fair)
+  redis.call('HSET', base .. ':meta', 'fair', '1')
+  local lines = redis.call('HINCRBY', state, 'lines:' .. level, 1)
+  if lines == 1 and unclaimed(shape, base, level) == 0 then pull(shape, base, level, 1) end
+  return reply
+end
+
+-- Make a job ready, unless it has to wait: behind the job that holds its order key, or in its tenant's line. `how` is "new" for
+-- a job that is stored for the first time, "line" for one that has to go to its tenant's line, "back" for one that has
+-- had its turn there, and "due" where its hop tells. Returns the reply, which may be an error.
+local function enter(shape, base, level, body, how)
+  local order, fair, id, hop = flow_of(body)
+  if not order then return add(shape, ready_of(shape, base, level), body) end
+  local holder
+  if order ~= '' then
+    holder = redis.pcall('HGET', base .. ':order', order)
+    if failed(holder) then return holder end
+    if holder and (holder ~= id or how == 'new') then
+      local waiting = string.format('%s %d %d %s%s%s', level, #id, #fair, id, fair, body)
+      local reply = redis.pcall('RPUSH', base .. ':order:' .. order, waiting)
+      if failed(reply) then return reply end
+      if reply == 1 then redis.call('SADD', base .. ':lines', order) end
+      redis.call('HINCRBY', base .. ':meta', 'waiting', 1)
+      return reply
+    end
+    local held = redis.pcall('HSET', base .. ':order', order, id)
+    if failed(held) then return held end
+  end
+  local reply
+  if fair ~= '' and (how == 'new' or how == 'line' or how == 'due' and hop <= 1) then
+    reply = join(shape, base, level, fair, body)
+  else
+    reply = add(shape, ready_of(shape, base, level), body)
+  end
+  if order ~= '' then
+    if failed(reply) and not holder then redis.call('HDEL', base .. ':order', order) end
+    if holder and not failed(reply) then redis.call('HDEL', base .. ':halted', order) end
+  end
+  return reply
+end
+
+-- Pass an order key on, if this job holds it: the next job of its line becomes ready. What cannot be stored stays in the line,
+-- and the key stays with the job that ended, until the sweep finds it.
+local function pass_on(shape, base, order, id)
+  if redis.pcall('HGET', base .. ':order', order) ~= id then return end
+  local line = base .. ':order:' .. order
+  local first = redis.pcall('LINDEX', line, 0)
+  redis.pcall('HDEL', base .. ':halted', order)
+  if failed(first) then return end
+  if not first then
+    redis.call('HDEL', base .. ':order', order)
+    return
+  end
+  local level, named, tenant, at = string.match(first, '^(%a+) (%d+) (%d+) ()')
+  local after = string.sub(first, at, at + named - 1)
+  local fair = string.sub(first, at + named, at + named + tenant - 1)
+  local body, reply = string.sub(first, at + named + tenant), nil
+  if fair ~= '' then
+    reply = join(shape, base, level, fair, body)
+  else
+    reply = add(shape, ready_of(shape, base, level), body)
+  end
+  if failed(reply) then return end
+  redis.call('LPOP', line)
+  redis.call('HSET', base .. ':order', order, after)
+  redis.call('HINCRBY', base .. ':meta', 'waiting', -1)
+  if redis.call('EXISTS', line) == 0 then redis.call('SREM', base .. ':lines', order) end
+end
+
+-- The document of a stream's entry, "" without.
+local function job_in(fields)
+  for f = 1, #fields, 2 do
+    if fields[f] == 'job' then return fields[f + 1] end
+  end
+  return ''
+end
+
+-- Pass the order key of a dead job on, or let it halt with the job, if that holds it.
+local function bereave(shape, base, body, id, halts)
+  local order = flow_of(body)
+  if not order or order == '' or redis.pcall('HGET', base .. ':order', order) ~= id then return end
+  if halts then
+    redis.pcall('HSET', base .. ':halted', order, id)
+  else
+    pass_on(shape, base, order, id)
+  end
+end
+
+-- Pass the order key on that halts with a dead letter which is deleted.
+local function unhalt(shape, base, body)
+  local order, _, id = flow_of(body)
+  if order and redis.pcall('HGET', base .. ':halted', order) == id then pass_on(shape, base, order, id) end
+end
+
+-- Park a job for `delay` ms, or make it ready at once: for a negative delay (-2: by way of its tenant's line), and if it was
+-- called for its limit meanwhile. A job that becomes the first to be due is published on the channel named like the due set,
+-- as the ms until then. Returns the error why it cannot be stored, else false.
+local function park(job, delay, now, shape, key, due, bodies, calls)
+  local member, body = job[1], job[2]
+  if delay < 0 or type(redis.pcall('ZSCORE', calls, member)) == 'string' then
+    return failed(enter(shape, base_of(due), level_of(key), body, delay < -1 and 'line' or 'back'))
+  end
+  local err = failed(redis.pcall('HSET', bodies, member, body))
+  if err then return err end
+  err = failed(redis.pcall('ZADD', due, string.format('%d', now + delay), member))
+  if err then
+    redis.call('HDEL', bodies, member)
+    return err
+  end
+  if redis.call('ZRANGE', due, 0, 0)[1] == member then redis.pcall('PUBLISH', due, string.format('%d', delay)) end
+  return false
 end

@@ -1,6 +1,6 @@
 -- promote: move due jobs behind the ready ones of their level, in bounded batches, by the server's clock. Nothing is
 -- decoded: the member of the due set names the level. The growing write comes first: where it fails (out of memory, a
--- wrong type), the job stays parked.
+-- wrong type), the job stays parked. A queue whose tenants' lines have jobs gets a ready one of each level.
 --
 -- KEYS     five a queue: due set, bodies hash, keys of its ready jobs: high, normal, low
 -- ARGV[1]  most jobs to move of each queue
@@ -11,14 +11,14 @@ local now = now_ms()
 
 local function promote(k)
   local stream = { high = KEYS[k + 2], normal = KEYS[k + 3], low = KEYS[k + 4] }
-  local moved, refused = 0, ''
+  local moved, refused, base = 0, '', base_of(KEYS[k])
   local members = redis.pcall('ZRANGEBYSCORE', KEYS[k], '-inf', string.format('%d', now), 'LIMIT', 0, ARGV[1])
   if members.err then return { 0, -1, members.err } end
   for _, member in ipairs(members) do
     local body = redis.pcall('HGET', KEYS[k + 1], member)
     if failed(body) then return { moved, -1, body.err } end
     local target = stream[string.match(member, '^(%a+)/')] or KEYS[k + 3]
-    local added = body and add(ARGV[2], target, body)
+    local added = body and enter(ARGV[2], base, level_of(target), body, 'due')
     if failed(added) then
       refused = added.err
     else
@@ -27,6 +27,11 @@ local function promote(k)
         redis.call('HDEL', KEYS[k + 1], member)
         moved = moved + 1
       end
+    end
+  end
+  if redis.pcall('HGET', base .. ':meta', 'fair') == '1' then
+    for _, level in ipairs({ 'high', 'normal', 'low' }) do
+      if unclaimed(ARGV[2], base, level) == 0 then pull(ARGV[2], base, level, 1) end
     end
   end
   local first = redis.call('ZRANGE', KEYS[k], 0, 0, 'WITHSCORES')

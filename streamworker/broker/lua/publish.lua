@@ -1,4 +1,5 @@
--- publish: store new jobs of one queue: behind the others of their level, or parked until they are due. A deduplication
+-- publish: store new jobs of one queue: behind the others of their level, in the line of their order key or tenant, or
+-- parked until they are due. A deduplication
 -- key is written after its job, and while it exists the answer is the earlier job's id. Repeating a call with a key is
 -- safe: the same id under the same key is our own first try. A job that becomes the first to be due is published on the
 -- channel named like KEYS[4], as the ms until then.
@@ -22,11 +23,6 @@ local function earlier(key, id)
   return stored and (stored == id and 1 or stored) or nil
 end
 
-local function place(target, body)
-  if ARGV[1] == 'list' then return redis.call('LPUSH', target, body) end
-  return redis.call('XADD', target, '*', 'job', body)
-end
-
 for i = 2, #ARGV, 7 do
   local at, key, id, body = ARGV[i + 1], tonumber(ARGV[i + 3]), ARGV[i + 5], ARGV[i + 6]
   local known = earlier(key, id)
@@ -42,7 +38,8 @@ for i = 2, #ARGV, 7 do
         redis.pcall('PUBLISH', KEYS[4], string.format('%d', due - now))
       end
     else
-      place(KEYS[tonumber(ARGV[i])], body)
+      local reply = enter(ARGV[1], base_of(KEYS[4]), level_of(KEYS[tonumber(ARGV[i])]), body, 'new')
+      if failed(reply) then return reply end
     end
     if key > 0 then redis.call('SET', KEYS[key], id, 'PX', ARGV[i + 4]) end
     result[#result + 1] = 1

@@ -1,5 +1,6 @@
 -- purge: delete jobs of a queue for good, a batch a call, but no claimed one: an entry is ready if it is behind the last
--- delivered entry. Their deduplication keys are deleted too, unless other jobs have them by now.
+-- delivered entry; what waits in lines is ready, too. Their deduplication keys are deleted too, unless other jobs have them by now, and
+-- their order keys are passed on.
 --
 -- KEYS[1..3]  keys of ready jobs: high, normal, low
 -- KEYS[4]     due set
@@ -13,6 +14,8 @@
 --
 -- returns { how many were deleted, ids of those whose ids are known ... }
 local left, gone, ids = tonumber(ARGV[4]), 0, {}
+local base = base_of(KEYS[4])
+local ended = {} -- jobs that may hold order keys
 
 -- Our producers write the id first and the key behind it, list mode may have put its mark in front: only documents that
 -- have a key are looked into further, which keeps a batch of large ones short.
@@ -28,12 +31,8 @@ local function freed(body)
     redis.call('DEL', KEYS[7] .. key)
   end
   ids[#ids + 1] = plain
-end
-
-local function job_of(fields)
-  for f = 1, #fields, 2 do
-    if fields[f] == 'job' then return fields[f + 1] end
-  end
+  local order, _, name = flow_of(body or '')
+  if order and order ~= '' then ended[#ended + 1] = { order, name } end
 end
 
 local function delete(stream, first)
@@ -42,7 +41,8 @@ local function delete(stream, first)
   if entries.err then return end
   for _, entry in ipairs(entries) do
     names[#names + 1] = entry[1]
-    freed(job_of(entry[2]))
+    freed(job_in(entry[2]))
+    if ARGV[3] == 'dead' then unhalt(ARGV[1], base, job_in(entry[2])) end
   end
   if #names > 0 then gone = gone + redis.call('XDEL', stream, unpack(names)) end
 end
@@ -57,7 +57,34 @@ local function delivered(stream)
   return '0-0'
 end
 
+-- Delete from a line, from its end: body by body, without what stands in front of each.
+local function shorten(line, counter, field, start)
+  while gone < left do
+    local body = redis.call('RPOP', line)
+    if not body then return end
+    freed(string.sub(body, start and start(body) or 1))
+    redis.call('HINCRBY', counter, field, -1)
+    gone = gone + 1
+  end
+end
+
+local function behind(waiting)
+  local _, named, tenant, at = string.match(waiting, '^(%a+) (%d+) (%d+) ()')
+  return at + named + tenant
+end
+
 if ARGV[3] == 'ready' then
+  for _, order in ipairs(redis.call('SRANDMEMBER', base .. ':lines', left)) do
+    shorten(base .. ':order:' .. order, base .. ':meta', 'waiting', behind)
+    if redis.call('EXISTS', base .. ':order:' .. order) == 0 then redis.call('SREM', base .. ':lines', order) end
+  end
+  for _, level in ipairs({ 'high', 'normal', 'low' }) do
+    for _, tenant in ipairs(redis.call('ZRANGE', base .. ':fair:' .. level, 0, left)) do
+      if gone >= left then break end
+      shorten(base .. ':fair:' .. level .. ':' .. tenant, base .. ':fair', 'lines:' .. level)
+      if gone < left then redis.call('ZREM', base .. ':fair:' .. level, tenant) end
+    end
+  end
   for k = 1, 3 do
     left = tonumber(ARGV[4]) - gone
     if left > 0 and ARGV[1] == 'list' then
@@ -78,5 +105,8 @@ elseif ARGV[3] == 'delayed' then
   end
 else
   delete(KEYS[6], '-')
+end
+if ARGV[3] ~= 'dead' then
+  for _, each in ipairs(ended) do pass_on(ARGV[1], base, each[1], each[2]) end
 end
 return { gone, unpack(ids) }

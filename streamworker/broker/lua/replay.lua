@@ -1,4 +1,4 @@
--- replay: put a dead letter back on its queue, once: a second call finds no letter.
+-- replay: put a dead letter back on its queue, or into its lines, once: a second call finds no letter.
 --
 -- KEYS[1]  dead stream
 -- KEYS[2]  ready jobs of its level
@@ -9,11 +9,8 @@
 --
 -- returns 1 moved, 0 the letter is gone
 if not redis.call('XRANGE', KEYS[1], ARGV[1], ARGV[1])[1] then return 0 end
-if ARGV[3] == 'list' then
-  redis.call('LPUSH', KEYS[2], ARGV[2])
-else
-  redis.call('XADD', KEYS[2], '*', 'job', ARGV[2])
-end
+local reply = enter(ARGV[3], base_of(KEYS[1]), level_of(KEYS[2]), ARGV[2], 'line')
+if failed(reply) then return reply end
 redis.call('XDEL', KEYS[1], ARGV[1])
 redis.call('DEL', KEYS[3])
 return 1

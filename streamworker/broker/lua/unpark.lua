@@ -1,6 +1,6 @@
 -- unpark: delete a parked job for good, or make it due now. A body given with it replaces the stored one, because a
 -- document that says "not before" would be parked again by the worker that reads it. The deduplication key of a deleted
--- job is deleted too, unless another job has it by now.
+-- job is deleted too, unless another job has it by now, and its order key is passed on.
 --
 -- KEYS[1]  due set of the queue
 -- KEYS[2]  bodies hash of the queue
@@ -8,14 +8,17 @@
 -- ARGV[1]  "forget" or "hasten"
 -- ARGV[2]  member
 -- ARGV[3]  body to store ("": as it is)
--- ARGV[4]  id of the job, if it has such a key
+-- ARGV[4]  type of the ready keys: stream or list
+-- ARGV[5]  id of the job, if it has such a key
 --
 -- returns 1 done, 0 it is not parked any more, -1 it has no body and cannot run
 if not redis.call('ZSCORE', KEYS[1], ARGV[2]) then return 0 end
 if ARGV[1] == 'forget' then
+  local order, _, id = flow_of(redis.call('HGET', KEYS[2], ARGV[2]) or '')
   redis.call('ZREM', KEYS[1], ARGV[2])
   redis.call('HDEL', KEYS[2], ARGV[2])
-  if KEYS[3] and redis.pcall('GET', KEYS[3]) == ARGV[4] then redis.call('DEL', KEYS[3]) end
+  if KEYS[3] and redis.pcall('GET', KEYS[3]) == ARGV[5] then redis.call('DEL', KEYS[3]) end
+  if order and order ~= '' then pass_on(ARGV[4], base_of(KEYS[1]), order, id) end
 else
   if ARGV[3] == '' and redis.call('HEXISTS', KEYS[2], ARGV[2]) == 0 then return -1 end
   if ARGV[3] ~= '' then redis.call('HSET', KEYS[2], ARGV[2], ARGV[3]) end

@@ -1,0 +1,16 @@
+-- sweep: pass order keys on whose jobs are nowhere: deleted by hand, lost with a worker that popped, or ended by a version that
+-- knew no order. The caller has looked for the jobs everywhere.
+--
+-- KEYS[1]  meta hash of the queue; all its other keys start like it
+-- ARGV[1]  type of the ready keys: stream or list
+-- ARGV[2..] two a key: the order key, the job that was not found
+--
+-- returns the number of keys that were passed on
+local base, healed = base_of(KEYS[1]), 0
+for i = 2, #ARGV, 2 do
+  if redis.call('HGET', base .. ':order', ARGV[i]) == ARGV[i + 1] then
+    pass_on(ARGV[1], base, ARGV[i], ARGV[i + 1])
+    healed = healed + 1
+  end
+end
+return healed

@@ -1,0 +1,146 @@
+"""Order keys that are stuck: a sweep that finds keys held by jobs that are nowhere, and the listing of what waits.
+
+Every script that ends a job passes its key on. What ends outside of them (an entry deleted by hand, a worker that
+popped and died, a worker of a version without order) leaves a key with a job that is nowhere in the queue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any, Final
+
+from streamworker import codec
+from streamworker.broker import scripts
+from streamworker.broker.cancel import CancelSession
+from streamworker.broker.keys import ListKeys, QueueKeys, lease_of, of_due_member, unwrapped, worker_key
+from streamworker.broker.redis.session import text
+from streamworker.job import LEVELS
+from streamworker.telemetry.logs import get_logger
+
+log = get_logger("streamworker.broker")
+
+SWEEP_EVERY: Final = 60.0
+"""Seconds between two sweeps of a queue, whichever worker makes them."""
+PAGE: Final = 500
+MOST: Final = 10_000
+"""Most keys of one sweep."""
+
+
+async def sweep(session: CancelSession, keys: QueueKeys) -> int:
+    """Pass on keys for which jobs wait and whose holders are nowhere; returns how many. One worker a minute looks.
+
+    Args:
+        session: the connections.
+        keys: of the queue.
+    """
+    if not await session.ask("SCARD", keys.lines):
+        return 0
+    if not await session.ask("SET", keys.swept, "1", "NX", "PX", round(SWEEP_EVERY * 1000)):
+        return 0
+    missing: dict[bytes, bytes] = {}
+    for look in range(2):  # twice: a job may move while the queue is read
+        waiting = await session.ask("SRANDMEMBER", keys.lines, MOST)
+        known = {key: holder for key, holder in await _holders(session, keys, waiting) if not look or key in missing}
+        if not known:
+            return 0
+        found = {job_id async for job_id in _ids(session, keys)}
+        missing = {key: holder for key, holder in known.items() if text(holder) not in found}
+    args = [part for pair in missing.items() for part in pair]
+    healed = int(await session.run(scripts.SWEEP, [keys.meta], [keys.shape, *args])) if missing else 0
+    if healed:
+        hint = "their jobs were deleted by hand, or ended by a worker that knows no order; the next jobs are ready"
+        log.warning("order_key_healed", queue=keys.queue, keys=healed, hint=hint)
+    return healed
+
+
+async def _holders(session: CancelSession, keys: QueueKeys, waiting: list[bytes]) -> list[tuple[bytes, bytes]]:
+    """(key, holder) of keys that do not halt; empty for a key without a holder, which is stuck as well."""
+    if not waiting:
+        return []
+    holders = await session.ask("HMGET", keys.order, *waiting)
+    halted = await session.ask("HMGET", keys.halted, *waiting)
+    rows = zip(waiting, holders, halted, strict=True)
+    return [(key, holder) for key, holder, halts in rows if holder is not None and halts is None]
+
+
+async def _ids(session: CancelSession, keys: QueueKeys) -> AsyncIterator[str]:
+    """Ids of all jobs of a queue that may hold keys: delayed, ready, claimed, in tenants' lines, delayed again."""
+    async for job_id in _parked(session, keys):
+        yield job_id
+    for level in LEVELS:
+        if isinstance(keys, ListKeys):
+            async for element in _listed(session, keys.ready(level)):
+                yield codec.told_of(element)[0] or ""
+        else:
+            async for body in _streamed(session, keys.stream(level)):
+                yield codec.told_of(body)[0] or ""
+        async for tenant in _tenants(session, keys.tenants(level)):
+            async for element in _listed(session, tenant):
+                yield codec.told_of(element)[0] or ""
+    async for job_id in _claimed(session, keys):
+        yield job_id
+    async for job_id in _parked(session, keys):
+        yield job_id
+
+
+async def _claimed(session: CancelSession, keys: QueueKeys) -> AsyncIterator[str]:
+    """Jobs that list mode keeps beside the lists: in claimed lists, and popped by workers that live."""
+    if not isinstance(keys, ListKeys):
+        return
+    members = await session.ask("ZRANGE", keys.leases, 0, -1)
+    for worker in {lease[2] for member in members if (lease := lease_of(member)) is not None}:
+        async for element in _listed(session, keys.claimed(worker)):
+            claim = unwrapped(keys, element)
+            if claim is not None:
+                yield codec.told_of(claim.body)[0] or claim.entry.decode()
+    found = await session.ask("HGETALL", keys.popped)
+    pairs = found.items() if isinstance(found, dict) else zip(found[::2], found[1::2], strict=True)
+    for job_id, worker in pairs:
+        if await session.ask("EXISTS", worker_key(keys.namespace, text(worker))):
+            yield text(job_id)
+        else:
+            await session.ask("HDEL", keys.popped, job_id)
+
+
+async def _parked(session: CancelSession, keys: QueueKeys) -> AsyncIterator[str]:
+    async for member in _scanned(session, keys.due):
+        yield of_due_member(text(member))[1]
+
+
+async def _tenants(session: CancelSession, key: str) -> AsyncIterator[bytes]:
+    async for tenant in _scanned(session, key):
+        yield f"{key}:".encode() + tenant
+
+
+async def _scanned(session: CancelSession, key: str) -> AsyncIterator[bytes]:
+    """Members of a sorted set."""
+    cursor: Any = 0
+    while True:
+        cursor, pairs = await session.ask("ZSCAN", key, cursor, "COUNT", PAGE)
+        for member, _ in pairs:
+            yield member
+        if not int(cursor):
+            return
+
+
+async def _streamed(session: CancelSession, key: str) -> AsyncIterator[bytes | None]:
+    start = "-"
+    while True:
+        page = await session.ask("XRANGE", key, start, "+", "COUNT", PAGE)
+        for _, fields in page:
+            yield (fields or {}).get(b"job")
+        if len(page) < PAGE:
+            return
+        start = f"({text(page[-1][0])}"
+
+
+async def _listed(session: CancelSession, key: str | bytes) -> AsyncIterator[bytes]:
+    """Elements of a list, from the end where new ones are added."""
+    start = 0
+    while True:
+        page: list[bytes] = await session.ask("LRANGE", key, start, start + PAGE - 1)
+        for element in page:
+            yield element
+        if len(page) < PAGE:
+            return
+        start += PAGE
