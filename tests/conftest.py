@@ -37,8 +37,8 @@ from streamworker.telemetry import logs
 from tests.contract.ground import GROUNDS, Ground
 
 # Shared machines stall: how long an example takes says nothing about whether it is right.
-hypothesis.settings.register_profile("streamworker", deadline=None)
-hypothesis.settings.load_profile("streamworker")
+hypothesis.settings.register_profile("every day", deadline=None, max_examples=30)
+hypothesis.settings.register_profile("all", deadline=None, max_examples=100)
 
 # Each connection and each client of redis-py reads the metadata of its package anew: 1 ms, ten times a test.
 redis.utils.get_lib_version = functools.cache(redis.utils.get_lib_version)
@@ -51,7 +51,13 @@ MODES = ("stream",) if CLUSTER else ("stream", "list")
 _OURS = ("stream:{", "streamworker:worker:", "queue:")
 
 
+def examples(most: int) -> int:
+    """How many of ``most`` examples hypothesis tries: with ``--all`` each, else a third."""
+    return max(5, most * hypothesis.settings.default.max_examples // 100)
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    hypothesis.settings.load_profile("all" if config.getoption("run_all", False) else "every day")
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         # Shells ignore it for what they run in the background, and the processes of tests would inherit that.
         signal.signal(signal.SIGINT, signal.default_int_handler)

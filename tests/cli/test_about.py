@@ -39,7 +39,14 @@ HEAVY = (
 )
 
 
-@pytest.mark.parametrize("words", ["queues", "queues --json", "pending", "delayed", "dead", "workers"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "queues",
+        "workers",
+        *(pytest.param(more, marks=pytest.mark.all) for more in ("queues --json", "pending", "delayed", "dead")),
+    ],
+)
 def test_listings_import_what_they_use(sw, raw, words):
     """Nobody waits for PostgreSQL's driver, a worker, tracebacks in colours and OpenTelemetry in order to see a queue."""
     raw.xadd("stream:{notes}", {"job": json.dumps({"kind": "note.write", "payload": {"text": "x"}})})

@@ -42,11 +42,14 @@ def empty(ground: Any, raw: Any) -> bool:
 # -- it is lost: the job runs
 
 
-@pytest.mark.parametrize("transaction", [False, True], ids=["plain", "in a transaction"])
+LATER = [("retrying", 3, 1, 1), ("dispatched", 3, 1, 0), ("running", 3, 1, 2), ("dead", 2, 1, 0), ("dead", 0, 3, 0),
+         ("running", 1, 4, 1), ("retrying", 2**53, 1, 2**53 - 1)]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("status", "hop", "deliveries", "mine"),
-    [("retrying", 3, 1, 1), ("dispatched", 3, 1, 0), ("running", 3, 1, 2), ("dead", 2, 1, 0), ("dead", 0, 3, 0),
-     ("running", 1, 4, 1), ("retrying", 2**53, 1, 2**53 - 1)],
+    ("status", "hop", "deliveries", "mine", "transaction"),
+    [*((*row, False) for row in LATER), (*LATER[0], True), (*LATER[3], True),
+     *(pytest.param(*row, True, marks=pytest.mark.all) for row in LATER if row not in (LATER[0], LATER[3]))],
 )  # fmt: skip
 async def test_an_earlier_hop_whose_later_one_is_lost_runs(app, ground, raw, pg, status, hop, deliveries, mine, transaction):  # fmt: skip
     """And fails at first: what becomes of it is recorded, and comes again."""

@@ -14,7 +14,7 @@ from tests.postgres.turmoil import Turmoil, all_in_all, at_progress
 @pytest.mark.parametrize(
     ("stack", "jobs"),
     [
-        ("asyncpg", 300),
+        ("asyncpg", 150),
         pytest.param("asyncpg", 1000, marks=pytest.mark.all),
         *(pytest.param(each.name, 300, marks=pytest.mark.all) for each in STACKS if each.name != "asyncpg"),
     ],

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from streamworker.errors import ConfigurationError
 from streamworker.settings import Address, FairWeight, QueueSpec, Settings
 from streamworker.settings.rules import to_text
+from tests.conftest import examples
 
 # The documented variables (docs/design.md, "Environment"), their defaults, and values that must be accepted.
 NAME = st.from_regex(r"[A-Za-z0-9._-]{1,20}", fullmatch=True)
@@ -101,7 +102,7 @@ def test_defaults(name):
 
 @pytest.mark.parametrize("name", VARIABLES)
 @given(data=st.data())
-@bounded(max_examples=40)
+@bounded(max_examples=examples(40))
 def test_every_variable_round_trips(name, data):
     value = data.draw(VARIABLES[name][1])
     field, text = name.lower(), to_text(value)
@@ -221,7 +222,7 @@ def test_a_value_set_in_code_says_so():
 
 @pytest.mark.parametrize("name", [*VARIABLES, "DASHBOARD_USER", "DASHBOARD_PASSWORD"])
 @given(data=st.data())
-@bounded(max_examples=20)  # of each of many names
+@bounded(max_examples=examples(20))  # of each of many names
 def test_one_wrong_letter_names_the_right_variable(name, data):
     at = data.draw(st.integers(0, len(name) - 1))
     letter = data.draw(st.sampled_from("ABCDEFGHIJKLMNOPQRSTUVWXYZ_"))

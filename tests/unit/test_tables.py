@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from streamworker.cli.tables import UNBOUNDED, Column, plain_table
 from streamworker.cli.terminal import console, table
+from tests.conftest import examples
 
 COLUMNS = [
     Column("queue", lambda row: row[0], short=3),
@@ -28,7 +29,7 @@ def drawn(rows, payload):
     return out.file.getvalue()
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(
     st.lists(
         st.tuples(st.tuples(TEXT, TEXT, TEXT, TEXT, TEXT), st.none() | st.binary(max_size=9)), min_size=1, max_size=4

@@ -214,7 +214,7 @@ async def steps(world: Any) -> list[tuple[int, str, int, int]]:
     return [(row["day"], row["step"], row["mails"], row["spam"]) for row in rows]
 
 
-@pytest.mark.parametrize("mode", ["stream", "list"])
+@pytest.mark.parametrize("mode", ["stream", pytest.param("list", marks=pytest.mark.all)])
 async def test_a_warm_up_walks_its_days(world: Any, warming: Any):
     """Days pass as fast as their jobs can run; the seeds' mail comes in as soon as it is sent."""
     await world.enqueue(WarmupOutbound(warmup_id=warming, day=1))
