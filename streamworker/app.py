@@ -24,7 +24,7 @@ from streamworker.handlers import Handlers, check_queue
 from streamworker.job import Enqueued, Job
 from streamworker.observe import Observer, Sender
 from streamworker.operators import CancelAnswer, cancel_job, open_operator
-from streamworker.payload import Payload
+from streamworker.payload import AnyPayload
 from streamworker.postgres import Archive, JobRecord
 from streamworker.postgres.migrate import Migrator, printed, shipped
 from streamworker.producer import JobOptions, Producer, job_of, make_job, refuse_patched, running_loop
@@ -255,7 +255,7 @@ class App(Handlers[S], Calendar):
 
     # -- producing
 
-    def job(self, payload: Payload, /, **options: Unpack[JobOptions]) -> Job:
+    def job(self, payload: AnyPayload, /, **options: Unpack[JobOptions]) -> Job:
         """Make a job with options, for `enqueue_many`.
 
         Args:
@@ -270,7 +270,7 @@ class App(Handlers[S], Calendar):
 
     async def enqueue(
         self,
-        payload: Payload | Job,
+        payload: AnyPayload | Job,
         /,
         *,
         queue: str | None = None,
@@ -314,7 +314,7 @@ class App(Handlers[S], Calendar):
         )  # fmt: skip
         return (await self.enqueue_many([job_of(payload, **options)], connection=connection))[0]
 
-    async def enqueue_many(self, jobs: Iterable[Payload | Job], /, *, connection: Any = None) -> list[Enqueued]:
+    async def enqueue_many(self, jobs: Iterable[AnyPayload | Job], /, *, connection: Any = None) -> list[Enqueued]:
         """Enqueue many jobs, up to a thousand per round trip; answers in order.
 
         With ``connection`` the app need not be open: Redis is not asked.
@@ -332,7 +332,7 @@ class App(Handlers[S], Calendar):
         return await self._producer.enqueue_many(jobs, connection)
 
     def enqueue_blocking(
-        self, payload: Payload | Job, /, *, connection: Any = None, **options: Unpack[JobOptions]
+        self, payload: AnyPayload | Job, /, *, connection: Any = None, **options: Unpack[JobOptions]
     ) -> Enqueued:
         """`enqueue` for sync code: a script, a thread, a sync handler.
 

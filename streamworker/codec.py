@@ -20,7 +20,7 @@ import uuid_utils
 
 from streamworker.errors import InvalidJob, JobTooLarge
 from streamworker.job import Claim, Job, Level, PackedJob
-from streamworker.payload import Payload, fit_of, infinity_in
+from streamworker.payload import AnyPayload, fit_of, infinity_in
 
 MAX_ID_BYTES: Final = 200
 MAX_DEPTH: Final = 500
@@ -283,7 +283,7 @@ def check_depth(body: bytes) -> None:
             raise InvalidJob(f"the document is more than {MAX_DEPTH} brackets deep: store the data elsewhere")
 
 
-def encode_payload(payload: Payload) -> msgspec.Raw:
+def encode_payload(payload: AnyPayload) -> msgspec.Raw:
     """A payload's JSON text, which its own type can decode: what no worker could run is refused where it is written.
 
     Raises:
@@ -291,9 +291,9 @@ def encode_payload(payload: Payload) -> msgspec.Raw:
         ConfigurationError: its class cannot be decoded at all.
     """
     type_ = type(payload)
-    decode, finite, compares = type_.__fit__ or fit_of(type_)
+    decode, finite, compares, encode = type_.__fit__ or fit_of(type_)
     try:
-        text = _encode(payload)
+        text = encode(payload)
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidJob(f"the payload {type_.__name__} cannot be written as JSON: {error}") from None
     try:

@@ -23,8 +23,8 @@ import msgspec
 from cronsim import CronSim, CronSimError
 
 from streamworker.errors import ConfigurationError
-from streamworker.handlers import Payload
 from streamworker.job import Job
+from streamworker.payload import AnyPayload
 from streamworker.producer import make_job
 
 Missed: TypeAlias = Literal["last", "skip"]
@@ -196,7 +196,7 @@ def _shown(expression: str, wall: int) -> int | None:
 
 
 def schedule(
-    expression: str, payload: Payload, *, tz: str, missed: Missed, name: str | None, **options: Any
+    expression: str, payload: AnyPayload, *, tz: str, missed: Missed, name: str | None, **options: Any
 ) -> Schedule:
     """A schedule, checked.
 
@@ -249,7 +249,7 @@ class Calendar:
     def cron(
         self,
         expression: str,
-        payload: Payload,
+        payload: AnyPayload,
         /,
         *,
         tz: str = "UTC",

@@ -16,7 +16,7 @@ from typing_extensions import TypeVar
 from streamworker.context import Context
 from streamworker.errors import ConfigurationError, UsageError
 from streamworker.limits import Quota, quota
-from streamworker.payload import Payload, check_queue, decoder_of, place_of
+from streamworker.payload import AnyPayload, Payload, check_queue, decoder_of, fields_of, is_payload_class, place_of
 from streamworker.policy import Backoff, Limits
 
 
@@ -25,7 +25,7 @@ class Registration(msgspec.Struct, frozen=True):
 
     kind: str
     queue: str
-    payload: type[Payload]
+    payload: type[AnyPayload]
     function: Callable[..., Any]
     decode: Callable[[msgspec.Raw], Any]
     limits: Limits
@@ -69,7 +69,7 @@ def registered(
     target = _underlying(function)
     if inspect.isgeneratorfunction(target) or inspect.isasyncgenfunction(target):
         raise ConfigurationError(f"{name} yields: calling it runs nothing, so it cannot be a handler")
-    if quota is not None and quota.limit_by and quota.limit_by not in payload.__struct_fields__:
+    if quota is not None and quota.limit_by and quota.limit_by not in fields_of(payload):
         raise ConfigurationError(f"the handler {name} is limited by {quota.limit_by!r}, no field of its payload")
     is_async = inspect.iscoroutinefunction(_outermost(function))
     wants_context = len(parameters) == 2 and _is_context(parameters[1])
@@ -90,7 +90,7 @@ def registered(
     )
 
 
-def _payload(name: str, annotation: Any, together: BatchOptions | None) -> tuple[type[Payload], Any]:
+def _payload(name: str, annotation: Any, together: BatchOptions | None) -> tuple[type[AnyPayload], Any]:
     """The payload's class by the first parameter's annotation, and the type to decode: ``Box[int]`` of a ``Box``."""
     if together is not None:
         if get_origin(annotation) is not list:
@@ -99,7 +99,7 @@ def _payload(name: str, annotation: Any, together: BatchOptions | None) -> tuple
             )
         (annotation,) = get_args(annotation)
     cls = get_origin(annotation) or annotation
-    if not (isinstance(cls, type) and issubclass(cls, Payload)) or cls is Payload:
+    if not is_payload_class(cls):
         raise ConfigurationError(f"the first parameter of {name} must be annotated with its Payload class")
     return cls, annotation
 
@@ -166,7 +166,7 @@ __all__ = ["BatchDecorator", "Decorator", "Handlers", "Payload", "Registration",
 QUOTA: Final = ("concurrency", "rate", "burst", "limit_by")
 BATCH: Final = ("batch", "linger")
 
-P = TypeVar("P", bound=Payload)
+P = TypeVar("P", bound=AnyPayload)
 S = TypeVar("S", default=Any)
 R = TypeVar("R")
 

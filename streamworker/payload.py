@@ -6,8 +6,8 @@ import inspect
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, Final, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, ClassVar, Final, Literal, NamedTuple, TypeAlias, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import inspect as kinds
@@ -39,22 +39,51 @@ class Fit(NamedTuple):
         decode: the type's own decoder: what it refuses, every worker would.
         finite: no field of it can hold a float, so that none can hold NaN or an infinity, which JSON writes as null.
         compares: a payload that equals what its JSON text is decoded to has lost none.
+        encode: writes a payload as JSON text.
     """
 
     decode: Callable[[msgspec.Raw], Any]
     finite: bool
     compares: bool
+    encode: Callable[[Any], bytes] = msgspec.json.encode
+
+
+def _check_names(head: str, kind: str | None, queue: str | None, aliases: tuple[str, ...]) -> None:
+    """Refuse a payload class without a kind or a queue, or with names that are none.
+
+    Args:
+        head: of its statement, for the sentence: ``Send(Payload``.
+        kind: the class keyword.
+        queue: the class keyword.
+        aliases: the class keyword.
+    """
+    name = head.partition("(")[0]
+    if kind is None or queue is None:
+        raise TypeError(f"{name} needs a kind and a queue: class {head}, kind='...', queue='...')")
+    if hasattr(aliases, "lower"):  # a string would be split into letters
+        raise TypeError(f"{name}: aliases={aliases!r} must be a tuple of kinds")
+    for each in (kind, *aliases):
+        if not KIND_NAME.fullmatch(each):
+            raise TypeError(f"{name}: {each!r} is no kind: use 1 to 200 characters without white space")
+    check_queue(queue)
 
 
 MOST_KEY_BYTES: Final = 200
 """Most bytes of an order key, and of a fairness key."""
 
 
-def _lines(cls: Any, order_by: str | None, fair_by: str | None) -> tuple[str | None, str | None] | None:
-    for option, field in (("order_by", order_by), ("fair_by", fair_by)):
-        if field is not None and field not in cls.__struct_fields__:
+def _name_lines(cls: Any, order_by: str | None, fair_by: str | None, on_dead: str) -> None:
+    """Keep the class keywords about lines."""
+    cls.__lines__ = None if order_by is None and fair_by is None else (order_by, fair_by)
+    cls.__halts__ = on_dead == "halt"
+    if on_dead not in ("continue", "halt") or (on_dead == "halt" and order_by is None):
+        raise TypeError(f"{cls.__name__}: on_dead={on_dead!r} must be 'continue', or 'halt' beside order_by")
+
+
+def _check_lines(cls: Any) -> None:
+    for option, field in zip(("order_by", "fair_by"), cls.__lines__ or (), strict=False):
+        if field is not None and field not in fields_of(cls):
             raise TypeError(f"{cls.__name__}: {option}={field!r} names no field of it")
-    return None if order_by is None and fair_by is None else (order_by, fair_by)
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(msgspec.field,))
@@ -76,22 +105,14 @@ class _PayloadMeta(msgspec.StructMeta):
     ) -> Any:
         root = bases == (msgspec.Struct,)
         if not root:
-            if kind is None or queue is None:
-                raise TypeError(f"{name} needs a kind and a queue: class {name}(Payload, kind='...', queue='...')")
-            if hasattr(aliases, "lower"):  # a string would be split into letters
-                raise TypeError(f"{name}: aliases={aliases!r} must be a tuple of kinds")
-            for each in (kind, *aliases):
-                if not KIND_NAME.fullmatch(each):
-                    raise TypeError(f"{name}: {each!r} is no kind: use 1 to 200 characters without white space")
-            check_queue(queue)
+            _check_names(f"{name}(Payload", kind, queue, aliases)
             if "<locals>" in namespace.get("__qualname__", ""):
                 _resolve(namespace, sys._getframe(1))
         cls: Any = super().__new__(mcls, name, bases, namespace, frozen=True, **options)
         cls.__kind__, cls.__queue__, cls.__aliases__ = kind, queue, tuple(aliases)
         cls.__fit__ = None
-        cls.__lines__, cls.__halts__ = _lines(cls, order_by, fair_by), on_dead == "halt"
-        if on_dead not in ("continue", "halt") or (on_dead == "halt" and order_by is None):
-            raise TypeError(f"{name}: on_dead={on_dead!r} must be 'continue', or 'halt' beside order_by")
+        _name_lines(cls, order_by, fair_by, on_dead)
+        _check_lines(cls)
         return cls
 
 
@@ -137,7 +158,78 @@ def _key_in(payload: Any, field: str | None) -> str | None:
     return text
 
 
-def fit_of(type_: type[Payload]) -> Fit:
+class PayloadBase:
+    """Base of payload types that are no msgspec structs; those of `streamworker.integrations` derive from it.
+
+    Class keywords: those of `Payload`.
+    """
+
+    __kind__: ClassVar[str]
+    __queue__: ClassVar[str]
+    __aliases__: ClassVar[tuple[str, ...]]
+    __fit__: ClassVar[Fit | None]
+    __lines__: ClassVar[tuple[str | None, str | None] | None]
+    __halts__: ClassVar[bool]
+
+    def __init_subclass__(
+        cls,
+        *,
+        kind: str | None = None,
+        queue: str | None = None,
+        aliases: tuple[str, ...] = (),
+        order_by: str | None = None,
+        fair_by: str | None = None,
+        on_dead: Literal["continue", "halt"] = "continue",
+        **options: Any,
+    ) -> None:
+        """Check and keep the names, as `Payload` does."""
+        super().__init_subclass__(**options)
+        if PayloadBase in cls.__bases__:  # of an integration: users derive from that
+            return
+        _check_names(f"{cls.__name__}({cls.__bases__[0].__name__}", kind, queue, aliases)
+        cls.__kind__, cls.__queue__, cls.__aliases__ = kind or "", queue or "", tuple(aliases)
+        cls.__fit__ = None
+        _name_lines(cls, order_by, fair_by, on_dead)
+
+    @classmethod
+    def payload_fields(cls) -> Collection[str]:
+        """The names of its fields.
+
+        Raises:
+            ConfigurationError: the class cannot be a payload.
+        """
+        return ()
+
+    @classmethod
+    def payload_fit(cls) -> Fit:
+        """How it is written, read and checked.
+
+        Raises:
+            ConfigurationError: the class cannot be a payload.
+        """
+        return _struct_fit(cls)
+
+    def payload_builtins(self) -> Any:
+        """Its fields in dicts and lists, in which NaN and infinities are looked for."""
+        return msgspec.to_builtins(self)
+
+
+AnyPayload: TypeAlias = Payload | PayloadBase
+"""What jobs are made of."""
+ROOTS: Final = (Payload, PayloadBase)
+
+
+def is_payload_class(cls: Any) -> bool:
+    """Whether jobs can be made of its instances: it has a kind and a queue."""
+    return isinstance(cls, type) and issubclass(cls, ROOTS) and bool(getattr(cls, "__kind__", None))
+
+
+def fields_of(cls: type[AnyPayload]) -> Collection[str]:
+    """The names of a payload class's fields."""
+    return cls.payload_fields() if issubclass(cls, PayloadBase) else cls.__struct_fields__
+
+
+def fit_of(type_: type[AnyPayload]) -> Fit:
     """The checks of a payload class, made at the first call.
 
     Raises:
@@ -145,9 +237,19 @@ def fit_of(type_: type[Payload]) -> Fit:
     """
     fit = type_.__fit__
     if fit is None:
-        decode, parts = decoder_of(type_), list(_parts(kinds.type_info(type_)))
-        fit = type_.__fit__ = Fit(decode, not any(map(_may_hold_floats, parts)), all(map(_compares, parts)))
+        if issubclass(type_, PayloadBase):
+            fit = type_.payload_fit()
+            _check_lines(type_)  # its fields were not known when the class was made
+        else:
+            fit = _struct_fit(type_)
+        type_.__fit__ = fit
     return fit
+
+
+def _struct_fit(type_: Any) -> Fit:
+    """The checks of a type that msgspec knows."""
+    decode, parts = _msgspec_decoder(type_), list(_parts(kinds.type_info(type_)))
+    return Fit(decode, not any(map(_may_hold_floats, parts)), all(map(_compares, parts)))
 
 
 def decoder_of(type_: Any) -> Callable[[msgspec.Raw], Any]:
@@ -159,6 +261,12 @@ def decoder_of(type_: Any) -> Callable[[msgspec.Raw], Any]:
     Raises:
         ConfigurationError: the type cannot be decoded; the sentence names class, field, file and line.
     """
+    if isinstance(type_, type) and issubclass(type_, PayloadBase):
+        return fit_of(type_).decode
+    return _msgspec_decoder(type_)
+
+
+def _msgspec_decoder(type_: Any) -> Callable[[msgspec.Raw], Any]:
     try:
         return msgspec.json.Decoder(type_).decode
     except Exception as error:  # noqa: BLE001 - evaluating a user's annotations may raise anything
@@ -247,7 +355,7 @@ _ANY: Final = kinds.AnyType | kinds.CustomType
 def infinity_in(value: Any) -> str | None:
     """Where something that was written as JSON holds NaN or an infinity: ``.field[0]``; ``None`` if it holds none."""
     try:
-        value = msgspec.to_builtins(value)
+        value = value.payload_builtins() if isinstance(value, PayloadBase) else msgspec.to_builtins(value)
     except Exception:  # noqa: BLE001 - it holds JSON as it is, or an object of a user's
         value = msgspec.structs.asdict(value) if isinstance(value, msgspec.Struct) else value
     return next(_infinities(value, ""), None)

@@ -20,11 +20,11 @@ from streamworker import codec
 from streamworker.broker import Broker, ServerClock
 from streamworker.codec import reserved_in
 from streamworker.errors import LONGEST_WAIT, InvalidJob, UsageError
-from streamworker.handlers import Payload, check_queue
+from streamworker.handlers import check_queue
 from streamworker.job import Enqueued, Job
 from streamworker.loops import at_once
 from streamworker.observe import Sender
-from streamworker.payload import infinity_in, line_keys
+from streamworker.payload import ROOTS, AnyPayload, fit_of, infinity_in, is_payload_class, line_keys
 from streamworker.settings import Settings
 
 
@@ -70,9 +70,9 @@ class Producer:
         self._background: BackgroundLoop[Outlet] | None = None
         self._lock = threading.Lock()
 
-    async def enqueue_many(self, jobs: Iterable[Payload | Job], connection: Any = None) -> list[Enqueued]:
+    async def enqueue_many(self, jobs: Iterable[AnyPayload | Job], connection: Any = None) -> list[Enqueued]:
         """Make jobs of payloads and publish them, as `App.enqueue_many` says."""
-        if isinstance(jobs, Payload | Job) or not isinstance(jobs, Iterable):
+        if isinstance(jobs, (*ROOTS, Job)) or not isinstance(jobs, Iterable):
             raise UsageError(f"enqueue_many() takes a list: enqueue_many([...]), not one {type(jobs).__name__}")
         if isinstance(jobs, Sequence):
             now = datetime.now(UTC)
@@ -174,7 +174,7 @@ class JobOptions(TypedDict, total=False):
     headers: dict[str, Any] | None
 
 
-def make_job(payload: Payload, **options: Unpack[JobOptions]) -> Job:
+def make_job(payload: AnyPayload, **options: Unpack[JobOptions]) -> Job:
     """A job with a fresh id.
 
     Args:
@@ -251,12 +251,14 @@ def plain_job(payload: Any, created_at: datetime) -> Job:
 def _class_of(payload: Any) -> Any:
     type_: Any = type(payload)
     # `issubclass` asks the metaclass: a class whose payloads were encoded before need not be asked again.
-    if getattr(type_, "__fit__", None) is None and (not issubclass(type_, Payload) or type_ is Payload):
-        raise UsageError(_no_payload(payload))
+    if getattr(type_, "__fit__", None) is None:
+        if not is_payload_class(type_):
+            raise UsageError(_no_payload(payload))
+        fit_of(type_)
     return type_
 
 
-def job_of(given: Payload | Job, **options: Unpack[JobOptions]) -> Job:
+def job_of(given: AnyPayload | Job, **options: Unpack[JobOptions]) -> Job:
     """A job out of a payload and options; or a job that was made before, which brings its own.
 
     Raises:
@@ -280,7 +282,7 @@ def _no_payload(given: Any) -> str:
     if isinstance(given, Job):
         return "this is a job already: give it to enqueue() or enqueue_many() as it is"
     if isinstance(given, type):
-        if issubclass(given, Payload) and given is not Payload:
+        if is_payload_class(given):
             return f"{given.__name__} is a class: enqueue an instance of it, {given.__name__}(...)"
         return f"the class {given.__name__} is no payload: {_WANTED}"
     what = type(given).__name__

@@ -20,9 +20,10 @@ from streamworker.context import Context, Shared
 from streamworker.cron import Schedule
 from streamworker.errors import ConfigurationError, HandlerSignal, Snooze, StreamworkerError, UsageError
 from streamworker.execution import EXPIRED, Execution
-from streamworker.handlers import Handlers, Payload
+from streamworker.handlers import Handlers
 from streamworker.job import Claim, Job, Ok, Outcome, Postponed, TimedOut
 from streamworker.observe import JobRun, Observer
+from streamworker.payload import AnyPayload
 from streamworker.policy import Limits
 from streamworker.producer import make_job
 from streamworker.relay import Outbox
@@ -43,7 +44,7 @@ _THREAD_GRACE: Final = 1.0
 
 @overload
 def context(
-    job: Payload | Job,
+    job: AnyPayload | Job,
     /,
     *,
     attempt: int = 1,
@@ -57,7 +58,7 @@ def context(
 ) -> Context[Any]: ...
 @overload
 def context(
-    job: Payload | Job,
+    job: AnyPayload | Job,
     /,
     *,
     services: S,
@@ -71,7 +72,7 @@ def context(
     stopping: bool = False,
 ) -> Context[S]: ...
 def context(
-    job: Payload | Job,
+    job: AnyPayload | Job,
     /,
     *,
     services: Any = None,
@@ -114,7 +115,7 @@ def context(
 
 async def run(
     app: App[Any],
-    job: Payload | Job,
+    job: AnyPayload | Job,
     /,
     *,
     services: Any = None,
@@ -199,7 +200,7 @@ async def _in_task(executor: Executor, run: Execution) -> None:
             await tasks.close(_THREAD_GRACE)
 
 
-def _claim(job: Payload | Job, attempt: int, delivery: int) -> Claim:
+def _claim(job: AnyPayload | Job, attempt: int, delivery: int) -> Claim:
     """The job as a worker would get it; through its document, so that what JSON does to a payload is tested too."""
     if attempt < 1 or delivery < 1:
         raise UsageError(f"attempt={attempt} and delivery={delivery} count from 1")
