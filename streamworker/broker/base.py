@@ -13,19 +13,19 @@ import msgspec
 from redis import exceptions as redis_errors
 from typing_extensions import TypeVar
 
-from streamworker.broker import CronTick, CronTickResult, Refusal, scripts
+from streamworker.broker import CronTick, CronTickResult, Refusal, SettleRequest, scripts
 from streamworker.broker.cancel import Cancels, cancel
 from streamworker.broker.claim import ClaimSource, Options, none_ended
-from streamworker.broker.keys import QueueKeys, due_member, worker_key
+from streamworker.broker.keys import PROGRESS, QueueKeys, due_member, worker_key
 from streamworker.broker.pubsub import Subscriber, listen, waiting
 from streamworker.broker.redis.client import RedisAddress
 from streamworker.broker.redis.reactions import understood
 from streamworker.broker.redis.session import Session
 from streamworker.broker.redis.url import NotExecuted
-from streamworker.broker.settle import Refusals
+from streamworker.broker.settle import ClaimSettlement, settle
 from streamworker.broker.stream_claim import ClusterStreamClaims
 from streamworker.errors import PublishUncertain, Unreachable
-from streamworker.job import LEVELS, Claim, Enqueued, Level, PackedJob, Progress
+from streamworker.job import LEVELS, Claim, Enqueued, Level, PackedJob, Progress, Settled
 from streamworker.limits import AcquireRequest, AcquireResult, Limit, Permit
 from streamworker.results import ResultWaiter
 from streamworker.telemetry.logs import get_logger
@@ -58,7 +58,7 @@ class RedisBroker(ABC, Generic[K, I]):
         self._subscriber = Subscriber(self._session)
         self._limits = RedisLimiter(self._session, self._keys, lease=options.lease)
         self._source = self._claim_source(queues)
-        self._refusals = Refusals()
+        self._refusals: dict[str, Refusal] = {}
 
     @abstractmethod
     def _key(self, queue: str) -> K:
@@ -92,16 +92,28 @@ class RedisBroker(ABC, Generic[K, I]):
             pairs = [part for pair in told.items() for part in pair]
             await self._session.ask("HSET", keys.fair, "weighted", "1", *pairs)
 
+    @property
+    def _heartbeat_ms(self) -> int:
+        """How long a heartbeat lives."""
+        return max(1000, int(self._options.lease * 1000))
+
     async def publish(self, jobs: Sequence[PackedJob]) -> list[Enqueued]:
         return await self._publisher.publish(jobs)
 
     @property
     def refusals(self) -> Mapping[str, Refusal]:
-        return self._refusals.why
-
-    def _refused(self) -> Refusals:
-        self._refusals = Refusals()
         return self._refusals
+
+    async def settle(self, items: Sequence[SettleRequest]) -> list[Settled]:
+        await self._session.fresh()
+        self._refusals = {}
+        spread = self._session.address.spread
+        with self._session.watched():
+            return await settle(self._sender(), self._keys_by_place, items, self._refusals, spread=spread)
+
+    @abstractmethod
+    def _sender(self) -> ClaimSettlement:
+        """Settles claims of this worker."""
 
     async def offer_tick(self, tick: CronTick) -> CronTickResult:
         return await self._publisher.offer_tick(tick)
@@ -159,10 +171,14 @@ class RedisBroker(ABC, Generic[K, I]):
         return waiting(self._session, self._subscriber, [self._key(queue) for queue in queues], job_id)
 
     async def progress(self, told: Mapping[str, Progress], ended: Collection[str]) -> None:
-        await self._session.progress(self._name, self._options.lease, told, ended)
+        args: list[Any] = [self._heartbeat_ms, len(ended), *(PROGRESS + job_id for job_id in ended)]
+        for job_id, word in told.items():
+            args += (PROGRESS + job_id, msgspec.json.encode(word))
+        await self._session.in_thread(scripts.PROGRESS, [self._name], args)
 
     async def beat(self, report: dict[str, str | int | float]) -> None:
-        await self._session.beat(self._name, self._options.lease, report)
+        args: list[Any] = [self._heartbeat_ms, *chain.from_iterable(report.items())]
+        await self._session.in_thread(scripts.BEAT, [self._name], args)
 
     async def leave_thread(self) -> None:
         await self._session.leave_thread()

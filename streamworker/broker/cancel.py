@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Collection, Sequence
 from time import monotonic
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import msgspec
 
 from streamworker import codec, results
 from streamworker.broker import scripts
 from streamworker.broker.keys import QueueKeys, of_due_member
-from streamworker.broker.redis.session import Session, text
+from streamworker.broker.redis.session import OperatorSession, Session, text
 from streamworker.broker.settle import id_of
 from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable
 from streamworker.job import Claim
@@ -29,16 +29,6 @@ PAGE: Final = 1000
 """Parked jobs of one page."""
 FRESH: Final = 6.0
 """Seconds after a notification in which an older look does not count as proof that nothing is cancelled."""
-
-
-class CancelSession(Protocol):
-    """The part of a session that cancelling needs."""
-
-    async def ask(self, *command: Any) -> Any:
-        """Send one command."""
-
-    async def run(self, script: scripts.LuaScript, keys: Sequence[str], args: Sequence[Any]) -> Any:
-        """Run a script."""
 
 
 class Cancels:
@@ -113,7 +103,7 @@ class Cancels:
         return found
 
 
-async def cancel(server: CancelSession, keys: QueueKeys, job_id: str) -> bool:
+async def cancel(server: Session | OperatorSession, keys: QueueKeys, job_id: str) -> bool:
     """Cancel a job of a queue, whatever its state; True if it was delayed, which deletes it at once.
 
     Args:
@@ -132,7 +122,7 @@ async def cancel(server: CancelSession, keys: QueueKeys, job_id: str) -> bool:
     return gone
 
 
-async def forget(server: CancelSession, keys: QueueKeys, member: bytes | str) -> bool:
+async def forget(server: Session | OperatorSession, keys: QueueKeys, member: bytes | str) -> bool:
     """Delete a delayed job for good, and free its deduplication key; False if it is not parked any more."""
     found = codec.keyed(await server.ask("HGET", keys.bodies, member))
     names, args = [keys.due, keys.bodies], ["forget", member, b"", keys.shape]
@@ -141,12 +131,12 @@ async def forget(server: CancelSession, keys: QueueKeys, member: bytes | str) ->
     return bool(await server.run(scripts.UNPARK, names, args))
 
 
-async def uncancel(server: CancelSession, keys: QueueKeys, job_id: str) -> bool:
+async def uncancel(server: Session | OperatorSession, keys: QueueKeys, job_id: str) -> bool:
     """Delete a mark, so that the job may run again; False if there is none."""
     return bool(await server.run(scripts.CANCEL, [keys.cancelled, keys.meta, keys.due], [job_id, 0]))
 
 
-async def _parked(server: CancelSession, keys: QueueKeys, job_id: str) -> AsyncIterator[bytes]:
+async def _parked(server: Session | OperatorSession, keys: QueueKeys, job_id: str) -> AsyncIterator[bytes]:
     """Members of the due set for a job. The set is ordered by time, so that all of it is read, page by page."""
     pattern = "".join(f"\\{char}" if char in "*?[]\\^" else char for char in job_id)
     cursor: Any = 0

@@ -27,10 +27,10 @@ from streamworker.broker.redis.cluster import ClusterReader
 from streamworker.broker.redis.connection import Reader
 from streamworker.broker.redis.reactions import Reaction, clustered, reaction_to, row_of, understood
 from streamworker.broker.redis.session import BLOCK, Session
-from streamworker.broker.settle import Code, dead_letter_fields, freed, kept_at, note, parking, settle, tell
+from streamworker.broker.settle import Code, dead_letter_fields, freed, kept_at, note, parking, tell
 from streamworker.broker.stream import forget_leases, tidy_pause
 from streamworker.errors import ConfigurationError, StreamworkerError, UsageError
-from streamworker.job import Claim, Depth, Settled
+from streamworker.job import Claim, Depth
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.broker")
@@ -338,13 +338,8 @@ class ListBroker(RedisBroker[ListKeys, ClaimSource]):
             longest=longest,
         )
 
-    async def settle(self, items: Sequence[SettleRequest]) -> list[Settled]:
-        await self._session.fresh()
-        refusals = self._refused()
-        with self._session.watched():
-            return await settle(
-                ListSettlement(self._session.pool, self._source.consumer), self._keys_by_place, items, refusals
-            )
+    def _sender(self) -> ListSettlement:
+        return ListSettlement(self._session.pool, self._source.consumer)
 
     async def own_pending(self, running: Collection[Claim]) -> list[Claim]:
         known = {(claim.queue, claim.entry) for claim in running}

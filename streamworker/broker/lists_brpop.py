@@ -20,7 +20,7 @@ from streamworker.broker.keys import SECRET, ListKeys, QueueKeys, leased
 from streamworker.broker.lists import ListBroker, ListSettlement, Reclaimer
 from streamworker.broker.redis.client import RedisAddress
 from streamworker.broker.redis.session import BLOCK, Session
-from streamworker.broker.settle import Code, settle
+from streamworker.broker.settle import Code
 from streamworker.codec import unmarked
 from streamworker.errors import StreamworkerError
 from streamworker.job import LEVELS, Claim, Settled
@@ -177,18 +177,12 @@ class BrpopBroker(ListBroker):
             return claims
 
     async def settle(self, items: Sequence[SettleRequest]) -> list[Settled]:
-        """Settle; a finished job left the server when it was popped."""
-        await self._session.fresh()
-        with self._session.watched():
-            await self._forget_popped(items)
-            refusals = self._refused()
-            waited = self._source.waited if isinstance(self._source, BrpopClaims) else frozenset()
-            return await settle(
-                _PoppedSettlement(self._session.pool, self._source.consumer, waited),
-                self._keys_by_place,
-                items,
-                refusals,
-            )
+        await self._forget_popped(items)
+        return await super().settle(items)
+
+    def _sender(self) -> ListSettlement:
+        waited = self._source.waited if isinstance(self._source, BrpopClaims) else frozenset()
+        return _PoppedSettlement(self._session.pool, self._source.consumer, waited)
 
     async def _forget_popped(self, items: Sequence[SettleRequest]) -> None:
         for item in items:
@@ -220,6 +214,7 @@ class _PoppedSettlement(ListSettlement):
         self._waited = waited
 
     async def done(self, keys: QueueKeys, items: list[SettleRequest]) -> list[Code]:
+        """Nothing to do: a finished job left the server when it was popped."""
         self.waited = keys.queue in self._waited
         return [1] * len(items)
 

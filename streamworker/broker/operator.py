@@ -36,7 +36,7 @@ from streamworker.broker.lists import ListSettlement, refuse_cluster
 from streamworker.broker.redis.client import RedisAddress
 from streamworker.broker.redis.reactions import understood
 from streamworker.broker.redis.session import OperatorSession, text
-from streamworker.broker.settle import ClaimSettlement, Refusals, StreamSettlement, settle
+from streamworker.broker.settle import ClaimSettlement, StreamSettlement, settle
 from streamworker.codec import NOTHING
 from streamworker.errors import InvalidJob, StreamworkerError
 from streamworker.job import Claim, Dead, Depth, Drop, Progress, ReleaseAt, Settled, Verdict, read
@@ -56,29 +56,24 @@ class RedisOperator(ABC):
 
     Args:
         address: the server.
-        namespace: prefix of our keys.
-        group: the consumer group; empty in list mode.
-        keys: the keys of a queue, by its name.
-        lease: seconds a claim lives unrenewed.
+        options: namespace and lease.
         freed: called with jobs that the operator ended.
+        group: the consumer group; lists have none.
     """
 
     def __init__(
-        self,
-        address: RedisAddress,
-        namespace: str,
-        group: str,
-        keys: Callable[[str], QueueKeys],
-        *,
-        lease: float,
-        freed: Freed = nothing_freed,
+        self, address: RedisAddress, options: Options, freed: Freed = nothing_freed, *, group: str = ""
     ) -> None:
-        self.lease = lease
+        self.lease = options.lease
         self._freed = freed
         self._address = address
-        self._namespace, self._group, self._key = namespace, group, keys
+        self._namespace, self._group = options.namespace, group
         self._commands = address.commands()
-        self._session = OperatorSession(self._commands, address, group, namespace)
+        self._session = OperatorSession(self._commands, address, group, self._namespace)
+
+    @abstractmethod
+    def _key(self, queue: str) -> QueueKeys:
+        """The keys of a queue."""
 
     async def open(self) -> None:
         """Check that a server answers.
@@ -142,9 +137,7 @@ class RedisOperator(ABC):
             attempts, order = 0, ""
         ending = SettleRequest(claim, verdict, next_form, entry.job_id or "", entry.kind or "", attempts, order=order)
         with understood(self._address):
-            answers = await settle(
-                self._sender(entry.worker_id), {claim.place: self._key(entry.queue)}, [ending], Refusals()
-            )
+            answers = await settle(self._sender(entry.worker_id), {claim.place: self._key(entry.queue)}, [ending], {})
         if answers == [Settled.REFUSED]:
             raise StreamworkerError(f"Redis at {self._address} is out of memory or refuses writes: nothing was changed")
         return answers == [Settled.SETTLED]
@@ -328,15 +321,10 @@ class StreamOperator(RedisOperator):
     """`Operator` of stream mode."""
 
     def __init__(self, address: RedisAddress, options: StreamOptions, freed: Freed = nothing_freed) -> None:
-        namespace = options.namespace
-        super().__init__(
-            address,
-            namespace,
-            options.group,
-            lambda queue: QueueKeys(queue, namespace),
-            lease=options.lease,
-            freed=freed,
-        )
+        super().__init__(address, options, freed, group=options.group)
+
+    def _key(self, queue: str) -> QueueKeys:
+        return QueueKeys(queue, self._namespace)
 
     async def _page(
         self, queue: str, after: str, consumer: str | None, min_idle: float, only: str | None
@@ -388,10 +376,10 @@ class ListOperator(RedisOperator):
 
     def __init__(self, address: RedisAddress, options: Options, freed: Freed = nothing_freed) -> None:
         refuse_cluster(address)
-        namespace = options.namespace
-        super().__init__(
-            address, namespace, "", lambda queue: ListKeys(queue, namespace), lease=options.lease, freed=freed
-        )
+        super().__init__(address, options, freed)
+
+    def _key(self, queue: str) -> ListKeys:
+        return ListKeys(queue, self._namespace)
 
     async def open(self) -> None:
         with understood(self._address), suppress(NoPermissionError):  # the user may not have the right to INFO
@@ -439,4 +427,4 @@ class ListOperator(RedisOperator):
         return await listings.list_queues(self._session)
 
     def _lists(self, queues: Sequence[str]) -> list[ListKeys]:
-        return [ListKeys(queue, self._namespace) for queue in queues]
+        return [self._key(queue) for queue in queues]

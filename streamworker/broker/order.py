@@ -11,9 +11,8 @@ from typing import Any, Final
 
 from streamworker import codec
 from streamworker.broker import scripts
-from streamworker.broker.cancel import CancelSession
 from streamworker.broker.keys import ListKeys, QueueKeys, lease_of, of_due_member, unwrapped, worker_key
-from streamworker.broker.redis.session import text
+from streamworker.broker.redis.session import Session, text
 from streamworker.job import LEVELS
 from streamworker.telemetry.logs import get_logger
 
@@ -26,7 +25,7 @@ MOST: Final = 10_000
 """Most keys of one sweep."""
 
 
-async def sweep(session: CancelSession, keys: QueueKeys) -> int:
+async def sweep(session: Session, keys: QueueKeys) -> int:
     """Pass on keys for which jobs wait and whose holders are nowhere; returns how many. One worker a minute looks.
 
     Args:
@@ -53,7 +52,7 @@ async def sweep(session: CancelSession, keys: QueueKeys) -> int:
     return healed
 
 
-async def _holders(session: CancelSession, keys: QueueKeys, waiting: list[bytes]) -> list[tuple[bytes, bytes]]:
+async def _holders(session: Session, keys: QueueKeys, waiting: list[bytes]) -> list[tuple[bytes, bytes]]:
     """(key, holder) of keys that do not halt; empty for a key without a holder, which is stuck as well."""
     if not waiting:
         return []
@@ -63,7 +62,7 @@ async def _holders(session: CancelSession, keys: QueueKeys, waiting: list[bytes]
     return [(key, holder) for key, holder, halts in rows if holder is not None and halts is None]
 
 
-async def _ids(session: CancelSession, keys: QueueKeys) -> AsyncIterator[str]:
+async def _ids(session: Session, keys: QueueKeys) -> AsyncIterator[str]:
     """Ids of all jobs of a queue that may hold keys: delayed, ready, claimed, in tenants' lines, delayed again."""
     async for job_id in _parked(session, keys):
         yield job_id
@@ -83,7 +82,7 @@ async def _ids(session: CancelSession, keys: QueueKeys) -> AsyncIterator[str]:
         yield job_id
 
 
-async def _claimed(session: CancelSession, keys: QueueKeys) -> AsyncIterator[str]:
+async def _claimed(session: Session, keys: QueueKeys) -> AsyncIterator[str]:
     """Jobs that list mode keeps beside the lists: in claimed lists, and popped by workers that live."""
     if not isinstance(keys, ListKeys):
         return
@@ -102,17 +101,17 @@ async def _claimed(session: CancelSession, keys: QueueKeys) -> AsyncIterator[str
             await session.ask("HDEL", keys.popped, job_id)
 
 
-async def _parked(session: CancelSession, keys: QueueKeys) -> AsyncIterator[str]:
+async def _parked(session: Session, keys: QueueKeys) -> AsyncIterator[str]:
     async for member in _scanned(session, keys.due):
         yield of_due_member(text(member))[1]
 
 
-async def _tenants(session: CancelSession, key: str) -> AsyncIterator[bytes]:
+async def _tenants(session: Session, key: str) -> AsyncIterator[bytes]:
     async for tenant in _scanned(session, key):
         yield f"{key}:".encode() + tenant
 
 
-async def _scanned(session: CancelSession, key: str) -> AsyncIterator[bytes]:
+async def _scanned(session: Session, key: str) -> AsyncIterator[bytes]:
     """Members of a sorted set."""
     cursor: Any = 0
     while True:
@@ -123,7 +122,7 @@ async def _scanned(session: CancelSession, key: str) -> AsyncIterator[bytes]:
             return
 
 
-async def _streamed(session: CancelSession, key: str) -> AsyncIterator[bytes | None]:
+async def _streamed(session: Session, key: str) -> AsyncIterator[bytes | None]:
     start = "-"
     while True:
         page = await session.ask("XRANGE", key, start, "+", "COUNT", PAGE)
@@ -134,7 +133,7 @@ async def _streamed(session: CancelSession, key: str) -> AsyncIterator[bytes | N
         start = f"({text(page[-1][0])}"
 
 
-async def _listed(session: CancelSession, key: str | bytes) -> AsyncIterator[bytes]:
+async def _listed(session: Session, key: str | bytes) -> AsyncIterator[bytes]:
     """Elements of a list, from the end where new ones are added."""
     start = 0
     while True:

@@ -54,7 +54,7 @@ async def settle(
     sender: ClaimSettlement,
     homes: Mapping[str, QueueKeys],
     items: Sequence[SettleRequest],
-    refusals: Refusals,
+    refusals: dict[str, Refusal],
     *,
     spread: bool = False,
 ) -> list[Settled]:
@@ -64,7 +64,7 @@ async def settle(
         sender: settles claims of the worker, in its mode.
         homes: ready key to the keys of its queue.
         items: the claims and their verdicts.
-        refusals: collects why the server refused to store some.
+        refusals: takes why the server refused to store some, by queue.
         spread: several nodes serve the queues: claims on a node that does not answer are refused, the others settled.
     """
     groups: dict[tuple[int, str], list[int]] = {}
@@ -84,7 +84,8 @@ async def settle(
             for index, code in zip(batch, codes, strict=True):
                 if isinstance(code, bytes):
                     results[index] = Settled.REFUSED
-                    refusals.note(homes[place].queue, code.decode(errors="replace"))
+                    error = code.decode(errors="replace")
+                    refusals.setdefault(homes[place].queue, Refusal(error, cure_of(error)))
                 else:
                     results[index] = _CODES[code]
             if stage == 0 and sender.waited:
@@ -116,17 +117,6 @@ async def _sent(stage: _Stage, keys: QueueKeys, items: list[SettleRequest], *, s
                 half = len(batch) // 2
                 rest += [batch[half:], batch[:half]]
     return codes
-
-
-class Refusals:
-    """Why the server refused to store endings in one call, by queue."""
-
-    def __init__(self) -> None:
-        self.why: dict[str, Refusal] = {}
-
-    def note(self, queue: str, error: str) -> None:
-        """Add a refused ending of a queue."""
-        self.why.setdefault(queue, Refusal(error, cure_of(error)))
 
 
 class StreamSettlement:

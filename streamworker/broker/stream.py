@@ -12,17 +12,17 @@ from typing import Any, Final
 import msgspec
 from redis import exceptions as redis_errors
 
-from streamworker.broker import SettleRequest, listings, scripts
+from streamworker.broker import listings, scripts
 from streamworker.broker.base import RENEW_BATCH, RedisBroker, promote, standby
 from streamworker.broker.claim import StreamOptions
 from streamworker.broker.keys import UNKNOWN_EPOCH, QueueKeys, document, worker_key
 from streamworker.broker.order import sweep
 from streamworker.broker.redis.client import RedisAddress
 from streamworker.broker.redis.session import Session
-from streamworker.broker.settle import StreamSettlement, settle
+from streamworker.broker.settle import StreamSettlement
 from streamworker.broker.stream_claim import ClusterStreamClaims, StreamClaims
 from streamworker.errors import ConfigurationError, Unreachable
-from streamworker.job import Claim, Depth, Settled
+from streamworker.job import Claim, Depth
 from streamworker.policy import apart_from
 from streamworker.telemetry.logs import get_logger
 
@@ -152,12 +152,8 @@ class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
             longest=longest,
         )
 
-    async def settle(self, items: Sequence[SettleRequest]) -> list[Settled]:
-        await self._session.fresh()
-        refusals = self._refused()
-        with self._session.watched():
-            sender = StreamSettlement(self._session.pool, self._group, self._source.consumer)
-            return await settle(sender, self._keys_by_place, items, refusals, spread=self._session.address.spread)
+    def _sender(self) -> StreamSettlement:
+        return StreamSettlement(self._session.pool, self._group, self._source.consumer)
 
     async def own_pending(self, running: Collection[Claim]) -> list[Claim]:
         found: list[Claim] = []

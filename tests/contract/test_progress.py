@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from streamworker import App, Context, Payload, QueueWorker, Settings
-from streamworker.broker.redis.session import Session
+from streamworker.broker.base import RedisBroker
 from streamworker.errors import UsageError
 from streamworker.testing import context
 from tests.conftest import CLUSTER, eventually
@@ -128,13 +128,13 @@ async def test_whoever_says_nothing_costs_nothing(scene, raw):
 @pytest.mark.skipif(CLUSTER, reason="counts the commands of one node")
 async def test_what_has_not_changed_is_not_written_again(scene, raw, monkeypatch):
     written: list[dict[str, object]] = []
-    original = Session.progress
+    original = RedisBroker.progress
 
-    async def progress(self, key, lease, told, ended) -> None:
+    async def progress(self, told, ended) -> None:
         written.append(dict(told))
-        await original(self, key, lease, told, ended)
+        await original(self, told, ended)
 
-    monkeypatch.setattr(Session, "progress", progress)
+    monkeypatch.setattr(RedisBroker, "progress", progress)
     async with scene.working():
         await scene.app.enqueue(Load())
         await eventually(lambda: written, 20)

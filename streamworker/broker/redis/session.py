@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
 from time import monotonic
 from typing import Any, Final
 
-import msgspec
 from redis.asyncio import Redis
 
 from streamworker.broker import scripts
-from streamworker.broker.keys import PROGRESS
 from streamworker.broker.redis.client import RedisAddress
 from streamworker.broker.redis.connection import CommandPool
 from streamworker.broker.redis.reactions import Reaction, reaction_to, understood
 from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable
-from streamworker.job import Progress
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.broker")
@@ -125,20 +122,6 @@ class Session:
         """Close the lease thread's connection, from that thread; the next call connects again."""
         pool, self.lease_pool = self.lease_pool, self.address.pool(1)
         await pool.aclose()
-
-    async def beat(self, key: str, lease: float, report: Mapping[str, str | int | float]) -> None:
-        """Write a heartbeat that lives for ``lease`` seconds, from the lease thread."""
-        args: list[Any] = [max(1000, int(lease * 1000))]
-        for name, value in report.items():
-            args += (name, value)
-        await self.in_thread(scripts.BEAT, [key], args)
-
-    async def progress(self, key: str, lease: float, told: Mapping[str, Progress], ended: Collection[str]) -> None:
-        """Store progress of jobs in a heartbeat and delete that of ended jobs, from the lease thread."""
-        args: list[Any] = [max(1000, int(lease * 1000)), len(ended), *(PROGRESS + job_id for job_id in ended)]
-        for job_id, word in told.items():
-            args += (PROGRESS + job_id, msgspec.json.encode(word))
-        await self.in_thread(scripts.PROGRESS, [key], args)
 
     def clock_should_show(self) -> int:
         """The server's time as our monotonic clock expects it, in ms; 0 if it was never read."""
