@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any  # noqa: TID251 - hides nothing: import-li
 
 if TYPE_CHECKING:
     from streamworker.app import App
-    from streamworker.context import Context
+    from streamworker.context import Context, ProcessContext
     from streamworker.errors import Discard, Retry, Snooze, StreamworkerError
     from streamworker.handlers import Handlers, Payload
     from streamworker.job import Enqueued, Job
@@ -25,6 +25,7 @@ __all__ = [
     "Handlers",
     "Job",
     "Payload",
+    "ProcessContext",
     "QueueWorker",
     "Retry",
     "Settings",
@@ -41,6 +42,7 @@ _HOMES = {
     "Handlers": "handlers",
     "Job": "job",
     "Payload": "handlers",
+    "ProcessContext": "context",
     "QueueWorker": "worker",
     "Retry": "errors",
     "Settings": "settings",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, suppress
 from datetime import UTC, datetime, timedelta
 from time import monotonic, time
 from typing import Any, Final, Generic, overload
@@ -56,6 +57,16 @@ class RefusedTransaction(msgspec.Struct):
     """Why the job could not be completed in the handler's own transaction."""
 
     effect: Effect
+
+
+def check_progress(done: float, total: float | None) -> None:
+    """Refuse what is no progress.
+
+    Raises:
+        UsageError: no numbers from 0 up.
+    """
+    if not (done >= 0 and (total is None or total >= 0)) or float("inf") in (done, total):
+        raise UsageError(f"progress({done!r}, {total!r}) needs numbers from 0 up")
 
 
 class Context(Generic[S_co]):
@@ -198,8 +209,7 @@ class Context(Generic[S_co]):
             total: of how much; ``None`` if that is not known.
             note: what it is doing, in a few words; operators read it.
         """
-        if not (done >= 0 and (total is None or total >= 0)) or float("inf") in (done, total):
-            raise UsageError(f"progress({done!r}, {total!r}) needs numbers from 0 up")
+        check_progress(done, total)
         self._progress = Progress(done, total, str(note)[:MAX_NOTE], time())
 
     @property
@@ -288,3 +298,53 @@ class Context(Generic[S_co]):
 
     def _record(self) -> RunRecord:
         return run_record(self._claim, self._reading, kind=self._reading.kind or "", started=time())
+
+
+class ProgressReport(msgspec.Struct, array_like=True):
+    """Progress on its way from a handler's process to its worker."""
+
+    number: int
+    done: float
+    total: float | None
+    note: str
+
+
+class ProcessContext(msgspec.Struct, frozen=True, kw_only=True):
+    """What a handler with ``process=True`` knows of its job. The worker's clients and services are not there.
+
+    Attributes:
+        job: the job, without its payload text.
+        attempt: which attempt this is, from 1.
+        last_attempt: a failure now makes the job dead.
+        delivery: how often this job was handed to a worker: above 1, a worker was lost with it.
+        worker_id: the id of the worker.
+        deadline: the moment (UTC) at which the process is killed; ``None`` without a timeout.
+        number: of this call in its worker.
+        address: where its worker receives progress.
+    """
+
+    job: Job
+    attempt: int
+    last_attempt: bool
+    delivery: int
+    worker_id: str
+    deadline: datetime | None
+    number: int
+    address: str
+
+    def progress(self, done: float, total: float | None = None, note: str = "") -> None:
+        """Report how far the job has come, see `Context.progress`. A worker that is busy misses some reports.
+
+        Args:
+            done: how much of it is done.
+            total: of how much; ``None`` if that is not known.
+            note: what it is doing, in a few words; operators read it.
+
+        Raises:
+            UsageError: no numbers from 0 up.
+        """
+        check_progress(done, total)
+        report = ProgressReport(self.number, done, total, str(note)[:MAX_NOTE])
+        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+            channel.setblocking(False)
+            channel.sendto(msgspec.msgpack.encode(report), self.address)

@@ -11,6 +11,7 @@
     ├── JobTooLarge                             the document exceeds STREAMWORKER_MAX_JOB_BYTES
     ├── InvalidJob                              a document or payload that cannot be a job
     ├── PublishUncertain                        the reply to an enqueue was lost
+    ├── ProcessDied                             the process of a handler with process=True ended by itself
     ├── NoConnection                            all connections of ctx.database, transaction() or redis are taken
     └── NoResult                                App.result() has none to give
         ├── JobDead                             the job is a dead letter
@@ -31,7 +32,7 @@ Every message is one sentence that tells the reader what to do next; none holds 
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 LONGEST_WAIT: Final = 100 * 366 * 86_400.0
 """Most seconds of any delay: servers count milliseconds in integers of a fixed size."""
@@ -65,6 +66,10 @@ class StuckThread(StreamworkerError):
     """A handler, a thread or a lifespan did not end when asked to; it runs until this process ends."""
 
     exit_code = 70
+
+
+class ProcessDied(StreamworkerError):
+    """The process of a handler with ``process=True`` ended without an answer: killed, or crashed."""
 
 
 class HandBackFailed(StreamworkerError):
@@ -128,6 +133,16 @@ class ResultTimeout(NoResult, TimeoutError):
 
 class HandlerSignal(Exception):
     """Raised by a handler to choose its own verdict."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Its arguments are not those of `__init__`, and it has to come out of a handler's process as it went in.
+        return _remade, (type(self), self.args, self.__dict__)
+
+
+def _remade(cls: type[HandlerSignal], args: tuple[Any, ...], state: dict[str, Any]) -> HandlerSignal:
+    signal = cls.__new__(cls, *args)
+    signal.__dict__.update(state)
+    return signal
 
 
 def _check_seconds(wish: str, after: object) -> None:

@@ -7,13 +7,13 @@ import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
-from typing import Any, Final, Generic, Protocol, get_args, get_origin, get_type_hints, overload
+from typing import Any, Final, Generic, Literal, Protocol, get_args, get_origin, get_type_hints, overload
 from weakref import WeakSet
 
 import msgspec
 from typing_extensions import TypeVar
 
-from streamworker.context import Context
+from streamworker.context import Context, ProcessContext
 from streamworker.errors import ConfigurationError, UsageError
 from streamworker.limits import Quota, quota
 from streamworker.payload import AnyPayload, Payload, check_queue, decoder_of, fields_of, is_payload_class, place_of
@@ -33,6 +33,8 @@ class Registration(msgspec.Struct, frozen=True):
     wants_context: bool
     quota: Quota | None = None
     together: BatchOptions | None = None
+    process: bool = False
+    """Its jobs run in processes of their own, see `worker.calls`."""
     special: bool = False
     """Its jobs pass the stages of `Admission`: the kind has a limit or a batch."""
 
@@ -50,6 +52,7 @@ def registered(
     limits: Limits,
     quota: Quota | None = None,
     together: BatchOptions | None = None,
+    process: bool = False,
 ) -> Registration:
     """The registration of a function.
 
@@ -59,6 +62,7 @@ def registered(
         limits: attempts, timeout and backoff of its jobs.
         quota: the limit of its kind in the whole fleet.
         together: its batches, if it is called for several jobs at once.
+        process: whether it runs in processes of their own.
 
     Raises:
         ConfigurationError: it cannot be a handler.
@@ -73,6 +77,8 @@ def registered(
         raise ConfigurationError(f"the handler {name} is limited by {quota.limit_by!r}, no field of its payload")
     is_async = inspect.iscoroutinefunction(_outermost(function))
     wants_context = len(parameters) == 2 and _is_context(parameters[1])
+    if process:
+        _check_process(name, function, payload, is_async=is_async, together=together)
     if together is not None:
         function, wants_context = batch_handler(function, is_async=is_async, wants_contexts=wants_context), True
     return Registration(
@@ -86,8 +92,28 @@ def registered(
         wants_context=wants_context,
         quota=quota,
         together=together,
+        process=process,
         special=quota is not None or together is not None,
     )
+
+
+def _check_process(
+    name: str, function: Callable[..., Any], payload: type[AnyPayload], *, is_async: bool, together: BatchOptions | None
+) -> None:
+    """Refuse handlers that cannot run in a process.
+
+    Raises:
+        ConfigurationError: it is async, takes batches, or another process cannot import it or its payload.
+    """
+    if is_async or together is not None:
+        what = "is async: write def, without async" if is_async else "takes batches"
+        raise ConfigurationError(f"the handler {name} has process=True and {what}")
+    for each in (function, payload):
+        where = getattr(each, "__qualname__", "<locals>")
+        if "<" in where:
+            raise ConfigurationError(
+                f"the handler {name} has process=True, and its process imports it: define {where} in a module"
+            )
 
 
 def _payload(name: str, annotation: Any, together: BatchOptions | None) -> tuple[type[AnyPayload], Any]:
@@ -187,6 +213,22 @@ class Decorator(Generic[S]):
         return function
 
 
+class ProcessDecorator:
+    """What ``@handler(process=True)`` returns; the decorated function stays callable as it was."""
+
+    def __init__(self, register: Callable[[Callable[..., Any]], None]) -> None:
+        self._register = register
+
+    @overload
+    def __call__(self, function: Callable[[P, ProcessContext], R], /) -> Callable[[P, ProcessContext], R]: ...
+    @overload
+    def __call__(self, function: Callable[[P], R], /) -> Callable[[P], R]: ...
+    def __call__(self, function: Any, /) -> Any:
+        """Register ``function`` and return it unchanged."""
+        self._register(function)
+        return function
+
+
 class BatchDecorator(Generic[S]):
     """What ``@handler(batch=...)`` returns; the decorated function stays callable as it was."""
 
@@ -242,6 +284,21 @@ class Handlers(Generic[S]):
         self,
         /,
         *,
+        process: Literal[True],
+        max_attempts: int = 20,
+        timeout: float | None = 300,
+        backoff: Backoff = Backoff(),
+        concurrency: int | None = None,
+        rate: str | None = None,
+        burst: int | None = None,
+        limit_by: str | None = None,
+        result_ttl: float | None = None,
+    ) -> ProcessDecorator: ...
+    @overload
+    def handler(
+        self,
+        /,
+        *,
         batch: int,
         linger: float = 0.05,
         max_attempts: int = 20,
@@ -268,6 +325,9 @@ class Handlers(Generic[S]):
             burst: starts that may come at once; a tenth of a second's worth of ``rate``, at least 1, unless given.
             limit_by: a field of the payload: each of its values has limits of its own.
             result_ttl: seconds for which `App.result` finds in Redis how a job ended; not kept there unless given.
+            process: run in a process of its own, for code that computes: it is killed at its timeout and when its job
+                is cancelled. The function is not ``async``, and both it and its payload type are defined in a module;
+                a second parameter takes a `ProcessContext`.
             batch: most jobs of one call. The function then takes a ``list`` of payloads, and may take a list of their
                 contexts; it returns ``None`` when all went well, or a list as long with exceptions for some.
             linger: seconds the first job of a batch waits for others; 0.05 unless given.
@@ -278,14 +338,17 @@ class Handlers(Generic[S]):
         try:
             limited = quota(**{name: options.pop(name) for name in QUOTA if name in options})
             together = batch_options(**{name: options.pop(name) for name in BATCH if name in options})
+            process = bool(options.pop("process", False))
             limits = Limits(**options)
         except (TypeError, ValueError) as error:
             raise ConfigurationError(f"the handler's options are wrong: {error}") from None
         scope = sys._getframe(1).f_locals  # payload types defined inside functions are visible only there
 
         def register(target: Callable[..., Any]) -> None:
-            self._add(registered(target, scope, limits=limits, quota=limited, together=together))
+            self._add(registered(target, scope, limits=limits, quota=limited, together=together, process=process))
 
+        if process:
+            return ProcessDecorator(register)
         decorator = Decorator[S](register) if together is None else BatchDecorator[S](register)
         return decorator if function is None else decorator(function)
 

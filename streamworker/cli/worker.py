@@ -29,7 +29,7 @@ from streamworker.settings import Address
 from streamworker.settings.environment import PREFIX
 from streamworker.telemetry.logs import get_logger
 from streamworker.worker import QueueWorker, signals
-from streamworker.worker.job_task import JobThreads
+from streamworker.worker.calls import JobThreads
 
 log = get_logger("streamworker.worker")
 supervisor_log = get_logger("streamworker.processes")

@@ -32,11 +32,11 @@ from streamworker.redact import text_of
 from streamworker.settings import Settings
 from streamworker.telemetry.logs import get_logger
 from streamworker.worker import signals, stacks
+from streamworker.worker.calls import JobThreads
 from streamworker.worker.executor import Executor
 from streamworker.worker.health import Health
 from streamworker.worker.host import WorkerHost
 from streamworker.worker.inflight import InFlight, LeasedSet
-from streamworker.worker.job_task import JobThreads
 from streamworker.worker.lease import LeaseKeeper, heartbeat, longest_silence
 from streamworker.worker.metrics import MetricsEndpoint
 from streamworker.worker.observers import dispatch_to

@@ -12,6 +12,7 @@ import os
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from datetime import datetime
 from time import monotonic
 from typing import Any, Final, TypeAlias
 
@@ -31,7 +32,8 @@ from streamworker.policy import Facts, Limits, abandoned, apart_from, group_size
 from streamworker.redact import describe
 from streamworker.telemetry.logs import get_logger
 from streamworker.worker import signals
-from streamworker.worker.job_task import JOB, AsyncGenerators, JobTask, JobThreads
+from streamworker.worker.calls import HandlerProcesses, JobThreads
+from streamworker.worker.job_task import JOB, AsyncGenerators, JobTask
 from streamworker.worker.observers import ObserverDispatch
 
 log = get_logger("streamworker.worker")
@@ -87,6 +89,7 @@ class Executor:
         self._unknown_kind_ttl = unknown_kind_ttl
         self._no_limits = Facts(0, Limits(), unknown_kind_ttl)
         self.generators: Final = AsyncGenerators()
+        self.processes: Final = HandlerProcesses()
         self._begun = self.generators.begun
         self._thread_calls = JobThreads.calls
         self._facts: dict[str, Facts] = {}  # by kind: hashing a registration would hash all its fields
@@ -246,12 +249,12 @@ class Executor:
             return await self._wrapped(run, registration, context)
         if registration.is_async:
             return await registration.function(run.payload, context)
-        return await self._in_thread(run, context)
+        return await self._beside(run, registration, context)
 
     async def _wrapped(self, run: Execution, registration: Registration, context: Context[Any]) -> Any:
         async def innermost() -> Any:
             if not registration.is_async:
-                return await self._in_thread(run, context)
+                return await self._beside(run, registration, context)
             return await registration.function(
                 *((run.payload, context) if registration.wants_context else (run.payload,))
             )
@@ -260,6 +263,19 @@ class Executor:
         for layer in reversed(self._middleware):
             call = _bound(layer, context, call)
         return await call()
+
+    async def _beside(self, run: Execution, registration: Registration, context: Context[Any]) -> Any:
+        """Run a sync handler beside the event loop."""
+        if not registration.process:
+            return await self._in_thread(run, context)
+        run.deadline = context.deadline_at = None
+
+        def begins() -> datetime | None:
+            if run.facts is not None and run.facts.limits.timeout is not None:
+                run.deadline = context.deadline_at = monotonic() + run.facts.limits.timeout
+            return context.deadline
+
+        return await self.processes.call(registration, run.payload, context, begins)
 
     async def _in_thread(self, run: Execution, context: Context[Any]) -> Any:
         """Run a sync handler in a thread. Its clock starts there; it cannot be stopped."""

@@ -1,4 +1,4 @@
-"""The asyncio task of one job: who cancelled it, and which async generators and calls in threads it left behind."""
+"""The asyncio task of one job: who cancelled it, and which async generators it left behind."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import Context, ContextVar
 from types import FrameType
 from typing import Any, Final, ParamSpec, TypeAlias, TypeVar
@@ -169,76 +168,3 @@ class AsyncGenerators:
     def _close_elsewhere(self, generator: Generator) -> None:
         if self._finalizer is not None:
             self._finalizer(generator)
-
-
-class ThreadCall:
-    """One call that a job made in a thread of the event loop's default executor.
-
-    Attributes:
-        future: ends with the call.
-        thread: that runs it, as `threading.get_ident` tells; ``None`` until it has begun.
-    """
-
-    __slots__ = ("_function", "future", "thread")
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-        self.future: Future[Any]
-        self.thread: int | None = None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Called by the thread."""
-        self.thread = threading.get_ident()
-        return self._function(*args, **kwargs)
-
-
-class JobThreads(ThreadPoolExecutor):
-    """The default executor of a worker's event loop: it knows which job made a call that has not returned.
-
-    `asyncio.to_thread` stops waiting when its job is cancelled, and the thread goes on. A job that would run again
-    waits for what it finds here.
-    """
-
-    calls: Final[dict[int, tuple[bytes, list[ThreadCall]]]] = {}
-    """By identity of the jobs' `JOB`, of all workers in this process; empty while no job has a call in a thread."""
-    _lock: Final = threading.Lock()
-
-    def __init__(self) -> None:
-        super().__init__(thread_name_prefix="asyncio")  # as asyncio names its own
-
-    @classmethod
-    def install(cls, loop: asyncio.AbstractEventLoop) -> None:
-        """Become the default executor, unless the program chose one; uvloop cannot be asked, and has none."""
-        if getattr(loop, "_default_executor", None) is None:
-            loop.set_default_executor(cls())
-
-    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Call a function in a thread; see `concurrent.futures.Executor.submit`."""
-        job = JOB.get()
-        if job is None:
-            return super().submit(fn, *args, **kwargs)
-        call = ThreadCall(fn)
-        with self._lock:
-            self.calls.setdefault(id(job), (job, []))[1].append(call)
-        try:
-            call.future = super().submit(call, *args, **kwargs)
-        except BaseException:
-            self._forget(job, call)
-            raise
-        call.future.add_done_callback(lambda _: self._forget(job, call))
-        return call.future
-
-    @classmethod
-    def of(cls, job: bytes) -> list[ThreadCall]:
-        """The calls of a job that have not returned."""
-        with cls._lock:
-            return list(cls.calls.get(id(job), (job, []))[1])
-
-    @classmethod
-    def _forget(cls, job: bytes, call: ThreadCall) -> None:
-        with cls._lock:
-            known = cls.calls.get(id(job), (job, []))[1]
-            if call in known:
-                known.remove(call)
-            if not known:
-                cls.calls.pop(id(job), None)

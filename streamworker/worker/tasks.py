@@ -90,6 +90,7 @@ class JobTasks:
         if tasks:
             await asyncio.wait(tasks, timeout=within)
         self._executor.generators.close()
+        self._executor.processes.close()
         return [run for task, run in tasks.items() if not task.done()]
 
     def put(self, run: Execution) -> None:

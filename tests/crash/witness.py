@@ -23,16 +23,15 @@ local function held(id)
   return pending and (pending[2] .. ' ' .. pending[4]) or '- 0'
 end
 local before = {}
-for i = %(first)d, #ARGV, %(step)s do
+for i = %(first)d, #ARGV, %(step)d do
   before[#before + 1] = held(ARGV[i + %(entry)d])
 end
 local result = original()
 if type(result) == 'table' and result.err then return result end
-local n, named = 0, {}
-for k = 2, type(result) == 'table' and #result or 0 do named[result[k]] = true end
-for i = %(first)d, #ARGV, %(step)s do
+local n = 0
+for i = %(first)d, #ARGV, %(step)d do
   n = n + 1
-  local id, count = ARGV[i + %(entry)d], %(count)s
+  local id, count = ARGV[i + %(entry)d], ARGV[i + %(entry)d + 1]
   local who = %(who)s
   local outcome = %(outcome)s
   if outcome then
@@ -58,15 +57,7 @@ _RENEWED: Final = "(before[n] ~= held(id)) and held(id) or nil"
 # What is finished was done, unless its note says that it was cancelled.
 _FINISHED: Final = f"""(ARGV[i + 4] == '{results.CANCELLED.decode()}' and 'drop' or 'done')"""
 _SHAPES: Final[dict[str, dict[str, Any]]] = {
-    # One delivery count for all claims, or one behind each; the claims that are lost are named by their numbers.
-    "DONE": {
-        "first": 4,
-        "step": "(ARGV[3] == '' and 2 or 1)",
-        "entry": 0,
-        "count": "ARGV[3] ~= '' and ARGV[3] or ARGV[i + 1]",
-        "who": "ARGV[2]",
-        "outcome": "named[n] and '0' or '1'",
-    },
+    "DONE": {"first": 3, "step": 2, "entry": 0, "who": "ARGV[2]", "outcome": "tostring(result[n])"},
     "FINISH": {
         "name": _FINISHED,
         "first": 3,
@@ -152,8 +143,7 @@ def install() -> None:
 def _install_stream() -> None:
     for name, shape in _SHAPES.items():
         script = getattr(scripts, name)
-        counted = f"ARGV[i + {shape['entry']} + 1]"
-        facts = {"name": f"'{name.lower()}'", "count": counted, **shape, "text": script.text, "list": WITNESSES}
+        facts = {"name": f"'{name.lower()}'", **shape, "text": script.text, "list": WITNESSES}
         _replace(script, _WRAP % facts)
     _replace(scripts.RECLAIM, _SWEEP % {"text": scripts.RECLAIM.text, "list": WITNESSES})
 

@@ -24,8 +24,8 @@ from streamworker.execution import Execution
 from streamworker.job import Claim, Interrupted, Ok, Outcome, Raised, TimedOut
 from streamworker.policy import judge
 from streamworker.worker import stacks
+from streamworker.worker.calls import JobThreads
 from streamworker.worker.executor import Executor
-from streamworker.worker.job_task import JobThreads
 from streamworker.worker.tasks import STARTS, JobTasks
 from tests.conftest import eventually
 
