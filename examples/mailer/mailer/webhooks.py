@@ -19,6 +19,7 @@ import ssl
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from time import time
 from typing import Final, Literal, TypeAlias
@@ -89,6 +90,11 @@ def is_public(address: IpAddress) -> bool:
     return address.is_global and not address.is_multicast and not address.is_reserved
 
 
+@cache
+def _system_authorities() -> ssl.SSLContext:
+    return ssl.create_default_context()  # reads some hundred certificates, 30 ms
+
+
 class WebhookClient:
     """Posts to receivers, one connection each.
 
@@ -109,7 +115,7 @@ class WebhookClient:
     ) -> None:
         self._allowed = tuple(allowed)
         self._timeout = timeout
-        self._context = context or ssl.create_default_context()
+        self._context = context or _system_authorities()
         self._resolve = resolve or _resolve
 
     async def post(self, url: str, secret: str, message_id: str, body: bytes) -> Answer:

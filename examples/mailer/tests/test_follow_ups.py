@@ -44,7 +44,7 @@ async def test_receivers_are_told_what_they_asked_for(world: Any):
     assert len(world.receiver.requests) == 2 and {each["status"] for each in await calls(world)} == {"delivered"}
 
 
-@pytest.mark.parametrize("mode", ["stream", "list"])
+@pytest.mark.parametrize("mode", ["stream", pytest.param("list", marks=pytest.mark.all)])
 async def test_a_busy_receiver_is_tried_again_with_the_same_bytes(world: Any):
     await register(world, "sent")
     world.receiver.answer(503)

@@ -39,7 +39,7 @@ async def test_a_delivery_is_sent_once_however_often_it_is_asked_for(world: Any)
     assert len(world.sink.mails) == 1 and await world.events() == ["sent"]
 
 
-@pytest.mark.parametrize("mode", ["stream", "list"])
+@pytest.mark.parametrize("mode", ["stream", pytest.param("list", marks=pytest.mark.all)])
 @pytest.mark.parametrize(("moment", "reply"), [("rcpt", "550 5.1.1 no such user"), ("data", "554 5.7.1 spam")])
 async def test_a_permanent_refusal_is_dead_at_once(world: Any, moment: str, reply: str):
     (delivery,) = await world.campaign("ann@example.org")
@@ -53,7 +53,7 @@ async def test_a_permanent_refusal_is_dead_at_once(world: Any, moment: str, repl
     assert await world.events() == ["failed"]
 
 
-@pytest.mark.parametrize("mode", ["stream", "list"])
+@pytest.mark.parametrize("mode", ["stream", pytest.param("list", marks=pytest.mark.all)])
 @pytest.mark.parametrize(("moment", "reply"), [("rcpt", "451 4.7.1 greylisted"), ("data", "452 4.3.1 disk full")])
 async def test_a_refusal_for_now_is_tried_again(world: Any, moment: str, reply: str):
     (delivery,) = await world.campaign("ann@example.org")
@@ -158,7 +158,7 @@ async def test_a_deleted_delivery(world: Any):
     assert (await world.jobs("email.send"))[0]["last_error"] == "discarded: the delivery was deleted"
 
 
-@pytest.mark.parametrize("mode", ["stream", "list"])
+@pytest.mark.parametrize("mode", ["stream", pytest.param("list", marks=pytest.mark.all)])
 async def test_each_domain_has_its_own_pace(world: Any):
     """Never faster than told, over all jobs; a domain does not wait for another one."""
     world.services = replace(world.services, config=replace(world.services.config, per_domain=20))
