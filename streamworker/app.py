@@ -6,7 +6,6 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from datetime import datetime
 from time import monotonic
 from typing import Any, TypeAlias, overload
 
@@ -273,32 +272,16 @@ class App(Handlers[S], Calendar):
         payload: AnyPayload | Job,
         /,
         *,
-        queue: str | None = None,
-        priority: str | int = "normal",
-        delay: float | None = None,
-        run_at: datetime | None = None,
-        expires_in: float | None = None,
-        expires_at: datetime | None = None,
-        key: str | None = None,
-        key_ttl: float | None = None,
-        headers: dict[str, Any] | None = None,
         connection: Any = None,
+        **options: Unpack[JobOptions],
     ) -> Enqueued:
         """Enqueue one job.
 
         Args:
             payload: its class names kind and queue; or a job made with `job`, which has its options.
-            queue: another queue than the class names.
-            priority: ``high``, ``normal``, ``low``, or a number (up to 50 high, up to 150 normal, else low).
-            delay: seconds to wait from now on.
-            run_at: not before this moment; without a time zone it is UTC.
-            expires_in: seconds from now on; from then on it never starts, and ends as expired.
-            expires_at: the same as a moment; without a time zone it is UTC.
-            key: deduplication key: while it is remembered, enqueueing again gives the earlier job's id.
-            key_ttl: seconds the key is remembered; ``STREAMWORKER_KEY_TTL`` unless given.
-            headers: travel with the job; anything JSON can hold.
             connection: a connection or session in a transaction: the job commits or vanishes with the caller's rows.
                 One of asyncpg, psycopg's async one, or SQLAlchemy's async one (docs/integrations.md).
+            options: see `JobOptions`.
 
         Raises:
             UsageError: the app is not open, or on another event loop; it is no payload; or an option makes no sense.
@@ -308,10 +291,6 @@ class App(Handlers[S], Calendar):
             ConfigurationError: the database of ``connection`` has no schema streamworker.
             Unreachable: no server answers.
         """
-        options = JobOptions(
-            queue=queue, priority=priority, delay=delay, run_at=run_at, expires_in=expires_in, expires_at=expires_at,
-            key=key, key_ttl=key_ttl, headers=headers,
-        )  # fmt: skip
         return (await self.enqueue_many([job_of(payload, **options)], connection=connection))[0]
 
     async def enqueue_many(self, jobs: Iterable[AnyPayload | Job], /, *, connection: Any = None) -> list[Enqueued]:

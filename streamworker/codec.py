@@ -19,7 +19,7 @@ import msgspec
 import uuid_utils
 
 from streamworker.errors import InvalidJob, JobTooLarge
-from streamworker.job import Claim, Job, Level, PackedJob
+from streamworker.job import HELD, UNTIL, Claim, Held, Job, Level, PackedJob
 from streamworker.payload import AnyPayload, fit_of, infinity_in
 
 MAX_ID_BYTES: Final = 200
@@ -44,6 +44,7 @@ class Document(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     id: str | None = None
     key: str | None = None
+    unique: str | None = None
     queue_name: str | None = None
     kind: str | None = None
     priority: int | Literal["high", "normal", "low"] | None = None
@@ -78,6 +79,8 @@ class DocumentFields(msgspec.Struct, kw_only=True, gc=False):
 
     payload: msgspec.Raw
     id: str | None = None
+    key: Any = None
+    unique: Any = None
     queue_name: str | None = None
     kind: str | None = None
     run_at: datetime | None = None
@@ -106,17 +109,13 @@ class _Dated(msgspec.Struct):
 class _Named(msgspec.Struct):
     id: Any = None
     hop: Any = None
-    streamworker: Any = None
-
-
-class _Keyed(msgspec.Struct):
-    id: Any = None
     key: Any = None
+    unique: Any = None
+    streamworker: Any = None
 
 
 _moment: Callable[[msgspec.Raw], datetime | None] = msgspec.json.Decoder(datetime | None).decode
 _dated: Callable[[bytes], _Dated] = msgspec.json.Decoder(_Dated).decode
-_keyed: Callable[[bytes], _Keyed] = msgspec.json.Decoder(_Keyed).decode
 _named: Callable[[bytes], _Named] = msgspec.json.Decoder(_Named).decode
 _loose: Callable[[bytes], Any] = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
@@ -162,17 +161,18 @@ def glance(body: bytes | None) -> tuple[str | None, str | None]:
     return id_in(document), document.kind or None
 
 
-def keyed(body: bytes | None) -> tuple[str, str] | None:
+def keyed(body: bytes | None, *, held: bool = False) -> tuple[str, str] | None:
     """(deduplication key, id) of a job that was enqueued with a key; ``None`` for one without, or for other bytes.
 
-    Producers may write a key that is another job's: freeing it looks whether it is remembered for this id.
+    It may be another job's: freeing it looks for which id it is remembered. ``held``: only one that ends with its job.
     """
     try:
-        document = _keyed(body or b"")
+        document = _named(body or b"")
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
     key, name = document.key, document.id
-    return (key, name) if isinstance(key, str) and isinstance(name, str) and key and name else None
+    fits = isinstance(key, str) and isinstance(name, str) and key and name
+    return (key, name) if fits and (not held or document.unique in UNTIL) else None
 
 
 def job_id(document: DocumentFields, claim: Claim) -> str:
@@ -236,6 +236,7 @@ def pack(job: Job, *, max_bytes: int, key_ttl: float) -> PackedJob:
     document = Document(
         id=job.id,
         key=job.key,
+        unique=job.unique,
         queue_name=job.queue,
         kind=job.kind or None,
         priority=_PRIORITY_OF[job.level],
@@ -265,7 +266,10 @@ def pack(job: Job, *, max_bytes: int, key_ttl: float) -> PackedJob:
     run_at = job.run_at.timestamp() if job.run_at is not None else None
     ttl = key_ttl if job.key_ttl is None else job.key_ttl
     lined = job.order_key is not None or job.fair_key is not None
-    return PackedJob(job.id, job.queue, job.level, body, job.delay, run_at, job.key, ttl, lined)
+    held = None
+    if job.unique is not None:
+        held = Held(HELD if job.key_ttl is None else ttl, job.replace, job.debounce or 0.0, job.debounce_max or 0.0)
+    return PackedJob(job.id, job.queue, job.level, body, job.delay, run_at, job.key, ttl, lined, held)
 
 
 def check_depth(body: bytes) -> None:

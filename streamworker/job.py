@@ -14,6 +14,11 @@ from typing import Any, Literal, TypeAlias
 import msgspec
 
 Level: TypeAlias = Literal["high", "normal", "low"]
+Until: TypeAlias = Literal["done", "started"]
+"""Until when a deduplication key is held: its job has ended, or has started."""
+UNTIL: tuple[Until, Until] = ("done", "started")
+HELD = 7 * 86_400.0
+"""Seconds after which such a key is free whatever became of its job, counted from when that is due or goes on."""
 LEVELS: tuple[Level, Level, Level] = ("high", "normal", "low")
 """The levels of a queue, in the order of claims."""
 
@@ -37,6 +42,10 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         expires_in: seconds from the moment of enqueueing until it expires; only on jobs to be enqueued.
         key: deduplication key; only on jobs to be enqueued.
         key_ttl: seconds the key is remembered; ``None`` takes ``STREAMWORKER_KEY_TTL``.
+        unique: until when ``key`` is held, instead of for a time; only on jobs to be enqueued, as are the next three.
+        replace: it takes the place of the job that has ``key`` and has not started.
+        debounce: seconds by which it is delayed anew with each job that replaces it.
+        debounce_max: most seconds of that.
         headers: the user's, beside the payload.
         order_key: of the jobs of a queue with one order key at most one runs at a time, in order.
         fair_key: the tenant, whose jobs wait in a line of their own.
@@ -57,6 +66,10 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     expires_in: float | None = None
     key: str | None = None
     key_ttl: float | None = None
+    unique: Until | None = None
+    replace: bool = False
+    debounce: float | None = None
+    debounce_max: float | None = None
     headers: dict[str, Any] | None = None
     order_key: str | None = None
     fair_key: str | None = None
@@ -68,10 +81,28 @@ class Enqueued(msgspec.Struct, frozen=True):
     Attributes:
         id: the job's id; with a remembered ``key``, the earlier job's.
         new: False when ``key`` was remembered and nothing was added.
+        replaced: the id of the job that was replaced; the same as ``id`` if that one was rewritten.
     """
 
     id: str
     new: bool
+    replaced: str | None = None
+
+
+class Held(msgspec.Struct, frozen=True):
+    """A deduplication key that is held until its job has started or ended.
+
+    Attributes:
+        life: seconds after which it is free whatever became of the job, counted from when the job is due.
+        replace: the job takes the place of one that has the key and has not started.
+        debounce: seconds by which it is delayed anew with each job that replaces it; 0 for none.
+        debounce_max: most seconds of that; 0 for any.
+    """
+
+    life: float
+    replace: bool
+    debounce: float
+    debounce_max: float
 
 
 class PackedJob(msgspec.Struct, frozen=True):
@@ -87,6 +118,7 @@ class PackedJob(msgspec.Struct, frozen=True):
     key_ttl: float = 0.0
     lined: bool = False
     """It has an order key or a fairness key."""
+    held: Held | None = None
 
 
 class Claim(msgspec.Struct, frozen=True, gc=False):
@@ -209,10 +241,11 @@ class OutOfTurn(msgspec.Struct, frozen=True):
 
 
 class Recorded(msgspec.Struct, frozen=True):
-    """The ledger has a verdict for the job already; ``why`` in a word or two."""
+    """The ledger has a verdict for the job already; ``why`` in a word or two; ``ended``: none of its hops goes on."""
 
     verdict: Verdict
     why: str
+    ended: bool = False
 
 
 Outcome: TypeAlias = (

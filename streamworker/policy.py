@@ -176,6 +176,8 @@ class Facts(msgspec.Struct, frozen=True):
         expires: seconds of the worker's monotonic clock from which on the job must not start.
         order: the job's order key; empty without one.
         halts: a dead job keeps its order key.
+        key: deduplication key that is held until the job has started or ended; empty for none.
+        tied: it has one of these keys.
     """
 
     attempts: int
@@ -184,6 +186,8 @@ class Facts(msgspec.Struct, frozen=True):
     expires: float | None = None
     order: str = ""
     halts: bool = False
+    key: str = ""
+    tied: bool = False
 
 
 def abandoned(deliveries: int, max_deliveries: int) -> Abandoned | None:

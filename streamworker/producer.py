@@ -21,7 +21,7 @@ from streamworker.broker import Broker, ServerClock
 from streamworker.codec import reserved_in
 from streamworker.errors import LONGEST_WAIT, InvalidJob, UsageError
 from streamworker.handlers import check_queue
-from streamworker.job import Enqueued, Job
+from streamworker.job import UNTIL, Enqueued, Job, Until
 from streamworker.loops import at_once
 from streamworker.observe import Sender
 from streamworker.payload import ROOTS, AnyPayload, fit_of, infinity_in, is_payload_class, line_keys
@@ -141,6 +141,10 @@ _KINDS: Final[dict[str, tuple[type, ...]]] = {
     "expires_at": (datetime, NoneType),
     "key": (str, NoneType),
     "key_ttl": (float, int, NoneType),
+    "unique": (str, NoneType),
+    "replace": (bool,),
+    "debounce": (float, int, NoneType),
+    "debounce_max": (float, int, NoneType),
     "headers": (dict, NoneType),
 }
 
@@ -159,7 +163,12 @@ class JobOptions(TypedDict, total=False):
         expires_in: seconds from the moment of enqueueing; from then on the job never starts, and ends as expired.
         expires_at: the same as a moment; without a time zone it is UTC.
         key: deduplication key: while it is remembered, enqueueing again gives the earlier job's id.
-        key_ttl: seconds the key is remembered; ``STREAMWORKER_KEY_TTL`` unless given.
+        key_ttl: seconds the key is remembered; ``STREAMWORKER_KEY_TTL`` unless given. With ``unique``, seconds after
+            which it is free even if the job never ended, counted from when that is due; seven days unless given.
+        unique: ``done`` holds the key until the job has ended, ``started`` until it starts.
+        replace: a job with that key that has not started is replaced: delayed it is rewritten, ready it is cancelled.
+        debounce: seconds to wait first, anew with each job that replaces it.
+        debounce_max: most seconds of that, from the first one.
         headers: travel with the job; anything JSON can hold.
     """
 
@@ -171,6 +180,10 @@ class JobOptions(TypedDict, total=False):
     expires_at: datetime | None
     key: str | None
     key_ttl: float | None
+    unique: Until | None
+    replace: bool
+    debounce: float | None
+    debounce_max: float | None
     headers: dict[str, Any] | None
 
 
@@ -189,16 +202,13 @@ def make_job(payload: AnyPayload, **options: Unpack[JobOptions]) -> Job:
         return plain_job(payload, datetime.now(UTC))
     type_ = _class_of(payload)
     _check_types(options)
-    delay, run_at = options.get("delay"), _in_zone(options.get("run_at"))
-    expires_in, expires_at = options.get("expires_in"), _in_zone(options.get("expires_at"))
-    key, ttl = options.get("key"), options.get("key_ttl")
-    if delay is not None and run_at is not None:
-        raise UsageError("delay and run_at say the same thing twice: give one of them")
-    _check_seconds("delay", delay)
-    _check_expiry(expires_in, expires_at, delay, run_at)
+    run_at, expires_at = _in_zone(options.get("run_at")), _in_zone(options.get("expires_at"))
+    key, ttl, debounce = options.get("key"), options.get("key_ttl"), options.get("debounce")
+    _check_times(options, run_at, expires_at)
     _check_seconds("key_ttl", ttl)
     if key is not None and (not key or not _is_text(key)):
         raise UsageError(f"key={key!r} cannot be a key: leave it out, or give it some text")
+    _check_held(options)
     _check_headers(options.get("headers"))
     try:
         level = codec.level_of(options.get("priority"))
@@ -214,11 +224,15 @@ def make_job(payload: AnyPayload, **options: Unpack[JobOptions]) -> Job:
         level=level,
         created_at=datetime.now(UTC),
         run_at=run_at,
-        delay=delay,
+        delay=debounce if debounce is not None else options.get("delay"),
         expires_at=expires_at,
-        expires_in=expires_in,
+        expires_in=options.get("expires_in"),
         key=key,
         key_ttl=ttl,
+        unique=options.get("unique") or ("started" if options.get("replace") or debounce is not None else None),
+        replace=bool(options.get("replace")) or debounce is not None,
+        debounce=debounce,
+        debounce_max=options.get("debounce_max"),
         headers=options.get("headers"),
         order_key=order,
         fair_key=fair,
@@ -267,14 +281,16 @@ def job_of(given: AnyPayload | Job, **options: Unpack[JobOptions]) -> Job:
     if not isinstance(given, Job):
         return make_job(given, **options)
     for name, value in options.items():
-        if value is not None and (name, value) != ("priority", "normal"):
+        if value not in (None, False) and (name, value) != ("priority", "normal"):
             raise UsageError(f"{name}={value!r} comes too late for a job that was made before: give it to app.job()")
     return given
 
 
 def _check_types(options: JobOptions) -> None:
+    if unknown := options.keys() - JobOptions.__annotations__.keys():
+        raise TypeError(f"there is no option {min(unknown)!r} of a job")
     for name, kinds in _KINDS.items():
-        if not isinstance(options.get(name), kinds):
+        if name in options and not isinstance(options.get(name), kinds):
             raise UsageError(f"{name}={options.get(name)!r} must be {kinds[0].__name__} or None")
 
 
@@ -290,15 +306,32 @@ def _no_payload(given: Any) -> str:
     return f"{article} {what} is no payload: {_WANTED}"
 
 
+def _check_held(options: JobOptions) -> None:
+    """Refuse options of a key that is held which make no sense without others."""
+    unique, debounce, most = options.get("unique"), options.get("debounce"), options.get("debounce_max")
+    _check_seconds("debounce", debounce)
+    _check_seconds("debounce_max", most)
+    if unique is not None and unique not in UNTIL:
+        raise UsageError(f"unique={unique!r} must be 'done', 'started' or None")
+    if options.get("key") is None and (unique is not None or options.get("replace") or debounce is not None):
+        raise UsageError("unique, replace and debounce are about the jobs of one key: give key=, too")
+    if debounce is not None and (options.get("delay") is not None or options.get("run_at") is not None):
+        raise UsageError("debounce says when the job runs: leave delay and run_at out")
+    if most is not None and (debounce is None or most < debounce):
+        raise UsageError(f"debounce_max={most!r} needs a debounce that is not longer")
+
+
 def _in_zone(moment: datetime | None) -> datetime | None:
     return moment.replace(tzinfo=UTC) if isinstance(moment, datetime) and moment.tzinfo is None else moment
 
 
-def _check_expiry(
-    expires_in: float | None, expires_at: datetime | None, delay: float | None, run_at: datetime | None
-) -> None:
-    """Refuse an expiry that is said twice, or that comes before the job may run."""
+def _check_times(options: JobOptions, run_at: datetime | None, expires_at: datetime | None) -> None:
+    """Refuse a time that is said twice, and an expiry that comes before the job may run."""
+    delay, expires_in = options.get("delay"), options.get("expires_in")
+    _check_seconds("delay", delay)
     _check_seconds("expires_in", expires_in)
+    if delay is not None and run_at is not None:
+        raise UsageError("delay and run_at say the same thing twice: give one of them")
     if expires_in is not None and expires_at is not None:
         raise UsageError("expires_in and expires_at say the same thing twice: give one of them")
     if expires_in is not None and delay is not None and expires_in <= delay:

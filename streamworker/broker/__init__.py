@@ -36,6 +36,7 @@ class SettleRequest(msgspec.Struct, frozen=True, gc=False):
         keep: seconds for which the note can be read; 0 only publishes it.
         order: order key of a job that has ended for good, which is passed on; empty without one. Needs a ``note``.
         halts: a dead job keeps its order key until it is replayed or deleted.
+        key: deduplication key that a finished job frees; other endings take it from the document.
     """
 
     claim: Claim
@@ -49,6 +50,7 @@ class SettleRequest(msgspec.Struct, frozen=True, gc=False):
     keep: float = 0.0
     order: str = ""
     halts: bool = False
+    key: str = ""
 
 
 class Refusal(msgspec.Struct, frozen=True):
@@ -283,8 +285,24 @@ class OrderKeys(Protocol):
         """Whether each job, given as (order key, id), holds its key: it may start."""
 
 
+class HeldKeys(Protocol):
+    """Deduplication keys that are held until their jobs have started or ended."""
+
+    async def begin(self, queue: str, jobs: Sequence[tuple[str, str, bool]]) -> list[bool]:
+        """Jobs are about to start: they cannot be replaced any more. Repeating it is safe.
+
+        Args:
+            queue: their queue.
+            jobs: (key, job id, whether the key is free now).
+
+        Returns:
+            Whether each may start: not if it was cancelled meanwhile.
+        """
+
+
 class WorkerBroker(
-    Connected, Consumer, Heartbeats, Limiter, Results, Signals, CronStore, ServerClock, OrderKeys, Protocol
+    Connected, Consumer, Heartbeats, Limiter, Results, Signals, CronStore, ServerClock, OrderKeys,
+    HeldKeys, Protocol
 ):  # fmt: skip
     """All roles: what `App` opens for a worker or a producer."""
 

@@ -14,9 +14,9 @@ from redis import exceptions as redis_errors
 from typing_extensions import TypeVar
 
 from streamworker.broker import CronTick, CronTickResult, Refusal, SettleRequest, scripts
-from streamworker.broker.cancel import Cancels, cancel
+from streamworker.broker.cancel import LIFE, Cancels, cancel
 from streamworker.broker.claim import ClaimSource, Options, none_ended
-from streamworker.broker.keys import PROGRESS, QueueKeys, due_member, worker_key
+from streamworker.broker.keys import HELD_MEMBER, PROGRESS, QueueKeys, due_member, worker_key
 from streamworker.broker.pubsub import Subscriber, listen, waiting
 from streamworker.broker.redis.client import RedisAddress
 from streamworker.broker.redis.reactions import understood
@@ -117,6 +117,16 @@ class RedisBroker(ABC, Generic[K, I]):
 
     async def offer_tick(self, tick: CronTick) -> CronTickResult:
         return await self._publisher.offer_tick(tick)
+
+    async def begin(self, queue: str, jobs: Sequence[tuple[str, str, bool]]) -> list[bool]:
+        """`HeldKeys.begin`."""
+        keys = self._key(queue)
+        names = [keys.cancelled]
+        args: list[Any] = []
+        for key, job_id, free in jobs:
+            names += (keys.key(key), keys.held(job_id))
+            args += (job_id, int(free))
+        return [bool(each) for each in await self._session.run(scripts.BEGIN, names, args)]
 
     async def clock(self, queue: str) -> float:
         return int(await self._session.run(scripts.CLOCK, [self._key(queue).meta], [])) / 1000
@@ -243,10 +253,11 @@ class Publisher:
             by_queue.setdefault(job.queue, []).append(index)
         answers: dict[int, Enqueued] = {}
         for queue, indexes in by_queue.items():
-            for start in range(0, len(indexes), BATCH):
-                batch = indexes[start : start + BATCH]
+            for batch in _batches(indexes, jobs):
                 some = [jobs[index] for index in batch]
                 store = self._store_plain if all(map(_is_plain, some)) else self._store
+                if some[0].held is not None:
+                    store = self._store_held
                 answers.update(zip(batch, await store(self._keys(queue), some), strict=True))
         return [answers[index] for index in range(len(jobs))]
 
@@ -278,11 +289,7 @@ class Publisher:
                 key = len(names)
             if job.delay is not None or job.run_at is not None:
                 member = due_member(job.level, job.id)
-                when = (
-                    f"+{max(0, round(job.delay * 1000))}"
-                    if job.delay is not None
-                    else str(max(0, round((job.run_at or 0) * 1000)))
-                )
+                when = _due(job)
             args += (
                 LEVELS.index(job.level) + 1,
                 when,
@@ -297,6 +304,33 @@ class Publisher:
         return [
             Enqueued(job.id, new=True) if answer == 1 else Enqueued(answer.decode(errors="replace"), new=False)
             for job, answer in zip(jobs, reply, strict=True)
+        ]
+
+    async def _store_held(self, keys: QueueKeys, jobs: list[PackedJob]) -> list[Enqueued]:
+        """Store jobs whose deduplication keys are held until they start or end."""
+        names = [*keys.places, keys.due, keys.bodies, keys.cancelled, keys.meta]
+        args: list[Any] = [keys.shape, LIFE * 1000]
+        for job in jobs:
+            held = job.held
+            if held is None or job.key is None:
+                raise AssertionError("only jobs with such a key are stored so")
+            names += (keys.key(job.key), keys.held(job.id))
+            args += (
+                job.level,
+                _due(job),
+                max(1, round(held.life * 1000)),
+                job.id,
+                int(held.replace),
+                round(held.debounce * 1000),
+                round(held.debounce_max * 1000),
+                len(b'{"id":' + msgspec.json.encode(job.id)),
+                job.body,
+                HELD_MEMBER,
+            )
+        reply = await self._send(lambda: scripts.UNIQUE(self._client, names, args), TRIES)
+        return [
+            _answer(job.id, word, name.decode(errors="replace"))
+            for job, word, name in zip(jobs, reply[::2], reply[1::2], strict=True)
         ]
 
     async def _send(self, command: Callable[[], Awaitable[Any]], tries: int) -> Any:
@@ -316,6 +350,33 @@ class Publisher:
                 else:
                     raise
         raise AssertionError("unreachable: the loop returns or raises")
+
+
+def _batches(indexes: list[int], jobs: Sequence[PackedJob]) -> Iterable[list[int]]:
+    """The jobs of a queue for a script each: up to a thousand, with held keys up to a hundred."""
+    held = [index for index in indexes if jobs[index].held is not None]
+    rest = [index for index in indexes if jobs[index].held is None] if held else indexes
+    for some, most in ((rest, BATCH), (held, BATCH // 10)):
+        for start in range(0, len(some), most):
+            yield some[start : start + most]
+
+
+def _due(job: PackedJob) -> str:
+    """When a job is due, as scripts take it: "" now, "+ms" from now, "ms" since the epoch."""
+    if job.delay is not None:
+        return f"+{max(0, round(job.delay * 1000))}"
+    return "" if job.run_at is None else str(max(0, round(job.run_at * 1000)))
+
+
+def _answer(job_id: str, word: bytes, name: str) -> Enqueued:
+    match word:
+        case b"earlier":
+            return Enqueued(name, new=False)
+        case b"rewritten":
+            return Enqueued(name, new=False, replaced=name)
+        case b"superseded":
+            return Enqueued(job_id, new=True, replaced=name)
+    return Enqueued(job_id, new=True)
 
 
 def _was_sent(cause: BaseException | None) -> bool:

@@ -173,6 +173,10 @@ class QueueKeys(msgspec.Struct, frozen=True):
         """A deduplication key."""
         return f"{self.base}:key:{name}"
 
+    def held(self, job_id: str) -> str:
+        """Mark of a job whose deduplication key is held and that has not started: the ms at which it was stored."""
+        return f"{self.base}:held:{job_id}"
+
     def limit(self, name: str) -> list[str]:
         """The keys of a limit, see ``lua/limit.lua``: its permits, its turns, and its bucket."""
         return [f"{self.base}:limit:{part}:{name}" for part in ("holds", "turns", "bucket")]
@@ -299,6 +303,10 @@ def document(fields: list[bytes] | None) -> bytes | None:
 
 UNKNOWN_EPOCH: Final = b"0"
 """The value that ids are derived from where it is not known. Not empty: empty means that entries name their jobs."""
+
+
+HELD_MEMBER: Final = "00000000"
+"""End of the first member of the due set for a job whose deduplication key is held, by which it is found."""
 
 
 def due_member(level: Level, job_id: str) -> str:

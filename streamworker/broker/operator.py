@@ -39,7 +39,7 @@ from streamworker.broker.redis.session import OperatorSession, text
 from streamworker.broker.settle import ClaimSettlement, StreamSettlement, settle
 from streamworker.codec import NOTHING
 from streamworker.errors import InvalidJob, StreamworkerError
-from streamworker.job import Claim, Dead, Depth, Drop, Progress, ReleaseAt, Settled, Verdict, read
+from streamworker.job import HELD, Claim, Dead, Depth, Drop, Progress, ReleaseAt, Settled, Verdict, read
 
 Freed: TypeAlias = Callable[[str, Sequence[str]], Awaitable[None]]
 """Called with a queue and the ids of jobs that an operator ended: a ledger stores deduplication keys too."""
@@ -227,9 +227,17 @@ class RedisOperator(ABC):
                 f"the dead letter {job.handle} of {job.queue} has no field 'job' and cannot go back: drop it, "
                 "or enqueue its data anew"
             )
-        args = [job.handle, _refreshed(letter, letter.body), keys.shape]
+        args: list[str | bytes | int] = [job.handle, _refreshed(letter, letter.body), keys.shape]
         names = [keys.dead, keys.ready(letter.level), keys.result(letter.job_id or "")]
-        return bool(await self._session.run(scripts.REPLAY, names, args))
+        if (own := codec.keyed(letter.body, held=True)) is not None:
+            names, args = [*names, keys.key(own[0])], [*args, own[1], round(HELD * 1000)]
+        answer = await self._session.run(scripts.REPLAY, names, args)
+        if answer < 0:
+            raise StreamworkerError(
+                f"another job has the key of the dead letter {job.handle} of {job.queue} by now: wait for its end, or "
+                "drop the letter"
+            )
+        return bool(answer)
 
     async def erase(self, job: StoredJob) -> bool:
         keys = self._key(job.queue)

@@ -56,6 +56,7 @@ class LuaScript:
 
 
 BEAT: Final = LuaScript("beat")
+BEGIN: Final = LuaScript("begin")
 BRIDGE: Final = LuaScript("bridge")
 BURY: Final = LuaScript("bury")
 CANCEL: Final = LuaScript("cancel")
@@ -106,6 +107,7 @@ OWN_PENDING: Final = LuaScript("own_pending")
 RECLAIM: Final = LuaScript("reclaim")
 SWEEP: Final = LuaScript("sweep")
 TELL: Final = LuaScript("tell")
+UNIQUE: Final = LuaScript("unique")
 UNPARK: Final = LuaScript("unpark")
 ERASE: Final = LuaScript("erase")
 CLOCK: Final = LuaScript("clock")

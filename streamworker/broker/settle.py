@@ -213,8 +213,11 @@ def note(item: SettleRequest) -> tuple[int, bytes]:
 
 
 def freed(item: SettleRequest, keys: QueueKeys, names: list[str]) -> int:
-    """Append the deduplication key that `Drop` deletes to ``names``; its number there, 0 for none."""
-    found = codec.keyed(item.claim.body) if isinstance(item.verdict, Drop) else None
+    """Append the deduplication key that an ending frees to ``names``; its number there, 0 for none."""
+    if isinstance(item.verdict, Done):
+        found = (item.key, item.job_id) if item.key else None
+    else:
+        found = codec.keyed(item.claim.body, held=not isinstance(item.verdict, Drop))
     if found is None or found[1] != item.job_id:
         return 0
     names.append(keys.key(found[0]))

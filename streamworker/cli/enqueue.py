@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Any, Final
 
@@ -20,13 +21,52 @@ from streamworker.cli.options import SERVER, QueueName, Seconds, ServerFlags
 from streamworker.cli.output import json_line
 from streamworker.cli.streams import Report
 from streamworker.errors import InvalidJob, UsageError
-from streamworker.job import Job, Level
+from streamworker.job import Enqueued, Job, Level, Until
 from streamworker.payload import KIND_NAME
 from streamworker.settings import Settings
 
 BATCH: Final = 1000
 """Jobs of one round trip."""
 _NUMBER: Final = re.compile(r"-?[0-9]{1,18}")
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class HeldFlags:
+    """How --key is held.
+
+    Attributes:
+        unique: Hold the key until the job is done or started, instead of for a time.
+        replace: Replace a job with that key that has not started.
+        debounce: Seconds to wait first, anew with each job that replaces it.
+        debounce_max: Most seconds of that.
+    """
+
+    unique: Until | None = None
+    replace: bool = False
+    debounce: Seconds | None = None
+    debounce_max: Seconds | None = None
+
+    @property
+    def until(self) -> Until | None:
+        """Until when the key is held."""
+        return self.unique or ("started" if self.replace or self.debounce is not None else None)
+
+    def check(self, key: str | None, delay: float | None) -> None:
+        """Refuse what makes no sense.
+
+        Raises:
+            UsageError: it makes none.
+        """
+        if key is None and (self.until is not None or self.debounce_max is not None):
+            raise UsageError("--unique, --replace and --debounce are about the jobs of one key: give --key, too")
+        if self.debounce is not None and delay is not None:
+            raise UsageError("--debounce says when the job runs: leave --delay out")
+        if self.debounce_max is not None and (self.debounce is None or self.debounce_max < self.debounce):
+            raise UsageError("--debounce-max needs a --debounce that is not longer")
+
+
+HELD: Final = HeldFlags()
 
 
 def enqueue(
@@ -39,6 +79,7 @@ def enqueue(
     delay: Seconds | None = None,
     expires_in: Seconds | None = None,
     key: str | None = None,
+    held: HeldFlags = HELD,
     count: Annotated[int, Parameter(validator=Number(gte=1))] = 1,
     app: str | None = None,
     json: bool = False,
@@ -61,8 +102,7 @@ def enqueue(
         app: module:attribute of the app whose handlers check the payload.
         json: One JSON object per line, with id and new.
     """
-    _refuse_nonsense(key, count, delay, expires_in)
-    level = _level(priority)
+    _refuse_nonsense(key, count, delay, expires_in, held)
     settings = server.settings(app=app)
     text = _stdin() if payload == "-" else payload.encode()
     if settings.app is not None:
@@ -73,14 +113,23 @@ def enqueue(
     else:
         queue, raw = _unchecked(kind, queue, text)
     job = Job(
-        id="", queue=queue, kind=kind, payload=raw, level=level, created_at=datetime.now(UTC), delay=delay,
-        expires_in=expires_in, key=key,
+        id="", queue=queue, kind=kind, payload=raw, level=_level(priority), created_at=datetime.now(UTC),
+        delay=delay if held.debounce is None else held.debounce, expires_in=expires_in, key=key, unique=held.until,
+        replace=held.replace or held.debounce is not None, debounce=held.debounce, debounce_max=held.debounce_max,
     )  # fmt: skip
     anyio.run(_enqueue, settings, job, count, json)
     return 0
 
 
-def _refuse_nonsense(key: str | None, count: int, delay: float | None, expires_in: float | None) -> None:
+def _row(answer: Enqueued) -> dict[str, str | bool]:
+    row: dict[str, str | bool] = {"id": answer.id, "new": answer.new}
+    return row if answer.replaced is None else {**row, "replaced": answer.replaced}
+
+
+def _refuse_nonsense(
+    key: str | None, count: int, delay: float | None, expires_in: float | None, held: HeldFlags
+) -> None:
+    held.check(key, delay)
     if key is not None and count > 1:
         raise UsageError("--key makes all jobs the same and --count wants many: leave one of them out")
     if key == "":
@@ -97,9 +146,10 @@ async def _enqueue(settings: Settings, job: Job, count: int, json: bool) -> None
             jobs = [msgspec.structs.replace(job, id=codec.new_id()) for _ in range(size)]
             for answer in await app.enqueue_many(jobs):
                 if json:
-                    report.write(json_line({"id": answer.id, "new": answer.new}))
+                    report.write(json_line(_row(answer)))
                 else:
-                    report.write(answer.id + ("" if answer.new else " (enqueued before)") + "\n")
+                    note = "" if answer.new else " (enqueued before)"
+                    report.write(answer.id + (" (replaced)" if answer.replaced else note) + "\n")
     report.end()
 
 

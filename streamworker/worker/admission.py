@@ -1,8 +1,8 @@
 """Admission: decides when a prepared job may start: its run_at and expires_at, the limits of its kind, its batch.
 
 Jobs without any of these go straight to their task. The others pass the stages they need, once each, in this order:
-`DueCheck`, `OrderGate`, `LimitGate`, `Batcher`. The first three are group commits, as the settler is: while one request
-is under way the next gathers.
+`DueCheck`, `OrderGate`, `LimitGate`, `HeldGate`, `Batcher`. All but the last are group commits, as the settler is:
+while one request is under way the next gathers.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import anyio
 import msgspec
 
 from streamworker import codec
-from streamworker.broker import Limiter, OrderKeys, ServerClock
+from streamworker.broker import HeldKeys, Limiter, OrderKeys, ServerClock
 from streamworker.errors import Unreachable
-from streamworker.execution import EXPIRED, OUT_OF_TURN, Execution
+from streamworker.execution import CANCELLED, EXPIRED, OUT_OF_TURN, Execution
 from streamworker.handlers import Handlers, Registration
 from streamworker.job import Deferred, Postponed, UnknownKind
 from streamworker.limits import AcquireRequest, AcquireResult, Limit, Quota
@@ -46,7 +46,7 @@ LONGEST_VALUE: Final = 100
 """Characters of a value in the name of a key; longer values stand there as a digest."""
 
 
-class AdmissionBroker(Limiter, OrderKeys, ServerClock, Protocol):
+class AdmissionBroker(Limiter, OrderKeys, ServerClock, HeldKeys, Protocol):
     """The roles of a broker that admission calls."""
 
 
@@ -76,9 +76,9 @@ class Admission:
         batches = any(registration.together is not None for registration in handlers.registrations)
         self._tasks = tasks
         self._batcher = Batcher(concurrency, tasks, completion) if batches else None
-        after_limits = self._batcher or tasks
-        self._gate = LimitGate(broker, permits, after_limits, completion) if permits is not None else None
-        self._order_gate = OrderGate(broker, self._gate or after_limits, completion)
+        self._held_gate = HeldGate(broker, self._batcher or tasks, completion)
+        self._gate = LimitGate(broker, permits, self._held_gate, completion) if permits is not None else None
+        self._order_gate = OrderGate(broker, self._gate or self._held_gate, completion)
         self._due_check = DueCheck(broker, executor, self._order_gate, completion)
 
     def put(self, run: Execution) -> None:
@@ -90,7 +90,7 @@ class Admission:
 
     def abandon_waiting(self) -> list[Execution]:
         """Remove and return the runs that wait here."""
-        stages = (self._due_check, self._order_gate, self._gate, self._batcher)
+        stages = (self._due_check, self._order_gate, self._gate, self._held_gate, self._batcher)
         return [run for stage in stages if stage is not None for run in stage.abandon_waiting()]
 
     async def run(self) -> None:
@@ -98,6 +98,7 @@ class Admission:
         async with anyio.create_task_group() as group:
             group.start_soon(self._due_check.run)
             group.start_soon(self._order_gate.run)
+            group.start_soon(self._held_gate.run)
             if self._gate is not None:
                 group.start_soon(self._gate.run)
 
@@ -105,6 +106,7 @@ class Admission:
         """End when every permit is given back, at the latest in ``within`` seconds."""
         self._due_check.close(within)
         self._order_gate.close(within)
+        self._held_gate.close(within)
         if self._gate is not None:
             self._gate.close(within)
 
@@ -241,7 +243,7 @@ class OrderGate(Gate):
         completion: takes jobs whose turn it is not.
     """
 
-    def __init__(self, broker: OrderKeys, successor: LimitGate | Batcher | JobTasks, completion: Completion) -> None:
+    def __init__(self, broker: OrderKeys, successor: LimitGate | HeldGate, completion: Completion) -> None:
         super().__init__(completion)
         self._broker = broker
         self._successor = successor
@@ -268,6 +270,46 @@ class OrderGate(Gate):
                 self._completion.finish(run)
 
 
+class HeldGate(Gate):
+    """Admits jobs whose deduplication keys are held until they have started or ended: they cannot be replaced any more.
+
+    Args:
+        broker: holds the keys.
+        successor: the next stage.
+        completion: takes jobs that were cancelled or replaced.
+    """
+
+    def __init__(self, broker: HeldKeys, successor: Batcher | JobTasks, completion: Completion) -> None:
+        super().__init__(completion)
+        self._broker = broker
+        self._successor = successor
+
+    def put(self, run: Execution) -> None:
+        """Take a run in; one with such a key waits for the answer whether it may start."""
+        if run.facts is None or not run.facts.key:
+            self._successor.put(run)
+        else:
+            self._wait(run)
+
+    async def _turn(self, queue: str, asked: list[Execution]) -> None:
+        jobs = [
+            (run.facts.key, run.job_id, run.reading is not None and run.reading.unique == "started")
+            for run in asked
+            if run.facts is not None
+        ]
+        answers = await self._broker.begin(queue, jobs)
+        mine = self._taken(asked)
+        for run, begins in zip(asked, answers, strict=True):
+            if run not in mine:
+                continue
+            if run.outcome is None and not begins:
+                run.outcome = CANCELLED
+            if run.outcome is None:
+                self._successor.put(run)
+            else:
+                self._completion.finish(run)
+
+
 class LimitGate:
     """Admits jobs of kinds with limits when the broker grants them a permit.
 
@@ -278,9 +320,7 @@ class LimitGate:
         completion: takes jobs that get no permit now.
     """
 
-    def __init__(
-        self, broker: Limiter, permits: Permits, successor: Batcher | JobTasks, completion: Completion
-    ) -> None:
+    def __init__(self, broker: Limiter, permits: Permits, successor: HeldGate, completion: Completion) -> None:
         self._broker = broker
         self._permits = permits
         self._successor = successor

@@ -26,7 +26,7 @@ from streamworker.context import Context, Shared
 from streamworker.errors import HandlerSignal, InvalidJob
 from streamworker.execution import CANCELLED, OK, OUT_OF_TURN, Cause, Execution
 from streamworker.handlers import Handlers, Registration
-from streamworker.job import Cancelled, Interrupted, Ok, Outcome, Raised, TimedOut, Undecodable, UnknownKind
+from streamworker.job import UNTIL, Cancelled, Interrupted, Ok, Outcome, Raised, TimedOut, Undecodable, UnknownKind
 from streamworker.payload import MOST_KEY_BYTES
 from streamworker.policy import Facts, Limits, abandoned, apart_from, group_sizes, wish_in
 from streamworker.redact import describe
@@ -124,7 +124,7 @@ class Executor:
             if reading.run_at is not None or reading.expires_at is not None:
                 run.special = True  # only the server knows whether its time has come; `decode` follows then
                 return
-            if registration.special:
+            if registration.special or reading.unique is not None:
                 run.special = True
             run.payload = registration.decode(reading.payload)
         except BaseException as error:  # noqa: BLE001 - payload types run users' code; no document may end the worker
@@ -136,7 +136,7 @@ class Executor:
         if registration is None or reading is None:
             raise AssertionError("a run must be prepared before its payload is decoded")
         try:
-            run.special = registration.special or bool(reading.order_key)
+            run.special = True
             run.payload = registration.decode(reading.payload)
         except BaseException as error:  # noqa: BLE001 - as in `prepare`
             run.outcome = _undecodable(run, error)
@@ -323,7 +323,8 @@ class Executor:
 
     def _facts_of(self, reading: DocumentFields, registration: Registration | None) -> Facts:
         """Shared between jobs wherever a job brings nothing of its own."""
-        if registration is not None and not reading.attempt_count and reading.max_attempts is None:
+        own = reading.attempt_count or reading.max_attempts is not None or reading.unique is not None
+        if registration is not None and not own:
             facts = self._facts.get(registration.kind)
             if facts is None:
                 facts = self._facts[registration.kind] = Facts(0, registration.limits, self._unknown_kind_ttl)
@@ -331,7 +332,8 @@ class Executor:
         limits = registration.limits if registration is not None else self._no_limits.limits
         if reading.max_attempts is not None:
             limits = msgspec.structs.replace(limits, max_attempts=max(1, reading.max_attempts))
-        return Facts(reading.attempt_count or 0, limits, self._unknown_kind_ttl)
+        key = reading.key if reading.unique in UNTIL and isinstance(reading.key, str) else ""
+        return Facts(reading.attempt_count or 0, limits, self._unknown_kind_ttl, key=key, tied=bool(key))
 
 
 def _take_lines(run: Execution, reading: DocumentFields, registration: Registration | None) -> None:
@@ -342,7 +344,7 @@ def _take_lines(run: Execution, reading: DocumentFields, registration: Registrat
             raise InvalidJob(f"the document is no job: a key of its lines has more than {MOST_KEY_BYTES} bytes")
     if order and run.facts is not None:
         halts = registration is not None and registration.payload.__halts__
-        run.facts = msgspec.structs.replace(run.facts, order=order, halts=halts)
+        run.facts = msgspec.structs.replace(run.facts, order=order, halts=halts, tied=True)
         run.special = True  # whether it is its turn, only the server knows
     if fair and not reading.hop and run.claim.count == 1 and run.outcome is None:
         run.outcome = OUT_OF_TURN

@@ -212,7 +212,7 @@ class LedgerLookup:
             held, self._doubts = set(map(_first, self._doubts)), self._doubts[len(doubts) :]
             for (run, _), why in zip(doubts, answers, strict=True):
                 if run in held:  # not handed back meanwhile
-                    self._apply(run, Recorded(DONE, why) if why else None)
+                    self._apply(run, Recorded(DONE, why, ended=why in FINAL) if why else None)
                     self._admission.put(run)
 
     def _apply(self, run: Execution, recorded: Recorded | None) -> None:
@@ -232,7 +232,7 @@ def verdict_of(known: Known, run: Execution) -> Recorded | None:
         run: prepared.
     """
     if known.status in FINAL:
-        return Recorded(DONE, known.status)
+        return Recorded(DONE, known.status, ended=True)
     if known.hop < hop_of(run):
         return None
     # A verdict was recorded for this hop, and its worker died before it could settle.

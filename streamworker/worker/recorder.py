@@ -51,7 +51,7 @@ from streamworker.redact import describe
 from streamworker.relay import Dispatcher
 from streamworker.telemetry.logs import get_logger
 from streamworker.worker.inflight import InFlight
-from streamworker.worker.settler import Settler, judged
+from streamworker.worker.settler import Settler, finished, judged
 
 log = get_logger("streamworker.worker")
 
@@ -346,7 +346,7 @@ class Recorder:
     def _end_here(self, run: Execution, why: str) -> None:
         log.info("run_overruled", job_id=run.job_id, kind=run.kind, queue=run.claim.queue, reason=why)
         self._in_flight.counts.skipped += 1
-        self._pass_on(run, SettleRequest(run.claim, DONE))
+        self._pass_on(run, finished(run) if why in FINAL else SettleRequest(run.claim, DONE))
 
     def _pass_on(self, run: Execution, ending: SettleRequest) -> None:
         run.ending = ending
@@ -361,7 +361,7 @@ class Recorder:
             log.info("run_overruled", job_id=run.job_id, kind=run.kind, queue=run.claim.queue, reason=answer.value)
         elif answer is Stored.SUPERSEDED:
             self._in_flight.counts.skipped += 1
-        self._pass_on(run, SettleRequest(run.claim, DONE))
+        self._pass_on(run, finished(run) if answer is Stored.ENDED else SettleRequest(run.claim, DONE))
 
     def _correct(self, run: Execution, effect: Effect, now: float) -> None:
         """Correct the outcome by the run's transaction, which decides whatever the handler did after it."""
@@ -376,7 +376,7 @@ class Recorder:
                 )  # fmt: skip
                 run.outcome = Ok()
         elif effect is Effect.ENDED:
-            run.outcome = Recorded(DONE, "ended")
+            run.outcome = Recorded(DONE, "ended", ended=True)
             self._in_flight.counts.skipped += 1
         elif effect is Effect.BUSY:
             run.outcome = Recorded(ReleaseAt(now + AGAIN_AFTER, "another run of this job was at work"), "busy")

@@ -292,7 +292,7 @@ def facts_of(run: Execution) -> dict[str, str | int]:
 def judged(run: Execution, now: float) -> SettleRequest:
     """The ending of a run. One that cannot be judged is dead: it would block everything behind it."""
     facts = run.facts
-    if run.outcome is OK and facts is not None and facts.limits.result_ttl is None and not facts.order:  # nearly all
+    if run.outcome is OK and facts is not None and facts.limits.result_ttl is None and not facts.tied:  # nearly all
         return SettleRequest(run.claim, DONE)
     try:
         return in_order(run, ending(run, now=now, jitter=random.random()))  # noqa: S311 - spreads load
@@ -327,9 +327,9 @@ def ending(run: Execution, *, now: float, jitter: float) -> SettleRequest:
     outcome = run.outcome
     if outcome is OK or isinstance(outcome, Ok):
         if (keep := keeping(run)) is None:
-            return SettleRequest(run.claim, DONE)
-        note = results.completed(outcome.value)
-        return SettleRequest(run.claim, DONE, None, run.job_id, run.kind, note=note, keep=keep)
+            return finished(run)
+        note, key = results.completed(outcome.value), run.facts.key if run.facts is not None else ""
+        return SettleRequest(run.claim, DONE, None, run.job_id, run.kind, note=note, keep=keep, key=key)
     if outcome is None or run.facts is None:
         raise AssertionError("a run is judged after its outcome")
     verdict = judge(outcome, run.facts, now=now, jitter=jitter)
@@ -338,7 +338,8 @@ def ending(run: Execution, *, now: float, jitter: float) -> SettleRequest:
     attempts, member = run.facts.attempts, ""
     match verdict:
         case Done():
-            return SettleRequest(run.claim, verdict)
+            known_end = isinstance(outcome, Recorded) and outcome.ended
+            return finished(run) if known_end else SettleRequest(run.claim, verdict)
         case Drop():
             return SettleRequest(run.claim, verdict, None, run.job_id, run.kind, keep=keeping(run) or 0.0)
         case Expire() | Dead():
@@ -354,6 +355,14 @@ def ending(run: Execution, *, now: float, jitter: float) -> SettleRequest:
             if isinstance(outcome, Deferred):
                 member = outcome.member
     return SettleRequest(run.claim, verdict, body, run.job_id, run.kind, attempts, member)
+
+
+def finished(run: Execution) -> SettleRequest:
+    """The ending of a job that is done, here or before: keys that it holds until then are free."""
+    if run.facts is None or not run.facts.key:
+        return in_order(run, SettleRequest(run.claim, DONE))
+    request = SettleRequest(run.claim, DONE, None, run.job_id, run.kind, note=results.COMPLETED, key=run.facts.key)
+    return in_order(run, request)
 
 
 def keeping(run: Execution) -> float | None:

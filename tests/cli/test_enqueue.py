@@ -52,6 +52,18 @@ def test_key_and_delay(sw, raw):
     assert (raw.xlen("stream:{q}"), raw.zcard("stream:{q}:due")) == (1, 1)
 
 
+def test_a_key_that_is_held(sw, raw):
+    words = ("enqueue", "k", "--queue", "q", "--key", "once", "--json")
+    (first,) = sw.ok(*words, "--unique", "done", "--delay", "60").rows
+    (second,) = sw.ok(*words, "--replace", "--delay", "5").rows
+    assert second == {"id": first["id"], "new": False, "replaced": first["id"]}
+    (third,) = sw.ok(*words, "--debounce", "5", "--debounce-max", "9").rows
+    assert third["replaced"] == first["id"] and raw.zcard("stream:{q}:due") == 1
+    assert sw("enqueue", "k", "--queue", "q", "--replace").returncode == 2
+    assert sw(*words, "--debounce", "5", "--delay", "5").returncode == 2
+    assert sw(*words, "--debounce-max", "5").returncode == 2
+
+
 def test_expiry(sw, raw):
     sw.ok("enqueue", "k", "--queue", "q", "--delay", "5", "--expires-in", "600")
     (body,) = raw.hvals("stream:{q}:bodies")

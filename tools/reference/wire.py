@@ -14,6 +14,7 @@ from tools.reference.tables import code, table
 _WHAT: Final = {
     "id": f"Any text up to {codec.MAX_ID_BYTES} bytes. Same id, same job. Without one the job gets one when it is first taken.",
     "key": "The deduplication key it was enqueued with, so that whoever ends it by hand can free it. Written by `enqueue` alone.",
+    "unique": "`done` or `started`: until when `key` is held. Written by `enqueue` alone.",
     "queue_name": "The queue; the key's unless given.",
     "kind": "Picks the handler. A queue with exactly one handler needs none.",
     "priority": "Up to 50 is high, up to 150 normal, above that low; or one of the words. 100 unless given. Once a job lies in a "

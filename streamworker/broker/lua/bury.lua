@@ -2,6 +2,7 @@
 -- stream, so that a dead letter holds exactly what the producer wrote; an entry without a field "job" keeps all its
 -- fields, each prefixed with "field:". The growing write comes first: out of memory, nothing changes. The order key of a dead job
 -- is passed on, or halted: kept by the dead job until that is replayed or deleted.
+-- A deduplication key that is held until its job ends is free.
 --
 -- KEYS[1]    stream
 -- KEYS[2]    dead stream of the queue
@@ -50,6 +51,7 @@ for i = 2, #ARGV, 13 do
       redis.call('XDEL', KEYS[1], id)
       keep(KEYS[3 + #result], ARGV[i + 10], ARGV[i + 11])
       bereave('stream', base_of(KEYS[2]), entry and job_in(entry[2]) or '', ARGV[i + 3], ARGV[i + 12] == '1')
+      release(base_of(KEYS[2]), entry and job_in(entry[2]))
       result[#result + 1], settled = 1, settled + 1
     end
   end

@@ -10,6 +10,6 @@
 -- returns 1 deleted, 0 the letter is gone
 local letter = redis.call('XRANGE', KEYS[1], ARGV[1], ARGV[1])[1]
 local gone = redis.call('XDEL', KEYS[1], ARGV[1])
-if gone == 1 and KEYS[2] and redis.pcall('GET', KEYS[2]) == ARGV[3] then redis.call('DEL', KEYS[2]) end
+if gone == 1 and KEYS[2] then let_go(KEYS[2], ARGV[3]) end
 if gone == 1 and letter then unhalt(ARGV[2], base_of(KEYS[1]), job_in(letter[2])) end
 return gone

@@ -1,6 +1,6 @@
 -- finish: acknowledge and delete ended entries like `done`, each only if the claim still holds, and keep and publish
--- their result notes. The mark of a cancelled job is deleted; so is the deduplication key of a job that an operator
--- ended, unless another job has it by now. The order key of an ended job is passed on.
+-- their result notes. The mark of a cancelled job is deleted; so is a deduplication key that is free now, unless
+-- another job has it by then. The order key of an ended job is passed on.
 --
 -- KEYS[1]    stream
 -- KEYS[2]    cancelled set of the queue
@@ -26,7 +26,7 @@ for i = 3, #ARGV, 7 do
     redis.pcall('ZREM', KEYS[2], ARGV[i + 2])
     keep(KEYS[4 + 2 * #result], ARGV[i + 3], ARGV[i + 4], KEYS[5 + 2 * #result])
     local k = tonumber(ARGV[i + 5])
-    if k > 0 and redis.pcall('GET', KEYS[k]) == ARGV[i + 2] then redis.call('DEL', KEYS[k]) end
+    if k > 0 then let_go(KEYS[k], ARGV[i + 2]) end
     if ARGV[i + 6] ~= '' then pass_on('stream', base_of(KEYS[3]), ARGV[i + 6], ARGV[i + 2]) end
     result[#result + 1], settled = 1, settled + 1
   else

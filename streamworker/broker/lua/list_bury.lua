@@ -2,6 +2,7 @@
 -- nothing changes. A job that was popped is stored nowhere; the last ones of them that became dead letters are remembered
 -- with the worker's heartbeat, so that a repeat after a lost reply is a no-op. The order key of a
 -- dead job is passed on, or halted: kept by the dead job until that is replayed or deleted.
+-- A deduplication key that is held until its job ends is free.
 --
 -- KEYS[1]    claimed list of the worker
 -- KEYS[2]    lease set of the queue
@@ -41,6 +42,7 @@ for i = 2, #ARGV, 6 + size do
       end
       keep(KEYS[6 + #result], ARGV[i + 2], ARGV[i + 3])
       bereave('list', base_of(KEYS[3]), ARGV[i + 7], ARGV[i + 4], ARGV[i + 5] == '1')
+      release(base_of(KEYS[3]), ARGV[i + 7])
       result[#result + 1], left = 1, left + 1
     end
   end

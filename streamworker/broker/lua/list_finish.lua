@@ -1,6 +1,6 @@
 -- list_finish: delete ended claims like `list_done`, each only if it still holds, and keep and publish their result
--- notes. The mark of a cancelled job is deleted; so is the deduplication key of a job that an operator ended, unless
--- another job has it by now. The order key of an ended job is passed on. A job that was popped is stored nowhere.
+-- notes. The mark of a cancelled job is deleted; so is a deduplication key that is free now, unless another job has it by
+-- then. The order key of an ended job is passed on. A job that was popped is stored nowhere.
 --
 -- KEYS[1]  claimed list of the worker
 -- KEYS[2]  lease set of the queue
@@ -22,7 +22,7 @@ for i = 1, #ARGV, 7 do
     redis.pcall('ZREM', KEYS[4], ARGV[i + 2])
     keep(KEYS[5 + 2 * #result], ARGV[i + 3], ARGV[i + 4], KEYS[6 + 2 * #result])
     local k = tonumber(ARGV[i + 5])
-    if k > 0 and redis.pcall('GET', KEYS[k]) == ARGV[i + 2] then redis.call('DEL', KEYS[k]) end
+    if k > 0 then let_go(KEYS[k], ARGV[i + 2]) end
     if ARGV[i + 6] ~= '' then pass_on('list', base_of(KEYS[3]), ARGV[i + 6], ARGV[i + 2]) end
   end
   result[#result + 1], left = gone, left + gone

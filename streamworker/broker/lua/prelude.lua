@@ -48,6 +48,39 @@ local function keep(key, ms, note, ended)
   redis.pcall('PUBLISH', key, note)
 end
 
+-- What all keys of a queue start with, given one that ends in a word of ours, as its due set does.
+local function base_of(key) return string.match(key, '^(.*):%a+$') end
+
+-- Delete the deduplication key of a job that needs it no longer, unless another job has it by now.
+local function let_go(key, id)
+  if redis.pcall('GET', key) == id then redis.call('DEL', key) end
+end
+
+-- Name and id of the deduplication key in a document that is held until its job has started or ended; nil without one. Only
+-- documents in which such a word stands are decoded.
+local function held_in(body)
+  if not body or not string.find(body, '"unique":"', 1, true) then return nil end
+  local ok, job = pcall(cjson.decode, body)
+  if not ok or type(job) ~= 'table' or type(job.unique) ~= 'string' or type(job.key) ~= 'string' then return nil end
+  if type(job.id) == 'string' then return job.key, job.id end
+end
+
+-- A job has ended: its deduplication key is free, if it was held until then.
+local function release(base, body)
+  local name, id = held_in(body)
+  if name then let_go(base .. ':key:' .. name, id) end
+end
+
+-- A job goes on: its deduplication key, if it is held until the job ends, stays for `ms` at least.
+local function prolong(base, body, ms)
+  local name, id = held_in(body)
+  if not name then return end
+  local key = base .. ':key:' .. name
+  if redis.pcall('GET', key) == id and redis.call('PTTL', key) < ms then
+    redis.call('PEXPIRE', key, string.format('%d', ms))
+  end
+end
+
 -- Put a job behind the others of a ready key; returns the reply, which may be an error.
 local function add(shape, key, body)
   if shape == 'list' then return redis.pcall('LPUSH', key, body) end
@@ -105,9 +138,6 @@ local function numbers(text)
   for number in string.gmatch(text, '%d+') do found[#found + 1] = tonumber(number) end
   return found
 end
-
--- What all keys of a queue start with, given one that ends in a word of ours, as its due set does.
-local function base_of(key) return string.match(key, '^(.*):%a+$') end
 
 -- The key of a level's ready jobs; the lists of list mode have no prefix.
 local function ready_of(shape, base, level)
