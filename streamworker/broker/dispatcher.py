@@ -17,6 +17,7 @@ from streamworker.broker import CronTick, CronTickResult, listings, scripts
 from streamworker.broker.base import Publisher, promote
 from streamworker.broker.keys import ListKeys, QueueKeys, of_due_member
 from streamworker.broker.listings import derived_from
+from streamworker.broker.order import in_lines
 from streamworker.broker.redis.client import RedisAddress
 from streamworker.broker.redis.session import OperatorSession, Session, text
 from streamworker.codec import MOST_HOPS, derived_id, id_in, read
@@ -107,7 +108,7 @@ class RedisDispatcher:
         for _ in range(2):
             args: list[Any] = [keys.shape, round(until * 1000 + self._clocks[home]), secrets.token_hex(8), FORGET]
             for job in jobs:
-                args += (LEVELS.index(job.level) + 3, f"{job.id}/{job.hop}", job.body)
+                args += (LEVELS.index(job.level) + 3, f"{job.id}/{job.hop}", job.body, job.epoch)
             now, done, epoch, results = await self._session.run(scripts.DISPATCH, names, args)
             self._clocks[home] = now - monotonic() * 1000
             if done != b"groups":
@@ -116,7 +117,7 @@ class RedisDispatcher:
         if done != b"added":
             return None
         errors = [result for result in results if isinstance(result, bytes)]
-        there = [not isinstance(result, bytes) for result in results]
+        there = [result in (0, 1) for result in results]
         return Dispatched(text(epoch), there, text(errors[0]) if errors else "")
 
     async def forget(self, queue: str, jobs: Sequence[Dispatch]) -> None:
@@ -202,9 +203,18 @@ class RedisDispatcher:
                     found.add(job_id)
         return found, moved
 
-    def _entries(self, keys: QueueKeys) -> AsyncIterator[list[tuple[str, int]]]:
-        """(id, hop) of all ready and claimed jobs, in pages."""
-        return self._listed(keys) if isinstance(keys, ListKeys) else self._streamed(keys)
+    async def _entries(self, keys: QueueKeys) -> AsyncIterator[list[tuple[str, int]]]:
+        """(id, hop) of all jobs in lines, ready and claimed, in pages; in the order in which jobs move."""
+        page: list[tuple[str, int]] = []
+        async for body in in_lines(self._operator_session, keys):
+            name, hop = _hop_of(body)
+            page += [(name, hop)] if name else []
+            if len(page) >= listings.PAGE:
+                yield page
+                page = []
+        yield page
+        async for entries in self._listed(keys) if isinstance(keys, ListKeys) else self._streamed(keys):
+            yield entries
 
     async def _parked(self, keys: QueueKeys) -> AsyncIterator[list[tuple[str, bytes]]]:
         cursor: Any = 0

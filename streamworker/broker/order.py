@@ -7,16 +7,18 @@ popped and died, a worker of a version without order) leaves a key with a job th
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from streamworker import codec
 from streamworker.broker import scripts
-from streamworker.broker.keys import ListKeys, QueueKeys, lease_of, of_due_member, unwrapped, worker_key
-from streamworker.broker.redis.session import Session, text
+from streamworker.broker.keys import ListKeys, QueueKeys, lease_of, of_due_member, of_line, unwrapped, worker_key
+from streamworker.broker.redis.session import OperatorSession, Session, text
 from streamworker.job import LEVELS
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.broker")
+
+Asks: TypeAlias = Session | OperatorSession
 
 SWEEP_EVERY: Final = 60.0
 """Seconds between two sweeps of a queue, whichever worker makes them."""
@@ -25,7 +27,7 @@ MOST: Final = 10_000
 """Most keys of one sweep."""
 
 
-async def sweep(session: Session, keys: QueueKeys) -> int:
+async def sweep(session: Asks, keys: QueueKeys) -> int:
     """Pass on keys for which jobs wait and whose holders are nowhere; returns how many. One worker a minute looks.
 
     Args:
@@ -52,7 +54,7 @@ async def sweep(session: Session, keys: QueueKeys) -> int:
     return healed
 
 
-async def _holders(session: Session, keys: QueueKeys, waiting: list[bytes]) -> list[tuple[bytes, bytes]]:
+async def _holders(session: Asks, keys: QueueKeys, waiting: list[bytes]) -> list[tuple[bytes, bytes]]:
     """(key, holder) of keys that do not halt; empty for a key without a holder, which is stuck as well."""
     if not waiting:
         return []
@@ -62,7 +64,7 @@ async def _holders(session: Session, keys: QueueKeys, waiting: list[bytes]) -> l
     return [(key, holder) for key, holder, halts in rows if holder is not None and halts is None]
 
 
-async def _ids(session: Session, keys: QueueKeys) -> AsyncIterator[str]:
+async def _ids(session: Asks, keys: QueueKeys) -> AsyncIterator[str]:
     """Ids of all jobs of a queue that may hold keys: delayed, ready, claimed, in tenants' lines, delayed again."""
     async for job_id in _parked(session, keys):
         yield job_id
@@ -82,7 +84,7 @@ async def _ids(session: Session, keys: QueueKeys) -> AsyncIterator[str]:
         yield job_id
 
 
-async def _claimed(session: Session, keys: QueueKeys) -> AsyncIterator[str]:
+async def _claimed(session: Asks, keys: QueueKeys) -> AsyncIterator[str]:
     """Jobs that list mode keeps beside the lists: in claimed lists, and popped by workers that live."""
     if not isinstance(keys, ListKeys):
         return
@@ -101,17 +103,33 @@ async def _claimed(session: Session, keys: QueueKeys) -> AsyncIterator[str]:
             await session.ask("HDEL", keys.popped, job_id)
 
 
-async def _parked(session: Session, keys: QueueKeys) -> AsyncIterator[str]:
+async def in_lines(session: Asks, keys: QueueKeys) -> AsyncIterator[bytes]:
+    """Documents of all jobs in lines, of order keys and of tenants."""
+    cursor: Any = 0
+    while True:
+        cursor, page = await session.ask("SSCAN", keys.lines, cursor, "COUNT", PAGE)
+        for key in page:
+            async for element in _listed(session, keys.order_line("").encode() + key):
+                yield of_line(element)[2]
+        if not int(cursor):
+            break
+    for level in LEVELS:
+        async for tenant in _tenants(session, keys.tenants(level)):
+            async for element in _listed(session, tenant):
+                yield element
+
+
+async def _parked(session: Asks, keys: QueueKeys) -> AsyncIterator[str]:
     async for member in _scanned(session, keys.due):
         yield of_due_member(text(member))[1]
 
 
-async def _tenants(session: Session, key: str) -> AsyncIterator[bytes]:
+async def _tenants(session: Asks, key: str) -> AsyncIterator[bytes]:
     async for tenant in _scanned(session, key):
         yield f"{key}:".encode() + tenant
 
 
-async def _scanned(session: Session, key: str) -> AsyncIterator[bytes]:
+async def _scanned(session: Asks, key: str) -> AsyncIterator[bytes]:
     """Members of a sorted set."""
     cursor: Any = 0
     while True:
@@ -122,7 +140,7 @@ async def _scanned(session: Session, key: str) -> AsyncIterator[bytes]:
             return
 
 
-async def _streamed(session: Session, key: str) -> AsyncIterator[bytes | None]:
+async def _streamed(session: Asks, key: str) -> AsyncIterator[bytes | None]:
     start = "-"
     while True:
         page = await session.ask("XRANGE", key, start, "+", "COUNT", PAGE)
@@ -133,7 +151,7 @@ async def _streamed(session: Session, key: str) -> AsyncIterator[bytes | None]:
         start = f"({text(page[-1][0])}"
 
 
-async def _listed(session: Session, key: str | bytes) -> AsyncIterator[bytes]:
+async def _listed(session: Asks, key: str | bytes) -> AsyncIterator[bytes]:
     """Elements of a list, from the end where new ones are added."""
     start = 0
     while True:

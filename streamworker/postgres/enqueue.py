@@ -32,24 +32,29 @@ DEEPEST: Final = 1000
 ENQUEUE: Final = """
 with given as (
   select * from unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[],
-                       $9::text[], $10::text[], $11::text[], $12::text[], $13::text[], $14::text[]) with ordinality
+                       $9::text[], $10::text[], $11::text[], $12::text[], $13::text[], $14::text[], $15::text[],
+                       $16::text[]) with ordinality
     as job (id, queue_name, kind, payload, level, delay, run_at, max_attempts, headers, document, key, key_ttl,
-            expires_in, expires_at, at)
+            expires_in, expires_at, order_key, fair_key, at)
 ), taken as materialized (
   select given.*, case when key is not null then
       streamworker.take_key(queue_name, key, id, make_interval(secs => key_ttl::double precision))
     end as earlier
   from (select * from given order by queue_name, key, at) as given
+), placed as materialized (
+  select taken.*, case when order_key is not null then streamworker.take_place(queue_name, order_key) end as place
+  from (select * from taken where earlier is null order by queue_name, order_key, at) as taken
 ), added as (
   insert into streamworker.jobs (id, queue_name, kind, payload, level, run_at, max_attempts, headers, document,
-    expires_at)
+    expires_at, order_key, fair_key, place)
   select id, queue_name, kind, payload::jsonb, level,
     case when delay is null then run_at::timestamptz
       else clock_timestamp() + make_interval(secs => delay::double precision) end,
     max_attempts::integer, headers::jsonb, decode(document, 'hex'),
     case when expires_in is null then expires_at::timestamptz
-      else clock_timestamp() + make_interval(secs => expires_in::double precision) end
-  from taken where earlier is null
+      else clock_timestamp() + make_interval(secs => expires_in::double precision) end,
+    order_key, fair_key, place
+  from placed
 ), told as materialized (
   select pg_notify('streamworker', case when bool_or(delay is null and run_at is null) then '' else 'later' end)
   from taken
@@ -92,7 +97,7 @@ async def enqueue(connection: SqlConnection, jobs: Sequence[Job], *, max_bytes: 
     rows = [_row(job, max_bytes, key_ttl) for job in jobs]
     answers: list[Enqueued] = []
     with schema_expected("enqueue"):
-        copying = len(rows) >= COPY_FROM and all(job.key is None for job in jobs)
+        copying = len(rows) >= COPY_FROM and not any(job.key or job.order_key or job.fair_key for job in jobs)
         if copying and await _copied(connection, rows):
             return [Enqueued(job.id, new=True) for job in jobs]
         for start in range(0, len(rows), BATCH):
@@ -107,7 +112,9 @@ async def enqueue(connection: SqlConnection, jobs: Sequence[Job], *, max_bytes: 
 
 
 def _row(job: Job, max_bytes: int, key_ttl: float) -> QueuedRow:
-    for name, value in (("key", job.key), ("kind", job.kind)):
+    for name, value in (
+        ("key", job.key), ("kind", job.kind), ("order_key", job.order_key), ("fair_key", job.fair_key),
+    ):  # fmt: skip
         if value is not None and "\x00" in value:
             raise UsageError(f"{name}={value!r} holds a NUL, which PostgreSQL cannot store")
     body = codec.pack(job, max_bytes=max_bytes, key_ttl=key_ttl).body
@@ -150,6 +157,8 @@ def _values(row: QueuedRow, key_ttl: float) -> tuple[str | None, ...]:
         repr(float(key_ttl if job.key_ttl is None else job.key_ttl)),
         None if job.expires_in is None else repr(float(job.expires_in)),
         None if job.expires_at is None else _utc(job.expires_at),
+        job.order_key,
+        job.fair_key,
     )
 
 

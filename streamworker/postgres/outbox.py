@@ -46,15 +46,29 @@ KEY_BATCH: Final = 1000
 _RETURNED: Final = f"""returning job.id, job.queue_name, job.kind, job.payload::text as payload, job.level,
   job.attempt_count, job.max_attempts, job.hop, job.headers::text as headers, job.document,
   {within_python("job.created_at")} as created_at, {within_python("job.expires_at")} as expires_at, job.status,
-  coalesce(job.run_at, job.created_at) as due"""
+  job.order_key, job.fair_key, case when job.order_key is not null then
+    (select epoch from streamworker.job_queues where name = job.queue_name) end as known,
+  coalesce(job.run_at, job.created_at) as due"""  # noqa: S608 - words of ours, here and below
 _IN_ORDER: Final = """
 select id, queue_name, kind, payload, level, attempt_count, max_attempts, hop, headers, document, created_at,
-  expires_at, status
+  expires_at, status, order_key, fair_key, known
 from taken
 order by array_position(array['high', 'normal', 'low'], level), due, id"""
 _NEXT_HOP: Final = f"least(job.hop, {2**63 - 2}) + 1"
 _LATE: Final = "job.expires_at <= clock_timestamp()"
 _DEAD: Final = "status = 'dead', last_error = $3, finished_at = clock_timestamp(), updated_at = clock_timestamp()"
+
+
+# Of the jobs with one order key the relay takes one at a time, and none while its queue is compared with Redis: those
+# that Redis lost come first. One that is not due yet takes its place when it is.
+_KNOWN: Final = """not exists (
+      select from streamworker.job_queues as queue where queue.name = jobs.queue_name and queue.recheck_at is not null
+    )"""
+_FIRST: Final = f"""not exists (
+      select from streamworker.jobs as before
+      where before.queue_name = jobs.queue_name and before.order_key = jobs.order_key and before.place < jobs.place
+        and before.status in ('queued', 'dispatching') and coalesce(before.run_at, before.created_at) <= now()
+    ) and {_KNOWN}"""
 
 
 def _due(level: Level) -> str:
@@ -63,6 +77,7 @@ def _due(level: Level) -> str:
     1 + coalesce(pg_column_size(payload), 0) + coalesce(pg_column_size(document), 0) as bytes
   from streamworker.jobs
   where status = 'queued' and level = '{level}' and coalesce(run_at, created_at) <= now()
+    and (order_key is null or {_FIRST})
   order by coalesce(run_at, created_at) limit $1 for update skip locked
 )"""  # noqa: S608 - words of ours, here and below
 
@@ -72,11 +87,12 @@ _QUEUED: Final = f"""{", ".join(map(_due, LEVELS))}, due as (
     select 1 as rank, * from high union all select 2, * from normal union all select 3, * from low
   ) as found
 )"""  # noqa: S608
-_STUCK: Final = """stuck as materialized (
+_STUCK: Final = f"""stuck as materialized (
   select id, queue_name from streamworker.jobs
   where status = 'dispatching' and updated_at < now() - make_interval(secs => $2)
+    and (order_key is null or {_KNOWN})
   order by updated_at limit $1 for update skip locked
-)"""
+)"""  # noqa: S608
 CLAIM: Final = f"""
 with {_QUEUED}, taken as (
   update streamworker.jobs as job
@@ -290,7 +306,7 @@ class PostgresOutbox:
                 log.error("relay_job_dead", **whose, error=str(error))
                 odd.append((row["id"], row["hop"], text(f"{UNREADABLE}: {error}"), row["queue_name"]))
             else:
-                taken.append(Taken(row["id"], row["queue_name"], row["level"], row["hop"], body))
+                taken.append(Taken(row["id"], row["queue_name"], row["level"], row["hop"], body, row["known"] or ""))
         if odd:
             await self._ask("marking jobs dead that cannot be read", DEAD, *map(list, zip(*odd, strict=True)))
         return taken
@@ -397,6 +413,8 @@ def _packed(row: asyncpg.Record, hop: int, attempts: int) -> bytes:
         created_at=row["created_at"],
         expires_at=row["expires_at"],
         headers=headers,
+        order_key=row["order_key"],
+        fair_key=row["fair_key"],
     )
     # The limit was checked at enqueue; for rows that another driver wrote the worker's limit holds.
     return codec.pack(job, max_bytes=2**62, key_ttl=0).body

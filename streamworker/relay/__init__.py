@@ -21,6 +21,9 @@ class Dispatch(msgspec.Struct, frozen=True):
     hop: int
     level: Level
     body: bytes
+    epoch: str = ""
+    """The queue's identity by the ledger, without which a job with an order key is not added: an earlier one may be
+    lost."""
 
 
 class Dispatched(msgspec.Struct, frozen=True):
@@ -117,6 +120,7 @@ class Taken(msgspec.Struct, frozen=True):
     level: Level
     hop: int
     body: bytes
+    epoch: str = ""
 
 
 class KnownQueue(msgspec.Struct, frozen=True):

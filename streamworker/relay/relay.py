@@ -201,7 +201,7 @@ class Relay:
 
     async def _send(self, queue: str, jobs: Sequence[Taken]) -> tuple[list[tuple[Taken, str]], str]:
         """(jobs that are in the queue now, each with the queue's epoch; why some are not)."""
-        wire = [Dispatch(job.id, job.hop, job.level, job.body) for job in jobs]
+        wire = [Dispatch(job.id, job.hop, job.level, job.body, job.epoch) for job in jobs]
         done = await self._dispatcher.dispatch(queue, wire, self._until)
         if done is None:
             log.info("relay_late", queue=queue, jobs=len(jobs), hint="they are taken over")

@@ -12,9 +12,12 @@ import pytest
 
 from streamworker import App, Backoff, Discard, Payload, Retry, Settings, Snooze, codec
 from streamworker.broker import SettleRequest
+from streamworker.broker.dispatcher import RedisDispatcher
 from streamworker.broker.order import sweep
+from streamworker.broker.redis.client import RedisAddress
 from streamworker.job import Claim, Dead, Done, Drop, PackedJob, ReleaseAt, RetryAt, Settled
 from tests.conftest import eventually
+from tests.contract.ground import GROUP
 from tests.contract.helpers import names, recover, settings, settle_one, working
 
 
@@ -42,6 +45,11 @@ def ending(claim: Claim, verdict: Any = None, **options: Any) -> SettleRequest:
         given.pop("order")
         given.setdefault("body", json.dumps({**told, "hop": 1 + told.get("hop", 0)}).encode())
     return SettleRequest(claim, verdict, **given)
+
+
+def fair_one(name: str) -> PackedJob:
+    body = json.dumps({"id": name, "fair_key": "t", "hop": 1, "payload": {}}).encode()
+    return PackedJob(name, "q", "normal", body, lined=True)
 
 
 async def held(operator: Any) -> Any:
@@ -279,6 +287,16 @@ async def test_a_key_whose_job_waits_somewhere_stays(broker_factory, where):
         elif where == "halted":
             await settle_one(broker, ending(claim, Dead("why"), halts=True))
         assert await sweep(broker._session, broker._keys[0]) == 0
+
+
+async def test_what_waits_in_lines_is_in_the_queue_for_the_ledger(broker_factory, ground, redis_url):
+    """Else a comparison after a loss would dispatch it again."""
+    dispatcher = RedisDispatcher(RedisAddress(redis_url), ground.keys, group=GROUP, namespace="")
+    async with broker_factory("w") as broker:
+        await broker.publish([ordered("a"), ordered("b"), ordered("c"), fair_one("f"), fair_one("g"), fair_one("h")])
+        found = {job_id async for ids in dispatcher.ids("q") for job_id in ids}
+        assert found == set("abcfgh")
+    await dispatcher.close()
 
 
 # -- with workers

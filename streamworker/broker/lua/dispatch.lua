@@ -9,10 +9,11 @@
 -- ARGV[2]     the deadline, in ms since the epoch
 -- ARGV[3]     a fresh random epoch, taken by a queue of lists that has none
 -- ARGV[4]     ms after which even additions that no relay noted are forgotten
--- ARGV[5..]   three a job: number of its place in KEYS, "id/hop", body
+-- ARGV[5..]   four a job: number of its place in KEYS, "id/hop", body, the epoch without which it is not added ("": any): an
+--             earlier job with its order key may be lost
 --
 -- returns { ms since the epoch, what was done: "added", "late" or "groups" (they must be made first), the queue's epoch,
---           one value a job: 1 added, 0 was there, or the error }
+--           one value a job: 1 added, 0 was there, -1 another epoch, or the error }
 local now = now_ms()
 if now > tonumber(ARGV[2]) then return { now, 'late', '', {} } end
 
@@ -24,9 +25,11 @@ end
 if not epoch then return { now, 'groups', '', {} } end
 
 local result, added, base = {}, 0, base_of(KEYS[1])
-for i = 5, #ARGV, 3 do
+for i = 5, #ARGV, 4 do
   local answer = 0
-  if not redis.call('ZSCORE', KEYS[2], ARGV[i + 1]) then
+  if ARGV[i + 3] ~= '' and ARGV[i + 3] ~= epoch then
+    answer = -1
+  elseif not redis.call('ZSCORE', KEYS[2], ARGV[i + 1]) then
     -- Remembered first: if there is no memory for that, the job must not be added, or the next try would add it again.
     local known = redis.pcall('ZADD', KEYS[2], string.format('%d', now), ARGV[i + 1])
     local reply = failed(known) and known or enter(ARGV[1], base, level_of(KEYS[tonumber(ARGV[i])]), ARGV[i + 2], 'line')
