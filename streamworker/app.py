@@ -22,7 +22,7 @@ from streamworker.errors import UsageError
 from streamworker.handlers import Handlers, check_queue
 from streamworker.job import Enqueued, Job
 from streamworker.observe import Observer, Sender
-from streamworker.operators import CancelAnswer, cancel_job, open_operator
+from streamworker.operators import CancelAnswer, cancel_job, database_of, open_operator, require_archive
 from streamworker.payload import AnyPayload
 from streamworker.postgres import Archive, JobRecord
 from streamworker.postgres.migrate import Migrator, printed, shipped
@@ -166,7 +166,7 @@ class AppConnection:
         stack, settings = self._opened("find")
         archive = self._archive
         if archive is None:
-            archive = await wiring.require_archive(stack, settings)
+            archive = await require_archive(stack, settings)
             self._keep(stack, archive)
         return archive
 
@@ -504,8 +504,9 @@ class App(Handlers[S], Calendar):
             ConfigurationError: no database is named, or it has no schema streamworker.
             Unreachable: PostgreSQL does not answer.
         """
+        refuse_patched()
         async with AsyncExitStack() as stack:
-            yield await wiring.require_archive(stack, self.resolve(settings))
+            yield await require_archive(stack, self.resolve(settings))
 
     @asynccontextmanager
     async def migrator(self, settings: Settings | None = None) -> AsyncIterator[Migrator]:
@@ -514,9 +515,10 @@ class App(Handlers[S], Calendar):
         Raises:
             ConfigurationError: no database is named.
         """
+        refuse_patched()
         async with AsyncExitStack() as stack:
             settings = self.resolve(settings)
-            yield Migrator(settings.database_direct_url or await wiring.database_of(stack, settings))
+            yield Migrator(settings.database_direct_url or await database_of(stack, settings))
 
     @staticmethod
     def schema_sql() -> str:

@@ -1,7 +1,7 @@
-"""Operators straight from settings: the part of the composition root that needs Redis alone.
+"""Operators and the ledger's archive straight from settings: the part of the composition root that needs no app.
 
-The listings of the command line stand on it. It imports no worker, and PostgreSQL's driver only when a key of the
-ledger has to be freed: people wait for each import of a command that they type.
+The listings of the command line stand on it. It imports no worker, and PostgreSQL's driver only when the ledger is
+asked: people wait for each import of a command that they type.
 """
 
 from __future__ import annotations
@@ -138,6 +138,30 @@ async def open_servers(
         stack.callback(servers.close)
         url, database = servers.redis_url, database or servers.database_url
     return RedisAddress(url), database
+
+
+async def database_of(stack: AsyncExitStack, settings: Settings) -> str:
+    """The URL of the database; the embedded pair is started if that is what the settings say.
+
+    Raises:
+        ConfigurationError: no database is named.
+    """
+    url = settings.database_url
+    if url is None and settings.redis_url == EMBEDDED:
+        _, url = await open_servers(stack, settings, None)
+    return url or settings.require_database_url()
+
+
+async def require_archive(stack: AsyncExitStack, settings: Settings) -> Archive:
+    """What people ask the ledger, closed with ``stack``.
+
+    Raises:
+        ConfigurationError: no database is named, or it has no schema streamworker.
+        Unreachable: PostgreSQL does not answer.
+    """
+    from streamworker.postgres.archive import open_archive  # noqa: PLC0415 - it imports asyncpg
+
+    return await open_archive(stack, await database_of(stack, settings))
 
 
 def broker_options(settings: Settings, queues: Sequence[str]) -> StreamOptions:

@@ -27,7 +27,7 @@ from streamworker.cron import Schedule
 from streamworker.errors import ConfigurationError, StreamworkerError
 from streamworker.job import Enqueued, Job
 from streamworker.loops import Pause
-from streamworker.operators import broker_options, open_servers
+from streamworker.operators import broker_options, database_of, open_servers
 from streamworker.postgres import enqueue
 from streamworker.postgres.adapters import connection_of
 from streamworker.postgres.archive import SCHEMA_LOOK, PostgresArchive, open_archive, schema_is_there
@@ -421,18 +421,6 @@ async def open_checked_servers(
     return await open_servers(stack, settings, redis)
 
 
-async def database_of(stack: AsyncExitStack, settings: Settings) -> str:
-    """The URL of the database; the embedded pair is started if that is what the settings say.
-
-    Raises:
-        ConfigurationError: no database is named.
-    """
-    url = settings.database_url
-    if url is None and settings.redis_url == EMBEDDED:
-        _, url = await open_checked_servers(stack, settings)
-    return url or settings.require_database_url()
-
-
 def fit_mode(settings: Settings) -> Settings:
     """The settings as their mode can have them: BRPOP is one job at a time, and more concurrency could only wait."""
     popping = settings.mode == "list" and settings.list_pop == "brpop"
@@ -544,19 +532,6 @@ async def find_archive(stack: AsyncExitStack, settings: Settings) -> PostgresArc
     if not named or settings.ledger == "off":
         return None
     return await open_archive(stack, await database_of(stack, settings), required=settings.ledger == "on")
-
-
-async def require_archive(stack: AsyncExitStack, settings: Settings) -> PostgresArchive:
-    """What people ask the ledger, closed with ``stack``.
-
-    Raises:
-        ConfigurationError: no database is named, or it has no schema streamworker.
-        Unreachable: PostgreSQL does not answer.
-    """
-    archive = await open_archive(stack, await database_of(stack, settings))
-    if archive is None:
-        raise AssertionError("a ledger that is required is there, or an error")
-    return archive
 
 
 async def add_in_transaction(

@@ -2,21 +2,20 @@
 sentence on standard error.
 
 A command is a path to its module, imported when it is called: ``streamworker --help`` must not wait for Redis clients
-and event loops.
+and event loops, and ``streamworker --version`` not even for the parser.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
-from contextlib import suppress
-from typing import Final, Literal
-
-from cyclopts import App, CycloptsError, Group, Parameter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, Final, Literal
 
 from streamworker.cli import streams
 from streamworker.cli.streams import say
@@ -35,11 +34,12 @@ def completion(shell: Literal["bash", "zsh", "fish"], /) -> int:
     Args:
         shell: Whose.
     """
-    sys.stdout.write(root.generate_completion(shell=shell))
+    sys.stdout.write(command_tree().generate_completion(shell=shell))
     return 0
 
 
-def _version() -> str:
+def version() -> str:
+    """What ``--version`` says."""
     from importlib import metadata  # noqa: PLC0415 - it imports the parser of e-mails
 
     try:
@@ -48,44 +48,46 @@ def _version() -> str:
         return "streamworker (not installed)"
 
 
-root = App(
-    name="streamworker",
-    help="Background jobs on Redis Streams: run workers, look at what waits, runs and died, and act on it.",
-    help_epilogue="Settings are flags or variables of the environment; streamworker config shows them all.",
-    help_format="plaintext",
-    version=_version,
-    default_parameter=Parameter(negative=(), show_default=False),
-    suppress_keyboard_interrupt=False,
-)
-
-RUN = Group.create_ordered("Run")
-LOOK = Group.create_ordered("Look and act")
-MORE = Group.create_ordered("More")
-root["--help"].group = MORE
-root["--version"].group = MORE
-
 _COMMANDS = (
-    ("demo", ".demo:demo", RUN, "See it work: embedded servers, three workers, one is killed, nothing is lost."),
-    ("dev", ".dev:dev", RUN, "Embedded servers, the dashboard and a worker that restarts when your code changes."),
-    ("worker", ".worker:worker", RUN, "Run a worker."),
-    ("bridge", ".bridge:bridge", RUN, "Move jobs from legacy lists (queue:NAME) into streams."),
-    ("relay", ".relay:relay", RUN, "Relay jobs from PostgreSQL to Redis, and promote delayed ones."),
-    ("enqueue", ".enqueue:enqueue", RUN, "Enqueue a job."),
-    ("queues", ".queues:queues", LOOK, "How much is ready, running, delayed and dead."),
-    ("pending", ".pending:pending", LOOK, "Jobs that workers hold: list, show, release, bury, drop."),
-    ("delayed", ".delayed:delayed", LOOK, "Jobs that wait for their time: list, run, drop."),
-    ("dead", ".dead:dead", LOOK, "Jobs that failed for good: list, show, retry, drop."),
-    ("workers", ".workers:workers", LOOK, "Who works, and how busy they are: list, prune."),
-    ("cron", ".cron:cron", LOOK, "What is enqueued by the calendar, and when next."),
-    ("jobs", ".jobs:jobs", LOOK, "Durable jobs in the ledger."),
-    ("migrate", ".migrate:migrate", MORE, "The schema of the ledger in PostgreSQL: up, status, print."),
-    ("dashboard", ".dashboard:dashboard", LOOK, "All of this in a browser, live."),
-    ("check", ".check:check", MORE, "Look for everything that loses jobs."),
-    ("config", ".config:config", MORE, "Show every setting, and where it came from."),
-    ("completion", ":completion", MORE, "Print the completion script of a shell."),
+    ("demo", ".demo:demo", "Run", "See it work: embedded servers, three workers, one is killed, nothing is lost."),
+    ("dev", ".dev:dev", "Run", "Embedded servers, the dashboard and a worker that restarts when your code changes."),
+    ("worker", ".worker:worker", "Run", "Run a worker."),
+    ("bridge", ".bridge:bridge", "Run", "Move jobs from legacy lists (queue:NAME) into streams."),
+    ("relay", ".relay:relay", "Run", "Relay jobs from PostgreSQL to Redis, and promote delayed ones."),
+    ("enqueue", ".enqueue:enqueue", "Run", "Enqueue a job."),
+    ("queues", ".queues:queues", "Look and act", "How much is ready, running, delayed and dead."),
+    ("pending", ".pending:pending", "Look and act", "Jobs that workers hold: list, show, release, bury, drop."),
+    ("delayed", ".delayed:delayed", "Look and act", "Jobs that wait for their time: list, run, drop."),
+    ("dead", ".dead:dead", "Look and act", "Jobs that failed for good: list, show, retry, drop."),
+    ("workers", ".workers:workers", "Look and act", "Who works, and how busy they are: list, prune."),
+    ("cron", ".cron:cron", "Look and act", "What is enqueued by the calendar, and when next."),
+    ("jobs", ".jobs:jobs", "Look and act", "Durable jobs in the ledger."),
+    ("migrate", ".migrate:migrate", "More", "The schema of the ledger in PostgreSQL: up, status, print."),
+    ("dashboard", ".dashboard:dashboard", "Look and act", "All of this in a browser, live."),
+    ("check", ".check:check", "More", "Look for everything that loses jobs."),
+    ("config", ".config:config", "More", "Show every setting, and where it came from."),
+    ("completion", ":completion", "More", "Print the completion script of a shell."),
 )
-for _name, _path, _group, _help in _COMMANDS:
-    root.command(f"streamworker.cli{_path}", name=_name, group=_group, help=_help)
+
+
+def command_tree() -> Any:
+    """The tree of commands, a `cyclopts.App`."""
+    from cyclopts import App, Group, Parameter  # noqa: PLC0415 - --version needs no parser
+
+    root = App(
+        name="streamworker",
+        help="Background jobs on Redis Streams: run workers, look at what waits, runs and died, and act on it.",
+        help_epilogue="Settings are flags or variables of the environment; streamworker config shows them all.",
+        help_format="plaintext",
+        version=version,
+        default_parameter=Parameter(negative=(), show_default=False),
+        suppress_keyboard_interrupt=False,
+    )
+    groups = {name: Group.create_ordered(name) for name in ("Run", "Look and act", "More")}
+    root["--help"].group = root["--version"].group = groups["More"]
+    for name, path, group, about in _COMMANDS:
+        root.command(f"streamworker.cli{path}", name=name, group=groups[group], help=about)
+    return root
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -142,12 +144,32 @@ def _run(arguments: list[str]) -> int:
         if any("\ud800" <= letter <= "\udfff" for letter in word):  # bytes that are no text in this locale
             say(f"{word!a} is not text: write it in UTF-8")
             return 2
-    try:
-        result = root(arguments, print_error=False, exit_on_error=False, result_action="return_value")
-    except CycloptsError as error:
-        say(f"{' '.join(str(error).split())} (streamworker --help shows what there is)")
-        return 2
+    if arguments == ["--version"]:
+        streams.write(f"{version()}\n")  # the parser would answer the same, but it takes longer to import than Python
+        return 0
+    with importing():
+        from cyclopts import CycloptsError  # noqa: PLC0415 - see above
+
+        try:
+            command, bound, _ = command_tree().parse_args(arguments, print_error=False, exit_on_error=False)
+        except CycloptsError as error:
+            say(f"{' '.join(str(error).split())} (streamworker --help shows what there is)")
+            return 2
+    result = command(*bound.args, **bound.kwargs)
     return result if isinstance(result, int) else 0
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Around imports: they leave no garbage, and the collector takes a tenth of their time to find none."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.freeze()  # what was imported stays for ever: the first collection need not look at it
+            gc.enable()
 
 
 def _failed(error: Exception) -> int:

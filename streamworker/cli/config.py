@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Final
-
-import anyio
 
 from streamworker.cli.options import WORKER, Listing, WorkerFlags
 from streamworker.cli.output import Column, show
@@ -40,4 +39,4 @@ def config(app: str | None = None, *, json: bool = False, flags: WorkerFlags = W
             json=lambda line: {"name": line.name, "value": line.value_masked, "source": line.source},
         )
 
-    return anyio.run(main)
+    return asyncio.run(main())

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Final, NamedTuple
 
-import anyio
 import msgspec
 from cyclopts import App, Parameter
 
-from streamworker.app import App as StreamworkerApp
 from streamworker.broker import Operator
 from streamworker.cli import streams
 from streamworker.cli.options import (
@@ -32,7 +30,6 @@ from streamworker.cli.resource import BulkAction, act, agreed, require_choice
 from streamworker.cli.streams import say
 from streamworker.errors import StreamworkerError, UsageError
 from streamworker.job import Progress
-from streamworker.operators import cancel_job
 from streamworker.postgres import Archive, JobRecord, Status, Wanted
 from streamworker.redact import printable
 from streamworker.settings import EMBEDDED, Settings
@@ -251,8 +248,10 @@ def _ask(flags: WorkerFlags, work: Callable[[Archive], Coroutine[Any, Any, int]]
     settings = flags.settings()
 
     async def main() -> int:
-        async with StreamworkerApp[Any](settings=settings).archive(settings) as archive:
-            return await work(archive)
+        from streamworker.operators import require_archive  # noqa: PLC0415 - see `run`
+
+        async with AsyncExitStack() as stack:
+            return await work(await require_archive(stack, settings))
 
     return run(main, endless=endless)
 
@@ -260,10 +259,12 @@ def _ask(flags: WorkerFlags, work: Callable[[Archive], Coroutine[Any, Any, int]]
 @asynccontextmanager
 async def redis_too(settings: Settings) -> AsyncIterator[Operator | None]:
     """An operator of Redis; ``None`` where only the ledger is named."""
+    from streamworker.operators import open_operator  # noqa: PLC0415 - see `run`
+
     if settings.redis_url is None:
         yield None
         return
-    async with StreamworkerApp[Any](settings=settings).operator(settings) as operator:
+    async with open_operator(settings) as operator:
         yield operator
 
 
@@ -342,6 +343,8 @@ def cancel(
     wanted = conditions.chosen(queue, ids + named, OPEN, everything=all, verb="cancel")
 
     async def work(archive: Archive | None, operator: Operator | None) -> int:
+        from streamworker.operators import cancel_job  # noqa: PLC0415 - see `run`
+
         def barred(job: _Target) -> str | None:
             return None if job.status in (*OPEN, "running", None) else f"it is {job.status}"
 
@@ -354,16 +357,16 @@ def cancel(
     settings = flags.settings()
 
     async def main() -> int:
-        app = StreamworkerApp[Any](settings=settings)
-        async with redis_too(settings) as operator:
+        from streamworker.operators import require_archive  # noqa: PLC0415 - see `run`
+
+        async with AsyncExitStack() as stack, redis_too(settings) as operator:
             if settings.ledger != "off" and (settings.database_url or settings.redis_url == EMBEDDED):
-                async with app.archive(settings) as archive:
-                    return await work(archive, operator)
+                return await work(await require_archive(stack, settings), operator)
             if queue is None or not wanted.ids:
                 raise UsageError("there is no ledger (DATABASE_URL is not set): say which jobs, and --queue")
             return await work(None, operator)
 
-    return anyio.run(main)
+    return run(main)
 
 
 class _Target(msgspec.Struct, frozen=True):
@@ -407,6 +410,8 @@ def reconcile(queue: QueueName = None, *, acting: ActionFlags = ACTION, flags: W
     settings = flags.settings()
 
     async def main() -> int:
+        from streamworker.app import App as StreamworkerApp  # noqa: PLC0415 - it imports all there is
+
         async with StreamworkerApp[Any](settings=settings).relaying(settings) as relaying:
 
             async def missing() -> AsyncIterator[MissingJob]:
@@ -424,7 +429,7 @@ def reconcile(queue: QueueName = None, *, acting: ActionFlags = ACTION, flags: W
             action = BulkAction("queue again", "queued again", "lost job", again, _names_of_missing)
             return await act(acting, missing(), action)
 
-    return anyio.run(main)
+    return run(main)
 
 
 def _names_of_missing(job: MissingJob) -> dict[str, Any]:

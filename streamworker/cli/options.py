@@ -5,6 +5,7 @@ Flags of settings stay text: `Settings` parses them as it parses the environment
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 from collections.abc import Callable, Coroutine, Iterator
@@ -12,11 +13,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
-import anyio
 from cyclopts import Group, Parameter
 from cyclopts.validators import Number
 
 from streamworker.broker import Operator
+from streamworker.cli import importing
 from streamworker.errors import LONGEST_WAIT
 from streamworker.settings import Settings
 from streamworker.settings.environment import PREFIX
@@ -208,10 +209,10 @@ def operate(server: ServerFlags, work: Callable[[Operator], Coroutine[Any, Any, 
         Unreachable: no server answers.
     """
     settings = server.settings()
-    with _no_opentelemetry():
-        from streamworker.operators import open_operator  # noqa: PLC0415 - it imports redis
 
     async def main() -> int:
+        from streamworker.operators import open_operator  # noqa: PLC0415 - see `run`
+
         async with open_operator(settings) as operator:
             return await work(operator)
 
@@ -219,9 +220,12 @@ def operate(server: ServerFlags, work: Callable[[Operator], Coroutine[Any, Any, 
 
 
 def run(main: Callable[[], Coroutine[Any, Any, int]], *, endless: bool = False) -> int:
-    """Run a command's coroutine; where it is ``endless``, Ctrl-C is its regular end."""
+    """Import what talks to servers, and run a coroutine with it; where it is ``endless``, Ctrl-C is its regular end."""
+    with importing(), _no_opentelemetry():
+        import streamworker.operators  # noqa: F401, PLC0415 - redis takes longer to import than all else
+
     try:
-        return anyio.run(main)
+        return asyncio.run(main())  # anyio's would import TLS, sockets and streams of its own
     except KeyboardInterrupt:
         if endless:
             return 0

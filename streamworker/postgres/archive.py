@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
-from typing import Any, Final
+from typing import Any, Final, overload
 
 import asyncpg
 import msgspec
@@ -207,6 +207,10 @@ select to_regclass('streamworker.jobs') is not null as any, exists (
 ) as all, current_setting('server_encoding') as encoding"""
 
 
+@overload
+async def open_archive(stack: AsyncExitStack, url: str) -> PostgresArchive: ...
+@overload
+async def open_archive(stack: AsyncExitStack, url: str, *, required: bool) -> PostgresArchive | None: ...
 async def open_archive(stack: AsyncExitStack, url: str, *, required: bool = True) -> PostgresArchive | None:
     """What people ask the ledger, closed with ``stack``; ``None`` without its schema, unless it is ``required``.
 

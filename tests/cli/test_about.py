@@ -9,25 +9,12 @@ import pytest
 
 from streamworker import cli
 from streamworker.broker.keys import ListKeys, QueueKeys
-from streamworker.cli import root
+from streamworker.cli import command_tree, main
 from tests.cli.conftest import both_modes
 from tests.conftest import MODES
 
-
-def test_help_imports_no_client(bare):
-    """Nobody waits for Redis clients and event loops in order to read what there is."""
-    code = (
-        "import sys; from streamworker.cli import main; main(sys.argv[1:]);"
-        "print([n for n in ('redis', 'asyncpg', 'uvloop', 'asyncio', 'structlog') if n in sys.modules], file=sys.stderr)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, "--help"], env=bare.env, capture_output=True, text=True, timeout=20
-    )
-    assert done.stderr.strip() == "[]"
-    assert "pending" in done.stdout
-
-
 HEAVY = (
+    "anyio._backends._asyncio",
     "asyncpg",
     "opentelemetry.sdk",
     "pygments",
@@ -36,7 +23,43 @@ HEAVY = (
     "streamworker.embedded",
     "streamworker.worker",
     "structlog",
+    "uvloop",
 )
+CLIENTS = (*HEAVY, "asyncio", "msgspec", "redis")
+
+
+def imported(env, words, names):
+    """Runs a command in a Python of its own: (those of the names that it imported, what it printed)."""
+    code = (
+        "import gc, sys; from streamworker.cli import main; code = main(sys.argv[1:]);"
+        f"print([n for n in {names} if n in sys.modules], code, gc.isenabled(), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words.split()], env=env, capture_output=True, text=True, timeout=45
+    )
+    found, end = done.stderr.splitlines()[-1].rsplit("]", 1)
+    assert end == " 0 True"  # the exit code, and imports left the collector as it was
+    return found + "]", done.stdout
+
+
+def test_version_imports_next_to_nothing(bare):
+    found, out = imported(bare.env, "--version", (*CLIENTS, "cyclopts", "inspect"))
+    assert found == "[]"
+    assert out.startswith("streamworker ")
+
+
+def test_the_parser_would_say_the_same_version(capsys):
+    assert main(["--version"]) == 0
+    said = capsys.readouterr().out
+    command_tree()(["--version"], result_action="return_value")
+    assert capsys.readouterr().out == said
+
+
+def test_help_imports_no_client(bare):
+    """Nobody waits for Redis clients and event loops in order to read what there is."""
+    found, out = imported(bare.env, "--help", [name for name in CLIENTS if name != "rich"])
+    assert found == "[]"
+    assert "pending" in out
 
 
 @pytest.mark.parametrize(
@@ -50,15 +73,9 @@ HEAVY = (
 def test_listings_import_what_they_use(sw, raw, words):
     """Nobody waits for PostgreSQL's driver, a worker, tracebacks in colours and OpenTelemetry in order to see a queue."""
     raw.xadd("stream:{notes}", {"job": json.dumps({"kind": "note.write", "payload": {"text": "x"}})})
-    code = (
-        "import sys; from streamworker.cli import main; code = main(sys.argv[1:]);"
-        f"print([n for n in {HEAVY} if n in sys.modules], code, file=sys.stderr)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *words.split()], env=sw.env, capture_output=True, text=True, timeout=45
-    )
-    assert done.stderr.splitlines()[-1] == "[] 0"
-    assert ("notes" in done.stdout) is words.startswith("queues")
+    found, out = imported(sw.env, words, HEAVY)
+    assert found == "[]"
+    assert ("notes" in out) is words.startswith("queues")
 
 
 def test_a_listing_that_has_something_to_log_logs_it(sw):
@@ -70,6 +87,7 @@ def test_a_listing_that_has_something_to_log_logs_it(sw):
 
 
 def test_every_command_has_help(capsys):
+    root = command_tree()
     for name, *_ in cli._COMMANDS:
         app = root[name]
         subcommands = [sub for sub in app if not sub.startswith("-")]

@@ -206,6 +206,6 @@ def test_main_in_this_process(capsys, monkeypatch):
     assert main(["--help"]) == 0
     assert "Look and act" in capsys.readouterr().out
     assert main(["nosuch"]) == 2
-    monkeypatch.setattr("streamworker.cli.root", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("streamworker.cli.command_tree", lambda: 1 / 0)
     assert main([]) == 1
     assert "ZeroDivisionError" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from pathlib import Path
 from cyclopts import CycloptsError
 
 from streamworker import codec
-from streamworker.cli import root
+from streamworker.cli import command_tree
 from tests.docs.blocks import ROOT
 
 BUILTINS = {"export", "cd", "wait", "mkdir", "echo", "cat", "sleep", "kill", "true", "grep", ".", "jq"}
@@ -105,7 +105,7 @@ def ours(words: list[str]) -> str:
     """What the real command line says against it, short of doing it."""
     try:
         if words not in (["--help"], ["--version"]) and "--help" not in words:
-            root.parse_args(words, print_error=False, exit_on_error=False)
+            command_tree().parse_args(words, print_error=False, exit_on_error=False)
     except CycloptsError as error:
         return " ".join(str(error).split())
     return ""

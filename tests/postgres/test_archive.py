@@ -19,6 +19,7 @@ from streamworker.postgres.archive import PAGE, PostgresArchive
 from streamworker.postgres.ledger import PostgresLedger
 from streamworker.postgres.pool import Database, open_database
 from tests import forkserver
+from tests.cli.test_about import HEAVY, imported
 from tests.conftest import eventually
 from tests.postgres.databases import beside
 from tests.postgres.test_ledger import run_of
@@ -201,6 +202,13 @@ def filled(database_url: str) -> None:
         database.close()
 
     beside(fill)
+
+
+def test_the_listing_imports_what_it_uses(database_url, filled):
+    """Its driver, and neither an app, a worker, tracebacks in colours nor OpenTelemetry."""
+    found, out = imported({**os.environ, "DATABASE_URL": database_url}, "jobs --json", HEAVY)
+    assert found == "['asyncpg']"
+    assert {"done", "poor", "odd"} <= {json.loads(line)["job_id"] for line in out.splitlines()}
 
 
 def test_list_and_show(streamworker, filled):

@@ -6,7 +6,7 @@ import re
 from typing import Final
 
 from streamworker import errors
-from streamworker.cli import root
+from streamworker.cli import command_tree
 from tools.reference.tables import table
 
 # Flags of settings are the same everywhere, and have a page.
@@ -16,7 +16,7 @@ _CONTENTS: Final = re.compile(r"^## Table of Contents\n.*?(?=^\*\*)", re.MULTILI
 
 def page() -> str:
     """The page."""
-    text = root.generate_docs(output_format="markdown")
+    text = command_tree().generate_docs(output_format="markdown")
     text = _SETTINGS.sub("Takes [settings](settings.md) as flags.\n\n", _CONTENTS.sub("", text))
     text = text.replace("# streamworker\n", "# Command line\n", 1).replace("```console\n", "```text\n")
     codes = {error.exit_code: error for error in errors.StreamworkerError.__subclasses__() if error.exit_code > 1}
