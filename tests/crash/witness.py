@@ -7,6 +7,7 @@ pushed to a list. Whatever the scripts believe, the list tells what was so.
 
 from __future__ import annotations
 
+import re
 from hashlib import sha1
 from typing import Any, Final
 
@@ -23,15 +24,16 @@ local function held(id)
   return pending and (pending[2] .. ' ' .. pending[4]) or '- 0'
 end
 local before = {}
-for i = %(first)d, #ARGV, %(step)d do
+for i = %(first)s, #ARGV, %(step)s do
   before[#before + 1] = held(ARGV[i + %(entry)d])
 end
 local result = original()
 if type(result) == 'table' and result.err then return result end
-local n = 0
-for i = %(first)d, #ARGV, %(step)d do
+local n, named = 0, {}
+for k = 2, type(result) == 'table' and #result or 0 do named[result[k]] = true end
+for i = %(first)s, #ARGV, %(step)s do
   n = n + 1
-  local id, count = ARGV[i + %(entry)d], ARGV[i + %(entry)d + 1]
+  local id, count = ARGV[i + %(entry)d], %(count)s
   local who = %(who)s
   local outcome = %(outcome)s
   if outcome then
@@ -57,18 +59,17 @@ _RENEWED: Final = "(before[n] ~= held(id)) and held(id) or nil"
 # What is finished was done, unless its note says that it was cancelled.
 _FINISHED: Final = f"""(ARGV[i + 4] == '{results.CANCELLED.decode()}' and 'drop' or 'done')"""
 _SHAPES: Final[dict[str, dict[str, Any]]] = {
-    "DONE": {"first": 3, "step": 2, "entry": 0, "who": "ARGV[2]", "outcome": "tostring(result[n])"},
-    "FINISH": {
-        "name": _FINISHED,
-        "first": 3,
-        "step": 6,
+    # One delivery count for all claims, or one behind each; the claims that are lost are named by their numbers.
+    "DONE": {
         "entry": 0,
+        "count": "ARGV[3] ~= '' and ARGV[3] or ARGV[i + 1]",
         "who": "ARGV[2]",
-        "outcome": "tostring(result[n])",
+        "outcome": "named[n] and '0' or '1'",
     },
-    "PARK": {"first": 2, "step": 6, "entry": 1, "who": "ARGV[i]", "outcome": "tostring(result[n])"},
-    "BURY": {"first": 2, "step": 12, "entry": 1, "who": "ARGV[i]", "outcome": "tostring(result[n])"},
-    "RENEW": {"first": 4, "step": 2, "entry": 0, "who": "ARGV[2]", "outcome": _RENEWED},
+    "FINISH": {"name": _FINISHED, "entry": 0, "who": "ARGV[2]", "outcome": "tostring(result[n])"},
+    "PARK": {"entry": 1, "who": "ARGV[i]", "outcome": "tostring(result[n])"},
+    "BURY": {"entry": 1, "who": "ARGV[i]", "outcome": "tostring(result[n])"},
+    "RENEW": {"entry": 0, "who": "ARGV[2]", "outcome": _RENEWED},
 }
 
 
@@ -126,10 +127,10 @@ if type(result) == 'table' then
 end
 """
 _LIST_SHAPES: Final[dict[str, dict[str, Any]]] = {
-    "LIST_DONE": {"after": _LIST_SETTLED, "name": "'done'", "first": "1", "step": "2"},
-    "LIST_FINISH": {"after": _LIST_SETTLED, "name": _FINISHED, "first": "1", "step": "6"},
-    "LIST_PARK": {"after": _LIST_SETTLED, "name": "'park'", "first": "1", "step": "5"},
-    "LIST_BURY": {"after": _LIST_SETTLED, "name": "'bury'", "first": "2", "step": "4 + tonumber(ARGV[1])"},
+    "LIST_DONE": {"after": _LIST_SETTLED, "name": "'done'"},
+    "LIST_FINISH": {"after": _LIST_SETTLED, "name": _FINISHED},
+    "LIST_PARK": {"after": _LIST_SETTLED, "name": "'park'"},
+    "LIST_BURY": {"after": _LIST_SETTLED, "name": "'bury'"},
     "LIST_RENEW": {"after": _LIST_RENEWED},
     "LIST_TAKE": {"after": _LIST_TAKEN},
 }
@@ -143,7 +144,15 @@ def install() -> None:
 def _install_stream() -> None:
     for name, shape in _SHAPES.items():
         script = getattr(scripts, name)
-        facts = {"name": f"'{name.lower()}'", **shape, "text": script.text, "list": WITNESSES}
+        counted = f"ARGV[i + {shape['entry']} + 1]"
+        facts = {
+            "name": f"'{name.lower()}'",
+            "count": counted,
+            **_loop(script.text),
+            **shape,
+            "text": script.text,
+            "list": WITNESSES,
+        }
         _replace(script, _WRAP % facts)
     _replace(scripts.RECLAIM, _SWEEP % {"text": scripts.RECLAIM.text, "list": WITNESSES})
 
@@ -151,8 +160,18 @@ def _install_stream() -> None:
 def _install_list() -> None:
     for name, shape in _LIST_SHAPES.items():
         script = getattr(scripts, name)
-        after = shape["after"] % {**shape, "list": WITNESSES}
+        after = shape["after"] % {**_loop(script.text), **shape, "list": WITNESSES}
         _replace(script, _LIST_WRAP % {"text": script.text, "after": after})
+
+
+def _loop(text: str) -> dict[str, str]:
+    """How a script walks over its claims: the first argument of the first claim, and how many a claim has."""
+    loops = re.findall(r"^for i = (\d+), #ARGV, (.+) do$", text, re.MULTILINE)
+    if not loops:
+        return {}
+    first, step = loops[-1]
+    step = step.replace("size", "tonumber(ARGV[1])").replace("step", "(tonumber(ARGV[3]) and 1 or 2)")
+    return {"first": first, "step": step}
 
 
 def _replace(script: Any, text: str) -> None:
