@@ -30,8 +30,8 @@ def test_basedpyright(tmp_path):
     program = shutil.which("basedpyright", path=str(Path(sys.executable).parent))
     assert program, "basedpyright is not installed beside this Python"
     rules = {
-        "include": GOLDEN,
-        "extraPaths": [str(ROOT)],
+        "include": [*GOLDEN, str(ROOT / "examples/shop/shop")],
+        "extraPaths": [str(ROOT), str(ROOT / "examples/shop")],
         "pythonVersion": "3.11",
         "typeCheckingMode": "strict",
         "enableTypeIgnoreComments": False,  # those are mypy's; every checker has to find each mistake itself

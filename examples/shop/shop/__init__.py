@@ -1,0 +1,1 @@
+"""A shop: FastAPI, SQLAlchemy, and streamworker for what happens after an order."""
