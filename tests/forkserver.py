@@ -16,6 +16,7 @@ import importlib
 import json
 import os
 import pkgutil
+import re
 import runpy
 import select
 import signal
@@ -362,7 +363,8 @@ def set_constant(name: str, value: float | str) -> float | str:
 def _import_all() -> None:
     """Import what commands import when they run, so that no child has to."""
     for module in pkgutil.walk_packages(streamworker.__path__, "streamworker."):
-        if not module.name.endswith("__main__") and ".testing" not in module.name:
+        # Django, pydantic and others are for those alone who use them.
+        if not module.name.endswith("__main__") and not re.search(r"\.(testing|integrations)\b", module.name):
             importlib.import_module(module.name)
     for name in ("anyio._backends._asyncio", "uvloop", "rich.live", "rich.table", "rich.console"):
         importlib.import_module(name)

@@ -129,8 +129,8 @@ def test_draining_is_alive_and_not_ready_to_the_end(start, redis_url, raw):
     put(raw, "wait", "one")
     eventually_blocking(lambda: traces(raw, "wait"))
     worker.signal(signal.SIGTERM)
-    _, told = eventually_blocking(lambda: (answer := ask(worker, "/readyz"))[0] == 503 and answer)
-    assert (told["phase"], told["why"]) == ("draining", "draining: it takes no more jobs")
+    code, told = eventually_blocking(lambda: (answer := ask(worker, "/readyz"))[1]["phase"] == "draining" and answer)
+    assert (code, told["why"]) == (503, "draining: it takes no more jobs")
     assert status(worker, "/healthz") == 200
     raw.sadd("queue:trace:go", "one")
     assert worker.wait() == 0

@@ -78,16 +78,30 @@ class PostgresServer:
     def kill(self) -> None:
         """SIGKILL of all its processes, as a machine that loses its power."""
         if self._process.poll() is None:
-            children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
-            for pid in (self._process.pid, *map(int, children)):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            children = self._signal(signal.SIGKILL)
             while any(map(_holds_memory, children)):  # the new server must not meet them
                 time.sleep(0.01)
         self._process.wait()
 
     def pause(self) -> None:
-        self._process.send_signal(signal.SIGSTOP)
+        """SIGSTOP of all its processes: sessions that are open answer no more than new ones."""
+        self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        self._process.send_signal(signal.SIGCONT)
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> list[str]:
+        """Send it to the server, then to the processes that it has started; returns those."""
+        children = self._children()
+        self._process.send_signal(number)
+        children += self._children()  # one that it started meanwhile
+        for pid in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), number)
+        return children
+
+    def _children(self) -> list[str]:
+        try:
+            return Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
+        except (FileNotFoundError, ProcessLookupError):  # it has ended
+            return []
