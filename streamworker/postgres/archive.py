@@ -203,7 +203,7 @@ def _headers(json: str) -> dict[str, Any]:
 SCHEMA_LOOK: Final = """
 select to_regclass('streamworker.jobs') is not null as any, exists (
   select from pg_attribute
-  where attrelid = to_regclass('streamworker.jobs') and attname = 'expires_at' and not attisdropped
+  where attrelid = to_regclass('streamworker.job_keys') and attname = 'held' and not attisdropped
 ) as all, current_setting('server_encoding') as encoding"""
 
 

@@ -61,6 +61,26 @@ with given as (
 )
 select taken.earlier from taken, told order by taken.at
 """
+# A job that was never sent to its queue is rewritten; a row that another transaction changes meanwhile is waited for.
+REPLACE: Final = """
+update streamworker.jobs as waiting set
+    kind = $3, payload = $4::jsonb, level = $5, max_attempts = $8::integer, headers = $9::jsonb,
+    document = decode($10, 'hex'), updated_at = clock_timestamp(),
+    run_at = case when $14::text is not null
+        then least(clock_timestamp() + make_interval(secs => $14::double precision),
+          waiting.created_at + make_interval(secs => $15::text::double precision))
+      when $6::text is null then $7::text::timestamptz
+      else clock_timestamp() + make_interval(secs => $6::double precision) end,
+    expires_at = case when $12::text is null then $13::text::timestamptz
+      else clock_timestamp() + make_interval(secs => $12::double precision) end
+  from streamworker.job_keys as known
+  where known.queue_name = $1 and known.key = $2 and known.held is not null and waiting.id = known.job_id
+    and waiting.queue_name = known.queue_name and waiting.status = 'queued' and waiting.hop = 0
+  returning waiting.id, pg_notify('streamworker', '') is null, $11::text
+"""
+HOLD: Final = """
+select streamworker.take_key($1::text, $2::text, $3::text, interval '1 day', $4::text, $5::text::boolean)
+"""
 NOW: Final = "select extract(epoch from clock_timestamp())::text"
 TELL: Final = "select pg_notify('streamworker', $1::text)"
 
@@ -97,18 +117,51 @@ async def enqueue(connection: SqlConnection, jobs: Sequence[Job], *, max_bytes: 
     rows = [_row(job, max_bytes, key_ttl) for job in jobs]
     answers: list[Enqueued] = []
     with schema_expected("enqueue"):
+        if any(job.unique is not None for job in jobs):
+            return await _enqueue_held(connection, rows, key_ttl)
         copying = len(rows) >= COPY_FROM and not any(job.key or job.order_key or job.fair_key for job in jobs)
         if copying and await _copied(connection, rows):
             return [Enqueued(job.id, new=True) for job in jobs]
         for start in range(0, len(rows), BATCH):
-            batch = rows[start : start + BATCH]
-            values = [_values(row, key_ttl) for row in batch]
-            earlier = await connection.fetch(ENQUEUE, *map(list, zip(*values, strict=True)))
-            answers += [
-                Enqueued(row.job.id, new=True) if found[0] is None else Enqueued(found[0], new=False)
-                for row, found in zip(batch, earlier, strict=True)
-            ]
+            answers += await _added(connection, rows[start : start + BATCH], key_ttl)
     return answers
+
+
+async def _added(connection: SqlConnection, rows: Sequence[QueuedRow], key_ttl: float) -> list[Enqueued]:
+    values = [_values(row, key_ttl) for row in rows]
+    earlier = await connection.fetch(ENQUEUE, *map(list, zip(*values, strict=True)))
+    return [
+        Enqueued(row.job.id, new=True) if found[0] is None else Enqueued(found[0], new=False)
+        for row, found in zip(rows, earlier, strict=True)
+    ]
+
+
+async def _enqueue_held(connection: SqlConnection, rows: Sequence[QueuedRow], key_ttl: float) -> list[Enqueued]:
+    """Add jobs of which some have keys that are held: these one by one, in the order of their keys."""
+    answers: dict[int, Enqueued] = {}
+    for index in sorted(range(len(rows)), key=lambda n: (rows[n].job.queue, rows[n].job.key or "", n)):
+        row, job = rows[index], rows[index].job
+        if job.unique is not None:
+            answer = await _held(connection, row, key_ttl)
+            if answer is not None:
+                answers[index] = answer
+                continue
+            row = msgspec.structs.replace(row, job=msgspec.structs.replace(job, key=None))
+        (answers[index],) = await _added(connection, [row], key_ttl)
+    return [answers[index] for index in range(len(rows))]
+
+
+async def _held(connection: SqlConnection, row: QueuedRow, key_ttl: float) -> Enqueued | None:
+    """Take the key of a job; the answer if the job is not added: an earlier one has it, or was rewritten."""
+    job = row.job
+    if job.replace:
+        values = _values(row, key_ttl)
+        debounce = [None if each is None else repr(float(each)) for each in (job.debounce, job.debounce_max)]
+        found = await connection.fetch(REPLACE, job.queue, job.key, *values[2:10], job.id, *values[12:14], *debounce)
+        if found:
+            return Enqueued(found[0][0], new=False, replaced=found[0][0])
+    earlier = await connection.fetch(HOLD, job.queue, job.key, job.id, job.unique, str(job.replace).lower())
+    return None if earlier[0][0] is None else Enqueued(earlier[0][0], new=False)
 
 
 def _row(job: Job, max_bytes: int, key_ttl: float) -> QueuedRow:

@@ -217,10 +217,18 @@ HAS_SCHEMA: Final = "select to_regclass('streamworker.jobs') is not null"
 CLOCK: Final = "select clock_timestamp()"
 TELL: Final = "select pg_notify('streamworker', '')"
 PRUNE_KEYS: Final = """
-delete from streamworker.job_keys where (queue_name, key) in (
-  select queue_name, key from streamworker.job_keys where expires_at < now() order by expires_at limit $1
-  for update skip locked
+with old as materialized (
+  select queue_name, key, held is not null and exists (
+    select from streamworker.jobs as job where job.id = known.job_id and job.queue_name = known.queue_name
+      and job.status not in ('completed', 'dead', 'cancelled', 'expired')
+  ) as open
+  from streamworker.job_keys as known where expires_at < now() order by expires_at limit $1 for update skip locked
+), later as (
+  update streamworker.job_keys as known set expires_at = now() + interval '1 day' from old
+  where old.open and known.queue_name = old.queue_name and known.key = old.key
 )
+delete from streamworker.job_keys as known using old
+where not old.open and known.queue_name = old.queue_name and known.key = old.key
 """
 
 
