@@ -15,7 +15,7 @@ from benchmarks.measure import Row
 
 QUESTIONS = (
     "throughput", "cost", "enqueueing", "latency", "ledger", "transactions", "concurrency", "modes", "processes",
-    "idle", "recovery",
+    "idle", "recovery", "flow",
 )  # fmt: skip
 LONG = ("memory",)
 

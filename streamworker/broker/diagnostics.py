@@ -25,6 +25,10 @@ _ELSEWHERE: Final = {
 
 LAST_ID: Final = f"{2**64 - 1}-{2**64 - 1}"
 """The last id that a stream can have (Redis, XADD)."""
+SHOWN: Final = 3
+"""Order keys that a sentence names."""
+LOOKED_AT: Final = 1000
+"""Order keys with waiting jobs that are looked at."""
 Severity: TypeAlias = Literal["error", "warning", "ok"]
 
 
@@ -44,6 +48,7 @@ async def examine(
         *await _groups(session, queues),
         *await _closed(session, queues),
         *await _elsewhere(session, queues),
+        *await _stalled(session, queues),
         await _clock(session),
         *_renewal(session),
     ]
@@ -200,6 +205,27 @@ async def _elsewhere(session: OperatorSession, queues: Sequence[QueueKeys]) -> l
         for keys, count in counts.items()
         if count
     ]
+
+
+async def _stalled(session: OperatorSession, queues: Sequence[QueueKeys]) -> list[Finding]:
+    """Order keys that halt at dead jobs, and such for which jobs wait and that no job holds."""
+    found = []
+    for keys in queues:
+        halted, some, waiting = await session.gather(
+            [("HLEN", keys.halted), ("HRANDFIELD", keys.halted, SHOWN), ("SRANDMEMBER", keys.lines, LOOKED_AT)]
+        )
+        if isinstance(halted, int) and halted:
+            shown = ", ".join(text(each) for each in some) if isinstance(some, list) else "see HGETALL"
+            cure = "replay or drop the dead jobs that hold them"
+            found.append(Finding("warning", "order", f"{keys.queue}: {halted} order keys halt ({shown}): {cure}"))
+        if isinstance(waiting, list) and waiting:
+            holders = await session.ask("HMGET", keys.order, *waiting)
+            stuck = [text(key) for key, holder in zip(waiting, holders, strict=True) if holder is None]
+            if stuck:
+                cure = "a worker passes them on within a minute"
+                shown = ", ".join(stuck[:SHOWN])
+                found.append(Finding("warning", "order", f"{keys.queue}: no job holds the order keys {shown}: {cure}"))
+    return found
 
 
 async def _clock(session: OperatorSession) -> Finding:

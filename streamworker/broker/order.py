@@ -34,7 +34,7 @@ async def sweep(session: Asks, keys: QueueKeys) -> int:
         session: the connections.
         keys: of the queue.
     """
-    if not await session.ask("SCARD", keys.lines):
+    if not int(await session.ask("HGET", keys.meta, "waiting") or 0) > 0:
         return 0
     if not await session.ask("SET", keys.swept, "1", "NX", "PX", round(SWEEP_EVERY * 1000)):
         return 0

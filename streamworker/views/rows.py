@@ -23,7 +23,8 @@ from streamworker.redact import redact
 class QueueRow(msgspec.Struct, frozen=True):
     """Depth of a queue; ``oldest_age_s`` is the age in seconds of the oldest ready job.
 
-    ``paused`` says that nothing is claimed from it; ``inactive``, that PostgreSQL says so and not an operator.
+    ``paused`` says that nothing is claimed from it; ``inactive``, that PostgreSQL says so and not an operator. Jobs
+    that are ``waiting`` stand behind others with their order key.
     """
 
     queue: str
@@ -34,6 +35,7 @@ class QueueRow(msgspec.Struct, frozen=True):
     oldest_age_s: float | None
     paused: bool
     inactive: bool = False
+    waiting: int = 0
 
 
 class DelayedRow(msgspec.Struct, frozen=True):
@@ -97,9 +99,8 @@ class WorkerRow(msgspec.Struct, frozen=True):
 def queue_row(depth: Depth) -> QueueRow:
     """The row of a queue."""
     oldest = None if depth.oldest_age is None else round(depth.oldest_age, 3)
-    return QueueRow(
-        depth.queue, depth.ready, depth.running, depth.delayed, depth.dead, oldest, depth.paused, depth.inactive
-    )
+    counts = (depth.ready, depth.running, depth.delayed, depth.dead)
+    return QueueRow(depth.queue, *counts, oldest, depth.paused, depth.inactive, depth.waiting)
 
 
 def delayed_row(job: StoredJob, now: float) -> DelayedRow:

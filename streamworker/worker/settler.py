@@ -306,7 +306,7 @@ def in_order(run: Execution, item: SettleRequest) -> SettleRequest:
     facts = run.facts
     if facts is None or not facts.order or isinstance(item.verdict, RetryAt | ReleaseAt):
         return item
-    note = results.COMPLETED if item.note is None and isinstance(item.verdict, Done) else item.note
+    note = b"" if item.note is None and isinstance(item.verdict, Done) else item.note  # published to callers that wait
     return msgspec.structs.replace(item, job_id=run.job_id, note=note, order=facts.order, halts=facts.halts)
 
 

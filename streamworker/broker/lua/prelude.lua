@@ -285,9 +285,9 @@ end
 local function pass_on(shape, base, order, id)
   if redis.pcall('HGET', base .. ':order', order) ~= id then return end
   local line = base .. ':order:' .. order
-  local first = redis.pcall('LINDEX', line, 0)
-  redis.pcall('HDEL', base .. ':halted', order)
-  if failed(first) then return end
+  local two = redis.pcall('LRANGE', line, 0, 1)
+  if failed(two) then return end
+  local first = two[1]
   if not first then
     redis.call('HDEL', base .. ':order', order)
     return
@@ -305,7 +305,7 @@ local function pass_on(shape, base, order, id)
   redis.call('LPOP', line)
   redis.call('HSET', base .. ':order', order, after)
   redis.call('HINCRBY', base .. ':meta', 'waiting', -1)
-  if redis.call('EXISTS', line) == 0 then redis.call('SREM', base .. ':lines', order) end
+  if not two[2] then redis.call('SREM', base .. ':lines', order) end
 end
 
 -- The document of a stream's entry, "" without.
@@ -330,7 +330,10 @@ end
 -- Pass the order key on that halts with a dead letter which is deleted.
 local function unhalt(shape, base, body)
   local order, _, id = flow_of(body)
-  if order and redis.pcall('HGET', base .. ':halted', order) == id then pass_on(shape, base, order, id) end
+  if order and redis.pcall('HGET', base .. ':halted', order) == id then
+    redis.call('HDEL', base .. ':halted', order)
+    pass_on(shape, base, order, id)
+  end
 end
 
 -- Park a job for `delay` ms, or make it ready at once: for a negative delay (-2: by way of its tenant's line), and if it was
