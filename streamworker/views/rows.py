@@ -15,7 +15,7 @@ import msgspec
 from streamworker import codec
 from streamworker.broker import StoredJob, WorkerInfo
 from streamworker.errors import InvalidJob
-from streamworker.job import Depth, Level
+from streamworker.job import UNTIL, Depth, Level
 from streamworker.postgres import Attempt, JobRecord
 from streamworker.redact import redact
 
@@ -324,4 +324,6 @@ def document_facts(body: bytes | None) -> dict[str, Any]:
         "hop": document.hop or 0,
         "run_at": None if document.run_at is None else document.run_at.isoformat(),
         "expires_at": None if document.expires_at is None else document.expires_at.isoformat(),
+        "key": document.key if isinstance(document.key, str) else None,
+        "unique": document.unique if document.unique in UNTIL else None,
     }

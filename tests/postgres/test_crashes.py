@@ -201,3 +201,34 @@ async def test_an_expired_job_stays_so_whenever_its_worker_dies(start, raw, pg, 
     await eventually(lambda: ended(raw))
     assert (await job(pg))["status"] == "expired"
     assert not ran(raw) and not raw.xlen(f"{Q}:dead")
+
+
+async def test_a_held_key_is_freed_by_whoever_settles_the_end_of_its_job(start, raw, pg):
+    """Killed between PostgreSQL and Redis: the job is completed and does not run again, and its key is free after all."""
+    key = "stream:{q}:key:k"
+    body = {"id": "a", "key": "k", "unique": "done", "kind": "work", "payload": {"how": "ok"}}
+    raw.xadd(Q, {"job": json.dumps(body)})
+    raw.set(key, "a")
+    doomed = start(CRASH_AT="settle")
+    await eventually(lambda: doomed.ended)
+    assert (await job(pg))["status"] == "completed" and raw.get(key) == b"a"
+    await start().ready()
+    await eventually(lambda: ended(raw))
+    assert len(ran(raw)) == 1 and not raw.exists(key)
+
+
+async def test_a_worker_that_is_killed_in_its_job_frees_no_key_and_its_rescuer_does(start, raw, pg):
+    key = "stream:{q}:key:k"
+    raw.xadd(
+        Q, {"job": json.dumps({"id": "a", "key": "k", "unique": "done", "kind": "work", "payload": {"how": "hold"}})}
+    )
+    raw.set(key, "a")
+    doomed = start()
+    await eventually(lambda: ran(raw))
+    doomed.signal(signal.SIGKILL)
+    await eventually(lambda: doomed.ended)
+    assert raw.get(key) == b"a"
+    raw.set("queue:trace:go", "1")
+    await start().ready()
+    await eventually(lambda: ended(raw))
+    assert not raw.exists(key)

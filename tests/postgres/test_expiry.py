@@ -9,7 +9,7 @@ import anyio
 import asyncpg
 import pytest
 
-from streamworker import App, Backoff, Context
+from streamworker import App, Backoff, Context, Payload
 from streamworker.errors import JobExpired
 from streamworker.postgres.migrate import Migrator, shipped
 from tests.conftest import eventually
@@ -79,6 +79,33 @@ async def test_the_relay_sends_nothing_that_has_expired(scene, pg, raw):
     record = await scene.find(late)
     assert record.finished_at is not None and record.expires_at is not None
     assert scene.ran == [fresh] and raw.xlen("stream:{q}") == 0
+
+
+class Step(Payload, kind="step", queue="steps", order_by="of"):
+    of: str
+    n: int
+
+
+async def test_an_expired_head_passes_its_order_key_on(redis_url, database_url, pg):
+    """Whoever ends it: the relay, or the worker that has it from Redis."""
+    app = App(settings=settings_for(redis_url, database_url, relay="on"))
+    ran: list[int] = []
+
+    @app.handler
+    async def step(payload: Step) -> None:
+        ran.append(payload.n)
+
+    async with app:
+        (late,) = await commit(app, pg, Step(of="a", n=1), expires_in=600)
+        (second,) = await commit(app, pg, Step(of="a", n=2))
+        await pg.execute(f"update streamworker.jobs set expires_at = {PAST} where id = $1", late)
+        await app.enqueue(Step(of="b", n=3), expires_at=datetime(2020, 1, 1, tzinfo=UTC))
+        last = await app.enqueue(Step(of="b", n=4))
+        async with working(app):
+            await until(pg, late, "expired")
+            await until(pg, second, "completed")
+            await until(pg, last.id, "completed")
+    assert sorted(ran) == [2, 4]
 
 
 async def test_any_driver_says_it(pg):
