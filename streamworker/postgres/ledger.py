@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections.abc import Collection, Sequence
 from typing import Any, Final
@@ -45,7 +44,6 @@ class PostgresLedger:
         self._worker_id = worker_id
         self._recording = Recording(database, worker_id)
         self._retention = Retention(database)
-        self._loop = asyncio.get_running_loop()  # of the ledger; handlers in threads ask it through it
 
     async def open(self, queues: Sequence[str]) -> None:
         """Insert a row for each queue.
@@ -102,8 +100,8 @@ class PostgresLedger:
     ) -> RunTransaction | BlockingRunTransaction:
         made = PoolTransaction(self._pool) if source is None else transaction_of(source)
         if made.blocking:
-            return BlockingRunTransaction(made, (self._database, self._loop), run, self._worker_id, deadline)
-        return RunTransaction(made, (self._database, self._loop), run, self._worker_id, deadline)
+            return BlockingRunTransaction(made, self._database, run, self._worker_id, deadline)
+        return RunTransaction(made, self._database, run, self._worker_id, deadline)
 
     async def complete(self, run: RunRecord, connection: Any, *, blocking: bool = False) -> None:
         await complete(connection, run, self._worker_id, blocking=blocking)

@@ -201,6 +201,8 @@ class Database:
         """A statement is one round trip: our settings belong to the session, and statements stay prepared."""
         self.active: set[Connection] = set()
         """Connections in use by us."""
+        self.loop: Final = asyncio.get_running_loop()
+        """The event loop that the connections belong to; threads ask through it."""
 
     @asynccontextmanager
     async def session(self, *, alone: bool = True) -> AsyncIterator[Connection]:

@@ -69,7 +69,7 @@ class _Transaction:
 
     Args:
         transaction: on a connection of the handlers' source.
-        ledger: to look the job up when the reply to a commit was lost; and the event loop that it is on.
+        ledger: to look the job up when the reply to a commit was lost.
         run: of the job.
         worker_id: the worker that runs it.
         deadline: monotonic seconds at which the run times out.
@@ -78,13 +78,13 @@ class _Transaction:
     def __init__(
         self,
         transaction: SqlTransaction,
-        ledger: tuple[Database, asyncio.AbstractEventLoop],
+        ledger: Database,
         run: RunRecord,
         worker_id: str,
         deadline: float | None,
     ) -> None:
         self._transaction = transaction
-        self._ledger, self._loop = ledger
+        self._ledger = ledger
         self._run = run
         self._worker_id = worker_id
         self._deadline = deadline
@@ -141,7 +141,7 @@ class _Transaction:
         await self._release()
 
     def _break_off_later(self) -> Timer:
-        return self._loop.call_later(COMMIT_TIMEOUT, self._transaction.break_off)
+        return self._ledger.loop.call_later(COMMIT_TIMEOUT, self._transaction.break_off)
 
     async def _looked_up(self) -> Effect:
         return await self._resolved()
@@ -221,7 +221,7 @@ class BlockingRunTransaction(_Transaction):
 
     async def _looked_up(self) -> Effect:
         """The ledger's connections belong to the event loop, and this thread waits for it."""
-        return asyncio.run_coroutine_threadsafe(self._resolved(), self._loop).result()
+        return asyncio.run_coroutine_threadsafe(self._resolved(), self._ledger.loop).result()
 
 
 async def complete(given: Any, run: RunRecord, worker_id: str, *, blocking: bool) -> None:
