@@ -508,6 +508,16 @@ class Queues(Protocol):
     async def purge(self, queue: str, place: Place, limit: int) -> int:
         """Delete up to ``limit`` jobs for good, but none that a worker holds; returns the number deleted."""
 
+    async def now(self) -> float:
+        """The server's clock, in epoch seconds: ages by another clock are wrong by the difference."""
+
+    async def refusal(self, queues: Sequence[str]) -> str | None:
+        """Why the server refuses writes although it answers, in a sentence; ``None`` if it takes them.
+
+        Args:
+            queues: in a cluster, the nodes of these are asked.
+        """
+
     async def findings(self, queues: Sequence[str]) -> list[Finding]:
         """Checks of the server for settings that lose jobs."""
 

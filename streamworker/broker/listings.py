@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any, Final
@@ -306,8 +305,8 @@ async def list_depth(run: Callable[..., Awaitable[Any]], keys: ListKeys) -> Dept
     """Depth of one queue of lists; ``run`` runs a script."""
     names = [*keys.lists, keys.due, keys.dead, keys.meta, keys.leases]
     reply = await run(scripts.LIST_DEPTH, names, [])
-    ready, claimed, delayed, dead, paused, inactive, waiting_, tenants, *oldest = reply
-    ages = [time.time() - made for element in oldest if (made := codec.made_at(element)) is not None]
+    ready, claimed, delayed, dead, paused, inactive, waiting_, tenants, now, *oldest = reply
+    ages = [now / 1000 - made for element in oldest if (made := codec.made_at(element)) is not None]
     age = max(0.0, *ages) if ages else None
     held = bool(paused or inactive)
     return Depth(keys.queue, ready + tenants, claimed, delayed, dead, age, held, bool(inactive), waiting_)

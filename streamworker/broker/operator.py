@@ -6,6 +6,7 @@ delivery count, so that a job that has moved meanwhile is left alone.
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -29,16 +30,16 @@ from streamworker.broker import (
     scripts,
 )
 from streamworker.broker.claim import Options, StreamOptions
-from streamworker.broker.diagnostics import examine
+from streamworker.broker.diagnostics import PROBE, examine
 from streamworker.broker.keys import PROGRESS, SECRET, ListKeys, QueueKeys, document, worker_key
 from streamworker.broker.listings import PAGE
 from streamworker.broker.lists import ListSettlement, refuse_cluster
 from streamworker.broker.redis.client import RedisAddress
-from streamworker.broker.redis.reactions import understood
+from streamworker.broker.redis.reactions import refused, understood
 from streamworker.broker.redis.session import OperatorSession, text
 from streamworker.broker.settle import ClaimSettlement, StreamSettlement, settle
 from streamworker.codec import NOTHING
-from streamworker.errors import InvalidJob, StreamworkerError
+from streamworker.errors import ConfigurationError, InvalidJob, StreamworkerError
 from streamworker.job import HELD, Claim, Dead, Depth, Drop, Progress, ReleaseAt, Settled, Verdict, read
 
 Freed: TypeAlias = Callable[[str, Sequence[str]], Awaitable[None]]
@@ -65,6 +66,7 @@ class RedisOperator(ABC):
         self, address: RedisAddress, options: Options, freed: Freed = nothing_freed, *, group: str = ""
     ) -> None:
         self.lease = options.lease
+        self._denied = False
         self._freed = freed
         self._address = address
         self._namespace, self._group = options.namespace, group
@@ -282,6 +284,25 @@ class RedisOperator(ABC):
 
     async def waiting(self, queues: Sequence[str], limit: int) -> list[KindCount]:
         return await listings.waiting(self._session, self._keys(queues), limit)
+
+    async def now(self) -> float:
+        try:
+            seconds, micros = await self._session.ask("TIME")
+        except ConfigurationError:  # the user may not have the right to TIME
+            return time.time()
+        return int(seconds) + int(micros) / 1e6
+
+    async def refusal(self, queues: Sequence[str]) -> str | None:
+        # A write that changes nothing: the hash makes it fail or, without one, NOMKSTREAM does. The server judges
+        # whether it takes writes, and has memory for them, before it looks at the key.
+        if self._denied:
+            return None
+        keys = [self._key(queue).meta for queue in queues] or [self._key(PROBE).meta]
+        answers = await self._session.gather([("XADD", key, "NOMKSTREAM", "*", "probe", "1") for key in keys])
+        errors = [answer for answer in answers if isinstance(answer, Exception)]
+        # A user that may only read is not asked for again: each denial is an entry of the server's ACL log.
+        self._denied = any(isinstance(error, NoPermissionError) for error in errors)
+        return next((said for error in errors if (said := refused(error, self._address)) is not None), None)
 
     async def findings(self, queues: Sequence[str]) -> list[Finding]:
         return await examine(self._session, self._keys(queues), self._key)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator
 from typing import Final
 
@@ -57,16 +56,17 @@ def list_(*, listing: Listing = LISTING, flags: WorkerFlags = WORKER) -> int:
         async with app.operator(settings) as operator:
 
             async def rows() -> AsyncIterator[tuple[CronRow, None]]:
+                now = await operator.now()
                 for each in app.schedules:
-                    yield _row(each, (await operator.ticks(each.job.queue)).get(each.key)), None
+                    yield _row(each, (await operator.ticks(each.job.queue)).get(each.key), now), None
 
             return await show(listing, rows, _COLUMNS, title="schedules")
 
     return run(main, endless=listing.watch)
 
 
-def _row(schedule: Schedule, last: float | None) -> CronRow:
-    job, upcoming = schedule.job, [at.isoformat() for at in schedule.upcoming(time.time(), NEXT)]
+def _row(schedule: Schedule, last: float | None, now: float) -> CronRow:
+    job, upcoming = schedule.job, [at.isoformat() for at in schedule.upcoming(now, NEXT)]
     told = None if last is None else schedule.moment(last).isoformat()
     return CronRow(
         schedule.name, job.queue, job.kind, schedule.expression, schedule.zone, schedule.missed, told, upcoming

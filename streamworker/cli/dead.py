@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Annotated, Any, Final
 
@@ -36,7 +35,7 @@ def _more(job: StoredJob, private: bool) -> dict[str, Any]:
     return {"pending_entry": job.details.get("entry", "")} | (foreign if private else {})
 
 
-_DEAD: Final = Resource("dead letter", DEAD, lambda job: dead_row(job, time.time()), _COLUMNS, _more)
+_DEAD: Final = Resource("dead letter", DEAD, dead_row, _COLUMNS, _more)
 
 
 @Parameter(name="*")

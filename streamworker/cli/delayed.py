@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Final
 
@@ -26,7 +25,7 @@ _COLUMNS: Final[list[Column[DelayedRow]]] = [
     Column("entry", lambda row: row.entry_id, wide=True),
 ]
 
-_DELAYED: Final = Resource("delayed job", DELAYED, lambda job: delayed_row(job, time.time()), _COLUMNS)
+_DELAYED: Final = Resource("delayed job", DELAYED, delayed_row, _COLUMNS)
 
 
 @Parameter(name="*")

@@ -111,8 +111,9 @@ def list_(
 
     async def work(archive: Archive) -> int:
         async def rows() -> AsyncIterator[tuple[JobRow, bytes | None]]:
+            now = await archive.now()
             async for job in archive.jobs(conditions.wanted(queue, named), payload=payload):
-                yield job_row(job), _body(job)
+                yield job_row(job, now), _body(job)
 
         return await show(listing, rows, _COLUMNS, title="jobs", payload=payload)
 
@@ -142,7 +143,7 @@ def show_(
     settings = flags.settings()
 
     async def work(archive: Archive) -> int:
-        missing = 0
+        missing, now = 0, await archive.now()
         for number, job_id in enumerate(wanted):
             job = await archive.find(job_id, queue)
             if job is None:
@@ -155,11 +156,11 @@ def show_(
             if json:
                 more = private | ({"document": document(_body(job))} if payload else {})
                 told = {} if progress is None else {"progress": msgspec.structs.asdict(progress)}
-                print_json(plain(job_row(job)) | more | {"log": attempts} | told)
+                print_json(plain(job_row(job, now)) | more | {"log": attempts} | told)
                 continue
             if number:
                 print_lines([("--", "")])
-            _print(job, private, attempts, payload=payload)
+            _print(job_row(job, now), job, private, attempts, payload=payload)
             if progress is not None:
                 print_lines([("progress", progress.text)])
         return missing
@@ -311,8 +312,10 @@ def _body(job: JobRecord) -> bytes | None:
     return None if job.payload is None else bytes(job.payload)
 
 
-def _print(job: JobRecord, private: dict[str, Any], attempts: list[dict[str, Any]], *, payload: bool) -> None:
-    lines = [*plain(job_row(job)).items(), *private.items()]
+def _print(
+    row: JobRow, job: JobRecord, private: dict[str, Any], attempts: list[dict[str, Any]], *, payload: bool
+) -> None:
+    lines = [*plain(row).items(), *private.items()]
     if payload:
         lines.append(("document", (_body(job) or b"").decode(errors="backslashreplace")))
     for each in attempts:

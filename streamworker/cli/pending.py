@@ -29,7 +29,7 @@ _COLUMNS: Final[list[Column[PendingEntry]]] = [
     Column("", lambda row: "lost" if not row.alive else "" if row.progress is None else row.progress.text, rest=True),
 ]
 
-_PENDING: Final = Resource("pending job", PENDING, lambda entry: entry, _COLUMNS)
+_PENDING: Final = Resource("pending job", PENDING, lambda entry, _: entry, _COLUMNS)
 
 
 @Parameter(name="*")

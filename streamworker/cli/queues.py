@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import getpass
 import socket
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from difflib import get_close_matches
 from typing import Annotated, Any, Final
 
 from cyclopts import App, Parameter
@@ -46,7 +46,7 @@ def _pinned(it: _Rated) -> dict[str, Any]:
 @queues.default
 @queues.command(name="list")
 def list_(queue: QueueName = None, *, listing: Listing = LISTING, server: ServerFlags = SERVER) -> int:
-    """List queues; --watch adds how many jobs leave them per second.
+    """List queues; --watch adds how many jobs leave them per second. Exits with 1 if there is no such queue.
 
     Args:
         queue: Only this one.
@@ -61,9 +61,25 @@ def list_(queue: QueueName = None, *, listing: Listing = LISTING, server: Server
 
         columns = [*_COLUMNS, _RATE, _STATE] if listing.watch else [*_COLUMNS, _STATE]
         above = fleet(operator, listing, queue)
+        if queue is not None and not listing.watch and (why := await missing(operator, queue)) is not None:
+            say(why)
+            return 1
         return await show(listing, rows, columns, title="queues", json=_pinned, fleet=above)
 
     return operate(server, work, endless=listing.watch)
+
+
+async def missing(operator: Operator, queue: str) -> str | None:
+    """That there is no such queue, in a sentence; ``None`` if there is. A row of zeros would say that all is well."""
+    (depth,) = await operator.depth([queue])
+    if depth.ready or depth.running or depth.delayed or depth.dead or depth.paused:
+        return None  # the walk over all keys is spared
+    there = await operator.queues()
+    if queue in there:
+        return None
+    near = get_close_matches(queue, there, 1)
+    more = f"did you mean {near[0]}?" if near else "its first job makes it; streamworker queues shows those there are"
+    return f"there is no queue {queue}: {more}"
 
 
 @queues.command
@@ -74,10 +90,14 @@ def pause(*names: OneQueue, all: bool = False, server: ServerFlags = SERVER) -> 
         names: The queues.
         all: All there are.
     """
-    note = f"by {_me()} at {moment(time.time() * 1000)}"
-    return _switch(
-        names, all, server, ("paused", "had been paused already"), lambda it: lambda name: it.pause(name, note)
-    )
+
+    def do(operator: Operator) -> Callable[[str], Awaitable[bool]]:
+        async def pause(name: str) -> bool:
+            return await operator.pause(name, f"by {_me()} at {moment(await operator.now() * 1000)}")
+
+        return pause
+
+    return _switch(names, all, server, ("paused", "had been paused already"), do)
 
 
 @queues.command

@@ -115,14 +115,14 @@ class Resource(NamedTuple, Generic[J, R]):
     Attributes:
         noun: one of the jobs, in the singular ("dead letter").
         jobs: all in that state; the command is named as it.
-        row: a job as its listing shows it.
+        row: a job as its listing shows it, at this moment by the server's clock.
         columns: of the listing.
         more: further facts for ``show``; the second argument says whether private ones are wanted.
     """
 
     noun: str
     jobs: JobListing[J]
-    row: Callable[[J], R]
+    row: Callable[[J, float], R]
     columns: Sequence[Column[R]]
     more: Callable[[J, bool], dict[str, Any]] = lambda _, __: {}
 
@@ -131,8 +131,9 @@ class Resource(NamedTuple, Generic[J, R]):
 
         async def work(operator: Operator) -> int:
             async def rows() -> AsyncIterator[tuple[R, bytes | None]]:
+                now = await operator.now()
                 async for job in self.jobs.chosen(operator, selection):
-                    yield self.row(job), await _body(operator, job) if payload else None
+                    yield self.row(job, now), await _body(operator, job) if payload else None
 
             above = fleet(operator, listing, selection.queue)
             return await show(listing, rows, self.columns, title=f"{self.noun}s", payload=payload, fleet=above)
@@ -165,13 +166,14 @@ class Resource(NamedTuple, Generic[J, R]):
 
         async def work(operator: Operator) -> int:
             found: set[str | None] = set()
+            now = await operator.now()
             async for job in self.jobs.chosen(operator, Selection(queue=queue, ids=frozenset(wanted))):
                 if found and not json:
                     print_lines([("--", "")])
                 names = job_names(job)
                 found |= {names["entry_id"], names["job_id"]}
                 body, more = await _body(operator, job), self.more(job, payload)
-                detail(self.row(job), body, payload=payload, json=json, more=more)
+                detail(self.row(job, now), body, payload=payload, json=json, more=more)
             missing = [name for name in wanted if name not in found]
             for name in missing:
                 say(f"there is no {self.noun} {printable(name)}")

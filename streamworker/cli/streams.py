@@ -5,6 +5,7 @@ A listing ends there (`write` raises). A command that changes things finishes it
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -23,12 +24,19 @@ class Unread(Exception):
 
 
 def ensure() -> None:
-    """Open what of the standard streams is closed (`>&-`): sockets would get their numbers, and our words."""
+    """Open what of the standard streams is closed (`>&-`): sockets would get their numbers, and our words.
+
+    What a stream's encoding does not have is spelled out from now on.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             null = os.open(os.devnull, os.O_RDWR)
             # It stays open until the process ends, and Python does not warn of that: as with its own streams.
             setattr(sys, name, open(null, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal of another encoding (ISO-8859-1, ASCII) cannot show every character: it is spelled out.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 @contextmanager

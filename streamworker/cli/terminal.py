@@ -68,15 +68,17 @@ def table(
 async def watch(listing: Listing, rows: Rows[R], columns: Sequence[Column[R]], title: str, fleet: Fleet | None) -> int:
     """Show a listing until ``q`` or Ctrl-C; a server that is away for a while is said, and waited for.
 
-    Where standard output is no terminal, each picture is printed below the last.
+    Where standard output is no terminal, or one that cannot be redrawn, each picture is printed below the last.
     """
     out = console()
-    if not out.is_terminal:
-        say("standard output is no terminal: the pictures follow each other; Ctrl-C ends")
+    redrawn = _is_redrawn(out)
+    if not redrawn:
+        what = "this terminal cannot be redrawn" if out.is_terminal else "standard output is no terminal"
+        say(f"{what}: the pictures follow each other; Ctrl-C ends")
     async with _key("q") as ended:
         with (
             Live(console=out, screen=True, auto_refresh=False, vertical_overflow="crop")
-            if out.is_terminal
+            if redrawn
             else _Plain(out) as live
         ):
             while not ended.is_set():
@@ -86,8 +88,13 @@ async def watch(listing: Listing, rows: Rows[R], columns: Sequence[Column[R]], t
     return 0
 
 
+def _is_redrawn(out: Console) -> bool:
+    """Whether rich's `Live` shows anything there: on a terminal that knows no controls (TERM=dumb) it does not."""
+    return out.is_terminal and not out.is_dumb_terminal
+
+
 class _Plain:
-    """`Live` for what is no terminal."""
+    """`Live` for what cannot be redrawn."""
 
     def __init__(self, out: Any) -> None:
         self._out = out
@@ -116,7 +123,7 @@ async def _picture(
         if fleet is not None:
             look = await fleet.look()
             head += _summary(look)
-        height = max(1, out.height - len(head) - 3) if out.is_terminal else ROWS
+        height = max(1, out.height - len(head) - 3) if _is_redrawn(out) else ROWS
         chosen, more = await take(rows(), min(listing.limit or height, height))
         body: Any = table(chosen, columns, out.width) if chosen else Text(f"no {title}")
         foot = Text("... and more" if more else "", "dim")

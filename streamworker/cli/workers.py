@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator
 from typing import Any, Final
 
@@ -22,6 +21,7 @@ from streamworker.cli.options import (
 )
 from streamworker.cli.output import Column, show
 from streamworker.cli.resource import BulkAction, act
+from streamworker.cli.streams import say
 from streamworker.errors import UsageError
 from streamworker.views.rows import WorkerRow, age, size, worker_row
 
@@ -57,8 +57,11 @@ def list_(queue: QueueName = None, *, listing: Listing = LISTING, server: Server
 
     async def work(operator: Operator) -> int:
         async def rows() -> AsyncIterator[tuple[WorkerRow, None]]:
-            for info in await operator.workers([queue] if queue is not None else await operator.queues()):
-                yield worker_row(info, time.time()), None
+            queues, now = [queue] if queue is not None else await operator.queues(), await operator.now()
+            if (refusal := await operator.refusal(queues)) is not None and not listing.watch:
+                say(f"{refusal}; nor can workers say that they live")
+            for info in await operator.workers(queues):
+                yield worker_row(info, now), None
 
         above = fleet(operator, listing, queue)
         return await show(listing, rows, _COLUMNS, title="workers", fleet=above)

@@ -392,6 +392,9 @@ class Archive(Protocol):
     async def attempts(self, queue: str, job_id: str) -> list[Attempt]:
         """The runs of a job, oldest first."""
 
+    async def now(self) -> float:
+        """The database's clock, in epoch seconds."""
+
     async def cancel(self, queue: str, job_id: str) -> bool:
         """Cancel a job before it runs; False if it runs, has ended, or does not exist."""
 

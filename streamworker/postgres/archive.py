@@ -35,6 +35,7 @@ select hop, deliveries, attempt, worker_id, {within_python("started_at")} as sta
 from streamworker.job_logs where job_id = $1 and queue_name in ($2, '') order by hop, deliveries"""  # noqa: S608
 
 # A job that waits in Redis is claimed once more and acknowledged unrun: workers look every job up before they run it.
+NOW: Final = "select extract(epoch from clock_timestamp())"
 CANCEL: Final = """
 update streamworker.jobs
 set status = 'cancelled', finished_at = now(), updated_at = now()
@@ -101,6 +102,10 @@ class PostgresArchive:
         with understood("reading a job's attempts"):
             rows = await self._database.fetch(ATTEMPTS, stored_id(job_id), queue)
         return [Attempt(**row) for row in rows]
+
+    async def now(self) -> float:
+        with understood("asking for the time"):
+            return float((await self._database.fetch(NOW))[0][0])
 
     async def cancel(self, queue: str, job_id: str) -> bool:
         with understood("cancelling a job"):

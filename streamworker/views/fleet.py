@@ -21,11 +21,13 @@ class Look(msgspec.Struct, frozen=True):
     """What was seen.
 
     Attributes:
-        at: when, in epoch seconds.
+        at: when, in epoch seconds by the server's clock.
         queues: (row, jobs that left per second).
         workers: the living first.
         notices: what needs attention, worst first.
         total: all queues together.
+        refusal: why the server refuses writes; ``None`` if it takes them.
+        silent: heartbeats cannot be written, or could not be within the last lease: a worker without one may live.
     """
 
     at: float
@@ -33,6 +35,8 @@ class Look(msgspec.Struct, frozen=True):
     workers: list[WorkerRow]
     notices: list[Notice]
     total: Point
+    refusal: str | None = None
+    silent: bool = False
 
     @property
     def rates(self) -> dict[str, float | None]:
@@ -61,6 +65,7 @@ class Fleet:
         self._names: list[str] = []
         self._named_at = float("-inf")
         self._idle: list[WorkerRow] = []
+        self._refused_at = float("-inf")
         self.history: Final = History()
 
     async def look(self) -> Look:
@@ -69,7 +74,7 @@ class Fleet:
         Raises:
             Unreachable: no server answers.
         """
-        now, at = time.monotonic(), time.time()
+        now, at = time.monotonic(), await self._operator.now()
         walk = not self._names or now - self._named_at >= NAMES_EVERY
         if walk:
             self._names = [self._only] if self._only is not None else await self._operator.queues()
@@ -80,8 +85,14 @@ class Fleet:
         died = {row.queue: self.history.died(row.queue) for row, _ in rated}
         if walk:
             self._named_at = now
-        notices = attention([row for row, _ in rated], workers, stuck, died)
-        return Look(at, rated, workers, notices, total)
+        refusal = await self._operator.refusal(self._names)
+        if refusal is not None:
+            self._refused_at = now
+        silent = now - self._refused_at < self._lease
+        notices = attention([row for row, _ in rated], workers, stuck, died, silent=silent)
+        if refusal is not None:
+            notices = [Notice("bad", "queues", refusal), *notices]
+        return Look(at, rated, workers, notices, total, refusal, silent)
 
     async def _workers(self, at: float, walk: bool) -> list[WorkerRow]:
         """Those that hold a name are looked at each time; the others are found by walking over the key space."""
@@ -148,7 +159,12 @@ class Notice(msgspec.Struct, frozen=True):
 
 
 def attention(
-    queues: Sequence[QueueRow], workers: Sequence[WorkerRow], stuck: Mapping[str, Stuck], died: Mapping[str, int]
+    queues: Sequence[QueueRow],
+    workers: Sequence[WorkerRow],
+    stuck: Mapping[str, Stuck],
+    died: Mapping[str, int],
+    *,
+    silent: bool = False,
 ) -> list[Notice]:
     """What needs attention, worst first.
 
@@ -157,12 +173,13 @@ def attention(
         workers: all workers.
         stuck: by queue.
         died: by queue, how many dead letters came since the first look.
+        silent: no heartbeat could be written lately, so that none tells who lives.
     """
-    living = [worker for worker in workers if worker.alive]
-    found = [notice for worker in workers for notice in _of_worker(worker)]
+    living = [worker for worker in workers if worker.alive or silent]
+    found = [notice for worker in workers for notice in _of_worker(worker) if worker.alive or not silent]
     found += _of_spinning(living)
     for row in queues:
-        served = any(row.queue in worker.queues for worker in living)
+        served = silent or any(row.queue in worker.queues for worker in living)
         found += _of_queue(row, served=served, stuck=stuck.get(row.queue), died=died.get(row.queue, 0))
     return sorted(found, key=lambda notice: _ORDER[notice.severity])
 

@@ -6,7 +6,6 @@ The fields of a row in this order are what ``--json`` prints; `PendingEntry` is 
 from __future__ import annotations
 
 import math
-import time
 from datetime import UTC, datetime
 from typing import Any
 
@@ -224,8 +223,13 @@ class AttemptRow(msgspec.Struct, frozen=True):
     error: str | None
 
 
-def job_row(job: JobRecord) -> JobRow:
-    """The row of a job."""
+def job_row(job: JobRecord, now: float) -> JobRow:
+    """The row of a job.
+
+    Args:
+        job: the job.
+        now: epoch seconds.
+    """
     return JobRow(
         job.id,
         job.queue,
@@ -241,7 +245,7 @@ def job_row(job: JobRecord) -> JobRow:
         _moment(job.started_at),
         _moment(job.finished_at),
         _took(job.started_at, job.finished_at),
-        round(time.time() - job.created_at.timestamp(), 3),
+        round(max(0.0, now - job.created_at.timestamp()), 3),
         job.worker_id,
         job.error and redact(job.error),
         _moment(job.expires_at),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, get_args
@@ -64,7 +63,7 @@ async def do(request: Request) -> Response:
 
 async def _pause(request: Request, operator: Operator, form: Form) -> dict[str, Any]:
     queue = _queue(form)
-    changed = await operator.pause(queue, f"by {who(request)} at {moment(time.time() * 1000)}")
+    changed = await operator.pause(queue, f"by {who(request)} at {moment(await operator.now() * 1000)}")
     return {"message": f"{queue} is paused" if changed else f"{queue} had been paused already"}
 
 

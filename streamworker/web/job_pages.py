@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from datetime import UTC, datetime
 from typing import Any, Final, get_args
 
@@ -35,7 +34,7 @@ async def show(request: Request) -> Response:
     job_id = row.job_id
     values: dict[str, Any] = {
         "place": place,
-        "row": dead_row(row, time.time()) if place == "dead" else row,
+        "row": dead_row(row, monitor_of(request).now()) if place == "dead" else row,
         "facts": _facts(body),
         "token": row_token,
         "handle": form.must("id"),
@@ -164,7 +163,7 @@ async def jobs(request: Request) -> Response:
         values |= await _one(request, archive, wanted, queue)
         return render(request, "job.html", title=printable(wanted), wanted=wanted, queue=queue, **values)
     look = await monitor_of(request).looked()
-    values |= {"asked": asked, "rows": [job_row(job) for job in rows], "after": after}
+    values |= {"asked": asked, "rows": [job_row(job, monitor_of(request).now()) for job in rows], "after": after}
     return render(request, "jobs.html", title="Jobs", queues=names(look), statuses=get_args(Status), **values)
 
 
@@ -173,7 +172,7 @@ async def _one(request: Request, archive: Archive | None, wanted: str, queue: st
     attempts = await archive.attempts(job.queue, wanted) if archive is not None and job is not None else []
     found, whole = await _places(request, wanted)
     return {
-        "job": job_row(job) if job is not None else None,
+        "job": job_row(job, monitor_of(request).now()) if job is not None else None,
         "attempts": [attempt_row(attempt) for attempt in attempts],
         "found": found,
         "whole": whole,

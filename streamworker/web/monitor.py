@@ -56,6 +56,7 @@ class FleetMonitor:
         self._operator: Operator | None = None
         self.fleet: Fleet | None = None
         self.look: Look | None = None
+        self._looked_at = time.monotonic()
         self.trouble = ""
         self.number = 0
         """How many looks there were."""
@@ -104,7 +105,7 @@ class FleetMonitor:
         with anyio.move_on_after(10):
             while self.look is None and not self.trouble:
                 await self._changed.wait()
-        if self.look is not None and time.time() - self.look.at > 2 * WATCHED:
+        if self.look is not None and time.monotonic() - self._looked_at > 2 * WATCHED:
             # No page was open: the old look is not the present state. A server that is slow must not hold the page.
             self.hurry()
             with anyio.move_on_after(PATIENCE):
@@ -185,6 +186,7 @@ class FleetMonitor:
     async def _look(self, fleet: Fleet) -> None:
         try:
             self.look = await fleet.look()
+            self._looked_at = time.monotonic()
             self.trouble = ""
         except StreamworkerError as error:
             if self.trouble != str(error):
@@ -207,6 +209,16 @@ class FleetMonitor:
         watched = self.watchers or time.monotonic() - self._seen < QUIET
         return WATCHED if watched else UNWATCHED
 
+    def now(self) -> float:
+        """The server's clock: what the last look showed, and what has passed since then."""
+        look = self.look
+        return time.time() if look is None else look.at + time.monotonic() - self._looked_at
+
+    @property
+    def alert(self) -> str:
+        """What is to be said above every page: the server does not answer, or refuses writes; empty if all is well."""
+        return self.trouble or (self.look.refusal if self.look is not None else None) or ""
+
     def past(self, queue: str) -> Sequence[Point]:
         """What was seen of a queue, or of all together (``""``), the oldest first."""
         return self.fleet.history.of(queue) if self.fleet is not None else ()
@@ -227,7 +239,7 @@ class FleetMonitor:
     def told(self) -> dict[str, Any]:
         """The state that every open page gets."""
         look = self.look
-        told: dict[str, Any] = {"trouble": self.trouble, "campaigns": self.bulk_jobs.told()}
+        told: dict[str, Any] = {"trouble": self.alert, "campaigns": self.bulk_jobs.told()}
         if look is not None:
             told["point"], told["counts"] = look.total, self.counts()
             told["queues"] = {row.queue: self.past(row.queue)[-1:] for row, _ in look.queues[:200]}

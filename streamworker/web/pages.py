@@ -69,7 +69,7 @@ async def _listing(
     selection = form.selection()
     found = await listing.slice(operator, names(look), selection, form.text("after") or "")
     rows = [row(job, look) for job in found.rows]
-    lost = [worker for worker in look.workers if not worker.alive and worker.pending]
+    lost = [worker for worker in look.workers if not worker.alive and worker.pending and not look.silent]
     return render(
         request, f"{listing.state}.html", title=title, rows=rows, found=found, asked=selection, lease=operator.lease,
         filtered=selection.narrows, queues=names(look), total=look.count(listing.column, selection.queue), lost=lost,
@@ -83,7 +83,11 @@ async def pending(request: Request) -> Response:
 
 async def dead(request: Request) -> Response:
     """Dead letters."""
-    return await _listing(request, "Dead letters", DEAD, lambda job, look: (dead_row(job, look.at), stored_token(job)))
+
+    def row(job: StoredJob, look: Look) -> tuple[Any, ...]:
+        return dead_row(job, look.at), job.at_ms / 1000, stored_token(job)
+
+    return await _listing(request, "Dead letters", DEAD, row)
 
 
 async def delayed(request: Request) -> Response:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -66,7 +65,6 @@ class PageTemplates:
             "this": link(request.url.path.removeprefix(root) or "/", **dict(request.query_params)),
             "csrf": scope.get("state", {}).get("csrf", ""),
             "who": scope.get("state", {}).get("who", ""),
-            "now": time.time(),
             "counts": {},
         }
         text = self._environment.get_template(template).render({**common, **values})
@@ -82,14 +80,16 @@ def _shown(text: object) -> Markup:
     return escape(printable(str(text)))
 
 
-def _ago(at: float) -> Markup:
-    """A moment in epoch seconds, as long ago; when exactly, on hover."""
-    return _time(at, f"{age(max(0.0, time.time() - at))} ago")
+@jinja2.pass_context
+def _ago(context: jinja2.runtime.Context, at: float) -> Markup:
+    """A moment in epoch seconds, as long ago by the server's clock; when exactly, on hover."""
+    return _time(at, f"{age(max(0.0, context['now'] - at))} ago")
 
 
-def _due(at: float) -> Markup:
-    """A moment in epoch seconds, as soon; when exactly, on hover."""
-    wait = at - time.time()
+@jinja2.pass_context
+def _due(context: jinja2.runtime.Context, at: float) -> Markup:
+    """A moment in epoch seconds, as soon by the server's clock; when exactly, on hover."""
+    wait = at - context["now"]
     return _time(at, f"in {age(wait)}" if wait >= 0 else f"{age(-wait)} overdue")
 
 
@@ -98,10 +98,11 @@ def _took(seconds: float | None) -> str:
     return "" if seconds is None else f"{seconds * 1000:,.0f} ms" if seconds < 10 else age(seconds)
 
 
-def _when(moment_: str) -> Markup:
+@jinja2.pass_context
+def _when(context: jinja2.runtime.Context, moment_: str) -> Markup:
     """A moment in ISO 8601, as long ago or as soon."""
     at = datetime.fromisoformat(moment_).timestamp()
-    return _ago(at) if at <= time.time() else _due(at)
+    return _ago(context, at) if at <= context["now"] else _due(context, at)
 
 
 def _time(at: float, words: str) -> Markup:
@@ -129,7 +130,9 @@ def render(request: Request, template: str, status: int = 200, **values: Any) ->
         "writable": not access.read_only,
         "payloads": access.payloads,
         "look": monitor.look,
-        "trouble": monitor.trouble,
+        "trouble": monitor.alert,
+        "now": monitor.now(),
+        "silent": monitor.look is not None and monitor.look.silent,
         "counts": monitor.counts(),
     }
     return rendering.page(request, template, status, **{**common, **values})

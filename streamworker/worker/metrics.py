@@ -81,6 +81,7 @@ OLDEST: Final = Family(
 )
 PAUSED: Final = Family("streamworker_queue_paused", "gauge", "1 while nothing is claimed from it.", ("queue",))
 UP: Final = Family("streamworker_redis_up", "gauge", "1 if Redis answered this worker's last question for depths.")
+WRITABLE: Final = Family("streamworker_redis_writable", "gauge", "0 if Redis answers and refuses writes, else 1.")
 MEMORY: Final = Family("process_resident_memory_bytes", "gauge", "Resident memory size in bytes.")
 STARTED: Final = Family("process_start_time_seconds", "gauge", "Start time of the process since the epoch in seconds.")
 BUILD: Final = Family("streamworker_build_info", "gauge", "Always 1.", ("version", "mode"))
@@ -88,8 +89,8 @@ BUILD: Final = Family("streamworker_build_info", "gauge", "Always 1.", ("version
 OF_JOBS: Final = (JOBS, RETRIES, EXPIRED, DEAD, DURATION, WAIT, BATCH, SETTLE)
 OF_QUEUES: Final = (READY, HELD, DELAYED, LETTERS, OLDEST, PAUSED)
 FAMILIES: Final = (
-    *OF_JOBS, RUNNING, SLOTS, LOST, RECLAIMED, SKIPPED, RELEASED, LAG, RECONNECTS, *OF_QUEUES, UP, MEMORY, STARTED,
-    BUILD,
+    *OF_JOBS, RUNNING, SLOTS, LOST, RECLAIMED, SKIPPED, RELEASED, LAG, RECONNECTS, *OF_QUEUES, UP, WRITABLE,
+    MEMORY, STARTED, BUILD,
 )  # fmt: skip
 """Everything that is exported."""
 
@@ -197,7 +198,7 @@ class MetricsEndpoint:
         self._broker: Connected | None = None
         self._depths: list[Depth] = []
         self._looked_at = float("-inf")
-        self._up = False
+        self._up, self._writable = False, True
         self._ended = False
         self._asked, self._answered = asyncio.Event(), asyncio.Event()
         self.observer: Final = Metrics()
@@ -243,6 +244,10 @@ class MetricsEndpoint:
 
     async def _ask(self, operator: Queues) -> None:
         self._depths = await operator.depth(self._queues)
+        refusal = await operator.refusal(self._queues)
+        if refusal is not None and self._writable:
+            log.warning("redis_refuses_writes", reason=redact(refusal))
+        self._writable = refusal is None
         self._up = True
 
     def _of_worker(self) -> list[tuple[Family, Numbers]]:
@@ -250,6 +255,7 @@ class MetricsEndpoint:
         told: list[tuple[Family, Numbers]] = [
             (SLOTS, {(): self._settings.concurrency}),
             (UP, {(): float(self._up)}),
+            (WRITABLE, {(): float(self._writable)}),
             (MEMORY, {(): rss_bytes()}),
             (STARTED, {(): self._started}),
             (BUILD, {(version("streamworker"), mode): 1}),

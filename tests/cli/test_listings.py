@@ -4,7 +4,9 @@ import json
 import os
 import re
 import signal
+import subprocess
 import time
+from datetime import UTC, datetime
 
 import pytest
 
@@ -13,6 +15,7 @@ from streamworker.views.listing import Pace
 from streamworker.views.rows import age
 from tests.cli.conftest import Terminal, both_modes, forget
 from tests.conftest import eventually_blocking
+from tests.contract.ground import out_of_memory
 
 PENDING = ["queue", "level", "entry_id", "job_id", "kind", "worker_id", "idle_ms", "deliveries", "alive"]
 QUEUES = ["queue", "ready", "running", "delayed", "dead", "oldest_age_s", "paused"]
@@ -299,3 +302,71 @@ def test_listings_end_quietly_when_nobody_reads(sw, raw, words):
         command = sw.piped(*words, *limit, stdout=nobody)
     assert command.stderr.read() == ""
     assert command.wait(30) == 0
+
+
+@both_modes
+@pytest.mark.parametrize("ahead", [3600, pytest.param(-3600, marks=pytest.mark.all)])
+def test_ages_are_by_the_servers_clock(sw, raw, doomed, ground, monkeypatch, ahead):
+    """The clock of the machine where the command runs is an hour wrong."""
+    worker = sw.worker("--queues", "notes")
+    doomed("x")
+    raw.zadd("stream:{q}:due", {"normal/later/0": (time.time() + 600) * 1000})
+    raw.hset("stream:{q}:bodies", "normal/later/0", '{"id": "later", "payload": {}}')
+    ground.push(json.dumps({"id": "old", "created_at": datetime.now(UTC).isoformat(), "payload": {}}), queue="q")
+    true = time.time
+    monkeypatch.setattr(time, "time", lambda: true() + ahead)
+    assert 500 < sw.ok("delayed", "--json").rows[0]["due_in_s"] <= 600
+    assert 0 <= sw.ok("dead", "--json").rows[0]["age_s"] < 60
+    assert 0 <= sw.ok("dead", "show", "--json", sw.ok("dead", "--json").rows[0]["entry_id"]).rows[0]["age_s"] < 60
+    assert 0 <= sw.ok("workers", "notes", "--json").rows[0]["uptime_s"] < 60
+    assert 0 <= sw.ok("queues", "q", "--json").rows[0]["oldest_age_s"] < 60
+    sw.ok("queues", "pause", "q")
+    note = raw.hget("stream:{q}:meta", "paused").decode()
+    assert abs(datetime.fromisoformat(note.split()[-1]).timestamp() - true()) < 60, note
+    assert worker.stop() == 0
+
+
+def test_a_server_that_refuses_writes_is_said_beside_the_workers(sw, raw, held):
+    held(1)
+    with out_of_memory(raw):
+        eventually_blocking(lambda: "refuses writes (OOM)" in sw.ok("workers").stderr, 20)
+        terminal = Terminal(sw, "queues", "--watch", "--interval", "0.2")
+        terminal.until("refuses writes (OOM)")
+        terminal.type("q")
+        assert terminal.wait() == 0
+    assert sw.ok("workers").stderr == ""
+
+
+@both_modes
+def test_a_queue_that_is_not_there_is_no_row_of_zeros(sw, ground):
+    ground.push("{}", queue="mails")
+    done = sw("queues", "mailz", "--json")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.sentence == "there is no queue mailz: did you mean mails?"
+    assert sw("queues", "list", "nope").sentence.startswith("there is no queue nope: its first job makes it")
+    sw.ok("queues", "pause", "early")
+    assert sw.ok("queues", "early", "--json").rows[0]["paused"] is True
+
+
+def test_what_a_terminal_cannot_show_is_spelled_out(sw, raw, doomed):
+    doomed("\u4ed8 \xe9")
+    for encoding, shown in (("latin-1", b"\\u4ed8 \xe9"), ("ascii", b"\\u4ed8 \\xe9")):
+        done = subprocess.run(
+            sw.command("dead"), cwd=sw.directory, env={**sw.env, "PYTHONIOENCODING": encoding}, capture_output=True
+        )
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert shown in done.stdout
+
+
+def test_watch_on_a_terminal_that_cannot_be_redrawn(sw, raw):
+    """TERM=dumb: the shell of an editor, the console of a CI."""
+    sw.ok("enqueue", "x", "--queue", "lonely")
+    sw.env["TERM"] = "dumb"
+    terminal = Terminal(sw, "queues", "--watch", "--interval", "0.2")
+    terminal.until("cannot be redrawn")
+    for _ in range(2):
+        terminal.until("no worker serves it")
+        terminal.text = ""
+    terminal.type("q")
+    assert terminal.wait() == 0
+    assert "\x1b" not in terminal.text

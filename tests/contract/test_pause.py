@@ -9,6 +9,7 @@ import pytest
 
 from streamworker import App, Payload
 from tests.conftest import eventually
+from tests.contract.ground import out_of_memory
 from tests.contract.helpers import job, list_in_all, names, settings, working
 
 
@@ -173,3 +174,18 @@ async def test_a_fleet_pauses_within_a_second_and_what_runs_goes_on(operator_of,
         assert await operator_of.resume("q")
         await eventually(lambda: len(began) == 23, timeout=30)
         await eventually(ground.empty, timeout=30)
+
+
+async def test_a_server_that_refuses_writes_says_so_and_asking_writes_nothing(raw, ground):
+    app = App(settings=settings(raw, ground))
+    async with app, app.operator() as operator:
+        ground.push("{}")
+        before = sorted(raw.keys("*"))
+        assert await operator.refusal(["q", "other"]) is None
+        assert await operator.refusal([]) is None
+        with out_of_memory(raw):
+            await eventually(lambda: operator.refusal(["q"]))  # Redis 6.2 has not noticed yet
+            for names in (["q", "other"], []):
+                assert "refuses writes (OOM): it is out of memory" in (await operator.refusal(names) or "")
+        assert sorted(raw.keys("*")) == before
+        assert abs(await operator.now() - time.time()) < 30

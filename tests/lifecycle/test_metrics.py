@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from streamworker.worker.metrics import FAMILIES, OF_QUEUES
 from tests.conftest import eventually_blocking
+from tests.contract.ground import out_of_memory
 from tests.lifecycle.test_health import address, put, raw, start  # noqa: F401 - fixtures
 from tests.lifecycle.test_worker import Process, traces
 
@@ -85,6 +86,15 @@ def test_what_jobs_come_to_is_counted(start, redis_url, raw):  # noqa: F811
     assert value(worker, "queue_dead_letters", queue="q") is not None
     eventually_blocking(lambda: value(worker, "queue_dead_letters", queue="q") == 2, 20)
     assert value(worker, "redis_up") == 1
+
+
+def test_a_redis_that_refuses_writes_is_told(start, redis_url, raw):  # noqa: F811
+    worker = start(redis_url, constants=SOON).ready()
+    assert value(worker, "redis_writable") == 1
+    with out_of_memory(raw):
+        eventually_blocking(lambda: value(worker, "redis_writable") == 0, 20)
+        assert value(worker, "redis_up") == 1
+    eventually_blocking(lambda: value(worker, "redis_writable") == 1, 20)
 
 
 def test_it_answers_while_a_handler_blocks_the_loop(start, redis_url, raw):  # noqa: F811

@@ -78,3 +78,10 @@ def test_history_is_bounded_and_tells_growth():
     many = [(queue(f"q{n}"), None) for n in range(500)]
     history.add(2002, many)
     assert sum(bool(history.of(f"q{n}")) for n in range(500)) <= 200
+
+
+def test_no_worker_is_said_to_have_vanished_while_none_can_say_that_it_lives():
+    """A server that refuses writes takes no heartbeats either."""
+    workers, queues = [worker("w", alive=False, pending=3)], [queue(ready=1, oldest=1.0)]
+    assert said(queues, workers) == [("bad", "queues"), ("warn", "pending")]
+    assert attention(queues, workers, {}, {}, silent=True) == []

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import time
+from datetime import datetime
 
 import anyio
 import httpx2
@@ -225,3 +228,50 @@ async def test_a_server_that_goes_away_is_said(own_server):
         await eventually(lambda: not site.monitor.trouble, 20)
         assert (await client.get("/pending")).status_code == 200
     await site.aclose()
+
+
+async def test_a_server_that_refuses_writes_is_said_and_no_worker_has_vanished_by_that(own_server):
+    """Reads go on, so that all looked well but the workers, whose heartbeats were refused, too."""
+    with own_server.client() as client:
+        held(client)
+        site = dashboard(App(settings=Settings(redis_url=own_server.url, lease=1)), access=Access())
+        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=site), base_url=HERE) as browser:
+            assert "worker-gone vanished" in (await browser.get("/")).text
+            client.config_set("min-replicas-to-write", 1)
+            await eventually(lambda: site.monitor.alert, 20)
+            for path in ("/", "/pending", "/workers", "/queue?queue=q"):
+                page = (await browser.get(path)).text
+                alert = re.search(r'role="alert"([^>]*)>([^<]*)', page)
+                assert alert is not None and "hidden" not in alert[1]
+                assert "refuses writes (NOREPLICAS): too few replicas follow it" in alert[2]
+                assert "vanished" not in page, path
+            assert "no sign of life" in page
+            client.config_set("min-replicas-to-write", 0)
+            await eventually(lambda: not site.monitor.alert, 20)
+
+            async def vanished() -> bool:
+                return "worker-gone vanished" in (await browser.get("/")).text
+
+            await eventually(vanished, 20)  # it could say that it lives for a lease, and did not
+        await site.aclose()
+
+
+@pytest.mark.parametrize("ahead", [3600, -3600])
+async def test_ages_and_moments_are_those_of_the_server(browser, raw, monkeypatch, ahead):
+    """The clock of the dashboard's machine is an hour wrong."""
+    true = time.time
+    monkeypatch.setattr(time, "time", lambda: true() + ahead)
+    letter(raw)
+    raw.zadd("stream:{q}:due", {"normal/later/0": (true() + 600) * 1000})
+    raw.hset("stream:{q}:bodies", "normal/later/0", '{"id": "later", "payload": {}}')
+    handle = raw.xrange("stream:{q}:dead")[0][0].decode()
+    for path in ("/dead", f"/show?place=dead&queue=q&id={handle}"):
+        shown = re.search(r'<time datetime="([^"]+)"[^>]*>([^<]+)', await browser.text(path))
+        assert shown is not None
+        assert abs(datetime.fromisoformat(shown[1]).timestamp() - true()) < 60, path
+        assert re.fullmatch(r"[\d.]+s ago", shown[2]), shown[2]
+    assert re.search(r">in (9m \d\ds|10m 00s)<", await browser.text("/delayed"))
+    await browser.do("pause", queue="q")
+    note = raw.hget("stream:{q}:meta", "paused").decode()
+    assert abs(datetime.fromisoformat(note.split()[-1]).timestamp() - true()) < 60, note
+    assert abs(json.loads((await browser.get("/history")).text)[-1][0] - true()) < 60

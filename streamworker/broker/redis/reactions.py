@@ -98,6 +98,22 @@ def cure_of(error: str) -> str:
     return "see what is wrong with the keys of this queue: streamworker check names what it finds"
 
 
+_REFUSALS: Final = {
+    "MISCONF": "its last save to disk failed, and no job starts or ends: look at its log and its disk",
+    "NOREPLICAS": "too few replicas follow it (min-replicas-to-write), and no job starts or ends: see to them",
+    "OOM": "it is out of memory, and takes neither new jobs nor retries: raise maxmemory or delete keys",
+    "READONLY": "it is a replica, and no job starts or ends: point REDIS_URL to its primary",
+}
+
+
+def refused(error: BaseException, address: object) -> str | None:
+    """What a server that answers says of all writes with this error; ``None`` if it takes writes."""
+    row = row_of(error)
+    if row is None or row.name not in _REFUSALS:
+        return None
+    return f"Redis at {address} refuses writes ({row.name}): {_REFUSALS[row.name]}"
+
+
 def reaction_to(error: BaseException | str) -> Reaction:
     """What to do about an error; without a row the command is at fault."""
     row = row_of(error)
