@@ -113,6 +113,33 @@ class Gathered(Payload, kind="gathered", queue="q"):
     fails: int = 0
 
 
+class InLine(Payload, kind="in-line", queue="q", order_by="key", fair_by="tenant"):
+    """Of those with one key one runs at a time, in the order of their numbers.
+
+    Attributes:
+        key: the order key.
+        number: counted up by the producer.
+        tenant: whose line it joins when its turn has come.
+        seconds: how long it takes.
+        fails: attempts that raise before one succeeds.
+    """
+
+    key: str
+    number: int
+    tenant: str = "t"
+    seconds: float = 0.0
+    fails: int = 0
+
+
+@app.handler(timeout=60, max_attempts=4, backoff=Backoff(base=0.05, cap=0.5))
+async def in_line(payload: InLine, ctx: Context) -> None:
+    with journal.run(ctx, key=payload.key, number=payload.number):
+        if payload.seconds:
+            await asyncio.sleep(payload.seconds)
+        if ctx.attempt <= payload.fails:
+            raise ValueError("as planned")
+
+
 @app.handler(timeout=60, batch=8, linger=0.05, max_attempts=4, backoff=Backoff(base=0.05, cap=0.5))
 async def gathered(payloads: list[Gathered], contexts: list[Context]) -> list[Exception | None]:
     outcomes: list[Exception | None] = []

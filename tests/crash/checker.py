@@ -68,6 +68,7 @@ def check(
     _nothing_lost(verdict, enqueued, runs, settled, set(dead), set(destroyed))
     _limits(verdict, runs, max_deliveries)
     _order(verdict, runs, faults)
+    _order_keys(verdict, runs, settled, set(destroyed))
     stalls = read(directory / "stalls")
     verdict.stalled = sum(stall["late"] for stall in stalls if stall["worker"] == "*")
     _duplicates(verdict, runs, faults, _takers(witnesses), lambda *pair: _starved(*pair, stalls, lease))
@@ -187,7 +188,7 @@ def _order(verdict: Verdict, runs: dict[str, list[dict[str, Any]]], faults: list
     last: dict[tuple[str, str], tuple[int, ...]] = {}
     every = sorted((run for history in runs.values() for run in history), key=lambda run: run["mono"])
     for run in every:
-        if run["threaded"] or run["count"] != 1 or run["delivery"] != 1:
+        if run["threaded"] or run["count"] != 1 or run["delivery"] != 1 or "key" in run:  # asks for its turn first
             continue
         # A stream's entry ids are decimal; a list's are UUIDs by the server's clock.
         entry = tuple(int(part, 16 if len(run["entry"]) == 36 else 10) for part in run["entry"].split("-"))
@@ -195,6 +196,40 @@ def _order(verdict: Verdict, runs: dict[str, list[dict[str, Any]]], faults: list
         if entry < last.get(key, (0,)) and not disturbed:
             verdict.complain("order", f"{run['worker']} started {run['entry']} after a later one of {run['place']}")
         last[key] = max(entry, last.get(key, (0,)))
+
+
+def _order_keys(
+    verdict: Verdict,
+    runs: dict[str, list[dict[str, Any]]],
+    settled: dict[tuple[str, str], list[str]],
+    destroyed: set[str],
+) -> None:
+    """Jobs with one order key start in the order of their numbers, and none while the job before it may still settle.
+
+    Runs whose settle was refused do not count: a zombie's successor may start, and end, while the zombie sleeps.
+    """
+    by_key: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for history in runs.values():
+        for run in history:
+            if "key" in run and run["job"] not in destroyed:
+                by_key[run["key"]].append(run)
+    if destroyed:
+        return  # lines that were deleted with the server's memory begin anew
+    for key, found in by_key.items():
+        found.sort(key=lambda run: run["mono"])
+        firsts = list(dict.fromkeys(run["number"] for run in found))
+        if firsts != sorted(firsts):
+            at = next(n for n, (a, b) in enumerate(itertools.pairwise(firsts)) if a > b)
+            verdict.complain("order", f"of the key {key} {firsts[at + 1]} started after {firsts[at]}")
+        last: dict[str, Any] | None = None
+        for run in found:
+            ending = settled.get((run["place"], run["entry"]))
+            if ending is None or ending[1:] != [run["worker"], str(run["count"])]:
+                continue
+            if last is not None and last["job"] != run["job"] and run["mono"] < last["ended"]:
+                verdict.complain("order", f"of the key {key} {run['number']} started while {last['number']} ran")
+            if run["ended"] is not None:
+                last = run
 
 
 def _duplicates(

@@ -32,7 +32,7 @@ local out = {}
 """
 
 _COUNT: Final = """
-local commands, n = { stream = 'XLEN', list = 'LLEN', zset = 'ZCARD' }, 0
+local commands, n = { stream = 'XLEN', list = 'LLEN', zset = 'ZCARD', hash = 'HLEN' }, 0
 if ARGV[1] ~= '' then
   for _, key in ipairs(redis.call('KEYS', ARGV[1])) do KEYS[#KEYS + 1] = key end
 end
@@ -68,7 +68,7 @@ class Ground:
     @property
     def everything(self) -> set[str]:
         """Keys that may be there when all is done."""
-        return {*self.places, self.keys.meta, self.keys.ids, self.keys.dead, self.keys.crons, WITNESSES}
+        return {*self.places, self.keys.meta, self.keys.ids, self.keys.dead, self.keys.crons, self.keys.fair, WITNESSES}
 
     def length(self, place: str) -> int:
         """Jobs in a place, running ones included."""
@@ -77,7 +77,7 @@ class Ground:
     def backlog(self) -> int:
         """Jobs that are neither done nor dead."""
         # At one moment: a job that moves from one key to the next between two looks would lie nowhere.
-        names = [*self.places, self.keys.due]
+        names = [*self.places, self.keys.due, self.keys.order]
         return int(self._client.eval(_COUNT, len(names), *names, self.elsewhere))
 
     def held(self) -> dict[str, int]:
@@ -145,7 +145,7 @@ class Ground:
 
     def _ends_by_itself(self, key: str) -> bool:
         """What is noted of turns and calls of limits, and how jobs ended: forgotten after a while."""
-        noted = (f"{self.keys.base}:limit:", self.keys.result(""), self.keys.ended(""))
+        noted = (f"{self.keys.base}:limit:", self.keys.result(""), self.keys.ended(""), self.keys.swept)
         return key.startswith(noted) and 0 <= int(self._client.pttl(key)) < 600_000
 
     def state(self) -> str:

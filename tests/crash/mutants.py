@@ -108,6 +108,20 @@ MUTANTS: Final = (
         _ZOMBIES,
     ),
     Mutant(
+        "order",
+        "stream",
+        "a job that is done keeps its order key",
+        ((_LUA + "finish.lua", "if ARGV[i + 6] ~= '' then pass_on(", "if false then pass_on("),),
+        ("test_order.py",),
+    ),
+    Mutant(
+        "list order",
+        "list",
+        "a job that is done keeps its order key",
+        ((_LUA + "list_finish.lua", "if ARGV[i + 6] ~= '' then pass_on(", "if false then pass_on("),),
+        ("test_order.py",),
+    ),
+    Mutant(
         "list renewal",
         "list",
         "a renewal writes a lease for a claim that somebody else took over",

@@ -22,7 +22,7 @@ from streamworker.settings import Settings
 from tests import forkserver
 from tests.conftest import Server
 from tests.crash import stalls
-from tests.crash.app import Block, Thread, Work
+from tests.crash.app import Block, InLine, Thread, Work
 from tests.crash.checker import Verdict, check
 from tests.crash.clock import Clock
 from tests.crash.fleet import ROOT, Fleet, Worker, clean_environment
@@ -75,6 +75,7 @@ class Rig:
         self._enqueued = Log(directory / "enqueued")
         self._faults = Log(directory / "faults")
         self.injected: Counter[str] = Counter()
+        self._numbers: Counter[str] = Counter()
         self.destroyed: set[str] = set()
         self._forgotten_at = 0.0
         """When the server last forgot everything, by being killed."""
@@ -151,11 +152,19 @@ class Rig:
             options: dict[str, Any] = {"priority": self.random.choice(("high", "normal", "low"))}
             if self.random.random() < 0.1:
                 options["delay"] = self.random.uniform(0.05, 1.0)
+            elif self.random.random() < 0.3:
+                payloads = [self._next_in_line() for _ in payloads]
             with suppress(StreamworkerError):
                 await self.put(*payloads, **options)
             with suppress(TimeoutError):
                 async with asyncio.timeout(len(payloads) / rate):
                     await stop.wait()
+
+    def _next_in_line(self) -> Payload:
+        key = f"k{self.random.randint(0, 5)}"
+        self._numbers[key] += 1
+        seconds, fails = self.random.choice((0.0, 0.0, 0.05)), self.random.choice((0, 0, 0, 0, 1, 9))
+        return InLine(key, self._numbers[key], f"t{self._numbers[key] % 3}", seconds, fails)
 
     def _any_payload(self) -> Payload:
         dice = self.random.random()

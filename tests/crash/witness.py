@@ -133,6 +133,7 @@ _LIST_SHAPES: Final[dict[str, dict[str, Any]]] = {
     "LIST_BURY": {"after": _LIST_SETTLED, "name": "'bury'"},
     "LIST_RENEW": {"after": _LIST_RENEWED},
     "LIST_TAKE": {"after": _LIST_TAKEN},
+    "FAIR_TAKE": {"after": _LIST_TAKEN},
 }
 
 
