@@ -71,18 +71,19 @@ OLD_HEADERS: Final = frozenset({"streamworker-deliveries", "streamworker-unknown
 
 
 class DocumentFields(msgspec.Struct, kw_only=True, gc=False):
-    """What of a document decides its fate; unset fields are ``None``.
+    """What of a document decides its fate; unset fields are ``None``. In the order of `Document`, which reads fastest.
 
     ``created_at`` and ``priority`` are not looked into: the key's level holds, and a producer's odd clock must not kill
     its job.
     """
 
-    payload: msgspec.Raw
     id: str | None = None
     key: Any = None
     unique: Any = None
     queue_name: str | None = None
     kind: str | None = None
+    payload: msgspec.Raw
+    created_at: msgspec.Raw = msgspec.Raw()
     run_at: datetime | None = None
     expires_at: datetime | None = None
     attempt_count: Count | None = None
@@ -91,7 +92,6 @@ class DocumentFields(msgspec.Struct, kw_only=True, gc=False):
     headers: dict[str, Any] | None = None
     order_key: str | None = None
     fair_key: str | None = None
-    created_at: msgspec.Raw = msgspec.Raw()
     streamworker: Any = None
     """Perhaps the mark of list mode, see `marks`."""
     state: Any = msgspec.field(default=None, name=STATE_FIELD)

@@ -95,7 +95,9 @@ class ListClaims(ClaimSource):
             ]
         for index, error in trouble:
             self._judge(keys[index - 1], index, error.decode(errors="replace"))
-        return claims + await self._lined_up(fair, limit - len(claims), [*running, *claims])
+        if fair or self._lined:
+            claims += await self._lined_up(fair, limit - len(claims), [*running, *claims])
+        return claims
 
     def _judge(self, key: str, index: int, message: str) -> None:
         """Log a key that cannot be used, and do not wait on its queue meanwhile; raise what is not about one key."""

@@ -302,7 +302,8 @@ class StreamClaims(ClaimSource):
                 Claim(name, level, place, entry, 1, body, epoch, False, False, secret)
                 for entry, body in zip(entries[::2], entries[1::2], strict=True)
             ]
-        claims += await self._lined_up(fair, limit - len(claims), [*running, *claims])
+        if fair or self._lined:
+            claims += await self._lined_up(fair, limit - len(claims), [*running, *claims])
         if trouble and await self._heal(trouble) and not healed and len(claims) < limit:
             claims += await self.take(limit - len(claims), running, healed=True)
         return claims
