@@ -17,6 +17,8 @@ def dashboard(
     listen: str = web.LISTEN,
     read_only: bool = False,
     origin: Annotated[tuple[str, ...], Parameter(name="--origin")] = (),
+    prefix: str = "",
+    proxy: Annotated[tuple[str, ...], Parameter(name="--proxy")] = (),
     server: ServerFlags = SERVER,
 ) -> int:
     """Serve the dashboard until SIGINT or SIGTERM.
@@ -28,10 +30,12 @@ def dashboard(
         listen: host:port; 127.0.0.1:8787 unless given, port 0 takes a free one.
         read_only: Show everything but payloads, change nothing.
         origin: What browsers see as its address, if a proxy changes the Host: https://ops.example.com.
+        prefix: The path below which a proxy shows it: /ops. The proxy may pass it on or cut it off.
+        proxy: Address or network of a proxy that is believed about the browser's address (X-Forwarded-For).
     """
     web.require()
     settings = server.settings()
-    access = web.Access.load(read_only=read_only, origins=origin)
+    access = web.Access.load(read_only=read_only, origins=origin, prefix=prefix, proxies=proxy)
     serving = importlib.import_module("streamworker.web.server")
     code: int = serving.serve(App[Any](settings=settings), settings, access, listen)
     return code

@@ -45,12 +45,13 @@ class PageTemplates:
         digest = hashlib.sha256()
         for path in sorted((HERE / "static").iterdir()):
             digest.update(path.read_bytes())
-        self._version = digest.hexdigest()[:10]
+        self.version = digest.hexdigest()[:10]
+        """Changes with the files that pages load, and stands in the addresses of those."""
 
     def page(self, request: Request, template: str, status: int = 200, **values: Any) -> HTMLResponse:
         """A page, or only its changing part if a script on that page asks for it."""
         scope = request.scope
-        root = scope.get("root_path", "").rstrip("/")
+        root = scope.get("state", {}).get("root", "").rstrip("/")
         part = request.headers.get("hx-request") == "true"
 
         def link(path: str, **query: Any) -> str:
@@ -60,7 +61,7 @@ class PageTemplates:
         common = {
             "layout": "part.html" if part else "base.html",
             "link": link,
-            "asset": lambda name: f"{root}/static/{name}?{self._version}",
+            "asset": lambda name: f"{root}/static/{name}?{self.version}",
             "here": request.url.path.removeprefix(root) or "/",
             "this": link(request.url.path.removeprefix(root) or "/", **dict(request.query_params)),
             "csrf": scope.get("state", {}).get("csrf", ""),

@@ -8,7 +8,7 @@ import secrets
 from base64 import b64decode
 from collections.abc import Mapping
 from hmac import compare_digest
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from typing import Any, Final, Self
 from urllib.parse import urlsplit
 
@@ -18,6 +18,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from streamworker.errors import ConfigurationError
+from streamworker.redact import printable
 from streamworker.settings.environment import PREFIX, lookup
 from streamworker.telemetry.logs import get_logger
 
@@ -62,6 +63,7 @@ class Guard:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1000})
             return
+        scope = self._access.as_sent(scope)
         headers = Headers(scope=scope)
         token = _cookie(headers.get("cookie", ""))
         fresh = "" if token else secrets.token_urlsafe(32)
@@ -73,6 +75,8 @@ class Guard:
                 for name, value in HEADERS.items():
                     found[name] = value
                 found.setdefault("cache-control", "no-store")
+                if "location" in found:
+                    found["location"] = _local(found["location"])
                 if fresh and refusal is None and scope["method"] == "GET":
                     found.append("set-cookie", _baked(fresh, scope))
             await send(message)
@@ -81,7 +85,8 @@ class Guard:
             await refusal(scope, receive, answer)
             return
         scope.setdefault("state", {})
-        scope["state"] |= {"who": self._who(scope), "csrf": token or fresh}
+        # Mounts inside the site move the root path: links begin at this one.
+        scope["state"] |= {"who": self._who(scope), "csrf": token or fresh, "root": scope.get("root_path", "")}
         await self._app(scope, receive, answer)
 
     def _refusal(self, scope: Scope, headers: Headers, token: str) -> PlainTextResponse | None:
@@ -99,26 +104,40 @@ class Guard:
             return _no(405, "There is nothing to do here but GET and POST.", {"allow": "GET, HEAD, POST"})
         if access.read_only:
             return _no(403, "This dashboard is read-only.")
-        if (
-            not self._same_origin(headers)
-            or not token
-            or not compare_digest(token.encode(), headers.get(HEADER, "").encode())
-        ):
-            log.warning("dashboard_forged_request", client=client, path=scope["path"], origin=headers.get("origin"))
-            return _no(403, "This request did not come from a page of this dashboard: load the page anew.")
+        forged = self._foreign(headers)
+        if forged is None and not (token and compare_digest(token.encode(), headers.get(HEADER, "").encode())):
+            forged = "This page is older than its cookie, or the cookie is gone: load the page anew."
+        if forged is not None:
+            log.warning(
+                "dashboard_forged_request", client=client, path=scope["path"], origin=headers.get("origin"),
+                host=headers.get("host"), reason=forged,
+            )  # fmt: skip
+            return _no(403, forged)
+        if "transfer-encoding" in headers:
+            return _no(411, "Say how long the form is (Content-Length): let the proxy buffer requests.")
         length = headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > LARGEST or "transfer-encoding" in headers:
+        if not length.isdigit() or int(length) > LARGEST:
             return _no(413, "That is more than a form of ours holds.")
         return None
 
-    def _same_origin(self, headers: Headers) -> bool:
-        """Browsers say where a request comes from; what does not say so is no browser showing our page."""
-        origin = headers.get("origin")
-        if origin is None or headers.get("sec-fetch-site", "same-origin") != "same-origin":
-            return False
+    def _foreign(self, headers: Headers) -> str | None:
+        """Why a request is not one of our pages, in a sentence; ``None`` if it is. Browsers say where it comes from."""
+        origin, host = headers.get("origin"), headers.get("host", "")
+        if headers.get("sec-fetch-site", "same-origin") != "same-origin":
+            return "Another site's page sent this: nothing was done."
+        if origin is None:
+            return "No page of a browser sent this (it has no Origin): use the command line for scripts."
         split = urlsplit(origin)
-        own = split.scheme in ("http", "https") and split.netloc.lower() == headers.get("host", "").lower()
-        return own or origin in self._access.origins
+        if split.scheme in ("http", "https") and split.netloc.lower() == host.lower():
+            return None
+        if origin.lower() in self._access.admitted_origins:
+            return None
+        if split.scheme not in ("http", "https"):
+            return "Another site's page sent this: nothing was done."
+        return (
+            f"The browser sees this dashboard at {printable(origin)[:200]}, a proxy asks for it as "
+            f"{printable(host)[:200]}: if that is as it should be, start it with --origin {printable(origin)[:200]}"
+        )
 
     def _who(self, scope: Scope) -> str:
         if self._access.user is not None:
@@ -126,6 +145,12 @@ class Guard:
         user: Any = scope.get("user")
         name = getattr(user, "display_name", "") if self._access.outer else ""
         return str(name) or ("local" if not self._access.public else "anybody")
+
+
+def _local(location: str) -> str:
+    """A redirect without scheme and host: those of the browser may be others than a proxy passes on."""
+    split = urlsplit(location)
+    return f"/{split.path.lstrip('/')}" + (f"?{split.query}" if split.query else "")
 
 
 def _no(status: int, sentence: str, headers: dict[str, str] | None = None) -> PlainTextResponse:
@@ -163,6 +188,8 @@ class Access(msgspec.Struct, frozen=True, kw_only=True):
         public: without a password, names other than localhost may be asked for; goes with ``read_only``.
         origins: what browsers may send as Origin besides the dashboard's own, as ``https://ops.example.com``, where a
             proxy changes the Host.
+        prefix: the path below which browsers see the dashboard, as ``/ops``; a proxy may pass it on or cut it off.
+        proxies: addresses or networks of proxies that are believed about the browser (X-Forwarded-For and -Proto).
     """
 
     user: str | None = None
@@ -171,8 +198,23 @@ class Access(msgspec.Struct, frozen=True, kw_only=True):
     outer: bool = False
     public: bool = False
     origins: tuple[str, ...] = ()
+    prefix: str = ""
+    proxies: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for origin in self.origins:
+            split = urlsplit(origin)
+            if split.scheme not in ("http", "https") or not split.netloc or split.path.strip("/"):
+                raise ConfigurationError(f"the origin {origin!r} must be as in https://ops.example.com, without a path")
+        if not _PREFIX.fullmatch(self.prefix):
+            raise ConfigurationError(f"the prefix {self.prefix!r} must be a path as in /ops")
+        for proxy in self.proxies:
+            try:
+                ip_network(proxy, strict=False)
+            except ValueError:
+                raise ConfigurationError(
+                    f"the proxy {proxy!r} must be an address or a network, as in 10.0.0.0/8"
+                ) from None
         if (self.user is None) != (self.password is None):
             raise ConfigurationError(f"set {USER} and {PASSWORD} (or their _FILE forms), or neither of them")
         if self.public and not self.read_only and self.user is None:
@@ -180,7 +222,13 @@ class Access(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def load(
-        cls, env: Mapping[str, str] | None = None, *, read_only: bool = False, origins: tuple[str, ...] = ()
+        cls,
+        env: Mapping[str, str] | None = None,
+        *,
+        read_only: bool = False,
+        origins: tuple[str, ...] = (),
+        prefix: str = "",
+        proxies: tuple[str, ...] = (),
     ) -> Self:
         """From the environment.
 
@@ -194,6 +242,8 @@ class Access(msgspec.Struct, frozen=True, kw_only=True):
             password=password.value if password else None,
             read_only=read_only,
             origins=origins,
+            prefix=prefix.rstrip("/"),
+            proxies=proxies,
         )
 
     def for_bind(self, host: str) -> Access:
@@ -221,6 +271,36 @@ class Access(msgspec.Struct, frozen=True, kw_only=True):
         # Otherwise a page from anywhere could have its own name point here, and read what is answered.
         return self.user is not None or self.outer or self.public or _name_of(host) in LOCAL
 
+    @property
+    def admitted_origins(self) -> frozenset[str]:
+        """`origins` as browsers write them."""
+        return frozenset(origin.lower().rstrip("/") for origin in self.origins)
+
+    def as_sent(self, scope: Scope) -> Scope:
+        """The request as the browser sent it: below the prefix, and from where trusted proxies say."""
+        changed: dict[str, Any] = {}
+        if self.prefix and not scope.get("root_path"):
+            path = scope["path"]
+            below = path if path == self.prefix or path.startswith(f"{self.prefix}/") else self.prefix + path
+            changed |= {"root_path": self.prefix, "path": below, "raw_path": below.encode()}
+        peer = (scope.get("client") or ("", 0))[0]
+        if self._is_proxy(peer):
+            headers = Headers(scope=scope)
+            hops = [hop.strip() for line in headers.getlist("x-forwarded-for") for hop in line.split(",")]
+            while hops and self._is_proxy(peer) and _is_address(hops[-1]):
+                peer = hops.pop()  # each proxy adds whom it was asked by; what is left of the last one may be invented
+            changed["client"] = (peer, 0)
+            if (scheme := headers.get("x-forwarded-proto")) in ("http", "https"):
+                changed["scheme"] = scheme
+        return {**scope, **changed} if changed else scope
+
+    def _is_proxy(self, address: str) -> bool:
+        if not self.proxies or not _is_address(address):
+            return False
+        found = ip_address(address)
+        found = getattr(found, "ipv4_mapped", None) or found
+        return any(found in ip_network(proxy, strict=False) for proxy in self.proxies)
+
     def knows(self, authorization: str) -> str | None:
         """The user that an Authorization header names rightly; ``None`` if it does not."""
         scheme, _, encoded = authorization.partition(" ")
@@ -234,6 +314,7 @@ class Access(msgspec.Struct, frozen=True, kw_only=True):
         return self.user if right and scheme.lower() == "basic" else None
 
 
+_PREFIX: Final = re.compile(r"(?:/[A-Za-z0-9._~-]+)*")
 _HOST: Final = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:@/?#\\\s]+))(?::[0-9]{1,5})?")
 
 
@@ -245,6 +326,14 @@ def is_local(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _name_of(host: str) -> str:

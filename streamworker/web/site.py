@@ -25,6 +25,22 @@ from streamworker.web.security import Access, Guard
 STATIC = Path(__file__).parent / "static"
 
 
+class _Assets(StaticFiles):
+    """Files that pages load: kept by browsers for as long as they are asked for by their present version."""
+
+    def __init__(self, version: str) -> None:
+        super().__init__(directory=STATIC)
+        self._version = version.encode()
+
+    def file_response(self, *args: Any, **options: Any) -> Response:
+        """The file, or that it has not changed."""
+        response = super().file_response(*args, **options)
+        scope: Scope = options["scope"] if "scope" in options else args[2]
+        current = scope["query_string"] == self._version
+        response.headers["cache-control"] = "public, max-age=31536000, immutable" if current else "no-cache"
+        return response
+
+
 class Site:
     """An ASGI application. Opens its connections with the first request, and closes them with its lifespan.
 
@@ -40,6 +56,7 @@ class Site:
         self.monitor = FleetMonitor(
             lambda: app.operator(settings), (lambda: app.archive(settings)) if durable else None
         )
+        rendering = PageTemplates()
         routes = [
             Route("/", pages.overview, name="overview"),
             Route("/queue", pages.queue, name="queue"),
@@ -54,11 +71,11 @@ class Site:
             Route("/events", pages.events, name="events"),
             Route("/history", pages.history, name="history"),
             Route("/do/{what}", actions.do, name="do", methods=["POST"]),
-            Mount("/static", StaticFiles(directory=STATIC), name="static"),
+            Mount("/static", _Assets(rendering.version), name="static"),
         ]
         handlers: Any = {StreamworkerError: _trouble, 404: _nothing}
         site = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
-        site.state.monitor, site.state.access, site.state.rendering = self.monitor, access, PageTemplates()
+        site.state.monitor, site.state.access, site.state.rendering = self.monitor, access, rendering
         self._guarded = Guard(site, access)
         self._site = site
 

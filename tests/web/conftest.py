@@ -67,7 +67,8 @@ def site_of(redis_url: str) -> Callable[..., Any]:
 
     @asynccontextmanager
     async def make(*, auth: Any = None, app: Any = None, prefix: str = "", **access: Any) -> AsyncIterator[Browser]:
-        site = dashboard(App(settings=Settings(redis_url=redis_url)), access=Access(**access))
+        below = prefix if app is None else ""
+        site = dashboard(App(settings=Settings(redis_url=redis_url)), access=Access(prefix=below, **access))
         transport = httpx2.ASGITransport(app=app(site) if app is not None else site, client=("127.0.0.1", 5))
         async with httpx2.AsyncClient(transport=transport, base_url=HERE, auth=auth) as client:
             try:

@@ -275,3 +275,101 @@ async def test_ages_and_moments_are_those_of_the_server(browser, raw, monkeypatc
     note = raw.hget("stream:{q}:meta", "paused").decode()
     assert abs(datetime.fromisoformat(note.split()[-1]).timestamp() - true()) < 60, note
     assert abs(json.loads((await browser.get("/history")).text)[-1][0] - true()) < 60
+
+
+@pytest.mark.parametrize("cut", [False, True])
+async def test_below_a_path_of_a_proxy(site_of, raw, cut):
+    """The proxy passes the path on, or cuts it off: links, files, redirects, cookie and buttons are below it."""
+    letter(raw)
+    async with site_of(prefix="/ops") as browser:
+        prefix, browser.prefix = browser.prefix, "" if cut else browser.prefix
+        for path in ("/", "/dead", "/queue?queue=q", "/static/nope.css"):
+            page = (await browser.get(path)).text
+            links = re.findall(r'(?:href|src|hx-get)="(/[^"]*)', page)
+            assert links
+            assert all(link.startswith(f"{prefix}/") for link in links), links
+            assert not any("/static/static" in link for link in links)
+        assert 'aria-current="page">Dead' in await browser.text("/dead")
+        assert (await browser.get("/static/app.css")).status_code == 200
+        assert (await browser.get("/dead/")).headers["location"] == f"{prefix}/dead"
+        assert (await browser.client.get(prefix)).headers["location"] == f"{prefix}/"
+        browser.client.cookies.clear()
+        assert f"Path={prefix};" in (await browser.get("/")).headers["set-cookie"]
+        browser.prefix = prefix  # a browser sends the cookie there alone
+        assert (await browser.do("erase", row=await browser.rows("/dead")))["ok"]
+    assert raw.xlen("stream:{q}:dead") == 0
+
+
+async def test_redirects_keep_the_browsers_scheme_and_host(browser):
+    for path, place in (
+        ("/dead/?queue=q", "/dead?queue=q"),
+        ("//evil.example/dead/", None),
+        ("/\\evil.example/", None),
+    ):
+        answer = await browser.get(path, headers={"x-forwarded-proto": "https"})
+        found = answer.headers.get("location")
+        assert found == place or (place is None and (found or "/x")[1] not in "/\\"), (path, found)
+
+
+async def test_a_refused_origin_says_what_to_do(site_of, raw, logged):
+    async with site_of(
+        user="me", password="x", auth=("me", "x"), origins=("https://Ops.example.com:8443/",)
+    ) as browser:
+        good = {"x-csrf-token": await browser.token(), "host": "dash:8787", "sec-fetch-site": "same-origin"}
+        told = await browser.post("pause", {"queue": "q"}, {**good, "origin": "https://other.example.com"})
+        assert told.status_code == 403
+        assert "start it with --origin https://other.example.com" in told.text
+        assert logged[-1]["reason"] == told.text.strip()
+        assert logged[-1]["host"] == "dash:8787"
+        cross = await browser.post(
+            "pause", {"queue": "q"}, {**good, "origin": "https://e.example", "sec-fetch-site": "cross-site"}
+        )
+        assert "Another site's page" in cross.text
+        assert "--origin" not in cross.text
+        stale = await browser.post(
+            "pause", {"queue": "q"}, {**good, "origin": "https://dash:8787", "x-csrf-token": "x" * 43}
+        )
+        assert "load the page anew" in stale.text
+        fine = await browser.post("pause", {"queue": "q"}, {**good, "origin": "https://ops.example.com:8443"})
+        assert fine.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("proxies", "forwarded", "client"),
+    [
+        ((), "203.0.113.9", "127.0.0.1"),
+        (("127.0.0.0/8",), "203.0.113.9", "203.0.113.9"),
+        (("127.0.0.1", "10.0.0.0/8"), "6.6.6.6, 203.0.113.9, 10.1.2.3", "203.0.113.9"),
+        (("127.0.0.1",), "203.0.113.9, 10.1.2.3", "10.1.2.3"),
+        (("127.0.0.1",), "<script>", "127.0.0.1"),
+        (("10.0.0.0/8",), "203.0.113.9", "127.0.0.1"),
+    ],
+)
+async def test_the_log_names_the_browser_if_its_proxy_is_trusted(site_of, raw, logged, proxies, forwarded, client):
+    async with site_of(proxies=proxies) as browser:
+        headers = {"x-csrf-token": await browser.token(), "origin": HERE, "x-forwarded-for": forwarded}
+        assert (await browser.post("pause", {"queue": "q"}, headers)).status_code == 200
+        assert logged[-1]["client"] == client
+        browser.client.cookies.clear()
+        answer = await browser.get("/", headers={"x-forwarded-for": forwarded, "x-forwarded-proto": "https"})
+        assert ("Secure" in answer.headers["set-cookie"]) is ("127" in str(proxies))
+
+
+async def test_a_form_of_unknown_length_is_named(browser):
+    async def chunks():
+        yield b"queue=q"
+
+    headers = {"x-csrf-token": await browser.token(), "origin": HERE}
+    answer = await browser.client.post("/do/pause", content=chunks(), headers=headers)
+    assert answer.status_code == 411
+    assert "Content-Length" in answer.text
+
+
+async def test_files_are_kept_for_as_long_as_they_are_the_present_ones(browser):
+    for path in re.findall(r'"(/static/[^"]+)"', await browser.text("/")):
+        answer = await browser.get(path)
+        assert answer.headers["cache-control"] == "public, max-age=31536000, immutable", path
+        again = await browser.get(path, headers={"if-none-match": answer.headers["etag"]})
+        assert again.status_code == 304
+        for other in (path.partition("?")[0], path.partition("?")[0] + "?old"):
+            assert (await browser.get(other)).headers["cache-control"] == "no-cache"
