@@ -68,8 +68,13 @@ def multipart(*parts: bytes) -> bytes:
     ) + b"--q--\r\n"  # fmt: skip
 
 
-@pytest.mark.parametrize("end", [b"\r\n", b"\n"])
-@pytest.mark.parametrize("encoding", ["base64", "quoted-printable", "8bit", "one-line"])
+@pytest.mark.parametrize(
+    ("encoding", "end"),
+    [
+        *((encoding, b"\r\n") for encoding in ("base64", "quoted-printable", "8bit", "one-line")),
+        ("base64", b"\n"),  # the only encoding whose encoder is told it
+    ],
+)
 def test_a_large_body_comes_out_as_it_went_in(encoding: str, end: bytes):
     data = os.urandom(3_000_001).replace(b"\r\n", b"  ")  # quoted-printable is for text
     if encoding == "8bit":
@@ -234,7 +239,8 @@ def test_broken_base64_never_raises(broken: bytes):
     read(b"Content-Type: a/b\nContent-Transfer-Encoding: base64\n\n" + broken)
 
 
-def test_mutilated_messages_never_raise(corpus: list[Path]):
+@pytest.mark.parametrize("count", [200, pytest.param(600, marks=pytest.mark.all)])
+def test_mutilated_messages_never_raise(corpus: list[Path], count: int):
     chance = random.Random(7)
     junk = [
         b"\x00",
@@ -252,7 +258,7 @@ def test_mutilated_messages_never_raise(corpus: list[Path]):
         b"%",
     ]
     originals = [path.read_bytes() for path in corpus if path.stat().st_size < 20_000]
-    for _ in range(600):
+    for _ in range(count):
         raw = bytearray(chance.choice(originals))
         for _ in range(chance.randrange(1, 12)):
             at = chance.randrange(len(raw) + 1)

@@ -68,7 +68,7 @@ def fleet(world: Any, tmp_path: Path) -> Iterator[Fleet]:
     made.close()
 
 
-@pytest.mark.parametrize("mode", ["stream", "list"])
+@pytest.mark.parametrize("mode", ["stream", pytest.param("list", marks=pytest.mark.all)])
 async def test_a_worker_that_dies_between_the_servers_250_and_our_commit(world: Any, fleet: Fleet):
     """The one place where a mail is sent twice: under the same name, and counted."""
     (delivery,) = await world.campaign("ann@example.org")

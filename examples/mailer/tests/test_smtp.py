@@ -144,7 +144,7 @@ async def test_tls_with_our_own_authority(tls: str, server_tls: ssl.SSLContext, 
 
 
 @pytest.mark.parametrize("tls", ["implicit", "starttls"])
-@pytest.mark.parametrize("ca", ["other.pem", None])
+@pytest.mark.parametrize("ca", ["other.pem", pytest.param(None, marks=pytest.mark.all)])
 async def test_a_certificate_that_nobody_vouches_for(
     tls: str, ca: str | None, server_tls: ssl.SSLContext, certificates: Path
 ):
