@@ -349,8 +349,8 @@ def ending(run: Execution, *, now: float, jitter: float) -> SettleRequest:
             body = _next_form(run, {"attempt_count": attempts + 1}, NOTHING)
         case ReleaseAt():
             state = _state(run, verdict)
-            if run.started is not None and isinstance(outcome, Raised | Interrupted):
-                verdict, state = _slowed(verdict, state, now, monotonic() - run.started)
+            if (ran := _ran(run)) is not None:
+                verdict, state = _slowed(verdict, state, now, ran)
             body = _next_form(run, {}, state)
             if isinstance(outcome, Deferred):
                 member = outcome.member
@@ -381,6 +381,15 @@ def _state(run: Execution, verdict: ReleaseAt) -> State:
     if verdict.unknown_since is not None:
         since = int(verdict.unknown_since)
     return State(max(0, run.deliveries - 1), turn, since, before.returns, before.rapid)
+
+
+def _ran(run: Execution) -> float | None:
+    """Seconds that a run took which may come back again and again; ``None`` for one that waits for something."""
+    if isinstance(run.outcome, OutOfTurn):  # a line that takes no such job, for whatever reason, gives it back at once
+        return 0.0
+    if run.started is None or not isinstance(run.outcome, Raised | Interrupted):
+        return None
+    return monotonic() - run.started
 
 
 def _slowed(verdict: ReleaseAt, state: State, now: float, ran: float) -> tuple[ReleaseAt, State]:
