@@ -306,6 +306,8 @@ def in_order(run: Execution, item: SettleRequest) -> SettleRequest:
     facts = run.facts
     if facts is None or not facts.order or isinstance(item.verdict, RetryAt | ReleaseAt):
         return item
+    if isinstance(item.verdict, Done) and isinstance(run.outcome, Recorded) and not run.outcome.ended:
+        return item  # a later hop of the job goes on, and has the key
     note = b"" if item.note is None and isinstance(item.verdict, Done) else item.note  # published to callers that wait
     return msgspec.structs.replace(item, job_id=run.job_id, note=note, order=facts.order, halts=facts.halts)
 

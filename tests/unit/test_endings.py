@@ -3,6 +3,7 @@
 import json
 from time import monotonic
 
+import msgspec
 import pytest
 
 from streamworker import Backoff, codec
@@ -19,13 +20,14 @@ from streamworker.job import (
     Interrupted,
     Ok,
     Raised,
+    Recorded,
     ReleaseAt,
     RetryAt,
     Undecodable,
     UnknownKind,
 )
-from streamworker.policy import FREE_RETURNS, LONGEST_LEAST_WAIT, Facts, Limits
-from streamworker.worker.settler import ending
+from streamworker.policy import DONE, FREE_RETURNS, LONGEST_LEAST_WAIT, Facts, Limits
+from streamworker.worker.settler import ending, judged
 
 NOW = 1_000_000.0
 SECRET = b"5ec2e7 0"
@@ -197,3 +199,10 @@ def test_what_did_not_run_is_not_counted():
         made = ending(run(outcome, body=spun.body), now=NOW, jitter=0.5)
         assert (remembered(made).returns, remembered(made).rapid) == (30, 30)
         assert made.verdict.turns == 0
+
+
+@pytest.mark.parametrize(("ended", "order"), [(True, "o-1"), (False, "")])
+def test_an_order_key_stays_with_the_later_hop_of_its_job(ended, order):
+    made = run(Recorded(DONE, "superseded", ended=ended), {"id": "i", "order_key": "o-1"})
+    made.facts = msgspec.structs.replace(made.facts, order="o-1", tied=True)
+    assert judged(made, NOW).order == order
