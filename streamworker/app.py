@@ -396,17 +396,46 @@ class App(Handlers[S], Calendar):
             UsageError: the app is not open, or open on another event loop, or the queue of the job is not known.
             Unreachable: a server does not answer.
         """
+        broker, archive, queues = await self._seek(job_id, queue, "wait for results")
+        end = None if timeout is None else monotonic() + timeout
+        async with broker.ended(queues, job_id) as hearing:
+            return await results.wait_for(hearing, archive, (queues[0] if len(queues) == 1 else None, job_id), end)
+
+    async def output(
+        self, job_id: str, /, *, after: int = 0, queue: str | None = None, follow: bool = True
+    ) -> AsyncIterator[results.OutputItem]:
+        """What a job's handler emits (``ctx.emit``), from any position to the end of the job, across its attempts.
+
+        The job need not be enqueued yet. An output can be read for an hour after its last chunk.
+
+        Args:
+            job_id: as `enqueue` returned it.
+            after: the position of the last item that is known; 0 for all there is.
+            queue: where the job is, as for `result`.
+            follow: wait for more; else it ends with what is there.
+
+        Raises:
+            UsageError: as for `result`, or ``after`` is no position.
+            Unreachable: a server does not answer.
+        """
+        results.check_position(after)
+        broker, archive, queues = await self._seek(job_id, queue, "read outputs")
+        async with broker.output(queues, job_id) as reader:
+            job = (queues[0] if len(queues) == 1 else None), job_id
+            async for item in results.follow(reader, archive, job, after, live=follow):
+                yield item
+
+    async def _seek(self, job_id: str, queue: str | None, what: str) -> tuple[WorkerBroker, Archive | None, list[str]]:
+        """Where a job may be."""
         broker = self._connection.broker()
         if broker is None:
-            raise UsageError("the app is not open: wait for results inside `async with app:`")
+            raise UsageError(f"the app is not open: {what} inside `async with app:`")
         archive = await self._connection.archive()
         record = None if archive is None else await archive.find(job_id, queue)
         queues = [record.queue] if record is not None else [check_queue(queue)] if queue is not None else self.queues
         if not queues:
             raise UsageError("the queue of this job is not known here: say queue=")
-        end = None if timeout is None else monotonic() + timeout
-        async with broker.ended(queues, job_id) as hearing:
-            return await results.wait_for(hearing, archive, (queues[0] if len(queues) == 1 else None, job_id), end)
+        return broker, archive, queues
 
     def _where(self, queue: str | None) -> str:
         """The queue of a job that no ledger knows."""

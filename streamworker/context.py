@@ -32,6 +32,7 @@ from streamworker.postgres import (
     refusal,
     run_record,
 )
+from streamworker.results import Chunk, Emitter, packed
 from streamworker.telemetry.logs import get_logger
 
 MAX_NOTE: Final = 200
@@ -51,6 +52,7 @@ class Shared(msgspec.Struct, Generic[S]):
     database: Any = None
     ledger: Ledger | None = None
     stopping: bool = False
+    outputs: Emitter | None = None
 
 
 class RefusedTransaction(msgspec.Struct):
@@ -76,8 +78,8 @@ class Context(Generic[S_co]):
     """
 
     __slots__ = (
-        "_attempts", "_batch", "_claim", "_job", "_limits", "_log", "_progress", "_reading", "_shared", "_transaction",
-        "booked", "cause", "deadline_at", "heeded",
+        "_attempts", "_batch", "_claim", "_job", "_limits", "_log", "_output", "_progress", "_reading", "_shared",
+        "_transaction", "booked", "cause", "deadline_at", "heeded",
     )  # fmt: skip
 
     def __init__(self, shared: Shared[S_co], claim: Claim, reading: DocumentFields, limits: Limits) -> None:
@@ -93,6 +95,7 @@ class Context(Generic[S_co]):
         self._transaction: Transaction | BlockingTransaction | RefusedTransaction | None = None
         self._job: Job | None = None
         self._log: Any = None
+        self._output: Any
 
     @property
     def job(self) -> Job:
@@ -211,6 +214,59 @@ class Context(Generic[S_co]):
         """
         check_progress(done, total)
         self._progress = Progress(done, total, str(note)[:MAX_NOTE], time())
+
+    async def emit(self, chunk: Chunk, /) -> None:
+        """Append a chunk to the job's output, which readers follow while it runs (`App.output`).
+
+        Chunks are sent together, 50 times a second at most: emit as often as you like. It waits only while a thousand
+        chunks or 256 KiB are unsent.
+
+        Args:
+            chunk: a str, bytes, or what JSON can say; 64 KiB at most.
+
+        Raises:
+            UsageError: it is none of these, or too large.
+            ClaimLost: the claim was lost, and another worker has the job; or the job has ended.
+        """
+        piece = packed(chunk)
+        outputs = self._shared.outputs
+        if outputs is None:
+            self.emitted.append(chunk)
+        else:
+            await outputs.add(self._emitting(outputs), piece)
+
+    def emit_blocking(self, chunk: Chunk, /) -> None:
+        """`emit` for sync handlers, and for threads that a handler starts.
+
+        Args:
+            chunk: a str, bytes, or what JSON can say; 64 KiB at most.
+
+        Raises:
+            UsageError: it is none of these, or too large; or this is the event loop, which it would block.
+            ClaimLost: the claim was lost, and another worker has the job; or the job has ended.
+        """
+        piece = packed(chunk)
+        outputs = self._shared.outputs
+        if outputs is None:
+            self.emitted.append(chunk)
+        else:
+            outputs.add_from_thread(self._emitting(outputs), piece, lambda: self.cause)
+
+    def _emitting(self, outputs: Emitter) -> Any:
+        """This run's output; unset until then: most jobs emit nothing."""
+        found = getattr(self, "_output", None)
+        if found is None:
+            found = self._output = outputs.begin(self._claim, self.job.id, self.attempt)
+        return found
+
+    @property
+    def emitted(self) -> list[Chunk]:
+        """What was emitted, in a context of `streamworker.testing`; in a worker it is not kept here."""
+        if self._shared.outputs is not None:
+            return []
+        found: list[Chunk] = getattr(self, "_output", None) or []
+        self._output = found
+        return found
 
     @property
     def reported(self) -> Progress | None:

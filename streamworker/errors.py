@@ -12,6 +12,7 @@
     ├── InvalidJob                              a document or payload that cannot be a job
     ├── PublishUncertain                        the reply to an enqueue was lost
     ├── ProcessDied                             the process of a handler with process=True ended by itself
+    ├── ClaimLost                               ctx.emit(): the claim of the job was lost, or the job has ended
     ├── NoConnection                            all connections of ctx.database, transaction() or redis are taken
     └── NoResult                                App.result() has none to give
         ├── JobDead                             the job is a dead letter
@@ -88,6 +89,10 @@ class InvalidJob(StreamworkerError):
 
 class PublishUncertain(StreamworkerError):
     """The connection broke before the reply: the job may or may not be queued. Use ``key=`` to enqueue again safely."""
+
+
+class ClaimLost(StreamworkerError):
+    """The claim of a running job was lost, or the job has ended: what this run emits is refused."""
 
 
 class NoConnection(StreamworkerError, TimeoutError):

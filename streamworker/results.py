@@ -1,13 +1,21 @@
-"""Results: the note about the end of a job, published to waiters and stored for a while; and waiting for it."""
+"""What jobs leave for readers: output while they run, and the note about their end; and waiting for both.
+
+The note is published to waiters and stored for a while. The output of a job is a stream of its own in Redis. Its chunks
+have positions, which rise by one with each; the chunks of a run follow each other, because what a run emits after its
+claim was lost is refused by the script that appends.
+"""
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from time import monotonic
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal, Protocol, TypeAlias
 
 import msgspec
 
-from streamworker.errors import JobCancelled, JobDead, JobExpired, ResultNotKept, ResultTimeout
+from streamworker.errors import JobCancelled, JobDead, JobExpired, ResultNotKept, ResultTimeout, UsageError
+from streamworker.job import Claim, Settled
 from streamworker.payload import infinity_in
 from streamworker.postgres import Archive
 from streamworker.redact import describe
@@ -99,7 +107,7 @@ async def wait_for(
     """Look, then listen, and look again when there may be something new; ``job`` is its queue, if known, and its id."""
     _, job_id = job
     while True:
-        note = await _noted(hearing, archive, *job)
+        note = await noted(hearing, archive, *job)
         look_at = monotonic() + LOOK
         while note is None:
             left = min(look_at, end if end is not None else look_at) - monotonic()
@@ -115,12 +123,12 @@ async def wait_for(
             note = read(told)
             if note is not None and note.status == "completed" and not bytes(note.result):
                 # Told by a worker that keeps nothing in Redis: the ledger has it, if there is one.
-                note = await _noted(hearing, archive, *job) or note
+                note = await noted(hearing, archive, *job) or note
         if note is not None:
             return _value(note, job_id)
 
 
-async def _noted(hearing: ResultWaiter, archive: Archive | None, queue: str | None, job_id: str) -> JobEnd | None:
+async def noted(hearing: ResultWaiter, archive: Archive | None, queue: str | None, job_id: str) -> JobEnd | None:
     """What is kept of a job's end, in Redis or in the ledger."""
     kept = await hearing.kept()
     note = read(kept) if kept is not None else None
@@ -148,3 +156,238 @@ def _value(note: JobEnd, job_id: str) -> Any:
         why = note.error or "set result_ttl on its handler, or use the ledger"
         raise ResultNotKept(f"the job {job_id} is completed, but has no result: {why}", job_id)
     return msgspec.json.decode(note.result)
+
+
+# -- output
+MAX_CHUNK: Final = 65_536
+"""Bytes of the largest chunk: larger things belong into results or a store of files."""
+MAX_CHUNKS: Final = 10_000
+"""Most chunks of an output in Redis: three minutes of a model that emits 50 tokens a second. The oldest go first."""
+MAX_BYTES: Final = 1_048_576
+"""Most bytes of an output in Redis: a thousand jobs that emit hold a GB at most. The oldest chunks go first."""
+LIFE: Final = 3600.0
+"""Seconds for which an output can be read after its last chunk: readers come back after a deploy or a lost network."""
+BOUNDS: Final = (round(LIFE * 1000), MAX_CHUNKS, MAX_BYTES)
+"""As the scripts take them."""
+_JSON: Final = 1
+"""Code of the MessagePack extension that holds JSON."""
+
+Chunk: TypeAlias = Any
+"""A str, bytes, or what JSON can say."""
+
+
+class OutputItem(msgspec.Struct, frozen=True):
+    """One chunk of a job's output.
+
+    Attributes:
+        position: where it is; give it as ``after`` to go on behind it.
+        run: which run of the job emitted it: the position of the first chunk of that run.
+        attempt: the attempt of that run, from 1.
+        chunk: what was emitted: a str, bytes, or what JSON can say.
+        restart: another run emitted what came before: the job started over, and so should the reader.
+        missed: chunks of this run before this one that were not kept for the reader.
+    """
+
+    position: int
+    run: int
+    attempt: int
+    chunk: Chunk
+    restart: bool = False
+    missed: int = 0
+
+
+class OutputBatch(msgspec.Struct, frozen=True):
+    """Chunks of one run that are appended together.
+
+    Attributes:
+        claim: the claim, and the fence.
+        job_id: the job's id.
+        attempt: from 1.
+        offset: chunks that this run stored before: a batch that was stored already is not stored again.
+        count: number of chunks.
+        chunks: the chunks, as an array of MessagePack.
+    """
+
+    claim: Claim
+    job_id: str
+    attempt: int
+    offset: int
+    count: int
+    chunks: bytes
+
+
+class OutputEntry(msgspec.Struct, frozen=True):
+    """An `OutputBatch` as it is stored.
+
+    Attributes:
+        position: of its last chunk.
+        run: position of the first chunk of its run.
+        attempt: from 1.
+        stored: chunks of its run up to its last one.
+        chunks: as an array of MessagePack.
+    """
+
+    position: int
+    run: int
+    attempt: int
+    stored: int
+    chunks: bytes
+
+
+class OutputReader(ResultWaiter, Protocol):
+    """Subscription to the output of one job, and to its end."""
+
+    async def read(self, after: int) -> list[OutputEntry]:
+        """Some of what is stored behind a position; empty if nothing is."""
+
+    async def heard_of(self, timeout: float) -> Literal["output", "end", "look"]:
+        """Wait for something new: chunks, the end, or ``look`` if that may have been missed, or after ``timeout`` s."""
+
+
+class Emitter(Protocol):
+    """Takes what the runs of a worker emit."""
+
+    def begin(self, claim: Claim, job_id: str, attempt: int) -> Any:
+        """The output of a run that emits for the first time; the other methods take it."""
+
+    async def add(self, run: Any, piece: bytes) -> None:
+        """Add a chunk, as `packed` makes it, and wait while too much of the run is unsent.
+
+        Raises:
+            ClaimLost: the claim was lost, or the run has ended.
+        """
+
+    def add_from_thread(self, run: Any, piece: bytes, cancelled: Callable[[], object]) -> None:
+        """`add` for another thread than the event loop's; ``cancelled()`` ends the wait.
+
+        Raises:
+            UsageError: this is the event loop's thread.
+            ClaimLost: as for `add`.
+        """
+
+
+class Outputs(Protocol):
+    """Outputs of jobs."""
+
+    async def emit(self, batches: Sequence[OutputBatch]) -> list[Settled | None]:
+        """Append to outputs, each only if the claim still holds; safe to repeat.
+
+        Returns:
+            For each, in order: stored (``SETTLED``), ``LOST``, ``REFUSED`` for good, or ``None``: to be sent again.
+        """
+
+    def output(self, queues: Sequence[str], job_id: str) -> AbstractAsyncContextManager[OutputReader]:
+        """Subscribe to the output of a job in one of the queues.
+
+        Raises:
+            Unreachable: no server answers.
+        """
+
+
+def packed(chunk: Chunk) -> bytes:
+    """A chunk as MessagePack.
+
+    Raises:
+        UsageError: it is no str, no bytes, and JSON cannot say it; or it is too large.
+    """
+    try:
+        if not isinstance(chunk, str | bytes):
+            chunk = msgspec.msgpack.Ext(_JSON, result_json(chunk))
+        piece = msgspec.msgpack.encode(chunk)
+    except ValueError as error:  # half a surrogate pair, too
+        why = str(error).removeprefix("what the handler returned ")
+        raise UsageError(f"ctx.emit() takes str, bytes or what JSON can say: this chunk {why}") from None
+    if len(piece) > MAX_CHUNK:
+        raise UsageError(f"ctx.emit() takes chunks of up to {MAX_CHUNK} bytes, this one has {len(piece)}: split it")
+    return piece
+
+
+def _unpack(code: int, data: memoryview) -> Any:
+    return msgspec.json.decode(data) if code == _JSON else msgspec.msgpack.Ext(code, bytes(data))
+
+
+_chunks: Final = msgspec.msgpack.Decoder(list[Any], ext_hook=_unpack)
+
+
+def check_position(after: int) -> int:
+    """A position to begin behind.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if type(after) is not int or not 0 <= after < 2**53:
+        raise UsageError(f"{after!r} is no position of an output: give that of an item, or 0 for all there is")
+    return after
+
+
+async def follow(
+    reader: OutputReader, archive: Archive | None, job: tuple[str | None, str], after: int, *, live: bool = True
+) -> AsyncIterator[OutputItem]:
+    """Items of an output behind a position, to the end of the job; ``job`` is its queue, if known, and its id.
+
+    Args:
+        reader: reads it.
+        archive: the ledger, if there is one: it knows how jobs ended long ago.
+        job: (queue, id).
+        after: the position.
+        live: wait for more; else end with what is there.
+    """
+    cursor = _Cursor(after)
+    while True:
+        # Looked up before the chunks are read: what was emitted before the end is stored before it.
+        ended = not live or await noted(reader, archive, *job) is not None
+        look_at = monotonic() + LOOK
+        while True:
+            while entries := await reader.read(cursor.position):
+                for entry in entries:
+                    for item in cursor.items(entry):
+                        yield item
+            if ended:
+                return
+            match await reader.heard_of(max(0.0, look_at - monotonic())):
+                case "look":
+                    break
+                case "end":
+                    ended = True
+
+
+class _Cursor:
+    """Where a reader is."""
+
+    def __init__(self, after: int) -> None:
+        self.position = after
+        self._run: int | None = None
+        self._read = 0
+
+    def items(self, entry: OutputEntry) -> list[OutputItem]:
+        """The items of an entry that are new; the position moves behind them."""
+        try:
+            chunks = _chunks.decode(entry.chunks)
+        except msgspec.MsgspecError:
+            chunks = []
+        first, number = entry.position - len(chunks) + 1, entry.stored - len(chunks)
+        found = []
+        for position, chunk in enumerate(chunks, first):
+            number += 1
+            if position <= self.position:
+                continue
+            if self._run is None:  # the first item: what the reader read before is known by its position alone
+                same = entry.run <= self.position
+                restart = not same and self.position > 0
+                missed = max(0, position - self.position - 1) if same else number - 1
+            else:
+                restart = entry.run != self._run
+                missed = number - 1 - (0 if restart else self._read)
+            self._run, self._read = entry.run, number
+            found.append(OutputItem(position, entry.run, entry.attempt, chunk, restart, missed))
+        self.position = max(self.position, entry.position)
+        return found
+
+
+def entry_of(entry: bytes, told: Mapping[bytes, bytes]) -> OutputEntry | None:
+    """An entry of the stream; ``None`` if it is none of ours."""
+    try:
+        run, attempt, stored = (int(told[name]) for name in (b"run", b"attempt", b"stored"))
+        return OutputEntry(int(entry.partition(b"-")[0]), run, attempt, stored, told[b"chunks"])
+    except (KeyError, ValueError):
+        return None

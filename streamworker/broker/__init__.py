@@ -1,7 +1,8 @@
 """Protocols of a broker, one a role, without a Redis word. Both modes implement them; the contract suite holds both.
 
 `Broker` has the six verbs that move jobs. The other roles stand beside it: `Consumer`, `Heartbeats`, `Limiter`,
-`Results`, `Signals`, `CronStore`. One class implements them all (`WorkerBroker`); each user asks for the roles it
+`Results`,
+`Outputs`, `Signals`, `CronStore`. One class implements them all (`WorkerBroker`); each user asks for the roles it
 calls. `Operator` is what operators do to jobs by hand, by resource.
 """
 
@@ -16,7 +17,7 @@ from typing_extensions import TypeVar
 
 from streamworker.job import Claim, Depth, Enqueued, Level, PackedJob, Progress, Settled, Verdict
 from streamworker.limits import AcquireRequest, AcquireResult, Permit
-from streamworker.results import ResultWaiter
+from streamworker.results import Outputs, ResultWaiter
 
 T = TypeVar("T")
 
@@ -301,7 +302,7 @@ class HeldKeys(Protocol):
 
 
 class WorkerBroker(
-    Connected, Consumer, Heartbeats, Limiter, Results, Signals, CronStore, ServerClock, OrderKeys,
+    Connected, Consumer, Heartbeats, Limiter, Results, Outputs, Signals, CronStore, ServerClock, OrderKeys,
     HeldKeys, Protocol
 ):  # fmt: skip
     """All roles: what `App` opens for a worker or a producer."""

@@ -17,17 +17,17 @@ from streamworker.broker import CronTick, CronTickResult, Refusal, SettleRequest
 from streamworker.broker.cancel import LIFE, Cancels, cancel
 from streamworker.broker.claim import ClaimSource, Options, none_ended
 from streamworker.broker.keys import HELD_MEMBER, PROGRESS, QueueKeys, due_member, worker_key
-from streamworker.broker.pubsub import Subscriber, listen, waiting
+from streamworker.broker.pubsub import Subscriber, listen, reading, waiting
 from streamworker.broker.redis.client import RedisAddress
 from streamworker.broker.redis.reactions import understood
 from streamworker.broker.redis.session import Session
 from streamworker.broker.redis.url import NotExecuted
-from streamworker.broker.settle import ClaimSettlement, settle
+from streamworker.broker.settle import ClaimSettlement, emit, settle
 from streamworker.broker.stream_claim import ClusterStreamClaims
 from streamworker.errors import PublishUncertain, Unreachable
 from streamworker.job import LEVELS, Claim, Enqueued, Level, PackedJob, Progress, Settled
 from streamworker.limits import AcquireRequest, AcquireResult, Limit, Permit
-from streamworker.results import ResultWaiter
+from streamworker.results import OutputBatch, OutputReader, ResultWaiter
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.broker")
@@ -110,6 +110,15 @@ class RedisBroker(ABC, Generic[K, I]):
         spread = self._session.address.spread
         with self._session.watched():
             return await settle(self._sender(), self._keys_by_place, items, self._refusals, spread=spread)
+
+    async def emit(self, batches: Sequence[OutputBatch]) -> list[Settled | None]:
+        """`Outputs.emit`."""
+        await self._session.fresh()
+        with self._session.watched():
+            return await emit(self._sender(), self._keys_by_place, batches, spread=self._session.address.spread)
+
+    def output(self, queues: Sequence[str], job_id: str) -> AbstractAsyncContextManager[OutputReader]:
+        return reading(self._session, self._subscriber, [self._key(queue) for queue in queues], job_id)
 
     @abstractmethod
     def _sender(self) -> ClaimSettlement:

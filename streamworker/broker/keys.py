@@ -169,6 +169,10 @@ class QueueKeys(msgspec.Struct, frozen=True):
         """For how many ms the result note of a job was kept; this key lives a minute longer than `result`."""
         return f"{self.base}:ended:{job_id}"
 
+    def output(self, job_id: str) -> str:
+        """Stream with the output of a job, see `append` in ``lua/prelude.lua``; and the channel of its positions."""
+        return f"{self.base}:output:{job_id}"
+
     def key(self, name: str) -> str:
         """A deduplication key."""
         return f"{self.base}:key:{name}"

@@ -31,6 +31,7 @@ from streamworker.broker.settle import Code, dead_letter_fields, freed, kept_at,
 from streamworker.broker.stream import forget_leases, tidy_pause
 from streamworker.errors import ConfigurationError, StreamworkerError, UsageError
 from streamworker.job import Claim, Depth
+from streamworker.results import BOUNDS, OutputBatch
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.broker")
@@ -460,6 +461,16 @@ class ListSettlement:
         names = [lists.claimed(self._worker), lists.leases, lists.dead, lists.meta]
         names += [worker_key(lists.namespace, self._worker), *(keys.result(item.job_id) for item in items)]
         return list(await scripts.LIST_BURY(self._client, names, args))
+
+    async def emit(self, keys: QueueKeys, batches: list[OutputBatch]) -> list[Code]:
+        lists = as_lists(keys)
+        args: list[Any] = [*BOUNDS]
+        for batch in batches:
+            _, held = self._fence(batch.claim)
+            args += (leased(batch.claim, self._worker), int(held != b""))
+            args += (batch.attempt, batch.offset, batch.count, batch.chunks)
+        names = [lists.leases, lists.claimed(self._worker), *(lists.output(batch.job_id) for batch in batches)]
+        return list(await scripts.LIST_EMIT(self._client, names, args))
 
 
 def as_lists(keys: QueueKeys) -> ListKeys:

@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Any, Final, Protocol
+from typing import Any, Final, Literal, Protocol
 
 import anyio
 from redis.exceptions import RedisError
@@ -20,6 +20,7 @@ from streamworker.broker.keys import QueueKeys
 from streamworker.broker.redis.reactions import understood
 from streamworker.broker.redis.session import Session
 from streamworker.errors import Unreachable
+from streamworker.results import OutputEntry, entry_of
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.broker")
@@ -256,9 +257,58 @@ async def waiting(
     Raises:
         Unreachable: the server does not confirm the subscription.
     """
-    async with subscriber.on([keys.result(job_id) for keys in queues]) as subscription:
+    async with _confirmed(session, subscriber, [keys.result(job_id) for keys in queues]) as subscription:
+        yield RedisResultWaiter(session, subscription, queues, job_id)
+
+
+@asynccontextmanager
+async def _confirmed(session: Session, subscriber: Subscriber, channels: Sequence[str]) -> AsyncIterator[Subscription]:
+    async with subscriber.on(channels) as subscription:
         with anyio.move_on_after(PATIENCE):
             await subscription.open.wait()
         if not subscription.open.is_set():
             raise Unreachable(f"Redis at {session.address} takes no subscription: check the server and its ACL")
-        yield RedisResultWaiter(session, subscription, queues, job_id)
+        yield subscription
+
+
+READ: Final = 100
+"""Most entries of one read of an output."""
+
+
+class RedisOutputReader(RedisResultWaiter):
+    """`OutputReader` of a job in one of some queues."""
+
+    async def read(self, after: int) -> list[OutputEntry]:
+        """Some of what is stored behind a position; empty if nothing is."""
+        for keys in self._queues:
+            name = keys.output(self._job_id)
+            rows = await self._session.ask("XRANGE", name, f"{after + 1}-0", "+", "COUNT", READ)
+            entries = [entry for row in rows if (entry := entry_of(*row)) is not None]
+            if entries:
+                self._queues = [keys]
+                return entries
+        return []
+
+    async def heard_of(self, timeout: float) -> Literal["output", "end", "look"]:
+        """Wait for something new."""
+        with anyio.move_on_after(timeout):
+            channel, data = await self._subscription.get()
+            if not data:
+                return "look"
+            ours = {keys.output(self._job_id).encode() for keys in self._queues}
+            return "output" if channel in ours else "end"
+        return "look"
+
+
+@asynccontextmanager
+async def reading(
+    session: Session, subscriber: Subscriber, queues: Sequence[QueueKeys], job_id: str
+) -> AsyncIterator[RedisOutputReader]:
+    """Subscribe to the output of a job in one of the queues, and to its end.
+
+    Raises:
+        Unreachable: the server does not confirm the subscription.
+    """
+    channels = [name for keys in queues for name in (keys.result(job_id), keys.output(job_id))]
+    async with _confirmed(session, subscriber, channels) as subscription:
+        yield RedisOutputReader(session, subscription, queues, job_id)

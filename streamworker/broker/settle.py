@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from itertools import islice
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias, TypeVar
 
 from redis.exceptions import RedisError
 
@@ -17,9 +17,15 @@ from streamworker.broker.keys import QueueKeys, due_member
 from streamworker.broker.redis.reactions import SILENT, Reaction, cure_of, reaction_to
 from streamworker.errors import InvalidJob, StreamworkerError
 from streamworker.job import Claim, Dead, Done, Drop, Expire, ReleaseAt, RetryAt, Settled
+from streamworker.results import BOUNDS, OutputBatch
+from streamworker.telemetry.logs import get_logger
+
+log = get_logger("streamworker.broker")
 
 BATCH: Final = 500
 """Most claims of one script call, so that it does not block the server for long."""
+EMIT_BATCH: Final = 100
+"""Most jobs whose output one script call appends to, for the same reason."""
 _STAGES: Final[dict[type, int]] = {Done: 0, Drop: 1, Expire: 1, RetryAt: 2, ReleaseAt: 2, Dead: 3}
 _CODES: Final = (Settled.LOST, Settled.SETTLED)
 BISECTIONS: Final = 12
@@ -48,6 +54,9 @@ class ClaimSettlement(Protocol):
 
     async def bury(self, keys: QueueKeys, items: list[SettleRequest]) -> list[Code]:
         """Store a dead letter, then delete the claim."""
+
+    async def emit(self, keys: QueueKeys, batches: list[OutputBatch]) -> list[Code]:
+        """Append to the outputs of claims that hold."""
 
 
 async def settle(
@@ -94,11 +103,13 @@ async def settle(
     return results
 
 
-_Stage: TypeAlias = Callable[[QueueKeys, list[SettleRequest]], Awaitable[list[Code]]]
+T = TypeVar("T", SettleRequest, OutputBatch)
 
 
-async def _sent(stage: _Stage, keys: QueueKeys, items: list[SettleRequest], *, spread: bool) -> list[Code]:
-    """Settle a batch; an error that is not about the whole server is bisected, and refuses only its own claims."""
+async def _sent(
+    stage: Callable[[QueueKeys, list[T]], Awaitable[list[Code]]], keys: QueueKeys, items: list[T], *, spread: bool
+) -> list[Code]:
+    """Send a batch; an error that is not about the whole server is bisected, and refuses only its own claims."""
     codes: list[Code] = []
     rest, failures = [items], 0
     while rest:
@@ -117,6 +128,40 @@ async def _sent(stage: _Stage, keys: QueueKeys, items: list[SettleRequest], *, s
                 half = len(batch) // 2
                 rest += [batch[half:], batch[:half]]
     return codes
+
+
+async def emit(
+    sender: ClaimSettlement, homes: Mapping[str, QueueKeys], batches: Sequence[OutputBatch], *, spread: bool = False
+) -> list[Settled | None]:
+    """Append to the outputs of claims that hold; see `streamworker.job_output.Outputs.emit`.
+
+    Args:
+        sender: of the worker, in its mode.
+        homes: ready key to the keys of its queue.
+        batches: what to append.
+        spread: several nodes serve the queues.
+    """
+    groups: dict[str, list[int]] = {}
+    for index, each in enumerate(batches):
+        groups.setdefault(each.claim.place, []).append(index)
+    answers: list[Settled | None] = [None] * len(batches)
+    for place, indexes in groups.items():
+        for start in range(0, len(indexes), EMIT_BATCH):
+            some = indexes[start : start + EMIT_BATCH]
+            codes = await _sent(sender.emit, homes[place], [batches[index] for index in some], spread=spread)
+            for index, code in zip(some, codes, strict=True):
+                answers[index] = _emitted(batches[index], code)
+    return answers
+
+
+def _emitted(batch: OutputBatch, code: Code) -> Settled | None:
+    if not isinstance(code, bytes):
+        return _CODES[code]
+    error = code.decode(errors="replace")
+    if error.startswith(SILENT):
+        return None
+    log.error("output_refused", queue=batch.claim.queue, job_id=batch.job_id, error=error, hint=cure_of(error))
+    return Settled.REFUSED
 
 
 class StreamSettlement:
@@ -181,6 +226,13 @@ class StreamSettlement:
             )
         names = [items[0].claim.place, keys.dead, *(keys.result(item.job_id) for item in items)]
         return list(await scripts.BURY(self._client, names, args))
+
+    async def emit(self, keys: QueueKeys, batches: list[OutputBatch]) -> list[Code]:
+        args: list[Any] = [self._group, self._consumer, *BOUNDS]
+        for batch in batches:
+            args += (batch.claim.entry, batch.claim.count, batch.attempt, batch.offset, batch.count, batch.chunks)
+        names = [batches[0].claim.place, *(keys.output(batch.job_id) for batch in batches)]
+        return list(await scripts.EMIT(self._client, names, args))
 
 
 async def tell(client: scripts.AsyncCaller, keys: QueueKeys, items: Iterable[SettleRequest]) -> None:

@@ -33,6 +33,7 @@ from streamworker.settings import Settings
 from streamworker.telemetry.logs import get_logger
 from streamworker.worker import signals, stacks
 from streamworker.worker.calls import JobThreads
+from streamworker.worker.emission import OutputBuffer
 from streamworker.worker.executor import Executor
 from streamworker.worker.health import Health
 from streamworker.worker.host import WorkerHost
@@ -403,7 +404,11 @@ class QueueWorker:
         await self._broker.open()
         await self._broker.join(self.worker_id)
         services = await self._enter_services(stack)
-        self._shared = Shared(self.worker_id, services, resources.redis, resources.database, resources.ledger)
+        outputs = OutputBuffer(self._broker)
+        stack.push_async_callback(outputs.close)
+        self._shared = Shared(
+            self.worker_id, services, resources.redis, resources.database, resources.ledger, outputs=outputs
+        )
         self._promoter = DelayedPromoter(self._broker, self._stopping)
         observers = dispatch_to((*app.observers, *self._health.observers), self.worker_id)
         self._executor = Executor(
@@ -413,7 +418,7 @@ class QueueWorker:
         )  # fmt: skip
         self._pipeline = Pipeline(
             app, settings, resources, self._executor, self._promoter, observers,
-            stopping=self._stopping, burst=self._burst, stuck=self._stuck, refused=self._refused,
+            outputs=outputs, stopping=self._stopping, burst=self._burst, stuck=self._stuck, refused=self._refused,
         )  # fmt: skip
         self._in_flight = self._pipeline.in_flight
         held = LeasedSet(self._in_flight, self._pipeline.permits)

@@ -17,6 +17,7 @@ from streamworker.errors import ConfigurationError
 from streamworker.execution import Execution
 from streamworker.settings import Settings
 from streamworker.worker.admission import Admission
+from streamworker.worker.emission import OutputBuffer
 from streamworker.worker.executor import Executor
 from streamworker.worker.fetcher import Fetcher
 from streamworker.worker.host import WorkerHost, WorkerResources
@@ -42,6 +43,7 @@ class Pipeline:
         executor: prepares and calls jobs.
         promoter: told when a job of this worker is due again.
         observers: called about every job, if there are any.
+        outputs: what handlers emit; sent before their jobs are settled.
         stopping: set when nothing more is to be claimed.
         burst: set ``stopping`` when nothing is ready any more.
         stuck: called with a run that does not end.
@@ -57,6 +59,7 @@ class Pipeline:
         promoter: DelayedPromoter,
         observers: ObserverDispatch | None,
         *,
+        outputs: OutputBuffer,
         stopping: anyio.Event,
         burst: bool,
         stuck: Callable[[Execution], None],
@@ -67,7 +70,7 @@ class Pipeline:
         record, in_flight = _record(resources), InFlight()
         permits = Permits(broker) if limited else None
 
-        settler = Settler(broker, in_flight, parked=promoter.parked, observers=observers)
+        settler = Settler(broker, in_flight, parked=promoter.parked, observers=observers, outputs=outputs)
         recorder = Recorder(record, settler, in_flight) if record is not None else None
         completion = Completion(in_flight, recorder or settler, permits=permits, observers=observers)
         tasks = JobTasks(concurrency, executor, completion, stuck=stuck, grace=settings.grace)

@@ -43,6 +43,7 @@ from streamworker.loops import Pause
 from streamworker.policy import DONE, RAPID, judge, least_wait, within
 from streamworker.redact import describe
 from streamworker.telemetry.logs import get_logger
+from streamworker.worker.emission import OutputBuffer
 from streamworker.worker.inflight import InFlight, SpinningJob
 from streamworker.worker.observers import ObserverDispatch
 
@@ -77,6 +78,7 @@ class Settler:
         in_flight: what this worker holds; settled runs leave it.
         parked: called with the epoch seconds at which a job of this worker is due again.
         observers: called with every settled batch, if there are any.
+        outputs: what handlers have emitted; sent before their jobs are settled.
     """
 
     def __init__(
@@ -86,8 +88,10 @@ class Settler:
         *,
         parked: Callable[[float], None],
         observers: ObserverDispatch | None = None,
+        outputs: OutputBuffer | None = None,
     ) -> None:
         self._broker = broker
+        self._outputs = outputs
         self._in_flight = in_flight
         self._parked = parked
         self._observers = observers
@@ -160,6 +164,13 @@ class Settler:
         for run in batch:
             run.settling = True  # out of the renewal set before the claim can end, or the thread would report it lost
             items.append(run.ending or judged(run, now))
+        outputs = self._outputs if self._outputs is not None and self._outputs.runs else None
+        if outputs is not None:
+            await outputs.flush_of([run.claim for run in batch])
+            items = [
+                with_output(run, item) if outputs.holds(run.claim) else item
+                for run, item in zip(batch, items, strict=True)
+            ]
         results = await self._settled(items)
         if self._observers is not None:
             self._observers.settled(batch, items, results, now)
@@ -184,6 +195,10 @@ class Settler:
                     log.info("settle_lost", **facts_of(run))
             if uncertain:
                 uncertain.discard(run)
+        if outputs is not None:
+            outputs.forget(
+                item.claim for item, result in zip(items, results, strict=True) if result is not Settled.REFUSED
+            )
         if refused or self._refused:
             self._set_aside(refused, {run.claim.queue for run in batch})
 
@@ -276,6 +291,14 @@ class Settler:
                 log.info("job_expired", **facts, **({"error": error} if error else {}))
             case Done():
                 counts.done += 1
+
+
+def with_output(run: Execution, item: SettleRequest) -> SettleRequest:
+    """The ending of a job that has emitted: a final one is noted for as long as its output can be read."""
+    if isinstance(item.verdict, RetryAt | ReleaseAt):
+        return item
+    note = results.COMPLETED if item.note is None and isinstance(item.verdict, Done) else item.note
+    return msgspec.structs.replace(item, job_id=run.job_id, note=note, keep=max(item.keep, results.LIFE))
 
 
 def facts_of(run: Execution) -> dict[str, str | int]:

@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from streamworker import App, Backoff, Context, Discard, Payload, Snooze
+from streamworker.errors import ClaimLost
 from tests.crash import failpoints, stalls, witness
 from tests.crash.history import Journal
 
@@ -73,6 +74,12 @@ class Hungry(Payload, kind="hungry", queue="q"):
 
 class Gated(Payload, kind="gated", queue="q"):
     """Runs until a file of this name lies in the history's directory."""
+
+    gate: str
+
+
+class Talking(Payload, kind="talking", queue="q"):
+    """Emits its delivery and a number all the time, until a file of this name is in the history's directory."""
 
     gate: str
 
@@ -266,6 +273,18 @@ def hungry(payload: Hungry, ctx: Context) -> None:
             if payload.then == "raise":
                 taken.clear()
                 resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+@app.handler(timeout=None)
+async def talking(payload: Talking, ctx: Context) -> None:
+    with journal.run(ctx):
+        number = 0
+        while not journal.has_gate(payload.gate):
+            with suppress(ClaimLost):  # as a handler that takes no care
+                await ctx.emit([ctx.delivery, number])
+            number += 1
+            await asyncio.sleep(0.001)
+        await ctx.emit([ctx.delivery, "end"])
 
 
 @app.handler(timeout=None)

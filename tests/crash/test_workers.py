@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from tests.crash.app import Block, Deaf, Gated, Hungry, Poison, Stuck, Thread, Work
+from streamworker.results import OutputItem
+from tests.crash.app import Block, Deaf, Gated, Hungry, Poison, Stuck, Talking, Thread, Work
 from tests.crash.failpoints import POINTS
 from tests.crash.rig import Rig, fine
 
@@ -93,6 +94,42 @@ async def test_the_zombies_settle_is_refused(tmp_path):
         rig.fault("freeze", successor.name, began=began, tail=1)
         verdict = fine(await rig.finish(), rig.seed)
     assert verdict.stale_settles or zombie.said("claim_lost")
+
+
+async def test_a_zombie_that_emits_adds_nothing_to_its_successors_output(tmp_path):
+    """Frozen in the middle of its output, and woken while its successor emits: readers see each run whole."""
+    async with Rig(tmp_path, seed=12) as rig:
+        zombie = await rig.fleet.start()
+        (job,) = await rig.put(Talking(gate="g"))
+        items: list[OutputItem] = []
+
+        async def read() -> None:
+            async for item in rig.app.output(job, queue="q"):
+                items.append(item)
+
+        reading = asyncio.create_task(read())
+        await rig.until(lambda: len(items) > 50, 30, "the zombie emits")
+        await rig.fleet.start()
+        await rig.all_ready()
+        frozen = time.monotonic()
+        zombie.signal(signal.SIGSTOP)
+        await rig.until(lambda: items[-1].chunk[0] == 2, 30, "the successor emits")
+        woken = len(items)
+        zombie.signal(signal.SIGCONT)
+        rig.fault("freeze", zombie.name, began=frozen, tail=1)
+        await rig.until(lambda: zombie.said("claim_lost") or zombie.said("settle_lost"), 20, "the zombie learns it")
+        await rig.until(lambda: len(items) > woken + 100, 30, "the successor goes on")
+        rig.open_gate("g")
+        await asyncio.wait_for(reading, 30)
+        rig.raw.delete(*(f"stream:{{q}}:{what}:{job}" for what in ("output", "result", "ended")))  # kept for an hour
+        fine(await rig.finish(), rig.seed)
+    told = [item.chunk for item in items]
+    first = [number for delivery, number in told if delivery == 1]
+    second = [number for delivery, number in told if delivery == 2]
+    assert told == [[1, number] for number in first] + [[2, number] for number in second]
+    assert first == list(range(len(first)))
+    assert second == [*range(len(second) - 1), "end"]
+    assert [item.restart for item in items] == [position == len(first) for position in range(len(items))]
 
 
 async def test_a_storm_of_terminations(tmp_path):

@@ -354,3 +354,42 @@ local function park(job, delay, now, shape, key, due, bodies, calls)
   if redis.call('ZRANGE', due, 0, 0)[1] == member then redis.pcall('PUBLISH', due, string.format('%d', delay)) end
   return false
 end
+
+-- Append a batch { attempt, chunks that the run stored before, number of chunks, chunks } of a run to a job's output, within
+-- { ms it lives, most chunks, most bytes }: the oldest chunks go first. An entry's id is the position of its last chunk. The
+-- first position of an output is that of its first ms, so that positions rise though the output expires meanwhile; a run is
+-- named by its first position. Returns the error why it cannot be stored, else false.
+local function append(key, token, batch, bounds)
+  local attempt, offset, count, chunks = unpack(batch)
+  offset, count = tonumber(offset), tonumber(count)
+  local info, last = redis.pcall('XINFO', 'STREAM', key), nil
+  local err = failed(info)
+  if err and not string.find(err, 'no such key', 1, true) then return err end
+  for f = 1, err and 0 or #info, 2 do
+    if info[f] == 'last-entry' then last = info[f + 1] end
+  end
+  local position, before, run = now_ms() * 1000, 0, nil
+  if last then
+    local is = last[2]
+    position, before = tonumber(string.match(last[1], '^%d+')), tonumber(is[10]) + #is[14]
+    if is[12] == token then
+      if tonumber(is[6]) >= offset + count then return false end -- it is stored: the reply was lost
+      run = is[2]
+    end
+  end
+  local from = string.format('%d', position + 1)
+  local id, stored = string.format('%d', position + count), string.format('%d', offset + count)
+  local added = redis.pcall('XADD', key, id .. '-0', 'run', run or from, 'attempt', attempt, 'stored', stored, 'from', from,
+    'before', string.format('%d', before), 'token', token, 'chunks', chunks)
+  if failed(added) then return failed(added) end
+  while true do
+    local first = redis.call('XRANGE', key, '-', '+', 'COUNT', 1)[1]
+    local is = first[2]
+    local held, bytes = position + count - tonumber(is[8]) + 1, before + #chunks - tonumber(is[10])
+    if first[1] == id .. '-0' or held <= bounds[2] and bytes <= bounds[3] then break end
+    redis.call('XDEL', key, first[1])
+  end
+  redis.call('PEXPIRE', key, bounds[1])
+  redis.pcall('PUBLISH', key, id)
+  return false
+end
