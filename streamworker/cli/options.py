@@ -117,6 +117,9 @@ class WorkerFlags(ServerFlags):
         database_connections: Most connections of ctx.database, and as many of ctx.transaction().
         lease: Seconds a job stays with a worker that gives no sign.
         grace: Seconds running jobs may take to finish at shutdown.
+        max_jobs: Jobs after which a worker is replaced by a new process.
+        max_rss: Resident memory in MB from which it is.
+        max_age: Seconds after which it is.
         max_deliveries: Deliveries after which a job whose workers died is dead.
         unknown_kind_ttl: Seconds a job waits for a worker that knows its kind.
         max_job_bytes: The largest document allowed.
@@ -137,6 +140,9 @@ class WorkerFlags(ServerFlags):
     database_connections: Text = None
     lease: Text = None
     grace: Text = None
+    max_jobs: Text = None
+    max_rss: Text = None
+    max_age: Text = None
     max_deliveries: Text = None
     unknown_kind_ttl: Text = None
     max_job_bytes: Text = None

@@ -17,6 +17,7 @@ from contextlib import suppress
 from time import monotonic
 from typing import Final, NoReturn
 
+from streamworker.cli.supervisor import RETIRE, SERVE
 from streamworker.errors import StuckThread
 from streamworker.telemetry.logs import get_logger
 from streamworker.worker import Shutdown, signals, stacks
@@ -81,9 +82,8 @@ class LastResort:
                 numbers = self._link.recv(64, socket.MSG_PEEK | socket.MSG_DONTWAIT)
                 new = numbers[len(self._unread) :] if numbers else bytes([signal.SIGTERM] * (not self._unread))
                 self._unread += [(number, now) for number in new]
-        return [at for number, at in [*signals.arrivals, *self._unread] if number != signals.HANG_UP][:2] or [
-            at for _, at in signals.arrivals[:1]
-        ]
+        told = [(number, at) for number, at in [*signals.arrivals, *self._unread] if number != SERVE]
+        return [at for number, at in told if number not in (signals.HANG_UP, RETIRE)][:2] or [at for _, at in told[:1]]
 
     def _end(self) -> NoReturn:
         where, threads = stacks.of_thread(self._main_thread), stacks.busy_threads()

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import os
+import random
 import signal
 import socket
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Coroutine
+from contextlib import ExitStack, suppress
+from functools import partial
 from signal import default_int_handler
-from typing import Annotated, Final, NamedTuple
+from time import monotonic
+from typing import Annotated, Any, Final
 
 import anyio
-import anyio.abc
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
@@ -22,137 +25,78 @@ from streamworker.cli.app_loader import load_app, loop_options, with_own
 from streamworker.cli.options import WORKER, WorkerFlags
 from streamworker.cli.overrun import LastResort, leave, leave_threads
 from streamworker.cli.streams import say
-from streamworker.errors import ConfigurationError, StreamworkerError, StuckThread, UsageError
-from streamworker.loops import Pause
+from streamworker.cli.supervisor import LISTENING, READY, RECYCLE, RETIRE, SERVE, Supervisor
+from streamworker.errors import ConfigurationError, StreamworkerError, StuckThread
 from streamworker.redact import describe
-from streamworker.settings import Address
-from streamworker.settings.environment import PREFIX
+from streamworker.settings import Address, Settings
+from streamworker.telemetry.http import listen
 from streamworker.telemetry.logs import get_logger
 from streamworker.worker import QueueWorker, signals
 from streamworker.worker.calls import JobThreads
+from streamworker.worker.health import Inherited
+from streamworker.worker.lease import rss_bytes
 
 log = get_logger("streamworker.worker")
 supervisor_log = get_logger("streamworker.processes")
 
-HOPELESS: Final = (ConfigurationError.exit_code, UsageError.exit_code)
-"""Exit codes that another start would only repeat."""
-STEADY: Final = 60.0
-"""Seconds a worker has to last before its next end counts as a first one."""
-HTTP: Final = f"{PREFIX}HTTP"
-LISTENING: Final = b"\0"
-"""What a worker writes to its supervisor as soon as it reads signals from it."""
+LOOK: Final = 0.25
+"""Seconds between two looks whether a worker is to be replaced."""
+SPREAD: Final = 0.2
+"""The share of a limit by which workers differ, so that a fleet that was started at once is not replaced at once."""
+MB: Final = 1_048_576
 
 
-class _Child(NamedTuple):
-    """A worker process.
-
-    Attributes:
-        process: it.
-        link: signals are passed on through this socket, a byte each, so that the worker can tell them from those that
-            reach it directly: a service manager may signal all processes, and the worker must count one. It closes
-            with the supervisor, which tells the worker to end by itself.
-    """
-
-    process: anyio.abc.Process
-    link: socket.socket
-
-    def pass_on(self, number: int) -> None:
-        """Pass a signal on."""
-        listening = True
-        try:
-            self.link.send(bytes([number]))
-            listening = bool(self.link.recv(1, socket.MSG_PEEK))
-        except BlockingIOError:
-            listening = False
-        except OSError:
-            pass  # it has ended
-        if not listening:
-            # It is still starting, and holds nothing: this ends it now, see `signals.exit_until_watched`.
-            with suppress(ProcessLookupError):
-                self.process.send_signal(signal.SIGTERM)
-
-
-class Supervisor:
-    """Keeps ``count`` worker processes running until a signal; the first is passed on once, the second again.
+class RecycleLimits:
+    """When a worker is to be replaced by a new process.
 
     Args:
-        command: the worker's, run with its number's HTTP port if there is one.
-        count: processes.
-        burst: workers end by themselves when nothing is ready any more; then they are not started again.
-        ports: one HTTP address a worker, or empty.
+        settings: with ``max_jobs``, ``max_rss`` and ``max_age``; of jobs and age each worker takes 80 to 100 %.
     """
 
-    def __init__(self, command: Sequence[str], count: int, *, burst: bool, ports: Sequence[str] = ()) -> None:
-        self._command = list(command)
-        self._count = count
-        self._burst = burst
-        self._ports = list(ports)
-        self._stopping = anyio.Event()
-        self._running: dict[int, _Child] = {}
-        self._codes: list[int] = []
+    def __init__(self, settings: Settings) -> None:
+        share = 1 - random.uniform(0, SPREAD)  # noqa: S311 - spreads load, hides nothing
+        self._jobs = math.ceil(settings.max_jobs * share) if settings.max_jobs is not None else None
+        self._age = settings.max_age * share if settings.max_age is not None else None
+        self._rss = settings.max_rss
+        self._began = monotonic()
 
-    async def run(self) -> int:
-        """Until all have ended; returns the worst of their last exit codes."""
-        async with anyio.create_task_group() as group:
-            await group.start(signals.watch, self._pass_on)
-            async with anyio.create_task_group() as workers:
-                for number in range(self._count):
-                    workers.start_soon(self._keep, number)
-            group.cancel_scope.cancel()
-        return max(self._codes, default=0)
+    @staticmethod
+    def wanted(settings: Settings) -> bool:
+        """Whether there is a limit."""
+        return any(limit is not None for limit in (settings.max_jobs, settings.max_rss, settings.max_age))
 
-    async def _keep(self, number: int) -> None:
-        """Start one worker, and again whenever it ends unasked."""
-        pause = Pause()
-        while not self._stopping.is_set():
-            began = anyio.current_time()
-            code = await self._live(number)
-            if self._stopping.is_set() or (self._burst and code == 0):
-                self._codes.append(code)
-                return
-            if code in HOPELESS:
-                supervisor_log.error(
-                    "worker_cannot_start", worker=number, code=code, hint="the others are stopped as well"
-                )
-                self._codes.append(code)
-                self._pass_on(signal.SIGTERM)
-                return
-            if anyio.current_time() - began > STEADY:
-                pause.reset()
-            supervisor_log.warning("worker_ended", worker=number, code=code, hint="it is started again")
-            await pause.wait(self._stopping)
+    def begin(self) -> None:
+        """The worker is ready. A memory limit that is reached already does not count: each successor would reach it."""
+        if self._rss is not None and (rss := memory()) >= self._rss * MB:
+            hint = (
+                "it is not replaced for its memory: raise STREAMWORKER_MAX_RSS above what a worker takes at its start"
+            )
+            log.error("max_rss_too_small", rss_mb=rss // MB, max_rss_mb=self._rss, hint=hint)
+            self._rss = None
 
-    async def _live(self, number: int) -> int:
-        """One life of one worker; its exit code, as a shell tells it."""
-        env = dict(os.environ)
-        if self._ports:
-            env[HTTP] = self._ports[number]
-            env.pop(f"{HTTP}_FILE", None)  # set in both forms would be a contradiction
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        with ours:
-            with theirs:
-                # A session of its own: Ctrl-C reaches the supervisor alone, which passes it on.
-                process = await anyio.open_process(
-                    [*self._command, "--supervisor", str(theirs.fileno())],
-                    stdin=None, stdout=None, stderr=None, env=env, start_new_session=True, pass_fds=[theirs.fileno()],
-                )  # fmt: skip
-            async with process:
-                self._running[number] = child = _Child(process, ours)
-                if self._stopping.is_set():
-                    child.pass_on(signal.SIGTERM)
-                try:
-                    code = await process.wait()
-                finally:
-                    del self._running[number]
-        if code == -signal.SIGTERM and self._stopping.is_set():
-            return 0  # it was told to end before it could listen, and held nothing yet
-        return code if code >= 0 else 128 - code
+    def reached(self, runs: int) -> str | None:
+        """Which limit is reached, in words; ``None`` if none is.
 
-    def _pass_on(self, number: int) -> None:
-        self._stopping.set()
-        for child in list(self._running.values()):
-            child.pass_on(number)
+        Args:
+            runs: that ended on this worker.
+        """
+        if self._jobs is not None and runs >= self._jobs:
+            return f"{runs} jobs"
+        if self._age is not None and (age := monotonic() - self._began) >= self._age:
+            return f"{age:.1f} s old"
+        if self._rss is not None and (rss := memory()) >= self._rss * MB:
+            return f"{rss // MB} MB of memory"
+        return None
+
+
+def memory() -> int:
+    """Resident memory of this process in bytes; its peak, where the system does not say what it is now."""
+    if rss := rss_bytes():
+        return rss
+    import resource  # noqa: PLC0415 - not on every system
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def addresses(first: Address | None, count: int) -> list[str]:
@@ -168,29 +112,59 @@ def command(app: str | None, *, burst: bool) -> list[str]:
     return [*words, *([app] if app else []), *(["--burst"] if burst else [])]
 
 
-async def watch(link: int) -> None:
-    """Hear the signals that the supervisor passes on; when it is gone, end this process in order.
+async def watch(link: int, made: QueueWorker, limits: RecycleLimits | None) -> None:
+    """Do what the supervisor says, and tell it what it must know; when it is gone, end this process in order.
 
     Args:
         link: file descriptor of the socket that the supervisor made.
+        made: the worker of this process.
+        limits: when it is to be replaced.
     """
     loop = asyncio.get_running_loop()
     with socket.socket(fileno=link) as supervisor:
         supervisor.set_inheritable(False)
         supervisor.setblocking(False)
-        with suppress(OSError):
-            supervisor.send(LISTENING)
-        while True:
-            try:
-                numbers = await loop.sock_recv(supervisor, 64)
-            except OSError:
-                numbers = b""
-            for number in numbers:
-                signals.deliver(number, signals.SUPERVISOR)
-            if not numbers:
-                break
+        _tell(supervisor, LISTENING)
+        tasks = {asyncio.create_task(_report(supervisor, made, limits))}
+        try:
+            while words := await _words(loop, supervisor):
+                for word in words:
+                    if word == RETIRE:
+                        tasks.add(asyncio.create_task(made.retire()))
+                    elif word == SERVE:
+                        made.answer_probes()
+                    else:
+                        signals.deliver(word, signals.SUPERVISOR)
+        finally:
+            for task in tasks:
+                task.cancel()
     supervisor_log.warning("supervisor_gone", hint="this worker finishes what runs and ends")
     signals.deliver(signal.SIGTERM, signals.SUPERVISOR)
+
+
+async def _words(loop: asyncio.AbstractEventLoop, supervisor: socket.socket) -> bytes:
+    try:
+        return await loop.sock_recv(supervisor, 64)
+    except OSError:
+        return b""
+
+
+async def _report(supervisor: socket.socket, made: QueueWorker, limits: RecycleLimits | None) -> None:
+    """Tell the supervisor that the worker is ready, and when it is to be replaced."""
+    await made.ready.wait()
+    _tell(supervisor, READY)
+    if limits is None:
+        return
+    limits.begin()
+    while (why := limits.reached(made.ended_runs)) is None:  # noqa: ASYNC110 - looking costs less than telling each job
+        await asyncio.sleep(LOOK)
+    log.info("worker_recycling", worker_id=made.worker_id, reached=why)
+    _tell(supervisor, RECYCLE)
+
+
+def _tell(supervisor: socket.socket, word: int) -> None:
+    with suppress(OSError):
+        supervisor.send(bytes([word]))
 
 
 def worker(
@@ -199,6 +173,8 @@ def worker(
     burst: bool = False,
     processes: Annotated[int, Parameter(validator=Number(gte=1, lte=1000))] = 1,
     supervisor: Annotated[int | None, Parameter(show=False)] = None,
+    listener: Annotated[int | None, Parameter(show=False)] = None,
+    succeeds: Annotated[bool, Parameter(show=False)] = False,
     flags: WorkerFlags = WORKER,
 ) -> int:
     """Run a worker until SIGTERM or SIGINT: then it finishes what runs, and hands the rest back.
@@ -208,23 +184,70 @@ def worker(
         burst: End when nothing is ready any more.
         processes: Worker processes, each a consumer of its own; one that dies is started again.
         supervisor: The file descriptor of the socket of the process that started this one.
+        listener: The file descriptor of the socket that listens for probes.
+        succeeds: A worker before this one still runs.
     """
     signals.exit_until_watched()
     settings = flags.settings(app=app)
     flags.export()
-    if processes > 1:
-        words, ports = command(app, burst=burst), addresses(settings.http, processes)
-        return anyio.run(Supervisor(words, processes, burst=burst, ports=ports).run)
+    recycles = RecycleLimits.wanted(settings)
+    if processes > 1 or (recycles and supervisor is None):
+        return _supervise(command(app, burst=burst), settings, processes, burst=burst, recycles=recycles)
     loaded = load_app(settings)
     own = with_own(settings, loaded)
-    made = QueueWorker(loaded, redis=None, database=None, services=None, settings=own)
+    if not recycles and RecycleLimits.wanted(own):
+        hint = "set max_jobs, max_rss and max_age as variables or flags: who replaces workers reads no app"
+        log.warning("recycling_without_effect", hint=hint)
+    inherited = _inherited(own, listener, succeeds=succeeds) if recycles else Inherited()
+    made = QueueWorker(loaded, redis=None, database=None, services=None, settings=own, inherited=inherited)
+    limits = RecycleLimits(settings) if recycles else None
     # What was imported stays for ever: the collector need not look at it again and again.
     gc.collect()
     gc.freeze()
-    return _run_to_the_end(made, burst, supervisor, uses_uvloop=loop_options(own)["use_uvloop"])
+    life = partial(_run, made, burst, supervisor, limits)
+    return _run_to_the_end(made, life, uses_uvloop=loop_options(own)["use_uvloop"])
 
 
-def _run_to_the_end(made: QueueWorker, burst: bool, supervisor: int | None, *, uses_uvloop: bool) -> int:
+def _inherited(own: Settings, listener: int | None, *, succeeds: bool) -> Inherited:
+    """What the supervisor shares with this worker.
+
+    Args:
+        own: the worker's settings.
+        listener: file descriptor of the socket for probes.
+        succeeds: a worker before this one still runs.
+
+    Raises:
+        ConfigurationError: the app alone says where probes are answered.
+    """
+    if listener is None:
+        if own.http is not None and own.http.port:
+            raise ConfigurationError(
+                f"A worker that is replaced shares its address with its successor: set STREAMWORKER_HTTP={own.http} or "
+                "--http, beside App(settings=...), or leave it out there"
+            )
+        return Inherited(None, succeeds)
+    probes = socket.socket(fileno=listener)
+    probes.set_inheritable(False)
+    return Inherited(probes, succeeds)
+
+
+def _supervise(words: list[str], settings: Settings, count: int, *, burst: bool, recycles: bool) -> int:
+    """Run workers in processes of their own."""
+    ports = addresses(settings.http, count)
+    with ExitStack() as stack:
+        listeners = []
+        if recycles and settings.http is not None:
+            # Two generations of a worker overlap, and answer at one address: the socket belongs to neither.
+            wanted = [settings.http._replace(port=int(port.rpartition(":")[2])) for port in ports]
+            listeners = [stack.enter_context(listen(address)) for address in wanted]
+            ports = [
+                str(address._replace(port=each.getsockname()[1]))
+                for address, each in zip(wanted, listeners, strict=True)
+            ]
+        return anyio.run(Supervisor(words, count, burst=burst, ports=ports, listeners=listeners).run)
+
+
+def _run_to_the_end(made: QueueWorker, run: Callable[[], Coroutine[Any, Any, int]], *, uses_uvloop: bool) -> int:
     """`anyio.run`, but SystemExit out of a task or a callback that a handler started does not end the worker.
 
     asyncio lets it out of the event loop, between two callbacks: the loop is whole, and goes on where it was.
@@ -237,7 +260,7 @@ def _run_to_the_end(made: QueueWorker, burst: bool, supervisor: int | None, *, u
     with asyncio.Runner(loop_factory=factory) as runner:
         loop = runner.get_loop()
         JobThreads.install(loop)
-        life = loop.create_task(_run(made, burst, supervisor))
+        life = loop.create_task(run())
         while True:
             try:
                 return loop.run_until_complete(life)
@@ -254,9 +277,9 @@ def _run_to_the_end(made: QueueWorker, burst: bool, supervisor: int | None, *, u
                 signals.call_first(loop, made.resumed)
 
 
-async def _run(made: QueueWorker, burst: bool, supervisor: int | None) -> int:
+async def _run(made: QueueWorker, burst: bool, supervisor: int | None, limits: RecycleLimits | None) -> int:
     # No task group: it would wrap the errors that become exit codes.
-    watcher = asyncio.create_task(watch(supervisor)) if supervisor is not None else None
+    watcher = asyncio.create_task(watch(supervisor, made, limits)) if supervisor is not None else None
     last = LastResort(made.shutdown, supervisor)
     last.start()
     code = 0

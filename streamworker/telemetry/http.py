@@ -28,6 +28,10 @@ PATIENCE: Final = 5.0
 """Seconds one connection may take, from its first byte to our last."""
 CONNECTIONS: Final = 100
 """Connections at once; one more takes the place of the oldest that has not sent its request."""
+HAND_OVER: Final = 1.0
+"""Seconds for requests that are there when another process takes the address over."""
+TURNS: Final = 0.02
+"""Seconds in which a connection that was just accepted is served."""
 HEAD: Final = 8192
 """Bytes of a request's head."""
 _PHRASES: Final = {200: "OK", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed", 500: "Error"}
@@ -62,6 +66,25 @@ class _Peer:
         """Its request is complete."""
 
 
+def listen(address: Address) -> socket.socket:
+    """A socket that listens.
+
+    Args:
+        address: where; port 0 takes any free one.
+
+    Raises:
+        ConfigurationError: the address cannot be listened on.
+    """
+    try:
+        family, *_, place = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(place[:2], family=family)
+    except OSError as error:
+        raise ConfigurationError(
+            f"STREAMWORKER_HTTP={address} cannot be listened on ({error.strerror or error}): "
+            "choose another host:port, port 0 for any free one, or off"
+        ) from None
+
+
 class HttpThread:
     """Serves ``routes`` from `open` to `close`.
 
@@ -69,6 +92,7 @@ class HttpThread:
         address: where to listen; port 0 takes any free one.
         routes: path to what answers it.
         tasks: run on the thread's loop as long as it serves.
+        listener: a socket that listens there, shared with other processes; ``None`` makes one.
     """
 
     def __init__(
@@ -76,6 +100,7 @@ class HttpThread:
         address: Address,
         routes: Mapping[str, Route],
         tasks: Sequence[Callable[[], Coroutine[Any, Any, None]]] = (),
+        listener: socket.socket | None = None,
     ) -> None:
         self._address = address
         self._routes = routes
@@ -84,7 +109,8 @@ class HttpThread:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop = asyncio.Event()
         self._thread: threading.Thread | None = None
-        self._listener: socket.socket | None = None
+        self._listener = listener
+        self._server: asyncio.Server | None = None
         self.port = 0
 
     def open(self) -> None:
@@ -93,20 +119,28 @@ class HttpThread:
         Raises:
             ConfigurationError: the address cannot be listened on.
         """
-        try:
-            family, *_, place = socket.getaddrinfo(*self._address, type=socket.SOCK_STREAM)[0]
-            listener = socket.create_server(place[:2], family=family)
-        except OSError as error:
-            raise ConfigurationError(
-                f"STREAMWORKER_HTTP={self._address} cannot be listened on ({error.strerror or error}): "
-                "choose another host:port, port 0 for any free one, or off"
-            ) from None
+        self._listener = listener = self._listener or listen(self._address)
         self.port = listener.getsockname()[1]
-        self._listener = listener
         self._loop = loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._main, args=(loop, listener), name="streamworker-http", daemon=True)
         self._thread.start()
         log.info("http_listening", address=str(Address(self._address.host, self.port)), paths=sorted(self._routes))
+
+    async def hand_over(self) -> None:
+        """Accept no more connections, and answer those that are there, for `HAND_OVER` seconds at most."""
+        if self._thread is not None and self._loop is not None:
+            done = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._accept_no_more(), self._loop))
+            await asyncio.wait([done], timeout=2 * HAND_OVER)
+
+    async def _accept_no_more(self) -> None:
+        # Not `Server.close` yet: it resets connections that are accepted and have no transport so far.
+        if self._listener is not None:
+            asyncio.get_running_loop().remove_reader(self._listener)
+        await asyncio.sleep(TURNS)
+        if self._server is not None:
+            self._server.close()
+        if self._open:
+            await asyncio.wait(list(self._open), timeout=HAND_OVER)
 
     def close(self) -> None:
         """Stop listening; open connections are cut. May be called without `open`."""
@@ -128,7 +162,7 @@ class HttpThread:
             runner.run(self._serve(listener))
 
     async def _serve(self, listener: socket.socket) -> None:
-        server = await asyncio.start_server(self._connected, sock=listener, limit=HEAD)
+        self._server = server = await asyncio.start_server(self._connected, sock=listener, limit=HEAD)
         tasks = [asyncio.create_task(task()) for task in self._tasks]
         await self._stop.wait()
         server.close()

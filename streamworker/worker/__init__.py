@@ -35,7 +35,7 @@ from streamworker.worker import signals, stacks
 from streamworker.worker.calls import JobThreads
 from streamworker.worker.emission import OutputBuffer
 from streamworker.worker.executor import Executor
-from streamworker.worker.health import Health
+from streamworker.worker.health import Health, Inherited
 from streamworker.worker.host import WorkerHost
 from streamworker.worker.inflight import InFlight, LeasedSet
 from streamworker.worker.lease import LeaseKeeper, heartbeat, longest_silence
@@ -57,6 +57,8 @@ HURRIED: Final = 5.0
 """Seconds after a second signal by which it has."""
 LAST_CALL: Final = 1.0
 """Seconds that what was told to end, and should have, is given once more."""
+FIRST_BEAT: Final = 0.02
+"""Seconds between two looks whether the lease thread has reached the server."""
 SECOND_TRY: Final = 0.2
 """Seconds before a server that did not let us go is asked once more."""
 SHUTDOWN: Final = Interrupted("the worker shut down")
@@ -250,6 +252,7 @@ class QueueWorker:
             the app's ``lifespan``.
         settings: instead of the environment's.
         worker_id: a name for this worker; a random part is added, so that it is unique per start.
+        inherited: what the supervisor of ``streamworker worker`` shares with it.
     """
 
     def __init__(
@@ -261,20 +264,24 @@ class QueueWorker:
         services: Any,
         settings: Settings | None = None,
         worker_id: str | None = None,
+        inherited: Inherited = Inherited(),  # noqa: B008 - immutable
     ) -> None:
         self._app = app
         self._settings = app.resolve(settings)
         self.worker_id: Final = new_worker_id(worker_id or self._settings.worker_id)
         self._redis, self._database, self._services = redis, database, services
         self._stopping, self._hurry, self._stopped = anyio.Event(), anyio.Event(), anyio.Event()
-        self._burst = self._begun = self._main_begun = False
+        self._burst = self._begun = self._main_begun = self._retired = False
+        self._succeeds = inherited.succeeds
+        self.ready: Final = anyio.Event()
+        """Set when it claims and its lease thread has reached the server: everything is connected and imported."""
         self._queues = [spec.name for spec in self._settings.queues] or app.handlers.queues
         self._error: StuckThread | HandBackFailed | ConfigurationError | None = None
         self._signal = 0
         self.shutdown: Final = Shutdown(self._settings.grace)
         """When it was stopped, and by when it has ended."""
         metrics = MetricsEndpoint(app, self._settings, redis, self._queues) if self._settings.http is not None else None
-        self._health = Health(self._settings, self.worker_id, self._stopping, metrics)
+        self._health = Health(self._settings, self.worker_id, self._stopping, metrics, inherited.listener)
         self._started = time.time()
 
     # -- the lifecycle
@@ -341,7 +348,8 @@ class QueueWorker:
                 stack.enter_context(signals.guard(self._in_forked_child))
                 try:
                     stack.callback(self._health.close)
-                    self._health.open()
+                    if not self._succeeds:
+                        self._health.open()
                     await self.initialize(stack)
                 except Exception as error:
                     log.error("worker_start_failed", worker_id=self.worker_id, error=text_of(error))
@@ -363,6 +371,26 @@ class QueueWorker:
         self._stopping.set()
         if self._begun:
             await self._stopped.wait()
+
+    async def retire(self) -> None:
+        """Stop as `stop` does, because another worker of its supervisor has taken over; returns at once.
+
+        The signal that stops the supervisor is a first one for this worker, too: it goes on draining.
+        """
+        await self._health.hand_over()
+        if not self._stopping.is_set():
+            log.info("worker_retiring", worker_id=self.worker_id)
+            self._retired = True
+            self._stopping.set()
+
+    def answer_probes(self) -> None:
+        """Serve ``STREAMWORKER_HTTP`` from now on: the worker before it, which did, is gone."""
+        self._health.open()
+
+    @property
+    def ended_runs(self) -> int:
+        """Runs that ended here since its start, well or not."""
+        return self._in_flight.counts.done + self._in_flight.counts.failed if self.ready.is_set() else 0
 
     def resumed(self) -> None:
         """The event loop runs again after something got out of it; call it there."""
@@ -447,6 +475,7 @@ class QueueWorker:
                             CronLoop(self._broker, self._app.schedules, self._settings, self._stopping).run
                         )
                     log.info("worker_ready", worker_id=self.worker_id, queues=self._queues)
+                    loops.start_soon(self._announce)
                     await self._pipeline.fetcher.run()
                     self.shutdown.cut_short = await drain(self._pipeline, self._settings.grace, self._hurry)
                     await self._pipeline.close(HAND_BACK)
@@ -456,6 +485,15 @@ class QueueWorker:
                 if not run.stuck:
                     self._stuck(run)
             self._lease.stop()
+
+    async def _announce(self) -> None:
+        """Say that this worker is ready, as /readyz judges it: no earlier may another one retire for it."""
+        while self._lease.renewed_at is None:
+            with anyio.move_on_after(FIRST_BEAT):
+                await self._stopping.wait()
+                return
+        self._health.open()
+        self.ready.set()
 
     async def _clean_up(self) -> None:
         """Leave nothing behind: no pending entry, no consumer, no heartbeat."""
@@ -506,8 +544,9 @@ class QueueWorker:
         await end_reading(self._broker, self._pipeline.fetcher.ended)
 
     def _signalled(self, number: int) -> None:
-        if not self._stopping.is_set():
+        if self._retired or not self._stopping.is_set():
             log.info("worker_stopping", worker_id=self.worker_id, signal=signal.Signals(number).name)
+            self._retired = False
             self._stopping.set()
         else:
             log.warning("worker_hurrying", worker_id=self.worker_id, signal=signal.Signals(number).name)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
 from contextlib import suppress
 from time import monotonic
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, NamedTuple, TypeAlias
 
 import anyio
 import msgspec
@@ -23,6 +24,20 @@ from streamworker.worker.inflight import InFlight
 from streamworker.worker.lease import LeaseKeeper
 from streamworker.worker.metrics import MetricsEndpoint
 
+
+class Inherited(NamedTuple):
+    """What a worker gets from the supervisor that started it.
+
+    Attributes:
+        listener: the socket that listens at ``STREAMWORKER_HTTP``, shared by the generations of a worker; ``None``: the
+            worker makes its own.
+        succeeds: another worker runs, and answers there until this one is ready.
+    """
+
+    listener: socket.socket | None = None
+    succeeds: bool = False
+
+
 ASK: Final = 0.5
 """Seconds between two questions to the event loop whether it turns."""
 LEDGER_AWAY: Final = "PostgreSQL does not record: nothing is claimed until it does"
@@ -36,10 +51,16 @@ class Health:
         worker_id: part of every answer.
         stopping: set when the worker drains.
         metrics: answers scrapes; ``None`` without ``STREAMWORKER_HTTP``.
+        listener: the socket to listen with; ``None`` makes one.
     """
 
     def __init__(
-        self, settings: Settings, worker_id: str, stopping: anyio.Event, metrics: MetricsEndpoint | None = None
+        self,
+        settings: Settings,
+        worker_id: str,
+        stopping: anyio.Event,
+        metrics: MetricsEndpoint | None = None,
+        listener: socket.socket | None = None,
     ) -> None:
         self._metrics = metrics
         self._lease_seconds = settings.lease
@@ -60,15 +81,15 @@ class Health:
         if metrics is not None:
             routes["/metrics"] = metrics.answer
             tasks.append(metrics.look)
-        self._http = HttpThread(settings.http, routes, tasks) if settings.http is not None else None
+        self._http = HttpThread(settings.http, routes, tasks, listener) if settings.http is not None else None
 
     def open(self) -> None:
-        """Start to answer; call it on the worker's event loop.
+        """Start to answer, unless it does; call it on the worker's event loop.
 
         Raises:
             ConfigurationError: the address cannot be listened on.
         """
-        if self._http is not None:
+        if self._http is not None and self._loop is None:
             self._loop, self._turned = asyncio.get_running_loop(), monotonic()
             self._http.open()
 
@@ -84,6 +105,11 @@ class Health:
         self._fetcher, self._lease, self._relay = fetcher, lease, relay
         if self._metrics is not None:
             self._metrics.watch(in_flight, lease, broker)
+
+    async def hand_over(self) -> None:
+        """Leave requests to the worker that listens with the same socket; those that are there are answered first."""
+        if self._http is not None:
+            await self._http.hand_over()
 
     def close(self) -> None:
         """Answer no more."""
