@@ -222,11 +222,14 @@ class Supervisor:
         def over() -> bool:
             return child.ended.is_set() or self._stopping.is_set()
 
+        def free() -> bool:
+            return over() or not self._replacing
+
         pause = Pause()
         await slot.until(lambda: over() or child.said(RECYCLE))
         while not over():
             # One of all at a time: the machine may have memory for one more.
-            await slot.until(lambda: over() or not self._replacing)
+            await slot.until(free)
             if over():
                 break
             self._replacing = True
