@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from time import monotonic
 from typing import Any, TypeAlias, overload
@@ -403,7 +403,7 @@ class App(Handlers[S], Calendar):
 
     async def output(
         self, job_id: str, /, *, after: int = 0, queue: str | None = None, follow: bool = True
-    ) -> AsyncIterator[results.OutputItem]:
+    ) -> AsyncGenerator[results.OutputItem, None]:
         """What a job's handler emits (``ctx.emit``), from any position to the end of the job, across its attempts.
 
         The job need not be enqueued yet. An output can be read for an hour after its last chunk.

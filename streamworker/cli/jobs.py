@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Final, NamedTuple
@@ -31,7 +31,8 @@ from streamworker.cli.streams import say
 from streamworker.errors import StreamworkerError, UsageError
 from streamworker.job import Progress
 from streamworker.postgres import Archive, JobRecord, Status, Wanted
-from streamworker.redact import printable
+from streamworker.redact import clean_block, printable
+from streamworker.results import OutputItem
 from streamworker.settings import EMBEDDED, Settings
 from streamworker.views.rows import JobRow, age, attempt_row, job_row
 
@@ -166,6 +167,59 @@ def show_(
         return missing
 
     return _ask(flags, work)
+
+
+@jobs.command(name="output")
+def output_(
+    job_id: str,
+    /,
+    *,
+    queue: QueueName = None,
+    follow: bool = False,
+    after: int = 0,
+    json: bool = False,
+    flags: WorkerFlags = WORKER,
+) -> int:
+    """Print what a job's handler emits: texts as they are, anything else as lines of JSON.
+
+    Args:
+        job_id: The job's id.
+        queue: Its queue; needed where no ledger knows the job.
+        follow: Wait for more, until the job has ended.
+        after: Only what is behind this position.
+        json: One JSON object per line, for programs; bytes as base64, and so marked.
+    """
+    settings = flags.settings()
+
+    async def main() -> int:
+        from streamworker.app import App as StreamworkerApp  # noqa: PLC0415 - it imports all there is
+
+        app = StreamworkerApp[Any](settings=settings)
+        async with app, aclosing(app.output(job_id, after=after, queue=queue, follow=follow)) as items:
+            async for item in items:
+                if json:
+                    mark = {"encoding": "base64"} if isinstance(item.chunk, bytes) else {}
+                    print_json(msgspec.to_builtins(item) | mark)
+                else:
+                    _print_chunk(item)
+                streams.flush()
+        return 0
+
+    return run(main, endless=True)
+
+
+def _print_chunk(item: OutputItem) -> None:
+    if item.restart:
+        say("the job started over: what follows is of another run")
+    if item.missed:
+        say(f"{item.missed:,} chunks are missing: they were dropped before they were read")
+    chunk = item.chunk
+    if isinstance(chunk, bytes):
+        chunk = chunk.decode(errors="backslashreplace")
+    if isinstance(chunk, str):
+        streams.write(clean_block(chunk))
+    else:
+        print_json(chunk)
 
 
 @jobs.command

@@ -95,6 +95,8 @@ async def test_a_worker_does_everything_a_worker_does(moded):
     async def task(payload: Task, ctx: Context) -> None:
         ran.append(payload.name)
         match payload.name:
+            case "emits":
+                await ctx.emit("said")
             case "retry" if ctx.attempt == 1:
                 raise Retry(after=0.05)
             case "snooze" if ran.count("snooze") == 1:
@@ -106,6 +108,7 @@ async def test_a_worker_does_everything_a_worker_does(moded):
 
     async with app:
         await app.enqueue_many([Task(name=name) for name in ("plain", "retry", "snooze", "dead", "enqueues")])
+        talker = await app.enqueue(Task(name="emits"))
         await app.enqueue(Task(name="delayed"), delay=0.1)
         await app.enqueue(Task(name="high"), priority="high", key="high")
         # What a worker that died left behind: a name, and a job under it.
@@ -130,6 +133,7 @@ async def test_a_worker_does_everything_a_worker_does(moded):
             return not [name for name in left_behind(raw, keys) if name == "gone"]
 
         await eventually(tidied)
+        assert [item.chunk async for item in app.output(talker.id)] == ["said"]
         await worker.stop()
         await running
     assert (ran.count("retry"), ran.count("snooze"), ran.count("plain")) == (2, 2, 1)
