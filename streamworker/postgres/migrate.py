@@ -35,6 +35,19 @@ LOCK: Final = 0x73_77_6D_69_67  # "swmig": any number that no other program uses
 """The advisory lock by which migrators exclude each other."""
 POLL: Final = 0.05
 LOCK_WAIT: Final = 300.0
+TELL: Final = 1.0
+"""Seconds after which it is said that another migrator is waited for, and who that is."""
+AGAIN: Final = 30.0
+"""Seconds between two such lines."""
+_HOLDER: Final = """
+select a.pid, a.application_name as application, host(a.client_addr) as address, a.state,
+       extract(epoch from clock_timestamp() - a.state_change)::float8 as seconds
+from pg_locks l join pg_stat_activity a using (pid)
+where l.locktype = 'advisory' and l.granted and l.objsubid = 1
+  and (l.classid::bigint << 32 | l.objid::bigint) = $1
+  and l.database = (select oid from pg_database where datname = current_database())
+limit 1
+"""
 """Seconds to wait for another migrator."""
 _NAME: Final = re.compile(r"(\d{4})_[a-z0-9_]+\.sql")
 _OFF: Final = "-- transaction: off"
@@ -219,21 +232,21 @@ async def _applied(connection: OwnConnection, migration: Migration) -> bool:
 
 async def _exclusively(connection: OwnConnection, work: Callable[[OwnConnection], Awaitable[T]]) -> T:
     """Run ``work`` in a transaction, one migrator at a time."""
-    deadline = monotonic() + LOCK_WAIT
+    turn = _Turn(connection)
     while True:
         async with connection.transaction():
             # A lock of the transaction: it works through any pooler, and ends with its holder. Polled: a wait inside
             # PostgreSQL would hold a snapshot, and CREATE INDEX CONCURRENTLY waits for all of them: a deadlock.
             if await connection.fetchval("select pg_try_advisory_xact_lock($1)", LOCK):
                 return await work(connection)
-        await _wait(deadline)
+        await turn.wait()
 
 
 async def _exclusively_bare(connection: OwnConnection, work: Callable[[OwnConnection], Awaitable[T]]) -> T:
     """The same outside a transaction."""
-    deadline = monotonic() + LOCK_WAIT
+    turn = _Turn(connection)
     while not await connection.fetchval("select pg_try_advisory_lock($1)", LOCK):
-        await _wait(deadline)
+        await turn.wait()
     try:
         return await work(connection)
     finally:
@@ -241,9 +254,36 @@ async def _exclusively_bare(connection: OwnConnection, work: Callable[[OwnConnec
             await connection.fetchval("select pg_advisory_unlock($1)", LOCK)
 
 
-async def _wait(deadline: float) -> None:
-    if monotonic() > deadline:
-        raise StreamworkerError(
-            f"another migration has been running for {LOCK_WAIT:g} s: look for it in pg_stat_activity, then try again"
-        )
-    await anyio.sleep(POLL)
+class _Turn:
+    """The wait for another migrator: said when it lasts, and bounded."""
+
+    def __init__(self, connection: OwnConnection) -> None:
+        self._connection = connection
+        self._began = monotonic()
+        self._tell_at = self._began + TELL
+
+    async def wait(self) -> None:
+        """Wait a little.
+
+        Raises:
+            StreamworkerError: it has lasted too long.
+        """
+        waited = monotonic() - self._began
+        if waited > LOCK_WAIT:
+            raise StreamworkerError(
+                f"another migration has been running for {LOCK_WAIT:g} s ({await self._holder()}): end it if it is "
+                "stuck (select pg_terminate_backend(PID)), then try again"
+            )
+        if monotonic() > self._tell_at:
+            self._tell_at = monotonic() + AGAIN
+            left = round(LOCK_WAIT - waited)
+            log.warning("migration_waits", holder=await self._holder(), seconds=round(waited), gives_up_in=left)
+        await anyio.sleep(POLL)
+
+    async def _holder(self) -> str:
+        row = await self._connection.fetchrow(_HOLDER, LOCK)
+        if row is None:
+            return "it has just ended"
+        since = "" if row["seconds"] is None else f" for {row['seconds']:.0f} s"
+        who, where = row["application"] or "unnamed", row["address"] or "this host"
+        return f"PID {row['pid']}, {who} at {where}, {row['state'] or 'state unknown'}{since}"

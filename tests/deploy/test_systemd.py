@@ -47,6 +47,27 @@ def test_what_does_not_get_better_is_not_tried_again():
     assert codes == [str(UsageError.exit_code), str(ConfigurationError.exit_code)]
 
 
+def test_postgresql_is_asked_for_by_its_own_file_alone():
+    """systemd starts no unit that names a credential which is not there: workers without a ledger have none."""
+    unit, ledger = SYSTEMD / "streamworker@.service", SYSTEMD / "streamworker@.service.d" / "postgresql.conf"
+    settings = "\n".join(line for line in unit.read_text().splitlines() if not line.startswith("#"))
+    assert "database" not in settings
+    assert "postgres" not in settings
+    assert "LoadCredential=database-url:/etc/streamworker/database-url" in ledger.read_text()
+    assert "Environment=DATABASE_URL_FILE=%d/database-url" in ledger.read_text()
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze: apt-get install systemd")
+def test_systemd_takes_the_unit_with_its_addition(tmp_path):
+    copy = tmp_path / "streamworker@.service"
+    text = (SYSTEMD / copy.name).read_text()
+    copy.write_text(re.sub(r"^ExecStart=\S+", "ExecStart=/bin/true", text, flags=re.MULTILINE))
+    shutil.copytree(SYSTEMD / f"{copy.name}.d", tmp_path / f"{copy.name}.d")
+    done = subprocess.run(["systemd-analyze", "verify", "--man=no", copy], capture_output=True, text=True, timeout=50)
+    assert [line for line in (done.stdout + done.stderr).splitlines() if "postgresql.conf" in line] == []
+    assert done.returncode == 0
+
+
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
 def test_urls_are_credentials_not_environment(unit):
     text = unit.read_text()

@@ -15,7 +15,8 @@ import pytest
 from streamworker import App, Payload, Settings
 from streamworker.embedded.binaries import find_binaries
 from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable
-from streamworker.postgres.migrate import Migration, Migrator, load, printed, shipped
+from streamworker.postgres import migrate
+from streamworker.postgres.migrate import LOCK, Migration, Migrator, load, printed, shipped
 from tests import forkserver
 
 ROOT = Path(__file__).parents[2]
@@ -30,13 +31,17 @@ INDEX = Migration(
 )
 
 
-def run(*words, **env):
+def bare():
     clean = {
         k: v
         for k, v in os.environ.items()
         if not k.startswith("STREAMWORKER_") and k not in ("DATABASE_URL", "REDIS_URL")
     }
-    return forkserver.run(["migrate", *words], env={**clean, "PYTHONPATH": str(ROOT), **env}, cwd=ROOT, timeout=30)
+    return {**clean, "PYTHONPATH": str(ROOT)}
+
+
+def run(*words, **env):
+    return forkserver.run(["migrate", *words], env={**bare(), **env}, cwd=ROOT, timeout=30)
 
 
 async def test_five_migrators_at_once_apply_everything_once(empty_database):
@@ -203,3 +208,31 @@ def test_the_command_line(empty_database):
     assert none.returncode == 78
     assert "set DATABASE_URL" in none.stderr
     assert len(none.stderr.splitlines()) == 1
+
+
+async def test_waiting_for_another_migration_is_said_and_names_it(empty_database):
+    """It waited for five minutes and said nothing: a forgotten session of somebody held the lock."""
+    other = await asyncpg.connect(empty_database, server_settings={"application_name": "forgotten"})
+    await other.execute("select pg_advisory_lock($1::bigint)", LOCK)
+    pid = other.get_server_pid()
+    command = [sys.executable, "-m", "streamworker", "migrate", "up"]
+    env = {**bare(), "DATABASE_URL": empty_database}
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env) as process:
+        assert process.stderr is not None
+        line = await asyncio.to_thread(next, (each for each in process.stderr if "migration_waits" in each))
+        assert f"PID {pid}, forgotten at" in line
+        assert "gives_up_in" in line
+        await other.close()
+        assert await asyncio.to_thread(process.wait, 30) == 0
+
+
+async def test_it_gives_up_and_names_the_other(empty_database, monkeypatch):
+    monkeypatch.setattr(migrate, "LOCK_WAIT", 0.2)
+    other = await asyncpg.connect(empty_database)
+    async with other.transaction():
+        await other.execute("select pg_advisory_xact_lock($1::bigint)", LOCK)
+        with pytest.raises(
+            StreamworkerError, match=rf"PID {other.get_server_pid()}, .*idle in transaction.*pg_terminate"
+        ):
+            await Migrator(empty_database).up()
+    await other.close()

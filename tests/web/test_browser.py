@@ -186,3 +186,67 @@ def test_it_fits_a_phone(served):
         served.open(path)
         assert served.page.until("document.documentElement.scrollWidth") <= 375, path
         assert served.page.value("parseFloat(getComputedStyle(document.documentElement).fontSize)") >= 13, path
+
+
+READ = """
+(() => {
+  const parse = (text) => (text.match(/[\\d.]+/g) || []).map(Number);
+  const light = ([r, g, b]) => [r, g, b].map((x) => x / 255).map((x) => x <= .04045 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4)
+    .reduce((sum, x, at) => sum + x * [.2126, .7152, .0722][at], 0);
+  const ground = (node) => {
+    for (; node; node = node.parentElement) {
+      const color = parse(getComputedStyle(node).backgroundColor);
+      if (color.length === 3 || color[3] === 1) return color;
+    }
+    return [255, 255, 255];
+  };
+  const poor = new Set(), walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const node = walker.currentNode.parentElement;
+    if (!walker.currentNode.data.trim() || !node.checkVisibility() || node.closest("script, :disabled, .skip")) continue;
+    const [one, two] = [light(parse(getComputedStyle(node).color)), light(ground(node))].sort((a, b) => a - b);
+    const ratio = (two + .05) / (one + .05);
+    if (ratio < 4.5) poor.add(`${ratio.toFixed(2)} ${node.tagName}.${node.className} ${walker.currentNode.data.trim().slice(0, 30)}`);
+  }
+  const seen = [...document.querySelectorAll("input, select, button, a, th")].filter((node) => node.checkVisibility() && !node.querySelector("input"));
+  const nameless = seen.filter((node) => !(node.getAttribute("aria-label") || node.innerText || node.labels?.length || "").toString().trim());
+  const ticks = seen.filter((node) => node.name === "row").map((node) => node.getAttribute("aria-label"));
+  const wide = [...document.querySelectorAll(".scroll, .two > *, nav, .bar")].filter((node) => node.scrollWidth > node.clientWidth + 1);
+  return {
+    poor: [...poor], nameless: nameless.map((node) => node.outerHTML.slice(0, 120)),
+    twins: ticks.length - new Set(ticks).size, ticks: ticks.length,
+    wide: wide.map((node) => `${node.scrollWidth} > ${node.clientWidth}: ${node.innerText.slice(0, 60)}`),
+  };
+})()
+"""
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1400])
+def test_every_page_can_be_read_and_shows_all_its_columns(served, width, dark):
+    raw = served.raw
+    held(raw, 2, worker="worker-with-a-rather-long-hostname.internal-12345-abcdefghi")
+    for name in ("billing.invoices.europe", "quick"):
+        raw.xadd(f"stream:{{{name}}}", {"job": json.dumps({"kind": "invoice.send", "payload": {}})})
+        raw.hset(f"stream:{{{name}}}:meta", "paused", "by ada at 2026-11-24T00:00:00Z")
+    ids = [
+        letter(raw, id=f"0198f0c2-7d8e-7abc-8def-00000000000{n}", kind="invoice.send", error="E" * 400) for n in (1, 2)
+    ]
+    raw.zadd("stream:{q}:due", {"low/later-1/0": 4e12, "low/later-2/0": 1e12})
+    raw.hset(
+        "stream:{q}:bodies", mapping={f"low/later-{n}/0": '{"kind": "invoice.send", "payload": {}}' for n in (1, 2)}
+    )
+    served.page.size(width, 900, dark=dark)
+    served.open("/")
+    served.page.until("!!document.querySelector('#q-q .bad')")  # it has looked since
+    for path in ("/", "/pending", "/dead", "/delayed", "/workers", "/queue?queue=q", "/jobs", "/jobs?id=job-0",
+                 f"/show?place=dead&queue=q&id={ids[0]}"):  # fmt: skip
+        served.open(path)
+        served.page.until("document.readyState === 'complete'")
+        found = served.page.value(READ)
+        if (shots := os.environ.get("STREAMWORKER_TEST_SHOTS")) is not None:
+            served.page.screenshot(
+                Path(shots) / f"{width}-{'dark' if dark else 'light'}-{path.strip('/').split('?')[0] or 'overview'}.png"
+            )
+        assert (found["poor"], found["nameless"], found["twins"], found["wide"]) == ([], [], 0, []), path
+        assert found["ticks"] == (2 if path in ("/pending", "/dead", "/delayed") else 0), path
