@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import time
 
 import pytest
 
@@ -88,11 +87,10 @@ def test_burst_ends_when_nothing_is_left(sw, raw):
 
 @pytest.mark.parametrize("app", ["jobs:nothing", pytest.param("nowhere:app", marks=pytest.mark.all)])
 def test_what_cannot_start_is_not_tried_for_ever(sw, app):
-    began = time.monotonic()
     done = sw("worker", app, "--processes", 2)
     assert done.returncode == 78
     assert "Traceback" not in done.stderr
-    assert time.monotonic() - began < 20
+    assert "worker_ended" not in done.stderr  # which is said before one is started again
 
 
 def test_every_worker_has_its_own_address():

@@ -5,7 +5,6 @@ import json
 import signal
 import socket
 import threading
-import time
 
 import pytest
 
@@ -39,13 +38,7 @@ def listener(answer):
 
 
 def fails(program, code, *words, **env):
-    started = time.monotonic()
     done = program(*words, **env)
-    if time.monotonic() - started >= 10:
-        # Then starting must be what takes so long here and now, where many tests run at once.
-        began = time.monotonic()
-        program("config")
-        assert began - started < 8 + 2 * (time.monotonic() - began)
     assert done.returncode == code, (done.stdout, done.stderr)
     assert done.stdout == ""
     return done.sentence

@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -34,13 +35,16 @@ pidfile = {directory}/pgbouncer.pid
 
 
 class PgBouncer:
-    """One process; ``size`` server connections are shared by all clients, transaction by transaction unless ``mode`` differs."""
+    """One process; ``size`` server connections are shared by all clients, transaction by transaction unless ``mode`` differs.
 
-    def __init__(self, server: PostgresServer, directory: Path, *, mode: str = "transaction", size: int = 5) -> None:
+    Its files are not in pytest's folders: each pytest that begins on this machine closes those to all other users.
+    """
+
+    def __init__(self, server: PostgresServer, *, mode: str = "transaction", size: int = 5) -> None:
         program = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
         if program is None:
             pytest.skip("needs PgBouncer: apt-get install pgbouncer")
-        directory.mkdir(exist_ok=True)
+        self._directory = directory = Path(tempfile.mkdtemp(prefix="streamworker-bouncer-"))
         self.port = free_port()
         config = directory / "pgbouncer.ini"
         config.write_text(
@@ -74,6 +78,11 @@ class PgBouncer:
     def stop(self) -> None:
         self._process.send_signal(signal.SIGKILL)
         self._process.wait()
+
+    def close(self) -> None:
+        """Stop it for good."""
+        self.stop()
+        shutil.rmtree(self._directory, ignore_errors=True)
 
     def _is_up(self, *, last: bool) -> bool:
         deadline = time.monotonic() + 20

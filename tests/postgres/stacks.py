@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, ClassVar
 from urllib.parse import parse_qsl, urlsplit
@@ -17,6 +17,7 @@ import django
 import django.db
 import psycopg
 import psycopg_pool
+import pytest
 import sqlalchemy
 from django.conf import settings
 from sqlalchemy.ext.asyncio import (
@@ -37,6 +38,8 @@ class Stack:
     blocking: ClassVar[bool] = False
     broken: ClassVar[tuple[type[BaseException], ...]]
     """What a deferred constraint that does not hold raises at commit."""
+    patience: float = 5.0
+    """Seconds a pool waits for a server that is away."""
 
     @asynccontextmanager
     async def source(self, url: str) -> AsyncIterator[Any]:
@@ -111,7 +114,9 @@ class Psycopg(Stack):
 
     @asynccontextmanager
     async def source(self, url):
-        async with psycopg_pool.AsyncConnectionPool(url, min_size=0, max_size=3, open=False, timeout=5) as pool:
+        async with psycopg_pool.AsyncConnectionPool(
+            url, min_size=0, max_size=3, open=False, timeout=self.patience
+        ) as pool:
             yield pool
 
     @asynccontextmanager
@@ -144,7 +149,7 @@ class BlockingPsycopg(Stack):
 
     @asynccontextmanager
     async def source(self, url):
-        with psycopg_pool.ConnectionPool(url, min_size=0, max_size=3, open=False, timeout=5) as pool:
+        with psycopg_pool.ConnectionPool(url, min_size=0, max_size=3, open=False, timeout=self.patience) as pool:
             yield pool
 
     @asynccontextmanager
@@ -378,6 +383,23 @@ STACKS: list[Stack] = [
     *(BlockingSqlalchemy(made) for made in ("session", "connection", "scoped")),
     Django(),
 ]
+
+BY_DEFAULT = {
+    "asyncpg", "psycopg", "psycopg-blocking", "sqlalchemy-session-asyncpg", "sqlalchemy-connection-psycopg",
+    "sqlalchemy-session-blocking", "django",
+}  # fmt: skip
+"""Each adapter of ours once, each driver below it, and a connection as well as a session."""
+
+
+def params(*more: str, only: Callable[[Stack], bool] = lambda _: True) -> list[Any]:
+    """All stacks as parameters of a test: those `BY_DEFAULT` and ``more``, the others with ``--all``."""
+    usual = BY_DEFAULT | {*more}
+    return [
+        pytest.param(each, id=each.name, marks=() if each.name in usual else pytest.mark.all)
+        for each in STACKS
+        if only(each)
+    ]
+
 
 ERRORS = (
     OSError,

@@ -65,8 +65,8 @@ async def test_connections_work_with_them_and_keepalives_are_set(database_url):
     assert {option[:2]: option[2] for option in parsed.socket_options} == expected
 
 
-async def test_over_tcp_the_sockets_have_them(database_url, postgres, tmp_path):
-    bouncer = PgBouncer(postgres, tmp_path / "bouncer")
+async def test_over_tcp_the_sockets_have_them(database_url, postgres):
+    bouncer = PgBouncer(postgres)
     name = database_url.split("@/")[1].split("?")[0]
     try:
         connection = await dsn.connect(f"{bouncer.url(name)}&keepalives_idle=7&tcp_user_timeout=9000", timeout=5)
@@ -77,7 +77,7 @@ async def test_over_tcp_the_sockets_have_them(database_url, postgres, tmp_path):
         with pytest.raises(ConfigurationError, match="unsupported startup parameter: lock_timeout"):
             await open_database(f"{bouncer.url(name)}&lock_timeout=5")
     finally:
-        bouncer.stop()
+        bouncer.close()
 
 
 @pytest.mark.parametrize(

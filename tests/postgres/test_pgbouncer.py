@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -22,10 +21,10 @@ Q = "stream:{q}"
 
 
 @pytest.fixture(scope="module")
-def bouncer(postgres: PostgresServer, tmp_path_factory: Any) -> Iterator[PgBouncer]:
-    bouncer = PgBouncer(postgres, Path(tmp_path_factory.mktemp("bouncer")))
+def bouncer(postgres: PostgresServer) -> Iterator[PgBouncer]:
+    bouncer = PgBouncer(postgres)
     yield bouncer
-    bouncer.stop()
+    bouncer.close()
 
 
 @pytest.fixture
@@ -105,10 +104,10 @@ async def test_nothing_of_ours_stays_behind_in_its_sessions(redis_url, pooled_ur
         await connection.close()
 
 
-async def test_a_restarted_pooler(redis_url, database_url, postgres, raw, pg, tmp_path):
+async def test_a_restarted_pooler(redis_url, database_url, postgres, raw, pg):
     """Its clients are cut off in the middle of whatever they do; nothing is lost, and nothing done twice."""
     await pg.execute("create table effect (job text)")
-    bouncer = PgBouncer(postgres, tmp_path / "one")
+    bouncer = PgBouncer(postgres)
     name = database_url.split("@/")[1].split("?")[0]
     app: App[None] = App(settings=settings_for(redis_url, bouncer.url(name), concurrency=20))
 
@@ -127,7 +126,7 @@ async def test_a_restarted_pooler(redis_url, database_url, postgres, raw, pg, tm
         await asyncio.sleep(0.2)
         bouncer.start()
         await eventually(ended, 50)
-    bouncer.stop()
+    bouncer.close()
     assert await pg.fetchval("select count(*) from effect") == 600
     assert await pg.fetchval("select count(distinct job) from effect") == 600
     assert await pg.fetchval("select count(*) from streamworker.jobs where status = 'completed'") == 600

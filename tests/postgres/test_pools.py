@@ -141,9 +141,9 @@ async def test_how_many_connections_a_worker_opens_at_most(redis_url, database_u
 
 @pytest.mark.parametrize("ledger", ["on", "off"])
 async def test_handlers_queries_behind_a_pooler_with_and_without_a_ledger(
-    redis_url, database_url, postgres, raw, tmp_path, ledger
+    redis_url, database_url, postgres, raw, ledger
 ):
-    bouncer = PgBouncer(postgres, tmp_path / "bouncer", size=3)
+    bouncer = PgBouncer(postgres, size=3)
     app: App[None] = App(
         settings=settings_for(redis_url, bouncer.url(name_of(database_url)), ledger=ledger, concurrency=30)
     )
@@ -162,16 +162,16 @@ async def test_handlers_queries_behind_a_pooler_with_and_without_a_ledger(
             await app.enqueue_many([Job(n=n) for n in range(200)])
             await eventually(ended, 30)
     finally:
-        bouncer.stop()
+        bouncer.close()
     assert raw.xlen(DEAD) == 0
 
 
 async def test_a_pooler_with_fewer_sessions_than_the_worker_wants(
-    redis_url, database_url, postgres, raw, pg, tmp_path, monkeypatch, written
+    redis_url, database_url, postgres, raw, pg, monkeypatch, written
 ):
     """In session mode each connection keeps its session: the pools have to give theirs to each other."""
     monkeypatch.setattr(pools, "NOTICE", 1.2)
-    bouncer = PgBouncer(postgres, tmp_path / "bouncer", mode="session", size=4)
+    bouncer = PgBouncer(postgres, mode="session", size=4)
     settings = settings_for(redis_url, bouncer.url(name_of(database_url)), concurrency=30, relay="on")
     app: App[None] = App(settings=settings)
 
@@ -189,7 +189,7 @@ async def test_a_pooler_with_fewer_sessions_than_the_worker_wants(
             await app.enqueue_many([Job(n=n) for n in range(100)])
             await eventually(ended, 60)
     finally:
-        bouncer.stop()
+        bouncer.close()
     assert raw.xlen(DEAD) == 0
     assert await pg.fetchval("select count(*) from streamworker.jobs where status = 'completed'") == 100
     lines = written("database_waiting")
@@ -200,8 +200,8 @@ async def test_a_pooler_with_fewer_sessions_than_the_worker_wants(
     )
 
 
-async def test_statement_mode_is_refused_with_what_to_do(database_url, postgres, tmp_path):
-    bouncer = PgBouncer(postgres, tmp_path / "bouncer", mode="statement")
+async def test_statement_mode_is_refused_with_what_to_do(database_url, postgres):
+    bouncer = PgBouncer(postgres, mode="statement")
     try:
         with pytest.raises(ConfigurationError, match="statement mode.*transaction"):
             await open_database(bouncer.url(name_of(database_url)))
@@ -210,7 +210,7 @@ async def test_statement_mode_is_refused_with_what_to_do(database_url, postgres,
             with pytest.raises((asyncpg.PostgresError, asyncpg.InterfaceError), match="statement pooling"):
                 await pool.fetchval("select 1")
     finally:
-        bouncer.stop()
+        bouncer.close()
 
 
 def test_without_a_ledger_only_handlers_connect():
@@ -220,18 +220,18 @@ def test_without_a_ledger_only_handlers_connect():
 
 
 @pytest.mark.parametrize("mode", ["straight", "transaction", "session", "statement"])
-async def test_check_tries_postgresql_as_a_worker_uses_it(redis_url, database_url, postgres, tmp_path, mode):
+async def test_check_tries_postgresql_as_a_worker_uses_it(redis_url, database_url, postgres, mode):
     settings = settings_for(redis_url, database_url, database_connections=3, relay="on")
     if mode == "straight":
         (found,) = await examine(settings, database_url)
         assert (found.severity, found.subject) == ("ok", "postgresql")
         assert found.sentence == "it answers directly; a worker opens up to 14 connections, and 14 are there"
         return
-    bouncer = PgBouncer(postgres, tmp_path / "bouncer", mode=mode, size=4)
+    bouncer = PgBouncer(postgres, mode=mode, size=4)
     try:
         found, *more = await examine(settings, bouncer.url(name_of(database_url)))
     finally:
-        bouncer.stop()
+        bouncer.close()
     match mode:
         case "transaction":
             assert (found.severity, "14 are there" in found.sentence) == ("ok", True)

@@ -31,6 +31,7 @@ from mailer.testing.smtp import Sink
 from mailer.webhooks import WebhookClient
 from streamworker import QueueWorker, Settings
 from streamworker.testing import drain
+from streamworker.worker.lease import RenewalProcess
 
 
 def beside(work: Any) -> Any:
@@ -271,6 +272,12 @@ OPEN = ["queued", "dispatching", "dispatched", "running", "retrying"]
 SOME_OPEN = """select exists (select from streamworker.jobs where status = 'queued')
     or exists (select from streamworker.jobs where status = 'dispatching')
     or exists (select from streamworker.jobs where status in ('dispatched', 'running', 'retrying'))"""
+
+
+@pytest.fixture(autouse=True)
+def no_renewing_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each worker starts one, for handlers that keep the interpreter lock for seconds; `drain` makes a worker a round."""
+    monkeypatch.setattr(RenewalProcess, "sign", lambda _: None)
 
 
 @pytest.fixture
