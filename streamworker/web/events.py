@@ -1,0 +1,79 @@
+"""Server-sent events: the output of a job, as browsers follow it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any, Final
+
+import anyio
+import msgspec
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+
+from streamworker.app import App
+from streamworker.errors import UsageError
+from streamworker.results import OutputItem
+
+HEARTBEAT: Final = 15.0
+"""Seconds after which a silent stream says that it is there: proxies cut what they take for dead."""
+
+
+def output_events(app: App[Any], request: Request, job_id: str, *, queue: str | None = None) -> StreamingResponse:
+    """The response of a route that gives a job's output as server-sent events, to the end of the job.
+
+    Each chunk is an event ``output``: its id is the position, its data JSON with ``attempt``, ``chunk``, ``restart``
+    and ``missed`` (and ``"encoding": "base64"`` for bytes). A browser that lost the connection goes on where it was, by
+    the header ``Last-Event-ID``; a client may also begin with ``?after=POSITION``. The last event is ``end``: close the
+    ``EventSource`` then, or it connects again. Who may read which job is for the route to decide.
+
+    Args:
+        app: open (``async with app``) on this event loop.
+        request: of a Starlette or FastAPI application.
+        job_id: as ``enqueue`` returned it.
+        queue: where the job is, see `App.output`.
+
+    Raises:
+        UsageError: ``Last-Event-ID`` or ``after`` is no position.
+    """
+    told = request.headers.get("last-event-id") or request.query_params.get("after") or "0"
+    if not (told.isascii() and told.isdigit() and len(told) <= 16):
+        raise UsageError("Last-Event-ID and after have to be a position: the id of an event")
+    # Proxies must not gather what is meant for now.
+    headers = {"x-accel-buffering": "no", "cache-control": "no-store"}
+    stream = _events(app.output(job_id, after=int(told), queue=queue))
+    return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
+
+
+async def _events(items: AsyncGenerator[OutputItem, None]) -> AsyncIterator[bytes]:
+    awaited = asyncio.ensure_future(anext(items, None))
+    try:
+        while True:
+            done, _ = await asyncio.wait({awaited}, timeout=HEARTBEAT)
+            if not done:
+                yield b": here\n\n"
+                continue
+            item = awaited.result()
+            if item is None:
+                yield b"event: end\ndata: {}\n\n"
+                return
+            yield _event(item)
+            awaited = asyncio.ensure_future(anext(items, None))
+    finally:
+        with anyio.CancelScope(shield=True):
+            awaited.cancel()
+            await asyncio.wait({awaited})
+            await items.aclose()
+
+
+def _event(item: OutputItem) -> bytes:
+    told: dict[str, Any] = {
+        "attempt": item.attempt,
+        "chunk": item.chunk,
+        "restart": item.restart,
+        "missed": item.missed,
+    }
+    if isinstance(item.chunk, bytes):
+        told |= {"chunk": base64.b64encode(item.chunk).decode(), "encoding": "base64"}
+    return b"id: %d\nevent: output\ndata: %b\n\n" % (item.position, msgspec.json.encode(told))
