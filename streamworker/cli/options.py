@@ -125,6 +125,7 @@ class WorkerFlags(ServerFlags):
         max_job_bytes: The largest document allowed.
         key_ttl: Seconds a deduplication key is remembered.
         priority: strict or weighted.
+        fair_weights: Starts of a tenant where others get one: large=3,small=0.5.
         list_pop: move or brpop (list mode).
         ledger: auto, on or off.
         relay: on or off.
@@ -148,6 +149,7 @@ class WorkerFlags(ServerFlags):
     max_job_bytes: Text = None
     key_ttl: Text = None
     priority: Text = None
+    fair_weights: Text = None
     list_pop: Text = None
     ledger: Text = None
     relay: Text = None
