@@ -344,7 +344,11 @@ async def test_a_commit_whose_answer_is_lost_is_looked_up(stack, database_url, l
                 proxy.cut(b"COMMIT", after=cut == "reply")
 
         def in_thread() -> None:
-            at_once(work())
+            try:
+                at_once(work())
+            finally:
+                if isinstance(stack, Django):
+                    stack.close()  # which each thread has to do for itself
 
         async def done() -> None:
             await (asyncio.to_thread(in_thread) if stack.blocking else work())

@@ -175,7 +175,7 @@ async def test_code_that_never_ends_is_killed_at_the_deadline(tmp_path):
         assert not on.stuck
 
 
-@pytest.mark.parametrize("cause", [CANCELLED, Interrupted("shutdown")])
+@pytest.mark.parametrize("cause", [CANCELLED, pytest.param(Interrupted("shutdown"), marks=pytest.mark.all)])
 async def test_a_cancelled_job_is_killed(tmp_path, cause):
     async with stage(timeout=None) as on:
         run = on.put("for ever", tmp_path / "pid")
