@@ -6,6 +6,7 @@ figure is its goal, or, until it is reached, the value in tools/house.toml: that
 it can only fall. ``--lower`` writes today's values there. tools/ceilings.py has what one file or function may have.
 """
 
+# ceiling: one table of figures; each is a few lines beside the others
 import argparse
 import ast
 import io

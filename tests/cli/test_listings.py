@@ -18,7 +18,7 @@ from tests.conftest import eventually_blocking
 from tests.contract.ground import out_of_memory
 
 PENDING = ["queue", "level", "entry_id", "job_id", "kind", "worker_id", "idle_ms", "deliveries", "alive"]
-QUEUES = ["queue", "ready", "running", "delayed", "dead", "oldest_age_s", "paused"]
+QUEUES = ["queue", "ready", "running", "delayed", "dead", "oldest_age_s", "paused", "waiting"]
 
 
 @both_modes
