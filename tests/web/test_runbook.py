@@ -143,6 +143,8 @@ async def test_pause_a_queue(sw, raw, browser, by):
         await browser.do("pause", queue="notes")
     else:
         sw.ok("queues", "pause", "notes")
+    # A read that waits may still take a job, until the worker has heard of it.
+    eventually_blocking(lambda: raw.info("clients")["blocked_clients"] == 0, 5)
     raw.xadd("stream:{notes}", {"job": json.dumps({"kind": "note.write", "payload": {"text": "x"}})})
     assert sw.ok("queues", "notes", "--json").rows[0]["paused"]
     assert raw.xlen("stream:{notes}") == 1

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any, Final
 
+import anyio
 import hiredis
 import redis.asyncio as aioredis
 from redis import exceptions as redis_errors
@@ -21,6 +22,9 @@ from redis.backoff import NoBackoff
 
 from streamworker.broker.redis.url import Host, NotExecuted, RedisUrl
 from streamworker.errors import ConfigurationError
+
+CLOSES: Final = 1.0
+"""Most seconds that a connection may take to close; then its socket is left to the system."""
 
 
 class Reader:
@@ -108,6 +112,11 @@ class CommandConnection:
         """Close the connection."""
         await self._connection.disconnect(nowait=True)
 
+    async def end(self) -> None:
+        """Close the connection, and wait for that: TLS says good-bye."""
+        with suppress(redis_errors.RedisError, OSError), anyio.move_on_after(CLOSES):
+            await self._connection.disconnect()
+
 
 class CommandPool:
     """A few connections; a command waits until one is free.
@@ -145,9 +154,11 @@ class CommandPool:
             await connection.close()
 
     async def aclose(self) -> None:
-        """Close all connections, those in use after their command."""
+        """Close all connections, those in use after their command; the event loop may end after that."""
         self._closed = True
-        await self.disconnect()
+        idle, self._idle = self._idle, []
+        for connection in idle:
+            await connection.end()
 
 
 class _Bounded:
