@@ -177,7 +177,6 @@ class Facts(msgspec.Struct, frozen=True):
         order: the job's order key; empty without one.
         halts: a dead job keeps its order key.
         key: deduplication key that is held until the job has started or ended; empty for none.
-        tied: it has one of these keys.
     """
 
     attempts: int
@@ -187,7 +186,6 @@ class Facts(msgspec.Struct, frozen=True):
     order: str = ""
     halts: bool = False
     key: str = ""
-    tied: bool = False
 
 
 def abandoned(deliveries: int, max_deliveries: int) -> Abandoned | None:

@@ -1,9 +1,8 @@
 """Protocols of a broker, one a role, without a Redis word. Both modes implement them; the contract suite holds both.
 
 `Broker` has the six verbs that move jobs. The other roles stand beside it: `Consumer`, `Heartbeats`, `Limiter`,
-`Results`,
-`Outputs`, `Signals`, `CronStore`. One class implements them all (`WorkerBroker`); each user asks for the roles it
-calls. `Operator` is what operators do to jobs by hand, by resource.
+`Results`, `Outputs`, `Signals`, `CronStore`. One class implements them all (`WorkerBroker`); each user asks for the
+roles it calls. `Operator` is what operators do to jobs by hand, by resource.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from itertools import chain
-from typing import Any, Final, Generic
+from typing import Any, Final, Generic, TypeAlias
 
 import anyio
 import msgspec
@@ -34,6 +34,8 @@ log = get_logger("streamworker.broker")
 
 RENEW_BATCH: Final = 500
 """Claims one script call renews."""
+ScriptCall: TypeAlias = tuple[list[str], list[Any]]
+"""(keys, arguments) of a call of a script."""
 
 K = TypeVar("K", bound=QueueKeys)
 I = TypeVar("I", bound=ClaimSource | ClusterStreamClaims)  # noqa: E741 - K is for keys, I for source
@@ -83,13 +85,29 @@ class RedisBroker(ABC, Generic[K, I]):
         """Key of this worker's heartbeat."""
         return worker_key(self._options.namespace, self._source.consumer)
 
+    @abstractmethod
+    def _renewals(self) -> tuple[scripts.LuaScript, list[ScriptCall]]:
+        """The script that renews this worker's leases, and each call of it."""
+
+    def standby(self, longest: float) -> bytes | None:
+        script, calls = self._renewals()
+        return standby(
+            self._session.address,
+            script,
+            calls,
+            self._name,
+            permits=[keys.permits for keys in self._keys],
+            worker=self._source.consumer,
+            lease=self._options.lease,
+            longest=longest,
+        )
+
     async def _weigh(self) -> None:
         """Store the weights of tenants, as the worker that started last knows them."""
         if not self._options.fair_weights:
             return
-        told = {f"weight:{tenant}": repr(weight) for tenant, weight in self._options.fair_weights}
+        pairs = [part for tenant, weight in self._options.fair_weights for part in (f"weight:{tenant}", repr(weight))]
         for keys in self._keys:
-            pairs = [part for pair in told.items() for part in pair]
             await self._session.ask("HSET", keys.fair, "weighted", "1", *pairs)
 
     @property
@@ -527,7 +545,7 @@ MOST_LIMITS: Final = 1000
 def standby(
     address: RedisAddress,
     script: scripts.LuaScript,
-    calls: Sequence[tuple[list[str], list[Any]]],
+    calls: Sequence[ScriptCall],
     heartbeat: str,
     *,
     permits: Sequence[str],
@@ -540,7 +558,7 @@ def standby(
     Args:
         address: the server.
         script: renews leases.
-        calls: (keys, arguments) of each call of the script.
+        calls: each call of the script.
         heartbeat: key of the worker's heartbeat, which is prolonged too.
         permits: index of each queue's permits, which are renewed too.
         worker: id of the worker that holds them.

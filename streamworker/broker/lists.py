@@ -18,7 +18,7 @@ import msgspec
 from redis.exceptions import ResponseError
 
 from streamworker.broker import SettleRequest, listings, scripts
-from streamworker.broker.base import RENEW_BATCH, RedisBroker, promote, standby
+from streamworker.broker.base import RENEW_BATCH, RedisBroker, ScriptCall, promote
 from streamworker.broker.claim import LEAVE, RESERVE, ClaimSource, Options
 from streamworker.broker.keys import ListKeys, QueueKeys, lease_of, leased, unwrapped, worker_key, wrapped
 from streamworker.broker.order import sweep
@@ -327,19 +327,12 @@ class ListBroker(RedisBroker[ListKeys, ClaimSource]):
                 lost += [mine[member] for member in await self._session.in_thread(scripts.LIST_RENEW, names, batch)]
         return lost
 
-    def standby(self, longest: float) -> bytes | None:
+    def _renewals(self) -> tuple[scripts.LuaScript, list[ScriptCall]]:
         worker = self._source.consumer
-        calls = [([keys.leases, keys.claimed(worker)], [worker, self._lease_ms]) for keys in self._keys]
-        return standby(
-            self._session.address,
-            scripts.LIST_KEEP,
-            calls,
-            self._name,
-            permits=[keys.permits for keys in self._keys],
-            worker=self._source.consumer,
-            lease=self._options.lease,
-            longest=longest,
-        )
+        calls: list[ScriptCall] = [
+            ([keys.leases, keys.claimed(worker)], [worker, self._lease_ms]) for keys in self._keys
+        ]
+        return scripts.LIST_KEEP, calls
 
     def _sender(self) -> ListSettlement:
         return ListSettlement(self._session.pool, self._source.consumer)

@@ -69,15 +69,11 @@ async def _ids(session: Asks, keys: QueueKeys) -> AsyncIterator[str]:
     async for job_id in _parked(session, keys):
         yield job_id
     for level in LEVELS:
-        if isinstance(keys, ListKeys):
-            async for element in _listed(session, keys.ready(level)):
-                yield codec.told_of(element)[0] or ""
-        else:
-            async for body in _streamed(session, keys.stream(level)):
-                yield codec.told_of(body)[0] or ""
-        async for tenant in _tenants(session, keys.tenants(level)):
-            async for element in _listed(session, tenant):
-                yield codec.told_of(element)[0] or ""
+        read = _listed if isinstance(keys, ListKeys) else _streamed
+        async for body in read(session, keys.ready(level)):
+            yield codec.told_of(body)[0] or ""
+        async for body in _in_tenants_lines(session, keys.tenants(level)):
+            yield codec.told_of(body)[0] or ""
     async for job_id in _claimed(session, keys):
         yield job_id
     async for job_id in _parked(session, keys):
@@ -105,37 +101,33 @@ async def _claimed(session: Asks, keys: QueueKeys) -> AsyncIterator[str]:
 
 async def in_lines(session: Asks, keys: QueueKeys) -> AsyncIterator[bytes]:
     """Documents of all jobs in lines, of order keys and of tenants."""
-    cursor: Any = 0
-    while True:
-        cursor, page = await session.ask("SSCAN", keys.lines, cursor, "COUNT", PAGE)
-        for key in page:
-            async for element in _listed(session, keys.order_line("").encode() + key):
-                yield of_line(element)[2]
-        if not int(cursor):
-            break
+    async for key in _scanned(session, "SSCAN", keys.lines):
+        async for element in _listed(session, keys.order_line("").encode() + key):
+            yield of_line(element)[2]
     for level in LEVELS:
-        async for tenant in _tenants(session, keys.tenants(level)):
-            async for element in _listed(session, tenant):
-                yield element
+        async for body in _in_tenants_lines(session, keys.tenants(level)):
+            yield body
 
 
 async def _parked(session: Asks, keys: QueueKeys) -> AsyncIterator[str]:
-    async for member in _scanned(session, keys.due):
+    async for member, _ in _scanned(session, "ZSCAN", keys.due):
         yield of_due_member(text(member))[1]
 
 
-async def _tenants(session: Asks, key: str) -> AsyncIterator[bytes]:
-    async for tenant in _scanned(session, key):
-        yield f"{key}:".encode() + tenant
+async def _in_tenants_lines(session: Asks, key: str) -> AsyncIterator[bytes]:
+    """Documents in the lines of a level's tenants, given the key of the tenants."""
+    async for tenant, _ in _scanned(session, "ZSCAN", key):
+        async for body in _listed(session, f"{key}:".encode() + tenant):
+            yield body
 
 
-async def _scanned(session: Asks, key: str) -> AsyncIterator[bytes]:
-    """Members of a sorted set."""
+async def _scanned(session: Asks, command: str, key: str) -> AsyncIterator[Any]:
+    """What a command with a cursor finds: SSCAN members, ZSCAN members with their scores."""
     cursor: Any = 0
     while True:
-        cursor, pairs = await session.ask("ZSCAN", key, cursor, "COUNT", PAGE)
-        for member, _ in pairs:
-            yield member
+        cursor, page = await session.ask(command, key, cursor, "COUNT", PAGE)
+        for each in page:
+            yield each
         if not int(cursor):
             return
 

@@ -133,7 +133,7 @@ async def _sent(
 async def emit(
     sender: ClaimSettlement, homes: Mapping[str, QueueKeys], batches: Sequence[OutputBatch], *, spread: bool = False
 ) -> list[Settled | None]:
-    """Append to the outputs of claims that hold; see `streamworker.job_output.Outputs.emit`.
+    """Append to the outputs of claims that hold; see `streamworker.results.Outputs.emit`.
 
     Args:
         sender: of the worker, in its mode.

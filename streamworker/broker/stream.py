@@ -13,7 +13,7 @@ import msgspec
 from redis import exceptions as redis_errors
 
 from streamworker.broker import listings, scripts
-from streamworker.broker.base import RENEW_BATCH, RedisBroker, promote, standby
+from streamworker.broker.base import RENEW_BATCH, RedisBroker, ScriptCall, promote
 from streamworker.broker.claim import StreamOptions
 from streamworker.broker.keys import UNKNOWN_EPOCH, QueueKeys, document, worker_key
 from streamworker.broker.order import sweep
@@ -138,19 +138,9 @@ class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
         self._renewal_failed = (self._renewal_failed - homes) | down.keys()
         return lost
 
-    def standby(self, longest: float) -> bytes | None:
+    def _renewals(self) -> tuple[scripts.LuaScript, list[ScriptCall]]:
         args = [self._group, self._source.consumer, int(self._options.lease * 1000)]
-        calls = [([place], args) for place in self._keys_by_place]
-        return standby(
-            self._session.address,
-            scripts.KEEP,
-            calls,
-            self._name,
-            permits=[keys.permits for keys in self._keys],
-            worker=self._source.consumer,
-            lease=self._options.lease,
-            longest=longest,
-        )
+        return scripts.KEEP, [([place], args) for place in self._keys_by_place]
 
     def _sender(self) -> StreamSettlement:
         return StreamSettlement(self._session.pool, self._group, self._source.consumer)

@@ -12,6 +12,7 @@ import msgspec
 from streamworker.errors import ConfigurationError, UsageError
 from streamworker.postgres import Attempt, JobRecord, Wanted
 from streamworker.postgres.encoding import stored_id, within_python
+from streamworker.postgres.enqueue import NOW
 from streamworker.postgres.ledger import BATCH, PRUNABLE, PRUNE
 from streamworker.postgres.pool import Database, open_database
 from streamworker.postgres.sqlstate import understood
@@ -35,7 +36,6 @@ select hop, deliveries, attempt, worker_id, {within_python("started_at")} as sta
 from streamworker.job_logs where job_id = $1 and queue_name in ($2, '') order by hop, deliveries"""  # noqa: S608
 
 # A job that waits in Redis is claimed once more and acknowledged unrun: workers look every job up before they run it.
-NOW: Final = "select extract(epoch from clock_timestamp())"
 CANCEL: Final = """
 update streamworker.jobs
 set status = 'cancelled', finished_at = now(), updated_at = now()

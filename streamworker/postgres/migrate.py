@@ -35,6 +35,7 @@ LOCK: Final = 0x73_77_6D_69_67  # "swmig": any number that no other program uses
 """The advisory lock by which migrators exclude each other."""
 POLL: Final = 0.05
 LOCK_WAIT: Final = 300.0
+"""Seconds to wait for another migrator."""
 TELL: Final = 1.0
 """Seconds after which it is said that another migrator is waited for, and who that is."""
 AGAIN: Final = 30.0
@@ -48,7 +49,6 @@ where l.locktype = 'advisory' and l.granted and l.objsubid = 1
   and l.database = (select oid from pg_database where datname = current_database())
 limit 1
 """
-"""Seconds to wait for another migrator."""
 _NAME: Final = re.compile(r"(\d{4})_[a-z0-9_]+\.sql")
 _OFF: Final = "-- transaction: off"
 _NEXT: Final = re.compile(r"^-- next$", re.MULTILINE)

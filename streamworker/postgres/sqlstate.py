@@ -47,8 +47,6 @@ _UNABLE: Final = ("53", "57", "58", "F0", "XX")
 _VALUES: Final = (ValueError, ArithmeticError, TypeError, RecursionError, struct.error)
 # Errors of poolers that cannot reach a server, and of clients whose connection broke.
 _BROKEN: Final = ("connection is closed", "connection was closed", "pool is clos", "released back to the pool")
-
-
 _NO_SERVER_CODES: Final = ("08", "57P01", "57P02", "57P03", "57P05", "25P03", "53300")
 
 

@@ -23,7 +23,7 @@ from streamworker.broker import HeldKeys, Limiter, OrderKeys, ServerClock
 from streamworker.errors import Unreachable
 from streamworker.execution import CANCELLED, EXPIRED, OUT_OF_TURN, Execution
 from streamworker.handlers import Handlers, Registration
-from streamworker.job import Deferred, Postponed, UnknownKind
+from streamworker.job import Deferred, Outcome, Postponed, UnknownKind
 from streamworker.limits import AcquireRequest, AcquireResult, Limit, Quota
 from streamworker.loops import Pause
 from streamworker.telemetry.logs import get_logger
@@ -111,14 +111,23 @@ class Admission:
             self._gate.close(within)
 
 
+class Successor(Protocol):
+    """What takes a run in when the stage before it has admitted it."""
+
+    def put(self, run: Execution) -> None:
+        """Take a run in."""
+
+
 class Gate(ABC):
     """Admits runs by what the broker answers about all of one queue that wait: a group commit.
 
     Args:
+        successor: the next stage.
         completion: takes jobs that do not start now.
     """
 
-    def __init__(self, completion: Completion) -> None:
+    def __init__(self, successor: Successor, completion: Completion) -> None:
+        self._successor = successor
         self._completion = completion
         self._waiting: list[Execution] = []
         self._wake = asyncio.Event()
@@ -166,6 +175,22 @@ class Gate(ABC):
         self._waiting = [run for run in self._waiting if run not in wanted]
         return waiting & wanted
 
+    def _admit(self, asked: list[Execution], answers: list[bool], refusal: Outcome) -> None:
+        """Admit each run whose answer is yes; the others end with the refusal."""
+        mine = self._taken(asked)
+        for run, yes in zip(asked, answers, strict=True):
+            if run in mine:
+                if run.outcome is None and not yes:
+                    run.outcome = refusal
+                self._pass_on(run)
+
+    def _pass_on(self, run: Execution) -> None:
+        """Give a run to the next stage, unless it has an outcome: its claim may have been lost meanwhile."""
+        if run.outcome is None:
+            self._successor.put(run)
+        else:
+            self._completion.finish(run)
+
     @abstractmethod
     async def _turn(self, queue: str, asked: list[Execution]) -> None:
         """One request, for runs of one queue."""
@@ -185,10 +210,9 @@ class DueCheck(Gate):
     """
 
     def __init__(self, broker: ServerClock, executor: Executor, successor: OrderGate, completion: Completion) -> None:
-        super().__init__(completion)
+        super().__init__(successor, completion)
         self._broker = broker
         self._executor = executor
-        self._successor = successor
 
     def put(self, run: Execution) -> None:
         """Take a run in; one with a ``run_at`` or an ``expires_at`` waits for the server's clock."""
@@ -208,10 +232,7 @@ class DueCheck(Gate):
             self._judge(run, now, asked_at)
             if run.outcome is None:
                 self._executor.decode(run)
-            if run.outcome is None:
-                self._successor.put(run)
-            else:  # not due, not decodable, or its claim was lost meanwhile
-                self._completion.finish(run)
+            self._pass_on(run)
 
     @staticmethod
     def _judge(run: Execution, now: float, asked_at: float) -> None:
@@ -244,9 +265,8 @@ class OrderGate(Gate):
     """
 
     def __init__(self, broker: OrderKeys, successor: LimitGate | HeldGate, completion: Completion) -> None:
-        super().__init__(completion)
+        super().__init__(successor, completion)
         self._broker = broker
-        self._successor = successor
 
     def put(self, run: Execution) -> None:
         """Take a run in; one with an order key waits for the answer which job holds it."""
@@ -257,17 +277,7 @@ class OrderGate(Gate):
 
     async def _turn(self, queue: str, asked: list[Execution]) -> None:
         jobs = [(run.facts.order, run.job_id) for run in asked if run.facts is not None]
-        turns = await self._broker.turns(queue, jobs)
-        mine = self._taken(asked)
-        for run, holds in zip(asked, turns, strict=True):
-            if run not in mine:
-                continue
-            if run.outcome is None and not holds:
-                run.outcome = OUT_OF_TURN
-            if run.outcome is None:
-                self._successor.put(run)
-            else:
-                self._completion.finish(run)
+        self._admit(asked, await self._broker.turns(queue, jobs), OUT_OF_TURN)
 
 
 class HeldGate(Gate):
@@ -280,9 +290,8 @@ class HeldGate(Gate):
     """
 
     def __init__(self, broker: HeldKeys, successor: Batcher | JobTasks, completion: Completion) -> None:
-        super().__init__(completion)
+        super().__init__(successor, completion)
         self._broker = broker
-        self._successor = successor
 
     def put(self, run: Execution) -> None:
         """Take a run in; one with such a key waits for the answer whether it may start."""
@@ -297,17 +306,7 @@ class HeldGate(Gate):
             for run in asked
             if run.facts is not None
         ]
-        answers = await self._broker.begin(queue, jobs)
-        mine = self._taken(asked)
-        for run, begins in zip(asked, answers, strict=True):
-            if run not in mine:
-                continue
-            if run.outcome is None and not begins:
-                run.outcome = CANCELLED
-            if run.outcome is None:
-                self._successor.put(run)
-            else:
-                self._completion.finish(run)
+        self._admit(asked, await self._broker.begin(queue, jobs), CANCELLED)
 
 
 class LimitGate:

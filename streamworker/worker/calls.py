@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any, Final, ParamSpec, TypeAlias, TypeVar
@@ -42,7 +43,8 @@ PARENT_LOOK: Final = 0.5
 """Seconds between looks whether the worker lives, where the kernel does not tell."""
 Answer: TypeAlias = tuple[bool, Any, str]
 """Whether the handler returned; what it returned or raised; the traceback, or why the result cannot be sent."""
-
+Begins: TypeAlias = Callable[[], datetime | None]
+"""Called when a handler's clock starts; returns its deadline."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -135,27 +137,25 @@ class HandlerProcesses:
             registration: of a handler with ``process=True``.
             payload: decoded.
             context: of the job.
-            begins: called when a process is free: the handler's clock starts. Returns its deadline.
+            begins: called when a process is free.
 
         Raises:
             ProcessDied: the process ended without an answer.
             BaseException: what the handler raised.
         """
         if self._free is None:
-            self._free = anyio.CapacityLimiter(max(1, os.cpu_count() or 1))
+            self._free = anyio.CapacityLimiter(os.cpu_count() or 1)
         async with self._free:
-            seen = None
+            seen, limiter = None, anyio.CapacityLimiter(1)  # anyio's own would count all jobs of this process
             try:
                 # A new process takes a second to start and to import: no handler's time.
-                await anyio.to_process.run_sync(
-                    ready, registration.function, cancellable=True, limiter=anyio.CapacityLimiter(1)
-                )
+                await anyio.to_process.run_sync(ready, registration.function, cancellable=True, limiter=limiter)
                 deadline = begins()
                 if registration.wants_context:
                     seen = self._reports.follow(context, deadline)
                 returned, value, trace = await anyio.to_process.run_sync(
                     in_process, os.getpid(), registration.function, payload, seen,
-                    cancellable=True, limiter=anyio.CapacityLimiter(1),
+                    cancellable=True, limiter=limiter,
                 )  # fmt: skip
             except anyio.BrokenWorkerProcess as error:
                 raise ProcessDied(f"the process of {registration.name} ended without an answer") from error.__cause__
@@ -172,9 +172,6 @@ class HandlerProcesses:
     def close(self) -> None:
         """Receive no more reports. The processes end with the event loop."""
         self._reports.close()
-
-
-Begins: TypeAlias = Callable[[], datetime | None]
 
 
 class RemoteTraceback(Exception):
@@ -284,14 +281,9 @@ def _sendable(error: BaseException) -> BaseException:
         return HandlerError(describe(error))
 
 
-_watched: list[int] = []
-
-
+@cache  # once in each process
 def _end_with(worker: int) -> None:
     """Let this process end when the worker does, whatever it computes."""
-    if _watched:
-        return
-    _watched.append(worker)
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, prctl(2)
     else:

@@ -25,6 +25,11 @@ BATCH_BYTES: Final = 262_144
 """What a job may have unsent; then ``emit`` waits until the server has taken some of it."""
 _STEP: Final = 0.5
 """Seconds between looks of a thread that waits, whether its job was cancelled."""
+_ROUNDS: Final = 10
+"""Most batches of a run that is about to be settled: it has three at most, unless its threads go on."""
+LOST: Final = (
+    "the claim of this job was lost and it runs elsewhere by now: what this run emits is refused, let the handler end"
+)
 
 
 class RunOutput:
@@ -229,10 +234,3 @@ class OutputBuffer:
         self._progress.set()
         if self._task is not None:
             await asyncio.wait([self._task], timeout=1)
-
-
-LOST: Final = (
-    "the claim of this job was lost and it runs elsewhere by now: what this run emits is refused, let the handler end"
-)
-_ROUNDS: Final = 10
-"""Most batches of a run that is about to be settled: it has three at most, unless its threads go on."""

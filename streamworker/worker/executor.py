@@ -136,7 +136,6 @@ class Executor:
         if registration is None or reading is None:
             raise AssertionError("a run must be prepared before its payload is decoded")
         try:
-            run.special = True
             run.payload = registration.decode(reading.payload)
         except BaseException as error:  # noqa: BLE001 - as in `prepare`
             run.outcome = _undecodable(run, error)
@@ -271,24 +270,22 @@ class Executor:
         run.deadline = context.deadline_at = None
 
         def begins() -> datetime | None:
-            if run.facts is not None and run.facts.limits.timeout is not None:
-                run.deadline = context.deadline_at = monotonic() + run.facts.limits.timeout
+            _start_clock(run, context)
             return context.deadline
 
         return await self.processes.call(registration, run.payload, context, begins)
 
     async def _in_thread(self, run: Execution, context: Context[Any]) -> Any:
         """Run a sync handler in a thread. Its clock starts there; it cannot be stopped."""
-        registration, facts = run.registration, run.facts
-        if registration is None or facts is None:
+        registration = run.registration
+        if registration is None:
             raise AssertionError("a run must be prepared before it is called")
         ended = 0.0
 
         def body() -> Outcome:
             nonlocal ended
             run.thread = threading.get_ident()
-            if facts.limits.timeout is not None:
-                run.deadline = context.deadline_at = monotonic() + facts.limits.timeout
+            _start_clock(run, context)
             try:
                 arguments = (run.payload, context) if registration.wants_context else (run.payload,)
                 outcome: Outcome = Ok(registration.function(*arguments))
@@ -333,7 +330,13 @@ class Executor:
         if reading.max_attempts is not None:
             limits = msgspec.structs.replace(limits, max_attempts=max(1, reading.max_attempts))
         key = reading.key if reading.unique in UNTIL and isinstance(reading.key, str) else ""
-        return Facts(reading.attempt_count or 0, limits, self._unknown_kind_ttl, key=key, tied=bool(key))
+        return Facts(reading.attempt_count or 0, limits, self._unknown_kind_ttl, key=key)
+
+
+def _start_clock(run: Execution, context: Context[Any]) -> None:
+    """Set the deadline of a handler that begins now, beside the event loop."""
+    if run.facts is not None and run.facts.limits.timeout is not None:
+        run.deadline = context.deadline_at = monotonic() + run.facts.limits.timeout
 
 
 def _take_lines(run: Execution, reading: DocumentFields, registration: Registration | None) -> None:
@@ -344,7 +347,7 @@ def _take_lines(run: Execution, reading: DocumentFields, registration: Registrat
             raise InvalidJob(f"the document is no job: a key of its lines has more than {MOST_KEY_BYTES} bytes")
     if order and run.facts is not None:
         halts = registration is not None and registration.payload.__halts__
-        run.facts = msgspec.structs.replace(run.facts, order=order, halts=halts, tied=True)
+        run.facts = msgspec.structs.replace(run.facts, order=order, halts=halts)
         run.special = True  # whether it is its turn, only the server knows
     if fair and not reading.hop and run.claim.count == 1 and run.outcome is None:
         run.outcome = OUT_OF_TURN

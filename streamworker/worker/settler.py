@@ -315,8 +315,8 @@ def facts_of(run: Execution) -> dict[str, str | int]:
 def judged(run: Execution, now: float) -> SettleRequest:
     """The ending of a run. One that cannot be judged is dead: it would block everything behind it."""
     facts = run.facts
-    if run.outcome is OK and facts is not None and facts.limits.result_ttl is None and not facts.tied:  # nearly all
-        return SettleRequest(run.claim, DONE)
+    if run.outcome is OK and facts is not None and facts.limits.result_ttl is None and not (facts.order or facts.key):
+        return SettleRequest(run.claim, DONE)  # nearly all
     try:
         return in_order(run, ending(run, now=now, jitter=random.random()))  # noqa: S311 - spreads load
     except BaseException as error:  # noqa: BLE001 - a hostile document or error object; its bytes are kept
@@ -352,7 +352,7 @@ def ending(run: Execution, *, now: float, jitter: float) -> SettleRequest:
     outcome = run.outcome
     if outcome is OK or isinstance(outcome, Ok):
         if (keep := keeping(run)) is None:
-            return finished(run)
+            return _done(run)
         note, key = results.completed(outcome.value), run.facts.key if run.facts is not None else ""
         return SettleRequest(run.claim, DONE, None, run.job_id, run.kind, note=note, keep=keep, key=key)
     if outcome is None or run.facts is None:
@@ -364,7 +364,7 @@ def ending(run: Execution, *, now: float, jitter: float) -> SettleRequest:
     match verdict:
         case Done():
             known_end = isinstance(outcome, Recorded) and outcome.ended
-            return finished(run) if known_end else SettleRequest(run.claim, verdict)
+            return _done(run) if known_end else SettleRequest(run.claim, verdict)
         case Drop():
             return SettleRequest(run.claim, verdict, None, run.job_id, run.kind, keep=keeping(run) or 0.0)
         case Expire() | Dead():
@@ -384,10 +384,13 @@ def ending(run: Execution, *, now: float, jitter: float) -> SettleRequest:
 
 def finished(run: Execution) -> SettleRequest:
     """The ending of a job that is done, here or before: keys that it holds until then are free."""
+    return in_order(run, _done(run))
+
+
+def _done(run: Execution) -> SettleRequest:
     if run.facts is None or not run.facts.key:
-        return in_order(run, SettleRequest(run.claim, DONE))
-    request = SettleRequest(run.claim, DONE, None, run.job_id, run.kind, note=results.COMPLETED, key=run.facts.key)
-    return in_order(run, request)
+        return SettleRequest(run.claim, DONE)
+    return SettleRequest(run.claim, DONE, None, run.job_id, run.kind, note=results.COMPLETED, key=run.facts.key)
 
 
 def keeping(run: Execution) -> float | None:

@@ -204,5 +204,5 @@ def test_what_did_not_run_is_not_counted():
 @pytest.mark.parametrize(("ended", "order"), [(True, "o-1"), (False, "")])
 def test_an_order_key_stays_with_the_later_hop_of_its_job(ended, order):
     made = run(Recorded(DONE, "superseded", ended=ended), {"id": "i", "order_key": "o-1"})
-    made.facts = msgspec.structs.replace(made.facts, order="o-1", tied=True)
+    made.facts = msgspec.structs.replace(made.facts, order="o-1")
     assert judged(made, NOW).order == order

@@ -15,7 +15,7 @@ FILES = sorted(FOLDER.glob("*.lua"))
 TAKES_KEYS = {  # functions of the prelude to the positions of their parameters that are keys
     "pending_entry": [0], "read_only": [0], "keep": [0, 3], "add": [1], "park": [4, 5, 6, 7], "leases_of": [0],
     "appointed": [0], "outlive": [0], "base_of": [0], "level_of": [0], "fill": [1], "let_go": [0],
-    "append": [0],
+    "append": [0], "announce": [0], "put_off": [0, 1],
 }  # fmt: skip
 KEYED = re.compile(
     r"redis\.p?call\(\s*'([A-Z]+)'(?:\s*,\s*'(GROUPS|CREATE|DELCONSUMER|CREATECONSUMER|STREAM|CONSUMERS)')?\s*,\s*([^,)]+)"

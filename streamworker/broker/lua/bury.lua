@@ -50,8 +50,9 @@ for i = 2, #ARGV, 13 do
       redis.call('XACK', KEYS[1], group, id)
       redis.call('XDEL', KEYS[1], id)
       keep(KEYS[3 + #result], ARGV[i + 10], ARGV[i + 11])
-      bereave('stream', base_of(KEYS[2]), entry and job_in(entry[2]) or '', ARGV[i + 3], ARGV[i + 12] == '1')
-      release(base_of(KEYS[2]), entry and job_in(entry[2]))
+      local base, body = base_of(KEYS[2]), entry and job_in(entry[2]) or ''
+      bereave('stream', base, body, ARGV[i + 3], ARGV[i + 12] == '1')
+      release(base, body)
       result[#result + 1], settled = 1, settled + 1
     end
   end

@@ -16,7 +16,6 @@
 --
 -- returns one number a claim: 1 settled, 0 lost; or the error why it was refused
 local now = now_ms()
-local HELD = 7 * 86400000 -- ms a deduplication key stays at least that is held until its job ends
 local result, left, ended = {}, 0, {}
 
 local function holds(member, wrapper)
@@ -35,7 +34,7 @@ for i = 1, #ARGV, 5 do
     local job = { ARGV[i + 3], ARGV[i + 4] }
     local err = park(job, tonumber(ARGV[i + 2]), now, 'list', KEYS[3], KEYS[4], KEYS[5], KEYS[8])
     if not err then
-      prolong(base_of(KEYS[4]), job[2], math.max(0, tonumber(ARGV[i + 2])) + HELD)
+      prolong(base_of(KEYS[4]), job[2], tonumber(ARGV[i + 2]))
       if wrapper == '' then
         ended[#ended + 1] = member
       else

@@ -13,7 +13,6 @@
 -- returns one number a claim: 1 settled, 0 lost; or the error why it was refused
 local group = ARGV[1]
 local now = now_ms()
-local HELD = 7 * 86400000 -- ms a deduplication key stays at least that is held until its job ends
 local result, settled = {}, 0
 
 for i = 2, #ARGV, 6 do
@@ -26,7 +25,7 @@ for i = 2, #ARGV, 6 do
     local job = { ARGV[i + 4], ARGV[i + 5] }
     local err = park(job, tonumber(ARGV[i + 3]), now, 'stream', KEYS[1], KEYS[2], KEYS[3], KEYS[4])
     if not err then
-      prolong(base_of(KEYS[2]), job[2], math.max(0, tonumber(ARGV[i + 3])) + HELD)
+      prolong(base_of(KEYS[2]), job[2], tonumber(ARGV[i + 3]))
       redis.call('XACK', KEYS[1], group, id)
       redis.call('XDEL', KEYS[1], id)
       settled = settled + 1

@@ -71,11 +71,11 @@ local function release(base, body)
   if name then let_go(base .. ':key:' .. name, id) end
 end
 
--- A job goes on: its deduplication key, if it is held until the job ends, stays for `ms` at least.
-local function prolong(base, body, ms)
+-- A job goes on after `delay` ms: its deduplication key, if it is held until the job ends, stays for a week longer at least.
+local function prolong(base, body, delay)
   local name, id = held_in(body)
   if not name then return end
-  local key = base .. ':key:' .. name
+  local key, ms = base .. ':key:' .. name, math.max(0, delay) + 7 * 86400000
   if redis.pcall('GET', key) == id and redis.call('PTTL', key) < ms then
     redis.call('PEXPIRE', key, string.format('%d', ms))
   end
@@ -336,9 +336,20 @@ local function unhalt(shape, base, body)
   end
 end
 
+-- A job that was parked for `delay` ms is published if it is the first to be due: on the channel named like the due set.
+local function announce(due, member, delay)
+  if redis.call('ZRANGE', due, 0, 0)[1] == member then redis.pcall('PUBLISH', due, string.format('%d', delay)) end
+end
+
+-- Store a job of a producer that is due at `at`, ms since the epoch.
+local function put_off(due, bodies, member, body, at, now)
+  redis.call('HSET', bodies, member, body)
+  redis.call('ZADD', due, string.format('%d', at), member)
+  announce(due, member, math.max(0, at - now))
+end
+
 -- Park a job for `delay` ms, or make it ready at once: for a negative delay (-2: by way of its tenant's line), and if it was
--- called for its limit meanwhile. A job that becomes the first to be due is published on the channel named like the due set,
--- as the ms until then. Returns the error why it cannot be stored, else false.
+-- called for its limit meanwhile. Returns the error why it cannot be stored, else false.
 local function park(job, delay, now, shape, key, due, bodies, calls)
   local member, body = job[1], job[2]
   if delay < 0 or type(redis.pcall('ZSCORE', calls, member)) == 'string' then
@@ -351,7 +362,7 @@ local function park(job, delay, now, shape, key, due, bodies, calls)
     redis.call('HDEL', bodies, member)
     return err
   end
-  if redis.call('ZRANGE', due, 0, 0)[1] == member then redis.pcall('PUBLISH', due, string.format('%d', delay)) end
+  announce(due, member, delay)
   return false
 end
 

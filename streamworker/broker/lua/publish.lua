@@ -32,11 +32,7 @@ for i = 2, #ARGV, 7 do
     local due = 0
     if string.sub(at, 1, 1) == '+' then due = now + tonumber(string.sub(at, 2)) elseif at ~= '' then due = tonumber(at) end
     if due > now then
-      redis.call('HSET', KEYS[5], ARGV[i + 2], body)
-      redis.call('ZADD', KEYS[4], string.format('%d', due), ARGV[i + 2])
-      if redis.call('ZRANGE', KEYS[4], 0, 0)[1] == ARGV[i + 2] then
-        redis.pcall('PUBLISH', KEYS[4], string.format('%d', due - now))
-      end
+      put_off(KEYS[4], KEYS[5], ARGV[i + 2], body, due, now)
     else
       local reply = enter(ARGV[1], base_of(KEYS[4]), level_of(KEYS[tonumber(ARGV[i])]), body, 'new')
       if failed(reply) then return reply end

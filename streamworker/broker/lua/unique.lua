@@ -33,18 +33,10 @@ local function hold(key, mark, id, since, due, life)
   redis.call('SET', mark, string.format('%d', since), 'PX', ms)
 end
 
-local function wait_for(member, body, due)
-  redis.call('HSET', KEYS[5], member, body)
-  redis.call('ZADD', KEYS[4], string.format('%d', due), member)
-  if redis.call('ZRANGE', KEYS[4], 0, 0)[1] == member then
-    redis.pcall('PUBLISH', KEYS[4], string.format('%d', math.max(0, due - now)))
-  end
-end
-
 local function store(i, k, since)
   local id, body, due = ARGV[i + 3], ARGV[i + 8], due_at(i, since)
   if due > now then
-    wait_for(ARGV[i] .. '/' .. id .. '/' .. ARGV[i + 9], body, due)
+    put_off(KEYS[4], KEYS[5], ARGV[i] .. '/' .. id .. '/' .. ARGV[i + 9], body, due, now)
   else
     local reply = enter(ARGV[1], base, ARGV[i], body, 'new')
     if failed(reply) then return reply end
@@ -70,7 +62,8 @@ local function replace(i, k, earlier)
       redis.call('ZREM', KEYS[4], member)
       redis.call('HDEL', KEYS[5], member)
     end
-    wait_for(mine, '{"id":' .. cjson.encode(earlier) .. string.sub(ARGV[i + 8], tonumber(ARGV[i + 7]) + 1), due)
+    local body = '{"id":' .. cjson.encode(earlier) .. string.sub(ARGV[i + 8], tonumber(ARGV[i + 7]) + 1)
+    put_off(KEYS[4], KEYS[5], mine, body, due, now)
     hold(KEYS[k], base .. ':held:' .. earlier, earlier, since, due, ARGV[i + 2])
     return 'rewritten'
   end
