@@ -20,6 +20,7 @@ import psycopg_pool
 import pytest
 import sqlalchemy
 from django.conf import settings
+from django.db.backends.signals import connection_created
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
     AsyncSession,
@@ -332,8 +333,19 @@ class Django(Stack):
     @asynccontextmanager
     async def source(self, url):
         self.configure(url)
-        yield django.db.connection
-        self.close()
+        made: list[psycopg.Connection] = []
+
+        def keep(connection: Any, **_: Any) -> None:
+            made.append(connection.connection)
+
+        connection_created.connect(keep)
+        try:
+            yield django.db.connection
+        finally:
+            connection_created.disconnect(keep)
+            self.close()
+            for each in made:  # also of threads: they end without closing theirs
+                each.close()
 
     @asynccontextmanager
     async def open(self, source):

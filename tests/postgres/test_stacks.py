@@ -343,15 +343,8 @@ async def test_a_commit_whose_answer_is_lost_is_looked_up(stack, database_url, l
                 await stack.execute(given, "insert into effect values (1)")
                 proxy.cut(b"COMMIT", after=cut == "reply")
 
-        def in_thread() -> None:
-            try:
-                at_once(work())
-            finally:
-                if isinstance(stack, Django):
-                    stack.close()  # which each thread has to do for itself
-
         async def done() -> None:
-            await (asyncio.to_thread(in_thread) if stack.blocking else work())
+            await (asyncio.to_thread(at_once, work()) if stack.blocking else work())
 
         if cut == "reply":
             await done()
