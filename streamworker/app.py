@@ -1,15 +1,12 @@
-"""App: the public API. It is composed of its handlers, an `AppConnection` and a `Producer`; `wiring` makes the rest."""
+"""App: the public API. It is composed of its handlers, a connection and a `Producer`, which `wiring` makes."""
 
 from __future__ import annotations
 
-import asyncio
-import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from time import monotonic
 from typing import Any, TypeAlias, overload
 
-import anyio
 import msgspec
 from redis.asyncio import Redis
 from typing_extensions import TypeVar, Unpack
@@ -26,163 +23,12 @@ from streamworker.operators import CancelAnswer, cancel_job, database_of, open_o
 from streamworker.payload import AnyPayload
 from streamworker.postgres import Archive, JobRecord
 from streamworker.postgres.migrate import Migrator, printed, shipped
-from streamworker.producer import JobOptions, Producer, job_of, make_job, refuse_patched, running_loop
+from streamworker.producer import JobOptions, Producer, job_of, make_job, refuse_patched
 from streamworker.settings import FairWeight, Settings
-from streamworker.wiring import RelayProcess, Scheduler
+from streamworker.wiring import AppConnection
 from streamworker.worker.executor import Middleware
 from streamworker.worker.host import WorkerResources
-
-
-class AppConnection:
-    """What an app has open while it is entered: its broker, and its ledger from the first question on.
-
-    Connections belong to the event loop that made them: on any other loop every method that uses one refuses.
-
-    Args:
-        settings: the app's; those of the environment unless given.
-        handlers: tell which queues there are.
-    """
-
-    def __init__(self, settings: Settings | None, handlers: Handlers[Any]) -> None:
-        self.settings = settings
-        """Those of the app; ``None`` until those of the environment are read."""
-        self._handlers = handlers
-        self._in_force = settings or Settings()
-        self._redis: Redis | str | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._entries = 0
-        self._lock = threading.Lock()
-        self._opening = anyio.Lock()
-        self._stack: AsyncExitStack | None = None
-        self._broker: WorkerBroker | None = None
-        self._archive: Archive | None = None
-        self._looked = False
-
-    @property
-    def loop(self) -> asyncio.AbstractEventLoop | None:
-        """The event loop it is open on; ``None`` while it is not open."""
-        return self._loop
-
-    def resolve(self, settings: Settings | None) -> Settings:
-        """``settings``, else those of the app, else those of the environment, read once.
-
-        Raises:
-            ConfigurationError: the environment holds a wrong setting.
-        """
-        if settings is None and self.settings is None:
-            self.settings = Settings.load()
-        return wiring.fit_mode(settings or self.settings or Settings())
-
-    def rules(self) -> Settings:
-        """The settings in force, or that would be."""
-        return self._in_force if self._broker is not None else self.resolve(None)
-
-    async def enter(self, settings: Settings, redis: Redis | str | None) -> None:
-        """Open the broker, once however often it is entered.
-
-        Raises:
-            UsageError: it is open on another event loop.
-        """
-        with self._lock:
-            if self._entries:
-                self._require_own_loop()
-            self._loop = asyncio.get_running_loop()
-            self._entries += 1  # from now on it is this loop's, also while it is being opened
-        try:
-            async with self._opening:
-                if self._stack is None:
-                    async with AsyncExitStack() as stack:
-                        address, _ = await wiring.open_checked_servers(stack, settings, redis)
-                        broker = wiring.make_broker(settings, address, self._handlers.queues)
-                        stack.push_async_callback(broker.close)
-                        await broker.open()
-                        self._stack, self._broker = stack.pop_all(), broker
-                        self._in_force, self._redis = settings, redis
-        except BaseException:
-            self._entries -= 1
-            self._free_loop()
-            raise
-
-    async def leave(self) -> None:
-        """Close everything when left as often as entered."""
-        self._entries -= 1
-        if self._entries == 0 and self._stack is not None:
-            stack, self._stack, self._broker = self._stack, None, None
-            await stack.aclose()
-        self._free_loop()
-
-    def _free_loop(self) -> None:
-        with self._lock:
-            if not self._entries:
-                self._loop = None
-
-    def _require_own_loop(self) -> None:
-        if running_loop() is not self._loop:
-            raise UsageError("this app is open on another event loop: make an App per loop, or call enqueue_blocking()")
-
-    def broker(self) -> WorkerBroker | None:
-        """The app's broker; ``None`` while it is not open.
-
-        Raises:
-            UsageError: it is open on another event loop.
-        """
-        if self._broker is not None:
-            self._require_own_loop()
-        return self._broker
-
-    async def add(self, connection: Any, jobs: Sequence[Job], settings: Settings, *, blocking: bool) -> list[Enqueued]:
-        """Add jobs to the caller's PostgreSQL transaction."""
-        return await wiring.add_in_transaction(connection, jobs, settings, blocking=blocking)
-
-    @asynccontextmanager
-    async def elsewhere(self) -> AsyncIterator[AppConnection]:
-        """The same servers, opened on another event loop."""
-        settings = self._in_force if self._stack is not None else self.resolve(None)
-        other = AppConnection(settings, Handlers())
-        await other.enter(settings, self._redis)
-        try:
-            yield other
-        finally:
-            await other.leave()
-
-    async def archive(self) -> Archive | None:
-        """The ledger, if the settings name one and it is there; looked for once.
-
-        Raises:
-            UsageError: the app is not open, or open on another event loop.
-        """
-        stack, settings = self._opened("do this")
-        if not self._looked:
-            self._keep(stack, await wiring.find_archive(stack, settings))
-        return self._archive
-
-    async def required_archive(self) -> Archive:
-        """The ledger.
-
-        Raises:
-            UsageError: the app is not open, or open on another event loop.
-            ConfigurationError: there is no database, or it has no schema streamworker.
-        """
-        stack, settings = self._opened("find")
-        archive = self._archive
-        if archive is None:
-            archive = await require_archive(stack, settings)
-            self._keep(stack, archive)
-        return archive
-
-    def _opened(self, what: str) -> tuple[AsyncExitStack, Settings]:
-        if self._stack is None:
-            raise UsageError(f"the app is not open: {what} inside `async with app:`")
-        self._require_own_loop()
-        return self._stack, self._in_force
-
-    def _keep(self, stack: AsyncExitStack, archive: Archive | None) -> None:
-        self._archive, self._looked = archive, True
-        stack.callback(self._forget_archive)
-
-    def _forget_archive(self) -> None:
-        self._archive, self._looked = None, False
-
+from streamworker.worker.relay_process import RelayProcess, Scheduler
 
 S = TypeVar("S", default=Any)
 Lifespan: TypeAlias = Callable[[], AbstractAsyncContextManager[S]]

@@ -1,21 +1,22 @@
 """Composition root: settings to broker, operator, relay, ledger and bridge. The only place that knows modes, concrete
-brokers and PostgreSQL.
+brokers and PostgreSQL. `AppConnection` is what an app has open.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AsyncExitStack
-from datetime import datetime
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal
 
 import anyio
 import asyncpg
 import msgspec
 from redis.asyncio import Redis
 
-from streamworker.broker import CronStore, Finding
+from streamworker.broker import Finding, WorkerBroker
 from streamworker.broker.dispatcher import RedisDispatcher
 from streamworker.broker.keys import ListKeys, QueueKeys
 from streamworker.broker.list_bridge import BridgeOptions, ListBridge
@@ -24,11 +25,11 @@ from streamworker.broker.lists_brpop import BrpopBroker
 from streamworker.broker.redis.client import RedisAddress
 from streamworker.broker.stream import StreamBroker
 from streamworker.cron import Schedule
-from streamworker.errors import ConfigurationError, StreamworkerError
+from streamworker.errors import ConfigurationError, StreamworkerError, UsageError
+from streamworker.handlers import Handlers
 from streamworker.job import Enqueued, Job
-from streamworker.loops import Pause
-from streamworker.operators import broker_options, database_of, open_servers
-from streamworker.postgres import enqueue
+from streamworker.operators import broker_options, database_of, open_servers, require_archive
+from streamworker.postgres import Archive, enqueue
 from streamworker.postgres.adapters import connection_of
 from streamworker.postgres.archive import SCHEMA_LOOK, PostgresArchive, open_archive, schema_is_there
 from streamworker.postgres.ledger import PostgresLedger
@@ -46,145 +47,15 @@ from streamworker.postgres.pool import (
     require_same_database,
 )
 from streamworker.postgres.sqlstate import understood
-from streamworker.producer import refuse_patched
-from streamworker.relay import Dispatcher, Outbox
-from streamworker.relay.loss_detector import LossDetector, missing
-from streamworker.relay.relay import Listener, Relay
+from streamworker.producer import refuse_patched, running_loop
+from streamworker.relay import Dispatcher
+from streamworker.relay.relay import Listener
 from streamworker.settings import EMBEDDED, Settings
 from streamworker.telemetry.logs import get_logger
 from streamworker.worker.host import Relays, WorkerResources
-from streamworker.worker.scheduler import CronLoop
+from streamworker.worker.relay_process import NothingToRelay, RelayProcess, Scheduler
 
 log = get_logger("streamworker.ledger")
-relay_log = get_logger("streamworker.relay")
-
-NEW_QUEUES: Final = 5.0
-"""Seconds between looks for queues that were not there before."""
-
-
-class SchedulerStore(CronStore, Protocol):
-    """What a scheduler needs of Redis."""
-
-    async def promote(self, queues: Sequence[str]) -> float:
-        """Move due jobs to their queues; seconds until the next is due."""
-
-    async def queues(self) -> list[str]:
-        """All queues of the namespace."""
-
-
-class Scheduler:
-    """What makes jobs ready when their time comes, where no worker may be: due jobs of all queues, and an app's ticks.
-
-    Args:
-        dispatcher: where the jobs are.
-        schedules: of the app; none where no app is known.
-        settings: how large a job may be.
-    """
-
-    dispatched: Final = 0
-    """Jobs it took from a ledger."""
-
-    def __init__(self, dispatcher: SchedulerStore, schedules: Sequence[Schedule], settings: Settings) -> None:
-        self._dispatcher, self._schedules, self._settings = dispatcher, schedules, settings
-
-    async def run(self, stopping: anyio.Event) -> None:
-        """Promote and tick until stopped; no command to Redis is cancelled."""
-        async with anyio.create_task_group() as loops:
-            loops.start_soon(self._promote, stopping)
-            loops.start_soon(CronLoop(self._dispatcher, self._schedules, self._settings, stopping).run)
-
-    async def _promote(self, stopping: anyio.Event) -> None:
-        pause = Pause()
-        while not stopping.is_set():
-            try:
-                seconds = await self._dispatcher.promote(await self._dispatcher.queues())
-                pause.reset()
-            except Exception as error:  # noqa: BLE001 - goes on when the server does
-                relay_log.error("promotion_failed", error=str(error))
-                await pause.wait(stopping)
-                continue
-            with anyio.move_on_after(min(seconds, NEW_QUEUES)):
-                await stopping.wait()
-
-
-class RelayProcess:
-    """A relay, its loss detector, and perhaps a scheduler.
-
-    Args:
-        outbox: where jobs wait.
-        dispatcher: where they go.
-        listener: tells of commits, if anything does.
-        lease: seconds a running job may take to finish after a sign of loss.
-        queues: those that this process serves.
-        scheduler: runs beside it, if there is one.
-    """
-
-    def __init__(
-        self,
-        outbox: Outbox,
-        dispatcher: Dispatcher,
-        *,
-        listener: Listener | None,
-        lease: float,
-        queues: Sequence[str] = (),
-        scheduler: Scheduler | None = None,
-    ) -> None:
-        self._dispatcher = dispatcher
-        self.outbox: Final = outbox
-        self._scheduler = scheduler
-        self._ending = anyio.Event()
-        self._loss_detector = LossDetector(outbox, dispatcher, self._ending, lease=lease, queues=tuple(queues))
-        self.relay: Final = Relay(
-            outbox, dispatcher, self._ending, listener=listener, loss_detector=self._loss_detector
-        )
-
-    async def run(self, stopping: anyio.Event) -> None:
-        """Relay until stopped. What is under way is finished first: no command to Redis is cancelled."""
-        async with anyio.create_task_group() as loops:
-            loops.start_soon(self.relay.run)
-            loops.start_soon(self._loss_detector.run)
-            if self._scheduler is not None:
-                loops.start_soon(self._scheduler.run, self._ending)
-            await stopping.wait()
-            self._ending.set()
-            self.relay.wake()
-            self._loss_detector.wake()
-
-    async def unsent(self) -> bool:
-        """Whether jobs that are due have not reached their queues yet; then they are looked for now."""
-        return await self.relay.unsent()
-
-    @property
-    def dispatched(self) -> int:
-        """Jobs it has dispatched."""
-        return self.relay.dispatched
-
-    @property
-    def trouble(self) -> str | None:
-        """Why nothing is relayed although both servers answer."""
-        return self._loss_detector.trouble
-
-    async def known(self) -> list[str]:
-        """The queues of the ledger."""
-        return sorted(queue.name for queue in await self.outbox.queues())
-
-    async def missing(self, queue: str) -> tuple[list[str], datetime]:
-        """(ids of open jobs of a queue that are nowhere in Redis, the moment the look began)."""
-        before = await self.outbox.now()
-        return await missing(self.outbox, self._dispatcher, queue, before), before
-
-
-class NothingToRelay:
-    """The relay of a worker that has none."""
-
-    trouble: Final = None
-
-    async def run(self, stopping: anyio.Event) -> None:
-        """Nothing to do."""
-
-    async def unsent(self) -> bool:
-        """Nothing is."""
-        return False
 
 
 async def open_relaying(
@@ -541,3 +412,154 @@ async def add_in_transaction(
     other = "await app.enqueue(..., connection=...)" if blocking else "call app.enqueue_blocking(..., connection=...)"
     made = await connection_of(connection, blocking=blocking, instead=other)
     return await enqueue.enqueue(made, jobs, max_bytes=settings.max_job_bytes, key_ttl=settings.key_ttl)
+
+
+class AppConnection:
+    """What an app has open while it is entered: its broker, and its ledger from the first question on.
+
+    Connections belong to the event loop that made them: on any other loop every method that uses one refuses.
+
+    Args:
+        settings: the app's; those of the environment unless given.
+        handlers: tell which queues there are.
+    """
+
+    def __init__(self, settings: Settings | None, handlers: Handlers[Any]) -> None:
+        self.settings = settings
+        """Those of the app; ``None`` until those of the environment are read."""
+        self._handlers = handlers
+        self._in_force = settings or Settings()
+        self._redis: Redis | str | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._entries = 0
+        self._lock = threading.Lock()
+        self._opening = anyio.Lock()
+        self._stack: AsyncExitStack | None = None
+        self._broker: WorkerBroker | None = None
+        self._archive: Archive | None = None
+        self._looked = False
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        """The event loop it is open on; ``None`` while it is not open."""
+        return self._loop
+
+    def resolve(self, settings: Settings | None) -> Settings:
+        """``settings``, else those of the app, else those of the environment, read once.
+
+        Raises:
+            ConfigurationError: the environment holds a wrong setting.
+        """
+        if settings is None and self.settings is None:
+            self.settings = Settings.load()
+        return fit_mode(settings or self.settings or Settings())
+
+    def rules(self) -> Settings:
+        """The settings in force, or that would be."""
+        return self._in_force if self._broker is not None else self.resolve(None)
+
+    async def enter(self, settings: Settings, redis: Redis | str | None) -> None:
+        """Open the broker, once however often it is entered.
+
+        Raises:
+            UsageError: it is open on another event loop.
+        """
+        with self._lock:
+            if self._entries:
+                self._require_own_loop()
+            self._loop = asyncio.get_running_loop()
+            self._entries += 1  # from now on it is this loop's, also while it is being opened
+        try:
+            async with self._opening:
+                if self._stack is None:
+                    async with AsyncExitStack() as stack:
+                        address, _ = await open_checked_servers(stack, settings, redis)
+                        broker = make_broker(settings, address, self._handlers.queues)
+                        stack.push_async_callback(broker.close)
+                        await broker.open()
+                        self._stack, self._broker = stack.pop_all(), broker
+                        self._in_force, self._redis = settings, redis
+        except BaseException:
+            self._entries -= 1
+            self._free_loop()
+            raise
+
+    async def leave(self) -> None:
+        """Close everything when left as often as entered."""
+        self._entries -= 1
+        if self._entries == 0 and self._stack is not None:
+            stack, self._stack, self._broker = self._stack, None, None
+            await stack.aclose()
+        self._free_loop()
+
+    def _free_loop(self) -> None:
+        with self._lock:
+            if not self._entries:
+                self._loop = None
+
+    def _require_own_loop(self) -> None:
+        if running_loop() is not self._loop:
+            raise UsageError("this app is open on another event loop: make an App per loop, or call enqueue_blocking()")
+
+    def broker(self) -> WorkerBroker | None:
+        """The app's broker; ``None`` while it is not open.
+
+        Raises:
+            UsageError: it is open on another event loop.
+        """
+        if self._broker is not None:
+            self._require_own_loop()
+        return self._broker
+
+    async def add(self, connection: Any, jobs: Sequence[Job], settings: Settings, *, blocking: bool) -> list[Enqueued]:
+        """Add jobs to the caller's PostgreSQL transaction."""
+        return await add_in_transaction(connection, jobs, settings, blocking=blocking)
+
+    @asynccontextmanager
+    async def elsewhere(self) -> AsyncIterator[AppConnection]:
+        """The same servers, opened on another event loop."""
+        settings = self._in_force if self._stack is not None else self.resolve(None)
+        other = AppConnection(settings, Handlers())
+        await other.enter(settings, self._redis)
+        try:
+            yield other
+        finally:
+            await other.leave()
+
+    async def archive(self) -> Archive | None:
+        """The ledger, if the settings name one and it is there; looked for once.
+
+        Raises:
+            UsageError: the app is not open, or open on another event loop.
+        """
+        stack, settings = self._opened("do this")
+        if not self._looked:
+            self._keep(stack, await find_archive(stack, settings))
+        return self._archive
+
+    async def required_archive(self) -> Archive:
+        """The ledger.
+
+        Raises:
+            UsageError: the app is not open, or open on another event loop.
+            ConfigurationError: there is no database, or it has no schema streamworker.
+        """
+        stack, settings = self._opened("find")
+        archive = self._archive
+        if archive is None:
+            archive = await require_archive(stack, settings)
+            self._keep(stack, archive)
+        return archive
+
+    def _opened(self, what: str) -> tuple[AsyncExitStack, Settings]:
+        if self._stack is None:
+            raise UsageError(f"the app is not open: {what} inside `async with app:`")
+        self._require_own_loop()
+        return self._stack, self._in_force
+
+    def _keep(self, stack: AsyncExitStack, archive: Archive | None) -> None:
+        self._archive, self._looked = archive, True
+        stack.callback(self._forget_archive)
+
+    def _forget_archive(self) -> None:
+        self._archive, self._looked = None, False

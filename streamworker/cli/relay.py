@@ -10,8 +10,8 @@ from streamworker.app import App
 from streamworker.cli.app_loader import load_app, loop_options, with_own
 from streamworker.cli.options import WORKER, WorkerFlags
 from streamworker.telemetry.logs import get_logger
-from streamworker.wiring import Scheduler
 from streamworker.worker import signals
+from streamworker.worker.relay_process import Scheduler
 
 log = get_logger("streamworker.relay")
 

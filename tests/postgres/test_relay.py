@@ -23,7 +23,8 @@ from streamworker.postgres.outbox import PostgresOutbox
 from streamworker.postgres.pool import open_database
 from streamworker.relay import Dispatch
 from streamworker.relay.relay import Relay
-from streamworker.wiring import RelayProcess, Scheduler, listener_for
+from streamworker.wiring import listener_for
+from streamworker.worker.relay_process import RelayProcess, Scheduler
 from tests import forkserver
 from tests.conftest import eventually
 from tests.postgres.working import settings_for, working
