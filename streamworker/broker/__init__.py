@@ -34,7 +34,7 @@ class SettleRequest(msgspec.Struct, frozen=True, gc=False):
         member: member of the due set under which the job waits for a limit; empty if it waits for none.
         note: result note of a job that has ended for good, see `streamworker.results`; ``None`` notes only the verdict.
         keep: seconds for which the note can be read; 0 only publishes it.
-        order: order key of a job that has ended for good, which is passed on; empty without one. Needs a ``note``.
+        order: order key of a job that has ended for good, which is passed on; empty without one.
         halts: a dead job keeps its order key until it is replayed or deleted.
         key: deduplication key that a finished job frees; other endings take it from the document.
     """

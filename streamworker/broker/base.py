@@ -108,7 +108,7 @@ class RedisBroker(ABC, Generic[K, I]):
             return
         pairs = [part for tenant, weight in self._options.fair_weights for part in (f"weight:{tenant}", repr(weight))]
         for keys in self._keys:
-            await self._session.ask("HSET", keys.fair, "weighted", "1", *pairs)
+            await self._session.ask("HSET", keys.fair, *pairs)
 
     @property
     def _heartbeat_ms(self) -> int:

@@ -154,11 +154,14 @@ class QueueKeys(msgspec.Struct, frozen=True):
 
     @property
     def fair(self) -> str:
-        """Hash: virtual time and number of waiting jobs of each level, weights of tenants."""
+        """Hash: virtual time of each level, weights of tenants, number of the last job that joined a line."""
         return f"{self.base}:fair"
 
-    def tenants(self, level: Level) -> str:
-        """Sorted set: tenant to its virtual time in a level; behind this name and a colon, its line: a list."""
+    def fair_line(self, level: Level) -> str:
+        """Sorted set: job in a tenant's line, as 16 digits and document, to its start in virtual time.
+
+        Behind this name and ``:tenants``: tenant to the end of its last one.
+        """
         return f"{self.base}:fair:{level}"
 
     def result(self, job_id: str) -> str:

@@ -27,7 +27,7 @@ from streamworker.broker.redis.cluster import ClusterReader
 from streamworker.broker.redis.connection import Reader
 from streamworker.broker.redis.reactions import Reaction, clustered, reaction_to, row_of, understood
 from streamworker.broker.redis.session import BLOCK, Session
-from streamworker.broker.settle import Code, dead_letter_fields, freed, kept_at, note, parking, tell
+from streamworker.broker.settle import Code, dead_letter_fields, freed, kept_at, lines_of, note, parking, tell
 from streamworker.broker.stream import forget_leases, tidy_pause
 from streamworker.errors import ConfigurationError, StreamworkerError, UsageError
 from streamworker.job import Claim, Depth
@@ -408,13 +408,20 @@ class ListSettlement:
         return leased(claim, self._worker), wrapped(claim)
 
     async def done(self, keys: QueueKeys, items: list[SettleRequest]) -> list[Code]:
+        return await self._done(scripts.LIST_DONE, keys, items, [])
+
+    async def done_in_order(self, keys: QueueKeys, items: list[SettleRequest]) -> list[Code]:
+        return await self._done(scripts.LIST_DONE_IN_ORDER, keys, items, lines_of(items))
+
+    async def _done(
+        self, script: scripts.LuaScript, keys: QueueKeys, items: list[SettleRequest], args: list[Any]
+    ) -> list[Code]:
         lists = as_lists(keys)
-        args: list[Any] = []
         for item in items:
             args += self._fence(item.claim)
         names = [lists.claimed(self._worker), lists.leases, lists.meta]
         codes: list[Code]
-        *codes, waited = await scripts.LIST_DONE(self._client, names, args)
+        *codes, waited = await script(self._client, names, args)
         self.waited = bool(waited)
         return codes
 

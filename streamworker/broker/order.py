@@ -72,7 +72,7 @@ async def _ids(session: Asks, keys: QueueKeys) -> AsyncIterator[str]:
         read = _listed if isinstance(keys, ListKeys) else _streamed
         async for body in read(session, keys.ready(level)):
             yield codec.told_of(body)[0] or ""
-        async for body in _in_tenants_lines(session, keys.tenants(level)):
+        async for body in _in_tenants_lines(session, keys.fair_line(level)):
             yield codec.told_of(body)[0] or ""
     async for job_id in _claimed(session, keys):
         yield job_id
@@ -105,7 +105,7 @@ async def in_lines(session: Asks, keys: QueueKeys) -> AsyncIterator[bytes]:
         async for element in _listed(session, keys.order_line("").encode() + key):
             yield of_line(element)[2]
     for level in LEVELS:
-        async for body in _in_tenants_lines(session, keys.tenants(level)):
+        async for body in _in_tenants_lines(session, keys.fair_line(level)):
             yield body
 
 
@@ -115,10 +115,9 @@ async def _parked(session: Asks, keys: QueueKeys) -> AsyncIterator[str]:
 
 
 async def _in_tenants_lines(session: Asks, key: str) -> AsyncIterator[bytes]:
-    """Documents in the lines of a level's tenants, given the key of the tenants."""
-    async for tenant, _ in _scanned(session, "ZSCAN", key):
-        async for body in _listed(session, f"{key}:".encode() + tenant):
-            yield body
+    """Documents in the lines of a level's tenants."""
+    async for member, _ in _scanned(session, "ZSCAN", key):
+        yield member[16:]
 
 
 async def _scanned(session: Asks, command: str, key: str) -> AsyncIterator[Any]:

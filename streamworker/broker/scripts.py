@@ -44,7 +44,7 @@ class LuaScript:
         self.name: Final = name
         text = _LUA.joinpath(f"{name}.lua").read_text("utf-8")
         if inner:  # another script, which this one calls as a function
-            text = f"local function inner()\n{_LUA.joinpath(f'{inner}.lua').read_text('utf-8')}end\n{text}"
+            text = f"local function inner(KEYS, ARGV)\n{_LUA.joinpath(f'{inner}.lua').read_text('utf-8')}end\n{text}"
         self.text: Final = _with_prelude(text)
         self.sha: Final = sha1(self.text.encode(), usedforsecurity=False).hexdigest()  # what EVALSHA asks for
 
@@ -68,6 +68,7 @@ CRON: Final = LuaScript("cron")
 DEPTH: Final = LuaScript("depth")
 DISPATCH: Final = LuaScript("dispatch")
 DONE: Final = LuaScript("done")
+DONE_IN_ORDER: Final = LuaScript("done_in_order", inner="done")
 EMIT: Final = LuaScript("emit")
 FAIR_CLAIM: Final = LuaScript("fair_claim", inner="claim")
 FAIR_TAKE: Final = LuaScript("fair_take", inner="list_take")
@@ -83,6 +84,7 @@ LIST_BURY: Final = LuaScript("list_bury")
 LIST_CONFIRM: Final = LuaScript("list_confirm")
 LIST_DEPTH: Final = LuaScript("list_depth")
 LIST_DONE: Final = LuaScript("list_done")
+LIST_DONE_IN_ORDER: Final = LuaScript("list_done_in_order", inner="list_done")
 LIST_EMIT: Final = LuaScript("list_emit")
 LIST_FINISH: Final = LuaScript("list_finish")
 LIST_KEEP: Final = LuaScript("list_keep")

@@ -26,7 +26,9 @@ BATCH: Final = 500
 """Most claims of one script call, so that it does not block the server for long."""
 EMIT_BATCH: Final = 100
 """Most jobs whose output one script call appends to, for the same reason."""
-_STAGES: Final[dict[type, int]] = {Done: 0, Drop: 1, Expire: 1, RetryAt: 2, ReleaseAt: 2, Dead: 3}
+_STAGES: Final[dict[type, int]] = {Done: 0, Drop: 2, Expire: 2, RetryAt: 3, ReleaseAt: 3, Dead: 4}
+IN_ORDER: Final = 1
+"""Stage of finished jobs with order keys, the last that tells callers in a call of its own."""
 _CODES: Final = (Settled.LOST, Settled.SETTLED)
 BISECTIONS: Final = 12
 """Most script calls of one batch that may fail before the rest of it is put off."""
@@ -38,10 +40,13 @@ class ClaimSettlement(Protocol):
     """Settles claims of one worker, all of one ready key; answers a code for each, in order."""
 
     waited: bool
-    """Whether a caller waited for jobs of the queue to end, when `done` was last called."""
+    """Whether a caller waited for jobs of the queue to end, when jobs were last finished."""
 
     async def done(self, keys: QueueKeys, items: list[SettleRequest]) -> list[Code]:
         """Delete finished claims."""
+
+    async def done_in_order(self, keys: QueueKeys, items: list[SettleRequest]) -> list[Code]:
+        """Delete finished claims of jobs with order keys, and pass these on."""
 
     async def tell(self, keys: QueueKeys, items: list[SettleRequest]) -> None:
         """Publish to waiting callers that jobs are finished."""
@@ -79,13 +84,15 @@ async def settle(
     groups: dict[tuple[int, str], list[int]] = {}
     for index, item in enumerate(items):
         stage = _STAGES[type(item.verdict)]
-        if stage == 0 and item.note is not None:  # a result is kept, or an order key is passed on
-            stage = 1
+        if stage == 0 and item.note is not None:  # a result is kept, or a deduplication key is freed
+            stage = _STAGES[Drop]
+        elif stage == 0 and item.order:
+            stage = IN_ORDER
         key = stage, item.claim.place
         if (group := groups.get(key)) is None:
             group = groups[key] = []
         group.append(index)
-    stages = (sender.done, sender.finish, sender.park, sender.bury)
+    stages = (sender.done, sender.done_in_order, sender.finish, sender.park, sender.bury)
     results = [Settled.LOST] * len(items)
     for (stage, place), indexes in sorted(groups.items()):
         for batch in _batches(indexes):
@@ -97,7 +104,7 @@ async def settle(
                     refusals.setdefault(homes[place].queue, Refusal(error, cure_of(error)))
                 else:
                     results[index] = _CODES[code]
-            if stage == 0 and sender.waited:
+            if stage <= IN_ORDER and sender.waited:
                 told = [items[index] for index, code in zip(batch, codes, strict=True) if code == 1]
                 await sender.tell(homes[place], told)
     return results
@@ -178,16 +185,22 @@ class StreamSettlement:
         self.waited = False
 
     async def done(self, keys: QueueKeys, items: list[SettleRequest]) -> list[Code]:
-        args: list[Any] = [self._group, self._consumer, ""]
+        args = self._fences(items)
+        return self._codes(items, await scripts.DONE(self._client, [items[0].claim.place, keys.meta], args))
+
+    async def done_in_order(self, keys: QueueKeys, items: list[SettleRequest]) -> list[Code]:
+        args = lines_of(items) + self._fences(items)
+        return self._codes(items, await scripts.DONE_IN_ORDER(self._client, [items[0].claim.place, keys.meta], args))
+
+    def _fences(self, items: list[SettleRequest]) -> list[Any]:
         claims = [item.claim for item in items]
         same = claims[0].count
         if all(claim.count == same for claim in claims):  # nearly always 1: half of the texts to send
-            args[2] = same
-            args += [claim.entry for claim in claims]
-        else:
-            for claim in claims:
-                args += (claim.entry, claim.count)
-        waited, *lost = await scripts.DONE(self._client, [claims[0].place, keys.meta], args)
+            return [self._group, self._consumer, same, *[claim.entry for claim in claims]]
+        return [self._group, self._consumer, "", *[part for claim in claims for part in (claim.entry, claim.count)]]
+
+    def _codes(self, items: list[SettleRequest], reply: list[int]) -> list[Code]:
+        waited, *lost = reply
         self.waited = bool(waited)
         codes: list[Code] = [1] * len(items)
         for number in lost:
@@ -233,6 +246,11 @@ class StreamSettlement:
             args += (batch.claim.entry, batch.claim.count, batch.attempt, batch.offset, batch.count, batch.chunks)
         names = [batches[0].claim.place, *(keys.output(batch.job_id) for batch in batches)]
         return list(await scripts.EMIT(self._client, names, args))
+
+
+def lines_of(items: Sequence[SettleRequest]) -> list[Any]:
+    """Their number, order keys and job ids, as the scripts take them that pass the keys on."""
+    return [len(items), *(item.order for item in items), *(item.job_id for item in items)]
 
 
 async def tell(client: scripts.AsyncCaller, keys: QueueKeys, items: Iterable[SettleRequest]) -> None:

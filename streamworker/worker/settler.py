@@ -315,8 +315,10 @@ def facts_of(run: Execution) -> dict[str, str | int]:
 def judged(run: Execution, now: float) -> SettleRequest:
     """The ending of a run. One that cannot be judged is dead: it would block everything behind it."""
     facts = run.facts
-    if run.outcome is OK and facts is not None and facts.limits.result_ttl is None and not (facts.order or facts.key):
-        return SettleRequest(run.claim, DONE)  # nearly all
+    if run.outcome is OK and facts is not None and facts.limits.result_ttl is None and not facts.key:
+        if not facts.order:
+            return SettleRequest(run.claim, DONE)  # nearly all
+        return SettleRequest(run.claim, DONE, job_id=run.job_id, order=facts.order)
     try:
         return in_order(run, ending(run, now=now, jitter=random.random()))  # noqa: S311 - spreads load
     except BaseException as error:  # noqa: BLE001 - a hostile document or error object; its bytes are kept
@@ -331,8 +333,7 @@ def in_order(run: Execution, item: SettleRequest) -> SettleRequest:
         return item
     if isinstance(item.verdict, Done) and isinstance(run.outcome, Recorded) and not run.outcome.ended:
         return item  # a later hop of the job goes on, and has the key
-    note = b"" if item.note is None and isinstance(item.verdict, Done) else item.note  # published to callers that wait
-    return msgspec.structs.replace(item, job_id=run.job_id, note=note, order=facts.order, halts=facts.halts)
+    return msgspec.structs.replace(item, job_id=run.job_id, order=facts.order, halts=facts.halts)
 
 
 def _where(error: str) -> str:

@@ -105,7 +105,7 @@ def _request(claim: Any, job: str, key: str, how: str) -> SettleRequest:
     if how == "back":
         return SettleRequest(claim, ReleaseAt(), body, job)
     if how == "done":
-        return SettleRequest(claim, Done(), job_id=job, note=b"" if key else None, order=key)
+        return SettleRequest(claim, Done(), job_id=job, order=key)
     if how == "drop":
         return SettleRequest(claim, Drop(), job_id=job, order=key)
     return SettleRequest(claim, Dead("why"), job_id=job, order=key, halts=how == "halt")

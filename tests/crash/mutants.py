@@ -111,14 +111,14 @@ MUTANTS: Final = (
         "order",
         "stream",
         "a job that is done keeps its order key",
-        ((_LUA + "finish.lua", "if ARGV[i + 6] ~= '' then pass_on(", "if false then pass_on("),),
+        ((_LUA + "done_in_order.lua", "if orders[1] then pass_on(", "if false then pass_on("),),
         ("test_order.py",),
     ),
     Mutant(
         "list order",
         "list",
         "a job that is done keeps its order key",
-        ((_LUA + "list_finish.lua", "if ARGV[i + 6] ~= '' then pass_on(", "if false then pass_on("),),
+        ((_LUA + "list_done_in_order.lua", "if orders[1] then pass_on(", "if false then pass_on("),),
         ("test_order.py",),
     ),
     Mutant(

@@ -154,7 +154,10 @@ def _install_stream() -> None:
             "text": script.text,
             "list": WITNESSES,
         }
-        _replace(script, _WRAP % facts)
+        wrapped = _WRAP % facts
+        if name == "DONE":
+            _replace_inner(scripts.DONE_IN_ORDER, script, wrapped)
+        _replace(script, wrapped)
     _replace(scripts.RECLAIM, _SWEEP % {"text": scripts.RECLAIM.text, "list": WITNESSES})
 
 
@@ -162,7 +165,10 @@ def _install_list() -> None:
     for name, shape in _LIST_SHAPES.items():
         script = getattr(scripts, name)
         after = shape["after"] % {**_loop(script.text), **shape, "list": WITNESSES}
-        _replace(script, _LIST_WRAP % {"text": script.text, "after": after})
+        wrapped = _LIST_WRAP % {"text": script.text, "after": after}
+        if name == "LIST_DONE":
+            _replace_inner(scripts.LIST_DONE_IN_ORDER, script, wrapped)
+        _replace(script, wrapped)
 
 
 def _loop(text: str) -> dict[str, str]:
@@ -173,6 +179,13 @@ def _loop(text: str) -> dict[str, str]:
     first, step = loops[-1]
     step = step.replace("size", "tonumber(ARGV[1])").replace("step", "(tonumber(ARGV[3]) and 1 or 2)")
     return {"first": first, "step": step}
+
+
+def _replace_inner(outer: Any, inner: Any, wrapped: str) -> None:
+    """Wrap a script where another one calls it: there it has the keys and arguments that it has by itself."""
+    text = scripts._LUA.joinpath(f"{inner.name}.lua").read_text("utf-8")
+    assert outer.text.count(text) == 1
+    _replace(outer, outer.text.replace(text, wrapped))
 
 
 def _replace(script: Any, text: str) -> None:

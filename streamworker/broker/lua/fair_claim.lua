@@ -8,7 +8,7 @@
 for q = 1, tonumber(ARGV[4]) do
   if redis.pcall('HGET', KEYS[q], 'fair') == '1' then fill('stream', KEYS[q], tonumber(ARGV[3])) end
 end
-local reply = inner()
+local reply = inner(KEYS, ARGV)
 for q = 1, tonumber(ARGV[4]) do
   if redis.pcall('HGET', KEYS[q], 'fair') == '1' then fill('stream', KEYS[q], 0) end
 end

@@ -9,14 +9,13 @@
 --            key that remembers a minute longer for how long a note was kept. Behind them deduplication keys
 -- ARGV[1]    group
 -- ARGV[2]    consumer
--- ARGV[3..]  seven a claim: entry id, delivery count, job id, ms to keep the note (0: not at all), note ("": it is completed, for callers that wait), number of the
+-- ARGV[3..]  seven a claim: entry id, delivery count, job id, ms to keep the note (0: not at all), note, number of the
 --            deduplication key in KEYS (0: none, or it stays), order key ("": none)
 --
 -- returns one number a claim: 1 settled, 0 lost
 local group, consumer = ARGV[1], ARGV[2]
 local result, settled = {}, 0
 local marked = redis.pcall('EXISTS', KEYS[2]) == 1
-local waits = type(redis.pcall('HGET', KEYS[3], 'waits')) == 'string'
 
 for i = 3, #ARGV, 7 do
   local id = ARGV[i]
@@ -26,14 +25,10 @@ for i = 3, #ARGV, 7 do
     redis.call('XACK', KEYS[1], group, id)
     redis.call('XDEL', KEYS[1], id)
     if marked then redis.pcall('ZREM', KEYS[2], ARGV[i + 2]) end
-    if ARGV[i + 4] ~= '' then
-      keep(KEYS[4 + 2 * #result], ARGV[i + 3], ARGV[i + 4], KEYS[5 + 2 * #result])
-    elseif waits then
-      keep(KEYS[4 + 2 * #result], '0', '{"status":"completed"}')
-    end
+    keep(KEYS[4 + 2 * #result], ARGV[i + 3], ARGV[i + 4], KEYS[5 + 2 * #result])
     local k = tonumber(ARGV[i + 5])
     if k > 0 then let_go(KEYS[k], ARGV[i + 2]) end
-    if ARGV[i + 6] ~= '' then pass_on('stream', base_of(KEYS[3]), ARGV[i + 6], ARGV[i + 2]) end
+    if ARGV[i + 6] ~= '' then pass_on('stream', base_of(KEYS[3]), { ARGV[i + 6] }, { ARGV[i + 2] }) end
     result[#result + 1], settled = 1, settled + 1
   else
     result[#result + 1] = 0

@@ -9,27 +9,22 @@
 -- KEYS[5..] two a claim: result note of its job, which is also the channel on which it is published; and
 --           key that remembers a minute longer for how long a note was kept. Behind them deduplication keys
 -- ARGV     seven a claim: its member in the lease set, its string in the claimed list ("": it was popped), job id, ms to keep
---          the note (0: not at all), note ("": it is completed, for callers that wait), number of the deduplication key in KEYS (0: none, or it stays), order
+--          the note (0: not at all), note, number of the deduplication key in KEYS (0: none, or it stays), order
 --          key ("": none)
 --
 -- returns one number a claim: 1 settled, 0 lost
 local result, left = {}, 0
 local marked = redis.pcall('EXISTS', KEYS[4]) == 1
-local waits = type(redis.pcall('HGET', KEYS[3], 'waits')) == 'string'
 
 for i = 1, #ARGV, 7 do
   local gone = ARGV[i + 1] == '' and 1 or redis.call('LREM', KEYS[1], 1, ARGV[i + 1])
   if gone == 1 then
     redis.call('ZREM', KEYS[2], ARGV[i])
     if marked then redis.pcall('ZREM', KEYS[4], ARGV[i + 2]) end
-    if ARGV[i + 4] ~= '' then
-      keep(KEYS[5 + 2 * #result], ARGV[i + 3], ARGV[i + 4], KEYS[6 + 2 * #result])
-    elseif waits then
-      keep(KEYS[5 + 2 * #result], '0', '{"status":"completed"}')
-    end
+    keep(KEYS[5 + 2 * #result], ARGV[i + 3], ARGV[i + 4], KEYS[6 + 2 * #result])
     local k = tonumber(ARGV[i + 5])
     if k > 0 then let_go(KEYS[k], ARGV[i + 2]) end
-    if ARGV[i + 6] ~= '' then pass_on('list', base_of(KEYS[3]), ARGV[i + 6], ARGV[i + 2]) end
+    if ARGV[i + 6] ~= '' then pass_on('list', base_of(KEYS[3]), { ARGV[i + 6] }, { ARGV[i + 2] }) end
   end
   result[#result + 1], left = gone, left + gone
 end

@@ -165,37 +165,31 @@ local function flow_of(body)
   return order, fair, id, tonumber(job.hop) or 0
 end
 
--- Move up to `most` jobs of a level from its tenants' lines to its ready key: start-time fair queuing. The tenant with the
--- least virtual time is next, and one job costs it 1 / weight. A tenant without jobs leaves when it is next, so that coming and
--- going gains nothing; the level's virtual time is that of the last start. Returns how many were moved.
+-- Move up to `most` jobs of a level from its tenants' lines to its ready key, in the order of their starts in virtual time, see
+-- `join`; the level's virtual time is that of the last one. In a stream they are marked: an idle worker that reads one makes the
+-- next one ready. Returns how many were moved.
 local function pull(shape, base, level, most)
-  local set, state = base .. ':fair:' .. level, base .. ':fair'
-  local weighted = redis.call('HGET', state, 'weighted')
-  local ready, moved, gone, now = ready_of(shape, base, level), 0, 0, nil
-  while gone < 1000 do
-    local tenant, start = unpack(redis.call('ZRANGE', set, 0, 0, 'WITHSCORES'))
-    if not tenant or moved >= most and redis.call('EXISTS', set .. ':' .. tenant) == 1 then break end
-    local body = redis.call('LPOP', set .. ':' .. tenant)
-    if body then
-      local added
-      if shape == 'list' then added = redis.pcall('LPUSH', ready, body) else
-        added = redis.pcall('XADD', ready, '*', 'job', body, 'line', '1')
-      end
-      if failed(added) then
-        redis.call('LPUSH', set .. ':' .. tenant, body)
-        break
-      end
-      local weight = weighted and tonumber(redis.call('HGET', state, 'weight:' .. tenant) or '') or 1
-      redis.call('ZINCRBY', set, string.format('%.17g', 1 / weight), tenant)
-      moved = moved + 1
-    else
-      redis.call('ZREM', set, tenant)
-      gone = gone + 1
+  if most < 1 then return 0 end
+  local set, tenants = base .. ':fair:' .. level, base .. ':fair:' .. level .. ':tenants'
+  local ready, moved = ready_of(shape, base, level), 0
+  local rows = redis.call('ZPOPMIN', set, most)
+  for r = 1, #rows, 2 do
+    local body, added = string.sub(rows[r], 17), nil
+    if shape == 'list' then added = redis.pcall('LPUSH', ready, body) else
+      added = redis.pcall('XADD', ready, '*', 'job', body, 'line', '1')
     end
-    now = start
+    if failed(added) then break end
+    moved = moved + 1
   end
-  if now then redis.call('HSET', state, 'now:' .. level, now) end
-  if moved > 0 then redis.call('HINCRBY', state, 'lines:' .. level, -moved) end
+  for r = 2 * moved + 1, #rows, 2 do redis.call('ZADD', set, rows[r + 1], rows[r]) end -- what cannot be stored stays in its line
+  if moved == 0 then return 0 end
+  local now = rows[2 * moved]
+  redis.call('HSET', base .. ':fair', 'now:' .. level, now)
+  if moved == #rows / 2 and redis.call('EXISTS', set) == 0 then
+    redis.call('UNLINK', tenants)
+  else
+    redis.call('ZREMRANGEBYSCORE', tenants, '-inf', now)
+  end
   return moved
 end
 
@@ -216,33 +210,42 @@ end
 local function fill(shape, key, most)
   local base, left = base_of(key), 0
   for _, level in ipairs({ 'high', 'normal', 'low' }) do
-    if redis.call('EXISTS', base .. ':fair:' .. level) == 1 then
-      pull(shape, base, level, most + 1 - unclaimed(shape, base, level))
-      left = left + tonumber(redis.call('HGET', base .. ':fair', 'lines:' .. level) or 0)
-    end
+    local waiting = redis.call('ZCARD', base .. ':fair:' .. level)
+    if waiting > 0 then left = left + waiting - pull(shape, base, level, most + 1 - unclaimed(shape, base, level)) end
   end
-  if left <= 0 then redis.call('HDEL', key, 'fair') end
+  if left == 0 then redis.call('HDEL', key, 'fair') end
   return left
 end
 
 -- Numbers of a queue's jobs in the lines of order keys, and in those of tenants.
 local function in_lines(base)
   local waiting, tenants = redis.pcall('HGET', base .. ':meta', 'waiting'), 0
-  local lines = redis.pcall('HMGET', base .. ':fair', 'lines:high', 'lines:normal', 'lines:low')
-  for k = 1, 3 do tenants = tenants + (tonumber(lines[k] or 0) or 0) end
+  for _, level in ipairs({ 'high', 'normal', 'low' }) do
+    local count = redis.pcall('ZCARD', base .. ':fair:' .. level)
+    if not failed(count) then tenants = tenants + count end
+  end
   return type(waiting) == 'string' and tonumber(waiting) or 0, tenants
 end
 
--- Put a job at the end of its tenant's line. While lines have jobs, their level has a ready one, for which workers wait.
--- Returns the reply, which may be an error.
+-- Put a job at the end of its tenant's line: start-time fair queuing. A job starts, in the virtual time of its level, when its
+-- tenant's last one ends, and at once if that has ended; it takes 1 / weight. All lines of a level are one sorted set by these
+-- starts, and a number in front of each document keeps those apart that start at one time. While lines have jobs, their level
+-- has a ready one, for which workers wait. Returns the reply, which may be an error.
 local function join(shape, base, level, fair, body)
-  local set, state = base .. ':fair:' .. level, base .. ':fair'
-  local reply = redis.pcall('RPUSH', set .. ':' .. fair, body)
+  local set, tenants = base .. ':fair:' .. level, base .. ':fair:' .. level .. ':tenants'
+  local state = base .. ':fair'
+  local number = redis.pcall('HINCRBY', state, 'number', 1)
+  if failed(number) then return number end
+  local told = redis.call('HMGET', state, 'now:' .. level, 'weight:' .. fair)
+  local ends = redis.call('ZSCORE', tenants, fair)
+  local start = math.max(tonumber(told[1] or 0), tonumber(ends or 0))
+  local reply = redis.pcall('ZADD', set, string.format('%.17g', start), string.format('%016d', number) .. body)
   if failed(reply) then return reply end
-  redis.call('ZADD', set, 'NX', redis.call('HGET', state, 'now:' .. level) or '0', fair)
-  redis.call('HSET', base .. ':meta', 'fair', '1')
-  local lines = redis.call('HINCRBY', state, 'lines:' .. level, 1)
-  if lines == 1 and unclaimed(shape, base, level) == 0 then pull(shape, base, level, 1) end
+  redis.call('ZADD', tenants, string.format('%.17g', start + 1 / (tonumber(told[2] or '') or 1)), fair)
+  if redis.call('ZCARD', set) == 1 then
+    redis.call('HSET', base .. ':meta', 'fair', '1')
+    if unclaimed(shape, base, level) == 0 then pull(shape, base, level, 1) end
+  end
   return reply
 end
 
@@ -280,32 +283,39 @@ local function enter(shape, base, level, body, how)
   return reply
 end
 
--- Pass an order key on, if this job holds it: the next job of its line becomes ready. What cannot be stored stays in the line,
--- and the key stays with the job that ended, until the sweep finds it.
-local function pass_on(shape, base, order, id)
-  if redis.pcall('HGET', base .. ':order', order) ~= id then return end
-  local line = base .. ':order:' .. order
-  local two = redis.pcall('LRANGE', line, 0, 1)
-  if failed(two) then return end
-  local first = two[1]
-  if not first then
-    redis.call('HDEL', base .. ':order', order)
-    return
+-- Pass order keys on that ended jobs hold, each named with its job: the next job of each line becomes ready. What cannot be
+-- stored stays in its line, and the key stays with the job that ended, until the sweep finds it.
+local function pass_on(shape, base, keys, ids)
+  local holders, heirs, free, passed = redis.pcall('HMGET', base .. ':order', unpack(keys)), {}, {}, {}
+  for k = 1, failed(holders) and 0 or #keys do
+    local line = base .. ':order:' .. keys[k]
+    local first = holders[k] == ids[k] and not passed[keys[k]] and redis.pcall('LPOP', line)
+    if first and not failed(first) then
+      local level, named, tenant, at = string.match(first, '^(%a+) (%d+) (%d+) ()')
+      local fair, body, reply = string.sub(first, at + named, at + named + tenant - 1), string.sub(first, at + named + tenant), nil
+      if fair ~= '' then
+        reply = join(shape, base, level, fair, body)
+      else
+        reply = add(shape, ready_of(shape, base, level), body)
+      end
+      if failed(reply) then
+        redis.call('LPUSH', line, first)
+      else
+        heirs[#heirs + 1], heirs[#heirs + 2] = keys[k], string.sub(first, at, at + named - 1)
+      end
+      passed[keys[k]] = true
+    elseif first == false and holders[k] == ids[k] and not passed[keys[k]] then
+      free[#free + 1], passed[keys[k]] = keys[k], true
+    end
   end
-  local level, named, tenant, at = string.match(first, '^(%a+) (%d+) (%d+) ()')
-  local after = string.sub(first, at, at + named - 1)
-  local fair = string.sub(first, at + named, at + named + tenant - 1)
-  local body, reply = string.sub(first, at + named + tenant), nil
-  if fair ~= '' then
-    reply = join(shape, base, level, fair, body)
-  else
-    reply = add(shape, ready_of(shape, base, level), body)
+  if heirs[1] then
+    redis.call('HSET', base .. ':order', unpack(heirs))
+    redis.call('HINCRBY', base .. ':meta', 'waiting', -#heirs / 2)
   end
-  if failed(reply) then return end
-  redis.call('LPOP', line)
-  redis.call('HSET', base .. ':order', order, after)
-  redis.call('HINCRBY', base .. ':meta', 'waiting', -1)
-  if not two[2] then redis.call('SREM', base .. ':lines', order) end
+  if free[1] then
+    redis.call('HDEL', base .. ':order', unpack(free))
+    redis.call('SREM', base .. ':lines', unpack(free))
+  end
 end
 
 -- The document of a stream's entry, "" without.
@@ -323,7 +333,7 @@ local function bereave(shape, base, body, id, halts)
   if halts then
     redis.pcall('HSET', base .. ':halted', order, id)
   else
-    pass_on(shape, base, order, id)
+    pass_on(shape, base, { order }, { id })
   end
 end
 
@@ -332,7 +342,7 @@ local function unhalt(shape, base, body)
   local order, _, id = flow_of(body)
   if order and redis.pcall('HGET', base .. ':halted', order) == id then
     redis.call('HDEL', base .. ':halted', order)
-    pass_on(shape, base, order, id)
+    pass_on(shape, base, { order }, { id })
   end
 end
 

@@ -15,7 +15,7 @@
 -- returns { how many were deleted, ids of those whose ids are known ... }
 local left, gone, ids = tonumber(ARGV[4]), 0, {}
 local base = base_of(KEYS[4])
-local ended = {} -- jobs that may hold order keys
+local orders, names = {}, {} -- of jobs that may hold order keys
 
 -- Our producers write the id first and the key behind it, list mode may have put its mark in front: only documents that
 -- have a key are looked into further, which keeps a batch of large ones short.
@@ -32,19 +32,19 @@ local function freed(body)
   end
   ids[#ids + 1] = plain
   local order, _, name = flow_of(body or '')
-  if order and order ~= '' then ended[#ended + 1] = { order, name } end
+  if order and order ~= '' then orders[#orders + 1], names[#names + 1] = order, name end
 end
 
 local function delete(stream, first)
-  local names = {}
+  local entry_ids = {}
   local entries = redis.pcall('XRANGE', stream, first, '+', 'COUNT', left)
   if entries.err then return end
   for _, entry in ipairs(entries) do
-    names[#names + 1] = entry[1]
+    entry_ids[#entry_ids + 1] = entry[1]
     freed(job_in(entry[2]))
     if ARGV[3] == 'dead' then unhalt(ARGV[1], base, job_in(entry[2])) end
   end
-  if #names > 0 then gone = gone + redis.call('XDEL', stream, unpack(names)) end
+  if #entry_ids > 0 then gone = gone + redis.call('XDEL', stream, unpack(entry_ids)) end
 end
 
 local function delivered(stream)
@@ -57,33 +57,29 @@ local function delivered(stream)
   return '0-0'
 end
 
--- Delete from a line, from its end: body by body, without what stands in front of each.
-local function shorten(line, counter, field, start)
+-- Delete from the line of an order key, from its end.
+local function shorten(line)
   while gone < left do
-    local body = redis.call('RPOP', line)
-    if not body then return end
-    freed(string.sub(body, start and start(body) or 1))
-    redis.call('HINCRBY', counter, field, -1)
+    local waiting = redis.call('RPOP', line)
+    if not waiting then return end
+    local named, tenant, at = string.match(waiting, '^%a+ (%d+) (%d+) ()')
+    freed(string.sub(waiting, at + named + tenant))
+    redis.call('HINCRBY', base .. ':meta', 'waiting', -1)
     gone = gone + 1
   end
 end
 
-local function behind(waiting)
-  local _, named, tenant, at = string.match(waiting, '^(%a+) (%d+) (%d+) ()')
-  return at + named + tenant
-end
-
 if ARGV[3] == 'ready' then
   for _, order in ipairs(redis.call('SRANDMEMBER', base .. ':lines', left)) do
-    shorten(base .. ':order:' .. order, base .. ':meta', 'waiting', behind)
+    shorten(base .. ':order:' .. order)
     if redis.call('EXISTS', base .. ':order:' .. order) == 0 then redis.call('SREM', base .. ':lines', order) end
   end
   for _, level in ipairs({ 'high', 'normal', 'low' }) do
-    for _, tenant in ipairs(redis.call('ZRANGE', base .. ':fair:' .. level, 0, left)) do
-      if gone >= left then break end
-      shorten(base .. ':fair:' .. level .. ':' .. tenant, base .. ':fair', 'lines:' .. level)
-      if gone < left then redis.call('ZREM', base .. ':fair:' .. level, tenant) end
-    end
+    local set = base .. ':fair:' .. level
+    local rows = gone < left and redis.call('ZPOPMAX', set, left - gone) or {}
+    for r = 1, #rows, 2 do freed(string.sub(rows[r], 17)) end
+    gone = gone + #rows / 2
+    if redis.call('EXISTS', set) == 0 then redis.call('UNLINK', base .. ':fair:' .. level .. ':tenants') end
   end
   for k = 1, 3 do
     left = tonumber(ARGV[4]) - gone
@@ -106,7 +102,5 @@ elseif ARGV[3] == 'delayed' then
 else
   delete(KEYS[6], '-')
 end
-if ARGV[3] ~= 'dead' then
-  for _, each in ipairs(ended) do pass_on(ARGV[1], base, each[1], each[2]) end
-end
+if ARGV[3] ~= 'dead' and orders[1] then pass_on(ARGV[1], base, orders, names) end
 return { gone, unpack(ids) }

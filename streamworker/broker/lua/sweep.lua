@@ -9,7 +9,7 @@
 local base, healed = base_of(KEYS[1]), 0
 for i = 2, #ARGV, 2 do
   if redis.call('HGET', base .. ':order', ARGV[i]) == ARGV[i + 1] then
-    pass_on(ARGV[1], base, ARGV[i], ARGV[i + 1])
+    pass_on(ARGV[1], base, { ARGV[i] }, { ARGV[i + 1] })
     healed = healed + 1
   end
 end

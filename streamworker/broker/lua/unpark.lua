@@ -18,7 +18,7 @@ if ARGV[1] == 'forget' then
   redis.call('ZREM', KEYS[1], ARGV[2])
   redis.call('HDEL', KEYS[2], ARGV[2])
   if KEYS[3] then let_go(KEYS[3], ARGV[5]) end
-  if order and order ~= '' then pass_on(ARGV[4], base_of(KEYS[1]), order, id) end
+  if order and order ~= '' then pass_on(ARGV[4], base_of(KEYS[1]), { order }, { id }) end
 else
   if ARGV[3] == '' and redis.call('HEXISTS', KEYS[2], ARGV[2]) == 0 then return -1 end
   if ARGV[3] ~= '' then redis.call('HSET', KEYS[2], ARGV[2], ARGV[3]) end
