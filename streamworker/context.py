@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from time import monotonic, time
 from typing import Any, Final, Generic, overload
@@ -28,6 +28,8 @@ from streamworker.postgres import (
     Effect,
     Ledger,
     RunRecord,
+    SqlConnection,
+    Steps,
     Transaction,
     refusal,
     run_record,
@@ -79,7 +81,7 @@ class Context(Generic[S_co]):
 
     __slots__ = (
         "_attempts", "_batch", "_claim", "_job", "_limits", "_log", "_output", "_progress", "_reading", "_shared",
-        "_transaction", "booked", "cause", "deadline_at", "heeded",
+        "_steps", "_transaction", "booked", "cause", "deadline_at", "heeded",
     )  # fmt: skip
 
     def __init__(self, shared: Shared[S_co], claim: Claim, reading: DocumentFields, limits: Limits) -> None:
@@ -96,6 +98,7 @@ class Context(Generic[S_co]):
         self._job: Job | None = None
         self._log: Any = None
         self._output: Any
+        self._steps: Steps
 
     @property
     def job(self) -> Job:
@@ -344,6 +347,92 @@ class Context(Generic[S_co]):
         """The state of this run's transaction; ``None`` without one."""
         return None if self._transaction is None else self._transaction.effect
 
+    # -- steps
+
+    @overload
+    async def step(
+        self, name: str, function: Callable[..., Any], /, *args: Any, result: type[T], transaction: Any = None
+    ) -> T: ...
+    @overload
+    async def step(
+        self, name: str, function: Callable[..., Any], /, *args: Any, result: Any = None, transaction: Any = None
+    ) -> Any: ...
+    async def step(
+        self, name: str, function: Callable[..., Any], /, *args: Any, result: Any = None, transaction: Any = None
+    ) -> Any:
+        """Call a function once per job: later runs of the job are given what it returned (docs/steps.md).
+
+        Args:
+            name: of the step; the steps of a handler have different names, and the same order in each run.
+            function: sync or async; it is called again only if it failed, or its worker died inside of it.
+            args: of the function.
+            result: the type of the value, which is made of its JSON in every run; without one: dicts, lists, texts.
+            transaction: where the connection comes from that the function gets before ``args``, as for `transaction`,
+                or ``True`` for one of asyncpg. Its writes and the step commit together.
+
+        Raises:
+            ConfigurationError: this worker has no ledger.
+            UsageError: the name is no name, or was used; the value is no JSON, or has more than 256 KiB.
+            StepsChanged: an earlier run of the job recorded other steps.
+        """
+        return await self._open_steps("step").call(name, function, args, result, transaction)
+
+    @overload
+    def step_blocking(
+        self, name: str, function: Callable[..., Any], /, *args: Any, result: type[T], transaction: Any = None
+    ) -> T: ...
+    @overload
+    def step_blocking(
+        self, name: str, function: Callable[..., Any], /, *args: Any, result: Any = None, transaction: Any = None
+    ) -> Any: ...
+    def step_blocking(
+        self, name: str, function: Callable[..., Any], /, *args: Any, result: Any = None, transaction: Any = None
+    ) -> Any:
+        """`step` for sync handlers; ``transaction`` is a source that blocks."""
+        return self._open_steps("step").call_blocking(name, function, args, result, transaction)
+
+    @property
+    def cursor(self) -> Cursor:
+        """How far a long iteration has come: a later run of the job goes on from the last cursor that was set."""
+        return Cursor(self._open_steps("cursor"))
+
+    @property
+    def steps(self) -> Steps | None:
+        """The steps of this run; ``None`` if it has called none."""
+        return getattr(self, "_steps", None)  # unset until then: most jobs have none
+
+    def _open_steps(self, what: str) -> Steps:
+        ledger = self._book(what)
+        if self.effect is Effect.COMMITTED:
+            raise UsageError(f"ctx.{what}() is of no use after ctx.transaction(): the job is done")
+        found = self.steps
+        if found is None:
+            found = self._steps = ledger.steps(self._record(), self)
+        return found
+
+    @property
+    def connection(self) -> SqlConnection | None:
+        """The ledger's side of the transaction that is open; called by the worker."""
+        transaction = self._transaction
+        return None if isinstance(transaction, RefusedTransaction | None) else transaction.connection
+
+    def refuse(self, effect: Effect) -> None:
+        """This run may do nothing more; called by the ledger."""
+        if self.connection is None:
+            self._transaction = RefusedTransaction(effect)
+
+    @contextmanager
+    def during(self, transaction: Any) -> Iterator[None]:
+        """The transaction of a step is open inside of the block; called by the ledger."""
+        if self.effect is Effect.OPEN:
+            raise UsageError("a step with transaction= cannot be inside of another transaction of this handler")
+        before, self._transaction = self._transaction, transaction
+        try:
+            yield
+        finally:
+            if transaction.effect in (Effect.COMMITTED, Effect.UNDONE):
+                self._transaction = before
+
     def _book(self, what: str) -> Ledger:
         if self._shared.ledger is None:
             raise ConfigurationError(
@@ -354,6 +443,43 @@ class Context(Generic[S_co]):
 
     def _record(self) -> RunRecord:
         return run_record(self._claim, self._reading, kind=self._reading.kind or "", started=time())
+
+
+class Cursor:
+    """How far a long iteration has come, in the ledger: ``ctx.cursor``.
+
+    Args:
+        steps: of the run.
+    """
+
+    def __init__(self, steps: Steps) -> None:
+        self._steps = steps
+
+    async def read(self, default: Any = None, *, result: Any = None) -> Any:
+        """The cursor that this run or an earlier one of the job set last.
+
+        Args:
+            default: what is returned before one was set.
+            result: its type; without one: dicts, lists, texts, numbers.
+        """
+        return await self._steps.cursor(default, result)
+
+    async def set(self, value: Any, *, connection: Any = None) -> None:
+        """Record how far the iteration has come. Costs one statement.
+
+        Args:
+            value: 256 KiB of JSON at most.
+            connection: in a transaction of yours: the cursor and your rows commit together. As for `Context.complete`.
+        """
+        await self._steps.set_cursor(value, connection)
+
+    def read_blocking(self, default: Any = None, *, result: Any = None) -> Any:
+        """`read` for sync handlers."""
+        return self._steps.wait(self._steps.cursor(default, result))
+
+    def set_blocking(self, value: Any, *, connection: Any = None) -> None:
+        """`set` for sync handlers; the connection is one that blocks."""
+        self._steps.set_cursor_blocking(value, connection)
 
 
 class ProgressReport(msgspec.Struct, array_like=True):

@@ -13,6 +13,7 @@
     ├── PublishUncertain                        the reply to an enqueue was lost
     ├── ProcessDied                             the process of a handler with process=True ended by itself
     ├── ClaimLost                               ctx.emit(): the claim of the job was lost, or the job has ended
+    ├── StepsChanged                            the handler's steps are not those that the job has recorded
     ├── NoConnection                            all connections of ctx.database, transaction() or redis are taken
     └── NoResult                                App.result() has none to give
         ├── JobDead                             the job is a dead letter
@@ -93,6 +94,10 @@ class PublishUncertain(StreamworkerError):
 
 class ClaimLost(StreamworkerError):
     """The claim of a running job was lost, or the job has ended: what this run emits is refused."""
+
+
+class StepsChanged(StreamworkerError):
+    """The steps of a handler were renamed or reordered, or return another type, while a job of it was under way."""
 
 
 class NoConnection(StreamworkerError, TimeoutError):

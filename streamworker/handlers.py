@@ -278,6 +278,7 @@ class Handlers(Generic[S]):
         burst: int | None = None,
         limit_by: str | None = None,
         result_ttl: float | None = None,
+        progress_runs: int = 0,
     ) -> Decorator[S]: ...
     @overload
     def handler(
@@ -309,6 +310,7 @@ class Handlers(Generic[S]):
         burst: int | None = None,
         limit_by: str | None = None,
         result_ttl: float | None = None,
+        progress_runs: int = 0,
     ) -> BatchDecorator[S]: ...
     def handler(self, function: Any = None, /, **options: Any) -> Any:
         """Register a handler; usable with and without parentheses.
@@ -325,6 +327,8 @@ class Handlers(Generic[S]):
             burst: starts that may come at once; a tenth of a second's worth of ``rate``, at least 1, unless given.
             limit_by: a field of the payload: each of its values has limits of its own.
             result_ttl: seconds for which `App.result` finds in Redis how a job ended; not kept there unless given.
+            progress_runs: attempts start anew after a run that recorded a step or a cursor (docs/steps.md), until the
+                job has had so many runs; never unless given.
             process: run in a process of its own, for code that computes: it is killed at its timeout and when its job
                 is cancelled. The function is not ``async``, and both it and its payload type are defined in a module;
                 a second parameter takes a `ProcessContext`.

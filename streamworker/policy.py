@@ -150,14 +150,19 @@ class Limits(msgspec.Struct, frozen=True):
         timeout: seconds a run may take; ``None`` for no limit.
         backoff: how long to wait between attempts.
         result_ttl: seconds for which the end of a job and its result are kept in Redis; ``None`` keeps nothing.
+        progress_runs: attempts start anew after a run that recorded a step or a cursor, until a job has had so many
+            runs; 0 for never.
     """
 
     max_attempts: int = 20
     timeout: float | None = 300.0
     backoff: Backoff = Backoff()
     result_ttl: float | None = None
+    progress_runs: int = 0
 
     def __post_init__(self) -> None:
+        if self.progress_runs < 0:
+            raise ValueError(f"progress_runs={self.progress_runs} must be 0 or more")
         if self.result_ttl is not None and not 0 < self.result_ttl <= LONGEST_WAIT:
             raise ValueError(f"result_ttl={self.result_ttl} must be seconds above 0, up to 100 years, or None")
         if self.max_attempts < 1:

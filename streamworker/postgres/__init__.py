@@ -8,7 +8,7 @@ answer.
 from __future__ import annotations
 
 import enum
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from datetime import datetime
 from typing import Any, Final, Literal, Protocol, TypeAlias, TypeVar
@@ -142,11 +142,19 @@ class Transaction(AbstractAsyncContextManager[Any], Protocol):
 
     effect: Effect
 
+    @property
+    def connection(self) -> SqlConnection | None:
+        """For our statements, while the block is open."""
+
 
 class BlockingTransaction(AbstractContextManager[Any], Protocol):
     """`Transaction` for handlers in threads."""
 
     effect: Effect
+
+    @property
+    def connection(self) -> SqlConnection | None:
+        """For our statements, while the block is open."""
 
 
 class _AsyncEngine(Protocol[T_co]):
@@ -229,6 +237,53 @@ class SqlTransaction(Protocol):
         """End the connection at once, from any thread; pending statements fail."""
 
 
+class StepHost(Protocol):
+    """The context of a run, as the run's steps use it."""
+
+    cause: str
+    """Why the run is cancelled; empty while it is not."""
+    deadline_at: float | None
+
+    @property
+    def connection(self) -> SqlConnection | None:
+        """Of the transaction that the handler has open: what is recorded meanwhile commits with it."""
+
+    def refuse(self, effect: Effect) -> None:
+        """This run may do nothing more."""
+
+    def during(self, transaction: Any) -> AbstractContextManager[None]:
+        """The transaction of a step is open inside of the block."""
+
+
+class Steps(Protocol):
+    """The steps of one run. What ends with ``_blocking`` is for handlers in threads."""
+
+    runs: int
+    """Runs of the job that were recorded before this one."""
+    progressed: bool
+    """This run has recorded a step, or a cursor."""
+
+    async def call(self, name: str, function: Callable[..., Any], args: Sequence[Any], result: Any, source: Any) -> Any:
+        """The value of a step, remembered or recorded now; see `Context.step`."""
+
+    def call_blocking(
+        self, name: str, function: Callable[..., Any], args: Sequence[Any], result: Any, source: Any
+    ) -> Any:
+        """`call` in a handler's thread."""
+
+    async def cursor(self, default: Any, result: Any) -> Any:
+        """The last cursor that a run of the job recorded."""
+
+    async def set_cursor(self, value: Any, connection: Any) -> None:
+        """Record a cursor; with a connection, in its transaction."""
+
+    def set_cursor_blocking(self, value: Any, connection: Any) -> None:
+        """`set_cursor` in a handler's thread."""
+
+    def wait(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of a coroutine, in a handler's thread."""
+
+
 class Ledger(Protocol):
     """The ledger as one worker uses it. Every method raises `Unreachable` while no database answers."""
 
@@ -252,6 +307,9 @@ class Ledger(Protocol):
         Raises:
             UsageError: it is no source of connections.
         """
+
+    def steps(self, run: RunRecord, host: StepHost) -> Steps:
+        """The steps of a run."""
 
     async def complete(self, run: RunRecord, connection: Any, *, blocking: bool) -> None:
         """Mark the job done in the caller's own transaction.

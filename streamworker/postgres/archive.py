@@ -46,9 +46,14 @@ FREE_KEYS: Final = """
 with freed as (delete from streamworker.job_keys where queue_name = $1 and job_id = any($2::text[]) returning key)
 select count(*) from freed"""
 
-# With the next hop, so that no earlier run can record anything any more.
+# With the next hop, so that no earlier run can record anything any more. A job that was completed runs from its start;
+# one that died goes on after the steps that it has done.
 RETRY: Final = """
-with again as (
+with completed as (
+  delete from streamworker.job_steps as step using streamworker.jobs as job
+  where job.id = $1 and job.queue_name = $2 and job.status = 'completed'
+    and step.job_id = job.id and step.queue_name = job.queue_name
+), again as (
   update streamworker.jobs
   set status = 'queued', attempt_count = 0, hop = hop + 1, deliveries = 0, run_at = null, worker_id = null,
     started_at = null, finished_at = null, last_error = null, result = null, updated_at = now()
@@ -209,7 +214,7 @@ SCHEMA_LOOK: Final = """
 select to_regclass('streamworker.jobs') is not null as any, exists (
   select from pg_attribute
   where attrelid = to_regclass('streamworker.job_keys') and attname = 'held' and not attisdropped
-) as all, current_setting('server_encoding') as encoding"""
+) and to_regclass('streamworker.job_steps') is not null as all, current_setting('server_encoding') as encoding"""
 
 
 @overload

@@ -6,12 +6,13 @@ import random
 from collections.abc import Collection, Sequence
 from typing import Any, Final
 
-from streamworker.postgres import JobKey, Known, RunRecord, Stored
+from streamworker.postgres import JobKey, Known, RunRecord, StepHost, Stored
 from streamworker.postgres.adapters import PoolTransaction, transaction_of
 from streamworker.postgres.encoding import SEPARATOR, separable, stored_id, within_python
 from streamworker.postgres.pool import AnyPool, Database
 from streamworker.postgres.recording import Recording
 from streamworker.postgres.sqlstate import is_one_rows_fault, reason, translated, understood
+from streamworker.postgres.steps import JobSteps
 from streamworker.postgres.transaction import BlockingRunTransaction, RunTransaction, complete
 from streamworker.telemetry.logs import get_logger
 
@@ -103,6 +104,9 @@ class PostgresLedger:
             return BlockingRunTransaction(made, self._database, run, self._worker_id, deadline)
         return RunTransaction(made, self._database, run, self._worker_id, deadline)
 
+    def steps(self, run: RunRecord, host: StepHost) -> JobSteps:
+        return JobSteps(self._database, self._pool, run, self._worker_id, host)
+
     async def complete(self, run: RunRecord, connection: Any, *, blocking: bool = False) -> None:
         await complete(connection, run, self._worker_id, blocking=blocking)
 
@@ -137,6 +141,9 @@ old as materialized (
   delete from streamworker.jobs as job using old
     where job.id = old.id and job.queue_name = old.queue_name and job.status in ('completed', 'cancelled', 'expired')
     returning job.id, job.queue_name
+), steps as (
+  delete from streamworker.job_steps as step using gone
+    where step.job_id = gone.id and step.queue_name = gone.queue_name
 ), logs as (
   delete from streamworker.job_logs as log using gone
     where log.job_id = gone.id and log.queue_name in (gone.queue_name, '')
@@ -158,6 +165,9 @@ with old as materialized (
   delete from streamworker.jobs as job using old
     where job.id = old.id and job.queue_name = old.queue_name and job.status in ('completed', 'cancelled', 'expired')
     returning job.id, job.queue_name
+), steps as (
+  delete from streamworker.job_steps as step using gone
+    where step.job_id = gone.id and step.queue_name = gone.queue_name
 ), logs as (
   delete from streamworker.job_logs as log using gone
     where log.job_id = gone.id and log.queue_name in (gone.queue_name, '')

@@ -91,6 +91,11 @@ class _Transaction:
         self._connection: SqlConnection | None = None
         self.effect = Effect.UNDONE
 
+    @property
+    def connection(self) -> SqlConnection | None:
+        """For our statements, while the block is open."""
+        return self._connection
+
     async def _begin(self) -> Any:
         try:
             self._connection, given = await self._transaction.begin()
@@ -112,8 +117,7 @@ class _Transaction:
         # A silent server must not block the handler for ever; a broken connection is resolved below.
         timer = self._break_off_later()
         try:
-            key = (stored_id(run.job_id), str(run.hop), _small(run.deliveries), run.queue)
-            if not await connection.fetch(FINISH, *key):
+            if not await self._finish(connection):
                 raise UsageError(
                     "the transaction was ended inside the block, or the job's row was changed in it: leave commit, "
                     "rollback and streamworker.jobs to ctx.transaction()"
@@ -140,6 +144,19 @@ class _Transaction:
         self.effect = Effect.COMMITTED
         await self._release()
 
+    async def _finish(self, connection: SqlConnection) -> bool:
+        """Write what the commit stands for; False if the row of the job is no longer this transaction's."""
+        run = self._run
+        key = (stored_id(run.job_id), str(run.hop), small(run.deliveries), run.queue)
+        return bool(await connection.fetch(FINISH, *key))
+
+    async def _is_there(self) -> bool:
+        """Whether what `_finish` wrote is committed; waits for a commit in flight."""
+        run = self._run
+        key = (stored_id(run.job_id), run.hop, min(run.deliveries, _MOST_INT), run.queue)
+        done = await self._ledger.fetch(IS_COMPLETED, *key)
+        return bool(done and done[0][0])
+
     def _break_off_later(self) -> Timer:
         return self._ledger.loop.call_later(COMMIT_TIMEOUT, self._transaction.break_off)
 
@@ -151,15 +168,14 @@ class _Transaction:
         run, give_up_at = self._run, monotonic() + RESOLVE_TIMEOUT
         while True:
             try:
-                key = (stored_id(run.job_id), run.hop, min(run.deliveries, _MOST_INT), run.queue)
-                done = await self._ledger.fetch(IS_COMPLETED, *key)
+                there = await self._is_there()
             except Exception as error:  # noqa: BLE001 - down, or locked by the commit itself
                 if monotonic() > give_up_at:
                     log.debug("commit_unresolved", job_id=run.job_id, error=reason(error))
                     return Effect.LOST
                 await anyio.sleep(0.2)
             else:
-                return Effect.COMMITTED if done and done[0][0] else Effect.UNDONE
+                return Effect.COMMITTED if there else Effect.UNDONE
 
     async def _undo(self, effect: Effect) -> None:
         """Roll back, if a transaction has begun."""
@@ -248,11 +264,11 @@ async def take(connection: SqlConnection, run: RunRecord, worker_id: str, *, bec
     try:
         with schema_expected("complete jobs"):
             rows = await connection.fetch(
-                TAKE, stored_id(run.job_id), str(run.hop), _small(run.deliveries), becomes, worker_id,
-                None if within is None else _small(within), run.queue, text(run.kind), run.level,
+                TAKE, stored_id(run.job_id), str(run.hop), small(run.deliveries), becomes, worker_id,
+                None if within is None else small(within), run.queue, text(run.kind), run.level,
                 json_text(run.payload), headers_text(run.headers),
-                None if run.body is None else run.body.decode(errors="replace"), _small(run.attempts),
-                None if run.max_attempts is None else _small(run.max_attempts),
+                None if run.body is None else run.body.decode(errors="replace"), small(run.attempts),
+                None if run.max_attempts is None else small(run.max_attempts),
                 text(run.epoch.decode(errors="backslashreplace")), _float(run.created), _float(run.started),
             )  # fmt: skip
     except Exception as error:
@@ -281,7 +297,8 @@ async def uninterrupted(work: Awaitable[T]) -> T:
     return task.result()
 
 
-def _small(number: int) -> str:
+def small(number: int) -> str:
+    """The number as text for a column of 32 bits."""
     return str(min(number, _MOST_INT))
 
 

@@ -167,6 +167,8 @@ class Executor:
             outcome: Outcome = OK if value is None else Ok(value)
         except BaseException as error:  # noqa: BLE001 - SystemExit and the like in a handler end the job, not the worker
             outcome = self._failed(run, error)
+            if run.context is not None and run.context.steps is not None:
+                _start_anew(run)
         if self._begun:
             await self._close_generators(run)
         if self._thread_calls and not isinstance(outcome, Ok | Cancelled):
@@ -331,6 +333,13 @@ class Executor:
             limits = msgspec.structs.replace(limits, max_attempts=max(1, reading.max_attempts))
         key = reading.key if reading.unique in UNTIL and isinstance(reading.key, str) else ""
         return Facts(reading.attempt_count or 0, limits, self._unknown_kind_ttl, key=key)
+
+
+def _start_anew(run: Execution) -> None:
+    """Forget the failed attempts before a run that made progress, if its handler says so."""
+    facts, steps = run.facts, run.context.steps if run.context is not None else None
+    if facts is not None and steps is not None and steps.progressed and steps.runs < facts.limits.progress_runs:
+        run.facts = msgspec.structs.replace(facts, attempts=0)
 
 
 def _start_clock(run: Execution, context: Context[Any]) -> None:

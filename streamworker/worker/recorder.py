@@ -410,6 +410,8 @@ def record_of(run: Execution, ending: SettleRequest, begun_at: float) -> RunReco
     record = begun(run, begun_at)
     record.finished = run.finished
     record.outcome = word_of(outcome)
+    if run.facts is not None and run.context is not None and run.context.steps is not None:
+        record.attempts = run.facts.attempts  # they start anew after progress
     record.new = run.new and (run.context is None or not run.context.booked)
     if type(verdict) is Done:
         record.status = "completed"

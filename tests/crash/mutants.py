@@ -128,6 +128,19 @@ MUTANTS: Final = (
         ((_LUA + "list_renew.lua", "if redis.call('ZSCORE', KEYS[1], member) then", "if true then"),),
         _ZOMBIES,
     ),
+    Mutant(
+        "step fence",
+        "stream",
+        "a step is recorded whichever run has the job by now",
+        (
+            (
+                "postgres/steps.py",
+                "    and hop = $3::text::bigint and deliveries = $4::text::integer and status = 'running'\n",
+                "",
+            ),
+        ),
+        ("../postgres/test_steps.py",),
+    ),
 )
 
 

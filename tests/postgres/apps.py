@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
 import sys
 import time
@@ -51,6 +52,28 @@ async def work(payload: Work, ctx: Context) -> Any:
             async with ctx.transaction() as pg:
                 await pg.execute("insert into effect values ($1, $2)", ctx.job.id, ctx.worker_id)
     return payload.how
+
+
+class Order(Payload, kind="order", queue="q"):
+    """Six steps, the fourth of which writes in a transaction of its own."""
+
+
+async def _write(pg: Any, job: str) -> str:
+    await pg.execute("insert into effect values ($1, 'step')", job)
+    return job
+
+
+@app.handler(max_attempts=5, backoff=Backoff(base=0.05, jitter=0), timeout=30)
+async def order(payload: Order, ctx: Context) -> None:
+    async def call(number: int) -> int:
+        await ctx.redis.rpush("queue:trace:steps", f"{ctx.job.id} {number} {os.getpid()}")
+        await asyncio.sleep(random.uniform(0, 0.02))
+        return number
+
+    for number in range(6):
+        if number == 3:
+            assert await ctx.step("write", _write, ctx.job.id, transaction=True) == ctx.job.id
+        assert await ctx.step(f"step {number}", call, number, result=int) == number
 
 
 def _die(*_: Any) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import json
 import os
+import random
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -232,3 +235,75 @@ async def test_a_worker_that_is_killed_in_its_job_frees_no_key_and_its_rescuer_d
     await start().ready()
     await eventually(lambda: ended(raw))
     assert not raw.exists(key)
+
+
+KILLS = int(os.environ.get("STEP_KILLS", "12"))
+"""Workers killed by the test below; 1,000 take some minutes."""
+
+
+async def test_a_step_is_called_again_only_if_its_process_died_inside_of_it(start, raw, pg):
+    """Workers are killed at any moment: between two calls of one step its process died, and none begins a step before it."""
+    rng, killed, sent = random.Random(KILLS), set(), 0
+    more = {"STREAMWORKER_MAX_DELIVERIES": 1000, "STREAMWORKER_CONCURRENCY": 4, "STREAMWORKER_LOG_LEVEL": "warning"}
+
+    def put_order() -> None:
+        nonlocal sent
+        raw.xadd(Q, {"job": json.dumps({"id": f"order-{sent}", "kind": "order", "payload": {}})})
+        sent += 1
+
+    def fresh() -> Process:
+        return start(**more)
+
+    def said(process: Process) -> int:
+        return sum(each.endswith(b" %d" % process.process.pid) for each in raw.lrange("queue:trace:steps", -200, -1))
+
+    workers = [fresh() for _ in range(2)]
+    for _ in range(KILLS):
+        while raw.xlen(Q) < 12:
+            put_order()
+        doomed = workers.pop(0)
+        await eventually(lambda doomed=doomed: said(doomed) > rng.randrange(6), 30)
+        await asyncio.sleep(rng.uniform(0, 0.05))
+        killed.add(doomed.process.pid)
+        doomed.signal(signal.SIGKILL)
+        doomed.process.wait()
+        workers.append(fresh())
+    await eventually(lambda: raw.xlen(Q) == 0, 60)
+
+    calls: dict[str, list[tuple[int, int]]] = {}
+    for each in raw.lrange("queue:trace:steps", 0, -1):
+        job_id, step, pid = each.decode().split()
+        calls.setdefault(job_id, []).append((int(step), int(pid)))
+    assert len(calls) == sent
+    again = 0
+    for job_id, made in calls.items():
+        assert [step for step, _ in made] == sorted(step for step, _ in made), (job_id, made)
+        assert {step for step, _ in made} == set(range(6)), (job_id, made)
+        for (step, pid), (following, _) in itertools.pairwise(made):
+            if step == following:
+                again += 1
+                assert pid in killed, (job_id, made)
+    print(f"{len(killed)} kills, {sent} jobs, {sum(map(len, calls.values()))} calls, {again} of them again")
+    assert await pg.fetchval("select count(*) from effect") == sent
+    assert await pg.fetchval("select count(distinct job) from effect where worker = 'step'") == sent
+    assert await pg.fetchval("select count(*) from streamworker.jobs where status = 'completed'") == sent
+
+
+async def test_the_step_of_a_frozen_worker_is_refused(start, raw, pg):
+    """It wakes when its successor has the job: what it did is not recorded, and what it goes on with neither."""
+    zombie = await start().ready()
+    raw.xadd(Q, {"job": json.dumps({"id": "order-0", "kind": "order", "payload": {}})})
+    await eventually(lambda: raw.llen("queue:trace:steps"), 20)
+    zombie.signal(signal.SIGSTOP)
+    await start().ready()
+    await eventually(lambda: pg.fetchval("select status = 'completed' from streamworker.jobs"), 20)
+    zombie.signal(signal.SIGCONT)
+    await eventually(
+        lambda: zombie.said("settle_lost") or zombie.said("run_overruled") or zombie.said("lease_lost"), 20
+    )
+    workers = {row[0] for row in await pg.fetch("select worker_id from streamworker.job_steps where deliveries = 1")}
+    assert len(workers) <= 1
+    assert await pg.fetchval("select count(*) from effect") == 1
+    steps = [each.decode().split() for each in raw.lrange("queue:trace:steps", 0, -1)]
+    frozen = [int(step) for _, step, pid in steps if int(pid) == zombie.process.pid]
+    assert len(frozen) == len(set(frozen)) and max(frozen) < 6
