@@ -24,6 +24,8 @@ log = get_logger("streamworker.broker")
 
 TROUBLE_PAUSE: Final = 60.0
 """Seconds between log lines about a key that cannot be read."""
+IDLE: Final = 1.0
+"""Most seconds of a wait without a key: what ends it earlier is `ClaimSource.stir`."""
 SILENT_WAIT: Final = 1.0
 """Most seconds of a wait while no notification arrives that a queue was paused or resumed."""
 UNBLOCK_EVERY: Final = 0.02
@@ -357,7 +359,7 @@ class ClaimSource(ABC):
             return
         self._blocked = False  # this wait needs no command to end
         self._stirred = anyio.Event()
-        with anyio.move_on_after(min(wait, 1.0)):
+        with anyio.move_on_after(min(wait, IDLE)):
             await self._stirred.wait()
 
     def _complain(self, key: str, message: str) -> None:

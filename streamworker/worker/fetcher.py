@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import suppress
 from contextvars import copy_context
 from time import monotonic
@@ -43,6 +43,11 @@ SETTLES: Final = 1.0
 """Most seconds after a group of suspects ended for which its settlement is waited for before the next claim."""
 PREPARED: Final = 20
 """Claims that are prepared between two looks at the time."""
+AHEAD: Final = 0.003
+"""Seconds. As many jobs as end within them are claimed ahead of free slots: no slot stays empty for a round trip.
+Where jobs take long that is none."""
+RATE_OVER: Final = 0.05
+"""Least seconds over which it is counted how many jobs end."""
 UNSETTLED: Final = 1000
 """Finished runs of a queue that may wait to be settled before no more of it is claimed."""
 
@@ -96,6 +101,10 @@ class Fetcher:
         self._capped: list[Execution] = []
         self._apart: list[Execution] = []
         self._groups = group_sizes(settings.max_deliveries, settings.concurrency)
+        self._claimed = 0
+        self._ended = 0
+        self._counted_at = monotonic()
+        self._ahead = 0
         self._log_at: dict[str, float] = {}
         self.ended: Final = anyio.Event()
         self.asking_since: float | None = None
@@ -169,32 +178,39 @@ class Fetcher:
             self.asking_since = None
             await in_flight.changed(0.5)
             return
-        free = self._concurrency - in_flight.busy
+        free = self._concurrency - in_flight.busy + self._claimed_ahead()
         if free <= 0:
             self.asking_since = None
             await in_flight.changed()
             return
         claims = await self._claim(min(free, self._most))
         self.asking_since = None
+        self._claimed += len(claims)
         await self._admit(claims)
         if claims:
             self._quiet = False
         if self._burst and not claims:
             await self._look_for_the_end()
 
+    def _claimed_ahead(self) -> int:
+        """How many jobs may be claimed beyond the free slots: as many as are about to end."""
+        now = monotonic()
+        if (over := now - self._counted_at) >= RATE_OVER:
+            ended = self._claimed - self._in_flight.busy
+            self._ahead = min(int((ended - self._ended) / over * AHEAD), self._concurrency // 2)
+            self._ended, self._counted_at = ended, now
+        return self._ahead
+
     async def _claim(self, limit: int) -> list[Claim]:
-        """Claim. When a job of a queue at its cap ends, the wait ends: one more of it may be claimed."""
+        """Claim. When a queue that is at its cap or shut opens again the wait ends: more of it may be claimed."""
         wait, in_flight, shut = 0.0 if self._burst else BLOCK, self._in_flight, self._shut_queues()
-        if not self._caps:
-            return await self._broker.claim(limit, wait, in_flight, in_flight.ended, shut)
-        held = Counter(run.claim.queue for run in in_flight.snapshot() if run.outcome is None)
-        full = {queue for queue, cap in self._caps.items() if held[queue] >= cap}
-        if not full or not wait:
+        closed = shut | self._full_queues() if self._caps else shut
+        if not closed or not wait:
             return await self._broker.claim(limit, wait, in_flight, in_flight.ended, shut)
         claims: list[Claim] = []
         failure: Exception | None = None
         async with anyio.create_task_group() as group:
-            group.start_soon(self._watch_caps, full)
+            group.start_soon(self._watch, closed)
             try:
                 claims = await self._broker.claim(limit, wait, in_flight, in_flight.ended, shut)
             except Exception as error:  # noqa: BLE001 - raised below, outside of the group that would wrap it
@@ -204,6 +220,11 @@ class Fetcher:
             raise failure
         return claims
 
+    def _full_queues(self) -> frozenset[str]:
+        """Queues of which as many jobs run as their cap allows."""
+        held = Counter(run.claim.queue for run in self._in_flight.snapshot() if run.outcome is None)
+        return frozenset(queue for queue, cap in self._caps.items() if held[queue] >= cap)
+
     def _shut_queues(self) -> frozenset[str]:
         """Queues of which too many endings wait to be settled: nothing more of them is claimed."""
         in_flight, most = self._in_flight, UNSETTLED + self._concurrency
@@ -212,12 +233,13 @@ class Fetcher:
         unsettled = Counter(run.claim.queue for run in in_flight.snapshot() if run.outcome is not None)
         return frozenset(queue for queue, count in unsettled.items() if count > most)
 
-    async def _watch_caps(self, full: Collection[str]) -> None:
-        """End the waiting claim when a queue that was at its cap is below it again; until cancelled."""
+    async def _watch(self, closed: frozenset[str]) -> None:
+        """End the waiting claim when one of these queues is neither at its cap nor shut any more; until cancelled."""
         while True:
             await self._in_flight.changed()
             running = self._running()
-            if any(running[queue] < self._caps[queue] for queue in full):
+            full = {queue for queue, cap in self._caps.items() if running[queue] >= cap}
+            if closed - full - self._shut_queues():
                 with suppress(StreamworkerError):  # then the wait ends by itself
                     await self._broker.look_again()
 

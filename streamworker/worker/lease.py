@@ -372,7 +372,7 @@ def heartbeat(
         "started": round(started, 3),
         "mode": settings.mode,
         "queues": ",".join(queues),
-        "running": in_flight.busy,
+        "running": min(in_flight.busy, settings.concurrency),
         "done": counts.done,
         "failed": counts.failed,
         "retried": counts.retried,

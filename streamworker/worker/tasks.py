@@ -28,6 +28,7 @@ log = get_logger("streamworker.worker")
 
 WATCH_INTERVAL: Final = 0.1
 """Seconds between looks at the deadlines: timeouts are this precise, and cost no timer per job."""
+OVERTAKEN: Final = Interrupted("it was claimed ahead of running jobs that go on for longer than the jobs before them")
 STARTS: Final = 100
 """Most jobs that are started before the event loop turns."""
 TURN: Final = 0.002
@@ -164,9 +165,13 @@ class JobTasks:
 
     async def _watch(self) -> None:
         again: dict[Execution, float] = {}
+        first: Execution | None = None
         while True:
             await anyio.sleep(WATCH_INTERVAL)
             now = monotonic()
+            if self._waiting and self._waiting[0] is first and len(self.running) >= self._limit:
+                self._hand_back_waiting()
+            first = self._waiting[0] if self._waiting else None
             for run in list(self.running):
                 since = self._overruns_since(run, now)
                 if since is None:
@@ -181,6 +186,13 @@ class JobTasks:
                     self._stuck(run)
             if again:
                 again = {run: at for run, at in again.items() if run in self.running}
+
+    def _hand_back_waiting(self) -> None:
+        """Give the waiting runs back to the queue: other workers may have a free slot for them."""
+        for run in self.abandon_waiting():
+            if run.outcome is None:
+                run.outcome = OVERTAKEN
+            self._completion.finish(run)
 
     @staticmethod
     def _overruns_since(run: Execution, now: float) -> float | None:

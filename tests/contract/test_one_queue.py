@@ -13,7 +13,7 @@ from streamworker.settings.rules import QueueSpec
 from streamworker.telemetry import logs
 from streamworker.worker import fetcher
 from tests.conftest import eventually
-from tests.contract.helpers import settings
+from tests.contract.helpers import settings, working
 
 LAST = "18446744073709551615-18446744073709551615"
 BOTH = (QueueSpec("spoilt", None), QueueSpec("b", None))
@@ -109,3 +109,21 @@ async def test_what_is_refused_is_named_by_its_error_once_and_settled_when_it_ca
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines() if line.startswith("{")]
     (said,) = [line for line in lines if line["event"] == "settle_refused"]
     assert said["queue"] == "spoilt" and "WRONGTYPE" in said["error"] and "wrong type" in said["hint"]
+
+
+async def test_a_queue_that_is_shut_opens_with_the_next_settlement(raw, ground, monkeypatch):
+    """With a ledger a fast worker has more endings than PostgreSQL takes: it waits for those, and for no second."""
+    monkeypatch.setattr(fetcher, "UNSETTLED", -4)  # with the four slots: shut while one ending is not settled
+    monkeypatch.setattr("streamworker.broker.claim.IDLE", 60.0)
+    monkeypatch.setattr(fetcher, "BLOCK", 60.0)
+    ran: list[int] = []
+    app = App(settings=settings(raw, ground, concurrency=4))
+
+    @app.handler
+    async def other(payload: Other) -> None:
+        ran.append(payload.n)
+
+    async with app:
+        await app.enqueue_many([Other(n=n) for n in range(200)])
+        async with working(app):
+            await eventually(lambda: len(ran) == 200)

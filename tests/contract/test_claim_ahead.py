@@ -1,0 +1,73 @@
+"""Jobs are claimed ahead of free slots where jobs end fast, and no job waits for the slot of a slow one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import anyio
+
+from streamworker import App, Payload, QueueWorker
+from tests.conftest import eventually
+from tests.contract.helpers import settings, working
+
+SLOTS = 8
+
+
+class Task(Payload, kind="task", queue="q"):
+    n: int
+    slow: bool = False
+
+
+def made(raw: Any, ground: Any, running: Counter[str], ran: list[int], go: anyio.Event) -> App:
+    app = App(settings=settings(raw, ground, concurrency=SLOTS))
+
+    @app.handler
+    async def task(payload: Task) -> None:
+        running["now"] += 1
+        running["most"] = max(running["most"], running["now"])
+        try:
+            await (go.wait() if payload.slow else anyio.sleep(0.001))
+            ran.append(payload.n)
+        finally:
+            running["now"] -= 1
+
+    return app
+
+
+def claimed(worker: QueueWorker) -> int:
+    """Jobs that a worker has claimed and not finished."""
+    return worker._in_flight.busy if hasattr(worker, "_in_flight") else 0
+
+
+async def test_fast_jobs_are_claimed_ahead_and_what_slow_ones_overtake_is_handed_back(raw, ground):
+    running, ran, go = Counter[str](), list[int](), anyio.Event()
+    app = made(raw, ground, running, ran, go)
+    worker = QueueWorker(app, redis=None, database=None, services=None)
+
+    async with app, anyio.create_task_group() as group:
+        await app.enqueue_many([Task(n) for n in range(4000)])
+        await app.enqueue_many([Task(4000 + n, slow=True) for n in range(3 * SLOTS)])
+        group.start_soon(worker.start)
+        await eventually(lambda: claimed(worker) > SLOTS, 30)
+        await eventually(lambda: len(ran) == 4000 and running["now"] == SLOTS and ground.held("q") == SLOTS, 30)
+        assert running["most"] == SLOTS, "what is claimed ahead waits for a slot"
+        async with working(app):  # another one takes what the first one can hold no slot for
+            await eventually(lambda: running["now"] == 2 * SLOTS)
+            go.set()
+            await eventually(lambda: sorted(ran) == list(range(4000 + 3 * SLOTS)))
+        await worker.stop()
+    assert len(ran) == len(set(ran)) and worker._in_flight.counts.lost == 0
+
+
+async def test_at_a_stop_what_was_claimed_ahead_is_handed_back(raw, ground):
+    running, ran, go = Counter[str](), list[int](), anyio.Event()
+    app = made(raw, ground, running, ran, go)
+    worker = QueueWorker(app, redis=None, database=None, services=None)
+    async with app, anyio.create_task_group() as group:
+        await app.enqueue_many([Task(n) for n in range(20_000)])
+        group.start_soon(worker.start)
+        await eventually(lambda: claimed(worker) > SLOTS, 30)
+        await worker.stop()
+    assert ground.held("q") == 0 and ground.ready(queue="q") == 20_000 - len(ran)
+    assert len(ran) == len(set(ran))
