@@ -138,6 +138,57 @@ class InLine(Payload, kind="in-line", queue="q", order_by="key", fair_by="tenant
     fails: int = 0
 
 
+class Shared(Payload, kind="shared", queue="q", fair_by="tenant"):
+    """Each tenant has its share of the starts."""
+
+    tenant: str
+    seconds: float = 0.0
+
+
+class Fleeting(Payload, kind="fleeting", queue="q"):
+    """Enqueued with an expiry, after which it must not start."""
+
+    seconds: float = 0.0
+    fails: int = 0
+
+
+class Single(Payload, kind="single", queue="q"):
+    """Enqueued with a key that it holds until it has ended: no other one of that key starts before.
+
+    Attributes:
+        name: the key.
+        seconds: how long it takes.
+        fails: attempts that raise before one succeeds.
+    """
+
+    name: str
+    seconds: float = 0.0
+    fails: int = 0
+
+
+@app.handler(timeout=60)
+async def shared(payload: Shared, ctx: Context) -> None:
+    with journal.run(ctx, tenant=payload.tenant):
+        await asyncio.sleep(payload.seconds)
+
+
+@app.handler(timeout=60, max_attempts=4, backoff=Backoff(base=0.05, cap=0.5))
+async def fleeting(payload: Fleeting, ctx: Context) -> None:
+    expires = ctx.job.expires_at
+    with journal.run(ctx, expires=expires.timestamp() if expires is not None else None):
+        await asyncio.sleep(payload.seconds)
+        if ctx.attempt <= payload.fails:
+            raise ValueError("as planned")
+
+
+@app.handler(timeout=60, max_attempts=4, backoff=Backoff(base=0.05, cap=0.5))
+async def single(payload: Single, ctx: Context) -> None:
+    with journal.run(ctx, held=payload.name):
+        await asyncio.sleep(payload.seconds)
+        if ctx.attempt <= payload.fails:
+            raise ValueError("as planned")
+
+
 @app.handler(timeout=60, max_attempts=4, backoff=Backoff(base=0.05, cap=0.5))
 async def in_line(payload: InLine, ctx: Context) -> None:
     with journal.run(ctx, key=payload.key, number=payload.number):

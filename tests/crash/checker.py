@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,6 +12,10 @@ from typing import Any
 from tests.crash.history import read
 
 MAX_ATTEMPTS = {"work": 4}
+SOON = 0.3
+"""Seconds from the look at the clock to the start of a job, at most."""
+FOR_EVER = 600.0
+"""Seconds that no run of the suite lasts."""
 OWN_ENDS = {"ValueError", "Snooze", "Discard"}
 """Ends of a run after which the job goes on by its own rules, with another hop."""
 DEADLY = {"kill", "failpoint", "poison"}
@@ -22,7 +27,9 @@ class Verdict:
 
     def __init__(self) -> None:
         self.violations: list[str] = []
-        self.jobs = self.done = self.dead = self.destroyed = self.runs = 0
+        self.jobs = self.done = self.dead = self.destroyed = self.expired = self.runs = 0
+        self.share = 0
+        """Most starts of other tenants, beyond one of each, that a tenant with a job in its line has waited for."""
         self.duplicates: Counter[str] = Counter()
         self.recovery: list[float] = []
         self.alone: list[float] = []
@@ -48,6 +55,7 @@ def check(
     max_deliveries: int,
     lease: float,
     destroyed: Iterable[str] = (),
+    slots: int = 0,
 ) -> Verdict:
     """Judge a run that has come to rest.
 
@@ -58,6 +66,7 @@ def check(
         max_deliveries: the workers' setting.
         lease: the workers' setting, in seconds.
         destroyed: ids that a fault deleted on purpose.
+        slots: jobs that all workers run at once.
     """
     verdict = Verdict()
     runs = _runs(read(directory / "runs"))
@@ -65,11 +74,16 @@ def check(
     faults = read(directory / "faults")
     witnesses = list(witnesses)
     settled = _fence(verdict, witnesses)
-    _nothing_lost(verdict, enqueued, runs, settled, set(dead), set(destroyed))
+    expired = {ending[0].partition(":")[2] for ending in settled.values() if ending[0].startswith("expired:")}
+    _nothing_lost(verdict, enqueued, runs, settled, set(dead), set(destroyed) | expired)
+    verdict.expired, verdict.destroyed = len(expired), verdict.destroyed - len(expired & {e["job"] for e in enqueued})
     _limits(verdict, runs, max_deliveries)
     _order(verdict, runs, faults)
     _order_keys(verdict, runs, settled, set(destroyed))
     stalls = read(directory / "stalls")
+    _expiry(verdict, enqueued, runs, expired, stalls)
+    _held_keys(verdict, runs, settled, set(destroyed))
+    _shares(verdict, enqueued, runs, faults, stalls, slots)
     verdict.stalled = sum(stall["late"] for stall in stalls if stall["worker"] == "*")
     _duplicates(verdict, runs, faults, _takers(witnesses), lambda *pair: _starved(*pair, stalls, lease))
     return verdict
@@ -188,8 +202,8 @@ def _order(verdict: Verdict, runs: dict[str, list[dict[str, Any]]], faults: list
     last: dict[tuple[str, str], tuple[int, ...]] = {}
     every = sorted((run for history in runs.values() for run in history), key=lambda run: run["mono"])
     for run in every:
-        if run["threaded"] or run["count"] != 1 or run["delivery"] != 1 or "key" in run:  # asks for its turn first
-            continue
+        if run["threaded"] or run["count"] != 1 or run["delivery"] != 1 or run.keys() & {"key", "held", "expires"}:
+            continue  # the last three ask for something first
         # A stream's entry ids are decimal; a list's are UUIDs by the server's clock.
         entry = tuple(int(part, 16 if len(run["entry"]) == 36 else 10) for part in run["entry"].split("-"))
         key = (run["worker"], run["place"])
@@ -230,6 +244,99 @@ def _order_keys(
                 verdict.complain("order", f"of the key {key} {run['number']} started while {last['number']} ran")
             if run["ended"] is not None:
                 last = run
+
+
+def _expiry(
+    verdict: Verdict,
+    enqueued: list[dict[str, Any]],
+    runs: dict[str, list[dict[str, Any]]],
+    expired: set[str],
+    stalls: list[dict[str, Any]],
+) -> None:
+    """No job starts after its moment, none is expired before it, and none that has no such moment."""
+    for history in runs.values():
+        for run in history:
+            late = run["wall"] - run["expires"] if run.get("expires") is not None else 0.0
+            waited = sum(each["late"] for each in stalls if run["mono"] - 5 < each["mono"] < run["mono"] + 1)
+            if late > SOON + waited:
+                verdict.complain("expiry", f"{run['job']} started {late:.2f} s after it had expired")
+    lives = {line["job"]: line["lives"] for line in enqueued if "lives" in line}
+    known = {line["job"] for line in enqueued if line["what"] == "acknowledged"}
+    for job in expired & known:
+        if lives.get(job, FOR_EVER) >= FOR_EVER:
+            verdict.complain("expiry", f"{job} has expired, and had time")
+
+
+def _held_keys(
+    verdict: Verdict,
+    runs: dict[str, list[dict[str, Any]]],
+    settled: dict[tuple[str, str], list[str]],
+    destroyed: set[str],
+) -> None:
+    """Of the jobs with one key that is held until they are done none starts before the one before it has ended."""
+    by_key: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for run in (run for history in runs.values() for run in history):
+        ending = settled.get((run["place"], run["entry"]))
+        if "held" in run and ending is not None and ending[1:] == [run["worker"], str(run["count"])]:
+            by_key[run["held"]].append(run)
+    if destroyed:
+        return  # keys that were deleted with the server's memory are free
+    for key, found in by_key.items():
+        found.sort(key=lambda run: run["mono"])
+        for before, after in itertools.pairwise(found):
+            if before["job"] != after["job"] and (before["ended"] is None or after["mono"] < before["ended"]):
+                verdict.complain("key", f"{after['job']} started while {before['job']} held the key {key}")
+        firsts = [job for job, _ in itertools.groupby(found, key=lambda run: run["job"])]
+        if len(firsts) != len(set(firsts)):
+            verdict.complain("key", f"another job of the key {key} ran between two runs of one")
+
+
+def _shares(
+    verdict: Verdict,
+    enqueued: list[dict[str, Any]],
+    runs: dict[str, list[dict[str, Any]]],
+    faults: list[dict[str, Any]],
+    stalls: list[dict[str, Any]],
+    slots: int,
+) -> None:
+    """A tenant's job starts within the next (jobs in flight + tenants) starts, and tenants with work start equally often.
+
+    A start that a fault may have put off (of its worker, of the server) is not judged.
+    """
+    put = {line["job"]: line for line in enqueued if "tenant" in line and line["what"] == "acknowledged"}
+    starts = sorted(
+        (
+            (runs[job][0]["mono"], line["tenant"], line["mono"], runs[job][0])
+            for job, line in put.items()
+            if job in runs
+        ),
+        key=lambda start: start[0],
+    )
+    troubles = [(each["began"], each["ended"] + each.get("tail", 0.0), each["worker"]) for each in faults]
+    troubles += [(each["began"], each["mono"], each["worker"]) for each in stalls]
+    times = [start[0] for start in starts]
+    last: dict[str, float] = {}
+    spans: dict[str, tuple[float, float]] = {}
+    """Tenant to when the last of its jobs was stored, and when the last one started that no fault had put off."""
+    for at, tenant, stored, run in starts:
+        since = max(stored, last.get(tenant, 0.0))
+        last[tenant] = at
+        name = run["worker"].rpartition("-")[0]
+        if run["count"] > 1 or any(b < at and e > since and w in (name, "*") for b, e, w in troubles):
+            continue
+        spans[tenant] = max(stored, spans.get(tenant, (0.0, 0.0))[0]), at
+        others = Counter(each[1] for each in starts[bisect_right(times, since) : bisect_left(times, at)])
+        verdict.share = max(verdict.share, others.total() - len(others))
+        if others.total() > slots + len(others):
+            verdict.complain("share", f"{run['job']} of {tenant} started after {dict(others)} of others")
+    for one, other in itertools.combinations(sorted(spans), 2):
+        begin, end = max(spans[one][0], spans[other][0]), min(spans[one][1], spans[other][1])
+        both = [start for start in starts if start[1] in (one, other) and begin <= start[0] < end]
+        counts = Counter(start[1] for start in both)
+        if abs(counts[one] - counts[other]) > slots + 2 + sum(start[3]["count"] > 1 for start in both):
+            verdict.complain(
+                "share", f"both had work, and {counts[one]} of {one} started and {counts[other]} of {other}"
+            )
 
 
 def _duplicates(

@@ -122,6 +122,53 @@ MUTANTS: Final = (
         ("test_order.py",),
     ),
     Mutant(
+        "share",
+        "stream",
+        "a tenant is served twice where the others are served once",
+        ((_LUA + "prelude.lua", "start + 1 / (tonumber", "start + (fair == 'flood' and 0.5 or 1) / (tonumber"),),
+        ("test_flow.py::test_workers_that_are_killed_keep_to_the_shares",),
+    ),
+    Mutant(
+        "list share",
+        "list",
+        "a tenant whose last job has not ended starts now, as if it were idle",
+        ((_LUA + "prelude.lua", "math.max(tonumber(told[1] or 0), tonumber(ends or 0))", "tonumber(told[1] or 0)"),),
+        ("test_flow.py::test_workers_that_are_killed_keep_to_the_shares",),
+    ),
+    Mutant(
+        "expiry",
+        "stream",
+        "a job that has expired starts",
+        (
+            (
+                "execution.py",
+                "return self.facts is not None and self.facts.expires is not None and monotonic()",
+                "return False and monotonic()",
+            ),
+        ),
+        ("test_flow.py::test_what_has_expired_while_workers_die_never_starts",),
+    ),
+    Mutant(
+        "held key",
+        "stream",
+        "a job starts though another one has its key",
+        (
+            (
+                _LUA + "unique.lua",
+                "local earlier, word = redis.call('GET', KEYS[k]), 'new'",
+                "local earlier, word = false, 'new'",
+            ),
+        ),
+        ("test_flow.py::test_keys_that_are_held_until_their_jobs_are_done",),
+    ),
+    Mutant(
+        "freed key",
+        "list",
+        "a job that has ended keeps its deduplication key",
+        ((_LUA + "list_finish.lua", "if k > 0 then let_go(", "if false then let_go("),),
+        ("test_flow.py::test_keys_that_are_held_until_their_jobs_are_done",),
+    ),
+    Mutant(
         "list renewal",
         "list",
         "a renewal writes a lease for a claim that somebody else took over",

@@ -22,6 +22,7 @@ def table(injected: Counter[str], verdict: Verdict) -> str:
         ("acknowledged", f"{verdict.jobs}"),
         ("done", f"{verdict.done}"),
         ("dead", f"{verdict.dead}"),
+        ("expired", f"{verdict.expired}"),
         ("deleted by a fault", f"{verdict.destroyed}"),
         ("runs", f"{verdict.runs}"),
         ("stale settles refused", f"{verdict.stale_settles}"),
@@ -41,6 +42,10 @@ def table(injected: Counter[str], verdict: Verdict) -> str:
         )
         lines += ["", f"{name:<26}{figures}  ({len(values)} runs)"]
     broken = Counter(violation.partition(":")[0] for violation in verdict.violations)
+    lines += [
+        "",
+        f"{'most of others before':<26}{verdict.share:>8}  starts beyond one each, while a tenant's job waited",
+    ]
     lines += ["", f"{'lost':<26}{len(verdict.lost):>8}", f"{'settles by lost claims':<26}{broken['fence']:>8}"]
     lines += [f"{'violations':<26}{len(verdict.violations):>8}  {dict(broken) or ''}"]
     return "\n".join(lines)

@@ -22,7 +22,7 @@ from streamworker.settings import Settings
 from tests import forkserver
 from tests.conftest import Server
 from tests.crash import stalls
-from tests.crash.app import Block, InLine, Thread, Work
+from tests.crash.app import Block, Fleeting, InLine, Shared, Single, Thread, Work
 from tests.crash.checker import Verdict, check
 from tests.crash.clock import Clock
 from tests.crash.fleet import ROOT, Fleet, Worker, clean_environment
@@ -141,8 +141,15 @@ class Rig:
             for job in jobs:
                 self._enqueued.add(what="uncertain", job=job.id)
             raise
-        for answer in answers:
-            self._enqueued.add(what="acknowledged", job=answer.id, sent=sent)
+        for payload, answer in zip(payloads, answers, strict=True):
+            more: dict[str, Any] = {"tenant": payload.tenant} if isinstance(payload, Shared) else {}
+            if isinstance(payload, Single):
+                more = {"held": payload.name, "new": answer.new}
+            if "expires_in" in options:
+                more = {"lives": options["expires_in"]}
+            self._enqueued.add(what="acknowledged", job=answer.id, sent=sent, **more)
+            if answer.replaced not in (None, answer.id):
+                self._enqueued.add(what="cancelled", job=answer.replaced)
         return [answer.id for answer in answers]
 
     async def produce(self, stop: asyncio.Event, rate: float) -> None:
@@ -154,11 +161,26 @@ class Rig:
                 options["delay"] = self.random.uniform(0.05, 1.0)
             elif self.random.random() < 0.3:
                 payloads = [self._next_in_line() for _ in payloads]
+            elif self.random.random() < 0.3:
+                payloads, options = self._of_tenants(len(payloads)), {}
+            elif self.random.random() < 0.2:
+                payloads = [Fleeting(self.random.choice((0.0, 0.05)), self.random.choice((0, 0, 1))) for _ in payloads]
+                options["expires_in"] = self.random.choice((0.02, 0.3, 600.0))
+            elif self.random.random() < 0.2:
+                name, fails = f"u{self.random.randint(0, 3)}", self.random.choice((0, 0, 0, 1, 9))
+                payloads = [Single(name, self.random.choice((0.0, 0.1)), fails)]
+                options |= {"key": name, "unique": "done", "replace": self.random.random() < 0.3}
             with suppress(StreamworkerError):
                 await self.put(*payloads, **options)
             with suppress(TimeoutError):
                 async with asyncio.timeout(len(payloads) / rate):
                     await stop.wait()
+
+    def _of_tenants(self, count: int) -> list[Payload]:
+        """A flood of one tenant, or one job of each of a few others."""
+        if self.random.random() < 0.5:
+            return [Shared("flood", 0.02) for _ in range(10 * count)]
+        return [Shared(f"q{self.random.randint(0, 4)}", 0.02)]
 
     def _next_in_line(self) -> Payload:
         key = f"k{self.random.randint(0, 5)}"
@@ -387,6 +409,7 @@ class Rig:
             max_deliveries=self.max_deliveries,
             lease=self.lease,
             destroyed=self.destroyed,
+            slots=int(self._settings["CONCURRENCY"]) * max(workers, 1),
         )
         for each in self.unexpected:
             verdict.complain("exit", each)

@@ -56,8 +56,9 @@ return result
 """
 # A renewal is worth a line only if it changed the owner or the count.
 _RENEWED: Final = "(before[n] ~= held(id)) and held(id) or nil"
-# What is finished was done, unless its note says that it was cancelled.
-_FINISHED: Final = f"""(ARGV[i + 4] == '{results.CANCELLED.decode()}' and 'drop' or 'done')"""
+# What is finished was done, unless its note says that it was cancelled or has expired; a job that expired may never have run.
+_FINISHED: Final = f"""(ARGV[i + 4] == '{results.CANCELLED.decode()}' and 'drop'
+  or string.find(ARGV[i + 4], '"expired"', 1, true) and 'expired:' .. ARGV[i + 2] or 'done')"""
 _SHAPES: Final[dict[str, dict[str, Any]]] = {
     # One delivery count for all claims, or one behind each; the claims that are lost are named by their numbers.
     "DONE": {
