@@ -52,6 +52,9 @@ class Outlet(Protocol):
     async def add(self, connection: Any, jobs: Sequence[Job], settings: Settings, *, blocking: bool) -> list[Enqueued]:
         """Add jobs to the caller's transaction; a caller that blocks calls it with `loops.at_once`."""
 
+    async def find_waiting(self, job: Job, settings: Settings) -> Enqueued | None:
+        """The answer for a job whose deduplication key belongs to one that waits in the ledger, if there is one."""
+
     def elsewhere(self) -> AbstractAsyncContextManager[Outlet]:
         """The same servers, opened on another event loop."""
 
@@ -98,8 +101,17 @@ class Producer:
             raise UsageError("the app is not open: enqueue inside `async with app:`")
         if any(job.expires_in is not None for job in made):
             made = await _dated(made, broker)
+        answers: dict[int, Enqueued] = {}
+        if any(job.key is not None for job in made):
+            for index, job in enumerate(made):
+                if job.key is not None and (answer := await self._outlet.find_waiting(job, settings)) is not None:
+                    answers[index] = answer
+            made = [job for index, job in enumerate(made) if index not in answers]
         packed = [codec.pack(job, max_bytes=settings.max_job_bytes, key_ttl=settings.key_ttl) for job in made]
-        return await broker.publish(packed) if packed else []
+        published = iter(await broker.publish(packed) if packed else [])
+        if not answers:
+            return list(published)
+        return [answers.get(index) or next(published) for index in range(len(packed) + len(answers))]
 
     def enqueue_blocking(self, job: Job, connection: Any = None) -> Enqueued:
         """Publish one job from sync code, on a loop of the producer's own; or add it to the caller's transaction."""

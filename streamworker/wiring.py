@@ -25,7 +25,7 @@ from streamworker.broker.lists_brpop import BrpopBroker
 from streamworker.broker.redis.client import RedisAddress
 from streamworker.broker.stream import StreamBroker
 from streamworker.cron import Schedule
-from streamworker.errors import ConfigurationError, StreamworkerError, UsageError
+from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable, UsageError
 from streamworker.handlers import Handlers
 from streamworker.job import Enqueued, Job
 from streamworker.operators import broker_options, database_of, open_servers, require_archive
@@ -514,6 +514,17 @@ class AppConnection:
     async def add(self, connection: Any, jobs: Sequence[Job], settings: Settings, *, blocking: bool) -> list[Enqueued]:
         """Add jobs to the caller's PostgreSQL transaction."""
         return await add_in_transaction(connection, jobs, settings, blocking=blocking)
+
+    async def find_waiting(self, job: Job, settings: Settings) -> Enqueued | None:
+        """The answer for a job whose deduplication key belongs to one that waits in the ledger, if there is one."""
+        try:
+            archive = await self.archive()
+            return (
+                None if archive is None else await archive.find_waiting(job, settings.max_job_bytes, settings.key_ttl)
+            )
+        except Unreachable as error:  # what waits there is not sent to Redis while this job has the key
+            log.warning("ledger_keys_unseen", queue=job.queue, job_id=job.id, error=str(error))
+            return None
 
     @asynccontextmanager
     async def elsewhere(self) -> AsyncIterator[AppConnection]:

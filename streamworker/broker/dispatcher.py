@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from math import ceil
 from time import monotonic
 from typing import Any, Final
 
@@ -25,6 +26,8 @@ from streamworker.errors import InvalidJob, StreamworkerError
 from streamworker.job import LEVELS
 from streamworker.relay import Dispatch, Dispatched, Pulse
 
+HELD: Final = -2
+"""The answer for a job whose deduplication key another job holds."""
 FORGET: Final = 30 * 86_400_000
 """Milliseconds after which even additions that no relay noted are forgotten."""
 MEMBERS: Final = 1000
@@ -108,7 +111,11 @@ class RedisDispatcher:
         for _ in range(2):
             args: list[Any] = [keys.shape, round(until * 1000 + self._clocks[home]), secrets.token_hex(8), FORGET]
             for job in jobs:
-                args += (LEVELS.index(job.level) + 3, f"{job.id}/{job.hop}", job.body, job.epoch)
+                args += (LEVELS.index(job.level) + 3, f"{job.id}/{job.hop}", job.body, job.epoch, job.id)
+                key = job.key
+                args += (
+                    ("", 0, 0) if key is None else (key.name, int(key.until is not None), ceil(key.life * 1000) or 1)
+                )
             now, done, epoch, results = await self._session.run(scripts.DISPATCH, names, args)
             self._clocks[home] = now - monotonic() * 1000
             if done != b"groups":
@@ -118,7 +125,8 @@ class RedisDispatcher:
             return None
         errors = [result for result in results if isinstance(result, bytes)]
         there = [result in (0, 1) for result in results]
-        return Dispatched(text(epoch), there, text(errors[0]) if errors else "")
+        held = [result == HELD for result in results]
+        return Dispatched(text(epoch), there, held, text(errors[0]) if errors else "")
 
     async def forget(self, queue: str, jobs: Sequence[Dispatch]) -> None:
         if jobs:

@@ -18,7 +18,7 @@ import msgspec
 from streamworker import codec
 from streamworker.codec import DocumentFields, deliveries_of
 from streamworker.errors import RunEnded
-from streamworker.job import Claim, Level
+from streamworker.job import Claim, Enqueued, Job, Level
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -472,6 +472,9 @@ class Archive(Protocol):
 
     async def prune(self, queue: str | None = None, *, older: float | None = None) -> int:
         """Delete a batch of the jobs that `prunable` counts; returns how many: 0 when none is left."""
+
+    async def find_waiting(self, job: Job, max_bytes: int, key_ttl: float) -> Enqueued | None:
+        """The answer for a job whose deduplication key belongs to one that waits here, if there is one."""
 
 
 def run_record(claim: Claim, reading: DocumentFields, *, kind: str, started: float | None) -> RunRecord:

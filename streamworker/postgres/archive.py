@@ -10,9 +10,10 @@ import asyncpg
 import msgspec
 
 from streamworker.errors import ConfigurationError, UsageError
+from streamworker.job import Enqueued, Job
 from streamworker.postgres import Attempt, JobRecord, Wanted
 from streamworker.postgres.encoding import stored_id, within_python
-from streamworker.postgres.enqueue import NOW
+from streamworker.postgres.enqueue import NOW, find_waiting
 from streamworker.postgres.ledger import BATCH, PRUNABLE, PRUNE
 from streamworker.postgres.pool import Database, open_database
 from streamworker.postgres.sqlstate import understood
@@ -102,6 +103,10 @@ class PostgresArchive:
             names = ", ".join(row["queue_name"] for row in rows)
             raise UsageError(f"several queues have a job with the id {job_id} ({names}): say which queue is meant")
         return _record(rows[0]) if rows else None
+
+    async def find_waiting(self, job: Job, max_bytes: int, key_ttl: float) -> Enqueued | None:
+        with understood("looking a key up"):
+            return await find_waiting(self._database.fetch, job, max_bytes=max_bytes, key_ttl=key_ttl)
 
     async def attempts(self, queue: str, job_id: str) -> list[Attempt]:
         with understood("reading a job's attempts"):

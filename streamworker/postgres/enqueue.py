@@ -8,9 +8,9 @@ one that blocks, it all runs without an event loop.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Final
+from typing import Any, Final, TypeAlias
 
 import msgspec
 
@@ -78,8 +78,15 @@ update streamworker.jobs as waiting set
     and waiting.queue_name = known.queue_name and waiting.status = 'queued' and waiting.hop = 0
   returning waiting.id, pg_notify('streamworker', '') is null, $11::text
 """
+WAITING: Final = """
+select job.id from streamworker.job_keys as known join streamworker.jobs as job
+  on job.id = known.job_id and job.queue_name = known.queue_name
+where known.queue_name = $1 and known.key = $2 and job.status in ('queued', 'dispatching')
+"""
 HOLD: Final = """
-select streamworker.take_key($1::text, $2::text, $3::text, interval '1 day', $4::text, $5::text::boolean)
+select streamworker.take_key($1::text, $2::text, $3::text,
+  case when $4::text is null then make_interval(secs => $6::text::double precision) else interval '1 day' end,
+  $4::text, $5::text::boolean)
 """
 NOW: Final = "select extract(epoch from clock_timestamp())::text"
 TELL: Final = "select pg_notify('streamworker', $1::text)"
@@ -88,6 +95,10 @@ _STRINGS: Final = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _ESCAPES: Final = re.compile(rb"\\u(?:0000|[dD][89a-fA-F])")
 _NUMBERS: Final = re.compile(rb"\d[eE]|-0(?!\.\d*[1-9])|\d{300}")
 _SPECIAL: Final = str.maketrans({"\\": r"\\", "\n": r"\n", "\r": r"\r", "\t": r"\t"})
+
+
+Fetch: TypeAlias = Callable[..., Awaitable[Sequence[Any]]]
+"""The rows of a statement."""
 
 
 class QueuedRow(msgspec.Struct, frozen=True, gc=False):
@@ -137,31 +148,59 @@ async def _added(connection: SqlConnection, rows: Sequence[QueuedRow], key_ttl: 
 
 
 async def _enqueue_held(connection: SqlConnection, rows: Sequence[QueuedRow], key_ttl: float) -> list[Enqueued]:
-    """Add jobs of which some have keys that are held: these one by one, in the order of their keys."""
+    """Add jobs of which some have keys that are held: first all keys, in their order, then the jobs as given."""
     answers: dict[int, Enqueued] = {}
-    for index in sorted(range(len(rows)), key=lambda n: (rows[n].job.queue, rows[n].job.key or "", n)):
-        row, job = rows[index], rows[index].job
-        if job.unique is not None:
-            answer = await _held(connection, row, key_ttl)
-            if answer is not None:
-                answers[index] = answer
-                continue
-            row = msgspec.structs.replace(row, job=msgspec.structs.replace(job, key=None))
-        (answers[index],) = await _added(connection, [row], key_ttl)
+    keyed = [index for index, row in enumerate(rows) if row.job.key is not None]
+    for index in sorted(keyed, key=lambda n: (rows[n].job.queue, rows[n].job.key or "", n)):
+        answer = await _held(connection, rows[index], key_ttl)
+        if answer is not None:
+            answers[index] = answer
+    rest = [index for index in range(len(rows)) if index not in answers]
+    free = [_without_key(rows[index]) for index in rest]
+    for start in range(0, len(rest), BATCH):
+        some = await _added(connection, free[start : start + BATCH], key_ttl)
+        answers.update(zip(rest[start : start + BATCH], some, strict=True))
     return [answers[index] for index in range(len(rows))]
+
+
+def _without_key(row: QueuedRow) -> QueuedRow:
+    if row.job.key is None:
+        return row
+    return msgspec.structs.replace(row, job=msgspec.structs.replace(row.job, key=None))
+
+
+async def _rewritten(fetch: Fetch, row: QueuedRow, key_ttl: float) -> Enqueued | None:
+    """Rewrite the job that has a job's key, if it waits and was never sent to its queue; the answer then."""
+    job, values = row.job, _values(row, key_ttl)
+    debounce = [None if each is None else repr(float(each)) for each in (job.debounce, job.debounce_max)]
+    found = await fetch(REPLACE, job.queue, job.key, *values[2:10], job.id, *values[12:14], *debounce)
+    return Enqueued(found[0][0], new=False, replaced=found[0][0]) if found else None
 
 
 async def _held(connection: SqlConnection, row: QueuedRow, key_ttl: float) -> Enqueued | None:
     """Take the key of a job; the answer if the job is not added: an earlier one has it, or was rewritten."""
     job = row.job
-    if job.replace:
-        values = _values(row, key_ttl)
-        debounce = [None if each is None else repr(float(each)) for each in (job.debounce, job.debounce_max)]
-        found = await connection.fetch(REPLACE, job.queue, job.key, *values[2:10], job.id, *values[12:14], *debounce)
-        if found:
-            return Enqueued(found[0][0], new=False, replaced=found[0][0])
-    earlier = await connection.fetch(HOLD, job.queue, job.key, job.id, job.unique, str(job.replace).lower())
+    if job.replace and (answer := await _rewritten(connection.fetch, row, key_ttl)) is not None:
+        return answer
+    ttl = repr(float(key_ttl if job.key_ttl is None else job.key_ttl))
+    earlier = await connection.fetch(HOLD, job.queue, job.key, job.id, job.unique, str(job.replace).lower(), ttl)
     return None if earlier[0][0] is None else Enqueued(earlier[0][0], new=False)
+
+
+async def find_waiting(fetch: Fetch, job: Job, *, max_bytes: int, key_ttl: float) -> Enqueued | None:
+    """The answer for a job that goes to Redis, if its deduplication key belongs to one that waits in the ledger.
+
+    Args:
+        fetch: the rows of one statement.
+        job: one with a key; if it replaces, the one that waits is rewritten.
+        max_bytes: the largest document allowed.
+        key_ttl: seconds a deduplication key is remembered unless the job says otherwise.
+    """
+    with schema_expected("enqueue"):
+        if job.replace and (answer := await _rewritten(fetch, _row(job, max_bytes, key_ttl), key_ttl)) is not None:
+            return answer
+        found = await fetch(WAITING, job.queue, job.key)
+        return Enqueued(found[0][0], new=False) if found else None
 
 
 def _row(job: Job, max_bytes: int, key_ttl: float) -> QueuedRow:

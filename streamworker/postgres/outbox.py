@@ -18,12 +18,12 @@ import msgspec
 from streamworker import codec
 from streamworker.codec import NOTHING, OLD_HEADERS
 from streamworker.errors import InvalidJob
-from streamworker.job import LEVELS, Job, Level
+from streamworker.job import HELD, LEVELS, Job, Level
 from streamworker.postgres.encoding import text, within_python
 from streamworker.postgres.enqueue import CHANNEL
 from streamworker.postgres.pool import Database, connect
 from streamworker.postgres.sqlstate import is_one_rows_fault, reason, translated, understood
-from streamworker.relay import KnownQueue, Lost, Taken
+from streamworker.relay import KnownQueue, LedgerKey, Lost, Taken
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.relay")
@@ -48,10 +48,13 @@ _RETURNED: Final = f"""returning job.id, job.queue_name, job.kind, job.payload::
   {within_python("job.created_at")} as created_at, {within_python("job.expires_at")} as expires_at, job.status,
   job.order_key, job.fair_key, case when job.order_key is not null then
     (select epoch from streamworker.job_queues where name = job.queue_name) end as known,
+  (select array[known.key, known.held, extract(epoch from known.expires_at - clock_timestamp())::text]
+    from streamworker.job_keys as known
+    where known.job_id = job.id and known.queue_name = job.queue_name limit 1) as key,
   coalesce(job.run_at, job.created_at) as due"""  # noqa: S608 - words of ours, here and below
 _IN_ORDER: Final = """
 select id, queue_name, kind, payload, level, attempt_count, max_attempts, hop, headers, document, created_at,
-  expires_at, status, order_key, fair_key, known
+  expires_at, status, order_key, fair_key, known, key
 from taken
 order by array_position(array['high', 'normal', 'low'], level), due, id"""
 _NEXT_HOP: Final = f"least(job.hop, {2**63 - 2}) + 1"
@@ -151,6 +154,19 @@ with sent as materialized (
   from free where job.id = free.id and job.queue_name = free.queue_name returning job.id, job.queue_name
 )
 select queue_name, id from open where (id, queue_name) not in (select id, queue_name from noted)
+"""
+# Not sent, so its hop is the one before. One with an order key keeps its place, and the others of the key behind it.
+PUT_OFF: Final = """
+update streamworker.jobs as job set
+  hop = case when job.order_key is null then greatest(job.hop - 1, 0) else job.hop end,
+  status = case when job.order_key is null then 'queued' else job.status end,
+  run_at = case when job.order_key is null then clock_timestamp() + interval '1 second' else job.run_at end,
+  updated_at = clock_timestamp()
+    - case when job.order_key is null then interval '0' else make_interval(secs => $4) end
+from (
+  select * from unnest($1::text[], $2::bigint[], $3::text[]) as held (id, hop, queue_name) order by id, queue_name
+) as held
+where job.id = held.id and job.queue_name = held.queue_name and job.hop = held.hop and job.status = 'dispatching'
 """
 MEET: Final = """
 insert into streamworker.job_queues as known (name, epoch)
@@ -314,7 +330,8 @@ class PostgresOutbox:
                 log.error("relay_job_dead", **whose, error=str(error))
                 odd.append((row["id"], row["hop"], text(f"{UNREADABLE}: {error}"), row["queue_name"]))
             else:
-                taken.append(Taken(row["id"], row["queue_name"], row["level"], row["hop"], body, row["known"] or ""))
+                known, key = row["known"] or "", key_of(row)
+                taken.append(Taken(row["id"], row["queue_name"], row["level"], row["hop"], body, known, key))
         if odd:
             await self._ask("marking jobs dead that cannot be read", DEAD, *map(list, zip(*odd, strict=True)))
         return taken
@@ -334,6 +351,10 @@ class PostgresOutbox:
         ids, hops, queues = [job.id for job in jobs], [job.hop for job in jobs], [job.queue for job in jobs]
         rows = await self._ask("noting dispatched jobs", NOTE, ids, hops, list(epochs), queues)
         return {(row["queue_name"], row["id"]) for row in rows}
+
+    async def put_off(self, jobs: Sequence[Taken]) -> None:
+        ids, hops, queues = [job.id for job in jobs], [job.hop for job in jobs], [job.queue for job in jobs]
+        await self._ask("putting jobs off whose keys are held", PUT_OFF, ids, hops, queues, TAKEOVER - 1)
 
     # -- queues
 
@@ -382,19 +403,29 @@ class PostgresOutbox:
         await self._ask("deleting old keys", PRUNE_KEYS, KEY_BATCH)
 
 
+def key_of(row: asyncpg.Record) -> LedgerKey | None:
+    """The deduplication key that a row's job has."""
+    if row["key"] is None:
+        return None
+    name, until, seconds = row["key"]
+    return LedgerKey(name, until, HELD if until is not None else max(0.0, float(seconds)))
+
+
 def document(row: asyncpg.Record) -> bytes:
     """The document of a row, for Redis. Without ``run_at``: the job is due by the database's clock.
 
     Raises:
         InvalidJob: no worker could decode it.
     """
-    hop, attempts = codec.written_hop(row["hop"]), row["attempt_count"]
+    hop, attempts, key = codec.written_hop(row["hop"]), row["attempt_count"], key_of(row)
     if row["document"] is not None:
         patch = {"id": row["id"], "hop": hop, "attempt_count": attempts or None, "run_at": None,
                  "expires_at": row["expires_at"]}  # fmt: skip
+        if key is not None:
+            patch |= {"key": key.name, "unique": key.until}
         body = codec.rewrite(row["document"], patch, state=NOTHING)
     else:
-        body = _packed(row, hop, attempts)
+        body = _packed(row, hop, attempts, key)
     if len(body) > LARGEST:
         raise InvalidJob(f"the document has {len(body)} bytes and {LARGEST} are the most for any worker")
     codec.check_depth(body)
@@ -402,7 +433,7 @@ def document(row: asyncpg.Record) -> bytes:
     return body
 
 
-def _packed(row: asyncpg.Record, hop: int, attempts: int) -> bytes:
+def _packed(row: asyncpg.Record, hop: int, attempts: int, key: LedgerKey | None) -> bytes:
     try:
         headers = None if row["headers"] is None else msgspec.json.decode(row["headers"])
     except (msgspec.MsgspecError, RecursionError) as error:
@@ -423,6 +454,8 @@ def _packed(row: asyncpg.Record, hop: int, attempts: int) -> bytes:
         headers=headers,
         order_key=row["order_key"],
         fair_key=row["fair_key"],
+        key=key.name if key is not None else None,
+        unique=key.until if key is not None else None,
     )
     # The limit was checked at enqueue; for rows that another driver wrote the worker's limit holds.
     return codec.pack(job, max_bytes=2**62, key_ttl=0).body

@@ -11,7 +11,21 @@ from typing import Protocol
 
 import msgspec
 
-from streamworker.job import Level
+from streamworker.job import Level, Until
+
+
+class LedgerKey(msgspec.Struct, frozen=True):
+    """A deduplication key that the ledger has noted for a job; its queue in Redis notes it with the job.
+
+    Attributes:
+        name: the key.
+        until: ``done`` or ``started`` if it is held until then; ``None`` if it is for a time.
+        life: seconds after which it is free whatever became of the job.
+    """
+
+    name: str
+    until: Until | None
+    life: float
 
 
 class Dispatch(msgspec.Struct, frozen=True):
@@ -24,6 +38,7 @@ class Dispatch(msgspec.Struct, frozen=True):
     epoch: str = ""
     """The queue's identity by the ledger, without which a job with an order key is not added: an earlier one may be
     lost."""
+    key: LedgerKey | None = None
 
 
 class Dispatched(msgspec.Struct, frozen=True):
@@ -32,11 +47,13 @@ class Dispatched(msgspec.Struct, frozen=True):
     Attributes:
         epoch: identity of the queue.
         there: per job whether it is in the queue now, added by this call or an earlier one.
+        held: per job whether another one holds its key, for which it has to wait.
         error: why some jobs are not.
     """
 
     epoch: str
     there: list[bool]
+    held: list[bool] = []
     error: str = ""
 
 
@@ -121,6 +138,7 @@ class Taken(msgspec.Struct, frozen=True):
     hop: int
     body: bytes
     epoch: str = ""
+    key: LedgerKey | None = None
 
 
 class KnownQueue(msgspec.Struct, frozen=True):
@@ -163,6 +181,9 @@ class Outbox(Protocol):
 
     async def queued(self, queues: Sequence[str]) -> tuple[int, int]:
         """How many jobs of these queues are queued: (due, later)."""
+
+    async def put_off(self, jobs: Sequence[Taken]) -> None:
+        """Queue jobs again whose deduplication keys other jobs hold: they are looked at a second later."""
 
     async def note(self, jobs: Sequence[Taken], epochs: Sequence[str]) -> set[tuple[str, str]]:
         """Mark jobs as ``dispatched``, each with the epoch of its queue.

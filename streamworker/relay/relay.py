@@ -201,7 +201,7 @@ class Relay:
 
     async def _send(self, queue: str, jobs: Sequence[Taken]) -> tuple[list[tuple[Taken, str]], str]:
         """(jobs that are in the queue now, each with the queue's epoch; why some are not)."""
-        wire = [Dispatch(job.id, job.hop, job.level, job.body, job.epoch) for job in jobs]
+        wire = [Dispatch(job.id, job.hop, job.level, job.body, job.epoch, job.key) for job in jobs]
         done = await self._dispatcher.dispatch(queue, wire, self._until)
         if done is None:
             log.info("relay_late", queue=queue, jobs=len(jobs), hint="they are taken over")
@@ -209,6 +209,8 @@ class Relay:
         if queue not in self._met:
             await self._outbox.meet({queue: done.epoch})
             self._met.add(queue)
+        if any(done.held):
+            await self._outbox.put_off([job for job, held in zip(jobs, done.held, strict=True) if held])
         return [(job, done.epoch) for job, there in zip(jobs, done.there, strict=True) if there], done.error
 
     async def _note(self, sent: Sequence[tuple[Taken, str]]) -> None:

@@ -26,7 +26,7 @@ async def tick(payload: Tick) -> None:
 
 @both_modes
 def test_delayed_jobs_become_ready_without_a_ledger_and_without_an_app(sw, ground):
-    sw.constants["streamworker.wiring.NEW_QUEUES"] = 0.2
+    sw.constants["streamworker.worker.relay_process.NEW_QUEUES"] = 0.2
     relay = sw.start("relay")
     sw.ok("enqueue", "note.write", '{"text": "x"}', "--queue", "notes", "--delay", "0.5", STREAMWORKER_APP="jobs:app")
     eventually_blocking(lambda: ground.ready(queue="notes") == 1, 30)

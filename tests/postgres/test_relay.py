@@ -513,7 +513,7 @@ async def test_a_worker_told_not_to_leaves_jobs_where_they_are(pg, raw, redis_ur
 async def test_the_relay_as_a_process_of_its_own(pg, raw, redis_url, database_url):
     env = {k: v for k, v in os.environ.items() if not k.startswith("STREAMWORKER_")}
     env |= {"PYTHONPATH": str(ROOT), "REDIS_URL": redis_url, "DATABASE_URL": database_url, "PYTHONWARNINGS": "error"}
-    looks = {"streamworker.wiring.NEW_QUEUES": 0.3}
+    looks = {"streamworker.worker.relay_process.NEW_QUEUES": 0.3}
     process = forkserver.forked(["relay"], env=env, cwd=ROOT, constants=looks)
     try:
         await commit(pg, Bill())

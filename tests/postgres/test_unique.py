@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
+import anyio
 import asyncpg
 import pytest
 
-from streamworker import App, Context
+from streamworker import App, Context, Payload
 from streamworker.postgres.outbox import PostgresOutbox
 from streamworker.postgres.pool import open_database
+from streamworker.relay.relay import Relay
 from tests.conftest import eventually
 from tests.postgres.working import Job, settings_for, working
+
+
+class InOrder(Payload, kind="in.order", queue="q", order_by="of"):
+    of: str
+    n: int
 
 
 class Scene:
@@ -179,3 +188,129 @@ async def test_a_cancelled_job_frees_its_key(scene):
     first = await scene.put(1, unique="done")
     assert await scene.app.cancel(first.id) == "cancelled"
     assert (await scene.put(2, unique="done")).new
+
+
+# -- one key, whichever way its jobs come
+
+
+@pytest.fixture(params=["stream", "list"])
+async def both(request, redis_url, database_url, pg):
+    """An app with the ledger and a relay, and one of a producer that knows no ledger."""
+    settings = settings_for(redis_url, database_url, relay="on", mode=request.param)
+    async with (
+        App(settings=settings) as app,
+        App(settings=settings_for(redis_url, None, mode=request.param, ledger="off")) as outside,
+    ):
+        yield Scene(app, pg), outside
+
+
+@asynccontextmanager
+async def relay_of(scene: Scene) -> AsyncIterator[Relay]:
+    """A relay without a loss detector, to be stepped by hand."""
+    async with scene.app.relaying() as process:
+        yield Relay(process.outbox, process._dispatcher, anyio.Event())
+
+
+async def _sent(scene: Scene, job_id: str) -> None:
+    async with relay_of(scene) as relay:
+        await relay.step()
+    assert await scene.status(job_id) == "dispatched"
+
+
+async def test_redis_knows_the_key_of_a_job_that_waits_in_the_ledger(both):
+    scene, _ = both
+    first = await scene.put(1, unique="done", delay=600)
+    told = await scene.app.enqueue(Job(n=2), key="k", unique="done")
+    assert (told.id, told.new) == (first.id, False)
+    assert (await scene.app.enqueue(Job(n=2), key="k")).id == first.id, "one key, however it is held"
+    newer = await scene.app.enqueue(Job(n=3), key="k", unique="done", replace=True)
+    assert (newer.id, newer.new, newer.replaced) == (first.id, False, first.id)
+    others = await scene.app.enqueue_many([scene.app.job(Job(n=n), key=key) for n, key in ((4, "k"), (5, "x"))])
+    assert [other.new for other in others] == [False, True]
+    async with working(scene.app):
+        await scene.until(first.id, "completed")
+        await eventually(lambda: sorted(scene.ran) == [3, 5])
+
+
+@pytest.mark.parametrize("unique", ["done", "started", None])
+async def test_redis_knows_the_key_of_a_job_that_the_relay_has_sent(both, unique):
+    scene, outside = both
+    first = await scene.put(1, unique=unique)
+    await _sent(scene, first.id)
+    told = await outside.enqueue(Job(n=2), key="k", unique="done")
+    assert (told.id, told.new) == (first.id, False), "a producer without a ledger is told, too"
+    async with working(scene.app):
+        await scene.until(first.id, "completed")
+        if unique is not None:
+
+            async def free() -> bool:  # the ledger knows a moment earlier
+                return (await outside.enqueue(Job(n=3), key="k", unique=unique)).new
+
+            await eventually(free)
+            await eventually(lambda: scene.ran == [1, 3])
+
+
+async def test_a_job_of_the_ledger_waits_while_one_of_redis_holds_its_key(both):
+    """None is lost, and none runs beside the other."""
+    scene, outside = both
+    async with working(scene.app):
+        first = await outside.enqueue(Job(n=-1), key="k", unique="done")
+        await eventually(lambda: scene.ran == [-1])
+        second = await scene.put(2, unique="done")
+        assert second.new
+        assert (await scene.put(3, unique="done")).id == second.id, "the next one meets the one that waits"
+        await asyncio.sleep(0.2)  # a look of the relay
+        assert scene.ran == [-1]
+        assert await scene.status(second.id) in ("queued", "dispatching")
+        scene.go.set()
+        await scene.until(second.id, "completed")
+        assert scene.ran == [-1, 2]
+        assert await scene.status(first.id) == "completed"
+
+
+async def test_a_successor_does_not_start_before_redis_knows_that_the_one_before_has_ended(both):
+    """The ledger knows it first: a successor that is enqueued in between waits for a moment, and is not lost."""
+    scene, _ = both
+    async with working(scene.app):
+        first = await scene.put(-1, unique="done")
+        await eventually(lambda: scene.ran == [-1])
+        await scene.pg.execute("update streamworker.jobs set status = 'completed', finished_at = now()")
+        second = await scene.put(2, unique="done")
+        assert second.new and second.id != first.id
+        await asyncio.sleep(0.2)  # a look of the relay
+        assert scene.ran == [-1]
+        scene.go.set()
+        await scene.until(second.id, "completed")
+    assert scene.ran == [-1, 2]
+
+
+async def test_a_relay_that_dies_over_a_held_key_loses_nothing(both):
+    scene, outside = both
+    await outside.enqueue(Job(n=1), key="k", unique="done", delay=600)
+    second = await scene.put(2, unique="done")
+    async with relay_of(scene) as relay:  # claims it, is told that the key is held, and dies
+        (taken,) = await relay._outbox.claim()
+        assert taken.key is not None and taken.key.name == "k"
+    assert await scene.status(second.id) == "dispatching"
+    await scene.pg.execute("update streamworker.jobs set updated_at = updated_at - interval '1 minute'")
+    async with relay_of(scene) as relay:
+        await relay.step()
+        assert await scene.status(second.id) == "queued"
+        assert await outside.cancel((await outside.enqueue(Job(n=1), key="k", unique="done")).id, queue="q")
+        await scene.pg.execute("update streamworker.jobs set run_at = now()")
+        await relay.step()
+    assert await scene.status(second.id) == "dispatched"
+
+
+async def test_a_job_that_waits_for_its_key_keeps_its_place_in_its_order(both):
+    scene, outside = both
+    await outside.enqueue(Job(n=1), key="k", unique="done", delay=600)
+    async with scene.pg.transaction():
+        jobs = [
+            scene.app.job(InOrder(of="a", n=n), **({"key": "k", "unique": "done"} if n == 1 else {})) for n in (1, 2)
+        ]
+        first, second = await scene.app.enqueue_many(jobs, connection=scene.pg)
+    async with relay_of(scene) as relay:
+        for _ in range(3):
+            await relay.step()
+        assert [await scene.status(each.id) for each in (first, second)] == ["dispatching", "queued"]
