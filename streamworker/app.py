@@ -13,8 +13,9 @@ from typing_extensions import TypeVar, Unpack
 
 from streamworker import results, wiring
 from streamworker.bridge import Mover
-from streamworker.broker import Operator, WorkerBroker
+from streamworker.broker import Operator, ScheduleStorage, WorkerBroker
 from streamworker.cron import Calendar, Schedule
+from streamworker.cron.stored import Schedules
 from streamworker.errors import UsageError
 from streamworker.handlers import Handlers, check_queue
 from streamworker.job import Enqueued, Job
@@ -294,6 +295,16 @@ class App(Handlers[S], Calendar):
         )
 
     # -- the registry, as workers see it
+
+    @property
+    def schedules(self) -> Schedules:
+        """The schedules in code, as a sequence; and what puts, changes and lists those that are kept as data."""
+        rules = self._connection.rules
+        return Schedules(super().schedules, self, self._connection.schedule_store, lambda: rules().max_job_bytes)
+
+    def schedules_of(self, storage: ScheduleStorage, settings: Settings) -> Schedules:
+        """The same, in another place than this app's connection: an operator's."""
+        return Schedules(super().schedules, self, lambda: storage.schedules, lambda: settings.max_job_bytes)
 
     @property
     def handlers(self) -> Handlers[S]:

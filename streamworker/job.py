@@ -411,3 +411,53 @@ def read(told: bytes | None) -> Progress | None:
         return None if told is None else _decoder.decode(told)
     except msgspec.MsgspecError:
         return None
+
+
+class ScheduleEntry(msgspec.Struct, frozen=True):
+    """A schedule that is kept as data.
+
+    Attributes:
+        queue: where its jobs go.
+        name: unique among the schedules of an app.
+        definition: see `streamworker.cron.StoredSchedule`.
+        next: epoch seconds of its next tick; ``None`` while it is paused.
+        last: epoch seconds of its last tick; ``None`` if there was none.
+    """
+
+    queue: str
+    name: str
+    definition: bytes
+    next: float | None
+    last: float | None = None
+
+
+class ScheduleTick(msgspec.Struct, frozen=True):
+    """A tick of a `ScheduleEntry`.
+
+    Attributes:
+        entry: the schedule as it was read.
+        level: of the job.
+        body: the job's document; empty if the tick passes without one.
+        next: epoch seconds of the next tick; ``None`` leaves it as it is.
+        at: epoch seconds of the tick; ``None`` if it is not to be noted as the last one.
+    """
+
+    entry: ScheduleEntry
+    level: Level
+    body: bytes
+    next: float | None
+    at: float | None
+
+
+class DueSchedules(msgspec.Struct, frozen=True):
+    """Answer to a look at a queue's schedules.
+
+    Attributes:
+        now: the server's time, in epoch seconds.
+        wait: seconds until the next look; ``None`` if the queue has no schedule.
+        due: those whose tick has come, for this process alone.
+    """
+
+    now: float
+    wait: float | None
+    due: list[ScheduleEntry]

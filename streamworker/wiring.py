@@ -16,7 +16,7 @@ import asyncpg
 import msgspec
 from redis.asyncio import Redis
 
-from streamworker.broker import Finding, WorkerBroker
+from streamworker.broker import Finding, ScheduleStore, WorkerBroker
 from streamworker.broker.dispatcher import RedisDispatcher
 from streamworker.broker.keys import ListKeys, QueueKeys
 from streamworker.broker.list_bridge import BridgeOptions, ListBridge
@@ -510,6 +510,17 @@ class AppConnection:
         if self._broker is not None:
             self._require_own_loop()
         return self._broker
+
+    def schedule_store(self) -> ScheduleStore:
+        """Where schedules are kept as data.
+
+        Raises:
+            UsageError: the app is not open, or on another event loop.
+        """
+        broker = self.broker()
+        if broker is None:
+            raise UsageError("the app is not open: change schedules inside `async with app:`")
+        return broker.schedules
 
     async def add(self, connection: Any, jobs: Sequence[Job], settings: Settings, *, blocking: bool) -> list[Enqueued]:
         """Add jobs to the caller's PostgreSQL transaction."""

@@ -14,7 +14,19 @@ from typing import Generic, Literal, Protocol, TypeAlias
 import msgspec
 from typing_extensions import TypeVar
 
-from streamworker.job import Claim, Depth, Enqueued, Level, PackedJob, Progress, Settled, Verdict
+from streamworker.job import (
+    Claim,
+    Depth,
+    DueSchedules,
+    Enqueued,
+    Level,
+    PackedJob,
+    Progress,
+    ScheduleEntry,
+    ScheduleTick,
+    Settled,
+    Verdict,
+)  # fmt: skip
 from streamworker.limits import AcquireRequest, AcquireResult, Permit
 from streamworker.results import Outputs, ResultWaiter
 
@@ -271,6 +283,48 @@ class CronStore(Protocol):
         """Add the job of a tick, once, however many workers offer it; a schedule's first tick adds none."""
 
 
+class ScheduleStore(Protocol):
+    """Schedules that are kept as data, beside their queues."""
+
+    async def queues(self) -> list[str]:
+        """Queues that have, or had, schedules."""
+
+    async def find(self, queue: str, name: str) -> ScheduleEntry | None:
+        """A schedule; ``None`` if the queue has none of that name."""
+
+    async def page(self, queue: str, after: int = 0) -> tuple[list[ScheduleEntry], int | None]:
+        """(some of a queue's schedules, the next to tick first; where the next page begins, if there is one)."""
+
+    async def put(self, new: ScheduleEntry, before: bytes, *, keep: bool) -> bool:
+        """Store a schedule, or delete it if its definition is empty; False if the stored one is not ``before``.
+
+        Args:
+            new: as it shall be.
+            before: the definition that is replaced; empty if there is none.
+            keep: a schedule that has a next tick keeps it.
+        """
+
+    async def look(self, queue: str, process: str) -> DueSchedules:
+        """What is due, for one process of all that look."""
+
+    async def tick(self, queue: str, ticks: Sequence[ScheduleTick]) -> list[bool]:
+        """Add the jobs of ticks, each once; whether it was added here. A tick that the server refuses stays due."""
+
+    async def now(self, queue: str) -> float:
+        """Time of the queue's server, in epoch seconds."""
+
+    async def listen(self, changed: Callable[[], None]) -> None:
+        """Call ``changed`` whenever a schedule was changed, or may have been. Never returns; cancel it."""
+
+
+class ScheduleStorage(Protocol):
+    """What has schedules that are kept as data."""
+
+    @property
+    def schedules(self) -> ScheduleStore:
+        """They."""
+
+
 class ServerClock(Protocol):
     """The clock that decides what is due."""
 
@@ -301,8 +355,8 @@ class HeldKeys(Protocol):
 
 
 class WorkerBroker(
-    Connected, Consumer, Heartbeats, Limiter, Results, Outputs, Signals, CronStore, ServerClock, OrderKeys,
-    HeldKeys, Protocol
+    Connected, Consumer, Heartbeats, Limiter, Results, Outputs, Signals, CronStore, ScheduleStorage, ServerClock,
+    OrderKeys, HeldKeys, Protocol
 ):  # fmt: skip
     """All roles: what `App` opens for a worker or a producer."""
 
@@ -532,7 +586,7 @@ class Workers(Protocol):
         """Delete a dead worker's consumer from the groups; False if it has pending entries or a heartbeat."""
 
 
-class Operator(PendingJobs, DelayedJobs, DeadLetters, Queues, Workers, Protocol):
+class Operator(PendingJobs, DelayedJobs, DeadLetters, Queues, Workers, ScheduleStorage, Protocol):
     """Operations by hand. Each change is fenced by what was listed; the answer tells whether that still held.
 
     Listings are read page by page, each of bounded cost, and consume nothing. Every method raises `Unreachable` when no

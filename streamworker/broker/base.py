@@ -22,6 +22,7 @@ from streamworker.broker.redis.client import RedisAddress
 from streamworker.broker.redis.reactions import understood
 from streamworker.broker.redis.session import Session
 from streamworker.broker.redis.url import NotExecuted
+from streamworker.broker.schedules import RedisSchedules
 from streamworker.broker.settle import ClaimSettlement, emit, settle
 from streamworker.broker.stream_claim import ClusterStreamClaims
 from streamworker.errors import PublishUncertain, Unreachable
@@ -58,6 +59,7 @@ class RedisBroker(ABC, Generic[K, I]):
         self._publisher = Publisher(self._session.pool, address, self._key)
         self._cancels = Cancels(self._session, self._keys)
         self._subscriber = Subscriber(self._session)
+        self.schedules: Final = RedisSchedules(self._session, self._key, options.namespace, self._subscriber)
         self._limits = RedisLimiter(self._session, self._keys, lease=options.lease)
         self._source = self._claim_source(queues)
         self._refusals: dict[str, Refusal] = {}

@@ -19,8 +19,10 @@ from streamworker.broker.base import Publisher, promote
 from streamworker.broker.keys import ListKeys, QueueKeys, of_due_member
 from streamworker.broker.listings import derived_from
 from streamworker.broker.order import in_lines
+from streamworker.broker.pubsub import Subscriber
 from streamworker.broker.redis.client import RedisAddress
 from streamworker.broker.redis.session import OperatorSession, Session, text
+from streamworker.broker.schedules import RedisSchedules
 from streamworker.codec import MOST_HOPS, derived_id, id_in, read
 from streamworker.errors import InvalidJob, StreamworkerError
 from streamworker.job import LEVELS
@@ -87,6 +89,8 @@ class RedisDispatcher:
         self._group = group
         self._operator_session = OperatorSession(self._session.commands, address, group, namespace)
         self._publisher = Publisher(self._session.pool, address, keys)
+        self._subscriber = Subscriber(self._session)
+        self.schedules: Final = RedisSchedules(self._session, keys, namespace, self._subscriber)
         self._clocks: dict[object, float] = {}
         self._copies: dict[str, _Copies] = {}
 
@@ -100,6 +104,7 @@ class RedisDispatcher:
         await self._session.greet()
 
     async def close(self) -> None:
+        await self._subscriber.close()
         await self._session.close()
 
     async def dispatch(self, queue: str, jobs: Sequence[Dispatch], until: float) -> Dispatched | None:

@@ -60,6 +60,9 @@ class QueueKeys(msgspec.Struct, frozen=True):
             self.relayed: "zset",
             self.cancelled: "zset",
             self.crons: "hash",
+            self.schedules: "zset",
+            self.definitions: "hash",
+            self.ticked: "hash",
             self.order: "hash",
             self.halted: "hash",
             self.lines: "set",
@@ -122,6 +125,26 @@ class QueueKeys(msgspec.Struct, frozen=True):
     def crons(self) -> str:
         """Hash: schedule to the ms of its last tick."""
         return f"{self.base}:cron"
+
+    @property
+    def schedules(self) -> str:
+        """Sorted set: schedule that is kept as data, to the ms of its next tick."""
+        return f"{self.base}:schedules"
+
+    @property
+    def definitions(self) -> str:
+        """Hash: schedule that is kept as data, to its definition."""
+        return f"{self.base}:schedules:defined"
+
+    @property
+    def ticked(self) -> str:
+        """Hash: schedule that is kept as data, to the ms of its last tick."""
+        return f"{self.base}:schedules:ticked"
+
+    @property
+    def timekeeper(self) -> str:
+        """String that expires: the process that waits for the next tick of the queue's schedules."""
+        return f"{self.base}:schedules:timekeeper"
 
     @property
     def order(self) -> str:
@@ -251,6 +274,11 @@ def queue_of_list(key: str, namespace: str = "") -> str | None:
     if match is None or match[1].endswith((":high", ":low")):
         return None
     return match[1]
+
+
+def scheduled_queues(namespace: str) -> str:
+    """Sorted set: queues that have schedules as data; and the channel on which their changes are published."""
+    return f"{namespace}stream:schedules"
 
 
 SECRET: Final = "secret"  # noqa: S105 - the name of a field

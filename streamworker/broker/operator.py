@@ -37,6 +37,7 @@ from streamworker.broker.lists import ListSettlement, refuse_cluster
 from streamworker.broker.redis.client import RedisAddress
 from streamworker.broker.redis.reactions import refused, understood
 from streamworker.broker.redis.session import OperatorSession, text
+from streamworker.broker.schedules import RedisSchedules
 from streamworker.broker.settle import ClaimSettlement, StreamSettlement, settle
 from streamworker.codec import NOTHING
 from streamworker.errors import ConfigurationError, InvalidJob, StreamworkerError
@@ -72,6 +73,7 @@ class RedisOperator(ABC):
         self._namespace, self._group = options.namespace, group
         self._commands = address.commands()
         self._session = OperatorSession(self._commands, address, group, self._namespace)
+        self.schedules: Final = RedisSchedules(self._session, self._key, self._namespace)
 
     @abstractmethod
     def _key(self, queue: str) -> QueueKeys:

@@ -97,6 +97,7 @@ async def _server(settings: Settings, app: App[Any] | None) -> list[Finding]:
         found += await operator.findings(list(dict.fromkeys([*ours, *there])))
         if app is not None:
             found += await _kinds(operator, app, ours)
+            found += await _schedules(operator, app, settings)
             unserved = sorted({registration.queue for registration in app.registrations} - set(ours))
             if unserved:
                 what = ", ".join(unserved)
@@ -114,6 +115,29 @@ async def _pair(settings: Settings, database_url: str) -> list[Finding]:
     except StreamworkerError:  # it does not answer, which is a finding already, or this user may not SCAN
         working = False
     return await wiring.examine_pair(settings, database_url, working=working)
+
+
+async def _schedules(operator: Operator, app: App[Any], settings: Settings) -> list[Finding]:
+    """Schedules kept as data whose jobs no handler of the app runs, or whose names are those of schedules in code."""
+    schedules = app.schedules_of(operator, settings)
+    ours, unknown, twice = {each.name for each in schedules}, [], []
+    try:
+        async for state in schedules.list():
+            unknown += [f"{state.stored.name} ({state.stored.kind})"] if state.known is False else []
+            twice += [state.stored.name] if state.stored.name in ours else []
+    except StreamworkerError as error:
+        return [Finding("warning", "schedules", str(error))]
+    found = []
+    if unknown:
+        what = ", ".join(unknown[:5])
+        sentence = (
+            f"{len(unknown)} schedules are of kinds that the app has no handler for: {what}; add one, or remove them"
+        )
+        found.append(Finding("error", "schedules", sentence))
+    if twice:
+        sentence = f"schedules of these names are both in code and data, and both tick: {', '.join(twice[:5])}"
+        found.append(Finding("warning", "schedules", sentence))
+    return found
 
 
 async def _kinds(operator: Operator, app: App[Any], queues: Sequence[str]) -> list[Finding]:

@@ -9,7 +9,13 @@ from cyclopts import Parameter
 
 from streamworker import web
 from streamworker.app import App
+from streamworker.cli.app_loader import load_app
 from streamworker.cli.options import SERVER, ServerFlags
+from streamworker.errors import ConfigurationError
+from streamworker.settings import Settings
+from streamworker.telemetry.logs import get_logger
+
+log = get_logger("streamworker.cli")
 
 
 def dashboard(
@@ -37,5 +43,15 @@ def dashboard(
     settings = server.settings()
     access = web.Access.load(read_only=read_only, origins=origin, prefix=prefix, proxies=proxy)
     serving = importlib.import_module("streamworker.web.server")
-    code: int = serving.serve(App[Any](settings=settings), settings, access, listen)
+    code: int = serving.serve(_app(settings), settings, access, listen)
     return code
+
+
+def _app(settings: Settings) -> App[Any]:
+    """The app that is named, which knows kinds and the types of their payloads; a bare one where it cannot be had."""
+    if settings.app is not None:
+        try:
+            return load_app(settings)
+        except ConfigurationError as error:
+            log.warning("app_not_loaded", error=str(error), hint="payloads are not checked against their types")
+    return App(settings=settings)

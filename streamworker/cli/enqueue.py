@@ -109,11 +109,11 @@ def enqueue(
         server.export()
         known = load_app(settings)
         settings = with_own(settings, known)
-        kind, queue, raw = _checked(known, kind, queue, text)
+        kind, queue, raw = checked_payload(known, kind, queue, text)
     else:
-        queue, raw = _unchecked(kind, queue, text)
+        kind, queue, raw = checked_payload(None, kind, queue, text)
     job = Job(
-        id="", queue=queue, kind=kind, payload=raw, level=_level(priority), created_at=datetime.now(UTC),
+        id="", queue=queue, kind=kind, payload=raw, level=level_named(priority), created_at=datetime.now(UTC),
         delay=delay if held.debounce is None else held.debounce, expires_in=expires_in, key=key, unique=held.until,
         replace=held.replace or held.debounce is not None, debounce=held.debounce, debounce_max=held.debounce_max,
     )  # fmt: skip
@@ -160,7 +160,12 @@ def _stdin() -> bytes:
         raise UsageError(f"standard input cannot be read: {error.strerror or error}") from None
 
 
-def _level(priority: str) -> Level:
+def level_named(priority: str) -> Level:
+    """The level of a word or a number.
+
+    Raises:
+        UsageError: it is none.
+    """
     try:
         return codec.level_of(int(priority) if _NUMBER.fullmatch(priority) else priority)
     except ValueError as error:
@@ -181,6 +186,28 @@ def _checked(app: App[Any], kind: str, queue: str | None, text: bytes) -> tuple[
         type_ = registration.payload
         raise InvalidJob(f"the payload is no {type_.__name__}: {codec.misfit(type_, error)}") from None
     return registration.kind, queue or registration.queue, codec.encode_payload(value)
+
+
+def checked_payload(
+    app: App[Any] | None, kind: str, queue: str | None, text: bytes, *, lenient: bool = False
+) -> tuple[str, str, msgspec.Raw]:
+    """(kind, queue, payload) of a job.
+
+    Args:
+        app: its handler of the kind checks the payload; ``None`` where no app is known.
+        kind: as it was typed.
+        queue: ``None`` for that of the handler.
+        text: the payload.
+        lenient: a kind that the app does not know is let through, if its queue is named.
+
+    Raises:
+        UsageError: the kind is not known, or its queue.
+        InvalidJob: the payload is none.
+    """
+    if app is not None and not (lenient and queue is not None and app.handler_of(kind, "") is None):
+        return _checked(app, kind, queue, text)
+    where, raw = _unchecked(kind, queue, text)
+    return kind, where, raw
 
 
 def _unchecked(kind: str, queue: str | None, text: bytes) -> tuple[str, msgspec.Raw]:

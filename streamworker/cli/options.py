@@ -6,7 +6,9 @@ Flags of settings stay text: `Settings` parses them as it parses the environment
 from __future__ import annotations
 
 import asyncio
+import getpass
 import os
+import socket
 import sys
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
@@ -197,6 +199,14 @@ SERVER = ServerFlags()
 WORKER = WorkerFlags()
 LISTING = Listing()
 ACTION = ActionFlags()
+
+
+def operator_name() -> str:
+    """Who types commands: user@host."""
+    try:
+        return f"{getpass.getuser()}@{socket.gethostname()}"
+    except (KeyError, OSError, ImportError):  # a container's user may have no name
+        return f"uid {os.getuid()}@{socket.gethostname()}"
 
 
 def fleet(operator: Operator, listing: Listing, queue: str | None) -> Fleet | None:

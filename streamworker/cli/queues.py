@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from difflib import get_close_matches
 from typing import Annotated, Any, Final
@@ -12,7 +10,17 @@ from cyclopts import App, Parameter
 
 from streamworker.broker import Operator, Place
 from streamworker.cli import streams
-from streamworker.cli.options import LISTING, SERVER, Listing, OneQueue, QueueName, ServerFlags, fleet, operate
+from streamworker.cli.options import (
+    LISTING,
+    SERVER,
+    Listing,
+    OneQueue,
+    QueueName,
+    ServerFlags,
+    fleet,
+    operate,
+    operator_name,
+)
 from streamworker.cli.output import Column, plain, show
 from streamworker.cli.resource import agreed
 from streamworker.cli.streams import Report, say
@@ -93,7 +101,7 @@ def pause(*names: OneQueue, all: bool = False, server: ServerFlags = SERVER) -> 
 
     def do(operator: Operator) -> Callable[[str], Awaitable[bool]]:
         async def pause(name: str) -> bool:
-            return await operator.pause(name, f"by {_me()} at {moment(await operator.now() * 1000)}")
+            return await operator.pause(name, f"by {operator_name()} at {moment(await operator.now() * 1000)}")
 
         return pause
 
@@ -109,13 +117,6 @@ def resume(*names: OneQueue, all: bool = False, server: ServerFlags = SERVER) ->
         all: All there are.
     """
     return _switch(names, all, server, ("resumed", "was not paused"), lambda operator: operator.resume)
-
-
-def _me() -> str:
-    try:
-        return f"{getpass.getuser()}@{socket.gethostname()}"
-    except (KeyError, OSError):  # a container's user may have no name
-        return socket.gethostname()
 
 
 def _switch(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from contextvars import copy_context
 from datetime import UTC, datetime, timedelta
@@ -339,7 +340,7 @@ class _CountedApp:
         return self._app.middleware
 
     @property
-    def schedules(self) -> list[Schedule]:
+    def schedules(self) -> Sequence[Schedule]:
         return []  # what is there is drained; the calendar goes on elsewhere
 
     @property

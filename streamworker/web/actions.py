@@ -19,7 +19,7 @@ from streamworker.views.rows import moment
 from streamworker.web.bulk import BulkJob, What
 from streamworker.web.forms import MOST_RATE, Form, FormRow
 from streamworker.web.job_pages import pending_row
-from streamworker.web.render import client, monitor_of, who
+from streamworker.web.render import client, monitor_of, schedules_of, who
 
 log = get_logger("streamworker.web")
 
@@ -51,6 +51,7 @@ async def do(request: Request) -> Response:
             "queue": form.text("queue"),
             "worker": form.text("worker"),
             "id": form.text("id"),
+            "schedule": form.text("name"),
             "rows": rows or None,
         }
         facts = {name: value for name, value in named.items() if value is not None}
@@ -196,6 +197,36 @@ async def _dismiss(request: Request, _: Operator, form: Form) -> dict[str, Any]:
     return {"message": ""}
 
 
+async def _schedule_pause(request: Request, _: Operator, form: Form) -> dict[str, Any]:
+    name = form.must("name")
+    changed = await (await schedules_of(request)).pause(name, by=who(request))
+    return {"message": f"{name} is paused" if changed else f"{name} had been paused already"}
+
+
+async def _schedule_resume(request: Request, _: Operator, form: Form) -> dict[str, Any]:
+    name = form.must("name")
+    changed = await (await schedules_of(request)).resume(name)
+    return {"message": f"{name} ticks again" if changed else f"{name} was not paused"}
+
+
+async def _schedule_run(request: Request, _: Operator, form: Form) -> dict[str, Any]:
+    name = form.must("name")
+    return {"message": f"{name}: job {await (await schedules_of(request)).run_now(name)} is enqueued"}
+
+
+async def _schedule_remove(request: Request, _: Operator, form: Form) -> dict[str, Any]:
+    name = form.must("name")
+    gone = await (await schedules_of(request)).remove(name)
+    return {"ok": gone, "message": f"{name} is removed" if gone else f"{name} is not there any more"}
+
+
+async def _schedule_edit(request: Request, _: Operator, form: Form) -> dict[str, Any]:
+    name = form.must("name")
+    changes = {"expression": form.must("expression"), "tz": form.must("tz")}
+    await (await schedules_of(request)).edit(name, by=who(request), **changes)
+    return {"message": f"{name} is changed"}
+
+
 def _queue(form: Form) -> str:
     queue = form.queue()
     if queue is None:
@@ -220,4 +251,9 @@ _ACTIONS: Final[dict[str, Callable[[Request, Operator, Form], Awaitable[dict[str
     "again": _again,
     "stop": _stop,
     "dismiss": _dismiss,
+    "schedule-pause": _schedule_pause,
+    "schedule-resume": _schedule_resume,
+    "schedule-run": _schedule_run,
+    "schedule-remove": _schedule_remove,
+    "schedule-edit": _schedule_edit,
 }

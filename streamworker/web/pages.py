@@ -12,11 +12,12 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from typing_extensions import TypeVar
 
 from streamworker.broker import PendingEntry, StoredJob
+from streamworker.cron.stored import ScheduleRow, schedule_rows
 from streamworker.views.fleet import Look
 from streamworker.views.listing import BUDGET, DEAD, DELAYED, PENDING, JobListing, Selection
 from streamworker.views.rows import dead_row, delayed_row
 from streamworker.web.forms import query
-from streamworker.web.render import monitor_of, render
+from streamworker.web.render import monitor_of, render, schedules_of
 
 T = TypeVar("T")
 
@@ -113,6 +114,25 @@ async def workers(request: Request) -> Response:
     return render(
         request, "workers.html", title="Workers", workers=look.workers, chosen=chosen, running=running, more=more
     )
+
+
+SCHEDULES: Final = 500
+"""Schedules that are shown at most."""
+
+
+async def cron(request: Request) -> Response:
+    """What is enqueued by the calendar."""
+    operator, more = await monitor_of(request).operator(), False
+    rows: list[ScheduleRow] = []
+    wanted = (query(request).text("search") or "").casefold()
+    async for row in schedule_rows(operator, await schedules_of(request)):
+        if wanted and not any(wanted in word.casefold() for word in (row.name, row.kind, row.queue)):
+            continue
+        if len(rows) == SCHEDULES:
+            more = True
+            break
+        rows.append(row)
+    return render(request, "cron.html", title="Schedules", rows=rows, more=more, search=wanted)
 
 
 MOST: Final = 200

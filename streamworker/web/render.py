@@ -13,6 +13,7 @@ from markupsafe import Markup, escape
 from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
+from streamworker.cron.stored import Schedules
 from streamworker.redact import printable
 from streamworker.views.rows import age, moment, size
 from streamworker.web.monitor import FleetMonitor
@@ -121,6 +122,16 @@ def access_of(request: Request) -> Access:
     """Who may do what."""
     access: Access = request.app.state.access
     return access
+
+
+async def schedules_of(request: Request) -> Schedules:
+    """The schedules, in code and as data.
+
+    Raises:
+        StreamworkerError: the server does not answer.
+    """
+    made: Schedules = request.app.state.schedules(await monitor_of(request).operator())
+    return made
 
 
 def render(request: Request, template: str, status: int = 200, **values: Any) -> HTMLResponse:

@@ -64,6 +64,7 @@ class Site:
             Route("/dead", pages.dead, name="dead"),
             Route("/delayed", pages.delayed, name="delayed"),
             Route("/workers", pages.workers, name="workers"),
+            Route("/cron", pages.cron, name="cron"),
             Route("/jobs", job_pages.jobs, name="jobs"),
             Route("/remembered", job_pages.remembered, name="remembered"),
             Route("/show", job_pages.show, name="show"),
@@ -76,6 +77,7 @@ class Site:
         handlers: Any = {StreamworkerError: _trouble, 404: _nothing}
         site = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
         site.state.monitor, site.state.access, site.state.rendering = self.monitor, access, rendering
+        site.state.schedules = lambda operator: app.schedules_of(operator, settings)
         self._guarded = Guard(site, access)
         self._site = site
 

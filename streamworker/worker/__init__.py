@@ -21,6 +21,7 @@ from typing import Any, Final, NoReturn
 
 import anyio
 import anyio.to_thread
+from anyio.abc import TaskGroup
 from structlog.contextvars import bind_contextvars
 
 from streamworker.broker import Consumer, SettleRequest
@@ -42,7 +43,7 @@ from streamworker.worker.lease import LeaseKeeper, heartbeat, longest_silence
 from streamworker.worker.metrics import MetricsEndpoint
 from streamworker.worker.observers import dispatch_to
 from streamworker.worker.pipeline import Pipeline
-from streamworker.worker.scheduler import CronLoop, DelayedPromoter
+from streamworker.worker.scheduler import CronLoop, DelayedPromoter, ScheduleLoop
 from streamworker.worker.settler import ending
 
 log = get_logger("streamworker.worker")
@@ -470,10 +471,8 @@ class QueueWorker:
                     loops.start_soon(self._promoter.run)
                     loops.start_soon(self._unblock)
                     loops.start_soon(self._relay.run, self._stopping)
-                    if self._app.schedules and not self._burst:
-                        loops.start_soon(
-                            CronLoop(self._broker, self._app.schedules, self._settings, self._stopping).run
-                        )
+                    if not self._burst:
+                        self._start_schedules(loops)
                     log.info("worker_ready", worker_id=self.worker_id, queues=self._queues)
                     loops.start_soon(self._announce)
                     await self._pipeline.fetcher.run()
@@ -485,6 +484,12 @@ class QueueWorker:
                 if not run.stuck:
                     self._stuck(run)
             self._lease.stop()
+
+    def _start_schedules(self, loops: TaskGroup) -> None:
+        if self._app.schedules:
+            loops.start_soon(CronLoop(self._broker, self._app.schedules, self._settings, self._stopping).run)
+        kept = ScheduleLoop(self._broker.schedules, self._queues, self._settings, self._stopping, self.worker_id)
+        loops.start_soon(kept.run)
 
     async def _announce(self) -> None:
         """Say that this worker is ready, as /readyz judges it: no earlier may another one retire for it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Any, Protocol
 
@@ -60,7 +61,7 @@ class WorkerHost(Protocol):
         """Kind to handler."""
 
     @property
-    def schedules(self) -> list[Schedule]:
+    def schedules(self) -> Sequence[Schedule]:
         """What is enqueued by the calendar."""
 
     @property

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Final, Protocol
 
 import anyio
 
-from streamworker.broker import CronStore
+from streamworker.broker import CronStore, ScheduleStorage
 from streamworker.cron import Schedule
 from streamworker.loops import Pause
 from streamworker.relay import Dispatcher, Outbox
@@ -16,7 +17,7 @@ from streamworker.relay.loss_detector import LossDetector, missing
 from streamworker.relay.relay import Listener, Relay
 from streamworker.settings import Settings
 from streamworker.telemetry.logs import get_logger
-from streamworker.worker.scheduler import CronLoop
+from streamworker.worker.scheduler import CronLoop, ScheduleLoop
 
 log = get_logger("streamworker.relay")
 
@@ -24,7 +25,7 @@ NEW_QUEUES: Final = 5.0
 """Seconds between looks for queues that were not there before."""
 
 
-class SchedulerStore(CronStore, Protocol):
+class SchedulerStore(CronStore, ScheduleStorage, Protocol):
     """What a scheduler needs of Redis."""
 
     async def promote(self, queues: Sequence[str]) -> float:
@@ -54,6 +55,8 @@ class Scheduler:
         async with anyio.create_task_group() as loops:
             loops.start_soon(self._promote, stopping)
             loops.start_soon(CronLoop(self._dispatcher, self._schedules, self._settings, stopping).run)
+            process = f"relay-{secrets.token_hex(8)}"
+            loops.start_soon(ScheduleLoop(self._dispatcher.schedules, None, self._settings, stopping, process).run)
 
     async def _promote(self, stopping: anyio.Event) -> None:
         pause = Pause()

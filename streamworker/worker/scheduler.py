@@ -1,4 +1,4 @@
-"""DelayedPromoter and CronLoop: the loops that promote due jobs and offer the ticks of schedules."""
+"""DelayedPromoter, CronLoop and ScheduleLoop: the loops that promote due jobs and offer the ticks of schedules."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from typing import Final
 import anyio
 
 from streamworker import codec
-from streamworker.broker import Broker, CronStore, CronTick
+from streamworker.broker import Broker, CronStore, CronTick, ScheduleStore
 from streamworker.cron import Schedule
+from streamworker.cron.stored import stored_schedule
+from streamworker.errors import StreamworkerError
+from streamworker.job import ScheduleEntry, ScheduleTick
 from streamworker.loops import Pause
 from streamworker.settings import Settings
 from streamworker.telemetry.logs import get_logger
@@ -105,6 +108,88 @@ class CronLoop:
         moved = server - self.now()
         self._due = {schedule: due + moved for schedule, due in self._due.items()}
         self._server, self._asked = server, monotonic()
+
+
+class ScheduleLoop:
+    """Offers the ticks of schedules that are kept as data, until stopped: one timer, whatever their number.
+
+    Args:
+        store: where they are.
+        queues: whose; ``None`` for all.
+        settings: how large a job may be.
+        stopping: ends the loop.
+        process: names this process among all that look.
+    """
+
+    def __init__(
+        self,
+        store: ScheduleStore,
+        queues: Sequence[str] | None,
+        settings: Settings,
+        stopping: anyio.Event,
+        process: str,
+    ) -> None:
+        self._store, self._queues, self._settings = store, queues, settings
+        self._stopping, self._process = stopping, process
+        self._wake = anyio.Event()
+
+    def _changed(self) -> None:
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Offer until stopped; an error is logged and followed by a pause."""
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._store.listen, self._changed)
+            group.start_soon(self._wake_at_the_end)
+            pause = Pause()
+            while not self._stopping.is_set():
+                self._wake = anyio.Event()
+                try:
+                    seconds = await self.step()
+                    pause.reset()
+                except Exception as error:  # noqa: BLE001 - the main loop never crashes
+                    log.error("schedules_failed", error=str(error))
+                    await pause.wait(self._stopping)
+                    continue
+                if self._stopping.is_set():
+                    break
+                with anyio.move_on_after(seconds):
+                    await self._wake.wait()
+            group.cancel_scope.cancel()
+
+    async def _wake_at_the_end(self) -> None:
+        await self._stopping.wait()
+        self._wake.set()
+
+    async def step(self) -> float:
+        """Offer what is due; returns the seconds until the next look."""
+        waits = [LOOK]
+        for queue in await self._store.queues():
+            if self._queues is None or queue in self._queues:
+                look = await self._store.look(queue, self._process)
+                if look.due:
+                    ticks = [self._tick(entry, look.now) for entry in look.due]
+                    added = await self._store.tick(queue, ticks)
+                    log.info("schedules_ticked", queue=queue, schedules=len(ticks), jobs=sum(added))
+                if look.wait is not None:
+                    waits.append(look.wait)
+        return min(waits)
+
+    def _tick(self, entry: ScheduleEntry, now: float) -> ScheduleTick:
+        """The tick of a schedule that is due: of those it missed, the last."""
+        try:
+            stored = stored_schedule(entry)
+            schedule = stored.schedule()
+            at = max(entry.next or 0.0, schedule.previous(now))
+            body = b""
+            if schedule.missed == "last" or now - at <= LATE:
+                settings = self._settings
+                body = codec.pack(schedule.tick(at), max_bytes=settings.max_job_bytes, key_ttl=settings.key_ttl).body
+            return ScheduleTick(entry, stored.level, body, schedule.next(at), at)
+        except (StreamworkerError, StopIteration) as error:
+            # Another process may know the zone, or allow a larger job: until then it must not hold up the others.
+            log.error("schedule_not_understood", schedule=entry.name, queue=entry.queue, error=str(error))
+            return ScheduleTick(entry, "normal", b"", now + LOOK, None)
 
 
 class DelayedPromoter:

@@ -239,10 +239,17 @@ def test_every_page_can_be_read_and_shows_all_its_columns(served, width, dark):
     raw.hset(
         "stream:{q}:bodies", mapping={f"low/later-{n}/0": '{"kind": "invoice.send", "payload": {}}' for n in (1, 2)}
     )
+    for name in ("nightly-report-of-invoices", "paused"):
+        raw.zadd("stream:schedules", {"q": 0})
+        raw.zadd("stream:{q}:schedules", {name: 4e12 if name != "paused" else "inf"})
+        kept = {"name": name, "expression": "*/5 3 * * 1-5", "tz": "Europe/Berlin", "queue": "q", "kind": "invoice.send",
+                "paused": "by ada" if name == "paused" else "", "by": "ada@host"}  # fmt: skip
+        raw.hset("stream:{q}:schedules:defined", name, json.dumps(kept))
     served.page.size(width, 900, dark=dark)
     served.open("/")
     served.page.until("!!document.querySelector('#q-q .bad')")  # it has looked since
-    for path in ("/", "/pending", "/dead", "/delayed", "/workers", "/queue?queue=q", "/jobs", "/jobs?id=job-0",
+    for path in ("/", "/pending", "/dead", "/delayed", "/workers", "/queue?queue=q", "/cron", "/jobs",
+                 "/jobs?id=job-0",
                  f"/show?place=dead&queue=q&id={ids[0]}"):  # fmt: skip
         served.open(path)
         served.page.until("document.readyState === 'complete'")

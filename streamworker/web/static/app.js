@@ -219,13 +219,14 @@
   async function act(button) {
     const listing = button.closest("[data-listing]");
     const form = new URLSearchParams();
-    for (const name of ["queue", "place", "worker", "what", "kind", "search", "reason", "idle", "id"]) {
+    for (const name of ["queue", "place", "worker", "what", "kind", "search", "reason", "idle", "id", "name"]) {
       if (button.dataset[name]) form.append(name, button.dataset[name]);
     }
     if ("rows" in button.dataset) {
       for (const box of $$('input[name="row"]:checked', listing)) form.append("row", box.value);
       if (!form.has("row")) return toast("Nothing is ticked", true);
     }
+    if (button.dataset.with) for (const box of $$("input, select, textarea", button.closest(button.dataset.with))) form.set(box.name, box.value);
     if (button.dataset.confirm) {
       const more = await confirmed(button);
       if (!more) return;

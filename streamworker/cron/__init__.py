@@ -11,7 +11,7 @@ returns moments in the past during an hour that comes twice, and wrong ones wher
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import copy
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
@@ -211,14 +211,23 @@ def schedule(
     Raises:
         ConfigurationError: the expression, the zone or ``missed`` is invalid.
     """
+    job = make_job(payload, **options)
+    return checked(Schedule(name or job.kind, expression, tz, missed, job))
+
+
+def checked(made: Schedule) -> Schedule:
+    """The schedule, if it makes sense.
+
+    Raises:
+        ConfigurationError: the expression, the zone or ``missed`` is invalid.
+    """
+    expression, tz, missed = made.expression, made.zone, made.missed
     if missed not in ("last", "skip"):
         raise ConfigurationError(f"missed={missed!r} must be 'last' or 'skip'")
     try:
         ZoneInfo(tz)
     except (ZoneInfoNotFoundError, ValueError, OSError):
         raise ConfigurationError(f"tz={tz!r} is no time zone: write it as in 'Europe/Berlin'") from None
-    job = make_job(payload, **options)
-    made = Schedule(name or job.kind, expression, tz, missed, job)
     try:
         made.next(0.0)
     except (CronSimError, StopIteration) as error:
@@ -238,7 +247,7 @@ class Calendar:
         self._schedules: dict[str, Schedule] = {}
 
     @property
-    def schedules(self) -> list[Schedule]:
+    def schedules(self) -> Sequence[Schedule]:
         """All schedules, in the order of their definition; those of an included app at its place."""
         return [made for calendar in self._calendars() for made in calendar._schedules.values()]
 

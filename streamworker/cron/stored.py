@@ -1,0 +1,415 @@
+"""Schedules that are kept as data: what is stored of them, and `app.schedules`, which changes and lists them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from datetime import UTC, datetime
+from typing import Any, Final, Protocol
+
+import msgspec
+
+from streamworker import codec
+from streamworker.broker import ScheduleStore
+from streamworker.cron import Missed, Schedule, checked
+from streamworker.errors import InvalidJob, StreamworkerError, UsageError
+from streamworker.handlers import Handlers
+from streamworker.job import Job, Level, ScheduleEntry, ScheduleTick
+from streamworker.payload import AnyPayload
+from streamworker.producer import make_job
+
+_LONGEST_NAME: Final = 200
+"""Characters of the name of a schedule that is kept as data."""
+
+
+class StoredSchedule(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A schedule that is kept as data: what Redis stores of it.
+
+    Attributes:
+        name: unique among the schedules of an app.
+        expression: as for `Calendar.cron`.
+        tz: the time zone of the expression.
+        missed: which missed ticks run.
+        queue: where its jobs go.
+        kind: of its jobs; an app may not know it.
+        level: of its jobs.
+        payload: of its jobs, a JSON object.
+        headers: of its jobs.
+        order_key: of its jobs.
+        fair_key: of its jobs.
+        paused: by whom and when it was paused; empty while it ticks.
+        by: who changed it last.
+        changed_at: when that was, in epoch seconds.
+    """
+
+    name: str
+    expression: str
+    tz: str = "UTC"
+    missed: Missed = "last"
+    queue: str
+    kind: str
+    level: Level = "normal"
+    payload: msgspec.Raw = msgspec.Raw(b"{}")
+    headers: dict[str, Any] | None = None
+    order_key: str | None = None
+    fair_key: str | None = None
+    paused: str = ""
+    by: str = ""
+    changed_at: float = 0.0
+
+    def schedule(self) -> Schedule:
+        """The same, as it ticks.
+
+        Raises:
+            ConfigurationError: the expression or the zone is not known here.
+        """
+        job = Job(
+            id=codec.new_id(), queue=self.queue, kind=self.kind, payload=self.payload, level=self.level,
+            created_at=datetime.now(UTC), headers=self.headers, order_key=self.order_key, fair_key=self.fair_key,
+        )  # fmt: skip
+        return checked(Schedule(self.name, self.expression, self.tz, self.missed, job))
+
+
+class ScheduleState(msgspec.Struct, frozen=True):
+    """A schedule that is kept as data, at the moment.
+
+    Attributes:
+        stored: what it is.
+        next: epoch seconds of its next tick; ``None`` while it is paused.
+        last: epoch seconds of its last tick; ``None`` if there was none.
+        known: the app has a handler for its kind; ``None`` where no app is known.
+    """
+
+    stored: StoredSchedule
+    next: float | None
+    last: float | None
+    known: bool | None
+
+
+def stored_schedule(entry: ScheduleEntry) -> StoredSchedule:
+    """The schedule of an entry.
+
+    Raises:
+        InvalidJob: it is none.
+    """
+    try:
+        return msgspec.json.decode(entry.definition, type=StoredSchedule)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise InvalidJob(f"the schedule {entry.name} of {entry.queue} cannot be read: {error}") from None
+
+
+class Schedules(Sequence[Schedule]):
+    """The schedules of an app: as a sequence those in code (`Calendar.cron`); its methods serve those kept as data.
+
+    Redis stores them beside their queue. Every worker of that queue, and every relay, may offer their ticks; they hear
+    of changes at once.
+
+    Args:
+        calendar: those in code.
+        handlers: know kinds and the types of their payloads; ``None`` where no app is known.
+        store: where the others are; raises if it is not open.
+        max_bytes: the largest document of a job.
+    """
+
+    def __init__(
+        self,
+        calendar: Sequence[Schedule],
+        handlers: Handlers[Any] | None,
+        store: Callable[[], ScheduleStore],
+        max_bytes: Callable[[], int],
+    ) -> None:
+        self._calendar, self._handlers, self._store, self._max_bytes = calendar, handlers, store, max_bytes
+
+    @property
+    def store(self) -> ScheduleStore:
+        """Where those are that are kept as data."""
+        return self._store()
+
+    def __len__(self) -> int:
+        return len(self._calendar)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._calendar[index]
+
+    async def put(
+        self,
+        name: str,
+        expression: str,
+        payload: AnyPayload | Job,
+        /,
+        *,
+        tz: str = "UTC",
+        missed: Missed = "last",
+        by: str = "",
+        queue: str | None = None,
+        priority: str | int = "normal",
+        headers: dict[str, Any] | None = None,
+    ) -> None:
+        """Store a schedule, or change the one of that name. Storing the same again changes no tick.
+
+        Args:
+            name: among the schedules of the app, those in code included.
+            expression: as for `Calendar.cron`.
+            payload: of its jobs; or a job, which has its own queue, priority and headers.
+            tz: the time zone of the expression.
+            missed: of ticks that were missed while no process could offer them, ``last`` runs the last one, once;
+                ``skip`` none.
+            by: who stores it, for those who look at it.
+            queue: another queue than the payload's class names.
+            priority: ``high``, ``normal``, ``low``, or a number.
+            headers: of its jobs.
+
+        Raises:
+            ConfigurationError: the expression or the time zone makes no sense.
+            UsageError: the name is that of a schedule in code, or of one on another queue; or an option makes no sense.
+            InvalidJob: the payload does not fit the type of the kind's handler.
+            Unreachable: no server answers.
+        """
+        job = payload
+        if not isinstance(job, Job):
+            job = make_job(job, queue=queue, priority=priority, headers=headers)
+        self._check_name(name)
+        await self._put(StoredSchedule(
+            name=name, expression=expression, tz=tz, missed=missed, queue=job.queue, kind=job.kind, level=job.level,
+            payload=msgspec.Raw(bytes(job.payload)), headers=job.headers, by=by, order_key=job.order_key,
+            fair_key=job.fair_key,
+        ))  # fmt: skip
+
+    async def _put(self, stored: StoredSchedule) -> None:
+        self._check_payload(stored)
+        made = stored.schedule()
+        self._packed(made.job)
+        store, name, queue = self._store(), stored.name, stored.queue
+        for _ in range(_TRIES):
+            before = await self._found(name)
+            if before is not None and before.queue != queue:
+                raise UsageError(f"the schedule {name} is on the queue {before.queue}: remove it there first")
+            now = await store.now(queue)
+            old = stored_schedule(before) if before is not None else None
+            paused = old.paused if old is not None else ""
+            new = msgspec.structs.replace(stored, paused=paused, changed_at=now)
+            same = old is not None and (old.expression, old.tz) == (stored.expression, stored.tz)
+            entry = ScheduleEntry(queue, name, msgspec.json.encode(new), None if paused else made.next(now))
+            if await store.put(entry, before.definition if before is not None else b"", keep=same):
+                return
+        raise StreamworkerError(f"the schedule {name} is being changed by others: try again")
+
+    async def edit(self, name: str, /, *, by: str = "", **changes: Any) -> StoredSchedule:
+        """Change some fields of a schedule (those of `StoredSchedule` but name, queue and kind).
+
+        Raises:
+            UsageError: there is no such schedule.
+            ConfigurationError: the expression or the time zone makes no sense.
+            InvalidJob: the payload does not fit the type of the kind's handler.
+        """
+
+        def change(old: StoredSchedule, now: float) -> StoredSchedule:
+            new = msgspec.structs.replace(old, **changes, by=by, changed_at=now)
+            self._check_payload(new)
+            return new
+
+        return await self._change(name, change)
+
+    async def pause(self, name: str, /, *, by: str = "") -> bool:
+        """Stop its ticks until `resume`; those that fall into that time are not caught up. False if it is paused."""
+        told = f"by {by}" if by else "paused"
+        old = await self.get(name)
+        await self._change(name, lambda old, _: msgspec.structs.replace(old, paused=old.paused or told))
+        return not old.stored.paused
+
+    async def resume(self, name: str, /) -> bool:
+        """Let it tick again, from now on. False if it was not paused."""
+        old = await self.get(name)
+        await self._change(name, lambda old, _: msgspec.structs.replace(old, paused=""))
+        return bool(old.stored.paused)
+
+    async def run_now(self, name: str, /) -> str:
+        """Enqueue its job once, beside its ticks; returns the job's id."""
+        store = self._store()
+        for _ in range(_TRIES):
+            entry = await self._required(name)
+            made = stored_schedule(entry).schedule()
+            headers = {**(made.job.headers or {}), "cron": name}
+            job = msgspec.structs.replace(made.job, id=codec.new_id(), headers=headers)
+            tick = ScheduleTick(entry, job.level, self._packed(job), None, None)
+            if (await store.tick(entry.queue, [tick]))[0]:
+                return job.id
+        raise StreamworkerError(f"the schedule {name} is being changed by others: try again")
+
+    async def remove(self, name: str, /) -> bool:
+        """Delete a schedule; jobs that it enqueued stay. False if there is none of that name."""
+        for _ in range(_TRIES):
+            entry = await self._found(name)
+            if entry is None:
+                return False
+            gone = ScheduleEntry(entry.queue, name, b"", None)
+            if await self._store().put(gone, entry.definition, keep=False):
+                return True
+        raise StreamworkerError(f"the schedule {name} is being changed by others: try again")
+
+    async def get(self, name: str, /) -> ScheduleState:
+        """One of them.
+
+        Raises:
+            UsageError: there is none of that name.
+        """
+        return self._state(await self._required(name))
+
+    async def list(self) -> AsyncIterator[ScheduleState]:
+        """All that are kept as data, queue by queue, the next to tick first. One that cannot be read is left out."""
+        store = self._store()
+        for queue in await store.queues():
+            after: int | None = 0
+            while after is not None:
+                entries, after = await store.page(queue, after)
+                for entry in entries:
+                    yield self._state(entry)
+
+    def _state(self, entry: ScheduleEntry) -> ScheduleState:
+        stored = stored_schedule(entry)
+        return ScheduleState(stored, entry.next, entry.last, self.knows(stored.kind, stored.queue))
+
+    def knows(self, kind: str, queue: str) -> bool | None:
+        """Whether the app has a handler for a kind; ``None`` where no app is known."""
+        if self._handlers is None or not self._handlers.registrations:
+            return None
+        return self._handlers.handler_of(kind, queue) is not None
+
+    async def _change(self, name: str, change: Callable[[StoredSchedule, float], StoredSchedule]) -> StoredSchedule:
+        store = self._store()
+        for _ in range(_TRIES):
+            entry = await self._required(name)
+            now, old = await store.now(entry.queue), stored_schedule(entry)
+            new = change(old, now)
+            made = new.schedule()
+            same = (old.expression, old.tz, old.paused) == (new.expression, new.tz, new.paused)
+            following = None if new.paused else made.next(now)
+            changed = ScheduleEntry(entry.queue, name, msgspec.json.encode(new), following)
+            if await store.put(changed, entry.definition, keep=same):
+                return new
+        raise StreamworkerError(f"the schedule {name} is being changed by others: try again")
+
+    async def _required(self, name: str) -> ScheduleEntry:
+        entry = await self._found(name)
+        if entry is None:
+            owner = " (the one of that name is code: change the app)" if self._in_code(name) else ""
+            raise UsageError(f"there is no schedule {name!r} kept as data{owner}")
+        return entry
+
+    async def _found(self, name: str) -> ScheduleEntry | None:
+        store = self._store()
+        for queue in await store.queues():
+            if (entry := await store.find(queue, name)) is not None:
+                return entry
+        return None
+
+    def _in_code(self, name: str) -> bool:
+        return any(each.name == name for each in self._calendar)
+
+    def _check_name(self, name: str) -> None:
+        if not name.strip() or not name.isprintable() or len(name) > _LONGEST_NAME:
+            raise UsageError(f"name={name[:50]!r} has to be 1 to {_LONGEST_NAME} printable characters")
+        if self._in_code(name):
+            raise UsageError(f"the schedule {name} is code (app.cron): give this one another name")
+
+    def _packed(self, job: Job) -> bytes:
+        return codec.pack(job, max_bytes=self._max_bytes(), key_ttl=1.0).body
+
+    def _check_payload(self, stored: StoredSchedule) -> None:
+        known = self._handlers.handler_of(stored.kind, stored.queue) if self._handlers is not None else None
+        if known is None:
+            return
+        try:
+            known.decode(stored.payload)
+        except Exception as error:  # noqa: BLE001 - the user's own hooks run here
+            type_ = known.payload
+            raise InvalidJob(f"the payload is no {type_.__name__}: {codec.misfit(type_, error)}") from None
+
+
+_TRIES: Final = 5
+"""Times a change is tried while others change the same schedule."""
+
+
+class ScheduleRow(msgspec.Struct, frozen=True):
+    """A schedule as operators see it; moments are RFC 3339, in its own time zone.
+
+    Attributes:
+        owner: ``code`` (`Calendar.cron`) or ``data``.
+        last: its last tick; ``None`` if there was none.
+        next: the next ones; empty while it is paused.
+        paused: by whom; empty while it ticks.
+        known: the app has a handler for its kind; ``None`` where no app is known.
+        by: who changed it last; empty for one in code.
+    """
+
+    name: str
+    queue: str
+    kind: str
+    expression: str
+    tz: str
+    missed: str
+    last: str | None
+    next: list[str]
+    owner: str = "code"
+    paused: str = ""
+    known: bool | None = None
+    by: str = ""
+
+    @property
+    def state(self) -> str:
+        """What is not as it should be, in words; empty if it ticks."""
+        return "; ".join(filter(None, [self.paused and "paused", "unknown kind" if self.known is False else ""]))
+
+
+def schedule_row(
+    schedule: Schedule, last: float | None, now: float, *, known: bool | None, kept: StoredSchedule | None = None
+) -> ScheduleRow:
+    """The row of a schedule.
+
+    Args:
+        schedule: as it ticks.
+        last: epoch seconds of its last tick.
+        now: epoch seconds.
+        known: the app has a handler for its kind.
+        kept: what is stored of it, if it is data.
+    """
+    job, paused = schedule.job, kept is not None and bool(kept.paused)
+    upcoming = [] if paused else [at.isoformat() for at in schedule.upcoming(now, _NEXT)]
+    told = None if last is None else schedule.moment(last).isoformat()
+    made = ScheduleRow(
+        schedule.name, job.queue, job.kind, schedule.expression, schedule.zone, schedule.missed, told, upcoming,
+        known=known,
+    )  # fmt: skip
+    return made if kept is None else msgspec.structs.replace(made, owner="data", paused=kept.paused, by=kept.by)
+
+
+_NEXT: Final = 3
+"""Next ticks that are shown."""
+
+
+class TickClock(Protocol):
+    """What knows the last ticks of schedules in code, and the server's clock: an operator."""
+
+    async def ticks(self, queue: str) -> dict[str, float]:
+        """Schedule to epoch seconds of its last tick."""
+
+    async def now(self) -> float:
+        """The server's time, in epoch seconds."""
+
+
+async def schedule_rows(clock: TickClock, schedules: Schedules) -> AsyncIterator[ScheduleRow]:
+    """All schedules: those in code in the order of their definition, then those that are kept as data."""
+    now, known = await clock.now(), schedules.knows
+    for each in schedules:
+        last = (await clock.ticks(each.job.queue)).get(each.key)
+        yield schedule_row(each, last, now, known=known(each.job.kind, each.job.queue))
+    async for state in schedules.list():
+        stored = state.stored
+        try:
+            made = stored.schedule()
+        except StreamworkerError as error:
+            yield ScheduleRow(
+                stored.name, stored.queue, stored.kind, stored.expression, stored.tz, stored.missed, None, [],
+                owner="data", paused=str(error),
+            )  # fmt: skip
+            continue
+        yield schedule_row(made, state.last, now, known=known(stored.kind, stored.queue), kept=stored)

@@ -1,0 +1,112 @@
+"""The runbook's tasks of a week on call, each from cold: on the command line, and in Chromium."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests import forkserver
+from tests.cli.conftest import Running, bare, ground, project, sw
+from tests.conftest import eventually_blocking
+from tests.web.chromium import Chromium, program
+from tests.web.conftest import LOOKS
+from tests.web.test_browser import Served
+
+__all__ = ["bare", "ground", "project", "sw"]
+
+pytestmark = pytest.mark.timeout(180)
+
+BY = [
+    "command line",
+    pytest.param("web", marks=pytest.mark.skipif(program() is None, reason="needs Chromium: apt-get install chromium")),
+]
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Chromium | None]:
+    chromium = Chromium() if program() is not None else None
+    yield chromium
+    if chromium is not None:
+        chromium.close()
+
+
+@pytest.fixture
+def page(request: pytest.FixtureRequest, by: str, sw: Any, raw: Any, chromium: Chromium | None) -> Iterator[Any]:
+    """The dashboard of the project's app in a browser; nothing on the command line."""
+    if by != "web" or chromium is None:
+        yield None
+        return
+    env = {**os.environ, **sw.env, "STREAMWORKER_APP": "jobs:app"}
+    running = Running(
+        forkserver.forked(["dashboard", "--listen", "127.0.0.1:0"], cwd=sw.directory, env=env, constants=LOOKS)
+    )
+    eventually_blocking(lambda: running.saw("dashboard_ready"), 30)
+    url = next(json.loads(line)["url"] for line in running.lines if "dashboard_ready" in line).rstrip("/")
+    chromium.size(1280, 800)
+    chromium.complaints.clear()
+    yield Served(url, chromium, raw)
+    complaints = list(chromium.complaints)
+    chromium.open(f"{url}/jobs")
+    running.signal(signal.SIGTERM)
+    assert running.wait(15) == 0
+    chromium.leave()
+    running.process.stderr.close()
+    assert complaints == []
+
+
+def said(page: Any, words: str) -> None:
+    """Wait for what the dashboard answers."""
+    page.page.until(f"[...document.querySelectorAll('.toast')].some((toast) => toast.innerText.includes({words!r}))")
+
+
+@pytest.mark.parametrize("by", BY)
+def test_a_schedule_that_does_not_tick(sw, ground, raw, by, page):
+    """Paused by a colleague; its run of tonight is missing."""
+    app = {"STREAMWORKER_APP": "jobs:app"}
+    added = sw.ok("cron", "add", "nightly", "0 3 * * *", "note.write", '{"text": "night"}', **app).stdout
+    assert "ticks next at" in added
+    wrong = sw("cron", "add", "other", "@daily", "note.write", '{"text": 5}', **app)
+    assert (wrong.returncode, "the payload is no Note" in wrong.sentence) == (1, True)
+    sw.ok("cron", "pause", "nightly")
+    if by == "web":
+        page.open("/cron")
+        assert "paused" in page.page.value("document.querySelector('tbody').innerText")
+        page.page.click("[data-do=schedule-resume]")
+        said(page, "nightly ticks again")
+        page.page.until("!!document.querySelector('[data-do=schedule-pause]')")
+        page.page.click("[data-do=schedule-run]")
+        said(page, "is enqueued")
+        page.page.value("document.querySelector('#edit-schedule [name=expression]').value = '30 4 * * *'")
+        page.page.click("[data-do=schedule-edit]")
+        said(page, "nightly is changed")
+    else:
+        (row,) = sw.ok("cron", "--json", **app).rows
+        assert (row["owner"], bool(row["paused"]), row["next"], row["known"]) == ("data", True, [], True)
+        assert "nightly resumed" in sw.ok("cron", "resume", "nightly").stdout
+        sw.ok("cron", "run", "nightly")
+        sw.ok("cron", "edit", "nightly", "--expression", "30 4 * * *")
+    eventually_blocking(lambda: ground.ready(queue="notes") == 1, 10)
+    (row,) = sw.ok("cron", "--json").rows
+    assert (row["expression"], row["paused"], len(row["next"])) == ("30 4 * * *", "", 3)
+    if by == "web":
+        page.page.click("[data-do=schedule-remove]")
+        page.yes()
+        said(page, "nightly is removed")
+    else:
+        sw.ok("cron", "remove", "nightly")
+    assert raw.zcard("stream:{notes}:schedules") == 0
+
+
+@pytest.mark.parametrize("by", ["command line"])
+def test_check_names_schedules_that_nothing_can_run(sw, by):
+    sw.ok("cron", "add", "odd", "@daily", "strange", "{}", "--queue", "notes", STREAMWORKER_APP="jobs:app")
+    (row,) = sw.ok("cron", "--json", STREAMWORKER_APP="jobs:app").rows
+    assert row["known"] is False
+    found = sw("check", "jobs:app", "--json").rows
+    assert any(each["subject"] == "schedules" and "odd (strange)" in each["sentence"] for each in found)
+    assert sw("cron", "pause", "nothing").sentence == "there is no schedule 'nothing' kept as data"
