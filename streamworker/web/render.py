@@ -130,7 +130,8 @@ async def schedules_of(request: Request) -> Schedules:
     Raises:
         StreamworkerError: the server does not answer.
     """
-    made: Schedules = request.app.state.schedules(await monitor_of(request).operator())
+    state = request.app.state
+    made: Schedules = state.app.schedules_of(await monitor_of(request).operator(), state.settings)
     return made
 
 

@@ -77,7 +77,7 @@ class Site:
         handlers: Any = {StreamworkerError: _trouble, 404: _nothing}
         site = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
         site.state.monitor, site.state.access, site.state.rendering = self.monitor, access, rendering
-        site.state.schedules = lambda operator: app.schedules_of(operator, settings)
+        site.state.app, site.state.settings = app, settings
         self._guarded = Guard(site, access)
         self._site = site
 
