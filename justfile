@@ -77,15 +77,18 @@ bench-peers *args:
 bench-fleet *args:
     @python -m benchmarks.fleet "$@"
 
+# Measured figures (benchmarks/results/*.json) into the pages and pictures that show them
+figures:
+    @python -m tools.figures
+
 # ruff: rules and formatting
 lint:
     ruff check
     ruff format --check
 
-# The site, strictly, into build/site (docs-serve shows it while you write)
+# The site, strictly, into build/site/VERSION (--into FOLDER; docs-serve shows it while you write)
 docs *args:
-    @NO_MKDOCS_2_WARNING=1 mkdocs build "$@"
-    @echo "docs: build/site/index.html"
+    @python -m tools.site "$@"
 
 # The site at http://127.0.0.1:8000, anew after every change
 docs-serve *args:

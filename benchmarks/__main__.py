@@ -40,7 +40,7 @@ def main() -> int:
         rows += measure.ask(import_module(f"benchmarks.{name}").ask, measure.options_of(arguments))
     report.table(rows)
     if arguments.json:
-        report.as_json(rows, arguments.json)
+        report.as_json(rows, arguments.json, command="./dev bench")
     if arguments.svg:
         report.as_svg(rows, arguments.svg, "streamworker, one worker process on one core, Redis on another")
     return int(any(row.holds is False for row in rows))

@@ -14,6 +14,7 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import redis.asyncio as redis
 import uvloop
@@ -165,9 +166,13 @@ if __name__ == "__main__":
         parser.add_argument("--busy", type=int, default=200)
         parser.add_argument("--rate", type=int, default=2000)
         parser.add_argument("--seconds", type=float, default=30)
+        parser.add_argument("--json", type=Path, help="write everything measured to this file")
         given = parser.parse_args()
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
         os.environ.setdefault("PYTHONUNBUFFERED", "1")
         with server() as where:
-            report.table(uvloop.run(main(where, given)))
+            found = uvloop.run(main(where, given))
+        report.table(found)
+        if given.json:
+            report.as_json(found, given.json, command="./dev bench-fleet")

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import Row
+from benchmarks.server import binary
 
 OURS = ("worker", "streamworker", "enqueue", "enqueue_many", "stream", "list", "ledger", "ctx.transaction()")
 """What is drawn in colour, beside what it is compared with."""
@@ -44,16 +50,59 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
-def as_json(rows: Sequence[Row], path: Path, missing: Mapping[str, str] | None = None) -> None:
-    """Write the rows with what they were measured on, and who could not be measured and why."""
-    packages = {name: version(name) for name in ("redis", "hiredis", "uvloop", "msgspec")}
-    where = {"python": platform.python_version(), "machine": platform.machine(), "cores": os.cpu_count(), **packages}
+def as_json(rows: Sequence[Row], path: Path, missing: Mapping[str, str] | None = None, *, command: str) -> None:
+    """Write the rows with how, when and on what they were measured, and who could not be measured and why.
+
+    Args:
+        rows: the figures, every round of them.
+        path: the file; those in ``benchmarks/results`` are drawn into the pages by ``./dev figures``.
+        missing: contestants without figures, and the reason.
+        command: the recipe that ran, such as ``./dev bench``; its arguments are added.
+    """
     document = {
-        "where": where,
+        "command": shlex.join([*command.split(), *_arguments()]),
+        "date": datetime.now(UTC).date().isoformat(),
+        "version": f"streamworker {version('streamworker')} ({_commit()})",
+        "machine": f"{os.cpu_count()} cores, {_processor()}",
+        "software": _software(),
         "missing": dict(missing or {}),
         "rows": [{**msgspec.to_builtins(row), "median": row.value, "ratio": row.ratio} for row in rows],
     }
     path.write_bytes(msgspec.json.format(msgspec.json.encode(document), indent=2) + b"\n")
+
+
+def _arguments() -> list[str]:
+    """The arguments that change a figure: where it is written does not."""
+    words = iter(sys.argv[1:])
+    kept = []
+    for word in words:
+        if word in ("--json", "--svg"):
+            next(words, None)
+        elif not word.startswith(("--json=", "--svg=")):
+            kept.append(word)
+    return kept
+
+
+def _software() -> str:
+    server = subprocess.run([binary(), "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"(\w+) server v=([\d.]+)", server)
+    packages = [f"{name} {version(name)}" for name in ("redis", "hiredis", "uvloop", "msgspec")]
+    return ", ".join([f"Python {platform.python_version()}", f"{found[1]} {found[2]}" if found else "", *packages])
+
+
+def _commit() -> str:
+    """The commit that was measured, with a mark if the checkout differs from it."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "no checkout"
+
+
+def _processor() -> str:
+    """The name of the processor, as Linux gives it."""
+    try:
+        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def as_svg(rows: Sequence[Row], path: Path, title: str, missing: Mapping[str, str] | None = None) -> None:

@@ -144,7 +144,7 @@ def main() -> int:
         missing |= race.failed
         report.table(rows)
         if arguments.json:
-            report.as_json(rows, arguments.json, missing)
+            report.as_json(rows, arguments.json, missing, command="./dev bench-peers")
         if arguments.svg:
             report.as_svg(rows, arguments.svg, "One worker process on one core, a hundred jobs at once", missing)
     for name, trouble in missing.items():

@@ -46,6 +46,8 @@ class Chromium:
         self._number = 0
         self._answers: dict[int, Queue[Any]] = {}
         self.complaints: list[str] = []
+        self.requests: list[str] = []
+        """Addresses that pages asked for."""
         threading.Thread(target=self._listen, daemon=True).start()
         self._session = ""
         target = self._ask("Target.createTarget", url="about:blank")["targetId"]
@@ -74,6 +76,8 @@ class Chromium:
                     self._answers[message["id"]].put(message)
                 elif message["method"] in ("Runtime.exceptionThrown", "Log.entryAdded"):
                     self.complaints.append(json.dumps(message["params"])[:500])
+                elif message["method"] == "Network.requestWillBeSent":
+                    self.requests.append(message["params"]["request"]["url"])
 
     def _ask(self, method: str, **params: Any) -> Any:
         self._number += 1
@@ -102,7 +106,8 @@ class Chromium:
     def headers(self, **headers: str) -> None:
         self._ask("Network.setExtraHTTPHeaders", headers=headers)
 
-    def open(self, url: str) -> None:
+    def open(self, url: str, ready: str = "typeof htmx === 'object'") -> None:
+        """Go to a page, until it is complete and a script of it is ``ready``."""
         while True:
             self._ask("Page.navigate", url=url)
             self.until("document.readyState === 'complete'")
@@ -111,7 +116,7 @@ class Chromium:
             if not torn:
                 break
             self.complaints = [said for said in self.complaints if said not in torn]
-        self.until("document.readyState === 'complete' && typeof htmx === 'object'")
+        self.until(f"document.readyState === 'complete' && ({ready})")
 
     def leave(self) -> None:
         """Go nowhere: a page that stays would call for its server after that has ended."""
