@@ -353,6 +353,11 @@ class Depth(msgspec.Struct, frozen=True):
     inactive: bool = False
     waiting: int = 0
 
+    @property
+    def load(self) -> int:
+        """Jobs for which there should be workers: running ones, and ready ones unless the queue is paused."""
+        return self.running + (0 if self.paused or self.inactive else self.ready)
+
 
 class Moved(msgspec.Struct, frozen=True):
     """The result of one batch of a bridge for one level of a queue.

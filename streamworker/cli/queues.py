@@ -196,5 +196,7 @@ def purge(
 
 
 def state(row: QueueRow) -> str:
-    """Why nothing is claimed from a queue; empty if it is."""
-    return "inactive" if row.inactive else "paused" if row.paused else ""
+    """Why nothing is claimed from a queue, and how many of its jobs wait behind others; empty if neither is so."""
+    why = "inactive" if row.inactive else "paused" if row.paused else ""
+    behind = f"{row.waiting:,} behind order keys" if row.waiting else ""
+    return ", ".join(filter(None, (why, behind)))

@@ -15,6 +15,8 @@ from importlib.metadata import version
 from time import monotonic
 from typing import Any, Final, TypeVar
 
+import msgspec
+
 from streamworker.broker import Connected, Queues
 from streamworker.job import Depth, Expire, RetryAt, Settled
 from streamworker.observe import JobRun, Observer, Settlement
@@ -74,6 +76,12 @@ LAG: Final = Family("streamworker_event_loop_lag_seconds", "gauge", "How late th
 RECONNECTS: Final = Family("streamworker_reconnects_total", "counter", "Times Redis came back after it was away.")
 READY: Final = Family("streamworker_queue_ready_jobs", "gauge", "Jobs that wait to be claimed, by anybody.", ("queue",))
 HELD: Final = Family("streamworker_queue_running_jobs", "gauge", "Jobs that all workers together hold.", ("queue",))
+WAITING: Final = Family(
+    "streamworker_queue_waiting_jobs", "gauge", "Jobs that wait behind others with their order key.", ("queue",)
+)
+LOAD: Final = Family(
+    "streamworker_queue_load_jobs", "gauge", "Running jobs, and ready ones unless the queue is paused.", ("queue",)
+)
 DELAYED: Final = Family("streamworker_queue_delayed_jobs", "gauge", "Jobs parked until later, and retries.", ("queue",))
 LETTERS: Final = Family("streamworker_queue_dead_letters", "gauge", "Dead letters that lie there.", ("queue",))
 OLDEST: Final = Family(
@@ -87,7 +95,7 @@ STARTED: Final = Family("process_start_time_seconds", "gauge", "Start time of th
 BUILD: Final = Family("streamworker_build_info", "gauge", "Always 1.", ("version", "mode"))
 
 OF_JOBS: Final = (JOBS, RETRIES, EXPIRED, DEAD, DURATION, WAIT, BATCH, SETTLE)
-OF_QUEUES: Final = (READY, HELD, DELAYED, LETTERS, OLDEST, PAUSED)
+OF_QUEUES: Final = (READY, HELD, WAITING, LOAD, DELAYED, LETTERS, OLDEST, PAUSED)
 FAMILIES: Final = (
     *OF_JOBS, RUNNING, SLOTS, LOST, RECLAIMED, SKIPPED, RELEASED, LAG, RECONNECTS, *OF_QUEUES, UP, WRITABLE,
     MEMORY, STARTED, BUILD,
@@ -166,6 +174,8 @@ def of_queues(depths: list[Depth]) -> list[tuple[Family, Numbers]]:
     measures: dict[Family, Callable[[Depth], float]] = {
         READY: lambda depth: depth.ready,
         HELD: lambda depth: depth.running,
+        WAITING: lambda depth: depth.waiting,
+        LOAD: lambda depth: depth.load,
         DELAYED: lambda depth: depth.delayed,
         LETTERS: lambda depth: depth.dead,
         OLDEST: lambda depth: depth.oldest_age or 0.0,
@@ -180,7 +190,83 @@ PATIENCE: Final = 2.0
 """Seconds a scrape waits for depths; then it goes without them."""
 
 
-class MetricsEndpoint:
+class QueueDepths:
+    """Depths of queues as they are asked for over HTTP; Redis is asked every `FRESH` seconds at most.
+
+    Args:
+        app: where depths are asked for.
+        settings: the worker's.
+        redis: what the worker was given.
+        queues: the worker's.
+        all_queues: all others on the server, too.
+    """
+
+    def __init__(
+        self, app: WorkerHost, settings: Settings, redis: Any, queues: list[str], *, all_queues: bool = False
+    ) -> None:
+        self._app, self._settings, self._redis, self._queues = app, settings, redis, queues
+        self._all_queues = all_queues
+        self._depths: list[Depth] = []
+        self._looked_at = float("-inf")
+        self._up, self._writable = False, True
+        self._ended = False
+        self._asked, self._answered = asyncio.Event(), asyncio.Event()
+
+    def end(self) -> None:
+        """Ask for no more depths; call it before the thread is stopped."""
+        self._ended = True
+
+    async def read(self) -> list[Depth]:
+        """The depths; none while Redis does not answer."""
+        if monotonic() - self._looked_at >= FRESH:
+            self._answered.clear()
+            self._asked.set()
+            waiting = asyncio.ensure_future(self._answered.wait())
+            await asyncio.wait([waiting], timeout=PATIENCE)
+            waiting.cancel()
+        # Depths that are not fresh are not told: an alert shall see that they are missing, not that all is well.
+        return self._depths if self._up and monotonic() - self._looked_at < 2 * FRESH else []
+
+    async def look(self) -> None:
+        """Ask for depths with each request that needs them; runs on the thread's loop until `end`."""
+        stack, operator = AsyncExitStack(), None
+        while not self._ended:
+            await self._asked.wait()
+            self._asked.clear()
+            try:
+                if operator is None:
+                    opening = self._app.operator(self._settings, self._redis)
+                    operator = await stack.enter_async_context(opening)
+                await self._ask(operator)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the next request tries again
+                self._up, operator = False, None
+                log.warning("depths_unknown", error=redact(str(error)))
+                await stack.aclose()
+            self._looked_at = monotonic()
+            self._answered.set()
+
+    async def _ask(self, operator: Queues) -> None:
+        names = sorted({*self._queues, *await operator.queues()}) if self._all_queues else self._queues
+        self._depths = await operator.depth(names)
+        refusal = await operator.refusal(names)
+        if refusal is not None and self._writable:
+            log.warning("redis_refuses_writes", reason=redact(refusal))
+        self._writable = refusal is None
+        self._up = True
+
+
+class ScaleEndpoint(QueueDepths):
+    """Answers what autoscalers ask a relay: for how many jobs of each queue there should be workers."""
+
+    async def answer(self) -> Answer:
+        """``{"queues": {NAME: {"load": N}}}``, see `Depth.load`; an error while Redis does not answer."""
+        depths = await self.read()
+        if not self._up:
+            return Answer(500, b'{"error":"Redis does not answer"}')
+        return Answer(200, msgspec.json.encode({"queues": {each.queue: {"load": each.load} for each in depths}}))
+
+
+class MetricsEndpoint(QueueDepths):
     """Answers scrapes of /metrics.
 
     Args:
@@ -191,64 +277,22 @@ class MetricsEndpoint:
     """
 
     def __init__(self, app: WorkerHost, settings: Settings, redis: Any, queues: list[str]) -> None:
-        self._app, self._settings, self._redis, self._queues = app, settings, redis, queues
+        super().__init__(app, settings, redis, queues)
         self._started = time.time()
         self._in_flight: InFlight | None = None
         self._lease: LeaseKeeper | None = None
         self._broker: Connected | None = None
-        self._depths: list[Depth] = []
-        self._looked_at = float("-inf")
-        self._up, self._writable = False, True
-        self._ended = False
-        self._asked, self._answered = asyncio.Event(), asyncio.Event()
         self.observer: Final = Metrics()
 
     def watch(self, in_flight: InFlight, lease: LeaseKeeper, broker: Connected) -> None:
         """The groups are joined: scrapes show the state of these from now on."""
         self._in_flight, self._lease, self._broker = in_flight, lease, broker
 
-    def end(self) -> None:
-        """Ask for no more depths; call it before the thread is stopped."""
-        self._ended = True
-
     async def answer(self) -> Answer:
         """One scrape."""
-        if monotonic() - self._looked_at >= FRESH:
-            self._answered.clear()
-            self._asked.set()
-            waiting = asyncio.ensure_future(self._answered.wait())
-            await asyncio.wait([waiting], timeout=PATIENCE)
-            waiting.cancel()
-        # Depths that are not fresh are not told: an alert shall see that they are missing, not that all is well.
-        depths = self._depths if self._up and monotonic() - self._looked_at < 2 * FRESH else []
+        depths = await self.read()
         families = [*self.observer.numbers(), *self._of_worker(), *of_queues(depths)]
         return Answer(200, render(families), CONTENT_TYPE)
-
-    async def look(self) -> None:
-        """Ask for depths with each scrape that needs them; runs on the thread's loop until `end`."""
-        stack, operator = AsyncExitStack(), None
-        while not self._ended:
-            await self._asked.wait()
-            self._asked.clear()
-            try:
-                if operator is None:
-                    opening = self._app.operator(self._settings, self._redis)
-                    operator = await stack.enter_async_context(opening)
-                await self._ask(operator)
-            except Exception as error:  # noqa: BLE001 - whatever it is, the next scrape tries again
-                self._up, operator = False, None
-                log.warning("depths_unknown", error=redact(str(error)))
-                await stack.aclose()
-            self._looked_at = monotonic()
-            self._answered.set()
-
-    async def _ask(self, operator: Queues) -> None:
-        self._depths = await operator.depth(self._queues)
-        refusal = await operator.refusal(self._queues)
-        if refusal is not None and self._writable:
-            log.warning("redis_refuses_writes", reason=redact(refusal))
-        self._writable = refusal is None
-        self._up = True
 
     def _of_worker(self) -> list[tuple[Family, Numbers]]:
         mode = self._settings.mode

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import json
+import urllib.request
 
+import anyio
 import pytest
 
+from streamworker import App, Payload, Settings
 from tests.cli.conftest import both_modes
 from tests.conftest import eventually_blocking
+
+
+class Flood(Payload, kind="flood", queue="floods", fair_by="tenant"):
+    tenant: str
+
 
 SCHEDULED = """
 from streamworker import App, Payload
@@ -51,6 +59,32 @@ def test_schedules_tick_without_a_worker(sw, ground, project):
     worker = sw.start("worker", "scheduled:app", "--queues", "ticks")
     eventually_blocking(lambda: ground.ready(queue="ticks") == 0, 30)
     assert worker.stop() == 0
+
+
+@both_modes
+def test_a_relay_tells_autoscalers_the_load_of_each_queue(sw, ground, raw):
+    """What waits in tenants' lines counts, and of a paused queue what runs alone."""
+    sw.constants["streamworker.worker.metrics.FRESH"] = 0.05
+    relay = sw.start("relay", STREAMWORKER_HTTP="127.0.0.1:0")
+    eventually_blocking(lambda: relay.saw("http_listening"))
+    address = next(json.loads(line)["address"] for line in relay.lines if "http_listening" in line)
+
+    def load() -> dict[str, int]:
+        with urllib.request.urlopen(f"http://{address}/scale", timeout=10) as answer:
+            return {name: each["load"] for name, each in json.load(answer)["queues"].items()}
+
+    app = App(settings=Settings(redis_url=sw.env["REDIS_URL"], mode=ground.mode))
+
+    async def fill() -> None:
+        async with app:
+            await app.enqueue_many([Flood(tenant="large") for _ in range(30)])
+            await app.enqueue(Flood(tenant="small"), queue="other")
+
+    anyio.run(fill)
+    eventually_blocking(lambda: load() == {"floods": 30, "other": 1}, 30)
+    sw.ok("queues", "pause", "floods")
+    eventually_blocking(lambda: load() == {"floods": 0, "other": 1}, 30)
+    assert relay.stop() == 0
 
 
 def test_an_app_that_is_named_and_not_there_is_not_passed_over(bare, redis_url):

@@ -9,7 +9,6 @@ import pytest
 import yaml
 
 from streamworker import settings
-from streamworker.broker.keys import QueueKeys
 from streamworker.settings import Settings
 from streamworker.worker import HAND_BACK, UNWIND
 from tests.deploy.tools import jsonschema_complaints
@@ -66,10 +65,10 @@ def test_keda_takes_it(tmp_path):
     for number, document in enumerate(each for each in ALL if each["kind"] in OURS):
         files.append(tmp_path / f"{number}.yaml")
         files[-1].write_text(yaml.safe_dump(document))
-    assert len(files) == 2
+    assert len(files) == 1
     assert jsonschema_complaints(["--schemafile", schema], *files) == ""
-    files[0].write_text(files[0].read_text().replace("streamLength: '100'", "streamLength: 100"))
-    assert "is not of type 'string'" in jsonschema_complaints(["--schemafile", schema], *files)
+    files[0].write_text(files[0].read_text().replace("targetValue: '200'", "targetValue: 200"))
+    assert "is not valid under any of the given schemas" in jsonschema_complaints(["--schemafile", schema], *files)
 
 
 # The manifests themselves are checked above.
@@ -165,10 +164,14 @@ def test_selectors_meet_their_pods():
     assert budget["spec"]["selector"]["matchLabels"] == PODS["streamworker-worker"]["metadata"]["labels"]
 
 
-def test_keda_reads_our_streams_and_scales_our_workers():
+def test_keda_reads_our_relay_and_scales_our_workers():
     (scaled,) = of_kind("ScaledObject").values()
     assert scaled["spec"]["scaleTargetRef"]["name"] in DEPLOYMENTS
-    streams = [each["metadata"]["stream"] for each in scaled["spec"]["triggers"]]
-    assert streams == list(QueueKeys("mail", "").streams)
-    secrets = {each["authenticationRef"]["name"] for each in scaled["spec"]["triggers"]}
-    assert secrets == set(of_kind("TriggerAuthentication"))
+    (trigger,) = scaled["spec"]["triggers"]
+    service = of_kind("Service")["streamworker-relay"]
+    (port,) = service["spec"]["ports"]
+    assert trigger["metadata"]["url"] == f"http://{service['metadata']['name']}:{port['port']}/scale"
+    assert service["spec"]["selector"] == PODS["streamworker-relay"]["metadata"]["labels"]
+    (container,) = PODS["streamworker-relay"]["spec"]["containers"]
+    assert {"name": port["targetPort"], "containerPort": 8080} in container["ports"]
+    assert trigger["metadata"]["valueLocation"] == "queues.mail.load"
