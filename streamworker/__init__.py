@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any  # noqa: TID251 - hides nothing: import-li
 if TYPE_CHECKING:
     from streamworker.app import App
     from streamworker.context import Context, ProcessContext
+    from streamworker.encryption import Keys
     from streamworker.errors import Discard, Retry, Snooze, StreamworkerError
     from streamworker.handlers import Handlers, Payload
     from streamworker.job import Enqueued, Job
@@ -24,6 +25,7 @@ __all__ = [
     "Enqueued",
     "Handlers",
     "Job",
+    "Keys",
     "Payload",
     "ProcessContext",
     "QueueWorker",
@@ -41,6 +43,7 @@ _HOMES = {
     "Enqueued": "job",
     "Handlers": "handlers",
     "Job": "job",
+    "Keys": "encryption",
     "Payload": "handlers",
     "ProcessContext": "context",
     "QueueWorker": "worker",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from time import monotonic
-from typing import Any, TypeAlias, overload
+from typing import Any, Final, TypeAlias, overload
 
 import msgspec
 from redis.asyncio import Redis
@@ -16,16 +16,18 @@ from streamworker.bridge import Mover
 from streamworker.broker import Operator, ScheduleStorage, WorkerBroker
 from streamworker.cron import Calendar, Schedule
 from streamworker.cron.stored import Schedules
+from streamworker.encryption import PLAIN, Keys, Sealer
 from streamworker.errors import UsageError
-from streamworker.handlers import Handlers, check_queue
+from streamworker.handlers import Handlers, check_queue, names_of
 from streamworker.job import Enqueued, Job
 from streamworker.observe import Observer, Sender
 from streamworker.operators import CancelAnswer, cancel_job, database_of, open_operator, require_archive
 from streamworker.payload import AnyPayload
 from streamworker.postgres import Archive, JobRecord
 from streamworker.postgres.migrate import Migrator, printed, shipped
-from streamworker.producer import JobOptions, Producer, job_of, make_job, refuse_patched
+from streamworker.producer import JobOptions, Producer, SealingSender, job_of, make_job, refuse_patched
 from streamworker.settings import FairWeight, Settings
+from streamworker.views.opened import opener_of
 from streamworker.wiring import AppConnection
 from streamworker.worker.executor import Middleware
 from streamworker.worker.host import WorkerResources
@@ -44,6 +46,7 @@ class App(Handlers[S], Calendar):
         middleware: ``async def mw(ctx, call_next)``, the first outermost.
         observers: told of every job (`streamworker.observe`), for error trackers, metrics and traces.
         fair_weights: how many starts a tenant gets where others get one (``fair_by``), unless the setting is given.
+        encryption: keys that seal and open what jobs leave in Redis and PostgreSQL (docs/encryption.md).
     """
 
     @overload
@@ -54,6 +57,7 @@ class App(Handlers[S], Calendar):
         middleware: Sequence[Middleware] = (),
         observers: Sequence[Observer] = (),
         fair_weights: Mapping[str, float] | None = None,
+        encryption: Keys | None = None,
     ) -> None: ...
     @overload
     def __init__(
@@ -64,6 +68,7 @@ class App(Handlers[S], Calendar):
         middleware: Sequence[Middleware] = (),
         observers: Sequence[Observer] = (),
         fair_weights: Mapping[str, float] | None = None,
+        encryption: Keys | None = None,
     ) -> None: ...
     def __init__(
         self,
@@ -73,16 +78,24 @@ class App(Handlers[S], Calendar):
         middleware: Sequence[Middleware] = (),
         observers: Sequence[Observer] = (),
         fair_weights: Mapping[str, float] | None = None,
+        encryption: Keys | None = None,
     ) -> None:
         Handlers.__init__(self)
         Calendar.__init__(self)
         self._lifespan: Lifespan[S] | None = lifespan
         self._middleware, self._observers = tuple(middleware), tuple(observers)
-        own = {"lifespan": lifespan, "middleware": middleware, "observers": observers, "settings": settings}
+        own = {"lifespan": lifespan, "middleware": middleware, "observers": observers, "settings": settings,
+               "encryption": encryption}  # fmt: skip
         self._own = tuple(name for name, value in own.items() if value)
         self._fair_weights = tuple(FairWeight(*pair) for pair in (fair_weights or {}).items())
         self._connection = AppConnection(settings, self)
-        self._producer = Producer(self._connection, [each for each in observers if isinstance(each, Sender)])
+        self.encryption: Final = encryption
+        """Seals and opens what its jobs leave; ``None`` without."""
+        self.opener: Final = opener_of(encryption, self._kinds_of)
+        """Opens what is read of its jobs."""
+        self._sealer: Final[Sealer] = encryption or PLAIN
+        senders = [each for each in observers if isinstance(each, Sender)]
+        self._producer = Producer(self._connection, [*senders, *([SealingSender(encryption)] if encryption else [])])
 
     async def __aenter__(self) -> App[S]:
         """Open what producing needs; may be entered several times over.
@@ -190,7 +203,7 @@ class App(Handlers[S], Calendar):
             ConfigurationError: there is no database, or it has no schema streamworker.
             Unreachable: PostgreSQL does not answer.
         """
-        archive = await self._connection.required_archive()
+        archive = self.opener.archive(await self._connection.required_archive())
         return await archive.find(job_id, queue)
 
     async def cancel(self, job_id: str, /, *, queue: str | None = None) -> CancelAnswer:
@@ -245,7 +258,8 @@ class App(Handlers[S], Calendar):
         """
         broker, archive, queues = await self._seek(job_id, queue, "wait for results")
         end = None if timeout is None else monotonic() + timeout
-        async with broker.ended(queues, job_id) as hearing:
+        async with broker.ended(queues, job_id) as ends:
+            hearing = self.opener.waiter(ends, job_id)
             return await results.wait_for(hearing, archive, (queues[0] if len(queues) == 1 else None, job_id), end)
 
     async def output(
@@ -267,7 +281,8 @@ class App(Handlers[S], Calendar):
         """
         results.check_position(after)
         broker, archive, queues = await self._seek(job_id, queue, "read outputs")
-        async with broker.output(queues, job_id) as reader:
+        async with broker.output(queues, job_id) as stored:
+            reader = self.opener.reader(stored, job_id)
             job = (queues[0] if len(queues) == 1 else None), job_id
             async for item in results.follow(reader, archive, job, after, live=follow):
                 yield item
@@ -278,11 +293,17 @@ class App(Handlers[S], Calendar):
         if broker is None:
             raise UsageError(f"the app is not open: {what} inside `async with app:`")
         archive = await self._connection.archive()
+        archive = None if archive is None else self.opener.archive(archive)
         record = None if archive is None else await archive.find(job_id, queue)
         queues = [record.queue] if record is not None else [check_queue(queue)] if queue is not None else self.queues
         if not queues:
             raise UsageError("the queue of this job is not known here: say queue=")
         return broker, archive, queues
+
+    def _kinds_of(self, kind: str) -> Sequence[str]:
+        """All kinds that the handler of a kind answers to: a payload may be sealed under another one of them."""
+        found = self._by_kind.get(kind)
+        return (kind,) if found is None else (kind, *names_of(found))
 
     def _where(self, queue: str | None) -> str:
         """The queue of a job that no ledger knows."""
@@ -300,11 +321,15 @@ class App(Handlers[S], Calendar):
     def schedules(self) -> Schedules:
         """The schedules in code, as a sequence; and what puts, changes and lists those that are kept as data."""
         rules = self._connection.rules
-        return Schedules(super().schedules, self, self._connection.schedule_store, lambda: rules().max_job_bytes)
+        return Schedules(
+            super().schedules, self, self._connection.schedule_store, lambda: rules().max_job_bytes, self._sealer
+        )
 
     def schedules_of(self, storage: ScheduleStorage, settings: Settings) -> Schedules:
         """The same, in another place than this app's connection: an operator's."""
-        return Schedules(super().schedules, self, lambda: storage.schedules, lambda: settings.max_job_bytes)
+        return Schedules(
+            super().schedules, self, lambda: storage.schedules, lambda: settings.max_job_bytes, self._sealer
+        )
 
     @property
     def handlers(self) -> Handlers[S]:
@@ -392,7 +417,7 @@ class App(Handlers[S], Calendar):
         """
         refuse_patched()
         async with AsyncExitStack() as stack:
-            yield await require_archive(stack, self.resolve(settings))
+            yield self.opener.archive(await require_archive(stack, self.resolve(settings)))
 
     @asynccontextmanager
     async def migrator(self, settings: Settings | None = None) -> AsyncIterator[Migrator]:
@@ -418,7 +443,7 @@ class App(Handlers[S], Calendar):
         """What people do to jobs by hand, for the command line, the dashboard and /metrics."""
         refuse_patched()
         async with open_operator(self.resolve(settings), redis, self.queues) as operator:
-            yield operator
+            yield self.opener.operator(operator)
 
     @asynccontextmanager
     async def relay_process(self, settings: Settings | None = None) -> AsyncIterator[RelayProcess | Scheduler]:
@@ -429,7 +454,7 @@ class App(Handlers[S], Calendar):
             Unreachable: a server does not answer.
         """
         async with AsyncExitStack() as stack:
-            yield await wiring.open_relay_process(stack, self.resolve(settings), self.schedules)
+            yield await wiring.open_relay_process(stack, self.resolve(settings), self.schedules, self.encryption)
 
     @asynccontextmanager
     async def relaying(self, settings: Settings | None = None) -> AsyncIterator[RelayProcess]:

@@ -17,6 +17,7 @@ from typing_extensions import TypeVar
 
 from streamworker import codec
 from streamworker.codec import DocumentFields, trace_id
+from streamworker.encryption import PLAIN, Sealer
 from streamworker.errors import ConfigurationError, RunEnded, UsageError
 from streamworker.job import Claim, Job, Progress
 from streamworker.loops import at_once
@@ -55,6 +56,7 @@ class Shared(msgspec.Struct, Generic[S]):
     ledger: Ledger | None = None
     stopping: bool = False
     outputs: Emitter | None = None
+    sealer: Sealer = PLAIN
 
 
 class RefusedTransaction(msgspec.Struct):
@@ -105,11 +107,12 @@ class Context(Generic[S_co]):
         """The job: id, queue, kind, payload text, level, attempts, hop, headers."""
         if self._job is None:
             reading, claim = self._reading, self._claim
+            job_id, kind = codec.job_id(reading, claim), reading.kind or ""
             self._job = Job(
-                id=codec.job_id(reading, claim),
+                id=job_id,
                 queue=claim.queue,
-                kind=reading.kind or "",
-                payload=reading.payload,
+                kind=kind,
+                payload=self._shared.sealer.shown_payload(reading.payload, job_id, kind),
                 level=claim.level,
                 attempts=self._attempts,
                 max_attempts=self._limits.max_attempts,
@@ -409,6 +412,11 @@ class Context(Generic[S_co]):
         if found is None:
             found = self._steps = ledger.steps(self._record(), self)
         return found
+
+    @property
+    def sealer(self) -> Sealer:
+        """Seals what the job leaves; called by the ledger."""
+        return self._shared.sealer
 
     @property
     def connection(self) -> SqlConnection | None:

@@ -14,6 +14,7 @@
     ├── ProcessDied                             the process of a handler with process=True ended by itself
     ├── ClaimLost                               ctx.emit(): the claim of the job was lost, or the job has ended
     ├── StepsChanged                            the handler's steps are not those that the job has recorded
+    ├── NoKey                                   something is sealed, and this process has no key that opens it
     ├── NoConnection                            all connections of ctx.database, transaction() or redis are taken
     └── NoResult                                App.result() has none to give
         ├── JobDead                             the job is a dead letter
@@ -98,6 +99,10 @@ class ClaimLost(StreamworkerError):
 
 class StepsChanged(StreamworkerError):
     """The steps of a handler were renamed or reordered, or return another type, while a job of it was under way."""
+
+
+class NoKey(StreamworkerError):
+    """Something of a job is sealed (docs/encryption.md), and no key of this process opens it."""
 
 
 class NoConnection(StreamworkerError, TimeoutError):

@@ -198,15 +198,23 @@ class Expired(msgspec.Struct, frozen=True):
 
 
 class Undecodable(msgspec.Struct, frozen=True):
-    """The bytes are no job for this handler; ``error`` says where they break."""
+    """The bytes are no job for this handler; ``error`` says where they break, ``reason`` what is wrong in a word."""
 
     error: str
+    reason: str = "undecodable"
 
 
 class UnknownKind(msgspec.Struct, frozen=True):
     """No handler here knows the kind; unknown to the fleet since ``since`` (epoch seconds), as far as is known."""
 
     kind: str
+    since: float | None = None
+
+
+class Unopened(msgspec.Struct, frozen=True):
+    """No key of this worker opens the payload; so it is since ``since`` (epoch seconds), as far as is known."""
+
+    error: str
     since: float | None = None
 
 
@@ -257,6 +265,7 @@ Outcome: TypeAlias = (
     | Expired
     | Undecodable
     | UnknownKind
+    | Unopened
     | Postponed
     | Deferred
     | OutOfTurn
@@ -357,6 +366,20 @@ class Depth(msgspec.Struct, frozen=True):
     def load(self) -> int:
         """Jobs for which there should be workers: running ones, and ready ones unless the queue is paused."""
         return self.running + (0 if self.paused or self.inactive else self.ready)
+
+
+class KeyUse(msgspec.Struct, frozen=True):
+    """How many values in one place are sealed with a key (`streamworker.encryption`).
+
+    Attributes:
+        place: keys of Redis of one kind, or a column of PostgreSQL.
+        key: the key's id.
+        count: how many values.
+    """
+
+    place: str
+    key: str
+    count: int
 
 
 class Moved(msgspec.Struct, frozen=True):

@@ -10,7 +10,8 @@ The rules, in order:
 4. Raised and TimedOut charge an attempt: RetryAt while attempts remain, then Dead.
 5. Interrupted, Postponed and Deferred are ReleaseAt: shutdown, a limit, or a task that other code cancelled is no
    failed attempt.
-6. UnknownKind is ReleaseAt with growing delay, since a newer worker may know it, and Dead by age.
+6. UnknownKind and Unopened are ReleaseAt with growing delay, since another worker may know the kind or have the key,
+   and Dead by age.
 7. Undecodable is Dead at once; its bytes are kept.
 8. Cancelled is Drop: no failure, no attempt, no dead letter.
 9. Recorded is what the ledger says.
@@ -49,6 +50,7 @@ from streamworker.job import (
     TimedOut,
     Undecodable,
     UnknownKind,
+    Unopened,
     Verdict,
 )
 from streamworker.redact import describe, fit, text_of
@@ -113,6 +115,7 @@ _WORDS: Final[dict[type, str]] = {
     OutOfTurn: "out_of_turn",
     Undecodable: "undecodable",
     UnknownKind: "unknown_kind",
+    Unopened: "unopened",
     Postponed: "postponed",
     Abandoned: "abandoned",
     Recorded: "recorded",
@@ -237,10 +240,13 @@ def judge(outcome: Outcome, facts: Facts, *, now: float, jitter: float) -> Verdi
             return ReleaseAt(until, "a limit of its kind")
         case OutOfTurn():
             return ReleaseAt(None, "not its turn", line=True)
-        case UnknownKind():
-            return _unknown(outcome, facts, now)
-        case Undecodable(error=message):
-            return Dead("undecodable", fit(message))
+        case UnknownKind(kind=kind, since=since):
+            why = f"no handler for {kind!r} appeared within {facts.unknown_kind_ttl:g} s"
+            return _wait_for_another(since, facts, now, "unknown kind", why)
+        case Unopened(error=message, since=since):
+            return _wait_for_another(since, facts, now, "sealed", message)
+        case Undecodable(error=message, reason=reason):
+            return Dead(reason, fit(message))
         case Abandoned(deaths=deaths):
             return Dead(f"worker died {deaths} times")
         case Recorded(verdict=verdict):
@@ -306,11 +312,12 @@ def _charge(facts: Facts, error: str, at: float) -> Verdict:
     return Dead(f"failed {failures} of {facts.limits.max_attempts} attempts", error, charged=True)
 
 
-def _unknown(outcome: UnknownKind, facts: Facts, now: float) -> Verdict:
-    since = now if outcome.since is None else min(outcome.since, now)
+def _wait_for_another(since: float | None, facts: Facts, now: float, reason: str, error: str) -> Verdict:
+    """The verdict on a job that this worker cannot run, and another one may."""
+    since = now if since is None else min(since, now)
     age = now - since
     if age >= facts.unknown_kind_ttl:
-        return Dead("unknown kind", f"no handler for {outcome.kind!r} appeared within {facts.unknown_kind_ttl:g} s")
+        return Dead(reason, error)
     # Half its age again: soon enough in a rolling deploy, cheap for a kind without a handler, never past its end.
     wait = min(max(1.0, age / 2), 300.0, facts.unknown_kind_ttl - age)
-    return ReleaseAt(now + wait, "unknown kind", unknown_since=since)
+    return ReleaseAt(now + wait, reason, unknown_since=since)

@@ -6,7 +6,7 @@ import asyncio
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from contextlib import AbstractAsyncContextManager, ExitStack
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack, nullcontext
 from datetime import UTC, datetime
 from types import NoneType
 from typing import Any, Final, Generic, Protocol, TypedDict
@@ -19,6 +19,7 @@ from typing_extensions import TypeVar, Unpack
 from streamworker import codec
 from streamworker.broker import Broker, ServerClock
 from streamworker.codec import reserved_in
+from streamworker.encryption import Keys
 from streamworker.errors import LONGEST_WAIT, InvalidJob, UsageError
 from streamworker.handlers import check_queue
 from streamworker.job import UNTIL, Enqueued, Job, Until
@@ -129,6 +130,21 @@ class Producer:
         with ExitStack() as stack:  # here, where the caller's context is; the other loop has no senders
             sent = self._seen_off(stack, [job])
             return background.call(lambda outlet: Producer(outlet).enqueue_many(sent))[0]
+
+
+class SealingSender(Sender):
+    """Seals the payloads of jobs that are sent. It stands behind all other senders, which see them as they are.
+
+    Args:
+        keys: seal them.
+    """
+
+    def __init__(self, keys: Keys) -> None:
+        self._keys = keys
+
+    def sending(self, jobs: Sequence[Job]) -> AbstractContextManager[Sequence[Job]]:
+        """Around an enqueue."""
+        return nullcontext([self._keys.sealed_job(job) for job in jobs])
 
 
 async def _dated(jobs: Sequence[Job], clock: ServerClock) -> list[Job]:

@@ -14,7 +14,8 @@ from typing import Any, Final, Literal, Protocol, TypeAlias
 
 import msgspec
 
-from streamworker.errors import JobCancelled, JobDead, JobExpired, ResultNotKept, ResultTimeout, UsageError
+from streamworker.encryption import FIELD, is_sealed
+from streamworker.errors import JobCancelled, JobDead, JobExpired, NoKey, ResultNotKept, ResultTimeout, UsageError
 from streamworker.job import Claim, Settled
 from streamworker.payload import infinity_in
 from streamworker.postgres import Archive
@@ -67,7 +68,7 @@ def result_json(value: Any) -> bytes:
         ValueError: it cannot be kept; the message says why.
     """
     try:
-        result = msgspec.json.encode(value)
+        result = msgspec.json.encode(value, enc_hook=_refuse)
     except BaseException as error:  # noqa: BLE001 - a user's objects run code here, and it must not end the worker
         what = describe(error)[:1000]
         raise ValueError(f"what the handler returned cannot be written as JSON: {what}") from None
@@ -77,6 +78,19 @@ def result_json(value: Any) -> bytes:
     if len(result) > MAX_RESULT:
         raise ValueError(f"what the handler returned has {len(result)} bytes and {MAX_RESULT} are kept")
     return result
+
+
+class NotKept:
+    """In place of what a handler returned: why it is not kept."""
+
+    def __init__(self, why: Exception) -> None:
+        self.why = why
+
+
+def _refuse(value: Any) -> Any:
+    if isinstance(value, NotKept):
+        raise value.why
+    raise TypeError(f"Encoding objects of type {type(value).__name__} is unsupported")
 
 
 def completed(value: Any) -> bytes:
@@ -155,7 +169,10 @@ def _value(note: JobEnd, job_id: str) -> Any:
     if not bytes(note.result):
         why = note.error or "set result_ttl on its handler, or use the ledger"
         raise ResultNotKept(f"the job {job_id} is completed, but has no result: {why}", job_id)
-    return msgspec.json.decode(note.result)
+    result = msgspec.json.decode(note.result)
+    if type(result) is dict and FIELD in result:
+        raise NoKey(f"the result of the job {job_id} is sealed: give this app the keys, App(encryption=Keys(...))")
+    return result
 
 
 # -- output
@@ -361,6 +378,8 @@ class _Cursor:
 
     def items(self, entry: OutputEntry) -> list[OutputItem]:
         """The items of an entry that are new; the position moves behind them."""
+        if is_sealed(entry.chunks):
+            raise NoKey("the output of this job is sealed: give this app the keys, App(encryption=Keys(...))")
         try:
             chunks = _chunks.decode(entry.chunks)
         except msgspec.MsgspecError:

@@ -25,6 +25,7 @@ from streamworker.broker.lists_brpop import BrpopBroker
 from streamworker.broker.redis.client import RedisAddress
 from streamworker.broker.stream import StreamBroker
 from streamworker.cron import Schedule
+from streamworker.encryption import Keys
 from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable, UsageError
 from streamworker.handlers import Handlers
 from streamworker.job import Enqueued, Job
@@ -355,14 +356,14 @@ async def open_worker_resources(
 
 
 async def open_relay_process(
-    stack: AsyncExitStack, settings: Settings, schedules: Sequence[Schedule]
+    stack: AsyncExitStack, settings: Settings, schedules: Sequence[Schedule], encryption: Keys | None
 ) -> RelayProcess | Scheduler:
     """What ``streamworker relay`` runs, closed with ``stack``; see `App.relay_process`."""
     address, url = await open_checked_servers(stack, settings)
     if url is None and settings.ledger == "on":
         raise ConfigurationError("STREAMWORKER_LEDGER is 'on' but there is no PostgreSQL: set DATABASE_URL")
     dispatcher = make_dispatcher(settings, address)
-    scheduler = Scheduler(dispatcher, schedules, settings)
+    scheduler = Scheduler(dispatcher, schedules, settings, encryption)
     if url is None or settings.ledger == "off":
         stack.push_async_callback(dispatcher.close)
         await dispatcher.open()

@@ -19,6 +19,7 @@ from streamworker.job import (
     Depth,
     DueSchedules,
     Enqueued,
+    KeyUse,
     Level,
     PackedJob,
     Progress,
@@ -564,6 +565,9 @@ class Queues(Protocol):
 
     async def now(self) -> float:
         """The server's clock, in epoch seconds: ages by another clock are wrong by the difference."""
+
+    async def key_uses(self) -> list[KeyUse]:
+        """The keys with which values are sealed, and how many. It reads everything in the namespace."""
 
     async def refusal(self, queues: Sequence[str]) -> str | None:
         """Why the server refuses writes although it answers, in a sentence; ``None`` if it takes them.

@@ -24,8 +24,9 @@ from streamworker.broker.keys import (
     worker_key,
 )
 from streamworker.broker.redis.session import OperatorSession, text
+from streamworker.encryption import USES
 from streamworker.errors import InvalidJob, UsageError
-from streamworker.job import LEVELS, Claim, Depth, Level
+from streamworker.job import LEVELS, Claim, Depth, KeyUse, Level
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.broker")
@@ -375,3 +376,57 @@ def _claim_named(claim: Claim) -> tuple[str | None, str | None]:
     except InvalidJob:
         return None, None
     return codec.job_id(reading, claim), reading.kind or None
+
+
+_OF_A_JOB: Final = re.compile(r"(.*\}:[a-z]+|.*?queue:.*:(?:claimed|result|output)):.*")
+"""Keys that a job, a worker or the like has for itself: they count together."""
+VALUES: Final = 500
+"""Values of one page."""
+
+
+async def key_uses(session: OperatorSession) -> list[KeyUse]:
+    """The keys of encryption that are in use, by families of keys of Redis."""
+    found: Counter[tuple[str, str]] = Counter()
+    for pattern in (f"{session.namespace}stream:{{*}}*", f"{session.namespace}queue:*", "queue:*"):
+        if pattern.startswith("queue:") and not session.namespace:
+            continue  # the same as the one before
+        async for name in session.scan(pattern):
+            match = _OF_A_JOB.fullmatch(name)
+            place = f"redis {match[1] if match is not None else name}"
+            async for value in _values(session, name):
+                for names in USES.findall(value):
+                    found[place, text(next(filter(None, names)))] += 1
+    return [KeyUse(place, key, count) for (place, key), count in sorted(found.items())]
+
+
+async def _values(session: OperatorSession, name: str) -> AsyncIterator[bytes]:
+    """All values of a key, read in pages."""
+    kind = text(await session.ask("TYPE", name))
+    if kind == "string":
+        yield await session.ask("GET", name) or b""
+    pages = {"stream": _stream_pages, "list": _list_pages, "hash": _hash_pages}.get(kind)
+    if pages is not None:
+        async for page in pages(session, name):
+            for value in page:
+                yield value
+
+
+async def _stream_pages(session: OperatorSession, name: str) -> AsyncIterator[list[bytes]]:
+    start = "-"
+    while rows := await session.ask("XRANGE", name, start, "+", "COUNT", VALUES):
+        yield [value for _, fields in rows for value in fields.values()]
+        start = f"({text(rows[-1][0])}"
+
+
+async def _list_pages(session: OperatorSession, name: str) -> AsyncIterator[list[bytes]]:
+    at = 0
+    while rows := await session.ask("LRANGE", name, at, at + VALUES - 1):
+        yield rows
+        at += VALUES
+
+
+async def _hash_pages(session: OperatorSession, name: str) -> AsyncIterator[list[bytes]]:
+    cursor: Any = None
+    while cursor is None or int(cursor):
+        cursor, fields = await session.ask("HSCAN", name, cursor or 0, "COUNT", VALUES)
+        yield list(fields.values())

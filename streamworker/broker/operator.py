@@ -41,7 +41,7 @@ from streamworker.broker.schedules import RedisSchedules
 from streamworker.broker.settle import ClaimSettlement, StreamSettlement, settle
 from streamworker.codec import NOTHING
 from streamworker.errors import ConfigurationError, InvalidJob, StreamworkerError
-from streamworker.job import HELD, Claim, Dead, Depth, Drop, Progress, ReleaseAt, Settled, Verdict, read
+from streamworker.job import HELD, Claim, Dead, Depth, Drop, KeyUse, Progress, ReleaseAt, Settled, Verdict, read
 
 Freed: TypeAlias = Callable[[str, Sequence[str]], Awaitable[None]]
 """Called with a queue and the ids of jobs that an operator ended: a ledger stores deduplication keys too."""
@@ -293,6 +293,9 @@ class RedisOperator(ABC):
         except ConfigurationError:  # the user may not have the right to TIME
             return time.time()
         return int(seconds) + int(micros) / 1e6
+
+    async def key_uses(self) -> list[KeyUse]:
+        return await listings.key_uses(self._session)
 
     async def refusal(self, queues: Sequence[str]) -> str | None:
         # A write that changes nothing: the hash makes it fail or, without one, NOMKSTREAM does. The server judges

@@ -61,6 +61,7 @@ _COMMANDS = (
     ("dead", ".dead:dead", "Look and act", "Jobs that failed for good: list, show, retry, drop."),
     ("workers", ".workers:workers", "Look and act", "Who works, and how busy they are: list, prune."),
     ("cron", ".cron:cron", "Look and act", "What is enqueued by the calendar, and when next."),
+    ("keys", ".keys:keys", "More", "Keys of encryption, and what is sealed with them: new, check."),
     ("jobs", ".jobs:jobs", "Look and act", "Durable jobs in the ledger."),
     ("migrate", ".migrate:migrate", "More", "The schema of the ledger in PostgreSQL: up, status, print."),
     ("dashboard", ".dashboard:dashboard", "Look and act", "All of this in a browser, live."),

@@ -23,7 +23,6 @@ from streamworker.cli.streams import Report
 from streamworker.errors import InvalidJob, UsageError
 from streamworker.job import Enqueued, Job, Level, Until
 from streamworker.payload import KIND_NAME
-from streamworker.settings import Settings
 
 BATCH: Final = 1000
 """Jobs of one round trip."""
@@ -103,12 +102,12 @@ def enqueue(
         json: One JSON object per line, with id and new.
     """
     _refuse_nonsense(key, count, delay, expires_in, held)
-    settings = server.settings(app=app)
+    settings, keys = server.settings(app=app), None
     text = _stdin() if payload == "-" else payload.encode()
     if settings.app is not None:
         server.export()
         known = load_app(settings)
-        settings = with_own(settings, known)
+        settings, keys = with_own(settings, known), known.encryption
         kind, queue, raw = checked_payload(known, kind, queue, text)
     else:
         kind, queue, raw = checked_payload(None, kind, queue, text)
@@ -117,7 +116,7 @@ def enqueue(
         delay=delay if held.debounce is None else held.debounce, expires_in=expires_in, key=key, unique=held.until,
         replace=held.replace or held.debounce is not None, debounce=held.debounce, debounce_max=held.debounce_max,
     )  # fmt: skip
-    anyio.run(_enqueue, settings, job, count, json)
+    anyio.run(_enqueue, App[Any](settings=settings, encryption=keys), job, count, json)
     return 0
 
 
@@ -138,9 +137,9 @@ def _refuse_nonsense(
         raise UsageError("--expires-in ends before --delay: no run would ever start")
 
 
-async def _enqueue(settings: Settings, job: Job, count: int, json: bool) -> None:
+async def _enqueue(app: App[Any], job: Job, count: int, json: bool) -> None:
     report = Report()  # who reads one id with `| head` wants all the jobs nevertheless
-    async with App[Any](settings=settings) as app:
+    async with app:
         for start in range(0, count, BATCH):
             size = min(BATCH, count - start)
             jobs = [msgspec.structs.replace(job, id=codec.new_id()) for _ in range(size)]

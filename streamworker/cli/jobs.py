@@ -23,6 +23,8 @@ from streamworker.cli.options import (
     QueueName,
     Seconds,
     WorkerFlags,
+    encryption,
+    opener,
     run,
 )
 from streamworker.cli.output import Column, document, plain, print_json, print_lines, show
@@ -118,7 +120,7 @@ def list_(
 
         return await show(listing, rows, _COLUMNS, title="jobs", payload=payload)
 
-    return _ask(flags, work, endless=listing.watch)
+    return _ask(flags, work, endless=listing.watch, private=payload)
 
 
 @jobs.command(name="show")
@@ -166,7 +168,7 @@ def show_(
                 print_lines([("progress", progress.text)])
         return missing
 
-    return _ask(flags, work)
+    return _ask(flags, work, private=payload)
 
 
 @jobs.command(name="output")
@@ -194,7 +196,7 @@ def output_(
     async def main() -> int:
         from streamworker.app import App as StreamworkerApp  # noqa: PLC0415 - it imports all there is
 
-        app = StreamworkerApp[Any](settings=settings)
+        app = StreamworkerApp[Any](settings=settings, encryption=encryption(settings))
         async with app, aclosing(app.output(job_id, after=after, queue=queue, follow=follow)) as items:
             async for item in items:
                 if json:
@@ -299,14 +301,21 @@ def prune(
     return _ask(flags, work)
 
 
-def _ask(flags: WorkerFlags, work: Callable[[Archive], Coroutine[Any, Any, int]], *, endless: bool = False) -> int:
+def _ask(
+    flags: WorkerFlags,
+    work: Callable[[Archive], Coroutine[Any, Any, int]],
+    *,
+    endless: bool = False,
+    private: bool = False,
+) -> int:
     settings = flags.settings()
 
     async def main() -> int:
         from streamworker.operators import require_archive  # noqa: PLC0415 - see `run`
 
         async with AsyncExitStack() as stack:
-            return await work(await require_archive(stack, settings))
+            archive: Archive = await require_archive(stack, settings)
+            return await work(opener(settings).archive(archive) if private else archive)
 
     return run(main, endless=endless)
 

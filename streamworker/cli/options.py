@@ -20,12 +20,15 @@ from cyclopts.validators import Number
 
 from streamworker.broker import Operator
 from streamworker.cli import importing
-from streamworker.errors import LONGEST_WAIT
+from streamworker.cli.streams import say
+from streamworker.encryption import Keys
+from streamworker.errors import LONGEST_WAIT, ConfigurationError
 from streamworker.settings import Settings
 from streamworker.settings.environment import PREFIX
 from streamworker.settings.rules import QUEUE_NAME
 from streamworker.telemetry import logs
 from streamworker.views.fleet import Fleet
+from streamworker.views.opened import KeyOpener, PlainOpener
 
 SETTINGS = Group.create_ordered("Settings", help="Each goes before the variable of its name, STREAMWORKER_... .")
 
@@ -214,13 +217,20 @@ def fleet(operator: Operator, listing: Listing, queue: str | None) -> Fleet | No
     return Fleet(operator, operator.lease, queue) if listing.watch else None
 
 
-def operate(server: ServerFlags, work: Callable[[Operator], Coroutine[Any, Any, int]], *, endless: bool = False) -> int:
+def operate(
+    server: ServerFlags,
+    work: Callable[[Operator], Coroutine[Any, Any, int]],
+    *,
+    endless: bool = False,
+    private: bool = False,
+) -> int:
     """Run ``work`` with an operator of the server that the settings name; returns what it returns.
 
     Args:
         server: flags of settings.
         work: what is done.
         endless: Ctrl-C is the regular end.
+        private: payloads and errors are opened with the keys of the app, if STREAMWORKER_APP names one.
 
     Raises:
         ConfigurationError: the settings or the server are wrong.
@@ -232,9 +242,28 @@ def operate(server: ServerFlags, work: Callable[[Operator], Coroutine[Any, Any, 
         from streamworker.operators import open_operator  # noqa: PLC0415 - see `run`
 
         async with open_operator(settings) as operator:
-            return await work(operator)
+            return await work(opener(settings).operator(operator) if private else operator)
 
     return run(main, endless=endless)
+
+
+def opener(settings: Settings) -> PlainOpener | KeyOpener:
+    """Opens what is sealed, with the keys of the app that the settings name; without one all stays as it is."""
+    if settings.app is None:
+        return PlainOpener()
+    from streamworker.cli.app_loader import load_app  # noqa: PLC0415 - it imports all there is
+
+    try:
+        return load_app(settings).opener
+    except ConfigurationError as error:
+        say(f"what is sealed stays so, because the app cannot be loaded: {error}")
+        return PlainOpener()
+
+
+def encryption(settings: Settings) -> Keys | None:
+    """The keys of the app that the settings name."""
+    found = opener(settings)
+    return found.keys if isinstance(found, KeyOpener) else None
 
 
 def run(main: Callable[[], Coroutine[Any, Any, int]], *, endless: bool = False) -> int:

@@ -138,7 +138,7 @@ class Resource(NamedTuple, Generic[J, R]):
             above = fleet(operator, listing, selection.queue)
             return await show(listing, rows, self.columns, title=f"{self.noun}s", payload=payload, fleet=above)
 
-        return operate(server, work, endless=listing.watch)
+        return operate(server, work, endless=listing.watch, private=payload)
 
     def show(
         self,
@@ -179,7 +179,7 @@ class Resource(NamedTuple, Generic[J, R]):
                 say(f"there is no {self.noun} {printable(name)}")
             return int(bool(missing))
 
-        return operate(server, work)
+        return operate(server, work, private=payload)
 
     def change(
         self,

@@ -11,6 +11,7 @@ import msgspec
 from streamworker import codec
 from streamworker.broker import ScheduleStore
 from streamworker.cron import Missed, Schedule, checked
+from streamworker.encryption import PLAIN, Sealer
 from streamworker.errors import InvalidJob, StreamworkerError, UsageError
 from streamworker.handlers import Handlers
 from streamworker.job import Job, Level, ScheduleEntry, ScheduleTick
@@ -108,6 +109,7 @@ class Schedules(Sequence[Schedule]):
         handlers: know kinds and the types of their payloads; ``None`` where no app is known.
         store: where the others are; raises if it is not open.
         max_bytes: the largest document of a job.
+        sealer: seals their payloads.
     """
 
     def __init__(
@@ -116,8 +118,10 @@ class Schedules(Sequence[Schedule]):
         handlers: Handlers[Any] | None,
         store: Callable[[], ScheduleStore],
         max_bytes: Callable[[], int],
+        sealer: Sealer = PLAIN,
     ) -> None:
         self._calendar, self._handlers, self._store, self._max_bytes = calendar, handlers, store, max_bytes
+        self._sealer = sealer
 
     @property
     def store(self) -> ScheduleStore:
@@ -176,6 +180,7 @@ class Schedules(Sequence[Schedule]):
 
     async def _put(self, stored: StoredSchedule) -> None:
         self._check_payload(stored)
+        stored = self._sealed(stored)
         made = stored.schedule()
         self._packed(made.job)
         store, name, queue = self._store(), stored.name, stored.queue
@@ -205,7 +210,7 @@ class Schedules(Sequence[Schedule]):
         def change(old: StoredSchedule, now: float) -> StoredSchedule:
             new = msgspec.structs.replace(old, **changes, by=by, changed_at=now)
             self._check_payload(new)
-            return new
+            return self._sealed(new)
 
         return await self._change(name, change)
 
@@ -229,7 +234,7 @@ class Schedules(Sequence[Schedule]):
             entry = await self._required(name)
             made = stored_schedule(entry).schedule()
             headers = {**(made.job.headers or {}), "cron": name}
-            job = msgspec.structs.replace(made.job, id=codec.new_id(), headers=headers)
+            job = self._sealer.sealed_job(msgspec.structs.replace(made.job, id=codec.new_id(), headers=headers))
             tick = ScheduleTick(entry, job.level, self._packed(job), None, None)
             if (await store.tick(entry.queue, [tick]))[0]:
                 return job.id
@@ -266,6 +271,7 @@ class Schedules(Sequence[Schedule]):
 
     def _state(self, entry: ScheduleEntry) -> ScheduleState:
         stored = stored_schedule(entry)
+        stored = msgspec.structs.replace(stored, payload=self._opened(stored))
         return ScheduleState(stored, entry.next, entry.last, self.knows(stored.kind, stored.queue))
 
     def knows(self, kind: str, queue: str) -> bool | None:
@@ -311,6 +317,13 @@ class Schedules(Sequence[Schedule]):
         if self._in_code(name):
             raise UsageError(f"the schedule {name} is code (app.cron): give this one another name")
 
+    def _sealed(self, stored: StoredSchedule) -> StoredSchedule:
+        payload = self._sealer.scheduled_payload(stored.payload, stored.name, stored.kind)
+        return msgspec.structs.replace(stored, payload=payload)
+
+    def _opened(self, stored: StoredSchedule) -> msgspec.Raw:
+        return self._sealer.shown_payload(stored.payload, "", stored.kind)
+
     def _packed(self, job: Job) -> bytes:
         return codec.pack(job, max_bytes=self._max_bytes(), key_ttl=1.0).body
 
@@ -319,7 +332,7 @@ class Schedules(Sequence[Schedule]):
         if known is None:
             return
         try:
-            known.decode(stored.payload)
+            known.decode(self._opened(stored))
         except Exception as error:  # noqa: BLE001 - the user's own hooks run here
             type_ = known.payload
             raise InvalidJob(f"the payload is no {type_.__name__}: {codec.misfit(type_, error)}") from None

@@ -17,8 +17,9 @@ import msgspec
 
 from streamworker import codec
 from streamworker.codec import DocumentFields, deliveries_of
+from streamworker.encryption import Sealer
 from streamworker.errors import RunEnded
-from streamworker.job import Claim, Enqueued, Job, Level
+from streamworker.job import Claim, Enqueued, Job, KeyUse, Level
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -251,6 +252,10 @@ class StepHost(Protocol):
     def refuse(self, effect: Effect) -> None:
         """This run may do nothing more."""
 
+    @property
+    def sealer(self) -> Sealer:
+        """Seals what steps return."""
+
     def during(self, transaction: Any) -> AbstractContextManager[None]:
         """The transaction of a step is open inside of the block."""
 
@@ -449,6 +454,9 @@ class Archive(Protocol):
 
     async def attempts(self, queue: str, job_id: str) -> list[Attempt]:
         """The runs of a job, oldest first."""
+
+    async def key_uses(self) -> list[KeyUse]:
+        """The keys with which values are sealed, and how many. It reads all rows."""
 
     async def now(self) -> float:
         """The database's clock, in epoch seconds."""

@@ -9,8 +9,9 @@ from typing import Any, Final, overload
 import asyncpg
 import msgspec
 
+from streamworker.encryption import FIELD
 from streamworker.errors import ConfigurationError, UsageError
-from streamworker.job import Enqueued, Job
+from streamworker.job import Enqueued, Job, KeyUse
 from streamworker.postgres import Attempt, JobRecord, Wanted
 from streamworker.postgres.encoding import stored_id, within_python
 from streamworker.postgres.enqueue import NOW, find_waiting
@@ -65,6 +66,21 @@ with completed as (
 select pg_notify('streamworker', '') from again"""
 
 
+_ID: Final = "[A-Za-z0-9._-]{1,40}"
+_SEALED_IN: Final = (
+    ("jobs.payload", f"payload->'{FIELD}'->>'key'"),
+    ("jobs.result", f"result->'{FIELD}'->>'key'"),
+    ("job_steps.value", f"value->'{FIELD}'->>'key'"),
+    ("jobs.last_error", rf"substring(last_error from '\[sealed ({_ID}) ')"),
+    ("jobs.document", f"""substring(encode(document, 'escape') from '"key":"({_ID})","data"')"""),
+    ("job_logs.error", rf"substring(error from '\[sealed ({_ID}) ')"),
+)
+KEY_USES: Final = " union all ".join(
+    f"select '{place}', {key}, count(*) from streamworker.{place.partition('.')[0]} where {key} is not null group by 2"  # noqa: S608
+    for place, key in _SEALED_IN
+)
+
+
 class PostgresArchive:
     """`Archive` on PostgreSQL.
 
@@ -112,6 +128,10 @@ class PostgresArchive:
         with understood("reading a job's attempts"):
             rows = await self._database.fetch(ATTEMPTS, stored_id(job_id), queue)
         return [Attempt(**row) for row in rows]
+
+    async def key_uses(self) -> list[KeyUse]:
+        with understood("looking for sealed values"):
+            return [KeyUse(f"postgresql {row[0]}", row[1], row[2]) for row in await self._database.fetch(KEY_USES)]
 
     async def now(self) -> float:
         with understood("asking for the time"):

@@ -310,6 +310,8 @@ class JobSteps:
             if self._made and float(made) and abs(float(made) - self._made) > SAME:
                 stale = True  # of another job, whose id this one uses anew
                 continue
+            if value is not None:
+                value = self._host.sealer.opened_json("step", self._run.job_id, value)
             found[int(position)] = Remembered(
                 kind, name, value, over == "true", None if until is None else float(until)
             )
@@ -322,8 +324,9 @@ class JobSteps:
     def values(self, position: int, kind: Kind, name: str, raw: str | None, *more: float | None) -> tuple[Any, ...]:
         """The values of `RECORD`; ``more`` are seconds from now until its time comes, and when it began."""
         until, started = (*more, None, None)[:2]
+        sealed = None if raw is None else self._host.sealer.sealed_json("step", self._run.job_id, raw)
         return (
-            *self._key, str(self._run.hop), small(self._run.deliveries), str(position), kind, text(name), raw,
+            *self._key, str(self._run.hop), small(self._run.deliveries), str(position), kind, text(name), sealed,
             repr(self._made), self._worker_id, None if until is None else repr(float(until)),
             None if started is None else repr(started),
         )  # fmt: skip

@@ -19,6 +19,7 @@ from streamworker.app import App
 from streamworker.broker import Operator
 from streamworker.context import Context, Shared
 from streamworker.cron import Schedule
+from streamworker.encryption import Keys
 from streamworker.errors import ConfigurationError, HandlerSignal, Snooze, StreamworkerError, UsageError
 from streamworker.execution import EXPIRED, Execution
 from streamworker.handlers import Handlers
@@ -346,6 +347,10 @@ class _CountedApp:
     @property
     def observers(self) -> tuple[Observer, ...]:
         return (self._counts, *self._app.observers)
+
+    @property
+    def encryption(self) -> Keys | None:
+        return self._app.encryption
 
     @property
     def lifespan(self) -> None:

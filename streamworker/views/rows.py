@@ -13,6 +13,7 @@ import msgspec
 
 from streamworker import codec
 from streamworker.broker import StoredJob, WorkerInfo
+from streamworker.encryption import hidden
 from streamworker.errors import InvalidJob
 from streamworker.job import UNTIL, Depth, Level
 from streamworker.postgres import Attempt, JobRecord
@@ -128,7 +129,7 @@ def dead_row(job: StoredJob, now: float) -> DeadRow:
         job_id=job.job_id,
         kind=job.kind,
         reason=redact(told.get("reason", "")),
-        error=redact(told.get("error", "")),
+        error=redact(hidden(told.get("error", ""))),
         attempts=_whole(told.get("attempts")) or 0,
         deliveries=_whole(told.get("deliveries")) or 0,
         worker_id=told.get("worker", ""),
@@ -247,7 +248,7 @@ def job_row(job: JobRecord, now: float) -> JobRow:
         _took(job.started_at, job.finished_at),
         round(max(0.0, now - job.created_at.timestamp()), 3),
         job.worker_id,
-        job.error and redact(job.error),
+        job.error and redact(hidden(job.error)),
         _moment(job.expires_at),
     )
 
@@ -263,7 +264,7 @@ def attempt_row(attempt: Attempt) -> AttemptRow:
         _moment(attempt.finished_at),
         _took(attempt.started_at, attempt.finished_at),
         attempt.worker_id,
-        attempt.error and redact(attempt.error),
+        attempt.error and redact(hidden(attempt.error)),
     )
 
 

@@ -44,6 +44,7 @@ from streamworker.worker.metrics import MetricsEndpoint
 from streamworker.worker.observers import dispatch_to
 from streamworker.worker.pipeline import Pipeline
 from streamworker.worker.scheduler import CronLoop, DelayedPromoter, ScheduleLoop
+from streamworker.worker.sealed import stages_of
 from streamworker.worker.settler import ending
 
 log = get_logger("streamworker.worker")
@@ -269,6 +270,7 @@ class QueueWorker:
     ) -> None:
         self._app = app
         self._settings = app.resolve(settings)
+        self._stages = stages_of(app.encryption)
         self.worker_id: Final = new_worker_id(worker_id or self._settings.worker_id)
         self._redis, self._database, self._services = redis, database, services
         self._stopping, self._hurry, self._stopped = anyio.Event(), anyio.Event(), anyio.Event()
@@ -433,21 +435,23 @@ class QueueWorker:
         await self._broker.open()
         await self._broker.join(self.worker_id)
         services = await self._enter_services(stack)
-        outputs = OutputBuffer(self._broker)
+        outputs = OutputBuffer(self._stages.outputs(self._broker))
         stack.push_async_callback(outputs.close)
         self._shared = Shared(
-            self.worker_id, services, resources.redis, resources.database, resources.ledger, outputs=outputs
-        )
+            self.worker_id, services, resources.redis, resources.database, resources.ledger, outputs=outputs,
+            sealer=self._stages.sealer,
+        )  # fmt: skip
         self._promoter = DelayedPromoter(self._broker, self._stopping)
         observers = dispatch_to((*app.observers, *self._health.observers), self.worker_id)
-        self._executor = Executor(
+        self._executor = self._stages.executor(
             app.handlers, self._shared, middleware=app.middleware, threads=settings.concurrency,
             max_deliveries=settings.max_deliveries, max_job_bytes=settings.max_job_bytes,
             unknown_kind_ttl=settings.unknown_kind_ttl, observers=observers,
         )  # fmt: skip
         self._pipeline = Pipeline(
             app, settings, resources, self._executor, self._promoter, observers,
-            outputs=outputs, stopping=self._stopping, burst=self._burst, stuck=self._stuck, refused=self._refused,
+            outputs=outputs, stages=self._stages, stopping=self._stopping, burst=self._burst, stuck=self._stuck,
+            refused=self._refused,
         )  # fmt: skip
         self._in_flight = self._pipeline.in_flight
         held = LeasedSet(self._in_flight, self._pipeline.permits)
@@ -487,8 +491,12 @@ class QueueWorker:
 
     def _start_schedules(self, loops: TaskGroup) -> None:
         if self._app.schedules:
-            loops.start_soon(CronLoop(self._broker, self._app.schedules, self._settings, self._stopping).run)
-        kept = ScheduleLoop(self._broker.schedules, self._queues, self._settings, self._stopping, self.worker_id)
+            ticks = CronLoop(self._broker, self._app.schedules, self._settings, self._stopping, seal=self._stages.tick)
+            loops.start_soon(ticks.run)
+        kept = ScheduleLoop(
+            self._broker.schedules, self._queues, self._settings, self._stopping, self.worker_id,
+            seal=self._stages.tick,
+        )  # fmt: skip
         loops.start_soon(kept.run)
 
     async def _announce(self) -> None:

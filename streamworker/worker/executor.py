@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from datetime import datetime
 from time import monotonic
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias
 
 import anyio
 import anyio.to_thread
@@ -25,7 +25,7 @@ from streamworker.codec import DocumentFields, deliveries_of
 from streamworker.context import Context, Shared
 from streamworker.errors import HandlerSignal, InvalidJob
 from streamworker.execution import CANCELLED, OK, OUT_OF_TURN, Cause, Execution
-from streamworker.handlers import Handlers, Registration
+from streamworker.handlers import Registration
 from streamworker.job import UNTIL, Cancelled, Interrupted, Ok, Outcome, Raised, TimedOut, Undecodable, UnknownKind
 from streamworker.payload import MOST_KEY_BYTES
 from streamworker.policy import Facts, Limits, abandoned, apart_from, group_sizes, wish_in
@@ -51,6 +51,13 @@ REWRITE_SLACK: Final = 1024
 """Bytes by which a document may exceed the limit on a later hop: our own keys were added to it."""
 
 
+class HandlerLookup(Protocol):
+    """Finds handlers: `Handlers` does."""
+
+    def handler_of(self, kind: str | None, queue: str) -> Registration | None:
+        """The handler of a kind, or the only one of a queue."""
+
+
 class Executor:
     """Prepares and calls the jobs of one worker.
 
@@ -67,7 +74,7 @@ class Executor:
 
     def __init__(
         self,
-        handlers: Handlers[Any],
+        handlers: HandlerLookup,
         shared: Shared[Any],
         *,
         middleware: Sequence[Middleware] = (),
@@ -92,6 +99,7 @@ class Executor:
         self.processes: Final = HandlerProcesses()
         self._begun = self.generators.begun
         self._thread_calls = JobThreads.calls
+        self._describe: Callable[[BaseException], str] = describe
         self._facts: dict[str, Facts] = {}  # by kind: hashing a registration would hash all its fields
         self._observers = observers if observers is not None and observers.starts else None
 
@@ -128,7 +136,7 @@ class Executor:
                 run.special = True
             run.payload = registration.decode(reading.payload)
         except BaseException as error:  # noqa: BLE001 - payload types run users' code; no document may end the worker
-            run.outcome = _undecodable(run, error)
+            run.outcome = undecodable(run, error)
 
     def decode(self, run: Execution) -> None:
         """Decode the payload of a prepared run whose ``run_at`` and ``expires_at`` let it start now. Never raises."""
@@ -138,7 +146,7 @@ class Executor:
         try:
             run.payload = registration.decode(reading.payload)
         except BaseException as error:  # noqa: BLE001 - as in `prepare`
-            run.outcome = _undecodable(run, error)
+            run.outcome = undecodable(run, error)
 
     async def call(self, run: Execution, ended: Ended | None = None) -> Outcome:
         """Run the handler of a prepared run to its outcome: all that the task of a job does. Never raises.
@@ -209,7 +217,7 @@ class Executor:
             except GeneratorExit:
                 raise  # this coroutine is being closed from outside
             except BaseException as error:  # noqa: BLE001 - users' code; the handler has ended already
-                log.warning("generator_not_closed", handler=run.kind, job_id=run.job_id, error=describe(error),
+                log.warning("generator_not_closed", handler=run.kind, job_id=run.job_id, error=self._describe(error),
                             generator=generator.__qualname__)  # fmt: skip
 
     async def _end_threads(self, run: Execution) -> None:
@@ -362,7 +370,8 @@ def _take_lines(run: Execution, reading: DocumentFields, registration: Registrat
         run.outcome = OUT_OF_TURN
 
 
-def _undecodable(run: Execution, error: BaseException) -> Undecodable:
+def undecodable(run: Execution, error: BaseException) -> Undecodable:
+    """The outcome of a run whose document or payload cannot be decoded."""
     if isinstance(error, InvalidJob):
         return Undecodable(str(error))
     return Undecodable(f"the payload of {run.kind!r} does not fit: {describe(error)}")

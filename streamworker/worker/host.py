@@ -11,6 +11,7 @@ import msgspec
 
 from streamworker.broker import Operator, WorkerBroker
 from streamworker.cron import Schedule
+from streamworker.encryption import Keys
 from streamworker.handlers import Handlers
 from streamworker.observe import Observer
 from streamworker.postgres import Ledger
@@ -71,6 +72,10 @@ class WorkerHost(Protocol):
     @property
     def observers(self) -> tuple[Observer, ...]:
         """Told of every job."""
+
+    @property
+    def encryption(self) -> Keys | None:
+        """Seal and open what its jobs leave; ``None`` without encryption."""
 
     @property
     def lifespan(self) -> Any:

@@ -26,8 +26,9 @@ from streamworker.worker.lookup import LedgerLookup, RunningMarker
 from streamworker.worker.observers import ObserverDispatch
 from streamworker.worker.recorder import Recorder, WorkerLedger
 from streamworker.worker.scheduler import DelayedPromoter
+from streamworker.worker.sealed import Stages
 from streamworker.worker.settler import Settler
-from streamworker.worker.tasks import Completion, JobTasks
+from streamworker.worker.tasks import JobTasks
 
 TOGETHER: Final = 100
 """Jobs that make a good batch for the ledger."""
@@ -44,6 +45,7 @@ class Pipeline:
         promoter: told when a job of this worker is due again.
         observers: called about every job, if there are any.
         outputs: what handlers emit; sent before their jobs are settled.
+        stages: makes those that differ with encryption.
         stopping: set when nothing more is to be claimed.
         burst: set ``stopping`` when nothing is ready any more.
         stuck: called with a run that does not end.
@@ -60,6 +62,7 @@ class Pipeline:
         observers: ObserverDispatch | None,
         *,
         outputs: OutputBuffer,
+        stages: Stages,
         stopping: anyio.Event,
         burst: bool,
         stuck: Callable[[Execution], None],
@@ -72,7 +75,7 @@ class Pipeline:
 
         settler = Settler(broker, in_flight, parked=promoter.parked, observers=observers, outputs=outputs)
         recorder = Recorder(record, settler, in_flight) if record is not None else None
-        completion = Completion(in_flight, recorder or settler, permits=permits, observers=observers)
+        completion = stages.completion(in_flight, recorder or settler, permits=permits, observers=observers)
         tasks = JobTasks(concurrency, executor, completion, stuck=stuck, grace=settings.grace)
         admission = Admission(
             broker, app.handlers, executor, tasks, completion, permits=permits, concurrency=concurrency

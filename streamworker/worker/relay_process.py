@@ -11,6 +11,7 @@ import anyio
 
 from streamworker.broker import CronStore, ScheduleStorage
 from streamworker.cron import Schedule
+from streamworker.encryption import Keys
 from streamworker.loops import Pause
 from streamworker.relay import Dispatcher, Outbox
 from streamworker.relay.loss_detector import LossDetector, missing
@@ -18,6 +19,7 @@ from streamworker.relay.relay import Listener, Relay
 from streamworker.settings import Settings
 from streamworker.telemetry.logs import get_logger
 from streamworker.worker.scheduler import CronLoop, ScheduleLoop
+from streamworker.worker.sealed import stages_of
 
 log = get_logger("streamworker.relay")
 
@@ -42,21 +44,31 @@ class Scheduler:
         dispatcher: where the jobs are.
         schedules: of the app; none where no app is known.
         settings: how large a job may be.
+        encryption: seals the ticks.
     """
 
     dispatched: Final = 0
     """Jobs it took from a ledger."""
 
-    def __init__(self, dispatcher: SchedulerStore, schedules: Sequence[Schedule], settings: Settings) -> None:
+    def __init__(
+        self,
+        dispatcher: SchedulerStore,
+        schedules: Sequence[Schedule],
+        settings: Settings,
+        encryption: Keys | None = None,
+    ) -> None:
         self._dispatcher, self._schedules, self._settings = dispatcher, schedules, settings
+        self._stages = stages_of(encryption)
 
     async def run(self, stopping: anyio.Event) -> None:
         """Promote and tick until stopped; no command to Redis is cancelled."""
         async with anyio.create_task_group() as loops:
             loops.start_soon(self._promote, stopping)
-            loops.start_soon(CronLoop(self._dispatcher, self._schedules, self._settings, stopping).run)
+            seal = self._stages.tick
+            loops.start_soon(CronLoop(self._dispatcher, self._schedules, self._settings, stopping, seal=seal).run)
             process = f"relay-{secrets.token_hex(8)}"
-            loops.start_soon(ScheduleLoop(self._dispatcher.schedules, None, self._settings, stopping, process).run)
+            kept = ScheduleLoop(self._dispatcher.schedules, None, self._settings, stopping, process, seal=seal)
+            loops.start_soon(kept.run)
 
     async def _promote(self, stopping: anyio.Event) -> None:
         pause = Pause()

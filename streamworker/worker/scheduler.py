@@ -14,7 +14,7 @@ from streamworker.broker import Broker, CronStore, CronTick, ScheduleStore
 from streamworker.cron import Schedule
 from streamworker.cron.stored import stored_schedule
 from streamworker.errors import StreamworkerError
-from streamworker.job import ScheduleEntry, ScheduleTick
+from streamworker.job import Job, ScheduleEntry, ScheduleTick
 from streamworker.loops import Pause
 from streamworker.settings import Settings
 from streamworker.telemetry.logs import get_logger
@@ -29,6 +29,10 @@ AGAIN: Final = 0.05
 """Fewest seconds after which a tick that came too early is proposed again."""
 
 
+def _as_it_is(job: Job) -> Job:
+    return job
+
+
 class CronLoop:
     """Proposes ticks until stopped.
 
@@ -38,6 +42,7 @@ class CronLoop:
         settings: how large a job may be.
         stopping: ends the loop.
         now: this machine's clock, which may be wrong: the first guess at the server's.
+        seal: makes of a tick's job what is stored.
     """
 
     def __init__(
@@ -47,7 +52,10 @@ class CronLoop:
         settings: Settings,
         stopping: anyio.Event,
         now: Callable[[], float] = time,
+        *,
+        seal: Callable[[Job], Job] = _as_it_is,
     ) -> None:
+        self._seal = seal
         self._broker = broker
         self._settings = settings
         self._stopping = stopping
@@ -88,7 +96,8 @@ class CronLoop:
         body = b""
         if schedule.missed == "last" or now - at <= LATE:
             settings = self._settings
-            body = codec.pack(schedule.tick(at), max_bytes=settings.max_job_bytes, key_ttl=settings.key_ttl).body
+            job = self._seal(schedule.tick(at))
+            body = codec.pack(job, max_bytes=settings.max_job_bytes, key_ttl=settings.key_ttl).body
         job = schedule.job
         tick = CronTick(job.queue, job.level, schedule.key, at, body, schedule.name, self._before.get(schedule), now)
         answer = await self._broker.offer_tick(tick)
@@ -119,6 +128,7 @@ class ScheduleLoop:
         settings: how large a job may be.
         stopping: ends the loop.
         process: names this process among all that look.
+        seal: makes of a tick's job what is stored.
     """
 
     def __init__(
@@ -128,7 +138,10 @@ class ScheduleLoop:
         settings: Settings,
         stopping: anyio.Event,
         process: str,
+        *,
+        seal: Callable[[Job], Job] = _as_it_is,
     ) -> None:
+        self._seal = seal
         self._store, self._queues, self._settings = store, queues, settings
         self._stopping, self._process = stopping, process
         self._wake = anyio.Event()
@@ -184,7 +197,8 @@ class ScheduleLoop:
             body = b""
             if schedule.missed == "last" or now - at <= LATE:
                 settings = self._settings
-                body = codec.pack(schedule.tick(at), max_bytes=settings.max_job_bytes, key_ttl=settings.key_ttl).body
+                job = self._seal(schedule.tick(at))
+                body = codec.pack(job, max_bytes=settings.max_job_bytes, key_ttl=settings.key_ttl).body
             return ScheduleTick(entry, stored.level, body, schedule.next(at), at)
         except (StreamworkerError, StopIteration) as error:
             # Another process may know the zone, or allow a larger job: until then it must not hold up the others.

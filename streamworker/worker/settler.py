@@ -268,7 +268,7 @@ class Settler:
             case Dead(reason=reason, error=error):
                 counts.dead += 1
                 exc = run.outcome.error if isinstance(run.outcome, Raised) else None
-                if isinstance(run.outcome, Undecodable):
+                if isinstance(run.outcome, Undecodable) and reason == "undecodable":
                     error = _where(error)
                 log.warning("job_dead", **facts, reason=reason, error=error, exc_info=exc)
             case ReleaseAt(at=at, reason=reason, turns=turns):
