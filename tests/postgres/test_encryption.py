@@ -324,10 +324,12 @@ app = App(encryption={encryption})
 async def secret(payload: Secret, ctx: Context) -> dict[str, str]:
     await ctx.emit(payload.text)
     await ctx.emit([payload.text])
-    if hasattr(ctx, "step"):
-        async def once() -> str:
-            return payload.text
-        await ctx.step("once", once)
+    async def once() -> dict[str, str]:
+        return {{"text": payload.text}}
+    assert await ctx.step("once", once) == {{"text": payload.text}}
+    await ctx.cursor.set([payload.text])
+    if ctx.attempt > 1:
+        assert await ctx.cursor.read() == [payload.text]
     if payload.how == "raise":
         try:
             raise KeyError(payload.text)

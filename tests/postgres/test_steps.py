@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from streamworker import App, Backoff, Context, Discard
+from streamworker.encryption import PLAIN
 from streamworker.errors import ConfigurationError, RunEnded, StepsChanged, UsageError
 from streamworker.postgres.ledger import PostgresLedger
 from streamworker.postgres.steps import JobSteps
@@ -30,6 +31,8 @@ class Receipt(msgspec.Struct):
 
 class Host:
     """A context, as far as steps ask for it."""
+
+    sealer = PLAIN
 
     def __init__(self) -> None:
         self.cause = ""
