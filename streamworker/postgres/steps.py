@@ -310,10 +310,9 @@ class JobSteps:
             if self._made and float(made) and abs(float(made) - self._made) > SAME:
                 stale = True  # of another job, whose id this one uses anew
                 continue
-            if value is not None:
-                value = self._host.sealer.opened_json("step", self._run.job_id, value)
+            opened = None if value is None else self._host.sealer.opened_json("step", self._run.job_id, value)
             found[int(position)] = Remembered(
-                kind, name, value, over == "true", None if until is None else float(until)
+                kind, name, opened, over == "true", None if until is None else float(until)
             )
         if stale:
             await connection.fetch(FORGET, *self._key, repr(self._made))

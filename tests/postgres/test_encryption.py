@@ -277,6 +277,21 @@ async def test_batches_cron_and_jobs_that_replace_others(redis_url, database_url
         assert "fourth" not in await rows(pg)
 
 
+async def test_a_schedule_that_is_kept_as_data_is_sealed_and_ticks(redis_url, database_url, raw):
+    got: list[str] = []
+    app = app_with(BOTH, redis_url, database_url, got)
+    async with app:
+        await app.schedules.put("often", "* * * * * *", Letter("by night"))
+        assert b"by night" not in everything(raw)
+        assert bytes((await app.schedules.get("often")).stored.payload) == b'{"text":"by night"}'
+        await app.schedules.edit("often", missed="skip")
+        await app.schedules.run_now("often")
+        async with working(app):
+            await eventually(lambda: len(got) > 1)
+        assert b"by night" not in everything(raw)
+    assert set(got) == {"by night"}
+
+
 async def test_a_job_of_an_older_kind_runs_again_from_the_ledger_after_a_loss(redis_url, database_url, pg, raw):
     """The ledger names it by its handler's kind, and it was sealed under another one."""
     got: list[str] = []
