@@ -25,6 +25,7 @@ from streamworker.operators import CancelAnswer, cancel_job, database_of, open_o
 from streamworker.payload import AnyPayload
 from streamworker.postgres import Archive, JobRecord
 from streamworker.postgres.migrate import Migrator, printed, shipped
+from streamworker.postgres.waits import signal_data, signal_in_transaction
 from streamworker.producer import JobOptions, Producer, SealingSender, job_of, make_job, refuse_patched
 from streamworker.settings import FairWeight, Settings
 from streamworker.views.opened import opener_of
@@ -205,6 +206,32 @@ class App(Handlers[S], Calendar):
         """
         archive = self.opener.archive(await self._connection.required_archive())
         return await archive.find(job_id, queue)
+
+    async def signal(
+        self, job_id: str, name: str, data: Any = None, /, *, queue: str | None = None, connection: Any = None
+    ) -> bool:
+        """Send a signal to a job, which waits for it with `Context.wait_for`, or will.
+
+        Args:
+            job_id: as `enqueue` returned it.
+            name: of the signal. Of several with one name, the first counts.
+            data: what JSON can say, 256 KiB at most: what the handler is given.
+            queue: of the job; needed if the ledger does not know the job yet, or several queues have one with this id.
+            connection: in a transaction of yours: the signal counts if that commits. As for `enqueue`; with one, the
+                app need not be open.
+
+        Returns:
+            False if a signal with this name was sent before, the job has stopped waiting for it, or has ended.
+
+        Raises:
+            UsageError: the app is not open, the queue is needed, or the name or the data are none.
+            ConfigurationError: there is no database, or it has no schema streamworker.
+            Unreachable: PostgreSQL does not answer.
+        """
+        written = signal_data(data, job_id, self._sealer)
+        if connection is not None:
+            return await signal_in_transaction(connection, job_id, name, written, queue)
+        return await (await self._connection.required_archive()).signal(job_id, name, written, queue)
 
     async def cancel(self, job_id: str, /, *, queue: str | None = None) -> CancelAnswer:
         """Keep a job from running, or end it while it runs.

@@ -18,7 +18,7 @@ from typing_extensions import TypeVar
 from streamworker import codec
 from streamworker.codec import DocumentFields, trace_id
 from streamworker.encryption import PLAIN, Sealer
-from streamworker.errors import ConfigurationError, RunEnded, UsageError
+from streamworker.errors import LONGEST_WAIT, ConfigurationError, RunEnded, UsageError
 from streamworker.job import Claim, Job, Progress
 from streamworker.loops import at_once
 from streamworker.policy import Limits
@@ -73,6 +73,17 @@ def check_progress(done: float, total: float | None) -> None:
     """
     if not (done >= 0 and (total is None or total >= 0)) or float("inf") in (done, total):
         raise UsageError(f"progress({done!r}, {total!r}) needs numbers from 0 up")
+
+
+def check_wait(what: str, seconds: float | None) -> float | None:
+    """The seconds of a wait.
+
+    Raises:
+        UsageError: they are none.
+    """
+    if seconds is not None and not 0 <= seconds <= LONGEST_WAIT:
+        raise UsageError(f"ctx.{what}() needs seconds from 0 up to 100 years, not {seconds!r}")
+    return None if seconds is None else float(seconds)
 
 
 class Context(Generic[S_co]):
@@ -393,6 +404,46 @@ class Context(Generic[S_co]):
     ) -> Any:
         """`step` for sync handlers; ``transaction`` is a source that blocks."""
         return self._open_steps("step").call_blocking(name, function, args, result, transaction)
+
+    @overload
+    async def wait_for(self, name: str, /, *, timeout: float | None = None, result: type[T]) -> T: ...
+    @overload
+    async def wait_for(self, name: str, /, *, timeout: float | None = None, result: Any = None) -> Any: ...
+    async def wait_for(self, name: str, /, *, timeout: float | None = None, result: Any = None) -> Any:
+        """The data of a signal (`App.signal`). Until it comes, the job is in no worker and in no queue.
+
+        The run ends here (`errors.Parked`, which is no `Exception`), and a later one starts anew from the top of the
+        handler, with the values of its steps.
+
+        Args:
+            name: of the signal; a job waits once for each name.
+            timeout: seconds after which the job goes on without it; ``None`` for never.
+            result: the type of the data; without one: dicts, lists, texts.
+
+        Raises:
+            SignalTimeout: it did not come in time. A signal that comes later is refused.
+            ConfigurationError: this worker has no ledger.
+            UsageError: it is inside of a transaction, of a step, or in a handler of batches.
+        """
+        return await self._open_steps("wait_for").wait_for(name, check_wait("wait_for", timeout), result)
+
+    def wait_for_blocking(self, name: str, /, *, timeout: float | None = None, result: Any = None) -> Any:
+        """`wait_for` in sync handlers."""
+        steps = self._open_steps("wait_for")
+        return steps.wait(steps.wait_for(name, check_wait("wait_for", timeout), result))
+
+    async def sleep(self, seconds: float) -> None:
+        """Return when the time has passed; until then the job is in no worker and in no queue, as for `wait_for`.
+
+        Args:
+            seconds: counted from the first run that came here, by the database's clock.
+        """
+        await self._open_steps("sleep").sleep(check_wait("sleep", seconds) or 0.0)
+
+    def sleep_blocking(self, seconds: float) -> None:
+        """`sleep` in sync handlers."""
+        steps = self._open_steps("sleep")
+        steps.wait(steps.sleep(check_wait("sleep", seconds) or 0.0))
 
     @property
     def cursor(self) -> Cursor:

@@ -15,6 +15,7 @@
     ├── ClaimLost                               ctx.emit(): the claim of the job was lost, or the job has ended
     ├── StepsChanged                            the handler's steps are not those that the job has recorded
     ├── NoKey                                   something is sealed, and this process has no key that opens it
+    ├── SignalTimeout                           ctx.wait_for(): no signal came in time (a TimeoutError, too)
     ├── NoConnection                            all connections of ctx.database, transaction() or redis are taken
     └── NoResult                                App.result() has none to give
         ├── JobDead                             the job is a dead letter
@@ -28,6 +29,7 @@
     ├── Snooze(after)                 try again, charge nothing
     └── Discard(reason)               dead letter at once
 
+    Parked                            raised into handlers by ctx.wait_for() and ctx.sleep(): the job waits
     RunEnded                          raised into handlers by ctx.transaction(): nothing more may be done for this job
 
 Every message is one sentence that tells the reader what to do next; none holds a payload or a password.
@@ -103,6 +105,10 @@ class StepsChanged(StreamworkerError):
 
 class NoKey(StreamworkerError):
     """Something of a job is sealed (docs/encryption.md), and no key of this process opens it."""
+
+
+class SignalTimeout(StreamworkerError, TimeoutError):
+    """No signal came within the timeout of ``ctx.wait_for()``; one that comes later is refused."""
 
 
 class NoConnection(StreamworkerError, TimeoutError):
@@ -226,3 +232,19 @@ class RunEnded(BaseException):
         super().__init__(why)
         self.busy = busy
         self.superseded = superseded
+
+
+class Parked(BaseException):
+    """The job waits, outside of its worker: this run ends here, and a later one starts anew.
+
+    Not an `Exception`, so that a handler that catches those does not take it for a failure of its own.
+
+    Args:
+        signal: the name of the signal that the job waits for; empty if it sleeps.
+        until: epoch seconds at which it goes on without one; ``None`` for never.
+    """
+
+    def __init__(self, signal: str, until: float | None) -> None:
+        super().__init__(f"waits for the signal {signal!r}" if signal else "sleeps")
+        self.signal = signal
+        self.until = until

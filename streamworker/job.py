@@ -327,7 +327,19 @@ class ReleaseAt(msgspec.Struct, frozen=True):
     line: bool = False
 
 
-Verdict: TypeAlias = Done | Drop | Expire | RetryAt | Dead | ReleaseAt
+class Park(msgspec.Struct, frozen=True):
+    """It waits in the ledger: acknowledge and delete, and the job goes on later.
+
+    Attributes:
+        signal: the signal that it waits for; empty if it sleeps.
+        until: epoch seconds at which it goes on without one; ``None`` for never.
+    """
+
+    signal: str
+    until: float | None
+
+
+Verdict: TypeAlias = Done | Drop | Expire | RetryAt | Dead | ReleaseAt | Park
 
 
 class Settled(enum.Enum):

@@ -27,8 +27,8 @@ log = get_logger("streamworker.ledger")
 
 CancelAnswer: TypeAlias = Literal["cancelled", "asked", "ended"]
 """What `App.cancel` answers."""
-NEVER_SENT: Final = "queued"
-"""The status of a job that has not left the ledger."""
+NEVER_SENT: Final = ("queued", "waiting")
+"""The statuses of jobs that are in the ledger alone."""
 
 
 class Canceller(Protocol):
@@ -60,7 +60,7 @@ async def cancel_job(archive: Archive | None, canceller: Canceller | None, queue
     if archive is None or record is None:
         return "cancelled" if await canceller.cancel(queue, job_id) else "asked"
     final = await archive.cancel(queue, job_id)
-    if final and record.status == NEVER_SENT:
+    if final and record.status in NEVER_SENT:
         return "cancelled"
     gone = await canceller.cancel(queue, job_id)
     return "cancelled" if final or gone else "asked"

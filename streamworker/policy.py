@@ -15,7 +15,8 @@ The rules, in order:
 7. Undecodable is Dead at once; its bytes are kept.
 8. Cancelled is Drop: no failure, no attempt, no dead letter.
 9. Recorded is what the ledger says.
-10. Expired is Expire, as is a retry or release that would be due when the job has expired, see `within`.
+10. Parked, which ``ctx.wait_for()`` and ``ctx.sleep()`` raise, is Park: no attempt is charged.
+11. Expired is Expire, as is a retry or release that would be due when the job has expired, see `within`.
 
 Also, a job that ran and is released uncharged again and again waits longer each time, see `least_wait`.
 """
@@ -28,7 +29,7 @@ from typing import Any, Final
 
 import msgspec
 
-from streamworker.errors import LONGEST_WAIT, Discard, HandlerSignal, Retry, Snooze
+from streamworker.errors import LONGEST_WAIT, Discard, HandlerSignal, Parked, Retry, Snooze
 from streamworker.job import (
     Abandoned,
     Cancelled,
@@ -42,6 +43,7 @@ from streamworker.job import (
     Ok,
     Outcome,
     OutOfTurn,
+    Park,
     Postponed,
     Raised,
     Recorded,
@@ -220,6 +222,8 @@ def judge(outcome: Outcome, facts: Facts, *, now: float, jitter: float) -> Verdi
             return DONE
         case Raised(error=Discard() as wish):
             return Dead("discarded", fit(text_of(wish, how=_reason)))
+        case Raised(error=Parked() as wish):
+            return Park(wish.signal, wish.until)
         case Raised(error=Snooze() as wish):
             return ReleaseAt(now + wish.after, "snoozed")
         case Raised(error=Retry(after=float() | int() as after) as wish):
@@ -274,7 +278,7 @@ def wish_in(error: BaseException) -> BaseException:
     inner = error
     while isinstance(inner, BaseExceptionGroup) and len(inner.exceptions) == 1:
         inner = inner.exceptions[0]
-    return inner if isinstance(inner, HandlerSignal) else error
+    return inner if isinstance(inner, HandlerSignal | Parked) else error
 
 
 def least_wait(rapid: int) -> float:
@@ -294,6 +298,8 @@ def word_of(outcome: Outcome | None) -> str:
             return "snoozed"
         if isinstance(outcome.error, Discard):
             return "discarded"
+        if isinstance(outcome.error, Parked):
+            return "waiting"
     return _WORDS.get(type(outcome), "raised")
 
 

@@ -16,7 +16,7 @@ from streamworker.broker import Refusal, SettleRequest, scripts
 from streamworker.broker.keys import QueueKeys, due_member
 from streamworker.broker.redis.reactions import SILENT, Reaction, cure_of, reaction_to
 from streamworker.errors import InvalidJob, StreamworkerError
-from streamworker.job import Claim, Dead, Done, Drop, Expire, ReleaseAt, RetryAt, Settled
+from streamworker.job import Claim, Dead, Done, Drop, Expire, Park, ReleaseAt, RetryAt, Settled
 from streamworker.results import BOUNDS, OutputBatch
 from streamworker.telemetry.logs import get_logger
 
@@ -26,7 +26,7 @@ BATCH: Final = 500
 """Most claims of one script call, so that it does not block the server for long."""
 EMIT_BATCH: Final = 100
 """Most jobs whose output one script call appends to, for the same reason."""
-_STAGES: Final[dict[type, int]] = {Done: 0, Drop: 2, Expire: 2, RetryAt: 3, ReleaseAt: 3, Dead: 4}
+_STAGES: Final[dict[type, int]] = {Done: 0, Park: 0, Drop: 2, Expire: 2, RetryAt: 3, ReleaseAt: 3, Dead: 4}
 IN_ORDER: Final = 1
 """Stage of finished jobs with order keys, the last that tells callers in a call of its own."""
 _CODES: Final = (Settled.LOST, Settled.SETTLED)
@@ -105,7 +105,8 @@ async def settle(
                 else:
                     results[index] = _CODES[code]
             if stage <= IN_ORDER and sender.waited:
-                told = [items[index] for index, code in zip(batch, codes, strict=True) if code == 1]
+                ended = [items[index] for index, code in zip(batch, codes, strict=True) if code == 1]
+                told = [item for item in ended if not isinstance(item.verdict, Park)]
                 await sender.tell(homes[place], told)
     return results
 

@@ -25,7 +25,7 @@ T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 Status: TypeAlias = Literal[
-    "queued", "dispatching", "dispatched", "running", "retrying", "completed", "dead", "cancelled", "expired"
+    "queued", "dispatching", "dispatched", "running", "retrying", "waiting", "completed", "dead", "cancelled", "expired"
 ]
 JobKey: TypeAlias = tuple[str, str]
 """The key of a job in the ledger: its queue, and its id within the queue."""
@@ -63,6 +63,7 @@ class RunRecord(msgspec.Struct, gc=False):
         new: the ledger had no row of the job before the run, and none was written since: it is inserted without a
             look for its row. A guess; a wrong one only costs time.
         expires: when the job expires, if it does.
+        waits_for: the signal that a waiting job waits for.
     """
 
     job_id: str
@@ -88,6 +89,7 @@ class RunRecord(msgspec.Struct, gc=False):
     result: bytes | None = None
     new: bool = False
     expires: float | None = None
+    waits_for: str | None = None
 
 
 class Stored(enum.Enum):
@@ -246,6 +248,10 @@ class StepHost(Protocol):
     deadline_at: float | None
 
     @property
+    def batch(self) -> Sequence[Any]:
+        """Contexts of the batch that the job is in; empty if it is in none."""
+
+    @property
     def connection(self) -> SqlConnection | None:
         """Of the transaction that the handler has open: what is recorded meanwhile commits with it."""
 
@@ -276,6 +282,12 @@ class Steps(Protocol):
     ) -> Any:
         """`call` in a handler's thread."""
 
+    async def wait_for(self, name: str, timeout: float | None, result: Any) -> Any:
+        """The data of a signal; see `Context.wait_for`."""
+
+    async def sleep(self, seconds: float) -> None:
+        """Return once the time has passed; see `Context.sleep`."""
+
     async def cursor(self, default: Any, result: Any) -> Any:
         """The last cursor that a run of the job recorded."""
 
@@ -297,6 +309,9 @@ class Ledger(Protocol):
 
     async def record(self, runs: Sequence[RunRecord]) -> list[Stored]:
         """Record finished runs; answers in order. Recording a run again changes nothing."""
+
+    async def park(self, runs: Sequence[RunRecord]) -> list[Stored]:
+        """Let jobs wait whose runs have ended, or queue those for which the signal is there; answers in order."""
 
     async def running(self, runs: Sequence[RunRecord]) -> None:
         """Record that these jobs have been running for a while."""
@@ -351,6 +366,7 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
         created_at: when it was made, as far as the ledger knows.
         run_at: not before this moment.
         expires_at: it never starts at this moment or later.
+        waits_for: the signal that it waits for, if it has the status ``waiting``; ``run_at`` is its timeout then.
         started_at: when its last run began.
         finished_at: when it was completed, was cancelled, expired, or died.
         worker_id: the worker that ran it last.
@@ -377,6 +393,7 @@ class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
     worker_id: str | None
     error: str | None
     expires_at: datetime | None = None
+    waits_for: str | None = None
     result: Any = None
     payload: msgspec.Raw | None = None
     headers: dict[str, Any] | None = None
@@ -406,6 +423,32 @@ class Attempt(msgspec.Struct, frozen=True):
     finished_at: datetime | None
     outcome: str
     error: str | None
+
+
+class StepRow(msgspec.Struct, frozen=True):
+    """A step that a job has recorded.
+
+    Attributes:
+        position: in the order of the handler's steps, from 0; -1 is the cursor.
+        kind: step, sleep, wait or cursor.
+        name: of the step, or of the signal.
+        state: done, waiting or timed out.
+        value: what it returned, or the data of the signal, as JSON text.
+        worker_id: the worker that recorded it.
+        started_at: when its function was called.
+        recorded_at: when it was recorded.
+        until: when a sleep, or a wait with a timeout, is over.
+    """
+
+    position: int
+    kind: str
+    name: str
+    state: str
+    value: str | None
+    worker_id: str | None
+    started_at: datetime | None
+    recorded_at: datetime
+    until: datetime | None
 
 
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):
@@ -457,6 +500,22 @@ class Archive(Protocol):
 
     async def key_uses(self) -> list[KeyUse]:
         """The keys with which values are sealed, and how many. It reads all rows."""
+
+    async def steps(self, queue: str, job_id: str) -> list[StepRow]:
+        """The steps that a job has recorded, in their order."""
+
+    async def signal(self, job_id: str, name: str, data: str | None, queue: str | None) -> bool:
+        """Send a signal to a job; False if one with this name was sent, timed out, or the job has ended.
+
+        Args:
+            job_id: its id.
+            name: of the signal.
+            data: as JSON text.
+            queue: of the job; needed if the ledger does not know the job yet, or several queues have one with this id.
+
+        Raises:
+            UsageError: the queue is needed, or the name or the data cannot be stored.
+        """
 
     async def now(self) -> float:
         """The database's clock, in epoch seconds."""

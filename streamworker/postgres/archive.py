@@ -12,12 +12,13 @@ import msgspec
 from streamworker.encryption import FIELD
 from streamworker.errors import ConfigurationError, UsageError
 from streamworker.job import Enqueued, Job, KeyUse
-from streamworker.postgres import Attempt, JobRecord, Wanted
+from streamworker.postgres import Attempt, JobRecord, StepRow, Wanted
 from streamworker.postgres.encoding import stored_id, within_python
 from streamworker.postgres.enqueue import NOW, find_waiting
 from streamworker.postgres.ledger import BATCH, PRUNABLE, PRUNE
 from streamworker.postgres.pool import Database, open_database
 from streamworker.postgres.sqlstate import understood
+from streamworker.postgres.waits import send_signal
 
 PAGE: Final = 500
 _fields: Final = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
@@ -25,7 +26,8 @@ _fields: Final = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _TIMES: Final = ("created_at", "run_at", "expires_at", "started_at", "finished_at")
 _COLUMNS: Final = f"""
 job.id, job.queue_name, job.kind, job.level, job.status, job.attempt_count, job.max_attempts, job.hop, job.deliveries,
-job.worker_id, job.last_error, {", ".join(f"{within_python(f'job.{name}')} as {name}" for name in _TIMES)}"""
+job.worker_id, job.last_error, job.waits_for,
+{", ".join(f"{within_python(f'job.{name}')} as {name}" for name in _TIMES)}"""
 
 FIND: Final = f"""
 select {_COLUMNS}, result::text, payload::text, headers::text, document
@@ -37,11 +39,25 @@ select hop, deliveries, attempt, worker_id, {within_python("started_at")} as sta
   {within_python("finished_at")} as finished_at, outcome, error
 from streamworker.job_logs where job_id = $1 and queue_name in ($2, '') order by hop, deliveries"""  # noqa: S608
 
+STEPS: Final = f"""
+select step.position, step.kind, step.name,
+  case when step.kind = 'sleep' then case when step.until <= clock_timestamp() then 'done' else 'waiting' end
+    when step.kind <> 'wait' then 'done'
+    when signal.timed_out then 'timed out' when signal.name is not null then 'done' else 'waiting' end as state,
+  case when step.kind = 'wait' then signal.data::text else step.value::text end as value, step.worker_id,
+  {within_python("step.started_at")} as started_at,
+  {within_python("coalesce(signal.sent_at, step.recorded_at)")} as recorded_at,
+  {within_python("step.until")} as until
+from streamworker.job_steps as step left join streamworker.job_signals as signal
+  on step.kind = 'wait' and signal.job_id = step.job_id and signal.queue_name = step.queue_name
+    and signal.name = step.name
+where step.job_id = $1 and step.queue_name = $2 order by step.position"""  # noqa: S608 - our own text
+
 # A job that waits in Redis is claimed once more and acknowledged unrun: workers look every job up before they run it.
 CANCEL: Final = """
 update streamworker.jobs
-set status = 'cancelled', finished_at = now(), updated_at = now()
-where id = $1 and queue_name = $2 and status in ('queued', 'dispatching', 'dispatched', 'retrying')
+set status = 'cancelled', finished_at = now(), updated_at = now(), waits_for = null
+where id = $1 and queue_name = $2 and status in ('queued', 'dispatching', 'dispatched', 'retrying', 'waiting')
 returning id"""
 
 FREE_KEYS: Final = """
@@ -55,6 +71,10 @@ with completed as (
   delete from streamworker.job_steps as step using streamworker.jobs as job
   where job.id = $1 and job.queue_name = $2 and job.status = 'completed'
     and step.job_id = job.id and step.queue_name = job.queue_name
+), sent as (
+  delete from streamworker.job_signals as signal using streamworker.jobs as job
+  where job.id = $1 and job.queue_name = $2 and job.status = 'completed'
+    and signal.job_id = job.id and signal.queue_name = job.queue_name
 ), again as (
   update streamworker.jobs
   set status = 'queued', attempt_count = 0, hop = hop + 1, deliveries = 0, run_at = null, worker_id = null,
@@ -132,6 +152,14 @@ class PostgresArchive:
     async def key_uses(self) -> list[KeyUse]:
         with understood("looking for sealed values"):
             return [KeyUse(f"postgresql {row[0]}", row[1], row[2]) for row in await self._database.fetch(KEY_USES)]
+
+    async def steps(self, queue: str, job_id: str) -> list[StepRow]:
+        with understood("reading a job's steps"):
+            rows = await self._database.fetch(STEPS, stored_id(job_id), queue)
+        return [StepRow(**row) for row in rows]
+
+    async def signal(self, job_id: str, name: str, data: str | None, queue: str | None) -> bool:
+        return await send_signal(self._database, job_id, name, data, queue)
 
     async def now(self) -> float:
         with understood("asking for the time"):
@@ -213,6 +241,7 @@ def _record(row: asyncpg.Record) -> JobRecord:
         finished_at=row["finished_at"],
         worker_id=row["worker_id"],
         error=row["last_error"],
+        waits_for=row["waits_for"],
         result=None if result is None else _decoded(result),
         payload=None if payload is None else msgspec.Raw(payload.encode()),
         headers=None if headers is None else _headers(headers),
@@ -239,7 +268,7 @@ SCHEMA_LOOK: Final = """
 select to_regclass('streamworker.jobs') is not null as any, exists (
   select from pg_attribute
   where attrelid = to_regclass('streamworker.job_keys') and attname = 'held' and not attisdropped
-) and to_regclass('streamworker.job_steps') is not null as all, current_setting('server_encoding') as encoding"""
+) and to_regclass('streamworker.job_signals') is not null as all, current_setting('server_encoding') as encoding"""
 
 
 @overload

@@ -14,6 +14,7 @@ from streamworker.postgres.recording import Recording
 from streamworker.postgres.sqlstate import is_one_rows_fault, reason, translated, understood
 from streamworker.postgres.steps import JobSteps
 from streamworker.postgres.transaction import BlockingRunTransaction, RunTransaction, complete
+from streamworker.postgres.waits import park
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.ledger")
@@ -93,6 +94,9 @@ class PostgresLedger:
     async def record(self, runs: Sequence[RunRecord]) -> list[Stored]:
         return await self._recording.record(runs)
 
+    async def park(self, runs: Sequence[RunRecord]) -> list[Stored]:
+        return await park(self._database, runs, self._worker_id)
+
     async def running(self, runs: Sequence[RunRecord]) -> None:
         await self._recording.running(runs)
 
@@ -144,6 +148,9 @@ old as materialized (
 ), steps as (
   delete from streamworker.job_steps as step using gone
     where step.job_id = gone.id and step.queue_name = gone.queue_name
+), signals as (
+  delete from streamworker.job_signals as signal using gone
+    where signal.job_id = gone.id and signal.queue_name = gone.queue_name
 ), logs as (
   delete from streamworker.job_logs as log using gone
     where log.job_id = gone.id and log.queue_name in (gone.queue_name, '')
@@ -168,6 +175,9 @@ with old as materialized (
 ), steps as (
   delete from streamworker.job_steps as step using gone
     where step.job_id = gone.id and step.queue_name = gone.queue_name
+), signals as (
+  delete from streamworker.job_signals as signal using gone
+    where signal.job_id = gone.id and signal.queue_name = gone.queue_name
 ), logs as (
   delete from streamworker.job_logs as log using gone
     where log.job_id = gone.id and log.queue_name in (gone.queue_name, '')

@@ -41,6 +41,8 @@ LARGEST: Final = 64 * 1_048_576
 UNREADABLE: Final = "no worker can read it"
 LOST_BATCH: Final = 500
 KEY_BATCH: Final = 1000
+WAKES: Final = 500
+"""Most waiting jobs, and most signals, of one statement."""
 
 # asyncpg cannot hold every time that PostgreSQL can, so the server sorts.
 _RETURNED: Final = f"""returning job.id, job.queue_name, job.kind, job.payload::text as payload, job.level,
@@ -135,9 +137,46 @@ where job.id = odd.id and job.queue_name = odd.queue_name and job.hop = odd.hop 
 """
 _SOONEST: Final = """(select extract(epoch from coalesce(run_at, created_at)) from streamworker.jobs
   where status = 'queued' and level = '%s' order by coalesce(run_at, created_at) limit 1)"""
+# The waiting ones come from an index of those whose time will come, and from one of signals that no relay has seen.
 NEXT: Final = f"""
-select least({", ".join(_SOONEST % level for level in LEVELS)}) - extract(epoch from clock_timestamp())
+select least({", ".join(_SOONEST % level for level in LEVELS)}) - extract(epoch from clock_timestamp()),
+  case when exists (select from streamworker.job_signals where not seen) then 0
+    else (select extract(epoch from run_at) from streamworker.jobs
+      where status = 'waiting' and run_at is not null order by run_at limit 1) - extract(epoch from clock_timestamp())
+  end
 """  # noqa: S608
+# The row of a job is locked before its signal counts as seen: a run that ends meanwhile finds the signal when it lets
+# the job wait. A job whose row is locked, or a later signal of its name, is looked at again.
+WAKE: Final = """
+with due as materialized (
+  select id, queue_name from streamworker.jobs where status = 'waiting' and run_at is not null and run_at <= now()
+  order by run_at limit $1 for update skip locked
+), sent as materialized (
+  select job_id, queue_name, name from streamworker.job_signals where not seen
+  order by sent_at limit $1 for update skip locked
+), free as materialized (
+  select job.id, job.queue_name, job.status, job.waits_for, sent.name
+  from streamworker.jobs as job join sent on job.id = sent.job_id and job.queue_name = sent.queue_name
+  for update of job skip locked
+), woken as (
+  update streamworker.jobs as job
+  set status = 'queued', waits_for = null, run_at = clock_timestamp(), updated_at = clock_timestamp()
+  from (
+    select id, queue_name from due
+    union select id, queue_name from free where status = 'waiting' and waits_for = name
+  ) as wakes
+  where job.id = wakes.id and job.queue_name = wakes.queue_name
+  returning 1
+), seen as (
+  update streamworker.job_signals as signal set seen = true from sent
+  where signal.job_id = sent.job_id and signal.queue_name = sent.queue_name and signal.name = sent.name and (
+    (sent.job_id, sent.queue_name, sent.name) in (select id, queue_name, name from free)
+    or not exists (select from streamworker.jobs as job where job.id = sent.job_id and job.queue_name = sent.queue_name)
+  )
+  returning 1
+)
+select (select count(*) from woken) + (select count(*) from seen)
+"""
 # A locked row belongs to a run that is faster than the note; it is returned, to be noted later.
 NOTE: Final = """
 with sent as materialized (
@@ -336,9 +375,13 @@ class PostgresOutbox:
             await self._ask("marking jobs dead that cannot be read", DEAD, *map(list, zip(*odd, strict=True)))
         return taken
 
-    async def next_due(self) -> float | None:
-        ((seconds,),) = await self._ask("looking for queued jobs", NEXT)
-        return None if seconds is None else max(0.0, float(seconds))
+    async def next_due(self) -> tuple[float | None, float | None]:
+        ((queued, waiting),) = await self._ask("looking for queued jobs", NEXT)
+        return _from_now(queued), _from_now(waiting)
+
+    async def wake(self) -> int:
+        ((changed,),) = await self._ask("waking jobs that wait", WAKE, WAKES)
+        return int(changed)
 
     async def run_now(self, queues: Sequence[str]) -> int:
         return len(await self._ask("making queued jobs due", RUN_NOW, list(queues)))
@@ -409,6 +452,10 @@ def key_of(row: asyncpg.Record) -> LedgerKey | None:
         return None
     name, until, seconds = row["key"]
     return LedgerKey(name, until, HELD if until is not None else max(0.0, float(seconds)))
+
+
+def _from_now(seconds: Any) -> float | None:
+    return None if seconds is None else max(0.0, float(seconds))
 
 
 def document(row: asyncpg.Record) -> bytes:

@@ -236,11 +236,11 @@ class Recording:
             min(run.attempts, _MOST_INT), None if run.max_attempts is None else min(run.max_attempts, _MOST_INT),
             run.hop, min(run.deliveries, _MOST_INT), run.run_at if bare < 2 else None, run.started, run.finished,
             error, result, headers, None if whole else run.body, epoch, run.created if bare < 2 else None,
-            min(run.attempt, _MOST_INT), run.outcome, _moment(run.expires) if bare < 2 else None,
+            min(run.attempt, _MOST_INT), run.outcome, moment(run.expires) if bare < 2 else None,
         )  # fmt: skip
 
 
-def _moment(seconds: float | None) -> float | None:
+def moment(seconds: float | None) -> float | None:
     """Epoch seconds that to_timestamp() takes, or None."""
     return None if seconds is None else min(max(seconds, FIRST_MOMENT), LAST_MOMENT)
 

@@ -17,7 +17,14 @@ from typing import Any, Final, Literal, NamedTuple, TypeAlias, TypeVar
 import anyio
 import msgspec
 
-from streamworker.errors import RunEnded, StepsChanged, Unreachable, UsageError
+from streamworker.errors import (
+    Parked,
+    RunEnded,
+    SignalTimeout,
+    StepsChanged,
+    Unreachable,
+    UsageError,
+)
 from streamworker.loops import at_once
 from streamworker.postgres import Effect, RunRecord, SqlConnection, StepHost, refusal
 from streamworker.postgres.adapters import PoolTransaction, connection_of, transaction_of
@@ -81,6 +88,15 @@ WHY: Final = "select status from streamworker.jobs where id = $1::text and queue
 FORGET: Final = f"""
 delete from streamworker.job_steps where job_id = $1::text and queue_name = $2::text
   and abs(made - $3::text::double precision) > {SAME} and made <> 0"""  # noqa: S608 - a number of ours
+SIGNALLED: Final = """
+select data::text, timed_out::text from streamworker.job_signals
+where job_id = $1::text and queue_name = $2::text and name = $3::text"""
+TIME_OUT: Final = """
+insert into streamworker.job_signals (job_id, queue_name, name, timed_out, seen)
+select job_id, queue_name, name, true, true from streamworker.job_steps
+where job_id = $1::text and queue_name = $2::text and position = $3::text::integer and until <= clock_timestamp()
+on conflict do nothing"""
+"""A signal and its timeout are one row: the first of the two counts, for every run of the job."""
 LOCK_JOB: Final = "select 1 from streamworker.jobs where id = $1 and queue_name = $2 for update"
 IS_RECORDED: Final = """
 select 1 from streamworker.job_steps
@@ -120,7 +136,7 @@ class JobSteps:
         self._made = run.created or 0.0
         self._key = (stored_id(run.job_id), run.queue)
         self._next = 0
-        self._names: set[str] = set()
+        self._names: set[tuple[str, str]] = set()
         self._loading = asyncio.Lock()
         self._remembered: dict[int, Remembered] | None = None
         self.runs = 0
@@ -130,7 +146,7 @@ class JobSteps:
 
     async def call(self, name: str, function: Callable[..., Any], args: Sequence[Any], result: Any, source: Any) -> Any:
         """The value of a step: remembered, or of a call of ``function`` that is recorded."""
-        position = self._enter(name)
+        position = self._enter("step", name)
         if (known := await self._known(position, "step", name)) is not None:
             return decoded(name, known.value, result)
         if source is not None:
@@ -151,7 +167,7 @@ class JobSteps:
         self, name: str, function: Callable[..., Any], args: Sequence[Any], result: Any, source: Any
     ) -> Any:
         """`call` in a handler's thread."""
-        position = self._enter(name)
+        position = self._enter("step", name)
         if (known := self.wait(self._known(position, "step", name))) is not None:
             return decoded(name, known.value, result)
         if source is not None:
@@ -211,6 +227,57 @@ class JobSteps:
         self.progressed = True
         return back
 
+    # -- signals
+
+    async def wait_for(self, name: str, timeout: float | None, result: Any) -> Any:
+        """The data of a signal, if it was sent; else the job is parked."""
+        position = self._enter("wait", name)
+        known = await self._known(position, "wait", name)
+        answer = await self._signalled(name)
+        if answer is None and (known is not None or timeout == 0):
+            if known is None:
+                await uninterrupted(self._record(position, "wait", name, None, until=0.0))
+            await self._ask(TIME_OUT, *self._key, str(position))
+            answer = await self._signalled(name)
+        if answer is None:
+            until = known.until if known is not None else None
+            if known is None:
+                until = await uninterrupted(self._record(position, "wait", name, None, until=timeout))
+            raise Parked(name, until)
+        data, timed_out = answer
+        if known is None and timeout != 0:
+            await uninterrupted(self._record(position, "wait", name, None, until=timeout))
+        if timed_out == "true":
+            raise SignalTimeout(f"no signal {name!r} came in time")
+        if data is not None:
+            data = self._host.sealer.opened_json("step", self._run.job_id, data)
+        return decoded(f"the signal {name!r}", data, result)
+
+    async def sleep(self, seconds: float) -> None:
+        """Return if the time of an earlier run has passed; else the job is parked."""
+        position = self._enter("sleep", "")
+        known = await self._known(position, "sleep", "")
+        if known is not None and known.over:
+            return
+        until = known.until if known is not None else None
+        if known is None:
+            until = await uninterrupted(self._record(position, "sleep", "", None, until=seconds))
+            if seconds <= 0:
+                return
+        raise Parked("", until)
+
+    async def _signalled(self, name: str) -> Sequence[Any] | None:
+        rows = await self._ask(SIGNALLED, *self._key, name)
+        return rows[0] if rows else None
+
+    async def _ask(self, statement: str, *values: Any) -> Sequence[Any]:
+        try:
+            return await self._database.fetch(statement, *values)
+        except Exception as error:
+            if is_outage(error) or is_unable(error):
+                raise self._lost("look for the signal", error) from error
+            raise
+
     # -- the cursor
 
     async def cursor(self, default: Any, result: Any) -> Any:
@@ -244,20 +311,26 @@ class JobSteps:
 
     # -- order
 
-    def _enter(self, name: Any) -> int:
+    def _enter(self, kind: Kind, name: Any) -> int:
         """The position of the step that begins now.
 
         Raises:
             UsageError: it has no name, one that another step of this run has, or it is inside of another step.
         """
-        if not isinstance(name, str) or "\x00" in name or not 0 < len(name) <= MOST_NAME:
-            raise UsageError(f"a step needs a name of 1 to {MOST_NAME} characters, not {name!r:.100}")
+        if kind != "sleep" and (not isinstance(name, str) or "\x00" in name or not 0 < len(name) <= MOST_NAME):
+            raise UsageError(f"a {kind} needs a name of 1 to {MOST_NAME} characters, not {name!r:.100}")
         steps, inside = _INSIDE.get()
         if steps is self:
-            raise UsageError(f"the step {name!r} is inside of the step {inside!r}: call one after the other")
-        if name in self._names:
-            raise UsageError(f"two steps of this handler are named {name!r}: put what tells them apart into the name")
-        self._names.add(name)
+            raise UsageError(f"the {kind} {name!r} is inside of the step {inside!r}: call one after the other")
+        if kind != "step" and self._host.connection is not None:
+            raise UsageError(
+                f"the {kind} {name!r} is inside of a transaction, which cannot wait: end the block before it"
+            )
+        if kind != "step" and self._host.batch:
+            raise UsageError(f"the {kind} {name!r} is in a handler of batches, whose jobs cannot wait")
+        if kind != "sleep" and (kind, name) in self._names:
+            raise UsageError(f"two {kind}s of this handler are named {name!r}: put what tells them apart into the name")
+        self._names.add((kind, name))
         position, self._next = self._next, self._next + 1
         return position
 
@@ -454,11 +527,11 @@ def encoded(name: str, value: Any) -> str:
         raw = msgspec.json.encode(value)
         msgspec.json.decode(raw)  # raw JSON inside of it may be none
     except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as error:
-        raise UsageError(f"what {name} returned cannot be remembered as JSON: {error}") from None
+        raise UsageError(f"the value of {name} cannot be written as JSON: {error}") from None
     if len(raw) > MOST_BYTES:
         raise UsageError(
-            f"what {name} returned has {len(raw)} bytes of JSON and {MOST_BYTES} are allowed: store it elsewhere and "
-            "return where it is"
+            f"the value of {name} has {len(raw)} bytes of JSON and {MOST_BYTES} are allowed: store it elsewhere and "
+            "give a reference"
         )
     return raw.decode()
 

@@ -173,8 +173,11 @@ class Outbox(Protocol):
     async def retake(self) -> list[Taken]:
         """Take over jobs that another relay left ``dispatching``; their hop stays."""
 
-    async def next_due(self) -> float | None:
-        """Seconds until the next queued job is due; ``None`` if there is none."""
+    async def next_due(self) -> tuple[float | None, float | None]:
+        """Seconds until a queued job is due, and until a waiting one is to be woken; ``None`` if there is none."""
+
+    async def wake(self) -> int:
+        """Queue waiting jobs whose time or signal has come, a batch; returns how many jobs and signals were changed."""
 
     async def run_now(self, queues: Sequence[str]) -> int:
         """Make queued jobs of these queues due now; returns how many were not."""

@@ -25,6 +25,8 @@ log = get_logger("streamworker.relay")
 
 VALID: Final = 5.0
 """Seconds after a claim in which the jobs may be added to Redis; other relays take them over later than that."""
+WAKE: Final = 1.0
+"""Seconds between looks for jobs to be woken while there is always something to dispatch."""
 RETAKE: Final = 5.0
 """Seconds between looks for rows that other relays left ``dispatching``."""
 POLL: Final = (0.05, 0.5)
@@ -79,6 +81,7 @@ class Relay:
         self._doubted: str | None = None
         self._until = 0.0
         self._retake_at = 0.0
+        self._wake_at = 0.0
         self._met: set[str] = set()
         self._stepping = False
         self.dispatched = 0
@@ -90,8 +93,8 @@ class Relay:
 
     async def unsent(self) -> bool:
         """Whether due jobs have not reached their queues yet; wakes the relay if so."""
-        due = await self._outbox.next_due()
-        if due is not None and due <= 0:
+        due, waiting = await self._outbox.next_due()
+        if (due is not None and due <= 0) or (waiting is not None and waiting <= 0):
             self.wake()
             return True
         return self._stepping  # claimed jobs are no longer queued, and perhaps not in Redis yet
@@ -144,6 +147,9 @@ class Relay:
         if taken:
             self._losses, self._idle = 0, POLL[0]
             await self._dispatch()
+            if monotonic() >= self._wake_at:  # under load it never rests
+                self._wake_at = monotonic() + WAKE
+                await self._outbox.wake()
             return 0.0
         if notified:
             self._losses = min(self._losses + 1, 10)
@@ -161,9 +167,16 @@ class Relay:
         return self._unsent
 
     async def _rest(self) -> float:
-        due = await self._outbox.next_due()
+        due, waiting = await self._outbox.next_due()
+        self._wake_at = monotonic() + WAKE
+        if waiting is not None and waiting <= 0:
+            if await self._outbox.wake():
+                return 0.0
+            waiting = self._idle = min(POLL[1], self._idle * 1.5)  # their rows are locked
         # Due now and not claimed by us: another relay is taking it.
         due = float("inf") if due is None else max(due, POLL[0])
+        if waiting is not None:
+            due = min(due, max(waiting, POLL[0]))
         if self._unnoted:
             due = min(due, max(POLL[0], self._note_at - monotonic()))
         if self.listening:

@@ -20,7 +20,7 @@ from streamworker.broker import Operator
 from streamworker.context import Context, Shared
 from streamworker.cron import Schedule
 from streamworker.encryption import Keys
-from streamworker.errors import ConfigurationError, HandlerSignal, Snooze, StreamworkerError, UsageError
+from streamworker.errors import ConfigurationError, HandlerSignal, Parked, Snooze, StreamworkerError, UsageError
 from streamworker.execution import EXPIRED, Execution
 from streamworker.handlers import Handlers
 from streamworker.job import Claim, Job, Ok, Outcome, Postponed, TimedOut
@@ -316,7 +316,9 @@ class _OutcomeCounter(Observer):
             self.snoozed += 1
         else:
             self.failed += 1
-            if run.exception is not None and not isinstance(run.exception, HandlerSignal | asyncio.CancelledError):
+            if run.exception is not None and not isinstance(
+                run.exception, HandlerSignal | Parked | asyncio.CancelledError
+            ):
                 self.errors.append(run.exception)
 
 

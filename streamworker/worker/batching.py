@@ -53,6 +53,8 @@ class BatchExecution(Execution):
         for item in self.items:  # from here on they are cancelled one by one
             item.batch, item.task, item.deadline, item.started = self, self.task, self.deadline, self.started
         context.batch = contexts
+        for each in contexts:
+            each.batch = contexts
         return [item.payload for item in self.items], contexts
 
     def end(self, value: Any) -> None:

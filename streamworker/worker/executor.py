@@ -23,7 +23,7 @@ import msgspec
 from streamworker import codec
 from streamworker.codec import DocumentFields, deliveries_of
 from streamworker.context import Context, Shared
-from streamworker.errors import HandlerSignal, InvalidJob
+from streamworker.errors import HandlerSignal, InvalidJob, Parked
 from streamworker.execution import CANCELLED, OK, OUT_OF_TURN, Cause, Execution
 from streamworker.handlers import Registration
 from streamworker.job import UNTIL, Cancelled, Interrupted, Ok, Outcome, Raised, TimedOut, Undecodable, UnknownKind
@@ -420,7 +420,7 @@ def _came_of_cancelling(error: BaseException) -> bool:
     while id(error) not in seen:
         if isinstance(error, asyncio.CancelledError):
             return True
-        if isinstance(error, HandlerSignal):
+        if isinstance(error, HandlerSignal | Parked):
             return False  # the handler's own wish counts
         seen.add(id(error))
         error = error.__cause__ or error.__context__ or error

@@ -27,6 +27,7 @@ from streamworker.job import (
     Expire,
     Interrupted,
     Ok,
+    Park,
     Postponed,
     Raised,
     Recorded,
@@ -57,8 +58,8 @@ log = get_logger("streamworker.worker")
 
 SUPERSEDED: Final = "superseded"
 """A later hop of the job is recorded and exists, or is on its way: this one ends, and the other goes on."""
-SENT_BY_LEDGER: Final[tuple[Status, ...]] = ("queued", "dispatching")
-"""The later hop is on its way out of the ledger: Redis cannot have lost it."""
+SENT_BY_LEDGER: Final[tuple[Status, ...]] = ("queued", "dispatching", "waiting")
+"""The later hop is on its way out of the ledger, or waits there: Redis cannot have lost it."""
 _HIGHEST: Final = 2**63 - 2
 
 
@@ -272,6 +273,7 @@ class Recorder:
         endings: list[SettleRequest] = []
         records: list[RunRecord] = []
         doubtful: list[Execution] = []
+        parked: list[tuple[Execution, SettleRequest, RunRecord]] = []
         for run in batch:
             effect = None if run.context is None else run.context.effect
             if effect is Effect.SUPERSEDED and not isinstance(run.outcome, Recorded):
@@ -283,20 +285,24 @@ class Recorder:
             record = record_of(run, ending, begun_at)
             if record is None:
                 self._pass_on(run, ending)
+            elif isinstance(ending.verdict, Park):
+                parked.append((run, ending, record))
             else:
                 runs.append(run)
                 endings.append(ending)
                 records.append(record)
         if records:
-            doubtful += await self._stored(runs, endings, records)
+            doubtful += self._answered(runs, endings, await self._ledger.record(records))
+        if parked:
+            runs, endings, records = (list(each) for each in zip(*parked, strict=True))
+            doubtful += self._answered(runs, endings, await self._ledger.park(records))
         if doubtful:
             await self._weigh(doubtful)
 
-    async def _stored(
-        self, runs: Sequence[Execution], endings: Sequence[SettleRequest], records: Sequence[RunRecord]
+    def _answered(
+        self, runs: Sequence[Execution], endings: Sequence[SettleRequest], answers: Sequence[Stored]
     ) -> list[Execution]:
-        """Record, and pass on what is recorded; returns the runs of which a later hop is recorded."""
-        answers = await self._ledger.record(records)
+        """Pass on what is recorded; returns the runs of which a later hop is recorded."""
         doubtful = []
         for run, ending, answer in zip(runs, endings, answers, strict=True):
             if answer is Stored.STORED:
@@ -410,13 +416,13 @@ def record_of(run: Execution, ending: SettleRequest, begun_at: float) -> RunReco
     record = begun(run, begun_at)
     record.finished = run.finished
     record.outcome = word_of(outcome)
-    if run.facts is not None and run.context is not None and run.context.steps is not None:
-        record.attempts = run.facts.attempts  # they start anew after progress
     record.new = run.new and (run.context is None or not run.context.booked)
     if type(verdict) is Done:
         record.status = "completed"
         if outcome is not OK and isinstance(outcome, Ok) and outcome.value is not None:
             _keep_result(record, outcome.value)
+    elif isinstance(verdict, Park):
+        record.status, record.waits_for, record.run_at = "waiting", verdict.signal or None, verdict.until
     elif isinstance(verdict, Drop):
         record.status = "cancelled"
     elif isinstance(verdict, Expire):
@@ -448,7 +454,10 @@ def begun(run: Execution, begun_at: float) -> RunRecord:
     if run.reading is None:
         return unread_record(run.claim)
     started = None if run.started is None else begun_at + run.started
-    return run_record(run.claim, run.reading, kind=run.kind, started=started)
+    record = run_record(run.claim, run.reading, kind=run.kind, started=started)
+    if run.facts is not None and run.context is not None and run.context.steps is not None:
+        record.attempts = run.facts.attempts  # they start anew after progress
+    return record
 
 
 def _keep_result(record: RunRecord, value: Any) -> None:

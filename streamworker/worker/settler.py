@@ -32,6 +32,7 @@ from streamworker.job import (
     Interrupted,
     Ok,
     OutOfTurn,
+    Park,
     Raised,
     Recorded,
     ReleaseAt,
@@ -283,6 +284,9 @@ class Settler:
                 (log.debug if isinstance(run.outcome, Deferred | OutOfTurn) else log.info)(
                     "job_released", **facts, reason=reason
                 )
+            case Park(signal=signal, until=until):
+                counts.released += 1
+                log.info("job_waiting", **facts, signal=signal or None, until=until)
             case Drop():
                 counts.cancelled += 1
                 log.info("job_cancelled", **facts)
@@ -295,7 +299,7 @@ class Settler:
 
 def with_output(run: Execution, item: SettleRequest) -> SettleRequest:
     """The ending of a job that has emitted: a final one is noted for as long as its output can be read."""
-    if isinstance(item.verdict, RetryAt | ReleaseAt):
+    if isinstance(item.verdict, RetryAt | ReleaseAt | Park):
         return item
     note = results.COMPLETED if item.note is None and isinstance(item.verdict, Done) else item.note
     return msgspec.structs.replace(item, job_id=run.job_id, note=note, keep=max(item.keep, results.LIFE))
@@ -329,7 +333,7 @@ def judged(run: Execution, now: float) -> SettleRequest:
 def in_order(run: Execution, item: SettleRequest) -> SettleRequest:
     """The ending of a job with an order key: where the job has ended for good, its key is passed on."""
     facts = run.facts
-    if facts is None or not facts.order or isinstance(item.verdict, RetryAt | ReleaseAt):
+    if facts is None or not facts.order or isinstance(item.verdict, RetryAt | ReleaseAt | Park):
         return item
     if isinstance(item.verdict, Done) and isinstance(run.outcome, Recorded) and not run.outcome.ended:
         return item  # a later hop of the job goes on, and has the key
@@ -366,7 +370,7 @@ def ending(run: Execution, *, now: float, jitter: float) -> SettleRequest:
         case Done():
             known_end = isinstance(outcome, Recorded) and outcome.ended
             return _done(run) if known_end else SettleRequest(run.claim, verdict)
-        case Drop():
+        case Drop() | Park():
             return SettleRequest(run.claim, verdict, None, run.job_id, run.kind, keep=keeping(run) or 0.0)
         case Expire() | Dead():
             charged, keep = attempts + verdict.charged, keeping(run) or 0.0

@@ -157,7 +157,7 @@ async def test_what_makes_no_sense_is_refused_before_the_function_is_called(redi
         sent = await app.enqueue(Job())
         await finish(pg, sent.id)
     words = ("two steps of this handler are named 'one'", "needs a name", "needs a name", "is inside of the step 'outer'",
-             "262145 bytes of JSON and 262144 are allowed", "cannot be remembered as JSON")  # fmt: skip
+             "262145 bytes of JSON and 262144 are allowed", "cannot be written as JSON")  # fmt: skip
     assert [word in error for word, error in zip(words, errors, strict=True)] == [True] * 6, errors
     assert calls == []
 

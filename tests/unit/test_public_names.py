@@ -20,7 +20,7 @@ def test_every_error_is_one_of_ours_and_has_its_exit_code():
     codes = {
         "StreamworkerError": 1, "UsageError": 2, "ConfigurationError": 78, "Unreachable": 69, "StuckThread": 70,
         "HandBackFailed": 75, "JobTooLarge": 1, "InvalidJob": 1, "PublishUncertain": 1, "NoConnection": 1, "NoResult": 1,
-        "ProcessDied": 1, "ClaimLost": 1, "StepsChanged": 1, "NoKey": 1,
+        "ProcessDied": 1, "ClaimLost": 1, "StepsChanged": 1, "NoKey": 1, "SignalTimeout": 1,
         "JobDead": 1, "JobCancelled": 1, "JobExpired": 1, "ResultNotKept": 1, "ResultTimeout": 1,
     }  # fmt: skip
     found = {
