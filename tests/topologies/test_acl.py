@@ -19,6 +19,7 @@ from streamworker.broker.claim import Options, StreamOptions
 from streamworker.broker.keys import ListKeys, QueueKeys
 from streamworker.broker.lists import ListBroker
 from streamworker.broker.operator import ListOperator, StreamOperator
+from streamworker.broker.order import sweep
 from streamworker.broker.redis.client import RedisAddress
 from streamworker.errors import ConfigurationError, StreamworkerError
 from streamworker.views.listing import DEAD, DELAYED, PENDING, Selection
@@ -419,3 +420,38 @@ def test_check_says_what_a_user_lacks(users, tmp_path, name):
     else:
         assert "may not run" in "".join(lines) or "denies" in done.stdout
         assert done.returncode == 1
+
+
+class InLine(Payload, kind="in.line", queue="q", order_by="of", fair_by="tenant"):
+    of: str
+    tenant: str
+    number: int
+
+
+async def test_order_and_fairness_need_what_the_docs_say_beside_it(moded):
+    users, ground = moded, moded.ground
+    both, workers = re.findall(r"need `(\+rpush[^`]+)`.*?\nneed `(\+srandmember[^`]+)`", DOCS.read_text(), re.DOTALL)[0]
+    for name, more in (("worker", f"{both} {workers}"), ("producer", both)):
+        users.raw.execute_command("ACL SETUSER", name, *more.split())
+    users.raw.acl_log_reset()
+    ran: list[int] = []
+    shared = {"mode": ground.mode, "namespace": users.namespace, "lease": 0.5, "concurrency": 5}
+    app = App(settings=Settings(redis_url=users.url("worker"), **shared))
+
+    @app.handler(max_attempts=2)
+    async def in_line(payload: InLine, ctx: Context) -> None:
+        ran.append(payload.number)
+        if payload.number == 3 and ctx.attempt == 1:
+            raise Retry(after=0.01)
+
+    async with app, App(settings=Settings(redis_url=users.url("producer"), **shared)) as producer:
+        await producer.enqueue_many([InLine(f"k{n % 3}", f"t{n % 2}", n) for n in range(30)])
+        worker = QueueWorker(app, redis=None, database=None, services=None)
+        running = asyncio.create_task(worker.start())
+        await eventually(lambda: running.done() or len(ran) == 31, 15)
+        users.raw.hset(ground.keys("q", users.namespace).meta, "waiting", 1)  # so that stuck keys are looked for
+        assert await sweep(worker._broker._session, ground.keys("q", users.namespace)) == 0
+        await worker.stop()
+        await running
+    denied = {each for each in users.denials() if "setname" not in each[2]}
+    assert denied == set()

@@ -33,6 +33,8 @@ local now = math.floor(micros / 1000)
 local stream = { high = KEYS[3], normal = KEYS[4], low = KEYS[5] }
 local cap, gap, burst, running, full = {}, {}, {}, {}, {}
 local DAY, MOST = 86400000, 100
+local base = base_of(KEYS[1])
+local marked = redis.pcall('EXISTS', base .. ':cancelled') == 1
 
 local function key(n) return 8 + 3 * (n - 1) end
 local function whole(number) return string.format('%d', number) end
@@ -75,12 +77,22 @@ local function promote(member) -- the growing write first: without memory, it st
   return true
 end
 
+-- Whether a job that waits was cancelled, or replaced: it ends when it is claimed, and asks for nothing any more.
+local function cancelled(member)
+  local till = marked and redis.call('ZSCORE', base .. ':cancelled', string.match(member, '^%a+/(.*)/[^/]*$') or '')
+  return till and tonumber(till) > now
+end
+
 local function call(n)
   local places, spare = math.min(free(n), MOST), 1
   if places < 1 then return end
-  for _, member in ipairs(redis.call('ZRANGE', KEYS[key(n) + 1], 0, whole(places))) do
+  for _, member in ipairs(redis.call('ZRANGE', KEYS[key(n) + 1], 0, whole(places + (marked and MOST or 0)))) do
     if places < 1 then break end
-    if not redis.call('ZSCORE', KEYS[6], member) then
+    if cancelled(member) then
+      if redis.call('ZSCORE', KEYS[1], member) and not promote(member) then break end
+      forget(n, member)
+      places = places + 1 -- it takes none
+    elseif not redis.call('ZSCORE', KEYS[6], member) then
       if redis.call('ZSCORE', KEYS[1], member) then
         if not promote(member) then break end
       elseif spare > 0 then -- it is about to be parked, or gone: one more is called, in case it is gone
