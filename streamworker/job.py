@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 from datetime import datetime
-from typing import Any, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import msgspec
 
@@ -501,3 +501,63 @@ class DueSchedules(msgspec.Struct, frozen=True):
     now: float
     wait: float | None
     due: list[ScheduleEntry]
+
+
+class CronTick(msgspec.Struct, frozen=True):
+    """One tick of a schedule.
+
+    Attributes:
+        queue: queue of the tick's job.
+        level: level of the tick's job.
+        schedule: identity of the schedule, unique in the queue; its last tick is stored under it.
+        at: epoch seconds.
+        body: the job's document; empty if the tick passes without a job.
+        name: name of the schedule, stable when its expression changes; empty if it has none. Of two schedules with one
+            name, the one whose worker started last is in force.
+        before: the tick that this worker offered before; ``None`` if this is its first.
+        now: the server's time as the worker estimates it, in epoch seconds; ``None`` if it has no estimate.
+    """
+
+    queue: str
+    level: Level
+    schedule: str
+    at: float
+    body: bytes
+    name: str = ""
+    before: float | None = None
+    now: float | None = None
+
+
+class CronTickResult(msgspec.Struct, frozen=True):
+    """Answer to an offered tick.
+
+    Attributes:
+        early: seconds after which the tick must be offered again: by the server's clock it is not due yet, or the
+            worker's estimate of that clock is wrong by more than five seconds. 0 if the tick is settled.
+        added: this call added the tick's job.
+        now: the server's time, in epoch seconds.
+    """
+
+    early: float
+    added: bool
+    now: float
+
+
+ERROR_BYTES: Final = 2000
+"""Bytes of an error, its last ones, that tell which errors are alike."""
+
+
+class DeadError(msgspec.Struct, frozen=True):
+    """Why a job is a dead letter.
+
+    Attributes:
+        handle: entry id of the dead letter.
+        kind: of the job; empty if it has none.
+        reason: in a word or two.
+        error: the last lines of its traceback; empty if there is none.
+    """
+
+    handle: str
+    kind: str = ""
+    reason: str = ""
+    error: str = ""

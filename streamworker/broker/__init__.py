@@ -17,6 +17,9 @@ from typing_extensions import TypeVar
 
 from streamworker.job import (
     Claim,
+    CronTick,
+    CronTickResult,
+    DeadError,
     Depth,
     DueSchedules,
     Enqueued,
@@ -72,46 +75,6 @@ class Refusal(msgspec.Struct, frozen=True):
 
     error: str
     cure: str
-
-
-class CronTick(msgspec.Struct, frozen=True):
-    """One tick of a schedule.
-
-    Attributes:
-        queue: queue of the tick's job.
-        level: level of the tick's job.
-        schedule: identity of the schedule, unique in the queue; its last tick is stored under it.
-        at: epoch seconds.
-        body: the job's document; empty if the tick passes without a job.
-        name: name of the schedule, stable when its expression changes; empty if it has none. Of two schedules with one
-            name, the one whose worker started last is in force.
-        before: the tick that this worker offered before; ``None`` if this is its first.
-        now: the server's time as the worker estimates it, in epoch seconds; ``None`` if it has no estimate.
-    """
-
-    queue: str
-    level: Level
-    schedule: str
-    at: float
-    body: bytes
-    name: str = ""
-    before: float | None = None
-    now: float | None = None
-
-
-class CronTickResult(msgspec.Struct, frozen=True):
-    """Answer to an offered tick.
-
-    Attributes:
-        early: seconds after which the tick must be offered again: by the server's clock it is not due yet, or the
-            worker's estimate of that clock is wrong by more than five seconds. 0 if the tick is settled.
-        added: this call added the tick's job.
-        now: the server's time, in epoch seconds.
-    """
-
-    early: float
-    added: bool
-    now: float
 
 
 class Connected(Protocol):
@@ -524,6 +487,21 @@ class DeadLetters(Protocol):
         Raises:
             StreamworkerError: it has no document.
         """
+
+    async def errors(self, queue: str, after: str = "", *, ids: bool = False) -> list[DeadError]:
+        """Some dead letters, oldest first, without their documents; empty behind the last.
+
+        Args:
+            queue: whose.
+            after: the entry id behind which they begin.
+            ids: entry ids are enough.
+        """
+
+    async def muted(self, queue: str) -> dict[str, str]:
+        """Muted groups of dead letters: id to by whom, and when."""
+
+    async def mute(self, queue: str, group: str, note: str) -> bool:
+        """Mute a group of dead letters, or with an empty note unmute it; False if it was so already."""
 
     async def erase(self, job: StoredJob) -> bool:
         """Delete a dead letter for good."""

@@ -13,7 +13,7 @@ import msgspec
 from redis import exceptions as redis_errors
 from typing_extensions import TypeVar
 
-from streamworker.broker import CronTick, CronTickResult, Refusal, SettleRequest, scripts
+from streamworker.broker import Refusal, SettleRequest, scripts
 from streamworker.broker.cancel import LIFE, Cancels, cancel
 from streamworker.broker.claim import ClaimSource, Options, none_ended
 from streamworker.broker.keys import HELD_MEMBER, PROGRESS, QueueKeys, due_member, worker_key
@@ -26,7 +26,7 @@ from streamworker.broker.schedules import RedisSchedules
 from streamworker.broker.settle import ClaimSettlement, emit, settle
 from streamworker.broker.stream_claim import ClusterStreamClaims
 from streamworker.errors import PublishUncertain, Unreachable
-from streamworker.job import LEVELS, Claim, Enqueued, Level, PackedJob, Progress, Settled
+from streamworker.job import LEVELS, Claim, CronTick, CronTickResult, Enqueued, Level, PackedJob, Progress, Settled
 from streamworker.limits import AcquireRequest, AcquireResult, Limit, Permit
 from streamworker.results import OutputBatch, OutputReader, ResultWaiter
 from streamworker.telemetry.logs import get_logger

@@ -14,7 +14,7 @@ from math import ceil
 from time import monotonic
 from typing import Any, Final
 
-from streamworker.broker import CronTick, CronTickResult, listings, scripts
+from streamworker.broker import listings, scripts
 from streamworker.broker.base import Publisher, promote
 from streamworker.broker.keys import ListKeys, QueueKeys, of_due_member
 from streamworker.broker.listings import derived_from
@@ -25,7 +25,7 @@ from streamworker.broker.redis.session import OperatorSession, Session, text
 from streamworker.broker.schedules import RedisSchedules
 from streamworker.codec import MOST_HOPS, derived_id, id_in, read
 from streamworker.errors import InvalidJob, StreamworkerError
-from streamworker.job import LEVELS
+from streamworker.job import LEVELS, CronTick, CronTickResult
 from streamworker.relay import Dispatch, Dispatched, Pulse
 
 HELD: Final = -2

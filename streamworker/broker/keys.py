@@ -60,6 +60,7 @@ class QueueKeys(msgspec.Struct, frozen=True):
             self.relayed: "zset",
             self.cancelled: "zset",
             self.crons: "hash",
+            self.muted: "hash",
             self.schedules: "zset",
             self.definitions: "hash",
             self.ticked: "hash",
@@ -125,6 +126,11 @@ class QueueKeys(msgspec.Struct, frozen=True):
     def crons(self) -> str:
         """Hash: schedule to the ms of its last tick."""
         return f"{self.base}:cron"
+
+    @property
+    def muted(self) -> str:
+        """Hash: group of dead letters that is muted, to by whom and when."""
+        return f"{self.base}:muted"
 
     @property
     def schedules(self) -> str:

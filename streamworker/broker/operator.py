@@ -41,10 +41,26 @@ from streamworker.broker.schedules import RedisSchedules
 from streamworker.broker.settle import ClaimSettlement, StreamSettlement, settle
 from streamworker.codec import NOTHING
 from streamworker.errors import ConfigurationError, InvalidJob, StreamworkerError
-from streamworker.job import HELD, Claim, Dead, Depth, Drop, KeyUse, Progress, ReleaseAt, Settled, Verdict, read
+from streamworker.job import (
+    ERROR_BYTES,
+    HELD,
+    Claim,
+    Dead,
+    DeadError,
+    Depth,
+    Drop,
+    KeyUse,
+    Progress,
+    ReleaseAt,
+    Settled,
+    Verdict,
+    read,
+)  # fmt: skip
 
 Freed: TypeAlias = Callable[[str, Sequence[str]], Awaitable[None]]
 """Called with a queue and the ids of jobs that an operator ended: a ledger stores deduplication keys too."""
+ERRORS: Final = 1000
+"""Dead letters whose errors one script call reads."""
 PURGE_BATCH: Final = 1000
 """Most jobs that one script call deletes."""
 
@@ -219,6 +235,22 @@ class RedisOperator(ABC):
 
     async def dead(self, queue: str, after: str = "", *, only: str | None = None) -> Page[StoredJob]:
         return await listings.dead(self._session, self._key(queue), after, only)
+
+    async def errors(self, queue: str, after: str = "", *, ids: bool = False) -> list[DeadError]:
+        args = [after, ERRORS, ERROR_BYTES, int(ids)]
+        flat = [text(each) for each in await self._session.run(scripts.DEAD_ERRORS, [self._key(queue).dead], args)]
+        if ids:
+            return [DeadError(handle) for handle in flat]
+        return [DeadError(*flat[start : start + 4]) for start in range(0, len(flat), 4)]
+
+    async def muted(self, queue: str) -> dict[str, str]:
+        found = await self._session.ask("HGETALL", self._key(queue).muted)
+        pairs = found.items() if isinstance(found, dict) else zip(found[::2], found[1::2], strict=True)
+        return {text(group): text(note) for group, note in pairs}
+
+    async def mute(self, queue: str, group: str, note: str) -> bool:
+        command = ["HSETNX", self._key(queue).muted, group, note] if note else ["HDEL", self._key(queue).muted, group]
+        return bool(await self._session.ask(*command))
 
     async def replay(self, job: StoredJob) -> bool:
         keys = self._key(job.queue)

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Final
 
 from cyclopts import App, Parameter
 from cyclopts.validators import Number
 
-from streamworker.broker import StoredJob
-from streamworker.cli.options import ACTION, LISTING, SERVER, ActionFlags, Listing, QueueName, ServerFlags
-from streamworker.cli.output import Column
+from streamworker.broker import Operator, StoredJob
+from streamworker.cli import streams
+from streamworker.cli.options import (
+    ACTION,
+    LISTING,
+    SERVER,
+    ActionFlags,
+    Listing,
+    QueueName,
+    ServerFlags,
+    fleet,
+    operate,
+    operator_name,
+)  # fmt: skip
+from streamworker.cli.output import Column, plain, show
 from streamworker.cli.resource import Choice, Conditions, Resource
+from streamworker.errors import UsageError
+from streamworker.redact import printable
+from streamworker.views.groups import DeadGroup, DeadGroups
 from streamworker.views.listing import DEAD
-from streamworker.views.rows import DeadRow, age, dead_row
+from streamworker.views.rows import DeadRow, age, dead_row, moment
 
 dead = App(name="dead", help="Jobs that failed for good, and why.")
 
@@ -46,11 +62,13 @@ class DeadConditions(Conditions):
     Attributes:
         kind: Of this kind.
         reason: With this text in their reason.
+        group: Of this group, as `dead groups` names it.
         text: With this text, in upper or lower case, in id, kind, reason or error.
     """
 
     kind: str | None = None
     reason: str | None = None
+    group: str | None = None
     text: Annotated[str | None, Parameter(name="--search")] = None
 
 
@@ -111,3 +129,87 @@ def drop(*ids: str, which: DeadChoice = WHICH, acting: ActionFlags = ACTION, ser
         ids: Entry ids or job ids.
     """
     return _DEAD.change(("drop", "dropped"), which.chosen(ids, "drop"), acting, server, lambda it: it.erase)
+
+
+_GROUPS: Final[list[Column[DeadGroup]]] = [
+    Column("group", lambda row: row.group),
+    Column("queue", lambda row: row.queue, short=12),
+    Column("kind", lambda row: row.kind or "?", short=20),
+    Column("count", lambda row: f"{row.count:,}", right=True),
+    Column("first", lambda row: moment(row.first_s * 1000), wide=True),
+    Column("last", lambda row: moment(row.last_s * 1000)),
+    Column("muted", lambda row: row.muted and "muted"),
+    Column("sample", lambda row: row.sample, wide=True),
+    Column("error", lambda row: row.error, rest=True),
+]
+
+
+@dead.command
+def groups(queue: QueueName = None, *, listing: Listing = LISTING, server: ServerFlags = SERVER) -> int:
+    """List the errors of dead letters: those of a kind that failed alike are one group. The last to fail is first.
+
+    Errors are alike if type and message are, but for ids, numbers, addresses and quoted text. `dead retry --group ID`
+    and `dead drop --group ID` act on all of a group.
+
+    Args:
+        queue: Only of this queue.
+    """
+
+    async def work(operator: Operator) -> int:
+        index = DeadGroups(operator)
+
+        async def rows() -> AsyncIterator[tuple[DeadGroup, None]]:
+            names = [queue] if queue is not None else await operator.queues()
+            for depth in await operator.depth(names):
+                await index.update(depth.queue, depth.dead)
+            for group in index.of():
+                yield group, None
+
+        return await show(
+            listing, rows, _GROUPS, title="groups of dead letters", json=_group, fleet=fleet(operator, listing, queue)
+        )
+
+    return operate(server, work, endless=listing.watch)
+
+
+def _group(row: DeadGroup) -> dict[str, Any]:
+    facts = plain(row)
+    first, last = (moment(facts.pop(name) * 1000) for name in ("first_s", "last_s"))
+    return {**facts, "first_seen": first, "last_seen": last}
+
+
+@dead.command
+def mute(group: str, /, *, server: ServerFlags = SERVER) -> int:
+    """Mute a group of dead letters: it needs no attention. Its letters stay.
+
+    Args:
+        group: As `dead groups` names it.
+    """
+    return _mute(group, server, lambda at: f"by {operator_name()} at {moment(at * 1000)}")
+
+
+@dead.command
+def unmute(group: str, /, *, server: ServerFlags = SERVER) -> int:
+    """Let a muted group of dead letters need attention again.
+
+    Args:
+        group: As `dead groups` names it.
+    """
+    return _mute(group, server, lambda _: "")
+
+
+def _mute(group: str, server: ServerFlags, note: Callable[[float], str]) -> int:
+    async def work(operator: Operator) -> int:
+        index = DeadGroups(operator)
+        for depth in await operator.depth(await operator.queues()):
+            await index.update(depth.queue, depth.dead)
+        found = next((each for each in index.of() if each.group == group), None)
+        if found is None:
+            raise UsageError(f"there is no group {printable(group)}: `streamworker dead groups` lists them")
+        word = note(await operator.now())
+        changed = await operator.mute(found.queue, group, word)
+        said = "muted" if word else "not muted any more"
+        streams.write(f"{group} is {said if changed else f'{said} (as before)'}\n")
+        return 0
+
+    return operate(server, work)

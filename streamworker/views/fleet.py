@@ -10,6 +10,7 @@ from typing import Final, Literal, TypeAlias
 import msgspec
 
 from streamworker.broker import Operator
+from streamworker.views.groups import DeadGroup, DeadGroups
 from streamworker.views.listing import Pace, overview
 from streamworker.views.rows import QueueRow, SpinningRow, WorkerRow, age, worker_row
 
@@ -26,6 +27,7 @@ class Look(msgspec.Struct, frozen=True):
         workers: the living first.
         notices: what needs attention, worst first.
         total: all queues together.
+        groups: dead letters that failed alike, as far as they were read.
         refusal: why the server refuses writes; ``None`` if it takes them.
         silent: heartbeats cannot be written, or could not be within the last lease: a worker without one may live.
     """
@@ -37,6 +39,7 @@ class Look(msgspec.Struct, frozen=True):
     total: Point
     refusal: str | None = None
     silent: bool = False
+    groups: list[DeadGroup] = []
 
     @property
     def rates(self) -> dict[str, float | None]:
@@ -67,6 +70,7 @@ class Fleet:
         self._idle: list[WorkerRow] = []
         self._refused_at = float("-inf")
         self.history: Final = History()
+        self.groups: Final = DeadGroups(operator)
 
     async def look(self) -> Look:
         """Look.
@@ -90,9 +94,13 @@ class Fleet:
             self._refused_at = now
         silent = now - self._refused_at < self._lease
         notices = attention([row for row, _ in rated], workers, stuck, died, silent=silent)
+        for row, _ in rated:
+            await self.groups.update(row.queue, row.dead, GROUPS)
+        groups = self.groups.of([row.queue for row, _ in rated])
+        notices += [notice_of(group, at) for group in groups if group.is_new(at)]
         if refusal is not None:
             notices = [Notice("bad", "queues", refusal), *notices]
-        return Look(at, rated, workers, notices, total, refusal, silent)
+        return Look(at, rated, workers, notices, total, refusal, silent, groups)
 
     async def _workers(self, at: float, walk: bool) -> list[WorkerRow]:
         """Those that hold a name are looked at each time; the others are found by walking over the key space."""
@@ -152,7 +160,7 @@ class Notice(msgspec.Struct, frozen=True):
     """
 
     severity: Severity
-    place: Literal["queues", "pending", "dead", "workers"]
+    place: Literal["queues", "pending", "dead", "groups", "workers"]
     sentence: str
     queue: str | None = None
     worker: str | None = None
@@ -237,6 +245,17 @@ def _of_queue(row: QueueRow, *, served: bool, stuck: Stuck | None, died: int) ->
         severity: Severity = "bad" if waited > VERY_LATE else "warn"
         found.append(Notice(severity, "queues", f"{name}: the oldest ready job waits for {age(waited)}", name))
     return found
+
+
+GROUPS: Final = 0.2
+"""Seconds of one look for the dead letters of a queue; the next look goes on."""
+
+
+def notice_of(group: DeadGroup, now: float) -> Notice:
+    """A group of dead letters that is new."""
+    jobs = f"{group.count:,} dead letter{'' if group.count == 1 else 's'}"
+    what = f"{jobs} of {group.kind or 'no kind'}: {group.error}"
+    return Notice("bad", "groups", f"{group.queue}: a new error since {age(now - group.first_s)}, {what}", group.queue)
 
 
 POINTS: Final = 900

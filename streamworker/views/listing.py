@@ -13,6 +13,7 @@ from typing_extensions import TypeVar
 
 from streamworker.broker import Operator, Page, PendingEntry, StoredJob
 from streamworker.errors import StreamworkerError, UsageError
+from streamworker.views.groups import group_of
 from streamworker.views.rows import QueueRow, queue_row
 
 T = TypeVar("T")
@@ -48,6 +49,7 @@ class Selection(msgspec.Struct, frozen=True, kw_only=True):
         min_idle: not renewed for this many seconds.
         kind: of this kind.
         reason: dead for a reason that contains this text.
+        group: dead letters of this group (`streamworker.views.groups`).
         text: this text is in id, kind, reason or error, in upper or lower case.
     """
 
@@ -57,6 +59,7 @@ class Selection(msgspec.Struct, frozen=True, kw_only=True):
     min_idle: float = 0.0
     kind: str | None = None
     reason: str | None = None
+    group: str | None = None
     text: str | None = None
 
     @property
@@ -74,6 +77,8 @@ class Selection(msgspec.Struct, frozen=True, kw_only=True):
             return False
         reason, error = job.details.get("reason", ""), job.details.get("error", "")
         if self.reason is not None and self.reason not in reason:
+            return False
+        if self.group is not None and self.group != group_of(job.queue, job.kind or "", error, reason):
             return False
         if self.text is None:
             return True

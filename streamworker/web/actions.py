@@ -52,6 +52,7 @@ async def do(request: Request) -> Response:
             "worker": form.text("worker"),
             "id": form.text("id"),
             "schedule": form.text("name"),
+            "group": form.text("group"),
             "rows": rows or None,
         }
         facts = {name: value for name, value in named.items() if value is not None}
@@ -197,6 +198,17 @@ async def _dismiss(request: Request, _: Operator, form: Form) -> dict[str, Any]:
     return {"message": ""}
 
 
+async def _mute(request: Request, operator: Operator, form: Form) -> dict[str, Any]:
+    queue, group = _queue(form), form.must("group")
+    changed = await operator.mute(queue, group, f"by {who(request)} at {moment(await operator.now() * 1000)}")
+    return {"message": f"{group} is muted" if changed else f"{group} was muted already"}
+
+
+async def _unmute(_: Request, operator: Operator, form: Form) -> dict[str, Any]:
+    changed = await operator.mute(_queue(form), form.must("group"), "")
+    return {"message": f"{form.must('group')} {'needs attention again' if changed else 'was not muted'}"}
+
+
 async def _schedule_pause(request: Request, _: Operator, form: Form) -> dict[str, Any]:
     name = form.must("name")
     changed = await (await schedules_of(request)).pause(name, by=who(request))
@@ -251,6 +263,8 @@ _ACTIONS: Final[dict[str, Callable[[Request, Operator, Form], Awaitable[dict[str
     "again": _again,
     "stop": _stop,
     "dismiss": _dismiss,
+    "mute": _mute,
+    "unmute": _unmute,
     "schedule-pause": _schedule_pause,
     "schedule-resume": _schedule_resume,
     "schedule-run": _schedule_run,

@@ -106,6 +106,7 @@ class Form:
             min_idle=self.number("idle") or 0.0,
             kind=self.text("kind"),
             reason=self.text("reason"),
+            group=self.text("group"),
             text=self.text("search"),
         )
 

@@ -91,6 +91,22 @@ async def dead(request: Request) -> Response:
     return await _listing(request, "Dead letters", DEAD, row)
 
 
+async def groups(request: Request) -> Response:
+    """Dead letters that failed alike."""
+    monitor, wanted = monitor_of(request), query(request).queue()
+    look = await monitor.looked()
+    counts = {row.queue: row.dead for row, _ in look.queues if row.dead and wanted in (None, row.queue)}
+    whole = True
+    if monitor.fleet is not None:
+        for name, dead in counts.items():
+            whole = await monitor.fleet.groups.update(name, dead, BUDGET) and whole
+    found = monitor.fleet.groups.of(list(counts)) if monitor.fleet is not None else []
+    return render(
+        request, "groups.html", title="Errors", groups=found[:GROUPS], more=len(found) - GROUPS, whole=whole,
+        queue=wanted, queues=names(look), read=sum(group.count for group in found), total=sum(counts.values()),
+    )  # fmt: skip
+
+
 async def delayed(request: Request) -> Response:
     """Delayed jobs."""
 
@@ -116,6 +132,8 @@ async def workers(request: Request) -> Response:
     )
 
 
+GROUPS: Final = 200
+"""Groups of dead letters that are shown at most."""
 SCHEDULES: Final = 500
 """Schedules that are shown at most."""
 

@@ -62,6 +62,7 @@ class Site:
             Route("/queue", pages.queue, name="queue"),
             Route("/pending", pages.pending, name="pending"),
             Route("/dead", pages.dead, name="dead"),
+            Route("/groups", pages.groups, name="groups"),
             Route("/delayed", pages.delayed, name="delayed"),
             Route("/workers", pages.workers, name="workers"),
             Route("/cron", pages.cron, name="cron"),

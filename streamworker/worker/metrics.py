@@ -17,7 +17,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
-from streamworker.broker import Connected, Queues
+from streamworker.broker import Connected, Operator
 from streamworker.job import Depth, Expire, RetryAt, Settled
 from streamworker.observe import JobRun, Observer, Settlement
 from streamworker.redact import redact
@@ -25,6 +25,7 @@ from streamworker.settings import Settings
 from streamworker.telemetry.exposition import CONTENT_TYPE, Family, Histogram, Numbers, render
 from streamworker.telemetry.http import Answer
 from streamworker.telemetry.logs import get_logger
+from streamworker.views.groups import DeadGroups
 from streamworker.worker.host import WorkerHost
 from streamworker.worker.inflight import InFlight
 from streamworker.worker.lease import LeaseKeeper, rss_bytes
@@ -83,6 +84,12 @@ LOAD: Final = Family(
     "streamworker_queue_load_jobs", "gauge", "Running jobs, and ready ones unless the queue is paused.", ("queue",)
 )
 DELAYED: Final = Family("streamworker_queue_delayed_jobs", "gauge", "Jobs parked until later, and retries.", ("queue",))
+ERRORS: Final = Family(
+    "streamworker_queue_dead_groups", "gauge", "Errors that dead letters have, muted ones aside.", ("queue",)
+)
+NEW_ERRORS: Final = Family(
+    "streamworker_queue_dead_groups_new", "gauge", "Those whose first letter died within the hour.", ("queue",)
+)
 LETTERS: Final = Family("streamworker_queue_dead_letters", "gauge", "Dead letters that lie there.", ("queue",))
 OLDEST: Final = Family(
     "streamworker_queue_oldest_ready_seconds", "gauge", "Age of the oldest ready job; 0 when none waits.", ("queue",)
@@ -95,7 +102,7 @@ STARTED: Final = Family("process_start_time_seconds", "gauge", "Start time of th
 BUILD: Final = Family("streamworker_build_info", "gauge", "Always 1.", ("version", "mode"))
 
 OF_JOBS: Final = (JOBS, RETRIES, EXPIRED, DEAD, DURATION, WAIT, BATCH, SETTLE)
-OF_QUEUES: Final = (READY, HELD, WAITING, LOAD, DELAYED, LETTERS, OLDEST, PAUSED)
+OF_QUEUES: Final = (READY, HELD, WAITING, LOAD, DELAYED, LETTERS, OLDEST, PAUSED, ERRORS, NEW_ERRORS)
 FAMILIES: Final = (
     *OF_JOBS, RUNNING, SLOTS, LOST, RECLAIMED, SKIPPED, RELEASED, LAG, RECONNECTS, *OF_QUEUES, UP, WRITABLE,
     MEMORY, STARTED, BUILD,
@@ -186,6 +193,8 @@ def of_queues(depths: list[Depth]) -> list[tuple[Family, Numbers]]:
 
 FRESH: Final = 5.0
 """Seconds for which depths are answered again without a request."""
+DEAD_BUDGET: Final = 0.3
+"""Seconds of a scrape in which the dead letters of a queue are read; the next scrape goes on."""
 PATIENCE: Final = 2.0
 """Seconds a scrape waits for depths; then it goes without them."""
 
@@ -245,7 +254,7 @@ class QueueDepths:
             self._looked_at = monotonic()
             self._answered.set()
 
-    async def _ask(self, operator: Queues) -> None:
+    async def _ask(self, operator: Operator) -> None:
         names = sorted({*self._queues, *await operator.queues()}) if self._all_queues else self._queues
         self._depths = await operator.depth(names)
         refusal = await operator.refusal(names)
@@ -282,6 +291,7 @@ class MetricsEndpoint(QueueDepths):
         self._in_flight: InFlight | None = None
         self._lease: LeaseKeeper | None = None
         self._broker: Connected | None = None
+        self._groups: DeadGroups | None = None
         self.observer: Final = Metrics()
 
     def watch(self, in_flight: InFlight, lease: LeaseKeeper, broker: Connected) -> None:
@@ -291,8 +301,25 @@ class MetricsEndpoint(QueueDepths):
     async def answer(self) -> Answer:
         """One scrape."""
         depths = await self.read()
-        families = [*self.observer.numbers(), *self._of_worker(), *of_queues(depths)]
+        families = [*self.observer.numbers(), *self._of_worker(), *of_queues(depths), *self._of_groups(depths)]
         return Answer(200, render(families), CONTENT_TYPE)
+
+    async def _ask(self, operator: Operator) -> None:
+        await super()._ask(operator)
+        if self._groups is None or self._groups.reader is not operator:
+            self._groups = DeadGroups(operator)
+        for depth in self._depths:
+            await self._groups.update(depth.queue, depth.dead, DEAD_BUDGET)
+
+    def _of_groups(self, depths: list[Depth]) -> list[tuple[Family, Numbers]]:
+        """How many errors dead letters have that need attention."""
+        groups, now = self._groups.of() if self._groups is not None else [], time.time()
+        alert = Counter(group.queue for group in groups if not group.muted)
+        new = Counter(group.queue for group in groups if group.is_new(now))
+        return [
+            (ERRORS, {(depth.queue,): alert[depth.queue] for depth in depths}),
+            (NEW_ERRORS, {(depth.queue,): new[depth.queue] for depth in depths}),
+        ]
 
     def _of_worker(self) -> list[tuple[Family, Numbers]]:
         mode = self._settings.mode

@@ -10,11 +10,11 @@ from typing import Final
 import anyio
 
 from streamworker import codec
-from streamworker.broker import Broker, CronStore, CronTick, ScheduleStore
+from streamworker.broker import Broker, CronStore, ScheduleStore
 from streamworker.cron import Schedule
 from streamworker.cron.stored import stored_schedule
 from streamworker.errors import StreamworkerError
-from streamworker.job import Job, ScheduleEntry, ScheduleTick
+from streamworker.job import CronTick, Job, ScheduleEntry, ScheduleTick
 from streamworker.loops import Pause
 from streamworker.settings import Settings
 from streamworker.telemetry.logs import get_logger

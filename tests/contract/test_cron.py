@@ -12,8 +12,8 @@ import anyio
 import pytest
 
 from streamworker import App, Context, Payload, QueueWorker, Settings
-from streamworker.broker import CronTick, CronTickResult
 from streamworker.cron import Schedule, schedule
+from streamworker.job import CronTick, CronTickResult
 from streamworker.worker.scheduler import CronLoop
 from tests.conftest import eventually
 from tests.contract.helpers import names, one

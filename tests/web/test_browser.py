@@ -248,7 +248,7 @@ def test_every_page_can_be_read_and_shows_all_its_columns(served, width, dark):
     served.page.size(width, 900, dark=dark)
     served.open("/")
     served.page.until("!!document.querySelector('#q-q .bad')")  # it has looked since
-    for path in ("/", "/pending", "/dead", "/delayed", "/workers", "/queue?queue=q", "/cron", "/jobs",
+    for path in ("/", "/pending", "/dead", "/delayed", "/workers", "/queue?queue=q", "/cron", "/groups", "/jobs",
                  "/jobs?id=job-0",
                  f"/show?place=dead&queue=q&id={ids[0]}"):  # fmt: skip
         served.open(path)

@@ -110,3 +110,53 @@ def test_check_names_schedules_that_nothing_can_run(sw, by):
     found = sw("check", "jobs:app", "--json").rows
     assert any(each["subject"] == "schedules" and "odd (strange)" in each["sentence"] for each in found)
     assert sw("cron", "pause", "nothing").sentence == "there is no schedule 'nothing' kept as data"
+
+
+def died(raw: Any, count: int, error: str, queue: str = "notes", kind: str = "note.write") -> None:
+    pipe = raw.pipeline(transaction=False)
+    for n in range(count):
+        trace = 'Traceback (most recent call last):\n  File "x.py", line 3, in f\n' + error.replace("#", str(1000 + n))
+        job = json.dumps({"id": f"{kind}-{n}", "kind": kind, "payload": {"text": "x"}})
+        pipe.xadd(f"stream:{{{queue}}}:dead", {"job": job, "id": f"{kind}-{n}", "kind": kind, "level": "normal",
+                                               "reason": "raised", "error": trace, "attempts": "3"})  # fmt: skip
+    pipe.execute()
+
+
+@pytest.mark.parametrize("by", BY)
+async def test_which_error_is_new(sw, ground, raw, by, page):
+    """An old one with many letters, and a new one with three: replay the new one's, mute the old one."""
+    died(raw, 120, "KeyError: 'customer #'")
+    died(raw, 3, "shop.errors.PrinterOnFire: printer # at 10.0.0.7:9100 burns")
+    if by == "web":
+        page.open("/")
+        page.page.until("document.querySelector('.notices')?.innerText.includes('a new error')")
+        page.open("/groups")
+        text = page.page.value("document.querySelector('tbody').innerText")
+        assert "PrinterOnFire: printer <n> at <n> burns" in text
+        assert "120" in text
+        page.page.click("tbody tr:has(a[title*=Printer]) [data-what=replay]")
+        page.yes()
+        eventually_blocking(lambda: ground.ready(queue="notes") == 3, 15)
+        page.open("/groups")
+        page.page.click("[data-do=mute]")
+        said(page, "is muted")
+        page.page.until("!!document.querySelector('[data-do=unmute]')")
+        page.page.click("[data-what=erase]")
+        page.yes()
+        eventually_blocking(lambda: raw.xlen("stream:{notes}:dead") == 0, 15)
+    else:
+        new, old = sorted(sw.ok("dead", "groups", "--json").rows, key=lambda row: row["count"])
+        assert (new["count"], new["kind"], old["count"]) == (3, "note.write", 120)
+        assert new["error"].startswith("shop.errors.PrinterOnFire: printer <n> at <n> burns")
+        assert old["error"] == "KeyError: <text>"
+        assert "PrinterOnFire: printer 1002" in new["traceback"]
+        assert new["first_seen"] <= new["last_seen"]
+        assert len(sw.ok("dead", "list", "--group", new["group"], "--json").rows) == 3
+        assert "retried 3" in sw.ok("dead", "retry", "--group", new["group"], "--yes").stdout
+        assert "is muted" in sw.ok("dead", "mute", old["group"]).stdout
+        (row,) = sw.ok("dead", "groups", "--json").rows
+        assert row["muted"].startswith("by ")
+        sw.ok("dead", "unmute", old["group"])
+        sw.ok("dead", "drop", "--group", old["group"], "--yes")
+        assert sw("dead", "mute", "nothing").returncode == 2
+    assert (ground.ready(queue="notes"), raw.xlen("stream:{notes}:dead")) == (3, 0)

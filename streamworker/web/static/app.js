@@ -219,7 +219,7 @@
   async function act(button) {
     const listing = button.closest("[data-listing]");
     const form = new URLSearchParams();
-    for (const name of ["queue", "place", "worker", "what", "kind", "search", "reason", "idle", "id", "name"]) {
+    for (const name of ["queue", "place", "worker", "what", "kind", "search", "reason", "idle", "id", "name", "group"]) {
       if (button.dataset[name]) form.append(name, button.dataset[name]);
     }
     if ("rows" in button.dataset) {
