@@ -5,7 +5,6 @@
 roles it calls. `Operator` is what operators do to jobs by hand, by resource.
 """
 
-# ceiling: protocols and their values, read one by one; a role split off would be looked for here
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
