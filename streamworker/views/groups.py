@@ -18,7 +18,7 @@ from streamworker.job import ERROR_BYTES, DeadError
 from streamworker.redact import redact
 
 MOST: Final = 1000
-"""Groups of a queue that are told apart; the jobs of all further ones are one group."""
+"""Most groups of a queue; the jobs of all further ones are one group."""
 NEW: Final = 3600.0
 """Seconds for which a group counts as new."""
 LONGEST: Final = 200
