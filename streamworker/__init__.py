@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from streamworker.context import Context, ProcessContext
     from streamworker.encryption import Keys
     from streamworker.errors import Discard, Retry, Snooze, StreamworkerError
+    from streamworker.flow import Flow, chain, group
     from streamworker.handlers import Handlers, Payload
     from streamworker.job import Enqueued, Job
     from streamworker.policy import Backoff
@@ -23,6 +24,7 @@ __all__ = [
     "Context",
     "Discard",
     "Enqueued",
+    "Flow",
     "Handlers",
     "Job",
     "Keys",
@@ -33,6 +35,8 @@ __all__ = [
     "Settings",
     "Snooze",
     "StreamworkerError",
+    "chain",
+    "group",
 ]
 
 _HOMES = {
@@ -41,6 +45,7 @@ _HOMES = {
     "Context": "context",
     "Discard": "errors",
     "Enqueued": "job",
+    "Flow": "flow",
     "Handlers": "handlers",
     "Job": "job",
     "Keys": "encryption",
@@ -51,6 +56,8 @@ _HOMES = {
     "Settings": "settings",
     "Snooze": "errors",
     "StreamworkerError": "errors",
+    "chain": "flow",
+    "group": "flow",
 }
 
 

@@ -14,12 +14,15 @@ from typing_extensions import TypeVar, Unpack
 from streamworker import results, wiring
 from streamworker.bridge import Mover
 from streamworker.broker import Operator, ScheduleStorage, WorkerBroker
+from streamworker.context import Context
 from streamworker.cron import Calendar, Schedule
 from streamworker.cron.stored import Schedules
 from streamworker.encryption import PLAIN, Keys, Sealer
 from streamworker.errors import UsageError
+from streamworker.flow import Flow
 from streamworker.handlers import Handlers, check_queue, names_of
-from streamworker.job import Enqueued, Job
+from streamworker.job import Enqueued, FlowStarted, Job
+from streamworker.loops import at_once
 from streamworker.observe import Observer, Sender
 from streamworker.operators import CancelAnswer, cancel_job, database_of, open_operator, require_archive
 from streamworker.payload import AnyPayload
@@ -187,6 +190,36 @@ class App(Handlers[S], Calendar):
                 this process; else what `enqueue` raises. With ``connection`` neither matters: Redis is not asked.
         """
         return self._producer.enqueue_blocking(job_of(payload, **options), connection)
+
+    async def start(self, flow: Flow, /, *, connection: Any, inside: Context[Any] | None = None) -> FlowStarted:
+        """Start a flow in your transaction: it commits or vanishes with your rows. The app need not be open.
+
+        Args:
+            flow: a graph of jobs; also `chain` and `group`.
+            connection: as for `enqueue`.
+            inside: the context of a running node, inside its ``ctx.transaction()``, whose connection this is: the nodes
+                are added to its flow. They run when it is done, and what comes after it waits for them, too.
+
+        Raises:
+            UsageError: the flow is empty, too large, or has a cycle; or ``inside`` is no running node of this
+                transaction.
+            InvalidJob: a payload does not fit its own type, or cannot be written as JSON.
+            JobTooLarge: a document exceeds ``STREAMWORKER_MAX_JOB_BYTES``.
+            ConfigurationError: the database of ``connection`` has no schema streamworker.
+        """
+        where = None if inside is None else (inside.job.queue, inside.job.id)
+        return await self._producer.start(flow.graph(), connection, where, blocking=False)
+
+    def start_blocking(self, flow: Flow, /, *, connection: Any, inside: Context[Any] | None = None) -> FlowStarted:
+        """`start` for sync code.
+
+        Args:
+            flow: a graph of jobs.
+            connection: as for `enqueue_blocking`.
+            inside: as for `start`; the transaction is one that blocks.
+        """
+        where = None if inside is None else (inside.job.queue, inside.job.id)
+        return at_once(self._producer.start(flow.graph(), connection, where, blocking=True))
 
     # -- jobs that were enqueued
 

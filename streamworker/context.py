@@ -35,7 +35,7 @@ from streamworker.postgres import (
     refusal,
     run_record,
 )
-from streamworker.results import Chunk, Emitter, packed
+from streamworker.results import Chunk, Emitter, Parents, packed
 from streamworker.telemetry.logs import get_logger
 
 MAX_NOTE: Final = 200
@@ -360,6 +360,15 @@ class Context(Generic[S_co]):
     def effect(self) -> Effect | None:
         """The state of this run's transaction; ``None`` without one."""
         return None if self._transaction is None else self._transaction.effect
+
+    @property
+    def parents(self) -> Parents:
+        """The results of the nodes before this one in its flow (docs/workflows.md); a job in no flow has none.
+
+        Raises:
+            ConfigurationError: this worker has no ledger.
+        """
+        return Parents(self._book("parents").parents(self._record()), self._shared.sealer)
 
     # -- steps
 

@@ -4,6 +4,7 @@ Frozen, without behaviour. ``app.enqueue`` makes a `PackedJob`, the broker deliv
 into an `Outcome`, ``policy.judge`` turns that into a `Verdict`, and the broker settles (claim, verdict).
 Times are seconds since the epoch; only the brokers know milliseconds.
 """
+# ceiling: values without behaviour, read one by one; one split off would be looked for here
 
 from __future__ import annotations
 
@@ -87,6 +88,115 @@ class Enqueued(msgspec.Struct, frozen=True):
     id: str
     new: bool
     replaced: str | None = None
+
+
+When: TypeAlias = Literal["ok", "failed", "always"]
+"""The end of a node after which another one of its flow runs."""
+WHENS: tuple[When, ...] = ("ok", "failed", "always")
+IfFailed: TypeAlias = Literal["fail", "skip", "hold"]
+"""What the failure of a node means to the nodes after it that wait for its success."""
+IF_FAILED: tuple[IfFailed, ...] = ("fail", "skip", "hold")
+NodeState: TypeAlias = Literal["blocked", "queued", "running", "retrying", "ok", "failed", "held", "skipped"]
+
+
+class FlowNode(msgspec.Struct, frozen=True):
+    """A node of a `FlowGraph`.
+
+    Attributes:
+        name: within the flow.
+        job: its job; ``None``: the gate of a flow, which ends when all of that has ended.
+        gate: place of the gate of the flow that it is part of; ``None``: the gate of the whole.
+        if_failed: what its failure means to those after it.
+    """
+
+    name: str
+    job: Job | None
+    gate: int | None
+    if_failed: IfFailed = "fail"
+
+
+class FlowGraph(msgspec.Struct, frozen=True):
+    """A flow as it is stored: nodes, the gate of the whole first, and (place, place of one before it, condition).
+
+    Attributes:
+        id: of the flow.
+        name: of the flow.
+        key: of the flows of this name with this key, one runs or has run.
+        nodes: the nodes.
+        edges: the edges; the condition ``end`` leads to a gate.
+    """
+
+    id: str
+    name: str
+    key: str | None
+    nodes: list[FlowNode]
+    edges: list[tuple[int, int, str]]
+
+
+class FlowStarted(msgspec.Struct, frozen=True):
+    """The answer to the start of a flow.
+
+    Attributes:
+        id: the flow's id; with a key that was used before, the earlier flow's.
+        new: False when it was used before and nothing was added.
+    """
+
+    id: str
+    new: bool
+
+
+class FlowRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A flow as the ledger remembers it.
+
+    Attributes:
+        id: the flow's id.
+        name: its name.
+        key: its key, if it has one.
+        status: running, completed, failed or cancelled.
+        created_at: when it was started.
+        finished_at: when its last node ended.
+        nodes: how many jobs it has, by their `NodeState`.
+    """
+
+    id: str
+    name: str
+    key: str | None
+    status: Literal["running", "completed", "failed", "cancelled"]
+    created_at: datetime
+    finished_at: datetime | None
+    nodes: dict[str, int]
+
+
+class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A node of a flow as the ledger remembers it.
+
+    Attributes:
+        number: in the ledger.
+        name: within the flow.
+        state: of the node.
+        gate: number of the gate of the flow that it is part of; ``None``: it is the gate of the whole.
+        after: the nodes before it, each with its condition.
+        job_id: of its job; ``None``: a gate.
+        queue: of its job.
+        kind: of its job.
+        attempts: failed ones.
+        started_at: when its last run began.
+        finished_at: when it ended.
+        error: what went wrong last.
+    """
+
+    number: int
+    name: str
+    state: NodeState
+    gate: int | None
+    after: list[tuple[int, str]]
+    job_id: str | None
+    queue: str | None
+    kind: str
+    attempts: int
+    started_at: datetime | None
+    finished_at: datetime | None
+    error: str | None
 
 
 class Held(msgspec.Struct, frozen=True):

@@ -27,7 +27,7 @@ log = get_logger("streamworker.ledger")
 
 CancelAnswer: TypeAlias = Literal["cancelled", "asked", "ended"]
 """What `App.cancel` answers."""
-NEVER_SENT: Final = ("queued", "waiting")
+NEVER_SENT: Final = ("blocked", "queued", "waiting")
 """The statuses of jobs that are in the ledger alone."""
 
 

@@ -22,7 +22,7 @@ from streamworker.codec import reserved_in
 from streamworker.encryption import Keys
 from streamworker.errors import LONGEST_WAIT, InvalidJob, UsageError
 from streamworker.handlers import check_queue
-from streamworker.job import UNTIL, Enqueued, Job, Until
+from streamworker.job import UNTIL, Enqueued, FlowGraph, FlowStarted, Job, Until
 from streamworker.loops import at_once
 from streamworker.observe import Sender
 from streamworker.payload import ROOTS, AnyPayload, fit_of, infinity_in, is_payload_class, line_keys
@@ -55,6 +55,11 @@ class Outlet(Protocol):
 
     async def find_waiting(self, job: Job, settings: Settings) -> Enqueued | None:
         """The answer for a job whose deduplication key belongs to one that waits in the ledger, if there is one."""
+
+    async def start(
+        self, connection: Any, graph: FlowGraph, inside: tuple[str, str] | None, *, blocking: bool
+    ) -> FlowStarted:
+        """Write a flow in the caller's transaction; a caller that blocks calls it with `loops.at_once`."""
 
     def elsewhere(self) -> AbstractAsyncContextManager[Outlet]:
         """The same servers, opened on another event loop."""
@@ -113,6 +118,19 @@ class Producer:
         if not answers:
             return list(published)
         return [answers.get(index) or next(published) for index in range(len(packed) + len(answers))]
+
+    async def start(
+        self, graph: FlowGraph, connection: Any, inside: tuple[str, str] | None, *, blocking: bool
+    ) -> FlowStarted:
+        """Write a flow in the caller's transaction, as `App.start` says."""
+        with ExitStack() as stack:
+            if self._senders:
+                jobs = iter(self._seen_off(stack, [node.job for node in graph.nodes if node.job is not None]))
+                nodes = [
+                    node if node.job is None else msgspec.structs.replace(node, job=next(jobs)) for node in graph.nodes
+                ]
+                graph = msgspec.structs.replace(graph, nodes=nodes)
+            return await self._outlet.start(connection, graph, inside, blocking=blocking)
 
     def enqueue_blocking(self, job: Job, connection: Any = None) -> Enqueued:
         """Publish one job from sync code, on a loop of the producer's own; or add it to the caller's transaction."""

@@ -10,16 +10,27 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from time import monotonic
-from typing import Any, Final, Literal, Protocol, TypeAlias
+from typing import Any, Final, Literal, Protocol, TypeAlias, TypeVar, overload
 
 import msgspec
 
-from streamworker.encryption import FIELD, is_sealed
-from streamworker.errors import JobCancelled, JobDead, JobExpired, NoKey, ResultNotKept, ResultTimeout, UsageError
+from streamworker.encryption import FIELD, Sealer, is_sealed
+from streamworker.errors import (
+    InvalidJob,
+    JobCancelled,
+    JobDead,
+    JobExpired,
+    NoKey,
+    ResultNotKept,
+    ResultTimeout,
+    UsageError,
+)
 from streamworker.job import Claim, Settled
 from streamworker.payload import infinity_in
-from streamworker.postgres import Archive
+from streamworker.postgres import Archive, ParentSource
 from streamworker.redact import describe
+
+T = TypeVar("T")
 
 MAX_RESULT: Final = 262_144
 """Bytes of the largest result that is kept."""
@@ -173,6 +184,72 @@ def _value(note: JobEnd, job_id: str) -> Any:
     if type(result) is dict and FIELD in result:
         raise NoKey(f"the result of the job {job_id} is sealed: give this app the keys, App(encryption=Keys(...))")
     return result
+
+
+# -- of the nodes before a node of a flow
+class Parents:
+    """The results of the nodes before this one in its flow: ``ctx.parents``. Read when asked for, once per call.
+
+    Args:
+        source: of the running job.
+        sealer: opens results that are sealed.
+    """
+
+    def __init__(self, source: ParentSource, sealer: Sealer) -> None:
+        self._source = source
+        self._sealer = sealer
+
+    @overload
+    async def results(self, type_: type[T], /) -> dict[str, T]: ...
+    @overload
+    async def results(self, type_: Any = ..., /) -> dict[str, Any]: ...
+    async def results(self, type_: Any = Any, /) -> dict[str, Any]:
+        """What the nodes before this one returned, by their names; those that failed or never ran are not there.
+
+        Args:
+            type_: of each value, which is made of its JSON; without one: dicts, lists, texts, numbers.
+
+        Raises:
+            InvalidJob: a result is not of that type.
+            Unreachable: PostgreSQL does not answer.
+        """
+        return {name: self._typed(name, job_id, text, type_) for name, job_id, text in await self._source.read()}
+
+    @overload
+    async def result(self, name: str, type_: type[T], /) -> T: ...
+    @overload
+    async def result(self, name: str, type_: Any = ..., /) -> Any: ...
+    async def result(self, name: str, type_: Any = Any, /) -> Any:
+        """What one node before this one returned.
+
+        Args:
+            name: of the node, as `Flow.add` gave it.
+            type_: of the value.
+
+        Raises:
+            ResultNotKept: no node of that name comes right before this one, or it was not completed.
+            InvalidJob: the result is not of that type.
+            Unreachable: PostgreSQL does not answer.
+        """
+        found = {each: (job_id, text) for each, job_id, text in await self._source.read()}
+        if name not in found:
+            names = ", ".join(sorted(found)[:5]) or "none"
+            raise ResultNotKept(f"no node {name!r} was completed right before this one (there are: {names})", name)
+        return self._typed(name, *found[name], type_)
+
+    def results_blocking(self, type_: Any = Any, /) -> dict[str, Any]:
+        """`results` for sync handlers."""
+        return self._source.wait(self.results(type_))
+
+    def result_blocking(self, name: str, type_: Any = Any, /) -> Any:
+        """`result` for sync handlers."""
+        return self._source.wait(self.result(name, type_))
+
+    def _typed(self, name: str, job_id: str, text: str | None, type_: Any) -> Any:
+        try:
+            return msgspec.json.decode(self._sealer.opened_json("result", job_id, text or "null"), type=type_)
+        except (msgspec.MsgspecError, RecursionError) as error:
+            raise InvalidJob(f"the result of the node {name!r} is not what is asked for: {error}") from None
 
 
 # -- output

@@ -28,9 +28,9 @@ from streamworker.cron import Schedule
 from streamworker.encryption import Keys
 from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable, UsageError
 from streamworker.handlers import Handlers
-from streamworker.job import Enqueued, Job
+from streamworker.job import Enqueued, FlowGraph, FlowStarted, Job
 from streamworker.operators import broker_options, database_of, open_servers, require_archive
-from streamworker.postgres import Archive, enqueue
+from streamworker.postgres import Archive, enqueue, flow_graph
 from streamworker.postgres.adapters import connection_of
 from streamworker.postgres.archive import SCHEMA_LOOK, PostgresArchive, open_archive, schema_is_there
 from streamworker.postgres.ledger import PostgresLedger
@@ -537,6 +537,14 @@ class AppConnection:
         except Unreachable as error:  # what waits there is not sent to Redis while this job has the key
             log.warning("ledger_keys_unseen", queue=job.queue, job_id=job.id, error=str(error))
             return None
+
+    async def start(
+        self, connection: Any, graph: FlowGraph, inside: tuple[str, str] | None, *, blocking: bool
+    ) -> FlowStarted:
+        """Write a flow in the caller's PostgreSQL transaction; without suspending if the caller blocks."""
+        other = "await app.start(..., connection=...)" if blocking else "call app.start_blocking(..., connection=...)"
+        made = await connection_of(connection, blocking=blocking, instead=other)
+        return await flow_graph.start(made, graph, max_bytes=self.rules().max_job_bytes, inside=inside)
 
     @asynccontextmanager
     async def elsewhere(self) -> AsyncIterator[AppConnection]:

@@ -4,6 +4,7 @@ The rule of the ledger: ``completed``, ``cancelled`` and ``expired`` are final; 
 (hop, deliveries) are not below what is stored. A run is recorded before its claim is settled; settling follows the
 answer.
 """
+# ceiling: protocols and their values, read one by one; one split off would be looked for here
 
 from __future__ import annotations
 
@@ -25,7 +26,17 @@ T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 Status: TypeAlias = Literal[
-    "queued", "dispatching", "dispatched", "running", "retrying", "waiting", "completed", "dead", "cancelled", "expired"
+    "blocked",
+    "queued",
+    "dispatching",
+    "dispatched",
+    "running",
+    "retrying",
+    "waiting",
+    "completed",
+    "dead",
+    "cancelled",
+    "expired",
 ]
 JobKey: TypeAlias = tuple[str, str]
 """The key of a job in the ledger: its queue, and its id within the queue."""
@@ -301,6 +312,16 @@ class Steps(Protocol):
         """The result of a coroutine, in a handler's thread."""
 
 
+class ParentSource(Protocol):
+    """The nodes before a running node of a flow, as `results.Parents` reads them."""
+
+    async def read(self) -> Sequence[tuple[str, str, str | None]]:
+        """(name, job's id, result's JSON) of each node before this one that was completed; of a flow its last ones."""
+
+    def wait(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of a coroutine, in a handler's thread."""
+
+
 class Ledger(Protocol):
     """The ledger as one worker uses it. Every method raises `Unreachable` while no database answers."""
 
@@ -341,6 +362,13 @@ class Ledger(Protocol):
 
         Raises:
             UsageError: the connection is in no transaction, or blocks and must not, or the other way round.
+        """
+
+    def parents(self, run: RunRecord) -> ParentSource:
+        """The nodes before a job in its flow.
+
+        Args:
+            run: of the job.
         """
 
     def abandon(self) -> None:

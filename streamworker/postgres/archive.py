@@ -57,7 +57,8 @@ where step.job_id = $1 and step.queue_name = $2 order by step.position"""  # noq
 CANCEL: Final = """
 update streamworker.jobs
 set status = 'cancelled', finished_at = now(), updated_at = now(), waits_for = null
-where id = $1 and queue_name = $2 and status in ('queued', 'dispatching', 'dispatched', 'retrying', 'waiting')
+where id = $1 and queue_name = $2
+  and status in ('blocked', 'queued', 'dispatching', 'dispatched', 'retrying', 'waiting')
 returning id"""
 
 FREE_KEYS: Final = """
@@ -268,7 +269,8 @@ SCHEMA_LOOK: Final = """
 select to_regclass('streamworker.jobs') is not null as any, exists (
   select from pg_attribute
   where attrelid = to_regclass('streamworker.job_keys') and attname = 'held' and not attisdropped
-) and to_regclass('streamworker.job_signals') is not null as all, current_setting('server_encoding') as encoding"""
+) and to_regclass('streamworker.job_signals') is not null
+  and to_regclass('streamworker.flow_checks') is not null as all, current_setting('server_encoding') as encoding"""
 
 
 @overload

@@ -125,7 +125,7 @@ async def enqueue(connection: SqlConnection, jobs: Sequence[Job], *, max_bytes: 
         ConfigurationError: the database has no schema streamworker, or is not encoded in UTF8.
         Exception: the library's own, as of any statement in the caller's transaction: a serialization failure.
     """
-    rows = [_row(job, max_bytes, key_ttl) for job in jobs]
+    rows = [queued_row(job, max_bytes, key_ttl) for job in jobs]
     answers: list[Enqueued] = []
     with schema_expected("enqueue"):
         if any(job.unique is not None for job in jobs):
@@ -139,7 +139,7 @@ async def enqueue(connection: SqlConnection, jobs: Sequence[Job], *, max_bytes: 
 
 
 async def _added(connection: SqlConnection, rows: Sequence[QueuedRow], key_ttl: float) -> list[Enqueued]:
-    values = [_values(row, key_ttl) for row in rows]
+    values = [row_values(row, key_ttl) for row in rows]
     earlier = await connection.fetch(ENQUEUE, *map(list, zip(*values, strict=True)))
     return [
         Enqueued(row.job.id, new=True) if found[0] is None else Enqueued(found[0], new=False)
@@ -171,7 +171,7 @@ def _without_key(row: QueuedRow) -> QueuedRow:
 
 async def _rewritten(fetch: Fetch, row: QueuedRow, key_ttl: float) -> Enqueued | None:
     """Rewrite the job that has a job's key, if it waits and was never sent to its queue; the answer then."""
-    job, values = row.job, _values(row, key_ttl)
+    job, values = row.job, row_values(row, key_ttl)
     debounce = [None if each is None else repr(float(each)) for each in (job.debounce, job.debounce_max)]
     found = await fetch(REPLACE, job.queue, job.key, *values[2:10], job.id, *values[12:14], *debounce)
     return Enqueued(found[0][0], new=False, replaced=found[0][0]) if found else None
@@ -197,13 +197,17 @@ async def find_waiting(fetch: Fetch, job: Job, *, max_bytes: int, key_ttl: float
         key_ttl: seconds a deduplication key is remembered unless the job says otherwise.
     """
     with schema_expected("enqueue"):
-        if job.replace and (answer := await _rewritten(fetch, _row(job, max_bytes, key_ttl), key_ttl)) is not None:
+        if (
+            job.replace
+            and (answer := await _rewritten(fetch, queued_row(job, max_bytes, key_ttl), key_ttl)) is not None
+        ):
             return answer
         found = await fetch(WAITING, job.queue, job.key)
         return Enqueued(found[0][0], new=False) if found else None
 
 
-def _row(job: Job, max_bytes: int, key_ttl: float) -> QueuedRow:
+def queued_row(job: Job, max_bytes: int, key_ttl: float) -> QueuedRow:
+    """The row of a job, checked as at every enqueue."""
     for name, value in (
         ("key", job.key), ("kind", job.kind), ("order_key", job.order_key), ("fair_key", job.fair_key),
     ):  # fmt: skip
@@ -232,7 +236,8 @@ def fits_jsonb(text: bytes) -> bool:
     return True
 
 
-def _values(row: QueuedRow, key_ttl: float) -> tuple[str | None, ...]:
+def row_values(row: QueuedRow, key_ttl: float) -> tuple[str | None, ...]:
+    """A row as the columns of `ENQUEUE`."""
     job = row.job
     return (
         job.id,
@@ -268,7 +273,8 @@ async def _copied(connection: SqlConnection, rows: Sequence[QueuedRow]) -> bool:
         "id", "queue_name", "kind", "payload", "level", "run_at", "max_attempts", "headers", "document", "expires_at",
     )  # fmt: skip
     lines = (
-        "".join(_line(row, now) for row in rows[start : start + BATCH]).encode() for start in range(0, len(rows), BATCH)
+        "".join(copy_line(row, now) for row in rows[start : start + BATCH]).encode()
+        for start in range(0, len(rows), BATCH)
     )
     if not await connection.copy("jobs", columns, lines):
         return False
@@ -277,8 +283,8 @@ async def _copied(connection: SqlConnection, rows: Sequence[QueuedRow]) -> bool:
     return True
 
 
-def _line(row: QueuedRow, now: datetime | None) -> str:
-    """One line of COPY's text format (PostgreSQL documentation, COPY, "Text Format")."""
+def copy_line(row: QueuedRow, now: datetime | None) -> str:
+    """One row for COPY."""
     job, run_at, expires_at = row.job, row.job.run_at, row.job.expires_at
     if job.delay is not None and now is not None:
         run_at = now + timedelta(seconds=job.delay)
@@ -296,4 +302,9 @@ def _line(row: QueuedRow, now: datetime | None) -> str:
         None if row.document is None else f"\\x{row.document}",
         None if expires_at is None else _utc(expires_at),
     )
+    return copied(values)
+
+
+def copied(values: Sequence[str | None]) -> str:
+    """Values as one line of COPY's text format (PostgreSQL documentation, COPY, "Text Format")."""
     return "\t".join(r"\N" if value is None else value.translate(_SPECIAL) for value in values) + "\n"

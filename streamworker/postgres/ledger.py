@@ -9,6 +9,7 @@ from typing import Any, Final
 from streamworker.postgres import JobKey, Known, RunRecord, StepHost, Stored
 from streamworker.postgres.adapters import PoolTransaction, transaction_of
 from streamworker.postgres.encoding import SEPARATOR, separable, stored_id, within_python
+from streamworker.postgres.flow_graph import NodeParents
 from streamworker.postgres.pool import AnyPool, Database
 from streamworker.postgres.recording import Recording
 from streamworker.postgres.sqlstate import is_one_rows_fault, reason, translated, understood
@@ -114,6 +115,9 @@ class PostgresLedger:
     async def complete(self, run: RunRecord, connection: Any, *, blocking: bool = False) -> None:
         await complete(connection, run, self._worker_id, blocking=blocking)
 
+    def parents(self, run: RunRecord) -> NodeParents:
+        return NodeParents(self._database, run)
+
     def abandon(self) -> None:
         self._database.abandon()
 
@@ -135,7 +139,7 @@ old as materialized (
   select job.id, queue.name as queue_name from streamworker.job_queues as queue
     cross join lateral (
       select id from streamworker.jobs
-        where queue_name = queue.name and status in ('completed', 'cancelled', 'expired')
+        where queue_name = queue.name and status in ('completed', 'cancelled', 'expired') and node is null
           and finished_at < now() - queue.retention
         order by finished_at limit $1
     ) as job
@@ -162,7 +166,7 @@ with old as materialized (
   select job.id, queue.name as queue_name from streamworker.job_queues as queue
     cross join lateral (
       select id from streamworker.jobs
-        where queue_name = queue.name and status in ('completed', 'cancelled', 'expired')
+        where queue_name = queue.name and status in ('completed', 'cancelled', 'expired') and node is null
           and finished_at < now() - coalesce(make_interval(secs => $3::double precision), queue.retention)
         order by finished_at limit $1
     ) as job
@@ -189,14 +193,31 @@ PRUNABLE: Final = """
 select coalesce(sum(job.count), 0)::bigint from streamworker.job_queues as queue
   cross join lateral (
     select count(*) from streamworker.jobs
-      where queue_name = queue.name and status in ('completed', 'cancelled', 'expired')
+      where queue_name = queue.name and status in ('completed', 'cancelled', 'expired') and node is null
         and finished_at < now() - coalesce(make_interval(secs => $2::double precision), queue.retention)
   ) as job
   where $1::text is null or queue.name = $1::text"""
 
 
+# A flow is forgotten as one: not before its jobs might be, and not while one of them is dead.
+PRUNE_FLOWS: Final = """
+with turn as materialized (select pg_try_advisory_xact_lock(hashtext('streamworker.prune')) as ours),
+old as materialized (
+  select flow.id from streamworker.flows as flow
+    where (select ours from turn) and flow.finished_at < now() - (select max(retention) from streamworker.job_queues)
+      and not exists (
+        select from streamworker.flow_nodes as node join streamworker.jobs as job
+          on job.id = node.job_id and job.queue_name = node.queue_name
+          where node.flow_id = flow.id and node.outcome in ('failed', 'held') and job.status = 'dead'
+      )
+    order by flow.finished_at limit $1
+)
+select count(*) filter (where streamworker.delete_flow(id)) from old"""
+FLOWS_BATCH: Final = 20
+
+
 class Retention:
-    """Deletes completed, cancelled and expired jobs that are past the retention of their queue.
+    """Deletes completed, cancelled and expired jobs, and flows, that are past the retention of their queue.
 
     Args:
         database: of the ledger.
@@ -209,6 +230,7 @@ class Retention:
         """Delete one batch; returns the seconds until the next."""
         with understood("forgetting old jobs"):
             rows = await self._database.fetch(PRUNE_EXPIRED, BATCH)
-        if rows[0][0] >= BATCH:
+            flows = await self._database.fetch(PRUNE_FLOWS, FLOWS_BATCH)
+        if rows[0][0] >= BATCH or flows[0][0] >= FLOWS_BATCH:
             return BATCH_PAUSE
         return INTERVAL * random.uniform(0.75, 1.25)  # noqa: S311 - spreads load

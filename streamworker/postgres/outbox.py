@@ -21,6 +21,7 @@ from streamworker.errors import InvalidJob
 from streamworker.job import HELD, LEVELS, Job, Level
 from streamworker.postgres.encoding import text, within_python
 from streamworker.postgres.enqueue import CHANNEL
+from streamworker.postgres.flow_graph import LOOK
 from streamworker.postgres.pool import Database, connect
 from streamworker.postgres.sqlstate import is_one_rows_fault, reason, translated, understood
 from streamworker.relay import KnownQueue, LedgerKey, Lost, Taken
@@ -40,6 +41,8 @@ LARGEST: Final = 64 * 1_048_576
 """Most bytes of a document on its way to Redis, whatever the limits of the workers."""
 UNREADABLE: Final = "no worker can read it"
 LOST_BATCH: Final = 500
+LOOKS: Final = 5000
+"""Most notes of ends of nodes that one look at flows takes."""
 KEY_BATCH: Final = 1000
 WAKES: Final = 500
 """Most waiting jobs, and most signals, of one statement."""
@@ -441,6 +444,10 @@ class PostgresOutbox:
         if queued:
             await self._ask("telling relays", TELL)
         return Lost(queued, locked)
+
+    async def look(self) -> int:
+        ((count,),) = await self._ask("looking at flows", LOOK, LOOKS)
+        return int(count)
 
     async def prune_keys(self) -> None:
         await self._ask("deleting old keys", PRUNE_KEYS, KEY_BATCH)

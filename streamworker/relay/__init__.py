@@ -235,5 +235,8 @@ class Outbox(Protocol):
     async def lost(self, queue: str, ids: Sequence[str], before: datetime) -> Lost:
         """Queue those of the jobs again that are still open and unchanged since ``before``."""
 
+    async def look(self) -> int:
+        """Decide on nodes of flows that transactions have left to look at after their commits; returns how many."""
+
     async def prune_keys(self) -> None:
         """Delete a batch of expired deduplication keys."""

@@ -37,6 +37,8 @@ NOTE_AGAIN: Final = 1.0
 """Seconds until a job is marked again whose row a run had locked."""
 MOST_UNNOTED: Final = 10_000
 """Most jobs that are marked later."""
+LOOK: Final = (0.05, 5.0)
+"""Seconds between looks at flows: after one that found something, and without a notification."""
 YIELD: Final = (0.005, 0.25)
 """Shortest and longest pause of a relay that is notified and finds that others have taken the jobs."""
 
@@ -84,6 +86,7 @@ class Relay:
         self._wake_at = 0.0
         self._met: set[str] = set()
         self._stepping = False
+        self._look_at = 0.0
         self.dispatched = 0
         """Jobs this relay has dispatched."""
 
@@ -143,6 +146,8 @@ class Relay:
             low, high = YIELD
             with anyio.move_on_after(min(high, low * 2**self._losses) * random.uniform(0.7, 1.3)):  # noqa: S311
                 await self._stopping.wait()
+        if monotonic() >= self._look_at:
+            await self._look()
         taken = await self._take()
         if taken:
             self._losses, self._idle = 0, POLL[0]
@@ -154,6 +159,14 @@ class Relay:
         if notified:
             self._losses = min(self._losses + 1, 10)
         return await self._rest()
+
+    async def _look(self) -> None:
+        """Look at nodes of flows whose predecessors ended at the same time; what is released is taken next."""
+        again, idle = LOOK
+        found = await self._outbox.look()
+        if not found and not self.listening:
+            again, idle = idle, POLL[1]
+        self._look_at = monotonic() + (again if found else idle * random.uniform(0.8, 1.0))  # noqa: S311 - spreads load
 
     async def _take(self) -> list[Taken]:
         self._until = monotonic() + VALID
@@ -177,6 +190,7 @@ class Relay:
         due = float("inf") if due is None else max(due, POLL[0])
         if waiting is not None:
             due = min(due, max(waiting, POLL[0]))
+        due = min(due, max(0.0, self._look_at - monotonic()))
         if self._unnoted:
             due = min(due, max(POLL[0], self._note_at - monotonic()))
         if self.listening:
@@ -253,7 +267,9 @@ class Relay:
             if self._loss_detector is not None:
                 self._loss_detector.wake()
             return
-        self._notified = self._notified or message != "later"
+        if message == "flows":
+            self._look_at = 0.0
+        self._notified = self._notified or message not in ("later", "flows")
         self._wake.set()
 
     def _on_state(self, listening: bool) -> None:

@@ -121,6 +121,8 @@ class Turmoil:
         self.started = time.monotonic()
         self.over = asyncio.Event()
         self.stack = stack_of(stack)
+        self.settings: dict[str, str] = {}
+        """Of the workers, beside those that all have."""
         handler = (BLOCKING if self.stack.blocking else ASYNC).format(
             source="" if stack == "asyncpg" else "ctx.services"
         )
@@ -143,7 +145,7 @@ class Turmoil:
         env |= {
             "PYTHONPATH": f"{ROOT}{os.pathsep}{self.directory}", "REDIS_URL": self.redis.url, "DATABASE_URL": self.postgres.url(),
             "STREAMWORKER_LEASE": self.random.choice(self.leases), "STREAMWORKER_CONCURRENCY": "20", "STREAMWORKER_LEDGER": "on", "STREAMWORKER_GRACE": "5",
-        }  # fmt: skip
+        } | self.settings  # fmt: skip
         with (self.directory / "workers.log").open("ab") as log:
             words = ["worker", "turmoil_app:app"]
             self.processes.append(forkserver.forked(words, env=env, cwd=self.directory, stderr=log, stdout=log))

@@ -7,7 +7,7 @@ def test_the_public_names_are_those_of_the_design():
     assert sorted(streamworker.__all__) == sorted(
         [
             "App", "Handlers", "Payload", "Context", "Backoff", "Retry", "Snooze", "Discard", "Job", "Enqueued",
-            "Keys", "ProcessContext", "QueueWorker", "Settings", "StreamworkerError",
+            "Keys", "ProcessContext", "QueueWorker", "Settings", "StreamworkerError", "Flow", "chain", "group",
         ]
     )  # fmt: skip
     for name in streamworker.__all__:
