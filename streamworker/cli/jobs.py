@@ -32,17 +32,17 @@ from streamworker.cli.resource import BulkAction, act, agreed, require_choice
 from streamworker.cli.streams import say
 from streamworker.errors import StreamworkerError, UsageError
 from streamworker.job import Progress
-from streamworker.postgres import Archive, JobRecord, Status, Wanted
+from streamworker.postgres import Archive, JobRecord, Status, StepRow, Wanted
 from streamworker.redact import clean_block, printable
 from streamworker.results import OutputItem
 from streamworker.settings import EMBEDDED, Settings
-from streamworker.views.rows import JobRow, age, attempt_row, job_row
+from streamworker.views.rows import JobRow, age, attempt_row, job_row, step_row
 
 jobs = App(name="jobs", help="Jobs in the ledger: every one that is durable, or has run.")
 jobs.command("streamworker.cli.jobs:cancel", name="cancel")
 jobs.command("streamworker.cli.jobs:reconcile", name="reconcile")
 
-OPEN: Final[tuple[Status, ...]] = ("queued", "dispatching", "dispatched", "retrying")
+OPEN: Final[tuple[Status, ...]] = ("queued", "dispatching", "dispatched", "retrying", "waiting")
 """Of these a job can still be kept from running."""
 
 _COLUMNS: Final[list[Column[JobRow]]] = [
@@ -132,7 +132,7 @@ def show_(
     json: bool = False,
     flags: WorkerFlags = WORKER,
 ) -> int:
-    """Show everything about some jobs, and each of their attempts.
+    """Show everything about some jobs, with each of their attempts and steps.
 
     Args:
         ids: Job ids.
@@ -154,21 +154,58 @@ def show_(
                 missing = 1
                 continue
             attempts = [plain(attempt_row(attempt)) for attempt in await archive.attempts(job.queue, job_id)]
+            steps = await archive.steps(job.queue, job_id)
             progress = await _progress(settings, job) if job.status == "running" else None
             private = {"headers": job.headers, "result": job.result} if payload else {}
             if json:
                 more = private | ({"document": document(_body(job))} if payload else {})
-                told = {} if progress is None else {"progress": msgspec.structs.asdict(progress)}
+                told: dict[str, Any] = {} if progress is None else {"progress": msgspec.structs.asdict(progress)}
+                if steps:
+                    told |= {"steps": [_step(step, payload=payload) for step in steps]}
                 print_json(plain(job_row(job, now)) | more | {"log": attempts} | told)
                 continue
             if number:
                 print_lines([("--", "")])
             _print(job_row(job, now), job, private, attempts, payload=payload)
+            print_lines([_of_step(step, payload=payload) for step in steps])
             if progress is not None:
                 print_lines([("progress", progress.text)])
         return missing
 
     return _ask(flags, work, private=payload)
+
+
+@jobs.command
+def signal(
+    job_id: str,
+    name: str,
+    data: str | None = None,
+    /,
+    *,
+    queue: QueueName = None,
+    flags: WorkerFlags = WORKER,
+) -> int:
+    """Send a signal to a job that waits for it, or will.
+
+    Args:
+        job_id: The job's id.
+        name: Of the signal; of several with one name, the first counts.
+        data: What the handler is given, as JSON.
+        queue: The job's queue; needed if the ledger does not know the job yet, or several queues have one with this id.
+    """
+    try:
+        written = None if data is None else bytes(msgspec.json.format(data.encode(), indent=-1)).decode()
+    except msgspec.DecodeError as error:
+        raise UsageError(f'the data must be JSON, such as \'{{"by": "ann"}}\': {error}') from None
+
+    async def work(archive: Archive) -> int:
+        if await archive.signal(job_id, name, written, queue):
+            streams.write(f"sent {printable(name)} to {printable(job_id)}\n")
+            return 0
+        say(f"nothing was sent: {printable(job_id)} has ended, or {printable(name)} was sent before or has timed out")
+        return 1
+
+    return _ask(flags, work, private=True)
 
 
 @jobs.command(name="output")
@@ -373,6 +410,20 @@ def _body(job: JobRecord) -> bytes | None:
     if job.document is not None:
         return job.document
     return None if job.payload is None else bytes(job.payload)
+
+
+def _step(step: StepRow, *, payload: bool) -> dict[str, Any]:
+    value = {"value": None if step.value is None else document(step.value.encode())} if payload else {}
+    return plain(step_row(step)) | value
+
+
+def _of_step(step: StepRow, *, payload: bool) -> tuple[str, str]:
+    """A line about a step."""
+    row = step_row(step)
+    took = "" if row.took_s is None else f" in {row.took_s:.3f} s"
+    until = f" until {row.until}" if row.until and row.state == "waiting" else ""
+    value = f": {step.value}" if payload and step.value is not None else ""
+    return f"{row.kind} {row.name}".strip(), f"{row.recorded_at} {row.state}{took}{until}{value}"
 
 
 def _print(

@@ -11,7 +11,7 @@ from streamworker import codec, results
 from streamworker.broker import Operator, Page, PendingEntry, StoredJob
 from streamworker.encryption import Keys, sealed_in
 from streamworker.errors import InvalidJob, NoKey
-from streamworker.postgres import Archive, Attempt, JobRecord, Wanted
+from streamworker.postgres import Archive, Attempt, JobRecord, StepRow, Wanted
 from streamworker.results import OutputEntry, OutputReader, ResultWaiter
 
 KindsOf = Callable[[str], Sequence[str]]
@@ -102,6 +102,13 @@ class KeyOpener:
         except (NoKey, TypeError, ValueError):
             return value
 
+    def text(self, job_id: str, value: str) -> str:
+        """The JSON text of a step's value; the value as it is if it does not open."""
+        try:
+            return self.keys.opened_json("step", job_id, value)
+        except NoKey:
+            return value
+
     def stored(self, job: StoredJob) -> StoredJob:
         """A delayed job or a dead letter, opened."""
         error = job.details.get("error")
@@ -141,6 +148,18 @@ class OpenedArchive:
     async def find(self, job_id: str, queue: str | None = None) -> JobRecord | None:
         found = await self._archive.find(job_id, queue)
         return None if found is None else self._opener.record(found)
+
+    async def steps(self, queue: str, job_id: str) -> list[StepRow]:
+        """The steps of a job, opened."""
+        return [
+            msgspec.structs.replace(each, value=each.value and self._opener.text(job_id, each.value))
+            for each in await self._archive.steps(queue, job_id)
+        ]
+
+    async def signal(self, job_id: str, name: str, data: str | None, queue: str | None) -> bool:
+        """Send a signal, its data sealed."""
+        sealed = None if data is None else self._opener.keys.sealed_json("step", job_id, data)
+        return await self._archive.signal(job_id, name, sealed, queue)
 
     async def attempts(self, queue: str, job_id: str) -> list[Attempt]:
         keys = self._opener.keys

@@ -16,7 +16,7 @@ from streamworker.broker import StoredJob, WorkerInfo
 from streamworker.encryption import hidden
 from streamworker.errors import InvalidJob
 from streamworker.job import UNTIL, Depth, Level
-from streamworker.postgres import Attempt, JobRecord
+from streamworker.postgres import Attempt, JobRecord, StepRow
 from streamworker.redact import redact
 
 
@@ -208,6 +208,22 @@ class JobRow(msgspec.Struct, frozen=True):
     worker_id: str | None
     error: str | None
     expires_at: str | None
+    waits_for: str | None
+
+
+class RecordedStep(msgspec.Struct, frozen=True):
+    """A step of a job, without its value; moments are ISO 8601 in UTC.
+
+    ``kind`` is step, sleep, wait or cursor, ``state`` is done, waiting or timed out, ``until`` when its time comes.
+    """
+
+    kind: str
+    name: str
+    state: str
+    recorded_at: str
+    took_s: float | None
+    until: str | None
+    worker_id: str | None
 
 
 class AttemptRow(msgspec.Struct, frozen=True):
@@ -250,6 +266,20 @@ def job_row(job: JobRecord, now: float) -> JobRow:
         job.worker_id,
         job.error and redact(hidden(job.error)),
         _moment(job.expires_at),
+        job.waits_for,
+    )
+
+
+def step_row(step: StepRow) -> RecordedStep:
+    """The row of a step."""
+    return RecordedStep(
+        step.kind,
+        step.name,
+        step.state,
+        _moment(step.recorded_at) or "",
+        _took(step.started_at, step.recorded_at) if step.kind == "step" else None,
+        _moment(step.until),
+        step.worker_id,
     )
 
 

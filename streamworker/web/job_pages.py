@@ -16,7 +16,7 @@ from streamworker.postgres import Archive, JobRecord, Status, Wanted
 from streamworker.redact import printable
 from streamworker.telemetry.logs import get_logger
 from streamworker.views.listing import BUDGET, DEAD, DELAYED, PENDING, JobListing, Selection
-from streamworker.views.rows import attempt_row, dead_row, document_facts, job_row
+from streamworker.views.rows import attempt_row, dead_row, document_facts, job_row, step_row
 from streamworker.web.forms import Form, query
 from streamworker.web.pages import names, pending_token, stored_token
 from streamworker.web.render import access_of, client, monitor_of, render, who
@@ -170,10 +170,12 @@ async def jobs(request: Request) -> Response:
 async def _one(request: Request, archive: Archive | None, wanted: str, queue: str | None) -> dict[str, Any]:
     job = await archive.find(wanted, queue) if archive is not None else None
     attempts = await archive.attempts(job.queue, wanted) if archive is not None and job is not None else []
+    steps = await archive.steps(job.queue, wanted) if archive is not None and job is not None else []
     found, whole = await _places(request, wanted)
     return {
         "job": job_row(job, monitor_of(request).now()) if job is not None else None,
         "attempts": [attempt_row(attempt) for attempt in attempts],
+        "steps": [step_row(step) for step in steps],
         "found": found,
         "whole": whole,
         "any": any(found.values()),

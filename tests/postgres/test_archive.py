@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
 
 from streamworker import App, Context
@@ -218,7 +220,7 @@ def test_list_and_show(streamworker, filled):
     assert {row["job_id"]: row["status"] for row in rows} == {"done": "completed", "poor": "dead", "odd": "dead"}
     assert list(rows[0]) == [
         "job_id", "queue", "kind", "level", "status", "attempts", "max_attempts", "hop", "deliveries", "created_at", "run_at",
-        "started_at", "finished_at", "took_s", "age_s", "worker_id", "error", "expires_at",
+        "started_at", "finished_at", "took_s", "age_s", "worker_id", "error", "expires_at", "waits_for",
     ]  # fmt: skip
     table = streamworker("list", "q", "--status", "dead").stdout
     assert "twice" in table and "done" not in table
@@ -260,3 +262,46 @@ def test_without_a_ledger(streamworker, empty_database):
     assert done.returncode == 78 and "streamworker migrate up" in done.stderr
     assert streamworker(DATABASE_URL="").returncode == 78
     assert streamworker(DATABASE_URL="postgresql://u@127.0.0.1:1/x").returncode == 69
+
+
+def test_a_signal_and_the_steps_of_a_job(streamworker, filled, database_url):
+    async def wait() -> None:
+        connection = await asyncpg.connect(database_url)
+        await connection.execute(
+            "insert into streamworker.jobs (id, queue_name, kind, status, waits_for, hop) values ('w', 'q', 'k', 'waiting', 'approved', 1)"
+        )
+        await connection.execute(
+            "insert into streamworker.job_steps (job_id, queue_name, position, kind, name, value, made, hop, deliveries, started_at) values "
+            "('w', 'q', 0, 'step', 'charge', '{\"receipt\": \"s3cret\"}', 0, 0, 1, now()), ('w', 'q', 1, 'wait', 'approved', null, 0, 0, 1, null)"
+        )
+        await connection.close()
+
+    beside(wait)
+    shown = streamworker("show", "w").stdout
+    assert re.search(r"waits_for +approved", shown), shown
+    assert re.search(r"step charge +\S+ done in", shown) and re.search(r"wait approved +\S+ waiting\n", shown), shown
+    assert "s3cret" not in shown and "s3cret" in streamworker("show", "w", "--payload").stdout
+    (one,) = [json.loads(line) for line in streamworker("show", "w", "--json", "--payload").stdout.splitlines()]
+    assert [(each["kind"], each["state"], each["value"]) for each in one["steps"]] == [
+        ("step", "done", {"receipt": "s3cret"}), ("wait", "waiting", None),
+    ]  # fmt: skip
+    odd = streamworker("signal", "w", "approved", "{by: ann}")
+    assert odd.returncode == 2 and "the data must be JSON, such as" in odd.stderr
+    sent = streamworker("signal", "w", "approved", '{"by": "ann"}')
+    assert (sent.returncode, sent.stdout) == (0, "sent approved to w\n"), sent.stderr
+    again = streamworker("signal", "w", "approved", '{"by": "bob"}')
+    assert (
+        again.returncode == 1
+        and "nothing was sent: w has ended, or approved was sent before or has timed out" in again.stderr
+    )
+    unknown = streamworker("signal", "none", "approved")
+    assert (
+        unknown.returncode == 2 and "the ledger knows no job 'none': check the id, or say its queue" in unknown.stderr
+    )
+    assert re.search(r"wait approved +\S+ done: \{\"by\": \"ann\"\}", streamworker("show", "w", "--payload").stdout)
+    assert streamworker("cancel", "w", "--yes").returncode == 0
+
+
+def test_a_signal_without_a_ledger(streamworker, empty_database):
+    done = streamworker("signal", "w", "approved", DATABASE_URL=empty_database)
+    assert done.returncode == 78 and "streamworker migrate up" in done.stderr

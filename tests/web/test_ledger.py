@@ -127,3 +127,21 @@ async def test_a_ledger_that_cannot_be_opened_is_said(redis_url, raw):
         assert "banner" in page
         assert (await browser.get("/")).status_code == 200
     await site.aclose()
+
+
+async def test_what_a_job_waits_for_and_its_steps(ledger, pg):
+    await remember(pg, "job-w", "waiting")
+    await pg.execute(
+        "update streamworker.jobs set waits_for = $1, run_at = now() + interval '1 h' where id = 'job-w'", HOSTILE
+    )
+    await pg.execute(
+        "insert into streamworker.job_steps (job_id, queue_name, position, kind, name, value, made, hop, deliveries, until) values "
+        "('job-w', 'q', 0, 'step', 'charge', '\"s3cret\"', 0, 0, 1, null), "
+        "('job-w', 'q', 1, 'wait', $1, null, 0, 0, 1, now() + interval '1 h')",
+        HOSTILE,
+    )
+    page = await ledger.text("/jobs?id=job-w")
+    assert "Waits for" in page and "the signal" in page and "until" in page
+    assert page.index("<h2>Steps") < page.index("charge")
+    assert 'data-do="cancel"' in page
+    assert "<script>alert" not in page and "\u202e" not in page and "s3cret" not in page
