@@ -12,15 +12,16 @@ from tests.postgres.turmoil import Turmoil, all_in_all, at_progress
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(
-    ("stack", "jobs"),
+    ("stack", "jobs", "mode"),
     [
-        ("asyncpg", 150),
-        pytest.param("asyncpg", 1000, marks=pytest.mark.all),
-        *(pytest.param(each.name, 300, marks=pytest.mark.all) for each in STACKS if each.name != "asyncpg"),
+        ("asyncpg", 150, "stream"),
+        pytest.param("asyncpg", 1000, "stream", marks=pytest.mark.all),
+        pytest.param("asyncpg", 300, "list", marks=pytest.mark.all),
+        *(pytest.param(each.name, 300, "stream", marks=pytest.mark.all) for each in STACKS if each.name != "asyncpg"),
     ],
 )
-async def test_exactly_one_row_per_job_whatever_dies(tmp_path, stack, jobs):
-    turmoil = Turmoil(tmp_path, jobs=jobs, workers=2, seed=1, leases=("1",), stack=stack)
+async def test_exactly_one_row_per_job_whatever_dies(tmp_path, stack, jobs, mode):
+    turmoil = Turmoil(tmp_path, jobs=jobs, workers=2, seed=1, leases=("1",), stack=stack, mode=mode)
     deeds = [(0.15, turmoil.kill_worker), (0.3, turmoil.flush), (0.4, turmoil.kill_worker), (0.55, turmoil.restart_postgres),
              (0.7, turmoil.flush), (0.8, turmoil.kill_worker)]  # fmt: skip
     try:

@@ -3,7 +3,7 @@
 ``./dev turmoil --jobs 20000`` is the whole of it: a worker is killed every second, some are frozen inside their transactions,
 workers of the queue have different leases; Redis is flushed, falls back to what a lagging replica knew, and loses its group;
 PostgreSQL is restarted and may not write for a while; and a producer of another queue does what its rights allow, to the
-jobs of this one. `test_once_and_for_all.py` runs a small one.
+jobs of this one; ``--mode list`` is the same over lists. `test_once_and_for_all.py` runs a small one.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import asyncpg
 import redis
 
 from streamworker import App, Payload, Settings
+from streamworker.broker.keys import ListKeys, QueueKeys
 from streamworker.postgres.migrate import Migrator
 from tests import forkserver
 from tests.conftest import Server
@@ -96,6 +97,7 @@ class Turmoil:
         seed: of what is left to chance.
         leases: seconds, of which each worker gets one by chance.
         stack: the library that enqueues and writes, by its name in `stacks`.
+        mode: stream or list.
     """
 
     def __init__(
@@ -107,7 +109,11 @@ class Turmoil:
         seed: int = 0,
         leases: Sequence[str] = ("2", "2", "5"),
         stack: str = "asyncpg",
+        mode: str = "stream",
     ) -> None:
+        self.mode = mode
+        keys = {"stream": QueueKeys, "list": ListKeys}[mode]
+        self.writes, self.public = keys("writes"), keys("public")
         self.leases = leases
         self.directory = directory
         self.jobs = jobs
@@ -145,6 +151,7 @@ class Turmoil:
         env |= {
             "PYTHONPATH": f"{ROOT}{os.pathsep}{self.directory}", "REDIS_URL": self.redis.url, "DATABASE_URL": self.postgres.url(),
             "STREAMWORKER_LEASE": self.random.choice(self.leases), "STREAMWORKER_CONCURRENCY": "20", "STREAMWORKER_LEDGER": "on", "STREAMWORKER_GRACE": "5",
+            "STREAMWORKER_MODE": self.mode,
         } | self.settings  # fmt: skip
         with (self.directory / "workers.log").open("ab") as log:
             words = ["worker", "turmoil_app:app"]
@@ -197,8 +204,12 @@ class Turmoil:
         self.tell("failed over to the replica that lagged")
 
     def lose_group(self) -> None:
+        """Who holds what is lost: the group of a stream; of lists, which have none, what the queue's workers share."""
         with self.redis.client() as client, suppress(redis.ResponseError):
-            client.xgroup_destroy("stream:{writes}", "workers")
+            if self.mode == "list":
+                client.delete(self.writes.meta)
+            else:
+                client.xgroup_destroy(self.writes.ready("normal"), "workers")
         self.tell("destroyed the group")
 
     async def read_only(self) -> None:
@@ -245,7 +256,7 @@ class Turmoil:
                                 "payload": {},
                                 "hop": self.random.choice([0, 7, 2**53]),
                             }
-                            client.xadd("stream:{public}", {"job": json.dumps(document)})
+                            client.execute_command(*self.public.adding("normal", json.dumps(document).encode()))
                         for odd in (
                             b"no json",
                             b"[]",
@@ -253,10 +264,10 @@ class Turmoil:
                             b'{"payload": {}, "kind": "noise", "hop": -1}',
                             b"\xff",
                         ):
-                            client.xadd("stream:{public}", {"job": odd})
+                            client.execute_command(*self.public.adding("normal", odd))
                         sent += len(ids) + 5
                     if self.random.random() < 0.1:
-                        client.set("stream:{public}:dead", "x")
+                        client.set(self.public.dead, "x")
             except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, redis.RedisError):
                 continue
         self.tell(f"the hostile producer sent {sent} documents")
@@ -379,9 +390,9 @@ async def all_in_all(turmoil: Turmoil, timeout: float, *nemeses: Callable[[], Aw
     return await turmoil.verdict()
 
 
-async def main(jobs: int, workers: int, seed: int, timeout: float, stack: str) -> int:
+async def main(jobs: int, workers: int, seed: int, timeout: float, stack: str, mode: str) -> int:
     directory = Path(tempfile.mkdtemp(prefix="turmoil-"))
-    turmoil = Turmoil(directory, jobs=jobs, workers=workers, seed=seed, stack=stack)
+    turmoil = Turmoil(directory, jobs=jobs, workers=workers, seed=seed, stack=stack, mode=mode)
 
     async def every_second() -> None:
         while not turmoil.over.is_set():
@@ -433,5 +444,6 @@ if __name__ == "__main__":
     parser.add_argument(
         "--stack", default="asyncpg", choices=[each.name for each in STACKS], help="the library that writes"
     )
+    parser.add_argument("--mode", default="stream", choices=["stream", "list"])
     given = parser.parse_args()
-    sys.exit(anyio.run(main, given.jobs, given.workers, given.seed, given.timeout, given.stack))
+    sys.exit(anyio.run(main, given.jobs, given.workers, given.seed, given.timeout, given.stack, given.mode))
