@@ -147,7 +147,7 @@ class Consumer(Broker, Protocol):
         """Become the consumer ``worker_id``: creates the groups, refuses streams that a foreign group reads.
 
         Raises:
-            ConfigurationError: another group reads one of our streams, or a permission is missing.
+            ConfigurationError: another group reads one of our streams, or none of the queues can be used.
         """
 
     async def look_again(self) -> None:

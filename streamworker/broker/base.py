@@ -19,13 +19,13 @@ from streamworker.broker.claim import ClaimSource, Options, none_ended
 from streamworker.broker.keys import HELD_MEMBER, PROGRESS, QueueKeys, due_member, worker_key
 from streamworker.broker.pubsub import Subscriber, listen, reading, waiting
 from streamworker.broker.redis.client import RedisAddress
-from streamworker.broker.redis.reactions import understood
+from streamworker.broker.redis.reactions import Reaction, reaction_to, understood
 from streamworker.broker.redis.session import Session
 from streamworker.broker.redis.url import NotExecuted
 from streamworker.broker.schedules import RedisSchedules
 from streamworker.broker.settle import ClaimSettlement, emit, settle
 from streamworker.broker.stream_claim import ClusterStreamClaims
-from streamworker.errors import PublishUncertain, Unreachable
+from streamworker.errors import ConfigurationError, PublishUncertain, StreamworkerError, Unreachable
 from streamworker.job import LEVELS, Claim, CronTick, CronTickResult, Enqueued, Level, PackedJob, Progress, Settled
 from streamworker.limits import AcquireRequest, AcquireResult, Limit, Permit
 from streamworker.results import OutputBatch, OutputReader, ResultWaiter
@@ -77,6 +77,68 @@ class RedisBroker(ABC, Generic[K, I]):
         # After a restart of the server every worker gets one lease to renew before any lease expires.
         self._source.rest(max(0.0, self._options.lease - uptime))
 
+    async def join(self, worker_id: str) -> None:
+        self._name_worker(worker_id)
+        if not self._keys:
+            raise ConfigurationError("there is no queue to work on: register a handler, or set STREAMWORKER_QUEUES")
+        away: list[str] = []
+        spoilt: dict[str, str] = {}
+        for keys in self._keys:
+            try:
+                problem = await self._prepare(keys)
+            except Unreachable as error:
+                away.append(keys.queue)  # it is prepared when its node is back
+                if not self._session.address.spread or len(away) == len(self._keys):
+                    raise
+                log.error("node_away", queues=[keys.queue], error=str(error))
+                continue
+            if problem:
+                spoilt[keys.queue] = problem
+        for problem in spoilt.values():
+            if len(spoilt) + len(away) == len(self._keys):
+                raise ConfigurationError(problem)
+        for queue, problem in spoilt.items():
+            log.error("queue_unusable", queue=queue, error=problem, hint="other queues are worked on meanwhile")
+
+    def _name_worker(self, worker_id: str) -> None:
+        """Claim under this name from now on."""
+        self._source.consumer = worker_id
+        self._session.named(worker_id)
+
+    async def _prepare(self, keys: K) -> str:
+        """Create what a queue needs; returns which of its keys cannot be used, empty if all can.
+
+        Raises:
+            ConfigurationError: no worker may start with this queue.
+        """
+        try:
+            problem = await self._create(keys)
+            if not problem and self._options.fair_weights:
+                await self._weigh(keys)
+            return problem
+        except StreamworkerError as error:
+            if reaction_to(error.__cause__ or error) is not Reaction.KEY:
+                raise
+            return (
+                f"a key of the queue {keys.queue} has a wrong type (streamworker check names it): rename or delete it"
+            )
+
+    async def _note_lease(self, keys: K, milliseconds: int) -> None:
+        """Store this worker's lease with the queue; 0 removes it."""
+        await self._session.run(scripts.LEASE, [keys.meta], [self._source.consumer, milliseconds])
+
+    async def _forget_lease(self, keys: K) -> None:
+        """Remove this worker's lease from the queue. A queue that is spoilt has none."""
+        try:
+            await self._note_lease(keys, 0)
+        except StreamworkerError as error:
+            if reaction_to(error.__cause__ or error) is not Reaction.KEY:
+                raise
+
+    @abstractmethod
+    async def _create(self, keys: K) -> str:
+        """`_prepare`, but for the weights of tenants."""
+
     async def close(self) -> None:
         await self._subscriber.close()
         await self._source.close()
@@ -104,13 +166,10 @@ class RedisBroker(ABC, Generic[K, I]):
             longest=longest,
         )
 
-    async def _weigh(self) -> None:
+    async def _weigh(self, keys: K) -> None:
         """Store the weights of tenants, as the worker that started last knows them."""
-        if not self._options.fair_weights:
-            return
         pairs = [part for tenant, weight in self._options.fair_weights for part in (f"weight:{tenant}", repr(weight))]
-        for keys in self._keys:
-            await self._session.ask("HSET", keys.fair, *pairs)
+        await self._session.ask("HSET", keys.fair, *pairs)
 
     @property
     def _heartbeat_ms(self) -> int:

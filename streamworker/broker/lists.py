@@ -276,31 +276,29 @@ class ListBroker(RedisBroker[ListKeys, ClaimSource]):
             refuse_cluster(self._session.address, await self._session.commands.info("server"))
         await super().open()
 
-    async def join(self, worker_id: str) -> None:
-        self._source.consumer = self._reclaimer.worker = worker_id
-        self._session.named(worker_id)
-        if not self._keys:
-            raise ConfigurationError("there is no queue to work on: register a handler, or set STREAMWORKER_QUEUES")
-        for keys in self._keys:
-            if ":claimed:" in keys.queue:
-                raise ConfigurationError(
-                    f"the queue {keys.queue} has the name of what a worker holds in list mode: leave out :claimed:"
-                )
-            types = {**keys.types, keys.claimed(worker_id): "list"}
-            for name, wanted in types.items():
-                kind = (await self._session.ask("TYPE", name)).decode()
-                if kind not in (wanted, "none"):
-                    raise ConfigurationError(f"the key {name} is a {kind}, not a {wanted}: rename or delete it")
-            await self._source.seal(keys)
-            await self._session.run(scripts.LEASE, [keys.meta], [worker_id, self._lease_ms])
-        await self._weigh()
+    def _name_worker(self, worker_id: str) -> None:
+        super()._name_worker(worker_id)
+        self._reclaimer.worker = worker_id
+
+    async def _create(self, keys: ListKeys) -> str:
+        if ":claimed:" in keys.queue:
+            raise ConfigurationError(
+                f"the queue {keys.queue} has the name of what a worker holds in list mode: leave out :claimed:"
+            )
+        for name, wanted in {**keys.types, keys.claimed(self._source.consumer): "list"}.items():
+            kind = (await self._session.ask("TYPE", name)).decode()
+            if kind not in (wanted, "none"):
+                return f"the key {name} is a {kind}, not a {wanted}: rename or delete it"
+        await self._source.seal(keys)
+        await self._note_lease(keys, self._lease_ms)
+        return ""
 
     async def leave(self) -> bool:
         mine = [keys.claimed(self._source.consumer) for keys in self._keys]
         held = [await self._session.ask("LLEN", name) for name in mine]
         for keys, jobs in zip(self._keys, held, strict=True):
             if not jobs:
-                await self._session.run(scripts.LEASE, [keys.meta], [self._source.consumer, 0])
+                await self._forget_lease(keys)
         await self._session.ask("DEL", self._name)
         return not any(held)
 

@@ -47,32 +47,16 @@ class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
         kind = ClusterStreamClaims if self._session.address.spread else StreamClaims
         return kind(self._session, queues, self._options, self._group)
 
-    async def join(self, worker_id: str) -> None:
-        self._source.consumer = worker_id
-        self._session.named(worker_id)
-        if not self._keys:
-            raise ConfigurationError("there is no queue to work on: register a handler, or set STREAMWORKER_QUEUES")
-        away: list[str] = []
-        for keys in self._keys:
-            try:
-                foreign, trouble = await self._source.ensure(keys)
-            except Unreachable as error:
-                away.append(keys.queue)  # its groups are created when the node is back
-                if not self._session.address.spread or len(away) == len(self._keys):
-                    raise
-                log.error("node_away", queues=[keys.queue], error=str(error))
-                continue
-            if trouble:
-                stream, _, problem = trouble[0].partition(" ")
-                raise ConfigurationError(f"the stream {stream} cannot be used: {problem}")
-            if foreign:
-                stream, _, group = foreign[0].partition(" ")
-                raise ConfigurationError(
-                    f"the stream {stream} is also read by the group {group!r}, which would miss what streamworker "
-                    "deletes when it is done: destroy that group (XGROUP DESTROY), or give one of them another queue"
-                )
-        if len(away) < len(self._keys):
-            await self._weigh()
+    async def _create(self, keys: QueueKeys) -> str:
+        foreign, trouble = await self._source.ensure(keys)
+        if foreign:
+            stream, _, group = foreign[0].partition(" ")
+            raise ConfigurationError(
+                f"the stream {stream} is also read by the group {group!r}, which would miss what streamworker "
+                "deletes when it is done: destroy that group (XGROUP DESTROY), or give one of them another queue"
+            )
+        stream, _, problem = trouble[0].partition(" ") if trouble else ("", "", "")
+        return f"the stream {stream} cannot be used: {problem}" if trouble else ""
 
     async def leave(self) -> bool:
         gone = True
@@ -85,7 +69,7 @@ class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
                     raise
                 continue  # the worker knows its claims there; the consumer is pruned when the node is back
             if left:
-                await self._session.run(scripts.LEASE, [keys.meta], [self._source.consumer, 0])
+                await self._forget_lease(keys)
             gone = gone and left
         try:
             with self._session.watched():

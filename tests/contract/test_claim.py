@@ -487,6 +487,25 @@ async def test_a_key_of_a_wrong_type_is_said_at_the_start(broker_factory, raw, k
             pass
 
 
+@pytest.mark.parametrize("key", ["queue:a", "stream:{a}", "stream:{a}:meta", "stream:{a}:dead", "stream:{a}:fair"])
+async def test_a_worker_starts_although_a_producer_has_spoilt_one_of_its_queues(broker_factory, raw, key):
+    raw.set(key, "x")
+    async with broker_factory("w", queues=("a", "b"), fair_weights=(("t", 2.0),)) as broker:
+        await broker.publish([job("b", "b")])
+        (claim,) = await broker.claim(10, 0, ())
+        assert names([claim]) == ["b"]
+        assert await broker.settle([done(claim)]) == [Settled.SETTLED]
+        assert await broker.leave()
+
+
+async def test_a_worker_all_of_whose_queues_are_spoilt_does_not_start(broker_factory, raw):
+    for queue in "ab":
+        raw.set(f"stream:{{{queue}}}:meta", "x")
+    with pytest.raises(ConfigurationError, match="wrong type|not a hash"):
+        async with broker_factory("w", queues=("a", "b")):
+            pass
+
+
 @list_only
 @pytest.mark.parametrize("key", ["queue:a:claimed:w", "stream:{a}:leases", "stream:{a}:meta"])
 async def test_a_key_of_a_wrong_type_blinds_no_other_queue(broker_factory, raw, key):
