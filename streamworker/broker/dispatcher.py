@@ -15,10 +15,11 @@ from time import monotonic
 from typing import Any, Final
 
 from streamworker.broker import listings, scripts
-from streamworker.broker.base import Publisher, promote
+from streamworker.broker.base import promote
 from streamworker.broker.keys import ListKeys, QueueKeys, of_due_member
 from streamworker.broker.listings import derived_from
 from streamworker.broker.order import in_lines
+from streamworker.broker.publisher import Publisher
 from streamworker.broker.pubsub import Subscriber
 from streamworker.broker.redis.client import RedisAddress
 from streamworker.broker.redis.session import OperatorSession, Session, text
