@@ -115,13 +115,18 @@ class FlowTurmoil(Turmoil):
         mutant: bool = False,
     ) -> None:
         super().__init__(
-            directory, jobs=0, workers=workers, seed=seed, leases=("1",) if flows < 200 else ("2", "2", "4")
+            directory,
+            jobs=0,
+            workers=workers,
+            seed=seed,
+            leases=("1",) if flows < 200 else ("2", "2", "4"),
+            mode=mode,
         )
         chance = random.Random(seed)
         self.drawn = {f"flow-{n}": graphs.draw(chance, most) for n in range(flows)}
         self.known = {name: graphs.foretell(specs) for name, specs in self.drawn.items()}
         self.jobs = sum(len(graphs.effects(specs, self.known[name])) for name, specs in self.drawn.items())
-        self.settings = {"STREAMWORKER_MODE": mode, "STREAMWORKER_MAX_DELIVERIES": "1000"}
+        self.settings = {"STREAMWORKER_MAX_DELIVERIES": "1000"}
         self.mutant = mutant
         (directory / "turmoil_app.py").write_text(APP + (MUTANT if mutant else ""))
 
