@@ -23,7 +23,7 @@ worker *args:
 test *args:
     pytest -n auto --dist worksteal "$@"
 
-# The unit tests and the brokers' contract on every other Python we claim and this machine has
+# The unit tests, the brokers' contract and Django's tasks on every other Python we claim and this machine has
 pythons *args:
     @./dev pythons "$@"
 

@@ -149,8 +149,15 @@ def name_of(value: object) -> str:
         return "object"
 
 
+ACCOUNT: Final = "__streamworker_account__"
+"""Attribute of an exception: the text that is kept of it, instead of its type and message."""
+
+
 def describe(error: BaseException) -> str:
     """An error in a bounded text, its type and message, without passwords; never raises."""
+    account = object.__getattribute__(error, "__dict__").get(ACCOUNT)  # past what its class does with attributes
+    if isinstance(account, str):
+        return fit(account)
     return fit(f"{name_of(error)}: {text_of(error, '(its message cannot be shown)')}")
 
 

@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from typing import Any, Final, overload
 
-import asyncpg
 import msgspec
 
 from streamworker.encryption import FIELD
@@ -125,7 +124,7 @@ class PostgresArchive:
             with understood("reading the ledger"):
                 rows = await self._database.fetch(statement, *values)
             for row in rows:
-                yield _record(row)
+                yield record_of(row)
             if len(rows) < PAGE:
                 return
             if not after:
@@ -139,7 +138,7 @@ class PostgresArchive:
         if len(rows) > 1:
             names = ", ".join(row["queue_name"] for row in rows)
             raise UsageError(f"several queues have a job with the id {job_id} ({names}): say which queue is meant")
-        return _record(rows[0]) if rows else None
+        return record_of(rows[0]) if rows else None
 
     async def find_waiting(self, job: Job, max_bytes: int, key_ttl: float) -> Enqueued | None:
         with understood("looking a key up"):
@@ -223,7 +222,8 @@ def _behind(count: int, moment: str = "timestamptz") -> str:
     return f"(created_at, id, queue_name) < ({at}::{moment}, {job_id}::text, {queue}::text)"
 
 
-def _record(row: asyncpg.Record) -> JobRecord:
+def record_of(row: Any) -> JobRecord:
+    """A job out of a row of asyncpg, or a dict, with the columns of `FIND`, some of which may be missing."""
     result, payload, headers = row.get("result"), row.get("payload"), row.get("headers")
     return JobRecord(
         id=row["id"],

@@ -52,7 +52,7 @@ limit 1
 _NAME: Final = re.compile(r"(\d{4})_[a-z0-9_]+\.sql")
 _OFF: Final = "-- transaction: off"
 _NEXT: Final = re.compile(r"^-- next$", re.MULTILINE)
-_TABLE: Final = """create schema if not exists streamworker;
+TABLE: Final = """create schema if not exists streamworker;
 create table if not exists streamworker.schema_migrations (
   version integer primary key,
   name text not null,
@@ -60,7 +60,7 @@ create table if not exists streamworker.schema_migrations (
   applied_at timestamptz not null default now()
 );
 """
-_RECORD: Final = "insert into streamworker.schema_migrations (version, name, checksum) values"
+RECORD: Final = "insert into streamworker.schema_migrations (version, name, checksum) values"
 
 
 class Migration(msgspec.Struct, frozen=True):
@@ -125,9 +125,9 @@ def load(folder: Traversable) -> list[Migration]:
 
 def printed(migrations: Sequence[Migration]) -> str:
     """The whole schema as SQL, for ``psql -v ON_ERROR_STOP=1 -f``."""
-    parts = [_TABLE]
+    parts = [TABLE]
     for each in migrations:
-        record = f"{_RECORD} ({each.version}, '{each.name}', '{each.checksum}');\n"
+        record = f"{RECORD} ({each.version}, '{each.name}', '{each.checksum}');\n"
         body = f"-- {each.name}\n{each.sql.rstrip()}\n{record}"
         parts.append(f"begin;\n{body}commit;\n" if each.atomic else body)
     return "\n".join(parts)
@@ -205,7 +205,7 @@ async def _make_table(connection: OwnConnection) -> None:
             f"this database is encoded in {encoding}, which cannot hold what jobs may say: create one in UTF8 "
             "(create database NAME encoding 'UTF8' template template0) and name it in DATABASE_URL"
         )
-    await connection.execute(_TABLE)
+    await connection.execute(TABLE)
 
 
 async def _applied(connection: OwnConnection, migration: Migration) -> bool:
@@ -219,7 +219,7 @@ async def _applied(connection: OwnConnection, migration: Migration) -> bool:
             for statement in migration.statements:
                 await connection.execute(statement)
             values = (migration.version, migration.name, migration.checksum)
-            await connection.execute(f"{_RECORD} ($1, $2, $3)", *values)
+            await connection.execute(f"{RECORD} ($1, $2, $3)", *values)
         elif checksum != migration.checksum:
             raise ConfigurationError(
                 f"the migration {migration.name} was changed after this database applied it: restore the file as it "

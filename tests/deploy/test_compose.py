@@ -137,3 +137,20 @@ def test_the_python_of_the_image_is_one_we_support():
 
 def test_compose_is_valid_by_the_specification():
     assert jsonschema_complaints(["--builtin-schema", "vendor.compose-spec"], ROOT / "compose.yaml") == ""
+
+
+def test_the_shop_is_built_of_the_same_images_and_lets_its_own_files_through():
+    shop = ROOT / "examples/shop"
+    dockerfile, compose = (shop / "Dockerfile").read_text(), yaml.safe_load((shop / "compose.yaml").read_text())
+    images = {service["image"] for service in compose["services"].values()} - {"shop:example"}
+    assert {*re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE), *images} == {
+        "python:3.13-slim",
+        "redis:8",
+        "postgres:17",
+    }
+    copied = {word for line in re.findall(r"^COPY (.*)$", dockerfile, re.MULTILINE) for word in line.split()[:-1]}
+    # The repository's own .dockerignore leaves the example out.
+    ignore = (shop / "Dockerfile.dockerignore").read_text().splitlines()
+    assert ignore[1] == "*" and {line[1:] for line in ignore if line.startswith("!")} == copied
+    assert "healthcheck" in compose["services"]["api"]  # for `up --wait`
+    assert jsonschema_complaints(["--builtin-schema", "vendor.compose-spec"], shop / "compose.yaml") == ""

@@ -30,6 +30,7 @@ EXCUSED = {
     "docs/from-arq.md": 1,
     "docs/from-celery.md": 1,
     "docs/from-rq.md": 1,
+    "docs/integrations.md": 3,
     "docs/tutorial.md": 1,
     "examples/producers/README.md": 2,
     "examples/shop/README.md": 1,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, ClassVar
 from urllib.parse import parse_qsl, urlsplit
@@ -21,6 +21,7 @@ import pytest
 import sqlalchemy
 from django.conf import settings
 from django.db.backends.signals import connection_created
+from django.test.utils import override_settings
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
     AsyncSession,
@@ -30,6 +31,8 @@ from sqlalchemy.ext.asyncio import (
 )
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.pool import NullPool
+
+from streamworker import App
 
 
 class Stack:
@@ -71,6 +74,14 @@ class Stack:
 
     def savepoint(self, given: Any) -> AbstractAsyncContextManager[Any]:
         raise NotImplementedError
+
+    async def enqueue_all(self, app: App[Any], given: Any, payloads: Sequence[Any]) -> None:
+        """Enqueue payloads in the transaction."""
+        if self.blocking:
+            for each in payloads:
+                app.enqueue_blocking(each, connection=given)
+        else:
+            await app.enqueue_many(payloads, connection=given)
 
 
 class Asyncpg(Stack):
@@ -386,6 +397,35 @@ class Django(Stack):
             yield
 
 
+class DjangoTasks(Django):
+    """A task of Django 6 in place of each job: its backend enqueues, and its worker runs it in a transaction (``atomic``)."""
+
+    name = "django-tasks"
+
+    def configure(self, url: str, **options: Any) -> None:
+        super().configure(url, **options)
+        chosen = {"modules": ["tests.postgres.django.turmoil_tasks"], "atomic": True}
+        backend = {
+            "BACKEND": "streamworker.integrations.django.StreamworkerBackend",
+            "QUEUES": ["writes"],
+            "OPTIONS": chosen,
+        }
+        self.settings = override_settings(TASKS={"default": backend})
+        self.settings.enable()
+
+    @asynccontextmanager
+    async def source(self, url):
+        async with super().source(url) as source:
+            yield source
+        self.settings.disable()
+
+    async def enqueue_all(self, app, given, payloads):
+        from tests.postgres.django.turmoil_tasks import write  # with these settings
+
+        for each in payloads:
+            write.enqueue(each.n)
+
+
 STACKS: list[Stack] = [
     Asyncpg(),
     Psycopg(),
@@ -426,4 +466,4 @@ ERRORS = (
 
 def stack_of(name: str) -> Stack:
     """The stack of this name."""
-    return next(each for each in STACKS if each.name == name)
+    return next(each for each in [*STACKS, DjangoTasks()] if each.name == name)

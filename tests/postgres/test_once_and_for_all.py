@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import django
 import pytest
 
 from tests.postgres.stacks import STACKS
@@ -18,6 +19,12 @@ from tests.postgres.turmoil import Turmoil, all_in_all, at_progress
         pytest.param("asyncpg", 1000, "stream", marks=pytest.mark.all),
         pytest.param("asyncpg", 300, "list", marks=pytest.mark.all),
         *(pytest.param(each.name, 300, "stream", marks=pytest.mark.all) for each in STACKS if each.name != "asyncpg"),
+        pytest.param(
+            "django-tasks",
+            300,
+            "stream",
+            marks=[pytest.mark.all, pytest.mark.skipif(django.VERSION < (6,), reason="needs Django 6")],
+        ),
     ],
 )
 async def test_exactly_one_row_per_job_whatever_dies(tmp_path, stack, jobs, mode):

@@ -75,6 +75,22 @@ def write(payload: Write, ctx: Context) -> None:
 
 from streamworker.loops import at_once
 """
+DJANGO_TASKS = """
+import os
+
+from tests.postgres.stacks import stack_of
+from tests.postgres.turmoil import Noise
+
+stack_of("django-tasks").configure(os.environ["DATABASE_URL"])
+
+from streamworker.integrations.django.task_worker import TasksApp
+
+app = TasksApp()
+
+@app.handler
+async def noise(payload: Noise) -> None:
+    pass
+"""
 
 
 class Write(Payload, kind="write", queue="writes"):
@@ -132,7 +148,8 @@ class Turmoil:
         handler = (BLOCKING if self.stack.blocking else ASYNC).format(
             source="" if stack == "asyncpg" else "ctx.services"
         )
-        (directory / "turmoil_app.py").write_text(PROJECT.format(stack=stack) + handler)
+        program = DJANGO_TASKS if stack == "django-tasks" else PROJECT.format(stack=stack) + handler
+        (directory / "turmoil_app.py").write_text(program)
 
     def tell(self, what: str) -> None:
         self.told.append(f"{time.monotonic() - self.started:7.1f}  {what}")
@@ -308,11 +325,7 @@ class Turmoil:
                             break
                         values = ", ".join(f"({each})" for each in batch)
                         await stack.execute(given, f"insert into wanted values {values}")
-                        if stack.blocking:
-                            for each in batch:
-                                app.enqueue_blocking(Write(n=each), connection=given)
-                        else:
-                            await app.enqueue_many([Write(n=each) for each in batch], connection=given)
+                        await stack.enqueue_all(app, given, [Write(n=each) for each in batch])
                         await (stack.rollback if self.random.random() < 0.1 else stack.commit)(given)
                 except ERRORS:
                     await anyio.sleep(0.1)
@@ -442,7 +455,10 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--timeout", type=float, default=600, help="seconds for what is left at the end")
     parser.add_argument(
-        "--stack", default="asyncpg", choices=[each.name for each in STACKS], help="the library that writes"
+        "--stack",
+        default="asyncpg",
+        choices=[*(each.name for each in STACKS), "django-tasks"],
+        help="the library that writes",
     )
     parser.add_argument("--mode", default="stream", choices=["stream", "list"])
     given = parser.parse_args()

@@ -1,4 +1,7 @@
-"""Django (``pip install 'streamworker[django]'``): its database connections, and `DjangoApp`.
+"""Django (``pip install 'streamworker[django]'``): its database connections, `DjangoApp`, and what Django asks for.
+
+``INSTALLED_APPS`` takes it as an app: ``manage.py migrate`` then migrates the ledger, and ``manage.py streamworker`` is
+the command line. ``TASKS`` of Django 6 takes its `task_backend.StreamworkerBackend`.
 
 `connection_of` and `transaction_of` are `adapters.Adapter`, for ``django.db.connection`` and those of
 ``django.db.connections``. Statements go through Django's cursors, on the connection that the ORM of this thread uses.
@@ -6,9 +9,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
+from importlib import import_module
 from typing import Any, Final
+from urllib.parse import quote, urlencode
 
 import msgspec
 from asgiref.sync import sync_to_async
@@ -18,12 +23,14 @@ from django.utils.connection import ConnectionProxy
 from typing_extensions import TypeVar
 
 from streamworker.app import App
-from streamworker.errors import UsageError
+from streamworker.errors import ConfigurationError, UsageError
 from streamworker.handlers import Registration
+from streamworker.policy import Backoff, Limits
 from streamworker.postgres import SqlConnection, SqlTransaction
 from streamworker.postgres.adapters import pyformat
 from streamworker.postgres.sqlstate import break_off
 
+F = TypeVar("F", bound=Callable[..., Any])
 S = TypeVar("S", default=Any)
 
 
@@ -35,6 +42,51 @@ def connection_of(given: Any) -> SqlConnection | None:
 def transaction_of(source: Any) -> SqlTransaction | None:
     """A transaction on the connection of this thread."""
     return AtomicTransaction(source.alias) if isinstance(source, ConnectionProxy | BaseDatabaseWrapper) else None
+
+
+def rows_of(alias: str, statement: str, *values: Any) -> list[dict[str, Any]]:
+    """The rows of a query, by the names of its columns.
+
+    Args:
+        alias: of the database.
+        statement: with parameters ``$1`` ….
+        values: of these.
+    """
+    with connections[alias].cursor() as cursor:
+        cursor.execute(*pyformat(statement, values))
+        names = [column[0] for column in cursor.description]
+        return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+
+
+URL_OPTIONS: Final = frozenset(
+    {
+        "connect_timeout", "keepalives", "keepalives_count", "keepalives_idle", "keepalives_interval", "options",
+        "passfile", "sslcert", "sslkey", "sslmode", "sslrootcert", "tcp_user_timeout",
+    }
+)  # fmt: skip
+"""What of Django's ``OPTIONS`` goes into a URL."""
+
+
+def url_of(alias: str) -> str | None:
+    """The ``DATABASE_URL`` of one of Django's databases; ``None`` if a service file says where it is.
+
+    Args:
+        alias: of a database of PostgreSQL.
+    """
+    given = connections[alias].get_connection_params()
+    if "service" in given:
+        return None
+    host, port = str(given.get("host") or ""), str(given.get("port") or "")
+    query = {name: str(value) for name, value in given.items() if name in URL_OPTIONS}
+    if not host or host.startswith("/"):  # a socket
+        query |= {"host": host or "/var/run/postgresql", **({"port": port} if port else {})}
+        place = ""
+    else:
+        place = (f"[{host}]" if ":" in host else host) + (f":{port}" if port else "")
+    user, password = (quote(str(given.get(name) or ""), safe="") for name in ("user", "password"))
+    name = quote(str(given.get("dbname") or given.get("database") or ""), safe="")
+    who = (f"{user}:{password}@" if password else f"{user}@") if user else ""
+    return f"postgresql://{who}{place}/{name}" + (f"?{urlencode(query)}" if query else "")
 
 
 class DjangoConnection:
@@ -118,8 +170,58 @@ class DjangoApp(App[S]):
     """
 
     def _index(self, registration: Registration) -> None:
-        closing = _closing_async if registration.is_async else _closing
-        super()._index(msgspec.structs.replace(registration, function=closing(registration.function)))
+        super()._index(closing(registration))
+
+
+def closing(registration: Registration) -> Registration:
+    """The same handler, that leaves none of Django's connections behind."""
+    wrapped = _closing_async if registration.is_async else _closing
+    return msgspec.structs.replace(registration, function=wrapped(registration.function))
+
+
+LIMITS: Final = "__streamworker_limits__"
+"""Attribute of a function: what `run_options` keeps."""
+
+
+def run_options(
+    *, max_attempts: int = 1, timeout: float | None = 300.0, backoff: Backoff = Backoff()
+) -> Callable[[F], F]:
+    """Options of one task, in place of the backend's: written below ``@task``.
+
+    Args:
+        max_attempts: failed attempts after which the task has failed; 1 unless given, as Django retries nothing.
+        timeout: seconds one run may take; ``None`` for no limit.
+        backoff: waits between attempts.
+
+    Raises:
+        ConfigurationError: an option is wrong.
+    """
+    try:
+        limits = Limits(max_attempts, timeout, backoff)
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"the task's options are wrong: {error}") from None
+
+    def keep(function: F) -> F:
+        setattr(function, LIMITS, limits)
+        return function
+
+    return keep
+
+
+def __getattr__(name: str) -> Any:
+    """``StreamworkerBackend``, by the name that ``TASKS`` gives: importing it needs Django 6, all else does not.
+
+    Raises:
+        ImportError: this Django has no ``django.tasks``.
+    """
+    if name != "StreamworkerBackend":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return import_module(f"{__name__}.task_backend").StreamworkerBackend
+    except ModuleNotFoundError as error:
+        if error.name != "django.tasks":
+            raise
+        raise ImportError("StreamworkerBackend needs django.tasks, which Django 6 brings: install django>=6") from error
 
 
 def _closing(function: Any) -> Any:
