@@ -31,6 +31,7 @@ from streamworker.postgres.migrate import Migrator, printed, shipped
 from streamworker.postgres.waits import signal_data, signal_in_transaction
 from streamworker.producer import JobOptions, Producer, SealingSender, job_of, make_job, refuse_patched
 from streamworker.settings import FairWeight, Settings
+from streamworker.views.erasure import Erased, Erasure, person
 from streamworker.views.opened import opener_of
 from streamworker.wiring import AppConnection
 from streamworker.worker.executor import Middleware
@@ -359,6 +360,35 @@ class App(Handlers[S], Calendar):
         if not queues:
             raise UsageError("the queue of this job is not known here: say queue=")
         return broker, archive, queues
+
+    async def erase(
+        self,
+        where: Mapping[str, Any] | None = None,
+        *,
+        headers: Mapping[str, Any] | None = None,
+        queue: str | None = None,
+        wait: float = 10.0,
+        dry_run: bool = False,
+    ) -> Erased:
+        """Delete every trace of a person's jobs, in Redis and in the ledger (docs/erasure.md).
+
+        It reads every document of both stores. A job that waits never runs; one that runs is cancelled, and waited for.
+
+        Args:
+            where: fields of the payload and their values; ``customer.email`` is a field inside of another.
+            headers: headers and their values. All conditions have to hold.
+            queue: only this one; all of them otherwise.
+            wait: seconds to wait for jobs that run; those that still run are reported.
+            dry_run: delete nothing.
+
+        Raises:
+            UsageError: the app is not open, or open on another event loop; or no condition is given.
+            Unreachable: a server does not answer.
+        """
+        whose = person(where, headers)
+        archive = await self._connection.archive()
+        async with open_operator(self._connection.rules(), self._connection.redis, self.queues) as operator:
+            return await Erasure(whose, operator, archive, self.opener, queue=queue).run(wait, dry_run=dry_run)
 
     def _kinds_of(self, kind: str) -> Sequence[str]:
         """All kinds that the handler of a kind answers to: a payload may be sealed under another one of them."""

@@ -490,6 +490,26 @@ class Depth(msgspec.Struct, frozen=True):
         return self.running + (0 if self.paused or self.inactive else self.ready)
 
 
+class StoredDocument(msgspec.Struct, frozen=True):
+    """A document in Redis, wherever it is.
+
+    Attributes:
+        queue: its queue.
+        place: its state; ``fair`` and ``order``: it waits in the line of a tenant, or of an order key.
+        key: the key that holds it.
+        handle: what names it there.
+        body: the document.
+        job_id: of the job, if the document tells.
+    """
+
+    queue: str
+    place: Literal["ready", "fair", "order", "delayed", "dead", "running"]
+    key: str
+    handle: bytes
+    body: bytes
+    job_id: str | None
+
+
 class KeyUse(msgspec.Struct, frozen=True):
     """How many values in one place are sealed with a key (`streamworker.encryption`).
 

@@ -441,6 +441,11 @@ class AppConnection:
         self._looked = False
 
     @property
+    def redis(self) -> Redis | str | None:
+        """Where Redis is, if not where the settings say."""
+        return self._redis
+
+    @property
     def loop(self) -> asyncio.AbstractEventLoop | None:
         """The event loop it is open on; ``None`` while it is not open."""
         return self._loop

@@ -7,7 +7,7 @@ roles it calls. `Operator` is what operators do to jobs by hand, by resource.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Generic, Literal, Protocol, TypeAlias
 
@@ -29,6 +29,7 @@ from streamworker.job import (
     ScheduleEntry,
     ScheduleTick,
     Settled,
+    StoredDocument,
     Verdict,
 )  # fmt: skip
 from streamworker.limits import AcquireRequest, AcquireResult, Permit
@@ -543,6 +544,15 @@ class Queues(Protocol):
 
     async def now(self) -> float:
         """The server's clock, in epoch seconds: ages by another clock are wrong by the difference."""
+
+    def documents(self, queue: str) -> AsyncIterator[StoredDocument]:
+        """All documents of a queue, in any state."""
+
+    async def remove(self, found: StoredDocument) -> bool:
+        """Delete a document for good; False if it is not there any more, or a worker holds it."""
+
+    async def forget_traces(self, queue: str, ids: Sequence[str]) -> dict[str, int]:
+        """Delete results, outputs and marks of jobs; returns how many of each there were."""
 
     async def key_uses(self) -> list[KeyUse]:
         """The keys with which values are sealed, and how many. It reads everything in the namespace."""

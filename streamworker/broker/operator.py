@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Final, TypeAlias
 
@@ -26,6 +26,7 @@ from streamworker.broker import (
     StoredJob,
     WorkerInfo,
     cancel,
+    erasure,
     listings,
     scripts,
 )
@@ -53,6 +54,7 @@ from streamworker.job import (
     Progress,
     ReleaseAt,
     Settled,
+    StoredDocument,
     Verdict,
     read,
 )  # fmt: skip
@@ -325,6 +327,17 @@ class RedisOperator(ABC):
         except ConfigurationError:  # the user may not have the right to TIME
             return time.time()
         return int(seconds) + int(micros) / 1e6
+
+    async def documents(self, queue: str) -> AsyncIterator[StoredDocument]:
+        secret = await self._session.ask("HGET", self._key(queue).meta, SECRET)
+        async for found in erasure.documents(self._session, self._key(queue), secret or b""):
+            yield found
+
+    async def remove(self, found: StoredDocument) -> bool:
+        return await erasure.remove(self._session, self._key(found.queue), found, self._group)
+
+    async def forget_traces(self, queue: str, ids: Sequence[str]) -> dict[str, int]:
+        return await erasure.forget_traces(self._session, self._key(queue), ids)
 
     async def key_uses(self) -> list[KeyUse]:
         return await listings.key_uses(self._session)

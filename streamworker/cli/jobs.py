@@ -41,6 +41,7 @@ from streamworker.views.rows import JobRow, age, attempt_row, job_row, step_row
 jobs = App(name="jobs", help="Jobs in the ledger: every one that is durable, or has run.")
 jobs.command("streamworker.cli.jobs:cancel", name="cancel")
 jobs.command("streamworker.cli.jobs:reconcile", name="reconcile")
+jobs.command("streamworker.cli.erase:erase", name="erase")
 
 OPEN: Final[tuple[Status, ...]] = ("queued", "dispatching", "dispatched", "retrying", "waiting")
 """Of these a job can still be kept from running."""

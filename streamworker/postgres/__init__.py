@@ -526,6 +526,9 @@ class Archive(Protocol):
     async def attempts(self, queue: str, job_id: str) -> list[Attempt]:
         """The runs of a job, oldest first."""
 
+    async def erase(self, queue: str, ids: Sequence[str]) -> dict[str, int]:
+        """Delete all rows of jobs, but none of a job that runs; returns how many of each table."""
+
     async def key_uses(self) -> list[KeyUse]:
         """The keys with which values are sealed, and how many. It reads all rows."""
 

@@ -86,11 +86,31 @@ with completed as (
 select pg_notify('streamworker', '') from again"""
 
 
+# Rows of other tables are deleted although the job has none of its own any more; but none of a job that runs.
+_OTHER_TABLES: Final = ("job_logs", "job_steps", "job_signals", "job_keys")
+ERASE: Final = f"""
+with held as materialized (
+  select id from streamworker.jobs where queue_name = $1 and id = any($2::text[]) and status = 'running' for update
+), jobs as (
+  delete from streamworker.jobs where queue_name = $1 and id = any($2::text[]) and id not in (select id from held)
+  returning 1
+), {
+    ", ".join(
+        f"{table} as (delete from streamworker.{table} where queue_name = $1 and job_id = any($2::text[]) "
+        "and job_id not in (select id from held) returning 1)"
+        for table in _OTHER_TABLES
+    )
+}
+select (select count(*) from jobs) as jobs, {
+    ", ".join(f"(select count(*) from {table}) as {table}" for table in _OTHER_TABLES)
+}"""  # noqa: S608 - our own text
+
 _ID: Final = "[A-Za-z0-9._-]{1,40}"
 _SEALED_IN: Final = (
     ("jobs.payload", f"payload->'{FIELD}'->>'key'"),
     ("jobs.result", f"result->'{FIELD}'->>'key'"),
     ("job_steps.value", f"value->'{FIELD}'->>'key'"),
+    ("job_signals.data", f"data->'{FIELD}'->>'key'"),
     ("jobs.last_error", rf"substring(last_error from '\[sealed ({_ID}) ')"),
     ("jobs.document", f"""substring(encode(document, 'escape') from '"key":"({_ID})","data"')"""),
     ("job_logs.error", rf"substring(error from '\[sealed ({_ID}) ')"),
@@ -148,6 +168,11 @@ class PostgresArchive:
         with understood("reading a job's attempts"):
             rows = await self._database.fetch(ATTEMPTS, stored_id(job_id), queue)
         return [Attempt(**row) for row in rows]
+
+    async def erase(self, queue: str, ids: Sequence[str]) -> dict[str, int]:
+        with understood("erasing jobs"):
+            (row,) = await self._database.fetch(ERASE, queue, [stored_id(job_id) for job_id in ids])
+        return {name: count for name, count in row.items() if count}
 
     async def key_uses(self) -> list[KeyUse]:
         with understood("looking for sealed values"):

@@ -49,6 +49,9 @@ class PlainOpener:
     def reader(self, reader: OutputReader, job_id: str) -> OutputReader:  # noqa: ARG002
         return reader
 
+    def document(self, body: bytes | None) -> bytes | None:
+        return body
+
 
 class KeyOpener:
     """The `Opener` of apps with keys. What they do not open stays sealed.

@@ -67,3 +67,20 @@ def test_payloads_are_shown_where_the_key_is_and_check_finds_what_still_uses_one
     assert list(document["payload"]) == ["streamworker_sealed"]
     assert "SECRET" not in json.dumps(document)
     assert "STREAMWORKER_APP" in sw("keys", "check").stderr
+
+
+def test_erase_says_what_there_is_and_deletes_with_yes(sw, raw, ground):
+    for text in ("ann", "bob"):
+        ground.push(
+            json.dumps({"id": text, "kind": "letter", "payload": {"person": {"name": text, "id": 17}}}), queue="q"
+        )
+    found = sw.ok("jobs", "erase", "--where", "person.name=ann", "--json").rows[0]
+    assert (found["jobs"], found["redis"], found["dry_run"]) == ([["q", "ann"]], {"ready": 1}, True)
+    shown = sw("jobs", "erase", "--where", "person.name=ann")
+    assert (shown.returncode, "nothing was deleted: --yes deletes it" in shown.stderr) == (0, True)
+    assert raw.xlen("stream:{q}") == 2
+    assert sw.ok("jobs", "erase", "--where", "person.name=ann", "--where", "person.id=17", "--yes").stdout.startswith(
+        "jobs"
+    )
+    assert raw.xlen("stream:{q}") == 1
+    assert sw("jobs", "erase").returncode == sw("jobs", "erase", "--where", "ann", "--yes").returncode == 2
