@@ -30,8 +30,8 @@ _HEAD: Final = len(FIELD) + 16
 KEY_BYTES: Final = 32
 SALT: Final = 16
 NONCE: Final = 12
-MOST_TEXT: Final = 2500
-"""Bytes of an error's text that are sealed: with what stands around them they stay below what stores keep."""
+MOST_TEXT: Final = 1200
+"""Bytes of an error's text that are sealed: with what stands around them, all is read where errors are grouped."""
 MOST_REASON: Final = 400
 """The same for the reason why a result is not kept, which is cut to less."""
 _LABEL: Final = b"streamworker 1"

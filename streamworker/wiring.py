@@ -430,7 +430,8 @@ class AppConnection:
         """Those of the app; ``None`` until those of the environment are read."""
         self._handlers = handlers
         self._in_force = settings or Settings()
-        self._redis: Redis | str | None = None
+        self.redis: Redis | str | None = None
+        """Where Redis is, if not where the settings say."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._entries = 0
         self._lock = threading.Lock()
@@ -439,11 +440,6 @@ class AppConnection:
         self._broker: WorkerBroker | None = None
         self._archive: Archive | None = None
         self._looked = False
-
-    @property
-    def redis(self) -> Redis | str | None:
-        """Where Redis is, if not where the settings say."""
-        return self._redis
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop | None:
@@ -484,7 +480,7 @@ class AppConnection:
                         stack.push_async_callback(broker.close)
                         await broker.open()
                         self._stack, self._broker = stack.pop_all(), broker
-                        self._in_force, self._redis = settings, redis
+                        self._in_force, self.redis = settings, redis
         except BaseException:
             self._entries -= 1
             self._free_loop()
@@ -556,7 +552,7 @@ class AppConnection:
         """The same servers, opened on another event loop."""
         settings = self._in_force if self._stack is not None else self.resolve(None)
         other = AppConnection(settings, Handlers())
-        await other.enter(settings, self._redis)
+        await other.enter(settings, self.redis)
         try:
             yield other
         finally:

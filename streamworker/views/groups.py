@@ -14,6 +14,7 @@ from typing import Final, Protocol
 
 import msgspec
 
+from streamworker.encryption import hidden
 from streamworker.job import ERROR_BYTES, DeadError
 from streamworker.redact import redact
 
@@ -46,6 +47,7 @@ def normalised(error: str, reason: str) -> str:
         error: the traceback of a dead letter, or what stands in its place.
         reason: its reason, where there is no error.
     """
+    error = hidden(error)
     lines = [line.strip() for line in error.strip().splitlines() if line.strip() and not line.startswith((" ", "\t"))]
     last = next((line for line in reversed(lines) if _TYPED.match(line)), (lines[-1:] or [reason])[0])
     head, separator, message = last.partition(":")
@@ -134,7 +136,7 @@ class _QueueIndex:
                 known = self.groups[group] = DeadGroup(group, self._queue, kind, text, 0, at, at, letter.handle, "")
             known.count += 1
             known.last_s, known.sample = at, letter.handle
-            known.traceback = redact(letter.error or letter.reason)
+            known.traceback = redact(hidden(letter.error) or letter.reason)
             self._of[letter.handle] = group
             self.after = letter.handle
 

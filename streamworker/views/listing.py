@@ -78,7 +78,8 @@ class Selection(msgspec.Struct, frozen=True, kw_only=True):
         reason, error = job.details.get("reason", ""), job.details.get("error", "")
         if self.reason is not None and self.reason not in reason:
             return False
-        if self.group is not None and self.group != group_of(job.queue, job.kind or "", error, reason):
+        stored = job.details.get("stored_error", error)
+        if self.group is not None and self.group != group_of(job.queue, job.kind or "", stored, reason):
             return False
         if self.text is None:
             return True

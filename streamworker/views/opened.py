@@ -114,8 +114,10 @@ class KeyOpener:
 
     def stored(self, job: StoredJob) -> StoredJob:
         """A delayed job or a dead letter, opened."""
-        error = job.details.get("error")
-        details = job.details if not error else job.details | {"error": self.keys.opened_text(job.job_id or "", error)}
+        error, details = job.details.get("error"), job.details
+        if error:  # as it is stored it tells the group
+            opened = self.keys.opened_text(job.job_id or "", error)
+            details = details | {"error": opened, "stored_error": error}
         return msgspec.structs.replace(job, body=self.document(job.body), details=details)
 
     def record(self, job: JobRecord) -> JobRecord:

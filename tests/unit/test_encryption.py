@@ -11,7 +11,8 @@ import pytest
 from streamworker import Keys
 from streamworker.encryption import USES, hidden, new_key, sealed_in
 from streamworker.errors import ConfigurationError, NoKey
-from streamworker.job import Job
+from streamworker.job import ERROR_BYTES, Job
+from streamworker.views.groups import normalised
 
 ONE, TWO = new_key(), new_key()
 KEYS = Keys(current="two", keys={"one": ONE, "two": TWO})
@@ -71,9 +72,16 @@ def test_damaged_bytes_open_with_no_key(damage):
 
 def test_a_text_is_sealed_inside_another_and_bounded():
     text = f"failed 1 of 1 attempts: {KEYS.sealed_text('j1', 'ValueError: ä' + 'x' * 10_000)} (twice)"
-    assert len(text) < 4000
+    assert len(text) < 2000
     assert KEYS.opened_text("j1", text).startswith("failed 1 of 1 attempts: ValueError: äxxx")
     assert KEYS.opened_text("j2", text) == hidden(text) == "failed 1 of 1 attempts: [sealed two] (twice)"
+
+
+def test_sealed_errors_are_grouped_by_class_and_place():
+    errors = [f"ValueError: at mail.py:12 in send {KEYS.sealed_text(f'j{n}', 'x' * n)}" for n in (1, 5000)]
+    assert {normalised(error[-ERROR_BYTES:], "") for error in errors} == {
+        "ValueError: at mail.py:<n> in send [sealed two]"
+    }
 
 
 def test_a_job_that_may_replace_another_is_bound_to_its_deduplication_key():
