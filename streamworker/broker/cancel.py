@@ -18,7 +18,7 @@ from streamworker.broker.keys import QueueKeys, of_due_member
 from streamworker.broker.redis.session import OperatorSession, Session, text
 from streamworker.broker.settle import id_of
 from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable
-from streamworker.job import Claim
+from streamworker.job import Claim, StoredDocument
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.broker")
@@ -147,3 +147,32 @@ async def _parked(server: Session | OperatorSession, keys: QueueKeys, job_id: st
                 yield member
         if not int(cursor):
             return
+
+
+async def remove(session: OperatorSession, keys: QueueKeys, found: StoredDocument, group: str) -> bool:
+    """Delete a document for good; False if it is not there any more, or a worker holds it."""
+    if found.place == "delayed":
+        return await forget(session, keys, found.handle)
+    known = codec.keyed(found.body)
+    if found.place == "dead":
+        names: list[str] = [keys.dead]
+        args: list[Any] = [found.handle, keys.shape]
+        if known is not None:
+            names, args = [*names, keys.key(known[0])], [*args, known[1]]
+        return bool(await session.run(scripts.ERASE, names, args))
+    if found.place == "running":
+        return False
+    names, more = [keys.due, found.key], [str(keys.shape), found.place, found.handle, found.body, group]
+    if known is not None:
+        names, more = [*names, keys.key(known[0])], [*more, known[1]]
+    return bool(await session.run(scripts.REMOVE, names, more))
+
+
+async def forget_traces(session: OperatorSession, keys: QueueKeys, ids: Sequence[str]) -> dict[str, int]:
+    """Delete results, outputs and marks of jobs; returns how many of each there were."""
+    found = {"results": 0, "outputs": 0}
+    for job_id in ids:
+        found["results"] += await session.ask("UNLINK", keys.result(job_id))
+        found["outputs"] += await session.ask("UNLINK", keys.output(job_id))
+        await session.ask("UNLINK", keys.ended(job_id), keys.held(job_id))
+    return {name: count for name, count in found.items() if count}

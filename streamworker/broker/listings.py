@@ -26,7 +26,7 @@ from streamworker.broker.keys import (
 from streamworker.broker.redis.session import OperatorSession, text
 from streamworker.encryption import USES
 from streamworker.errors import InvalidJob, UsageError
-from streamworker.job import LEVELS, Claim, Depth, KeyUse, Level
+from streamworker.job import LEVELS, Claim, Depth, KeyUse, Level, StoredDocument
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.broker")
@@ -380,8 +380,8 @@ def _claim_named(claim: Claim) -> tuple[str | None, str | None]:
 
 _OF_A_JOB: Final = re.compile(r"(.*\}:[a-z]+|.*?queue:.*:(?:claimed|result|output)):.*")
 """Keys that a job, a worker or the like has for itself: they count together."""
-VALUES: Final = 500
-"""Values of one page."""
+VALUES: Final = 200
+"""Values of one page: documents may be large."""
 
 
 async def key_uses(session: OperatorSession) -> list[KeyUse]:
@@ -404,29 +404,105 @@ async def _values(session: OperatorSession, name: str) -> AsyncIterator[bytes]:
     kind = text(await session.ask("TYPE", name))
     if kind == "string":
         yield await session.ask("GET", name) or b""
-    pages = {"stream": _stream_pages, "list": _list_pages, "hash": _hash_pages}.get(kind)
-    if pages is not None:
-        async for page in pages(session, name):
-            for value in page:
+    elif kind == "stream":
+        async for _, fields in _entries(session, name):
+            for value in fields.values():
                 yield value
+    elif kind == "hash":
+        async for _, value in _fields(session, name):
+            yield value
+    elif kind in ("list", "zset"):
+        async for value in (_elements if kind == "list" else _members)(session, name):
+            yield value
 
 
-async def _stream_pages(session: OperatorSession, name: str) -> AsyncIterator[list[bytes]]:
+async def _entries(session: OperatorSession, name: str) -> AsyncIterator[tuple[bytes, dict[bytes, bytes]]]:
     start = "-"
     while rows := await session.ask("XRANGE", name, start, "+", "COUNT", VALUES):
-        yield [value for _, fields in rows for value in fields.values()]
+        for entry, fields in rows:
+            yield entry, fields
         start = f"({text(rows[-1][0])}"
 
 
-async def _list_pages(session: OperatorSession, name: str) -> AsyncIterator[list[bytes]]:
+async def _elements(session: OperatorSession, name: str) -> AsyncIterator[bytes]:
     at = 0
     while rows := await session.ask("LRANGE", name, at, at + VALUES - 1):
-        yield rows
+        for element in rows:
+            yield element
         at += VALUES
 
 
-async def _hash_pages(session: OperatorSession, name: str) -> AsyncIterator[list[bytes]]:
+async def _members(session: OperatorSession, name: str) -> AsyncIterator[bytes]:
+    at = 0
+    while rows := await session.ask("ZRANGE", name, at, at + VALUES - 1):
+        for member in rows:
+            yield member
+        at += VALUES
+
+
+async def _fields(session: OperatorSession, name: str) -> AsyncIterator[tuple[bytes, bytes]]:
     cursor: Any = None
     while cursor is None or int(cursor):
         cursor, fields = await session.ask("HSCAN", name, cursor or 0, "COUNT", VALUES)
-        yield list(fields.values())
+        for field, value in fields.items():
+            yield field, value
+
+
+_ORDERED: Final = re.compile(rb"([a-z]+) (\d+) (\d+) ")
+
+
+async def documents(session: OperatorSession, keys: QueueKeys, secret: bytes) -> AsyncIterator[StoredDocument]:
+    """All documents of a queue: ready, waiting in lines, delayed, dead, and those that workers hold."""
+    for part in (_waiting_jobs, _in_lines, _stored_jobs, _claimed_jobs):
+        async for each in part(session, keys, secret):
+            yield each
+
+
+async def _waiting_jobs(session: OperatorSession, keys: QueueKeys, secret: bytes) -> AsyncIterator[StoredDocument]:
+    for level in LEVELS:
+        name = keys.ready(level)
+        if isinstance(keys, ListKeys):
+            async for element in _elements(session, name):
+                yield _stored_document(keys, "ready", name, element, codec.unmarked(element, secret)[0])
+        else:
+            async for entry, fields in _entries(session, name):
+                yield _stored_document(keys, "ready", name, entry, fields.get(b"job", b""))
+
+
+async def _in_lines(session: OperatorSession, keys: QueueKeys, _: bytes) -> AsyncIterator[StoredDocument]:
+    for level in LEVELS:
+        async for member in _members(session, keys.fair_line(level)):
+            yield _stored_document(keys, "fair", keys.fair_line(level), member, member[16:])
+    for order in sorted(await session.ask("SMEMBERS", keys.lines)):
+        name = keys.order_line(text(order))
+        async for element in _elements(session, name):
+            match = _ORDERED.match(element)
+            if match is not None:
+                body = element[match.end() + int(match[2]) + int(match[3]) :]
+                yield _stored_document(keys, "order", name, element, body)
+
+
+async def _stored_jobs(session: OperatorSession, keys: QueueKeys, _: bytes) -> AsyncIterator[StoredDocument]:
+    async for member, body in _fields(session, keys.bodies):
+        yield _stored_document(keys, "delayed", keys.bodies, member, body)
+    async for entry, fields in _entries(session, keys.dead):
+        yield _stored_document(keys, "dead", keys.dead, entry, fields.get(b"job", b""))
+
+
+async def _claimed_jobs(session: OperatorSession, keys: QueueKeys, secret: bytes) -> AsyncIterator[StoredDocument]:
+    """What workers of list mode hold; in stream mode it is among what is ready."""
+    if not isinstance(keys, ListKeys):
+        return
+    async for name in session.scan(f"{keys.claimed('')}*", "list"):
+        async for element in _elements(session, name):
+            claim = unwrapped(keys, element, secret)
+            if claim is not None:
+                yield _stored_document(keys, "running", name, element, claim.body or b"")
+
+
+def _stored_document(keys: QueueKeys, place: Any, name: str, handle: bytes, body: bytes) -> StoredDocument:
+    try:
+        job_id = codec.id_in(codec.read(body))
+    except InvalidJob:
+        job_id = codec.told_of(body)[0]
+    return StoredDocument(keys.queue, place, name, handle, body, job_id)

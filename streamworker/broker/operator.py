@@ -26,7 +26,6 @@ from streamworker.broker import (
     StoredJob,
     WorkerInfo,
     cancel,
-    erasure,
     listings,
     scripts,
 )
@@ -330,14 +329,14 @@ class RedisOperator(ABC):
 
     async def documents(self, queue: str) -> AsyncIterator[StoredDocument]:
         secret = await self._session.ask("HGET", self._key(queue).meta, SECRET)
-        async for found in erasure.documents(self._session, self._key(queue), secret or b""):
+        async for found in listings.documents(self._session, self._key(queue), secret or b""):
             yield found
 
     async def remove(self, found: StoredDocument) -> bool:
-        return await erasure.remove(self._session, self._key(found.queue), found, self._group)
+        return await cancel.remove(self._session, self._key(found.queue), found, self._group)
 
     async def forget_traces(self, queue: str, ids: Sequence[str]) -> dict[str, int]:
-        return await erasure.forget_traces(self._session, self._key(queue), ids)
+        return await cancel.forget_traces(self._session, self._key(queue), ids)
 
     async def key_uses(self) -> list[KeyUse]:
         return await listings.key_uses(self._session)
