@@ -80,6 +80,43 @@ class Flow:
         return took
 
 
+QUIET, EACH = 99, 10
+"""Tenants beside the one that floods, and their jobs."""
+
+
+async def _flooded(url: str, jobs: int) -> tuple[float, float]:
+    """(time until the quiet tenants are done, by their fair time; seconds until the last of their jobs has started).
+
+    Their fair time is that in which each of the 100 tenants has had as many starts as a quiet one has jobs.
+    """
+    app = App(settings=settings(url, mode="stream", concurrency=100))
+    left, done, counts, began = QUIET * EACH, asyncio.Event(), {"all": 0}, 0.0
+    worst = 0.0
+
+    @app.handler
+    async def noop(payload: Fair) -> None:
+        nonlocal left, worst
+        counts["all"] += 1
+        if payload.of:
+            left -= 1
+            worst = time.perf_counter() - began
+            if left == 0:
+                done.set()
+
+    async with app:
+        for start in range(0, jobs, 10_000):
+            await app.enqueue_many([Fair(n=n, of=0) for n in range(start, min(start + 10_000, jobs))])
+        await app.enqueue_many([Fair(n=n, of=1 + n % QUIET) for n in range(QUIET * EACH)])
+    worker = QueueWorker(app, redis=None, database=None, services=None)
+    began = time.perf_counter()
+    task = asyncio.create_task(worker.start())
+    await done.wait()
+    share = counts["all"] / ((QUIET + 1) * EACH)  # at one rate, times are as the numbers of starts
+    await worker.stop()
+    await task
+    return share, worst
+
+
 async def ask(url: str, options: Options) -> list[Row]:
     """Order and fairness against plain jobs; then one to a hundred thousand tenants."""
     client = redis.Redis.from_url(url)
@@ -108,7 +145,16 @@ async def ask(url: str, options: Options) -> list[Row]:
             before, _ = await spent(client)
             await flow.drained()
             values.append(((await spent(client))[0] - before) / number * 1e6)
+    starts, worst = [], []
+    for _ in range(options.rounds):
+        await client.flushall()
+        share, wait = await _flooded(url, options.jobs(100_000))
+        starts.append(share)
+        worst.append(wait)
     await client.aclose()
+    flood = {"question": "flow, one of 100 tenants floods", "less": True}
+    rows.append(Row(what="time of the 99, of their fair time", unit="", values=starts, goal=1.2, **flood))
+    rows.append(Row(what="worst wait of a quiet job", unit="s", values=worst, **flood))
     first = costs[TENANTS[0]]
     for count, values in costs.items():
         compared = {} if count == 1 else {"against": first, "versus": "1 tenant", "goal": 1.5}

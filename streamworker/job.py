@@ -472,6 +472,7 @@ class Depth(msgspec.Struct, frozen=True):
         paused: nothing is claimed from it, by an operator or by PostgreSQL.
         inactive: PostgreSQL pauses it (``is_active`` is false).
         waiting: jobs behind others with their order key.
+        halted: order keys that halt at dead jobs.
     """
 
     queue: str
@@ -483,6 +484,7 @@ class Depth(msgspec.Struct, frozen=True):
     paused: bool
     inactive: bool = False
     waiting: int = 0
+    halted: int = 0
 
     @property
     def load(self) -> int:

@@ -63,11 +63,11 @@ async def depth(run: Callable[..., Awaitable[Any]], keys: QueueKeys, group: str)
     """Depth of one queue of streams; ``run`` runs a script."""
     names = [*keys.streams, keys.due, keys.dead, keys.meta]
     reply = await run(scripts.DEPTH, names, [group])
-    entries, pending_, delayed_, dead_, oldest, paused, inactive, waiting_, tenants = reply
+    entries, pending_, delayed_, dead_, oldest, paused, inactive, waiting_, tenants, halted = reply
     age = oldest / 1000 if oldest >= 0 else None
     held = bool(paused or inactive)
     ready = max(0, entries - pending_) + tenants
-    return Depth(keys.queue, ready, pending_, delayed_, dead_, age, held, bool(inactive), waiting_)
+    return Depth(keys.queue, ready, pending_, delayed_, dead_, age, held, bool(inactive), waiting_, halted)
 
 
 async def workers(session: OperatorSession, keys: Sequence[QueueKeys], *, everywhere: bool) -> list[WorkerInfo]:
@@ -306,11 +306,11 @@ async def list_depth(run: Callable[..., Awaitable[Any]], keys: ListKeys) -> Dept
     """Depth of one queue of lists; ``run`` runs a script."""
     names = [*keys.lists, keys.due, keys.dead, keys.meta, keys.leases]
     reply = await run(scripts.LIST_DEPTH, names, [])
-    ready, claimed, delayed, dead, paused, inactive, waiting_, tenants, now, *oldest = reply
+    ready, claimed, delayed, dead, paused, inactive, waiting_, tenants, halted, now, *oldest = reply
     ages = [now / 1000 - made for element in oldest if (made := codec.made_at(element)) is not None]
     age = max(0.0, *ages) if ages else None
     held = bool(paused or inactive)
-    return Depth(keys.queue, ready + tenants, claimed, delayed, dead, age, held, bool(inactive), waiting_)
+    return Depth(keys.queue, ready + tenants, claimed, delayed, dead, age, held, bool(inactive), waiting_, halted)
 
 
 async def claimed(session: OperatorSession, keys: ListKeys, worker: str) -> AsyncIterator[Claim]:

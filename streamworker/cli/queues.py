@@ -48,7 +48,7 @@ _STATE: Final[Column[_Rated]] = Column("", lambda it: state(it[0]))
 
 def _pinned(it: _Rated) -> dict[str, Any]:
     """Programs rely on exactly these fields."""
-    return {name: value for name, value in plain(it[0]).items() if name != "inactive"}
+    return {name: value for name, value in plain(it[0]).items() if name not in ("inactive", "halted")}
 
 
 @queues.default
@@ -199,4 +199,7 @@ def state(row: QueueRow) -> str:
     """Why nothing is claimed from a queue, and how many of its jobs wait behind others; empty if neither is so."""
     why = "inactive" if row.inactive else "paused" if row.paused else ""
     behind = f"{row.waiting:,} behind order keys" if row.waiting else ""
-    return ", ".join(filter(None, (why, behind)))
+    halted = (
+        f"{row.halted:,} order {'key halts' if row.halted == 1 else 'keys halt'} at dead jobs" if row.halted else ""
+    )
+    return ", ".join(filter(None, (why, behind, halted)))

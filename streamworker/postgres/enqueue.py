@@ -72,7 +72,10 @@ update streamworker.jobs as waiting set
       when $6::text is null then $7::text::timestamptz
       else clock_timestamp() + make_interval(secs => $6::double precision) end,
     expires_at = case when $12::text is null then $13::text::timestamptz
-      else clock_timestamp() + make_interval(secs => $12::double precision) end
+      else clock_timestamp() + make_interval(secs => $12::double precision) end,
+    fair_key = $17::text, order_key = $16::text,
+    place = case when waiting.order_key is not distinct from $16::text then waiting.place
+      else streamworker.take_place($1::text, $16::text) end
   from streamworker.job_keys as known
   where known.queue_name = $1 and known.key = $2 and known.held is not null and waiting.id = known.job_id
     and waiting.queue_name = known.queue_name and waiting.status = 'queued' and waiting.hop = 0
@@ -173,7 +176,7 @@ async def _rewritten(fetch: Fetch, row: QueuedRow, key_ttl: float) -> Enqueued |
     """Rewrite the job that has a job's key, if it waits and was never sent to its queue; the answer then."""
     job, values = row.job, row_values(row, key_ttl)
     debounce = [None if each is None else repr(float(each)) for each in (job.debounce, job.debounce_max)]
-    found = await fetch(REPLACE, job.queue, job.key, *values[2:10], job.id, *values[12:14], *debounce)
+    found = await fetch(REPLACE, job.queue, job.key, *values[2:10], job.id, *values[12:14], *debounce, *values[14:])
     return Enqueued(found[0][0], new=False, replaced=found[0][0]) if found else None
 
 

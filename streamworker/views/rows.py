@@ -24,7 +24,7 @@ class QueueRow(msgspec.Struct, frozen=True):
     """Depth of a queue; ``oldest_age_s`` is the age in seconds of the oldest ready job.
 
     ``paused`` says that nothing is claimed from it; ``inactive``, that PostgreSQL says so and not an operator. Jobs
-    that are ``waiting`` stand behind others with their order key.
+    that are ``waiting`` stand behind others with their order key; ``halted`` order keys do so behind dead jobs.
     """
 
     queue: str
@@ -36,6 +36,7 @@ class QueueRow(msgspec.Struct, frozen=True):
     paused: bool
     inactive: bool = False
     waiting: int = 0
+    halted: int = 0
 
 
 class DelayedRow(msgspec.Struct, frozen=True):
@@ -100,7 +101,7 @@ def queue_row(depth: Depth) -> QueueRow:
     """The row of a queue."""
     oldest = None if depth.oldest_age is None else round(depth.oldest_age, 3)
     counts = (depth.ready, depth.running, depth.delayed, depth.dead)
-    return QueueRow(depth.queue, *counts, oldest, depth.paused, depth.inactive, depth.waiting)
+    return QueueRow(depth.queue, *counts, oldest, depth.paused, depth.inactive, depth.waiting, depth.halted)
 
 
 def delayed_row(job: StoredJob, now: float) -> DelayedRow:

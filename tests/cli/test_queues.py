@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tests.cli.conftest import both_modes
 from tests.conftest import eventually_blocking
 
 
@@ -71,3 +72,13 @@ def test_searching_dead_letters(sw, doomed):
     assert sw.ok("dead", "--search", "nothing like it", "--json").rows == []
     sw.ok("dead", "drop", "--search", "toner", "--yes")
     assert [row["error"] for row in sw.ok("dead", "--json").rows] == ["Paper jam"]
+
+
+@both_modes
+def test_what_waits_behind_order_keys_is_told(sw, ground, raw):
+    ground.push('{"payload": {}}', queue="notes")
+    assert "order key" not in sw.ok("queues").stdout
+    raw.hset("stream:{notes}:meta", "waiting", 3)
+    raw.hset("stream:{notes}:halted", "k", "job")
+    (line,) = [line for line in sw.ok("queues").stdout.splitlines() if line.startswith("notes")]
+    assert line.endswith("3 behind order keys, 1 order key halts at dead jobs")

@@ -171,6 +171,8 @@ async def test_a_key_halts_at_a_dead_job_until_it_is_replayed(broker_factory, op
         await settle_one(broker, ending(await one(broker), Dead("why"), halts=True))
         assert await claimed(broker) == []
         assert raw.hgetall("stream:{q}:halted") == {b"k": b"a"}
+        (depth,) = await broker.depth()
+        assert (depth.ready, depth.waiting, depth.halted, depth.load) == (0, 1, 1, 0)
         sentences = [each.sentence for each in await operator.findings(["q"]) if each.subject == "order"]
         assert sentences == ["q: 1 order keys halt (k): replay or drop the dead jobs that hold them"]
         (letter,) = (await operator.dead("q")).rows

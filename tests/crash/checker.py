@@ -14,7 +14,7 @@ from tests.crash.history import read
 MAX_ATTEMPTS = {"work": 4}
 SOON = 0.3
 """Seconds from the look at the clock to the start of a job, at most."""
-FOR_EVER = 600.0
+FOR_EVER = 86_400.0
 """Seconds that no run of the suite lasts."""
 OWN_ENDS = {"ValueError", "Snooze", "Discard"}
 """Ends of a run after which the job goes on by its own rules, with another hop."""

@@ -23,7 +23,7 @@ from tests import forkserver
 from tests.conftest import Server
 from tests.crash import stalls
 from tests.crash.app import Block, Fleeting, InLine, Shared, Single, Thread, Work
-from tests.crash.checker import Verdict, check
+from tests.crash.checker import FOR_EVER, Verdict, check
 from tests.crash.clock import Clock
 from tests.crash.fleet import ROOT, Fleet, Worker, clean_environment
 from tests.crash.ground import MODE, ground
@@ -165,7 +165,7 @@ class Rig:
                 payloads, options = self._of_tenants(len(payloads)), {}
             elif self.random.random() < 0.2:
                 payloads = [Fleeting(self.random.choice((0.0, 0.05)), self.random.choice((0, 0, 1))) for _ in payloads]
-                options["expires_in"] = self.random.choice((0.02, 0.3, 600.0))
+                options["expires_in"] = self.random.choice((0.02, 0.3, FOR_EVER))
             elif self.random.random() < 0.2:
                 name, fails = f"u{self.random.randint(0, 3)}", self.random.choice((0, 0, 0, 1, 9))
                 payloads = [Single(name, self.random.choice((0.0, 0.1)), fails)]
@@ -183,7 +183,7 @@ class Rig:
         return [Shared(f"q{self.random.randint(0, 4)}", 0.02)]
 
     def _next_in_line(self) -> Payload:
-        key = f"k{self.random.randint(0, 5)}"
+        key = f"k{self.random.randint(0, 19)}"
         self._numbers[key] += 1
         seconds, fails = self.random.choice((0.0, 0.0, 0.05)), self.random.choice((0, 0, 0, 0, 1, 9))
         return InLine(key, self._numbers[key], f"t{self._numbers[key] % 3}", seconds, fails)

@@ -21,7 +21,7 @@ from tests.crash.checker import Verdict
 from tests.crash.ground import GROUNDS, MODE
 from tests.crash.nemesis import WORKERS_ONLY, Nemesis
 from tests.crash.report import table
-from tests.crash.rig import Rig
+from tests.crash.rig import SLOWER, Rig
 from tests.crash.watchdog import watchdog
 
 
@@ -46,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"soak: {MODE} mode, seed {chosen.seed}, {chosen.minutes:g} min, {chosen.workers} workers, LEASE={chosen.lease:g}",
         flush=True,
     )
-    with watchdog(chosen.minutes * 60 + 300 + 20 * chosen.lease, f"soak, seed {chosen.seed}"):
+    rest = SLOWER * (140 + 20 * chosen.lease)  # what `_soak` waits for at the end
+    with watchdog(chosen.minutes * 60 + 300 + rest, f"soak, seed {chosen.seed}"):
         rig, verdict = asyncio.run(_soak(chosen, directory))
     print(table(rig.injected, verdict))
     for violation in verdict.violations[:50]:

@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from tests.crash.app import Fleeting, Gated, Shared, Single
+from tests.crash.checker import FOR_EVER
 from tests.crash.rig import Rig, fine
 
 pytestmark = [pytest.mark.crash, pytest.mark.timeout(400)]
@@ -41,7 +42,7 @@ async def test_what_has_expired_while_workers_die_never_starts(tmp_path):
         await rig.put(*(Gated("open") for _ in range(4)))
         await rig.until(lambda: rig.running() == 4, 30, "full workers")
         await rig.put(*(Fleeting(0.02) for _ in range(20)), expires_in=0.1)
-        await rig.put(*(Fleeting(0.02, fails=1) for _ in range(20)), expires_in=600.0)
+        await rig.put(*(Fleeting(0.02, fails=1) for _ in range(20)), expires_in=FOR_EVER)
         await asyncio.sleep(0.3)
         rig.open_gate("open")
         await _kill_some(rig, 3)

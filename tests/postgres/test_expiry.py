@@ -181,7 +181,10 @@ async def test_who_may_enqueue_stays_who_may(empty_database):
     try:
         await pg.execute("revoke execute on function streamworker.enqueue from public")
         rights = await pg.fetchval("select proacl::text from pg_proc where proname = 'enqueue'")
+        await Migrator(empty_database, [each for each in shipped() if each.version <= 13]).up()
+        await pg.execute("revoke execute on function streamworker.enqueue_unique from public")
         await Migrator(empty_database).up()
-        assert await pg.fetchval("select proacl::text from pg_proc where proname = 'enqueue'") == rights
+        for name in ("enqueue", "enqueue_unique"):
+            assert await pg.fetchval("select proacl::text from pg_proc where proname = $1", name) == rights
     finally:
         await pg.close()

@@ -166,6 +166,36 @@ async def test_any_driver_says_it(scene):
         await scene.pg.fetchval(f"{call}, \"unique\" => 'ended')", "{}")
 
 
+async def test_a_job_with_a_held_key_is_in_lines_too(scene):
+    """By SQL and from Python; a job that is rewritten keeps its place in its order, or joins another one at the end."""
+    async with scene.pg.transaction():
+        first = await scene.app.enqueue(InOrder(of="a", n=1), connection=scene.pg, key="k", unique="done", delay=600)
+        second = await scene.app.enqueue(InOrder(of="a", n=2), connection=scene.pg)
+        third = await scene.app.enqueue(InOrder(of="b", n=3), connection=scene.pg)
+
+    async def lines() -> dict[str, list[str]]:
+        rows = await scene.pg.fetch("select id, order_key from streamworker.jobs order by place")
+        found: dict[str, list[str]] = {}
+        for job_id, key in rows:
+            found.setdefault(key, []).append(job_id)
+        return found
+
+    assert await lines() == {"a": [first.id, second.id], "b": [third.id]}
+    call = "select streamworker.enqueue_unique('in.order', $1::jsonb, 'q', 'k', replace => true, order_key => $2, fair_key => 't')"
+    assert await scene.pg.fetchval(call, '{"of": "a", "n": 4}', "a") == first.id
+    assert await lines() == {"a": [first.id, second.id], "b": [third.id]}
+    async with scene.pg.transaction():
+        moved = await scene.app.enqueue(InOrder(of="b", n=5), connection=scene.pg, key="k", unique="done", replace=True)
+    assert moved.replaced == first.id
+    assert await lines() == {"a": [second.id], "b": [third.id, first.id]}
+    await scene.pg.execute("delete from streamworker.jobs")
+    await scene.pg.execute("delete from streamworker.job_keys")
+    await scene.pg.fetchval(call, '{"of": "c", "n": 6}', "c")
+    assert tuple(await scene.pg.fetchrow("select order_key, fair_key from streamworker.jobs")) == ("c", "t")
+    with pytest.raises(asyncpg.InvalidParameterValueError, match="200 bytes"):
+        await scene.pg.fetchval(call, "{}", "x" * 201)
+
+
 async def test_a_key_whose_job_was_forgotten_is_free_and_old_keys_are_looked_at(scene, database_url):
     first = await scene.put(1, unique="done")
     await scene.put(1, key="open", unique="done")

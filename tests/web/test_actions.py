@@ -108,6 +108,14 @@ async def test_delayed_jobs(browser, raw, logged):
     assert [json.loads(fields[b"job"])["id"] for _, fields in raw.xrange("stream:{q}")] == ["a/1"]
 
 
+async def test_what_waits_behind_order_keys_is_shown(browser, raw):
+    raw.xadd("stream:{q}", {"job": "{}"})
+    raw.hset("stream:{q}:meta", "waiting", 1234)
+    raw.hset("stream:{q}:halted", "k", "job")
+    page = await browser.text("/")
+    assert "+ 1,234</span>" in page and "1 halted</span>" in page
+
+
 async def test_many_at_a_rate_in_the_background(browser, raw, logged):
     for n in range(30):
         letter(raw, id=f"d{n}", kind="good" if n % 2 else "bad")

@@ -8,7 +8,8 @@
 -- ARGV[1]     group
 --
 -- returns { entries in the streams, pending, delayed, dead, age in ms of the oldest ready entry (-1: none),
---           1 if paused by an operator, 1 if inactive in PostgreSQL, jobs in the lines of order keys, jobs in the lines of tenants }
+--           1 if paused by an operator, 1 if inactive in PostgreSQL, jobs in the lines of order keys, jobs in the lines of tenants,
+--           order keys that halt }
 local now = now_ms()
 local entries, pending, oldest = 0, 0, -1
 

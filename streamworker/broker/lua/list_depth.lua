@@ -8,7 +8,7 @@
 -- KEYS[7]     lease set
 --
 -- returns { ready, claimed, delayed, dead, 1 if paused by an operator, 1 if inactive in PostgreSQL,
---           jobs in the lines of order keys, jobs in the lines of tenants, the server's time in ms,
+--           jobs in the lines of order keys, jobs in the lines of tenants, order keys that halt, the server's time in ms,
 --           the rightmost element of each list that has one ... }
 -- A key of a wrong type counts as empty here: one bad key must not hide the rest, and `check` names it.
 local function count(command, key)
@@ -22,9 +22,9 @@ for k = 1, 3 do
   ready = ready + length
   if length > 0 then oldest[#oldest + 1] = redis.call('LINDEX', KEYS[k], -1) end
 end
-local waiting, tenants = in_lines(base_of(KEYS[6]))
+local waiting, tenants, halted = in_lines(base_of(KEYS[6]))
 return {
   ready, count('ZCARD', KEYS[7]), count('ZCARD', KEYS[4]), count('XLEN', KEYS[5]),
   redis.pcall('HEXISTS', KEYS[6], 'paused') == 1 and 1 or 0, redis.pcall('HEXISTS', KEYS[6], 'inactive') == 1 and 1 or 0,
-  waiting, tenants, now_ms(), unpack(oldest),
+  waiting, tenants, halted, now_ms(), unpack(oldest),
 }

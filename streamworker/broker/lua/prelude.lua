@@ -217,14 +217,15 @@ local function fill(shape, key, most)
   return left
 end
 
--- Numbers of a queue's jobs in the lines of order keys, and in those of tenants.
+-- Numbers of a queue's jobs in the lines of order keys, of those in the lines of tenants, and of order keys that halt at dead jobs.
 local function in_lines(base)
   local waiting, tenants = redis.pcall('HGET', base .. ':meta', 'waiting'), 0
   for _, level in ipairs({ 'high', 'normal', 'low' }) do
     local count = redis.pcall('ZCARD', base .. ':fair:' .. level)
     if not failed(count) then tenants = tenants + count end
   end
-  return type(waiting) == 'string' and tonumber(waiting) or 0, tenants
+  local halted = redis.pcall('HLEN', base .. ':halted')
+  return type(waiting) == 'string' and tonumber(waiting) or 0, tenants, failed(halted) and 0 or halted
 end
 
 -- Put a job at the end of its tenant's line: start-time fair queuing. A job starts, in the virtual time of its level, when its
