@@ -13,11 +13,12 @@ from typing import Final, Literal, Protocol, TypeAlias
 import anyio.to_thread
 from redis.asyncio import Redis
 
+from streamworker import codec
 from streamworker.broker import Operator
 from streamworker.broker.claim import StreamOptions
 from streamworker.broker.operator import ListOperator, StreamOperator
 from streamworker.broker.redis.client import RedisAddress
-from streamworker.errors import StreamworkerError, UsageError
+from streamworker.errors import InvalidJob, StreamworkerError, UsageError
 from streamworker.policy import group_sizes
 from streamworker.postgres import FINAL, Archive
 from streamworker.settings import EMBEDDED, Settings
@@ -37,6 +38,9 @@ class Canceller(Protocol):
     async def cancel(self, queue: str, job_id: str) -> bool:
         """Delete a delayed job, or mark one that waits or runs; whether it was deleted."""
 
+    async def pass_on(self, queue: str, order: str, job_id: str) -> None:
+        """Pass an order key on that a job kept while it waited in the ledger."""
+
 
 async def cancel_job(archive: Archive | None, canceller: Canceller | None, queue: str, job_id: str) -> CancelAnswer:
     """Cancel a job, in the ledger first: whatever happens in Redis afterwards, no worker runs it again.
@@ -53,17 +57,30 @@ async def cancel_job(archive: Archive | None, canceller: Canceller | None, queue
     record = None if archive is None else await archive.find(job_id, queue)
     if record is not None and (record.status in FINAL or record.status == "dead"):
         return "ended"
+    order = "" if record is None or record.status != "waiting" else order_key_of(record.document)
     if canceller is None:
+        if order:
+            raise UsageError(f"the job {job_id} keeps its order key in Redis while it waits: set REDIS_URL")
         if archive is not None and await archive.cancel(queue, job_id):
             return "cancelled"
         raise UsageError(f"the job {job_id} may be running: set REDIS_URL, so that its worker can be told")
     if archive is None or record is None:
         return "cancelled" if await canceller.cancel(queue, job_id) else "asked"
     final = await archive.cancel(queue, job_id)
+    if final and order:
+        await canceller.pass_on(queue, order, job_id)
     if final and record.status in NEVER_SENT:
         return "cancelled"
     gone = await canceller.cancel(queue, job_id)
     return "cancelled" if final or gone else "asked"
+
+
+def order_key_of(body: bytes | None) -> str:
+    """The order key of a document; empty if it has none, or cannot be read."""
+    try:
+        return "" if body is None else codec.read(body).order_key or ""
+    except InvalidJob:
+        return ""
 
 
 class LedgerKeys:

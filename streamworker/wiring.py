@@ -565,8 +565,9 @@ class AppConnection:
             UsageError: the app is not open, or open on another event loop.
         """
         stack, settings = self._opened("do this")
-        if not self._looked:
-            self._keep(stack, await find_archive(stack, settings))
+        async with self._opening:  # one of many callers connects
+            if not self._looked:
+                self._keep(stack, await find_archive(stack, settings))
         return self._archive
 
     async def required_archive(self) -> Archive:
@@ -577,10 +578,11 @@ class AppConnection:
             ConfigurationError: there is no database, or it has no schema streamworker.
         """
         stack, settings = self._opened("find")
-        archive = self._archive
-        if archive is None:
-            archive = await require_archive(stack, settings)
-            self._keep(stack, archive)
+        async with self._opening:
+            archive = self._archive
+            if archive is None:
+                archive = await require_archive(stack, settings)
+                self._keep(stack, archive)
         return archive
 
     def _opened(self, what: str) -> tuple[AsyncExitStack, Settings]:

@@ -240,6 +240,9 @@ class Signals(Protocol):
         the cancellation; the cancellation of a job that is never claimed expires after a week.
         """
 
+    async def pass_on(self, queue: str, order: str, job_id: str) -> None:
+        """Pass an order key on that a job kept while it waited in the ledger."""
+
 
 class CronStore(Protocol):
     """Schedules of a queue, by the clock of its server."""
@@ -448,6 +451,9 @@ class PendingJobs(Protocol):
 
     async def cancel(self, queue: str, job_id: str) -> bool:
         """Cancel a job, as `Signals.cancel` does."""
+
+    async def pass_on(self, queue: str, order: str, job_id: str) -> None:
+        """Pass an order key on that a job kept while it waited in the ledger."""
 
     async def uncancel(self, queue: str, job_id: str) -> bool:
         """Delete the cancellation of a job; False if it was not cancelled, or has ended since."""

@@ -12,7 +12,7 @@ import msgspec
 from typing_extensions import TypeVar
 
 from streamworker.broker import Refusal, SettleRequest, scripts
-from streamworker.broker.cancel import Cancels, cancel
+from streamworker.broker.cancel import Cancels, cancel, pass_on
 from streamworker.broker.claim import ClaimSource, Options, none_ended
 from streamworker.broker.keys import PROGRESS, QueueKeys, worker_key
 from streamworker.broker.publisher import Publisher
@@ -262,6 +262,9 @@ class RedisBroker(ABC, Generic[K, I]):
 
     async def cancel(self, queue: str, job_id: str) -> bool:
         return await cancel(self._session, self._key(queue), job_id)
+
+    async def pass_on(self, queue: str, order: str, job_id: str) -> None:
+        await pass_on(self._session, self._key(queue), order, job_id)
 
     def ended(self, queues: Sequence[str], job_id: str) -> AbstractAsyncContextManager[ResultWaiter]:
         return waiting(self._session, self._subscriber, [self._key(queue) for queue in queues], job_id)

@@ -122,6 +122,18 @@ async def cancel(server: Session | OperatorSession, keys: QueueKeys, job_id: str
     return gone
 
 
+async def pass_on(server: Session | OperatorSession, keys: QueueKeys, order: str, job_id: str) -> None:
+    """Pass an order key on that a job kept while it waited in the ledger.
+
+    Args:
+        server: the session.
+        keys: of the queue.
+        order: the order key.
+        job_id: of the job.
+    """
+    await server.run(scripts.SWEEP, [keys.meta], [keys.shape, order, job_id])
+
+
 async def forget(server: Session | OperatorSession, keys: QueueKeys, member: bytes | str) -> bool:
     """Delete a delayed job for good, and free its deduplication key; False if it is not parked any more."""
     found = codec.keyed(await server.ask("HGET", keys.bodies, member))

@@ -166,6 +166,9 @@ class RedisOperator(ABC):
     async def cancel(self, queue: str, job_id: str) -> bool:
         return await cancel.cancel(self._session, self._key(queue), job_id)
 
+    async def pass_on(self, queue: str, order: str, job_id: str) -> None:
+        await cancel.pass_on(self._session, self._key(queue), order, job_id)
+
     async def progress(self, jobs: Sequence[tuple[str, str]]) -> list[Progress | None]:
         commands = [("HGET", worker_key(self._namespace, worker), PROGRESS + job_id) for worker, job_id in jobs]
         answers = await self._session.gather(commands)

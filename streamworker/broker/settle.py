@@ -251,7 +251,8 @@ class StreamSettlement:
 
 def lines_of(items: Sequence[SettleRequest]) -> list[Any]:
     """Their number, order keys and job ids, as the scripts take them that pass the keys on."""
-    return [len(items), *(item.order for item in items), *(item.job_id for item in items)]
+    ids = ("" if isinstance(item.verdict, Park) else item.job_id for item in items)
+    return [len(items), *(item.order for item in items), *ids]
 
 
 async def tell(client: scripts.AsyncCaller, keys: QueueKeys, items: Iterable[SettleRequest]) -> None:

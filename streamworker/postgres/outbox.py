@@ -63,7 +63,8 @@ select id, queue_name, kind, payload, level, attempt_count, max_attempts, hop, h
 from taken
 order by array_position(array['high', 'normal', 'low'], level), due, id"""
 _NEXT_HOP: Final = f"least(job.hop, {2**63 - 2}) + 1"
-_LATE: Final = "job.expires_at <= clock_timestamp()"
+# One that has waited may hold an order key in Redis: it is sent, and the worker lets it expire.
+_LATE: Final = "(job.expires_at <= clock_timestamp() and (job.hop = 0 or job.document is null))"
 _DEAD: Final = "status = 'dead', last_error = $3, finished_at = clock_timestamp(), updated_at = clock_timestamp()"
 
 

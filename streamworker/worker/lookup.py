@@ -21,7 +21,7 @@ from streamworker.telemetry.logs import get_logger
 from streamworker.worker.admission import Admission
 from streamworker.worker.batching import each_of
 from streamworker.worker.inflight import WorkerCounts
-from streamworker.worker.recorder import SUPERSEDED, WorkerLedger, begun, hop_of, outrank
+from streamworker.worker.recorder import PARKED, SUPERSEDED, WAITING, WorkerLedger, begun, hop_of, outrank
 from streamworker.worker.tasks import JobTasks
 
 log = get_logger("streamworker.worker")
@@ -212,11 +212,12 @@ class LedgerLookup:
             held, self._doubts = set(map(_first, self._doubts)), self._doubts[len(doubts) :]
             for (run, _), why in zip(doubts, answers, strict=True):
                 if run in held:  # not handed back meanwhile
-                    self._apply(run, Recorded(DONE, why, ended=why in FINAL) if why else None)
+                    verdict = PARKED if why == WAITING else DONE
+                    self._apply(run, Recorded(verdict, why, ended=why in FINAL) if why else None)
                     self._admission.put(run)
 
     def _apply(self, run: Execution, recorded: Recorded | None) -> None:
-        if recorded is None or (isinstance(run.outcome, Cancelled) and recorded.why != SUPERSEDED):
+        if recorded is None or (isinstance(run.outcome, Cancelled) and recorded.why not in (SUPERSEDED, WAITING)):
             return
         run.outcome = recorded
         if recorded.verdict is DONE:

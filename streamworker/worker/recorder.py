@@ -52,7 +52,7 @@ from streamworker.redact import describe
 from streamworker.relay import Dispatcher
 from streamworker.telemetry.logs import get_logger
 from streamworker.worker.inflight import InFlight
-from streamworker.worker.settler import Settler, finished, judged
+from streamworker.worker.settler import Settler, finished, in_order, judged
 
 log = get_logger("streamworker.worker")
 
@@ -60,6 +60,9 @@ SUPERSEDED: Final = "superseded"
 """A later hop of the job is recorded and exists, or is on its way: this one ends, and the other goes on."""
 SENT_BY_LEDGER: Final[tuple[Status, ...]] = ("queued", "dispatching", "waiting")
 """The later hop is on its way out of the ledger, or waits there: Redis cannot have lost it."""
+WAITING: Final = "waiting"
+"""A later hop of the job waits in the ledger."""
+PARKED: Final = Park("", None)
 _HIGHEST: Final = 2**63 - 2
 
 
@@ -96,6 +99,8 @@ class LaterHops:
             found = now.get((run.claim.queue, run.job_id), known)
             if found.status in FINAL:
                 answers.append(str(found.status))
+            elif found.status == WAITING:
+                answers.append(WAITING)
             elif found != known or known.status in SENT_BY_LEDGER or run.job_id in there.get(run.claim.queue, ()):
                 answers.append(SUPERSEDED)
             else:
@@ -352,7 +357,10 @@ class Recorder:
     def _end_here(self, run: Execution, why: str) -> None:
         log.info("run_overruled", job_id=run.job_id, kind=run.kind, queue=run.claim.queue, reason=why)
         self._in_flight.counts.skipped += 1
-        self._pass_on(run, finished(run) if why in FINAL else SettleRequest(run.claim, DONE))
+        if why == WAITING:
+            self._pass_on(run, in_order(run, SettleRequest(run.claim, PARKED)))
+        else:
+            self._pass_on(run, finished(run) if why in FINAL else SettleRequest(run.claim, DONE))
 
     def _pass_on(self, run: Execution, ending: SettleRequest) -> None:
         run.ending = ending

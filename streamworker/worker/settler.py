@@ -333,8 +333,10 @@ def judged(run: Execution, now: float) -> SettleRequest:
 def in_order(run: Execution, item: SettleRequest) -> SettleRequest:
     """The ending of a job with an order key: where the job has ended for good, its key is passed on."""
     facts = run.facts
-    if facts is None or not facts.order or isinstance(item.verdict, RetryAt | ReleaseAt | Park):
+    if facts is None or not facts.order or isinstance(item.verdict, RetryAt | ReleaseAt):
         return item
+    if isinstance(item.verdict, Park):  # it keeps its key, although it is nowhere in Redis
+        return msgspec.structs.replace(item, order=facts.order)
     if isinstance(item.verdict, Done) and isinstance(run.outcome, Recorded) and not run.outcome.ended:
         return item  # a later hop of the job goes on, and has the key
     return msgspec.structs.replace(item, job_id=run.job_id, order=facts.order, halts=facts.halts)

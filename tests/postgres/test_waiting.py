@@ -10,7 +10,8 @@ import anyio
 import msgspec
 import pytest
 
-from streamworker import App, Backoff, Context
+from streamworker import App, Backoff, Context, Payload
+from streamworker.broker.order import sweep
 from streamworker.errors import ConfigurationError, SignalTimeout, UsageError
 from streamworker.postgres.outbox import PostgresOutbox
 from streamworker.postgres.pool import open_database
@@ -268,6 +269,47 @@ async def test_a_waiting_job_can_be_cancelled_retried_and_expires(redis_url, dat
         await app.signal(one.id, "go")
         await becomes(pg, one.id, "completed")
     assert seen.count(1) == 3 and seen.count(2) == 1
+
+
+@pytest.mark.parametrize("mode", ["stream", "list"])
+@pytest.mark.parametrize("end", ["signal", "cancel", "expire"])
+async def test_a_job_that_waits_holds_its_order_key_and_passes_it_on_when_it_ends(
+    redis_url, database_url, pg, raw, mode, end
+):
+    class Booking(Payload, kind="booking", queue="q", order_by="account"):
+        account: str
+        n: int
+
+    app, seen = App(settings=settings_for(redis_url, database_url, relay="on", mode=mode)), []
+
+    @app.handler(max_attempts=1)
+    async def booking(payload: Booking, ctx: Context) -> None:
+        if payload.n == 0:
+            await ctx.wait_for("go")
+        seen.append(payload.n)
+
+    async with app, working(app):
+        first = await app.enqueue(Booking(account="a", n=0), expires_in=4.0 if end == "expire" else None)
+        second = await app.enqueue(Booking(account="a", n=1))
+        await becomes(pg, first.id, "waiting")
+        await eventually(lambda: raw.hget(f"{Q}:halted", "a") is not None)
+        broker = app._connection.broker()
+        raw.delete(broker._key("q").swept)
+        assert await sweep(broker._session, broker._key("q")) == 0  # nowhere in Redis, and not taken for lost
+        await anyio.sleep(0.3)
+        assert seen == []
+        if end == "signal":
+            await app.signal(first.id, "go")
+        elif end == "cancel":
+            assert await app.cancel(first.id) == "cancelled"
+        await becomes(pg, second.id, "completed")
+        assert (await job_of(pg, first.id))["status"] == {
+            "signal": "completed",
+            "cancel": "cancelled",
+            "expire": "expired",
+        }[end]
+    assert seen == ([0, 1] if end == "signal" else [1])
+    assert not raw.exists(f"{Q}:halted") and not raw.exists(f"{Q}:order")
 
 
 async def test_what_cannot_wait_says_so(redis_url, database_url, pg):

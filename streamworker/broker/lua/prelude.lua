@@ -327,6 +327,11 @@ local function job_in(fields)
   return ''
 end
 
+-- The job that holds an order key waits in the ledger: the key halts, so that no sweep takes the job for a lost one.
+local function keep_order(base, order)
+  redis.pcall('HSET', base .. ':halted', order, '')
+end
+
 -- Pass the order key of a dead job on, or let it halt with the job, if that holds it.
 local function bereave(shape, base, body, id, halts)
   local order = flow_of(body)

@@ -3,12 +3,13 @@
 --
 -- KEYS[1]  meta hash of the queue; all its other keys start like it
 -- ARGV[1]  type of the ready keys: stream or list
--- ARGV[2..] two a key: the order key, the job that was not found
+-- ARGV[2..] two a key: the order key, the job that was not found, or was cancelled while it waited in the ledger
 --
 -- returns the number of keys that were passed on
 local base, healed = base_of(KEYS[1]), 0
 for i = 2, #ARGV, 2 do
   if redis.call('HGET', base .. ':order', ARGV[i]) == ARGV[i + 1] then
+    redis.call('HDEL', base .. ':halted', ARGV[i])
     pass_on(ARGV[1], base, { ARGV[i] }, { ARGV[i + 1] })
     healed = healed + 1
   end
