@@ -24,7 +24,15 @@ from streamworker.handlers import Handlers, check_queue, names_of
 from streamworker.job import Enqueued, FlowStarted, Job
 from streamworker.loops import at_once
 from streamworker.observe import Observer, Sender
-from streamworker.operators import CancelAnswer, cancel_job, database_of, open_operator, require_archive
+from streamworker.operators import (
+    CancelAnswer,
+    JobChange,
+    JobChanger,
+    cancel_job,
+    database_of,
+    open_operator,
+    require_archive,
+)  # fmt: skip
 from streamworker.payload import AnyPayload
 from streamworker.postgres import Archive, JobRecord
 from streamworker.postgres.migrate import Migrator, printed, shipped
@@ -414,6 +422,33 @@ class App(Handlers[S], Calendar):
         return Schedules(
             super().schedules, self, self._connection.schedule_store, lambda: rules().max_job_bytes, self._sealer
         )
+
+    async def change(self, job_id: str, /, *, queue: str | None = None, by: str = "", **changes: Any) -> bool:
+        """Change a job that waits to be claimed or for its time.
+
+        Args:
+            job_id: as `enqueue` returned it.
+            queue: where it is; needed only if this app has handlers for none or for several queues.
+            by: who changes it, for the audit.
+            changes: ``delay`` (seconds from now), ``run_at`` (epoch seconds), ``level``, ``to_queue``, ``payload`` (all
+                of it) or ``fields`` of it.
+
+        Returns:
+            Whether it was changed: not if it has started or ended, or is not there.
+
+        Raises:
+            UsageError: the change makes no sense, or the queue of the job is not known.
+            InvalidJob: the payload would not fit the type of the kind's handler.
+            Unreachable: a server does not answer.
+        """
+        wanted = {"queue" if name == "to_queue" else name: value for name, value in changes.items()}
+        async with self.operator() as operator:
+            return await self.changer(operator).change_by_id(self._where(queue), job_id, JobChange(**wanted), by=by)
+
+    def changer(self, operator: Operator, settings: Settings | None = None) -> JobChanger:
+        """Changes jobs that wait, checked by the types of this app's handlers."""
+        rules, known = self.resolve(settings), self if self.registrations else None
+        return JobChanger(operator, known, rules, sealer=self._sealer)
 
     def schedules_of(self, storage: ScheduleStorage, settings: Settings) -> Schedules:
         """The same, in another place than this app's connection: an operator's."""

@@ -33,7 +33,7 @@ LAST_MOMENT: Final = datetime(9999, 12, 30, tzinfo=UTC).timestamp()
 """Between these, in epoch seconds, every time is one in every time zone."""
 
 _NAMESPACE: Final = UUID("6f0fd0a5-3c0b-5d3e-9a55-0b6a2f7c1e84")
-_PRIORITY_OF: Final[dict[Level, int]] = {"high": 50, "normal": 100, "low": 200}
+PRIORITY_OF: Final[dict[Level, int]] = {"high": 50, "normal": 100, "low": 200}
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 MOST_HOPS: Final = 2**52
 """No job goes round that often: behind a larger hop, which is a producer's invention, documents count from 1."""
@@ -239,7 +239,7 @@ def pack(job: Job, *, max_bytes: int, key_ttl: float) -> PackedJob:
         unique=job.unique,
         queue_name=job.queue,
         kind=job.kind or None,
-        priority=_PRIORITY_OF[job.level],
+        priority=PRIORITY_OF[job.level],
         payload=job.payload,
         created_at=job.created_at,
         run_at=job.run_at,

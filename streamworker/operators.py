@@ -8,21 +8,27 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Final, Literal, Protocol, TypeAlias
+from datetime import UTC, datetime
+from typing import Any, Final, Literal, Protocol, TypeAlias
 
 import anyio.to_thread
+import msgspec
 from redis.asyncio import Redis
 
 from streamworker import codec
-from streamworker.broker import Operator
+from streamworker.broker import Operator, StoredJob
 from streamworker.broker.claim import StreamOptions
 from streamworker.broker.operator import ListOperator, StreamOperator
 from streamworker.broker.redis.client import RedisAddress
+from streamworker.encryption import PLAIN, Sealer
 from streamworker.errors import InvalidJob, StreamworkerError, UsageError
+from streamworker.handlers import Handlers
+from streamworker.job import Job, Level
 from streamworker.policy import group_sizes
 from streamworker.postgres import FINAL, Archive
 from streamworker.settings import EMBEDDED, Settings
 from streamworker.telemetry.logs import get_logger
+from streamworker.views.listing import DELAYED, READY, Selection
 
 log = get_logger("streamworker.ledger")
 
@@ -99,21 +105,42 @@ class LedgerKeys:
         self._url = url if settings.ledger != "off" else None
         self._archive: Archive | None = None
 
-    async def __call__(self, queue: str, ids: Sequence[str]) -> None:
-        """Free the keys of these jobs; what PostgreSQL refuses is logged, since the jobs have ended all the same."""
-        if self._url is None:
-            return
+    async def archive(self) -> Archive | None:
+        """The ledger, opened when first asked for; ``None`` where there is none.
+
+        Raises:
+            Unreachable: PostgreSQL does not answer.
+        """
+        if self._url is None or self._archive is not None:
+            return self._archive
         from streamworker.postgres.archive import open_archive  # noqa: PLC0415 - it imports asyncpg, which listings do not use
 
+        self._archive = await open_archive(self._stack, self._url, required=False)
+        if self._archive is None:
+            self._url = None
+        return self._archive
+
+    async def __call__(self, queue: str, ids: Sequence[str]) -> None:
+        """Free the keys of these jobs; what PostgreSQL refuses is logged, since the jobs have ended all the same."""
         try:
-            if self._archive is None:
-                self._archive = await open_archive(self._stack, self._url, required=False)
-            if self._archive is None:
-                self._url = None
-            else:
-                await self._archive.free_keys(queue, ids)
+            if (archive := await self.archive()) is not None:
+                await archive.free_keys(queue, ids)
         except StreamworkerError as error:
             log.warning("keys_not_freed", queue=queue, jobs=len(ids), error=str(error))
+
+    async def changed(self, job: StoredJob, body: bytes, to: tuple[str, Level], due: float | None) -> None:
+        """The row of a job that was changed follows.
+
+        Args:
+            job: as it was.
+            body: its new document.
+            to: (its queue, its level).
+            due: epoch seconds at which it is due; 0 at once, ``None`` as before.
+        """
+        archive, queue = await self.archive(), to[0]
+        if archive is not None and job.job_id is not None:
+            payload, moved = bytes(codec.read(body).payload), queue if queue != job.queue else None
+            await archive.change(job.queue, job.job_id, payload=payload, level=to[1], run_at=due, moved=moved)
 
 
 @asynccontextmanager
@@ -134,7 +161,8 @@ async def open_operator(
     async with AsyncExitStack() as stack:
         address, url = await open_servers(stack, settings, redis)
         kind = settings.by_mode(StreamOperator, ListOperator)
-        operator = kind(address, broker_options(settings, queues), LedgerKeys(stack, settings, url))
+        ledger = LedgerKeys(stack, settings, url)
+        operator = kind(address, broker_options(settings, queues), ledger, ledger.changed)
         stack.push_async_callback(operator.close)
         await operator.open()
         yield operator
@@ -197,3 +225,115 @@ def broker_options(settings: Settings, queues: Sequence[str]) -> StreamOptions:
         fair_weights=tuple((each.tenant, each.weight) for each in settings.fair_weights),
         groups=group_sizes(settings.max_deliveries, settings.concurrency),
     )
+
+
+class JobChange(msgspec.Struct, frozen=True, kw_only=True):
+    """What is to be different about a job that waits; ``None`` leaves it as it is.
+
+    Attributes:
+        delay: seconds from now until it is due; 0 makes it ready.
+        run_at: the moment at which it is due, in epoch seconds.
+        level: its level.
+        queue: its queue.
+        payload: its whole payload.
+        fields: fields of its payload, merged into it.
+    """
+
+    delay: float | None = None
+    run_at: float | None = None
+    level: Level | None = None
+    queue: str | None = None
+    payload: dict[str, Any] | None = None
+    fields: dict[str, Any] | None = None
+
+    def check(self) -> None:
+        """Refuse what makes no sense.
+
+        Raises:
+            UsageError: it makes none.
+        """
+        if not any(getattr(self, name) is not None for name in self.__struct_fields__):
+            raise UsageError("say what to change: its time, level, queue or payload")
+        if self.delay is not None and self.run_at is not None:
+            raise UsageError("delay and run_at are two answers to one question: keep one of them")
+        if self.payload is not None and self.fields is not None:
+            raise UsageError("the whole payload, and fields of it: keep one of them")
+
+
+class JobChanger:
+    """Changes jobs that wait, in Redis and then in the ledger, if there is one.
+
+    Args:
+        operator: where they wait.
+        handlers: know the types of payloads; ``None`` where no app is known: then payloads cannot be changed.
+        settings: how large a job may be, and where the ledger is.
+        sealer: seals payloads.
+    """
+
+    def __init__(
+        self, operator: Operator, handlers: Handlers[Any] | None, settings: Settings, *, sealer: Sealer = PLAIN
+    ) -> None:
+        self._operator, self._handlers, self._settings, self._sealer = operator, handlers, settings, sealer
+
+    async def change_by_id(self, queue: str, job_id: str, change: JobChange, *, by: str = "") -> bool:
+        """Change the job with an id; False if no job with that id waits there. It reads the queue's waiting jobs."""
+        selection = Selection(queue=queue, ids=frozenset({job_id}))
+        for listing in (DELAYED, READY):
+            async for job in listing.chosen(self._operator, selection):
+                if await self.change(job, change):
+                    log.info("job_changed", queue=queue, job_id=job_id, who=by)
+                    return True
+        return False
+
+    async def change(self, job: StoredJob, change: JobChange) -> bool:
+        """Change a ready or delayed job; False if it started, or changed, meanwhile: then it is as it was.
+
+        Raises:
+            UsageError: the change makes no sense for this job.
+            InvalidJob: the payload would not fit the type of the kind's handler.
+        """
+        change.check()
+        if job.body is None:
+            raise StreamworkerError(f"the job {job.handle} of {job.queue} has no document: drop it")
+        document = codec.read(job.body)
+        queue, level = change.queue or job.queue, change.level or job.level
+        patch: dict[str, Any] = {"id": job.job_id}
+        if change.payload is not None or change.fields is not None:
+            patch["payload"] = self._payload(job, document, change)
+        if level != job.level:
+            patch["priority"] = codec.PRIORITY_OF[level]
+        if queue != job.queue:
+            patch["queue_name"] = queue
+        due = change.run_at
+        if change.delay is not None:
+            due = await self._operator.now() + change.delay if change.delay else None
+        delayed = not job.handle.startswith("ready/")
+        timed = change.delay is not None or change.run_at is not None
+        if timed:
+            patch["run_at"] = None  # the due set has its time
+        body = codec.rewrite(job.body, patch)
+        if len(body) > self._settings.max_job_bytes:
+            raise StreamworkerError(f"the job {job.job_id} would have {len(body):,} bytes, more than is allowed")
+        park = due is not None if timed else delayed
+        return await self._operator.change(job, body, queue=queue, level=level, due=due, park=park)
+
+    def _payload(self, job: StoredJob, document: Any, change: JobChange) -> msgspec.Raw:
+        kind, job_id = document.kind or "", job.job_id or ""
+        known = self._handlers.handler_of(kind, job.queue) if self._handlers is not None else None
+        if known is None:
+            raise UsageError(
+                f"the payload of {kind or 'a job without a kind'} has no type here: name the app that has it"
+            )
+        if change.payload is not None:
+            raw = msgspec.Raw(msgspec.json.encode(change.payload))
+        else:
+            shown = self._sealer.opened_payload(document.payload, job_id, (kind, known.kind))
+            fields = msgspec.json.decode(shown, type=dict[str, msgspec.Raw])
+            raw = msgspec.Raw(msgspec.json.encode({**fields, **(change.fields or {})}))
+        try:
+            raw = codec.encode_payload(known.decode(raw))
+        except Exception as error:  # noqa: BLE001 - the user's own hooks run here
+            type_ = known.payload
+            raise InvalidJob(f"the payload is no {type_.__name__}: {codec.misfit(type_, error)}") from None
+        made = Job(id=job_id, queue=job.queue, kind=kind, payload=raw, level=job.level, created_at=datetime.now(UTC))
+        return self._sealer.sealed_job(made).payload

@@ -475,6 +475,27 @@ class DelayedJobs(Protocol):
         """Delete a parked job for good."""
 
 
+class WaitingJobs(Protocol):
+    """Ready jobs, and changes of those and of delayed ones."""
+
+    async def ready(self, queue: str, after: str = "") -> Page[StoredJob]:
+        """A page of ready jobs that no worker has claimed, the next one first."""
+
+    async def change(
+        self, job: StoredJob, body: bytes, *, queue: str, level: Level, due: float | None = None, park: bool = True
+    ) -> bool:
+        """Change a job that waits, as it was read; False if it does not wait like that any more.
+
+        Args:
+            job: as a listing has it, with its document.
+            body: its new document.
+            queue, level: where it goes.
+            due: epoch seconds at which it is due; ``None`` as before.
+            park: it is delayed from now on, else ready.
+
+        """
+
+
 class DeadLetters(Protocol):
     """Operations on dead letters."""
 
@@ -584,7 +605,7 @@ class Workers(Protocol):
         """Delete a dead worker's consumer from the groups; False if it has pending entries or a heartbeat."""
 
 
-class Operator(PendingJobs, DelayedJobs, DeadLetters, Queues, Workers, ScheduleStorage, Protocol):
+class Operator(PendingJobs, DelayedJobs, WaitingJobs, DeadLetters, Queues, Workers, ScheduleStorage, Protocol):
     """Operations by hand. Each change is fenced by what was listed; the answer tells whether that still held.
 
     Listings are read page by page, each of bounded cost, and consume nothing. Every method raises `Unreachable` when no

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 from redis import exceptions as redis_errors
@@ -23,9 +24,10 @@ from streamworker.broker.keys import (
     unwrapped,
     worker_key,
 )
+from streamworker.broker.redis.reactions import understood
 from streamworker.broker.redis.session import OperatorSession, text
 from streamworker.encryption import USES
-from streamworker.errors import InvalidJob, UsageError
+from streamworker.errors import InvalidJob, StreamworkerError, UsageError
 from streamworker.job import LEVELS, Claim, Depth, KeyUse, Level, StoredDocument
 from streamworker.telemetry.logs import get_logger
 
@@ -201,6 +203,45 @@ async def pending(
         return Page(found, f"{level}/{text(last)}", PAGE)
     following = LEVELS[LEVELS.index(level) + 1 :]
     return Page(found, f"{following[0]}/" if following else None, len(rows))
+
+
+async def ready(session: OperatorSession, keys: QueueKeys, group: str, after: str) -> Page[StoredJob]:
+    """A page of one queue's ready jobs that no worker has claimed. Their handles are ``ready/LEVEL/ENTRY``.
+
+    In a list a page is counted by places from the right, which move while jobs are taken: a job may be missed, or come
+    twice, and a change of one that has gone changes nothing.
+    """
+    wanted, _, begin = after.partition("/")
+    levels = LEVELS[LEVELS.index(wanted) :] if wanted in LEVELS else LEVELS
+    level = levels[0]
+    found: list[StoredJob] = []
+    if keys.shape == "list":
+        start = int(begin) if begin.isdigit() else 0
+        page = [
+            ("", body) for body in reversed(await session.ask("LRANGE", keys.ready(level), -start - PAGE, -start - 1))
+        ]
+        following = f"{level}/{start + PAGE}"
+    else:
+        place, behind = keys.ready(level), f"({begin}" if begin else "-"
+        rows = await session.ask("XRANGE", place, behind, "+", "COUNT", PAGE)
+        claimed: set[str] = set()
+        if rows:
+            with suppress(StreamworkerError), understood(session.address):  # there may be no group yet
+                args = ("XPENDING", place, group, rows[0][0], rows[-1][0], 10 * PAGE)
+                pending_ = await session.client.execute_command(*args, parse_detail=True)
+                claimed = {text(each["message_id"]) for each in pending_}
+        page = [(text(entry), _document((entry, fields))) for entry, fields in rows if text(entry) not in claimed]
+        following = f"{level}/{text(rows[-1][0])}" if rows else ""
+        if len(rows) < PAGE:
+            following = ""
+    for entry, body in page:
+        job_id, kind = codec.glance(body)
+        found.append(StoredJob(keys.queue, level, f"ready/{level}/{entry}", job_id, kind, 0.0, body))
+    if keys.shape == "list" and len(page) < PAGE:
+        following = ""
+    if not following:
+        following = f"{levels[1]}/" if len(levels) > 1 else ""
+    return Page(found, following or None, len(page))
 
 
 async def delayed(session: OperatorSession, keys: QueueKeys, after: str) -> Page[StoredJob]:

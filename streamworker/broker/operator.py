@@ -31,7 +31,7 @@ from streamworker.broker import (
 )
 from streamworker.broker.claim import Options, StreamOptions
 from streamworker.broker.diagnostics import PROBE, examine
-from streamworker.broker.keys import PROGRESS, SECRET, ListKeys, QueueKeys, document, worker_key
+from streamworker.broker.keys import PROGRESS, SECRET, ListKeys, QueueKeys, document, due_member, worker_key
 from streamworker.broker.listings import PAGE
 from streamworker.broker.lists import ListSettlement, refuse_cluster
 from streamworker.broker.redis.client import RedisAddress
@@ -40,7 +40,7 @@ from streamworker.broker.redis.session import OperatorSession, text
 from streamworker.broker.schedules import RedisSchedules
 from streamworker.broker.settle import ClaimSettlement, StreamSettlement, settle
 from streamworker.codec import NOTHING
-from streamworker.errors import ConfigurationError, InvalidJob, StreamworkerError
+from streamworker.errors import ConfigurationError, InvalidJob, StreamworkerError, UsageError
 from streamworker.job import (
     ERROR_BYTES,
     HELD,
@@ -50,6 +50,7 @@ from streamworker.job import (
     Depth,
     Drop,
     KeyUse,
+    Level,
     Progress,
     ReleaseAt,
     Settled,
@@ -62,12 +63,18 @@ Freed: TypeAlias = Callable[[str, Sequence[str]], Awaitable[None]]
 """Called with a queue and the ids of jobs that an operator ended: a ledger stores deduplication keys too."""
 ERRORS: Final = 1000
 """Dead letters whose errors one script call reads."""
+Changed: TypeAlias = Callable[[StoredJob, bytes, tuple[str, Level], float | None], Awaitable[None]]
+"""Called with a job that waited, its new document, (queue, level) and when it is due now: a ledger has a row of it."""
 PURGE_BATCH: Final = 1000
 """Most jobs that one script call deletes."""
 
 
 async def nothing_freed(_queue: str, _ids: Sequence[str]) -> None:
     """`Freed` where only Redis stores deduplication keys."""
+
+
+async def nothing_changed(_job: StoredJob, _body: bytes, _to: tuple[str, Level], _due: float | None) -> None:
+    """`Changed` where there is no ledger."""
 
 
 class RedisOperator(ABC):
@@ -77,15 +84,22 @@ class RedisOperator(ABC):
         address: the server.
         options: namespace and lease.
         freed: called with jobs that the operator ended.
+        changed: called with jobs that it changed.
         group: the consumer group; lists have none.
     """
 
     def __init__(
-        self, address: RedisAddress, options: Options, freed: Freed = nothing_freed, *, group: str = ""
+        self,
+        address: RedisAddress,
+        options: Options,
+        freed: Freed = nothing_freed,
+        changed: Changed = nothing_changed,
+        *,
+        group: str = "",
     ) -> None:
         self.lease = options.lease
         self._denied = False
-        self._freed = freed
+        self._freed, self._changed = freed, changed
         self._address = address
         self._namespace, self._group = options.namespace, group
         self._commands = address.commands()
@@ -236,6 +250,34 @@ class RedisOperator(ABC):
         if ended and job.job_id:
             await self._freed(job.queue, [job.job_id])
         return ended
+
+    async def ready(self, queue: str, after: str = "") -> Page[StoredJob]:
+        return await listings.ready(self._session, self._key(queue), self._group, after)
+
+    async def change(
+        self, job: StoredJob, body: bytes, *, queue: str, level: Level, due: float | None = None, park: bool = True
+    ) -> bool:
+        keys, target = self._key(job.queue), self._key(queue)
+        old = job.body or b""
+        if queue != job.queue:
+            _check_move(self._address, job, old)
+        delayed = not job.handle.startswith("ready/")
+        place = job.handle if delayed else job.handle.rpartition("/")[2]
+        rest = job.handle.partition("/")[2]
+        member = f"{level}/{rest}" if delayed else due_member(level, job.job_id or "")
+        names = [keys.due, keys.bodies, keys.ready(job.level), target.due, target.bodies, target.ready(level)]
+        at = "" if due is None else str(round(due * 1000))
+        args = [
+            "delayed" if delayed else "ready",
+            place,
+            keys.shape,
+            self._group,
+            old,
+            body,
+            member if park else "",
+            at,
+        ]
+        return bool(await self._session.run(scripts.CHANGE, names, args))
 
     async def dead(self, queue: str, after: str = "", *, only: str | None = None) -> Page[StoredJob]:
         return await listings.dead(self._session, self._key(queue), after, only)
@@ -390,6 +432,22 @@ def _refreshed(letter: StoredJob, body: bytes) -> bytes:
         return body
 
 
+def _check_move(address: RedisAddress, job: StoredJob, body: bytes) -> None:
+    """Check that a job can go to another queue.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    if address.spread:
+        raise UsageError("a cluster keeps queues apart: enqueue the job anew on the other queue, and drop this one")
+    try:
+        document = codec.read(body)
+    except InvalidJob:
+        return
+    if document.key or document.order_key or document.fair_key:
+        raise UsageError(f"the job {job.job_id} has a key of its queue and has to stay there")
+
+
 def _without_date(body: bytes) -> bytes:
     """The document without ``run_at``, which would park the job again; unchanged if it cannot be read."""
     try:
@@ -401,8 +459,14 @@ def _without_date(body: bytes) -> bytes:
 class StreamOperator(RedisOperator):
     """`Operator` of stream mode."""
 
-    def __init__(self, address: RedisAddress, options: StreamOptions, freed: Freed = nothing_freed) -> None:
-        super().__init__(address, options, freed, group=options.group)
+    def __init__(
+        self,
+        address: RedisAddress,
+        options: StreamOptions,
+        freed: Freed = nothing_freed,
+        changed: Changed = nothing_changed,
+    ) -> None:
+        super().__init__(address, options, freed, changed, group=options.group)
 
     def _key(self, queue: str) -> QueueKeys:
         return QueueKeys(queue, self._namespace)
@@ -455,9 +519,15 @@ class StreamOperator(RedisOperator):
 class ListOperator(RedisOperator):
     """`Operator` of list mode."""
 
-    def __init__(self, address: RedisAddress, options: Options, freed: Freed = nothing_freed) -> None:
+    def __init__(
+        self,
+        address: RedisAddress,
+        options: Options,
+        freed: Freed = nothing_freed,
+        changed: Changed = nothing_changed,
+    ) -> None:
         refuse_cluster(address)
-        super().__init__(address, options, freed)
+        super().__init__(address, options, freed, changed)
 
     def _key(self, queue: str) -> ListKeys:
         return ListKeys(queue, self._namespace)

@@ -191,6 +191,7 @@ class Resource(NamedTuple, Generic[J, R]):
         *,
         barred: Callable[[J], str | None] = lambda _: None,
         rate: float | None = None,
+        bodies: bool = False,
     ) -> int:
         """Act on the jobs that fit.
 
@@ -202,13 +203,13 @@ class Resource(NamedTuple, Generic[J, R]):
             do: makes the action.
             barred: as in `BulkAction`.
             rate: jobs a second at most.
+            bodies: the action needs their documents.
         """
 
         async def work(operator: Operator) -> int:
             action = BulkAction(*words, self.noun, do(operator), job_names, barred)
-            return await act(
-                acting, _without_bodies(self.jobs.chosen(operator, selection)), action, selection.ids, rate=rate
-            )
+            jobs = self.jobs.chosen(operator, selection)
+            return await act(acting, jobs if bodies else _without_bodies(jobs), action, selection.ids, rate=rate)
 
         return operate(server, work)
 

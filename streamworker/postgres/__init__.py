@@ -554,6 +554,20 @@ class Archive(Protocol):
     async def cancel(self, queue: str, job_id: str) -> bool:
         """Cancel a job before it runs; False if it runs, has ended, or does not exist."""
 
+    async def change(
+        self, queue: str, job_id: str, *, payload: bytes | None, level: str, run_at: float | None, moved: str | None
+    ) -> bool:
+        """Let the row of a job that waits follow a change; False if it has started, or there is none.
+
+        Args:
+            queue: where it was.
+            job_id: its id.
+            payload: its new one; ``None`` as before.
+            level: its level.
+            run_at: epoch seconds at which it is due; 0 at once, ``None`` as before.
+            moved: its new queue; ``None`` if it stays.
+        """
+
     async def free_keys(self, queue: str, ids: Sequence[str]) -> int:
         """Delete the deduplication keys of jobs; returns how many there were."""
 

@@ -60,6 +60,23 @@ where id = $1 and queue_name = $2
   and status in ('blocked', 'queued', 'dispatching', 'dispatched', 'retrying', 'waiting')
 returning id"""
 
+CHANGE: Final = """
+with changed as (
+  update streamworker.jobs
+  set payload = coalesce($3::text::jsonb, payload), document = case when $3::text is null then document end, level = $4,
+    run_at = case when $5::float8 is null then run_at when $5 = 0 then null else to_timestamp($5) end,
+    queue_name = coalesce($6::text, queue_name), updated_at = now()
+  where id = $1 and queue_name = $2 and status in ('queued', 'dispatching', 'dispatched', 'retrying')
+  returning id
+), logs as (
+  update streamworker.job_logs set queue_name = $6
+  where job_id = $1 and queue_name = $2 and $6::text is not null and exists (select from changed)
+), steps as (
+  update streamworker.job_steps set queue_name = $6
+  where job_id = $1 and queue_name = $2 and $6::text is not null and exists (select from changed)
+)
+select id from changed"""
+
 FREE_KEYS: Final = """
 with freed as (delete from streamworker.job_keys where queue_name = $1 and job_id = any($2::text[]) returning key)
 select count(*) from freed"""
@@ -193,6 +210,13 @@ class PostgresArchive:
     async def cancel(self, queue: str, job_id: str) -> bool:
         with understood("cancelling a job"):
             return bool(await self._database.fetch(CANCEL, stored_id(job_id), queue))
+
+    async def change(
+        self, queue: str, job_id: str, *, payload: bytes | None, level: str, run_at: float | None, moved: str | None
+    ) -> bool:
+        text = None if payload is None else bytes(payload).decode()
+        rows = await self._database.fetch(CHANGE, job_id, queue, text, level, run_at, moved)
+        return bool(rows)
 
     async def free_keys(self, queue: str, ids: Sequence[str]) -> int:
         with understood("forgetting the keys of jobs"):

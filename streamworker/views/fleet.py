@@ -46,7 +46,7 @@ class Look(msgspec.Struct, frozen=True):
         """Jobs that left each queue per second."""
         return {row.queue: rate for row, rate in self.queues}
 
-    def count(self, state: Literal["running", "delayed", "dead"], queue: str | None) -> int:
+    def count(self, state: Literal["running", "ready", "delayed", "dead"], queue: str | None) -> int:
         """Jobs in a state, of a queue or (``None``) of all."""
         return sum(getattr(row, state) for row, _ in self.queues if queue in (None, row.queue))
 

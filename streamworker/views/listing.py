@@ -109,8 +109,8 @@ class JobListing(NamedTuple, Generic[T]):
         direct: an entry is found by its id without reading the others.
     """
 
-    state: Literal["pending", "delayed", "dead"]
-    column: Literal["running", "delayed", "dead"]
+    state: Literal["pending", "ready", "delayed", "dead"]
+    column: Literal["running", "ready", "delayed", "dead"]
     page: Callable[[Operator, Selection, str, str, str | None], Awaitable[Page[T]]]
     fits: Callable[[Selection, T], bool]
     direct: bool = True
@@ -199,6 +199,14 @@ DELAYED: Final[JobListing[StoredJob]] = JobListing(
     direct=False,
 )
 """Soonest first within a queue."""
+READY: Final[JobListing[StoredJob]] = JobListing(
+    "ready",
+    "ready",
+    lambda operator, _, queue, after, __: operator.ready(queue, after),
+    Selection.fits_stored,
+    direct=False,
+)
+"""The next to be claimed first within a queue; those that are claimed are not among them."""
 DEAD: Final[JobListing[StoredJob]] = JobListing(
     "dead",
     "dead",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, Final, get_args
 
 from starlette.requests import Request
@@ -11,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from streamworker.broker import Operator, Place, StoredJob
 from streamworker.errors import StreamworkerError, UsageError
-from streamworker.operators import cancel_job
+from streamworker.operators import JobChange, JobChanger, cancel_job
 from streamworker.postgres import Archive
 from streamworker.telemetry.logs import get_logger
 from streamworker.views.listing import PendingAction, StoredAction, outcome_of, pending_action, stored_action
@@ -19,7 +20,7 @@ from streamworker.views.rows import moment
 from streamworker.web.bulk import BulkJob, What
 from streamworker.web.forms import MOST_RATE, Form, FormRow
 from streamworker.web.job_pages import pending_row
-from streamworker.web.render import client, monitor_of, schedules_of, who
+from streamworker.web.render import changer_of, client, monitor_of, schedules_of, who
 
 log = get_logger("streamworker.web")
 
@@ -147,20 +148,36 @@ async def _bulk_job(request: Request, operator: Operator, form: Form) -> dict[st
     if what is None:
         raise UsageError("there is no such thing to do to many jobs")
     selection, rate = form.selection(), form.number("rate", MOST_RATE)
+    change = partial(_changed, changer_of(request, operator), form.change()) if what == "change" else None
     monitor = monitor_of(request)
     look = await monitor.looked()
     expected = look.count(
-        "dead" if what in ("replay", "erase") else "delayed" if what in ("hasten", "forget") else "running",
+        "dead" if what in ("replay", "erase") else "delayed" if what in ("hasten", "forget", "change") else "running",
         selection.queue,
     )
     if selection.worker is not None:
         expected = sum(each.pending for each in look.workers if each.worker_id == selection.worker)
     elif selection.narrows:
         expected = 0  # how many fit is known at the end
-    bulk_job = BulkJob(what, selection, rate or None, who(request), expected)
+    bulk_job = BulkJob(what, selection, rate or None, who(request), expected, change=change)
     monitor.bulk_jobs.begin(operator, bulk_job)
     monitor.stir()
     return {"message": f"Begun: {bulk_job.told()['title'].lower()}", "campaign": bulk_job.id}
+
+
+async def _changed(changer: JobChanger, change: JobChange, job: StoredJob) -> bool:
+    return await changer.change(job, change)
+
+
+async def _change(request: Request, operator: Operator, form: Form) -> dict[str, Any]:
+    """Change the delayed jobs that are ticked."""
+    changer, change = changer_of(request, operator), form.change()
+
+    async def one(row: FormRow) -> tuple[str, str]:
+        job = await operator.delayed_job(row.queue, row.handle)
+        return ("gone", "") if job is None else await outcome_of(changer.change(job, change))
+
+    return await _each(form.rows(), one, "changed")
 
 
 async def _cancel(request: Request, operator: Operator, form: Form) -> dict[str, Any]:
@@ -263,6 +280,7 @@ _ACTIONS: Final[dict[str, Callable[[Request, Operator, Form], Awaitable[dict[str
     "again": _again,
     "stop": _stop,
     "dismiss": _dismiss,
+    "change": _change,
     "mute": _mute,
     "unmute": _unmute,
     "schedule-pause": _schedule_pause,

@@ -32,7 +32,7 @@ KEPT: Final = 20
 """Campaigns that are remembered, those that ended included."""
 STIR_EVERY: Final = 0.5
 
-What: TypeAlias = Literal[StoredAction, PendingAction]
+What: TypeAlias = Literal[StoredAction, PendingAction, "change"]
 TITLES: Final[dict[What, str]] = {
     "replay": "Replay dead letters",
     "erase": "Delete dead letters",
@@ -41,6 +41,7 @@ TITLES: Final[dict[What, str]] = {
     "release": "Release pending jobs",
     "bury": "Move pending jobs to dead",
     "drop": "Delete pending jobs",
+    "change": "Change delayed jobs",
 }
 
 
@@ -53,15 +54,26 @@ class BulkJob:
         rate: so many a second at most; ``None`` for as fast as it goes.
         who: began it.
         expected: how many there are, as far as is known.
+        change: changes one, where ``what`` is that.
     """
 
-    def __init__(self, what: What, selection: Selection, rate: float | None, who: str, expected: int) -> None:
+    def __init__(
+        self,
+        what: What,
+        selection: Selection,
+        rate: float | None,
+        who: str,
+        expected: int,
+        *,
+        change: Callable[[StoredJob], Awaitable[bool]] | None = None,
+    ) -> None:
         self.id = secrets.token_hex(6)
         self.what: What = what
         self.selection = selection
         self.rate = rate
         self.who = who
         self.expected = expected
+        self.change: Final = change
         self.tally = Counter(done=0, gone=0, refused=0)
         self.state: Literal["running", "done", "stopped", "failed"] = "running"
         self.trouble = ""
@@ -175,6 +187,10 @@ async def _steps(operator: Operator, bulk_job: BulkJob) -> AsyncIterator[Callabl
             async for entry in PENDING.chosen(operator, selection):
                 if not entry.alive:  # what a living worker runs is changed one by one, knowingly
                     yield partial(act, entry)
+        case "change":
+            if bulk_job.change is not None:
+                for job in [job async for job in DELAYED.chosen(operator, selection)]:  # they move while they change
+                    yield partial(bulk_job.change, job)
         case _:
             change, dead = stored_action(operator, what), what in ("replay", "erase")
             async for job in DEAD.chosen(operator, selection) if dead else _delayed(operator, selection):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 from urllib.parse import parse_qsl
 
 import msgspec
 from starlette.requests import Request
 
 from streamworker.errors import LONGEST_WAIT, UsageError
-from streamworker.job import Level
+from streamworker.job import LEVELS, Level
+from streamworker.operators import JobChange
 from streamworker.settings.rules import QUEUE_NAME
 from streamworker.views.listing import Selection
 
@@ -86,6 +87,26 @@ class Form:
         if not 0 <= value <= most:
             raise UsageError(f"{name} has to be a number from 0 to {most:,.0f}")
         return value
+
+    def object(self, name: str) -> dict[str, Any] | None:
+        """A JSON object; it may be longer than other fields."""
+        text = next((value for key, value in self._pairs if key == name and value.strip()), None)
+        if text is None:
+            return None
+        try:
+            return msgspec.json.decode(text.encode(), type=dict[str, Any])
+        except (msgspec.MsgspecError, UnicodeEncodeError, RecursionError) as error:
+            raise UsageError(f"{name} has to be a JSON object: {error}") from None
+
+    def change(self) -> JobChange:
+        """What is to be different about jobs that wait."""
+        word = self.text("level")
+        change = JobChange(
+            delay=self.number("in"), queue=self.queue("to"), payload=self.object("payload"), fields=self.object("set"),
+            level=next((each for each in LEVELS if each == word), None),
+        )  # fmt: skip
+        change.check()
+        return change
 
     def rows(self) -> list[FormRow]:
         """The rows that were ticked."""

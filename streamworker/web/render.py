@@ -13,7 +13,9 @@ from markupsafe import Markup, escape
 from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
+from streamworker.broker import Operator
 from streamworker.cron.stored import Schedules
+from streamworker.operators import JobChanger
 from streamworker.redact import printable
 from streamworker.views.rows import age, moment, size
 from streamworker.web.monitor import FleetMonitor
@@ -122,6 +124,13 @@ def access_of(request: Request) -> Access:
     """Who may do what."""
     access: Access = request.app.state.access
     return access
+
+
+def changer_of(request: Request, operator: Operator) -> JobChanger:
+    """Changes jobs that wait, checked by the types of the app's handlers."""
+    state = request.app.state
+    made: JobChanger = state.app.changer(operator, state.settings)
+    return made
 
 
 async def schedules_of(request: Request) -> Schedules:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -160,3 +161,45 @@ async def test_which_error_is_new(sw, ground, raw, by, page):
         sw.ok("dead", "drop", "--group", old["group"], "--yes")
         assert sw("dead", "mute", "nothing").returncode == 2
     assert (ground.ready(queue="notes"), raw.xlen("stream:{notes}:dead")) == (3, 0)
+
+
+@pytest.mark.parametrize("by", BY)
+async def test_a_wrong_payload_in_a_thousand_delayed_jobs(sw, ground, raw, by, page):
+    pipe = raw.pipeline(transaction=False)
+    for n in range(1000):
+        body = json.dumps(
+            {"id": f"n{n}", "kind": "note.write", "payload": {"text": "wrong", "times": n + 1}, "mine": n}
+        )
+        pipe.zadd("stream:{notes}:due", {f"normal/n{n}/0": (time.time() + 3600) * 1000 + n})
+        pipe.hset("stream:{notes}:bodies", f"normal/n{n}/0", body)
+    pipe.execute()
+    if by == "web":
+        page.open("/delayed?queue=notes&kind=note.write")
+        page.page.value("document.querySelector('#change-jobs [name=set]').value = '{\"text\": 5}'")
+        page.page.click("[data-what=change]")
+        page.yes()
+        page.page.until("document.querySelector('.campaign')?.innerText.includes('refused')")  # no note has such a text
+        page.page.until("document.querySelector('.campaign')?.innerText.includes('done')")
+        page.open("/delayed?queue=notes&kind=note.write")
+        page.page.value("document.querySelector('#change-jobs [name=set]').value = '{\"text\": \"right\"}'")
+        page.page.click("[data-what=change]")
+        page.page.until("document.querySelector('#confirm').open")
+        page.page.value("document.querySelector('#confirm [name=rate]').value = 100000")
+        page.yes()
+        eventually_blocking(lambda: right(raw) == 1000, 30)
+    else:
+        words = ("delayed", "change", "--queue", "notes", "--kind", "note.write", "--app", "jobs:app")
+        refused = sw(*words, "--set", '{"text": 5}', "--yes", "--limit", "2")
+        assert (refused.returncode, "the payload is no Note" in refused.stderr) == (1, True)
+        sentence = sw(*words[:-2], "--set", '{"text": "right"}', "--yes", "--limit", "1").stderr
+        assert "name the app" in sentence
+        assert "changed 1000 delayed jobs" in sw.ok(*words, "--set", '{"text": "right"}', "--yes").stdout
+    assert right(raw) == 1000
+    documents = [json.loads(body) for body in raw.hvals("stream:{notes}:bodies")]
+    assert sorted(each["payload"]["times"] for each in documents) == list(range(1, 1001))
+    assert all(each["payload"]["times"] == each["mine"] + 1 for each in documents)  # and nothing else changed
+    assert raw.zcard("stream:{notes}:due") == 1000
+
+
+def right(raw: Any) -> int:
+    return sum(b'"right"' in body for body in raw.hvals("stream:{notes}:bodies"))
