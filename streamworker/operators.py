@@ -22,7 +22,6 @@ from streamworker.broker.operator import ListOperator, StreamOperator
 from streamworker.broker.redis.client import RedisAddress
 from streamworker.encryption import PLAIN, Sealer
 from streamworker.errors import InvalidJob, StreamworkerError, UsageError
-from streamworker.handlers import Handlers
 from streamworker.job import Job, Level
 from streamworker.policy import group_sizes
 from streamworker.postgres import FINAL, Archive
@@ -260,6 +259,13 @@ class JobChange(msgspec.Struct, frozen=True, kw_only=True):
             raise UsageError("the whole payload, and fields of it: keep one of them")
 
 
+class Kinds(Protocol):
+    """What knows the handlers of kinds: an app. This module imports no handlers."""
+
+    def handler_of(self, kind: str | None, queue: str) -> Any:
+        """The handler of a kind; ``None`` if there is none."""
+
+
 class JobChanger:
     """Changes jobs that wait, in Redis and then in the ledger, if there is one.
 
@@ -271,7 +277,7 @@ class JobChanger:
     """
 
     def __init__(
-        self, operator: Operator, handlers: Handlers[Any] | None, settings: Settings, *, sealer: Sealer = PLAIN
+        self, operator: Operator, handlers: Kinds | None, settings: Settings, *, sealer: Sealer = PLAIN
     ) -> None:
         self._operator, self._handlers, self._settings, self._sealer = operator, handlers, settings, sealer
 

@@ -277,7 +277,10 @@ class RedisOperator(ABC):
             member if park else "",
             at,
         ]
-        return bool(await self._session.run(scripts.CHANGE, names, args))
+        done = bool(await self._session.run(scripts.CHANGE, names, args))
+        if done:
+            await self._changed(job, body, (queue, level), due if park else 0.0)
+        return done
 
     async def dead(self, queue: str, after: str = "", *, only: str | None = None) -> Page[StoredJob]:
         return await listings.dead(self._session, self._key(queue), after, only)
