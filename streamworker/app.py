@@ -418,28 +418,21 @@ class App(Handlers[S], Calendar):
     @property
     def schedules(self) -> Schedules:
         """The schedules in code, as a sequence; and what puts, changes and lists those that are kept as data."""
-        rules = self._connection.rules
-        return Schedules(
-            super().schedules, self, self._connection.schedule_store, lambda: rules().max_job_bytes, self._sealer
-        )
+        most, store = lambda: self._connection.rules().max_job_bytes, self._connection.schedule_store  # noqa: E731
+        return Schedules(super().schedules, self, store, most, self._sealer)
 
     async def change(self, job_id: str, /, *, queue: str | None = None, by: str = "", **changes: Any) -> bool:
-        """Change a job that waits to be claimed or for its time.
+        """Change a job that waits; False if it has started or ended, or is not there.
 
         Args:
             job_id: as `enqueue` returned it.
             queue: where it is; needed only if this app has handlers for none or for several queues.
-            by: who changes it, for the audit.
-            changes: ``delay`` (seconds from now), ``run_at`` (epoch seconds), ``level``, ``to_queue``, ``payload`` (all
-                of it) or ``fields`` of it.
-
-        Returns:
-            Whether it was changed: not if it has started or ended, or is not there.
+            by: who changes it, for the log.
+            changes: ``delay``, ``run_at`` (epoch seconds), ``level``, ``to_queue``, ``payload``, or ``fields`` of it.
 
         Raises:
             UsageError: the change makes no sense, or the queue of the job is not known.
             InvalidJob: the payload would not fit the type of the kind's handler.
-            Unreachable: a server does not answer.
         """
         wanted = {"queue" if name == "to_queue" else name: value for name, value in changes.items()}
         async with self.operator() as operator:
@@ -447,14 +440,12 @@ class App(Handlers[S], Calendar):
 
     def changer(self, operator: Operator, settings: Settings | None = None) -> JobChanger:
         """Changes jobs that wait, checked by the types of this app's handlers."""
-        rules, known = self.resolve(settings), self if self.registrations else None
-        return JobChanger(operator, known, rules, sealer=self._sealer)
+        return JobChanger(operator, self if self.registrations else None, self.resolve(settings), sealer=self._sealer)
 
     def schedules_of(self, storage: ScheduleStorage, settings: Settings) -> Schedules:
         """The same, in another place than this app's connection: an operator's."""
-        return Schedules(
-            super().schedules, self, lambda: storage.schedules, lambda: settings.max_job_bytes, self._sealer
-        )
+        most = settings.max_job_bytes
+        return Schedules(super().schedules, self, lambda: storage.schedules, lambda: most, self._sealer)
 
     @property
     def handlers(self) -> Handlers[S]:

@@ -5,6 +5,7 @@
 roles it calls. `Operator` is what operators do to jobs by hand, by resource.
 """
 
+# ceiling: protocols, read one by one; one split off would be looked for here
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
