@@ -418,7 +418,7 @@ class App(Handlers[S], Calendar):
     @property
     def schedules(self) -> Schedules:
         """The schedules in code, as a sequence; and what puts, changes and lists those that are kept as data."""
-        most, store = lambda: self._connection.rules().max_job_bytes, self._connection.schedule_store  # noqa: E731
+        most, store = lambda: self._connection.rules().max_job_bytes, self._connection.schedule_store
         return Schedules(super().schedules, self, store, most, self._sealer)
 
     async def change(self, job_id: str, /, *, queue: str | None = None, by: str = "", **changes: Any) -> bool:
