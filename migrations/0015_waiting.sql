@@ -21,7 +21,7 @@ create table streamworker.job_signals (
 );
 create index job_signals_unseen on streamworker.job_signals (sent_at) where not seen;
 
--- Send a signal to a job, in the caller's transaction: select streamworker.signal('0198…', 'approved', '{"by": "ann"}'). It is kept
+-- Send a signal to a job, in the caller's transaction: select streamworker.signal('01980000-0000-7000-8000-000000000000', 'approved', '{"by": "ann"}'). It is kept
 -- until the job waits for it. True; false if a signal with this name was sent before, the job has stopped waiting for it, or
 -- has ended.
 --   queue  of the job; needed if the ledger does not know the job yet, or several queues have a job with this id
