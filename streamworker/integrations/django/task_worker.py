@@ -71,7 +71,7 @@ class TasksApp(DjangoApp[Any]):
         options: those of `App`.
 
     Raises:
-        ConfigurationError: ``TASKS`` names none.
+        ConfigurationError: ``TASKS`` names none; or ``encryption`` is given.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -81,6 +81,10 @@ class TasksApp(DjangoApp[Any]):
             raise ConfigurationError(
                 "TASKS of Django's settings has no backend of streamworker: set its BACKEND to "
                 "'streamworker.integrations.django.StreamworkerBackend'"
+            )
+        if options.get("encryption") is not None:
+            raise ConfigurationError(
+                "TasksApp(encryption=...) would seal results that Django could not read: give it to an App of its own"
             )
         self._first: Final = next(iter(self.backends.values()))
         super().__init__(**{"settings": self._first.settings, **options})

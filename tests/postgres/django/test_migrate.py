@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import asyncpg
 import django
 import pytest
+from django.utils.module_loading import import_string
 
 from streamworker.postgres.migrate import Migrator, shipped
 from tests.postgres.django.project import Project
@@ -46,6 +47,12 @@ select table_name, column_name, data_type, is_nullable from information_schema.c
 union all select 'index', indexname, indexdef, '' from pg_indexes where schemaname = 'streamworker'
 union all select 'function', proname, md5(prosrc), '' from pg_proc where pronamespace = 'streamworker'::regnamespace
 order by 1, 2, 3"""
+
+
+@pytest.mark.skipif(django.VERSION >= (6,), reason="this Django has tasks")
+def test_an_older_django_is_told_what_tasks_need():
+    with pytest.raises(ImportError, match="needs django.tasks, which Django 6 brings: install django>=6"):
+        import_string("streamworker.integrations.django.StreamworkerBackend")
 
 
 def test_each_sql_file_is_a_migration():

@@ -21,6 +21,7 @@ from django.test.utils import override_settings
 from django.utils import timezone
 
 from streamworker import Handlers, Payload
+from streamworker.encryption import Keys
 from streamworker.errors import ConfigurationError
 from streamworker.integrations.django import run_options, url_of
 from streamworker.integrations.django.task_backend import call_class
@@ -306,6 +307,13 @@ async def test_a_kind_chooses_no_module_but_those_of_apps(backend, samples):
         assert samples.noop.module_path not in {each.kind for each in late.registrations}
         found = late.handler_of(samples.noop.module_path, "default")
         assert found is not None and found is late.handler_of(samples.noop.module_path, "default")
+
+
+async def test_encryption_is_refused(backend):
+    from streamworker.integrations.django.task_worker import TasksApp
+
+    with pytest.raises(ConfigurationError, match="would seal results"):
+        TasksApp(encryption=Keys("k", {"k": b"0" * 32}))
 
 
 async def test_options_of_the_backend_and_of_a_task(samples, backend):

@@ -63,7 +63,7 @@ class Sink:
         ``rcpt`` and ``data`` answer with ``reply``; ``drop-before`` closes the connection instead of taking the
         mail, ``drop-after`` takes it and closes without a word, ``hang-after`` takes it and never answers.
         """
-        self._script[recipient].extend([(moment, reply)] * times)
+        self._script[recipient].extend((moment, reply) for _ in range(times))
 
     def arrived(self, recipient: str) -> list[Received]:
         """The mails to one recipient."""
