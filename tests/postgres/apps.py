@@ -36,6 +36,8 @@ async def work(payload: Work, ctx: Context) -> Any:
             raise ValueError("no")
         case "discard":
             raise Discard("never")
+        case "wait":
+            await ctx.wait_for("go")
         case "snooze" if ctx.job.hop == 0:
             raise Snooze(0.3)
         case "write":
@@ -88,6 +90,8 @@ async def main() -> int:
     match os.environ.get("CRASH_AT"):
         case "settle":
             StreamBroker.settle = _dying  # type: ignore[method-assign]
+        case "park":
+            PostgresLedger.park = _dying  # type: ignore[method-assign]
         case "record":
             PostgresLedger.record = _dying  # type: ignore[method-assign]
     worker = QueueWorker(app, redis=None, database=None, services=None)

@@ -309,3 +309,34 @@ async def test_the_step_of_a_frozen_worker_is_refused(start, raw, pg):
     steps = [each.decode().split() for each in raw.lrange("queue:trace:steps", 0, -1)]
     frozen = [int(step) for _, step, pid in steps if int(pid) == zombie.process.pid]
     assert len(frozen) == len(set(frozen)) and max(frozen) < 6
+
+
+@pytest.mark.parametrize("signal_first", [False, True])
+async def test_a_job_whose_worker_dies_as_it_parks_waits_and_goes_on(start, raw, pg, signal_first):
+    """Killed after PostgreSQL holds the waiting job and before Redis lets it go: the entry is settled unrun."""
+    doomed = await start(CRASH_AT="settle").ready()
+    put(raw, "a", "wait")
+    await eventually(lambda: doomed.ended, 20)
+    assert ((await job(pg))["status"], raw.xlen(Q)) == ("waiting", 1)
+    if signal_first:
+        assert await pg.fetchval("select streamworker.signal('a', 'go')")
+    await start(STREAMWORKER_RELAY="on").ready()
+    if not signal_first:
+        await eventually(lambda: ended(raw), 20)
+        assert (ran(raw), (await job(pg))["status"]) == ([["a", "0"]], "waiting")
+        assert await pg.fetchval("select streamworker.signal('a', 'go')")
+    await eventually(lambda: pg.fetchval("select status = 'completed' from streamworker.jobs"), 20)
+    await eventually(lambda: ended(raw), 20)
+    assert ran(raw) == [["a", "0"], ["a", "2"]]
+
+
+async def test_a_job_whose_worker_dies_before_it_parks_runs_again_and_waits(start, raw, pg):
+    doomed = await start(CRASH_AT="park").ready()
+    put(raw, "a", "wait")
+    await eventually(lambda: doomed.ended, 20)
+    assert (await job(pg))["status"] == "running"
+    await start(STREAMWORKER_RELAY="on").ready()
+    await eventually(lambda: pg.fetchval("select status = 'waiting' from streamworker.jobs"), 20)
+    assert await pg.fetchval("select streamworker.signal('a', 'go')")
+    await eventually(lambda: pg.fetchval("select status = 'completed' from streamworker.jobs"), 20)
+    assert ran(raw) == [["a", "0"], ["a", "0"], ["a", "2"]]
