@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from typing import Any, Final
 
 import anyio
@@ -13,8 +14,10 @@ from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
 from streamworker.app import App
-from streamworker.errors import UsageError
+from streamworker.errors import StreamworkerError, UsageError
+from streamworker.redact import clean_block
 from streamworker.results import OutputItem
+from streamworker.settings import Settings
 
 HEARTBEAT: Final = 15.0
 """Seconds after which a silent stream says that it is there: proxies cut what they take for dead."""
@@ -44,6 +47,41 @@ def output_events(app: App[Any], request: Request, job_id: str, *, queue: str | 
     headers = {"x-accel-buffering": "no", "cache-control": "no-store"}
     stream = _events(app.output(job_id, after=int(told), queue=queue))
     return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
+
+
+async def shown_events(
+    app: App[Any], settings: Settings, request: Request, job_id: str, *, queue: str | None = None
+) -> AsyncIterator[bytes]:
+    """A job's output as the dashboard shows it: as `output_events`, each chunk as clean text; ``trouble`` says why not.
+
+    Args:
+        app: opened here, for as long as somebody looks.
+        settings: where its server is.
+        request: its header ``Last-Event-ID`` says where to go on.
+        job_id: the job's id.
+        queue: where the job is.
+    """
+    told = request.headers.get("last-event-id", "0")
+    after = int(told) if told.isascii() and told.isdigit() and len(told) <= 16 else 0
+
+    async def texts() -> AsyncGenerator[OutputItem, None]:
+        async with app.entered(settings, None), aclosing(app.output(job_id, after=after, queue=queue)) as items:
+            async for item in items:
+                yield msgspec.structs.replace(item, chunk=_shown(item.chunk))
+
+    try:
+        async for event in _events(texts()):
+            yield event
+    except StreamworkerError as error:
+        yield b"event: trouble\ndata: %b\n\n" % msgspec.json.encode({"message": str(error)})
+
+
+def _shown(chunk: Any) -> str:
+    if isinstance(chunk, bytes):
+        chunk = chunk.decode(errors="backslashreplace")
+    if isinstance(chunk, str):
+        return clean_block(chunk)
+    return clean_block(msgspec.json.encode(chunk).decode()) + "\n"
 
 
 async def _events(items: AsyncGenerator[OutputItem, None]) -> AsyncIterator[bytes]:

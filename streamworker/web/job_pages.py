@@ -7,7 +7,7 @@ from typing import Any, Final, get_args
 
 import msgspec
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
 from streamworker.broker import Operator, PendingEntry
 from streamworker.codec import FIRST_MOMENT, LAST_MOMENT
@@ -17,6 +17,7 @@ from streamworker.redact import printable
 from streamworker.telemetry.logs import get_logger
 from streamworker.views.listing import BUDGET, DEAD, DELAYED, PENDING, JobListing, Selection
 from streamworker.views.rows import attempt_row, dead_row, document_facts, job_row, step_row
+from streamworker.web.events import shown_events
 from streamworker.web.forms import Form, query
 from streamworker.web.pages import names, pending_token, stored_token
 from streamworker.web.render import access_of, client, monitor_of, render, who
@@ -50,6 +51,16 @@ async def payload(request: Request) -> Response:
     _require_payloads(request)
     place, row, body, _ = await _find(request, query(request))
     return _payload(request, _indented(body), place=place, queue=row.queue, job_id=row.job_id)
+
+
+async def output(request: Request) -> Response:
+    """The output of one job as it comes, as server-sent events. The log says who looked."""
+    _require_payloads(request)
+    form, state = query(request), request.app.state
+    wanted, queue = form.must("id"), form.queue()
+    log.info("dashboard_output_shown", who=who(request), client=client(request), queue=queue, job_id=wanted)
+    events = shown_events(state.app, state.settings, request, wanted, queue=queue)
+    return StreamingResponse(events, media_type="text/event-stream", headers={"x-accel-buffering": "no"})
 
 
 def _require_payloads(request: Request) -> None:
@@ -172,8 +183,10 @@ async def _one(request: Request, archive: Archive | None, wanted: str, queue: st
     attempts = await archive.attempts(job.queue, wanted) if archive is not None and job is not None else []
     steps = await archive.steps(job.queue, wanted) if archive is not None and job is not None else []
     found, whole = await _places(request, wanted)
+    places = [where for rows in found.values() for _, where, _ in rows]
     return {
         "job": job_row(job, monitor_of(request).now()) if job is not None else None,
+        "where": job.queue if job is not None else queue or next(iter(places), None),
         "attempts": [attempt_row(attempt) for attempt in attempts],
         "steps": [step_row(step) for step in steps],
         "found": found,

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from tests import forkserver
@@ -260,3 +261,28 @@ def test_every_page_can_be_read_and_shows_all_its_columns(served, width, dark):
             )
         assert (found["poor"], found["nameless"], found["twins"], found["wide"]) == ([], [], 0, []), path
         assert found["ticks"] == (2 if path in ("/pending", "/dead", "/delayed") else 0), path
+
+
+def test_output_appears_as_it_comes(served):
+    key, chunks = "stream:{q}:output:talker", ["one\n", HOSTILE, {"two": 2}, "three"]
+
+    def emit(position: int, text: Any) -> None:
+        piece = msgspec.msgpack.Ext(1, msgspec.json.encode(text)) if isinstance(text, dict) else text
+        fields = {"run": 1, "attempt": 1, "stored": position, "from": position, "before": 0, "token": "t"}
+        served.raw.xadd(key, {**fields, "chunks": msgspec.msgpack.encode([piece])}, id=f"{position}-0")
+        served.raw.publish(key, str(position))
+
+    served.open("/jobs?id=talker&queue=q")
+    page = served.page
+    page.click("[data-watch]")
+    page.until("document.querySelector('[data-state]').innerText === 'waiting for output…'")
+    for position, chunk in enumerate(chunks, 1):
+        emit(position, chunk)
+        word = '{"two":2}' if isinstance(chunk, dict) else chunk.strip()
+        page.until(f"document.querySelector('[data-output] pre').textContent.includes({json.dumps(word)})")
+    page.until("document.querySelector('[data-state]').innerText === 'attempt 1, live'")
+    assert page.value("window.pwned") is None
+    assert page.value("document.querySelectorAll('[data-output] pre *').length") == 0
+    served.raw.set("stream:{q}:result:talker", '{"status":"completed"}')
+    served.raw.publish("stream:{q}:result:talker", '{"status":"completed"}')
+    page.until("document.querySelector('[data-state]').innerText === 'the job has ended'")

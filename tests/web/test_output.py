@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 import re
 from typing import Any
 
+import anyio
 import httpx2
 import pytest
 from starlette.applications import Starlette
@@ -15,8 +18,11 @@ from starlette.routing import Route
 
 from streamworker import App, Context, Payload, Settings
 from streamworker.errors import UsageError
+from streamworker.web import Access, dashboard
 from streamworker.web.events import output_events
+from tests.conftest import eventually
 from tests.contract.helpers import working
+from tests.web.conftest import HERE
 
 
 class Talk(Payload, kind="talk", queue="q"):
@@ -91,3 +97,61 @@ async def test_a_browser_that_goes_away_leaves_nothing_behind(redis_url, ground,
         assert await anext(parts) == b": here\n\n"
         await parts.aclose()
         assert not app._connection._broker._subscriber._by_channel
+
+
+HOSTILE = "<b>\u202e\x1b[31m"
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["app", "no app"])
+async def test_the_dashboard_shows_output_as_it_comes(redis_url, ground, known, caplog):
+    settings = Settings(redis_url=redis_url, mode=ground.mode, lease=3)
+    app, go = App(settings=settings), anyio.Event()
+
+    @app.handler
+    async def talk(_: Talk, ctx: Context) -> None:
+        for chunk in ("a\nb", HOSTILE, b"\xff", {"to": "day"}):
+            await ctx.emit(chunk)
+        await go.wait()
+        await ctx.emit("last")
+
+    site = dashboard(app if known else App(settings=settings), access=Access())
+    transport = httpx2.ASGITransport(app=site, client=("127.0.0.1", 5))
+    async with app, working(app), httpx2.AsyncClient(transport=transport, base_url=HERE) as client:
+        made = await app.enqueue(Talk())
+        page = await client.get(f"/jobs?id={made.id}&queue=q")
+        assert f'data-output="/output?id={made.id}&amp;queue=q"' in page.text
+        reader = asyncio.create_task(client.get(f"/output?id={made.id}&queue=q"))
+        await eventually(lambda: "dashboard_output_shown" in caplog.text or not logging.getLogger().isEnabledFor(20))
+        go.set()
+        events = parsed((await reader).text)
+        assert [each["data"].get("chunk") for each in events] == [
+            "a\nb",
+            "<b>\\u202e\\x1b[31m",
+            "\\xff",
+            '{"to":"day"}\n',
+            "last",
+            None,
+        ]
+        assert events[-1]["event"] == "end"
+        again = await client.get(f"/output?id={made.id}&queue=q", headers={"last-event-id": events[-2]["id"]})
+        assert [each["event"] for each in parsed(again.text)] == ["end"]
+    await site.aclose()
+
+
+async def test_the_dashboard_says_why_it_shows_no_output(redis_url):
+    site = dashboard(App(settings=Settings(redis_url=redis_url)), access=Access())
+    transport = httpx2.ASGITransport(app=site, client=("127.0.0.1", 5))
+    async with httpx2.AsyncClient(transport=transport, base_url=HERE) as client:
+        (event,) = parsed((await client.get("/output?id=x")).text)
+        assert (event["event"], event["data"]) == (
+            "trouble",
+            {"message": "the queue of this job is not known here: say queue="},
+        )
+    await site.aclose()
+    public = dashboard(App(settings=Settings(redis_url=redis_url)), access=Access(public=True, read_only=True))
+    transport = httpx2.ASGITransport(app=public, client=("127.0.0.1", 5))
+    async with httpx2.AsyncClient(transport=transport, base_url=HERE) as client:
+        answer = await client.get("/output?id=x&queue=q")
+        assert answer.status_code == 400
+        assert "payloads are shown only where" in answer.text
+    await public.aclose()

@@ -331,6 +331,39 @@
     run();
   });
 
+  // -- the output of a job, as it comes: text, and nothing else
+
+  const KEPT = 200000;
+  function watch(place) {
+    const box = $("pre", place), state = $("[data-state]", place), source = new EventSource(place.dataset.output);
+    const say = (words) => { state.textContent = words; };
+    const add = (text) => {
+      const low = box.scrollHeight - box.scrollTop - box.clientHeight < 30;
+      box.append(text);
+      if (box.textContent.length > KEPT) box.textContent = box.textContent.slice(-KEPT / 2);
+      if (low) box.scrollTop = box.scrollHeight;
+    };
+    box.hidden = false;
+    say("waiting for output…");
+    source.addEventListener("output", (event) => {
+      const told = JSON.parse(event.data);
+      if (told.restart) add("\n— it started over —\n");
+      if (told.missed) add(`\n— ${told.missed} chunks are gone —\n`);
+      add(told.chunk);
+      say(`attempt ${told.attempt}, live`);
+    });
+    source.addEventListener("end", () => { source.close(); say(box.textContent ? "the job has ended" : "the job has ended, and nothing of its output is kept"); });
+    source.addEventListener("trouble", (event) => { source.close(); say(JSON.parse(event.data).message); });
+    source.addEventListener("error", () => { if (source.readyState !== EventSource.CLOSED) say("connecting again…"); });
+    addEventListener("pagehide", () => source.close());
+  }
+  document.addEventListener("click", (event) => {
+    const button = event.target.closest("[data-watch]");
+    if (!button) return;
+    button.hidden = true;
+    watch(button.closest("[data-output]"));
+  });
+
   // -- theme
 
   $("#theme").addEventListener("click", () => {
