@@ -55,7 +55,7 @@ async def shown_events(
     """A job's output as the dashboard shows it: as `output_events`, each chunk as clean text; ``trouble`` says why not.
 
     Args:
-        app: opened here, for as long as somebody looks.
+        app: opened here, until the stream ends.
         settings: where its server is.
         request: its header ``Last-Event-ID`` says where to go on.
         job_id: the job's id.
