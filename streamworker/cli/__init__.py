@@ -63,6 +63,7 @@ _COMMANDS = (
     ("cron", ".cron:cron", "Look and act", "What is enqueued by the calendar, and when next."),
     ("keys", ".keys:keys", "More", "Keys of encryption, and what is sealed with them: new, check."),
     ("jobs", ".jobs:jobs", "Look and act", "Durable jobs in the ledger."),
+    ("audit", ".audit:audit", "Look and act", "Who did what to which jobs."),
     ("migrate", ".migrate:migrate", "More", "The schema of the ledger in PostgreSQL: up, status, print."),
     ("dashboard", ".dashboard:dashboard", "Look and act", "All of this in a browser, live."),
     ("check", ".check:check", "More", "Look for everything that loses jobs."),

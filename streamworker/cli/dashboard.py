@@ -25,6 +25,8 @@ def dashboard(
     origin: Annotated[tuple[str, ...], Parameter(name="--origin")] = (),
     prefix: str = "",
     proxy: Annotated[tuple[str, ...], Parameter(name="--proxy")] = (),
+    user_header: str | None = None,
+    operator: Annotated[tuple[str, ...], Parameter(name="--operator")] = (),
     server: ServerFlags = SERVER,
 ) -> int:
     """Serve the dashboard until SIGINT or SIGTERM.
@@ -38,10 +40,15 @@ def dashboard(
         origin: What browsers see as its address, if a proxy changes the Host: https://ops.example.com.
         prefix: The path below which a proxy shows it: /ops. The proxy may pass it on or cut it off.
         proxy: Address or network of a proxy that is believed about the browser's address (X-Forwarded-For).
+        user_header: In which that proxy says who asks, such as X-Forwarded-User; instead of a password.
+        operator: With --user-header, one who may change something; once per name. All others are viewers.
     """
     web.require()
     settings = server.settings()
-    access = web.Access.load(read_only=read_only, origins=origin, prefix=prefix, proxies=proxy)
+    access = web.Access.load(
+        read_only=read_only, origins=origin, prefix=prefix, proxies=proxy, user_header=user_header,
+        operators=operator,
+    )  # fmt: skip
     serving = importlib.import_module("streamworker.web.server")
     code: int = serving.serve(_app(settings), settings, access, listen)
     return code

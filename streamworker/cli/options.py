@@ -6,9 +6,7 @@ Flags of settings stay text: `Settings` parses them as it parses the environment
 from __future__ import annotations
 
 import asyncio
-import getpass
 import os
-import socket
 import sys
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
@@ -206,10 +204,9 @@ ACTION = ActionFlags()
 
 def operator_name() -> str:
     """Who types commands: user@host."""
-    try:
-        return f"{getpass.getuser()}@{socket.gethostname()}"
-    except (KeyError, OSError, ImportError):  # a container's user may have no name
-        return f"uid {os.getuid()}@{socket.gethostname()}"
+    from streamworker.operators import user_name  # noqa: PLC0415 - it imports redis
+
+    return user_name()
 
 
 def fleet(operator: Operator, listing: Listing, queue: str | None) -> Fleet | None:
@@ -269,10 +266,14 @@ def encryption(settings: Settings) -> Keys | None:
 def run(main: Callable[[], Coroutine[Any, Any, int]], *, endless: bool = False) -> int:
     """Import what talks to servers, and run a coroutine with it; where it is ``endless``, Ctrl-C is its regular end."""
     with importing(), _no_opentelemetry():
-        import streamworker.operators  # noqa: F401, PLC0415 - redis takes longer to import than all else
+        from streamworker import operators  # noqa: PLC0415 - redis takes longer to import than all else
+
+    async def acting() -> int:
+        operators.ACTOR.set(operators.Actor(operators.user_name(), "cli"))
+        return await main()
 
     try:
-        return asyncio.run(main())  # anyio's would import TLS, sockets and streams of its own
+        return asyncio.run(acting())  # anyio's would import TLS, sockets and streams of its own
     except KeyboardInterrupt:
         if endless:
             return 0

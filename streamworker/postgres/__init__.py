@@ -499,6 +499,30 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     after: tuple[datetime, str, str] | None = None
 
 
+class AuditRow(msgspec.Struct, frozen=True):
+    """One action of an operator.
+
+    Attributes:
+        at: epoch seconds; ``None`` of one that is about to be kept.
+        who: did it.
+        source: ``cli``, ``dashboard`` or ``python``.
+        action: what was done.
+        queue, job_id, kind: to what; ``None`` where there is none.
+        details: what else was said.
+        result: ``done``, ``gone`` (the job had moved on), or why it was refused.
+    """
+
+    who: str
+    source: str
+    action: str
+    queue: str | None = None
+    job_id: str | None = None
+    kind: str | None = None
+    details: str | None = None
+    result: str = "done"
+    at: float | None = None
+
+
 class Archive(Protocol):
     """The ledger as operators use it: list, show, cancel, retry, prune. Every method raises `Unreachable` while no
     database answers.
@@ -566,6 +590,19 @@ class Archive(Protocol):
             level: its level.
             run_at: epoch seconds at which it is due; 0 at once, ``None`` as before.
             moved: its new queue; ``None`` if it stays.
+        """
+
+    async def keep_audit(self, rows: Sequence[AuditRow]) -> bool:
+        """Keep actions of operators; False if the schema is of an older release."""
+
+    def audit(
+        self, *, queue: str | None = None, job_id: str | None = None, who: str | None = None, since: float | None = None
+    ) -> AsyncIterator[AuditRow]:
+        """Actions of operators, newest first.
+
+        Args:
+            queue, job_id, who: only of these.
+            since: not before this moment, in epoch seconds.
         """
 
     async def free_keys(self, queue: str, ids: Sequence[str]) -> int:

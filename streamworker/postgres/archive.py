@@ -11,7 +11,7 @@ import msgspec
 from streamworker.encryption import FIELD
 from streamworker.errors import ConfigurationError, UsageError
 from streamworker.job import Enqueued, Job, KeyUse
-from streamworker.postgres import Attempt, JobRecord, StepRow, Wanted
+from streamworker.postgres import Attempt, AuditRow, JobRecord, StepRow, Wanted
 from streamworker.postgres.encoding import stored_id, within_python
 from streamworker.postgres.enqueue import NOW, find_waiting
 from streamworker.postgres.ledger import BATCH, PRUNABLE, PRUNE
@@ -76,6 +76,16 @@ with changed as (
   where job_id = $1 and queue_name = $2 and $6::text is not null and exists (select from changed)
 )
 select id from changed"""
+
+AUDITED: Final = ("who", "source", "action", "queue", "job_id", "kind", "details", "result")
+KEEP_AUDIT: Final = """
+insert into streamworker.audit (who, source, action, queue_name, job_id, kind, details, result)
+select * from unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[])"""
+AUDIT: Final = """
+select *, extract(epoch from at)::float8 as moment from streamworker.audit
+where id < $5 and ($1::text is null or queue_name = $1) and ($2::text is null or job_id = $2)
+  and ($3::text is null or who = $3) and ($4::float8 is null or at >= to_timestamp($4))
+order by id desc limit $6"""
 
 FREE_KEYS: Final = """
 with freed as (delete from streamworker.job_keys where queue_name = $1 and job_id = any($2::text[]) returning key)
@@ -218,6 +228,28 @@ class PostgresArchive:
         rows = await self._database.fetch(CHANGE, job_id, queue, text, level, run_at, moved)
         return bool(rows)
 
+    async def keep_audit(self, rows: Sequence[AuditRow]) -> bool:
+        there = await self._database.fetch("select to_regclass('streamworker.audit') is not null as there")
+        if not there[0]["there"]:
+            return False
+        columns = [[getattr(row, name) and _storable(getattr(row, name)) for row in rows] for name in AUDITED]
+        await self._database.fetch(KEEP_AUDIT, *columns)
+        return True
+
+    async def audit(
+        self, *, queue: str | None = None, job_id: str | None = None, who: str | None = None, since: float | None = None
+    ) -> AsyncIterator[AuditRow]:
+        before = 2**62
+        while True:
+            with understood("reading the audit"):
+                rows = await self._database.fetch(AUDIT, queue, job_id, who, since, before, PAGE)
+            for row in rows:
+                values = {name: row[name] for name in AUDITED if name != "queue"}
+                yield AuditRow(queue=row["queue_name"], at=row["moment"], **values)
+            if len(rows) < PAGE:
+                return
+            before = rows[-1]["id"]
+
     async def free_keys(self, queue: str, ids: Sequence[str]) -> int:
         with understood("forgetting the keys of jobs"):
             return int((await self._database.fetch(FREE_KEYS, queue, [stored_id(job_id) for job_id in ids]))[0][0])
@@ -312,6 +344,11 @@ def _headers(json: str) -> dict[str, Any]:
         return {name: _decoded(bytes(raw).decode()) for name, raw in _fields(json).items()}
     except (msgspec.MsgspecError, RecursionError):  # not an object, or its names cannot be decoded
         return {}
+
+
+def _storable(text: str) -> str:
+    """Text without what PostgreSQL cannot store, and not longer than a line."""
+    return text.replace("\0", "").encode(errors="backslashreplace").decode()[:2000]
 
 
 SCHEMA_LOOK: Final = """

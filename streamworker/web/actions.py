@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from streamworker.broker import Operator, Place, StoredJob
 from streamworker.errors import StreamworkerError, UsageError
-from streamworker.operators import JobChange, JobChanger, cancel_job
+from streamworker.operators import ACTOR, Actor, JobChange, JobChanger, cancel_job
 from streamworker.postgres import Archive
 from streamworker.telemetry.logs import get_logger
 from streamworker.views.listing import PendingAction, StoredAction, outcome_of, pending_action, stored_action
@@ -39,6 +39,7 @@ async def do(request: Request) -> Response:
     if act is None:
         return JSONResponse({"ok": False, "message": "There is no such thing to do."}, 404)
     monitor = monitor_of(request)
+    ACTOR.set(Actor(who(request), "dashboard"))  # of this request, and of the tasks that it begins
     told: dict[str, Any] = {}
     try:
         told = await act(request, await monitor.operator(), form)

@@ -20,7 +20,7 @@ from streamworker.views.rows import attempt_row, dead_row, document_facts, job_r
 from streamworker.web.events import shown_events
 from streamworker.web.forms import Form, query
 from streamworker.web.pages import names, pending_token, stored_token
-from streamworker.web.render import access_of, client, monitor_of, render, who
+from streamworker.web.render import access_of, client, is_operator, monitor_of, render, who
 
 log = get_logger("streamworker.web")
 
@@ -64,6 +64,8 @@ async def output(request: Request) -> Response:
 
 
 def _require_payloads(request: Request) -> None:
+    if not is_operator(request):
+        raise UsageError("payloads are shown to operators alone")
     if not access_of(request).payloads:
         raise UsageError("payloads are shown only where a password is asked for, or on this machine")
 

@@ -149,8 +149,8 @@ def render(request: Request, template: str, status: int = 200, **values: Any) ->
     rendering: PageTemplates = request.app.state.rendering
     monitor, access = monitor_of(request), access_of(request)
     common = {
-        "writable": not access.read_only,
-        "payloads": access.payloads,
+        "writable": not access.read_only and is_operator(request),
+        "payloads": access.payloads and is_operator(request),
         "look": monitor.look,
         "trouble": monitor.alert,
         "now": monitor.now(),
@@ -158,6 +158,11 @@ def render(request: Request, template: str, status: int = 200, **values: Any) ->
         "counts": monitor.counts(),
     }
     return rendering.page(request, template, status, **{**common, **values})
+
+
+def is_operator(request: Request) -> bool:
+    """Whether who asks may change something, and see payloads."""
+    return str(request.scope["state"]["role"]) == "operator"
 
 
 def who(request: Request) -> str:

@@ -9,7 +9,7 @@ from base64 import b64decode
 from collections.abc import Mapping
 from hmac import compare_digest
 from ipaddress import ip_address, ip_network
-from typing import Any, Final, Self
+from typing import Any, Final, Literal, Self, TypeAlias
 from urllib.parse import urlsplit
 
 import msgspec
@@ -46,6 +46,17 @@ HEADERS: Final = {
 }
 
 
+Role: TypeAlias = Literal["viewer", "operator"]
+"""A viewer sees everything but payloads, and changes nothing."""
+
+
+class Login(msgspec.Struct, frozen=True):
+    """Who asks, and what they may do."""
+
+    who: str
+    role: Role
+
+
 class Guard:
     """ASGI middleware. Sets ``scope["state"]["who"]`` and ``["csrf"]``.
 
@@ -63,11 +74,12 @@ class Guard:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1000})
             return
-        scope = self._access.as_sent(scope)
+        sent, scope = scope, self._access.as_sent(scope)
         headers = Headers(scope=scope)
         token = _cookie(headers.get("cookie", ""))
         fresh = "" if token else secrets.token_urlsafe(32)
-        refusal = self._refusal(scope, headers, token)
+        login = self._access.login(sent, headers)
+        refusal = self._refusal(scope, headers, token, login)
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -86,24 +98,27 @@ class Guard:
             return
         scope.setdefault("state", {})
         # Mounts inside the site move the root path: links begin at this one.
-        scope["state"] |= {"who": self._who(scope), "csrf": token or fresh, "root": scope.get("root_path", "")}
+        scope["state"] |= {
+            "who": login.who if login is not None else self._who(scope),
+            "role": _role(login),
+            "csrf": token or fresh,
+            "root": scope.get("root_path", ""),
+        }
         await self._app(scope, receive, answer)
 
-    def _refusal(self, scope: Scope, headers: Headers, token: str) -> PlainTextResponse | None:
+    def _refusal(self, scope: Scope, headers: Headers, token: str, login: Login | None) -> PlainTextResponse | None:
         access, client = self._access, (scope.get("client") or ("?",))[0]
         if not access.admits_host(headers.get("host", "")):
             return _no(421, "This dashboard asks for no password and answers to localhost alone.")
-        if access.user is not None and access.knows(headers.get("authorization", "")) is None:
-            if "authorization" in headers:
-                log.warning("dashboard_login_refused", client=client)
-            challenge = {"www-authenticate": 'Basic realm="streamworker", charset="UTF-8"'}
-            return _no(401, "Who are you?", challenge)
+        if login is None and (access.user is not None or access.user_header is not None):
+            return self._stranger(headers, client)
         if scope["method"] in ("GET", "HEAD"):
             return None
         if scope["method"] != "POST":
             return _no(405, "There is nothing to do here but GET and POST.", {"allow": "GET, HEAD, POST"})
-        if access.read_only:
-            return _no(403, "This dashboard is read-only.")
+        if access.read_only or _role(login) == "viewer":
+            why = "This dashboard is read-only." if access.read_only else "Viewers change nothing: ask an operator."
+            return _no(403, why)
         forged = self._foreign(headers)
         if forged is None and not (token and compare_digest(token.encode(), headers.get(HEADER, "").encode())):
             forged = "This page is older than its cookie, or the cookie is gone: load the page anew."
@@ -119,6 +134,15 @@ class Guard:
         if not length.isdigit() or int(length) > LARGEST:
             return _no(413, "That is more than a form of ours holds.")
         return None
+
+    def _stranger(self, headers: Headers, client: str) -> PlainTextResponse:
+        """The answer to who does not say, or prove, who they are."""
+        if (header := self._access.user_header) is not None:
+            return _no(401, f"Who are you? The proxy in front has to say so, in {header}.")
+        if "authorization" in headers:
+            log.warning("dashboard_login_refused", client=client)
+        challenge = {"www-authenticate": 'Basic realm="streamworker", charset="UTF-8"'}
+        return _no(401, "Who are you?", challenge)
 
     def _foreign(self, headers: Headers) -> str | None:
         """Why a request is not one of our pages, in a sentence; ``None`` if it is. Browsers say where it comes from."""
@@ -140,11 +164,13 @@ class Guard:
         )
 
     def _who(self, scope: Scope) -> str:
-        if self._access.user is not None:
-            return self._access.user
         user: Any = scope.get("user")
         name = getattr(user, "display_name", "") if self._access.outer else ""
         return str(name) or ("local" if not self._access.public else "anybody")
+
+
+def _role(login: Login | None) -> Role:
+    return "operator" if login is None else login.role
 
 
 def _local(location: str) -> str:
@@ -174,6 +200,8 @@ def _baked(token: str, scope: Scope) -> str:
 
 USER: Final = f"{PREFIX}DASHBOARD_USER"
 PASSWORD: Final = f"{PREFIX}DASHBOARD_PASSWORD"
+VIEWER: Final = f"{PREFIX}DASHBOARD_VIEWER"
+VIEWER_PASSWORD: Final = f"{PREFIX}DASHBOARD_VIEWER_PASSWORD"
 LOCAL: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -183,6 +211,10 @@ class Access(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         user: with ``password``, asked for by HTTP Basic authentication; ``None``: no password is asked for.
         password: see ``user``.
+        viewer: the name of those who only look, with ``viewer_password``.
+        viewer_password: see ``viewer``.
+        user_header: in which a trusted proxy (``proxies``) says who asks, as ``X-Forwarded-User``; without a password.
+        operators: with ``user_header``, those who may change something; all others are viewers.
         read_only: nothing can be changed.
         outer: the application around the dashboard has checked who asks; names it by ``scope["user"].display_name``.
         public: without a password, names other than localhost may be asked for; goes with ``read_only``.
@@ -194,6 +226,10 @@ class Access(msgspec.Struct, frozen=True, kw_only=True):
 
     user: str | None = None
     password: str | None = None
+    viewer: str | None = None
+    viewer_password: str | None = None
+    user_header: str | None = None
+    operators: tuple[str, ...] = ()
     read_only: bool = False
     outer: bool = False
     public: bool = False
@@ -217,7 +253,13 @@ class Access(msgspec.Struct, frozen=True, kw_only=True):
                 ) from None
         if (self.user is None) != (self.password is None):
             raise ConfigurationError(f"set {USER} and {PASSWORD} (or their _FILE forms), or neither of them")
-        if self.public and not self.read_only and self.user is None:
+        if (self.viewer is None) != (self.viewer_password is None):
+            raise ConfigurationError(f"set {VIEWER} and {VIEWER_PASSWORD} (or their _FILE forms), or neither of them")
+        if self.viewer is not None and (self.user is None or self.viewer == self.user):
+            raise ConfigurationError(f"{VIEWER} needs a {USER} of another name: somebody has to be able to act")
+        if self.user_header is not None and (not self.proxies or self.user is not None):
+            raise ConfigurationError("the user header needs the proxies that are believed, and no password beside it")
+        if self.public and not self.read_only and self.user is None and self.user_header is None:
             raise ConfigurationError("a public dashboard without a password has to be read-only")
 
     @classmethod
@@ -229,6 +271,8 @@ class Access(msgspec.Struct, frozen=True, kw_only=True):
         origins: tuple[str, ...] = (),
         prefix: str = "",
         proxies: tuple[str, ...] = (),
+        user_header: str | None = None,
+        operators: tuple[str, ...] = (),
     ) -> Self:
         """From the environment.
 
@@ -237,7 +281,12 @@ class Access(msgspec.Struct, frozen=True, kw_only=True):
         """
         env = os.environ if env is None else env
         user, password = lookup(env, [USER]), lookup(env, [PASSWORD])
+        viewer, viewer_password = lookup(env, [VIEWER]), lookup(env, [VIEWER_PASSWORD])
         return cls(
+            viewer=viewer.value if viewer else None,
+            viewer_password=viewer_password.value if viewer_password else None,
+            user_header=user_header,
+            operators=operators,
             user=user.value if user else None,
             password=password.value if password else None,
             read_only=read_only,
@@ -252,7 +301,7 @@ class Access(msgspec.Struct, frozen=True, kw_only=True):
         Raises:
             ConfigurationError: others could reach it, and no password would be asked for.
         """
-        if self.user is not None or is_local(host):
+        if self.user is not None or self.user_header is not None or is_local(host):
             return self
         if not self.read_only:
             raise ConfigurationError(
@@ -269,7 +318,8 @@ class Access(msgspec.Struct, frozen=True, kw_only=True):
     def admits_host(self, host: str) -> bool:
         """Whether this name may be asked for. Any, if a password is: no other site's page knows that."""
         # Otherwise a page from anywhere could have its own name point here, and read what is answered.
-        return self.user is not None or self.outer or self.public or _name_of(host) in LOCAL
+        asked = self.user is not None or self.user_header is not None
+        return asked or self.outer or self.public or _name_of(host) in LOCAL
 
     @property
     def admitted_origins(self) -> frozenset[str]:
@@ -301,17 +351,34 @@ class Access(msgspec.Struct, frozen=True, kw_only=True):
         found = getattr(found, "ipv4_mapped", None) or found
         return any(found in ip_network(proxy, strict=False) for proxy in self.proxies)
 
-    def knows(self, authorization: str) -> str | None:
-        """The user that an Authorization header names rightly; ``None`` if it does not."""
+    def login(self, sent: Scope, headers: Headers) -> Login | None:
+        """Who asks, by password or by the word of a trusted proxy; ``None`` if neither says so.
+
+        Args:
+            sent: the request as it arrived, before proxies are believed.
+            headers: of the request.
+        """
+        if self.user_header is not None:
+            names = headers.getlist(self.user_header)
+            if len(names) != 1 or not names[0].strip() or not self._is_proxy((sent.get("client") or ("", 0))[0]):
+                return None
+            name = printable(names[0].strip())[:200]
+            return Login(name, "operator" if name in self.operators else "viewer")
+        return self.knows(headers.get("authorization", "")) if self.user is not None else None
+
+    def knows(self, authorization: str) -> Login | None:
+        """Whom an Authorization header names rightly; ``None`` if it does not."""
         scheme, _, encoded = authorization.partition(" ")
         try:
             given = b64decode(encoded.strip(), validate=True)
         except ValueError:
             return None
-        wanted = f"{self.user}:{self.password}".encode()
         # In constant time: how much of it was right must not be told by how long it took.
-        right = compare_digest(given, wanted)
-        return self.user if right and scheme.lower() == "basic" else None
+        operator = compare_digest(given, f"{self.user}:{self.password}".encode())
+        viewer = compare_digest(given, f"{self.viewer}:{self.viewer_password}".encode()) and self.viewer is not None
+        if scheme.lower() != "basic" or self.user is None or not (operator or viewer):
+            return None
+        return Login(self.user, "operator") if operator else Login(self.viewer or "", "viewer")
 
 
 _PREFIX: Final = re.compile(r"(?:/[A-Za-z0-9._~-]+)*")
