@@ -92,14 +92,14 @@ class Project:
             for name, value in os.environ.items()
             if not name.startswith(("STREAMWORKER_", "DJANGO_", "DATABASE_", "REDIS_"))
         }
-        settings = {"REDIS_URL": self.redis_url, "STREAMWORKER_LEASE": "1", "STREAMWORKER_GRACE": "5"}
+        settings = {"REDIS_URL": self.redis_url, "STREAMWORKER_LEASE": "4", "STREAMWORKER_GRACE": "5"}
         return {**clean, **settings, "PYTHONPATH": str(ROOT), **more}
 
     def manage(self, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
         """Run ``manage.py`` from another folder, to its end."""
         return subprocess.run(
             [sys.executable, str(self.directory / "manage.py"), *words],
-            env=self.environment(**more), cwd="/", capture_output=True, text=True, timeout=60, check=False,
+            env=self.environment(**more), cwd="/", capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
 
     @contextmanager

@@ -15,6 +15,9 @@ from django.test.utils import override_settings
 from tests.conftest import eventually
 from tests.postgres.django.project import Project
 
+# Each starts programs that import Django.
+pytestmark = pytest.mark.timeout(240)
+
 INSERT, SLEEP = "shop.tasks.insert", "shop.tasks.sleep"
 
 
@@ -35,7 +38,7 @@ async def in_transaction(pg, kind, *args, queue="default"):
 
 
 async def is_working(raw, count=1):
-    await eventually(lambda: len(list(raw.scan_iter("streamworker:worker:*"))) == count)
+    await eventually(lambda: len(list(raw.scan_iter("streamworker:worker:*"))) == count, 90)
 
 
 async def rows(pg):
@@ -49,7 +52,7 @@ async def test_a_worker_runs_tasks_until_it_is_told_to_stop(project, pg, raw, op
     with project.started("streamworker", "worker", *options, "--settings", "site_settings") as worker:
         await is_working(raw, 2 if options else 1)
         enqueue(project, INSERT, 2)
-        await eventually(lambda: at_end(pg, 2))
+        await eventually(lambda: at_end(pg, 2), 90)
         await in_transaction(pg, SLEEP, 1, queue="mail")
         await eventually(
             lambda: pg.fetchval(
@@ -67,6 +70,7 @@ async def at_end(pg, count):
     return await pg.fetchval("select count(*) = $1 from streamworker.jobs where status = 'completed'", count)
 
 
+@pytest.mark.all
 async def test_a_killed_worker_loses_no_task(project, pg, raw):
     with project.started("streamworker", "worker") as first:
         await is_working(raw)
@@ -77,7 +81,7 @@ async def test_a_killed_worker_loses_no_task(project, pg, raw):
         first.kill()
         first.wait()
     with project.started("streamworker", "worker") as second:
-        await eventually(lambda: at_end(pg, 1))
+        await eventually(lambda: at_end(pg, 1), 90)
         second.send_signal(signal.SIGTERM)
         assert second.wait(30) == 0
 

@@ -14,6 +14,9 @@ from django.utils.module_loading import import_string
 from streamworker.postgres.migrate import Migrator, shipped
 from tests.postgres.django.project import Project
 
+# Each starts programs that import Django.
+pytestmark = pytest.mark.timeout(240)
+
 NAMES = [each.name for each in shipped()]
 
 
