@@ -1,4 +1,5 @@
 """App: the public API. It is composed of its handlers, a connection and a `Producer`, which `wiring` makes."""
+# ceiling: the public API, which is looked for in one place; flows have added two methods
 
 from __future__ import annotations
 
@@ -21,13 +22,14 @@ from streamworker.encryption import PLAIN, Keys, Sealer
 from streamworker.errors import UsageError
 from streamworker.flow import Flow
 from streamworker.handlers import Handlers, check_queue, names_of
-from streamworker.job import Enqueued, FlowStarted, Job
+from streamworker.job import Enqueued, FlowRecord, FlowStarted, Job
 from streamworker.loops import at_once
 from streamworker.observe import Observer, Sender
 from streamworker.operators import (
     CancelAnswer,
     JobChange,
     JobChanger,
+    cancel_flow,
     cancel_job,
     database_of,
     open_operator,
@@ -229,6 +231,32 @@ class App(Handlers[S], Calendar):
         """
         where = None if inside is None else (inside.job.queue, inside.job.id)
         return at_once(self._producer.start(flow.graph(), connection, where, blocking=True))
+
+    async def find_flow(self, flow: str, /) -> FlowRecord | None:
+        """What the ledger remembers of a flow; ``None`` if it knows no such flow.
+
+        Args:
+            flow: its id, or its key.
+
+        Raises:
+            UsageError: the app is not open, or open on another event loop, or several flows have this key.
+            ConfigurationError: there is no database, or it has no schema streamworker.
+            Unreachable: PostgreSQL does not answer.
+        """
+        return await (await self._connection.required_archive()).flows.find(flow)
+
+    async def cancel_flow(self, flow_id: str, /) -> bool:
+        """Cancel a flow: what has not begun never runs, what runs is cancelled in its worker; False if it has ended.
+
+        Args:
+            flow_id: as `start` returned it.
+
+        Raises:
+            UsageError: the app is not open, or open on another event loop.
+            ConfigurationError: there is no database, or it has no schema streamworker.
+            Unreachable: a server does not answer.
+        """
+        return await cancel_flow(await self._connection.required_archive(), self._connection.broker(), flow_id)
 
     # -- jobs that were enqueued
 

@@ -96,7 +96,7 @@ WHENS: tuple[When, ...] = ("ok", "failed", "always")
 IfFailed: TypeAlias = Literal["fail", "skip", "hold"]
 """What the failure of a node means to the nodes after it that wait for its success."""
 IF_FAILED: tuple[IfFailed, ...] = ("fail", "skip", "hold")
-NodeState: TypeAlias = Literal["blocked", "queued", "running", "retrying", "ok", "failed", "held", "skipped"]
+NodeState: TypeAlias = Literal["blocked", "queued", "running", "retrying", "waiting", "ok", "failed", "held", "skipped"]
 
 
 class FlowNode(msgspec.Struct, frozen=True):

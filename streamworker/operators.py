@@ -94,6 +94,48 @@ def order_key_of(body: bytes | None) -> str:
         return ""
 
 
+class Uncanceller(Protocol):
+    """Takes the marks of cancelled jobs back."""
+
+    async def uncancel(self, queue: str, job_id: str) -> Any:
+        """Take the mark of a cancelled job back."""
+
+
+async def cancel_flow(archive: Archive, canceller: Canceller | None, flow_id: str) -> bool:
+    """Cancel a flow: what has not begun never runs, what runs is cancelled in its worker; False if it has ended.
+
+    Args:
+        archive: the ledger.
+        canceller: for jobs in Redis; ``None`` where no Redis is named: those that run go on to their end.
+        flow_id: which.
+    """
+    flow = await archive.flows.find(flow_id)
+    if flow is None or flow.finished_at is not None:
+        return False
+    for queue, job_id in await archive.flows.cancel(flow.id):
+        if canceller is not None:
+            await canceller.cancel(queue, job_id)
+            record = await archive.find(job_id, queue)
+            order = "" if record is None or record.status != "cancelled" else order_key_of(record.document)
+            if order:  # it waited for a signal
+                await canceller.pass_on(queue, order, job_id)
+    return True
+
+
+async def retry_flow(archive: Archive, canceller: Uncanceller | None, flow_id: str) -> int:
+    """Queue the failed jobs of a flow anew; returns how many there were.
+
+    Args:
+        archive: the ledger.
+        canceller: takes marks of cancelled jobs back; ``None`` where no Redis is named.
+        flow_id: which.
+    """
+    if canceller is not None:
+        for queue, job_id in await archive.flows.failed(flow_id):
+            await canceller.uncancel(queue, job_id)
+    return await archive.flows.retry(flow_id)
+
+
 class LedgerKeys:
     """Frees the deduplication keys that PostgreSQL remembers of jobs that were ended by hand in Redis.
 

@@ -64,6 +64,7 @@ _COMMANDS = (
     ("keys", ".keys:keys", "More", "Keys of encryption, and what is sealed with them: new, check."),
     ("jobs", ".jobs:jobs", "Look and act", "Durable jobs in the ledger."),
     ("audit", ".audit:audit", "Look and act", "Who did what to which jobs."),
+    ("flows", ".flows:flows", "Look and act", "Graphs of jobs in the ledger: list, show, cancel, retry, delete."),
     ("migrate", ".migrate:migrate", "More", "The schema of the ledger in PostgreSQL: up, status, print."),
     ("dashboard", ".dashboard:dashboard", "Look and act", "All of this in a browser, live."),
     ("check", ".check:check", "More", "Look for everything that loses jobs."),

@@ -20,7 +20,7 @@ from streamworker import codec
 from streamworker.codec import DocumentFields, deliveries_of
 from streamworker.encryption import Sealer
 from streamworker.errors import RunEnded
-from streamworker.job import Claim, Enqueued, Job, KeyUse, Level
+from streamworker.job import Claim, Enqueued, FlowRecord, Job, KeyUse, Level, NodeRecord
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -523,10 +523,52 @@ class AuditRow(msgspec.Struct, frozen=True):
     at: float | None = None
 
 
+class Flows(Protocol):
+    """Flows as operators use them. Every method raises `Unreachable` while no database answers."""
+
+    async def flows(
+        self, *, status: str | None = None, name: str | None = None, after: FlowRecord | None = None, limit: int = 50
+    ) -> list[FlowRecord]:
+        """Flows, newest first.
+
+        Args:
+            status: with this status.
+            name: with this name.
+            after: those behind this one.
+            limit: most of them.
+        """
+
+    async def find(self, flow: str) -> FlowRecord | None:
+        """One flow, by its id, or by its key if only one flow has that.
+
+        Raises:
+            UsageError: several flows have this key.
+        """
+
+    async def nodes(self, flow_id: str, *, limit: int = 10_000, edges: int = 1000) -> list[NodeRecord]:
+        """The nodes of a flow, in the order in which they were added, each with so many of its edges at most."""
+
+    async def cancel(self, flow_id: str) -> list[JobKey]:
+        """Cancel what has not begun; the jobs that may be in Redis, where they have to be told."""
+
+    async def failed(self, flow_id: str) -> list[JobKey]:
+        """The jobs that `retry` would queue anew."""
+
+    async def retry(self, flow_id: str) -> int:
+        """Queue the dead, expired and cancelled jobs of a flow anew; returns how many there were."""
+
+    async def delete(self, flow_id: str) -> bool:
+        """Delete a flow and its jobs; False if it has not ended, or does not exist."""
+
+
 class Archive(Protocol):
     """The ledger as operators use it: list, show, cancel, retry, prune. Every method raises `Unreachable` while no
     database answers.
     """
+
+    @property
+    def flows(self) -> Flows:
+        """The flows of the ledger."""
 
     def jobs(self, wanted: Wanted, *, payload: bool = False) -> AsyncIterator[JobRecord]:
         """Jobs, newest first, in pages of bounded cost.

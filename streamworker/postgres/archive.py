@@ -14,6 +14,7 @@ from streamworker.job import Enqueued, Job, KeyUse
 from streamworker.postgres import Attempt, AuditRow, JobRecord, StepRow, Wanted
 from streamworker.postgres.encoding import stored_id, within_python
 from streamworker.postgres.enqueue import NOW, find_waiting
+from streamworker.postgres.flow_graph import PostgresFlows
 from streamworker.postgres.ledger import BATCH, PRUNABLE, PRUNE
 from streamworker.postgres.pool import Database, open_database
 from streamworker.postgres.sqlstate import understood
@@ -157,6 +158,7 @@ class PostgresArchive:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self.flows: Final = PostgresFlows(database)
 
     async def jobs(self, wanted: Wanted, *, payload: bool = False) -> AsyncIterator[JobRecord]:
         conditions, values = _conditions(wanted)

@@ -13,8 +13,8 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from streamworker.errors import UsageError
-from streamworker.job import FlowGraph, FlowNode, FlowRecord, FlowStarted, Job, NodeRecord
-from streamworker.postgres import RunRecord, SqlConnection
+from streamworker.job import FlowGraph, FlowNode, FlowRecord, FlowStarted, NodeRecord
+from streamworker.postgres import JobKey, RunRecord, SqlConnection
 from streamworker.postgres.encoding import stored_id, within_python
 from streamworker.postgres.enqueue import COPY_FROM, QueuedRow, copied, queued_row, row_values
 from streamworker.postgres.pool import Database
@@ -333,6 +333,10 @@ from streamworker.flow_nodes as node
   left join streamworker.jobs as job on job.id = node.job_id and job.queue_name = node.queue_name
 where node.flow_id = $1 order by node.node limit $2"""  # noqa: S608
 CANCEL: Final = "select queue_name, id from streamworker.cancel_flow($1)"
+FAILED: Final = """
+select node.queue_name, node.job_id from streamworker.flow_nodes as node
+  join streamworker.jobs as job on job.id = node.job_id and job.queue_name = node.queue_name
+where node.flow_id = $1 and not node.unrun and job.status in ('dead', 'cancelled', 'expired')"""
 RETRY: Final = "select streamworker.retry_flow($1)"
 DELETE: Final = "select streamworker.delete_flow($1)"
 LOOK: Final = "select streamworker.flow_look($1)"
@@ -341,7 +345,7 @@ _after: Final = msgspec.json.Decoder(list[tuple[int, str]]).decode
 
 
 class PostgresFlows:
-    """What operators ask of flows. Every method raises `Unreachable` while no database answers.
+    """`Flows` on PostgreSQL.
 
     Args:
         database: of the ledger.
@@ -351,32 +355,14 @@ class PostgresFlows:
         self._database = database
 
     async def flows(
-        self,
-        *,
-        status: str | None = None,
-        name: str | None = None,
-        after: FlowRecord | None = None,
-        limit: int = 50,
+        self, *, status: str | None = None, name: str | None = None, after: FlowRecord | None = None, limit: int = 50
     ) -> list[FlowRecord]:
-        """Flows, newest first.
-
-        Args:
-            status: with this status.
-            name: with this name.
-            after: those behind this one.
-            limit: most of them.
-        """
         at, last = (None, None) if after is None else (after.created_at, after.id)
         with understood("reading flows"):
             rows = await self._database.fetch(FLOWS, status, name, at, last, limit)
         return [_record(row) for row in rows]
 
     async def find(self, flow: str) -> FlowRecord | None:
-        """One flow, by its id, or by its key if only one flow has that.
-
-        Raises:
-            UsageError: several flows have this key.
-        """
         with understood("looking a flow up"):
             rows = await self._database.fetch(FIND, flow) or await self._database.fetch(OF_KEY, flow)
         if len(rows) > 1:
@@ -384,29 +370,23 @@ class PostgresFlows:
         return _record(rows[0]) if rows else None
 
     async def nodes(self, flow_id: str, *, limit: int = 10_000, edges: int = 1000) -> list[NodeRecord]:
-        """The nodes of a flow, in the order in which they were added.
-
-        Args:
-            flow_id: of the flow.
-            limit: most of them.
-            edges: most of one node.
-        """
         with understood("reading a flow"):
             rows = await self._database.fetch(NODE_ROWS, flow_id, limit, edges)
         return [NodeRecord(**{**row, "after": _after(row["after"])}) for row in rows]
 
-    async def cancel(self, flow_id: str) -> list[tuple[str, str]]:
-        """Cancel what has not begun; (queue, id) of the jobs that may be in Redis, where they have to be told."""
+    async def cancel(self, flow_id: str) -> list[JobKey]:
         with understood("cancelling a flow"):
             return [(row[0], row[1]) for row in await self._database.fetch(CANCEL, flow_id)]
 
+    async def failed(self, flow_id: str) -> list[JobKey]:
+        with understood("reading a flow"):
+            return [(row[0], row[1]) for row in await self._database.fetch(FAILED, flow_id)]
+
     async def retry(self, flow_id: str) -> int:
-        """Queue the failed jobs of a flow anew; returns how many there were."""
         with understood("queueing a flow anew"):
             return int((await self._database.fetch(RETRY, flow_id))[0][0])
 
     async def delete(self, flow_id: str) -> bool:
-        """Delete a flow and its jobs; False if it has not ended."""
         with understood("deleting a flow"):
             return bool((await self._database.fetch(DELETE, flow_id))[0][0])
 
@@ -421,8 +401,3 @@ def _record(row: Any) -> FlowRecord:
         finished_at=row["finished_at"],
         nodes=_nodes(row["nodes"] or "{}"),
     )
-
-
-def jobs_of(graph: FlowGraph) -> list[Job]:
-    """The jobs of a flow."""
-    return [node.job for node in graph.nodes if node.job is not None]

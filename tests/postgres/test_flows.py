@@ -292,6 +292,18 @@ async def test_cancel_retry_and_delete_a_flow_as_one(pg):
         assert await pg.fetchval(f"select count(*) from streamworker.{table}") == 0, table
 
 
+async def test_a_retry_decides_anew_on_what_ran_because_of_a_failure(pg):
+    flow_id = await started(pg, order()[0])
+    await end(pg, flow_id, "charge", "dead")
+    await end(pg, flow_id, "refund", "dead")
+    assert await pg.fetchval("select streamworker.retry_flow($1)", flow_id) == 2
+    found = await states(pg, flow_id)
+    assert (found["charge"], found["refund"], found["pack"]) == ("queued", "blocked", "blocked")
+    await end(pg, flow_id, "charge")
+    found = await states(pg, flow_id)
+    assert (found["refund"], found["pack"], found["label"]) == ("cancelled", "queued", "queued")
+
+
 async def test_a_wide_join_is_decided_by_a_look_that_reads_each_end_once(pg):
     flow = Flow("wide")
     parts = [flow.add(Step(n=n)) for n in range(300)]
