@@ -41,8 +41,8 @@ LARGEST: Final = 64 * 1_048_576
 """Most bytes of a document on its way to Redis, whatever the limits of the workers."""
 UNREADABLE: Final = "no worker can read it"
 LOST_BATCH: Final = 500
-LOOKS: Final = 5000
-"""Most notes of ends of nodes that one look at flows takes."""
+LOOKS: Final = 200
+"""Most notes that one look at flows takes: it must end within a statement.s timeout, or none ever would."""
 KEY_BATCH: Final = 1000
 WAKES: Final = 500
 """Most waiting jobs, and most signals, of one statement."""
