@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import base64
 import json
 import os
 import re
@@ -130,7 +131,7 @@ def database(servers) -> str:
 async def test_python_runs(modules: tuple[Path, list[str]], servers, database):
     folder, packages = modules
     environment = {name: value for name, value in os.environ.items() if not name.startswith("STREAMWORKER_")}
-    environment["JOBS_KEY_2026_11"] = "MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY="  # docs/encryption.md reads a key there
+    environment["JOBS_KEY_2026_11"] = base64.b64encode(bytes(32)).decode()  # docs/encryption.md reads a key there
     done = subprocess.run(
         [sys.executable, "-m", "tests.docs.running", str(folder), database, *packages],
         cwd=ROOT, env={**environment, "REDIS_URL": servers.redis_url, "DATABASE_URL": database},
