@@ -34,10 +34,11 @@ async def sweep(session: Asks, keys: QueueKeys) -> int:
         session: the connections.
         keys: of the queue.
     """
-    if not int(await session.ask("HGET", keys.meta, "waiting") or 0) > 0:
+    if not await session.ask("EXISTS", keys.lines) and not int(await session.ask("HGET", keys.meta, "waiting") or 0):
         return 0
     if not await session.ask("SET", keys.swept, "1", "NX", "PX", round(SWEEP_EVERY * 1000)):
         return 0
+    await session.run(scripts.SWEEP, [keys.meta], [keys.shape])
     missing: dict[bytes, bytes] = {}
     for look in range(2):  # twice: a job may move while the queue is read
         waiting = await session.ask("SRANDMEMBER", keys.lines, MOST)

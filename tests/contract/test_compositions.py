@@ -122,12 +122,13 @@ async def test_fairness_and_a_delay(raw, ground):
     """A delayed job joins its tenant's line when it is due, and starts soon after."""
     gate = Gate(raw, ground, 1)
     async with gate.app as app:
-        await app.enqueue(Fair("small", "small"), delay=0.05)
         await app.enqueue_many(
             [Fair("large0!", "large"), *(Fair(f"large{number}", "large") for number in range(1, 40))]
         )
         async with working(app):
-            await eventually(lambda: gate.ran and not gate.delayed())
+            await gate.until("large0!")
+            await app.enqueue(Fair("small", "small"), delay=0.05)
+            await eventually(lambda: not gate.delayed())
             gate.gate.set()
             await gate.until("small")
             assert len(gate.ran) <= 6, gate.ran
@@ -222,10 +223,11 @@ async def test_levels_and_a_delay(raw, ground):
     """A delayed job is ready at its level: a high one overtakes what waits."""
     gate = Gate(raw, ground, 1)
     async with gate.app as app:
-        await app.enqueue(Plain("high"), delay=0.05, priority="high")
         await app.enqueue_many([Plain("first!"), *(Plain(f"normal{number}") for number in range(10))])
         async with working(app):
-            await eventually(lambda: gate.ran and not gate.delayed())
+            await gate.until("first!")
+            await app.enqueue(Plain("high"), delay=0.05, priority="high")
+            await eventually(lambda: not gate.delayed())
             gate.gate.set()
             await eventually(lambda: len(gate.ran) == 12, timeout=20)
     assert gate.ran[:2] == ["first!", "high"]

@@ -184,6 +184,21 @@ async def test_a_ready_key_that_cannot_be_written_loses_nothing(broker_factory, 
         assert names(await broker.claim(5, 0, ())) == ["x", "y"]
 
 
+async def test_lines_outlive_what_the_meta_hash_says_of_them(broker_factory, raw):
+    """It may be deleted by hand, or lost: no job stays in a line for that, though no other one joins it."""
+    async with broker_factory("w") as broker:
+        await broker.publish(many("a", 10) + many("b", 10, level="low"))
+        await starts(broker, 1)
+        raw.delete("stream:{q}:meta")
+        for claim in await broker.claim(5, 0, ()):  # what was ready before; the queue is known anew
+            await broker.settle([done(claim)])
+        await broker.promote()
+        while claims := await broker.claim(5, 0, ()):
+            await broker.settle([done(claim) for claim in claims])
+        assert nothing_left(raw)
+        assert (await broker.depth())[0].ready == 0
+
+
 # -- with workers
 
 

@@ -280,6 +280,17 @@ async def test_a_key_whose_job_is_nowhere_is_found_and_passed_on(broker_factory,
         assert await claimed(broker) == ["b"]
 
 
+async def test_what_waits_is_counted_anew_when_the_meta_hash_is_lost(broker_factory, raw):
+    async with broker_factory("w") as broker:
+        await broker.publish([ordered("a"), ordered("b"), ordered("c")])
+        raw.delete("stream:{q}:meta")
+        await settle_one(broker, ending(await one(broker)))
+        assert (await broker.depth())[0].waiting < 1, "the number is lost"
+        raw.delete("stream:{q}:swept")
+        assert await sweep(broker._session, broker._keys[0]) == 0
+        assert (await broker.depth())[0].waiting == 1
+
+
 @pytest.mark.parametrize("where", ["ready", "claimed", "delayed", "halted"])
 async def test_a_key_whose_job_waits_somewhere_stays(broker_factory, where):
     async with broker_factory("w") as broker:

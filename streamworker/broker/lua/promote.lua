@@ -29,7 +29,10 @@ local function promote(k)
       end
     end
   end
-  if redis.pcall('HGET', base .. ':meta', 'fair') == '1' then
+  -- The field "fair" only spares claims this look: it is lost with the meta hash, and the lines are not.
+  local lined = redis.call('EXISTS', base .. ':fair:high', base .. ':fair:normal', base .. ':fair:low')
+  if lined > 0 then
+    redis.call('HSET', base .. ':meta', 'fair', '1')
     for _, level in ipairs({ 'high', 'normal', 'low' }) do
       if unclaimed(ARGV[2], base, level) == 0 then pull(ARGV[2], base, level, 1) end
     end

@@ -5,8 +5,14 @@
 -- ARGV[1]  type of the ready keys: stream or list
 -- ARGV[2..] two a key: the order key, the job that was not found, or was cancelled while it waited in the ledger
 --
--- returns the number of keys that were passed on
-local base, healed = base_of(KEYS[1]), 0
+-- returns the number of keys that were passed on; the jobs in lines are counted anew, unless they are of very many keys
+local base, healed, waiting = base_of(KEYS[1]), 0, 0
+if redis.call('SCARD', base .. ':lines') <= 5000 then -- the number is lost with the meta hash, and the lines are not
+  for _, order in ipairs(redis.call('SMEMBERS', base .. ':lines')) do
+    waiting = waiting + redis.call('LLEN', base .. ':order:' .. order)
+  end
+  redis.call('HSET', base .. ':meta', 'waiting', waiting)
+end
 for i = 2, #ARGV, 2 do
   if redis.call('HGET', base .. ':order', ARGV[i]) == ARGV[i + 1] then
     redis.call('HDEL', base .. ':halted', ARGV[i])
