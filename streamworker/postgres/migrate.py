@@ -60,7 +60,11 @@ create table if not exists streamworker.schema_migrations (
   applied_at timestamptz not null default now()
 );
 """
-RECORD: Final = "insert into streamworker.schema_migrations (version, name, checksum) values"
+
+
+def recorded(values: str) -> str:
+    """The statement that records a migration, of its values: version, name, checksum."""
+    return f"insert into streamworker.schema_migrations (version, name, checksum) values ({values})"  # noqa: S608
 
 
 class Migration(msgspec.Struct, frozen=True):
@@ -127,7 +131,7 @@ def printed(migrations: Sequence[Migration]) -> str:
     """The whole schema as SQL, for ``psql -v ON_ERROR_STOP=1 -f``."""
     parts = [TABLE]
     for each in migrations:
-        record = f"{RECORD} ({each.version}, '{each.name}', '{each.checksum}');\n"
+        record = recorded(f"{each.version}, '{each.name}', '{each.checksum}'") + ";\n"
         body = f"-- {each.name}\n{each.sql.rstrip()}\n{record}"
         parts.append(f"begin;\n{body}commit;\n" if each.atomic else body)
     return "\n".join(parts)
@@ -219,7 +223,7 @@ async def _applied(connection: OwnConnection, migration: Migration) -> bool:
             for statement in migration.statements:
                 await connection.execute(statement)
             values = (migration.version, migration.name, migration.checksum)
-            await connection.execute(f"{RECORD} ($1, $2, $3)", *values)
+            await connection.execute(recorded("$1, $2, $3"), *values)
         elif checksum != migration.checksum:
             raise ConfigurationError(
                 f"the migration {migration.name} was changed after this database applied it: restore the file as it "

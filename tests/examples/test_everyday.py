@@ -39,7 +39,8 @@ def test_the_schedules_are_listed(redis_url: str) -> None:
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["name"] for row in rows] == ["every second", "at night"]
-    assert list(rows[1]) == ["name", "queue", "kind", "expression", "tz", "missed", "last", "next"]
+    assert list(rows[1]) == ["name", "queue", "kind", "expression", "tz", "missed", "last", "next",
+                             "owner", "paused", "known", "by"]  # fmt: skip
     assert rows[1]["last"] is None
     assert len(rows[1]["next"]) == 3
     assert all("T03:00:00+0" in moment for moment in rows[1]["next"])

@@ -95,10 +95,15 @@ class _Stored:
         return [Enqueued(job.id, new=True) for job in jobs]
 
 
+async def _no_ledger() -> None:
+    return None
+
+
 def opened() -> App[None]:
     """An app that stores nothing."""
     app = App(settings=Settings(redis_url="redis://127.0.0.1:1"))
     app._connection.broker = _Stored  # type: ignore[assignment,method-assign]
+    app._connection.archive = _no_ledger  # type: ignore[method-assign]
     return app
 
 

@@ -16,7 +16,7 @@ from django.db import migrations, router
 from django.db.migrations.operations.base import Operation
 
 from streamworker.errors import ConfigurationError
-from streamworker.postgres.migrate import LOCK, LOCK_WAIT, POLL, RECORD, TABLE, Migration, shipped
+from streamworker.postgres.migrate import LOCK, LOCK_WAIT, POLL, TABLE, Migration, recorded, shipped
 
 
 class ApplyFile(Operation):
@@ -90,7 +90,7 @@ def _file(name: str) -> Migration:
 
 
 def _record(migration: Migration) -> str:
-    return f"{RECORD} ({migration.version}, '{migration.name}', '{migration.checksum}')"
+    return recorded(f"{migration.version}, '{migration.name}', '{migration.checksum}'")
 
 
 def _is_applied(cursor: Any, migration: Migration) -> bool:
