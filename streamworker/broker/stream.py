@@ -18,6 +18,7 @@ from streamworker.broker.claim import StreamOptions
 from streamworker.broker.keys import UNKNOWN_EPOCH, QueueKeys, document, worker_key
 from streamworker.broker.order import sweep
 from streamworker.broker.redis.client import RedisAddress
+from streamworker.broker.redis.reactions import Reaction, reaction_to
 from streamworker.broker.redis.session import Session
 from streamworker.broker.settle import StreamSettlement
 from streamworker.broker.stream_claim import ClusterStreamClaims, StreamClaims
@@ -56,6 +57,8 @@ class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
                 "deletes when it is done: destroy that group (XGROUP DESTROY), or give one of them another queue"
             )
         stream, _, problem = trouble[0].partition(" ") if trouble else ("", "", "")
+        if trouble and reaction_to(problem) is Reaction.FULL:  # it passes: no error of the configuration
+            raise Unreachable(f"Redis is out of memory and cannot make {stream}: raise maxmemory or delete keys")
         return f"the stream {stream} cannot be used: {problem}" if trouble else ""
 
     async def leave(self) -> bool:

@@ -18,7 +18,7 @@ from streamworker.errors import ConfigurationError, Unreachable
 from streamworker.job import Settled
 from streamworker.settings.rules import QueueSpec
 from tests.conftest import eventually
-from tests.contract.ground import GROUP
+from tests.contract.ground import GROUP, out_of_memory
 from tests.contract.helpers import (
     HIGH,
     IDS,
@@ -496,6 +496,15 @@ async def test_a_worker_starts_although_a_producer_has_spoilt_one_of_its_queues(
         assert names([claim]) == ["b"]
         assert await broker.settle([done(claim)]) == [Settled.SETTLED]
         assert await broker.leave()
+
+
+@stream_only
+async def test_memory_that_is_full_at_the_start_is_no_error_of_the_configuration(broker_factory, raw):
+    async with broker_factory("w"):
+        raw.delete(*(f"stream:{{q}}{level}" for level in ("", ":high", ":low")))
+    with out_of_memory(raw), pytest.raises(Unreachable, match="out of memory"):
+        async with broker_factory("x"):
+            pass
 
 
 async def test_a_worker_all_of_whose_queues_are_spoilt_does_not_start(broker_factory, raw):

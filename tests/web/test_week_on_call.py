@@ -139,6 +139,7 @@ async def test_which_error_is_new(sw, ground, raw, by, page):
         page.yes()
         eventually_blocking(lambda: ground.ready(queue="notes") == 3, 15)
         page.open("/groups")
+        page.page.until("!document.querySelector('tbody a[title*=Printer]')")  # the row goes with the last replay
         page.page.click("[data-do=mute]")
         said(page, "is muted")
         page.page.until("!!document.querySelector('[data-do=unmute]')")
