@@ -92,9 +92,8 @@ class RedisBroker(ABC, Generic[K, I]):
                 continue
             if problem:
                 spoilt[keys.queue] = problem
-        for problem in spoilt.values():
-            if len(spoilt) + len(away) == len(self._keys):
-                raise ConfigurationError(problem)
+        if spoilt and len(spoilt) + len(away) == len(self._keys):
+            raise ConfigurationError(next(iter(spoilt.values())))
         for queue, problem in spoilt.items():
             log.error("queue_unusable", queue=queue, error=problem, hint="other queues are worked on meanwhile")
 
@@ -117,9 +116,7 @@ class RedisBroker(ABC, Generic[K, I]):
         except StreamworkerError as error:
             if reaction_to(error.__cause__ or error) is not Reaction.KEY:
                 raise
-            return (
-                f"a key of the queue {keys.queue} has a wrong type (streamworker check names it): rename or delete it"
-            )
+            return f"a key of the queue {keys.queue} has a wrong type (see streamworker check): rename or delete it"
 
     async def _note_lease(self, keys: K, milliseconds: int) -> None:
         """Store this worker's lease with the queue; 0 removes it."""
