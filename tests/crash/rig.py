@@ -152,13 +152,15 @@ class Rig:
                 self._enqueued.add(what="cancelled", job=answer.replaced)
         return [answer.id for answer in answers]
 
-    async def produce(self, stop: asyncio.Event, rate: float) -> None:
-        """A mixture of jobs, at ``rate`` a second, until stopped. A server that is down is waited for."""
+    async def produce(self, stop: asyncio.Event, rate: float, *, flow: bool = True) -> None:
+        """A mixture of jobs, at ``rate`` a second, until stopped; with ``flow`` also some in lines, unique or expiring."""
         while not stop.is_set():
             payloads = [self._any_payload() for _ in range(self.random.randint(1, 10))]
             options: dict[str, Any] = {"priority": self.random.choice(("high", "normal", "low"))}
             if self.random.random() < 0.1:
                 options["delay"] = self.random.uniform(0.05, 1.0)
+            elif not flow:
+                pass
             elif self.random.random() < 0.3:
                 payloads = [self._next_in_line() for _ in payloads]
             elif self.random.random() < 0.3:

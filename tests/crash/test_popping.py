@@ -27,7 +27,7 @@ async def test_a_death_costs_at_most_the_job_in_hand(tmp_path):
             await rig.fleet.start()
         await rig.all_ready()
         stop = asyncio.Event()
-        producing = asyncio.create_task(rig.produce(stop, 40))
+        producing = asyncio.create_task(rig.produce(stop, 40, flow=False))  # a death costs keys of jobs, too
         for _ in range(DEATHS):
             await asyncio.sleep(rig.random.uniform(0.1, 0.4))
             ready = await rig.until(lambda: [w for w in rig.fleet.alive if w.said("worker_ready")], 30, "a worker")
@@ -48,7 +48,7 @@ async def test_a_storm_of_terminations_costs_nothing(tmp_path):
         for _ in range(3):
             await rig.fleet.start()
         stop = asyncio.Event()
-        producing = asyncio.create_task(rig.produce(stop, 40))
+        producing = asyncio.create_task(rig.produce(stop, 40, flow=False))  # a death costs keys of jobs, too
         for _ in range(10):
             await asyncio.sleep(rig.random.uniform(0.0, 0.4))
             rig.terminate(rig.random.choice(rig.fleet.alive))
