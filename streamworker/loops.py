@@ -1,12 +1,15 @@
-"""Back-off of a loop after an error: 1 s, growing to 30 s, jittered, ended early by a stop. `at_once`."""
+"""Back-off of a loop after an error: 1 s, growing to 30 s, jittered, ended early by a stop. `at_once`, `in_loop`."""
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Coroutine
 from typing import Any, Final, TypeVar
 
 import anyio
+
+from streamworker.errors import UsageError
 
 T = TypeVar("T")
 
@@ -58,3 +61,17 @@ def at_once(coroutine: Coroutine[Any, Any, T]) -> T:
     finally:
         coroutine.close()
     raise AssertionError("this coroutine awaits something: it needs an event loop")
+
+
+def in_loop(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) -> T:
+    """The result of a coroutine that runs in an event loop, for a caller in a thread.
+
+    Raises:
+        UsageError: the caller is in an event loop, which it would block.
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run_coroutine_threadsafe(coroutine, loop).result()
+    coroutine.close()
+    raise UsageError("this would block the event loop: await the method without _blocking instead")

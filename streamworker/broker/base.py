@@ -114,7 +114,7 @@ class RedisBroker(ABC, Generic[K, I]):
                 await self._weigh(keys)
             return problem
         except StreamworkerError as error:
-            if reaction_to(error.__cause__ or error) is not Reaction.KEY:
+            if not _of_wrong_type(error):
                 raise
             return f"a key of the queue {keys.queue} has a wrong type (see streamworker check): rename or delete it"
 
@@ -127,7 +127,7 @@ class RedisBroker(ABC, Generic[K, I]):
         try:
             await self._note_lease(keys, 0)
         except StreamworkerError as error:
-            if reaction_to(error.__cause__ or error) is not Reaction.KEY:
+            if not _of_wrong_type(error):
                 raise
 
     @abstractmethod
@@ -305,6 +305,11 @@ class RedisBroker(ABC, Generic[K, I]):
     @property
     def reconnects(self) -> int:
         return self._session.reconnects()
+
+
+def _of_wrong_type(error: StreamworkerError) -> bool:
+    """Whether the server refused a command because a key of the queue has another type."""
+    return reaction_to(error.__cause__ or error) is Reaction.KEY
 
 
 PROMOTE_BATCH: Final = 500

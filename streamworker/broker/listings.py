@@ -453,7 +453,7 @@ async def _values(session: OperatorSession, name: str) -> AsyncIterator[bytes]:
         async for _, value in _fields(session, name):
             yield value
     elif kind in ("list", "zset"):
-        async for value in (_elements if kind == "list" else _members)(session, name):
+        async for value in _ranged(session, "LRANGE" if kind == "list" else "ZRANGE", name):
             yield value
 
 
@@ -465,19 +465,12 @@ async def _entries(session: OperatorSession, name: str) -> AsyncIterator[tuple[b
         start = f"({text(rows[-1][0])}"
 
 
-async def _elements(session: OperatorSession, name: str) -> AsyncIterator[bytes]:
+async def _ranged(session: OperatorSession, command: str, name: str) -> AsyncIterator[bytes]:
+    """Elements of a list (LRANGE), or members of a sorted set (ZRANGE)."""
     at = 0
-    while rows := await session.ask("LRANGE", name, at, at + VALUES - 1):
-        for element in rows:
-            yield element
-        at += VALUES
-
-
-async def _members(session: OperatorSession, name: str) -> AsyncIterator[bytes]:
-    at = 0
-    while rows := await session.ask("ZRANGE", name, at, at + VALUES - 1):
-        for member in rows:
-            yield member
+    while rows := await session.ask(command, name, at, at + VALUES - 1):
+        for each in rows:
+            yield each
         at += VALUES
 
 
@@ -503,7 +496,7 @@ async def _waiting_jobs(session: OperatorSession, keys: QueueKeys, secret: bytes
     for level in LEVELS:
         name = keys.ready(level)
         if isinstance(keys, ListKeys):
-            async for element in _elements(session, name):
+            async for element in _ranged(session, "LRANGE", name):
                 yield _stored_document(keys, "ready", name, element, codec.unmarked(element, secret)[0])
         else:
             async for entry, fields in _entries(session, name):
@@ -512,11 +505,11 @@ async def _waiting_jobs(session: OperatorSession, keys: QueueKeys, secret: bytes
 
 async def _in_lines(session: OperatorSession, keys: QueueKeys, _: bytes) -> AsyncIterator[StoredDocument]:
     for level in LEVELS:
-        async for member in _members(session, keys.fair_line(level)):
+        async for member in _ranged(session, "ZRANGE", keys.fair_line(level)):
             yield _stored_document(keys, "fair", keys.fair_line(level), member, member[16:])
     for order in sorted(await session.ask("SMEMBERS", keys.lines)):
         name = keys.order_line(text(order))
-        async for element in _elements(session, name):
+        async for element in _ranged(session, "LRANGE", name):
             match = _ORDERED.match(element)
             if match is not None:
                 body = element[match.end() + int(match[2]) + int(match[3]) :]
@@ -535,7 +528,7 @@ async def _claimed_jobs(session: OperatorSession, keys: QueueKeys, secret: bytes
     if not isinstance(keys, ListKeys):
         return
     async for name in session.scan(f"{keys.claimed('')}*", "list"):
-        async for element in _elements(session, name):
+        async for element in _ranged(session, "LRANGE", name):
             claim = unwrapped(keys, element, secret)
             if claim is not None:
                 yield _stored_document(keys, "running", name, element, claim.body or b"")

@@ -6,7 +6,6 @@ in the commit that ends it. What two transactions cannot see of each other the r
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Coroutine, Iterator, Sequence
 from typing import Any, Final, TypeVar
 
@@ -14,6 +13,7 @@ import msgspec
 
 from streamworker.errors import UsageError
 from streamworker.job import FlowGraph, FlowNode, FlowRecord, FlowStarted, NodeRecord
+from streamworker.loops import in_loop
 from streamworker.postgres import JobKey, RunRecord, SqlConnection
 from streamworker.postgres.encoding import stored_id, within_python
 from streamworker.postgres.enqueue import COPY_FROM, QueuedRow, copied, queued_row, row_values
@@ -295,12 +295,7 @@ class NodeParents:
         return [(row[0], row[1], row[2]) for row in rows]
 
     def wait(self, work: Coroutine[Any, Any, T]) -> T:
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            return asyncio.run_coroutine_threadsafe(work, self._database.loop).result()
-        work.close()
-        raise UsageError("this would block the event loop: await the method without _blocking instead")
+        return in_loop(self._database.loop, work)
 
 
 # -- for operators

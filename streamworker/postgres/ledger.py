@@ -132,8 +132,25 @@ INTERVAL: Final = 60.0
 BATCH_PAUSE: Final = 0.2
 """Seconds between two batches."""
 
+_FORGET: Final = """), gone as (
+  delete from streamworker.jobs as job using old
+    where job.id = old.id and job.queue_name = old.queue_name and job.status in ('completed', 'cancelled', 'expired')
+    returning job.id, job.queue_name
+), steps as (
+  delete from streamworker.job_steps as step using gone
+    where step.job_id = gone.id and step.queue_name = gone.queue_name
+), signals as (
+  delete from streamworker.job_signals as signal using gone
+    where signal.job_id = gone.id and signal.queue_name = gone.queue_name
+), logs as (
+  delete from streamworker.job_logs as log using gone
+    where log.job_id = gone.id and log.queue_name in (gone.queue_name, '')
+)
+select count(*) from gone"""
+"""The end of a statement that prunes: it deletes the ``old`` jobs, and all that is kept with them."""
+
 # One worker at a time, the first that takes the advisory lock; for the others the statement deletes nothing.
-PRUNE_EXPIRED: Final = """
+PRUNE_EXPIRED: Final = f"""
 with turn as materialized (select pg_try_advisory_xact_lock(hashtext('streamworker.prune')) as ours),
 old as materialized (
   select job.id, queue.name as queue_name from streamworker.job_queues as queue
@@ -145,23 +162,9 @@ old as materialized (
     ) as job
     where (select ours from turn)
     limit $1
-), gone as (
-  delete from streamworker.jobs as job using old
-    where job.id = old.id and job.queue_name = old.queue_name and job.status in ('completed', 'cancelled', 'expired')
-    returning job.id, job.queue_name
-), steps as (
-  delete from streamworker.job_steps as step using gone
-    where step.job_id = gone.id and step.queue_name = gone.queue_name
-), signals as (
-  delete from streamworker.job_signals as signal using gone
-    where signal.job_id = gone.id and signal.queue_name = gone.queue_name
-), logs as (
-  delete from streamworker.job_logs as log using gone
-    where log.job_id = gone.id and log.queue_name in (gone.queue_name, '')
-)
-select count(*) from gone"""
+{_FORGET}"""  # noqa: S608 - a text of this module
 
-PRUNE: Final = """
+PRUNE: Final = f"""
 with old as materialized (
   select job.id, queue.name as queue_name from streamworker.job_queues as queue
     cross join lateral (
@@ -172,21 +175,7 @@ with old as materialized (
     ) as job
     where $2::text is null or queue.name = $2::text
     limit $1
-), gone as (
-  delete from streamworker.jobs as job using old
-    where job.id = old.id and job.queue_name = old.queue_name and job.status in ('completed', 'cancelled', 'expired')
-    returning job.id, job.queue_name
-), steps as (
-  delete from streamworker.job_steps as step using gone
-    where step.job_id = gone.id and step.queue_name = gone.queue_name
-), signals as (
-  delete from streamworker.job_signals as signal using gone
-    where signal.job_id = gone.id and signal.queue_name = gone.queue_name
-), logs as (
-  delete from streamworker.job_logs as log using gone
-    where log.job_id = gone.id and log.queue_name in (gone.queue_name, '')
-)
-select count(*) from gone"""
+{_FORGET}"""  # noqa: S608 - a text of this module
 
 
 PRUNABLE: Final = """

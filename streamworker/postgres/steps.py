@@ -25,7 +25,7 @@ from streamworker.errors import (
     Unreachable,
     UsageError,
 )
-from streamworker.loops import at_once
+from streamworker.loops import at_once, in_loop
 from streamworker.postgres import Effect, RunRecord, SqlConnection, StepHost, refusal
 from streamworker.postgres.adapters import PoolTransaction, connection_of, transaction_of
 from streamworker.postgres.encoding import stored_id, text
@@ -463,12 +463,7 @@ class JobSteps:
         """
         if self._host.connection is not None and self._host.connection.blocking:
             return at_once(work)
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            return asyncio.run_coroutine_threadsafe(work, self._database.loop).result()
-        work.close()
-        raise UsageError("this would block the event loop: await the method without _blocking instead")
+        return in_loop(self._database.loop, work)
 
 
 class StepRecord:
@@ -486,10 +481,12 @@ class StepRecord:
         return self._steps.values(self.position, "step", self._name, self.raw, None, self._started)
 
 
-class StepTransaction(RunTransaction):
-    """The transaction of a step: its writes and its value commit together, and the job goes on."""
+class _OfStep:
+    """What the transaction of a step commits beside the user's rows: its value, and the job goes on."""
 
     ending: StepRecord
+    _ledger: Database
+    _run: RunRecord
 
     async def _finish(self, connection: SqlConnection) -> bool:
         return bool(await connection.fetch(RECORD, *self.ending.values()))
@@ -498,16 +495,12 @@ class StepTransaction(RunTransaction):
         return await recorded(self._ledger, self._run, self.ending.position)
 
 
-class BlockingStepTransaction(BlockingRunTransaction):
+class StepTransaction(_OfStep, RunTransaction):
+    """The transaction of a step: its writes and its value commit together."""
+
+
+class BlockingStepTransaction(_OfStep, BlockingRunTransaction):
     """`StepTransaction` for handlers in threads."""
-
-    ending: StepRecord
-
-    async def _finish(self, connection: SqlConnection) -> bool:
-        return bool(await connection.fetch(RECORD, *self.ending.values()))
-
-    async def _is_there(self) -> bool:
-        return await recorded(self._ledger, self._run, self.ending.position)
 
 
 async def recorded(ledger: Database, run: RunRecord, position: int) -> bool:

@@ -256,7 +256,7 @@ class Access(msgspec.Struct, frozen=True, kw_only=True):
         if (self.viewer is None) != (self.viewer_password is None):
             raise ConfigurationError(f"set {VIEWER} and {VIEWER_PASSWORD} (or their _FILE forms), or neither of them")
         if self.viewer is not None and (self.user is None or self.viewer == self.user):
-            raise ConfigurationError(f"{VIEWER} needs a {USER} of another name: somebody has to be able to act")
+            raise ConfigurationError(f"{VIEWER} needs a {USER} of another name: an operator has to be left")
         if self.user_header is not None and (not self.proxies or self.user is not None):
             raise ConfigurationError("the user header needs the proxies that are believed, and no password beside it")
         if self.public and not self.read_only and self.user is None and self.user_header is None:

@@ -204,7 +204,7 @@ class Fetcher:
     async def _claim(self, limit: int) -> list[Claim]:
         """Claim. When a queue that is at its cap or shut opens again the wait ends: more of it may be claimed."""
         wait, in_flight, shut = 0.0 if self._burst else BLOCK, self._in_flight, self._shut_queues()
-        closed = shut | self._full_queues() if self._caps else shut
+        closed = shut | self._full_queues()
         if not closed or not wait:
             return await self._broker.claim(limit, wait, in_flight, in_flight.ended, shut)
         claims: list[Claim] = []
@@ -222,8 +222,8 @@ class Fetcher:
 
     def _full_queues(self) -> frozenset[str]:
         """Queues of which as many jobs run as their cap allows."""
-        held = Counter(run.claim.queue for run in self._in_flight.snapshot() if run.outcome is None)
-        return frozenset(queue for queue, cap in self._caps.items() if held[queue] >= cap)
+        running = self._running() if self._caps else Counter[str]()
+        return frozenset(queue for queue, cap in self._caps.items() if running[queue] >= cap)
 
     def _shut_queues(self) -> frozenset[str]:
         """Queues of which too many endings wait to be settled: nothing more of them is claimed."""
@@ -237,9 +237,7 @@ class Fetcher:
         """End the waiting claim when one of these queues is neither at its cap nor shut any more; until cancelled."""
         while True:
             await self._in_flight.changed()
-            running = self._running()
-            full = {queue for queue, cap in self._caps.items() if running[queue] >= cap}
-            if closed - full - self._shut_queues():
+            if closed - self._full_queues() - self._shut_queues():
                 with suppress(StreamworkerError):  # then the wait ends by itself
                     await self._broker.look_again()
 
