@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from hashlib import sha1
 from typing import Final, Protocol
 
+import anyio
 import msgspec
 
 from streamworker.encryption import hidden
@@ -150,7 +151,7 @@ class _QueueIndex:
 
 
 class DeadGroups:
-    """The groups of dead letters of some queues, as far as they were read.
+    """The groups of dead letters of some queues, as far as they were read; one update at a time.
 
     Args:
         reader: reads them.
@@ -159,6 +160,7 @@ class DeadGroups:
     def __init__(self, reader: DeadReader) -> None:
         self.reader: Final = reader
         self._queues: dict[str, _QueueIndex] = {}
+        self._updating = anyio.Lock()
 
     async def update(self, queue: str, dead: int, budget: float = 60.0) -> bool:
         """Read what came since, and forget what has left; whether all was read.
@@ -168,6 +170,10 @@ class DeadGroups:
             dead: how many dead letters it has.
             budget: seconds after which the rest is left for the next time.
         """
+        async with self._updating:
+            return await self._read(queue, dead, budget)
+
+    async def _read(self, queue: str, dead: int, budget: float) -> bool:
         if not dead:
             self._queues.pop(queue, None)
             return True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import anyio
+import anyio.lowlevel
 import pytest
 
 from streamworker.job import DeadError
@@ -95,3 +97,22 @@ async def test_errors_without_end_are_not_groups_without_end():
     await groups.update("q", 3000)
     assert len(groups.of()) == MOST + 1
     assert sum(group.count for group in groups.of()) == 3000
+
+
+async def test_updates_at_the_same_time_count_a_letter_once():
+    """The dashboard's monitor and its pages share one index."""
+    letters = [DeadError(f"{n}-0", "k", "boom") for n in range(1, 4)]
+
+    class Reader:
+        async def errors(self, queue, after="", *, ids=False):
+            await anyio.lowlevel.checkpoint()
+            return [each for each in letters if after == "" or int(each.handle[:-2]) > int(after[:-2])]
+
+        async def muted(self, queue):
+            return {}
+
+    groups = DeadGroups(Reader())
+    async with anyio.create_task_group() as tasks:
+        for _ in range(3):
+            tasks.start_soon(groups.update, "q", len(letters))
+    assert [group.count for group in groups.of()] == [3]
