@@ -291,6 +291,12 @@ async def test_a_repeated_call_changes_nothing(scene, ground, raw):
     first = await scene.app.enqueue(job)
     assert await scene.app.enqueue(job) == first and first.new
     assert ground.ready() == 1
+    newer = scene.app.job(Sync(n=2), key="k", unique="done", replace=True)
+    second = await scene.app.enqueue(newer)
+    assert await scene.app.enqueue(newer) == second and second.replaced == first.id, (
+        "which one was cancelled is told again"
+    )
+    assert ground.ready() == 2
 
 
 # -- debounced

@@ -8,7 +8,8 @@
 -- KEYS[5]     bodies hash
 -- KEYS[6]     cancelled set
 -- KEYS[7]     meta hash
--- KEYS[8..]   two a job: its deduplication key, its mark (it has not started yet: ms at which it was stored)
+-- KEYS[8..]   two a job: its deduplication key, its mark (it has not started yet: ms at which it was stored, and the id of the job
+--             that it superseded, for a repeated call)
 -- ARGV[1]     type of the ready keys: stream or list
 -- ARGV[2]     ms for which a cancellation is remembered
 -- ARGV[3..]   ten a job: its level, when ("" now, "+ms" from now, "ms" since the epoch), ms after which the key is free whatever
@@ -33,7 +34,7 @@ local function hold(key, mark, id, since, due, life)
   redis.call('SET', mark, string.format('%d', since), 'PX', ms)
 end
 
-local function store(i, k, since)
+local function store(i, k, since, superseded)
   local id, body, due = ARGV[i + 3], ARGV[i + 8], due_at(i, since)
   if due > now then
     put_off(KEYS[4], KEYS[5], ARGV[i] .. '/' .. id .. '/' .. ARGV[i + 9], body, due, now)
@@ -42,6 +43,9 @@ local function store(i, k, since)
     if failed(reply) then return reply end
   end
   hold(KEYS[k], KEYS[k + 1], id, since, due, ARGV[i + 2])
+  if superseded then
+    redis.call('SET', KEYS[k + 1], string.format('%d', since) .. ' ' .. superseded, 'KEEPTTL')
+  end
 end
 
 local function parked(id, ending)
@@ -53,7 +57,8 @@ end
 
 -- Replace the job that has the key. Returns the word, or nil if that job has started.
 local function replace(i, k, earlier)
-  local since = tonumber(redis.pcall('GET', base .. ':held:' .. earlier) or '')
+  local mark = redis.pcall('GET', base .. ':held:' .. earlier)
+  local since = type(mark) == 'string' and tonumber(string.match(mark, '^%d+'))
   if not since then return nil end
   local member = parked(earlier, ARGV[i + 9])
   if member then
@@ -79,14 +84,15 @@ for i = 3, #ARGV, 10 do
   local k = 8 + (i - 3) / 5
   local earlier, word = redis.call('GET', KEYS[k]), 'new'
   if earlier == ARGV[i + 3] then
-    earlier = nil
+    local superseded = string.match(redis.call('GET', KEYS[k + 1]) or '', '^%d+ (.*)$')
+    word, earlier = superseded and 'repeated' or 'new', superseded
   elseif earlier then
     word = ARGV[i + 4] == '1' and replace(i, k, earlier) or 'earlier'
   end
   if word == 'superseded' or word == 'new' and redis.call('GET', KEYS[k]) ~= ARGV[i + 3] then
-    local refused = store(i, k, now)
+    local refused = store(i, k, now, word == 'superseded' and earlier)
     if refused then return refused end
   end
-  result[#result + 1], result[#result + 2] = word, earlier or ARGV[i + 3]
+  result[#result + 1], result[#result + 2] = word == 'repeated' and 'superseded' or word, earlier or ARGV[i + 3]
 end
 return result
