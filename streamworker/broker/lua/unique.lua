@@ -55,10 +55,16 @@ local function parked(id, ending)
   end
 end
 
+-- The mark of a job that has not started yet: ms at which it was stored, and the id of the job that it superseded, if it did.
+local function mark_of(key)
+  local mark = redis.pcall('GET', key)
+  if type(mark) ~= 'string' then return nil end
+  return tonumber(string.match(mark, '^%d+')), string.match(mark, '^%d+ (.*)$')
+end
+
 -- Replace the job that has the key. Returns the word, or nil if that job has started.
 local function replace(i, k, earlier)
-  local mark = redis.pcall('GET', base .. ':held:' .. earlier)
-  local since = type(mark) == 'string' and tonumber(string.match(mark, '^%d+'))
+  local since = mark_of(base .. ':held:' .. earlier)
   if not since then return nil end
   local member = parked(earlier, ARGV[i + 9])
   if member then
@@ -84,7 +90,7 @@ for i = 3, #ARGV, 10 do
   local k = 8 + (i - 3) / 5
   local earlier, word = redis.call('GET', KEYS[k]), 'new'
   if earlier == ARGV[i + 3] then
-    local superseded = string.match(redis.call('GET', KEYS[k + 1]) or '', '^%d+ (.*)$')
+    local _, superseded = mark_of(KEYS[k + 1])
     word, earlier = superseded and 'repeated' or 'new', superseded
   elseif earlier then
     word = ARGV[i + 4] == '1' and replace(i, k, earlier) or 'earlier'
