@@ -5,10 +5,11 @@
 #   docker build --target sbom --output dist .                          dist/sbom.cdx.json: what is in the image
 #   docker build --secret id=pip,src=$HOME/.config/pip/pip.conf .       packages come from where your pip takes them
 #
-# Your own image: see docs/deploy.md.
+# Your own image: see docs/deploy.md. deploy/base-images.env has the digest of the base image.
+ARG PYTHON_IMAGE=python:3.13-slim
 
 # --- every package of the hashed lock, verified once; what follows installs from here and asks no network ---------------
-FROM python:3.13-slim AS wheels
+FROM ${PYTHON_IMAGE} AS wheels
 COPY requirements.lock /
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip,target=/root/.config/pip/pip.conf \
     python -m venv /build \
@@ -30,7 +31,7 @@ FROM build AS build-example
 RUN /build/bin/pip --python /opt/streamworker/bin/python install -q --compile aiosmtplib aiosmtpd
 
 # --- what all images share ----------------------------------------------------------------------------------------------
-FROM python:3.13-slim AS base
+FROM ${PYTHON_IMAGE} AS base
 # A number, so that Kubernetes can see that it is not root; no home and no shell, since nobody logs in.
 RUN echo 'streamworker:x:10001:10001::/app:/usr/sbin/nologin' >>/etc/passwd \
     && echo 'streamworker:x:10001:' >>/etc/group \

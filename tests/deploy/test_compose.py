@@ -112,11 +112,29 @@ def test_servers_have_what_their_entrypoints_need_and_no_more():
         assert "ports" not in service  # only the containers of the fleet reach them
 
 
-def test_base_images_are_the_three():
-    bases = set(re.findall(r"^FROM (\S+:\S+)", DOCKERFILE, re.MULTILINE))
-    images = {service["image"] for service in yaml.safe_load(COMPOSE)["services"].values()}
-    foreign = {image for image in images if "streamworker:example" not in image}
-    assert bases | foreign == {"python:3.13-slim", "redis:8", "postgres:17"}
+TAGS = {"PYTHON_IMAGE": "python:3.13-slim", "REDIS_IMAGE": "redis:8", "POSTGRES_IMAGE": "postgres:17"}
+
+
+def base_images(dockerfile: str, compose: str) -> dict[str, str]:
+    """The base images by variable: the tag that each one has where the variable is not set."""
+    assert set(re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE)) >= {"${PYTHON_IMAGE}"}
+    assert "PYTHON_IMAGE" not in re.sub(r"^(ARG|FROM) .*$|^#.*$", "", dockerfile, flags=re.MULTILINE)
+    services = yaml.safe_load(compose)["services"].values()
+    words = [*(service["image"] for service in services)]
+    words += [service["build"]["args"]["PYTHON_IMAGE"] for service in services if "build" in service]
+    named = [re.fullmatch(r"\$\{(\w+_IMAGE):-(.*)\}", word) for word in words]
+    found = {match[1]: match[2] for match in named if match} | dict(
+        re.findall(r"^ARG (PYTHON_IMAGE)=(\S+)", dockerfile, re.MULTILINE)
+    )
+    return {variable: tag for variable, tag in found.items() if variable != "STREAMWORKER_IMAGE"}
+
+
+def test_base_images_are_the_three_and_each_has_a_digest_to_pin_it():
+    assert base_images(DOCKERFILE, COMPOSE) == TAGS
+    pins = dict(re.findall(r"^(\w+)=(\S+)$", (ROOT / "deploy/base-images.env").read_text(), re.MULTILINE))
+    assert set(pins) == set(TAGS)
+    for variable, tag in TAGS.items():
+        assert re.fullmatch(re.escape(tag) + r"@sha256:[0-9a-f]{64}", pins[variable])
 
 
 def test_what_the_dockerfile_copies_is_let_through_and_nothing_else():
@@ -130,7 +148,7 @@ def test_what_the_dockerfile_copies_is_let_through_and_nothing_else():
 
 
 def test_the_python_of_the_image_is_one_we_support():
-    version = re.search(r"FROM python:(3\.\d+)-slim", DOCKERFILE)[1]
+    version = re.search(r"python:(3\.\d+)-slim", TAGS["PYTHON_IMAGE"])[1]
     classifiers = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["classifiers"]
     assert f"Programming Language :: Python :: {version}" in classifiers
 
@@ -142,12 +160,7 @@ def test_compose_is_valid_by_the_specification():
 def test_the_shop_is_built_of_the_same_images_and_lets_its_own_files_through():
     shop = ROOT / "examples/shop"
     dockerfile, compose = (shop / "Dockerfile").read_text(), yaml.safe_load((shop / "compose.yaml").read_text())
-    images = {service["image"] for service in compose["services"].values()} - {"shop:example"}
-    assert {*re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE), *images} == {
-        "python:3.13-slim",
-        "redis:8",
-        "postgres:17",
-    }
+    assert base_images(dockerfile, (shop / "compose.yaml").read_text()) == TAGS
     copied = {word for line in re.findall(r"^COPY (.*)$", dockerfile, re.MULTILINE) for word in line.split()[:-1]}
     # The repository's own .dockerignore leaves the example out.
     ignore = (shop / "Dockerfile.dockerignore").read_text().splitlines()
