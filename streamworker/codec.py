@@ -39,7 +39,7 @@ MOST_HOPS: Final = 2**52
 """No job goes round that often: behind a larger hop, which is a producer's invention, documents count from 1."""
 
 
-class Document(msgspec.Struct, kw_only=True, omit_defaults=True):
+class Document(msgspec.Struct, omit_defaults=True):
     """The wire format as written; every field but ``payload`` may be missing or null."""
 
     id: str | None = None
@@ -48,7 +48,7 @@ class Document(msgspec.Struct, kw_only=True, omit_defaults=True):
     queue_name: str | None = None
     kind: str | None = None
     priority: int | Literal["high", "normal", "low"] | None = None
-    payload: msgspec.Raw
+    payload: msgspec.Raw = msgspec.Raw(b"null")
     created_at: datetime | None = None
     run_at: datetime | None = None
     expires_at: datetime | None = None
@@ -233,24 +233,24 @@ def pack(job: Job, *, max_bytes: int, key_ttl: float) -> PackedJob:
         JobTooLarge: the document has more than ``max_bytes``.
         InvalidJob: the headers hold something JSON cannot.
     """
-    document = Document(
-        id=job.id,
-        key=job.key,
-        unique=job.unique,
-        queue_name=job.queue,
-        kind=job.kind or None,
-        priority=PRIORITY_OF[job.level],
-        payload=job.payload,
-        created_at=job.created_at,
-        run_at=job.run_at,
-        expires_at=job.expires_at,
-        attempt_count=job.attempts or None,
-        max_attempts=job.max_attempts,
+    document = Document(  # by position: names would cost as much as the rest of this function
+        job.id,
+        job.key,
+        job.unique,
+        job.queue,
+        job.kind or None,
+        PRIORITY_OF[job.level],
+        job.payload,
+        job.created_at,
+        job.run_at,
+        job.expires_at,
+        job.attempts or None,
+        job.max_attempts,
         # Behind hop 0 workers look whether a job with a fairness key has been in its tenant's line: here it goes there.
-        hop=job.hop or (None if job.fair_key is None else 1),
-        headers=job.headers,
-        order_key=job.order_key,
-        fair_key=job.fair_key,
+        job.hop or (None if job.fair_key is None else 1),
+        job.headers,
+        job.order_key,
+        job.fair_key,
     )
     try:
         body = _encode(document)

@@ -69,6 +69,7 @@ class InFlight(Collection[Claim]):
         """Runs without an outcome: they count against CONCURRENCY. Finished ones only wait to be settled."""
         self.counts: Final = WorkerCounts()
         self._changed = asyncio.Event()
+        self._stirred = False  # like `_changed`, and a quarter of its price in every job
         self._spinning: tuple[float, SpinningJob] | None = None
 
     def spun(self, job: SpinningJob) -> None:
@@ -111,13 +112,15 @@ class InFlight(Collection[Claim]):
     def finished(self) -> None:
         """A run got its outcome: another may be claimed."""
         self.busy -= 1
-        self._changed.set()
+        if not self._stirred:
+            self.stir()
 
     def forget(self, run: Execution) -> None:
         """Remove a run: it is settled, or another worker has its claim."""
         claim = run.claim
         self._runs.pop((claim.place, claim.entry), None)
-        self._changed.set()
+        if not self._stirred:
+            self.stir()
 
     def snapshot(self) -> list[Execution]:
         """All runs; may be called from another thread."""
@@ -129,12 +132,14 @@ class InFlight(Collection[Claim]):
 
     def stir(self) -> None:
         """Wake those who wait in `changed`."""
+        self._stirred = True
         self._changed.set()
 
     async def changed(self, timeout: float | None = None) -> None:
         """Wait until something changed since the last wait, at most ``timeout`` seconds."""
         with anyio.move_on_after(timeout):
             await self._changed.wait()
+        self._stirred = False
         self._changed.clear()
 
 

@@ -105,8 +105,9 @@ class Settler:
 
     def add(self, run: Execution) -> None:
         """Settle this run with the next flush."""
+        if not self._finished:
+            self._wake.set()
         self._finished.append(run)
-        self._wake.set()
 
     def close(self, within: float) -> None:
         """End the loop when all is settled, at the latest in ``within`` seconds."""
