@@ -77,6 +77,10 @@ bench-peers *args:
 bench-fleet *args:
     @python -m benchmarks.fleet "$@"
 
+# Autoscaling by the scaling signal and by queue length, simulated on five recorded loads (steady burst --json FILE)
+bench-scaling *args:
+    @python -m benchmarks.scaling "$@"
+
 # Measured figures (benchmarks/results/*.json) into the pages and pictures that show them
 figures:
     @python -m tools.figures

@@ -460,6 +460,10 @@ class Settled(enum.Enum):
     REFUSED = "refused"  # the server could not store it (out of memory): keep it and try again
 
 
+SOON: Final = 60.0
+"""Seconds within which a delayed job is due soon: a worker that starts now is ready for it."""
+
+
 class Depth(msgspec.Struct, frozen=True):
     """How many jobs are in one queue.
 
@@ -473,6 +477,7 @@ class Depth(msgspec.Struct, frozen=True):
         inactive: PostgreSQL pauses it (``is_active`` is false).
         waiting: jobs behind others with their order key.
         halted: order keys that halt at dead jobs.
+        soon: delayed jobs that are due within `SOON` seconds.
     """
 
     queue: str
@@ -485,6 +490,7 @@ class Depth(msgspec.Struct, frozen=True):
     inactive: bool = False
     waiting: int = 0
     halted: int = 0
+    soon: int = 0
 
     @property
     def load(self) -> int:

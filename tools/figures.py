@@ -1,9 +1,9 @@
 """Draws measured figures into the pages and pictures that show them: ``./dev figures``.
 
-The figures are the files in ``benchmarks/results``, which ``./dev bench``, ``bench-peers`` and ``bench-fleet`` write
-with ``--json``. A page names a table between two comments, ``<!-- figures: bench -->`` and ``<!-- /figures -->``; all
-files of that name (``bench.json``, ``bench-memory.json`` …) are its rows. tests/docs/test_figures.py holds that pages
-and pictures are what the files say.
+The figures are the files in ``benchmarks/results``, which ``./dev bench``, ``bench-peers``, ``bench-fleet`` and
+``bench-scaling`` write with ``--json``. A page names a table between two comments, ``<!-- figures: bench -->`` and
+``<!-- /figures -->``; all files of that name (``bench.json``, ``bench-memory.json`` …) are its rows.
+tests/docs/test_figures.py holds that pages and pictures are what the files say.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Final
 
@@ -61,7 +62,7 @@ def table(name: str, folder: Path = RESULTS) -> str:
     """One table, and below it where each of its figures comes from."""
     files = measured(name, folder)
     lines = TABLES[name]([row for file in files for row in file.rows])
-    lines += ["", "Medians of all rounds.", ""]
+    lines += ["", *([] if name == "scaling" else ["Medians of all rounds.", ""])]
     for file in files:
         missing = "".join(f" Not measured: {who} ({why})." for who, why in file.missing.items())
         source = f"{file.version}, {file.software}; {file.machine}; {file.date}.{missing}"
@@ -136,7 +137,25 @@ def _fleet(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-TABLES: Final[Mapping[str, Callable[[Sequence[Row]], list[str]]]] = {"bench": _bench, "peers": _peers, "fleet": _fleet}
+def _scaling(rows: Sequence[Row]) -> list[str]:
+    """A line for each load and autoscaler."""
+    names = ("in time", "p50", "p99", "worker-hours", "used", "changes")
+    lines = ["| load | workers by | " + " | ".join(names) + " |", "|---|---" + "|---" * len(names) + "|"]
+    found: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        scaler, name = row.what.rsplit(": ", 1)
+        found.setdefault((row.question, scaler), {})[name] = row
+    for (shape, scaler), figures in found.items():
+        cells = [_figure(figures[name].value, figures[name].unit) for name in names]
+        mark = "**" if scaler == "slots" else ""
+        lines.append(f"| {shape} | {mark}{scaler}{mark} | " + " | ".join(cells) + " |")
+    return lines
+
+
+PICTURES: Final = ("throughput", "peers", "scaling")
+TABLES: Final[Mapping[str, Callable[[Sequence[Row]], list[str]]]] = {
+    "bench": _bench, "peers": _peers, "fleet": _fleet, "scaling": _scaling,
+}  # fmt: skip
 
 
 def drawn(text: str, folder: Path = RESULTS) -> str:
@@ -145,7 +164,9 @@ def drawn(text: str, folder: Path = RESULTS) -> str:
 
 
 def picture(name: str, folder: Path = RESULTS) -> str:
-    """``throughput`` or ``peers``, drawn from the files."""
+    """``throughput``, ``peers`` or ``scaling``, drawn from the files."""
+    if name == "scaling":
+        return _curves(msgspec.json.decode((folder / "scaling.json").read_bytes(), type=Simulated))
     file = measured({"throughput": "bench"}.get(name, name), folder)[0]
     rows = file.rows
     title = "One worker process on one core, a hundred jobs at once"
@@ -158,12 +179,86 @@ def picture(name: str, folder: Path = RESULTS) -> str:
         return path.read_text(encoding="utf-8")
 
 
+class Curve(msgspec.Struct):
+    """Workers, and the longest wait, over equal parts of the time; as `benchmarks.scaling.Curve`."""
+
+    shape: str
+    scaler: str
+    seconds: int
+    workers: list[float]
+    waits: list[float]
+
+
+class Simulated(Measured, kw_only=True):
+    """The file of `benchmarks.scaling`.
+
+    Attributes:
+        curves: of each load and autoscaler.
+        loads: what each load is, in words.
+        wait: the target wait, in seconds.
+    """
+
+    curves: list[Curve]
+    loads: dict[str, str]
+    wait: float
+
+
+COLOURS: Final = (report.BAR, "#2c6fbb", "#8a949e")
+"""Of autoscalers, in their order."""
+_LEFT, _WIDE, _HIGH, _ROW = (50, 430), 310, 84, 136
+"""Of a panel: its left edges, width and height; and the height of a row of two panels."""
+
+
+def _curves(file: Simulated) -> str:
+    """Workers on the left, the longest waits on the right: a row for each load."""
+    scalers = list(dict.fromkeys(curve.scaler for curve in file.curves))
+    lines = []
+    for n, scaler in enumerate(scalers):
+        lines.append(f'<rect x="{50 + 200 * n}" y="34" width="14" height="4" fill="{COLOURS[n]}"/>')
+        lines.append(f'<text x="{70 + 200 * n}" y="40">{escape(scaler)}</text>')
+    y = 66
+    for shape, words in file.loads.items():
+        curves = [curve for curve in file.curves if curve.shape == shape]
+        lines.append(f'<text x="16" y="{y}" font-weight="600">{escape(f"{shape}: {words}")}</text>')
+        workers, waits = [curve.workers for curve in curves], [curve.waits for curve in curves]
+        lines += _panel(_LEFT[0], y + 10, workers, "workers", None)
+        lines += _panel(_LEFT[1], y + 10, waits, "wait, s", file.wait)
+        y += _ROW
+    body, width = "\n".join(lines), report.WIDTH
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{y - 20}" viewBox="0 0 {width} {y - 20}" '
+        f'font-family="system-ui, sans-serif" font-size="12" fill="{report.INK}">\n'
+        f'<rect width="100%" height="100%" fill="#ffffff"/>\n'
+        f'<text x="16" y="22" font-size="15" font-weight="600">Workers, and the longest wait, simulated '
+        f"({file.date})</text>\n{body}\n</svg>\n"
+    )
+
+
+def _panel(x: int, y: int, curves: Sequence[Sequence[float]], unit: str, goal: float | None) -> list[str]:
+    """A few curves over the same time, and perhaps a line that they should not cross."""
+    top = max(1.0, goal or 0.0, *(max(curve) for curve in curves))
+    lines = [
+        f'<path d="M{x} {y}V{y + _HIGH}H{x + _WIDE}" fill="none" stroke="{report.FADED}"/>',
+        f'<text x="{x - 6}" y="{y + 10}" text-anchor="end">{number(top)}</text>',
+        f'<text x="{x - 6}" y="{y + _HIGH}" text-anchor="end">0</text>',
+        f'<text x="{x + _WIDE}" y="{y + _HIGH + 14}" text-anchor="end">{escape(unit)}</text>',
+    ]
+    if goal is not None:
+        at = y + _HIGH * (1 - goal / top)
+        lines.append(f'<path d="M{x} {at:.1f}H{x + _WIDE}" stroke="{report.INK}" stroke-dasharray="4 4"/>')
+    for curve, colour in reversed(list(zip(curves, COLOURS, strict=True))):
+        step = _WIDE / (len(curve) - 1)
+        points = " ".join(f"{x + n * step:.1f},{y + _HIGH * (1 - value / top):.1f}" for n, value in enumerate(curve))
+        lines.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+    return lines
+
+
 def main() -> int:
     """Draw all of them."""
     made = {page: drawn(page.read_text(encoding="utf-8")) for page in PAGES}
-    made |= {IMAGES / f"{name}.svg": picture(name) for name in ("throughput", "peers")}
+    made |= {IMAGES / f"{name}.svg": picture(name) for name in PICTURES}
     for path, text in made.items():
-        changed = path.read_text(encoding="utf-8") != text
+        changed = not path.exists() or path.read_text(encoding="utf-8") != text
         path.write_text(text, encoding="utf-8")
         print(f"{path.relative_to(ROOT)}: {'drawn anew' if changed else 'as it was'}")
     return 0

@@ -28,7 +28,7 @@ from streamworker.broker.redis.reactions import understood
 from streamworker.broker.redis.session import OperatorSession, text
 from streamworker.encryption import USES
 from streamworker.errors import InvalidJob, StreamworkerError, UsageError
-from streamworker.job import LEVELS, Claim, Depth, KeyUse, Level, StoredDocument
+from streamworker.job import LEVELS, SOON, Claim, Depth, KeyUse, Level, StoredDocument
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.broker")
@@ -64,12 +64,12 @@ async def queues(session: OperatorSession) -> list[str]:
 async def depth(run: Callable[..., Awaitable[Any]], keys: QueueKeys, group: str) -> Depth:
     """Depth of one queue of streams; ``run`` runs a script."""
     names = [*keys.streams, keys.due, keys.dead, keys.meta]
-    reply = await run(scripts.DEPTH, names, [group])
-    entries, pending_, delayed_, dead_, oldest, paused, inactive, waiting_, tenants, halted = reply
+    reply = await run(scripts.DEPTH, names, [group, round(SOON * 1000)])
+    entries, pending_, delayed_, dead_, oldest, paused, inactive, waiting_, tenants, halted, soon = reply
     age = oldest / 1000 if oldest >= 0 else None
     held = bool(paused or inactive)
     ready = max(0, entries - pending_) + tenants
-    return Depth(keys.queue, ready, pending_, delayed_, dead_, age, held, bool(inactive), waiting_, halted)
+    return Depth(keys.queue, ready, pending_, delayed_, dead_, age, held, bool(inactive), waiting_, halted, soon)
 
 
 async def workers(session: OperatorSession, keys: Sequence[QueueKeys], *, everywhere: bool) -> list[WorkerInfo]:
@@ -346,12 +346,12 @@ async def list_queues(session: OperatorSession) -> list[str]:
 async def list_depth(run: Callable[..., Awaitable[Any]], keys: ListKeys) -> Depth:
     """Depth of one queue of lists; ``run`` runs a script."""
     names = [*keys.lists, keys.due, keys.dead, keys.meta, keys.leases]
-    reply = await run(scripts.LIST_DEPTH, names, [])
-    ready, claimed, delayed, dead, paused, inactive, waiting_, tenants, halted, now, *oldest = reply
+    reply = await run(scripts.LIST_DEPTH, names, [round(SOON * 1000)])
+    ready, claimed, delayed, dead, paused, inactive, waiting_, tenants, halted, soon, now, *oldest = reply
     ages = [now / 1000 - made for element in oldest if (made := codec.made_at(element)) is not None]
     age = max(0.0, *ages) if ages else None
     held = bool(paused or inactive)
-    return Depth(keys.queue, ready + tenants, claimed, delayed, dead, age, held, bool(inactive), waiting_, halted)
+    return Depth(keys.queue, ready + tenants, claimed, delayed, dead, age, held, bool(inactive), waiting_, halted, soon)
 
 
 async def claimed(session: OperatorSession, keys: ListKeys, worker: str) -> AsyncIterator[Claim]:

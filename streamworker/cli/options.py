@@ -123,6 +123,7 @@ class WorkerFlags(ServerFlags):
         max_jobs: Jobs after which a worker is replaced by a new process.
         max_rss: Resident memory in MB from which it is.
         max_age: Seconds after which it is.
+        target_wait: Seconds a job may wait until it starts, for autoscalers that ask a relay.
         max_deliveries: Deliveries after which a job whose workers died is dead.
         unknown_kind_ttl: Seconds a job waits for a worker that knows its kind.
         max_job_bytes: The largest document allowed.
@@ -147,6 +148,7 @@ class WorkerFlags(ServerFlags):
     max_jobs: Text = None
     max_rss: Text = None
     max_age: Text = None
+    target_wait: Text = None
     max_deliveries: Text = None
     unknown_kind_ttl: Text = None
     max_job_bytes: Text = None

@@ -23,7 +23,8 @@ def relay(app: str | None = None, *, flags: WorkerFlags = WORKER) -> int:
 
     Every worker does this, too (the last unless STREAMWORKER_RELAY=off). On its own it does so while no worker runs, so
     that workers can be scaled down to none: with or without PostgreSQL, and without an app but for its schedules. With
-    STREAMWORKER_HTTP it tells autoscalers at /scale for how many jobs of each queue there should be workers.
+    STREAMWORKER_HTTP it tells autoscalers at /scale (and Prometheus at /metrics) for how many jobs of each queue there
+    should be workers, and how many slots clear it within STREAMWORKER_TARGET_WAIT.
 
     Args:
         app: module:attribute of the app whose schedules tick, such as shop.jobs:app; STREAMWORKER_APP unless given.
@@ -38,8 +39,8 @@ def relay(app: str | None = None, *, flags: WorkerFlags = WORKER) -> int:
     async def main() -> int:
         stopping = anyio.Event()
         queues = [spec.name for spec in settings.queues] or loaded.handlers.queues
-        scale = ScaleEndpoint(loaded, settings, None, queues, all_queues=True)
-        http = None if settings.http is None else HttpThread(settings.http, {"/scale": scale.answer}, [scale.look])
+        scale = ScaleEndpoint(loaded, settings, None, queues)
+        http = None if settings.http is None else HttpThread(settings.http, scale.routes, scale.tasks)
         async with loaded.relay_process(settings) as relaying, anyio.create_task_group() as group:
             await group.start(signals.watch, lambda _: stopping.set())
             if http is not None:

@@ -112,6 +112,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     max_jobs: Annotated[int | None, integer(1, 10**12)] = None
     max_rss: Annotated[int | None, integer(1, 10**9)] = None
     max_age: Annotated[float | None, seconds(1, 10 * _YEAR)] = None
+    target_wait: Annotated[float, seconds(0.1, 86_400)] = 60.0
     max_deliveries: Annotated[int, integer(1, 10_000)] = 5
     unknown_kind_ttl: Annotated[float, seconds(0, 10 * _YEAR)] = 86_400.0
     max_job_bytes: Annotated[int, integer(1, 64 * 1_048_576)] = 262_144

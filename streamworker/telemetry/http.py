@@ -45,7 +45,8 @@ class Answer(NamedTuple):
     content_type: str = "application/json"
 
 
-Route: TypeAlias = Callable[[], Awaitable[Answer]]
+Route: TypeAlias = Callable[[str], Awaitable[Answer]]
+"""Answers a request; its argument is the query string, percent-encoded as it was sent."""
 Task: TypeAlias = Callable[[], Coroutine[Any, Any, None]]
 
 
@@ -206,7 +207,8 @@ class HttpThread:
         if len(words) != 3 or not words[2].startswith(b"HTTP/1."):
             method, answer = b"", Answer(400, b'{"ok":false,"why":"this is no HTTP request"}\n')
         else:
-            method, answer = words[0], await self._look_up(words[0], words[1].partition(b"?")[0].decode("latin-1"))
+            path, _, query = words[1].decode("latin-1").partition("?")
+            method, answer = words[0], await self._look_up(words[0], path, query)
         phrase = _PHRASES.get(answer.status, "Service Unavailable")
         lines = [
             f"HTTP/1.1 {answer.status} {phrase}",
@@ -220,7 +222,7 @@ class HttpThread:
         with suppress(OSError):
             await writer.drain()
 
-    async def _look_up(self, method: bytes, path: str) -> Answer:
+    async def _look_up(self, method: bytes, path: str, query: str) -> Answer:
         route = self._routes.get(path)
         if route is None:
             there = ", ".join(sorted(self._routes))
@@ -228,7 +230,7 @@ class HttpThread:
         if method not in (b"GET", b"HEAD"):
             return Answer(405, b'{"ok":false,"why":"only GET is served"}\n')
         try:
-            return await route()
+            return await route(query)
         except Exception as error:
             log.error("http_failed", path=path, error=str(error), type=type(error).__name__)
             log.debug("http_failed_traceback", exc_info=error)

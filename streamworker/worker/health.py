@@ -144,7 +144,7 @@ class Health:
         )
 
     def _route(self, judge: Callable[[Vitals], str | None]) -> Route:
-        async def answer() -> Answer:
+        async def answer(_: str) -> Answer:
             vitals = self.vitals()
             why = judge(vitals)
             told = {"ok": why is None, "phase": vitals.phase, "why": why and redact(why), "worker_id": self._worker_id}

@@ -9,26 +9,29 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from importlib.metadata import version
 from time import monotonic
 from typing import Any, Final, TypeVar
+from urllib.parse import parse_qsl
 
 import msgspec
 
 from streamworker.broker import Connected, Operator
-from streamworker.job import Depth, Expire, RetryAt, Settled
+from streamworker.errors import ConfigurationError
+from streamworker.job import SOON, Depth, Expire, RetryAt, Settled
 from streamworker.observe import JobRun, Observer, Settlement
 from streamworker.redact import redact
 from streamworker.settings import Settings
 from streamworker.telemetry.exposition import CONTENT_TYPE, Family, Histogram, Numbers, render
-from streamworker.telemetry.http import Answer
+from streamworker.telemetry.http import Answer, Route, Task
 from streamworker.telemetry.logs import get_logger
 from streamworker.views.groups import DeadGroups
 from streamworker.worker.host import WorkerHost
 from streamworker.worker.inflight import InFlight
 from streamworker.worker.lease import LeaseKeeper, rss_bytes
+from streamworker.worker.scale import QueueSample, ScalingSignal
 
 log = get_logger("streamworker.http")
 
@@ -83,6 +86,9 @@ WAITING: Final = Family(
 LOAD: Final = Family(
     "streamworker_queue_load_jobs", "gauge", "Running jobs, and ready ones unless the queue is paused.", ("queue",)
 )
+WANTED: Final = Family(
+    "streamworker_queue_wanted_slots", "gauge", "Slots that clear the queue within the target wait.", ("queue",)
+)
 DELAYED: Final = Family("streamworker_queue_delayed_jobs", "gauge", "Jobs parked until later, and retries.", ("queue",))
 ERRORS: Final = Family(
     "streamworker_queue_dead_groups", "gauge", "Errors that dead letters have, muted ones aside.", ("queue",)
@@ -107,7 +113,11 @@ FAMILIES: Final = (
     *OF_JOBS, RUNNING, SLOTS, LOST, RECLAIMED, SKIPPED, RELEASED, LAG, RECONNECTS, *OF_QUEUES, UP, WRITABLE,
     MEMORY, STARTED, BUILD,
 )  # fmt: skip
-"""Everything that is exported."""
+"""Everything that workers export."""
+OF_RELAY: Final = (
+    READY, HELD, WAITING, LOAD, DELAYED, LETTERS, OLDEST, PAUSED, WANTED, UP, WRITABLE, MEMORY, STARTED, BUILD
+)  # fmt: skip
+"""Everything that a relay exports."""
 
 
 class Metrics(Observer):
@@ -193,6 +203,8 @@ def of_queues(depths: list[Depth]) -> list[tuple[Family, Numbers]]:
 
 FRESH: Final = 5.0
 """Seconds for which depths are answered again without a request."""
+WALK: Final = 15.0
+"""Seconds between walks over the key space, which find queues that were not there before."""
 DEAD_BUDGET: Final = 0.3
 """Seconds of a scrape in which the dead letters of a queue are read; the next scrape goes on."""
 PATIENCE: Final = 2.0
@@ -215,6 +227,8 @@ class QueueDepths:
     ) -> None:
         self._app, self._settings, self._redis, self._queues = app, settings, redis, queues
         self._all_queues = all_queues
+        self._found: list[str] = []
+        self._walked_at = float("-inf")
         self._depths: list[Depth] = []
         self._looked_at = float("-inf")
         self._up, self._writable = False, True
@@ -255,7 +269,9 @@ class QueueDepths:
             self._answered.set()
 
     async def _ask(self, operator: Operator) -> None:
-        names = sorted({*self._queues, *await operator.queues()}) if self._all_queues else self._queues
+        if self._all_queues and monotonic() - self._walked_at >= WALK:
+            self._found, self._walked_at = await operator.queues(), monotonic()
+        names = sorted({*self._queues, *self._found})
         self._depths = await operator.depth(names)
         refusal = await operator.refusal(names)
         if refusal is not None and self._writable:
@@ -263,16 +279,98 @@ class QueueDepths:
         self._writable = refusal is None
         self._up = True
 
+    def _of_process(self, started: float) -> list[tuple[Family, Numbers]]:
+        return [
+            (UP, {(): float(self._up)}),
+            (WRITABLE, {(): float(self._writable)}),
+            (MEMORY, {(): rss_bytes()}),
+            (STARTED, {(): started}),
+            (BUILD, {(version("streamworker"), self._settings.mode): 1}),
+        ]
+
+
+class QueueScale(msgspec.Struct, frozen=True):
+    """What `/scale` says of a queue.
+
+    Attributes:
+        load: `Depth.load`.
+        slots: that clear the queue within the target wait (`ScalingSignal.slots`).
+        arrivals: jobs that come per second.
+        run_time: seconds that a job runs; ``None`` where the server does not count jobs that left (before Redis 7).
+    """
+
+    load: int
+    slots: int
+    arrivals: float
+    run_time: float | None
+
 
 class ScaleEndpoint(QueueDepths):
-    """Answers what autoscalers ask a relay: for how many jobs of each queue there should be workers."""
+    """Answers what autoscalers ask a relay: how many jobs want workers, by queue, and how many slots clear them.
 
-    async def answer(self) -> Answer:
-        """``{"queues": {NAME: {"load": N}}}``, see `Depth.load`; an error while Redis does not answer."""
+    Args:
+        app: where depths are asked for.
+        settings: of the relay.
+        redis: what the relay was given.
+        queues: those that are answered for even if they have no key yet.
+    """
+
+    def __init__(self, app: WorkerHost, settings: Settings, redis: Any, queues: list[str]) -> None:
+        super().__init__(app, settings, redis, queues, all_queues=True)
+        self._started = time.time()
+        self._signals: dict[str, ScalingSignal] = {}
+        self._counted: set[str] = set()
+        self.routes: Final[Mapping[str, Route]] = {"/scale": self.answer, "/metrics": self.metrics}
+        self.tasks: Final[Sequence[Task]] = (self.look, self.sample)
+
+    async def sample(self) -> None:
+        """Look at the queues again and again, asked or not: rates need a past. On the thread's loop, until `end`."""
+        while not self._ended:
+            await self.read()
+            await asyncio.sleep(FRESH)
+
+    async def answer(self, query: str) -> Answer:
+        """``{"queues": {NAME: …}}``, see `QueueScale`; an error while Redis does not answer.
+
+        Args:
+            query: may have ``wait``, seconds that jobs may wait, in place of STREAMWORKER_TARGET_WAIT.
+        """
+        wait, asked = self._settings.target_wait, dict(parse_qsl(query)).get("wait")
+        try:
+            if asked is not None:
+                wait = Settings.load({}, tty=False, target_wait=asked).target_wait
+        except ConfigurationError as error:
+            return Answer(400, msgspec.json.encode({"error": str(error).replace("--target-wait", "wait", 1)}))
         depths = await self.read()
         if not self._up:
             return Answer(500, b'{"error":"Redis does not answer"}')
-        return Answer(200, msgspec.json.encode({"queues": {each.queue: {"load": each.load} for each in depths}}))
+        return Answer(200, msgspec.json.encode({"queues": {each.queue: self._scale(each, wait) for each in depths}}))
+
+    async def metrics(self, _: str) -> Answer:
+        """One scrape: the queues, and the slots that each wants."""
+        depths, wait = await self.read(), self._settings.target_wait
+        families: list[tuple[Family, Numbers]] = [
+            *of_queues(depths),
+            (WANTED, {(each.queue,): self._signals[each.queue].slots(wait) for each in depths}),
+            *self._of_process(self._started),
+        ]
+        return Answer(200, render(families), CONTENT_TYPE)
+
+    def _scale(self, depth: Depth, wait: float) -> QueueScale:
+        signal = self._signals[depth.queue]
+        run_time = round(signal.run_time, 6) if depth.queue in self._counted else None
+        return QueueScale(depth.load, signal.slots(wait), round(signal.rate, 3), run_time)
+
+    async def _ask(self, operator: Operator) -> None:
+        await super()._ask(operator)
+        names, now = [each.queue for each in self._depths], monotonic()
+        departed = await operator.departed(names)
+        self._signals = {name: self._signals.get(name) or ScalingSignal(SOON) for name in names}
+        self._counted = {name for name, count in zip(names, departed, strict=True) if count is not None}
+        for depth, left in zip(self._depths, departed, strict=True):
+            paused = depth.paused or depth.inactive
+            seen = QueueSample(now, depth.ready, depth.running, depth.soon, left, paused, depth.oldest_age or 0.0)
+            self._signals[depth.queue].add(seen)
 
 
 class MetricsEndpoint(QueueDepths):
@@ -298,7 +396,7 @@ class MetricsEndpoint(QueueDepths):
         """The groups are joined: scrapes show the state of these from now on."""
         self._in_flight, self._lease, self._broker = in_flight, lease, broker
 
-    async def answer(self) -> Answer:
+    async def answer(self, _: str) -> Answer:
         """One scrape."""
         depths = await self.read()
         families = [*self.observer.numbers(), *self._of_worker(), *of_queues(depths), *self._of_groups(depths)]
@@ -322,14 +420,9 @@ class MetricsEndpoint(QueueDepths):
         ]
 
     def _of_worker(self) -> list[tuple[Family, Numbers]]:
-        mode = self._settings.mode
         told: list[tuple[Family, Numbers]] = [
             (SLOTS, {(): self._settings.concurrency}),
-            (UP, {(): float(self._up)}),
-            (WRITABLE, {(): float(self._writable)}),
-            (MEMORY, {(): rss_bytes()}),
-            (STARTED, {(): self._started}),
-            (BUILD, {(version("streamworker"), mode): 1}),
+            *self._of_process(self._started),
         ]
         if self._in_flight is None or self._lease is None or self._broker is None:
             return told

@@ -11,6 +11,7 @@ import yaml
 from streamworker import settings
 from streamworker.settings import Settings
 from streamworker.worker import HAND_BACK, UNWIND
+from streamworker.worker.metrics import WANTED
 from tests.deploy.tools import jsonschema_complaints
 
 ROOT = Path(__file__).parents[2]
@@ -67,13 +68,13 @@ def test_keda_takes_it(tmp_path):
         files[-1].write_text(yaml.safe_dump(document))
     assert len(files) == 1
     assert jsonschema_complaints(["--schemafile", schema], *files) == ""
-    files[0].write_text(files[0].read_text().replace("targetValue: '200'", "targetValue: 200"))
+    files[0].write_text(files[0].read_text().replace("targetValue: '100'", "targetValue: 100"))
     assert "is not valid under any of the given schemas" in jsonschema_complaints(["--schemafile", schema], *files)
 
 
 # The manifests themselves are checked above.
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl: kubernetes.io/docs/tasks/tools")
-@pytest.mark.parametrize("overlay", ["base", "keda"])
+@pytest.mark.parametrize("overlay", ["base", "keda", "hpa"])
 def test_kustomize_puts_it_together(overlay):
     done = subprocess.run(["kubectl", "kustomize", KUBERNETES / overlay], capture_output=True, text=True, timeout=50)
     assert done.returncode == 0, done.stderr
@@ -89,9 +90,18 @@ def test_kustomize_puts_it_together(overlay):
     container = worker["spec"]["template"]["spec"]["containers"][0]
     assert container["envFrom"] == [{"configMapRef": {"name": settings_map}}]
     assert container["image"] == "streamworker:example"
+    relays = [
+        each for each in built if each["metadata"]["name"] == "streamworker-relay" and each["kind"] == "Deployment"
+    ]
+    assert len(relays) == (overlay != "base")
+    for relay in relays:
+        (container,) = relay["spec"]["template"]["spec"]["containers"]
+        assert (container["image"], container["envFrom"]) == (
+            "streamworker:example", [{"configMapRef": {"name": settings_map}}]
+        )  # fmt: skip
 
 
-@pytest.mark.parametrize("folder", ["base", "keda"])
+@pytest.mark.parametrize("folder", ["base", "keda", "hpa", "relay"])
 def test_every_file_is_used(folder):
     kustomization = yaml.safe_load((KUBERNETES / folder / "kustomization.yaml").read_text())
     assert {name for name in kustomization["resources"] if not name.startswith("..")} == {
@@ -101,7 +111,7 @@ def test_every_file_is_used(folder):
 
 def test_every_setting_is_one():
     names = [container["name"] for param in CONTAINERS for container in param.values[0].get("env", [])]
-    for folder in ("base", "keda"):
+    for folder in ("base", "keda", "hpa"):
         (made,) = yaml.safe_load((KUBERNETES / folder / "kustomization.yaml").read_text())["configMapGenerator"]
         values = dict(line.split("=", 1) for line in made["literals"])
         names += values
@@ -174,4 +184,14 @@ def test_keda_reads_our_relay_and_scales_our_workers():
     assert service["spec"]["selector"] == PODS["streamworker-relay"]["metadata"]["labels"]
     (container,) = PODS["streamworker-relay"]["spec"]["containers"]
     assert {"name": port["targetPort"], "containerPort": 8080} in container["ports"]
-    assert trigger["metadata"]["valueLocation"] == "queues.mail.load"
+    assert trigger["metadata"]["valueLocation"] == "queues.mail.slots"
+    assert trigger["metadata"]["targetValue"] == str(Settings().concurrency)
+
+
+def test_the_autoscaler_reads_a_metric_of_our_relay_and_scales_our_workers():
+    (scaled,) = of_kind("HorizontalPodAutoscaler").values()
+    assert scaled["spec"]["scaleTargetRef"]["name"] in DEPLOYMENTS
+    (metric,) = scaled["spec"]["metrics"]
+    assert metric["external"]["metric"]["name"] == WANTED.name
+    assert list(metric["external"]["metric"]["selector"]["matchLabels"]) == list(WANTED.labels)
+    assert metric["external"]["target"]["averageValue"] == str(Settings().concurrency)

@@ -18,7 +18,7 @@ def test_a_page_shows_what_was_measured(page: Path):
     assert text == figures.drawn(text), "./dev figures"
 
 
-@pytest.mark.parametrize("name", ["throughput", "peers"])
+@pytest.mark.parametrize("name", figures.PICTURES)
 def test_a_picture_shows_what_was_measured(name: str):
     assert (figures.IMAGES / f"{name}.svg").read_text(encoding="utf-8") == figures.picture(name), "./dev figures"
 

@@ -16,19 +16,19 @@ from streamworker.telemetry.probe import ask
 from tests.conftest import eventually_blocking
 
 
-async def fine():
+async def fine(_):
     return Answer(200, b'{"ok":true}\n')
 
 
-async def ill():
+async def ill(_):
     return Answer(503, b'{"ok":false}\n')
 
 
-async def broken():
+async def broken(_):
     raise ValueError("secret")
 
 
-async def text():
+async def text(_):
     return Answer(200, b"a_total 1\n", "text/plain; version=0.0.4")
 
 
@@ -129,7 +129,7 @@ def test_requests_that_are_not_read_give_way_when_nothing_else_can(port, monkeyp
     begun = threading.Semaphore(0)
     release = threading.Event()
 
-    async def slow():
+    async def slow(_):
         begun.release()
         await asyncio.to_thread(release.wait, 20)
         return Answer(200, b"slow")

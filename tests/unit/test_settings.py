@@ -50,6 +50,7 @@ VARIABLES = {
     "MAX_JOBS": (None, st.integers(1, 10**12)),
     "MAX_RSS": (None, st.integers(1, 10**9)),
     "MAX_AGE": (None, SECONDS.filter(lambda seconds: seconds >= 1)),
+    "TARGET_WAIT": (60.0, SECONDS),
     "MAX_DELIVERIES": (5, st.integers(1, 10_000)),
     "UNKNOWN_KIND_TTL": (86_400.0, SECONDS | st.just(0.0)),
     "MAX_JOB_BYTES": (262_144, st.integers(1, 67_108_864)),
