@@ -27,6 +27,10 @@ test *args:
 pythons *args:
     @./dev pythons "$@"
 
+# Django's own tests of its tasks with our backend, on the Python that `./dev pythons` made; downloads Django's source
+django-tests python="build/python-3.12/bin/python":
+    @{{python}} -W ignore -m tests.postgres.django.djangos_own
+
 # Is the suite steady: all of it, 20 times, in orders of chance (--runs 5 --load), and a table of what failed
 steady *args:
     @python -m tools.steady "$@"

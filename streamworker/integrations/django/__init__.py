@@ -9,6 +9,7 @@ the command line. ``TASKS`` of Django 6 takes its `task_backend.StreamworkerBack
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from importlib import import_module
@@ -32,6 +33,8 @@ from streamworker.postgres.sqlstate import break_off
 
 F = TypeVar("F", bound=Callable[..., Any])
 S = TypeVar("S", default=Any)
+LEDGER_URLS: Final = ("STREAMWORKER_DATABASE_URL", "DATABASE_URL")
+"""Variables that say where the ledger is; without them it is in Django's database."""
 
 
 def connection_of(given: Any) -> SqlConnection | None:
@@ -65,6 +68,11 @@ URL_OPTIONS: Final = frozenset(
     }
 )  # fmt: skip
 """What of Django's ``OPTIONS`` goes into a URL."""
+
+
+def is_set(*names: str) -> bool:
+    """Whether one of these environment variables has a value, or names a file that holds it."""
+    return any(os.environ.get(name) or os.environ.get(f"{name}_FILE") for name in names)
 
 
 def url_of(alias: str) -> str | None:

@@ -37,7 +37,7 @@ from django.utils import timezone
 from streamworker import codec
 from streamworker.app import App
 from streamworker.errors import ConfigurationError, InvalidJob
-from streamworker.integrations.django import LIMITS, rows_of, url_of
+from streamworker.integrations.django import LEDGER_URLS, LIMITS, is_set, rows_of, url_of
 from streamworker.job import Job
 from streamworker.payload import KIND_NAME, Payload
 from streamworker.policy import Backoff, Limits
@@ -176,10 +176,8 @@ class StreamworkerBackend(BaseTaskBackend):
         Raises:
             ConfigurationError: one of them is wrong.
         """
-        found = Settings.load()
-        if found.database_url is None and self.database is not None:
-            return msgspec.structs.replace(found, database_url=url_of(self.database))
-        return found
+        url = None if self.database is None or is_set(*LEDGER_URLS) else url_of(self.database)
+        return Settings.load(os.environ if url is None else {**os.environ, LEDGER_URLS[0]: url})
 
     @property
     def supports_get_result(self) -> bool:

@@ -350,6 +350,9 @@ async def test_what_check_says(backend, monkeypatch):
     ):
         with override_settings(TASKS=change):
             assert complaints() == expected
+    monkeypatch.setenv("STREAMWORKER_LEDGER", "on")  # it is in Django's database
+    with override_settings(TASKS=tasks_setting()):
+        assert complaints() == []
     monkeypatch.setenv("DATABASE_URL", url_of("default") or "")
     with override_settings(TASKS=tasks_setting()):
         assert complaints() == []

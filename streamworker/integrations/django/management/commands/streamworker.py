@@ -15,7 +15,7 @@ from django.conf import ENVIRONMENT_VARIABLE
 from django.core.management import base
 from django.db import connections
 
-from streamworker.integrations.django import url_of
+from streamworker.integrations.django import LEDGER_URLS, is_set, url_of
 
 APP: Final = "streamworker.integrations.django.task_worker:app"
 _USAGE: Final = "usage: manage.py streamworker COMMAND ..., such as: manage.py streamworker worker --concurrency 20\n"
@@ -54,17 +54,13 @@ def environment() -> dict[str, str]:
     said: dict[str, str] = {ENVIRONMENT_VARIABLE: os.environ[ENVIRONMENT_VARIABLE]}
     # `-m` puts the working directory onto the path, and manage.py may be called from another.
     said["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path for path in sys.path if path.strip()))
-    if django.VERSION >= (6,) and not _is_set("STREAMWORKER_APP"):
+    if django.VERSION >= (6,) and not is_set("STREAMWORKER_APP"):
         said["STREAMWORKER_APP"] = APP
-    if not _is_set("DATABASE_URL") and not _is_set("STREAMWORKER_DATABASE_URL"):
+    if not is_set(*LEDGER_URLS):
         alias = _database()
         url = None if alias is None else url_of(alias)
-        said |= {} if url is None else {"STREAMWORKER_DATABASE_URL": url}
+        said |= {} if url is None else {LEDGER_URLS[0]: url}
     return said
-
-
-def _is_set(name: str) -> bool:
-    return bool(os.environ.get(name) or os.environ.get(f"{name}_FILE"))
 
 
 def _database() -> str | None:
