@@ -57,7 +57,7 @@ class Execution:
         self.batch: SharedCall | None = None  # the call it shares with other jobs
         self.task: asyncio.Task[Any] | None = None
         self.seen: Any = None  # what observers get of it (`observe.JobRun`); made for the first of them
-        self.ended: float | None = None  # like `started`; only with observers
+        self.ended: float | None = None  # like `started`; only with observers or a history
         self.finished: float | None = None  # epoch seconds; this and `new` only with a ledger
         self.new = False  # the ledger was asked, and has no record of the job
         self.ending: SettleRequest | None = None  # as recorded in the ledger

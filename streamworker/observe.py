@@ -28,6 +28,18 @@ _DASH: Final = 13
 """Where the dash is in the id of a stream's entry, whose first part is milliseconds."""
 
 
+def ready_at(run: Execution) -> float | None:
+    """The moment at which a job became ready, in epoch seconds; ``None`` if it is not known (see `JobRun.waited`)."""
+    entry = run.claim.entry
+    if entry[_DASH : _DASH + 1] == b"-" and entry[:_DASH].isdigit():  # every job of a stream pays for this
+        return int(entry[:_DASH]) / 1000
+    claim, reading = run.claim, run.reading
+    if claim.body is None or reading is None or reading.hop:
+        return None
+    made, due = codec.made_at(reading), codec.when(reading)
+    return None if made is None else max(made, due or 0.0)
+
+
 class JobRun:
     """One claim of a job on its way through this worker. The same object in every call about it.
 
@@ -125,13 +137,10 @@ class JobRun:
         An entry of a stream tells its moment, that of a retry or a delayed job too; an element of a list only if its
         producer said ``created_at``, and only before its first retry.
         """
-        started, entry = self._run.started, self._run.claim.entry
+        started = self._run.started
         if started is None:
             return None
-        if entry[_DASH : _DASH + 1] == b"-" and entry[:_DASH].isdigit():  # every job of a stream pays for this
-            since: float | None = int(entry[:_DASH]) / 1000
-        else:
-            since = self._told_by_producer()
+        since = ready_at(self._run)
         return None if since is None else max(0.0, time() - monotonic() + started - since)
 
     @property
@@ -161,13 +170,6 @@ class JobRun:
             case Undecodable():
                 return "the document does not fit"
         return None
-
-    def _told_by_producer(self) -> float | None:
-        claim, reading = self._run.claim, self._run.reading
-        if claim.body is None or reading is None or reading.hop:
-            return None
-        made, due = codec.made_at(reading), codec.when(reading)
-        return None if made is None else max(made, due or 0.0)
 
 
 class Settlement(msgspec.Struct, frozen=True):

@@ -35,6 +35,7 @@ from streamworker.job import (
 )  # fmt: skip
 from streamworker.limits import AcquireRequest, AcquireResult, Permit
 from streamworker.results import Outputs, ResultWaiter
+from streamworker.telemetry.run_history import HistoryReader, HistoryWriter
 
 T = TypeVar("T")
 
@@ -301,6 +302,14 @@ class ServerClock(Protocol):
         """Time of the queue's server, in epoch seconds."""
 
 
+class RecordsHistory(Protocol):
+    """Where workers without a ledger keep the history of their runs."""
+
+    @property
+    def history(self) -> HistoryWriter:
+        """It."""
+
+
 class OrderKeys(Protocol):
     """Order keys of a queue."""
 
@@ -325,7 +334,7 @@ class HeldKeys(Protocol):
 
 class WorkerBroker(
     Connected, Consumer, Heartbeats, Limiter, Results, Outputs, Signals, CronStore, ScheduleStorage, ServerClock,
-    OrderKeys, HeldKeys, Protocol
+    RecordsHistory, OrderKeys, HeldKeys, Protocol
 ):  # fmt: skip
     """All roles: what `App` opens for a worker or a producer."""
 
@@ -615,3 +624,7 @@ class Operator(PendingJobs, DelayedJobs, WaitingJobs, DeadLetters, Queues, Worke
 
     lease: float
     """Seconds after which an unrenewed claim is reclaimed."""
+
+    @property
+    def history(self) -> HistoryReader:
+        """The history of runs, where there is no ledger."""

@@ -19,6 +19,7 @@ from streamworker.broker.publisher import Publisher
 from streamworker.broker.pubsub import Subscriber, listen, reading, waiting
 from streamworker.broker.redis.client import RedisAddress
 from streamworker.broker.redis.reactions import Reaction, reaction_to
+from streamworker.broker.redis.redis_history import RedisHistory
 from streamworker.broker.redis.session import Session
 from streamworker.broker.schedules import RedisSchedules
 from streamworker.broker.settle import ClaimSettlement, emit, settle
@@ -58,6 +59,7 @@ class RedisBroker(ABC, Generic[K, I]):
         self._cancels = Cancels(self._session, self._keys)
         self._subscriber = Subscriber(self._session)
         self.schedules: Final = RedisSchedules(self._session, self._key, options.namespace, self._subscriber)
+        self.history: Final = RedisHistory(self._session, self._key, options.namespace)
         self._limits = RedisLimiter(self._session, self._keys, lease=options.lease)
         self._source = self._claim_source(queues)
         self._refusals: dict[str, Refusal] = {}

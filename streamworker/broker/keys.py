@@ -152,6 +152,15 @@ class QueueKeys(msgspec.Struct, frozen=True):
         """String that expires: the process that waits for the next tick of the queue's schedules."""
         return f"{self.base}:schedules:timekeeper"
 
+    def history(self, span: int, begin: int) -> str:
+        """Hash that expires: begin of a span and kind, to the tally of its runs; a page of spans, from ``begin``."""
+        return f"{self.base}:history:{span}:{begin}"
+
+    @property
+    def history_kinds(self) -> str:
+        """Sorted set that expires: kind that has a history, to the seconds at which runs of it were added last."""
+        return f"{self.base}:history:kinds"
+
     @property
     def order(self) -> str:
         """Hash: order key to the id of the job that holds it. The jobs behind it are in `order_line`."""
@@ -285,6 +294,11 @@ def queue_of_list(key: str, namespace: str = "") -> str | None:
 def scheduled_queues(namespace: str) -> str:
     """Sorted set: queues that have schedules as data; and the channel on which their changes are published."""
     return f"{namespace}stream:schedules"
+
+
+def recorded_queues(namespace: str) -> str:
+    """Sorted set: queues that have a history, to the seconds at which runs were added last, to the hour."""
+    return f"{namespace}stream:history"
 
 
 SECRET: Final = "secret"  # noqa: S105 - the name of a field

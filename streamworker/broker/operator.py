@@ -36,6 +36,7 @@ from streamworker.broker.listings import PAGE
 from streamworker.broker.lists import ListSettlement, refuse_cluster
 from streamworker.broker.redis.client import RedisAddress
 from streamworker.broker.redis.reactions import refused, understood
+from streamworker.broker.redis.redis_history import RedisHistoryReader
 from streamworker.broker.redis.session import OperatorSession, text
 from streamworker.broker.schedules import RedisSchedules
 from streamworker.broker.settle import ClaimSettlement, StreamSettlement, settle
@@ -105,6 +106,7 @@ class RedisOperator(ABC):
         self._commands = address.commands()
         self._session = OperatorSession(self._commands, address, group, self._namespace)
         self.schedules: Final = RedisSchedules(self._session, self._key, self._namespace)
+        self.history: Final = RedisHistoryReader(self._session, self._key, self.now)
 
     @abstractmethod
     def _key(self, queue: str) -> QueueKeys:

@@ -8,14 +8,14 @@ expires a moment later; all others look when that has expired.
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from hashlib import sha1
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from streamworker.broker import scripts
 from streamworker.broker.keys import QueueKeys, scheduled_queues
 from streamworker.broker.pubsub import Subscriber
-from streamworker.broker.redis.session import text
+from streamworker.broker.redis.session import CommandSession, text
 from streamworker.errors import StreamworkerError
 from streamworker.job import DueSchedules, ScheduleEntry, ScheduleTick
 
@@ -26,16 +26,6 @@ LATE: Final = 2.0
 BATCH: Final = 200
 """Most schedules of one look, and of one page."""
 _LOST: Final = ("schedule_changes_lost", "changed schedules are noticed within a minute")
-
-
-class CommandSession(Protocol):
-    """A session of a broker or an operator."""
-
-    def ask(self, *command: Any) -> Awaitable[Any]:
-        """Send one command."""
-
-    def run(self, script: scripts.LuaScript, keys: Sequence[str], args: Sequence[Any]) -> Awaitable[Any]:
-        """Run a script."""
 
 
 class RedisSchedules:

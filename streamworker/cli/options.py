@@ -133,6 +133,7 @@ class WorkerFlags(ServerFlags):
         list_pop: move or brpop (list mode).
         ledger: auto, on or off.
         relay: on or off.
+        history: on or off: keep how many runs there were, and how long they took.
         loop: auto, uvloop or asyncio: the event loop handlers run on.
         http: host:port of health and metrics, or off.
     """
@@ -158,6 +159,7 @@ class WorkerFlags(ServerFlags):
     list_pop: Text = None
     ledger: Text = None
     relay: Text = None
+    history: Text = None
     loop: Text = None
     http: Text = None
 

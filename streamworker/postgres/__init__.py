@@ -21,6 +21,7 @@ from streamworker.codec import DocumentFields, deliveries_of
 from streamworker.encryption import Sealer
 from streamworker.errors import RunEnded
 from streamworker.job import Claim, Enqueued, FlowRecord, Job, KeyUse, Level, NodeRecord
+from streamworker.telemetry.run_history import HistoryReader, HistoryWriter
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -374,8 +375,12 @@ class Ledger(Protocol):
     def abandon(self) -> None:
         """Break the connections in use: every pending statement fails at once, executed by the server or not."""
 
+    @property
+    def history(self) -> HistoryWriter:
+        """Where the history of runs is kept."""
+
     async def tick(self) -> float:
-        """Delete a batch of jobs past their queue's retention; returns the seconds until the next call."""
+        """Delete old history and a batch of jobs past their retention; returns the seconds until the next call."""
 
 
 class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -569,6 +574,10 @@ class Archive(Protocol):
     @property
     def flows(self) -> Flows:
         """The flows of the ledger."""
+
+    @property
+    def history(self) -> HistoryReader:
+        """The history of runs."""
 
     def jobs(self, wanted: Wanted, *, payload: bool = False) -> AsyncIterator[JobRecord]:
         """Jobs, newest first, in pages of bounded cost.

@@ -16,6 +16,7 @@ from streamworker.postgres.encoding import stored_id, within_python
 from streamworker.postgres.enqueue import NOW, find_waiting
 from streamworker.postgres.flow_graph import PostgresFlows
 from streamworker.postgres.ledger import BATCH, PRUNABLE, PRUNE
+from streamworker.postgres.ledger_history import LedgerHistory
 from streamworker.postgres.pool import Database, open_database
 from streamworker.postgres.sqlstate import understood
 from streamworker.postgres.waits import send_signal
@@ -159,6 +160,7 @@ class PostgresArchive:
     def __init__(self, database: Database) -> None:
         self._database = database
         self.flows: Final = PostgresFlows(database)
+        self.history: Final = LedgerHistory(database)
 
     async def jobs(self, wanted: Wanted, *, payload: bool = False) -> AsyncIterator[JobRecord]:
         conditions, values = _conditions(wanted)

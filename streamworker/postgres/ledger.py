@@ -10,6 +10,7 @@ from streamworker.postgres import JobKey, Known, RunRecord, StepHost, Stored
 from streamworker.postgres.adapters import PoolTransaction, transaction_of
 from streamworker.postgres.encoding import SEPARATOR, separable, stored_id, within_python
 from streamworker.postgres.flow_graph import NodeParents
+from streamworker.postgres.ledger_history import LedgerHistory
 from streamworker.postgres.pool import AnyPool, Database
 from streamworker.postgres.recording import Recording
 from streamworker.postgres.sqlstate import is_one_rows_fault, reason, translated, understood
@@ -47,6 +48,7 @@ class PostgresLedger:
         self._worker_id = worker_id
         self._recording = Recording(database, worker_id)
         self._retention = Retention(database)
+        self.history: Final = LedgerHistory(database)
 
     async def open(self, queues: Sequence[str]) -> None:
         """Insert a row for each queue.
@@ -122,7 +124,9 @@ class PostgresLedger:
         self._database.abandon()
 
     async def tick(self) -> float:
-        return await self._retention.tick()
+        seconds = await self._retention.tick()
+        await self.history.prune()
+        return seconds
 
 
 BATCH: Final = 500

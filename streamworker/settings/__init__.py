@@ -48,6 +48,7 @@ Priority: TypeAlias = Literal["strict", "weighted"]
 ListPop: TypeAlias = Literal["move", "brpop"]
 Ledger: TypeAlias = Literal["auto", "on", "off"]
 Relay: TypeAlias = Literal["on", "off"]
+RecordHistory: TypeAlias = Literal["on", "off"]
 Loop: TypeAlias = Literal["auto", "uvloop", "asyncio"]
 LogLevel: TypeAlias = Literal["debug", "info", "warning", "error", "critical"]
 LogFormat: TypeAlias = Literal["console", "json"]
@@ -122,6 +123,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     list_pop: Annotated[ListPop, one_of(get_args(ListPop))] = "move"
     ledger: Annotated[Ledger, one_of(get_args(Ledger))] = "auto"
     relay: Annotated[Relay, one_of(get_args(Relay))] = "on"
+    history: Annotated[RecordHistory, one_of(get_args(RecordHistory))] = "on"
     loop: Annotated[Loop, one_of(get_args(Loop))] = "auto"
     namespace: Annotated[str, _NAMESPACE] = ""
     # Beside the project, so that two projects on one machine never share servers, and queues, by accident.

@@ -37,6 +37,7 @@ from streamworker.worker.calls import JobThreads
 from streamworker.worker.emission import OutputBuffer
 from streamworker.worker.executor import Executor
 from streamworker.worker.health import Health, Inherited
+from streamworker.worker.history_recorder import recorder_of
 from streamworker.worker.host import WorkerHost
 from streamworker.worker.inflight import InFlight, LeasedSet
 from streamworker.worker.lease import LeaseKeeper, heartbeat, longest_silence
@@ -454,6 +455,7 @@ class QueueWorker:
             refused=self._refused,
         )  # fmt: skip
         self._in_flight = self._pipeline.in_flight
+        self._history = recorder_of(self._pipeline.tallies, resources, self._queues[0])
         held = LeasedSet(self._in_flight, self._pipeline.permits)
         longest = longest_silence(app.handlers.registrations, settings.grace)
         self._lease = LeaseKeeper(self._broker, lease=settings.lease, held=held, report=self._report, longest=longest)
@@ -475,6 +477,8 @@ class QueueWorker:
                     loops.start_soon(self._promoter.run)
                     loops.start_soon(self._unblock)
                     loops.start_soon(self._relay.run, self._stopping)
+                    if self._history is not None:
+                        loops.start_soon(self._history.run, self._in_flight, self._stopping)
                     if not self._burst:
                         self._start_schedules(loops)
                     log.info("worker_ready", worker_id=self.worker_id, queues=self._queues)
@@ -482,6 +486,8 @@ class QueueWorker:
                     await self._pipeline.fetcher.run()
                     self.shutdown.cut_short = await drain(self._pipeline, self._settings.grace, self._hurry)
                     await self._pipeline.close(HAND_BACK)
+                    if self._history is not None:
+                        await self._history.close(self._in_flight)
                 listener.cancel_scope.cancel()
         finally:
             for run in await self._pipeline.tasks.close(LAST_CALL):

@@ -9,7 +9,7 @@ only in workers with a ledger; within `Admission`, `LimitGate` and `Batcher` onl
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import anyio
 
@@ -20,6 +20,7 @@ from streamworker.worker.admission import Admission
 from streamworker.worker.emission import OutputBuffer
 from streamworker.worker.executor import Executor
 from streamworker.worker.fetcher import Fetcher
+from streamworker.worker.history_recorder import RunTallies
 from streamworker.worker.host import WorkerHost, WorkerResources
 from streamworker.worker.inflight import InFlight, Permits
 from streamworker.worker.lookup import LedgerLookup, RunningMarker
@@ -69,13 +70,16 @@ class Pipeline:
         refused: Callable[[ConfigurationError], None],
     ) -> None:
         broker, concurrency = resources.broker, settings.concurrency
-        limited = any(registration.quota is not None for registration in app.handlers.registrations)
         record, in_flight = _record(resources), InFlight()
-        permits = Permits(broker) if limited else None
+        tallies = RunTallies(durable=record is not None) if settings.history == "on" else None
+        permits = Permits(broker) if any(each.quota is not None for each in app.handlers.registrations) else None
 
-        settler = Settler(broker, in_flight, parked=promoter.parked, observers=observers, outputs=outputs)
+        settler = Settler(
+            broker, in_flight, parked=promoter.parked, observers=observers, outputs=outputs, tallies=tallies
+        )
         recorder = Recorder(record, settler, in_flight) if record is not None else None
-        completion = stages.completion(in_flight, recorder or settler, permits=permits, observers=observers)
+        how: dict[str, Any] = {"permits": permits, "observers": observers, "timed": tallies is not None}
+        completion = stages.completion(in_flight, recorder or settler, **how)
         tasks = JobTasks(concurrency, executor, completion, stuck=stuck, grace=settings.grace)
         admission = Admission(
             broker, app.handlers, executor, tasks, completion, permits=permits, concurrency=concurrency
@@ -95,6 +99,7 @@ class Pipeline:
         self.recorder: Final = recorder
         self.settler: Final = settler
         self.in_flight: Final = in_flight
+        self.tallies: Final = tallies
         self.permits: Final = permits
         self.record: Final = record
         self._marker = RunningMarker(record.ledger, tasks) if record is not None else None

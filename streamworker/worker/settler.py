@@ -45,6 +45,7 @@ from streamworker.policy import DONE, RAPID, judge, least_wait, within
 from streamworker.redact import describe
 from streamworker.telemetry.logs import get_logger
 from streamworker.worker.emission import OutputBuffer
+from streamworker.worker.history_recorder import RunTallies
 from streamworker.worker.inflight import InFlight, SpinningJob
 from streamworker.worker.observers import ObserverDispatch
 
@@ -80,6 +81,7 @@ class Settler:
         parked: called with the epoch seconds at which a job of this worker is due again.
         observers: called with every settled batch, if there are any.
         outputs: what handlers have emitted; sent before their jobs are settled.
+        tallies: count every settled batch for the history, if it is recorded.
     """
 
     def __init__(
@@ -90,8 +92,10 @@ class Settler:
         parked: Callable[[float], None],
         observers: ObserverDispatch | None = None,
         outputs: OutputBuffer | None = None,
+        tallies: RunTallies | None = None,
     ) -> None:
         self._broker = broker
+        self._tallies = tallies
         self._outputs = outputs
         self._in_flight = in_flight
         self._parked = parked
@@ -174,8 +178,7 @@ class Settler:
                 for run, item in zip(batch, items, strict=True)
             ]
         results = await self._settled(items)
-        if self._observers is not None:
-            self._observers.settled(batch, items, results, now)
+        self._told(batch, items, results, now)
         counts, forget, uncertain = self._in_flight.counts, self._in_flight.forget, self._uncertain
         refused: dict[str, list[Execution]] = {}
         for run, item, result in zip(batch, items, results, strict=True):
@@ -203,6 +206,12 @@ class Settler:
             )
         if refused or self._refused:
             self._set_aside(refused, {run.claim.queue for run in batch})
+
+    def _told(self, batch: list[Execution], items: list[SettleRequest], results: list[Settled], began: float) -> None:
+        if self._observers is not None:
+            self._observers.settled(batch, items, results, began)
+        if self._tallies is not None:
+            self._tallies.settled(batch, items, results)
 
     def _set_aside(self, refused: dict[str, list[Execution]], queues: set[str]) -> None:
         """Keep refused runs, and set when they are offered again: at once if the server stored others of the queue."""

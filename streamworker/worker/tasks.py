@@ -210,6 +210,7 @@ class Completion:
         successor: the recorder in a worker with a ledger, else the settler.
         permits: of limits that its jobs hold; ``None`` if no kind has a limit.
         observers: called with the outcome, if there are any.
+        timed: note when runs end.
     """
 
     def __init__(
@@ -219,7 +220,9 @@ class Completion:
         *,
         permits: Permits | None = None,
         observers: ObserverDispatch | None = None,
+        timed: bool = False,
     ) -> None:
+        self._timed = timed
         self._in_flight = in_flight
         self._successor = successor
         self._permits = permits
@@ -239,6 +242,8 @@ class Completion:
                 self._permits.release(run)
         if self._observers is not None:
             self._observers.finished(run)
+        elif self._timed:
+            run.ended = monotonic()
         self._in_flight.finished()
         self._successor.add(run)
 

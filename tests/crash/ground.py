@@ -146,6 +146,8 @@ class Ground:
     def _ends_by_itself(self, key: str) -> bool:
         """What is noted of turns and calls of limits, and how jobs ended: forgotten after a while."""
         noted = (f"{self.keys.base}:limit:", self.keys.result(""), self.keys.ended(""), self.keys.swept)
+        if key == "stream:history" or key.startswith(f"{self.keys.base}:history:"):  # kept for sixty days
+            return True
         return key.startswith(noted) and 0 <= int(self._client.pttl(key)) < 600_000
 
     def state(self) -> str:

@@ -67,6 +67,7 @@ VARIABLES = {
     "LIST_POP": ("move", st.sampled_from(["move", "brpop"])),
     "LEDGER": ("auto", st.sampled_from(["auto", "off"])),
     "RELAY": ("on", st.sampled_from(["on", "off"])),
+    "HISTORY": ("on", st.sampled_from(["on", "off"])),
     "LOOP": ("auto", st.sampled_from(["auto", "uvloop", "asyncio"])),
     "NAMESPACE": ("", st.from_regex(r"[A-Za-z0-9._:-]{1,20}", fullmatch=True)),
     "STATE_DIR": (Path(".streamworker"), st.sampled_from([Path("/var/lib/x"), Path("a/b")])),

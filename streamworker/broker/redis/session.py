@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
 from time import monotonic
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from redis.asyncio import Redis
 
@@ -187,6 +187,16 @@ class Session:
     def longest_outage(self) -> float:
         """The longest `outage` of this session and its branches."""
         return max(self.outage(), *(branch.outage() for branch, _ in self._branches), 0.0)
+
+
+class CommandSession(Protocol):
+    """A session of a broker or an operator."""
+
+    def ask(self, *command: Any) -> Awaitable[Any]:
+        """Send one command."""
+
+    def run(self, script: scripts.LuaScript, keys: Sequence[str], args: Sequence[Any]) -> Awaitable[Any]:
+        """Run a script."""
 
 
 class OperatorSession:
