@@ -520,3 +520,44 @@ async def test_nodes_are_added_only_in_the_transaction_of_a_running_node(redis_u
         await app.result(flow.nodes[0].id, timeout=20)
     assert "in the transaction that ends it" in said[0]
     assert await pg.fetchval("select count(*) from streamworker.jobs") == 1
+
+
+async def test_a_look_takes_as_many_notes_as_it_is_told(pg):
+    """More would outlast the timeout of a statement, and be looked at anew for ever. So in the plan for a table that was small."""
+    await pg.execute("insert into streamworker.flow_checks (node) values (0)")
+    await pg.execute("vacuum analyze streamworker.flow_checks")
+    await pg.execute("insert into streamworker.flow_checks (node) select number from generate_series(1, 59) as number")
+    left = []
+    for most in (7, 7, 100):
+        await pg.fetchval("select streamworker.flow_look($1)", most)
+        left.append(await pg.fetchval("select count(*) from streamworker.flow_checks"))
+    assert left == [53, 46, 0]
+
+
+@pytest.mark.parametrize("mode", ["stream", "list"])
+async def test_a_node_that_waits_passes_its_order_key_on_when_its_flow_is_cancelled(
+    redis_url, database_url, pg, raw, mode
+):
+    class Booking(Payload, kind="booking", queue="q", order_by="account"):
+        account: str
+        n: int
+
+    app, seen = App(settings=settings_for(redis_url, database_url, relay="on", mode=mode)), []
+
+    @app.handler(max_attempts=1)
+    async def booking(payload: Booking, ctx: Context) -> None:
+        if payload.n == 0:
+            await ctx.wait_for("go")
+        seen.append(payload.n)
+
+    async with app, working(app):
+        flow = Flow("trip")
+        node = flow.add(Booking(account="a", n=0))
+        flow_id = await started(pg, flow, app)
+        await eventually(lambda: raw.hget("stream:{q}:halted", "a") is not None)
+        second = await app.enqueue(Booking(account="a", n=1))
+        assert await app.cancel_flow(flow_id)
+        await app.result(second.id, timeout=20)  # it is behind the one that waited no more
+        assert await pg.fetchval("select status from streamworker.jobs where id = $1", node.id) == "cancelled"
+    assert seen == [1]
+    assert not raw.exists("stream:{q}:halted") and not raw.exists("stream:{q}:order")
