@@ -167,6 +167,20 @@ class FlowRecord(msgspec.Struct, frozen=True, kw_only=True):
     nodes: dict[str, int]
 
 
+class FlowOfJob(msgspec.Struct, frozen=True):
+    """The flow that a job is a node of.
+
+    Attributes:
+        id: of the flow.
+        name: of the flow.
+        node: name of the node.
+    """
+
+    id: str
+    name: str
+    node: str
+
+
 class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A node of a flow as the ledger remembers it.
 

@@ -15,7 +15,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, Final, Literal, Protocol, TypeAlias, cast
+from typing import Any, Final, Literal, Protocol, TypeAlias, TypeVar, cast
 
 import anyio.to_thread
 import msgspec
@@ -28,7 +28,7 @@ from streamworker.broker.operator import ListOperator, StreamOperator
 from streamworker.broker.redis.client import RedisAddress
 from streamworker.encryption import PLAIN, Sealer
 from streamworker.errors import InvalidJob, StreamworkerError, UsageError
-from streamworker.job import Job, Level, ScheduleEntry, ScheduleTick
+from streamworker.job import FlowRecord, Job, Level, ScheduleEntry, ScheduleTick
 from streamworker.policy import group_sizes
 from streamworker.postgres import FINAL, Archive, AuditRow
 from streamworker.settings import EMBEDDED, Settings
@@ -36,6 +36,8 @@ from streamworker.telemetry.logs import get_logger
 from streamworker.views.listing import DELAYED, READY, Selection
 
 log = get_logger("streamworker.ledger")
+
+T = TypeVar("T")
 
 CancelAnswer: TypeAlias = Literal["cancelled", "asked", "ended"]
 """What `App.cancel` answers."""
@@ -94,13 +96,6 @@ def order_key_of(body: bytes | None) -> str:
         return ""
 
 
-class Uncanceller(Protocol):
-    """Takes the marks of cancelled jobs back."""
-
-    async def uncancel(self, queue: str, job_id: str) -> Any:
-        """Take the mark of a cancelled job back."""
-
-
 async def cancel_flow(archive: Archive, canceller: Canceller | None, flow_id: str) -> bool:
     """Cancel a flow: what has not begun never runs, what runs is cancelled in its worker; False if it has ended.
 
@@ -120,20 +115,6 @@ async def cancel_flow(archive: Archive, canceller: Canceller | None, flow_id: st
             if order:  # it waited for a signal
                 await canceller.pass_on(queue, order, job_id)
     return True
-
-
-async def retry_flow(archive: Archive, canceller: Uncanceller | None, flow_id: str) -> int:
-    """Queue the failed jobs of a flow anew; returns how many there were.
-
-    Args:
-        archive: the ledger.
-        canceller: takes marks of cancelled jobs back; ``None`` where no Redis is named.
-        flow_id: which.
-    """
-    if canceller is not None:
-        for queue, job_id in await archive.flows.failed(flow_id):
-            await canceller.uncancel(queue, job_id)
-    return await archive.flows.retry(flow_id)
 
 
 class LedgerKeys:
@@ -341,22 +322,26 @@ class Audit:
     async def flush(self) -> None:
         """Keep all now. What PostgreSQL refuses is logged: the actions were done."""
         rows, self._rows = self._rows, []
-        if not rows:
-            return
-        try:
-            archive = await self._ledger.archive()
-            kept = archive is None or await archive.keep_audit(rows)
-            reason = "" if kept else "the schema is of an older release: run `streamworker migrate up`"
-        except StreamworkerError as error:
-            kept, reason = False, str(error)
-        if not kept:
-            log.warning("audit_not_kept", actions=len(rows), who=rows[0].who, first=rows[0].action, reason=reason)
+        if rows:
+            await _keep(self._ledger.archive, rows)
 
     async def close(self) -> None:
         """Keep the rest."""
         if self._task is not None:
             self._task.cancel()
         await self.flush()
+
+
+async def _keep(opening: Callable[[], Awaitable[Archive | None]], rows: Sequence[AuditRow]) -> None:
+    """Keep actions. What PostgreSQL refuses is logged: the actions were done."""
+    try:
+        archive = await opening()
+        kept = archive is None or await archive.keep_audit(rows)
+        reason = "" if kept else "the schema is of an older release: run `streamworker migrate up`"
+    except StreamworkerError as error:
+        kept, reason = False, str(error)
+    if not kept:
+        log.warning("audit_not_kept", actions=len(rows), who=rows[0].who, first=rows[0].action, reason=reason)
 
 
 class AuditedOperator:
@@ -411,6 +396,53 @@ def _audit_row(name: str, args: Sequence[Any], options: Mapping[str, Any], resul
 def job_handle(job: PendingEntry | StoredJob) -> str:
     """The entry id of a job."""
     return job.handle if isinstance(job, StoredJob) else job.entry_id
+
+
+class FlowOperator:
+    """What operators do to flows, each of which is kept: who, what, to which flow, and how it ended.
+
+    Args:
+        archive: the ledger.
+        operator: for jobs in Redis; ``None`` where no Redis is named: those that run go on to their end.
+    """
+
+    def __init__(self, archive: Archive, operator: Operator | None) -> None:
+        self._archive, self._operator = archive, operator
+
+    async def cancel(self, flow: FlowRecord) -> bool:
+        """Cancel a flow; False if it has ended."""
+        return await self._act("cancel flow", flow, cancel_flow(self._archive, self._operator, flow.id))
+
+    async def retry(self, flow: FlowRecord) -> int:
+        """Queue the dead, expired and cancelled jobs of a flow anew; returns how many there were."""
+        return await self._act("retry flow", flow, self._retry(flow.id))
+
+    async def delete(self, flow: FlowRecord) -> bool:
+        """Delete a flow that has ended, with its jobs; False if it has not."""
+        return await self._act("delete flow", flow, self._archive.flows.delete(flow.id))
+
+    async def _act(self, action: str, flow: FlowRecord, doing: Awaitable[T]) -> T:
+        result, by = "failed", actor()
+        try:
+            answer = await doing
+            result = "done" if answer else "gone"
+            return answer
+        except StreamworkerError as error:
+            result = f"refused: {error}"
+            raise
+        finally:
+            which = flow.name if flow.key is None else f"{flow.name}, key={flow.key}"
+            row = AuditRow(by.who, by.source, action, None, flow.id, None, which, result)
+            await _keep(self._opened, [row])
+
+    async def _retry(self, flow_id: str) -> int:
+        if self._operator is not None:  # no mark of a cancelled job may end it again
+            for queue, job_id in await self._archive.flows.failed(flow_id):
+                await self._operator.uncancel(queue, job_id)
+        return await self._archive.flows.retry(flow_id)
+
+    async def _opened(self) -> Archive:
+        return self._archive
 
 
 class AuditedSchedules:

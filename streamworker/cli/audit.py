@@ -34,11 +34,11 @@ def audit(
     listing: Listing = LISTING,
     flags: WorkerFlags = WORKER,
 ) -> int:
-    """List what operators did to jobs, queues and schedules, newest first. It needs the ledger.
+    """List what operators did to jobs, queues, schedules and flows, newest first. It needs the ledger.
 
     Args:
         queue: Only to this queue.
-        job: Only to the job with this id.
+        job: Only to the job, or the flow, with this id.
         who: Only by this operator.
         since: Only within these seconds.
     """

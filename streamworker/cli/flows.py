@@ -21,6 +21,7 @@ from streamworker.errors import UsageError
 from streamworker.job import FlowRecord, NodeRecord
 from streamworker.postgres import Archive
 from streamworker.redact import printable
+from streamworker.views.flows import before, in_order
 from streamworker.views.rows import age
 
 flows = App(name="flows", help="Flows in the ledger: graphs of jobs.")
@@ -84,7 +85,7 @@ def list_(
                     yield _Row(flow, now), None
                 if not page:
                     return
-                last = page[-1]
+                last = page[-1].created_at, page[-1].id
 
         return await show(listing, rows, _COLUMNS, title="flows", json=lambda row: msgspec.to_builtins(row.flow))
 
@@ -129,10 +130,8 @@ def cancel(*ids: str, flags: WorkerFlags = WORKER) -> int:
         ids: Flow ids, or keys.
     """
 
-    async def do(archive: Archive, found: FlowRecord, operator: Any) -> str | None:
-        from streamworker.operators import cancel_flow  # noqa: PLC0415 - see `run`
-
-        return "cancelled" if await cancel_flow(archive, operator, found.id) else None
+    async def do(operator: Any, found: FlowRecord) -> str | None:
+        return "cancelled" if await operator.cancel(found) else None
 
     return _each(ids, flags, do, "cancel", "it has ended")
 
@@ -145,10 +144,8 @@ def retry(*ids: str, flags: WorkerFlags = WORKER) -> int:
         ids: Flow ids, or keys.
     """
 
-    async def do(archive: Archive, found: FlowRecord, operator: Any) -> str | None:
-        from streamworker.operators import retry_flow  # noqa: PLC0415 - see `run`
-
-        count = await retry_flow(archive, operator, found.id)
+    async def do(operator: Any, found: FlowRecord) -> str | None:
+        count = await operator.retry(found)
         return f"{count:,} job{'' if count == 1 else 's'} queued" if count else None
 
     return _each(ids, flags, do, "retry", "no job of it has failed")
@@ -166,13 +163,13 @@ def delete(*ids: str, yes: Yes = False, flags: WorkerFlags = WORKER) -> int:
         say("nothing was changed")
         return 1
 
-    async def do(archive: Archive, found: FlowRecord, _: Any) -> str | None:
-        return "deleted" if await archive.flows.delete(found.id) else None
+    async def do(operator: Any, found: FlowRecord) -> str | None:
+        return "deleted" if await operator.delete(found) else None
 
     return _each(ids, flags, do, "delete", "it has not ended: cancel it first")
 
 
-Do = Callable[[Archive, FlowRecord, Any], Coroutine[Any, Any, str | None]]
+Do = Callable[[Any, FlowRecord], Coroutine[Any, Any, str | None]]
 
 
 def _each(ids: Sequence[str], flags: WorkerFlags, do: Do, verb: str, why_not: str) -> int:
@@ -181,14 +178,17 @@ def _each(ids: Sequence[str], flags: WorkerFlags, do: Do, verb: str, why_not: st
     settings = flags.settings()
 
     async def work(archive: Archive) -> int:
+        from streamworker.operators import FlowOperator  # noqa: PLC0415 - see `run`
+
         code = 0
-        async with redis_too(settings) as operator:
+        async with redis_too(settings) as redis:
+            operator = FlowOperator(archive, redis)
             for each in ids:
                 found = await _known(archive, each)
                 if found is None:
                     code = 1
                     continue
-                done = await do(archive, found, operator)
+                done = await do(operator, found)
                 if done is None:
                     say(f"{found.id}: {why_not}")
                     code = 1
@@ -229,13 +229,13 @@ def tree(nodes: Sequence[NodeRecord], *, most: int) -> Iterator[str]:
         most: nodes side by side that are shown; of those with none below them the rest is counted.
     """
     jobs = {node.number: node for node in nodes if node.job_id is not None}
-    before = _before(nodes)
+    earlier = before(nodes)
     depth: dict[int, int] = {}
-    for number in _in_order(jobs, before):
-        depth[number] = 1 + max((depth[each] for each in before[number]), default=0)
+    for number in in_order(earlier):
+        depth[number] = 1 + max((depth[each] for each in earlier[number]), default=0)
     below: dict[int | None, list[NodeRecord]] = {}
     for number, node in jobs.items():
-        parent = max(before[number], key=lambda each: (depth[each], each), default=None)
+        parent = max(earlier[number], key=lambda each: (depth[each], each), default=None)
         below.setdefault(parent, []).append(node)
     waiting = _rows(below.get(None, []), "", None, below, most)
     while waiting:
@@ -243,7 +243,7 @@ def tree(nodes: Sequence[NodeRecord], *, most: int) -> Iterator[str]:
         if isinstance(what, str):
             yield prefix + what
             continue
-        yield f"{prefix}{_told(what, above, before[what.number], jobs)}"
+        yield f"{prefix}{_told(what, above, earlier[what.number], jobs)}"
         inner = prefix[:-3] + ("|  " if prefix.endswith("|- ") else "   ")
         waiting[:0] = _rows(below.get(what.number, []), inner, what, below, most)
 
@@ -267,54 +267,15 @@ def _rows(
     return [(f"{indent}{'`- ' if each is shown[-1] else '|- '}", each, parent) for each in shown]
 
 
-def _before(nodes: Sequence[NodeRecord]) -> dict[int, dict[int, str]]:
-    """The jobs before each job, with the condition; a gate stands for the last jobs of its flow."""
-    known = {node.number: node for node in nodes}
-    ends: dict[int, list[int]] = {}
-
-    def jobs_of(number: int) -> list[int]:
-        node = known.get(number)
-        if node is None:
-            return []
-        if node.job_id is not None:
-            return [number]
-        if number not in ends:
-            ends[number] = []
-            ends[number] = [job for each, _ in node.after for job in jobs_of(each)]
-        return ends[number]
-
-    return {
-        node.number: {job: condition for each, condition in node.after for job in jobs_of(each)}
-        for node in nodes
-        if node.job_id is not None
-    }
-
-
-def _in_order(jobs: dict[int, NodeRecord], before: dict[int, dict[int, str]]) -> list[int]:
-    """Each job behind those before it."""
-    waits = {number: len(before[number]) for number in jobs}
-    follow: dict[int, list[int]] = {}
-    for number, others in before.items():
-        for each in others:
-            follow.setdefault(each, []).append(number)
-    ready = [number for number, count in waits.items() if not count]
-    for number in ready:
-        for each in follow.get(number, ()):
-            waits[each] -= 1
-            if not waits[each]:
-                ready.append(each)
-    return ready
-
-
-def _told(node: NodeRecord, parent: NodeRecord | None, before: dict[int, str], jobs: dict[int, NodeRecord]) -> str:
+def _told(node: NodeRecord, parent: NodeRecord | None, earlier: dict[int, str], jobs: dict[int, NodeRecord]) -> str:
     words = [f"[{SIGNS.get(node.state, '?')}] {node.name}", node.state]
     if node.started_at is not None and node.finished_at is not None:
         words.append(f"{(node.finished_at - node.started_at).total_seconds():.3f} s")
-    if parent is not None and before.get(parent.number, "ok") != "ok":
-        words.append(f"when {before[parent.number]}")
+    if parent is not None and earlier.get(parent.number, "ok") != "ok":
+        words.append(f"when {earlier[parent.number]}")
     others = [
         jobs[each].name + ("" if condition == "ok" else f" ({condition})")
-        for each, condition in before.items()
+        for each, condition in earlier.items()
         if parent is None or each != parent.number
     ]
     if others:

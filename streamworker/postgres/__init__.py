@@ -20,7 +20,7 @@ from streamworker import codec
 from streamworker.codec import DocumentFields, deliveries_of
 from streamworker.encryption import Sealer
 from streamworker.errors import RunEnded
-from streamworker.job import Claim, Enqueued, FlowRecord, Job, KeyUse, Level, NodeRecord
+from streamworker.job import Claim, Enqueued, FlowOfJob, FlowRecord, Job, KeyUse, Level, NodeRecord
 from streamworker.telemetry.run_history import HistoryReader, HistoryWriter
 
 T = TypeVar("T")
@@ -512,7 +512,7 @@ class AuditRow(msgspec.Struct, frozen=True):
         who: did it.
         source: ``cli``, ``dashboard`` or ``python``.
         action: what was done.
-        queue, job_id, kind: to what; ``None`` where there is none.
+        queue, job_id, kind: to what; ``None`` where there is none. Of a flow, ``job_id`` is its id.
         details: what else was said.
         result: ``done``, ``gone`` (the job had moved on), or why it was refused.
     """
@@ -528,19 +528,30 @@ class AuditRow(msgspec.Struct, frozen=True):
     at: float | None = None
 
 
+MAX_COUNTED: Final = 2**31 - 1
+"""Nodes or edges that are counted: all of them."""
+
+
 class Flows(Protocol):
     """Flows as operators use them. Every method raises `Unreachable` while no database answers."""
 
     async def flows(
-        self, *, status: str | None = None, name: str | None = None, after: FlowRecord | None = None, limit: int = 50
+        self,
+        *,
+        status: str | None = None,
+        name: str | None = None,
+        after: tuple[datetime, str] | None = None,
+        limit: int = 50,
+        most: int = MAX_COUNTED,
     ) -> list[FlowRecord]:
         """Flows, newest first.
 
         Args:
             status: with this status.
             name: with this name.
-            after: those behind this one.
+            after: those behind the one that was started then and has this id.
             limit: most of them.
+            most: nodes of each that are counted.
         """
 
     async def find(self, flow: str) -> FlowRecord | None:
@@ -550,8 +561,20 @@ class Flows(Protocol):
             UsageError: several flows have this key.
         """
 
-    async def nodes(self, flow_id: str, *, limit: int = 10_000, edges: int = 1000) -> list[NodeRecord]:
-        """The nodes of a flow, in the order in which they were added, each with so many of its edges at most."""
+    async def of_job(self, queue: str, job_id: str) -> FlowOfJob | None:
+        """The flow that a job is a node of."""
+
+    async def nodes(
+        self, flow_id: str, *, limit: int = 10_000, edges: int = 1000, all_edges: int = MAX_COUNTED
+    ) -> list[NodeRecord]:
+        """The nodes of a flow, in the order in which they were added.
+
+        Args:
+            flow_id: which.
+            limit: most of them.
+            edges: to one node, at most.
+            all_edges: if the flow has more in all, none is read.
+        """
 
     async def cancel(self, flow_id: str) -> list[JobKey]:
         """Cancel what has not begun; the jobs that may be in Redis, where they have to be told."""

@@ -7,14 +7,15 @@ in the commit that ends it. What two transactions cannot see of each other the r
 from __future__ import annotations
 
 from collections.abc import Coroutine, Iterator, Sequence
+from datetime import datetime
 from typing import Any, Final, TypeVar
 
 import msgspec
 
 from streamworker.errors import UsageError
-from streamworker.job import FlowGraph, FlowNode, FlowRecord, FlowStarted, NodeRecord
+from streamworker.job import FlowGraph, FlowNode, FlowOfJob, FlowRecord, FlowStarted, NodeRecord
 from streamworker.loops import in_loop
-from streamworker.postgres import JobKey, RunRecord, SqlConnection
+from streamworker.postgres import MAX_COUNTED, JobKey, RunRecord, SqlConnection
 from streamworker.postgres.encoding import stored_id, within_python
 from streamworker.postgres.enqueue import COPY_FROM, QueuedRow, copied, queued_row, row_values
 from streamworker.postgres.pool import Database
@@ -302,20 +303,28 @@ class NodeParents:
 
 _STATE: Final = """case when node.outcome is not null then node.outcome
   when job.status in ('dispatching', 'dispatched') then 'queued' else coalesce(job.status, 'blocked') end"""
-_FLOW: Final = f"""
+# The job is looked up only if its node has not ended.
+_FLOW: Final = """
 select flow.id, flow.name, flow.key, flow.status, flow.created_at, flow.finished_at, (
   select json_object_agg(state, count)::text from (
-    select {_STATE} as state, count(*) from streamworker.flow_nodes as node
-      left join streamworker.jobs as job on job.id = node.job_id and job.queue_name = node.queue_name
-      where node.flow_id = flow.id and node.job_id is not null group by 1
+    select coalesce(node.outcome, (
+      select case when job.status in ('dispatching', 'dispatched') then 'queued' else job.status end
+      from streamworker.jobs as job where job.id = node.job_id and job.queue_name = node.queue_name
+    ), 'blocked') as state, count(*) from (
+      select * from streamworker.flow_nodes where flow_id = flow.id and job_id is not null {most}
+    ) as node group by 1
   ) as states
-) as nodes from streamworker.flows as flow"""  # noqa: S608 - words of ours
-FLOWS: Final = f"""{_FLOW}
+) as nodes from streamworker.flows as flow"""
+FLOWS: Final = f"""{_FLOW.format(most="limit $6")}
 where ($1::text is null or flow.status = $1) and ($2::text is null or flow.name = $2)
   and ($3::timestamptz is null or (flow.created_at, flow.id) < ($3, $4::text))
 order by flow.created_at desc, flow.id desc limit $5"""
-FIND: Final = f"{_FLOW} where flow.id = $1"
-OF_KEY: Final = f"{_FLOW} where flow.key = $1 order by flow.created_at desc limit 2"
+FIND: Final = f"{_FLOW.format(most='')} where flow.id = $1"
+OF_KEY: Final = f"{_FLOW.format(most='')} where flow.key = $1 order by flow.created_at desc limit 2"
+OF_JOB: Final = """
+select flow.id, flow.name, node.name as node from streamworker.jobs as job
+  join streamworker.flow_nodes as node on node.node = job.node join streamworker.flows as flow on flow.id = node.flow_id
+where job.id = $1 and job.queue_name = $2"""
 NODE_ROWS: Final = f"""
 select node.node as number, node.name, {_STATE} as state, node.gate, node.job_id, node.queue_name as queue,
   coalesce(job.kind, '') as kind, coalesce(job.attempt_count, 0) as attempts,
@@ -323,6 +332,7 @@ select node.node as number, node.name, {_STATE} as state, node.gate, node.job_id
   job.last_error as error, coalesce((
     select json_agg(json_build_array(edge.after, edge.condition) order by edge.after)::text
     from (select after, condition from streamworker.flow_edges where node = node.node order by after limit $3) as edge
+    where (select sum(edges) <= $4 from streamworker.flow_nodes where flow_id = $1)
   ), '[]') as after
 from streamworker.flow_nodes as node
   left join streamworker.jobs as job on job.id = node.job_id and job.queue_name = node.queue_name
@@ -350,11 +360,17 @@ class PostgresFlows:
         self._database = database
 
     async def flows(
-        self, *, status: str | None = None, name: str | None = None, after: FlowRecord | None = None, limit: int = 50
+        self,
+        *,
+        status: str | None = None,
+        name: str | None = None,
+        after: tuple[datetime, str] | None = None,
+        limit: int = 50,
+        most: int = MAX_COUNTED,
     ) -> list[FlowRecord]:
-        at, last = (None, None) if after is None else (after.created_at, after.id)
+        at, last = after or (None, None)
         with understood("reading flows"):
-            rows = await self._database.fetch(FLOWS, status, name, at, last, limit)
+            rows = await self._database.fetch(FLOWS, status, name, at, last, limit, most)
         return [_record(row) for row in rows]
 
     async def find(self, flow: str) -> FlowRecord | None:
@@ -364,9 +380,16 @@ class PostgresFlows:
             raise UsageError(f"several flows have the key {flow}: give the id of one (`streamworker flows list`)")
         return _record(rows[0]) if rows else None
 
-    async def nodes(self, flow_id: str, *, limit: int = 10_000, edges: int = 1000) -> list[NodeRecord]:
+    async def of_job(self, queue: str, job_id: str) -> FlowOfJob | None:
+        with understood("looking a flow up"):
+            rows = await self._database.fetch(OF_JOB, stored_id(job_id), queue)
+        return FlowOfJob(rows[0]["id"], rows[0]["name"], rows[0]["node"]) if rows else None
+
+    async def nodes(
+        self, flow_id: str, *, limit: int = 10_000, edges: int = 1000, all_edges: int = MAX_COUNTED
+    ) -> list[NodeRecord]:
         with understood("reading a flow"):
-            rows = await self._database.fetch(NODE_ROWS, flow_id, limit, edges)
+            rows = await self._database.fetch(NODE_ROWS, flow_id, limit, edges, all_edges)
         return [NodeRecord(**{**row, "after": _after(row["after"])}) for row in rows]
 
     async def cancel(self, flow_id: str) -> list[JobKey]:

@@ -12,8 +12,10 @@ from starlette.responses import JSONResponse, Response
 
 from streamworker.broker import Operator, Place, StoredJob
 from streamworker.errors import StreamworkerError, UsageError
-from streamworker.operators import ACTOR, Actor, JobChange, JobChanger, cancel_job
+from streamworker.job import FlowRecord
+from streamworker.operators import ACTOR, Actor, FlowOperator, JobChange, JobChanger, cancel_job
 from streamworker.postgres import Archive
+from streamworker.redact import printable
 from streamworker.telemetry.logs import get_logger
 from streamworker.views.listing import PendingAction, StoredAction, outcome_of, pending_action, stored_action
 from streamworker.views.rows import moment
@@ -198,6 +200,33 @@ async def _again(request: Request, operator: Operator, form: Form) -> dict[str, 
     return {"ok": done, "message": f"{job_id} is queued; a relay dispatches it" if done else f"{job_id} has not ended"}
 
 
+async def _flow(request: Request, operator: Operator, form: Form) -> tuple[FlowOperator, FlowRecord]:
+    archive, wanted = await _ledger(request), form.must("id")
+    found = await archive.flows.find(wanted)
+    if found is None:
+        raise UsageError(f"the ledger knows no flow {printable(wanted)}")
+    return FlowOperator(archive, operator), found
+
+
+async def _flow_cancel(request: Request, operator: Operator, form: Form) -> dict[str, Any]:
+    actions, flow = await _flow(request, operator, form)
+    done = await actions.cancel(flow)
+    return {"ok": done, "message": f"{flow.name} {'is cancelled' if done else 'has ended'}"}
+
+
+async def _flow_retry(request: Request, operator: Operator, form: Form) -> dict[str, Any]:
+    actions, flow = await _flow(request, operator, form)
+    count = await actions.retry(flow)
+    words = f"{count:,} job{' is' if count == 1 else 's are'} queued" if count else "no job of it has failed"
+    return {"ok": bool(count), "message": f"{flow.name}: {words}"}
+
+
+async def _flow_delete(request: Request, operator: Operator, form: Form) -> dict[str, Any]:
+    actions, flow = await _flow(request, operator, form)
+    done = await actions.delete(flow)
+    return {"ok": done, "message": f"{flow.name} {'is deleted' if done else 'has not ended: cancel it first'}"}
+
+
 async def _ledger(request: Request) -> Archive:
     archive = await monitor_of(request).archive()
     if archive is None:
@@ -279,6 +308,9 @@ _ACTIONS: Final[dict[str, Callable[[Request, Operator, Form], Awaitable[dict[str
     "campaign": _bulk_job,
     "cancel": _cancel,
     "again": _again,
+    "flow-cancel": _flow_cancel,
+    "flow-retry": _flow_retry,
+    "flow-delete": _flow_delete,
     "stop": _stop,
     "dismiss": _dismiss,
     "change": _change,

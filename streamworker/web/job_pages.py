@@ -184,6 +184,7 @@ async def _one(request: Request, archive: Archive | None, wanted: str, queue: st
     job = await archive.find(wanted, queue) if archive is not None else None
     attempts = await archive.attempts(job.queue, wanted) if archive is not None and job is not None else []
     steps = await archive.steps(job.queue, wanted) if archive is not None and job is not None else []
+    flow = await archive.flows.of_job(job.queue, wanted) if archive is not None and job is not None else None
     found, whole = await _places(request, wanted)
     places = [where for rows in found.values() for _, where, _ in rows]
     return {
@@ -191,6 +192,7 @@ async def _one(request: Request, archive: Archive | None, wanted: str, queue: st
         "where": job.queue if job is not None else queue or next(iter(places), None),
         "attempts": [attempt_row(attempt) for attempt in attempts],
         "steps": [step_row(step) for step in steps],
+        "flow": flow,
         "found": found,
         "whole": whole,
         "any": any(found.values()),

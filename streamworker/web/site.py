@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from streamworker.app import App
 from streamworker.errors import StreamworkerError, UsageError
 from streamworker.settings import EMBEDDED, Settings
-from streamworker.web import actions, job_pages, pages
+from streamworker.web import actions, flow_pages, job_pages, pages
 from streamworker.web.monitor import FleetMonitor
 from streamworker.web.render import PageTemplates, render
 from streamworker.web.security import Access, Guard
@@ -67,6 +67,7 @@ class Site:
             Route("/workers", pages.workers, name="workers"),
             Route("/cron", pages.cron, name="cron"),
             Route("/jobs", job_pages.jobs, name="jobs"),
+            Route("/flows", flow_pages.flows, name="flows"),
             Route("/remembered", job_pages.remembered, name="remembered"),
             Route("/show", job_pages.show, name="show"),
             Route("/payload", job_pages.payload, name="payload"),

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from streamworker import App, Settings, chain, group
+from streamworker.errors import StreamworkerError
+from streamworker.operators import ACTOR, Actor, FlowOperator
 from tests import forkserver
 from tests.postgres.test_flows import Step, Sum, end, flow_status, look, order, started, states
 
@@ -20,8 +22,9 @@ def flows(database_url, redis_url):
     env = {k: v for k, v in os.environ.items() if not k.startswith(("STREAMWORKER_", "REDIS", "DATABASE"))}
     env |= {"PYTHONPATH": str(ROOT), "REDIS_URL": redis_url, "DATABASE_URL": database_url}
 
-    def call(*words: str, code: int = 0, **more: str):
-        done = forkserver.run(["flows", *words], env={**env, **more}, cwd=ROOT, timeout=50)
+    def call(*words: str, code: int = 0, program: str = "flows", job: str = "", **more: str):
+        words = ("--job", job, "--json") if job else words
+        done = forkserver.run([program, *words], env={**env, **more}, cwd=ROOT, timeout=50)
         assert done.returncode == code, done.stderr
         return done
 
@@ -78,6 +81,42 @@ async def test_flows_are_cancelled_retried_and_deleted_as_one(pg, flows):
     assert flows("delete", flow_id, "--yes").stdout.strip() == f"{flow_id}: deleted"
     assert await pg.fetchval("select count(*) from streamworker.jobs") == 0
     assert "knows no flow" in flows("show", flow_id, code=1).stderr
+    kept = await pg.fetch(
+        "select source, action, result, details from streamworker.audit where job_id = $1 order by id", flow_id
+    )
+    assert [tuple(row) for row in kept] == [
+        ("cli", "delete flow", "gone", "order"),
+        ("cli", "cancel flow", "done", "order"),
+        ("cli", "cancel flow", "gone", "order"),
+        ("cli", "retry flow", "done", "order"),
+        ("cli", "cancel flow", "done", "order"),
+        ("cli", "delete flow", "done", "order"),
+    ]
+    shown = flows(program="audit", job=flow_id)
+    assert [json.loads(line)["action"] for line in shown.stdout.splitlines()][:2] == ["delete flow", "cancel flow"]
+
+
+async def test_an_operator_of_a_program_is_kept_too(pg, database_url, redis_url, raw):
+    app = App(settings=Settings(redis_url=redis_url, database_url=database_url))
+    flow_id = await started(pg, chain(Step(), Step(), key="1"))
+    async with app.operator() as operator, app.archive() as archive:
+        ACTOR.set(Actor("ann", "python"))
+        flow = await archive.flows.find(flow_id)
+        assert flow is not None
+        assert await FlowOperator(archive, operator).cancel(flow)
+        await look(pg)
+        assert await FlowOperator(archive, operator).retry(flow) == 1
+        await pg.execute("alter table streamworker.flows rename to flows_away")
+        with pytest.raises(StreamworkerError):
+            await FlowOperator(archive, operator).cancel(flow)
+    kept = await pg.fetch(
+        "select who, source, action, job_id, result, details from streamworker.audit where action like '%flow' order by id"
+    )
+    assert [tuple(row)[:4] for row in kept] == [
+        ("ann", "python", f"{what} flow", flow_id) for what in ("cancel", "retry", "cancel")
+    ]
+    assert [row["result"][:8] for row in kept] == ["done", "done", "refused:"]
+    assert {row["details"] for row in kept} == {"chain, key=1"}
 
 
 async def test_a_program_finds_and_cancels_flows(pg, database_url, redis_url):

@@ -158,7 +158,7 @@ class Chromium:
 
     def press(self, *keys: str) -> None:
         for key in keys:
-            text = {"Enter": "\r", "Escape": ""}.get(key, key)
+            text = "\r" if key == "Enter" else key if len(key) == 1 else ""
             self._ask("Input.dispatchKeyEvent", type="keyDown", key=key, text=text, code=key)
             self._ask("Input.dispatchKeyEvent", type="keyUp", key=key, code=key)
 

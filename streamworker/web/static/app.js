@@ -241,6 +241,7 @@
       const type = answer.headers.get("content-type") || "";
       const told = type.includes("json") ? await answer.json() : { ok: false, message: (await answer.text()).slice(0, 300) };
       toast(told.message, !told.ok);
+      if (told.ok && button.dataset.leave) return void setTimeout(() => location.assign(button.dataset.leave), 700);
       if (told.ok && "rows" in button.dataset) {
         if (listing.dataset.leave) return void setTimeout(() => location.assign(listing.dataset.leave), 700);
         $$("input:checked", listing).forEach((box) => { box.checked = false; });
@@ -308,6 +309,7 @@
     const typing = event.target.matches("input:not([type=checkbox]), select, textarea");
     if (event.key === "Escape" && typing) return event.target.blur();
     if (typing) return;
+    if (WAYS[event.key] && nodeOf(event.target)) { event.preventDefault(); return wander(event.target, WAYS[event.key]); }
     const row = $("#live tr.at");
     if (going && Date.now() - going < 1500) {
       going = 0;
@@ -330,6 +332,72 @@
     event.preventDefault();
     run();
   });
+
+  // -- the graph of a flow: a line from each node to those after it, and arrow keys
+
+  const graph = () => $("[data-graph]");
+  const nodeOf = (element) => element?.closest?.("[data-graph] .node");
+  function lines() {
+    if (!graph()) return;
+    const svg = $("svg", graph()), origin = svg.getBoundingClientRect(), found = [], box = (id) => document.getElementById(id)?.getBoundingClientRect();
+    for (const node of $$("[data-after]:not([data-after=''])", graph())) {
+      for (const word of node.dataset.after.split(" ")) {
+        const [number, condition] = word.split(":"), from = box(`n${number}`);
+        if (from) found.push({ condition, from, to: node.getBoundingClientRect(), ends: [`n${number}`, node.id] });
+      }
+    }
+    // Lines of one node begin, and end, side by side, in the order in which they go apart.
+    const spread = (end, own, other) => {
+      const groups = new Map();
+      for (const line of found) (groups.get(line.ends[end]) || groups.set(line.ends[end], []).get(line.ends[end])).push(line);
+      for (const group of groups.values()) {
+        group.sort((a, b) => a[other].left + a[other].width / 2 - b[other].left - b[other].width / 2);
+        group.forEach((line, at) => { line[`x${end}`] = line[own].left - origin.left + line[own].width * (0.2 + 0.6 * (at + 0.5) / group.length); });
+      }
+    };
+    spread(0, "from", "to");
+    spread(1, "to", "from");
+    svg.replaceChildren(...found.map((line) => {
+      const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
+      const top = line.from.bottom - origin.top, low = line.to.top - origin.top, bend = Math.max(14, (low - top) / 2);
+      path.setAttribute("d", `M${line.x0} ${top}C${line.x0} ${top + bend} ${line.x1} ${low - bend} ${line.x1} ${low}`);
+      path.setAttribute("class", line.condition);
+      path.dataset.ends = line.ends.join(" ");
+      return path;
+    }));
+    light(nodeOf(document.activeElement) || $(".node:hover", graph()));
+  }
+  function light(node) {
+    if (!graph()) return;
+    graph().classList.toggle("lit", !!node);
+    const near = new Set();
+    for (const path of $$("path", graph())) {
+      const ends = path.dataset.ends.split(" "), on = !!node && ends.includes(node.id);
+      path.classList.toggle("on", on);
+      if (on) ends.forEach((each) => near.add(each));
+    }
+    for (const each of $$(".node", graph())) each.classList.toggle("near", near.has(each.id));
+  }
+  // One of its links is in the order of the tab key: the one that was reached last.
+  function reach() {
+    const links = graph() ? $$("a", graph()) : [], at = links.includes(document.activeElement) ? document.activeElement : links[0];
+    for (const link of links) link.tabIndex = link === at ? 0 : -1;
+  }
+  const WAYS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+  function wander(link, [right, down]) {
+    const centre = (element) => { const box = element.getBoundingClientRect(); return [box.left + box.width / 2, box.top + box.height / 2]; };
+    const [x, y] = centre(link), links = $$("a", graph());
+    let best = null, least = Infinity;
+    for (const each of links) {
+      const [ex, ey] = centre(each), ahead = (ex - x) * right + (ey - y) * down, aside = Math.abs((ex - x) * down) + Math.abs((ey - y) * right);
+      if (ahead > 2 && (down || aside < 8) && ahead + 2 * aside < least) { best = each; least = ahead + 2 * aside; }
+    }
+    best ||= down ? null : links[links.indexOf(link) + right];
+    if (best) { best.focus({ preventScroll: true }); best.scrollIntoView({ block: "nearest" }); }
+  }
+  document.addEventListener("pointerover", (event) => light(nodeOf(event.target)));
+  document.addEventListener("focusin", (event) => { light(nodeOf(event.target)); reach(); });
+  document.addEventListener("focusout", (event) => { if (!event.relatedTarget) light(null); });
 
   // -- the output of a job, as it comes: text, and nothing else
 
@@ -380,10 +448,13 @@
 
   document.addEventListener("look", (event) => looked(JSON.parse(event.detail.data)));
   document.addEventListener("htmx:sse:error", () => { $("#pulse").className = "pulse off"; });
-  document.addEventListener("htmx:after:swap", () => { picked(); marked(); sparkAll(); });
+  document.addEventListener("htmx:after:swap", () => { picked(); marked(); sparkAll(); lines(); reach(); });
   addEventListener("resize", () => { for (const { place, plot } of charts) plot.setSize({ width: place.clientWidth, height: place.clientHeight }); });
+  addEventListener("resize", lines);
 
   picked();
+  lines();
+  reach();
   if ($(".chart")) {
     const scope = $(".charts").dataset.queue;
     redraw();
