@@ -21,6 +21,7 @@ import msgspec
 
 from benchmarks import report
 from benchmarks.measure import Row
+from benchmarks.peers.environments import SAFETY
 from benchmarks.report import number
 
 ROOT: Final = Path(__file__).resolve().parents[1]
@@ -104,8 +105,8 @@ def _figure(value: float, unit: str) -> str:
 def _peers(rows: Sequence[Row]) -> list[str]:
     """A line for each contestant, the fastest first."""
     questions = list(dict.fromkeys(row.question for row in rows))
-    lines = [f"| | {questions[0]}, /s | of the loop | " + " | ".join(f"{one}" for one in questions[1:]) + " |"]
-    lines.append("|---|---" + "|---" * len(questions) + "|")
+    lines = [f"| | {questions[0]}, /s | of the loop | " + " | ".join(f"{one}" for one in questions[1:]) + " | safety |"]
+    lines.append("|---|---" + "|---" * len(questions) + "|---|")
     found: dict[str, dict[str, Row]] = {}
     for row in rows:
         found.setdefault(row.what, {})[row.question] = row
@@ -116,6 +117,7 @@ def _peers(rows: Sequence[Row]) -> list[str]:
         ratio = "" if first is None or first.ratio is None else f"{first.ratio:.2f}"
         cells = ["" if first is None else number(first.value), ratio]
         cells += [_figure(figures[one].value, figures[one].unit) if one in figures else "" for one in questions[1:]]
+        cells.append(SAFETY["bare" if name == "bare loop" else name.split()[0]])
         mark = {"streamworker": "**", "bare loop": "*"}.get(name, "")
         lines.append("| " + " | ".join(f"{mark}{cell}{mark}" if cell else "" for cell in (name, *cells)) + " |")
     return lines

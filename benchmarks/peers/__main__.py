@@ -123,7 +123,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="./dev bench-peers", description=__doc__)
     parser.add_argument("peers", nargs="*", metavar="NAME", help=f"of {', '.join(PEERS)}; all of them if none is named")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each (medians are told)")
-    parser.add_argument("--seconds", type=float, default=3.0, help="about how long a measurement of throughput lasts")
+    parser.add_argument("--seconds", type=float, default=5.0, help="about how long a measurement of throughput lasts")
     parser.add_argument("--install", action="store_true", help="only make the environments")
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     parser.add_argument("--svg", type=Path, help="draw the picture into this file")

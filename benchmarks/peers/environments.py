@@ -15,7 +15,26 @@ import msgspec
 
 HERE = Path(__file__).parent
 OURS = ("bare", "streamworker")
-PEERS = ("blitzq", "ardiq", "dramatiq", "taskiq", "docket", "saq", "streaq", "celery", "arq", "rq")
+PEERS = (
+    "blitzq", "chasquimq", "ardiq", "dramatiq", "taskiq", "docket", "saq", "streaq", "celery", "arq", "bullmq", "rq",
+)  # fmt: skip
+SAFETY = {
+    "ardiq": "acked after, not fenced",
+    "arq": "removed after, not fenced, deleted",
+    "bare": "acked after, not fenced, deleted",
+    "blitzq": "acked after, not fenced, deleted",
+    "bullmq": "removed after, fenced, deleted",
+    "celery": "acked before, not fenced, deleted",
+    "chasquimq": "acked after, not read whether fenced",
+    "docket": "acked after, not fenced, deleted",
+    "dramatiq": "acked after, not fenced, deleted",
+    "rq": "removed before, not fenced, deleted",
+    "saq": "removed after, not fenced, deleted",
+    "streamworker": "acked after, fenced, deleted",
+    "streaq": "acked after, not fenced, deleted",
+    "taskiq": "acked after, not fenced, kept until trimmed",
+}
+"""What a contestant does in this race with a job whose handler has ended; docs/comparison.md has the sources."""
 WANTED = "3.12"
 """The Python of all peers; two of them do not run on an older one."""
 _HEADER = re.compile(r"^# /// script\n((?:#.*\n)+?)# ///\n", re.MULTILINE)
