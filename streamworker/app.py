@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
 from time import monotonic
 from typing import Any, Final, TypeAlias, overload
 
@@ -42,6 +42,7 @@ from streamworker.postgres.waits import signal_data, signal_in_transaction
 from streamworker.producer import JobOptions, Producer, SealingSender, job_of, make_job, refuse_patched
 from streamworker.settings import FairWeight, Settings
 from streamworker.views.erasure import Erased, Erasure, person
+from streamworker.views.job_log import JobLogLine, LogFollower
 from streamworker.views.opened import opener_of
 from streamworker.wiring import AppConnection
 from streamworker.worker.executor import Middleware
@@ -383,6 +384,29 @@ class App(Handlers[S], Calendar):
             job = (queues[0] if len(queues) == 1 else None), job_id
             async for item in results.follow(reader, archive, job, after, live=follow):
                 yield item
+
+    async def job_log(
+        self, job_id: str, /, *, queue: str | None = None, follow: bool = False
+    ) -> AsyncGenerator[JobLogLine, None]:
+        """What a job's handler logs, each run apart, where workers keep it (docs/job-logs.md).
+
+        Args:
+            job_id: as `enqueue` returned it.
+            queue: where the job is, as for `result`.
+            follow: wait for more, until the job has ended.
+
+        Raises:
+            UsageError: as for `result`.
+            NoKey: the log is sealed, and this app has not the key.
+            Unreachable: a server does not answer.
+        """
+        broker, archive, queues = await self._seek(job_id, queue, "read logs")
+        async with broker.output(queues, job_id, log=True) as stored:
+            reader = self.opener.reader(stored, job_id, "log")
+            job = (queues[0] if len(queues) == 1 else None), job_id
+            async with aclosing(LogFollower(reader, archive, job).lines(live=follow)) as lines:
+                async for line in lines:
+                    yield line
 
     async def _seek(self, job_id: str, queue: str | None, what: str) -> tuple[WorkerBroker, Archive | None, list[str]]:
         """Where a job may be."""

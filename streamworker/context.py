@@ -26,6 +26,7 @@ from streamworker.postgres import (
     AsyncSource,
     BlockingSource,
     BlockingTransaction,
+    Cursor,
     Effect,
     Ledger,
     RunRecord,
@@ -35,9 +36,10 @@ from streamworker.postgres import (
     refusal,
     run_record,
 )
-from streamworker.results import Chunk, Emitter, Parents, packed
-from streamworker.telemetry.logs import get_logger
+from streamworker.results import Chunk, Emitter, LogKeeper, Parents, packed
+from streamworker.telemetry.logs import get_logger, reporting_logger, tapped_logger
 
+_LOGGER: Final = "streamworker.handler"
 MAX_NOTE: Final = 200
 """Characters of a note that are kept."""
 
@@ -57,6 +59,7 @@ class Shared(msgspec.Struct, Generic[S]):
     stopping: bool = False
     outputs: Emitter | None = None
     sealer: Sealer = PLAIN
+    logs: LogKeeper | None = None
 
 
 class RefusedTransaction(msgspec.Struct):
@@ -190,10 +193,14 @@ class Context(Generic[S_co]):
 
     @property
     def log(self) -> Any:
-        """A structlog logger bound to job id, kind, queue, worker, attempt, and trace id if the job has one."""
+        """A structlog logger bound to job id, kind, queue, worker, attempt, and trace id if the job has one.
+
+        Its lines are kept with the job, too, where STREAMWORKER_JOB_LOG says so (docs/job-logs.md).
+        """
         if self._log is None:
-            job, trace = self.job, trace_id(self._reading.headers)
-            self._log = get_logger("streamworker.handler").bind(
+            job, trace, keeper, name = self.job, trace_id(self._reading.headers), self._shared.logs, _LOGGER
+            taken = None if keeper is None else keeper.taker(self._claim, self._reading)
+            self._log = (get_logger(name) if taken is None else tapped_logger(taken, name)).bind(
                 job_id=job.id, kind=job.kind, queue=job.queue, worker_id=self.worker_id, attempt=self.attempt
             )
             if trace is not None and "trace_id" not in get_contextvars():  # a tracer knows better
@@ -513,50 +520,22 @@ class Context(Generic[S_co]):
         return run_record(self._claim, self._reading, kind=self._reading.kind or "", started=time())
 
 
-class Cursor:
-    """How far a long iteration has come, in the ledger: ``ctx.cursor``.
-
-    Args:
-        steps: of the run.
-    """
-
-    def __init__(self, steps: Steps) -> None:
-        self._steps = steps
-
-    async def read(self, default: Any = None, *, result: Any = None) -> Any:
-        """The cursor that this run or an earlier one of the job set last.
-
-        Args:
-            default: what is returned before one was set.
-            result: its type; without one: dicts, lists, texts, numbers.
-        """
-        return await self._steps.cursor(default, result)
-
-    async def set(self, value: Any, *, connection: Any = None) -> None:
-        """Record how far the iteration has come. Costs one statement.
-
-        Args:
-            value: 256 KiB of JSON at most.
-            connection: in a transaction of yours: the cursor and your rows commit together. As for `Context.complete`.
-        """
-        await self._steps.set_cursor(value, connection)
-
-    def read_blocking(self, default: Any = None, *, result: Any = None) -> Any:
-        """`read` for sync handlers."""
-        return self._steps.wait(self._steps.cursor(default, result))
-
-    def set_blocking(self, value: Any, *, connection: Any = None) -> None:
-        """`set` for sync handlers; the connection is one that blocks."""
-        self._steps.set_cursor_blocking(value, connection)
-
-
-class ProgressReport(msgspec.Struct, array_like=True):
+class ProgressReport(msgspec.Struct, array_like=True, tag="progress"):
     """Progress on its way from a handler's process to its worker."""
 
     number: int
     done: float
     total: float | None
     note: str
+
+
+class LogReport(msgspec.Struct, array_like=True, tag="log"):
+    """A line that a handler logs, on its way from its process to its worker, which writes and keeps it."""
+
+    number: int
+    level: str
+    event: str
+    values: dict[str, str]
 
 
 class ProcessContext(msgspec.Struct, frozen=True, kw_only=True):
@@ -594,7 +573,20 @@ class ProcessContext(msgspec.Struct, frozen=True, kw_only=True):
             UsageError: no numbers from 0 up.
         """
         check_progress(done, total)
-        report = ProgressReport(self.number, done, total, str(note)[:MAX_NOTE])
+        self._send(ProgressReport(self.number, done, total, str(note)[:MAX_NOTE]), within=0.0)
+
+    @property
+    def log(self) -> Any:
+        """A structlog logger: the worker writes what is logged, as it does for other handlers (`Context.log`).
+
+        A worker that is busy for a second misses lines.
+        """
+        return reporting_logger(self._report)
+
+    def _report(self, level: str, event: str, values: dict[str, str]) -> None:
+        self._send(LogReport(self.number, level, event, values), within=1.0)
+
+    def _send(self, report: ProgressReport | LogReport, *, within: float) -> None:
         with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
-            channel.setblocking(False)
+            channel.settimeout(within)
             channel.sendto(msgspec.msgpack.encode(report), self.address)

@@ -14,6 +14,7 @@ from typing import Any, Final, Literal, Protocol, TypeAlias, TypeVar, overload
 
 import msgspec
 
+from streamworker.codec import DocumentFields
 from streamworker.encryption import FIELD, Sealer, is_sealed
 from streamworker.errors import (
     InvalidJob,
@@ -263,6 +264,8 @@ LIFE: Final = 3600.0
 """Seconds for which an output can be read after its last chunk: readers come back after a deploy or a lost network."""
 BOUNDS: Final = (round(LIFE * 1000), MAX_CHUNKS, MAX_BYTES)
 """As the scripts take them."""
+MAX_LOG_BYTES: Final = 524_288
+"""Most bytes of a job's log in Redis."""
 _JSON: Final = 1
 """Code of the MessagePack extension that holds JSON."""
 
@@ -300,6 +303,7 @@ class OutputBatch(msgspec.Struct, frozen=True):
         offset: chunks that this run stored before: a batch that was stored already is not stored again.
         count: number of chunks.
         chunks: the chunks, as an array of MessagePack.
+        lines: of a log, which is kept beside the output, how many lines it keeps; 0: these are chunks of the output.
     """
 
     claim: Claim
@@ -308,6 +312,7 @@ class OutputBatch(msgspec.Struct, frozen=True):
     offset: int
     count: int
     chunks: bytes
+    lines: int = 0
 
 
 class OutputEntry(msgspec.Struct, frozen=True):
@@ -361,7 +366,7 @@ class Emitter(Protocol):
 
 
 class Outputs(Protocol):
-    """Outputs of jobs."""
+    """Outputs and logs of jobs."""
 
     async def emit(self, batches: Sequence[OutputBatch]) -> list[Settled | None]:
         """Append to outputs, each only if the claim still holds; safe to repeat.
@@ -370,12 +375,44 @@ class Outputs(Protocol):
             For each, in order: stored (``SETTLED``), ``LOST``, ``REFUSED`` for good, or ``None``: to be sent again.
         """
 
-    def output(self, queues: Sequence[str], job_id: str) -> AbstractAsyncContextManager[OutputReader]:
-        """Subscribe to the output of a job in one of the queues.
+    def output(
+        self, queues: Sequence[str], job_id: str, *, log: bool = False
+    ) -> AbstractAsyncContextManager[OutputReader]:
+        """Subscribe to the output of a job in one of the queues, or to its log.
 
         Raises:
             Unreachable: no server answers.
         """
+
+
+class LogLine(msgspec.Struct, frozen=True, array_like=True):
+    """A line of a job's log, as it is stored: a chunk of an output of its own.
+
+    Attributes:
+        at: epoch seconds.
+        level: debug, info, warning, error or critical.
+        text: cleaned, without passwords; of an exception several lines.
+        hop: of the run, as the ledger counts it.
+        deliveries: of the run, likewise.
+    """
+
+    at: float
+    level: str
+    text: str
+    hop: int = 0
+    deliveries: int = 1
+
+
+class LogKeeper(Protocol):
+    """Keeps what handlers log with their jobs."""
+
+    def taker(self, claim: Claim, reading: DocumentFields) -> Callable[[str, str], None]:
+        """Takes (level, text) of what the run of a claim logs, in any thread."""
+
+
+def log_bounds(lines: int) -> tuple[int, int, int]:
+    """Bounds of a log in Redis that keeps the last so many lines: whole batches are dropped, of as many at most."""
+    return round(LIFE * 1000), 2 * lines, MAX_LOG_BYTES
 
 
 def packed(chunk: Chunk) -> bytes:

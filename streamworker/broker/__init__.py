@@ -589,7 +589,7 @@ class Queues(Protocol):
         """Delete a document for good; False if it is not there any more, or a worker holds it."""
 
     async def forget_traces(self, queue: str, ids: Sequence[str]) -> dict[str, int]:
-        """Delete results, outputs and marks of jobs; returns how many of each there were."""
+        """Delete results, outputs, logs and marks of jobs; returns how many of each there were."""
 
     async def key_uses(self) -> list[KeyUse]:
         """The keys with which values are sealed, and how many. It reads everything in the namespace."""

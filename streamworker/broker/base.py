@@ -193,8 +193,10 @@ class RedisBroker(ABC, Generic[K, I]):
         with self._session.watched():
             return await emit(self._sender(), self._keys_by_place, batches, spread=self._session.address.spread)
 
-    def output(self, queues: Sequence[str], job_id: str) -> AbstractAsyncContextManager[OutputReader]:
-        return reading(self._session, self._subscriber, [self._key(queue) for queue in queues], job_id)
+    def output(
+        self, queues: Sequence[str], job_id: str, *, log: bool = False
+    ) -> AbstractAsyncContextManager[OutputReader]:
+        return reading(self._session, self._subscriber, [self._key(queue) for queue in queues], job_id, log=log)
 
     @abstractmethod
     def _sender(self) -> ClaimSettlement:

@@ -181,10 +181,11 @@ async def remove(session: OperatorSession, keys: QueueKeys, found: StoredDocumen
 
 
 async def forget_traces(session: OperatorSession, keys: QueueKeys, ids: Sequence[str]) -> dict[str, int]:
-    """Delete results, outputs and marks of jobs; returns how many of each there were."""
-    found = {"results": 0, "outputs": 0}
+    """Delete results, outputs, logs and marks of jobs; returns how many of each there were."""
+    found = {"results": 0, "outputs": 0, "logs": 0}
     for job_id in ids:
         found["results"] += await session.ask("UNLINK", keys.result(job_id))
         found["outputs"] += await session.ask("UNLINK", keys.output(job_id))
+        found["logs"] += await session.ask("UNLINK", keys.log(job_id))
         await session.ask("UNLINK", keys.ended(job_id), keys.held(job_id))
     return {name: count for name, count in found.items() if count}

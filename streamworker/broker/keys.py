@@ -214,6 +214,10 @@ class QueueKeys(msgspec.Struct, frozen=True):
         """Stream with the output of a job, see `append` in ``lua/prelude.lua``; and the channel of its positions."""
         return f"{self.base}:output:{job_id}"
 
+    def log(self, job_id: str) -> str:
+        """Stream with what the handler of a job logged, kept as an output is."""
+        return f"{self.base}:log:{job_id}"
+
     def key(self, name: str) -> str:
         """A deduplication key."""
         return f"{self.base}:key:{name}"

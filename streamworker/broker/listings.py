@@ -419,7 +419,7 @@ def _claim_named(claim: Claim) -> tuple[str | None, str | None]:
     return codec.job_id(reading, claim), reading.kind or None
 
 
-_OF_A_JOB: Final = re.compile(r"(.*\}:[a-z]+|.*?queue:.*:(?:claimed|result|output)):.*")
+_OF_A_JOB: Final = re.compile(r"(.*\}:[a-z]+|.*?queue:.*:(?:claimed|result|output|log)):.*")
 """Keys that a job, a worker or the like has for itself: they count together."""
 VALUES: Final = 200
 """Values of one page: documents may be large."""

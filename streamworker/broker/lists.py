@@ -27,7 +27,17 @@ from streamworker.broker.redis.cluster import ClusterReader
 from streamworker.broker.redis.connection import Reader
 from streamworker.broker.redis.reactions import Reaction, clustered, reaction_to, row_of, understood
 from streamworker.broker.redis.session import BLOCK, Session
-from streamworker.broker.settle import Code, dead_letter_fields, freed, kept_at, lines_of, note, parking, tell
+from streamworker.broker.settle import (
+    Code,
+    appended_to,
+    dead_letter_fields,
+    freed,
+    kept_at,
+    lines_of,
+    note,
+    parking,
+    tell,
+)
 from streamworker.broker.stream import forget_leases, tidy_pause
 from streamworker.errors import ConfigurationError, StreamworkerError, UsageError
 from streamworker.job import Claim, Depth
@@ -462,12 +472,13 @@ class ListSettlement:
 
     async def emit(self, keys: QueueKeys, batches: list[OutputBatch]) -> list[Code]:
         lists = as_lists(keys)
-        args: list[Any] = [*BOUNDS]
+        outputs, bounds = appended_to(keys, batches, BOUNDS)
+        args: list[Any] = [*bounds]
         for batch in batches:
             _, held = self._fence(batch.claim)
             args += (leased(batch.claim, self._worker), int(held != b""))
             args += (batch.attempt, batch.offset, batch.count, batch.chunks)
-        names = [lists.leases, lists.claimed(self._worker), *(lists.output(batch.job_id) for batch in batches)]
+        names = [lists.leases, lists.claimed(self._worker), *outputs]
         return list(await scripts.LIST_EMIT(self._client, names, args))
 
 

@@ -276,12 +276,35 @@ READ: Final = 100
 
 
 class RedisOutputReader(RedisResultWaiter):
-    """`OutputReader` of a job in one of some queues."""
+    """`OutputReader` of a job in one of some queues.
+
+    Args:
+        session: asks the server.
+        subscription: to all of the channels.
+        queues: where the job may be.
+        job_id: the job's id.
+        log: read its log.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        subscription: Subscription,
+        queues: Sequence[QueueKeys],
+        job_id: str,
+        *,
+        log: bool = False,
+    ) -> None:
+        super().__init__(session, subscription, queues, job_id)
+        self._log = log
+
+    def _name(self, keys: QueueKeys) -> str:
+        return keys.log(self._job_id) if self._log else keys.output(self._job_id)
 
     async def read(self, after: int) -> list[OutputEntry]:
         """Some of what is stored behind a position; empty if nothing is."""
         for keys in self._queues:
-            name = keys.output(self._job_id)
+            name = self._name(keys)
             rows = await self._session.ask("XRANGE", name, f"{after + 1}-0", "+", "COUNT", READ)
             entries = [entry for row in rows if (entry := entry_of(*row)) is not None]
             if entries:
@@ -295,20 +318,21 @@ class RedisOutputReader(RedisResultWaiter):
             channel, data = await self._subscription.get()
             if not data:
                 return "look"
-            ours = {keys.output(self._job_id).encode() for keys in self._queues}
+            ours = {self._name(keys).encode() for keys in self._queues}
             return "output" if channel in ours else "end"
         return "look"
 
 
 @asynccontextmanager
 async def reading(
-    session: Session, subscriber: Subscriber, queues: Sequence[QueueKeys], job_id: str
+    session: Session, subscriber: Subscriber, queues: Sequence[QueueKeys], job_id: str, *, log: bool
 ) -> AsyncIterator[RedisOutputReader]:
-    """Subscribe to the output of a job in one of the queues, and to its end.
+    """Subscribe to the output of a job in one of the queues, or to its log, and to its end.
 
     Raises:
         Unreachable: the server does not confirm the subscription.
     """
-    channels = [name for keys in queues for name in (keys.result(job_id), keys.output(job_id))]
+    told = [keys.log(job_id) if log else keys.output(job_id) for keys in queues]
+    channels = [*(keys.result(job_id) for keys in queues), *told]
     async with _confirmed(session, subscriber, channels) as subscription:
-        yield RedisOutputReader(session, subscription, queues, job_id)
+        yield RedisOutputReader(session, subscription, queues, job_id, log=log)

@@ -17,7 +17,7 @@ from streamworker.broker.keys import QueueKeys, due_member
 from streamworker.broker.redis.reactions import SILENT, Reaction, cure_of, reaction_to
 from streamworker.errors import InvalidJob, StreamworkerError
 from streamworker.job import Claim, Dead, Done, Drop, Expire, Park, ReleaseAt, RetryAt, Settled
-from streamworker.results import BOUNDS, OutputBatch
+from streamworker.results import BOUNDS, OutputBatch, log_bounds
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.broker")
@@ -149,11 +149,11 @@ async def emit(
         batches: what to append.
         spread: several nodes serve the queues.
     """
-    groups: dict[str, list[int]] = {}
+    groups: dict[tuple[str, int], list[int]] = {}
     for index, each in enumerate(batches):
-        groups.setdefault(each.claim.place, []).append(index)
+        groups.setdefault((each.claim.place, each.lines), []).append(index)
     answers: list[Settled | None] = [None] * len(batches)
-    for place, indexes in groups.items():
+    for (place, _), indexes in groups.items():
         for start in range(0, len(indexes), EMIT_BATCH):
             some = indexes[start : start + EMIT_BATCH]
             codes = await _sent(sender.emit, homes[place], [batches[index] for index in some], spread=spread)
@@ -242,11 +242,21 @@ class StreamSettlement:
         return list(await scripts.BURY(self._client, names, args))
 
     async def emit(self, keys: QueueKeys, batches: list[OutputBatch]) -> list[Code]:
-        args: list[Any] = [self._group, self._consumer, *BOUNDS]
+        outputs, bounds = appended_to(keys, batches, BOUNDS)
+        args: list[Any] = [self._group, self._consumer, *bounds]
         for batch in batches:
             args += (batch.claim.entry, batch.claim.count, batch.attempt, batch.offset, batch.count, batch.chunks)
-        names = [batches[0].claim.place, *(keys.output(batch.job_id) for batch in batches)]
+        names = [batches[0].claim.place, *outputs]
         return list(await scripts.EMIT(self._client, names, args))
+
+
+def appended_to(
+    keys: QueueKeys, batches: Sequence[OutputBatch], bounds: tuple[int, int, int]
+) -> tuple[list[str], tuple[int, int, int]]:
+    """(key of each batch, bounds): of outputs, or of logs; all batches are of the same."""
+    if lines := batches[0].lines:
+        return [keys.log(batch.job_id) for batch in batches], log_bounds(lines)
+    return [keys.output(batch.job_id) for batch in batches], bounds
 
 
 def lines_of(items: Sequence[SettleRequest]) -> list[Any]:

@@ -36,6 +36,7 @@ from streamworker.postgres import Archive, JobRecord, Status, StepRow, Wanted
 from streamworker.redact import clean_block, printable
 from streamworker.results import OutputItem
 from streamworker.settings import EMBEDDED, Settings
+from streamworker.views.job_log import log_text
 from streamworker.views.rows import JobRow, age, attempt_row, job_row, step_row
 
 jobs = App(name="jobs", help="Jobs in the ledger: every one that is durable, or has run.")
@@ -243,6 +244,47 @@ def output_(
                 else:
                     _print_chunk(item)
                 streams.flush()
+        return 0
+
+    return run(main, endless=True)
+
+
+@jobs.command
+def logs(
+    job_id: str,
+    /,
+    *,
+    queue: QueueName = None,
+    follow: bool = False,
+    json: bool = False,
+    flags: WorkerFlags = WORKER,
+) -> int:
+    """Print what a job's handler logged, each run apart, where workers keep it (STREAMWORKER_JOB_LOG).
+
+    Args:
+        job_id: The job's id.
+        queue: Its queue; needed where no ledger knows the job.
+        follow: Wait for more, until the job has ended.
+        json: One JSON object per line, for programs.
+    """
+    settings = flags.settings()
+
+    async def main() -> int:
+        from streamworker.app import App as StreamworkerApp  # noqa: PLC0415 - it imports all there is
+
+        app, run_of = StreamworkerApp[Any](settings=settings, encryption=encryption(settings)), None
+        async with app, aclosing(app.job_log(job_id, queue=queue, follow=follow)) as lines:
+            async for line in lines:
+                if json:
+                    print_json(msgspec.to_builtins(line))
+                else:
+                    if line.run != run_of:
+                        say(f"attempt {line.attempt}, hop {line.hop}, delivery {line.deliveries}")
+                    streams.write(log_text(line))
+                run_of = line.run
+                streams.flush()
+        if run_of is None:
+            say("nothing is kept of what this job logged: is STREAMWORKER_JOB_LOG set where workers run?")
         return 0
 
     return run(main, endless=True)

@@ -323,6 +323,63 @@ class ParentSource(Protocol):
         """The result of a coroutine, in a handler's thread."""
 
 
+class Cursor:
+    """How far a long iteration has come, in the ledger: ``ctx.cursor``.
+
+    Args:
+        steps: of the run.
+    """
+
+    def __init__(self, steps: Steps) -> None:
+        self._steps = steps
+
+    async def read(self, default: Any = None, *, result: Any = None) -> Any:
+        """The cursor that this run or an earlier one of the job set last.
+
+        Args:
+            default: what is returned before one was set.
+            result: its type; without one: dicts, lists, texts, numbers.
+        """
+        return await self._steps.cursor(default, result)
+
+    async def set(self, value: Any, *, connection: Any = None) -> None:
+        """Record how far the iteration has come. Costs one statement.
+
+        Args:
+            value: 256 KiB of JSON at most.
+            connection: in a transaction of yours: the cursor and your rows commit together. As for `Context.complete`.
+        """
+        await self._steps.set_cursor(value, connection)
+
+    def read_blocking(self, default: Any = None, *, result: Any = None) -> Any:
+        """`read` for sync handlers."""
+        return self._steps.wait(self._steps.cursor(default, result))
+
+    def set_blocking(self, value: Any, *, connection: Any = None) -> None:
+        """`set` for sync handlers; the connection is one that blocks."""
+        self._steps.set_cursor_blocking(value, connection)
+
+
+class KeptLog(msgspec.Struct, frozen=True):
+    """What the run of a job logged.
+
+    Attributes:
+        job_id: the job's id.
+        queue: its queue.
+        hop: of the run.
+        deliveries: of the run.
+        lines: JSON: an array of [epoch seconds, level, text]; or that sealed.
+        attempt: which attempt it was, from 1; only of what is read.
+    """
+
+    job_id: str
+    queue: str
+    hop: int
+    deliveries: int
+    lines: str
+    attempt: int = 1
+
+
 class Ledger(Protocol):
     """The ledger as one worker uses it. Every method raises `Unreachable` while no database answers."""
 
@@ -334,6 +391,9 @@ class Ledger(Protocol):
 
     async def park(self, runs: Sequence[RunRecord]) -> list[Stored]:
         """Let jobs wait whose runs have ended, or queue those for which the signal is there; answers in order."""
+
+    async def keep_logs(self, logs: Sequence[KeptLog]) -> None:
+        """Keep what runs that are recorded have logged."""
 
     async def running(self, runs: Sequence[RunRecord]) -> None:
         """Record that these jobs have been running for a while."""
@@ -629,6 +689,9 @@ class Archive(Protocol):
 
     async def key_uses(self) -> list[KeyUse]:
         """The keys with which values are sealed, and how many. It reads all rows."""
+
+    async def logs(self, queue: str, job_id: str) -> list[KeptLog]:
+        """What the runs of a job logged that have ended, in order."""
 
     async def steps(self, queue: str, job_id: str) -> list[StepRow]:
         """The steps that a job has recorded, in their order."""

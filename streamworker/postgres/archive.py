@@ -11,7 +11,7 @@ import msgspec
 from streamworker.encryption import FIELD
 from streamworker.errors import ConfigurationError, UsageError
 from streamworker.job import Enqueued, Job, KeyUse
-from streamworker.postgres import Attempt, AuditRow, JobRecord, StepRow, Wanted
+from streamworker.postgres import Attempt, AuditRow, JobRecord, KeptLog, StepRow, Wanted
 from streamworker.postgres.encoding import stored_id, within_python
 from streamworker.postgres.enqueue import NOW, find_waiting
 from streamworker.postgres.flow_graph import PostgresFlows
@@ -39,6 +39,11 @@ ATTEMPTS: Final = f"""
 select hop, deliveries, attempt, worker_id, {within_python("started_at")} as started_at,
   {within_python("finished_at")} as finished_at, outcome, error
 from streamworker.job_logs where job_id = $1 and queue_name in ($2, '') order by hop, deliveries"""  # noqa: S608
+
+LOGS: Final = """
+select job_id, queue_name as queue, hop, deliveries, lines::text, attempt
+from streamworker.job_logs where job_id = $1 and queue_name in ($2, '') and lines is not null
+order by hop, deliveries"""
 
 STEPS: Final = f"""
 select step.position, step.kind, step.name,
@@ -142,6 +147,7 @@ _SEALED_IN: Final = (
     ("job_signals.data", f"data->'{FIELD}'->>'key'"),
     ("jobs.last_error", rf"substring(last_error from '\[sealed ({_ID}) ')"),
     ("jobs.document", f"""substring(encode(document, 'escape') from '"key":"({_ID})","data"')"""),
+    ("job_logs.lines", f"lines->'{FIELD}'->>'key'"),
     ("job_logs.error", rf"substring(error from '\[sealed ({_ID}) ')"),
 )
 KEY_USES: Final = " union all ".join(
@@ -199,6 +205,11 @@ class PostgresArchive:
         with understood("reading a job's attempts"):
             rows = await self._database.fetch(ATTEMPTS, stored_id(job_id), queue)
         return [Attempt(**row) for row in rows]
+
+    async def logs(self, queue: str, job_id: str) -> list[KeptLog]:
+        with understood("reading the log of a job"):
+            rows = await self._database.fetch(LOGS, stored_id(job_id), queue)
+        return [KeptLog(**row) for row in rows]
 
     async def erase(self, queue: str, ids: Sequence[str]) -> dict[str, int]:
         with understood("erasing jobs"):
@@ -360,7 +371,10 @@ select to_regclass('streamworker.jobs') is not null as any, exists (
   select from pg_attribute
   where attrelid = to_regclass('streamworker.job_keys') and attname = 'held' and not attisdropped
 ) and to_regclass('streamworker.job_signals') is not null
-  and to_regclass('streamworker.flow_checks') is not null as all, current_setting('server_encoding') as encoding"""
+  and to_regclass('streamworker.flow_checks') is not null and exists (
+    select from pg_attribute
+    where attrelid = to_regclass('streamworker.job_logs') and attname = 'lines' and not attisdropped
+  ) as all, current_setting('server_encoding') as encoding"""
 
 
 @overload

@@ -6,7 +6,7 @@ import random
 from collections.abc import Collection, Sequence
 from typing import Any, Final
 
-from streamworker.postgres import JobKey, Known, RunRecord, StepHost, Stored
+from streamworker.postgres import JobKey, KeptLog, Known, RunRecord, StepHost, Stored
 from streamworker.postgres.adapters import PoolTransaction, transaction_of
 from streamworker.postgres.encoding import SEPARATOR, separable, stored_id, within_python
 from streamworker.postgres.flow_graph import NodeParents
@@ -30,6 +30,14 @@ LOOKUP: Final = LOOKUP_ARRAY.replace("$1::text[]", "string_to_array($1::text, e'
 
 QUEUES: Final = """
 insert into streamworker.job_queues (name) select unnest($1::text[]) on conflict (name) do nothing"""
+
+
+KEEP_LOGS: Final = """
+update streamworker.job_logs as log set lines = item.lines::json
+from unnest($1::text[], $2::text[], $3::bigint[], $4::int[], $5::text[])
+  as item (job_id, queue_name, hop, deliveries, lines)
+where log.job_id = item.job_id and log.queue_name = item.queue_name and log.hop = item.hop
+  and log.deliveries = item.deliveries"""
 
 
 class PostgresLedger:
@@ -99,6 +107,11 @@ class PostgresLedger:
 
     async def park(self, runs: Sequence[RunRecord]) -> list[Stored]:
         return await park(self._database, runs, self._worker_id)
+
+    async def keep_logs(self, logs: Sequence[KeptLog]) -> None:
+        columns = ([getattr(each, name) for each in logs] for name in ("queue", "hop", "deliveries", "lines"))
+        with understood("keeping the logs of jobs"):
+            await self._database.fetch(KEEP_LOGS, [stored_id(each.job_id) for each in logs], *columns)
 
     async def running(self, runs: Sequence[RunRecord]) -> None:
         await self._recording.running(runs)

@@ -52,6 +52,7 @@ RecordHistory: TypeAlias = Literal["on", "off"]
 Loop: TypeAlias = Literal["auto", "uvloop", "asyncio"]
 LogLevel: TypeAlias = Literal["debug", "info", "warning", "error", "critical"]
 LogFormat: TypeAlias = Literal["console", "json"]
+JobLog: TypeAlias = Literal["off", "ctx", "all"]
 
 # These two are read without the prefix as well: platforms that run containers set them so.
 _PLAIN = ("REDIS_URL", "DATABASE_URL")
@@ -131,6 +132,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     http: Annotated[Address | None, http_address()] = None
     log_level: Annotated[LogLevel, one_of(get_args(LogLevel))] = "info"
     log_format: Annotated[LogFormat, one_of(get_args(LogFormat))] = "json"
+    job_log: Annotated[JobLog, one_of(get_args(JobLog))] = "off"
+    job_log_lines: Annotated[int, integer(1, 10_000)] = 200
 
     sources: tuple[tuple[str, str], ...] = ()
     warnings: tuple[str, ...] = ()

@@ -16,6 +16,7 @@ import stat
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, Final, Literal, NamedTuple, Protocol, TextIO, TypeAlias, cast
 
 from streamworker.redact import text_of
@@ -24,6 +25,7 @@ if sys.platform != "win32":
     import fcntl
 
 Format: TypeAlias = Literal["console", "json"]
+Take: TypeAlias = Callable[[str, str], None]
 _TURN: Final = 5.0
 """Seconds to wait for the other processes that write to the same pipe."""
 _TURN_LOST: Final = 60.0
@@ -141,6 +143,7 @@ class _Pipeline(NamedTuple):
     sink: _Sink
     processors: list[Any]
     wrapper: type
+    level: int
 
 
 class _Prepared(logging.Handler):
@@ -178,10 +181,11 @@ if sys.platform != "win32":
 class _Logger:
     """Finds its configuration at the first event after `configure`, so that a module may hold one from import on."""
 
-    __slots__ = ("_bound", "_bound_to", "_values")
+    __slots__ = ("_bound", "_bound_to", "_take", "_values")
 
-    def __init__(self, values: dict[str, Any]) -> None:
+    def __init__(self, values: dict[str, Any], take: Take | None = None) -> None:
         self._values = values
+        self._take = take
         self._bound: Any = None
         self._bound_to: _Pipeline | None = None
 
@@ -190,10 +194,13 @@ class _Logger:
 
         if _pipeline is None:
             if _prepared is None:
-                return processors.foreign_logger(self._values)
+                return processors.foreign_logger(self._values, self._take)
             configure(*_prepared.wanted)
         if self._bound_to is not _pipeline:
-            self._bound = processors.logger_of(*cast("_Pipeline", _pipeline), self._values)
+            sink, chain, wrapper, level = cast("_Pipeline", _pipeline)
+            if self._take is not None:
+                chain, wrapper = processors.tapped(chain, self._take, level)
+            self._bound = processors.logger_of(sink, chain, wrapper, self._values)
             self._bound_to = _pipeline
         return self._bound
 
@@ -214,6 +221,24 @@ def get_logger(name: str = "streamworker", **values: Any) -> Logger:
         values: bound to every event.
     """
     return cast("Logger", _Logger({"logger": name, **values}))
+
+
+def tapped_logger(take: Take, name: str, **values: Any) -> Logger:
+    """A logger as `get_logger` returns it. ``take`` gets its lines, too, from info up, whatever the log's level is.
+
+    Args:
+        take: called with the level and the line's text, cleaned, in the thread that logs.
+        name: shown as ``logger``.
+        values: bound to every event.
+    """
+    return cast("Logger", _Logger({"logger": name, **values}, take))
+
+
+def reporting_logger(report: Callable[[str, str, dict[str, str]], None]) -> Any:
+    """A structlog logger that writes nothing: ``report`` gets level, event and values of each line, cleaned."""
+    from streamworker.telemetry import processors  # noqa: PLC0415 - it imports structlog
+
+    return processors.reporting_logger(report)
 
 
 def configure(level: str = "info", format: Format = "json", stream: TextIO | None = None) -> None:  # noqa: A002
@@ -238,7 +263,7 @@ def configure(level: str = "info", format: Format = "json", stream: TextIO | Non
     handler = _SinkHandler(sink)
     chain, wrapper = processors.configure(sink, number, format, stream, handler)
     _route_standard_library(handler, number)
-    _pipeline, _prepared = _Pipeline(sink, chain, wrapper), None
+    _pipeline, _prepared = _Pipeline(sink, chain, wrapper, number), None
 
 
 def prepare(level: str, format: Format) -> None:  # noqa: A002

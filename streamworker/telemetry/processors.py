@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Final, TextIO, cast
 
 import orjson
@@ -19,6 +21,7 @@ from structlog.typing import EventDict, FilteringBoundLogger, Processor, Wrapped
 
 from streamworker.redact import MAX_CHARS, clean_block, clean_json, cut, cut_lines, describe, printable, redact, text_of
 
+Take = Callable[[str, str], None]
 _REFUSED_KEYS = frozenset({"payload", "body", "bodies", "password", "passwd", "secret", "authorization"})
 _REFUSED = "[not logged]"
 _MAX_DEPTH = 12  # the frames of an exception in a group in a group need all of it
@@ -105,16 +108,106 @@ def logger_of(sink: Any, processors: list[Processor], wrapper: type[Any], values
     return structlog.wrap_logger(sink, processors, wrapper, dict).bind(**values)
 
 
-def foreign_logger(values: dict[str, Any]) -> Any:
+def foreign_logger(values: dict[str, Any], take: Take | None = None) -> Any:
     """The logger of a program that configured none of ours: structlog's if that is configured, else `logging`'s."""
     if structlog.is_configured():
-        return structlog.get_logger().bind(**values)
+        if take is None:
+            return structlog.get_logger().bind(**values)
+        theirs = structlog.get_config()["processors"]
+        return structlog.wrap_logger(None, [_tap(take, logging.DEBUG), *theirs]).bind(**values)
     return structlog.wrap_logger(
         logging.getLogger("streamworker"),
-        processors=[structlog.stdlib.filter_by_level, clean, _to_standard_library],
+        processors=[
+            *([] if take is None else [_tap(take, logging.INFO)]),
+            structlog.stdlib.filter_by_level,
+            clean,
+            _to_standard_library,
+        ],
         wrapper_class=structlog.stdlib.BoundLogger,
         context_class=dict,
     ).bind(**{key: value for key, value in values.items() if key != "logger"})
+
+
+MOST_LINE: Final = 8000
+"""Characters of a line that is kept with a job; an exception has many lines in it."""
+_OF_THE_JOB: Final = frozenset({"logger", "job_id", "kind", "queue", "worker_id", "attempt", "trace_id"})
+"""Names that say whose line it is, which its reader knows."""
+
+
+def tapped(processors: list[Processor], take: Take, level: int) -> tuple[list[Processor], type[Any]]:
+    """Processors and wrapper of a logger of which ``take`` gets the lines from info up, whatever the log's level is."""
+
+    def from_level(_logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+        if _number(method) < level:
+            raise structlog.DropEvent
+        return event
+
+    least = min(level, logging.INFO)
+    return [_tap(take, least), from_level, *processors], structlog.make_filtering_bound_logger(least)
+
+
+def _number(method: str) -> int:
+    return logging.getLevelNamesMapping().get(method.upper(), logging.ERROR)
+
+
+def _tap(take: Take, least: int) -> Processor:
+    def tap(_logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+        with suppress(Exception):  # it must not keep the line from the log
+            if _number(method) >= least:
+                take(method, line_of(event))
+        return event
+
+    return tap
+
+
+def line_of(event: EventDict) -> str:
+    """An event as a text for people: its name, its values, and under them an exception; cleaned as a log line is."""
+    cleaned = clean(None, "", _rendered(structlog.contextvars.merge_contextvars(None, "", dict(event))))
+    words = [_word(cleaned.pop("event", ""))]
+    words += [f"{key}={_word(each)}" for key, each in cleaned.items() if key not in _OF_THE_JOB and key not in _BLOCKS]
+    blocks = [clean_block(text_of(cleaned[name])) for name in _BLOCKS if name in cleaned]
+    return cut_lines("\n".join([" ".join(words), *blocks]), MOST_LINE)
+
+
+def _rendered(event: EventDict) -> EventDict:
+    """An event with its exception, and its ``%`` arguments, as text."""
+    if args := event.pop("positional_args", ()):
+        with suppress(TypeError, ValueError, KeyError):
+            event["event"] = event["event"] % args
+    exc_info = event.pop("exc_info", None)
+    if exc_info:
+        raised = exc_info if isinstance(exc_info, BaseException) else None
+        told = (type(raised), raised, raised.__traceback__) if raised is not None else exc_info
+        told = told if isinstance(told, tuple) else sys.exc_info()
+        if told[1] is not None:
+            event["exception"] = _safely(_formatted)(told)
+    return event
+
+
+def reporting_logger(report: Callable[[str, str, dict[str, str]], None]) -> Any:
+    """`streamworker.telemetry.logs.reporting_logger`."""
+
+    def told(_logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+        with suppress(Exception):  # it must not reach the code that logs
+            cleaned = clean(None, "", _rendered(event))
+            text = _word(cleaned.pop("event", ""))
+            report(method, text, {key: cut_lines(text_of(each), MOST_LINE) for key, each in cleaned.items()})
+        raise structlog.DropEvent
+
+    return structlog.wrap_logger(None, [told], structlog.make_filtering_bound_logger(0), dict)
+
+
+def text_of_record(record: logging.LogRecord) -> str:
+    """A record of the standard library as `line_of` writes an event."""
+    text = text_of(record, how=lambda each: cast("logging.LogRecord", each).getMessage())
+    event: EventDict = {"event": text, "logger_name": record.name}
+    if record.exc_info:
+        event["exc_info"] = record.exc_info
+    return line_of(event)
+
+
+def _word(value: Any) -> str:
+    return printable(value if type(value) is str else text_of(value, how=repr))
 
 
 def _wants_colors(stream: TextIO) -> bool:

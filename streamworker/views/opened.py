@@ -9,9 +9,9 @@ import msgspec
 
 from streamworker import codec, results
 from streamworker.broker import Operator, Page, PendingEntry, StoredJob
-from streamworker.encryption import Keys, sealed_in
+from streamworker.encryption import Keys, Purpose, sealed_in
 from streamworker.errors import InvalidJob, NoKey
-from streamworker.postgres import Archive, Attempt, JobRecord, StepRow, Wanted
+from streamworker.postgres import Archive, Attempt, JobRecord, KeptLog, StepRow, Wanted
 from streamworker.results import OutputEntry, OutputReader, ResultWaiter
 
 KindsOf = Callable[[str], Sequence[str]]
@@ -30,8 +30,8 @@ class Opener(Protocol):
     def waiter(self, waiter: ResultWaiter, job_id: str) -> ResultWaiter:
         """The end of a job, opened."""
 
-    def reader(self, reader: OutputReader, job_id: str) -> OutputReader:
-        """The output of a job, opened."""
+    def reader(self, reader: OutputReader, job_id: str, purpose: Purpose = "output") -> OutputReader:
+        """The output of a job, or its log, opened."""
 
 
 class PlainOpener:
@@ -46,7 +46,7 @@ class PlainOpener:
     def waiter(self, waiter: ResultWaiter, job_id: str) -> ResultWaiter:  # noqa: ARG002
         return waiter
 
-    def reader(self, reader: OutputReader, job_id: str) -> OutputReader:  # noqa: ARG002
+    def reader(self, reader: OutputReader, job_id: str, purpose: Purpose = "output") -> OutputReader:  # noqa: ARG002
         return reader
 
     def document(self, body: bytes | None) -> bytes | None:
@@ -74,8 +74,8 @@ class KeyOpener:
     def waiter(self, waiter: ResultWaiter, job_id: str) -> ResultWaiter:
         return OpenedWaiter(waiter, self.keys, job_id)
 
-    def reader(self, reader: OutputReader, job_id: str) -> OutputReader:
-        return OpenedReader(reader, self.keys, job_id)
+    def reader(self, reader: OutputReader, job_id: str, purpose: Purpose = "output") -> OutputReader:
+        return OpenedReader(reader, self.keys, job_id, purpose)
 
     def payload(self, payload: msgspec.Raw, job_id: str, kind: str) -> msgspec.Raw:
         """A payload's JSON text; the payload as it is if it does not open."""
@@ -161,6 +161,14 @@ class OpenedArchive:
             for each in await self._archive.steps(queue, job_id)
         ]
 
+    async def logs(self, queue: str, job_id: str) -> list[KeptLog]:
+        """What the runs of a job logged, opened."""
+        keys = self._opener.keys
+        return [
+            msgspec.structs.replace(each, lines=keys.opened_json("log", job_id, each.lines))
+            for each in await self._archive.logs(queue, job_id)
+        ]
+
     async def signal(self, job_id: str, name: str, data: str | None, queue: str | None) -> bool:
         """Send a signal, its data sealed."""
         sealed = None if data is None else self._opener.keys.sealed_json("step", job_id, data)
@@ -242,13 +250,14 @@ class OpenedWaiter:
 class OpenedReader(OpenedWaiter):
     """An `OutputReader` whose chunks and notes are opened."""
 
-    def __init__(self, reader: OutputReader, keys: Keys, job_id: str) -> None:
+    def __init__(self, reader: OutputReader, keys: Keys, job_id: str, purpose: Purpose) -> None:
         super().__init__(reader, keys, job_id)
         self._reader = reader
+        self._purpose: Purpose = purpose
 
     async def read(self, after: int) -> list[OutputEntry]:
         return [
-            msgspec.structs.replace(entry, chunks=self._keys.opened_bytes("output", self._job_id, entry.chunks))
+            msgspec.structs.replace(entry, chunks=self._keys.opened_bytes(self._purpose, self._job_id, entry.chunks))
             for entry in await self._reader.read(after)
         ]
 

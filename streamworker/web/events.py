@@ -18,6 +18,7 @@ from streamworker.errors import StreamworkerError, UsageError
 from streamworker.redact import clean_block
 from streamworker.results import OutputItem
 from streamworker.settings import Settings
+from streamworker.views.job_log import log_text
 
 HEARTBEAT: Final = 15.0
 """Seconds after which a silent stream says that it is there: proxies cut what they take for dead."""
@@ -61,16 +62,57 @@ async def shown_events(
         job_id: the job's id.
         queue: where the job is.
     """
-    told = request.headers.get("last-event-id", "0")
-    after = int(told) if told.isascii() and told.isdigit() and len(told) <= 16 else 0
+    after = _last_event(request)
 
     async def texts() -> AsyncGenerator[OutputItem, None]:
         async with app.entered(settings, None), aclosing(app.output(job_id, after=after, queue=queue)) as items:
             async for item in items:
                 yield msgspec.structs.replace(item, chunk=_shown(item.chunk))
 
+    async for event in _or_trouble(texts()):
+        yield event
+
+
+async def shown_log(
+    app: App[Any], settings: Settings, request: Request, job_id: str, *, queue: str | None = None
+) -> AsyncIterator[bytes]:
+    """A job's log as the dashboard shows it, to the end of the job: events as of `shown_events`, a line each.
+
+    Args:
+        app: opened here, until the stream ends.
+        settings: where its server is.
+        request: its header ``Last-Event-ID`` says how many lines the browser has.
+        job_id: the job's id.
+        queue: where the job is.
+    """
+    after = _last_event(request)
+
+    async def texts() -> AsyncGenerator[OutputItem, None]:
+        number, run = 0, None
+        async with (
+            app.entered(settings, None),
+            aclosing(app.job_log(job_id, queue=queue, follow=True)) as lines,
+        ):
+            async for line in lines:
+                head = (
+                    "" if line.run == run else f"attempt {line.attempt}, hop {line.hop}, delivery {line.deliveries}\n"
+                )
+                number, run = number + 1, line.run
+                if number > after:
+                    yield OutputItem(number, 1, line.attempt, head + log_text(line))
+
+    async for event in _or_trouble(texts()):
+        yield event
+
+
+def _last_event(request: Request) -> int:
+    told = request.headers.get("last-event-id", "0")
+    return int(told) if told.isascii() and told.isdigit() and len(told) <= 16 else 0
+
+
+async def _or_trouble(items: AsyncGenerator[OutputItem, None]) -> AsyncIterator[bytes]:
     try:
-        async for event in _events(texts()):
+        async for event in _events(items):
             yield event
     except StreamworkerError as error:
         yield b"event: trouble\ndata: %b\n\n" % msgspec.json.encode({"message": str(error)})

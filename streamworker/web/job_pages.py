@@ -17,7 +17,7 @@ from streamworker.redact import printable
 from streamworker.telemetry.logs import get_logger
 from streamworker.views.listing import BUDGET, DEAD, DELAYED, PENDING, JobListing, Selection
 from streamworker.views.rows import attempt_row, dead_row, document_facts, job_row, step_row
-from streamworker.web.events import shown_events
+from streamworker.web.events import shown_events, shown_log
 from streamworker.web.forms import Form, query
 from streamworker.web.pages import names, pending_token, stored_token
 from streamworker.web.render import access_of, client, is_operator, monitor_of, render, who
@@ -60,6 +60,16 @@ async def output(request: Request) -> Response:
     wanted, queue = form.must("id"), form.queue()
     log.info("dashboard_output_shown", who=who(request), client=client(request), queue=queue, job_id=wanted)
     events = shown_events(state.app, state.settings, request, wanted, queue=queue)
+    return StreamingResponse(events, media_type="text/event-stream", headers={"x-accel-buffering": "no"})
+
+
+async def log_(request: Request) -> Response:
+    """What the handler of one job logs, as it comes. The log says who looked."""
+    _require_payloads(request)
+    form, state = query(request), request.app.state
+    wanted, queue = form.must("id"), form.queue()
+    log.info("dashboard_job_log_shown", who=who(request), client=client(request), queue=queue, job_id=wanted)
+    events = shown_log(state.app, state.settings, request, wanted, queue=queue)
     return StreamingResponse(events, media_type="text/event-stream", headers={"x-accel-buffering": "no"})
 
 

@@ -72,6 +72,7 @@ class Site:
             Route("/show", job_pages.show, name="show"),
             Route("/payload", job_pages.payload, name="payload"),
             Route("/output", job_pages.output, name="output"),
+            Route("/log", job_pages.log_, name="log"),
             Route("/events", pages.events, name="events"),
             Route("/history", pages.history, name="history"),
             Route("/do/{what}", actions.do, name="do", methods=["POST"]),

@@ -40,6 +40,7 @@ from streamworker.worker.health import Health, Inherited
 from streamworker.worker.history_recorder import recorder_of
 from streamworker.worker.host import WorkerHost
 from streamworker.worker.inflight import InFlight, LeasedSet
+from streamworker.worker.job_logs import LogBuffer
 from streamworker.worker.lease import LeaseKeeper, heartbeat, longest_silence
 from streamworker.worker.metrics import MetricsEndpoint
 from streamworker.worker.observers import dispatch_to
@@ -438,9 +439,15 @@ class QueueWorker:
         services = await self._enter_services(stack)
         outputs = OutputBuffer(self._stages.outputs(self._broker))
         stack.push_async_callback(outputs.close)
+        logs = None
+        if settings.job_log != "off":
+            logs = LogBuffer(
+                self._stages.outputs(self._broker), settings.job_log_lines, self._stages.sealer, resources.ledger
+            )
+            stack.push_async_callback(logs.close)
         self._shared = Shared(
             self.worker_id, services, resources.redis, resources.database, resources.ledger, outputs=outputs,
-            sealer=self._stages.sealer,
+            sealer=self._stages.sealer, logs=logs,
         )  # fmt: skip
         self._promoter = DelayedPromoter(self._broker, self._stopping)
         observers = dispatch_to((*app.observers, *self._health.observers), self.worker_id)
@@ -451,11 +458,14 @@ class QueueWorker:
         )  # fmt: skip
         self._pipeline = Pipeline(
             app, settings, resources, self._executor, self._promoter, observers,
-            outputs=outputs, stages=self._stages, stopping=self._stopping, burst=self._burst, stuck=self._stuck,
+            buffers=(outputs,) if logs is None else (outputs, logs), stages=self._stages,
+            stopping=self._stopping, burst=self._burst, stuck=self._stuck,
             refused=self._refused,
         )  # fmt: skip
         self._in_flight = self._pipeline.in_flight
         self._history = recorder_of(self._pipeline.tallies, resources, self._queues[0])
+        if logs is not None and settings.job_log == "all":
+            stack.enter_context(logs.listening(self._in_flight))
         held = LeasedSet(self._in_flight, self._pipeline.permits)
         longest = longest_silence(app.handlers.registrations, settings.grace)
         self._lease = LeaseKeeper(self._broker, lease=settings.lease, held=held, report=self._report, longest=longest)

@@ -30,7 +30,7 @@ import anyio
 import anyio.to_process
 import msgspec
 
-from streamworker.context import Context, ProcessContext, ProgressReport
+from streamworker.context import Context, LogReport, ProcessContext, ProgressReport
 from streamworker.errors import ProcessDied
 from streamworker.handlers import Registration
 from streamworker.redact import describe
@@ -185,8 +185,13 @@ class HandlerError(Exception):
     """An error that cannot be sent from the handler's process, as text: ``Type: message``."""
 
 
+LEVELS: Final = frozenset({"debug", "info", "warning", "error", "critical"})
+MOST_REPORT: Final = 131_072
+"""Bytes of the largest report."""
+
+
 class ProgressReports:
-    """Receives the progress that handlers report in processes, by datagrams of a Unix socket."""
+    """Receives what handlers report and log in processes, by datagrams of a Unix socket."""
 
     def __init__(self) -> None:
         self._contexts: dict[int, Context[Any]] = {}
@@ -230,15 +235,21 @@ class ProgressReports:
     def _receive(self) -> None:
         while self._socket is not None:
             try:
-                message = self._socket.recv(8192)
+                message = self._socket.recv(MOST_REPORT)
             except BlockingIOError:
                 return
             try:
-                report = msgspec.msgpack.decode(message, type=ProgressReport)
+                report = msgspec.msgpack.decode(message, type=ProgressReport | LogReport)
             except msgspec.MsgspecError:
                 continue  # no process of ours wrote it
-            if (context := self._contexts.get(report.number)) is not None:
+            if (context := self._contexts.get(report.number)) is None:
+                continue
+            if isinstance(report, ProgressReport):
                 context.progress(report.done, report.total, report.note)
+            elif report.level in LEVELS:
+                getattr(context.log, report.level)(
+                    report.event, **{k: v for k, v in report.values.items() if k != "event"}
+                )
 
 
 def ready(function: Callable[..., Any]) -> None:

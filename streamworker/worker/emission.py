@@ -41,10 +41,12 @@ class RunOutput:
         attempt: from 1.
     """
 
-    __slots__ = ("_attempt", "_job_id", "_offset", "_pieces", "_sent", "claim", "over", "size")
+    __slots__ = ("_attempt", "_offset", "_pieces", "_sent", "claim", "job_id", "over", "size")
+    lines: int = 0
+    """How many lines are kept of a log; 0: it is an output."""
 
     def __init__(self, claim: Claim, job_id: str, attempt: int) -> None:
-        self.claim, self._job_id, self._attempt = claim, job_id, attempt
+        self.claim, self.job_id, self._attempt = claim, job_id, attempt
         self._pieces: list[bytes] = []
         self._sent: OutputBatch | None = None
         self._offset = 0
@@ -76,7 +78,9 @@ class RunOutput:
                 if size >= BATCH_BYTES:
                     break
             chunks = b"\xdc" + count.to_bytes(2, "big") + b"".join(self._pieces[:count])
-            self._sent = OutputBatch(self.claim, self._job_id, self._attempt, self._offset, count, chunks)
+            self._sent = OutputBatch(
+                self.claim, self.job_id, self._attempt, self._offset, count, chunks, lines=self.lines
+            )
             del self._pieces[:count]
             self.size -= size
         return self._sent
@@ -103,6 +107,7 @@ class OutputBuffer:
 
     def __init__(self, outputs: Outputs) -> None:
         self._outputs = outputs
+        self._gather = GATHER
         self.runs: Final[dict[tuple[str, bytes], RunOutput]] = {}
         """Runs that have emitted and are not settled, by place and entry of their claims."""
         self._unsent: dict[RunOutput, None] = {}
@@ -167,7 +172,7 @@ class OutputBuffer:
         """Send until all is sent."""
         pause = Pause(longest=5.0)
         while self._unsent and not self._closed.is_set():
-            await anyio.sleep(GATHER)
+            await anyio.sleep(self._gather)
             try:
                 await self.flush()
             except Exception as error:  # noqa: BLE001 - a main loop never crashes; the batches are sent again

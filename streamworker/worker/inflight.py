@@ -105,6 +105,10 @@ class InFlight(Collection[Claim]):
         run = self._runs.get((claim.place, claim.entry))
         return run if run is not None and run.claim == claim else None
 
+    def of_job(self, entry: bytes) -> Execution | None:
+        """The run whose claim has this entry, compared by identity: `job_task.JOB` is it. Threads may ask."""
+        return next((run for run in list(self._runs.values()) if run.claim.entry is entry), None)
+
     def ended(self, queue: str) -> int:
         """How many runs of a queue have their outcome and only wait to be settled."""
         return sum(run.outcome is not None and run.claim.queue == queue for run in self._runs.values())

@@ -8,7 +8,7 @@ only in workers with a ledger; within `Admission`, `LimitGate` and `Batcher` onl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import anyio
@@ -23,6 +23,7 @@ from streamworker.worker.fetcher import Fetcher
 from streamworker.worker.history_recorder import RunTallies
 from streamworker.worker.host import WorkerHost, WorkerResources
 from streamworker.worker.inflight import InFlight, Permits
+from streamworker.worker.job_logs import LogBuffer
 from streamworker.worker.lookup import LedgerLookup, RunningMarker
 from streamworker.worker.observers import ObserverDispatch
 from streamworker.worker.recorder import Recorder, WorkerLedger
@@ -45,7 +46,7 @@ class Pipeline:
         executor: prepares and calls jobs.
         promoter: told when a job of this worker is due again.
         observers: called about every job, if there are any.
-        outputs: what handlers emit; sent before their jobs are settled.
+        buffers: what handlers emit, and what they log if that is kept; sent before their jobs are settled.
         stages: makes those that differ with encryption.
         stopping: set when nothing more is to be claimed.
         burst: set ``stopping`` when nothing is ready any more.
@@ -62,7 +63,7 @@ class Pipeline:
         promoter: DelayedPromoter,
         observers: ObserverDispatch | None,
         *,
-        outputs: OutputBuffer,
+        buffers: Sequence[OutputBuffer],
         stages: Stages,
         stopping: anyio.Event,
         burst: bool,
@@ -75,9 +76,9 @@ class Pipeline:
         permits = Permits(broker) if any(each.quota is not None for each in app.handlers.registrations) else None
 
         settler = Settler(
-            broker, in_flight, parked=promoter.parked, observers=observers, outputs=outputs, tallies=tallies
+            broker, in_flight, parked=promoter.parked, observers=observers, buffers=buffers, tallies=tallies
         )
-        recorder = Recorder(record, settler, in_flight) if record is not None else None
+        recorder = Recorder(record, settler, in_flight, logs=_logs(buffers)) if record is not None else None
         how: dict[str, Any] = {"permits": permits, "observers": observers, "timed": tallies is not None}
         completion = stages.completion(in_flight, recorder or settler, **how)
         tasks = JobTasks(concurrency, executor, completion, stuck=stuck, grace=settings.grace)
@@ -153,3 +154,7 @@ def _record(resources: WorkerResources) -> WorkerLedger | None:
     if resources.ledger is None or resources.dispatcher is None:
         return None
     return WorkerLedger(resources.ledger, resources.dispatcher)
+
+
+def _logs(buffers: Sequence[OutputBuffer]) -> LogBuffer | None:
+    return next((each for each in buffers if isinstance(each, LogBuffer)), None)

@@ -52,6 +52,7 @@ from streamworker.redact import describe
 from streamworker.relay import Dispatcher
 from streamworker.telemetry.logs import get_logger
 from streamworker.worker.inflight import InFlight
+from streamworker.worker.job_logs import LogBuffer
 from streamworker.worker.settler import Settler, finished, in_order, judged
 
 log = get_logger("streamworker.worker")
@@ -192,9 +193,13 @@ class Recorder:
         record: where they are recorded.
         settler: the next stage.
         in_flight: what this worker holds.
+        logs: what its handlers log, if it is kept.
     """
 
-    def __init__(self, record: WorkerLedger, settler: Settler, in_flight: InFlight) -> None:
+    def __init__(
+        self, record: WorkerLedger, settler: Settler, in_flight: InFlight, *, logs: LogBuffer | None = None
+    ) -> None:
+        self._logs = logs
         self._ledger = record.ledger
         self._settler = settler
         self._in_flight = in_flight
@@ -297,10 +302,16 @@ class Recorder:
                 endings.append(ending)
                 records.append(record)
         if records:
-            doubtful += self._answered(runs, endings, await self._ledger.record(records))
+            answers = await self._ledger.record(records)
+            if self._logs is not None:
+                await self._logs.keep(records, runs, answers)
+            doubtful += self._answered(runs, endings, answers)
         if parked:
             runs, endings, records = (list(each) for each in zip(*parked, strict=True))
-            doubtful += self._answered(runs, endings, await self._ledger.park(records))
+            answers = await self._ledger.park(records)
+            if self._logs is not None:
+                await self._logs.keep(records, runs, answers)
+            doubtful += self._answered(runs, endings, answers)
         if doubtful:
             await self._weigh(doubtful)
 

@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol
 import msgspec
 
 from streamworker import codec
-from streamworker.encryption import MOST_REASON, PLAIN, Keys, Sealer, sealed_in
+from streamworker.encryption import MOST_REASON, PLAIN, Keys, Purpose, Sealer, sealed_in
 from streamworker.errors import Discard, NoKey, Retry, Snooze
 from streamworker.execution import Execution
 from streamworker.handlers import Handlers, Registration, names_of
@@ -257,4 +257,5 @@ class SealedOutputs:
         return await self._outputs.emit([self._sealed(batch) for batch in batches])
 
     def _sealed(self, batch: OutputBatch) -> OutputBatch:
-        return msgspec.structs.replace(batch, chunks=self._keys.sealed_bytes("output", batch.job_id, batch.chunks))
+        purpose: Purpose = "log" if batch.lines else "output"
+        return msgspec.structs.replace(batch, chunks=self._keys.sealed_bytes(purpose, batch.job_id, batch.chunks))

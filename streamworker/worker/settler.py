@@ -11,7 +11,7 @@ import asyncio
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any, Final
 
@@ -80,7 +80,7 @@ class Settler:
         in_flight: what this worker holds; settled runs leave it.
         parked: called with the epoch seconds at which a job of this worker is due again.
         observers: called with every settled batch, if there are any.
-        outputs: what handlers have emitted; sent before their jobs are settled.
+        buffers: what handlers have emitted and logged; sent before their jobs are settled.
         tallies: count every settled batch for the history, if it is recorded.
     """
 
@@ -91,12 +91,12 @@ class Settler:
         *,
         parked: Callable[[float], None],
         observers: ObserverDispatch | None = None,
-        outputs: OutputBuffer | None = None,
+        buffers: Sequence[OutputBuffer] = (),
         tallies: RunTallies | None = None,
     ) -> None:
         self._broker = broker
         self._tallies = tallies
-        self._outputs = outputs
+        self._buffers = buffers
         self._in_flight = in_flight
         self._parked = parked
         self._observers = observers
@@ -170,11 +170,11 @@ class Settler:
         for run in batch:
             run.settling = True  # out of the renewal set before the claim can end, or the thread would report it lost
             items.append(run.ending or judged(run, now))
-        outputs = self._outputs if self._outputs is not None and self._outputs.runs else None
-        if outputs is not None:
-            await outputs.flush_of([run.claim for run in batch])
+        buffers = [each for each in self._buffers if each.runs]
+        for each in buffers:
+            await each.flush_of([run.claim for run in batch])
             items = [
-                with_output(run, item) if outputs.holds(run.claim) else item
+                with_output(run, item) if each.holds(run.claim) else item
                 for run, item in zip(batch, items, strict=True)
             ]
         results = await self._settled(items)
@@ -200,8 +200,8 @@ class Settler:
                     log.info("settle_lost", **facts_of(run))
             if uncertain:
                 uncertain.discard(run)
-        if outputs is not None:
-            outputs.forget(
+        for each in buffers:
+            each.forget(
                 item.claim for item, result in zip(items, results, strict=True) if result is not Settled.REFUSED
             )
         if refused or self._refused:

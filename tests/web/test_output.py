@@ -138,6 +138,30 @@ async def test_the_dashboard_shows_output_as_it_comes(redis_url, ground, known, 
     await site.aclose()
 
 
+async def test_the_dashboard_shows_the_log_of_a_job(redis_url, ground):
+    app = App(settings=Settings(redis_url=redis_url, mode=ground.mode, lease=3, job_log="ctx"))
+
+    @app.handler
+    async def talk(_: Talk, ctx: Context) -> None:
+        ctx.log.info(HOSTILE)
+        ctx.log.warning("second")
+
+    site = dashboard(app, access=Access())
+    transport = httpx2.ASGITransport(app=site, client=("127.0.0.1", 5))
+    async with app, working(app), httpx2.AsyncClient(transport=transport, base_url=HERE) as client:
+        made = await app.enqueue(Talk())
+        assert f'data-output="/log?id={made.id}&amp;queue=q"' in (await client.get(f"/jobs?id={made.id}&queue=q")).text
+        events = parsed((await client.get(f"/log?id={made.id}&queue=q")).text)
+        first, second, end = (each["data"].get("chunk", "") for each in events)
+        assert first.startswith("attempt 1, hop 0, delivery 1\n20")
+        assert first.endswith("info     <b>\\u202e\\x1b[31m\n")
+        assert second.endswith("warning  second\n")
+        assert (events[-1]["event"], end) == ("end", "")
+        again = await client.get(f"/log?id={made.id}&queue=q", headers={"last-event-id": "1"})
+        assert [each["data"].get("chunk") for each in parsed(again.text)] == [second, None]
+    await site.aclose()
+
+
 async def test_the_dashboard_says_why_it_shows_no_output(redis_url):
     site = dashboard(App(settings=Settings(redis_url=redis_url)), access=Access())
     transport = httpx2.ASGITransport(app=site, client=("127.0.0.1", 5))
