@@ -85,6 +85,10 @@ bench-fleet *args:
 bench-scaling *args:
     @python -m benchmarks.scaling "$@"
 
+# A worker that leaks a megabyte a job under --max-rss: lost, run twice, the gap in throughput (--jobs 10000 --max-rss 200)
+bench-leak *args:
+    @python -m benchmarks.leak "$@"
+
 # Measured figures (benchmarks/results/*.json) into the pages and pictures that show them
 figures:
     @python -m tools.figures

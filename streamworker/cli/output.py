@@ -29,9 +29,12 @@ def plain(row: Any) -> dict[str, Any]:
     """A row as a dictionary, in the order of its fields; ``progress`` is there only if the handler reported any."""
     if isinstance(row, Mapping):
         return dict(row)
-    fields = msgspec.structs.asdict(row)
+    fields = {
+        name: msgspec.structs.asdict(value) if isinstance(value, msgspec.Struct) else value
+        for name, value in msgspec.structs.asdict(row).items()
+    }
     if "progress" in fields and (progress := fields.pop("progress")) is not None:
-        fields["progress"] = msgspec.structs.asdict(progress)
+        fields["progress"] = progress  # behind the others, as it was
     return fields
 
 

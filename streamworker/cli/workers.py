@@ -42,6 +42,7 @@ _COLUMNS: Final[list[Column[WorkerRow]]] = [
     Column("up", lambda row: age(row.uptime_s), right=True),
     Column("memory", lambda row: size(row.rss_bytes), right=True, wide=True),
     Column("lag", lambda row: age(row.loop_lag_s), right=True, wide=True),
+    Column("longest run", lambda row: "" if row.longest is None else row.longest.text, wide=True),
     Column("", lambda row: "" if row.alive else "lost"),
 ]
 

@@ -200,7 +200,9 @@ def _of_worker(worker: WorkerRow) -> list[Notice]:
     if worker.alive and worker.notice:
         return [Notice("warn", "workers", f"{worker.worker_id}: {worker.notice}", worker=worker.worker_id)]
     if worker.alive and (worker.loop_lag_s or 0) > LAG:
-        sentence = f"{worker.worker_id} is late by {age(worker.loop_lag_s)}: a handler blocks its event loop"
+        job = worker.longest
+        who = f"the job {job.job_id} ({job.kind})" if job is not None and job.blocks else "a handler"
+        sentence = f"{worker.worker_id} is late by {age(worker.loop_lag_s)}: {who} blocks its event loop"
         return [Notice("warn", "workers", sentence, worker=worker.worker_id)]
     return []
 

@@ -78,6 +78,21 @@ class SpinningRow(msgspec.Struct, frozen=True):
     wait_s: float
 
 
+class LongestRow(msgspec.Struct, frozen=True):
+    """The job that has run longest on a worker, or the one that blocks its event loop (``blocks``)."""
+
+    queue: str
+    kind: str
+    job_id: str
+    running_s: float
+    blocks: bool
+
+    @property
+    def text(self) -> str:
+        """In a few words."""
+        return f"{self.kind or '?'} {self.job_id} for {age(self.running_s)}"
+
+
 class WorkerRow(msgspec.Struct, frozen=True):
     """A worker's last heartbeat, and how many jobs are pending under its name; ``None`` where nothing beats."""
 
@@ -95,6 +110,7 @@ class WorkerRow(msgspec.Struct, frozen=True):
     loop_lag_s: float | None
     spinning: SpinningRow | None = None
     notice: str | None = None
+    longest: LongestRow | None = None
 
 
 def queue_row(depth: Depth) -> QueueRow:
@@ -163,7 +179,15 @@ def worker_row(info: WorkerInfo, now: float) -> WorkerRow:
         loop_lag_s=_number(told.get("loop_lag")),
         spinning=_spinning(told.get("spinning")),
         notice=told.get("notice") or None,
+        longest=_longest(told.get("longest")),
     )
+
+
+def _longest(text: str | None) -> LongestRow | None:
+    try:
+        return LongestRow(*msgspec.json.decode(text or "", type=tuple[str, str, str, float, bool]))
+    except (msgspec.MsgspecError, UnicodeEncodeError, RecursionError):
+        return None
 
 
 def _spinning(text: str | None) -> SpinningRow | None:

@@ -184,9 +184,11 @@ async def _change(request: Request, operator: Operator, form: Form) -> dict[str,
 
 
 async def _cancel(request: Request, operator: Operator, form: Form) -> dict[str, Any]:
-    archive, job_id = await _ledger(request), form.must("id")
-    job = await archive.find(job_id, form.queue())
-    answer = "ended" if job is None else await cancel_job(archive, operator, job.queue, job_id)
+    job_id, queue = form.must("id"), form.queue()
+    archive = await monitor_of(request).archive()
+    job = None if archive is None else await archive.find(job_id, queue)
+    queue = job.queue if job is not None else queue
+    answer = "ended" if queue is None else await cancel_job(archive, operator, queue, job_id)
     words = {"cancelled": "never runs", "asked": "is told to end", "ended": "has ended, or is not there"}
     return {"ok": answer != "ended", "message": f"{job_id} {words[answer]}"}
 

@@ -555,7 +555,7 @@ class QueueWorker:
         self._stopping.set()
 
     def _report(self) -> dict[str, str | int | float]:
-        report = heartbeat(self._settings, self._queues, self._started, self._in_flight, self._lease.loop_lag)
+        report = heartbeat(self._settings, self._queues, self._started, self._in_flight, self._lease)
         aside = [
             f"{jobs} jobs of {queue} cannot be settled, see its log"
             for queue, jobs in self._pipeline.settler.refused.items()

@@ -37,6 +37,8 @@ log = get_logger("streamworker.lease")
 
 BLOCKED_AFTER: Final = 1.0
 """Seconds without an answer from the event loop after which the blocking handler is named."""
+YOUNG: Final = 1.0
+"""Seconds from which on a heartbeat names the job that has run longest."""
 LOOK: Final = 1.0
 """Most seconds between looks whether running jobs were cancelled; a notification asks for one at once."""
 TELL: Final = 1.0
@@ -51,6 +53,24 @@ ENDS: Final = 2.0
 """Seconds it may take to end."""
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 Report = dict[str, str | int | float]
+
+
+class LongestRun(msgspec.Struct, frozen=True, array_like=True):
+    """The job that has run longest on a worker, or the one that blocks its event loop.
+
+    Attributes:
+        queue: its queue.
+        kind: its kind.
+        job_id: its id.
+        seconds: since its handler was called.
+        blocks: it blocks the event loop.
+    """
+
+    queue: str
+    kind: str
+    job_id: str
+    seconds: float
+    blocks: bool
 
 
 def longest_silence(handlers: Iterable[Registration], grace: float) -> float:
@@ -326,9 +346,21 @@ class LeaseKeeper:
     def _answer(self) -> None:
         self._answered = monotonic()
 
-    def _name_blocker(self, blocked: float) -> None:
+    def longest(self) -> LongestRun | None:
+        """What an operator looks for first when a worker is busy; ``None`` while every job is young."""
+        blocker = self._blocker() if self.loop_lag > BLOCKED_AFTER else None
+        runs = [run for run in self._runs() if run.started is not None and run.outcome is None]
+        run = blocker or min(runs, key=lambda run: run.started or 0.0, default=None)
+        if run is None or run.started is None or (seconds := monotonic() - run.started) < YOUNG:
+            return None
+        return LongestRun(run.claim.queue, run.kind, run.job_id, round(seconds, 1), blocker is not None)
+
+    def _blocker(self) -> Execution | None:
         task = asyncio.current_task(self._loop)
-        run = next((run for run in self._runs() if _is_in(run, task)), None)
+        return next((run for run in self._runs() if _is_in(run, task)), None)
+
+    def _name_blocker(self, blocked: float) -> None:
+        run = self._blocker()
         frame = sys._current_frames().get(self._loop_thread)
         where = f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else "unknown"
         handler = run.registration.name if run is not None and run.registration is not None else "unknown"
@@ -362,10 +394,10 @@ def rss_bytes() -> int:
 
 
 def heartbeat(
-    settings: Settings, queues: Sequence[str], started: float, in_flight: InFlight, loop_lag: float
+    settings: Settings, queues: Sequence[str], started: float, in_flight: InFlight, lease: LeaseKeeper
 ) -> Report:
     """The fields of one heartbeat."""
-    counts, spinning = in_flight.counts, in_flight.spinning()
+    counts, spinning, longest = in_flight.counts, in_flight.spinning(), lease.longest()
     return {
         "hostname": socket.gethostname(),
         "pid": os.getpid(),
@@ -380,6 +412,7 @@ def heartbeat(
         "recovered": counts.recovered,
         "lost": counts.lost,
         "rss": rss_bytes(),
-        "loop_lag": round(loop_lag, 4),
+        "loop_lag": round(lease.loop_lag, 4),
+        "longest": "" if longest is None else msgspec.json.encode(longest).decode(),
         "spinning": "" if spinning is None else msgspec.json.encode(spinning).decode(),
     }

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ import pytest
 from tests import forkserver
 from tests.cli.conftest import Running, bare, ground, project, sw
 from tests.conftest import eventually_blocking
+from tests.web import test_runbook
 from tests.web.chromium import Chromium, program
 from tests.web.conftest import LOOKS
 from tests.web.test_browser import Served
@@ -204,3 +207,205 @@ async def test_a_wrong_payload_in_a_thousand_delayed_jobs(sw, ground, raw, by, p
 
 def right(raw: Any) -> int:
     return sum(b'"right"' in body for body in raw.hvals("stream:{notes}:bodies"))
+
+
+RUNAWAY = """
+import os, re
+from pathlib import Path
+from streamworker import App, Payload
+
+class Report(Payload, kind="report", queue="reports"):
+    how: str = "in a process"
+
+class Note(Payload, kind="note.write", queue="notes"):
+    text: str
+
+class Leak(Payload, kind="leak", queue="leaks"):
+    n: int
+
+app = App()
+held = []
+
+def note(line):
+    with open("ran", "a") as file:
+        file.write(f"{line} {os.getpid()}\\n")
+
+def for_ever():
+    re.match(r"(a+)+$", "a" * 60 + "b")  # in C
+
+@app.handler(process=True, timeout=None)
+def report(payload: Report) -> None:
+    note("report")
+    for_ever()
+
+@app.handler
+async def write(payload: Note) -> None:
+    note(payload.text)
+    while payload.text == "for ever":
+        pass
+
+@app.handler(timeout=None)
+def leak(payload: Leak) -> None:
+    held.append(os.urandom(1 << 20))
+    note(f"leak-{payload.n}")
+"""
+
+
+@pytest.fixture
+def ran(sw: Any, project: Path) -> Any:
+    """(word, pid) of every run so far, in an app with jobs that run away and leak."""
+    (project / "runaway.py").write_text(RUNAWAY)
+    sw.env["STREAMWORKER_APP"] = "runaway:app"
+    path = project / "ran"
+    return lambda: [tuple(line.rsplit(" ", 1)) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def words(ran: Any) -> list[str]:
+    return [word for word, _ in ran()]
+
+
+def living(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("by", BY)
+def test_a_runaway_cpu_job(ran, sw, ground, raw, by, page):
+    """It computes for ever in C, in a process of its own: found, ended, not run again; its neighbours notice nothing."""
+    worker = sw.fresh(sys.executable, "-m", "streamworker", "worker", "--queues", "reports,notes", "--lease", "2")
+    eventually_blocking(lambda: worker.saw("worker_ready"), 30)
+    ground.push(json.dumps({"id": "r1", "kind": "report", "payload": {}}), queue="reports")
+    eventually_blocking(lambda: "report" in words(ran), 30)
+    ((_, pid),) = ran()
+    assert living(int(pid))
+    for n in range(20):
+        ground.push(json.dumps({"id": f"n{n}", "kind": "note.write", "payload": {"text": f"n{n}"}}), queue="notes")
+    if by == "web":
+        page.open("/workers")
+        page.page.until("document.querySelector('tbody').innerText.includes('report')")
+        page.page.click("tbody a[href*=worker]")
+        page.page.until("document.body.innerText.includes('The longest run: report r1')")
+        page.page.click("a.id[href*=pending]")
+        page.page.click("[data-do=cancel]")
+        page.yes()
+        said(page, "r1 is told to end")
+    else:
+
+        def longest() -> Any:
+            return [row["longest"] for row in sw.ok("workers", "--json").rows if row["longest"]]
+
+        (found,) = eventually_blocking(longest, 20)
+        assert (found["job_id"], found["kind"], found["queue"]) == ("r1", "report", "reports")
+        assert found["running_s"] >= 1
+        assert not found["blocks"]
+        sw.ok("jobs", "cancel", found["job_id"], "--queue", found["queue"], "--yes")
+    eventually_blocking(lambda: not living(int(pid)), 10)
+    eventually_blocking(lambda: ground.empty("reports") and ground.empty("notes"), 20)
+    assert sorted(words(ran)) == sorted(["report", *(f"n{n}" for n in range(20))])
+    assert raw.xlen("stream:{reports}:dead") == 0
+    assert worker.stop() == 0
+    assert "lease_lost" not in worker.text
+
+
+@pytest.mark.parametrize("by", BY)
+def test_a_job_that_blocks_the_event_loop_for_ever(ran, sw, ground, raw, by, page):
+    """The overview names it. It is buried and its worker killed; what else that held runs elsewhere, once."""
+    first = sw.fresh(sys.executable, "-m", "streamworker", "worker", "--queues", "notes", "--lease", "1")
+    eventually_blocking(lambda: first.saw("worker_ready"), 30)
+    ground.push(json.dumps({"id": "bad", "kind": "note.write", "payload": {"text": "for ever"}}), queue="notes")
+    eventually_blocking(lambda: words(ran) == ["for ever"], 30)
+    second = sw.fresh(sys.executable, "-m", "streamworker", "worker", "--queues", "notes", "--lease", "1")
+    ground.push(json.dumps({"id": "good", "kind": "note.write", "payload": {"text": "good"}}), queue="notes")
+    sentence = "the job bad (note.write) blocks its event loop"
+    if by == "web":
+        page.open("/")
+        page.page.until(f"document.querySelector('.notices')?.innerText.includes({sentence!r})")
+        page.open("/pending?queue=notes")
+        page.page.click("a.id[href*=pending]")
+        page.page.click("[data-do=bury]")
+        page.page.until("document.querySelector('#confirm').open")
+        page.page.value("document.querySelector('#confirm [name=force]').checked = true")
+        page.page.click("#confirm-yes")
+    else:
+        rows = eventually_blocking(
+            lambda: [row for row in sw.ok("workers", "--json").rows if (row["longest"] or {}).get("blocks")], 20
+        )
+        assert rows[0]["longest"]["job_id"] == "bad"
+        assert rows[0]["pid"] == first.process.pid
+        refused = sw("pending", "bury", "bad", "--yes")
+        assert "--force" in refused.stderr
+        sw.ok("pending", "bury", "bad", "--force", "--reason", "computes for ever", "--yes")
+    eventually_blocking(lambda: raw.xlen("stream:{notes}:dead") == 1, 10)
+    first.kill()
+    eventually_blocking(lambda: ground.empty("notes"), 20)
+    assert sorted(words(ran)) == ["for ever", "good"]
+    assert second.stop() == 0
+
+
+@pytest.mark.parametrize("by", BY)
+def test_a_leaking_worker(ran, sw, ground, raw, by, page):
+    """A megabyte a job: seen as memory of the worker; with --max-rss it is replaced, nothing is lost or run twice."""
+
+    def memory() -> list[int]:
+        return [row["rss_bytes"] >> 20 for row in sw.ok("workers", "--json").rows if row["alive"] and row["rss_bytes"]]
+
+    def push(*numbers: int) -> None:
+        for n in numbers:
+            body = json.dumps({"id": f"l{n}", "kind": "leak", "payload": {"n": n}})
+            ground.push(body, queue="leaks")
+
+    flags = ("--queues", "leaks", "--concurrency", "2", "--lease", "1")
+    worker = sw.fresh(sys.executable, "-m", "streamworker", "worker", *flags)
+    eventually_blocking(lambda: worker.saw("worker_ready"), 30)
+    push(*range(150))
+    eventually_blocking(lambda: len(words(ran)) == 150 and max(memory(), default=0) > 180, 30)
+    if by == "web":
+        page.open("/workers")
+        megabytes = "parseFloat([...document.querySelectorAll('tbody td')].map((cell) => cell.innerText).find((text) => / MB$/.test(text)))"
+        page.page.until(f"{megabytes} > 180")
+    assert worker.stop() == 0
+    supervisor = sw.fresh(sys.executable, "-m", "streamworker", "worker", *flags, "--max-rss", "130")
+    eventually_blocking(lambda: supervisor.saw("worker_ready"), 30)
+    push(*range(150, 250))
+    eventually_blocking(lambda: supervisor.saw("worker_replaced"), 30)
+    push(*range(250, 350))
+    eventually_blocking(lambda: len(words(ran)) >= 350 and ground.empty("leaks"), 60)
+    if by == "web":
+        page.open("/workers")
+        page.page.until(f"{megabytes} < 180")
+    else:
+        eventually_blocking(lambda: memory() and max(memory()) < 180, 20)
+    assert sorted(words(ran)) == sorted(f"leak-{n}" for n in range(350))
+    assert len({pid for _, pid in ran()}) >= 3
+    assert supervisor.stop() == 0
+
+
+TASKS = {
+    "Which job blocks a queue, and who runs it?": "test_find_the_job_that_blocks_a_queue_and_who_runs_it",
+    "Free a dead worker's jobs now": "test_free_a_dead_workers_jobs_now",
+    "Why did a job fail? Fix it, replay it": "test_see_why_a_job_failed_fix_it_and_replay_it",
+    "Replay 10,000 dead letters without a flood": "test_replay_dead_letters_at_a_rate",
+    "Pause a queue": "test_pause_a_queue",
+    "Everything that happened to one job": "test_where_a_job_id_lies",
+    "Empty a queue": "test_empty_a_queue",
+    "Which error is new?": "test_which_error_is_new",
+    "A job that computes for ever": "test_a_runaway_cpu_job",
+    "A worker that leaks memory": "test_a_leaking_worker",
+    "A schedule that does not tick": "test_a_schedule_that_does_not_tick",
+    "A wrong payload in a thousand delayed jobs": "test_a_wrong_payload_in_a_thousand_delayed_jobs",
+}
+"""Section of the runbook to the test that solves it: on the command line and in the dashboard."""
+
+
+def test_every_task_of_the_book_is_solved_by_a_test():
+    """The seven of old, and the five of a week on call."""
+    headings = [line[3:] for line in test_runbook.BOOK.read_text().splitlines() if line.startswith("## ")]
+    assert [each for each in headings if each not in TASKS] == [
+        "Is anything wrong?", "Who did that?", "By keyboard",
+    ]  # fmt: skip
+    assert len(TASKS) == 12
+    for heading, name in TASKS.items():
+        assert heading in headings
+        assert hasattr(test_runbook, name) or name in globals(), name

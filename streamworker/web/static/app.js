@@ -117,7 +117,8 @@
   // -- live
 
   const busy = () => document.hidden || $("dialog[open]") || live.contains(document.activeElement) && /^(INPUT|SELECT)$/.test(document.activeElement.tagName) && document.activeElement.type !== "checkbox";
-  const again = () => htmx.trigger(live, "again");
+  let leaving = false;
+  const again = () => { if (!leaving) htmx.trigger(live, "again"); };
   let pulse;
 
   function looked(told) {
@@ -241,9 +242,12 @@
       const type = answer.headers.get("content-type") || "";
       const told = type.includes("json") ? await answer.json() : { ok: false, message: (await answer.text()).slice(0, 300) };
       toast(told.message, !told.ok);
-      if (told.ok && button.dataset.leave) return void setTimeout(() => location.assign(button.dataset.leave), 700);
+      const leave = told.ok && (button.dataset.leave || listing?.dataset.leave);
+      if (leave) {
+        leaving = true; // what the page shows is gone: nothing to refresh
+        return void setTimeout(() => location.assign(leave), 700);
+      }
       if (told.ok && "rows" in button.dataset) {
-        if (listing.dataset.leave) return void setTimeout(() => location.assign(listing.dataset.leave), 700);
         $$("input:checked", listing).forEach((box) => { box.checked = false; });
       }
     } catch {
