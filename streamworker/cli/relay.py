@@ -43,6 +43,7 @@ def relay(app: str | None = None, *, flags: WorkerFlags = WORKER) -> int:
         http = None if settings.http is None else HttpThread(settings.http, scale.routes, scale.tasks)
         async with loaded.relay_process(settings) as relaying, anyio.create_task_group() as group:
             await group.start(signals.watch, lambda _: stopping.set())
+            scale.ledger.watch(relaying)
             if http is not None:
                 http.open()
             log.info("relay_ready", schedules=len(loaded.schedules), ledger=not isinstance(relaying, Scheduler))

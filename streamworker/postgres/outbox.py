@@ -24,7 +24,7 @@ from streamworker.postgres.enqueue import CHANNEL
 from streamworker.postgres.flow_graph import LOOK
 from streamworker.postgres.pool import Database, connect
 from streamworker.postgres.sqlstate import is_one_rows_fault, reason, translated, understood
-from streamworker.relay import KnownQueue, LedgerKey, Lost, Taken
+from streamworker.relay import KnownQueue, LedgerGauge, LedgerKey, Lost, Taken
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.relay")
@@ -267,6 +267,7 @@ RUN_NOW: Final = """
 update streamworker.jobs set run_at = now(), updated_at = clock_timestamp()
 where status = 'queued' and coalesce(run_at, created_at) > now() and queue_name = any($1) returning 1
 """
+GAUGES: Final = "select gauge, label, value from streamworker.gauges()"
 QUEUED: Final = """
 select count(*) filter (where due), count(*) filter (where not due)
 from (select coalesce(run_at, created_at) <= now() as due from streamworker.jobs
@@ -386,6 +387,9 @@ class PostgresOutbox:
     async def wake(self) -> int:
         ((changed,),) = await self._ask("waking jobs that wait", WAKE, WAKES)
         return int(changed)
+
+    async def gauges(self) -> list[LedgerGauge]:
+        return [LedgerGauge(*row) for row in await self._ask("counting flows", GAUGES)]
 
     async def run_now(self, queues: Sequence[str]) -> int:
         return len(await self._ask("making queued jobs due", RUN_NOW, list(queues)))

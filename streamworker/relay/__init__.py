@@ -57,6 +57,20 @@ class Dispatched(msgspec.Struct, frozen=True):
     error: str = ""
 
 
+class LedgerGauge(msgspec.Struct, frozen=True):
+    """A number of the ledger for /metrics.
+
+    Attributes:
+        gauge: ``flows``, ``blocked``, ``waiting`` or ``stuck``.
+        label: the status of the flows, what the jobs wait for, or why the flows are stuck.
+        value: how many; above 10,000 an estimate.
+    """
+
+    gauge: str
+    label: str
+    value: int
+
+
 class Pulse(msgspec.Struct, frozen=True):
     """The state of a queue in Redis by which lost jobs are noticed.
 
@@ -178,6 +192,9 @@ class Outbox(Protocol):
 
     async def wake(self) -> int:
         """Queue waiting jobs whose time or signal has come, a batch; returns how many jobs and signals were changed."""
+
+    async def gauges(self) -> list[LedgerGauge]:
+        """How many flows there are, and jobs that wait in the ledger alone; its cost does not grow with them."""
 
     async def run_now(self, queues: Sequence[str]) -> int:
         """Make queued jobs of these queues due now; returns how many were not."""

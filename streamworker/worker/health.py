@@ -104,7 +104,7 @@ class Health:
         """The groups are joined: answers show the state of these from now on."""
         self._fetcher, self._lease, self._relay = fetcher, lease, relay
         if self._metrics is not None:
-            self._metrics.watch(in_flight, lease, broker)
+            self._metrics.watch(in_flight, lease, broker, relay)
 
     async def hand_over(self) -> None:
         """Leave requests to the worker that listens with the same socket; those that are there are answered first."""

@@ -15,12 +15,19 @@ from streamworker.encryption import Keys
 from streamworker.handlers import Handlers
 from streamworker.observe import Observer
 from streamworker.postgres import Ledger
-from streamworker.relay import Dispatcher
+from streamworker.relay import Dispatcher, LedgerGauge
 from streamworker.settings import Settings
 from streamworker.worker.executor import Middleware
 
 
-class Relays(Protocol):
+class GaugeSource(Protocol):
+    """What knows the numbers of the ledger: a relay."""
+
+    async def gauges(self) -> Sequence[LedgerGauge]:
+        """What the ledger counts for /metrics; nothing without a ledger."""
+
+
+class Relays(GaugeSource, Protocol):
     """The relay of a worker: it puts jobs of the ledger onto Redis."""
 
     @property

@@ -23,12 +23,13 @@ from streamworker.errors import ConfigurationError
 from streamworker.job import SOON, Depth, Expire, RetryAt, Settled
 from streamworker.observe import JobRun, Observer, Settlement
 from streamworker.redact import redact
+from streamworker.relay import LedgerGauge
 from streamworker.settings import Settings
 from streamworker.telemetry.exposition import CONTENT_TYPE, Family, Histogram, Numbers, render
 from streamworker.telemetry.http import Answer, Route, Task
 from streamworker.telemetry.logs import get_logger
 from streamworker.views.groups import DeadGroups
-from streamworker.worker.host import WorkerHost
+from streamworker.worker.host import GaugeSource, WorkerHost
 from streamworker.worker.inflight import InFlight
 from streamworker.worker.lease import LeaseKeeper, rss_bytes
 from streamworker.worker.scale import QueueSample, ScalingSignal
@@ -101,6 +102,10 @@ OLDEST: Final = Family(
     "streamworker_queue_oldest_ready_seconds", "gauge", "Age of the oldest ready job; 0 when none waits.", ("queue",)
 )
 PAUSED: Final = Family("streamworker_queue_paused", "gauge", "1 while nothing is claimed from it.", ("queue",))
+FLOWS: Final = Family("streamworker_flows", "gauge", "Flows that the ledger remembers.", ("status",))
+BLOCKED: Final = Family("streamworker_blocked_jobs", "gauge", "Jobs of flows that wait for those before them.")
+PARKED: Final = Family("streamworker_waiting_jobs", "gauge", "Jobs that wait for a signal, or sleep.", ("until",))
+STUCK: Final = Family("streamworker_flows_stuck", "gauge", "Flows that do not end by themselves.", ("reason",))
 UP: Final = Family("streamworker_redis_up", "gauge", "1 if Redis answered this worker's last question for depths.")
 WRITABLE: Final = Family("streamworker_redis_writable", "gauge", "0 if Redis answers and refuses writes, else 1.")
 MEMORY: Final = Family("process_resident_memory_bytes", "gauge", "Resident memory size in bytes.")
@@ -109,13 +114,15 @@ BUILD: Final = Family("streamworker_build_info", "gauge", "Always 1.", ("version
 
 OF_JOBS: Final = (JOBS, RETRIES, EXPIRED, DEAD, DURATION, WAIT, BATCH, SETTLE)
 OF_QUEUES: Final = (READY, HELD, WAITING, LOAD, DELAYED, LETTERS, OLDEST, PAUSED, ERRORS, NEW_ERRORS)
+OF_LEDGER: Final = {"flows": FLOWS, "blocked": BLOCKED, "waiting": PARKED, "stuck": STUCK}
 FAMILIES: Final = (
-    *OF_JOBS, RUNNING, SLOTS, LOST, RECLAIMED, SKIPPED, RELEASED, LAG, RECONNECTS, *OF_QUEUES, UP, WRITABLE,
-    MEMORY, STARTED, BUILD,
+    *OF_JOBS, RUNNING, SLOTS, LOST, RECLAIMED, SKIPPED, RELEASED, LAG, RECONNECTS, *OF_QUEUES, *OF_LEDGER.values(), UP,
+    WRITABLE, MEMORY, STARTED, BUILD,
 )  # fmt: skip
 """Everything that workers export."""
 OF_RELAY: Final = (
-    READY, HELD, WAITING, LOAD, DELAYED, LETTERS, OLDEST, PAUSED, WANTED, UP, WRITABLE, MEMORY, STARTED, BUILD
+    READY, HELD, WAITING, LOAD, DELAYED, LETTERS, OLDEST, PAUSED, WANTED, *OF_LEDGER.values(), UP, WRITABLE, MEMORY,
+    STARTED, BUILD,
 )  # fmt: skip
 """Everything that a relay exports."""
 
@@ -209,6 +216,49 @@ DEAD_BUDGET: Final = 0.3
 """Seconds of a scrape in which the dead letters of a queue are read; the next scrape goes on."""
 PATIENCE: Final = 2.0
 """Seconds a scrape waits for depths; then it goes without them."""
+
+
+class LedgerGauges:
+    """What the ledger counts, as it is asked for over HTTP: every `FRESH` seconds at most, by a relay on its loop."""
+
+    def __init__(self) -> None:
+        self._relay: GaugeSource | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._asking: asyncio.Future[Sequence[LedgerGauge]] | None = None
+        self._found: Sequence[LedgerGauge] = ()
+        self._asked_at = float("-inf")
+        self._trouble = ""
+
+    def watch(self, relay: GaugeSource) -> None:
+        """Ask this relay from now on; call it on its event loop."""
+        self._relay, self._loop = relay, asyncio.get_running_loop()
+
+    async def read(self) -> list[tuple[Family, Numbers]]:
+        """The gauges; none while the database, or the loop of the relay, does not answer."""
+        if self._relay is None or self._loop is None:
+            return []
+        if monotonic() - self._asked_at >= FRESH:
+            self._found = ()
+            if self._asking is None:  # one at a time, however many scrapes give up
+                asking = asyncio.run_coroutine_threadsafe(self._relay.gauges(), self._loop)
+                self._asking = asyncio.wrap_future(asking)
+            done, _ = await asyncio.wait([self._asking], timeout=PATIENCE)
+            if done and self._asking is not None:
+                self._take(self._asking)
+        told: dict[Family, dict[tuple[str, ...], float]] = {}
+        for each in self._found:
+            family = OF_LEDGER[each.gauge]
+            told.setdefault(family, {})[(each.label,) if family.labels else ()] = float(each.value)
+        return list(told.items())
+
+    def _take(self, answered: asyncio.Future[Sequence[LedgerGauge]]) -> None:
+        self._asking, self._asked_at = None, monotonic()
+        trouble = "cancelled" if answered.cancelled() else redact(str(answered.exception() or ""))
+        if trouble and not self._trouble:
+            log.warning("gauges_unknown", error=trouble)
+        self._trouble = trouble
+        if not trouble:
+            self._found = answered.result()
 
 
 class QueueDepths:
@@ -320,6 +370,7 @@ class ScaleEndpoint(QueueDepths):
         self._started = time.time()
         self._signals: dict[str, ScalingSignal] = {}
         self._counted: set[str] = set()
+        self.ledger: Final = LedgerGauges()
         self.routes: Final[Mapping[str, Route]] = {"/scale": self.answer, "/metrics": self.metrics}
         self.tasks: Final[Sequence[Task]] = (self.look, self.sample)
 
@@ -351,6 +402,7 @@ class ScaleEndpoint(QueueDepths):
         depths, wait = await self.read(), self._settings.target_wait
         families: list[tuple[Family, Numbers]] = [
             *of_queues(depths),
+            *await self.ledger.read(),
             (WANTED, {(each.queue,): self._signals[each.queue].slots(wait) for each in depths}),
             *self._of_process(self._started),
         ]
@@ -390,16 +442,19 @@ class MetricsEndpoint(QueueDepths):
         self._lease: LeaseKeeper | None = None
         self._broker: Connected | None = None
         self._groups: DeadGroups | None = None
+        self._ledger: Final = LedgerGauges()
         self.observer: Final = Metrics()
 
-    def watch(self, in_flight: InFlight, lease: LeaseKeeper, broker: Connected) -> None:
+    def watch(self, in_flight: InFlight, lease: LeaseKeeper, broker: Connected, relay: GaugeSource) -> None:
         """The groups are joined: scrapes show the state of these from now on."""
         self._in_flight, self._lease, self._broker = in_flight, lease, broker
+        self._ledger.watch(relay)
 
     async def answer(self, _: str) -> Answer:
         """One scrape."""
         depths = await self.read()
         families = [*self.observer.numbers(), *self._of_worker(), *of_queues(depths), *self._of_groups(depths)]
+        families += await self._ledger.read()
         return Answer(200, render(families), CONTENT_TYPE)
 
     async def _ask(self, operator: Operator) -> None:

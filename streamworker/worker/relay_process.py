@@ -13,7 +13,7 @@ from streamworker.broker import CronStore, ScheduleStorage
 from streamworker.cron import Schedule
 from streamworker.encryption import Keys
 from streamworker.loops import Pause
-from streamworker.relay import Dispatcher, Outbox
+from streamworker.relay import Dispatcher, LedgerGauge, Outbox
 from streamworker.relay.loss_detector import LossDetector, missing
 from streamworker.relay.relay import Listener, Relay
 from streamworker.settings import Settings
@@ -69,6 +69,10 @@ class Scheduler:
             process = f"relay-{secrets.token_hex(8)}"
             kept = ScheduleLoop(self._dispatcher.schedules, None, self._settings, stopping, process, seal=seal)
             loops.start_soon(kept.run)
+
+    async def gauges(self) -> Sequence[LedgerGauge]:
+        """There is no ledger."""
+        return ()
 
     async def _promote(self, stopping: anyio.Event) -> None:
         pause = Pause()
@@ -131,6 +135,10 @@ class RelayProcess:
         """Whether jobs that are due have not reached their queues yet; then they are looked for now."""
         return await self.relay.unsent()
 
+    async def gauges(self) -> Sequence[LedgerGauge]:
+        """What the ledger counts for /metrics."""
+        return await self.outbox.gauges()
+
     @property
     def dispatched(self) -> int:
         """Jobs it has dispatched."""
@@ -162,3 +170,7 @@ class NothingToRelay:
     async def unsent(self) -> bool:
         """Nothing is."""
         return False
+
+    async def gauges(self) -> Sequence[LedgerGauge]:
+        """Nothing is counted."""
+        return ()
