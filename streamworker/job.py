@@ -9,6 +9,7 @@ Times are seconds since the epoch; only the brokers know milliseconds.
 from __future__ import annotations
 
 import enum
+import re
 from datetime import datetime
 from typing import Any, Final, Literal, TypeAlias
 
@@ -245,6 +246,9 @@ class PackedJob(msgspec.Struct, frozen=True):
     held: Held | None = None
 
 
+_PARTITION: Final = re.compile(r"#[0-9]+")
+
+
 class Claim(msgspec.Struct, frozen=True, gc=False):
     """A job delivered to this worker. (place, entry, consumer, count) is the fence that every settlement checks.
 
@@ -272,6 +276,12 @@ class Claim(msgspec.Struct, frozen=True, gc=False):
     suspect: bool = False
     cancelled: bool = False
     secret: bytes = b""
+
+    @property
+    def home(self) -> str:
+        """The queue, or the partition of it that the job was claimed from: ``billing#3``."""
+        mark = _PARTITION.search(self.place)
+        return self.queue if mark is None else self.queue + mark[0]
 
 
 # -- outcomes: what happened

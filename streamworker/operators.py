@@ -25,6 +25,7 @@ from streamworker import codec
 from streamworker.broker import Operator, PendingEntry, ScheduleStore, StoredJob
 from streamworker.broker.claim import StreamOptions
 from streamworker.broker.operator import ListOperator, StreamOperator
+from streamworker.broker.partitioned_operator import whole_queues
 from streamworker.broker.redis.client import RedisAddress
 from streamworker.encryption import PLAIN, Sealer
 from streamworker.errors import InvalidJob, StreamworkerError, UsageError
@@ -196,7 +197,7 @@ async def open_operator(
         audit = Audit(ledger)
         stack.push_async_callback(audit.close)
         await operator.open()
-        yield cast("Operator", AuditedOperator(operator, audit))
+        yield cast("Operator", AuditedOperator(whole_queues(operator, settings.partitions), audit))
 
 
 async def open_servers(
@@ -253,6 +254,7 @@ def broker_options(settings: Settings, queues: Sequence[str]) -> StreamOptions:
         namespace=settings.namespace,
         lease=settings.lease,
         weighted=settings.priority == "weighted",
+        partitions=settings.partitions,
         fair_weights=tuple((each.tenant, each.weight) for each in settings.fair_weights),
         groups=group_sizes(settings.max_deliveries, settings.concurrency),
     )

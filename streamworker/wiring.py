@@ -22,6 +22,7 @@ from streamworker.broker.keys import ListKeys, QueueKeys
 from streamworker.broker.list_bridge import BridgeOptions, ListBridge
 from streamworker.broker.lists import ListBroker
 from streamworker.broker.lists_brpop import BrpopBroker
+from streamworker.broker.partitions import Partitions
 from streamworker.broker.redis.client import RedisAddress
 from streamworker.broker.stream import StreamBroker
 from streamworker.cron import Schedule
@@ -315,9 +316,9 @@ def make_broker(settings: Settings, address: RedisAddress, queues: Sequence[str]
 
 def make_dispatcher(settings: Settings, address: RedisAddress) -> RedisDispatcher:
     """What moves the ledger's jobs onto Redis, in the mode that the settings name."""
-    keys = settings.by_mode(QueueKeys, ListKeys)
-    namespace = settings.namespace
-    return RedisDispatcher(address, lambda queue: keys(queue, namespace), group=settings.group, namespace=namespace)
+    keys, namespace = settings.by_mode(QueueKeys, ListKeys), settings.namespace
+    parts, group = Partitions(settings.partitions), settings.group
+    return RedisDispatcher(address, lambda queue: keys(queue, namespace), group=group, namespace=namespace, parts=parts)
 
 
 async def open_worker_resources(

@@ -6,15 +6,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from itertools import chain
+from time import monotonic
 from typing import Any, Final, Generic, TypeAlias
 
 import msgspec
 from typing_extensions import TypeVar
 
 from streamworker.broker import Refusal, SettleRequest, scripts
-from streamworker.broker.cancel import Cancels, cancel, pass_on
+from streamworker.broker.cancel import Cancels, cancel, pass_on, uncancel
 from streamworker.broker.claim import ClaimSource, Options, none_ended
 from streamworker.broker.keys import PROGRESS, QueueKeys, worker_key
+from streamworker.broker.partitions import JobMover, PartitionedPublisher, Partitions, Router, fresh_epoch
 from streamworker.broker.publisher import Publisher
 from streamworker.broker.pubsub import Subscriber, listen, reading, waiting
 from streamworker.broker.redis.client import RedisAddress
@@ -52,10 +54,18 @@ class RedisBroker(ABC, Generic[K, I]):
     def __init__(self, address: RedisAddress, options: Options) -> None:
         self._options: Final = options
         self._session = Session(address)
-        queues = [(self._key(name), cap) for name, cap in options.queues]
+        self._partitions = partitions = Partitions(options.partitions)
+        queues = [(self._key(home), cap) for name, cap in options.queues for home in partitions.homes(name)]
         self._keys = [keys for keys, _ in queues]
         self._keys_by_place = {place: keys for keys in self._keys for place in keys.places}
-        self._publisher = Publisher(self._session.pool, address, self._key)
+        self._router = Router(self._session, self._key, partitions)
+        split = [keys.queue for keys in self._keys if keys.name in partitions]
+        self._mover = JobMover(self._session, self._key, split) if split else None
+        self._move_at = 0.0
+        pool, key = self._session.pool, self._key
+        self._publisher = (
+            PartitionedPublisher(pool, address, key, self._router) if partitions else Publisher(pool, address, key)
+        )
         self._cancels = Cancels(self._session, self._keys)
         self._subscriber = Subscriber(self._session)
         self.schedules: Final = RedisSchedules(self._session, self._key, options.namespace, self._subscriber)
@@ -67,6 +77,22 @@ class RedisBroker(ABC, Generic[K, I]):
     @abstractmethod
     def _key(self, queue: str) -> K:
         """The keys of a queue."""
+
+    def _homes(self, queues: Iterable[str]) -> list[K]:
+        """The keys of queues, of each partition where they have some."""
+        return [self._key(home) for queue in queues for home in self._partitions.homes(queue)]
+
+    async def _fresh_epoch(self, keys: K) -> str:
+        """An epoch for a queue that has none."""
+        return await fresh_epoch(self._session, keys, self._key(keys.name))
+
+    async def _move(self, wait: float) -> float:
+        """Move jobs to their partitions; ``wait`` are the seconds after which `promote` is called again."""
+        if self._mover is None:
+            return wait
+        if (now := monotonic()) >= self._move_at:
+            self._move_at = now + await self._mover.move()
+        return min(wait, max(0.0, self._move_at - now))
 
     @abstractmethod
     def _claim_source(self, queues: Sequence[tuple[K, int | None]]) -> I:
@@ -111,6 +137,8 @@ class RedisBroker(ABC, Generic[K, I]):
             ConfigurationError: no worker may start with this queue.
         """
         try:
+            if keys.name in self._partitions:
+                await self._router.sizes(keys.name)
             problem = await self._create(keys)
             if not problem and self._options.fair_weights:
                 await self._weigh(keys)
@@ -196,7 +224,7 @@ class RedisBroker(ABC, Generic[K, I]):
     def output(
         self, queues: Sequence[str], job_id: str, *, log: bool = False
     ) -> AbstractAsyncContextManager[OutputReader]:
-        return reading(self._session, self._subscriber, [self._key(queue) for queue in queues], job_id, log=log)
+        return reading(self._session, self._subscriber, self._homes(queues), job_id, log=log)
 
     @abstractmethod
     def _sender(self) -> ClaimSettlement:
@@ -262,13 +290,19 @@ class RedisBroker(ABC, Generic[K, I]):
         return await self._cancels.find(claims)
 
     async def cancel(self, queue: str, job_id: str) -> bool:
-        return await cancel(self._session, self._key(queue), job_id)
+        homes = self._homes([queue])
+        gone = [keys for keys in homes if await cancel(self._session, keys, job_id)]
+        for keys in homes if gone else ():  # it was in one partition: marks in the others would stay
+            if keys not in gone:
+                await uncancel(self._session, keys, job_id)
+        return bool(gone)
 
     async def pass_on(self, queue: str, order: str, job_id: str) -> None:
-        await pass_on(self._session, self._key(queue), order, job_id)
+        for keys in self._homes([queue]):
+            await pass_on(self._session, keys, order, job_id)
 
     def ended(self, queues: Sequence[str], job_id: str) -> AbstractAsyncContextManager[ResultWaiter]:
-        return waiting(self._session, self._subscriber, [self._key(queue) for queue in queues], job_id)
+        return waiting(self._session, self._subscriber, self._homes(queues), job_id)
 
     async def progress(self, told: Mapping[str, Progress], ended: Collection[str]) -> None:
         args: list[Any] = [self._heartbeat_ms, len(ended), *(PROGRESS + job_id for job_id in ended)]

@@ -66,8 +66,9 @@ class Cancels:
             self._notified = {queue: until for queue, until in self._notified.items() if until > now}
             asked: dict[str, dict[int, str]] = {}
             for index, claim in enumerate(claims):
-                if (claim.queue in marked or claim.queue in self._notified) and (job_id := id_of(claim)) is not None:
-                    asked.setdefault(claim.queue, {})[index] = job_id
+                home = claim.home
+                if (home in marked or home in self._notified) and (job_id := id_of(claim)) is not None:
+                    asked.setdefault(home, {})[index] = job_id
             for queue, ids in asked.items():
                 keys = self._keys[queue]
                 try:
@@ -87,7 +88,7 @@ class Cancels:
         asked: dict[str, list[tuple[Claim, str]]] = {}
         for claim in claims:
             if (job_id := id_of(claim)) is not None:
-                asked.setdefault(claim.queue, []).append((claim, job_id))
+                asked.setdefault(claim.home, []).append((claim, job_id))
         found: list[Claim] = []
         for queue, pairs in asked.items():
             keys = self._keys[queue]

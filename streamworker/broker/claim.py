@@ -57,6 +57,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         lease: seconds a claim lives unrenewed.
         weighted: weighted order of levels instead of strict order.
         fair_weights: weights of tenants; 1 for one that is not named.
+        partitions: (name, number of partitions) of the queues that have some.
         groups: most suspects that run together, by delivery from the third on, see `streamworker.policy.group_sizes`.
     """
 
@@ -65,6 +66,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     lease: float = 15.0
     weighted: bool = False
     fair_weights: tuple[tuple[str, float], ...] = ()
+    partitions: tuple[tuple[str, int], ...] = ()
     groups: tuple[int, ...] = (5, 1)
 
 
@@ -98,7 +100,10 @@ class ClaimSource(ABC):
         self._groups = options.groups
         self._apart_from = apart_from(options.groups)
         self._half_since: float | None = None
-        self._order = Order(len(queues), weighted=options.weighted, heads=heads)
+        names = [keys.name for keys in self._keys]
+        self._order = Order(names, weighted=options.weighted, heads=heads)
+        self._firsts: Final = [names.index(name) for name in names]
+        """Of each partition, the index of its queue's first one, whose cap it shares."""
         self.ready_keys: Final[list[tuple[QueueKeys, Level, str]]] = [
             (keys, level, keys.ready(level)) for keys in self._keys for level in LEVELS
         ]
@@ -330,12 +335,20 @@ class ClaimSource(ABC):
         used = Counter(claim.queue for claim in running)
         return [
             0
-            if keys.queue in self._shut
+            if keys.name in self._shut
             else limit
             if cap is None
-            else max(0, cap - used[keys.queue] + self._ended(keys.queue))
+            else max(0, cap - used[keys.name] + self._ended(keys.name))
             for keys, cap in zip(self._keys, self._caps, strict=True)
         ]
+
+    def _bounds(self, limit: int, running: Collection[Claim]) -> list[int]:
+        """The scripts' arguments about allowances: -N for a partition that shares the Nth one."""
+        allowances = self._allowances(limit, running)
+        if not self._order.rotates:
+            return allowances
+        firsts = self._firsts
+        return [allowed if firsts[index] == index else -1 - firsts[index] for index, allowed in enumerate(allowances)]
 
     def _next_reclaim(self, running: Collection[Claim]) -> float:
         """Monotonic seconds of the next reclaim; a queue at its cap is reclaimed from when it falls below it."""
@@ -374,31 +387,49 @@ WEIGHTS: Final = (6, 3, 1)
 
 
 class Order:
-    """Order in which the claiming scripts walk the ready keys of ``queues`` queues, three a queue.
+    """Order in which the claiming scripts walk the ready keys of queues, three a queue.
+
+    The partitions of a queue rotate, level by level: the first one of a walk comes last in the next.
 
     Args:
-        queues: number of queues.
+        names: of the queues; its partitions have one name.
         weighted: weighted order instead of strict.
         heads: keys of each queue that come before the ready keys in the script's KEYS.
     """
 
-    def __init__(self, queues: int, *, weighted: bool, heads: int = 1) -> None:
-        self._weighted = weighted
+    def __init__(self, names: Sequence[str], *, weighted: bool, heads: int = 1) -> None:
+        self._weighted, self._heads = weighted, heads
         self._credit = [0] * len(LEVELS)
+        self._groups = [[i for i, each in enumerate(names) if each == name] for name in dict.fromkeys(names)]
+        self._turn, self._turns = 0, math.lcm(*map(len, self._groups))
+        self._first = self._walk(0)
+
+    @property
+    def rotates(self) -> bool:
+        """Whether a queue has partitions here."""
+        return self._turns > 1
+
+    def walk(self) -> list[int]:
+        """The walk of one claim: (ready key, queue, budget) of each step, counted from 1 as Lua does."""
+        if self._turns == 1:
+            return self._first
+        self._turn = (self._turn + 1) % self._turns
+        return self._walk(self._turn)
+
+    def _walk(self, turn: int) -> list[int]:
         levels = range(len(LEVELS))
-        strict = [(queue, level) for queue in range(queues) for level in levels]
-        # Steps of (ready key, queue, budget), counted from 1 as Lua does.
-        if weighted:
-            shares = [(queue, level, level) for level in levels for queue in range(queues)]
-            rest = [(queue, level, len(LEVELS)) for level in levels for queue in range(queues)]
+        groups = [[group[(turn + each) % len(group)] for each in range(len(group))] for group in self._groups]
+        if self._weighted:
+            shares = [(queue, level, level) for level in levels for group in groups for queue in group]
+            rest = [(queue, level, len(LEVELS)) for level in levels for group in groups for queue in group]
             steps = shares + rest
         else:
-            steps = [(queue, level, 0) for queue, level in strict]
-        width = len(LEVELS)
-        self.steps: Final[list[int]] = [
+            steps = [(queue, level, 0) for group in groups for level in levels for queue in group]
+        width, heads = len(LEVELS), self._heads * sum(map(len, groups))
+        return [
             number
             for queue, level, budget in steps
-            for number in (heads * queues + queue * width + level + 1, queue + 1, budget + 1)
+            for number in (heads + queue * width + level + 1, queue + 1, budget + 1)
         ]
 
     def budgets(self, limit: int) -> list[int]:

@@ -49,6 +49,7 @@ async def examine(
         *await _closed(session, queues),
         *await _elsewhere(session, queues),
         *await _stalled(session, queues),
+        *await _unserved(session, queues),
         await _clock(session),
         *_renewal(session),
     ]
@@ -225,6 +226,23 @@ async def _stalled(session: OperatorSession, queues: Sequence[QueueKeys]) -> lis
                 cure = "a worker passes them on within a minute"
                 shown = ", ".join(stuck[:SHOWN])
                 found.append(Finding("warning", "order", f"{keys.queue}: no job holds the order keys {shown}: {cure}"))
+    return found
+
+
+async def _unserved(session: OperatorSession, queues: Sequence[QueueKeys]) -> list[Finding]:
+    """Queues that have had more partitions than the settings name: jobs in the others wait."""
+    found = []
+    served = Counter(keys.name for keys in queues)
+    firsts = [keys for keys in queues if keys.name == keys.queue]
+    answers = await session.gather([("HGET", keys.order, "") for keys in firsts])
+    for keys, answer in zip(firsts, answers, strict=True):
+        count = int(answer.split()[-1]) if isinstance(answer, bytes) and answer else 1
+        if count > served[keys.name]:
+            sentence = (
+                f"{keys.name} has {count} partitions, of which {served[keys.name]} are served here: jobs in the others "
+                f"wait; set STREAMWORKER_PARTITIONS={keys.name}={count}, their number can only grow"
+            )
+            found.append(Finding("error", "partitions", sentence))
     return found
 
 

@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from hashlib import sha1
 from math import ceil
 from time import monotonic
 from typing import Any, Final
+
+import msgspec
 
 from streamworker.broker import listings, scripts
 from streamworker.broker.base import promote
 from streamworker.broker.keys import ListKeys, QueueKeys, of_due_member
 from streamworker.broker.listings import derived_from
 from streamworker.broker.order import in_lines
+from streamworker.broker.partitions import WHOLE, Partitions, Router, fresh_epoch, named
 from streamworker.broker.publisher import Publisher
 from streamworker.broker.pubsub import Subscriber
 from streamworker.broker.redis.client import RedisAddress
@@ -82,13 +86,23 @@ class RedisDispatcher:
         keys: the keys of a queue, by its name.
         group: the consumer group of streams.
         namespace: prefix of every key.
+        parts: the partitions of queues that have some.
     """
 
-    def __init__(self, address: RedisAddress, keys: Callable[[str], QueueKeys], *, group: str, namespace: str) -> None:
+    def __init__(
+        self,
+        address: RedisAddress,
+        keys: Callable[[str], QueueKeys],
+        *,
+        group: str,
+        namespace: str,
+        parts: Partitions = WHOLE,
+    ) -> None:
         self._session = Session(address)
         self._keys = keys
         self._group = group
         self._operator_session = OperatorSession(self._session.commands, address, group, namespace)
+        self._router = Router(self._session, keys, parts)
         self._publisher = Publisher(self._session.pool, address, keys)
         self._subscriber = Subscriber(self._session)
         self.schedules: Final = RedisSchedules(self._session, keys, namespace, self._subscriber)
@@ -109,10 +123,43 @@ class RedisDispatcher:
         await self._session.close()
 
     async def dispatch(self, queue: str, jobs: Sequence[Dispatch], until: float) -> Dispatched | None:
+        if queue not in self._router.partitions:
+            return await self._dispatch(queue, jobs, until)
+        told = [named(job.body, job.id, None if job.key is None else job.key.name) for job in jobs]
+        by_home: dict[str, list[int]] = {}
+        for index, home in enumerate(await self._router.homes(queue, told)):
+            by_home.setdefault(home, []).append(index)
+        (before,) = await self.pulses([queue])
+        if not before.epoch:
+            await self.found(queue)
+            (before,) = await self.pulses([queue])
+        there, held, error = [False] * len(jobs), [False] * len(jobs), ""
+        for home, indexes in by_home.items():
+            # A job that needs the queue's identity needs that of its partition: the queue's is made of them.
+            some = [jobs[index] for index in indexes]
+            own = await self._epoch_of(home)
+            some = [
+                msgspec.structs.replace(job, epoch=own) if job.epoch and job.epoch == before.epoch else job
+                for job in some
+            ]
+            done = await self._dispatch(home, some, until)
+            if done is None:
+                return None  # what was added is remembered, so that the next try adds nothing twice
+            error = error or done.error
+            for number, index in enumerate(indexes):
+                there[index], held[index] = done.there[number], done.held[number]
+        # The identity from before: what a partition lost meanwhile is dispatched again.
+        return Dispatched(before.epoch, there, held, error)
+
+    async def _epoch_of(self, home: str) -> str:
+        return text(await self._session.ask("HGET", self._keys(home).meta, "epoch") or b"")
+
+    async def _dispatch(self, queue: str, jobs: Sequence[Dispatch], until: float) -> Dispatched | None:
+        """`dispatch` of one partition."""
         keys = self._keys(queue)
         home = self._session.address.home(keys.meta)
         if home not in self._clocks:
-            await self.pulses([queue])
+            await self._pulses([queue])
         names = [keys.meta, keys.relayed, *keys.places]
         for _ in range(2):
             args: list[Any] = [keys.shape, round(until * 1000 + self._clocks[home]), secrets.token_hex(8), FORGET]
@@ -126,7 +173,7 @@ class RedisDispatcher:
             self._clocks[home] = now - monotonic() * 1000
             if done != b"groups":
                 break
-            await self.found(queue)
+            await self._found(queue)
         if done != b"added":
             return None
         errors = [result for result in results if isinstance(result, bytes)]
@@ -135,12 +182,17 @@ class RedisDispatcher:
         return Dispatched(text(epoch), there, held, text(errors[0]) if errors else "")
 
     async def forget(self, queue: str, jobs: Sequence[Dispatch]) -> None:
-        if jobs:
-            await self._operator_session.ask(
-                "ZREM", self._keys(queue).relayed, *(f"{job.id}/{job.hop}" for job in jobs)
-            )
+        for home in self._router.partitions.homes(queue) if jobs else ():
+            await self._operator_session.ask("ZREM", self._keys(home).relayed, *(f"{job.id}/{job.hop}" for job in jobs))
 
     async def pulses(self, queues: Sequence[str]) -> list[Pulse]:
+        partitions = self._router.partitions
+        found = {
+            pulse.queue: pulse for pulse in await self._pulses([h for each in queues for h in partitions.homes(each)])
+        }
+        return [_pulse_of(queue, [found[home] for home in partitions.homes(queue)]) for queue in queues]
+
+    async def _pulses(self, queues: Sequence[str]) -> list[Pulse]:
         # All queues in one call, unless a cluster keeps them in different slots.
         together = [[queue] for queue in queues] if self._session.address.spread else [queues] if queues else []
         found = []
@@ -153,7 +205,12 @@ class RedisDispatcher:
         return found
 
     async def found(self, queue: str) -> None:
-        keys, fresh = self._keys(queue), secrets.token_hex(8)
+        for home in self._router.partitions.homes(queue):
+            await self._found(home)
+
+    async def _found(self, queue: str) -> None:
+        keys = self._keys(queue)
+        fresh = await fresh_epoch(self._session, keys, self._keys(keys.name))
         if keys.shape == "list":
             await self._operator_session.ask("HSETNX", keys.meta, "epoch", fresh)
             return
@@ -164,20 +221,24 @@ class RedisDispatcher:
             raise StreamworkerError(f"the stream {stream} cannot be used: {problem}")
 
     async def hold(self, queue: str, *, held: bool) -> None:
-        keys = self._keys(queue)
-        await self._session.run(scripts.HOLD, [keys.meta, keys.due], [int(held)])
+        for keys in map(self._keys, self._router.partitions.homes(queue)):
+            await self._session.run(scripts.HOLD, [keys.meta, keys.due], [int(held)])
 
     async def ids(self, queue: str) -> AsyncIterator[list[str]]:
         """`Dispatcher.ids`: delayed, ready, delayed again, so that a job that moves meanwhile is read once."""
-        keys = self._keys(queue)
-        async for members in self._parked(keys):
-            yield [job_id for job_id, _ in members]
-        async for entries in self._entries(keys):
-            yield [job_id for job_id, _ in entries]
-        async for members in self._parked(keys):
-            yield [job_id for job_id, _ in members]
+        for keys in map(self._keys, self._router.partitions.homes(queue)):
+            async for members in self._parked(keys):
+                yield [job_id for job_id, _ in members]
+            async for entries in self._entries(keys):
+                yield [job_id for job_id, _ in entries]
+            async for members in self._parked(keys):
+                yield [job_id for job_id, _ in members]
 
     async def later(self, queue: str, hops: Mapping[str, int]) -> set[str]:
+        homes = self._router.partitions.homes(queue)
+        return set().union(*[await self._later(home, hops) for home in homes])
+
+    async def _later(self, queue: str, hops: Mapping[str, int]) -> set[str]:
         keys = self._keys(queue)
         found: set[str] = set()
         for _ in range(2):
@@ -268,7 +329,9 @@ class RedisDispatcher:
             yield page
 
     async def promote(self, queues: Sequence[str]) -> float:
-        return await promote(self._session, [self._keys(queue) for queue in queues])
+        return await promote(
+            self._session, [self._keys(home) for queue in queues for home in self._router.partitions.homes(queue)]
+        )
 
     async def offer_tick(self, tick: CronTick) -> CronTickResult:
         return await self._publisher.offer_tick(tick)
@@ -277,6 +340,18 @@ class RedisDispatcher:
         if isinstance(self._keys("any"), ListKeys):
             return await listings.list_queues(self._operator_session)
         return await listings.queues(self._operator_session)
+
+
+def _pulse_of(queue: str, parts: Sequence[Pulse]) -> Pulse:
+    """The pulse of a queue by those of its partitions, which have one epoch unless one of them lost its data."""
+    first, *others = parts
+    strange = [f"{pulse.queue} {pulse.epoch}" for pulse in others if pulse.epoch not in ("", first.epoch)]
+    epoch = first.epoch
+    if epoch and strange:
+        epoch += "-" + sha1(" ".join(strange).encode(), usedforsecurity=False).hexdigest()[:12]
+    servers = dict.fromkeys(pulse.server for pulse in parts)
+    server = first.server if len(servers) == 1 else sha1("".join(servers).encode(), usedforsecurity=False).hexdigest()
+    return Pulse(queue, epoch, sum(pulse.relayed for pulse in parts), server, held=any(pulse.held for pulse in parts))
 
 
 def _hop_of(body: bytes | None) -> tuple[str | None, int]:

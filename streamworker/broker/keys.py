@@ -12,13 +12,21 @@ from streamworker.job import LEVELS, Claim, Level
 
 
 class QueueKeys(msgspec.Struct, frozen=True):
-    """The keys of one queue in stream mode; ``namespace`` is the prefix of each."""
+    """The keys of one queue in stream mode, or of one partition; ``namespace`` is the prefix of each.
+
+    To Redis, a partition is a queue with a name of its own, its home: ``billing#3``. The first is called as its queue.
+    """
 
     queue: str
     namespace: str = ""
 
     shape: ClassVar[Literal["stream", "list"]] = "stream"
     """Type of the ready keys, as an argument of scripts."""
+
+    @property
+    def name(self) -> str:
+        """The queue, whatever partition of it this is."""
+        return self.queue.partition("#")[0]
 
     @property
     def base(self) -> str:
@@ -65,6 +73,8 @@ class QueueKeys(msgspec.Struct, frozen=True):
             self.definitions: "hash",
             self.ticked: "hash",
             self.order: "hash",
+            self.moving: "hash",
+            self.arrived: "zset",
             self.halted: "hash",
             self.lines: "set",
             self.fair: "hash",
@@ -163,12 +173,25 @@ class QueueKeys(msgspec.Struct, frozen=True):
 
     @property
     def order(self) -> str:
-        """Hash: order key to the id of the job that holds it. The jobs behind it are in `order_line`."""
+        """Hash: order key to the id of the job that holds it. The jobs behind it are in `order_line`.
+
+        In a partition, the field without a name has the numbers of partitions that its queue has had.
+        """
         return f"{self.base}:order"
 
     def order_line(self, key: str) -> str:
         """List: jobs that wait for an order key, the next one first; `of_line` reads an element."""
         return f"{self.base}:order:{key}"
+
+    @property
+    def moving(self) -> str:
+        """Hash: order key whose jobs move to another partition, to the token of the next one, see ``depart.lua``."""
+        return f"{self.base}:moving"
+
+    @property
+    def arrived(self) -> str:
+        """Sorted set: tokens of jobs that came from other partitions, to the ms at which they did."""
+        return f"{self.base}:arrived"
 
     @property
     def lines(self) -> str:
@@ -283,7 +306,7 @@ class ListKeys(QueueKeys, frozen=True):
         return {**super().types, self.leases: "zset"}
 
 
-_LIST: Final = re.compile(r"queue:([A-Za-z0-9._:-]{1,100}?)(?::(?:high|low))?")
+_LIST: Final = re.compile(r"queue:([A-Za-z0-9._:-]{1,100}?)(?:#[0-9]{1,4})?(?::(?:high|low))?")
 
 
 def queue_of_list(key: str, namespace: str = "") -> str | None:
@@ -293,6 +316,11 @@ def queue_of_list(key: str, namespace: str = "") -> str | None:
     if match is None or match[1].endswith((":high", ":low")):
         return None
     return match[1]
+
+
+def home_name(queue: str, number: int) -> str:
+    """The home of a partition: the name by which its keys are made."""
+    return f"{queue}#{number}" if number else queue
 
 
 def scheduled_queues(namespace: str) -> str:
@@ -333,7 +361,7 @@ def unwrapped(keys: ListKeys, wrapper: bytes, secret: bytes = b"") -> Claim | No
     if level is None or not parts[1].isdigit():
         return None
     entry, count, word, body = parts
-    return Claim(keys.queue, level, keys.ready(level), entry, int(count), body, b"", word.endswith(b"?"), secret=secret)
+    return Claim(keys.name, level, keys.ready(level), entry, int(count), body, b"", word.endswith(b"?"), secret=secret)
 
 
 def leased(claim: Claim, worker: str) -> bytes:

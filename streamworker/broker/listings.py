@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
+import msgspec
 from redis import exceptions as redis_errors
 
 from streamworker import codec
@@ -51,7 +52,8 @@ async def derived_from(session: OperatorSession, keys: QueueKeys, level: Level) 
 async def queues(session: OperatorSession) -> list[str]:
     """Names of queues that have any key, sorted."""
     shape = re.compile(
-        rf"{re.escape(session.namespace)}stream:\{{([A-Za-z0-9._:-]{{1,100}})\}}(?::(?:high|low|due|dead|meta))?"
+        rf"{re.escape(session.namespace)}stream:\{{([A-Za-z0-9._:-]{{1,100}})(?:#[0-9]{{1,4}})?\}}"
+        r"(?::(?:high|low|due|dead|meta))?"
     )
     found = set()
     async for name in session.scan(f"{session.namespace}stream:{{*}}*"):
@@ -70,6 +72,33 @@ async def depth(run: Callable[..., Awaitable[Any]], keys: QueueKeys, group: str)
     held = bool(paused or inactive)
     ready = max(0, entries - pending_) + tenants
     return Depth(keys.queue, ready, pending_, delayed_, dead_, age, held, bool(inactive), waiting_, halted, soon)
+
+
+def folded(depths: Iterable[Depth]) -> list[Depth]:
+    """Depths with those of a queue's partitions as one."""
+    found: dict[str, Depth] = {}
+    for each in depths:
+        name = each.queue.partition("#")[0]
+        known = found.get(name)
+        found[name] = msgspec.structs.replace(each, queue=name) if known is None else _both(known, each)
+    return list(found.values())
+
+
+def _both(one: Depth, other: Depth) -> Depth:
+    ages = [age for age in (one.oldest_age, other.oldest_age) if age is not None]
+    return Depth(
+        one.queue,
+        one.ready + other.ready,
+        one.running + other.running,
+        one.delayed + other.delayed,
+        one.dead + other.dead,
+        max(ages, default=None),
+        one.paused or other.paused,
+        one.inactive or other.inactive,
+        one.waiting + other.waiting,
+        one.halted + other.halted,
+        one.soon + other.soon,
+    )
 
 
 async def workers(session: OperatorSession, keys: Sequence[QueueKeys], *, everywhere: bool) -> list[WorkerInfo]:
@@ -326,7 +355,7 @@ def _named(body: bytes | None, place: str, epoch: bytes, entry: bytes) -> tuple[
     return codec.id_in(reading) or codec.derived_id(place, epoch, entry), reading.kind or None
 
 
-_CLAIMED: Final = re.compile(r"queue:([A-Za-z0-9._:-]{1,100}):claimed:.+", re.DOTALL)
+_CLAIMED: Final = re.compile(r"queue:([A-Za-z0-9._:-]{1,100})(?:#[0-9]{1,4})?:claimed:.+", re.DOTALL)
 
 
 async def list_queues(session: OperatorSession) -> list[str]:

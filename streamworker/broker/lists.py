@@ -85,7 +85,7 @@ class ListClaims(ClaimSource):
         args: list[Any] = [self.consumer, limit, len(self._lists), len(budgets), secrets.token_hex(6)]
         wish = self._about_suspects(0, running)
         args += [self._apart_from, wish, *self._group_here(running), len(held)]
-        args += [*self._allowances(limit, running), *budgets, *held, *self._order.steps]
+        args += [*self._bounds(limit, running), *budgets, *held, *self._order.walk()]
         answer = await self._session.read(scripts.FAIR_TAKE if self._lined else scripts.LIST_TAKE, keys, args)
         taken, trouble, paused, _, passed, suspects, cancelled, granted, sealed, fair = answer
         self.secrets.update(zip((each.queue for each in self._lists), sealed, strict=True))
@@ -99,7 +99,7 @@ class ListClaims(ClaimSource):
         claims: list[Claim] = []
         for index, rows in taken:
             home, level, place = self.ready_keys[index - first]
-            name, secret = home.queue, self.secrets[home.queue]
+            name, secret = home.name, self.secrets[home.queue]
             claims += [
                 Claim(name, level, place, entry, count, body, b"", bool(suspect), False, secret)
                 for entry, count, suspect, body in rows
@@ -221,7 +221,7 @@ class Reclaimer:
             shown, *reply = await self._session.run(scripts.LIST_OVERDUE, names, args)
             if self._session.clock_shows(shown, sent, expected, self._lease):
                 self._tokens = [0] * len(self._tokens)
-            own = None if running is None else {(claim.queue, claim.entry) for claim in running}
+            own = None if running is None else {(claim.home, claim.entry) for claim in running}
             for index, (wait, members, trouble, longest, token, leapt) in zip(due, reply, strict=True):
                 self.look_at[index] = monotonic() + wait / 1000
                 self._longest = max(self._longest, longest / 1000)
@@ -346,7 +346,7 @@ class ListBroker(RedisBroker[ListKeys, ClaimSource]):
         return ListSettlement(self._session.pool, self._source.consumer)
 
     async def own_pending(self, running: Collection[Claim]) -> list[Claim]:
-        known = {(claim.queue, claim.entry) for claim in running}
+        known = {(claim.home, claim.entry) for claim in running}
         found: list[Claim] = []
         for keys in self._keys:
             wrappers = await self._session.ask("LRANGE", keys.claimed(self._source.consumer), 0, -1)
@@ -356,7 +356,7 @@ class ListBroker(RedisBroker[ListKeys, ClaimSource]):
         return await self._cancels.judged(found, {keys.queue for keys in self._keys})
 
     async def promote(self) -> float:
-        wait = await promote(self._session, self._keys)
+        wait = await self._move(await promote(self._session, self._keys))
         # Here too, because no worker claims while it runs as many jobs as it may.
         self._reclaimer.rest_after_outage()
         if monotonic() >= self._tidy_at:
@@ -373,7 +373,7 @@ class ListBroker(RedisBroker[ListKeys, ClaimSource]):
         return gone
 
     async def depth(self) -> list[Depth]:
-        return [await listings.list_depth(self._session.run, keys) for keys in self._keys]
+        return listings.folded([await listings.list_depth(self._session.run, keys) for keys in self._keys])
 
 
 def refuse_cluster(address: RedisAddress, info: dict[str, Any] | None = None) -> None:

@@ -119,7 +119,7 @@ class BrpopClaims(ClaimSource):
         secret = self.secrets.get(keys.queue, b"")
         body, mark = unmarked(element, secret)
         entry, count = (mark.id, mark.deliveries + 1) if mark is not None else (codec.new_id(), 1)
-        return [Claim(keys.queue, level, place, entry.encode(), count, body, b"", secret=secret)]
+        return [Claim(keys.name, level, place, entry.encode(), count, body, b"", secret=secret)]
 
     def _ordered(self, places: list[str]) -> list[str]:
         """Keys as listed; with weighted order the level whose turn it is comes first."""
@@ -186,7 +186,7 @@ class BrpopBroker(ListBroker):
 
     async def _forget_popped(self, items: Sequence[SettleRequest]) -> None:
         for item in items:
-            mine = (item.claim.queue, item.job_id)
+            mine = (item.claim.home, item.job_id)
             if mine in self._popped:
                 self._popped.discard(mine)
                 await self._session.ask("HDEL", self._key(mine[0]).popped, mine[1])

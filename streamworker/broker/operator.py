@@ -163,7 +163,7 @@ class RedisOperator(ABC):
         claim = await self._claim(entry)
         ended = claim is not None and await self._end(entry, claim, Drop())
         if ended and entry.job_id:
-            await self._freed(entry.queue, [entry.job_id])
+            await self._freed(self._key(entry.queue).name, [entry.job_id])
         return ended
 
     async def _end(self, entry: PendingEntry, claim: Claim, verdict: Verdict, next_form: bytes | None = None) -> bool:
@@ -250,7 +250,7 @@ class RedisOperator(ABC):
     async def forget(self, job: StoredJob) -> bool:
         ended = await cancel.forget(self._session, self._key(job.queue), job.handle)
         if ended and job.job_id:
-            await self._freed(job.queue, [job.job_id])
+            await self._freed(self._key(job.queue).name, [job.job_id])
         return ended
 
     async def ready(self, queue: str, after: str = "") -> Page[StoredJob]:
@@ -281,7 +281,8 @@ class RedisOperator(ABC):
         ]
         done = bool(await self._session.run(scripts.CHANGE, names, args))
         if done:
-            await self._changed(job, body, (queue, level), due if park else 0.0)
+            was = msgspec.structs.replace(job, queue=keys.name)
+            await self._changed(was, body, (target.name, level), due if park else 0.0)
         return done
 
     async def dead(self, queue: str, after: str = "", *, only: str | None = None) -> Page[StoredJob]:
@@ -337,7 +338,7 @@ class RedisOperator(ABC):
             names, args = [*names, keys.key(found[0])], [*args, found[1]]
         ended = bool(await self._session.run(scripts.ERASE, names, args))
         if ended and job.job_id:
-            await self._freed(job.queue, [job.job_id])
+            await self._freed(self._key(job.queue).name, [job.job_id])
         return ended
 
     # -- queues and the server
@@ -362,7 +363,7 @@ class RedisOperator(ABC):
             count, *ids = await self._session.run(scripts.PURGE, names, [keys.shape, self._group, place, batch])
             gone += count
             if ids:
-                await self._freed(queue, [text(each) for each in ids])
+                await self._freed(keys.name, [text(each) for each in ids])
             if count < batch:
                 break
         return gone

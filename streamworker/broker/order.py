@@ -56,13 +56,13 @@ async def sweep(session: Asks, keys: QueueKeys) -> int:
 
 
 async def _holders(session: Asks, keys: QueueKeys, waiting: list[bytes]) -> list[tuple[bytes, bytes]]:
-    """(key, holder) of keys that do not halt; empty for a key without a holder, which is stuck as well."""
+    """(key, holder) of keys that do not halt, nor move to another partition."""
     if not waiting:
         return []
     holders = await session.ask("HMGET", keys.order, *waiting)
     halted = await session.ask("HMGET", keys.halted, *waiting)
     rows = zip(waiting, holders, halted, strict=True)
-    return [(key, holder) for key, holder, halts in rows if holder is not None and halts is None]
+    return [(key, holder) for key, holder, halts in rows if holder and halts is None]
 
 
 async def _ids(session: Asks, keys: QueueKeys) -> AsyncIterator[str]:

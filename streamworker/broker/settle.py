@@ -101,7 +101,7 @@ async def settle(
                 if isinstance(code, bytes):
                     results[index] = Settled.REFUSED
                     error = code.decode(errors="replace")
-                    refusals.setdefault(homes[place].queue, Refusal(error, cure_of(error)))
+                    refusals.setdefault(homes[place].name, Refusal(error, cure_of(error)))
                 else:
                     results[index] = _CODES[code]
             if stage <= IN_ORDER and sender.waited:

@@ -49,7 +49,7 @@ class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
         return kind(self._session, queues, self._options, self._group)
 
     async def _create(self, keys: QueueKeys) -> str:
-        foreign, trouble = await self._source.ensure(keys)
+        foreign, trouble = await self._source.ensure(keys, await self._fresh_epoch(keys))
         if foreign:
             stream, _, group = foreign[0].partition(" ")
             raise ConfigurationError(
@@ -151,11 +151,11 @@ class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
                 counted = (place, entry, count - 1) in self._confirmed_lately
                 suspect = count >= apart_from(self._options.groups) - 1 and not counted
                 body = document(fields)
-                found.append(Claim(keys.queue, level, place, entry, count, body, epoch, suspect, secret=secret))
+                found.append(Claim(keys.name, level, place, entry, count, body, epoch, suspect, secret=secret))
         return await self._cancels.judged(found, {keys.queue for keys in self._keys})
 
     async def promote(self) -> float:
-        wait = await promote(self._session, self._keys)
+        wait = await self._move(await promote(self._session, self._keys))
         if monotonic() >= self._tidy_at:
             await self._tidy()
         return wait
@@ -174,7 +174,7 @@ class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
             await sweep(self._session, keys)
 
     async def depth(self) -> list[Depth]:
-        return [await listings.depth(self._session.run, keys, self._group) for keys in self._keys]
+        return listings.folded([await listings.depth(self._session.run, keys, self._group) for keys in self._keys])
 
 
 LEASES: Final = 10

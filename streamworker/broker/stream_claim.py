@@ -69,6 +69,7 @@ class ClusterStreamClaims:
             part.epochs, part.secrets = self.epochs, self.secrets
         parts = dict(zip(by_slot, self._parts, strict=True))
         self._part_of = {keys.queue: parts[slot_of(keys.base)] for keys, _ in queues}
+        self._rotation = _Rotation(self._parts)
         self.ready_keys: Final = [each for part in self._parts for each in part.ready_keys]
         self._reads: dict[StreamClaims, asyncio.Task[list[Claim]]] = {}
         self._away: dict[StreamClaims, Unreachable] = {}
@@ -110,7 +111,7 @@ class ClusterStreamClaims:
     async def claim(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:
         self._rest_after_outage()
         claims = self._brought()
-        idle = [part for part in self._parts if part not in self._reads]
+        idle = [part for part in self._rotation.next() if part not in self._reads]
         for part in idle:  # expired leases of all queues first: new jobs of the first queue must not starve them
             if len(claims) < limit:
                 claims += await self._looked(part, part.reclaim(limit - len(claims), [*running, *claims]))
@@ -170,8 +171,8 @@ class ClusterStreamClaims:
             if part not in self._away:
                 await part.look_again()
 
-    async def ensure(self, keys: QueueKeys) -> tuple[list[str], list[str]]:
-        return await self._part_of[keys.queue].ensure(keys)
+    async def ensure(self, keys: QueueKeys, epoch: str) -> tuple[list[str], list[str]]:
+        return await self._part_of[keys.queue].ensure(keys, epoch)
 
     def rest(self, seconds: float) -> None:
         """Reclaim nothing for some seconds."""
@@ -240,6 +241,23 @@ class ClusterStreamClaims:
         }
 
 
+class _Rotation:
+    """Order in which parts are looked at: as their queues are listed, and those of one queue's partitions in turns."""
+
+    def __init__(self, parts: Sequence[StreamClaims]) -> None:
+        by_queue: dict[str, list[StreamClaims]] = {}
+        for part in parts:
+            by_queue.setdefault(part.ready_keys[0][0].name, []).append(part)
+        self._groups = list(by_queue.values())
+        self._turn = 0
+
+    def next(self) -> list[StreamClaims]:
+        """The parts, for one claim."""
+        self._turn += 1
+        turns = [(group, self._turn % len(group)) for group in self._groups]
+        return [part for group, at in turns for part in (*group[at:], *group[:at])]
+
+
 class StreamClaims(ClaimSource):
     """`ClaimSource` that claims entries of ``queues`` for one consumer.
 
@@ -263,10 +281,10 @@ class StreamClaims(ClaimSource):
         self._seen: dict[str, bytes] = {}
         """The last entry of each stream that was claimed here."""
 
-    async def ensure(self, keys: QueueKeys) -> tuple[list[str], list[str]]:
+    async def ensure(self, keys: QueueKeys, epoch: str = "") -> tuple[list[str], list[str]]:
         """Create a queue's streams and groups; returns foreign groups as "stream group", errors as "stream error"."""
         await self.seal(keys)  # first: by the epoch the secret notes whether earlier versions worked on the queue
-        args: list[Any] = [self._group, secrets.token_hex(8)]
+        args: list[Any] = [self._group, epoch or secrets.token_hex(8)]
         for place in keys.streams:
             args += (self.epochs.get(place, b""), self._seen.get(place, b""))
         _, foreign, trouble, derived = await self._session.run(
@@ -286,7 +304,7 @@ class StreamClaims(ClaimSource):
         await self._seal_again()
         queues, budgets = len(self._keys), self._order.budgets(limit)
         head = [self._group, self.consumer, limit, queues, len(budgets)]
-        args = [*head, *self._allowances(limit, running), *budgets, *self._order.steps]
+        args = [*head, *self._bounds(limit, running), *budgets, *self._order.walk()]
         script = scripts.FAIR_CLAIM if self._lined else scripts.CLAIM
         taken, trouble, paused, epochs, cancelled, sealed, fair = await self._session.read(script, self._all, args)
         self.epochs.update((place, epoch) for place, epoch in zip(self._all[queues:], epochs, strict=True) if epoch)
@@ -297,7 +315,7 @@ class StreamClaims(ClaimSource):
         claims: list[Claim] = []
         for index, epoch, entries in taken:
             keys, level, place = self.ready_keys[index - queues - 1]
-            name, secret, self._seen[place] = keys.queue, self.secrets[keys.queue], entries[-2]
+            name, secret, self._seen[place] = keys.name, self.secrets[keys.queue], entries[-2]
             claims += [  # by position: names would cost a third of it
                 Claim(name, level, place, entry, 1, body, epoch, False, False, secret)
                 for entry, body in zip(entries[::2], entries[1::2], strict=True)
@@ -344,10 +362,12 @@ class StreamClaims(ClaimSource):
             ]
         if min(self._reclaim_at) > now:
             return claims
-        allowances = self._allowances(limit, running)
+        allowances, counted = self._allowances(limit, running), 0
         for index, keys in enumerate(self._keys):
             if self._reclaim_at[index] > now or len(claims) >= limit:
                 continue
+            if len(claims) > counted:  # partitions of a queue share its cap
+                allowances, counted = self._allowances(limit, [*running, *claims]), len(claims)
             allowed = min(limit - len(claims), allowances[index])
             if allowed <= 0 and index not in self._paused:
                 self._draining_since[index] = None
@@ -360,9 +380,8 @@ class StreamClaims(ClaimSource):
         return claims
 
     async def _reclaim_queue(self, index: int, keys: QueueKeys, limit: int, running: list[Claim]) -> list[Claim]:
-        held = [
-            f"{LEVELS.index(claim.level) + 2}:{claim.entry.decode()}" for claim in running if claim.queue == keys.queue
-        ]
+        mine = keys.streams
+        held = [f"{mine.index(claim.place) + 2}:{claim.entry.decode()}" for claim in running if claim.place in mine]
         args: list[Any] = [self._group, self.consumer, int(self._lease * 1000), limit]
         expected, sent = self._session.clock_should_show(), monotonic()
         wish = self._about_suspects(index, running)
@@ -399,7 +418,7 @@ class StreamClaims(ClaimSource):
         for stream, entry, count, fields, epoch, suspect in entries:
             level = LEVELS[stream - 2]
             place, body = keys.stream(level), document(fields)
-            claims.append(Claim(keys.queue, level, place, entry, count, body, epoch, bool(suspect), secret=secret))
+            claims.append(Claim(keys.name, level, place, entry, count, body, epoch, bool(suspect), secret=secret))
         return claims
 
     async def wait(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:  # noqa: ARG002 - one entry
@@ -431,7 +450,7 @@ class StreamClaims(ClaimSource):
                 self._lined = True
                 await self._session.run(scripts.PULL, [keys.meta], [keys.shape, 0])
             claims += [
-                Claim(keys.queue, level, place, entry, 1, document(fields), epoch, secret=secret)
+                Claim(keys.name, level, place, entry, 1, document(fields), epoch, secret=secret)
                 for entry, fields in entries
             ]
         return claims

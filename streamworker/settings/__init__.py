@@ -20,12 +20,14 @@ from streamworker.settings.environment import PREFIX, Found, judge_names, lookup
 from streamworker.settings.rules import (
     Address,
     FairWeight,
+    PartitionSpec,
     QueueSpec,
     Rule,
     database_url,
     http_address,
     integer,
     one_of,
+    partition_list,
     pattern,
     queue_list,
     redis_url,
@@ -35,7 +37,7 @@ from streamworker.settings.rules import (
     weight_list,
 )
 
-__all__ = ["EMBEDDED", "Address", "Described", "FairWeight", "QueueSpec", "Settings", "mask_url"]
+__all__ = ["EMBEDDED", "Address", "Described", "FairWeight", "PartitionSpec", "QueueSpec", "Settings", "mask_url"]
 
 EMBEDDED = "embedded"
 """The ``REDIS_URL`` that means the embedded pair of servers."""
@@ -105,6 +107,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     app: Annotated[str | None, _APP] = None
     mode: Annotated[Mode, one_of(get_args(Mode))] = "stream"
     queues: Annotated[tuple[QueueSpec, ...], queue_list()] = ()
+    partitions: Annotated[tuple[PartitionSpec, ...], partition_list()] = ()
     group: Annotated[str, _GROUP] = "workers"
     worker_id: Annotated[str | None, _WORKER_ID] = None
     concurrency: Annotated[int, integer(1, 10_000)] = 100

@@ -25,6 +25,9 @@ _POSTGRES = re.compile(r"postgres(?:ql)?(?:\+[a-z0-9_]+)?://")
 _REDIS_SCHEMES = {f"{scheme}{kind}" for scheme in ("redis", "rediss") for kind in ("", "+sentinel", "+cluster")}
 
 
+MOST_PARTITIONS = 1024
+
+
 class Rule(NamedTuple):
     """How the text of a setting is parsed.
 
@@ -52,6 +55,21 @@ class QueueSpec(NamedTuple):
 
     def __str__(self) -> str:
         return self.name if self.cap is None else f"{self.name}={self.cap}"
+
+
+class PartitionSpec(NamedTuple):
+    """A queue with partitions.
+
+    Attributes:
+        name: the queue's name.
+        partitions: how many it has.
+    """
+
+    name: str
+    partitions: int
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.partitions}"
 
 
 class FairWeight(NamedTuple):
@@ -82,7 +100,7 @@ def to_text(value: Any) -> str:
         # repr() is exact but may use an exponent, which is no usual form of seconds.
         text = format(Decimal(repr(value)), "f")
         return text.rstrip("0").removesuffix(".") if "." in text else text
-    if isinstance(value, (list, tuple)) and not isinstance(value, (QueueSpec, Address, FairWeight)):
+    if isinstance(value, (list, tuple)) and not isinstance(value, (QueueSpec, Address, FairWeight, PartitionSpec)):
         return ",".join(map(str, value))
     return str(value)
 
@@ -171,6 +189,24 @@ def queue_list() -> Rule:
         "(names: 1 to 100 of A-Z a-z 0-9 . _ : - and not ending in :high or :low; caps: 1 to 10000)",
         parse,
     )
+
+
+def partition_list() -> Rule:
+    """Accept ``name=count`` separated by commas."""
+    count_of = integer(1, MOST_PARTITIONS).parse
+
+    def parse(text: str) -> tuple[PartitionSpec, ...]:
+        specs = []
+        for item in text.split(","):
+            name, _, count = item.strip().partition("=")
+            if not QUEUE_NAME.fullmatch(name):
+                raise ValueError
+            specs.append(PartitionSpec(name, count_of(count)))
+        if len({spec.name for spec in specs}) < len(specs):
+            raise ValueError("a queue is listed twice")
+        return tuple(specs)
+
+    return Rule(f"queue names with numbers of partitions from 1 to {MOST_PARTITIONS}, such as billing=8,email=2", parse)
 
 
 def state_path() -> Rule:

@@ -157,8 +157,8 @@ class Gate(ABC):
                 await self._wake.wait()
                 self._wake.clear()
                 continue
-            queue = self._waiting[0].claim.queue
-            asked = [run for run in self._waiting if run.claim.queue == queue]
+            queue = self._waiting[0].claim.home
+            asked = [run for run in self._waiting if run.claim.home == queue]
             try:
                 await self._turn(queue, asked)
                 pause.reset()
@@ -453,7 +453,7 @@ def request_of(run: Execution) -> AcquireRequest | None:
         return None
     quota = registration.quota
     name = limit_name(registration.kind, quota, run.payload)
-    limit = Limit(run.claim.queue, name, quota.concurrency, quota.gap, quota.burst)
+    limit = Limit(run.claim.home, name, quota.concurrency, quota.gap, quota.burst)
     return AcquireRequest(
         run.claim, limit, run.job_id, secrets.token_hex(4), codec.state_of(reading, run.claim.secret).turn
     )

@@ -10,7 +10,7 @@ from hypothesis import settings as bounded
 from hypothesis import strategies as st
 
 from streamworker.errors import ConfigurationError
-from streamworker.settings import Address, FairWeight, QueueSpec, Settings
+from streamworker.settings import Address, FairWeight, PartitionSpec, QueueSpec, Settings
 from streamworker.settings.rules import to_text
 from tests.conftest import examples
 
@@ -56,6 +56,14 @@ VARIABLES = {
     "MAX_JOB_BYTES": (262_144, st.integers(1, 67_108_864)),
     "KEY_TTL": (86_400.0, SECONDS),
     "PRIORITY": ("strict", st.sampled_from(["strict", "weighted"])),
+    "PARTITIONS": (
+        (),
+        st.lists(
+            st.builds(PartitionSpec, st.from_regex(r"[a-z]{1,9}", fullmatch=True), st.integers(1, 1024)),
+            min_size=1,
+            unique_by=lambda each: each.name,
+        ).map(tuple),
+    ),
     "FAIR_WEIGHTS": (
         (),
         st.lists(

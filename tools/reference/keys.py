@@ -18,7 +18,7 @@ _TYPES: Final = {
     "String": "string",
 }
 _LIMIT: Final = ("zset", "zset", "string")
-_NOT_KEYS: Final = {"base", "places", "streams", "lists", "types"}
+_NOT_KEYS: Final = {"name", "base", "places", "streams", "lists", "types"}
 
 
 def page() -> str:

@@ -9,7 +9,7 @@
 -- ARGV[3]       most entries to take
 -- ARGV[4]       Q, number of queues
 -- ARGV[5]       B, number of budgets
--- ARGV[6..]     Q allowances: most entries to take of each queue
+-- ARGV[6..]     Q allowances: most entries to take of each queue; -N shares that of the Nth one
 -- then          B budgets: most entries to take on each budget
 -- then          the walk, three numbers a step: index of the stream in KEYS, of its queue, of its budget
 --
@@ -24,23 +24,24 @@
 --   fair     indexes of queues with jobs in tenants' lines, see `pull`
 local group, consumer, left = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local queues, budgets = tonumber(ARGV[4]), tonumber(ARGV[5])
-local allowance, derived, budget = {}, {}, {}
+local allowance, shares, derived, budget = {}, {}, {}, {}
 local taken, trouble, paused, cancelled, secrets, fair = {}, {}, {}, {}, {}, {}
 
 for q = 1, queues do
   local meta = redis.pcall('HMGET', KEYS[q], 'paused', 'epoch', 'inactive', 'cancelled', 'secret', 'id:1', 'id:2', 'id:3', 'fair')
   secrets[q] = not meta.err and meta[5] or ''
   allowance[q] = tonumber(ARGV[5 + q])
+  shares[q] = allowance[q] < 0 and -allowance[q] or q
   if meta.err then
     trouble[#trouble + 1] = { q, meta.err }
-    allowance[q] = 0
+    shares[q] = nil
   else
     for level = 1, 3 do derived[queues + 3 * (q - 1) + level] = meta[2] and meta[5 + level] end
     if meta[4] then cancelled[#cancelled + 1] = q end
     if meta[9] then fair[#fair + 1] = q end
     if meta[1] or meta[3] then
       paused[#paused + 1] = q
-      allowance[q] = 0
+      shares[q] = nil
     end
   end
 end
@@ -57,7 +58,8 @@ end
 local broken = {}
 for i = 6 + queues + budgets, #ARGV, 3 do
   local stream, q, b = tonumber(ARGV[i]), tonumber(ARGV[i + 1]), tonumber(ARGV[i + 2])
-  local count = math.min(left, allowance[q], budget[b])
+  local own = shares[q]
+  local count = own and math.min(left, allowance[own], budget[b]) or 0
   if count > 0 and not broken[stream] then
     local reply
     if derived[stream] then
@@ -74,7 +76,7 @@ for i = 6 + queues + budgets, #ARGV, 3 do
         flat[2 * n - 1], flat[2 * n] = entries[n][1], document(entries[n][2])
       end
       taken[#taken + 1] = { stream, derived[stream], flat }
-      left, allowance[q], budget[b] = left - #entries, allowance[q] - #entries, budget[b] - #entries
+      left, allowance[own], budget[b] = left - #entries, allowance[own] - #entries, budget[b] - #entries
       if left <= 0 then break end
     end
   end

@@ -22,7 +22,7 @@
 -- ARGV[9]      half of those that run here already; empty: any
 -- ARGV[10]     most jobs of a group that runs apart, by delivery count from ARGV[6] on: numbers; one later
 -- ARGV[11]     H, number of ids that run here
--- ARGV[12..]   Q allowances: most jobs to take of each queue
+-- ARGV[12..]   Q allowances: most jobs to take of each queue; -N shares that of the Nth one
 -- then         B budgets: most jobs to take on each budget
 -- then         H ids that run here
 -- then         the walk, three numbers a step: index of the list in KEYS, of its queue, of its budget
@@ -46,7 +46,7 @@ local PAGE, SKIP = 500, 500 -- elements of one move; elements that are read in v
 local time = redis.call('TIME')
 local now = string.format('%d', time[1] * 1000 + math.floor(time[2] / 1000))
 local stamp, sequence = string.format('%012x', tonumber(now)), 0
-local allowance, budget, epochs, usable, running = {}, {}, {}, {}, {}
+local allowance, shares, budget, epochs, usable, running = {}, {}, {}, {}, {}, {}
 local taken, trouble, paused, skipped, broken, empty, cancelled = {}, {}, {}, {}, {}, {}, {}
 local secrets, fair = {}, {}
 local suspects = {} -- queues of which some were left
@@ -58,9 +58,10 @@ for q = 1, queues do
   local meta = redis.pcall('HMGET', KEYS[q], 'paused', 'epoch', 'inactive', 'cancelled', 'secret', 'fair')
   secrets[q] = not meta.err and meta[5] or ''
   allowance[q], epochs[q] = tonumber(ARGV[11 + q]), ''
+  shares[q] = allowance[q] < 0 and -allowance[q] or q
   if meta.err then
     report(q, meta.err)
-    allowance[q] = 0
+    shares[q] = nil
   else
     if not meta[2] and redis.pcall('HSETNX', KEYS[q], 'epoch', ARGV[5]) == 1 then meta[2] = ARGV[5] end
     epochs[q] = meta[2] or ''
@@ -68,7 +69,7 @@ for q = 1, queues do
     if meta[6] then fair[#fair + 1] = q end
     if meta[1] or meta[3] then
       paused[#paused + 1] = q
-      allowance[q] = 0
+      shares[q] = nil
     end
   end
 end
@@ -172,12 +173,13 @@ local function take(i, q, most, again)
     for _, element in ipairs(elements) do redis.call('LREM', KEYS[i], -1, element) end
   end
   taken[#taken + 1] = { i, rows }
-  left, allowance[q] = left - #rows, allowance[q] - #rows
+  local own = shares[q]
+  left, allowance[own] = left - #rows, allowance[own] - #rows
   return #rows
 end
 
 local function exhausted(i, q)
-  if left <= 0 or allowance[q] <= 0 or broken[i] or empty[i] then return true end
+  if left <= 0 or not shares[q] or allowance[shares[q]] <= 0 or broken[i] or empty[i] then return true end
   local length = redis.pcall('LLEN', KEYS[i])
   if failed(length) then
     report(i, length.err)
@@ -193,7 +195,7 @@ local function take_marked(most)
     local q = math.floor((i - 3 * queues - 1) / 3) + 1
     if not exhausted(i, q) then
       local _, again = unmarked(redis.call('LINDEX', KEYS[i], -1), q)
-      while again and not exhausted(i, q) and take(i, q, math.min(left, allowance[q], most), true) > 0 do
+      while again and not exhausted(i, q) and take(i, q, math.min(left, allowance[shares[q]], most), true) > 0 do
         if apart and apart[3] <= 0 then return end
       end
     end
@@ -218,7 +220,7 @@ if reserved > 0 or drains == 1 then left = 0 end -- nothing new is taken beside 
 for w = walk, #ARGV, 3 do
   local i, q, b = tonumber(ARGV[w]), tonumber(ARGV[w + 1]), tonumber(ARGV[w + 2])
   while budget[b] > 0 and not exhausted(i, q) do
-    local count = take(i, q, math.min(left, allowance[q], budget[b]), false)
+    local count = take(i, q, math.min(left, allowance[shares[q]], budget[b]), false)
     if count == 0 then break end
     budget[b] = budget[b] - count
   end

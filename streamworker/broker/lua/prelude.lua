@@ -250,7 +250,17 @@ local function join(shape, base, level, fair, body)
   return reply
 end
 
--- Make a job ready, unless it has to wait: behind the job that holds its order key, or in its tenant's line. `how` is "new" for
+-- The partition of a value, of so many; see `streamworker.broker.partitions`.
+local function partition_of(value, count) return tonumber(string.sub(redis.sha1hex(value), 1, 8), 16) % count end
+
+-- Whether a queue has another partition for a value than the one with these keys, given the numbers of partitions it has had.
+local function strays(base, value, sizes)
+  local own, count = tonumber(string.match(base, '#(%d+)}$') or 0), tonumber(string.match(sizes, '%d+$') or 1)
+  return partition_of(value, count) ~= own
+end
+
+-- Make a job ready, unless it has to wait: behind the job that holds its order key, in its tenant's line, or because its order
+-- key belongs to another partition. `how` is "new" for
 -- a job that is stored for the first time, "line" for one that has to go to its tenant's line, "back" for one that has
 -- had its turn there, and "due" where its hop tells. Returns the reply, which may be an error.
 local function enter(shape, base, level, body, how)
@@ -258,8 +268,17 @@ local function enter(shape, base, level, body, how)
   if not order then return add(shape, ready_of(shape, base, level), body) end
   local holder
   if order ~= '' then
-    holder = redis.pcall('HGET', base .. ':order', order)
-    if failed(holder) then return holder end
+    local told = redis.pcall('HMGET', base .. ':order', order, '')
+    if failed(told) then return told end
+    holder = told[1]
+    if not holder and told[2] and strays(base, order, told[2]) then -- it waits here until it moves, held by nothing: see `depart`
+      local time = redis.call('TIME')
+      local token = string.format('%d %s', time[1] * 1000000 + time[2], string.match(told[2], '%d+$'))
+      local noted = redis.pcall('HSETNX', base .. ':moving', order, token)
+      if not failed(noted) then noted = redis.pcall('HSET', base .. ':order', order, '') end
+      if failed(noted) then return noted end
+      holder = ''
+    end
     if holder and (holder ~= id or how == 'new') then
       local waiting = string.format('%s %d %d %s%s%s', level, #id, #fair, id, fair, body)
       local reply = redis.pcall('RPUSH', base .. ':order:' .. order, waiting)
