@@ -8,8 +8,8 @@ workers, and a `HistoryReader`, for the command line and the dashboard.
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Mapping, Sequence
-from math import log10
 from typing import Final, Protocol
 
 import msgspec
@@ -29,9 +29,13 @@ Counts = dict[int, int]
 """Bucket to how many."""
 
 
+BOUNDS: Final = tuple(10 ** ((bucket - FIRST) / PER_DECADE) for bucket in range(1, BUCKETS))
+"""Where each bucket ends, the last one aside. The bucket of a time is ``bisect(BOUNDS, seconds)``."""
+
+
 def bucket_of(seconds: float) -> int:
     """The bucket of a time."""
-    return max(0, min(BUCKETS - 1, int(log10(seconds) * PER_DECADE + FIRST))) if seconds > 1e-4 else 0
+    return bisect(BOUNDS, seconds)
 
 
 def seconds_of(bucket: int) -> float:

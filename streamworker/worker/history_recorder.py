@@ -7,10 +7,10 @@ kind, some of them stand for the times of all: counts are exact, percentiles of 
 from __future__ import annotations
 
 import random
+from bisect import bisect
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from math import log10
 from time import monotonic, time
 from typing import Final
 
@@ -22,17 +22,7 @@ from streamworker.job import Dead, Done, RetryAt, Settled
 from streamworker.observe import ready_at
 from streamworker.policy import DONE
 from streamworker.telemetry.logs import get_logger
-from streamworker.telemetry.run_history import (
-    BUCKETS,
-    FIRST,
-    MINUTE,
-    PER_DECADE,
-    Counts,
-    HistoryRow,
-    HistoryWriter,
-    Place,
-    RunTally,
-)
+from streamworker.telemetry.run_history import BOUNDS, MINUTE, HistoryRow, HistoryWriter, Place, RunTally
 from streamworker.worker.host import WorkerResources
 from streamworker.worker.inflight import InFlight
 
@@ -40,10 +30,8 @@ log = get_logger("streamworker.worker")
 
 UNKNOWN: Final = "unknown"
 """The kind of jobs without a handler here: what the document says may be anything."""
-EXACT: Final = 8
-"""Jobs of one kind in one batch whose times are all counted."""
 SAMPLES: Final = 4
-"""Of more than those, so many or a few more stand for all."""
+"""Jobs of one kind in one batch whose times stand for those of all; up to twice as many, each for as many jobs."""
 EVERY: Final = 10.0
 """Seconds between two flushes, about."""
 LAST_FLUSH: Final = 2.0
@@ -118,29 +106,24 @@ class RunTallies:
             self._time(self._tally(place), runs)
 
     def _time(self, tally: RunTally, runs: Sequence[Execution]) -> None:
-        weight = 1
-        if len(runs) > EXACT:
-            weight = len(runs) // SAMPLES
+        weight = len(runs) // SAMPLES or 1
+        if weight > 1:
             runs = runs[int(random.random() * weight) :: weight]  # noqa: S311 - a fair sample, no secret
         ran, waited, offset = tally.run, tally.wait, self.offset
         for run in runs:
             if (started := run.started) is None or run.ended is None:
                 continue
-            _count(ran, run.ended - started, weight)
+            bucket = bisect(BOUNDS, run.ended - started)
+            ran[bucket] = ran.get(bucket, 0) + weight
             if (since := ready_at(run)) is not None:
-                _count(waited, started + offset - since, weight)
+                bucket = bisect(BOUNDS, started + offset - since)
+                waited[bucket] = waited.get(bucket, 0) + weight
 
     def _tally(self, place: Place) -> RunTally:
         tally = self._by_place.get(place)
         if tally is None:
             tally = self._by_place[place] = RunTally()
         return tally
-
-
-def _count(counts: Counts, seconds: float, weight: int) -> None:
-    """`bucket_of`, without a call: it is on the way of every job."""
-    bucket = min(BUCKETS - 1, int(log10(seconds) * PER_DECADE + FIRST)) if seconds > 1e-4 else 0
-    counts[bucket] = counts.get(bucket, 0) + weight
 
 
 def place_of(run: Execution) -> Place:
