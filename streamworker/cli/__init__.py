@@ -63,6 +63,7 @@ _COMMANDS = (
     ("cron", ".cron:cron", "Look and act", "What is enqueued by the calendar, and when next."),
     ("keys", ".keys:keys", "More", "Keys of encryption, and what is sealed with them: new, check."),
     ("jobs", ".jobs:jobs", "Look and act", "Durable jobs in the ledger."),
+    ("history", ".history:history", "Look and act", "How many runs there were, and how long they took and waited."),
     ("audit", ".audit:audit", "Look and act", "Who did what to which jobs."),
     ("flows", ".flows:flows", "Look and act", "Graphs of jobs in the ledger: list, show, cancel, retry, delete."),
     ("migrate", ".migrate:migrate", "More", "The schema of the ledger in PostgreSQL: up, status, print."),

@@ -172,9 +172,9 @@ async def events(request: Request) -> Response:
     return StreamingResponse(stream(), media_type="text/event-stream", headers={"x-accel-buffering": "no"})
 
 
-async def history(request: Request) -> Response:
+async def points(request: Request) -> Response:
     """The points of a queue, or of all: [at, ready, running, delayed, dead, rate, oldest] each."""
     monitor = monitor_of(request)
     await monitor.looked()
-    points = monitor.past(query(request).queue() or "")
-    return Response(msgspec.json.encode(points), media_type="application/json")
+    past = monitor.past(query(request).queue() or "")
+    return Response(msgspec.json.encode(past), media_type="application/json")

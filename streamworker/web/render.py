@@ -17,6 +17,7 @@ from streamworker.broker import Operator
 from streamworker.cron.stored import Schedules
 from streamworker.operators import JobChanger
 from streamworker.redact import printable
+from streamworker.views.history import duration, percent
 from streamworker.views.rows import age, moment, size
 from streamworker.web.monitor import FleetMonitor
 from streamworker.web.security import Access
@@ -40,6 +41,8 @@ class PageTemplates:
             "ago": _ago,
             "count": _count,
             "due": _due,
+            "duration": duration,
+            "percent": percent,
             "shown": _shown,
             "size": size,
             "took": _took,

@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from streamworker.app import App
 from streamworker.errors import StreamworkerError, UsageError
 from streamworker.settings import EMBEDDED, Settings
-from streamworker.web import actions, flow_pages, job_pages, pages
+from streamworker.web import actions, flow_pages, history_page, job_pages, pages
 from streamworker.web.monitor import FleetMonitor
 from streamworker.web.render import PageTemplates, render
 from streamworker.web.security import Access, Guard
@@ -74,7 +74,8 @@ class Site:
             Route("/output", job_pages.output, name="output"),
             Route("/log", job_pages.log_, name="log"),
             Route("/events", pages.events, name="events"),
-            Route("/history", pages.history, name="history"),
+            Route("/points", pages.points, name="points"),
+            Route("/history", history_page.history, name="history"),
             Route("/do/{what}", actions.do, name="do", methods=["POST"]),
             Mount("/static", _Assets(rendering.version), name="static"),
         ]
@@ -82,6 +83,7 @@ class Site:
         site = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
         site.state.monitor, site.state.access, site.state.rendering = self.monitor, access, rendering
         site.state.app, site.state.settings = app, settings
+        site.state.history = history_page.LookCache()
         self._guarded = Guard(site, access)
         self._site = site
 

@@ -282,7 +282,7 @@ async def test_ages_and_moments_are_those_of_the_server(browser, raw, monkeypatc
     await browser.do("pause", queue="q")
     note = raw.hget("stream:{q}:meta", "paused").decode()
     assert abs(datetime.fromisoformat(note.split()[-1]).timestamp() - true()) < 60, note
-    assert abs(json.loads((await browser.get("/history")).text)[-1][0] - true()) < 60
+    assert abs(json.loads((await browser.get("/points")).text)[-1][0] - true()) < 60
 
 
 @pytest.mark.parametrize("cut", [False, True])

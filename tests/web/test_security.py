@@ -13,7 +13,18 @@ from streamworker.errors import ConfigurationError
 from streamworker.web import Access
 from tests.web.conftest import HERE, held, letter
 
-PAGES = ["/", "/pending", "/dead", "/delayed", "/workers", "/jobs", "/queue?queue=q", "/history", "/static/app.js"]
+PAGES = [
+    "/",
+    "/pending",
+    "/dead",
+    "/delayed",
+    "/workers",
+    "/jobs",
+    "/queue?queue=q",
+    "/history",
+    "/points",
+    "/static/app.js",
+]
 DEEDS = ["pause", "resume", "purge", "prune", "release", "bury", "drop", "replay", "erase", "hasten", "forget",
          "campaign", "stop", "dismiss", "nothing"]  # fmt: skip
 

@@ -462,7 +462,7 @@
   if ($(".chart")) {
     const scope = $(".charts").dataset.queue;
     redraw();
-    fetch(`${root}/history${scope ? `?queue=${encodeURIComponent(scope)}` : ""}`, { credentials: "same-origin" })
+    fetch(`${root}/points${scope ? `?queue=${encodeURIComponent(scope)}` : ""}`, { credentials: "same-origin" })
       .then((answer) => answer.ok ? answer.json() : [])
       .then((past) => { points = past; redraw(); });
   }
