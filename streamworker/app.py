@@ -35,7 +35,7 @@ from streamworker.operators import (
     open_operator,
     require_archive,
 )  # fmt: skip
-from streamworker.payload import AnyPayload
+from streamworker.payload import AnyPayload, PayloadStore
 from streamworker.postgres import Archive, JobRecord
 from streamworker.postgres.migrate import Migrator, printed, shipped
 from streamworker.postgres.waits import signal_data, signal_in_transaction
@@ -62,6 +62,7 @@ class App(Handlers[S], Calendar):
         middleware: ``async def mw(ctx, call_next)``, the first outermost.
         observers: told of every job (`streamworker.observe`), for error trackers, metrics and traces.
         fair_weights: how many starts a tenant gets where others get one (``fair_by``), unless the setting is given.
+        store: takes payloads above STREAMWORKER_OFFLOAD_BYTES, instead of PostgreSQL (docs/offload.md).
         encryption: keys that seal and open what jobs leave in Redis and PostgreSQL (docs/encryption.md).
     """
 
@@ -74,6 +75,7 @@ class App(Handlers[S], Calendar):
         observers: Sequence[Observer] = (),
         fair_weights: Mapping[str, float] | None = None,
         encryption: Keys | None = None,
+        store: PayloadStore | None = None,
     ) -> None: ...
     @overload
     def __init__(
@@ -85,6 +87,7 @@ class App(Handlers[S], Calendar):
         observers: Sequence[Observer] = (),
         fair_weights: Mapping[str, float] | None = None,
         encryption: Keys | None = None,
+        store: PayloadStore | None = None,
     ) -> None: ...
     def __init__(
         self,
@@ -95,16 +98,19 @@ class App(Handlers[S], Calendar):
         observers: Sequence[Observer] = (),
         fair_weights: Mapping[str, float] | None = None,
         encryption: Keys | None = None,
+        store: PayloadStore | None = None,
     ) -> None:
         Handlers.__init__(self)
         Calendar.__init__(self)
         self._lifespan: Lifespan[S] | None = lifespan
         self._middleware, self._observers = tuple(middleware), tuple(observers)
         own = {"lifespan": lifespan, "middleware": middleware, "observers": observers, "settings": settings,
-               "encryption": encryption}  # fmt: skip
+               "encryption": encryption, "store": store}  # fmt: skip
         self._own = tuple(name for name, value in own.items() if value)
         self._fair_weights = tuple(FairWeight(*pair) for pair in (fair_weights or {}).items())
-        self._connection = AppConnection(settings, self)
+        self._connection = AppConnection(settings, self, store)
+        self.store: Final = store
+        """Takes large payloads; ``None``: the ledger's database does."""
         self.encryption: Final = encryption
         """Seals and opens what its jobs leave; ``None`` without."""
         self.opener: Final = opener_of(encryption, self._kinds_of)
@@ -448,7 +454,9 @@ class App(Handlers[S], Calendar):
         whose = person(where, headers)
         archive = await self._connection.archive()
         async with open_operator(self._connection.rules(), self._connection.redis, self.queues) as operator:
-            return await Erasure(whose, operator, archive, self.opener, queue=queue).run(wait, dry_run=dry_run)
+            store = self.store or (None if archive is None else archive.payloads(self._connection.rules().namespace))
+            erasure = Erasure(whose, operator, archive, self.opener, queue=queue, store=store)
+            return await erasure.run(wait, dry_run=dry_run)
 
     def _kinds_of(self, kind: str) -> Sequence[str]:
         """All kinds that the handler of a kind answers to: a payload may be sealed under another one of them."""
@@ -573,7 +581,9 @@ class App(Handlers[S], Calendar):
             database: an asyncpg pool, a URL, or ``None`` for ``DATABASE_URL``.
             worker_id: the worker's.
         """
-        return await wiring.open_worker_resources(stack, settings, (redis, database), worker_id, self.queues)
+        return await wiring.open_worker_resources(
+            stack, settings, (redis, database), worker_id, self.queues, self._connection.payload_store
+        )
 
     @asynccontextmanager
     async def archive(self, settings: Settings | None = None) -> AsyncIterator[Archive]:
@@ -622,7 +632,9 @@ class App(Handlers[S], Calendar):
             Unreachable: a server does not answer.
         """
         async with AsyncExitStack() as stack:
-            yield await wiring.open_relay_process(stack, self.resolve(settings), self.schedules, self.encryption)
+            yield await wiring.open_relay_process(
+                stack, self.resolve(settings), self.schedules, self.encryption, self._connection.payload_store
+            )
 
     @asynccontextmanager
     async def relaying(self, settings: Settings | None = None) -> AsyncIterator[RelayProcess]:

@@ -346,10 +346,14 @@ class UnknownKind(msgspec.Struct, frozen=True):
 
 
 class Unopened(msgspec.Struct, frozen=True):
-    """No key of this worker opens the payload; so it is since ``since`` (epoch seconds), as far as is known."""
+    """No key of this worker opens the payload, or it has no store to read it from.
+
+    So it is since ``since`` (epoch seconds), as far as is known; ``reason`` is that of the dead letter in the end.
+    """
 
     error: str
     since: float | None = None
+    reason: str = "sealed"
 
 
 class Postponed(msgspec.Struct, frozen=True):

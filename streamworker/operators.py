@@ -30,6 +30,7 @@ from streamworker.broker.redis.client import RedisAddress
 from streamworker.encryption import PLAIN, Sealer
 from streamworker.errors import InvalidJob, StreamworkerError, UsageError
 from streamworker.job import FlowRecord, Job, Level, ScheduleEntry, ScheduleTick
+from streamworker.payload import refuse_stored
 from streamworker.policy import group_sizes
 from streamworker.postgres import FINAL, Archive, AuditRow
 from streamworker.settings import EMBEDDED, Settings
@@ -223,10 +224,9 @@ async def database_of(stack: AsyncExitStack, settings: Settings) -> str:
     Raises:
         ConfigurationError: no database is named.
     """
-    url = settings.database_url
-    if url is None and settings.redis_url == EMBEDDED:
-        _, url = await open_servers(stack, settings, None)
-    return url or settings.require_database_url()
+    if settings.database_url is None and settings.redis_url == EMBEDDED:
+        return (await open_servers(stack, settings, None))[1] or settings.require_database_url()
+    return settings.require_database_url()
 
 
 async def require_archive(stack: AsyncExitStack, settings: Settings) -> Archive:
@@ -583,12 +583,12 @@ class JobChanger:
         known = self._handlers.handler_of(kind, job.queue) if self._handlers is not None else None
         if known is None:
             raise UsageError(
-                f"the payload of {kind or 'a job without a kind'} has no type here: name the app that has it"
+                f"the payload of {kind or 'a job without kind'} has no type here: name the app that has it"
             )
         if change.payload is not None:
             raw = msgspec.Raw(msgspec.json.encode(change.payload))
         else:
-            shown = self._sealer.opened_payload(document.payload, job_id, (kind, known.kind))
+            shown = self._sealer.opened_payload(refuse_stored(document.payload), job_id, (kind, known.kind))
             fields = msgspec.json.decode(shown, type=dict[str, msgspec.Raw])
             raw = msgspec.Raw(msgspec.json.encode({**fields, **(change.fields or {})}))
         try:

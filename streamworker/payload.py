@@ -6,8 +6,21 @@ import inspect
 import math
 import re
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, ClassVar, Final, Literal, NamedTuple, TypeAlias, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from hashlib import sha256
+from typing import (
+    Any,
+    ClassVar,
+    Final,
+    Literal,
+    NamedTuple,
+    Protocol,
+    TypeAlias,
+    get_args,
+    get_origin,
+    get_type_hints,
+    runtime_checkable,
+)
 
 import msgspec
 from msgspec import inspect as kinds
@@ -370,3 +383,93 @@ def _infinities(value: Any, path: str) -> Iterator[str]:
     elif isinstance(value, list | tuple | set | frozenset):
         for number, each in enumerate(value):
             yield from _infinities(each, f"{path}[{number}]")
+
+
+# -- payloads that are kept in a store
+STORED: Final = "streamworker_stored"
+"""The one field of a payload in whose place a store has the data."""
+_STORED: Final = STORED.encode()
+MOST_STORED: Final = 64 * 1_048_576
+"""Bytes of the largest payload that is put into a store."""
+
+
+class StoredPayload(msgspec.Struct, frozen=True):
+    """Reference to a payload in a store: what the document has in its place.
+
+    Attributes:
+        id: of the data in the store.
+        sha256: of the data, as 64 hexadecimal digits.
+        size: bytes of the data.
+    """
+
+    id: str
+    sha256: str
+    size: int
+
+    def trouble_with(self, data: bytes) -> str | None:
+        """Why this is not the data; ``None`` if it is."""
+        if len(data) != self.size:
+            return f"the store has {len(data)} bytes and the job says {self.size}"
+        if sha256(data).hexdigest() != self.sha256:
+            return "the store has other data than the job says: its SHA-256 differs"
+        return None
+
+
+class PayloadStore(Protocol):
+    """Keeps payloads that are too large for a document: `App(store=...)` (docs/offload.md).
+
+    What cannot be done now raises an exception, and is done again later: a store that is away loses no job.
+    """
+
+    async def put(self, id: str, data: bytes, /) -> None:  # noqa: A002
+        """Store data under a new id."""
+
+    async def get(self, id: str, /) -> bytes | None:  # noqa: A002
+        """The data; ``None`` only if the store is there, and has no such data any more."""
+
+    async def delete(self, ids: Sequence[str], /) -> None:
+        """Delete data; ids that are not there are no error."""
+
+
+@runtime_checkable
+class SweptStore(PayloadStore, Protocol):
+    """A `PayloadStore` in which the relay finds what no job refers to."""
+
+    async def idle(self, seconds: float, /) -> list[str]:
+        """Ids of some data that for so long was neither written, read nor kept."""
+
+    async def keep(self, ids: Sequence[str], /) -> None:
+        """These are in use: they are not idle from now on."""
+
+
+class _Reference(msgspec.Struct):
+    streamworker_stored: StoredPayload
+
+
+_reference: Final = msgspec.json.Decoder(_Reference).decode
+
+
+def reference_to(id: str, data: bytes) -> msgspec.Raw:  # noqa: A002
+    """The payload that stands for data in a store."""
+    return msgspec.Raw(msgspec.json.encode(_Reference(StoredPayload(id, sha256(data).hexdigest(), len(data)))))
+
+
+def stored_in(payload: msgspec.Raw | bytes | None) -> StoredPayload | None:
+    """The reference that a payload is; ``None`` for one that is the data itself."""
+    if payload is None or _STORED not in bytes(memoryview(payload)[:40]):
+        return None
+    try:
+        return _reference(payload).streamworker_stored
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+def refuse_stored(payload: msgspec.Raw) -> msgspec.Raw:
+    """The payload, whose fields are to be changed.
+
+    Raises:
+        UsageError: its data is in a store.
+    """
+    if stored_in(payload) is not None:
+        raise UsageError("its payload is in a store: give the whole payload, not fields of it")
+    return payload

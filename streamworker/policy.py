@@ -247,8 +247,8 @@ def judge(outcome: Outcome, facts: Facts, *, now: float, jitter: float) -> Verdi
         case UnknownKind(kind=kind, since=since):
             why = f"no handler for {kind!r} appeared within {facts.unknown_kind_ttl:g} s"
             return _wait_for_another(since, facts, now, "unknown kind", why)
-        case Unopened(error=message, since=since):
-            return _wait_for_another(since, facts, now, "sealed", message)
+        case Unopened(error=message, since=since, reason=reason):
+            return _wait_for_another(since, facts, now, reason, message)
         case Undecodable(error=message, reason=reason):
             return Dead(reason, fit(message))
         case Abandoned(deaths=deaths):

@@ -6,7 +6,7 @@ import asyncio
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack, nullcontext, suppress
 from datetime import UTC, datetime
 from types import NoneType
 from typing import Any, Final, Generic, Protocol, TypedDict
@@ -20,12 +20,23 @@ from streamworker import codec
 from streamworker.broker import Broker, ServerClock
 from streamworker.codec import reserved_in
 from streamworker.encryption import Keys
-from streamworker.errors import LONGEST_WAIT, InvalidJob, UsageError
+from streamworker.errors import LONGEST_WAIT, InvalidJob, JobTooLarge, UsageError
 from streamworker.handlers import check_queue
 from streamworker.job import UNTIL, Enqueued, FlowGraph, FlowStarted, Job, Until
 from streamworker.loops import at_once
 from streamworker.observe import Sender
-from streamworker.payload import ROOTS, AnyPayload, fit_of, infinity_in, is_payload_class, line_keys
+from streamworker.payload import (
+    MOST_STORED,
+    ROOTS,
+    AnyPayload,
+    PayloadStore,
+    fit_of,
+    infinity_in,
+    is_payload_class,
+    line_keys,
+    reference_to,
+    stored_in,
+)
 from streamworker.settings import Settings
 
 
@@ -55,6 +66,13 @@ class Outlet(Protocol):
 
     async def find_waiting(self, job: Job, settings: Settings) -> Enqueued | None:
         """The answer for a job whose deduplication key belongs to one that waits in the ledger, if there is one."""
+
+    async def store(self, connection: Any, *, blocking: bool) -> PayloadStore:
+        """Where payloads go that are too large for a document; with ``connection`` in the caller's transaction.
+
+        Raises:
+            ConfigurationError: there is none.
+        """
 
     async def start(
         self, connection: Any, graph: FlowGraph, inside: tuple[str, str] | None, *, blocking: bool
@@ -99,12 +117,19 @@ class Producer:
         return jobs
 
     async def _send(self, made: Sequence[Job], connection: Any) -> list[Enqueued]:
-        settings = self._outlet.rules()
         if connection is not None:
-            return await self._outlet.add(connection, made, settings, blocking=False)
+            return await self._add(made, connection, blocking=False)
+        settings = self._outlet.rules()
         broker = self._outlet.broker()
         if broker is None:
             raise UsageError("the app is not open: enqueue inside `async with app:`")
+        if settings.offload_bytes is not None:
+            sent = await self._stored(made, None, settings.offload_bytes, blocking=False)
+            if sent is not made:
+                return await self._forget_unused(sent, await self._publish(sent, settings, broker))
+        return await self._publish(made, settings, broker)
+
+    async def _publish(self, made: Sequence[Job], settings: Settings, broker: ProducerBroker) -> list[Enqueued]:
         if any(job.expires_in is not None for job in made):
             made = await _dated(made, broker)
         answers: dict[int, Enqueued] = {}
@@ -119,13 +144,51 @@ class Producer:
             return list(published)
         return [answers.get(index) or next(published) for index in range(len(packed) + len(answers))]
 
+    async def _add(self, jobs: Sequence[Job], connection: Any, *, blocking: bool) -> list[Enqueued]:
+        settings = self._outlet.rules()
+        if settings.offload_bytes is not None:
+            jobs = await self._stored(jobs, connection, settings.offload_bytes, blocking=blocking)
+        return await self._outlet.add(connection, jobs, settings, blocking=blocking)
+
+    async def _stored(self, jobs: Sequence[Job], connection: Any, most: int, *, blocking: bool) -> Sequence[Job]:
+        """The jobs, with references in place of payloads above the limit, which are in the store then."""
+        large = [
+            index for index, job in enumerate(jobs)
+            if memoryview(job.payload).nbytes > most and stored_in(job.payload) is None
+        ]  # fmt: skip
+        if not large:
+            return jobs
+        store, made = await self._outlet.store(connection, blocking=blocking), list(jobs)
+        for index in large:
+            job = jobs[index]
+            data = bytes(job.payload)
+            if len(data) > MOST_STORED:
+                raise JobTooLarge(f"the payload of {job.kind!r} has {len(data)} bytes and {MOST_STORED} are allowed")
+            name = codec.new_id()
+            await store.put(name, data)
+            made[index] = msgspec.structs.replace(job, payload=reference_to(name, data))
+        return made
+
+    async def _forget_unused(self, jobs: Sequence[Job], answers: list[Enqueued]) -> list[Enqueued]:
+        """Delete payloads that were stored for jobs in whose place earlier ones stay."""
+        pairs = zip(jobs, answers, strict=True)
+        unused = [stored_in(job.payload) for job, answer in pairs if not answer.new and not answer.replaced]
+        if names := [found.id for found in unused if found is not None]:
+            with suppress(Exception):  # the relay's sweep finds them
+                await (await self._outlet.store(None, blocking=False)).delete(names)
+        return answers
+
     async def start(
         self, graph: FlowGraph, connection: Any, inside: tuple[str, str] | None, *, blocking: bool
     ) -> FlowStarted:
         """Write a flow in the caller's transaction, as `App.start` says."""
         with ExitStack() as stack:
-            if self._senders:
-                jobs = iter(self._seen_off(stack, [node.job for node in graph.nodes if node.job is not None]))
+            most = self._outlet.rules().offload_bytes
+            if self._senders or most is not None:
+                sent = self._seen_off(stack, [node.job for node in graph.nodes if node.job is not None])
+                if most is not None:
+                    sent = await self._stored(sent, connection, most, blocking=blocking)
+                jobs = iter(sent)
                 nodes = [
                     node if node.job is None else msgspec.structs.replace(node, job=next(jobs)) for node in graph.nodes
                 ]
@@ -137,7 +200,7 @@ class Producer:
         if connection is not None:
             with ExitStack() as stack:
                 sent = self._seen_off(stack, [job])
-                return at_once(self._outlet.add(connection, sent, self._outlet.rules(), blocking=True))[0]
+                return at_once(self._add(sent, connection, blocking=True))[0]
         refuse_patched()
         sentence = "enqueue_blocking() would block this event loop: await enqueue() instead"
         refuse_on_loop(sentence, self._outlet.loop)

@@ -2,11 +2,13 @@
 brokers and PostgreSQL. `AppConnection` is what an app has open.
 """
 
+# ceiling: the composition root, which is read in one piece
+
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import Any, Final, Literal
@@ -30,12 +32,14 @@ from streamworker.encryption import Keys
 from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable, UsageError
 from streamworker.handlers import Handlers
 from streamworker.job import Enqueued, FlowGraph, FlowStarted, Job
-from streamworker.operators import broker_options, database_of, open_servers, require_archive
+from streamworker.operators import broker_options, database_of, open_operator, open_servers, require_archive
+from streamworker.payload import PayloadStore, SweptStore
 from streamworker.postgres import Archive, enqueue, flow_graph
 from streamworker.postgres.adapters import connection_of
 from streamworker.postgres.archive import SCHEMA_LOOK, PostgresArchive, open_archive, schema_is_there
 from streamworker.postgres.ledger import PostgresLedger
 from streamworker.postgres.outbox import PostgresOutbox, listen
+from streamworker.postgres.payloads import PostgresStore, referring
 from streamworker.postgres.pool import (
     CONNECTIONS,
     RELAY_CONNECTIONS,
@@ -51,6 +55,7 @@ from streamworker.postgres.pool import (
 from streamworker.postgres.sqlstate import understood
 from streamworker.producer import refuse_patched, running_loop
 from streamworker.relay import Dispatcher
+from streamworker.relay.payload_sweeper import PayloadSweeper
 from streamworker.relay.relay import Listener
 from streamworker.settings import EMBEDDED, Settings
 from streamworker.telemetry.logs import get_logger
@@ -69,6 +74,8 @@ async def open_relaying(
     *,
     queues: Sequence[str] = (),
     scheduler: Scheduler | None = None,
+    store: PayloadStore | None = None,
+    redis: Redis | str | None = None,
 ) -> RelayProcess:
     """A relay, closed with ``stack``, the dispatcher too.
 
@@ -80,6 +87,8 @@ async def open_relaying(
         pool: the user's, where there is none.
         queues: those that this process serves.
         scheduler: runs beside it, if there is one.
+        store: of the app, if it has one of its own.
+        redis: where Redis is, if not where the settings say.
 
     Raises:
         ConfigurationError: the database has no schema streamworker.
@@ -95,7 +104,13 @@ async def open_relaying(
     if not await outbox.is_there():
         raise ConfigurationError("the schema streamworker is not there: run `streamworker migrate up`")
     listener = listener_for(url, settings.database_direct_url, pooled=database.pooled)
-    return RelayProcess(outbox, dispatcher, listener=listener, lease=settings.lease, queues=queues, scheduler=scheduler)
+    own = PostgresStore(database.fetch, settings.namespace)
+    stores = [own, store] if isinstance(store, SweptStore) else [own]
+    documents = StoredDocuments(settings, redis, lambda: referring(database.fetch))
+    return RelayProcess(
+        outbox, dispatcher, listener=listener, lease=settings.lease, queues=queues, scheduler=scheduler,
+        sweepers=[PayloadSweeper(each, documents) for each in stores],
+    )  # fmt: skip
 
 
 def listener_for(url: str | None, direct: str | None, *, pooled: bool) -> Listener | None:
@@ -322,7 +337,12 @@ def make_dispatcher(settings: Settings, address: RedisAddress) -> RedisDispatche
 
 
 async def open_worker_resources(
-    stack: AsyncExitStack, settings: Settings, brought: tuple[Any, Any], worker_id: str, queues: Sequence[str]
+    stack: AsyncExitStack,
+    settings: Settings,
+    brought: tuple[Any, Any],
+    worker_id: str,
+    queues: Sequence[str],
+    store: PayloadStore | None = None,
 ) -> WorkerResources:
     """What a worker stands on, closed with ``stack``; what the user brought stays the user's.
 
@@ -333,6 +353,7 @@ async def open_worker_resources(
             ``DATABASE_URL``).
         worker_id: the worker's.
         queues: those of the app's handlers.
+        store: of the app, if it has one of its own.
     """
     redis, database = brought
     address, default = await open_checked_servers(stack, settings, redis)
@@ -346,18 +367,23 @@ async def open_worker_resources(
     queues = [spec.name for spec in settings.queues] or queues
     database, ledger = await open_durable(stack, settings, url, pool, worker_id, queues)
     if ledger is None:
-        return WorkerResources(broker, client, database, None, NothingToRelay())
+        return WorkerResources(broker, client, database, None, NothingToRelay(), store=store)
     relay: Relays = NothingToRelay()
     dispatcher = make_dispatcher(settings, address.renamed(worker_id))
     if settings.relay == "on":
-        relay = await open_relaying(stack, settings, dispatcher, url, pool, queues=queues)
+        relay = await open_relaying(stack, settings, dispatcher, url, pool, queues=queues, store=store, redis=redis)
     else:
         stack.push_async_callback(dispatcher.close)
-    return WorkerResources(broker, client, database, ledger, relay, dispatcher)
+    store = store or ledger.payloads(settings.namespace)
+    return WorkerResources(broker, client, database, ledger, relay, dispatcher, store)
 
 
 async def open_relay_process(
-    stack: AsyncExitStack, settings: Settings, schedules: Sequence[Schedule], encryption: Keys | None
+    stack: AsyncExitStack,
+    settings: Settings,
+    schedules: Sequence[Schedule],
+    encryption: Keys | None,
+    store: PayloadStore | None = None,
 ) -> RelayProcess | Scheduler:
     """What ``streamworker relay`` runs, closed with ``stack``; see `App.relay_process`."""
     address, url = await open_checked_servers(stack, settings)
@@ -370,7 +396,7 @@ async def open_relay_process(
         await dispatcher.open()
         return scheduler
     await dispatcher.open()
-    return await open_relaying(stack, settings, dispatcher, url, None, scheduler=scheduler)
+    return await open_relaying(stack, settings, dispatcher, url, None, scheduler=scheduler, store=store)
 
 
 async def open_relay(stack: AsyncExitStack, settings: Settings) -> RelayProcess:
@@ -416,6 +442,36 @@ async def add_in_transaction(
     return await enqueue.enqueue(made, jobs, max_bytes=settings.max_job_bytes, key_ttl=settings.key_ttl)
 
 
+class StoredDocuments:
+    """All documents of jobs that may still run: in Redis, in both modes, and in the ledger.
+
+    Args:
+        settings: where Redis is, and the namespace.
+        redis: a client or a URL, instead of the settings' URL.
+        ledger: reads those of the ledger.
+    """
+
+    def __init__(
+        self, settings: Settings, redis: Redis | str | None, ledger: Callable[[], Awaitable[Sequence[bytes]]]
+    ) -> None:
+        self._settings = settings
+        self._redis = redis
+        self._ledger = ledger
+
+    async def bodies(self) -> AsyncIterator[bytes]:
+        """`JobDocuments.bodies` of `relay.payload_sweeper`."""
+        for body in await self._ledger():
+            yield body
+        for mode in ("stream", "list"):
+            settings = msgspec.structs.replace(self._settings, mode=mode)
+            async with open_operator(settings, self._redis) as operator:
+                for queue in await operator.queues():
+                    async for stored in operator.documents(queue):
+                        yield stored.body
+        for body in await self._ledger():  # what was on its way to Redis before
+            yield body
+
+
 class AppConnection:
     """What an app has open while it is entered: its broker, and its ledger from the first question on.
 
@@ -424,9 +480,12 @@ class AppConnection:
     Args:
         settings: the app's; those of the environment unless given.
         handlers: tell which queues there are.
+        store: takes large payloads, instead of the ledger's database.
     """
 
-    def __init__(self, settings: Settings | None, handlers: Handlers[Any]) -> None:
+    def __init__(self, settings: Settings | None, handlers: Handlers[Any], store: PayloadStore | None = None) -> None:
+        self.payload_store: Final = store
+        """Takes large payloads; ``None``: the ledger's database does."""
         self.settings = settings
         """Those of the app; ``None`` until those of the environment are read."""
         self._handlers = handlers
@@ -540,6 +599,18 @@ class AppConnection:
             log.warning("ledger_keys_unseen", queue=job.queue, job_id=job.id, error=str(error))
             return None
 
+    async def store(self, connection: Any, *, blocking: bool) -> PayloadStore:
+        """Where payloads go that are too large for a document; with ``connection`` in the caller's transaction."""
+        if self.payload_store is not None:
+            if blocking:
+                raise UsageError("the store of this app cannot be called from sync code: await app.enqueue(...) there")
+            return self.payload_store
+        namespace = self.rules().namespace
+        if connection is None:
+            return (await self.required_archive()).payloads(namespace)
+        made = await connection_of(connection, blocking=blocking, instead="give it to the other kind of enqueue")
+        return PostgresStore(made.fetch, namespace, foreign=True)
+
     async def start(
         self, connection: Any, graph: FlowGraph, inside: tuple[str, str] | None, *, blocking: bool
     ) -> FlowStarted:
@@ -552,7 +623,7 @@ class AppConnection:
     async def elsewhere(self) -> AsyncIterator[AppConnection]:
         """The same servers, opened on another event loop."""
         settings = self._in_force if self._stack is not None else self.resolve(None)
-        other = AppConnection(settings, Handlers())
+        other = AppConnection(settings, Handlers(), self.payload_store)
         await other.enter(settings, self.redis)
         try:
             yield other

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import msgspec
 from cyclopts import Parameter
 
-from streamworker.cli.options import WORKER, QueueName, Seconds, WorkerFlags, opener, run
+from streamworker.cli.options import WORKER, QueueName, Seconds, WorkerFlags, app_store, opener, run
 from streamworker.cli.output import print_json, print_lines
 from streamworker.cli.streams import say
 from streamworker.errors import UsageError
@@ -53,7 +53,8 @@ def erase(
             operator = await stack.enter_async_context(open_operator(settings))
             durable = settings.ledger != "off" and (settings.database_url or settings.redis_url == EMBEDDED)
             archive = await require_archive(stack, settings) if durable else None
-            erasure = Erasure(whose, operator, archive, opener(settings), queue=queue)
+            store = app_store(settings) or (None if archive is None else archive.payloads(settings.namespace))
+            erasure = Erasure(whose, operator, archive, opener(settings), queue=queue, store=store)
             found = await erasure.run(wait, dry_run=not yes)
         if json:
             print_json(msgspec.structs.asdict(found))

@@ -21,6 +21,7 @@ from streamworker.cli import importing
 from streamworker.cli.streams import say
 from streamworker.encryption import Keys
 from streamworker.errors import LONGEST_WAIT, ConfigurationError
+from streamworker.payload import PayloadStore
 from streamworker.settings import Settings
 from streamworker.settings.environment import PREFIX
 from streamworker.settings.rules import QUEUE_NAME
@@ -259,6 +260,15 @@ def opener(settings: Settings) -> PlainOpener | KeyOpener:
     except ConfigurationError as error:
         say(f"what is sealed stays so, because the app cannot be loaded: {error}")
         return PlainOpener()
+
+
+def app_store(settings: Settings) -> PayloadStore | None:
+    """The store of large payloads of the app that the settings name, if it has one of its own."""
+    if settings.app is None:
+        return None
+    from streamworker.cli.app_loader import load_app  # noqa: PLC0415 - it imports all there is
+
+    return load_app(settings).store
 
 
 def encryption(settings: Settings) -> Keys | None:

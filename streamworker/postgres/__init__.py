@@ -21,6 +21,7 @@ from streamworker.codec import DocumentFields, deliveries_of
 from streamworker.encryption import Sealer
 from streamworker.errors import RunEnded
 from streamworker.job import Claim, Enqueued, FlowOfJob, FlowRecord, Job, KeyUse, Level, NodeRecord
+from streamworker.payload import SweptStore
 from streamworker.telemetry.run_history import HistoryReader, HistoryWriter
 
 T = TypeVar("T")
@@ -689,6 +690,9 @@ class Archive(Protocol):
 
     async def key_uses(self) -> list[KeyUse]:
         """The keys with which values are sealed, and how many. It reads all rows."""
+
+    def payloads(self, namespace: str) -> SweptStore:
+        """Payloads of the jobs of a namespace that are too large for a document."""
 
     async def logs(self, queue: str, job_id: str) -> list[KeptLog]:
         """What the runs of a job logged that have ended, in order."""

@@ -17,6 +17,7 @@ from streamworker.postgres.enqueue import NOW, find_waiting
 from streamworker.postgres.flow_graph import PostgresFlows
 from streamworker.postgres.ledger import BATCH, PRUNABLE, PRUNE
 from streamworker.postgres.ledger_history import LedgerHistory
+from streamworker.postgres.payloads import PostgresStore
 from streamworker.postgres.pool import Database, open_database
 from streamworker.postgres.sqlstate import understood
 from streamworker.postgres.waits import send_signal
@@ -147,6 +148,7 @@ _SEALED_IN: Final = (
     ("job_signals.data", f"data->'{FIELD}'->>'key'"),
     ("jobs.last_error", rf"substring(last_error from '\[sealed ({_ID}) ')"),
     ("jobs.document", f"""substring(encode(document, 'escape') from '"key":"({_ID})","data"')"""),
+    ("payloads.data", f"""substring(encode(substring(data from 1 for 200), 'escape') from '"key":"({_ID})","data"')"""),
     ("job_logs.lines", f"lines->'{FIELD}'->>'key'"),
     ("job_logs.error", rf"substring(error from '\[sealed ({_ID}) ')"),
 )
@@ -205,6 +207,9 @@ class PostgresArchive:
         with understood("reading a job's attempts"):
             rows = await self._database.fetch(ATTEMPTS, stored_id(job_id), queue)
         return [Attempt(**row) for row in rows]
+
+    def payloads(self, namespace: str) -> PostgresStore:
+        return PostgresStore(self._database.fetch, namespace)
 
     async def logs(self, queue: str, job_id: str) -> list[KeptLog]:
         with understood("reading the log of a job"):
@@ -374,7 +379,7 @@ select to_regclass('streamworker.jobs') is not null as any, exists (
   and to_regclass('streamworker.flow_checks') is not null and exists (
     select from pg_attribute
     where attrelid = to_regclass('streamworker.job_logs') and attname = 'lines' and not attisdropped
-  ) as all, current_setting('server_encoding') as encoding"""
+  ) and to_regclass('streamworker.payloads') is not null as all, current_setting('server_encoding') as encoding"""
 
 
 @overload

@@ -11,6 +11,7 @@ from streamworker.postgres.adapters import PoolTransaction, transaction_of
 from streamworker.postgres.encoding import SEPARATOR, separable, stored_id, within_python
 from streamworker.postgres.flow_graph import NodeParents
 from streamworker.postgres.ledger_history import LedgerHistory
+from streamworker.postgres.payloads import PostgresStore
 from streamworker.postgres.pool import AnyPool, Database
 from streamworker.postgres.recording import Recording
 from streamworker.postgres.sqlstate import is_one_rows_fault, reason, translated, understood
@@ -107,6 +108,10 @@ class PostgresLedger:
 
     async def park(self, runs: Sequence[RunRecord]) -> list[Stored]:
         return await park(self._database, runs, self._worker_id)
+
+    def payloads(self, namespace: str) -> PostgresStore:
+        """`PayloadStore` of the jobs of a namespace."""
+        return PostgresStore(self._database.fetch, namespace)
 
     async def keep_logs(self, logs: Sequence[KeptLog]) -> None:
         columns = ([getattr(each, name) for each in logs] for name in ("queue", "hop", "deliveries", "lines"))

@@ -121,6 +121,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     max_deliveries: Annotated[int, integer(1, 10_000)] = 5
     unknown_kind_ttl: Annotated[float, seconds(0, 10 * _YEAR)] = 86_400.0
     max_job_bytes: Annotated[int, integer(1, 64 * 1_048_576)] = 262_144
+    offload_bytes: Annotated[int | None, integer(1024, 64 * 1_048_576)] = None
     key_ttl: Annotated[float, seconds(0.1, 10 * _YEAR)] = 86_400.0
     priority: Annotated[Priority, one_of(get_args(Priority))] = "strict"
     fair_weights: Annotated[tuple[FairWeight, ...], weight_list()] = ()

@@ -15,6 +15,7 @@ from streamworker.broker import Operator
 from streamworker.encryption import sealed_in
 from streamworker.errors import InvalidJob, UsageError
 from streamworker.job import StoredDocument
+from streamworker.payload import PayloadStore, stored_in
 from streamworker.postgres import FINAL, Archive, JobRecord, Wanted
 from streamworker.views.opened import KeyOpener, PlainOpener
 
@@ -32,7 +33,8 @@ class Erased(msgspec.Struct, frozen=True):
         redis: how many documents were deleted of each state, and how many results and outputs.
         ledger: how many rows were deleted of each table of the ledger.
         running: jobs that still run: they were told to end; erase again when they have.
-        sealed: documents that no key here opens: what is in them is not known.
+        sealed: documents that no key here opens, or whose payloads are in a store that is not known here: what is in
+            them is not known.
         unreadable: documents that are no JSON.
         dry_run: nothing was deleted.
     """
@@ -105,6 +107,7 @@ class Erasure:
         archive: the ledger, if there is one.
         opener: opens what is sealed.
         queue: only this one.
+        store: has payloads that are too large for a document, if there is one.
     """
 
     def __init__(
@@ -115,7 +118,10 @@ class Erasure:
         opener: PlainOpener | KeyOpener,
         *,
         queue: str | None = None,
+        store: PayloadStore | None = None,
     ) -> None:
+        self._store = store
+        self._stored: dict[tuple[str, str], set[str]] = {}
         self._whose = whose
         self._operator = operator
         self._archive = archive
@@ -162,7 +168,7 @@ class Erasure:
                 await self._operator.cancel(queue, job_id)
         for queue in [self._queue] if self._queue is not None else await self._operator.queues():
             async for stored in self._operator.documents(queue):
-                if self._fits(stored):
+                if await self._fits(stored):
                     await self._take(stored, found, dry_run=dry_run)
         for queue, ids in found.items():
             self._jobs |= dict.fromkeys((queue, job_id) for job_id in ids)
@@ -188,29 +194,47 @@ class Erasure:
             self._redis.update(await self._operator.forget_traces(queue, some))
             if self._archive is not None:
                 self._ledger.update(await self._archive.erase(queue, some))
+            names = {name for job_id in some for name in self._stored.pop((queue, job_id), ())}
+            if names and self._store is not None:
+                await self._store.delete(sorted(names))
+                self._ledger["payloads"] += len(names)
 
     async def _records(self) -> AsyncIterator[JobRecord]:
         if self._archive is None:
             return
         archive = self._opener.archive(self._archive)
         async for job in archive.jobs(Wanted(queue=self._queue), payload=True):
-            if job.document is not None and job.payload is None:
-                payload, headers = self._read(job.document)
-            else:
-                payload, headers = self._decoded(job.payload), job.headers
-            if self._whose.is_in(payload, headers):
+            raw, headers = job.payload, job.headers
+            if job.document is not None and raw is None:
+                raw, headers, _ = self._read(job.document)
+            if await self._is_theirs(raw, headers, (job.queue, job.id), job.kind):
                 yield job
 
-    def _fits(self, stored: StoredDocument) -> bool:
-        return self._whose.is_in(*self._read(self._opener.document(stored.body) or b""))
+    async def _fits(self, stored: StoredDocument) -> bool:
+        raw, headers, kind = self._read(self._opener.document(stored.body) or b"")
+        return await self._is_theirs(raw, headers, (stored.queue, stored.job_id or ""), kind)
 
-    def _read(self, body: bytes) -> tuple[Any, Any]:
+    def _read(self, body: bytes) -> tuple[msgspec.Raw | None, Any, str]:
         try:
             reading = codec.read(body)
         except InvalidJob:
             self._unreadable += 1
-            return None, None
-        return self._decoded(reading.payload), reading.headers
+            return None, None, ""
+        return reading.payload, reading.headers, reading.kind or ""
+
+    async def _is_theirs(self, raw: msgspec.Raw | None, headers: Any, job: tuple[str, str], kind: str) -> bool:
+        """Whether the conditions hold; of a payload in a store, for the data there."""
+        found = stored_in(raw)
+        if found is not None:
+            if self._store is None:
+                self._sealed += 1
+            data = None if self._store is None else await self._store.get(found.id)
+            raw = None if data is None else self._opener.payload(msgspec.Raw(data), job[1], kind)
+        if not self._whose.is_in(self._decoded(raw), headers):
+            return False
+        if found is not None:
+            self._stored.setdefault(job, set()).add(found.id)
+        return True
 
     def _decoded(self, payload: msgspec.Raw | None) -> Any:
         if payload is None:

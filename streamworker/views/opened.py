@@ -52,6 +52,9 @@ class PlainOpener:
     def document(self, body: bytes | None) -> bytes | None:
         return body
 
+    def payload(self, payload: msgspec.Raw, job_id: str, kind: str) -> msgspec.Raw:  # noqa: ARG002
+        return payload
+
 
 class KeyOpener:
     """The `Opener` of apps with keys. What they do not open stays sealed.

@@ -48,6 +48,7 @@ from streamworker.worker.pipeline import Pipeline
 from streamworker.worker.scheduler import CronLoop, DelayedPromoter, ScheduleLoop
 from streamworker.worker.sealed import stages_of
 from streamworker.worker.settler import ending
+from streamworker.worker.stored_payloads import lenient_kinds
 
 log = get_logger("streamworker.worker")
 
@@ -454,7 +455,8 @@ class QueueWorker:
         self._executor = self._stages.executor(
             app.handlers, self._shared, middleware=app.middleware, threads=settings.concurrency,
             max_deliveries=settings.max_deliveries, max_job_bytes=settings.max_job_bytes,
-            unknown_kind_ttl=settings.unknown_kind_ttl, observers=observers,
+            unknown_kind_ttl=settings.unknown_kind_ttl, observers=observers, loads=resources.store is not None,
+            lenient=lenient_kinds(app.handlers.registrations),
         )  # fmt: skip
         self._pipeline = Pipeline(
             app, settings, resources, self._executor, self._promoter, observers,
@@ -463,6 +465,8 @@ class QueueWorker:
             refused=self._refused,
         )  # fmt: skip
         self._in_flight = self._pipeline.in_flight
+        if self._pipeline.reaper is not None:
+            stack.push_async_callback(self._pipeline.reaper.close)
         self._history = recorder_of(self._pipeline.tallies, resources, self._queues[0])
         if logs is not None and settings.job_log == "all":
             stack.enter_context(logs.listening(self._in_flight))

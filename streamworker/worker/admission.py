@@ -26,6 +26,8 @@ from streamworker.handlers import Handlers, Registration
 from streamworker.job import Deferred, Outcome, Postponed, UnknownKind
 from streamworker.limits import AcquireRequest, AcquireResult, Limit, Quota
 from streamworker.loops import Pause
+from streamworker.payload import PayloadStore, StoredPayload
+from streamworker.redact import describe
 from streamworker.telemetry.logs import get_logger
 from streamworker.worker.batching import BatchExecution
 from streamworker.worker.executor import Executor
@@ -42,6 +44,8 @@ LONGEST_PAUSE: Final = 30.0
 """Seconds before a failed request for a queue is repeated: with its server away, and with keys that are not usable."""
 ASK_LATER: Final = 5.0
 """Least seconds for which a job is deferred whose limit cannot be asked for."""
+MOST_LOADS: Final = 20
+"""Most payloads that are read from a store at once."""
 LONGEST_VALUE: Final = 100
 """Characters of a value in the name of a key; longer values stand there as a digest."""
 
@@ -60,6 +64,7 @@ class Admission:
         tasks: the last of these stages' successor.
         completion: takes jobs that get an outcome here: they do not start now.
         permits: what jobs hold of limits; ``None`` if no kind has one.
+        store: has payloads that are too large for a document, if there is one.
     """
 
     def __init__(
@@ -72,6 +77,7 @@ class Admission:
         *,
         permits: Permits | None,
         concurrency: int,
+        store: PayloadStore | None = None,
     ) -> None:
         batches = any(registration.together is not None for registration in handlers.registrations)
         self._tasks = tasks
@@ -79,7 +85,8 @@ class Admission:
         self._held_gate = HeldGate(broker, self._batcher or tasks, completion)
         self._gate = LimitGate(broker, permits, self._held_gate, completion) if permits is not None else None
         self._order_gate = OrderGate(broker, self._gate or self._held_gate, completion)
-        self._due_check = DueCheck(broker, executor, self._order_gate, completion)
+        self._load_gate = None if store is None else LoadGate(store, executor, self._order_gate, completion)
+        self._due_check = DueCheck(broker, executor, self._load_gate or self._order_gate, completion)
 
     def put(self, run: Execution) -> None:
         """Take a prepared run in."""
@@ -90,7 +97,7 @@ class Admission:
 
     def abandon_waiting(self) -> list[Execution]:
         """Remove and return the runs that wait here."""
-        stages = (self._due_check, self._order_gate, self._gate, self._held_gate, self._batcher)
+        stages = (self._due_check, self._load_gate, self._order_gate, self._gate, self._held_gate, self._batcher)
         return [run for stage in stages if stage is not None for run in stage.abandon_waiting()]
 
     async def run(self) -> None:
@@ -101,6 +108,8 @@ class Admission:
             group.start_soon(self._held_gate.run)
             if self._gate is not None:
                 group.start_soon(self._gate.run)
+            if self._load_gate is not None:
+                group.start_soon(self._load_gate.run)
 
     def close(self, within: float) -> None:
         """End when every permit is given back, at the latest in ``within`` seconds."""
@@ -109,6 +118,8 @@ class Admission:
         self._held_gate.close(within)
         if self._gate is not None:
             self._gate.close(within)
+        if self._load_gate is not None:
+            self._load_gate.close(within)
 
 
 class Successor(Protocol):
@@ -209,7 +220,7 @@ class DueCheck(Gate):
         completion: takes jobs that are not due yet, or have expired.
     """
 
-    def __init__(self, broker: ServerClock, executor: Executor, successor: OrderGate, completion: Completion) -> None:
+    def __init__(self, broker: ServerClock, executor: Executor, successor: Successor, completion: Completion) -> None:
         super().__init__(successor, completion)
         self._broker = broker
         self._executor = executor
@@ -253,6 +264,55 @@ class DueCheck(Gate):
         left = (codec.when(run.reading) or 0.0) - now
         if left > 0 and run.outcome is None:
             run.outcome = Postponed(time() + left)  # relative to this machine's clock, which the settler reads
+
+
+class LoadGate(Gate):
+    """Admits jobs whose payloads are in a store, when they are loaded. While the store is away they wait, held.
+
+    Args:
+        store: has the payloads.
+        executor: decodes them.
+        successor: the next stage.
+        completion: takes jobs whose payload is not there any more.
+    """
+
+    def __init__(self, store: PayloadStore, executor: Executor, successor: OrderGate, completion: Completion) -> None:
+        super().__init__(successor, completion)
+        self._store = store
+        self._executor = executor
+        self._away = ""
+
+    def put(self, run: Execution) -> None:
+        """Take a run in; one whose payload is in a store waits for it."""
+        if type(run.payload) is StoredPayload:
+            self._wait(run)
+        else:
+            self._successor.put(run)
+
+    async def _turn(self, queue: str, asked: list[Execution]) -> None:
+        some = asked[:MOST_LOADS]
+        found = await asyncio.gather(*(self._store.get(run.payload.id) for run in some), return_exceptions=True)
+        loaded = {run: data for run, data in zip(some, found, strict=True) if not isinstance(data, BaseException)}
+        mine = self._taken(list(loaded))
+        for run, data in loaded.items():
+            if run in mine:
+                if run.outcome is None:
+                    self._executor.load(run, data)
+                self._pass_on(run)
+        error = next((each for each in found if isinstance(each, BaseException)), None)
+        if error is None:
+            if self._away:
+                log.info("payload_store_back")
+            self._away = ""
+            return
+        if not self._away:
+            log.error("payload_store_away", queue=queue, error=describe(error),
+                      hint="jobs whose payloads are in the store wait until it answers")  # fmt: skip
+        self._away = "away"
+        # Those behind them may be of another store, or node: they have their turn before these are asked for again.
+        failed = [run for run in some if run not in loaded and run in self._waiting]
+        self._waiting = [run for run in self._waiting if run not in failed] + failed
+        raise Unreachable("the store of payloads does not answer") from error
 
 
 class OrderGate(Gate):

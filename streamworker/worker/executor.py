@@ -26,8 +26,19 @@ from streamworker.context import Context, Shared
 from streamworker.errors import HandlerSignal, InvalidJob, Parked
 from streamworker.execution import CANCELLED, OK, OUT_OF_TURN, Cause, Execution
 from streamworker.handlers import Registration
-from streamworker.job import UNTIL, Cancelled, Interrupted, Ok, Outcome, Raised, TimedOut, Undecodable, UnknownKind
-from streamworker.payload import MOST_KEY_BYTES
+from streamworker.job import (
+    UNTIL,
+    Cancelled,
+    Interrupted,
+    Ok,
+    Outcome,
+    Raised,
+    TimedOut,
+    Undecodable,
+    UnknownKind,
+    Unopened,
+)
+from streamworker.payload import MOST_KEY_BYTES, stored_in
 from streamworker.policy import Facts, Limits, abandoned, apart_from, group_sizes, wish_in
 from streamworker.redact import describe
 from streamworker.telemetry.logs import get_logger
@@ -47,6 +58,7 @@ WAITED: Final = "for a connection of ctx."
 """Part of the note that connection pools add to a cancellation that ends a wait for a connection."""
 LONGEST_DOUBLING: Final = 6
 """A job that others cancel waits for 1 s, then 2 s, and 64 s at most before it runs again."""
+NO_STORE: Final = "its payload is in a store, and this worker has none: give it App(store=...), or DATABASE_URL"
 REWRITE_SLACK: Final = 1024
 """Bytes by which a document may exceed the limit on a later hop: our own keys were added to it."""
 
@@ -70,6 +82,8 @@ class Executor:
         max_job_bytes: the largest document that is decoded.
         unknown_kind_ttl: seconds an unknown kind may wait for a worker that knows it.
         observers: called before each handler, if one has ``on_start``.
+        loads: payloads that are in a store are loaded later, by `load`; there is one.
+        lenient: kinds whose payloads take a reference to a stored payload for one without their fields.
     """
 
     def __init__(
@@ -83,7 +97,11 @@ class Executor:
         max_job_bytes: int = 262_144,
         unknown_kind_ttl: float = 86_400.0,
         observers: ObserverDispatch | None = None,
+        loads: bool = False,
+        lenient: frozenset[str] = frozenset(),
     ) -> None:
+        self._loads = loads
+        self._lenient = lenient
         self._handlers = handlers
         self.shared = shared
         self._middleware = tuple(middleware)
@@ -134,9 +152,12 @@ class Executor:
                 return
             if registration.special or reading.unique is not None:
                 run.special = True
+            if self._lenient and registration.kind in self._lenient and self._refers(run):
+                return
             run.payload = registration.decode(reading.payload)
         except BaseException as error:  # noqa: BLE001 - payload types run users' code; no document may end the worker
-            run.outcome = undecodable(run, error)
+            if not self._refers(run):
+                run.outcome = undecodable(run, error)
 
     def decode(self, run: Execution) -> None:
         """Decode the payload of a prepared run whose ``run_at`` and ``expires_at`` let it start now. Never raises."""
@@ -144,9 +165,41 @@ class Executor:
         if registration is None or reading is None:
             raise AssertionError("a run must be prepared before its payload is decoded")
         try:
+            if self._lenient and registration.kind in self._lenient and self._refers(run):
+                return
             run.payload = registration.decode(reading.payload)
         except BaseException as error:  # noqa: BLE001 - as in `prepare`
+            if not self._refers(run):
+                run.outcome = undecodable(run, error)
+
+    def _refers(self, run: Execution) -> bool:
+        """Whether the payload is in a store: then the run waits until it is loaded, or has its outcome."""
+        reading = run.reading
+        found = None if reading is None or run.registration is None else stored_in(reading.payload)
+        if reading is None or found is None:
+            return False
+        if self._loads:
+            run.payload, run.special = found, True
+        else:
+            since = codec.state_of(reading, run.claim.secret).unknown_since
+            run.outcome = Unopened(NO_STORE, since or None, "no payload store")
+        return True
+
+    def load(self, run: Execution, data: bytes | None) -> None:
+        """Decode a payload that a store had; ``None``: it has none. Never raises."""
+        found, run.payload = run.payload, None
+        trouble = "its payload is not in the store any more" if data is None else found.trouble_with(data)
+        if data is None or trouble is not None:
+            run.outcome = Undecodable(trouble or "", "payload gone" if data is None else "payload changed")
+            return
+        try:
+            self._decode_loaded(run, msgspec.Raw(data))
+        except BaseException as error:  # noqa: BLE001 - as in `prepare`
             run.outcome = undecodable(run, error)
+
+    def _decode_loaded(self, run: Execution, payload: msgspec.Raw) -> None:
+        if run.registration is not None:
+            run.payload = run.registration.decode(payload)
 
     async def call(self, run: Execution, ended: Ended | None = None) -> Outcome:
         """Run the handler of a prepared run to its outcome: all that the task of a job does. Never raises.

@@ -14,6 +14,7 @@ from streamworker.cron import Schedule
 from streamworker.encryption import Keys
 from streamworker.handlers import Handlers
 from streamworker.observe import Observer
+from streamworker.payload import PayloadStore
 from streamworker.postgres import Ledger
 from streamworker.relay import Dispatcher, LedgerGauge
 from streamworker.settings import Settings
@@ -51,6 +52,7 @@ class WorkerResources(msgspec.Struct, frozen=True):
         ledger: the record; ``None`` without one.
         relay: puts jobs from the ledger onto Redis.
         dispatcher: looks for the ledger's jobs in Redis; ``None`` without a ledger.
+        store: has payloads that are too large for a document, if there is one.
     """
 
     broker: WorkerBroker
@@ -59,6 +61,7 @@ class WorkerResources(msgspec.Struct, frozen=True):
     ledger: Ledger | None
     relay: Relays
     dispatcher: Dispatcher | None = None
+    store: PayloadStore | None = None
 
 
 class WorkerHost(Protocol):

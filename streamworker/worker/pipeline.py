@@ -30,6 +30,7 @@ from streamworker.worker.recorder import Recorder, WorkerLedger
 from streamworker.worker.scheduler import DelayedPromoter
 from streamworker.worker.sealed import Stages
 from streamworker.worker.settler import Settler
+from streamworker.worker.stored_payloads import PayloadReaper
 from streamworker.worker.tasks import JobTasks
 
 TOGETHER: Final = 100
@@ -75,16 +76,15 @@ class Pipeline:
         tallies = RunTallies(durable=record is not None) if settings.history == "on" else None
         permits = Permits(broker) if any(each.quota is not None for each in app.handlers.registrations) else None
 
-        settler = Settler(
-            broker, in_flight, parked=promoter.parked, observers=observers, buffers=buffers, tallies=tallies
-        )
+        reaper = PayloadReaper(resources.store) if resources.store is not None else None
+        told = [each for each in (tallies, reaper) if each is not None]
+        settler = Settler(broker, in_flight, parked=promoter.parked, observers=observers, buffers=buffers, counts=told)
         recorder = Recorder(record, settler, in_flight, logs=_logs(buffers)) if record is not None else None
         how: dict[str, Any] = {"permits": permits, "observers": observers, "timed": tallies is not None}
         completion = stages.completion(in_flight, recorder or settler, **how)
         tasks = JobTasks(concurrency, executor, completion, stuck=stuck, grace=settings.grace)
-        admission = Admission(
-            broker, app.handlers, executor, tasks, completion, permits=permits, concurrency=concurrency
-        )
+        gates: dict[str, Any] = {"permits": permits, "concurrency": concurrency, "store": resources.store}
+        admission = Admission(broker, app.handlers, executor, tasks, completion, **gates)
         lookup = LedgerLookup(record, admission, in_flight.counts) if record is not None else None
         fetcher = Fetcher(
             broker, in_flight, executor, lookup or admission, settings,
@@ -101,6 +101,7 @@ class Pipeline:
         self.settler: Final = settler
         self.in_flight: Final = in_flight
         self.tallies: Final = tallies
+        self.reaper: Final = reaper
         self.permits: Final = permits
         self.record: Final = record
         self._marker = RunningMarker(record.ledger, tasks) if record is not None else None

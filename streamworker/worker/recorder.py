@@ -183,6 +183,8 @@ BUSY_PAUSE: Final = 1.0
 """Seconds before a run is recorded again whose row was locked."""
 AGAIN_AFTER: Final = 2.0
 """Seconds before a job runs again that could not take its row, or lost PostgreSQL."""
+GOES_ON: Final = Recorded(DONE, "superseded")
+"""Outcome of a run that was done, and of whose job a later hop goes on."""
 HANDED_BACK: Final = Interrupted("PostgreSQL was down when the worker shut down")
 
 
@@ -386,6 +388,7 @@ class Recorder:
             log.info("run_overruled", job_id=run.job_id, kind=run.kind, queue=run.claim.queue, reason=answer.value)
         elif answer is Stored.SUPERSEDED:
             self._in_flight.counts.skipped += 1
+            run.outcome = GOES_ON
         self._pass_on(run, finished(run) if answer is Stored.ENDED else SettleRequest(run.claim, DONE))
 
     def _correct(self, run: Execution, effect: Effect, now: float) -> None:

@@ -15,6 +15,7 @@ from streamworker.encryption import Keys
 from streamworker.loops import Pause
 from streamworker.relay import Dispatcher, LedgerGauge, Outbox
 from streamworker.relay.loss_detector import LossDetector, missing
+from streamworker.relay.payload_sweeper import PayloadSweeper
 from streamworker.relay.relay import Listener, Relay
 from streamworker.settings import Settings
 from streamworker.telemetry.logs import get_logger
@@ -98,6 +99,7 @@ class RelayProcess:
         lease: seconds a running job may take to finish after a sign of loss.
         queues: those that this process serves.
         scheduler: runs beside it, if there is one.
+        sweepers: delete stored payloads that no job has.
     """
 
     def __init__(
@@ -109,8 +111,10 @@ class RelayProcess:
         lease: float,
         queues: Sequence[str] = (),
         scheduler: Scheduler | None = None,
+        sweepers: Sequence[PayloadSweeper] = (),
     ) -> None:
         self._dispatcher = dispatcher
+        self.sweepers: Final = tuple(sweepers)
         self.outbox: Final = outbox
         self._scheduler = scheduler
         self._ending = anyio.Event()
@@ -126,6 +130,8 @@ class RelayProcess:
             loops.start_soon(self._loss_detector.run)
             if self._scheduler is not None:
                 loops.start_soon(self._scheduler.run, self._ending)
+            for sweeper in self.sweepers:
+                loops.start_soon(sweeper.run, self._ending)
             await stopping.wait()
             self._ending.set()
             self.relay.wake()

@@ -19,12 +19,14 @@ from streamworker.errors import Discard, NoKey, Retry, Snooze
 from streamworker.execution import Execution
 from streamworker.handlers import Handlers, Registration, names_of
 from streamworker.job import Job, Ok, Outcome, Raised, Settled, Undecodable, Unopened
+from streamworker.payload import StoredPayload
 from streamworker.redact import describe, name_of, text_of
 from streamworker.results import NotKept, OutputBatch, Outputs, result_json
 from streamworker.worker.batching import BatchExecution
 from streamworker.worker.executor import Executor, undecodable
 from streamworker.worker.tasks import Completion
 
+UNDECODABLE: Final = Undecodable("").reason
 NOT_ENCRYPTED: Final = "not encrypted"
 """Reason of a dead letter whose payload should have been sealed."""
 
@@ -147,22 +149,28 @@ class SealedExecutor(Executor):
         self._open(run)
 
     def _open(self, run: Execution) -> None:
-        reading, registration = run.reading, run.registration
-        try:
-            if run.outcome is None and reading is not None and registration is not None and run.payload is not None:
-                known = self._unopened.opened(registration)
-                if self._keys.required and sealed_in(reading.payload) is None:
-                    run.outcome = Undecodable("its producer has no keys, and this app requires them", NOT_ENCRYPTED)
-                    return
-                kinds = (reading.kind or "", *names_of(known), "")
-                run.payload = known.decode(self._keys.opened_payload(reading.payload, run.job_id, kinds))
-        except NoKey as error:
-            state = codec.NOTHING if reading is None else codec.state_of(reading, run.claim.secret)
-            run.outcome = Unopened(str(error), state.unknown_since or None)
-        except BaseException as error:  # noqa: BLE001 - as in `Executor.prepare`
-            run.outcome = undecodable(run, error)
-        if isinstance(run.outcome, Undecodable) and run.outcome.reason != NOT_ENCRYPTED:
+        if run.outcome is None and run.reading is not None and run.payload is not None:
+            if type(run.payload) is not StoredPayload and not self._refers(run):
+                self._decode_loaded(run, run.reading.payload)
+        elif isinstance(run.outcome, Undecodable) and run.outcome.reason == UNDECODABLE:
             run.outcome = Undecodable(self._keys.sealed_text(run.job_id, run.outcome.error))
+
+    def _decode_loaded(self, run: Execution, payload: msgspec.Raw) -> None:
+        reading, registration = run.reading, run.registration
+        if reading is None or registration is None:
+            return
+        run.payload = None
+        try:
+            known = self._unopened.opened(registration)
+            if self._keys.required and sealed_in(payload) is None:
+                run.outcome = Undecodable("its producer has no keys, and this app requires them", NOT_ENCRYPTED)
+                return
+            kinds = (reading.kind or "", *names_of(known), "")
+            run.payload = known.decode(self._keys.opened_payload(payload, run.job_id, kinds))
+        except NoKey as error:
+            run.outcome = Unopened(str(error), codec.state_of(reading, run.claim.secret).unknown_since or None)
+        except BaseException as error:  # noqa: BLE001 - as in `Executor.prepare`
+            run.outcome = Undecodable(self._keys.sealed_text(run.job_id, undecodable(run, error).error))
 
 
 class SealedCompletion(Completion):

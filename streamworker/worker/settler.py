@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from time import monotonic
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import anyio
 import msgspec
@@ -45,7 +45,6 @@ from streamworker.policy import DONE, RAPID, judge, least_wait, within
 from streamworker.redact import describe
 from streamworker.telemetry.logs import get_logger
 from streamworker.worker.emission import OutputBuffer
-from streamworker.worker.history_recorder import RunTallies
 from streamworker.worker.inflight import InFlight, SpinningJob
 from streamworker.worker.observers import ObserverDispatch
 
@@ -72,6 +71,13 @@ class RefusedRuns:
         self.logged: tuple[str, float] = ("", 0.0)
 
 
+class SettledBatches(Protocol):
+    """A stage that gets every settled batch."""
+
+    def settled(self, runs: Sequence[Execution], items: Sequence[SettleRequest], results: Sequence[Settled], /) -> None:
+        """A batch was settled."""
+
+
 class Settler:
     """Settles finished runs.
 
@@ -81,7 +87,7 @@ class Settler:
         parked: called with the epoch seconds at which a job of this worker is due again.
         observers: called with every settled batch, if there are any.
         buffers: what handlers have emitted and logged; sent before their jobs are settled.
-        tallies: count every settled batch for the history, if it is recorded.
+        counts: get every settled batch: the history, if it is recorded; what deletes stored payloads.
     """
 
     def __init__(
@@ -92,10 +98,10 @@ class Settler:
         parked: Callable[[float], None],
         observers: ObserverDispatch | None = None,
         buffers: Sequence[OutputBuffer] = (),
-        tallies: RunTallies | None = None,
+        counts: Sequence[SettledBatches] = (),
     ) -> None:
         self._broker = broker
-        self._tallies = tallies
+        self._counts = counts
         self._buffers = buffers
         self._in_flight = in_flight
         self._parked = parked
@@ -210,8 +216,8 @@ class Settler:
     def _told(self, batch: list[Execution], items: list[SettleRequest], results: list[Settled], began: float) -> None:
         if self._observers is not None:
             self._observers.settled(batch, items, results, began)
-        if self._tallies is not None:
-            self._tallies.settled(batch, items, results)
+        for each in self._counts:
+            each.settled(batch, items, results)
 
     def _set_aside(self, refused: dict[str, list[Execution]], queues: set[str]) -> None:
         """Keep refused runs, and set when they are offered again: at once if the server stored others of the queue."""

@@ -82,6 +82,7 @@ VARIABLES = {
     "HTTP": (None, st.builds(Address, st.sampled_from(["0.0.0.0", "::1", "localhost"]), st.integers(0, 65_535))),
     "LOG_LEVEL": ("info", st.sampled_from(["debug", "info", "warning", "error", "critical"])),
     "LOG_FORMAT": ("json", st.sampled_from(["console", "json"])),
+    "OFFLOAD_BYTES": (None, st.integers(1024, 64 * 1_048_576)),
     "JOB_LOG": ("off", st.sampled_from(["off", "ctx", "all"])),
     "JOB_LOG_LINES": (200, st.integers(1, 10_000)),
 }
