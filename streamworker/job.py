@@ -133,6 +133,29 @@ class FlowGraph(msgspec.Struct, frozen=True):
     nodes: list[FlowNode]
     edges: list[tuple[int, int, str]]
 
+    def jobs_before(self, most: int) -> list[list[int]]:
+        """For each of its jobs the places, among the jobs, of those right before it; a gate stands for its last jobs.
+
+        Args:
+            most: of one job.
+        """
+        earlier: dict[int, list[int]] = {}
+        for node, before, _ in self.edges:
+            earlier.setdefault(node, []).append(before)
+        jobs = [number for number, node in enumerate(self.nodes) if node.job is not None]
+        place = {number: at for at, number in enumerate(jobs)}
+        found: list[list[int]] = []
+        for number in jobs:
+            waiting, seen = [*reversed(earlier.get(number, ()))], list[int]()
+            while waiting and len(seen) < most:
+                each = waiting.pop()
+                if each in place:
+                    seen.append(place[each])
+                else:
+                    waiting += reversed(earlier.get(each, ()))
+            found.append(seen)
+        return found
+
 
 class FlowStarted(msgspec.Struct, frozen=True):
     """The answer to the start of a flow.

@@ -24,6 +24,10 @@ from streamworker.job import Job, Level, Outcome, Raised, Settled, TimedOut, Und
 from streamworker.policy import word_of
 from streamworker.redact import describe
 
+LINKED: Final = 1_000
+"""Jobs of a flow that senders are told the edges of."""
+MOST_LINKS: Final = 32
+"""Edges to one job of which they are told."""
 _DASH: Final = 13
 """Where the dash is in the id of a stream's entry, whose first part is milliseconds."""
 
@@ -215,3 +219,16 @@ class Sender(Observer):
             jobs: those of one call, in order.
         """
         return nullcontext(jobs)
+
+    def sending_flow(
+        self,
+        jobs: Sequence[Job],
+        before: Sequence[Sequence[int]],  # noqa: ARG002 - for those who override it
+    ) -> AbstractContextManager[Sequence[Job]]:
+        """Around the start of a flow; as `sending`, unless it is overridden.
+
+        Args:
+            jobs: those of the flow, in order.
+            before: for each of them the places of those right before it; empty for a flow of more than `LINKED` jobs.
+        """
+        return self.sending(jobs)

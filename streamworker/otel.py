@@ -4,8 +4,11 @@ Follows the messaging conventions, https://opentelemetry.io/docs/specs/semconv/m
 
 - **send** (PRODUCER), one a call of ``enqueue``, ``enqueue_many`` or ``enqueue_blocking``. Its context goes into the
   headers of every job that brings none of its own, as ``traceparent``; one the user put there is kept, and linked.
+- **create** (PRODUCER), one a job of a flow of up to 1,000 jobs, within the *send* span of `App.start`. It links to the
+  *create* spans of the jobs right before it, and its context goes into the headers of its job.
 - **process** (CONSUMER), one a run of a handler, current while it runs. It links to the context in the job's headers,
-  which is also its parent unless ``parent=False``; so do all retries of the job.
+  which is also its parent unless ``parent=False``; so do all retries of the job. In a flow it links to the *create*
+  spans of the jobs right before it, too, below which the *process* spans of these are: links lead along the edges.
 - **settle** (CLIENT), one a batch, as the worker settles, with a link to each run.
 
 Log lines of a handler, the standard library's too, hold ``trace_id`` and ``span_id``. Spans hold neither payloads nor
@@ -29,10 +32,14 @@ from opentelemetry import propagate, trace
 from opentelemetry.context import Context
 from opentelemetry.propagators.textmap import TextMapPropagator
 from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Status, StatusCode, TracerProvider
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from streamworker.job import Job, Raised, Settled, TimedOut
-from streamworker.observe import JobRun, Sender, Settlement
+from streamworker.observe import MOST_LINKS, JobRun, Sender, Settlement
 
+AFTER: Final = "streamworker-after"
+"""The header with the contexts of the jobs right before a node of a flow, as ``traceparent`` has them."""
+_W3C: Final = TraceContextTextMapPropagator()
 SCHEMA: Final = "https://opentelemetry.io/schemas/1.37.0"
 _FAILED: Final = frozenset({"raised", "timed_out", "discarded", "undecodable", "abandoned"})
 
@@ -93,6 +100,46 @@ class Tracing(Sender):
                 span.set_attribute("error.type", _type_of(error))
                 raise
 
+    @contextmanager
+    def sending_flow(self, jobs: Sequence[Job], before: Sequence[Sequence[int]]) -> Iterator[Sequence[Job]]:
+        """A span around the start of a flow, and one for each of its jobs, linked along the edges."""
+        outer = trace.get_current_span().get_span_context()  # of the node that adds these, if one does
+        with self.sending(jobs) as stamped:
+            yield stamped if not before else self._created(jobs, before, outer)
+
+    def _created(self, jobs: Sequence[Job], before: Sequence[Sequence[int]], outer: SpanContext) -> list[Job]:
+        contexts: dict[int, SpanContext] = {}
+        for place in _in_order(before):
+            job = jobs[place]
+            own = self._context_in(job.headers)
+            near = [contexts[each] for each in before[place]] or [outer]
+            links = [Link(context) for context in (*near, own) if context.is_valid]
+            attributes = {
+                **_attributes("create", {job.queue}, 1),
+                "messaging.message.id": job.id,
+                "streamworker.kind": job.kind or "",
+            }
+            span = self._tracer.start_span(
+                f"create {job.queue}", kind=SpanKind.PRODUCER, attributes=attributes, links=links
+            )
+            span.end()
+            contexts[place] = span.get_span_context()
+        return [self._stamped(job, contexts, place, before[place]) for place, job in enumerate(jobs)]
+
+    def _stamped(self, job: Job, contexts: Mapping[int, SpanContext], place: int, before: Sequence[int]) -> Job:
+        """A job of a flow with the contexts of its own span, and of those of the jobs right before it."""
+        carrier: dict[str, str] = {}
+        if not self._context_in(job.headers).is_valid:
+            self._propagator.inject(carrier, _around(contexts[place]))
+        near: list[str] = []
+        for each in before:
+            written: dict[str, str] = {}
+            _W3C.inject(written, _around(contexts[each]))
+            near += written.values()
+        if near:
+            carrier[AFTER] = ",".join(near)
+        return msgspec.structs.replace(job, headers={**(job.headers or {}), **carrier}) if carrier else job
+
     def on_start(self, run: JobRun) -> None:
         """Begin a process span, and make it current."""
         came_with = self._propagator.extract(_texts(run.headers), context=Context())
@@ -101,7 +148,7 @@ class Tracing(Sender):
             f"process {run.queue}",
             context=came_with if self._parent else Context(),
             kind=SpanKind.CONSUMER,
-            links=[Link(creation)] if creation.is_valid else None,
+            links=[Link(context) for context in (creation, *_after(run.headers)) if context.is_valid],
             attributes={
                 **_attributes("process", {run.queue}, 1),
                 "messaging.message.id": run.job_id,
@@ -170,6 +217,36 @@ class Tracing(Sender):
     def _context_in(self, headers: Mapping[str, Any] | None) -> SpanContext:
         extracted = self._propagator.extract(_texts(headers or {}), context=Context())
         return trace.get_current_span(extracted).get_span_context()
+
+
+def _around(context: SpanContext) -> Context:
+    return trace.set_span_in_context(trace.NonRecordingSpan(context), Context())
+
+
+def _after(headers: Mapping[str, Any]) -> list[SpanContext]:
+    """The contexts of the jobs right before a node of a flow."""
+    written = headers.get(AFTER)
+    if not isinstance(written, str):
+        return []
+    parts = written.split(",", MOST_LINKS)[:MOST_LINKS]
+    found = [_W3C.extract({"traceparent": part}, context=Context()) for part in parts]
+    return [trace.get_current_span(each).get_span_context() for each in found]
+
+
+def _in_order(before: Sequence[Sequence[int]]) -> list[int]:
+    """Each place behind those before it."""
+    waits = [len(others) for others in before]
+    follow: list[list[int]] = [[] for _ in before]
+    for place, others in enumerate(before):
+        for each in others:
+            follow[each].append(place)
+    ready = [place for place, count in enumerate(waits) if not count]
+    for place in ready:
+        for each in follow[place]:
+            waits[each] -= 1
+            if not waits[each]:
+                ready.append(each)
+    return ready
 
 
 def _attributes(operation: str, queues: Iterable[str], count: int) -> dict[str, str | int]:

@@ -24,7 +24,7 @@ from streamworker.errors import LONGEST_WAIT, InvalidJob, JobTooLarge, UsageErro
 from streamworker.handlers import check_queue
 from streamworker.job import UNTIL, Enqueued, FlowGraph, FlowStarted, Job, Until
 from streamworker.loops import at_once
-from streamworker.observe import Sender
+from streamworker.observe import LINKED, MOST_LINKS, Sender
 from streamworker.payload import (
     MOST_STORED,
     ROOTS,
@@ -185,7 +185,10 @@ class Producer:
         with ExitStack() as stack:
             most = self._outlet.rules().offload_bytes
             if self._senders or most is not None:
-                sent = self._seen_off(stack, [node.job for node in graph.nodes if node.job is not None])
+                sent: Sequence[Job] = [node.job for node in graph.nodes if node.job is not None]
+                before = graph.jobs_before(MOST_LINKS) if len(sent) <= LINKED else []
+                for sender in self._senders:
+                    sent = stack.enter_context(sender.sending_flow(sent, before))
                 if most is not None:
                     sent = await self._stored(sent, connection, most, blocking=blocking)
                 jobs = iter(sent)
