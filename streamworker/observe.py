@@ -25,9 +25,9 @@ from streamworker.policy import word_of
 from streamworker.redact import describe
 
 LINKED: Final = 1_000
-"""Jobs of a flow that senders are told the edges of."""
+"""Jobs of a flow, at most, of which senders get the edges."""
 MOST_LINKS: Final = 32
-"""Edges to one job of which they are told."""
+"""Edges to one job that they get."""
 _DASH: Final = 13
 """Where the dash is in the id of a stream's entry, whose first part is milliseconds."""
 
