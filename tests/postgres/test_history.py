@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
+from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 
@@ -71,6 +74,35 @@ async def test_sql_sees_the_same_percentiles(stores, pg):
         ]
         assert found == pytest.approx(percentiles(histogram, (0.5, 0.95, 0.99)))
     assert await pg.fetchval("select streamworker.history_quantile(0, 0.5)") is None
+
+
+BOARD = Path(__file__).parents[2] / "deploy/grafana/streamworker-history.json"
+
+
+async def test_postgresql_can_read_the_queries_of_the_board(stores, pg):
+    """As Grafana sends them: its macros and variables are filled in."""
+    now = await stores[0].now()
+    await stores[0].add([HistoryRow(now - age, "q", "k", tally(5)) for age in (0, 7 * DAY)])
+    board = json.loads(BOARD.read_text())
+    times = {
+        "$__timeFilter(at)": "at between now() - interval '1 day' and now()",
+        "$__timeFrom()": f"'{datetime.fromtimestamp(now - DAY, UTC)}'", "$__timeTo()": f"'{datetime.fromtimestamp(now + 1, UTC)}'", "${span}": "3600",
+        "$queue": "'q'", "$kind": "'k'",
+    }  # fmt: skip
+    asked = 0
+    for panel in board["panels"]:
+        for target in panel.get("targets", []):
+            sql = target["rawSql"]
+            for macro, text in times.items():
+                sql = sql.replace(macro, text)
+            rows = await pg.fetch(sql)
+            assert rows or "failed" in sql, panel["title"]
+            asked += 1
+            assert target["format"] == "table" or {"time", "metric", "value"} == set(rows[0].keys()), panel["title"]
+    assert asked == 12
+    for variable in board["templating"]["list"]:
+        if variable["type"] == "query":
+            assert await pg.fetchval(variable["query"].replace("$queue", "'q'")) in ("q", "k")
 
 
 async def test_what_is_too_old_is_deleted(stores, pg):
