@@ -161,10 +161,9 @@ def busy(chance: random.Random) -> RunTally:
     return made
 
 
-@pytest.mark.parametrize("mode", ["stream", "list"])
-async def test_a_worker_keeps_what_its_runs_came_to(mode, redis_url, raw, monkeypatch):
+async def test_a_worker_keeps_what_its_runs_came_to(ground, redis_url, raw, monkeypatch):
     monkeypatch.setattr(history_recorder, "EVERY", 0.2)
-    settings = Settings(redis_url=redis_url, mode=mode, lease=1, concurrency=20)
+    settings = Settings(redis_url=redis_url, mode=ground.mode, lease=1, concurrency=20)
     app = App(settings=settings)
     release = asyncio.Event()
     tries = count()
