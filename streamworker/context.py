@@ -96,8 +96,8 @@ class Context(Generic[S_co]):
     """
 
     __slots__ = (
-        "_attempts", "_batch", "_claim", "_job", "_limits", "_log", "_output", "_progress", "_reading", "_shared",
-        "_steps", "_transaction", "booked", "cause", "deadline_at", "heeded",
+        "_attempts", "_batch", "_claim", "_job", "_limits", "_loaded", "_log", "_output", "_progress", "_reading",
+        "_shared", "_steps", "_transaction", "booked", "cause", "deadline_at", "heeded",
     )  # fmt: skip
 
     def __init__(self, shared: Shared[S_co], claim: Claim, reading: DocumentFields, limits: Limits) -> None:
@@ -113,6 +113,7 @@ class Context(Generic[S_co]):
         self._transaction: Transaction | BlockingTransaction | RefusedTransaction | None = None
         self._job: Job | None = None
         self._log: Any = None
+        self._loaded: msgspec.Raw
         self._output: Any
         self._steps: Steps
 
@@ -126,7 +127,7 @@ class Context(Generic[S_co]):
                 id=job_id,
                 queue=claim.queue,
                 kind=kind,
-                payload=self._shared.sealer.shown_payload(reading.payload, job_id, kind),
+                payload=self._shared.sealer.shown_payload(getattr(self, "_loaded", reading.payload), job_id, kind),
                 level=claim.level,
                 attempts=self._attempts,
                 max_attempts=self._limits.max_attempts,
@@ -151,6 +152,11 @@ class Context(Generic[S_co]):
         other = Context(self._shared, claim, reading, limits)
         other.deadline_at = self.deadline_at
         return other
+
+    def take_loaded(self, payload: msgspec.Raw | None) -> None:
+        """The payload's text, if it came from a store; called by the worker."""
+        if payload is not None:
+            self._loaded = payload
 
     @property
     def attempt(self) -> int:

@@ -6,6 +6,8 @@ import asyncio
 from time import monotonic
 from typing import Any, Final, Protocol, TypeAlias
 
+import msgspec
+
 from streamworker import codec
 from streamworker.broker import SettleRequest
 from streamworker.codec import DocumentFields, deliveries_of
@@ -35,8 +37,8 @@ class Execution:
 
     __slots__ = (
         "batch", "cancelled_at", "cause", "claim", "context", "deadline", "ended", "ending", "facts", "finished",
-        "in_thread", "new", "outcome", "payload", "reading", "registration", "seen", "settling", "special", "started",
-        "stuck", "suspect", "task", "thread",
+        "in_thread", "loaded", "new", "outcome", "payload", "reading", "registration", "seen", "settling", "special",
+        "started", "stuck", "suspect", "task", "thread",
     )  # fmt: skip
 
     def __init__(self, claim: Claim) -> None:
@@ -64,6 +66,7 @@ class Execution:
         self.cause: Cause | None = None  # why the handler was cancelled, if it was
         self.cancelled_at: float | None = None  # when it was, like `started`
         self.thread: int | None = None  # that runs a sync handler
+        self.loaded: msgspec.Raw  # the payload's text, if it came from a store; unset otherwise
 
     @property
     def job_id(self) -> str:

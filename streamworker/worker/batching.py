@@ -49,6 +49,7 @@ class BatchExecution(Execution):
             if item.reading is None or item.facts is None:
                 raise AssertionError("the runs of a batch are prepared")
             item.context = context.beside(item.claim, item.reading, item.facts.limits)
+            item.context.take_loaded(getattr(item, "loaded", None))
             contexts.append(item.context)
         for item in self.items:  # from here on they are cancelled one by one
             item.batch, item.task, item.deadline, item.started = self, self.task, self.deadline, self.started

@@ -192,8 +192,9 @@ class Executor:
         if data is None or trouble is not None:
             run.outcome = Undecodable(trouble or "", "payload gone" if data is None else "payload changed")
             return
+        run.loaded = msgspec.Raw(data)
         try:
-            self._decode_loaded(run, msgspec.Raw(data))
+            self._decode_loaded(run, run.loaded)
         except BaseException as error:  # noqa: BLE001 - as in `prepare`
             run.outcome = undecodable(run, error)
 
@@ -307,6 +308,7 @@ class Executor:
         context.deadline_at = run.deadline
         if run.special:
             run.task = asyncio.current_task()  # `BatchExecution.begin` gives it to the jobs of the batch
+            context.take_loaded(getattr(run, "loaded", None))
         if self._middleware:
             return await self._wrapped(run, registration, context)
         if registration.is_async:

@@ -39,6 +39,8 @@ class PayloadReaper:
     def settled(self, runs: Sequence[Execution], items: Sequence[SettleRequest], results: Sequence[Settled]) -> None:
         """Take a settled batch. A dead letter keeps its payload, and so does a job that goes on."""
         for run, item, result in zip(runs, items, results, strict=True):
+            if isinstance(run.outcome, Ok) and not run.special:
+                continue  # nearly all: `Executor` marks those with a reference
             if result is Settled.SETTLED and run.reading is not None and _is_over(run, item):
                 found = stored_in(run.reading.payload)
                 if found is not None:

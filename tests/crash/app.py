@@ -333,6 +333,8 @@ async def talking(payload: Talking, ctx: Context) -> None:
         while not journal.has_gate(payload.gate):
             with suppress(ClaimLost):  # as a handler that takes no care
                 await ctx.emit([ctx.delivery, number])
+            if number % 20 == 0:
+                ctx.log.info("talks", of=ctx.delivery, number=number)
             number += 1
             await asyncio.sleep(0.001)
         await ctx.emit([ctx.delivery, "end"])

@@ -97,9 +97,12 @@ async def test_the_zombies_settle_is_refused(tmp_path):
 
 
 async def test_a_zombie_that_emits_adds_nothing_to_its_successors_output(tmp_path):
-    """Frozen in the middle of its output, and woken while its successor emits: readers see each run whole."""
+    """Frozen in the middle of its output, and woken while its successor emits: readers see each run whole.
+
+    The same holds for its log.
+    """
     async with Rig(tmp_path, seed=12) as rig:
-        zombie = await rig.fleet.start()
+        zombie = await rig.fleet.start(JOB_LOG="ctx", JOB_LOG_LINES=5000)
         (job,) = await rig.put(Talking(gate="g"))
         items: list[OutputItem] = []
 
@@ -109,7 +112,8 @@ async def test_a_zombie_that_emits_adds_nothing_to_its_successors_output(tmp_pat
 
         reading = asyncio.create_task(read())
         await rig.until(lambda: len(items) > 50, 30, "the zombie emits")
-        await rig.fleet.start()
+        await rig.until(lambda: rig.raw.exists(f"stream:{{q}}:log:{job}"), 30, "the zombie's log is kept")
+        await rig.fleet.start(JOB_LOG="ctx", JOB_LOG_LINES=5000)
         await rig.all_ready()
         frozen = time.monotonic()
         zombie.signal(signal.SIGSTOP)
@@ -121,7 +125,9 @@ async def test_a_zombie_that_emits_adds_nothing_to_its_successors_output(tmp_pat
         await rig.until(lambda: len(items) > woken + 100, 30, "the successor goes on")
         rig.open_gate("g")
         await asyncio.wait_for(reading, 30)
-        rig.raw.delete(*(f"stream:{{q}}:{what}:{job}" for what in ("output", "result", "ended")))  # kept for an hour
+        lines = [line async for line in rig.app.job_log(job, queue="q")]
+        kept = ("output", "log", "result", "ended")
+        rig.raw.delete(*(f"stream:{{q}}:{what}:{job}" for what in kept))  # kept for an hour
         fine(await rig.finish(), rig.seed)
     told = [item.chunk for item in items]
     first = [number for delivery, number in told if delivery == 1]
@@ -130,6 +136,11 @@ async def test_a_zombie_that_emits_adds_nothing_to_its_successors_output(tmp_pat
     assert first == list(range(len(first)))
     assert second == [*range(len(second) - 1), "end"]
     assert [item.restart for item in items] == [position == len(first) for position in range(len(items))]
+    assert {line.deliveries for line in lines} == {1, 2}
+    for delivery in (1, 2):
+        mine = [line.text for line in lines if line.deliveries == delivery]
+        assert mine == [f"talks of={delivery} number={20 * number}" for number in range(len(mine))]
+    assert lines == sorted(lines, key=lambda line: line.deliveries)
 
 
 async def test_a_storm_of_terminations(tmp_path):

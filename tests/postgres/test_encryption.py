@@ -220,27 +220,31 @@ async def test_a_job_whose_key_never_comes_is_dead_with_its_bytes_and_runs_when_
     assert sorted(got) == ["x", "y"]
 
 
-async def test_rotation_under_load_loses_nothing(redis_url, database_url, pg):
+@pytest.mark.parametrize("width", [1, 2000], ids=["small", "in a store"])
+async def test_rotation_under_load_loses_nothing(redis_url, database_url, pg, width):
     """Workers and producers change their keys one after the other while jobs come, as a rolling deploy does."""
     got: list[str] = []
     ahead = Keys(current="one", keys={"one": ONE, "two": TWO})
     sent = 0
-    async with app_with(OLD, redis_url, database_url, got) as first:
+    wide = f"{{:0{width}d}}".format
+    more = {"offload_bytes": 1024}
+    async with app_with(OLD, redis_url, database_url, got, **more) as first:
         for steps in ((OLD, OLD), (ahead, OLD), (ahead, ahead), (BOTH, ahead), (BOTH, BOTH)):
-            apps = [app_with(keys, redis_url, database_url, got) for keys in steps]
+            apps = [app_with(keys, redis_url, database_url, got, **more) for keys in steps]
             async with apps[0] as a, apps[1] as b, working(a), working(b):
                 for app in (a, b):
-                    await app.enqueue_many([Letter(f"{sent + n}") for n in range(20)])
+                    await app.enqueue_many([Letter(wide(sent + n)) for n in range(20)])
                     sent += 20
                     async with pg.transaction():
-                        await app.enqueue(Letter(f"{sent}"), connection=pg)
-                    await app.enqueue(Letter(f"{sent + 1}"), delay=0.2)
+                        await app.enqueue(Letter(wide(sent)), connection=pg)
+                    await app.enqueue(Letter(wide(sent + 1)), delay=0.2)
                     sent += 2
                 await eventually(lambda most=sent: len(got) >= most - 2)
         assert first is not None
-    async with app_with(BOTH, redis_url, database_url, got) as app:
+    async with app_with(BOTH, redis_url, database_url, got, **more) as app:
         await drain(app, delayed=True)
         assert sorted(map(int, got)) == list(range(sent))
+        assert await pg.fetchval("select count(*) from streamworker.payloads") == 0
         async with app.operator() as operator:
             assert not (await operator.dead("q")).rows
 
@@ -339,6 +343,8 @@ app = App(encryption={encryption})
 async def secret(payload: Secret, ctx: Context) -> dict[str, str]:
     await ctx.emit(payload.text)
     await ctx.emit([payload.text])
+    if payload.how == "log":
+        ctx.log.info("kept", text=payload.text)
     async def once() -> dict[str, str]:
         return {{"text": payload.text}}
     assert await ctx.step("once", once) == {{"text": payload.text}}
@@ -371,7 +377,9 @@ async def test_no_byte_of_a_payload_result_error_output_or_step_is_left_anywhere
 ):
     """A run with encryption leaves no trace of a marker in the append-only file, PostgreSQL's data, a dump and the log.
 
-    The same run without it leaves the marker in all of them: the test looks where it would be.
+    Nor in the logs that are kept with jobs, and in payloads that are in a store. The same run without it leaves the
+    marker in all of them: the test looks where it would be. What a handler logs itself is in the worker's log, too:
+    where it does, that begins at warnings.
     """
     marker = f"MARK{secrets.token_hex(8)}"
     (tmp_path / "secretly.py").write_text(
@@ -380,7 +388,8 @@ async def test_no_byte_of_a_payload_result_error_output_or_step_is_left_anywhere
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("STREAMWORKER_")},
         "REDIS_URL": own_server.url, "DATABASE_URL": own_postgres.url(), "STREAMWORKER_APP": "secretly:app",
-        "STREAMWORKER_LOG_LEVEL": "debug", "STREAMWORKER_LEASE": "2", "PYTHONPATH": str(Path(__file__).parents[2]),
+        "STREAMWORKER_LOG_LEVEL": "debug", "STREAMWORKER_OFFLOAD_BYTES": "1024",
+        "STREAMWORKER_LEASE": "2", "PYTHONPATH": str(Path(__file__).parents[2]),
     }  # fmt: skip
 
     def program(*words: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
@@ -393,8 +402,10 @@ async def test_no_byte_of_a_payload_result_error_output_or_step_is_left_anywhere
 
     program("enqueue", "secret", json.dumps({"text": marker, "how": "return"}))
     keys = Keys(current="one", keys={"one": ONE}) if sealed else None
-    async with App(settings=Settings(redis_url=own_server.url), encryption=keys) as app:
+    ours = Settings(redis_url=own_server.url, database_url=own_postgres.url(), offload_bytes=1024)
+    async with App(settings=ours, encryption=keys) as app:
         await app.enqueue_many([Secret(marker, how) for how in ("raise", "discard", "group", "unkept")])
+        await app.enqueue_many([Secret(marker * 100, how) for how in ("return", "discard")])
     log = b""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
@@ -402,6 +413,12 @@ async def test_no_byte_of_a_payload_result_error_output_or_step_is_left_anywhere
         log += done.stdout + done.stderr
         if not json.loads(program("queues", "--json").stdout)["delayed"]:
             break
+    async with App(settings=ours, encryption=keys) as app:
+        logged = await app.enqueue(Secret(marker, "log"))
+    environment |= {"STREAMWORKER_LOG_LEVEL": "warning", "STREAMWORKER_JOB_LOG": "ctx"}
+    done = program("worker", "--burst")
+    log += done.stdout + done.stderr
+    assert program("jobs", "logs", logged.id).stdout.count(marker.encode()) == 1
     shown = program("dead", "--payload", "--json").stdout + program("jobs", "--payload", "--json").stdout
     assert shown.count(marker.encode()) > 8  # who has the key reads all of it
 

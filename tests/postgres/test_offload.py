@@ -51,6 +51,7 @@ def app_on(redis_url: str, database_url: str | None, got: list[str], **more: Any
     @app.handler(max_attempts=1, backoff=Backoff(base=0.01))
     async def doc(payload: Doc, ctx: Context) -> int:
         got.append(payload.text)
+        assert payload.text in bytes(ctx.job.payload).decode()
         if payload.how == "die":
             raise Discard("no")
         if payload.how == "wait":
@@ -62,7 +63,8 @@ def app_on(redis_url: str, database_url: str | None, got: list[str], **more: Any
         got.append(payload.text)
 
     @app.handler(batch=5, linger=0.05)
-    async def together(payloads: list[Together]) -> None:
+    async def together(payloads: list[Together], contexts: list[Context]) -> None:
+        assert all(p.text in bytes(ctx.job.payload).decode() for p, ctx in zip(payloads, contexts, strict=True))
         got.extend(each.text for each in payloads)
 
     @app.handler(concurrency=1, limit_by="tenant")
