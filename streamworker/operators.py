@@ -27,6 +27,7 @@ from streamworker.broker.claim import StreamOptions
 from streamworker.broker.operator import ListOperator, StreamOperator
 from streamworker.broker.partitioned_operator import whole_queues
 from streamworker.broker.redis.client import RedisAddress
+from streamworker.cron.stored import DurableSchedules
 from streamworker.encryption import PLAIN, Sealer
 from streamworker.errors import InvalidJob, StreamworkerError, UsageError
 from streamworker.job import FlowRecord, Job, Level, ScheduleEntry, ScheduleTick
@@ -305,7 +306,7 @@ class Audit:
     """
 
     def __init__(self, ledger: LedgerKeys) -> None:
-        self._ledger = ledger
+        self.ledger: Final = ledger
         self._rows: list[AuditRow] = []
         self._task: asyncio.Task[None] | None = None
 
@@ -325,7 +326,7 @@ class Audit:
         """Keep all now. What PostgreSQL refuses is logged: the actions were done."""
         rows, self._rows = self._rows, []
         if rows:
-            await _keep(self._ledger.archive, rows)
+            await _keep(self.ledger.archive, rows)
 
     async def close(self) -> None:
         """Keep the rest."""
@@ -365,7 +366,7 @@ class AuditedOperator:
     @property
     def schedules(self) -> Any:
         """The operator's, changes of which are kept, too."""
-        return AuditedSchedules(self._operator.schedules, self._audit)
+        return AuditedSchedules(DurableSchedules(self._operator.schedules, self._audit.ledger.archive), self._audit)
 
     async def _act(self, name: str, do: Callable[..., Awaitable[Any]], *args: Any, **options: Any) -> Any:
         result = "failed"

@@ -11,7 +11,7 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast
 
 import anyio
 import asyncpg
@@ -28,6 +28,7 @@ from streamworker.broker.partitions import Partitions
 from streamworker.broker.redis.client import RedisAddress
 from streamworker.broker.stream import StreamBroker
 from streamworker.cron import Schedule
+from streamworker.cron.stored import DurableSchedules
 from streamworker.encryption import Keys
 from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable, UsageError
 from streamworker.handlers import Handlers
@@ -54,13 +55,12 @@ from streamworker.postgres.pool import (
 )
 from streamworker.postgres.sqlstate import understood
 from streamworker.producer import refuse_patched, running_loop
-from streamworker.relay import Dispatcher
 from streamworker.relay.payload_sweeper import PayloadSweeper
 from streamworker.relay.relay import Listener
 from streamworker.settings import EMBEDDED, Settings
 from streamworker.telemetry.logs import get_logger
 from streamworker.worker.host import Relays, WorkerResources
-from streamworker.worker.relay_process import NothingToRelay, RelayProcess, Scheduler
+from streamworker.worker.relay_process import NothingToRelay, RelayDispatcher, RelayProcess, Scheduler
 
 log = get_logger("streamworker.ledger")
 
@@ -68,7 +68,7 @@ log = get_logger("streamworker.ledger")
 async def open_relaying(
     stack: AsyncExitStack,
     settings: Settings,
-    dispatcher: Dispatcher,
+    dispatcher: RelayDispatcher,
     url: str | None,
     pool: Any,
     *,
@@ -582,7 +582,7 @@ class AppConnection:
         broker = self.broker()
         if broker is None:
             raise UsageError("the app is not open: change schedules inside `async with app:`")
-        return broker.schedules
+        return cast("ScheduleStore", DurableSchedules(broker.schedules, self.archive))
 
     async def add(self, connection: Any, jobs: Sequence[Job], settings: Settings, *, blocking: bool) -> list[Enqueued]:
         """Add jobs to the caller's PostgreSQL transaction."""

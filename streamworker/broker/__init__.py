@@ -274,6 +274,15 @@ class ScheduleStore(Protocol):
             keep: a schedule that has a next tick keeps it.
         """
 
+    async def count(self, queue: str) -> int:
+        """How many schedules a queue has."""
+
+    async def removed(self, queue: str, names: Sequence[str]) -> dict[str, float]:
+        """When those of these schedules were removed that were, in epoch seconds; noted where there is a ledger."""
+
+    async def forget_removed(self, queue: str, removed: Mapping[str, float]) -> None:
+        """Forget these removals, which the ledger knows; those that come from now on are noted."""
+
     async def look(self, queue: str, process: str) -> DueSchedules:
         """What is due, for one process of all that look."""
 

@@ -8,7 +8,7 @@ expires a moment later; all others look when that has expired.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha1
 from typing import Any, Final
 
@@ -83,6 +83,23 @@ class RedisSchedules:
         names = [keys.schedules, keys.definitions, keys.ticked, keys.timekeeper]
         args = [new.name, new.definition, before, _score(new.next), int(not keep), self._registry]
         return bool(await self._session.run(scripts.SCHEDULE_PUT, names, args))
+
+    async def count(self, queue: str) -> int:
+        return int(await self._session.ask("ZCARD", self._keys(queue).schedules))
+
+    async def removed(self, queue: str, names: Sequence[str]) -> dict[str, float]:
+        if not names:
+            return {}
+        found = await self._session.ask("HMGET", self._keys(queue).ticked, *names)
+        return {
+            name: -int(value) / 1000
+            for name, value in zip(names, found, strict=True)
+            if value is not None and value.startswith(b"-")
+        }
+
+    async def forget_removed(self, queue: str, removed: Mapping[str, float]) -> None:
+        args = [part for name, at in removed.items() for part in (name, f"-{round(at * 1000)}")]
+        await self._session.run(scripts.SCHEDULE_FORGET, [self._keys(queue).ticked], args)
 
     async def look(self, queue: str, process: str) -> DueSchedules:
         keys = self._keys(queue)

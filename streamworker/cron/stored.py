@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final, Protocol
 
+import anyio
 import msgspec
 
 from streamworker import codec
@@ -15,8 +16,14 @@ from streamworker.encryption import PLAIN, Sealer
 from streamworker.errors import InvalidJob, StreamworkerError, UsageError
 from streamworker.handlers import Handlers
 from streamworker.job import Job, Level, ScheduleEntry, ScheduleTick
+from streamworker.loops import Pause
 from streamworker.payload import AnyPayload
+from streamworker.postgres import Archive
 from streamworker.producer import make_job
+from streamworker.relay import KeptSchedule, ScheduleLedger
+from streamworker.telemetry.logs import get_logger
+
+log = get_logger("streamworker.cron")
 
 _LONGEST_NAME: Final = 200
 """Characters of the name of a schedule that is kept as data."""
@@ -101,8 +108,8 @@ def stored_schedule(entry: ScheduleEntry) -> StoredSchedule:
 class Schedules(Sequence[Schedule]):
     """The schedules of an app: as a sequence those in code (`Calendar.cron`); its methods serve those kept as data.
 
-    Redis stores them beside their queue. Every worker of that queue, and every relay, may offer their ticks; they hear
-    of changes at once.
+    Redis stores them beside their queue, and the ledger, where there is one, is their durable record. Every worker of
+    that queue, and every relay, may offer their ticks; they hear of changes at once.
 
     Args:
         calendar: those in code.
@@ -218,13 +225,15 @@ class Schedules(Sequence[Schedule]):
         """Stop its ticks until `resume`; those that fall into that time are not caught up. False if it is paused."""
         told = f"by {by}" if by else "paused"
         old = await self.get(name)
-        await self._change(name, lambda old, _: msgspec.structs.replace(old, paused=old.paused or told))
+        await self._change(
+            name, lambda old, now: msgspec.structs.replace(old, paused=old.paused or told, changed_at=now)
+        )
         return not old.stored.paused
 
     async def resume(self, name: str, /) -> bool:
         """Let it tick again, from now on. False if it was not paused."""
         old = await self.get(name)
-        await self._change(name, lambda old, _: msgspec.structs.replace(old, paused=""))
+        await self._change(name, lambda old, now: msgspec.structs.replace(old, paused="", changed_at=now))
         return bool(old.stored.paused)
 
     async def run_now(self, name: str, /) -> str:
@@ -338,6 +347,134 @@ class Schedules(Sequence[Schedule]):
             raise InvalidJob(f"the payload is no {type_.__name__}: {codec.misfit(type_, error)}") from None
 
 
+class DurableSchedules:
+    """A `ScheduleStore` whose changes are in the ledger when they return.
+
+    Args:
+        store: where they tick from.
+        archive: opens the ledger, the durable record; ``None`` where there is none.
+    """
+
+    def __init__(self, store: ScheduleStore, archive: Callable[[], Awaitable[Archive | None]]) -> None:
+        self._store, self._archive = store, archive
+
+    def __getattr__(self, name: str) -> Any:
+        """Everything else is the store's."""
+        return getattr(self._store, name)
+
+    async def put(self, new: ScheduleEntry, before: bytes, *, keep: bool) -> bool:
+        """Put; what is in Redis and not in the ledger yet, because PostgreSQL failed in between, a relay adds."""
+        archive = await self._archive()
+        done = await self._store.put(new, before, keep=keep)
+        if done and archive is not None:
+            await archive.schedules.keep([await _kept(self._store, new)])
+        return done
+
+
+async def _kept(store: ScheduleStore, entry: ScheduleEntry) -> KeptSchedule:
+    if entry.definition:
+        return KeptSchedule(entry.queue, entry.name, entry.definition, stored_schedule(entry).changed_at)
+    return KeptSchedule(entry.queue, entry.name, None, await store.now(entry.queue))
+
+
+class ScheduleMirror:
+    """Compares the schedules of Redis with the ledger. Those that Redis lost come back, and changes that were made
+    where no ledger is known are kept. The later change counts.
+
+    Args:
+        store: Redis.
+        ledger: PostgreSQL.
+        stopping: ends it; call `wake` with it.
+    """
+
+    def __init__(self, store: ScheduleStore, ledger: ScheduleLedger, stopping: anyio.Event) -> None:
+        self._store, self._ledger, self._stopping = store, ledger, stopping
+        self._suspects: set[str] = set()
+        self._wake = anyio.Event()
+
+    def suspect(self, queue: str) -> None:
+        """Redis may have lost what a queue had: compare it now."""
+        self._suspects.add(queue)
+        self._wake.set()
+
+    def wake(self) -> None:
+        """Look now."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Compare until stopped; an error is logged and followed by a pause."""
+        pause = Pause()
+        while not self._stopping.is_set():
+            self._wake = anyio.Event()
+            try:
+                await self.step()
+                pause.reset()
+            except Exception as error:  # noqa: BLE001 - the loop goes on when the servers are back
+                log.error("schedules_not_compared", error=str(error))
+                await pause.wait(self._stopping)
+                continue
+            with anyio.move_on_after(COMPARE):
+                await self._wake.wait()
+
+    async def step(self) -> None:
+        """Compare the queues that are suspected; and, if it is this relay's turn, those whose numbers differ."""
+        suspects, self._suspects = self._suspects, set()
+        try:
+            if (look := await self._ledger.look(COMPARE * 0.9, WHOLE)) is not None:
+                for queue in {*look.counts, *await self._store.queues()}:
+                    if look.whole or await self._store.count(queue) != look.counts.get(queue, 0):
+                        suspects.add(queue)
+            while suspects:
+                await self.compare(next(iter(suspects)))
+                suspects.pop()
+        finally:
+            self._suspects |= suspects
+
+    async def compare(self, queue: str) -> None:
+        """Compare the schedules of a queue."""
+        there: dict[str, ScheduleEntry] = {}
+        after: int | None = 0
+        while after is not None:
+            page, after = await self._store.page(queue, after)
+            there |= {entry.name: entry for entry in page}
+        known = await self._ledger.of(queue)
+        removed = await self._store.removed(queue, [name for name in known if name not in there])
+        now = await self._store.now(queue)
+        newer = [KeptSchedule(queue, name, None, at) for name, at in removed.items() if known[name].changed_at < at]
+        lost = {name: kept for name, kept in known.items() if kept.definition is not None and name not in there}
+        for entry in there.values():
+            made, kept = await _kept(self._store, entry), known.get(entry.name)
+            if kept is None or made.changed_at > kept.changed_at:
+                newer.append(made)
+            elif kept.definition != entry.definition:
+                await self._restore(kept, entry.definition, now)
+        restored = [
+            name for name, kept in lost.items()
+            if removed.get(name, 0.0) <= kept.changed_at and await self._restore(kept, b"", now)
+        ]  # fmt: skip
+        if newer:
+            await self._ledger.keep(newer)
+        await self._store.forget_removed(queue, removed)
+        if restored:
+            log.warning("schedules_lost_by_redis", queue=queue, schedules=len(restored), hint="they are there again")
+
+    async def _restore(self, kept: KeptSchedule, before: bytes, now: float) -> bool:
+        entry = ScheduleEntry(kept.queue, kept.name, kept.definition or b"", None)
+        if kept.definition is not None:
+            try:
+                stored = stored_schedule(entry)
+                following = None if stored.paused else stored.schedule().next(now)
+            except (StreamworkerError, StopIteration) as error:
+                log.error("schedule_not_understood", schedule=kept.name, queue=kept.queue, error=str(error))
+                return False
+            entry = msgspec.structs.replace(entry, next=following)
+        return await self._store.put(entry, before, keep=False)
+
+
+COMPARE: Final = 5.0
+"""Seconds between two looks whether Redis and the ledger have as many schedules; one relay of all looks."""
+WHOLE: Final = 3600.0
+"""Seconds between two comparisons of every schedule."""
 _TRIES: Final = 5
 """Times a change is tried while others change the same schedule."""
 

@@ -22,6 +22,7 @@ from streamworker.encryption import Sealer
 from streamworker.errors import RunEnded
 from streamworker.job import Claim, Enqueued, FlowOfJob, FlowRecord, Job, KeyUse, Level, NodeRecord
 from streamworker.payload import SweptStore
+from streamworker.relay import ScheduleLedger
 from streamworker.telemetry.run_history import HistoryReader, HistoryWriter
 
 T = TypeVar("T")
@@ -732,6 +733,10 @@ class Archive(Protocol):
             run_at: epoch seconds at which it is due; 0 at once, ``None`` as before.
             moved: its new queue; ``None`` if it stays.
         """
+
+    @property
+    def schedules(self) -> ScheduleLedger:
+        """Schedules that are kept as data."""
 
     async def keep_audit(self, rows: Sequence[AuditRow]) -> bool:
         """Keep actions of operators; False if the schema is of an older release."""

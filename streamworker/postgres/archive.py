@@ -17,6 +17,7 @@ from streamworker.postgres.enqueue import NOW, find_waiting
 from streamworker.postgres.flow_graph import PostgresFlows
 from streamworker.postgres.ledger import BATCH, PRUNABLE, PRUNE
 from streamworker.postgres.ledger_history import LedgerHistory
+from streamworker.postgres.ledger_schedules import LedgerSchedules
 from streamworker.postgres.payloads import PostgresStore
 from streamworker.postgres.pool import Database, open_database
 from streamworker.postgres.sqlstate import understood
@@ -247,6 +248,11 @@ class PostgresArchive:
         text = None if payload is None else bytes(payload).decode()
         rows = await self._database.fetch(CHANGE, job_id, queue, text, level, run_at, moved)
         return bool(rows)
+
+    @property
+    def schedules(self) -> LedgerSchedules:
+        """Schedules that are kept as data."""
+        return LedgerSchedules(self._database)
 
     async def keep_audit(self, rows: Sequence[AuditRow]) -> bool:
         there = await self._database.fetch("select to_regclass('streamworker.audit') is not null as there")

@@ -22,6 +22,7 @@ from streamworker.job import HELD, LEVELS, Job, Level
 from streamworker.postgres.encoding import text, within_python
 from streamworker.postgres.enqueue import CHANNEL
 from streamworker.postgres.flow_graph import LOOK
+from streamworker.postgres.ledger_schedules import LedgerSchedules
 from streamworker.postgres.pool import Database, connect
 from streamworker.postgres.sqlstate import is_one_rows_fault, reason, translated, understood
 from streamworker.relay import KnownQueue, LedgerGauge, LedgerKey, Lost, Taken
@@ -301,6 +302,7 @@ class PostgresOutbox:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._schedules = LedgerSchedules(database)
 
     async def _ask(self, what: str, statement: str, *values: Any) -> list[asyncpg.Record]:
         with understood(what):
@@ -453,6 +455,10 @@ class PostgresOutbox:
     async def look(self) -> int:
         ((count,),) = await self._ask("looking at flows", LOOK, LOOKS)
         return int(count)
+
+    @property
+    def schedules(self) -> LedgerSchedules:
+        return self._schedules
 
     async def prune_keys(self) -> None:
         await self._ask("deleting old keys", PRUNE_KEYS, KEY_BATCH)

@@ -166,6 +166,53 @@ class KnownQueue(msgspec.Struct, frozen=True):
     due: bool
 
 
+class KeptSchedule(msgspec.Struct, frozen=True):
+    """A schedule that is kept as data, as the ledger knows it.
+
+    Attributes:
+        queue: its queue.
+        name: unique among the schedules of an app.
+        definition: as Redis has it; ``None``: it was removed.
+        changed_at: when that was, in epoch seconds by the clock of Redis.
+    """
+
+    queue: str
+    name: str
+    definition: bytes | None
+    changed_at: float
+
+
+class ScheduleLook(msgspec.Struct, frozen=True):
+    """What one relay of all compares with Redis.
+
+    Attributes:
+        counts: schedules of each queue.
+        whole: every schedule is due to be compared.
+    """
+
+    counts: dict[str, int]
+    whole: bool
+
+
+class ScheduleLedger(Protocol):
+    """The durable record of schedules that are kept as data. Every method raises `Unreachable` when no server
+    answers."""
+
+    async def keep(self, schedules: Sequence[KeptSchedule]) -> bool:
+        """Keep schedules, unless later changes are kept; False if the schema is of an older release."""
+
+    async def of(self, queue: str) -> dict[str, KeptSchedule]:
+        """All of a queue by their names, removed ones too."""
+
+    async def look(self, every: float, whole: float) -> ScheduleLook | None:
+        """The counts, for one relay of all.
+
+        Args:
+            every: seconds between two looks.
+            whole: seconds between two looks at every schedule.
+        """
+
+
 class Lost(msgspec.Struct, frozen=True):
     """Jobs that Redis lost.
 
@@ -180,6 +227,10 @@ class Lost(msgspec.Struct, frozen=True):
 
 class Outbox(Protocol):
     """The ledger as a relay uses it. Every method raises `Unreachable` when no server answers."""
+
+    @property
+    def schedules(self) -> ScheduleLedger:
+        """Schedules that are kept as data."""
 
     async def claim(self) -> list[Taken]:
         """Mark due jobs as ``dispatching`` with their next hop, in order; those that cannot be decoded become dead."""

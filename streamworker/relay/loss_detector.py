@@ -9,6 +9,7 @@ job that is in Redis is left alone, whatever the signs said.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from datetime import datetime
 from time import monotonic
 from typing import Final
@@ -77,6 +78,7 @@ class LossDetector:
         lease: seconds after a sign of loss in which running jobs may finish.
         listening: whether notifications of the ledger arrive; `listen` changes it.
         queues: those that this process serves.
+        suspected: called with each queue of which something may be lost.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class LossDetector:
         lease: float,
         listening: bool = False,
         queues: tuple[str, ...] = (),
+        suspected: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._outbox = outbox
         self._dispatcher = dispatcher
@@ -95,6 +98,7 @@ class LossDetector:
         self._lease = lease
         self._listening = listening
         self._queues = queues
+        self._suspected = suspected
         self._agreed: dict[str, str] = {}
         """The server of each queue, as this process last agreed on it with the ledger."""
         self._foreign: set[str] = set()
@@ -170,6 +174,8 @@ class LossDetector:
         )
         if noted:
             self._agreed[known.name] = server
+        if why:
+            self._suspected(known.name)
         if noted and why:
             log.warning("redis_may_have_lost_jobs", queue=known.name, why=why, compared_in=self._lease)
 

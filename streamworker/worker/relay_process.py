@@ -11,6 +11,7 @@ import anyio
 
 from streamworker.broker import CronStore, ScheduleStorage
 from streamworker.cron import Schedule
+from streamworker.cron.stored import ScheduleMirror
 from streamworker.encryption import Keys
 from streamworker.loops import Pause
 from streamworker.relay import Dispatcher, LedgerGauge, Outbox
@@ -89,8 +90,12 @@ class Scheduler:
                 await stopping.wait()
 
 
+class RelayDispatcher(Dispatcher, ScheduleStorage, Protocol):
+    """Redis as a relay process uses it."""
+
+
 class RelayProcess:
-    """A relay, its loss detector, and perhaps a scheduler.
+    """A relay, its loss detector, the mirror of its schedules, and perhaps a scheduler.
 
     Args:
         outbox: where jobs wait.
@@ -105,7 +110,7 @@ class RelayProcess:
     def __init__(
         self,
         outbox: Outbox,
-        dispatcher: Dispatcher,
+        dispatcher: RelayDispatcher,
         *,
         listener: Listener | None,
         lease: float,
@@ -118,7 +123,10 @@ class RelayProcess:
         self.outbox: Final = outbox
         self._scheduler = scheduler
         self._ending = anyio.Event()
-        self._loss_detector = LossDetector(outbox, dispatcher, self._ending, lease=lease, queues=tuple(queues))
+        self._mirror = ScheduleMirror(dispatcher.schedules, outbox.schedules, self._ending)
+        self._loss_detector = LossDetector(
+            outbox, dispatcher, self._ending, lease=lease, queues=tuple(queues), suspected=self._mirror.suspect
+        )
         self.relay: Final = Relay(
             outbox, dispatcher, self._ending, listener=listener, loss_detector=self._loss_detector
         )
@@ -128,6 +136,7 @@ class RelayProcess:
         async with anyio.create_task_group() as loops:
             loops.start_soon(self.relay.run)
             loops.start_soon(self._loss_detector.run)
+            loops.start_soon(self._mirror.run)
             if self._scheduler is not None:
                 loops.start_soon(self._scheduler.run, self._ending)
             for sweeper in self.sweepers:
@@ -136,6 +145,7 @@ class RelayProcess:
             self._ending.set()
             self.relay.wake()
             self._loss_detector.wake()
+            self._mirror.wake()
 
     async def unsent(self) -> bool:
         """Whether jobs that are due have not reached their queues yet; then they are looked for now."""
