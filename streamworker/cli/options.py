@@ -209,7 +209,7 @@ ACTION = ActionFlags()
 
 def operator_name() -> str:
     """Who types commands: user@host."""
-    from streamworker.operators import user_name  # noqa: PLC0415 - it imports redis
+    from streamworker.operators.audit_trail import user_name  # noqa: PLC0415 - it imports redis
 
     return user_name()
 
@@ -280,10 +280,10 @@ def encryption(settings: Settings) -> Keys | None:
 def run(main: Callable[[], Coroutine[Any, Any, int]], *, endless: bool = False) -> int:
     """Import what talks to servers, and run a coroutine with it; where it is ``endless``, Ctrl-C is its regular end."""
     with importing(), _no_opentelemetry():
-        from streamworker import operators  # noqa: PLC0415 - redis takes longer to import than all else
+        from streamworker.operators import audit_trail  # noqa: PLC0415 - redis takes longer to import than all else
 
     async def acting() -> int:
-        operators.ACTOR.set(operators.Actor(operators.user_name(), "cli"))
+        audit_trail.ACTOR.set(audit_trail.Actor(audit_trail.user_name(), "cli"))
         return await main()
 
     try:

@@ -13,7 +13,8 @@ from starlette.responses import JSONResponse, Response
 from streamworker.broker import Operator, Place, StoredJob
 from streamworker.errors import StreamworkerError, UsageError
 from streamworker.job import FlowRecord
-from streamworker.operators import ACTOR, Actor, FlowOperator, JobChange, JobChanger, cancel_job
+from streamworker.operators import FlowOperator, JobChange, JobChanger, cancel_job
+from streamworker.operators.audit_trail import ACTOR, Actor
 from streamworker.postgres import Archive
 from streamworker.redact import printable
 from streamworker.telemetry.logs import get_logger

@@ -7,7 +7,8 @@ import json
 import httpx2
 
 from streamworker import App, Settings
-from streamworker.operators import ACTOR, Actor, JobChange
+from streamworker.operators import JobChange
+from streamworker.operators.audit_trail import ACTOR, Actor
 from streamworker.web import Access, dashboard
 from tests.conftest import eventually
 from tests.web.conftest import HERE, Browser, letter

@@ -10,7 +10,8 @@ import pytest
 
 from streamworker import App, Settings, chain, group
 from streamworker.errors import StreamworkerError
-from streamworker.operators import ACTOR, Actor, FlowOperator
+from streamworker.operators import FlowOperator
+from streamworker.operators.audit_trail import ACTOR, Actor
 from tests import forkserver
 from tests.postgres.test_flows import Step, Sum, end, flow_status, look, order, started, states
 
