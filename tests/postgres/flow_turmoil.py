@@ -265,13 +265,16 @@ async def all_in_all(
     return await turmoil.wrong()
 
 
-async def main(flows: int, most: int, workers: int, seed: int, timeout: float, mode: str, mutant: bool) -> int:
+async def main(given: argparse.Namespace) -> int:
+    flows, most, workers, seed, timeout, mode, mutant = (
+        given.flows, given.most, given.workers, given.seed, given.timeout, given.mode, given.mutant,
+    )  # fmt: skip
     directory = Path(tempfile.mkdtemp(prefix="flow-turmoil-"))
     turmoil = FlowTurmoil(directory, flows=flows, most=most, workers=workers, seed=seed, mode=mode, mutant=mutant)
 
-    async def every_second() -> None:
+    async def again_and_again() -> None:
         while not turmoil.over.is_set():
-            await anyio.sleep(1)
+            await anyio.sleep(given.kill_every)
             turmoil.kill_worker()
 
     async def milestones() -> None:
@@ -300,7 +303,7 @@ async def main(flows: int, most: int, workers: int, seed: int, timeout: float, m
 
     good = False
     try:
-        wrong = await all_in_all(turmoil, timeout, every_second, milestones, again=once_more)
+        wrong = await all_in_all(turmoil, timeout, again_and_again, milestones, again=once_more)
         good = not wrong
         took, nodes = time.monotonic() - turmoil.started, sum(map(len, turmoil.drawn.values()))
         print(
@@ -322,11 +325,11 @@ if __name__ == "__main__":
     parser.add_argument("--flows", type=int, default=2000)
     parser.add_argument("--most", type=int, default=200, help="nodes of one flow")
     parser.add_argument("--workers", type=int, default=3)
+    parser.add_argument(
+        "--kill-every", type=float, default=1, help="seconds; 1 is too often where a worker needs them to start"
+    )
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--timeout", type=float, default=600, help="seconds for what is left at the end")
     parser.add_argument("--mode", default="stream", choices=["stream", "list"])
     parser.add_argument("--mutant", action="store_true", help="release after the ack: must be found")
-    given = parser.parse_args()
-    sys.exit(
-        anyio.run(main, given.flows, given.most, given.workers, given.seed, given.timeout, given.mode, given.mutant)
-    )
+    sys.exit(anyio.run(main, parser.parse_args()))
