@@ -310,6 +310,26 @@ class App(Handlers[S], Calendar):
             return await signal_in_transaction(connection, job_id, name, written, queue)
         return await (await self._connection.required_archive()).signal(job_id, name, written, queue)
 
+    def signal_blocking(
+        self, job_id: str, name: str, data: Any = None, /, *, queue: str | None = None, connection: Any = None
+    ) -> bool:
+        """`signal` for sync code: a script, a thread, a sync handler.
+
+        Args:
+            job_id: as `enqueue` returned it.
+            name: of the signal.
+            data: as for `signal`.
+            queue: as for `signal`.
+            connection: as for `enqueue_blocking`; with one, the app need not be open.
+
+        Raises:
+            UsageError: called on the event loop of the app, which it would block; else what `signal` raises.
+        """
+        written = signal_data(data, job_id, self._sealer)
+        if connection is not None:
+            return at_once(signal_in_transaction(connection, job_id, name, written, queue, blocking=True))
+        return self._producer.signal_blocking(job_id, name, written, queue)
+
     async def cancel(self, job_id: str, /, *, queue: str | None = None) -> CancelAnswer:
         """Keep a job from running, or end it while it runs.
 

@@ -79,6 +79,9 @@ class Outlet(Protocol):
     ) -> FlowStarted:
         """Write a flow in the caller's transaction; a caller that blocks calls it with `loops.at_once`."""
 
+    async def signal(self, job_id: str, name: str, data: str | None, queue: str | None) -> bool:
+        """Send a signal to a job; see `Archive.signal`."""
+
     def elsewhere(self) -> AbstractAsyncContextManager[Outlet]:
         """The same servers, opened on another event loop."""
 
@@ -204,16 +207,23 @@ class Producer:
             with ExitStack() as stack:
                 sent = self._seen_off(stack, [job])
                 return at_once(self._add(sent, connection, blocking=True))[0]
-        refuse_patched()
-        sentence = "enqueue_blocking() would block this event loop: await enqueue() instead"
-        refuse_on_loop(sentence, self._outlet.loop)
-        with self._lock:
-            if self._background is None or not self._background.alive:
-                self._background = BackgroundLoop(self._outlet.elsewhere)
-        background = self._background
+        background = self._beside("enqueue")
         with ExitStack() as stack:  # here, where the caller's context is; the other loop has no senders
             sent = self._seen_off(stack, [job])
             return background.call(lambda outlet: Producer(outlet).enqueue_many(sent))[0]
+
+    def signal_blocking(self, job_id: str, name: str, data: str | None, queue: str | None) -> bool:
+        """Send a signal from sync code, on a loop of the producer's own."""
+        return self._beside("signal").call(lambda outlet: outlet.signal(job_id, name, data, queue))
+
+    def _beside(self, what: str) -> BackgroundLoop[Outlet]:
+        """The loop of its own, for a caller that may block."""
+        refuse_patched()
+        refuse_on_loop(f"{what}_blocking() would block this event loop: await {what}() instead", self._outlet.loop)
+        with self._lock:
+            if self._background is None or not self._background.alive:
+                self._background = BackgroundLoop(self._outlet.elsewhere)
+            return self._background
 
 
 class SealingSender(Sender):

@@ -35,10 +35,11 @@ from streamworker.handlers import Handlers
 from streamworker.job import Enqueued, FlowGraph, FlowStarted, Job
 from streamworker.operators import broker_options, database_of, open_operator, open_servers, require_archive
 from streamworker.payload import PayloadStore, SweptStore
-from streamworker.postgres import Archive, enqueue, flow_graph
+from streamworker.postgres import Archive, Ledger, enqueue, flow_graph
 from streamworker.postgres.adapters import connection_of
 from streamworker.postgres.archive import SCHEMA_LOOK, PostgresArchive, open_archive, schema_is_there
 from streamworker.postgres.ledger import PostgresLedger
+from streamworker.postgres.memory import Memory, MemoryLedger
 from streamworker.postgres.outbox import PostgresOutbox, listen
 from streamworker.postgres.payloads import PostgresStore, referring
 from streamworker.postgres.pool import (
@@ -63,6 +64,11 @@ from streamworker.worker.host import Relays, WorkerResources
 from streamworker.worker.relay_process import NothingToRelay, RelayDispatcher, RelayProcess, Scheduler
 
 log = get_logger("streamworker.ledger")
+
+
+def memory_ledger(memory: Memory) -> Ledger:
+    """The ledger of a handler under test, which has steps, waits and parents alone."""
+    return cast("Ledger", MemoryLedger(memory))
 
 
 async def open_relaying(
@@ -587,6 +593,10 @@ class AppConnection:
     async def add(self, connection: Any, jobs: Sequence[Job], settings: Settings, *, blocking: bool) -> list[Enqueued]:
         """Add jobs to the caller's PostgreSQL transaction."""
         return await add_in_transaction(connection, jobs, settings, blocking=blocking)
+
+    async def signal(self, job_id: str, name: str, data: str | None, queue: str | None) -> bool:
+        """Send a signal to a job; see `Archive.signal`."""
+        return await (await self.required_archive()).signal(job_id, name, data, queue)
 
     async def find_waiting(self, job: Job, settings: Settings) -> Enqueued | None:
         """The answer for a job whose deduplication key belongs to one that waits in the ledger, if there is one."""

@@ -12,7 +12,7 @@ import enum
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from datetime import datetime
-from typing import Any, Final, Literal, Protocol, TypeAlias, TypeVar
+from typing import Any, Final, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import msgspec
 
@@ -313,6 +313,15 @@ class Steps(Protocol):
 
     def wait(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of a coroutine, in a handler's thread."""
+
+
+class StepMemory(NamedTuple):
+    """A step that a run under test has recorded: its value as JSON, and when its time comes, in epoch seconds."""
+
+    kind: str
+    name: str
+    value: str | None
+    until: float | None
 
 
 class ParentSource(Protocol):

@@ -74,7 +74,10 @@ def signal_data(data: Any, job_id: str, sealer: Sealer) -> str | None:
     return None if data is None else sealer.sealed_json("step", job_id, encoded("the data of a signal", data))
 
 
-async def signal_in_transaction(given: Any, job_id: str, name: str, data: str | None, queue: str | None) -> bool:
-    """Send a signal on the caller's connection, in the caller's transaction."""
-    made = await connection_of(given, blocking=False, instead="call streamworker.signal() of the database")
+async def signal_in_transaction(
+    given: Any, job_id: str, name: str, data: str | None, queue: str | None, *, blocking: bool = False
+) -> bool:
+    """Send a signal on the caller's connection, in the caller's transaction; without suspending if that blocks."""
+    other = "await app.signal(..., connection=...)" if blocking else "call app.signal_blocking(..., connection=...)"
+    made = await connection_of(given, blocking=blocking, instead=other)
     return await send_signal(made, job_id, name, data, queue)

@@ -14,6 +14,7 @@ import importlib
 
 _HOMES = {
     "Drained": "streamworker.testing.harness",
+    "JobMemory": "streamworker.testing.harness",
     "context": "streamworker.testing.harness",
     "drain": "streamworker.testing.harness",
     "run": "streamworker.testing.harness",

@@ -8,6 +8,7 @@ from streamworker.job import TimedOut as TimedOut
 from streamworker.job import Undecodable as Undecodable
 from streamworker.job import UnknownKind as UnknownKind
 from streamworker.testing.harness import Drained as Drained
+from streamworker.testing.harness import JobMemory as JobMemory
 from streamworker.testing.harness import context as context
 from streamworker.testing.harness import drain as drain
 from streamworker.testing.harness import run as run

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from contextvars import copy_context
 from datetime import UTC, datetime, timedelta
@@ -27,10 +27,12 @@ from streamworker.job import Claim, Job, Ok, Outcome, Postponed, TimedOut
 from streamworker.observe import JobRun, Observer
 from streamworker.payload import AnyPayload
 from streamworker.policy import Limits
+from streamworker.postgres import StepMemory
 from streamworker.producer import make_job
 from streamworker.relay import Outbox
 from streamworker.settings import Settings
 from streamworker.views.listing import DELAYED, Selection
+from streamworker.wiring import memory_ledger
 from streamworker.worker import QueueWorker
 from streamworker.worker.batching import BatchExecution
 from streamworker.worker.executor import Executor, Middleware
@@ -42,6 +44,48 @@ S = TypeVar("S", default=Any)
 WORKER_ID: Final = "worker-test"
 _THREAD_GRACE: Final = 1.0
 """Seconds a thread may overrun its timeout before `run` stops waiting for it."""
+
+
+class JobMemory:
+    """What is remembered of a job between its runs, and was sent to it: for handlers with steps, waits and parents.
+
+    Give the same one to each run of a job: ``context(payload, memory=memory)``.
+
+    Args:
+        signals: their data by their names; more may be put into ``memory.signals`` between two runs.
+        parents: results of the nodes before the job in its flow, by their names.
+    """
+
+    def __init__(self, *, signals: Mapping[str, Any] | None = None, parents: Mapping[str, Any] | None = None) -> None:
+        self.signals: dict[str, Any] = dict(signals or {})
+        self.parents: dict[str, Any] = dict(parents or {})
+        self.records: dict[int, StepMemory] = {}
+        """What runs have recorded, by its place in the order of the handler's steps."""
+        self.timed_out: set[str] = set()
+        """Names of signals that did not come in time."""
+        self._passed = 0.0
+
+    def pass_time(self, seconds: float) -> None:
+        """Sleeps and timeouts are over so much earlier."""
+        self._passed += seconds
+
+    def now(self) -> float:
+        """Epoch seconds, with the time that has passed."""
+        return time() + self._passed
+
+    @property
+    def steps(self) -> dict[str, Any]:
+        """The values of the steps by their names."""
+        return {each.name: _value(each) for each in self.records.values() if each.kind == "step"}
+
+    @property
+    def cursor(self) -> Any:
+        """The cursor that was set last; ``None`` before that."""
+        return next((_value(each) for each in self.records.values() if each.kind == "cursor"), None)
+
+
+def _value(recorded: StepMemory) -> Any:
+    return msgspec.json.decode(recorded.value or "null")
 
 
 @overload
@@ -57,6 +101,7 @@ def context(
     database: Any = None,
     cancelled: bool = False,
     stopping: bool = False,
+    memory: JobMemory | None = None,
 ) -> Context[Any]: ...
 @overload
 def context(
@@ -72,6 +117,7 @@ def context(
     database: Any = None,
     cancelled: bool = False,
     stopping: bool = False,
+    memory: JobMemory | None = None,
 ) -> Context[S]: ...
 def context(
     job: AnyPayload | Job,
@@ -86,6 +132,7 @@ def context(
     database: Any = None,
     cancelled: bool = False,
     stopping: bool = False,
+    memory: JobMemory | None = None,
 ) -> Context[Any]:
     """Make what a handler is handed beside its payload, to call it as the plain function it is.
 
@@ -100,12 +147,15 @@ def context(
         database: becomes ``ctx.database``.
         cancelled: becomes ``ctx.cancelled``.
         stopping: becomes ``ctx.stopping``.
+        memory: of the job's steps, waits and parents; without one, it has none of an earlier run. A handler that waits
+            ends with `errors.Parked`, as in a worker.
 
     Raises:
         UsageError: ``attempt`` or ``delivery`` is below 1.
         InvalidJob: the payload cannot be written as JSON.
     """
-    shared = Shared(WORKER_ID, services, redis, database, stopping=stopping)
+    ledger = memory_ledger(memory or JobMemory())
+    shared = Shared(WORKER_ID, services, redis, database, ledger, stopping=stopping)
     claim = _claim(job, attempt, delivery)
     made = Context(shared, claim, codec.read(claim.body or b""), Limits(max_attempts=max_attempts, timeout=timeout))
     if timeout is not None:
@@ -125,6 +175,7 @@ async def run(
     delivery: int = 1,
     redis: Any = None,
     database: Any = None,
+    memory: JobMemory | None = None,
 ) -> Outcome:
     """Run one job as a worker does, without Redis: encode, decode, find the handler, middleware, handler, timeout.
 
@@ -138,6 +189,7 @@ async def run(
         delivery: becomes ``ctx.delivery``; a job delivered too often is ``Abandoned`` before it runs.
         redis: becomes ``ctx.redis``.
         database: becomes ``ctx.database``.
+        memory: of the job's steps, waits and parents, as for `context`.
 
     Raises:
         UsageError: ``attempt`` or ``delivery`` is below 1.
@@ -147,7 +199,7 @@ async def run(
     async with AsyncExitStack() as stack:
         if services is None and app.lifespan is not None:
             services = await stack.enter_async_context(app.lifespan())
-        shared = Shared(WORKER_ID, services, redis, database)
+        shared = Shared(WORKER_ID, services, redis, database, memory_ledger(memory or JobMemory()))
         executor = Executor(app.handlers, shared, middleware=app.middleware, threads=1)
         return await _outcome(executor, Execution(claim))
     raise AssertionError("a lifespan must not swallow errors")
