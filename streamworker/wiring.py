@@ -24,6 +24,7 @@ from streamworker.broker.keys import ListKeys, QueueKeys
 from streamworker.broker.list_bridge import BridgeOptions, ListBridge
 from streamworker.broker.lists import ListBroker
 from streamworker.broker.lists_brpop import BrpopBroker
+from streamworker.broker.operator import ListOperator, StreamOperator
 from streamworker.broker.partitions import Partitions
 from streamworker.broker.redis.client import RedisAddress
 from streamworker.broker.stream import StreamBroker
@@ -33,7 +34,7 @@ from streamworker.encryption import Keys
 from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable, UsageError
 from streamworker.handlers import Handlers
 from streamworker.job import Enqueued, FlowGraph, FlowStarted, Job
-from streamworker.operators import broker_options, database_of, open_operator, open_servers, require_archive
+from streamworker.operators import broker_options, database_of, open_servers, require_archive
 from streamworker.payload import PayloadStore, SweptStore
 from streamworker.postgres import Archive, Ledger, enqueue, flow_graph
 from streamworker.postgres.adapters import connection_of
@@ -468,11 +469,19 @@ class StoredDocuments:
         """`JobDocuments.bodies` of `relay.payload_sweeper`."""
         for body in await self._ledger():
             yield body
-        for mode in ("stream", "list"):
-            settings = msgspec.structs.replace(self._settings, mode=mode)
-            async with open_operator(settings, self._redis) as operator:
-                for queue in await operator.queues():
-                    async for stored in operator.documents(queue):
+        async with AsyncExitStack() as stack:
+            address, _ = await open_servers(stack, self._settings, self._redis)
+            for kind in (StreamOperator, ListOperator):
+                try:
+                    operator = kind(address, broker_options(self._settings, ()))
+                    stack.push_async_callback(operator.close)
+                    await operator.open()
+                except ConfigurationError:
+                    if kind is StreamOperator or self._settings.mode == "list":
+                        raise
+                    continue  # a cluster, which has no lists
+                for home in await operator.homes():
+                    async for stored in operator.documents(home):
                         yield stored.body
         for body in await self._ledger():  # what was on its way to Redis before
             yield body

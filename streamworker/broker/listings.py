@@ -51,8 +51,13 @@ async def derived_from(session: OperatorSession, keys: QueueKeys, level: Level) 
 
 async def queues(session: OperatorSession) -> list[str]:
     """Names of queues that have any key, sorted."""
+    return sorted({home.partition("#")[0] for home in await homes(session)})
+
+
+async def homes(session: OperatorSession) -> list[str]:
+    """Names of queues and of partitions that have any key, sorted."""
     shape = re.compile(
-        rf"{re.escape(session.namespace)}stream:\{{([A-Za-z0-9._:-]{{1,100}})(?:#[0-9]{{1,4}})?\}}"
+        rf"{re.escape(session.namespace)}stream:\{{([A-Za-z0-9._:-]{{1,100}}(?:#[0-9]{{1,4}})?)\}}"
         r"(?::(?:high|low|due|dead|meta))?"
     )
     found = set()

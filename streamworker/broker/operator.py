@@ -521,6 +521,10 @@ class StreamOperator(RedisOperator):
     async def queues(self) -> list[str]:
         return await listings.queues(self._session)
 
+    async def homes(self) -> list[str]:
+        """Names of all queues, and of all partitions that have any key, whatever the settings say."""
+        return await listings.homes(self._session)
+
 
 class ListOperator(RedisOperator):
     """`Operator` of list mode."""
@@ -582,6 +586,10 @@ class ListOperator(RedisOperator):
 
     async def queues(self) -> list[str]:
         return await listings.list_queues(self._session)
+
+    async def homes(self) -> list[str]:
+        """Names of all queues."""
+        return await self.queues()
 
     def _lists(self, queues: Sequence[str]) -> list[ListKeys]:
         return [self._key(queue) for queue in queues]

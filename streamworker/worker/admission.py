@@ -290,7 +290,11 @@ class LoadGate(Gate):
             self._successor.put(run)
 
     async def _turn(self, queue: str, asked: list[Execution]) -> None:
-        some = asked[:MOST_LOADS]
+        over = [run for run in asked if run.outcome is not None]  # its claim was lost, or it was cancelled
+        for run in over:
+            if run in self._taken([run]):
+                self._pass_on(run)
+        some = [run for run in asked if run.outcome is None][:MOST_LOADS]
         found = await asyncio.gather(*(self._store.get(run.payload.id) for run in some), return_exceptions=True)
         loaded = {run: data for run, data in zip(some, found, strict=True) if not isinstance(data, BaseException)}
         mine = self._taken(list(loaded))

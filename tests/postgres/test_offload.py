@@ -292,7 +292,7 @@ async def test_a_worker_without_the_store_leaves_the_job_to_others(redis_url, da
     assert got == [LARGE, LARGE]
 
 
-async def test_the_relay_sweeps_what_no_job_refers_to(redis_url, database_url, pg, tmp_path, mode):
+async def test_the_relay_sweeps_what_no_job_refers_to(redis_url, database_url, pg, raw, mode):
     got: list[str] = []
     async with app_on(redis_url, database_url, got, mode=mode) as app:
         await app.enqueue(Doc(LARGE + "ready"))
@@ -300,6 +300,10 @@ async def test_the_relay_sweeps_what_no_job_refers_to(redis_url, database_url, p
         dropped = await app.enqueue(Doc(LARGE + "dropped"), delay=3600)
         async with pg.transaction():
             await app.enqueue(Doc(LARGE + "row"), connection=pg)
+        if mode == "stream":  # of a partition that this relay does not know of
+            await pg.execute("insert into streamworker.payloads (id, data) values ('in a partition', 'x')")
+            reference = {"streamworker_stored": {"id": "in a partition", "sha256": "0", "size": 1}}
+            raw.xadd("stream:{q#3}", {"job": json.dumps({"id": "p", "kind": "doc", "payload": reference})})
         await pg.execute(
             "select streamworker.store_payload(jsonb_build_object('text', repeat('x', 2000)))"
         )  # an orphan
@@ -311,7 +315,7 @@ async def test_the_relay_sweeps_what_no_job_refers_to(redis_url, database_url, p
         async with app.relaying() as relay:
             (sweeper,) = relay.sweepers
             assert await sweeper.sweep() == 0  # one look is not enough: a job may move meanwhile
-            assert await stored(pg) == 6
+            assert await stored(pg) == 6 + (mode == "stream")
             assert await sweeper.sweep() == 2
             assert await sweeper.sweep() == 0
         assert (
