@@ -227,5 +227,6 @@ def recorder_of(tallies: RunTallies | None, resources: WorkerResources, queue: s
     """
     if tallies is None:
         return None
-    store = resources.ledger.history if resources.ledger is not None else resources.broker.history
-    return HistoryRecorder(store, partial(resources.broker.clock, queue), tallies)
+    in_redis = resources.broker.history
+    store = resources.ledger.history if resources.ledger is not None else in_redis
+    return HistoryRecorder(store, partial(in_redis.clock, queue), tallies)

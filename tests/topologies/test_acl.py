@@ -22,6 +22,7 @@ from streamworker.broker.operator import ListOperator, StreamOperator
 from streamworker.broker.order import sweep
 from streamworker.broker.redis.client import RedisAddress
 from streamworker.errors import ConfigurationError, StreamworkerError
+from streamworker.telemetry.run_history import DAY, HOUR, HistoryQuery
 from streamworker.views.listing import DEAD, DELAYED, PENDING, Selection
 from tests.cli.conftest import JOBS, Program
 from tests.conftest import Server, eventually, eventually_blocking
@@ -178,6 +179,9 @@ async def test_a_producer_and_an_inspector_of_lists(own_server):
     assert (depth.ready, depth.running, depth.delayed, depth.dead) == (1, 1, 1, 1)
     assert await operator.departed(["q"]) == [1]
     assert await operator.waiting(["q"], 100)
+    now = await operator.history.now()
+    for queue, kind in ((None, None), ("q", None), ("q", "k")):
+        assert not (await operator.history.read(HistoryQuery(HOUR, now - DAY, now, HOUR, queue, kind))).kinds
     assert users.denials() == []
     with pytest.raises(StreamworkerError, match="denies"):
         await operator.drop(pending)
@@ -332,6 +336,9 @@ async def test_an_inspector_lists_everything_and_changes_nothing(users, broker_o
     assert (depth.ready, depth.running, depth.delayed, depth.dead) == (1, 1, 1, 1)
     assert await operator.departed(["q"]) == [1]
     assert await operator.waiting(["q"], 100)
+    now = await operator.history.now()
+    for queue, kind in ((None, None), ("q", None), ("q", "k")):
+        assert not (await operator.history.read(HistoryQuery(HOUR, now - DAY, now, HOUR, queue, kind))).kinds
     assert users.denials() == []
     findings = {finding.subject: finding for finding in await operator.findings(["q"])}
     assert findings["permissions"].severity == "error"  # it is no worker, and is told so

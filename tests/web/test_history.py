@@ -71,6 +71,7 @@ async def test_ranges_kinds_queues_and_the_week_before(browser, redis_url):
     assert "a week before</li>" not in page
     assert '<th class="n lo">Week' not in page
     assert "letter.print" not in await browser.text("/history?queue=bills")
+    assert 'href="/history?queue=bills">History</a>' in await browser.text("/queue?queue=bills")
     assert "Nothing ran" in await browser.text("/history?queue=nope")
     assert (await browser.get("/history?range=2h")).status_code == 400
     part = await browser.get("/history", headers={"hx-request": "true"})
