@@ -15,7 +15,6 @@ import anyio
 import msgspec
 
 from streamworker.broker import Operator, PendingEntry, ScheduleStore, StoredJob
-from streamworker.cron.stored import DurableSchedules
 from streamworker.errors import StreamworkerError
 from streamworker.job import ScheduleEntry, ScheduleTick
 from streamworker.postgres import Archive, AuditRow
@@ -137,7 +136,9 @@ class AuditedOperator:
 
     @property
     def schedules(self) -> Any:
-        """The operator's, changes of which are kept, too."""
+        """The operator's, changes of which are kept, too; in the ledger, where there is one."""
+        from streamworker.cron.stored import DurableSchedules  # noqa: PLC0415 - it imports handlers; listings need none
+
         return AuditedSchedules(DurableSchedules(self._operator.schedules, self._audit.ledger.archive), self._audit)
 
     async def _act(self, name: str, do: Callable[..., Awaitable[Any]], *args: Any, **options: Any) -> Any:
