@@ -32,8 +32,8 @@ from streamworker.operators import (
     cancel_flow,
     cancel_job,
     database_of,
+    open_audited_archive,
     open_operator,
-    require_archive,
 )  # fmt: skip
 from streamworker.payload import AnyPayload, PayloadStore
 from streamworker.postgres import Archive, JobRecord
@@ -615,7 +615,7 @@ class App(Handlers[S], Calendar):
         """
         refuse_patched()
         async with AsyncExitStack() as stack:
-            yield self.opener.archive(await require_archive(stack, self.resolve(settings)))
+            yield self.opener.archive(await open_audited_archive(stack, self.resolve(settings)))
 
     @asynccontextmanager
     async def migrator(self, settings: Settings | None = None) -> AsyncIterator[Migrator]:

@@ -166,7 +166,7 @@ async def open_durable(
         return database, None
     if brought is not None:
         await require_same_database(ledger, brought)
-    made = PostgresLedger(ledger, pool, worker_id)
+    made = PostgresLedger(ledger, pool, worker_id, audit=settings.audit_retention)
     await made.open(queues)
     return database, made
 

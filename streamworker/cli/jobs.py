@@ -391,10 +391,10 @@ def _ask(
     settings = flags.settings()
 
     async def main() -> int:
-        from streamworker.operators import require_archive  # noqa: PLC0415 - see `run`
+        from streamworker.operators import open_audited_archive  # noqa: PLC0415 - see `run`
 
         async with AsyncExitStack() as stack:
-            archive: Archive = await require_archive(stack, settings)
+            archive: Archive = await open_audited_archive(stack, settings)
             return await work(opener(settings).archive(archive) if private else archive)
 
     return run(main, endless=endless)
@@ -517,11 +517,11 @@ def cancel(
     settings = flags.settings()
 
     async def main() -> int:
-        from streamworker.operators import require_archive  # noqa: PLC0415 - see `run`
+        from streamworker.operators import open_audited_archive  # noqa: PLC0415 - see `run`
 
         async with AsyncExitStack() as stack, redis_too(settings) as operator:
             if settings.ledger != "off" and (settings.database_url or settings.redis_url == EMBEDDED):
-                return await work(await require_archive(stack, settings), operator)
+                return await work(await open_audited_archive(stack, settings), operator)
             if queue is None or not wanted.ids:
                 raise UsageError("there is no ledger (DATABASE_URL is not set): say which jobs, and --queue")
             return await work(None, operator)

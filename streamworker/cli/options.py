@@ -132,6 +132,7 @@ class WorkerFlags(ServerFlags):
         priority: strict or weighted.
         fair_weights: Starts of a tenant where others get one: large=3,small=0.5.
         list_pop: move or brpop (list mode).
+        audit_retention: Seconds for which the audit is kept.
         ledger: auto, on or off.
         relay: on or off.
         history: on or off: keep how many runs there were, and how long they took.
@@ -158,6 +159,7 @@ class WorkerFlags(ServerFlags):
     priority: Text = None
     fair_weights: Text = None
     list_pop: Text = None
+    audit_retention: Text = None
     ledger: Text = None
     relay: Text = None
     history: Text = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
-from typing import Any, Final, Literal, Protocol, TypeAlias, TypeVar, cast
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar, cast
 
 import anyio.to_thread
 import msgspec
@@ -24,7 +24,7 @@ from streamworker.broker.redis.client import RedisAddress
 from streamworker.encryption import PLAIN, Sealer
 from streamworker.errors import InvalidJob, StreamworkerError, UsageError
 from streamworker.job import FlowRecord, Job, Level
-from streamworker.operators.audit_trail import Audit, AuditedOperator, actor, keep_actions
+from streamworker.operators.audit_trail import NEVER_SENT, Audit, AuditedOperator, actor, audited, keep_actions
 from streamworker.payload import refuse_stored
 from streamworker.policy import group_sizes
 from streamworker.postgres import FINAL, Archive, AuditRow
@@ -38,8 +38,6 @@ T = TypeVar("T")
 
 CancelAnswer: TypeAlias = Literal["cancelled", "asked", "ended"]
 """What `App.cancel` answers."""
-NEVER_SENT: Final = ("blocked", "queued", "waiting")
-"""The statuses of jobs that are in the ledger alone."""
 
 
 class Canceller(Protocol):
@@ -234,6 +232,16 @@ async def require_archive(stack: AsyncExitStack, settings: Settings) -> Archive:
     from streamworker.postgres.archive import open_archive  # noqa: PLC0415 - it imports asyncpg
 
     return await open_archive(stack, await database_of(stack, settings))
+
+
+async def open_audited_archive(stack: AsyncExitStack, settings: Settings) -> Archive:
+    """The same for operators: what they change in the ledger alone is kept.
+
+    Raises:
+        ConfigurationError: no database is named, or it has no schema streamworker.
+        Unreachable: PostgreSQL does not answer.
+    """
+    return audited(stack, await require_archive(stack, settings))
 
 
 def broker_options(settings: Settings, queues: Sequence[str]) -> StreamOptions:

@@ -7,9 +7,10 @@ import getpass
 import os
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar, cast
 
 import anyio
 import msgspec
@@ -23,6 +24,9 @@ from streamworker.telemetry.logs import get_logger
 log = get_logger("streamworker.ledger")
 
 T = TypeVar("T")
+
+NEVER_SENT: Final = ("blocked", "queued", "waiting")
+"""The statuses of jobs that are in the ledger alone."""
 
 
 class OpensArchive(Protocol):
@@ -172,6 +176,82 @@ def _audit_row(name: str, args: Sequence[Any], options: Mapping[str, Any], resul
 def job_handle(job: PendingEntry | StoredJob) -> str:
     """The entry id of a job."""
     return job.handle if isinstance(job, StoredJob) else job.entry_id
+
+
+class AuditedArchive:
+    """An `Archive` each change of which is kept that does not reach Redis: there `AuditedOperator` keeps it.
+
+    Args:
+        archive: does it.
+        audit: keeps it.
+    """
+
+    def __init__(self, archive: Archive, audit: Audit) -> None:
+        self._archive, self._audit = archive, audit
+
+    def __getattr__(self, name: str) -> Any:
+        """Everything else is the archive's."""
+        return getattr(self._archive, name)
+
+    async def cancel(self, queue: str, job_id: str) -> bool:
+        """Cancel a job; one that is in the ledger alone is kept here."""
+        record = await self._archive.find(job_id, queue)
+        doing = self._archive.cancel(queue, job_id)
+        if record is None or record.status not in NEVER_SENT:
+            return await doing
+        return await self._act("cancel", queue, job_id, record.kind, doing)
+
+    async def retry(self, queue: str, job_id: str) -> bool:
+        """Queue a job anew."""
+        return await self._act("retry", queue, job_id, None, self._archive.retry(queue, job_id))
+
+    async def signal(self, job_id: str, name: str, data: str | None, queue: str | None) -> bool:
+        """Send a signal; its data are not kept."""
+        return await self._act("signal", queue, job_id, None, self._archive.signal(job_id, name, data, queue), name)
+
+    async def prune(self, queue: str | None = None, *, older: float | None = None) -> int:
+        """Forget jobs before their time."""
+        details = None if older is None else f"older={older:g}"
+        return await self._act("prune jobs", queue, None, None, self._archive.prune(queue, older=older), details)
+
+    async def _act(
+        self, action: str, queue: str | None, job_id: str | None, kind: str | None, doing: Awaitable[T],
+        details: str | None = None,
+    ) -> T:  # fmt: skip
+        result, by = "failed", actor()
+        try:
+            answer = await doing
+            result = "done" if answer else "gone"
+            if answer and not isinstance(answer, bool):
+                details = ", ".join(filter(None, [details, f"{answer} jobs"]))
+            return answer
+        except StreamworkerError as error:
+            result = f"refused: {error}"
+            raise
+        finally:
+            await self._audit.add(AuditRow(by.who, by.source, action, queue, job_id, kind, details, result))
+
+
+class _Opened:
+    """A ledger that is open."""
+
+    def __init__(self, archive: Archive) -> None:
+        self._archive = archive
+
+    async def archive(self) -> Archive:
+        return self._archive
+
+
+def audited(stack: AsyncExitStack, archive: Archive) -> Archive:
+    """The archive, changes of which are kept.
+
+    Args:
+        stack: keeps the last of them when it is closed.
+        archive: the ledger.
+    """
+    audit = Audit(_Opened(archive))
+    stack.push_async_callback(audit.close)
+    return cast("Archive", AuditedArchive(archive, audit))
 
 
 class AuditedSchedules:

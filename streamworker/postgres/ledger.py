@@ -41,6 +41,9 @@ where log.job_id = item.job_id and log.queue_name = item.queue_name and log.hop 
   and log.deliveries = item.deliveries"""
 
 
+YEAR: Final = 365 * 86_400.0
+
+
 class PostgresLedger:
     """`Ledger` on PostgreSQL.
 
@@ -48,15 +51,16 @@ class PostgresLedger:
         database: the ledger's own connections.
         pool: the pool of handlers' transactions.
         worker_id: the worker whose runs are recorded.
+        audit: seconds for which actions of operators are kept.
     """
 
-    def __init__(self, database: Database, pool: AnyPool, worker_id: str) -> None:
+    def __init__(self, database: Database, pool: AnyPool, worker_id: str, *, audit: float = YEAR) -> None:
         self._database = database
         self._kept = database.kept()
         self._pool = pool
         self._worker_id = worker_id
         self._recording = Recording(database, worker_id)
-        self._retention = Retention(database)
+        self._retention = Retention(database, audit)
         self.history: Final = LedgerHistory(database)
 
     async def open(self, queues: Sequence[str]) -> None:
@@ -227,21 +231,43 @@ select count(*) filter (where streamworker.delete_flow(id)) from old"""
 FLOWS_BATCH: Final = 20
 
 
+AUDIT_IS_THERE: Final = "select to_regclass('streamworker.audit') is not null as there"
+PRUNE_AUDIT: Final = """
+with turn as materialized (select pg_try_advisory_xact_lock(hashtext('streamworker.prune')) as ours),
+old as materialized (
+  select id from streamworker.audit
+    where (select ours from turn) and at < now() - make_interval(secs => $1::double precision)
+    order by at, id limit $2
+), gone as (
+  delete from streamworker.audit as audit using old where audit.id = old.id returning audit.id
+)
+select count(*) from gone"""
+
+
 class Retention:
-    """Deletes completed, cancelled and expired jobs, and flows, that are past the retention of their queue.
+    """Deletes completed, cancelled and expired jobs, and flows, that are past the retention of their queue; and old
+    actions of operators.
 
     Args:
         database: of the ledger.
+        audit: seconds for which actions of operators are kept.
     """
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    def __init__(self, database: Database, audit: float) -> None:
+        self._database, self._audit = database, audit
+        self._audit_is_there = False
 
     async def tick(self) -> float:
         """Delete one batch; returns the seconds until the next."""
         with understood("forgetting old jobs"):
             rows = await self._database.fetch(PRUNE_EXPIRED, BATCH)
             flows = await self._database.fetch(PRUNE_FLOWS, FLOWS_BATCH)
-        if rows[0][0] >= BATCH or flows[0][0] >= FLOWS_BATCH:
+            audit = await self._prune_audit()
+        if rows[0][0] >= BATCH or flows[0][0] >= FLOWS_BATCH or audit >= BATCH:
             return BATCH_PAUSE
         return INTERVAL * random.uniform(0.75, 1.25)  # noqa: S311 - spreads load
+
+    async def _prune_audit(self) -> int:
+        if not self._audit_is_there:
+            self._audit_is_there = bool((await self._database.fetch(AUDIT_IS_THERE))[0]["there"])
+        return int((await self._database.fetch(PRUNE_AUDIT, self._audit, BATCH))[0][0]) if self._audit_is_there else 0

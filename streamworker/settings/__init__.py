@@ -126,6 +126,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     priority: Annotated[Priority, one_of(get_args(Priority))] = "strict"
     fair_weights: Annotated[tuple[FairWeight, ...], weight_list()] = ()
     list_pop: Annotated[ListPop, one_of(get_args(ListPop))] = "move"
+    audit_retention: Annotated[float, seconds(60, 100 * _YEAR)] = 365 * 86_400.0
     ledger: Annotated[Ledger, one_of(get_args(Ledger))] = "auto"
     relay: Annotated[Relay, one_of(get_args(Relay))] = "on"
     history: Annotated[RecordHistory, one_of(get_args(RecordHistory))] = "on"

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import httpx2
 
-from streamworker import App, Settings
-from streamworker.operators import JobChange
+from streamworker import App, Payload, Settings
+from streamworker.operators import JobChange, cancel_job
 from streamworker.operators.audit_trail import ACTOR, Actor
+from streamworker.postgres.ledger import PostgresLedger
+from streamworker.postgres.pool import open_database
 from streamworker.web import Access, dashboard
+from tests import forkserver
 from tests.conftest import eventually
 from tests.web.conftest import HERE, Browser, letter
+
+ROOT = Path(__file__).parents[2]
 
 
 async def rows(pg):
@@ -96,3 +103,68 @@ async def test_the_header_of_a_trusted_proxy_and_of_nobody_else(redis_url):
                 assert (answer.status_code, "read-only" not in answer.text and answer.status_code == 200) == expected
     finally:
         await site.aclose()
+
+
+class Waits(Payload, kind="waits", queue="q"):
+    n: int = 0
+
+
+async def test_changes_of_the_ledger_alone_are_rows_too(redis_url, database_url, pg, raw):
+    """Jobs that wait in the outbox or for a signal never reach an operator of Redis; a job is cancelled in one row."""
+    settings = Settings(redis_url=redis_url, database_url=database_url)
+    app = App(settings=settings)
+    async with pg.transaction():
+        ids = [str((await app.enqueue(Waits(n=n), connection=pg)).id) for n in range(3)]
+    ACTOR.set(Actor("ann", "cli"))
+    await pg.execute("insert into streamworker.job_queues (name) values ('q')")
+    async with app.archive() as archive, app.operator() as operator:
+        assert await cancel_job(archive, operator, "q", ids[0]) == "cancelled"
+        assert await archive.retry("q", ids[0])
+        assert not await archive.retry("q", ids[0])
+        await pg.execute("update streamworker.jobs set status = 'dispatched' where id = $1", ids[1])
+        await cancel_job(archive, operator, "q", ids[1])
+        assert await archive.signal(ids[2], "approved", '{"by": "s3cret"}', "q")
+        await pg.execute(
+            "update streamworker.jobs set status = 'completed', finished_at = now() - interval '1 day' where id = $1",
+            ids[2],
+        )
+        assert await archive.prune("q", older=3600) == 1
+    found = await rows(pg)
+    assert sorted((row["action"], row["job_id"], row["result"]) for row in found if row["action"] != "prune jobs") == sorted([
+        ("cancel", ids[0], "done"), ("retry", ids[0], "done"), ("retry", ids[0], "gone"), ("cancel", ids[1], "gone"),
+        ("signal", ids[2], "done"),
+    ])  # fmt: skip
+    (pruned,) = (row for row in found if row["action"] == "prune jobs")
+    assert (pruned["queue_name"], pruned["details"], pruned["result"]) == ("q", "older=3600, 1 jobs", "done")
+    assert {(row["who"], row["source"]) for row in found} == {("ann", "cli")}
+    assert "s3cret" not in str(found)
+
+
+async def test_the_command_line_keeps_them(database_url, redis_url, pg):
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("STREAMWORKER_", "REDIS", "DATABASE"))}
+    env |= {"PYTHONPATH": str(ROOT), "REDIS_URL": redis_url, "DATABASE_URL": database_url}
+    async with pg.transaction():
+        job_id = str((await App(settings=Settings()).enqueue(Waits(), connection=pg)).id)
+
+    def call(*words: str) -> str:
+        done = forkserver.run([*words], env=env, cwd=ROOT, timeout=50)
+        assert done.returncode == 0, done.stderr
+        return str(done.stdout)
+
+    call("jobs", "cancel", job_id, "--yes")
+    (row,) = map(json.loads, call("audit", "--job", job_id, "--json").splitlines())
+    assert (row["action"], row["source"], row["kind"], row["result"]) == ("cancel", "cli", "waits", "done")
+
+
+async def test_old_rows_are_pruned_by_the_retention_of_the_setting(database_url, pg):
+    assert Settings().audit_retention == 365 * 86_400
+    await pg.execute(
+        "insert into streamworker.audit (at, who, source, action, result)"
+        " select now() - make_interval(days => day), 'ann', 'cli', day::text, 'done' from generate_series(0, 1500) as day"
+    )
+    database = await open_database(database_url, name="test")
+    ledger = PostgresLedger(database, database.pool, "w", audit=10.5 * 86_400)
+    pauses = [await ledger.tick() for _ in range(4)]
+    assert pauses[0] < 1 < pauses[3]  # batch after batch, then a minute
+    assert sorted(int(row["action"]) for row in await rows(pg)) == list(range(11))
+    database.close()

@@ -73,6 +73,7 @@ VARIABLES = {
         ).map(tuple),
     ),
     "LIST_POP": ("move", st.sampled_from(["move", "brpop"])),
+    "AUDIT_RETENTION": (365 * 86_400.0, st.floats(60, 86_400)),
     "LEDGER": ("auto", st.sampled_from(["auto", "off"])),
     "RELAY": ("on", st.sampled_from(["on", "off"])),
     "HISTORY": ("on", st.sampled_from(["on", "off"])),
