@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from itertools import chain
 from time import monotonic
 from typing import Any, Final, Generic, TypeAlias
@@ -18,7 +18,7 @@ from streamworker.broker.claim import ClaimSource, Options, none_ended
 from streamworker.broker.keys import PROGRESS, QueueKeys, worker_key
 from streamworker.broker.partitions import JobMover, PartitionedPublisher, Partitions, Router, fresh_epoch
 from streamworker.broker.publisher import Publisher
-from streamworker.broker.pubsub import Subscriber, listen, reading, waiting
+from streamworker.broker.pubsub import listen, reading, subscriber_of, waiting
 from streamworker.broker.redis.client import RedisAddress
 from streamworker.broker.redis.reactions import Reaction, reaction_to
 from streamworker.broker.redis.redis_history import RedisHistory
@@ -27,7 +27,7 @@ from streamworker.broker.schedules import RedisSchedules
 from streamworker.broker.settle import ClaimSettlement, emit, settle
 from streamworker.broker.stream_claim import ClusterStreamClaims
 from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable
-from streamworker.job import Claim, CronTick, CronTickResult, Enqueued, PackedJob, Progress, Settled
+from streamworker.job import Claim, CronTick, CronTickResult, Drop, Enqueued, PackedJob, Progress, Settled
 from streamworker.limits import AcquireRequest, AcquireResult, Limit, Permit
 from streamworker.results import OutputBatch, OutputReader, ResultWaiter
 from streamworker.telemetry.logs import get_logger
@@ -60,14 +60,14 @@ class RedisBroker(ABC, Generic[K, I]):
         self._keys_by_place = {place: keys for keys in self._keys for place in keys.places}
         self._router = Router(self._session, self._key, partitions)
         split = [keys.queue for keys in self._keys if keys.name in partitions]
-        self._mover = JobMover(self._session, self._key, split) if split else None
+        self._mover = JobMover(self._session, self._key, partitions, split) if split else None
         self._move_at = 0.0
         pool, key = self._session.pool, self._key
         self._publisher = (
             PartitionedPublisher(pool, address, key, self._router) if partitions else Publisher(pool, address, key)
         )
         self._cancels = Cancels(self._session, self._keys)
-        self._subscriber = Subscriber(self._session)
+        self._subscriber = subscriber_of(self._session)
         self.schedules: Final = RedisSchedules(self._session, self._key, options.namespace, self._subscriber)
         self.history: Final = RedisHistory(self._session, self._key, options.namespace)
         self._limits = RedisLimiter(self._session, self._keys, lease=options.lease)
@@ -213,7 +213,18 @@ class RedisBroker(ABC, Generic[K, I]):
         self._refusals = {}
         spread = self._session.address.spread
         with self._session.watched():
-            return await settle(self._sender(), self._keys_by_place, items, self._refusals, spread=spread)
+            answers = await settle(self._sender(), self._keys_by_place, items, self._refusals, spread=spread)
+        if self._mover is not None:
+            await self._forget_cancelled(items, answers)
+        return answers
+
+    async def _forget_cancelled(self, items: Sequence[SettleRequest], answers: Sequence[Settled]) -> None:
+        """Delete the marks of cancelled jobs that have ended from the partitions in which they were not."""
+        for item, answer in zip(items, answers, strict=True):
+            if type(item.verdict) is Drop and answer is Settled.SETTLED and item.claim.queue in self._partitions:
+                for keys in self._homes([item.claim.queue]):
+                    with suppress(StreamworkerError):  # it expires
+                        await uncancel(self._session, keys, item.job_id)
 
     async def emit(self, batches: Sequence[OutputBatch]) -> list[Settled | None]:
         """`Outputs.emit`."""

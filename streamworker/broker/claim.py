@@ -57,7 +57,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         lease: seconds a claim lives unrenewed.
         weighted: weighted order of levels instead of strict order.
         fair_weights: weights of tenants; 1 for one that is not named.
-        partitions: (name, number of partitions) of the queues that have some.
+        partitions: (name, number of partitions, URLs of their servers) of the queues that have some.
         groups: most suspects that run together, by delivery from the third on, see `streamworker.policy.group_sizes`.
     """
 
@@ -66,7 +66,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     lease: float = 15.0
     weighted: bool = False
     fair_weights: tuple[tuple[str, float], ...] = ()
-    partitions: tuple[tuple[str, int], ...] = ()
+    partitions: tuple[tuple[str, int, tuple[str, ...]], ...] = ()
     groups: tuple[int, ...] = (5, 1)
 
 

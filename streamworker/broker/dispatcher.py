@@ -24,7 +24,7 @@ from streamworker.broker.listings import derived_from
 from streamworker.broker.order import in_lines
 from streamworker.broker.partitions import WHOLE, Partitions, Router, fresh_epoch, named
 from streamworker.broker.publisher import Publisher
-from streamworker.broker.pubsub import Subscriber
+from streamworker.broker.pubsub import subscriber_of
 from streamworker.broker.redis.client import RedisAddress
 from streamworker.broker.redis.session import OperatorSession, Session, text
 from streamworker.broker.schedules import RedisSchedules
@@ -104,7 +104,7 @@ class RedisDispatcher:
         self._operator_session = OperatorSession(self._session.commands, address, group, namespace)
         self._router = Router(self._session, keys, parts)
         self._publisher = Publisher(self._session.pool, address, keys)
-        self._subscriber = Subscriber(self._session)
+        self._subscriber = subscriber_of(self._session)
         self.schedules: Final = RedisSchedules(self._session, keys, namespace, self._subscriber)
         self._clocks: dict[object, float] = {}
         self._copies: dict[str, _Copies] = {}

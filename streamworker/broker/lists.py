@@ -386,6 +386,11 @@ def refuse_cluster(address: RedisAddress, info: dict[str, Any] | None = None) ->
     Raises:
         ConfigurationError: the server is a cluster's.
     """
+    if address.given:
+        raise ConfigurationError(
+            "list mode has all partitions of a queue on one server: set a number in STREAMWORKER_PARTITIONS, or "
+            "STREAMWORKER_MODE=stream"
+        )
     if address.spread or (info is not None and clustered(info)):
         raise ConfigurationError(
             f"list mode cannot use the Redis Cluster at {address}, whose nodes would share a queue's lists: set "

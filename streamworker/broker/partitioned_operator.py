@@ -6,7 +6,7 @@ Rows name the queue. Handles and entry ids of partitions behind the first end in
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from typing import Any, Final, TypeVar, cast
 
 import msgspec
@@ -15,7 +15,7 @@ from streamworker.broker import Finding, KindCount, Operator, Page, PendingEntry
 from streamworker.broker.keys import home_name
 from streamworker.broker.listings import folded
 from streamworker.broker.operator import ERRORS, ListOperator, StreamOperator
-from streamworker.broker.partitions import Partitions, partition_of
+from streamworker.broker.partitions import Partitions, PartitionSpec, partition_of
 from streamworker.errors import UsageError
 from streamworker.job import DeadError, Depth, Level, StoredDocument
 
@@ -244,12 +244,12 @@ class PartitionedOperator:
         return await self._operator.prune(self._homes(queues), worker_id)
 
 
-def whole_queues(operator: StreamOperator | ListOperator, partitions: Sequence[tuple[str, int]]) -> Operator:
+def whole_queues(operator: StreamOperator | ListOperator, partitions: Iterable[PartitionSpec]) -> Operator:
     """The operator, which sees queues with partitions as one each.
 
     Args:
         operator: sees each partition as a queue.
-        partitions: (queue, number of partitions) by the settings.
+        partitions: (queue, number of partitions, URLs of their servers) by the settings.
     """
     parts = Partitions(partitions)
     return cast("Operator", PartitionedOperator(operator, parts) if parts else operator)

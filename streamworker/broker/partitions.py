@@ -21,7 +21,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Sequence
 from hashlib import sha1
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
 import msgspec
 
@@ -43,6 +43,10 @@ LOOKED_AT: Final = 8
 """Most partitions of one look."""
 LOOK_EVERY: Final = 1.0
 """Seconds between two looks for jobs that have to move."""
+
+
+PartitionSpec: TypeAlias = tuple[str, int, tuple[str, ...]]
+"""(queue, number of partitions, URL of the server of each behind the first; none if all are at one address)."""
 
 
 class PartitionSession(Protocol):
@@ -98,11 +102,13 @@ class Partitions:
     """The partitions of the queues that have some.
 
     Args:
-        counts: (queue, number of partitions) by the settings.
+        told: by the settings.
     """
 
-    def __init__(self, counts: Iterable[tuple[str, int]]) -> None:
-        self._counts: Final = {queue: count for queue, count in counts if count > 1}
+    def __init__(self, told: Iterable[PartitionSpec]) -> None:
+        specs = list(told)
+        self._counts: Final = {queue: count for queue, count, _ in specs if count > 1}
+        self._placed: Final = {queue for queue, _, servers in specs if servers}
 
     def __contains__(self, queue: str) -> bool:
         return queue in self._counts
@@ -114,6 +120,10 @@ class Partitions:
     def queues(self) -> list[str]:
         """Names of the queues with partitions."""
         return list(self._counts)
+
+    def knows(self, queue: str, number: int) -> bool:
+        """Whether it is known on which server a partition is; of a queue that has grown, some may not be."""
+        return queue not in self._placed or number < self._counts[queue]
 
     def homes(self, queue: str) -> list[str]:
         """The homes of a queue: its own name if it has no partitions."""
@@ -158,6 +168,8 @@ class Router:
     async def homes(self, queue: str, jobs: Sequence[Named]) -> list[str]:
         """The home of each job."""
         sizes = await self.sizes(queue)
+        if not self.partitions.knows(queue, sizes[-1] - 1):  # workers that know it move what belongs there
+            sizes = [len(self.partitions.homes(queue))]
         numbers = [partition_of(job.by, sizes[-1]) for job in jobs]
         if len(sizes) > 1:
             await self._stay(queue, sizes, jobs, numbers)
@@ -238,11 +250,12 @@ class JobMover:
     Args:
         session: sends the commands.
         keys: the keys of a queue, by its home.
+        partitions: by the settings.
         homes: the partitions that are looked at, in turns.
     """
 
-    def __init__(self, session: PartitionSession, keys: KeysOf, homes: Sequence[str]) -> None:
-        self._session, self._keys, self._homes = session, keys, list(homes)
+    def __init__(self, session: PartitionSession, keys: KeysOf, partitions: Partitions, homes: Sequence[str]) -> None:
+        self._session, self._keys, self._partitions, self._homes = session, keys, partitions, list(homes)
         self._next = secrets.randbelow(len(self._homes)) if self._homes else 0
 
     async def move(self) -> float:
@@ -271,7 +284,10 @@ class JobMover:
             while count < most and (first := await self._session.run(scripts.DEPART, [keys.meta], [order, token])):
                 token, element = first
                 level, _, body = of_line(element)
-                target = self._keys(home_name(keys.name, partition_of(order, int(token.split()[1]))))
+                number = partition_of(order, int(token.split()[1]))
+                if not self._partitions.knows(keys.name, number):
+                    break  # workers that know its server move it
+                target = self._keys(home_name(keys.name, number))
                 names, origin = [target.meta, target.arrived], b" ".join((keys.queue.encode(), order, token))
                 await self._session.run(scripts.ARRIVE, names, [keys.shape, origin, level, body, ARRIVAL])
                 count += 1

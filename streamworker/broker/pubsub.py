@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any, Final, Literal, Protocol
 
 import anyio
@@ -19,6 +19,7 @@ from streamworker.broker import scripts
 from streamworker.broker.keys import QueueKeys
 from streamworker.broker.redis.reactions import understood
 from streamworker.broker.redis.session import Session
+from streamworker.broker.redis.url import Host
 from streamworker.errors import Unreachable
 from streamworker.results import OutputEntry, entry_of
 from streamworker.telemetry.logs import get_logger
@@ -73,10 +74,11 @@ class Subscriber:
 
     Args:
         session: knows the server's address.
+        host: one of its servers, where partitions are on several.
     """
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    def __init__(self, session: Session, host: Host | None = None) -> None:
+        self._session, self._host = session, host
         self._by_channel: dict[bytes, set[Subscription]] = {}
         self._confirmed: set[bytes] = set()
         self._pubsub: Any = None
@@ -89,11 +91,17 @@ class Subscriber:
         """A subscription to some channels; they may not be confirmed yet when the block begins."""
         names = [channel.encode() for channel in channels]
         subscription = Subscription(names, lost, heard)
+        async with self.joined(names, subscription):
+            yield subscription
+
+    @asynccontextmanager
+    async def joined(self, names: list[bytes], subscription: Subscription) -> AsyncIterator[None]:
+        """Receive messages of some of a subscription's channels."""
         for name in names:
             self._by_channel.setdefault(name, set()).add(subscription)
         try:
             await self._begin(names, subscription)
-            yield subscription
+            yield
         finally:
             with anyio.CancelScope(shield=True):
                 await self._end(names, subscription)
@@ -106,9 +114,10 @@ class Subscriber:
         for name in names:
             if name in self._confirmed:
                 subscription.subscribed(name)
-        if subscription.missing and self._pubsub is not None:
+        missing = subscription.missing.intersection(names)
+        if missing and self._pubsub is not None:
             with suppress(RedisError, OSError):  # then the task subscribes to everything anew
-                await self._pubsub.subscribe(*subscription.missing)
+                await self._pubsub.subscribe(*missing)
 
     async def _end(self, names: list[bytes], subscription: Subscription) -> None:
         gone = []
@@ -125,7 +134,8 @@ class Subscriber:
     async def _receive(self) -> None:
         logged: set[str] = set()
         while self._by_channel:
-            client = self._session.address.listener()
+            address = self._session.address
+            client = (address if self._host is None else address.at(self._host)).listener()
             try:
                 with understood(self._session.address):
                     async with client.pubsub() as pubsub:
@@ -177,6 +187,43 @@ class Subscriber:
             task.cancel()
 
 
+class ServerSubscribers:
+    """`Subscriber` of partitions on several servers: one for each, opened with its first channel.
+
+    Args:
+        session: knows the servers' addresses.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._by_host: dict[Host | None, Subscriber] = {}
+
+    @asynccontextmanager
+    async def on(
+        self, channels: Sequence[str], lost: tuple[str, str] = _RESULTS, heard: Callable[[bool], None] = lambda _: None
+    ) -> AsyncIterator[Subscription]:
+        """`Subscriber.on`."""
+        by_host: dict[Host | None, list[bytes]] = {}
+        for channel in channels:
+            by_host.setdefault(self._session.address.home(channel), []).append(channel.encode())
+        subscription = Subscription([channel.encode() for channel in channels], lost, heard)
+        async with AsyncExitStack() as stack:
+            for host, names in by_host.items():
+                subscriber = self._by_host.setdefault(host, Subscriber(self._session, host))
+                await stack.enter_async_context(subscriber.joined(names, subscription))
+            yield subscription
+
+    async def close(self) -> None:
+        """`Subscriber.close`."""
+        for subscriber in self._by_host.values():
+            await subscriber.close()
+
+
+def subscriber_of(session: Session) -> Subscriber | ServerSubscribers:
+    """The subscriber of a broker's session."""
+    return ServerSubscribers(session) if session.address.given else Subscriber(session)
+
+
 LOOK: Final = b"look"
 """Notification: a queue was paused or resumed."""
 CANCEL: Final = b"cancel"
@@ -194,7 +241,7 @@ class Notified(Protocol):
 
 
 async def listen(
-    subscriber: Subscriber,
+    subscriber: Subscriber | ServerSubscribers,
     channels: Sequence[str],
     parked: Callable[[float], None],
     source: Notified,
@@ -250,7 +297,7 @@ class RedisResultWaiter:
 
 @asynccontextmanager
 async def waiting(
-    session: Session, subscriber: Subscriber, queues: Sequence[QueueKeys], job_id: str
+    session: Session, subscriber: Subscriber | ServerSubscribers, queues: Sequence[QueueKeys], job_id: str
 ) -> AsyncIterator[RedisResultWaiter]:
     """Subscribe to the end of a job in one of the queues.
 
@@ -262,7 +309,9 @@ async def waiting(
 
 
 @asynccontextmanager
-async def _confirmed(session: Session, subscriber: Subscriber, channels: Sequence[str]) -> AsyncIterator[Subscription]:
+async def _confirmed(
+    session: Session, subscriber: Subscriber | ServerSubscribers, channels: Sequence[str]
+) -> AsyncIterator[Subscription]:
     async with subscriber.on(channels) as subscription:
         with anyio.move_on_after(PATIENCE):
             await subscription.open.wait()
@@ -325,7 +374,7 @@ class RedisOutputReader(RedisResultWaiter):
 
 @asynccontextmanager
 async def reading(
-    session: Session, subscriber: Subscriber, queues: Sequence[QueueKeys], job_id: str, *, log: bool
+    session: Session, subscriber: Subscriber | ServerSubscribers, queues: Sequence[QueueKeys], job_id: str, *, log: bool
 ) -> AsyncIterator[RedisOutputReader]:
     """Subscribe to the output of a job in one of the queues, or to its log, and to its end.
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from streamworker.broker import scripts
 from streamworker.broker.keys import QueueKeys, scheduled_queues
-from streamworker.broker.pubsub import Subscriber
+from streamworker.broker.pubsub import ServerSubscribers, Subscriber
 from streamworker.broker.redis.session import CommandSession, text
 from streamworker.errors import StreamworkerError
 from streamworker.job import DueSchedules, ScheduleEntry, ScheduleTick
@@ -43,7 +43,7 @@ class RedisSchedules:
         session: CommandSession,
         keys: Callable[[str], QueueKeys],
         namespace: str,
-        subscriber: Subscriber | None = None,
+        subscriber: Subscriber | ServerSubscribers | None = None,
     ) -> None:
         self._session, self._keys, self._subscriber = session, keys, subscriber
         self._registry = scheduled_queues(namespace)

@@ -24,7 +24,6 @@ from streamworker.broker.claim import (
     Options,
 )
 from streamworker.broker.keys import UNKNOWN_EPOCH, QueueKeys, document
-from streamworker.broker.redis.cluster import slot_of
 from streamworker.broker.redis.reactions import Reaction, reaction_to, row_of
 from streamworker.broker.redis.session import BLOCK, Session
 from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable
@@ -44,7 +43,7 @@ LAST_CALL: Final = 1.0
 
 
 class ClusterStreamClaims:
-    """`StreamClaims` of a cluster: one for each slot, behind the methods of one."""
+    """`StreamClaims` of a cluster, one a slot, or of several servers, one for each; behind the methods of one."""
 
     def __init__(
         self,
@@ -57,7 +56,7 @@ class ClusterStreamClaims:
         self._lease = options.lease
         by_slot: dict[int, list[tuple[QueueKeys, int | None]]] = {}
         for keys, cap in queues:
-            by_slot.setdefault(slot_of(keys.base), []).append((keys, cap))
+            by_slot.setdefault(session.address.slot(keys.base), []).append((keys, cap))
         self._sessions = [session.branch(each[0][0].base) for each in by_slot.values()]
         self._parts = [
             StreamClaims(branch, each, options, group)
@@ -68,7 +67,7 @@ class ClusterStreamClaims:
         for part in self._parts:
             part.epochs, part.secrets = self.epochs, self.secrets
         parts = dict(zip(by_slot, self._parts, strict=True))
-        self._part_of = {keys.queue: parts[slot_of(keys.base)] for keys, _ in queues}
+        self._part_of = {keys.queue: parts[session.address.slot(keys.base)] for keys, _ in queues}
         self._rotation = _Rotation(self._parts)
         self.ready_keys: Final = [each for part in self._parts for each in part.ready_keys]
         self._reads: dict[StreamClaims, asyncio.Task[list[Claim]]] = {}

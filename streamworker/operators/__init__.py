@@ -200,7 +200,7 @@ async def open_servers(
     """(where Redis is, URL of the database); the embedded pair is started if that is what the settings say."""
     database = settings.database_url
     if redis is not None and not isinstance(redis, str):
-        return RedisAddress.of(redis), database
+        return RedisAddress.of(redis).spread_over(settings.partitions), database
     url = (Settings(redis_url=redis) if redis else settings).require_redis_url()
     if url == EMBEDDED:
         from streamworker import embedded  # noqa: PLC0415 - few use them
@@ -208,7 +208,7 @@ async def open_servers(
         servers = await anyio.to_thread.run_sync(embedded.acquire, settings.state_dir)
         stack.callback(servers.close)
         url, database = servers.redis_url, database or servers.database_url
-    return RedisAddress(url), database
+    return RedisAddress(url).spread_over(settings.partitions), database
 
 
 async def database_of(stack: AsyncExitStack, settings: Settings) -> str:

@@ -63,13 +63,15 @@ class PartitionSpec(NamedTuple):
     Attributes:
         name: the queue's name.
         partitions: how many it has.
+        servers: URL of the server of each partition behind the first, which stays at ``REDIS_URL``; empty if all do.
     """
 
     name: str
     partitions: int
+    servers: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.name}={self.partitions}"
+        return f"{self.name}={'|'.join(self.servers) or self.partitions}"
 
 
 class FairWeight(NamedTuple):
@@ -192,21 +194,28 @@ def queue_list() -> Rule:
 
 
 def partition_list() -> Rule:
-    """Accept ``name=count`` separated by commas."""
-    count_of = integer(1, MOST_PARTITIONS).parse
+    """Accept ``name=count`` or ``name=URL|URL`` separated by commas."""
+    count_of, url_of = integer(1, MOST_PARTITIONS).parse, redis_url().parse
 
     def parse(text: str) -> tuple[PartitionSpec, ...]:
         specs = []
-        for item in text.split(","):
-            name, _, count = item.strip().partition("=")
+        for item in re.split(r",(?=\s*[A-Za-z0-9._:-]+=)", text):
+            name, _, value = item.strip().partition("=")
             if not QUEUE_NAME.fullmatch(name):
                 raise ValueError
-            specs.append(PartitionSpec(name, count_of(count)))
+            servers = tuple(url_of(each.strip()) for each in value.split("|")) if "://" in value else ()
+            if any("+cluster://" in each for each in servers):
+                raise ValueError("a partition is on a single server or Sentinel; a cluster needs a number")
+            specs.append(PartitionSpec(name, len(servers) + 1 if servers else count_of(value), servers))
         if len({spec.name for spec in specs}) < len(specs):
             raise ValueError("a queue is listed twice")
         return tuple(specs)
 
-    return Rule(f"queue names with numbers of partitions from 1 to {MOST_PARTITIONS}, such as billing=8,email=2", parse)
+    return Rule(
+        f"queue names with numbers of partitions from 1 to {MOST_PARTITIONS}, such as billing=8,email=2, or with URLs "
+        "of servers for more partitions, such as billing=redis://b:6379/0|redis://c:6379/0",
+        parse,
+    )
 
 
 def state_path() -> Rule:

@@ -20,7 +20,7 @@ from tests.conftest import eventually
 from tests.contract.helpers import dead, document, done, job, names, recover, retry, settings, working
 
 N = 4
-FOUR: dict[str, Any] = {"partitions": (("q", N),)}
+FOUR: dict[str, Any] = {"partitions": (("q", N, ()),)}
 IDS = [f"job-{number}" for number in range(40)]
 
 
@@ -242,6 +242,8 @@ async def test_cancelled_jobs_are_found_wherever_they_are(broker_factory, raw):
         assert sorted(names(await broker.cancelled(running))) == sorted(names(running))
         ends = [SettleRequest(claim, Drop(), None, names([claim])[0], "k") for claim in claims]
         assert set(await broker.settle(ends)) == {Settled.SETTLED}
+        await broker.settle([SettleRequest(claim, Drop(), None, names([claim])[0], "k") for claim in running])
+        assert not any(raw.exists(f"stream:{{{each}}}:cancelled") for each in ("q", "q#1", "q#2", "q#3"))
 
 
 # -- order keys, and growth
@@ -281,7 +283,7 @@ async def test_order_holds_wherever_producers_put_jobs(broker_factory, ground):
 @pytest.mark.parametrize(("before", "at"), [(1, "q"), (2, "q#1")])
 async def test_growth_keeps_the_order_of_a_key_that_is_held(broker_factory, before, at):
     key = a_key(3, other=before - 1, before=before)
-    old = {"partitions": (("q", before),)}
+    old = {"partitions": (("q", before, ()),)}
     async with broker_factory("old", **old) as broker:
         await broker.publish([ordered("first", key), ordered("second", key)])
         (first,) = await broker.claim(10, 0, ())
@@ -369,7 +371,7 @@ async def test_growth_keeps_deduplication_keys(broker_factory):
     def keyed(name: str, key: str) -> PackedJob:
         return job(name, key=key)
 
-    async with broker_factory("old", partitions=(("q", 2),)) as broker, broker_factory("new", **FOUR) as grown:
+    async with broker_factory("old", partitions=(("q", 2, ()),)) as broker, broker_factory("new", **FOUR) as grown:
         await broker.publish([keyed(f"a{key}", key) for key in keys])
         answers = await grown.publish([keyed(f"b{key}", key) for key in keys])
         assert [(answer.id, answer.new) for answer in answers] == [(f"a{key}", False) for key in keys]

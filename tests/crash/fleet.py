@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tests.crash.ground import MODE
+from tests.crash.ground import MODE, PARTITIONS
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,7 +21,10 @@ def clean_environment() -> dict[str, str]:
     """Ours without settings of whoever runs the tests."""
     skip = ("STREAMWORKER_", "REDIS", "DATABASE", "CRASH_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(skip)}
-    return {**kept, "CRASH_MODE": MODE, "STREAMWORKER_MODE": MODE}
+    parts = (
+        {"CRASH_PARTITIONS": str(PARTITIONS), "STREAMWORKER_PARTITIONS": f"q={PARTITIONS}"} if PARTITIONS > 1 else {}
+    )
+    return {**kept, "CRASH_MODE": MODE, "STREAMWORKER_MODE": MODE, **parts}
 
 
 class Worker:

@@ -11,13 +11,16 @@ from typing import Final
 
 import redis
 
-from streamworker.broker.keys import ListKeys, QueueKeys
+from streamworker.broker.keys import ListKeys, QueueKeys, home_name
 
 QUEUE: Final = "q"
 GROUP: Final = "workers"
 WITNESSES: Final = "queue:crash:witness"
 """What the scripts' witnesses write down; on the same server, so that it shares the scripts' atomicity."""
 MODE: Final = os.environ.get("CRASH_MODE", "stream")
+PARTITIONS: Final = int(os.environ.get("CRASH_PARTITIONS", "1"))
+"""Partitions of the queue: all of the suite runs with it."""
+HOMES: Final = [home_name(QUEUE, number) for number in range(PARTITIONS)]
 
 _BODIES: Final = """
 local function bodies(key, out)
@@ -39,6 +42,7 @@ end
 for _, key in ipairs(KEYS) do
   local command = commands[redis.call('TYPE', key).ok]
   if command then n = n + redis.call(command, key) end
+  if command == 'HLEN' then n = n - redis.call('HEXISTS', key, '') end -- numbers of partitions
 end
 return n
 """
@@ -52,6 +56,8 @@ class Ground:
     """
 
     keys: QueueKeys = QueueKeys(QUEUE)
+    """Of the queue, or of its first partition."""
+    homes: Sequence[QueueKeys] = [QueueKeys(home) for home in HOMES]
     elsewhere: str = ""
     """Where else jobs lie, as a pattern."""
     taking: str = "xreadgroup"
@@ -63,12 +69,23 @@ class Ground:
     @property
     def places(self) -> list[str]:
         """Where ready jobs lie, in the order they are taken."""
-        return self.keys.places
+        return [place for keys in self.homes for place in keys.places]
 
     @property
     def everything(self) -> set[str]:
         """Keys that may be there when all is done."""
-        return {*self.places, self.keys.meta, self.keys.ids, self.keys.dead, self.keys.crons, self.keys.fair, WITNESSES}
+        # A worker that dies right after a cancelled job leaves marks in the other partitions, which expire.
+        parted = [name for keys in self.homes for name in (keys.order, keys.arrived, keys.cancelled)]
+        parted = parted if PARTITIONS > 1 else []
+        kept = [name for keys in self.homes for name in (keys.meta, keys.ids, keys.dead, keys.crons, keys.fair)]
+        return {*self.places, *kept, *parted, WITNESSES}
+
+    @property
+    def no_more(self) -> list[str]:
+        """Keys that are gone when a cancelled job is settled."""
+        return [
+            name for keys in self.homes for name in ((keys.dead, keys.cancelled) if PARTITIONS == 1 else (keys.dead,))
+        ]
 
     def length(self, place: str) -> int:
         """Jobs in a place, running ones included."""
@@ -77,7 +94,7 @@ class Ground:
     def backlog(self) -> int:
         """Jobs that are neither done nor dead."""
         # At one moment: a job that moves from one key to the next between two looks would lie nowhere.
-        names = [*self.places, self.keys.due, self.keys.order]
+        names = [*self.places, *(name for keys in self.homes for name in (keys.due, keys.order))]
         return int(self._client.eval(_COUNT, len(names), *names, self.elsewhere))
 
     def held(self) -> dict[str, int]:
@@ -130,13 +147,14 @@ class Ground:
         """Ids of the dead letters."""
         return [
             fields["id"] or json.loads(fields["job"])["id"]
-            for _, fields in self._client.xrange(self.keys.dead, "-", "+")
+            for keys in self.homes
+            for _, fields in self._client.xrange(keys.dead, "-", "+")
         ]
 
     def all_ids(self) -> list[str]:
         """Ids of every job that lies anywhere, dead ones included."""
         script = _BODIES + "for _, key in ipairs(KEYS) do bodies(key, out) end return out"
-        keys = [*self.places, self.keys.bodies]
+        keys = [*self.places, *(each.bodies for each in self.homes)]
         return [*_ids(self._client.eval(script, len(keys), *keys)), *self.dead_ids()]
 
     def keys_left(self) -> list[str]:
@@ -145,7 +163,9 @@ class Ground:
 
     def _ends_by_itself(self, key: str) -> bool:
         """What is noted of turns and calls of limits, and how jobs ended: forgotten after a while."""
-        noted = (f"{self.keys.base}:limit:", self.keys.result(""), self.keys.ended(""), self.keys.swept)
+        noted = tuple(
+            name for keys in self.homes for name in (f"{keys.base}:limit:", keys.result(""), keys.ended(""), keys.swept)
+        )
         if key == "stream:history" or key.startswith(f"{self.keys.base}:history:"):  # kept for sixty days
             return True
         return key.startswith(noted) and 0 <= int(self._client.pttl(key)) < 600_000
@@ -155,7 +175,8 @@ class Ground:
         lines = []
         with suppress(redis.RedisError):
             lines.append(", ".join(f"{place}: {self.length(place)}" for place in self.places))
-            lines.append(f"due {self._client.zcard(self.keys.due)}, held {self.held()}, names {self.names()}")
+            due = sum(int(self._client.zcard(keys.due)) for keys in self.homes)
+            lines.append(f"due {due}, held {self.held()}, names {self.names()}")
         return "; ".join(lines)
 
 
@@ -163,21 +184,25 @@ class ListGround(Ground):
     """List mode."""
 
     keys: ListKeys = ListKeys(QUEUE)
-    elsewhere = "queue:q:claimed:*"
+    homes: Sequence[ListKeys] = [ListKeys(home) for home in HOMES]
+    elsewhere = "queue:q*:claimed:*"
     taking = "llen"
 
     def _claims(self) -> list[tuple[str, list[str]]]:
         """(worker id, [id, delivery count, level, document]) of what is held."""
         found = []
-        for name in self._client.keys(self.keys.claimed("*")):
+        for name in [name for keys in self.homes for name in self._client.keys(keys.claimed("*"))]:
             worker = name.partition(":claimed:")[2]
             found += [(worker, wrapper.split(" ", 3)) for wrapper in self._client.lrange(name, 0, -1)]
         return found
 
     def length(self, place: str) -> int:
         """See `Ground.length`."""
-        level = place.removeprefix(self.keys.ready("normal")).removeprefix(":") or "normal"
-        held = sum(claim[2].removesuffix("?") == level for _, claim in self._claims())
+        keys = next(keys for keys in self.homes if place in keys.places)
+        level = place.removeprefix(keys.ready("normal")).removeprefix(":") or "normal"
+        names = self._client.keys(keys.claimed("*"))
+        wrappers = [wrapper.split(" ", 3) for name in names for wrapper in self._client.lrange(name, 0, -1)]
+        held = sum(claim[2].removesuffix("?") == level for claim in wrappers)
         return int(self._client.llen(place)) + held
 
     def held(self) -> dict[str, int]:
@@ -193,7 +218,7 @@ class ListGround(Ground):
 
     def forget_groups(self, *places: str) -> None:
         """Lists have no groups; what paces the workers is deleted underneath."""
-        self._client.delete(self.keys.meta)
+        self._client.delete(*(keys.meta for keys in self.homes))
 
     def all_ids(self) -> list[str]:
         """See `Ground.all_ids`."""

@@ -18,7 +18,7 @@ import redis
 
 from streamworker import App, Payload, StreamworkerError
 from streamworker.errors import PublishUncertain
-from streamworker.settings import Settings
+from streamworker.settings import PartitionSpec, Settings
 from tests import forkserver
 from tests.conftest import Server
 from tests.crash import stalls
@@ -26,7 +26,7 @@ from tests.crash.app import Block, Fleeting, InLine, Shared, Single, Thread, Wor
 from tests.crash.checker import FOR_EVER, Verdict, check
 from tests.crash.clock import Clock
 from tests.crash.fleet import ROOT, Fleet, Worker, clean_environment
-from tests.crash.ground import MODE, ground
+from tests.crash.ground import MODE, PARTITIONS, ground
 from tests.crash.history import Log, read
 from tests.crash.proxy import Proxy
 
@@ -111,7 +111,8 @@ class Rig:
             stack.callback(stalls.watch(self.directory, "*", lambda: _asked(probe)).set)
             watching = asyncio.create_task(self._watch_loop())
             stack.callback(watching.cancel)
-            self.app = App(settings=Settings(redis_url=self.server.url, mode=MODE))
+            parts = (PartitionSpec("q", PARTITIONS),) if PARTITIONS > 1 else ()
+            self.app = App(settings=Settings(redis_url=self.server.url, mode=MODE, partitions=parts))
             await stack.enter_async_context(self.app)
             self._stack = stack.pop_all()
         return self

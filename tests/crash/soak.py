@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.crash.checker import Verdict
-from tests.crash.ground import GROUNDS, MODE
+from tests.crash.ground import GROUNDS, MODE, PARTITIONS
 from tests.crash.nemesis import WORKERS_ONLY, Nemesis
 from tests.crash.report import table
 from tests.crash.rig import SLOWER, Rig
@@ -35,15 +35,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--rate", type=float, default=100.0, help="jobs a second")
     options.add_argument("--faults", choices=("all", "kill", "workers"), default="all")
     options.add_argument("--mode", choices=sorted(GROUNDS), default=MODE)
+    options.add_argument("--partitions", type=int, default=PARTITIONS, help="of the queue")
     options.add_argument("--keep", type=Path, help="a directory for history and logs; without it they are deleted")
     chosen = options.parse_args(arguments)
-    if chosen.mode != MODE:  # chosen when the harness is imported, in every process of it
+    if (chosen.mode, chosen.partitions) != (
+        MODE,
+        PARTITIONS,
+    ):  # chosen when the harness is imported, in every process of it
+        modes = {"CRASH_MODE": chosen.mode, "CRASH_PARTITIONS": str(chosen.partitions)}
         again = [sys.executable, "-m", "tests.crash.soak", *(sys.argv[1:] if arguments is None else arguments)]
-        return subprocess.run(again, check=False, env={**os.environ, "CRASH_MODE": chosen.mode}).returncode
+        return subprocess.run(again, check=False, env={**os.environ, **modes}).returncode
     directory = chosen.keep or Path(tempfile.mkdtemp(prefix="streamworker-soak-"))
     directory.mkdir(parents=True, exist_ok=True)
     print(
-        f"soak: {MODE} mode, seed {chosen.seed}, {chosen.minutes:g} min, {chosen.workers} workers, LEASE={chosen.lease:g}",
+        f"soak: {MODE} mode, {PARTITIONS} partitions, seed {chosen.seed}, {chosen.minutes:g} min, {chosen.workers} workers, LEASE={chosen.lease:g}",
         flush=True,
     )
     rest = SLOWER * (140 + 20 * chosen.lease)  # what `_soak` waits for at the end

@@ -53,7 +53,7 @@ async def test_killed_while_it_puts_a_cancelled_job_away(tmp_path):
             await waiting
         fine(await rig.finish(), rig.seed)
         assert (rig.runs_of(job), ends_of(rig, job), let_go(rig), settled(rig, "drop")) == (1, [], 1, 1)
-        assert not rig.raw.exists(rig.ground.keys.cancelled, rig.ground.keys.dead)
+        assert not rig.raw.exists(*rig.ground.no_more)
 
 
 async def test_killed_at_random_around_a_cancellation(tmp_path):
@@ -79,7 +79,7 @@ async def test_killed_at_random_around_a_cancellation(tmp_path):
         fine(await rig.finish(timeout=90), rig.seed)
         assert not any("finished" in ends_of(rig, job) for job in cancelled)
         assert settled(rig, "drop") == len(cancelled)  # each once, by whoever held it
-        assert not rig.raw.exists(rig.ground.keys.cancelled, rig.ground.keys.dead)
+        assert not rig.raw.exists(*rig.ground.no_more)
 
 
 def runner(rig: Rig, jobs: list[str]) -> Worker | None:
@@ -108,7 +108,7 @@ async def test_a_zombie_does_not_bring_a_cancelled_job_back(tmp_path):
             await rig.app.result(job, queue="q", timeout=120)
         fine(await rig.finish(), rig.seed)
         assert (rig.runs_of(job), let_go(rig), settled(rig, "drop"), settled(rig, "done")) == (1, 1, 1, 0)
-        assert not rig.raw.exists(rig.ground.keys.cancelled, rig.ground.keys.dead)
+        assert not rig.raw.exists(*rig.ground.no_more)
 
 
 # -- results

@@ -126,8 +126,8 @@ async def test_a_zombie_that_emits_adds_nothing_to_its_successors_output(tmp_pat
         rig.open_gate("g")
         await asyncio.wait_for(reading, 30)
         lines = [line async for line in rig.app.job_log(job, queue="q")]
-        kept = ("output", "log", "result", "ended")
-        rig.raw.delete(*(f"stream:{{q}}:{what}:{job}" for what in kept))  # kept for an hour
+        kept = [name(job) for keys in rig.ground.homes for name in (keys.output, keys.log, keys.result, keys.ended)]
+        rig.raw.delete(*kept)  # kept for an hour
         fine(await rig.finish(), rig.seed)
     told = [item.chunk for item in items]
     first = [number for delivery, number in told if delivery == 1]

@@ -80,7 +80,7 @@ local function original() %(text)s
 end
 local function holders()
   local found = {}
-  for _, name in ipairs(redis.call('KEYS', 'queue:q:claimed:*')) do
+  for _, name in ipairs(redis.call('KEYS', 'queue:q*:claimed:*')) do
     for _, wrapper in ipairs(redis.call('LRANGE', name, 0, -1)) do
       local id, count = string.match(wrapper, '^(%%S+) (%%d+) ')
       if id then found[id] = string.match(name, ':claimed:(.*)$') .. ' ' .. count end

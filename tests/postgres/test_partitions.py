@@ -26,7 +26,7 @@ class Plain(Payload, kind="plain", queue="q"):
 
 
 def dispatcher_of(redis_url: str, keys: Any, count: int) -> RedisDispatcher:
-    address, parts = RedisAddress(redis_url), Partitions([("q", count)])
+    address, parts = RedisAddress(redis_url), Partitions([("q", count, ())])
     return RedisDispatcher(address, keys, group="workers", namespace="", parts=parts)
 
 

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from typing import Any
 
+import anyio
+import anyio.to_thread
 import pytest
 
 from streamworker import App, Payload, Settings
+from streamworker.broker.claim import Options
+from streamworker.broker.lists import ListBroker
+from streamworker.broker.partitions import partition_of
+from streamworker.broker.redis.client import RedisAddress
 from streamworker.broker.redis.cluster import slot_of
-from tests.conftest import eventually
+from streamworker.errors import ConfigurationError, Unreachable
+from tests.conftest import Server, eventually
 from tests.contract.helpers import working
 from tests.topologies.servers import Clustered
 
@@ -91,3 +99,128 @@ async def fail_over(cluster: Clustered, key: str) -> None:
         client.wait(1, 2000)
     dying.kill()
     await eventually(lambda: cluster.owner(key, via=other) is not dying, 30)
+
+
+# -- servers by URL
+
+
+@pytest.fixture
+def two_servers(tmp_path):
+    made = []
+    try:
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+            made.append(Server(tmp_path / name, aof=True))
+        yield made
+    finally:
+        for server in made:
+            server.kill()
+
+
+def served(servers: list[Server], ran: dict[str, list[int]], count: int = 4, **options: Any) -> App:
+    """An app of a queue whose odd partitions are on the second server."""
+    urls = [servers[number % 2].url for number in range(1, count)]
+    parts = f"q={'|'.join(urls)}" if urls else ""
+    app = App(settings=Settings(redis_url=servers[0].url, partitions=parts or (), lease=1.0, concurrency=20, **options))
+
+    @app.handler(result_ttl=60)
+    async def step(payload: Step) -> int:
+        if payload.n < 0:
+            await anyio.sleep(60)
+        ran[payload.key].append(payload.n)
+        return payload.n
+
+    return app
+
+
+async def test_a_queue_over_servers_given_by_url(two_servers):
+    ran: dict[str, list[int]] = defaultdict(list)
+    app = served(two_servers, ran)
+    async with app, app.operator() as operator, working(app):
+        answers = []
+        for n in range(6):
+            answers += await app.enqueue_many([Step(key=f"k{k}", n=n) for k in range(30)])
+        await eventually(lambda: sum(map(len, ran.values())) == 180)
+        assert ran == {f"k{k}": list(range(6)) for k in range(30)}
+        # One blocking read for each server, whatever it has of the partitions.
+        await eventually(lambda: [reads(server) for server in two_servers] == [1, 1])
+        with two_servers[0].client() as first, two_servers[1].client() as second:
+            assert not [name for name in first.keys("*") if b"{q#1}" in name or b"{q#3}" in name]
+            assert {name for name in second.keys("*") if b"{q#" not in name} == set()
+            assert second.exists("stream:{q#1}:meta", "stream:{q#3}:meta") == 2
+        assert [await app.result(each.id, queue="q") for each in answers[-4:]] == [5] * 4
+        assert await operator.queues() == ["q"]
+        # Delayed, paused, cancelled while it runs: notifications arrive from both servers.
+        assert await operator.pause("q", "for a test")
+        more = [await app.enqueue(Step(key=f"c{k}", n=-1)) for k in range(6)]
+        (depth,) = await operator.depth(["q"])
+        assert depth.ready + depth.running == 6  # a read that blocked took one more
+        assert await operator.resume("q")
+
+        async def running() -> bool:
+            (depth,) = await operator.depth(["q"])
+            return depth.running == 6
+
+        await eventually(running)
+        assert {await app.cancel(each.id, queue="q") for each in more} == {"asked"}
+
+        async def over() -> bool:
+            (depth,) = await operator.depth(["q"])
+            return depth.running == depth.ready == 0
+
+        await eventually(over)
+        assert not [each for each in await operator.findings(["q"]) if each.severity == "error"]
+
+
+def reads(server: Server) -> int:
+    with server.client() as client:
+        return sum("b" in each["flags"] for each in client.client_list())
+
+
+async def test_one_server_is_away_and_the_other_goes_on(two_servers):
+    ran: dict[str, list[int]] = defaultdict(list)
+    app = served(two_servers, ran)
+    here = [f"k{k}" for k in range(40) if partition_of(f"k{k}", 4) % 2 == 0]
+    there = [f"k{k}" for k in range(40) if partition_of(f"k{k}", 4) % 2]
+    async with app, working(app):
+        await app.enqueue_many([Step(key=key, n=0) for key in [*here, *there]])
+        await eventually(lambda: len(ran) == 40)
+        two_servers[1].kill()
+        for n in (1, 2):
+            await app.enqueue_many([Step(key=key, n=n) for key in here])
+        await eventually(lambda: all(ran[key] == [0, 1, 2] for key in here))
+        with pytest.raises(Unreachable):
+            await app.enqueue(Step(key=there[0], n=9))
+        await anyio.to_thread.run_sync(two_servers[1].start)
+        await app.enqueue_many([Step(key=key, n=1) for key in there])
+        await eventually(lambda: all(ran[key] == [0, 1] for key in there))
+
+
+async def test_growth_over_servers_that_old_processes_do_not_know(two_servers):
+    """Workers and producers of 1, 2 and 4 partitions at once; the old ones cannot reach what is new."""
+    ran: dict[str, list[int]] = defaultdict(list)
+    apps = [served(two_servers, ran, count) for count in (1, 2, 4)]
+    sent: Counter[str] = Counter()
+    async with apps[0], apps[1], apps[2], working(apps[0]), working(apps[1]):
+        for turn in range(12):
+            for k in range(18):
+                # Each key has one producer at a time: the old ones first, and the one of four at the end.
+                app = apps[2] if turn > 7 else apps[k % 3] if turn > 3 else apps[k % 2]
+                await app.enqueue(Step(key=f"k{k}", n=sent[f"k{k}"]))
+                sent[f"k{k}"] += 1
+        async with working(apps[2]):
+            await eventually(lambda: sum(map(len, ran.values())) == sum(sent.values()))
+    assert ran == {key: list(range(count)) for key, count in sent.items()}
+
+
+def test_what_cannot_be_is_said_in_a_sentence(tmp_path):
+    with pytest.raises(ConfigurationError, match="a cluster needs a number"):
+        Settings(partitions="q=redis+cluster://h:1")
+    with pytest.raises(ConfigurationError, match="not URLs"):
+        RedisAddress("redis+cluster://h:1").spread_over((("q", 2, ("redis://h:2",)),))
+    given = RedisAddress("redis://h:1").spread_over((("q", 2, ("redis://h:2",)),))
+    with pytest.raises(ConfigurationError, match="list mode has all partitions"):
+        ListBroker(given, Options(queues=(("q", None),)))
+    spec = Settings(partitions="q=redis://:secret@h:2/0|redis+sentinel://a:1,b:2/m,b=3")
+    assert [(each.name, each.partitions) for each in spec.partitions] == [("q", 3), ("b", 3)]
+    assert "secret" not in repr(spec)

@@ -59,7 +59,7 @@ VARIABLES = {
     "PARTITIONS": (
         (),
         st.lists(
-            st.builds(PartitionSpec, st.from_regex(r"[a-z]{1,9}", fullmatch=True), st.integers(1, 1024)),
+            st.builds(PartitionSpec, st.from_regex(r"[a-z]{1,9}", fullmatch=True), st.integers(1, 1024), st.just(())),
             min_size=1,
             unique_by=lambda each: each.name,
         ).map(tuple),

@@ -10,6 +10,7 @@ import asyncio
 import inspect
 import random
 import time
+from collections.abc import Iterable
 from functools import cache
 from typing import Any, Final
 
@@ -23,9 +24,10 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.driver_info import DriverInfo
 
+from streamworker.broker.keys import home_name
 from streamworker.broker.redis import connection
 from streamworker.broker.redis import url as urls
-from streamworker.broker.redis.cluster import ClusterClient, ClusterReader, ClusterSlots, slot_of
+from streamworker.broker.redis.cluster import ClusterClient, ClusterReader, ClusterSlots, PartitionServers
 from streamworker.broker.redis.connection import (
     CommandConnection,
     CommandPool,
@@ -85,7 +87,8 @@ class RedisAddress:
             self._kwargs["sentinels"] = Sentinels(url)
         elif url.hosts:
             self._kwargs["host"], self._kwargs["port"] = url.hosts[0]
-        self._slots = ClusterSlots(url) if url.kind == "cluster" else None
+        self._slots: ClusterSlots | PartitionServers | None = ClusterSlots(url) if url.kind == "cluster" else None
+        self._servers: dict[Host, RedisAddress] = {}
         if url.scheme == "rediss":
             _check_tls(url.options)
 
@@ -107,6 +110,38 @@ class RedisAddress:
         other._name = _shown(name)
         return other
 
+    def spread_over(self, partitions: Iterable[tuple[str, int, tuple[str, ...]]]) -> RedisAddress:
+        """The same address, with partitions on other servers.
+
+        Args:
+            partitions: (queue, number of partitions, URL of the server of each behind the first) by the settings.
+
+        Raises:
+            ConfigurationError: this is the address of a cluster, or a URL cannot be understood.
+        """
+        urls = {home_name(queue, number): url for queue, _, more in partitions for number, url in enumerate(more, 1)}
+        if not urls:
+            return self
+        if self._slots is not None:
+            raise ConfigurationError(
+                "partitions of a cluster are spread by their slots: set a number in STREAMWORKER_PARTITIONS, not URLs"
+            )
+        addresses = {url: RedisAddress(url, self._name) for url in urls.values()}
+        hosts = {url: (str(addresses[url]), number) for number, url in enumerate(addresses, 1)}
+        other, main = self.renamed(self._name), (str(self), 0)
+        other._slots = PartitionServers(main, {home: hosts[url] for home, url in urls.items()})
+        other._servers = {main: self, **{hosts[url]: each for url, each in addresses.items()}}
+        return other
+
+    @property
+    def given(self) -> bool:
+        """Whether partitions are on other servers, see `spread_over`."""
+        return bool(self._servers)
+
+    def slot(self, key: str) -> int:
+        """The slot of a key; keys of one slot are on one server, for good."""
+        return self._slots.slot(key) if self._slots is not None else 0
+
     def __str__(self) -> str:
         """Without the password."""
         return str(self._url)
@@ -118,10 +153,12 @@ class RedisAddress:
 
     def home(self, key: str) -> Host | None:
         """The node that serves a key, as far as it is known; ``None`` for a single server."""
-        return self._slots.node(slot_of(key)) if self._slots is not None else None
+        return self._slots.node(self._slots.slot(key)) if self._slots is not None else None
 
     def at(self, host: Host) -> RedisAddress:
-        """One node of the cluster."""
+        """One node of the cluster, or one of the servers."""
+        if host in self._servers:
+            return self._servers[host].renamed(self._name)
         other = self.renamed(self._name)
         other._slots = None
         other._url = msgspec.structs.replace(self._url, kind="server", hosts=(host,))
@@ -171,6 +208,8 @@ class RedisAddress:
 
     def listener(self) -> aioredis.Redis:
         """A client for a subscription: it may stay silent, and TCP keepalive notices a dead peer."""
+        if self._servers:
+            return self.at((str(self), 0)).listener()
         if self._slots is not None:  # a cluster passes messages on to all its nodes
             return self.at(random.choice(self._slots.masters or self._slots.candidates())).listener()  # noqa: S311
         pool = aioredis.ConnectionPool(
@@ -216,6 +255,8 @@ class RedisAddress:
         Args:
             size: most connections, unless the URL has ``max_connections``.
         """
+        if self._servers:
+            return self.at((str(self), 0)).for_handlers(size)
         said = {"client_name": self._name, "max_connections": size, **self._url.client}
         if self._slots is not None:
             nodes = [ClusterNode(host, port) for host, port in self._url.hosts]
@@ -244,7 +285,7 @@ class RedisAddress:
             ConfigurationError: it is a node of a cluster, and the URL is not that of one.
         """
         info: dict[str, Any] = await client.info("server")
-        if self._slots is None and clustered(info):
+        if not isinstance(self._slots, ClusterSlots) and clustered(info):
             raise ConfigurationError(CLUSTER.format(self))
         return info
 

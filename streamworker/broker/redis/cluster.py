@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, Final
 
@@ -30,7 +30,7 @@ class ClusterClient(aioredis.Redis):
         connect: makes a node's client.
     """
 
-    def __init__(self, slots: ClusterSlots, connect: Callable[[Host], aioredis.Redis]) -> None:
+    def __init__(self, slots: ClusterSlots | PartitionServers, connect: Callable[[Host], aioredis.Redis]) -> None:
         super().__init__()
         self._slots = slots
         self._connect = connect
@@ -65,6 +65,8 @@ class ClusterClient(aioredis.Redis):
                 await anyio.sleep(route.uncovered())
 
     async def _look(self) -> None:
+        if not isinstance(self._slots, ClusterSlots):
+            return
         lookup = SlotsLookup(self._slots)
         for host in self._slots.candidates():
             try:
@@ -83,8 +85,9 @@ class ClusterClient(aioredis.Redis):
 
     async def masters(self) -> list[aioredis.Redis]:
         """Clients of all nodes that serve slots, by a fresh map."""
-        async with self._looking:
-            await self._look()
+        if isinstance(self._slots, ClusterSlots):
+            async with self._looking:
+                await self._look()
         return [self.at(host) for host in self._slots.masters]
 
     def pipeline(self, transaction: bool = False, shard_hint: Any = None) -> Any:  # noqa: ARG002 - redis-py's signature
@@ -136,7 +139,9 @@ class ClusterReader:
         connect: makes a reader at a node.
     """
 
-    def __init__(self, client: ClusterClient, slots: ClusterSlots, key: str, connect: Callable[[Host], Reader]) -> None:
+    def __init__(
+        self, client: ClusterClient, slots: ClusterSlots | PartitionServers, key: str, connect: Callable[[Host], Reader]
+    ) -> None:
         self._client, self._slots, self._key, self._connect = client, slots, key, connect
         self._at: tuple[Host, Reader] | None = None
 
@@ -208,6 +213,10 @@ class ClusterSlots:
         self._doubted: dict[Host, float] = {}
         self.stale = True
 
+    def slot(self, key: str) -> int:
+        """The slot of a key."""
+        return slot_of(key)
+
     def node(self, slot: int) -> Host | None:
         """The node that serves a slot, as far as it is known."""
         moved = self._moved.get(slot)
@@ -250,12 +259,44 @@ class ClusterSlots:
         self.stale = False
 
 
+class PartitionServers:
+    """Map of keys to servers that are given by URLs: those of some partitions, and one for all else. It never changes.
+
+    To clients it is the map of a cluster with a slot for each server.
+
+    Args:
+        main: the server of all other keys.
+        homes: server of each partition that is elsewhere, by its home.
+    """
+
+    stale = False
+
+    def __init__(self, main: Host, homes: Mapping[str, Host]) -> None:
+        self.masters: Final = list(dict.fromkeys([main, *homes.values()]))
+        self._slots = {home: self.masters.index(host) for home, host in homes.items()}
+
+    def slot(self, key: str) -> int:
+        """The number of a key's server."""
+        return self._slots.get(key[key.find("{") + 1 : key.find("}")], 0)
+
+    def node(self, slot: int) -> Host:
+        """A server."""
+        return self.masters[slot]
+
+    def candidates(self) -> list[Host]:
+        """Servers that answer what is about no key."""
+        return self.masters
+
+    def doubt(self, host: Host) -> None:
+        """A server did not answer: no other one has its keys."""
+
+
 class Route:
     """Route of one command, by the redirections so far."""
 
-    def __init__(self, slots: ClusterSlots, key: str | None) -> None:
+    def __init__(self, slots: ClusterSlots | PartitionServers, key: str | None) -> None:
         self._slots = slots
-        self.slot: Final = None if key is None else slot_of(key)
+        self.slot: Final = None if key is None else slots.slot(key)
         self.asking: Host | None = None
         self._tries = 0
 
@@ -269,7 +310,8 @@ class Route:
 
     def uncovered(self) -> float:
         """The map is fresh and no node serves the slot: seconds to wait before it is read again."""
-        self._slots.stale = True
+        if isinstance(self._slots, ClusterSlots):
+            self._slots.stale = True
         return self._again(f"no node serves slot {self.slot}")
 
     def refused(self, error: Exception, host: Host) -> float:
@@ -280,6 +322,8 @@ class Route:
             NotExecuted: the cluster refused too often.
         """
         self.asking = None
+        if not isinstance(self._slots, ClusterSlots):
+            raise error
         if isinstance(error, redis_errors.MovedError):
             self._slots.moved(error.slot_id, (error.host or host[0], error.port))
             self._again(str(error))
