@@ -24,6 +24,7 @@ from tests.postgres.databases import beside
 LARGE = {"jobs", "job_logs", "job_keys"}
 MAY_SCAN: dict[str, str] = {
     "archive.KEY_USES": "`keys check`: an operator asks before a key is thrown away, and no index of sealed rows is worth its writes",
+    "payloads.REFERENCES": "the sweep of stored payloads, once a day where there are any, reads all documents in Redis as well",
 }
 """module.NAME to the reason."""
 
