@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -87,10 +88,40 @@ def computes(payload: Work, ctx: ProcessContext) -> Any:
     return DOES[payload.what]()
 
 
+class Neighbour(Payload, kind="neighbour", queue="q"):
+    at: str
+    until: str
+
+
+class Turns(Payload, kind="turns", queue="q"):
+    until: str
+
+
+def waits(payload: Neighbour) -> int:
+    """A neighbour in a process of its own."""
+    Path(payload.at).write_text(str(os.getpid()))
+    while not Path(payload.until).exists():
+        time.sleep(0.01)
+    return os.getpid()
+
+
+TURNS = [0]
+
+
+async def turns(payload: Turns) -> str:
+    """A neighbour on the event loop."""
+    while not os.path.exists(payload.until):  # noqa: ASYNC240, PTH110 - a moment
+        await asyncio.sleep(0.01)
+        TURNS[0] += 1
+    return "ended"
+
+
 class Stage:
     def __init__(self, timeout: float | None) -> None:
         handlers: Handlers[Any] = Handlers()
         handlers.handler(process=True, timeout=timeout, max_attempts=9)(computes)
+        handlers.handler(process=True, timeout=60)(waits)
+        handlers.handler(timeout=60)(turns)
         self.executor = Executor(handlers, Shared("w", None))
         self.ended: list[Execution] = []
         self.stuck: list[Execution] = []
@@ -100,7 +131,10 @@ class Stage:
         self.ended.append(run)
 
     def put(self, what: str, at: Path | str = "") -> Execution:
-        body = json.dumps({"id": what, "kind": "work", "payload": {"what": what, "at": str(at)}}).encode()
+        return self.put_kind("work", what=what, at=str(at))
+
+    def put_kind(self, kind: str, **payload: Any) -> Execution:
+        body = json.dumps({"id": payload.get("what", kind), "kind": kind, "payload": payload}).encode()
         run = Execution(Claim("q", "normal", "stream:{q}", b"%d-0" % id(body), 1, body, b"e"))
         self.executor.prepare(run)
         self.tasks.put(run)
@@ -172,6 +206,28 @@ async def test_code_that_never_ends_is_killed_at_the_deadline(tmp_path):
         assert isinstance(await on.outcome(run), TimedOut)
         assert isinstance(await on.outcome(on.put("pid")), Ok)
         await eventually(lambda: gone(pid), 10)
+        assert not on.stuck
+
+
+async def test_code_that_never_ends_in_c_is_dead_within_a_second_and_its_neighbours_notice_nothing(tmp_path):
+    """It holds its interpreter's lock. A neighbour in another process, and one on the event loop, outlive it."""
+    until = str(tmp_path / "until")
+    async with stage(timeout=1) as on:
+        neighbours = [
+            on.put_kind("neighbour", at=str(tmp_path / "other"), until=until),
+            on.put_kind("turns", until=until),
+        ]
+        other = await begun(tmp_path / "other")
+        run = on.put("for ever", tmp_path / "pid")
+        pid = await begun(tmp_path / "pid")
+        turned, began = TURNS[0], time.monotonic()
+        await eventually(lambda: gone(pid), 20, 0.002)
+        assert time.monotonic() - began < 1 + 1  # its timeout, and a second
+        assert TURNS[0] - turned > 10
+        assert isinstance(await on.outcome(run), TimedOut)
+        assert not gone(other)
+        (tmp_path / "until").touch()
+        assert [await on.outcome(each) for each in neighbours] == [Ok(other), Ok("ended")]
         assert not on.stuck
 
 
