@@ -235,7 +235,7 @@ class LedgerGauges:
 
     async def read(self) -> list[tuple[Family, Numbers]]:
         """The gauges; none while the database, or the loop of the relay, does not answer."""
-        if self._relay is None or self._loop is None:
+        if self._relay is None or self._loop is None or self._loop.is_closed():
             return []
         if monotonic() - self._asked_at >= FRESH:
             self._found = ()
