@@ -122,7 +122,7 @@ def _above(look: HistoryLook, settings: Settings, listing: Listing) -> None:
         return
     if not look.total.started:
         return
-    blocks, points = _blocks(), look.points
+    blocks, points = _blocks(), look.drawn
     before = look.before if any(point.started for point in look.before) else []
     drawn: list[tuple[str, list[float | None], str]] = [
         ("done", [point.done_per_s for point in points], "{:,.4g}/s"),

@@ -146,6 +146,15 @@ class HistoryLook(msgspec.Struct, frozen=True):
     points: list[HistoryPoint]
     before: list[HistoryPoint]
 
+    @property
+    def drawn(self) -> list[HistoryPoint]:
+        """The points of lines: without the present step while less than half of it has passed.
+
+        Workers write every ten seconds: a minute that has just begun would always look as if nothing ran.
+        """
+        last = self.points[-1:]
+        return self.points[:-1] if last and last[0].seconds < self.step / 2 else self.points
+
 
 async def look_back(
     reader: HistoryReader, range_: str, *, queue: str | None = None, kind: str | None = None, compare: bool = True

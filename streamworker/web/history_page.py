@@ -96,7 +96,7 @@ async def history(request: Request) -> Response:
 
 def charts_of(look: HistoryLook) -> list[Chart]:
     """Throughput, run time and waiting time."""
-    points, before = look.points, look.before if any(point.started for point in look.before) else []
+    points, before = look.drawn, look.before if any(point.started for point in look.before) else []
     return [
         _throughput(look, points, before),
         _percentiles(look, "Run time", "run", points, before),
@@ -105,10 +105,9 @@ def charts_of(look: HistoryLook) -> list[Chart]:
 
 
 def _throughput(look: HistoryLook, points: Sequence[HistoryPoint], before: Sequence[HistoryPoint]) -> Chart:
-    lines = [
-        Line("done", "done", [point.done_per_s for point in points]),
-        Line("failed", "failed", [point.failed_per_s for point in points]),
-    ]
+    lines = [Line("done", "done", [point.done_per_s for point in points])]
+    if look.total.failed:
+        lines.append(Line("failed", "failed", [point.failed_per_s for point in points]))
     past = [Line("before", "done a week before", [point.done_per_s for point in before])] if before else []
     top = max((value or 0.0 for line in [*lines, *past] for value in line.values), default=0.0)
     scale = _nice(top)
@@ -174,7 +173,7 @@ def _draw(
         spans = [(place(point.epoch + week), place(point.epoch + week + step)) for point in before]
         drawn += [_path(line, spans, height) for line in past]
     spans = [
-        (place(look.since + n * look.step), place(look.since + (n + 1) * look.step)) for n in range(len(look.points))
+        (place(look.since + n * look.step), place(look.since + (n + 1) * look.step)) for n in range(len(look.drawn))
     ]
     drawn += [_path(line, spans, height, area=line.style == "done") for line in lines]
     for number, (left, right) in enumerate(spans):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from streamworker.broker.redis.redis_history import RedisHistory
 from streamworker.telemetry.run_history import DAY, HOUR, HistoryRow, RunTally, bucket_of
 from streamworker.views import history as views
 from streamworker.views.history import BLOCKS, PLAIN_BLOCKS, duration, look_back, percent, sparkline
+from tests.conftest import eventually_blocking
 
 
 def ran(done: int, *, run: float = 0.02, wait: float = 0.2, failed: int = 0, retried: int = 0) -> RunTally:
@@ -98,6 +100,28 @@ def test_a_worker_s_runs_are_there_when_it_has_ended(sw, redis_url, raw):
     assert (row["kind"], row["queue"], row["started"], row["done"]) == ("note.write", "notes", 3, 3)
 
 
+def test_a_killed_worker_leaves_what_it_wrote(sw, redis_url, raw):
+    """Two workers add to the same rows; what the one wrote before it was killed stays."""
+    sw.constants = {"streamworker.worker.history_recorder.EVERY": 0.2}
+    note = {"job": json.dumps({"kind": "note.write", "payload": {"text": "x"}})}
+
+    def done() -> int:
+        return sum(row["done"] for row in sw.ok("history", "--range", "1h", "--json").rows)
+
+    one = sw.worker()
+    for _ in range(3):
+        raw.xadd("stream:{notes}", note)
+    eventually_blocking(lambda: done() == 3)
+    other = sw.worker()
+    one.kill()
+    for _ in range(4):
+        raw.xadd("stream:{notes}", note)
+    eventually_blocking(lambda: done() == 7)
+    other.signal(signal.SIGTERM)
+    assert other.wait(15) == 0
+    assert done() == 7
+
+
 async def test_steps_are_those_of_the_clock_and_the_last_is_shorter(redis_url):
     await written(redis_url, ROWS)
     async with App(settings=Settings(redis_url=redis_url)).operator() as operator:
@@ -108,6 +132,8 @@ async def test_steps_are_those_of_the_clock_and_the_last_is_shorter(redis_url):
             assert all(point.epoch % step == 0 for point in look.points)
             assert [point.seconds for point in look.points[:-1]] == [step] * (len(look.points) - 1)
             assert 0 <= look.points[-1].seconds <= step
+            begun = look.points[-1].seconds < step / 2
+            assert look.drawn == (look.points[:-1] if begun else look.points)
             assert sum(point.done for point in look.points) == look.total.done == sum(row.done for row in look.kinds)
             fine = await look_back(operator.history, name, queue="bills", kind="invoice.send", compare=False)
             assert len(fine.points) == range_.seconds // range_.fine[1]
