@@ -264,6 +264,9 @@ class Flip:
         tally = judge(self)
         left = set(self.raw.keys("*")) - {"stream:{q}:meta", "stream:{q}:ids", *STREAMS}
         left -= {key for key in left if key.startswith("stream:{q}:key:child-")}
+        left -= {
+            key for key in left if key.startswith(("stream:history", "stream:{q}:history:"))
+        }  # kept for sixty days
         if left := {key for key in left if not key.startswith("streamworker:worker:")}:
             self.violations.append(f"keys are left over: {sorted(left)}")
         for member in self.members:
