@@ -400,10 +400,10 @@ TASKS = {
 
 
 def test_every_task_of_the_book_is_solved_by_a_test():
-    """The seven of old, and the five of a week on call."""
+    """The seven of old, and the five of a week on call. Flows have tests of their own: tests/web/test_flows.py."""
     headings = [line[3:] for line in test_runbook.BOOK.read_text().splitlines() if line.startswith("## ")]
     assert [each for each in headings if each not in TASKS] == [
-        "Is anything wrong?", "Who did that?", "By keyboard",
+        "Is anything wrong?", "A flow does not go on", "Who did that?", "By keyboard",
     ]  # fmt: skip
     assert len(TASKS) == 12
     for heading, name in TASKS.items():

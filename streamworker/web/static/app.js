@@ -234,6 +234,8 @@
       for (const [name, value] of Object.entries(more)) if (value) form.set(name, value);
     }
     button.disabled = true;
+    const leave = button.dataset.leave || listing?.dataset.leave;
+    leaving = Boolean(leave); // what the page shows may be gone before the answer is here: nothing to refresh
     try {
       const answer = await fetch(`${root}/do/${button.dataset.do}`, {
         method: "POST", body: form, credentials: "same-origin",
@@ -242,11 +244,7 @@
       const type = answer.headers.get("content-type") || "";
       const told = type.includes("json") ? await answer.json() : { ok: false, message: (await answer.text()).slice(0, 300) };
       toast(told.message, !told.ok);
-      const leave = told.ok && (button.dataset.leave || listing?.dataset.leave);
-      if (leave) {
-        leaving = true; // what the page shows is gone: nothing to refresh
-        return void setTimeout(() => location.assign(leave), 700);
-      }
+      if (told.ok && leave) return void setTimeout(() => location.assign(leave), 700);
       if (told.ok && "rows" in button.dataset) {
         $$("input:checked", listing).forEach((box) => { box.checked = false; });
       }
@@ -256,6 +254,7 @@
       button.disabled = false;
       picked();
     }
+    leaving = false;
     again();
   }
 
