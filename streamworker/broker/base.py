@@ -91,6 +91,9 @@ class RedisBroker(ABC, Generic[K, I]):
         if self._mover is None:
             return wait
         if (now := monotonic()) >= self._move_at:
+            for queue in {keys.name for keys in self._keys if keys.name in self._partitions}:
+                with suppress(Unreachable):  # a partition learns the numbers when its server is back
+                    await self._router.sizes(queue)
             self._move_at = now + await self._mover.move()
         return min(wait, max(0.0, self._move_at - now))
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Sequence
 from hashlib import sha1
+from time import monotonic
 from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
 import msgspec
@@ -39,6 +40,8 @@ ARRIVAL: Final = 3_600_000
 """Milliseconds for which a partition remembers that a moved job was stored."""
 MOVES: Final = 200
 """Most jobs that one look of a `JobMover` moves."""
+TELL_AGAIN: Final = 5.0
+"""Seconds between tries to tell a partition the numbers while its server is away."""
 LOOKED_AT: Final = 8
 """Most partitions of one look."""
 LOOK_EVERY: Final = 1.0
@@ -146,24 +149,40 @@ class Router:
     def __init__(self, session: PartitionSession, keys: KeysOf, partitions: Partitions) -> None:
         self._session, self._keys, self.partitions = session, keys, partitions
         self._sizes: dict[str, list[int]] = {}
+        self._untold: dict[str, tuple[float, list[str]]] = {}
+        """Partitions whose servers were away, by queue, and the monotonic seconds of the next try."""
 
     async def sizes(self, queue: str) -> list[int]:
         """The numbers of partitions that a queue has had, the last one that of today; told to all partitions once."""
         known = self._sizes.get(queue)
         if known is not None:
+            if self._untold and (untold := self._untold.get(queue)) is not None and untold[0] < monotonic():
+                await self._tell(queue, " ".join(map(str, known)), untold[1])
             return known
         homes = self.partitions.homes(queue)
         first = self._keys(homes[0])
         used = [first.meta, first.due, *first.places]
         text = (await self._session.run(scripts.RESIZE, [first.order, *used], [len(homes)])).decode()
-        for home in homes[1:]:
-            await self._session.run(scripts.RESIZE, [self._keys(home).order], [text])
+        await self._tell(queue, text, homes[1:])
         found = [int(number) for number in text.split()]
         if found[-1] > len(homes):
             hint = f"jobs in the others wait for workers that have STREAMWORKER_PARTITIONS={queue}={found[-1]}"
             log.warning("partitions_unserved", queue=queue, partitions=found[-1], here=len(homes), hint=hint)
         self._sizes[queue] = found
         return found
+
+    async def _tell(self, queue: str, text: str, homes: Sequence[str]) -> None:
+        """Tell partitions the numbers; those whose servers are away later."""
+        away = []
+        for home in homes:
+            try:
+                await self._session.run(scripts.RESIZE, [self._keys(home).order], [text])
+            except Unreachable as error:  # `stay` tells it, too: no job goes past an old home that does not know
+                log.warning("partition_away", queue=queue, partition=home, error=str(error))
+                away.append(home)
+        self._untold.pop(queue, None)
+        if away:
+            self._untold[queue] = (monotonic() + TELL_AGAIN, away)
 
     async def homes(self, queue: str, jobs: Sequence[Named]) -> list[str]:
         """The home of each job."""

@@ -185,8 +185,12 @@ class Rig:
             return [Shared("flood", 0.02) for _ in range(10 * count)]
         return [Shared(f"q{self.random.randint(0, 4)}", 0.02)]
 
-    def _next_in_line(self) -> Payload:
-        key = f"k{self.random.randint(0, 19)}"
+    def next_in_lines(self) -> list[Payload]:
+        """The next job of each order key."""
+        return [self._next_in_line(f"k{number}") for number in range(20)]
+
+    def _next_in_line(self, key: str = "") -> Payload:
+        key = key or f"k{self.random.randint(0, 19)}"
         self._numbers[key] += 1
         seconds, fails = self.random.choice((0.0, 0.0, 0.05)), self.random.choice((0, 0, 0, 0, 1, 9))
         return InLine(key, self._numbers[key], f"t{self._numbers[key] % 3}", seconds, fails)

@@ -8,10 +8,15 @@ from typing import Any
 import pytest
 
 from tests.crash.app import LIMIT, Limited
+from tests.crash.ground import PARTITIONS
 from tests.crash.history import read
 from tests.crash.rig import Rig, fine
 
-pytestmark = [pytest.mark.crash, pytest.mark.timeout(150)]
+pytestmark = [
+    pytest.mark.crash,
+    pytest.mark.timeout(150),
+    pytest.mark.skipif(PARTITIONS > 1, reason="limits hold for each partition"),
+]
 
 
 def at_once(rig: Rig) -> int:

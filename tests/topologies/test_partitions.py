@@ -191,6 +191,11 @@ async def test_one_server_is_away_and_the_other_goes_on(two_servers):
         await eventually(lambda: all(ran[key] == [0, 1, 2] for key in here))
         with pytest.raises(Unreachable):
             await app.enqueue(Step(key=there[0], n=9))
+        # A worker and a producer that start now serve the server that is there, and the other one when it is back.
+        late = served(two_servers, ran)
+        async with late, working(late):
+            await late.enqueue_many([Step(key=key, n=3) for key in here])
+            await eventually(lambda: all(ran[key] == [0, 1, 2, 3] for key in here))
         await anyio.to_thread.run_sync(two_servers[1].start)
         await app.enqueue_many([Step(key=key, n=1) for key in there])
         await eventually(lambda: all(ran[key] == [0, 1] for key in there))
