@@ -101,7 +101,8 @@ for i = %(first)s, #ARGV, %(step)s do
   local id, count, who = string.match(ARGV[i], '^(%%S+) (%%d+) (.*)$')
   local level = string.match(ARGV[i + 1], '^%%S+ %%d+ (%%a+)')
   if level then -- what was popped lies nowhere
-    local place = level == 'normal' and 'queue:q' or 'queue:q:' .. level
+    local home = string.match(KEYS[1], '^(queue:[^:]+):')
+    local place = level == 'normal' and home or home .. ':' .. level
     local line = { %(name)s, place, id, who, count, before[id] or '- 0', tostring(result[n]) }
     redis.pcall('RPUSH', '%(list)s', table.concat(line, ' '))
   end
@@ -112,7 +113,7 @@ local now = holders()
 for i = 3, #ARGV do
   local id, count, who = string.match(ARGV[i], '^(%%S+) (%%d+) (.*)$')
   if before[id] ~= now[id] then
-    redis.pcall('RPUSH', '%(list)s', table.concat({ 'renew', 'queue:q', id, who, count, before[id] or '- 0', now[id] or '' }, ' '))
+    redis.pcall('RPUSH', '%(list)s', table.concat({ 'renew', string.match(KEYS[2], '^(queue:[^:]+):'), id, who, count, before[id] or '- 0', now[id] or '' }, ' '))
   end
 end
 """
