@@ -116,6 +116,7 @@ class WorkerFlags(ServerFlags):
         database_url: postgresql://user:password@host:5432/name.
         database_direct_url: The same past a connection pooler.
         queues: Queues in order, each with an optional cap: billing=10,email.
+        partitions: Queues that are spread over several slots or servers, and over how many: billing=8.
         worker_id: A name for this worker; a random part is added.
         concurrency: Jobs at once.
         database_connections: Most connections of ctx.database, and as many of ctx.transaction().
@@ -128,6 +129,7 @@ class WorkerFlags(ServerFlags):
         max_deliveries: Deliveries after which a job whose workers died is dead.
         unknown_kind_ttl: Seconds a job waits for a worker that knows its kind.
         max_job_bytes: The largest document allowed.
+        offload_bytes: Payloads with more bytes are kept in the payload store.
         key_ttl: Seconds a deduplication key is remembered.
         priority: strict or weighted.
         fair_weights: Starts of a tenant where others get one: large=3,small=0.5.
@@ -136,6 +138,8 @@ class WorkerFlags(ServerFlags):
         ledger: auto, on or off.
         relay: on or off.
         history: on or off: keep how many runs there were, and how long they took.
+        job_log: off, ctx or all: keep with a job what its handler logs.
+        job_log_lines: Most lines of the log of one run.
         loop: auto, uvloop or asyncio: the event loop handlers run on.
         http: host:port of health and metrics, or off.
     """
@@ -143,6 +147,7 @@ class WorkerFlags(ServerFlags):
     database_url: Text = None
     database_direct_url: Text = None
     queues: Text = None
+    partitions: Text = None
     worker_id: Text = None
     concurrency: Text = None
     database_connections: Text = None
@@ -155,6 +160,7 @@ class WorkerFlags(ServerFlags):
     max_deliveries: Text = None
     unknown_kind_ttl: Text = None
     max_job_bytes: Text = None
+    offload_bytes: Text = None
     key_ttl: Text = None
     priority: Text = None
     fair_weights: Text = None
@@ -163,6 +169,8 @@ class WorkerFlags(ServerFlags):
     ledger: Text = None
     relay: Text = None
     history: Text = None
+    job_log: Text = None
+    job_log_lines: Text = None
     loop: Text = None
     http: Text = None
 
