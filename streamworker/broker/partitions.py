@@ -256,9 +256,11 @@ async def fresh_epoch(session: PartitionSession, keys: QueueKeys, first: QueueKe
         keys: of the partition.
         first: of its queue's first one.
     """
-    if keys != first and await session.ask("HSETNX", first.meta, f"made:{keys.queue}", "1"):
+    mark = f"made:{keys.queue}"
+    # Looked at before it is written: out of memory, workers of partitions that are there can still start.
+    if keys != first and not await session.ask("HEXISTS", first.meta, mark):
         epoch: bytes | None = await session.ask("HGET", first.meta, "epoch")
-        if epoch:
+        if epoch and await session.ask("HSETNX", first.meta, mark, "1"):
             return epoch.decode()
     return secrets.token_hex(8)
 

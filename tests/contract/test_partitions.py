@@ -197,6 +197,17 @@ async def test_what_a_lost_reply_claimed_is_found(broker_factory):
         assert sorted(names(await broker.own_pending(claims[:5]))) == sorted(names(claims[5:]))
 
 
+async def test_a_worker_starts_while_the_server_is_out_of_memory(broker_factory, raw):
+    async with broker_factory("first", **FOUR):
+        pass
+    raw.config_set("maxmemory", 1)
+    try:
+        async with broker_factory("w", **FOUR) as broker:
+            assert await broker.claim(10, 0, ()) == []
+    finally:
+        raw.config_set("maxmemory", 0)
+
+
 # -- delay, deduplication, cancellation
 
 
