@@ -35,6 +35,7 @@ from streamworker.operators import (
     open_audited_archive,
     open_operator,
 )  # fmt: skip
+from streamworker.operators.audit_trail import audited
 from streamworker.payload import AnyPayload, PayloadStore
 from streamworker.postgres import Archive, JobRecord
 from streamworker.postgres.migrate import Migrator, printed, shipped
@@ -472,9 +473,13 @@ class App(Handlers[S], Calendar):
             Unreachable: a server does not answer.
         """
         whose = person(where, headers)
-        archive = await self._connection.archive()
-        async with open_operator(self._connection.rules(), self._connection.redis, self.queues) as operator:
-            store = self.store or (None if archive is None else archive.payloads(self._connection.rules().namespace))
+        rules, ledger = self._connection.rules(), await self._connection.archive()
+        async with (
+            AsyncExitStack() as stack,
+            open_operator(rules, self._connection.redis, self.queues) as operator,
+        ):
+            archive = None if ledger is None else audited(stack, ledger)
+            store = self.store or (None if archive is None else archive.payloads(rules.namespace))
             erasure = Erasure(whose, operator, archive, self.opener, queue=queue, store=store)
             return await erasure.run(wait, dry_run=dry_run)
 

@@ -47,12 +47,12 @@ def erase(
     settings = flags.settings()
 
     async def main() -> int:
-        from streamworker.operators import open_operator, require_archive  # noqa: PLC0415 - see `run`
+        from streamworker.operators import open_audited_archive, open_operator  # noqa: PLC0415 - see `run`
 
         async with AsyncExitStack() as stack:
             operator = await stack.enter_async_context(open_operator(settings))
             durable = settings.ledger != "off" and (settings.database_url or settings.redis_url == EMBEDDED)
-            archive = await require_archive(stack, settings) if durable else None
+            archive = await open_audited_archive(stack, settings) if durable else None
             store = app_store(settings) or (None if archive is None else archive.payloads(settings.namespace))
             erasure = Erasure(whose, operator, archive, opener(settings), queue=queue, store=store)
             found = await erasure.run(wait, dry_run=not yes)

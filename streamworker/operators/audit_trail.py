@@ -209,6 +209,10 @@ class AuditedArchive:
         """Send a signal; its data are not kept."""
         return await self._act("signal", queue, job_id, None, self._archive.signal(job_id, name, data, queue), name)
 
+    async def erase(self, queue: str, ids: Sequence[str]) -> dict[str, int]:
+        """Delete the rows of a person's jobs; how many jobs they were is kept, and not which ones."""
+        return await self._act("erase", queue, None, None, self._archive.erase(queue, ids), f"{len(ids)} jobs")
+
     async def prune(self, queue: str | None = None, *, older: float | None = None) -> int:
         """Forget jobs before their time."""
         details = None if older is None else f"older={older:g}"
@@ -222,7 +226,7 @@ class AuditedArchive:
         try:
             answer = await doing
             result = "done" if answer else "gone"
-            if answer and not isinstance(answer, bool):
+            if type(answer) is int and answer:
                 details = ", ".join(filter(None, [details, f"{answer} jobs"]))
             return answer
         except StreamworkerError as error:

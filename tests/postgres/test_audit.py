@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import httpx2
+import pytest
 
 from streamworker import App, Payload, Settings
 from streamworker.operators import JobChange, cancel_job
@@ -154,6 +155,30 @@ async def test_the_command_line_keeps_them(database_url, redis_url, pg):
     call("jobs", "cancel", job_id, "--yes")
     (row,) = map(json.loads, call("audit", "--job", job_id, "--json").splitlines())
     assert (row["action"], row["source"], row["kind"], row["result"]) == ("cancel", "cli", "waits", "done")
+
+
+@pytest.mark.parametrize("way", ["cli", "python"])
+async def test_an_erasure_is_kept_and_says_nothing_of_the_person(way, database_url, redis_url, pg):
+    app = App(settings=Settings(redis_url=redis_url, database_url=database_url))
+    async with pg.transaction():
+        await app.enqueue(Waits(n=17), connection=pg, headers={"who": "ann@example.org"})
+    if way == "python":
+        ACTOR.set(Actor("ann", "python"))
+        async with app:
+            assert len((await app.erase({"n": 17}, queue="q")).jobs) == 1
+    else:
+        env = {
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": str(ROOT),
+            "REDIS_URL": redis_url,
+            "DATABASE_URL": database_url,
+        }
+        done = forkserver.run(["jobs", "erase", "--where", "n=17", "--yes"], env=env, cwd=ROOT, timeout=50)
+        assert done.returncode == 0, done.stderr
+    found = await rows(pg)
+    (row,) = (row for row in found if row["action"] == "erase")
+    assert (row["queue_name"], row["job_id"], row["source"], row["details"]) == ("q", None, way, "1 jobs")
+    assert "example.org" not in str(found)
 
 
 async def test_old_rows_are_pruned_by_the_retention_of_the_setting(database_url, pg):
