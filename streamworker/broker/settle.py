@@ -82,28 +82,33 @@ async def settle(
         spread: several nodes serve the queues: claims on a node that does not answer are refused, the others settled.
     """
     groups: dict[tuple[int, str], list[int]] = {}
+    group, last_stage, last_place = list[int](), -1, ""
     for index, item in enumerate(items):
-        stage = _STAGES[type(item.verdict)]
+        stage, place = _STAGES[type(item.verdict)], item.claim.place
         if stage == 0 and item.note is not None:  # a result is kept, or a deduplication key is freed
             stage = _STAGES[Drop]
         elif stage == 0 and item.order:
             stage = IN_ORDER
-        key = stage, item.claim.place
-        if (group := groups.get(key)) is None:
-            group = groups[key] = []
+        if stage != last_stage or place is not last_place:  # else as the one before: nearly all
+            last_stage, last_place = stage, place
+            group = groups.setdefault((stage, place), [])
         group.append(index)
     stages = (sender.done, sender.done_in_order, sender.finish, sender.park, sender.bury)
     results = [Settled.LOST] * len(items)
     for (stage, place), indexes in sorted(groups.items()):
         for batch in _batches(indexes):
-            codes = await _sent(stages[stage], homes[place], [items[index] for index in batch], spread=spread)
-            for index, code in zip(batch, codes, strict=True):
-                if isinstance(code, bytes):
-                    results[index] = Settled.REFUSED
-                    error = code.decode(errors="replace")
-                    refusals.setdefault(homes[place].name, Refusal(error, cure_of(error)))
-                else:
-                    results[index] = _CODES[code]
+            sent = [items[index] for index in batch]
+            codes = await _sent(stages[stage], homes[place], sent, spread=spread)
+            if codes.count(1) == len(items):
+                results = [Settled.SETTLED] * len(items)
+            else:
+                for index, code in zip(batch, codes, strict=True):
+                    if isinstance(code, bytes):
+                        results[index] = Settled.REFUSED
+                        error = code.decode(errors="replace")
+                        refusals.setdefault(homes[place].name, Refusal(error, cure_of(error)))
+                    else:
+                        results[index] = _CODES[code]
             if stage <= IN_ORDER and sender.waited:
                 ended = [items[index] for index, code in zip(batch, codes, strict=True) if code == 1]
                 told = [item for item in ended if not isinstance(item.verdict, Park)]

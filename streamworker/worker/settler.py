@@ -187,11 +187,12 @@ class Settler:
         self._told(batch, items, results, now)
         counts, forget, uncertain = self._in_flight.counts, self._in_flight.forget, self._uncertain
         refused: dict[str, list[Execution]] = {}
+        done = 0
         for run, item, result in zip(batch, items, results, strict=True):
             if result is SETTLED:
                 forget(run)
                 if item.verdict is DONE:
-                    counts.done += 1
+                    done += 1
                 else:
                     self._count(run, item)
             elif result is Settled.REFUSED:
@@ -206,6 +207,7 @@ class Settler:
                     log.info("settle_lost", **facts_of(run))
             if uncertain:
                 uncertain.discard(run)
+        counts.done += done
         for each in buffers:
             each.forget(
                 item.claim for item, result in zip(items, results, strict=True) if result is not Settled.REFUSED
