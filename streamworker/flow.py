@@ -9,7 +9,7 @@ from typing_extensions import Unpack
 
 from streamworker import codec
 from streamworker.errors import UsageError
-from streamworker.job import IF_FAILED, WHENS, FlowGraph, FlowNode, IfFailed, Job, When
+from streamworker.job import IF_FAILED, WHENS, FlowGraph, FlowNode, IfFailed, Job, When, topological_order
 from streamworker.payload import AnyPayload
 from streamworker.producer import JobOptions, job_of
 
@@ -192,12 +192,7 @@ class Flow:
         for node, before in self._edges:
             waits[node] += 1
             follow.setdefault(before, []).append(node)
-        ready = [node for node, count in waits.items() if not count]
-        for node in ready:
-            for each in follow.get(node, ()):
-                waits[each] -= 1
-                if not waits[each]:
-                    ready.append(each)
+        ready = topological_order(waits, follow)
         if len(ready) < len(waits):
             around = ", ".join(node.name for node, count in waits.items() if count)[:200]
             raise UsageError(f"the flow {self.name!r} has a cycle: each of these nodes waits for another ({around})")

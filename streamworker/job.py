@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import enum
 import re
+from collections.abc import Iterable, Mapping
 from datetime import datetime
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias, TypeVar
 
 import msgspec
 
@@ -114,6 +115,25 @@ class FlowNode(msgspec.Struct, frozen=True):
     job: Job | None
     gate: int | None
     if_failed: IfFailed = "fail"
+
+
+N = TypeVar("N")
+
+
+def topological_order(waits: dict[N, int], follow: Mapping[N, Iterable[N]]) -> list[N]:
+    """The nodes of a graph, each behind those before it, without those that are on a cycle or behind one.
+
+    Args:
+        waits: how many are before each node; counted down, so that it stays above 0 on a cycle.
+        follow: those behind each node.
+    """
+    ready = [node for node, count in waits.items() if not count]
+    for node in ready:
+        for each in follow.get(node, ()):
+            waits[each] -= 1
+            if not waits[each]:
+                ready.append(each)
+    return ready
 
 
 class FlowGraph(msgspec.Struct, frozen=True):

@@ -1,10 +1,10 @@
-"""Back-off of a loop after an error: 1 s, growing to 30 s, jittered, ended early by a stop. `at_once`, `in_loop`."""
+"""`Pause`: back-off of a loop after an error, 1 s growing to 30 s, jittered, ended by a stop; `LookLoop`."""
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final, TypeVar
 
 import anyio
@@ -47,6 +47,43 @@ class Pause:
         with anyio.move_on_after(seconds):
             await stop.wait()
         return seconds
+
+
+class LookLoop:
+    """A loop that looks, and looks again when its time has come or it is woken.
+
+    Args:
+        stopping: ends it; call `wake` with it.
+    """
+
+    def __init__(self, stopping: anyio.Event) -> None:
+        self._stopping = stopping
+        self._wake = anyio.Event()
+
+    def wake(self) -> None:
+        """Look now."""
+        self._wake.set()
+
+    async def run(self, look: Callable[[], Awaitable[float]], failed: Callable[[Exception], None]) -> None:
+        """Look until stopped.
+
+        Args:
+            look: returns the seconds until the next look.
+            failed: told of each error, which is followed by a pause.
+        """
+        pause = Pause()
+        while not self._stopping.is_set():
+            # Before the look, not after it: a stop, or what comes meanwhile, must not be slept over.
+            self._wake = anyio.Event()
+            try:
+                seconds = await look()
+                pause.reset()
+            except Exception as error:  # noqa: BLE001 - the loop goes on when the servers are back
+                failed(error)
+                await pause.wait(self._stopping)
+                continue
+            with anyio.move_on_after(seconds):
+                await self._wake.wait()
 
 
 def at_once(coroutine: Coroutine[Any, Any, T]) -> T:

@@ -13,7 +13,7 @@ import msgspec
 from typing_extensions import TypeVar
 
 from streamworker.broker import Refusal, SettleRequest, scripts
-from streamworker.broker.cancel import Cancels, cancel, pass_on, uncancel
+from streamworker.broker.cancel import Cancels, cancel, cancel_in, pass_on, uncancel
 from streamworker.broker.claim import ClaimSource, Options, none_ended
 from streamworker.broker.keys import PROGRESS, QueueKeys, worker_key
 from streamworker.broker.partitions import JobMover, PartitionedPublisher, Partitions, Router, fresh_epoch
@@ -304,12 +304,12 @@ class RedisBroker(ABC, Generic[K, I]):
         return await self._cancels.find(claims)
 
     async def cancel(self, queue: str, job_id: str) -> bool:
-        homes = self._homes([queue])
-        gone = [keys for keys in homes if await cancel(self._session, keys, job_id)]
-        for keys in homes if gone else ():  # it was in one partition: marks in the others would stay
-            if keys not in gone:
-                await uncancel(self._session, keys, job_id)
-        return bool(gone)
+        session = self._session
+        return await cancel_in(
+            self._homes([queue]),
+            lambda keys: cancel(session, keys, job_id),
+            lambda keys: uncancel(session, keys, job_id),
+        )
 
     async def pass_on(self, queue: str, order: str, job_id: str) -> None:
         for keys in self._homes([queue]):

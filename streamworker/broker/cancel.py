@@ -6,9 +6,9 @@ settled the job. A field of the queue's meta hash, which claiming reads anyway, 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from time import monotonic
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 
@@ -22,6 +22,8 @@ from streamworker.job import Claim, StoredDocument
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.broker")
+
+H = TypeVar("H")
 
 LIFE: Final = 7 * 86_400
 """Seconds a mark lives: longer than a job should wait in a queue. Delayed jobs are deleted instead."""
@@ -147,6 +149,23 @@ async def forget(server: Session | OperatorSession, keys: QueueKeys, member: byt
 async def uncancel(server: Session | OperatorSession, keys: QueueKeys, job_id: str) -> bool:
     """Delete a mark, so that the job may run again; False if there is none."""
     return bool(await server.run(scripts.CANCEL, [keys.cancelled, keys.meta, keys.due], [job_id, 0]))
+
+
+async def cancel_in(
+    homes: Sequence[H], cancelling: Callable[[H], Awaitable[bool]], uncancelling: Callable[[H], Awaitable[object]]
+) -> bool:
+    """Cancel a job that is in one of these homes; True if it was delayed, as of `cancel`.
+
+    Args:
+        homes: of its queue.
+        cancelling: as `cancel`, of one home.
+        uncancelling: as `uncancel`, of one home.
+    """
+    gone = [home for home in homes if await cancelling(home)]
+    for home in homes if gone else ():  # it was in one partition: marks in the others would stay
+        if home not in gone:
+            await uncancelling(home)
+    return bool(gone)
 
 
 async def _parked(server: Session | OperatorSession, keys: QueueKeys, job_id: str) -> AsyncIterator[bytes]:

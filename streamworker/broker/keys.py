@@ -26,7 +26,7 @@ class QueueKeys(msgspec.Struct, frozen=True):
     @property
     def name(self) -> str:
         """The queue, whatever partition of it this is."""
-        return self.queue.partition("#")[0]
+        return queue_of_home(self.queue)
 
     @property
     def base(self) -> str:
@@ -321,6 +321,11 @@ def queue_of_list(key: str, namespace: str = "") -> str | None:
 def home_name(queue: str, number: int) -> str:
     """The home of a partition: the name by which its keys are made."""
     return f"{queue}#{number}" if number else queue
+
+
+def queue_of_home(home: str) -> str:
+    """The queue that a home is a partition of."""
+    return home.partition("#")[0]
 
 
 def scheduled_queues(namespace: str) -> str:

@@ -21,6 +21,7 @@ from streamworker.broker.keys import (
     document,
     lease_of,
     of_due_member,
+    queue_of_home,
     queue_of_list,
     unwrapped,
     worker_key,
@@ -51,7 +52,7 @@ async def derived_from(session: OperatorSession, keys: QueueKeys, level: Level) 
 
 async def queues(session: OperatorSession) -> list[str]:
     """Names of queues that have any key, sorted."""
-    return sorted({home.partition("#")[0] for home in await homes(session)})
+    return sorted({queue_of_home(home) for home in await homes(session)})
 
 
 async def homes(session: OperatorSession) -> list[str]:
@@ -83,7 +84,7 @@ def folded(depths: Iterable[Depth]) -> list[Depth]:
     """Depths with those of a queue's partitions as one."""
     found: dict[str, Depth] = {}
     for each in depths:
-        name = each.queue.partition("#")[0]
+        name = queue_of_home(each.queue)
         known = found.get(name)
         found[name] = msgspec.structs.replace(each, queue=name) if known is None else _both(known, each)
     return list(found.values())

@@ -12,7 +12,8 @@ from typing import Any, Final, TypeVar, cast
 import msgspec
 
 from streamworker.broker import Finding, KindCount, Operator, Page, PendingEntry, Place, StoredJob, WorkerInfo
-from streamworker.broker.keys import home_name
+from streamworker.broker.cancel import cancel_in
+from streamworker.broker.keys import home_name, queue_of_home
 from streamworker.broker.listings import folded
 from streamworker.broker.operator import ERRORS, ListOperator, StreamOperator
 from streamworker.broker.partitions import Partitions, PartitionSpec, partition_of
@@ -105,12 +106,12 @@ class PartitionedOperator:
         return await self._operator.drop(self._entry(entry))
 
     async def cancel(self, queue: str, job_id: str) -> bool:
-        homes = self._partitions.homes(queue)
-        gone = [home for home in homes if await self._operator.cancel(home, job_id)]
-        for home in homes if gone else ():  # it was in one partition: marks in the others would stay
-            if home not in gone:
-                await self._operator.uncancel(home, job_id)
-        return bool(gone)
+        operator = self._operator
+        return await cancel_in(
+            self._partitions.homes(queue),
+            lambda home: operator.cancel(home, job_id),
+            lambda home: operator.uncancel(home, job_id),
+        )
 
     async def uncancel(self, queue: str, job_id: str) -> bool:
         return any([await self._operator.uncancel(home, job_id) for home in self._partitions.homes(queue)])
@@ -191,7 +192,7 @@ class PartitionedOperator:
     async def waiting(self, queues: Sequence[str], limit: int) -> list[KindCount]:
         counts: Counter[tuple[str, Place, str | None]] = Counter()
         for each in await self._operator.waiting(self._homes(queues), limit):
-            counts[each.queue.partition("#")[0], each.place, each.kind] += each.count
+            counts[queue_of_home(each.queue), each.place, each.kind] += each.count
         return [KindCount(queue, place, kind, count) for (queue, place, kind), count in sorted(counts.items(), key=str)]
 
     async def pause(self, queue: str, note: str) -> bool:
@@ -236,7 +237,7 @@ class PartitionedOperator:
     async def workers(self, queues: Sequence[str], *, everywhere: bool = True) -> list[WorkerInfo]:
         found = await self._operator.workers(self._homes(queues), everywhere=everywhere)
         return [
-            msgspec.structs.replace(each, queues=list(dict.fromkeys(name.partition("#")[0] for name in each.queues)))
+            msgspec.structs.replace(each, queues=list(dict.fromkeys(queue_of_home(name) for name in each.queues)))
             for each in found
         ]
 

@@ -99,21 +99,24 @@ async def settle(
         for batch in _batches(indexes):
             sent = [items[index] for index in batch]
             codes = await _sent(stages[stage], homes[place], sent, spread=spread)
-            if codes.count(1) == len(items):
+            if codes.count(1) == len(items):  # nearly always
                 results = [Settled.SETTLED] * len(items)
             else:
                 for index, code in zip(batch, codes, strict=True):
-                    if isinstance(code, bytes):
-                        results[index] = Settled.REFUSED
-                        error = code.decode(errors="replace")
-                        refusals.setdefault(homes[place].name, Refusal(error, cure_of(error)))
-                    else:
-                        results[index] = _CODES[code]
+                    results[index] = _result_of(code, homes[place], refusals)
             if stage <= IN_ORDER and sender.waited:
                 ended = [items[index] for index, code in zip(batch, codes, strict=True) if code == 1]
                 told = [item for item in ended if not isinstance(item.verdict, Park)]
                 await sender.tell(homes[place], told)
     return results
+
+
+def _result_of(code: Code, keys: QueueKeys, refusals: dict[str, Refusal]) -> Settled:
+    if not isinstance(code, bytes):
+        return _CODES[code]
+    error = code.decode(errors="replace")
+    refusals.setdefault(keys.name, Refusal(error, cure_of(error)))
+    return Settled.REFUSED
 
 
 T = TypeVar("T", SettleRequest, OutputBatch)

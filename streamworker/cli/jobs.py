@@ -279,7 +279,7 @@ def logs(
                     print_json(msgspec.to_builtins(line))
                 else:
                     if line.run != run_of:
-                        say(f"attempt {line.attempt}, hop {line.hop}, delivery {line.deliveries}")
+                        say(line.heading)
                     streams.write(log_text(line))
                 run_of = line.run
                 streams.flush()

@@ -16,7 +16,7 @@ from streamworker.encryption import PLAIN, Sealer
 from streamworker.errors import InvalidJob, StreamworkerError, UsageError
 from streamworker.handlers import Handlers
 from streamworker.job import Job, Level, ScheduleEntry, ScheduleTick
-from streamworker.loops import Pause
+from streamworker.loops import LookLoop
 from streamworker.payload import AnyPayload
 from streamworker.postgres import Archive
 from streamworker.producer import make_job
@@ -388,36 +388,28 @@ class ScheduleMirror:
     """
 
     def __init__(self, store: ScheduleStore, ledger: ScheduleLedger, stopping: anyio.Event) -> None:
-        self._store, self._ledger, self._stopping = store, ledger, stopping
+        self._store, self._ledger = store, ledger
         self._suspects: set[str] = set()
-        self._wake = anyio.Event()
+        self._loop = LookLoop(stopping)
 
     def suspect(self, queue: str) -> None:
         """Redis may have lost what a queue had: compare it now."""
         self._suspects.add(queue)
-        self._wake.set()
+        self.wake()
 
     def wake(self) -> None:
         """Look now."""
-        self._wake.set()
+        self._loop.wake()
 
     async def run(self) -> None:
         """Compare until stopped; an error is logged and followed by a pause."""
-        pause = Pause()
-        while not self._stopping.is_set():
-            self._wake = anyio.Event()
-            try:
-                await self.step()
-                pause.reset()
-            except Exception as error:  # noqa: BLE001 - the loop goes on when the servers are back
-                log.error("schedules_not_compared", error=str(error))
-                await pause.wait(self._stopping)
-                continue
-            with anyio.move_on_after(COMPARE):
-                await self._wake.wait()
+        await self._loop.run(self.step, lambda error: log.error("schedules_not_compared", error=str(error)))
 
-    async def step(self) -> None:
-        """Compare the queues that are suspected; and, if it is this relay's turn, those whose numbers differ."""
+    async def step(self) -> float:
+        """Compare the queues that are suspected; and, if it is this relay's turn, those whose numbers differ.
+
+        Returns the seconds until the next look.
+        """
         suspects, self._suspects = self._suspects, set()
         try:
             if (look := await self._ledger.look(COMPARE * 0.9, WHOLE)) is not None:
@@ -429,6 +421,7 @@ class ScheduleMirror:
                 suspects.pop()
         finally:
             self._suspects |= suspects
+        return COMPARE
 
     async def compare(self, queue: str) -> None:
         """Compare the schedules of a queue."""

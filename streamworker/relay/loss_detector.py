@@ -16,7 +16,7 @@ from typing import Final
 
 import anyio
 
-from streamworker.loops import Pause
+from streamworker.loops import LookLoop
 from streamworker.relay import Dispatcher, KnownQueue, Lost, Outbox, Pulse
 from streamworker.telemetry.logs import get_logger
 
@@ -94,7 +94,6 @@ class LossDetector:
     ) -> None:
         self._outbox = outbox
         self._dispatcher = dispatcher
-        self._stopping = stopping
         self._lease = lease
         self._listening = listening
         self._queues = queues
@@ -102,12 +101,12 @@ class LossDetector:
         self._agreed: dict[str, str] = {}
         """The server of each queue, as this process last agreed on it with the ledger."""
         self._foreign: set[str] = set()
-        self._wake = anyio.Event()
+        self._loop = LookLoop(stopping)
         self._prune_at = monotonic() + PRUNE * random.random()  # noqa: S311 - spreads load
 
     def wake(self) -> None:
         """Look now."""
-        self._wake.set()
+        self._loop.wake()
 
     def listen(self, listening: bool) -> None:
         """Notifications of the ledger arrive from now on, or no longer: without them it looks more often."""
@@ -115,19 +114,12 @@ class LossDetector:
 
     async def run(self) -> None:
         """Look until stopped; an error is logged and followed by a pause."""
-        pause = Pause()
-        while not self._stopping.is_set():
-            self._wake = anyio.Event()
-            try:
-                await self.look()
-                pause.reset()
-            except Exception as error:  # noqa: BLE001 - the loop goes on when the servers are back
-                log.error("relay_watch_failed", error=str(error))
-                await pause.wait(self._stopping)
-                continue
-            seconds = min(LOOK, self._lease) if self._listening else LOOK_UNNOTIFIED
-            with anyio.move_on_after(seconds * random.uniform(0.8, 1.0)):  # noqa: S311 - spreads load
-                await self._wake.wait()
+        await self._loop.run(self._look_again, lambda error: log.error("relay_watch_failed", error=str(error)))
+
+    async def _look_again(self) -> float:
+        await self.look()
+        seconds = min(LOOK, self._lease) if self._listening else LOOK_UNNOTIFIED
+        return seconds * random.uniform(0.8, 1.0)  # noqa: S311 - spreads load
 
     async def look(self) -> None:
         """One look at every queue."""

@@ -9,7 +9,7 @@ from typing import Final, Literal, TypeAlias
 
 import msgspec
 
-from streamworker.job import FlowRecord, NodeRecord, NodeState
+from streamworker.job import FlowRecord, NodeRecord, NodeState, topological_order
 
 STATES: Final[tuple[NodeState, ...]] = (
     "ok", "failed", "held", "skipped", "running", "retrying", "queued", "waiting", "blocked",
@@ -144,15 +144,7 @@ def before(nodes: Sequence[NodeRecord], gates: Iterable[int] = ()) -> Edges:
 
 def in_order(edges: Mapping[int, Mapping[int, str]]) -> list[int]:
     """Each node behind those before it."""
-    waits = {number: len(others) for number, others in edges.items()}
-    follow = _followers(edges)
-    ready = [number for number, count in waits.items() if not count]
-    for number in ready:
-        for each in follow.get(number, ()):
-            waits[each] -= 1
-            if not waits[each]:
-                ready.append(each)
-    return ready
+    return topological_order({number: len(others) for number, others in edges.items()}, _followers(edges))
 
 
 def layers(nodes: Sequence[NodeRecord]) -> list[list[FlowBox]]:

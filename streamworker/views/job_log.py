@@ -48,6 +48,11 @@ class JobLogLine(msgspec.Struct, frozen=True):
         """Which run logged it."""
         return self.hop, self.deliveries
 
+    @property
+    def heading(self) -> str:
+        """What readers see before the first line of a run."""
+        return f"attempt {self.attempt}, hop {self.hop}, delivery {self.deliveries}"
+
 
 class LogFollower:
     """Reads the log of one job.

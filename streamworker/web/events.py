@@ -94,9 +94,7 @@ async def shown_log(
             aclosing(app.job_log(job_id, queue=queue, follow=True)) as lines,
         ):
             async for line in lines:
-                head = (
-                    "" if line.run == run else f"attempt {line.attempt}, hop {line.hop}, delivery {line.deliveries}\n"
-                )
+                head = "" if line.run == run else f"{line.heading}\n"
                 number, run = number + 1, line.run
                 if number > after:
                     yield OutputItem(number, 1, line.attempt, head + log_text(line))

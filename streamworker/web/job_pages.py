@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 from typing import Any, Final, get_args
 
@@ -55,21 +56,20 @@ async def payload(request: Request) -> Response:
 
 async def output(request: Request) -> Response:
     """The output of one job as it comes, as server-sent events. The log says who looked."""
-    _require_payloads(request)
-    form, state = query(request), request.app.state
-    wanted, queue = form.must("id"), form.queue()
-    log.info("dashboard_output_shown", who=who(request), client=client(request), queue=queue, job_id=wanted)
-    events = shown_events(state.app, state.settings, request, wanted, queue=queue)
-    return StreamingResponse(events, media_type="text/event-stream", headers={"x-accel-buffering": "no"})
+    return _followed(request, "dashboard_output_shown", shown_events)
 
 
 async def log_(request: Request) -> Response:
     """What the handler of one job logs, as it comes. The log says who looked."""
+    return _followed(request, "dashboard_job_log_shown", shown_log)
+
+
+def _followed(request: Request, event: str, shown: Callable[..., AsyncIterator[bytes]]) -> Response:
     _require_payloads(request)
     form, state = query(request), request.app.state
     wanted, queue = form.must("id"), form.queue()
-    log.info("dashboard_job_log_shown", who=who(request), client=client(request), queue=queue, job_id=wanted)
-    events = shown_log(state.app, state.settings, request, wanted, queue=queue)
+    log.info(event, who=who(request), client=client(request), queue=queue, job_id=wanted)
+    events = shown(state.app, state.settings, request, wanted, queue=queue)
     return StreamingResponse(events, media_type="text/event-stream", headers={"x-accel-buffering": "no"})
 
 

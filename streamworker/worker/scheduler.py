@@ -15,7 +15,7 @@ from streamworker.cron import Schedule
 from streamworker.cron.stored import stored_schedule
 from streamworker.errors import StreamworkerError
 from streamworker.job import CronTick, Job, ScheduleEntry, ScheduleTick
-from streamworker.loops import Pause
+from streamworker.loops import LookLoop, Pause
 from streamworker.settings import Settings
 from streamworker.telemetry.logs import get_logger
 
@@ -144,35 +144,19 @@ class ScheduleLoop:
         self._seal = seal
         self._store, self._queues, self._settings = store, queues, settings
         self._stopping, self._process = stopping, process
-        self._wake = anyio.Event()
-
-    def _changed(self) -> None:
-        self._wake.set()
+        self._loop = LookLoop(stopping)
 
     async def run(self) -> None:
         """Offer until stopped; an error is logged and followed by a pause."""
         async with anyio.create_task_group() as group:
-            group.start_soon(self._store.listen, self._changed)
+            group.start_soon(self._store.listen, self._loop.wake)
             group.start_soon(self._wake_at_the_end)
-            pause = Pause()
-            while not self._stopping.is_set():
-                self._wake = anyio.Event()
-                try:
-                    seconds = await self.step()
-                    pause.reset()
-                except Exception as error:  # noqa: BLE001 - the main loop never crashes
-                    log.error("schedules_failed", error=str(error))
-                    await pause.wait(self._stopping)
-                    continue
-                if self._stopping.is_set():
-                    break
-                with anyio.move_on_after(seconds):
-                    await self._wake.wait()
+            await self._loop.run(self.step, lambda error: log.error("schedules_failed", error=str(error)))
             group.cancel_scope.cancel()
 
     async def _wake_at_the_end(self) -> None:
         await self._stopping.wait()
-        self._wake.set()
+        self._loop.wake()
 
     async def step(self) -> float:
         """Offer what is due; returns the seconds until the next look."""
@@ -216,32 +200,24 @@ class DelayedPromoter:
 
     def __init__(self, broker: Broker, stopping: anyio.Event) -> None:
         self._broker = broker
-        self._stopping = stopping
-        self._wake = anyio.Event()
+        self._loop = LookLoop(stopping)
         self._next = 0.0
 
     def parked(self, at: float) -> None:
         """A job is due at ``at`` (epoch seconds): no later than that the due set is looked at."""
         if at < self._next:
-            self._wake.set()
+            self.wake()
 
     def wake(self) -> None:
         """Look now."""
-        self._wake.set()
+        self._loop.wake()
 
     async def run(self) -> None:
         """Tick until stopped; an error is logged and followed by a pause."""
-        pause = Pause()
-        while not self._stopping.is_set():
-            # Before the look, not after it: a stop or a parked job that comes meanwhile must not be slept over.
-            self._wake, self._next = anyio.Event(), float("inf")
-            try:
-                seconds = await self._broker.promote()
-                pause.reset()
-            except Exception as error:  # noqa: BLE001 - the main loop never crashes
-                log.error("tick_failed", error=str(error))
-                await pause.wait(self._stopping)
-                continue
-            self._next = time() + seconds
-            with anyio.move_on_after(seconds):
-                await self._wake.wait()
+        await self._loop.run(self._promote, lambda error: log.error("tick_failed", error=str(error)))
+
+    async def _promote(self) -> float:
+        self._next = float("inf")
+        seconds = await self._broker.promote()
+        self._next = time() + seconds
+        return seconds

@@ -259,6 +259,14 @@ async def test_a_wrong_clock_here_moves_no_minute_and_no_wait(redis_url, monkeyp
 
 
 async def test_what_cannot_be_kept_is_said_and_the_worker_goes_on(redis_url, raw, caplog, monkeypatch):
+    flush, flushed = history_recorder.HistoryRecorder._flush, []
+
+    async def counted(self):
+        if had := await flush(self):
+            flushed.append(self)
+        return had
+
+    monkeypatch.setattr(history_recorder.HistoryRecorder, "_flush", counted)
     monkeypatch.setattr(history_recorder, "EVERY", 0.1)
     raw.set("stream:{q}:history:kinds", "a string")
     app = App(settings=Settings(redis_url=redis_url, lease=1))
@@ -270,10 +278,9 @@ async def test_what_cannot_be_kept_is_said_and_the_worker_goes_on(redis_url, raw
     worker = QueueWorker(app, redis=None, database=None, services=None)
     task = asyncio.create_task(worker.start())
     async with app:
-        for _ in range(3):
+        for number in range(1, 4):  # each in a flush of its own, which fails
             await app.enqueue(Note())
-            await asyncio.sleep(0.15)
-        await eventually(lambda: worker.ended_runs == 3)
+            await eventually(lambda number=number: worker.ended_runs == number and len(flushed) >= number)
         await eventually(lambda: "history_not_recorded" in caplog.text)
     await worker.stop()
     await task

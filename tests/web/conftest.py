@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pkgutil
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -14,10 +14,19 @@ import pytest
 
 from streamworker import App, Settings
 from streamworker.web import Access, dashboard
+from tests.web.chromium import Chromium
 
 HERE = "http://127.0.0.1:8787"
 LOOKS = {"streamworker.web.monitor.WATCHED": 0.3, "streamworker.loops.FIRST": 0.2}
 """Seconds between two looks, of which tests want the next one."""
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Chromium]:
+    """A browser for the tests of a module."""
+    chromium = Chromium()
+    yield chromium
+    chromium.close()
 
 
 @pytest.fixture(autouse=True)

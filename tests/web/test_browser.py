@@ -27,13 +27,6 @@ pytestmark = [
 HOSTILE = "<script>window.pwned = 1</script><img src=x onerror='window.pwned = 2'>"
 
 
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Chromium]:
-    chromium = Chromium()
-    yield chromium
-    chromium.close()
-
-
 class Served:
     """The program ``streamworker dashboard``, and a page of it."""
 

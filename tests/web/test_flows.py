@@ -127,13 +127,6 @@ async def test_a_flow_too_large_to_draw_is_cut_and_says_so(site, pg):
 # -- in Chromium
 
 
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Chromium]:
-    chromium = Chromium()
-    yield chromium
-    chromium.close()
-
-
 class Served:
     """The program ``streamworker dashboard`` with a ledger, and a page of it."""
 

@@ -23,9 +23,9 @@ from tests.cli.test_history import ROWS, ran, written
 from tests.postgres.conftest import *  # noqa: F403 - the fixtures of databases
 from tests.web.chromium import program
 from tests.web.conftest import HERE, Browser
-from tests.web.test_browser import Served, chromium, served
+from tests.web.test_browser import Served, served
 
-__all__ = ["chromium", "served"]
+__all__ = ["served"]
 
 
 async def test_the_numbers_are_those_of_the_command_line(browser, redis_url, capsys, monkeypatch):
