@@ -51,19 +51,27 @@ with added as (
 select extract(epoch from clock_timestamp())::float8"""
 
 _COUNTS: Final = "sum(started)::bigint, sum(done)::bigint, sum(failed)::bigint, sum(retried)::bigint"
-READ: Final = f"""
+_TIMES: Final = f"{_COUNTS}, sum(run)::text, sum(wait)::text"
+
+
+def read_statement(query: HistoryQuery) -> str:
+    """The statement of a query. The index finds a queue and a kind: the rows of all others are not read."""
+    queue = "$5::text is null" if query.queue is None else "queue_name = $5"
+    kind = "$6::text is null" if query.kind is None else "kind = $6"
+    kinds = f"""
+union all
+select null, queue_name, kind, {_TIMES} from part group by queue_name, kind"""  # noqa: S608 - our own text
+    return f"""
 with part as materialized (
   select floor(extract(epoch from at)::float8 / $4::integer) * $4::integer as at, queue_name, kind, started, done,
     failed, retried, run, wait
   from streamworker.history
-  where span = $1 and at >= to_timestamp($2) and at < to_timestamp($3)
-    and ($5::text is null or queue_name = $5) and ($6::text is null or kind = $6)
+  where span = $1 and at >= to_timestamp($2) and at < to_timestamp($3) and {queue} and {kind}
 )
-select at, null, null, {_COUNTS}, sum(run)::text, sum(wait)::text from part group by at
-union all
-select null, queue_name, kind, {_COUNTS}, sum(run)::text, sum(wait)::text from part group by queue_name, kind
+select at, null, null, {_TIMES} from part group by at{kinds if query.kinds else ""}
 union all
 select at, queue_name, kind, {_COUNTS}, null, null from part group by at, queue_name, kind"""  # noqa: S608 - our own text
+
 
 # One worker at a time, the first that takes the advisory lock; for the others the statement deletes nothing.
 PRUNE: Final = f"""
@@ -102,7 +110,7 @@ class LedgerHistory:
         await self._require()
         with understood("reading the history"):
             rows = await self._database.fetch(
-                READ, query.span, query.since, query.until, query.step, query.queue, query.kind
+                read_statement(query), query.span, query.since, query.until, query.step, query.queue, query.kind
             )
         sums = HistorySums()
         for at, queue, kind, started, done, failed, retried, run, wait in rows:

@@ -114,6 +114,7 @@ class HistoryQuery(msgspec.Struct, frozen=True):
         step: seconds of which the tallies are added up, a multiple of the span.
         queue: only of this queue.
         kind: only of this kind.
+        kinds: the tally of each kind over the whole time is wanted; else `HistorySums.kinds` is empty.
     """
 
     span: int
@@ -122,6 +123,7 @@ class HistoryQuery(msgspec.Struct, frozen=True):
     step: int
     queue: str | None = None
     kind: str | None = None
+    kinds: bool = True
 
 
 Place = tuple[str, str]

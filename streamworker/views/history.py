@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 
@@ -20,11 +20,13 @@ from streamworker.telemetry.run_history import (
     HistorySums,
     Place,
     RunTally,
+    StepCounts,
     percentiles,
 )
 
 SHARES: Final = (0.5, 0.95, 0.99)
 WEEK: Final = 7 * DAY
+_Value = TypeVar("_Value")
 
 
 class HistoryRange(msgspec.Struct, frozen=True):
@@ -178,37 +180,56 @@ async def look_back(
     now = await reader.now()
     span, step = wanted.fine if kind is not None else wanted.coarse
     since = now // step * step - wanted.seconds + step
-    sums = await reader.read(HistoryQuery(span, since, now + span, step, queue, kind))
+    query = HistoryQuery(span, since, now + span, step, queue, kind)
+    sums = await reader.read(query)
     points = _points(sums, since, now, step)
-    before, old, elapsed = [], HistorySums(), 0.0
+    before: list[HistoryPoint] = []
+    rates: dict[Place, float | None] = {}
+    week_before = None
     if compare:
-        span = wanted.before
-        begin = max((since - WEEK) // span * span, math.ceil((now - KEPT[span]) / span) * span)
-        end = math.ceil((now - WEEK) / span) * span
-        old = await reader.read(HistoryQuery(span, begin, end, span, queue, kind))
-        before, elapsed = _points(old, begin, end, span), end - begin
+        past = _a_week_before(query, wanted.before, now)
+        old = _part(sums, past) if _holds(query, past) else await reader.read(past)
+        before, elapsed = _points(old, past.since, past.until, past.step), past.until - past.since
+        rates = {place: _rate(counts.values(), elapsed) for place, counts in old.counts.items()}
+        week_before = _rate((each for counts in old.counts.values() for each in counts.values()), elapsed)
     ats = [since + number * step for number in range(len(points))]
     kinds = [
-        _kind(place, tally, now - since, _rate(old.kinds.get(place), elapsed), _shape(sums.counts.get(place, {}), ats))
+        _kind(place, tally, now - since, rates.get(place), _shape(sums.counts.get(place, {}), ats))
         for place, tally in sums.kinds.items()
     ]
     kinds.sort(key=lambda each: (-each.done, -each.started, each.queue, each.kind))
-    total = _kind(
-        ("", ""), _together(sums.kinds.values()), now - since, _rate(_together(old.kinds.values()), elapsed),
-        [point.done for point in points],
-    )  # fmt: skip
+    together = RunTally()
+    for tally in sums.steps.values():
+        together.add(tally)
+    total = _kind(("", ""), together, now - since, week_before, [point.done for point in points])
     return HistoryLook(wanted, queue, kind, now, since, step, total, kinds, points, before)
 
 
-def _together(tallies: Iterable[RunTally]) -> RunTally:
-    made = RunTally()
-    for tally in tallies:
-        made.add(tally)
-    return made
+def _a_week_before(query: HistoryQuery, span: int, now: float) -> HistoryQuery:
+    """The same time a week before, as far as it is kept, in steps of a span. Of kinds only the counts are shown."""
+    since = max((query.since - WEEK) // span * span, math.ceil((now - KEPT[span]) / span) * span)
+    until = math.ceil((now - WEEK) / span) * span
+    return HistoryQuery(span, since, until, span, query.queue, query.kind, kinds=False)
 
 
-def _rate(tally: RunTally | None, seconds: float) -> float | None:
-    return None if tally is None or not tally.started or not seconds else tally.done / seconds
+def _holds(query: HistoryQuery, part: HistoryQuery) -> bool:
+    """Whether the steps of ``part`` are steps of ``query``."""
+    return query.step == part.step and query.since <= part.since and part.until <= query.until
+
+
+def _part(sums: HistorySums, part: HistoryQuery) -> HistorySums:
+    def within(by_step: Mapping[float, _Value]) -> dict[float, _Value]:
+        return {at: value for at, value in by_step.items() if part.since <= at < part.until}
+
+    return HistorySums(within(sums.steps), {}, {place: within(counts) for place, counts in sums.counts.items()})
+
+
+def _rate(counts: Iterable[StepCounts], seconds: float) -> float | None:
+    started, done = 0, 0
+    for each in counts:
+        started += each[0]
+        done += each[1]
+    return done / seconds if started and seconds else None
 
 
 def _shape(counts: Mapping[float, Sequence[int]], ats: Sequence[float]) -> list[int]:

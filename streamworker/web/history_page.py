@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 import msgspec
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -166,7 +166,7 @@ def _draw(
     def place(at: float) -> float:
         return min(WIDTH, max(0.0, WIDTH * (at - look.since) / (until - look.since)))
 
-    drawn = []
+    drawn: list[str] = []
     week = 7 * DAY
     if past:
         step = before[1].epoch - before[0].epoch if len(before) > 1 else look.range.seconds
@@ -178,12 +178,11 @@ def _draw(
     drawn += [_path(line, spans, height, area=line.style == "done") for line in lines]
     for number, (left, right) in enumerate(spans):
         told = ", ".join(f"{line.name} {words(line.values[number])}" for line in lines)
-        drawn.append(
-            Markup('<rect x="{0:.1f}" y="0" width="{1:.1f}" height="{2}"><title>{3}: {4}</title></rect>').format(
-                left, right - left, f"{HEIGHT:.0f}", _clock(look.points[number].epoch, look.step), told
-            )
+        told = escape(f"{_clock(look.since + number * look.step, look.step)}: {told}")
+        drawn.append(  # hundreds of them: put together as text, since Markup.format takes 20 times as long
+            f'<rect x="{left:.1f}" y="0" width="{right - left:.1f}" height="{HEIGHT:.0f}"><title>{told}</title></rect>'
         )
-    return Markup("").join(drawn)
+    return Markup("".join(drawn))  # noqa: S704 - numbers, Markup, and what was escaped
 
 
 def _path(

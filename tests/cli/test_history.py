@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import signal
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from streamworker import App, Settings
 from streamworker.broker.redis.redis_history import RedisHistory
-from streamworker.telemetry.run_history import DAY, HOUR, HistoryRow, RunTally, bucket_of
+from streamworker.telemetry.run_history import DAY, HOUR, HistoryQuery, HistoryRow, RunTally, bucket_of
 from streamworker.views import history as views
 from streamworker.views.history import BLOCKS, PLAIN_BLOCKS, duration, look_back, percent, sparkline
 from tests.conftest import eventually_blocking
@@ -138,6 +139,37 @@ async def test_steps_are_those_of_the_clock_and_the_last_is_shorter(redis_url):
             fine = await look_back(operator.history, name, queue="bills", kind="invoice.send", compare=False)
             assert len(fine.points) == range_.seconds // range_.fine[1]
             assert fine.before == []
+
+
+async def test_the_week_before_is_read_once_and_as_it_is_kept(redis_url, raw):
+    """Where its steps are among those of the range, as in sixty days, they are not read again."""
+    chance = random.Random(7)
+    await written(redis_url, [
+        (days * DAY, f"q{chance.randrange(2)}", f"k{chance.randrange(3)}", ran(chance.randrange(1, 90), failed=3))
+        for days in range(60) for _ in range(3)
+    ])  # fmt: skip
+    async with App(settings=Settings(redis_url=redis_url)).operator() as operator:
+        for name, range_ in views.RANGES.items():
+            raw.config_resetstat()
+            look = await look_back(operator.history, name)
+            asked = raw.info("commandstats")
+            assert asked["cmdstat_zrange"]["calls"] == (1 if name == "60d" else 2)
+            begin = look.before[0].epoch if look.before else 0.0
+            past = await operator.history.read(
+                HistoryQuery(range_.before, begin, begin + len(look.before) * range_.before, range_.before)
+            )
+            assert {point.epoch: point.done for point in look.before if point.started} == {
+                at: tally.done for at, tally in past.steps.items()
+            }
+            elapsed = len(look.before) * range_.before
+            assert {(row.queue, row.kind): row.week_before_per_s for row in look.kinds} == {
+                (row.queue, row.kind): pytest.approx(past.kinds[row.queue, row.kind].done / elapsed, rel=1e-3)
+                if (row.queue, row.kind) in past.kinds else None for row in look.kinds
+            }  # fmt: skip
+            if together := sum(tally.done for tally in past.steps.values()):
+                assert look.total.week_before_per_s == pytest.approx(together / elapsed, rel=1e-3)
+            else:
+                assert look.total.week_before_per_s is None
 
 
 def test_words():

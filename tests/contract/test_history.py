@@ -100,6 +100,10 @@ async def test_workers_add_to_one_minute_and_every_span_is_the_sum(stores):
     assert await everything(reader, HOUR, queue="r") == added_up([row for row in written if row.queue == "r"], HOUR)
     late = HistoryQuery(MINUTE, AT + MINUTE, AT + HOUR, MINUTE)
     assert set((await reader.read(late)).steps) == {AT + MINUTE, AT + 59 * MINUTE}
+    whole = added_up(written, HOUR)
+    assert await reader.read(HistoryQuery(MINUTE, AT, AT + 3 * DAY, HOUR, kinds=False)) == HistorySums(
+        whole.steps, {}, whole.counts
+    )
 
 
 async def test_the_space_is_bounded(stores, raw, monkeypatch):

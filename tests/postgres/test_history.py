@@ -13,7 +13,7 @@ import pytest
 from streamworker import App, Backoff
 from streamworker.errors import ConfigurationError
 from streamworker.postgres.archive import open_archive
-from streamworker.postgres.ledger_history import LedgerHistory, packed
+from streamworker.postgres.ledger_history import LedgerHistory, packed, read_statement
 from streamworker.postgres.pool import open_database
 from streamworker.telemetry.run_history import (
     DAY,
@@ -21,6 +21,7 @@ from streamworker.telemetry.run_history import (
     MINUTE,
     HistoryQuery,
     HistoryRow,
+    HistorySums,
     RunTally,
     bucket_of,
     percentiles,
@@ -58,6 +59,22 @@ async def test_workers_add_to_one_minute_and_every_span_is_the_sum(stores):
     only = added_up([row for row in written if (row.queue, row.kind) == ("r", "b c")], HOUR)
     assert await everything(stores[0], HOUR, queue="r", kind="b c") == only
     assert await everything(stores[0], HOUR, queue="r") == added_up([row for row in written if row.queue == "r"], HOUR)
+    assert await everything(stores[0], HOUR, kind="a") == added_up([row for row in written if row.kind == "a"], HOUR)
+    whole = added_up(written, HOUR)
+    assert await stores[0].read(HistoryQuery(MINUTE, AT, AT + 3 * DAY, HOUR, kinds=False)) == HistorySums(
+        whole.steps, {}, whole.counts
+    )
+
+
+async def test_the_index_finds_a_kind(stores, pg):
+    """A day of one kind by minute is 1,440 rows among those of all others."""
+    one = HistoryQuery(MINUTE, AT, AT + DAY, 10 * MINUTE, "q", "a")
+    arguments = one.span, one.since, one.until, one.step, one.queue, one.kind
+    await pg.execute("set enable_seqscan = off")
+    plan = [row[0] for row in await pg.fetch(f"explain {read_statement(one)}", *arguments)]
+    (found,) = [line for line in plan if "Index Cond" in line]
+    assert "queue_name = " in found
+    assert "kind = " in found
 
 
 async def test_sql_sees_the_same_percentiles(stores, pg):

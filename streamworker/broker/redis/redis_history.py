@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from time import monotonic
 from typing import Any, Final
 
@@ -29,7 +29,6 @@ from streamworker.telemetry.run_history import (
     HistoryQuery,
     HistoryRow,
     HistorySums,
-    Place,
     RunTally,
     StepCounts,
 )
@@ -42,7 +41,9 @@ OTHERS: Final = "(further kinds)"
 REGISTER: Final = 3600.0
 """Seconds between two notes that a queue has a history."""
 
-_BUCKETS: Final = struct.Struct(f"<{BUCKETS}Q")
+_LANES: Final = [struct.Struct(f"<{length}Q") for length in range(BUCKETS + 2)]
+_PACKS: Final = [lanes.pack for lanes in _LANES]
+_UNPACKS: Final = [lanes.unpack for lanes in _LANES]
 _Packed = tuple[int, int, int, int, list[int], list[int]]
 _encode: Final = msgspec.msgpack.Encoder().encode
 _decode: Final = msgspec.msgpack.Decoder(_Packed).decode
@@ -115,11 +116,11 @@ class RedisHistoryReader:
             queues = [text(name) for name in await self._session.ask("ZRANGE", self._registry, 0, -1)]
         places = [(queue, begin) for queue in queues for begin in self._pages(query)]
         commands = [command for queue, begin in places for command in self._command(query, queue, begin)]
-        sums = _Sums()
+        sums = _Sums(query)
         for (queue, begin), answer in zip(places, await self._session.gather(commands), strict=True):
             if isinstance(answer, Exception):
                 raise StreamworkerError(f"the history of {queue} cannot be read: {answer}")
-            _add(sums, query, queue, self._fields(query, begin, answer))
+            sums.add(queue, self._fields(query, begin, answer))
         return sums.made()
 
     @property
@@ -148,59 +149,60 @@ class RedisHistoryReader:
         return {name: value for name, value in zip(names, answer, strict=True) if value is not None}
 
 
-class _Sum:
-    """Sums of tallies. A histogram is one number with 64 bits a bucket: thousands of them are added in milliseconds."""
-
-    __slots__ = ("counts", "run", "wait")
-
-    def __init__(self) -> None:
-        self.counts = (0, 0, 0, 0)
-        self.run = self.wait = 0
-
-    def add(self, counts: StepCounts, run: int, wait: int) -> None:
-        one, two, three, four = self.counts
-        started, done, failed, retried = counts
-        self.counts = (one + started, two + done, three + failed, four + retried)
-        self.run += run
-        self.wait += wait
-
-    def made(self) -> RunTally:
-        return RunTally(*self.counts, _of_number(self.run), _of_number(self.wait))
-
-
 class _Sums:
-    """What becomes `HistorySums`."""
+    """Adds up `HistorySums`. A histogram is one number with 64 bits a bucket: thousands are added in milliseconds."""
 
-    def __init__(self) -> None:
-        self._steps: defaultdict[float, _Sum] = defaultdict(_Sum)
-        self._kinds: defaultdict[Place, _Sum] = defaultdict(_Sum)
-        self._cells: defaultdict[Place, defaultdict[float, _Sum]] = defaultdict(lambda: defaultdict(_Sum))
+    def __init__(self, query: HistoryQuery) -> None:
+        self._query = query
+        self._steps: defaultdict[float, list[int]] = defaultdict(lambda: [0, 0])
+        self._kinds: dict[tuple[str, bytes], tuple[list[int], dict[float, StepCounts]]] = {}
 
-    def add(self, at: float, place: Place, packed_: _Packed) -> None:
-        started, done, failed, retried, *windows = packed_
-        run, wait = map(_number, windows)
-        counts = (started, done, failed, retried)
-        self._steps[at].add(counts, run, wait)
-        self._kinds[place].add(counts, run, wait)
-        self._cells[place][at].add(counts, 0, 0)
-
-    def made(self) -> HistorySums:
-        return HistorySums(
-            {at: each.made() for at, each in self._steps.items()},
-            {place: each.made() for place, each in self._kinds.items()},
-            {place: {at: each.counts for at, each in cells.items()} for place, cells in self._cells.items()},
-        )
-
-
-def _add(sums: _Sums, query: HistoryQuery, queue: str, fields: Mapping[bytes, bytes]) -> None:
-    for field, value in fields.items():
-        begin, _, kind = field.partition(b" ")
-        at = float(begin) if begin.isdigit() else -1.0
-        if query.since <= at < query.until:
+    def add(self, queue: str, fields: Mapping[bytes, bytes]) -> None:
+        """Add the fields of a page. They are thousands: what can be done once for a kind or a step is not done here."""
+        since, until, step, each_kind = self._query.since, self._query.until, self._query.step, self._query.kinds
+        kinds, steps = self._kinds, self._steps
+        for field, value in fields.items():
+            begin, _, kind = field.partition(b" ")
+            if not begin.isdigit() or not since <= (at := int(begin)) < until:
+                continue
             try:
-                sums.add(at // query.step * query.step, (queue, text(kind)), _decode(value))
+                started, done, failed, retried, runs, waits = _decode(value)
+                run, wait = _number(runs), _number(waits)
             except (msgspec.MsgspecError, ValueError, struct.error):
                 continue  # it is none of ours
+            at -= at % step
+            if (found := kinds.get((queue, kind))) is None:
+                found = kinds[queue, kind] = [0, 0], {}
+            times, counts = found
+            if (before := counts.get(at)) is None:
+                counts[at] = started, done, failed, retried
+            else:
+                counts[at] = before[0] + started, before[1] + done, before[2] + failed, before[3] + retried
+            if each_kind:
+                times[0] += run
+                times[1] += wait
+            times = steps[at]
+            times[0] += run
+            times[1] += wait
+
+    def made(self) -> HistorySums:
+        sums = HistorySums()
+        by_step: defaultdict[float, list[StepCounts]] = defaultdict(list)
+        for (queue, name), (times, counts) in self._kinds.items():
+            place = queue, text(name)
+            sums.counts[place] = counts
+            if self._query.kinds:
+                sums.kinds[place] = _tally(counts.values(), times)
+            for at, each in counts.items():
+                by_step[at].append(each)
+        sums.steps = {at: _tally(by_step[at], times) for at, times in self._steps.items()}
+        return sums
+
+
+def _tally(counts: Iterable[StepCounts], times: Sequence[int]) -> RunTally:
+    started, done, failed, retried = map(sum, zip(*counts, strict=True))
+    run, wait = map(_of_number, times)
+    return RunTally(started, done, failed, retried, run, wait)
 
 
 def packed(tally: RunTally) -> bytes:
@@ -216,13 +218,19 @@ def _window(counts: Counts) -> list[int]:
     return [first, *(counts.get(bucket, 0) for bucket in range(first, max(counts) + 1))]
 
 
-def _number(window: list[int]) -> int:
-    first, *counts = window
-    if not 0 <= first <= BUCKETS - len(counts):
+def _number(window: Sequence[int]) -> int:
+    first, length = (window[0], len(window)) if window else (-1, 0)
+    if not 0 <= first <= BUCKETS + 1 - length:
         raise ValueError("no window of buckets")
-    return int.from_bytes(struct.pack(f"<{len(counts)}Q", *counts), "little") << (64 * first)
+    # It is packed whole, and the number of its first bucket dropped after that: cheaper than another list.
+    return int.from_bytes(_PACKS[length](*window), "little") >> 64 << (64 * first)
 
 
 def _of_number(number: int) -> Counts:
-    buckets = _BUCKETS.unpack(number.to_bytes(_BUCKETS.size, "little"))
-    return {bucket: count for bucket, count in enumerate(buckets) if count}
+    if not number:
+        return {}
+    first = ((number & -number).bit_length() - 1) // 64
+    number >>= 64 * first
+    length = (number.bit_length() + 63) // 64
+    buckets = _UNPACKS[length](number.to_bytes(8 * length, "little"))
+    return {bucket: count for bucket, count in enumerate(buckets, first) if count}
