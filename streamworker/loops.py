@@ -32,6 +32,12 @@ class Pause:
         """Make the next pause short again."""
         self._next = FIRST
 
+    def next(self) -> float:
+        """Seconds of the next pause."""
+        seconds = self._next * random.uniform(0.75, 1.25)  # noqa: S311 - spreads load, hides nothing
+        self._next = min(self._longest, self._next * 2)
+        return seconds
+
     async def wait(self, stop: anyio.Event, *, least: float = 0.0) -> float:
         """Wait for the next pause or until ``stop``; returns the seconds of the pause.
 
@@ -42,8 +48,7 @@ class Pause:
         if least and stop.is_set():
             await anyio.sleep(least)
             return least
-        seconds = self._next * random.uniform(0.75, 1.25)  # noqa: S311 - spreads load, hides nothing
-        self._next = min(self._longest, self._next * 2)
+        seconds = self.next()
         with anyio.move_on_after(seconds):
             await stop.wait()
         return seconds

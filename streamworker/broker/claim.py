@@ -6,7 +6,7 @@ import math
 import secrets
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from time import monotonic
 from typing import Final
 
@@ -224,6 +224,11 @@ class ClaimSource(ABC):
         """End the current wait."""
         await self.unblock()
 
+    @property
+    def reclaims_now(self) -> bool:
+        """Whether `reclaim` has something to do."""
+        return self.draining or min(self._reclaim_at) <= monotonic()
+
     @abstractmethod
     async def reclaim(self, limit: int, running: Collection[Claim]) -> list[Claim]:
         """Reclaim expired leases of the queues whose turn has come."""
@@ -398,34 +403,45 @@ class Order:
     """
 
     def __init__(self, names: Sequence[str], *, weighted: bool, heads: int = 1) -> None:
-        self._weighted, self._heads = weighted, heads
+        self._weighted, self._heads = weighted, heads * len(names)
         self._credit = [0] * len(LEVELS)
-        self._groups = [[i for i, each in enumerate(names) if each == name] for name in dict.fromkeys(names)]
-        self._turn, self._turns = 0, math.lcm(*map(len, self._groups))
-        self._first = self._walk(0)
+        self._groups = {name: [i for i, each in enumerate(names) if each == name] for name in dict.fromkeys(names)}
+        self._turn, self._turns = 0, math.lcm(*map(len, self._groups.values()))
+        self._first = self._walk(dict.fromkeys(self._groups, 0))
 
     @property
     def rotates(self) -> bool:
         """Whether a queue has partitions here."""
         return self._turns > 1
 
-    def walk(self) -> list[int]:
-        """The walk of one claim: (ready key, queue, budget) of each step, counted from 1 as Lua does."""
+    def walk(self, starts: Mapping[str, int] | None = None) -> list[int]:
+        """The walk of one claim: (ready key, queue, budget) of each step, counted from 1 as Lua does.
+
+        Args:
+            starts: the queues to walk alone, and the partition of each that comes first, counted from 0; all queues,
+                whose partitions rotate, if not given.
+        """
+        if starts is not None:
+            return self._walk(starts)
         if self._turns == 1:
             return self._first
         self._turn = (self._turn + 1) % self._turns
-        return self._walk(self._turn)
+        return self._walk(dict.fromkeys(self._groups, self._turn))
 
-    def _walk(self, turn: int) -> list[int]:
+    def _walk(self, starts: Mapping[str, int]) -> list[int]:
         levels = range(len(LEVELS))
-        groups = [[group[(turn + each) % len(group)] for each in range(len(group))] for group in self._groups]
+        groups = []
+        for name, start in starts.items():
+            group = self._groups[name]
+            at = start % len(group)
+            groups.append(group[at:] + group[:at])
         if self._weighted:
             shares = [(queue, level, level) for level in levels for group in groups for queue in group]
             rest = [(queue, level, len(LEVELS)) for level in levels for group in groups for queue in group]
             steps = shares + rest
         else:
             steps = [(queue, level, 0) for group in groups for level in levels for queue in group]
-        width, heads = len(LEVELS), self._heads * sum(map(len, groups))
+        width, heads = len(LEVELS), self._heads
         return [
             number
             for queue, level, budget in steps

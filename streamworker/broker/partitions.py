@@ -278,6 +278,7 @@ class JobMover:
     def __init__(self, session: PartitionSession, keys: KeysOf, partitions: Partitions, homes: Sequence[str]) -> None:
         self._session, self._keys, self._partitions, self._homes = session, keys, partitions, list(homes)
         self._next = secrets.randbelow(len(self._homes)) if self._homes else 0
+        self._away = False
 
     async def move(self) -> float:
         """Move some; returns the seconds until the next look."""
@@ -289,8 +290,9 @@ class JobMover:
                 left -= await self._move_from(keys, left)
             except Unreachable as error:  # a node of a cluster: other partitions go on
                 failure = error
-        if failure is not None:
+        if failure is not None and not self._away:  # once an outage: it is tried again every second
             log.warning("jobs_not_moved", error=str(failure))
+        self._away = failure is not None
         return 0.0 if left <= 0 else LOOK_EVERY
 
     async def _move_from(self, keys: QueueKeys, most: int) -> int:

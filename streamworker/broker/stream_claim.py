@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from time import monotonic
 from typing import Any, Final
@@ -68,11 +68,13 @@ class ClusterStreamClaims:
             part.epochs, part.secrets = self.epochs, self.secrets
         parts = dict(zip(by_slot, self._parts, strict=True))
         self._part_of = {keys.queue: parts[session.address.slot(keys.base)] for keys, _ in queues}
-        self._rotation = _Rotation(self._parts)
+        self._rotation = _Rotation(queues, self._part_of)
         self.ready_keys: Final = [each for part in self._parts for each in part.ready_keys]
         self._reads: dict[StreamClaims, asyncio.Task[list[Claim]]] = {}
         self._away: dict[StreamClaims, Unreachable] = {}
         """Parts whose node does not answer, and the error."""
+        self._hung: set[StreamClaims] = set()
+        """Parts whose read did not end when it was unblocked: nothing waits for it."""
         self._interrupted = False
         self.silent = False
         """No notification arrives, see `listen`."""
@@ -110,16 +112,18 @@ class ClusterStreamClaims:
     async def claim(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:
         self._rest_after_outage()
         claims = self._brought()
-        idle = [part for part in self._rotation.next() if part not in self._reads]
+        steps = [step for step in self._rotation.next() if step[0] not in self._reads]
+        idle = dict.fromkeys(part for part, _ in steps)
         for part in idle:  # expired leases of all queues first: new jobs of the first queue must not starve them
-            if len(claims) < limit:
+            if len(claims) < limit and part.reclaims_now:
                 claims += await self._looked(part, part.reclaim(limit - len(claims), [*running, *claims]))
         draining = self.draining
         suspect = any(claim.suspect for claim in claims)  # it waits until all else has ended
         for part in idle:
             part.stale = False  # from here on a notification may be newer than this look
-            if len(claims) < limit and not suspect and not draining and part not in self._away:
-                new = part.take(limit - len(claims), [*running, *claims] if claims else running)
+        for part, starts in steps:
+            if len(claims) < limit and not suspect and not draining and not self._silent(part):
+                new = part.take(limit - len(claims), [*running, *claims] if claims else running, starts)
                 claims += await self._looked(part, new)
         if self._away:
             self._look_after_the_away(running)
@@ -132,14 +136,30 @@ class ClusterStreamClaims:
                 self._look_after_the_away(running)
         return claims
 
-    async def _looked(self, part: StreamClaims, look: Awaitable[list[Claim]]) -> list[Claim]:
-        """Claims of a look; a node that does not answer is looked at separately from then on."""
+    async def _looked(self, part: StreamClaims, look: Coroutine[Any, Any, list[Claim]]) -> list[Claim]:
+        """Claims of a look; a node that does not answer is looked at separately from then on.
+
+        What a node answers late is brought by a later claim, so that the others do not wait for it.
+        """
+        read = self._reads[part] = asyncio.ensure_future(look)
         try:
-            return await look
+            await asyncio.wait((read,), timeout=LAST_CALL)
+        except asyncio.CancelledError:
+            read.cancel()
+            raise
+        if not read.done():
+            self._hung.add(part)
+            return []
+        del self._reads[part]
+        try:
+            return read.result()
         except Unreachable as error:
             self._away[part] = error
             log.error("node_away", queues=part.queues, error=str(error))
             return []
+
+    def _silent(self, part: StreamClaims) -> bool:
+        return part in self._away or part in self._hung
 
     def _look_after_the_away(self, running: Collection[Claim]) -> None:
         """Look at parts whose nodes do not answer in tasks of their own, so that the others do not wait for them.
@@ -203,6 +223,7 @@ class ClusterStreamClaims:
         for part, read in list(self._reads.items()):
             if read.done():
                 del self._reads[part]
+                self._hung.discard(part)
                 error = None if read.cancelled() else read.exception()
                 if isinstance(error, Unreachable):
                     if part not in self._away:
@@ -225,6 +246,7 @@ class ClusterStreamClaims:
                     with suppress(StreamworkerError), anyio.move_on_after(LAST_CALL):
                         await branch.unblock()
                 await asyncio.wait(late, timeout=UNBLOCK_EVERY)
+            self._hung.update(part for part, read in self._reads.items() if not read.done())
         except asyncio.CancelledError:
             for read in self._reads.values():
                 read.cancel()
@@ -236,25 +258,43 @@ class ClusterStreamClaims:
         return {
             self._reads[part]: branch
             for part, branch in zip(self._parts, self._sessions, strict=True)
-            if part in self._reads and part not in self._away and not self._reads[part].done()
+            if part in self._reads and not self._silent(part) and not self._reads[part].done()
         }
 
 
 class _Rotation:
-    """Order in which parts are looked at: as their queues are listed, and those of one queue's partitions in turns."""
+    """Order in which parts are looked at: as queues are listed, and the partitions of each queue in turns.
 
-    def __init__(self, parts: Sequence[StreamClaims]) -> None:
-        by_queue: dict[str, list[StreamClaims]] = {}
-        for part in parts:
-            by_queue.setdefault(part.ready_keys[0][0].name, []).append(part)
-        self._groups = list(by_queue.values())
+    A part with several queues may be looked at several times: all partitions of one queue come before the next queue,
+    so that a backlog of one server does not starve the partitions that are on others.
+
+    Args:
+        queues: the keys of queues and partitions, in claim order.
+        part_of: the part of each.
+    """
+
+    def __init__(self, queues: Sequence[tuple[QueueKeys, int | None]], part_of: Mapping[str, StreamClaims]) -> None:
+        self._places: dict[str, list[tuple[StreamClaims, int]]] = {}
+        """Of each queue, the part of each partition, and its number among the partitions there."""
+        for keys, _ in queues:
+            places, part = self._places.setdefault(keys.name, []), part_of[keys.queue]
+            places.append((part, sum(each is part for each, _ in places)))
         self._turn = 0
 
-    def next(self) -> list[StreamClaims]:
-        """The parts, for one claim."""
+    def next(self) -> list[tuple[StreamClaims, dict[str, int]]]:
+        """(part, the queues to claim of, with the first partition of each there) for the looks of one claim."""
         self._turn += 1
-        turns = [(group, self._turn % len(group)) for group in self._groups]
-        return [part for group, at in turns for part in (*group[at:], *group[:at])]
+        steps: list[tuple[StreamClaims, dict[str, int]]] = []
+        for name, places in self._places.items():
+            at, firsts = self._turn % len(places), dict[StreamClaims, int]()
+            for part, number in (*places[at:], *places[:at]):
+                firsts.setdefault(part, number)
+            for part, number in firsts.items():
+                if steps and steps[-1][0] is part:
+                    steps[-1][1][name] = number
+                else:
+                    steps.append((part, {name: number}))
+        return steps
 
 
 class StreamClaims(ClaimSource):
@@ -296,14 +336,21 @@ class StreamClaims(ClaimSource):
             [text.decode(errors="replace") for text in trouble],
         )
 
-    async def take(self, limit: int, running: Collection[Claim], *, healed: bool = False) -> list[Claim]:
-        """Claim new entries, in order."""
+    async def take(
+        self,
+        limit: int,
+        running: Collection[Claim],
+        starts: Mapping[str, int] | None = None,
+        *,
+        healed: bool = False,
+    ) -> list[Claim]:
+        """Claim new entries, in order; ``starts`` as in `Order.walk`."""
         if self.draining:
             return []
         await self._seal_again()
         queues, budgets = len(self._keys), self._order.budgets(limit)
         head = [self._group, self.consumer, limit, queues, len(budgets)]
-        args = [*head, *self._bounds(limit, running), *budgets, *self._order.walk()]
+        args = [*head, *self._bounds(limit, running), *budgets, *self._order.walk(starts)]
         script = scripts.FAIR_CLAIM if self._lined else scripts.CLAIM
         taken, trouble, paused, epochs, cancelled, sealed, fair = await self._session.read(script, self._all, args)
         self.epochs.update((place, epoch) for place, epoch in zip(self._all[queues:], epochs, strict=True) if epoch)
@@ -322,7 +369,7 @@ class StreamClaims(ClaimSource):
         if fair or self._lined:
             claims += await self._lined_up(fair, limit - len(claims), [*running, *claims])
         if trouble and await self._heal(trouble) and not healed and len(claims) < limit:
-            claims += await self.take(limit - len(claims), running, healed=True)
+            claims += await self.take(limit - len(claims), running, starts, healed=True)
         return claims
 
     async def _heal(self, trouble: list[tuple[int, bytes]]) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
+import math
 import secrets
 from abc import ABC, abstractmethod
 from time import monotonic, time
@@ -141,6 +142,9 @@ class Gate(ABC):
         self._successor = successor
         self._completion = completion
         self._waiting: list[Execution] = []
+        self._pauses: dict[str, Pause] = {}
+        self._paused_until: dict[str, float] = {}
+        """Queues and partitions whose last request failed, to when they are asked again."""
         self._wake = asyncio.Event()
         self._closing = anyio.Event()
         self._give_up_at = float("inf")
@@ -157,26 +161,31 @@ class Gate(ABC):
     def close(self, within: float) -> None:
         """End the loop when no run waits, at the latest in ``within`` seconds."""
         self._give_up_at = anyio.current_time() + within
+        self._paused_until.clear()
         self._closing.set()
         self._wake.set()
 
     async def run(self) -> None:
-        """Ask until closed; an error is followed by a pause, and the request repeated."""
-        pause = Pause(longest=5.0)
+        """Ask until closed. After an error the runs of that queue or partition pause; the others go on."""
         while self._waiting or not self._closing.is_set():
-            if not self._waiting:
-                await self._wake.wait()
+            now = anyio.current_time()
+            run = next((each for each in self._waiting if self._paused_until.get(each.claim.home, 0.0) <= now), None)
+            if run is None:
+                soonest = min((self._paused_until[each.claim.home] for each in self._waiting), default=math.inf)
+                with anyio.move_on_after(max(0.01, min(soonest, self._give_up_at) - now)):
+                    await self._wake.wait()
                 self._wake.clear()
                 continue
-            queue = self._waiting[0].claim.home
-            asked = [run for run in self._waiting if run.claim.home == queue]
+            home = run.claim.home
+            asked = [each for each in self._waiting if each.claim.home == home]
             try:
-                await self._turn(queue, asked)
-                pause.reset()
+                await self._turn(home, asked)
+                self._pauses.pop(home, None)
             except Exception as error:  # noqa: BLE001 - a main loop never crashes; the request is repeated
                 if not isinstance(error, Unreachable):
-                    log.error("admission_failed", queue=queue, jobs=len(asked), error=str(error))
-                await pause.wait(self._closing, least=0.2)
+                    log.error("admission_failed", queue=home, jobs=len(asked), error=str(error))
+                pause = self._pauses.setdefault(home, Pause(longest=5.0)).next()
+                self._paused_until[home] = anyio.current_time() + (0.2 if self._closing.is_set() else pause)
             if anyio.current_time() > self._give_up_at:
                 return
 

@@ -17,7 +17,7 @@ from streamworker.broker.redis.client import RedisAddress
 from streamworker.broker.redis.cluster import slot_of
 from streamworker.errors import ConfigurationError, Unreachable
 from tests.conftest import Server, eventually
-from tests.contract.helpers import working
+from tests.contract.helpers import done, job, working
 from tests.topologies.servers import Clustered
 
 pytestmark = pytest.mark.slow
@@ -199,6 +199,71 @@ async def test_one_server_is_away_and_the_other_goes_on(two_servers):
         await anyio.to_thread.run_sync(two_servers[1].start)
         await app.enqueue_many([Step(key=key, n=1) for key in there])
         await eventually(lambda: all(ran[key] == [0, 1] for key in there))
+
+
+@pytest.mark.parametrize("queues", [("q",), ("q", "z"), ("a", "q"), ("a", "q", "z")])
+@pytest.mark.parametrize("weighted", [False, True])
+async def test_a_backlog_on_one_server_starves_no_partition_of_another(two_servers, broker_of, queues, weighted):
+    """Each partition is the first of as many claims, however many of them a server has, and whatever else it has."""
+    parts = (("q", 4, (two_servers[1].url,) * 3),)
+    address = RedisAddress(two_servers[0].url).spread_over(parts)
+    async with broker_of(address, *queues, partitions=parts, lease=5.0, weighted=weighted) as broker:
+        await broker.publish([job(queue="q") for _ in range(800)])
+        claimed: Counter[str] = Counter()
+        for _ in range(40):
+            claims = await broker.claim(10, 0, [])
+            claimed.update(claim.place for claim in claims)
+            await broker.settle([done(claim) for claim in claims])
+        assert claimed == {f"stream:{{{home}}}": 100 for home in HOMES[:4]}
+
+
+async def test_a_queue_that_is_listed_first_comes_first_on_all_servers(two_servers, broker_of):
+    parts = (("q", 2, (two_servers[1].url,)), ("r", 2, (two_servers[1].url,)))
+    address = RedisAddress(two_servers[0].url).spread_over(parts)
+    async with broker_of(address, "a", "q", "r", "z", partitions=parts, lease=5.0) as broker:
+        for queue in ("z", "r", "q", "a"):
+            await broker.publish([job(queue=queue) for _ in range(30)])
+        claims = []
+        for _ in range(24):
+            claims += await broker.claim(5, 0, claims)
+        assert [claim.queue for claim in claims] == [queue for queue in "aqrz" for _ in range(30)]
+
+
+@pytest.mark.parametrize("busy", [False, True])
+async def test_a_server_that_hangs_does_not_slow_down_the_others(two_servers, busy):
+    """It keeps its connections and answers nothing, as a machine that lost its network; jobs of its partitions end meanwhile."""
+    ran: dict[str, list[int]] = defaultdict(list)
+    ending = anyio.Event()
+    app = App(
+        settings=Settings(redis_url=two_servers[0].url, partitions=f"q={two_servers[1].url}", lease=15, concurrency=20)
+    )
+
+    @app.handler
+    async def step(payload: Step) -> None:
+        if payload.n < 0:
+            await ending.wait()
+        ran[payload.key].append(payload.n)
+
+    here = [f"k{k}" for k in range(40) if partition_of(f"k{k}", 2) == 0]
+    there = [f"k{k}" for k in range(40) if partition_of(f"k{k}", 2)]
+    async with app, working(app):
+        await app.enqueue_many([Step(key=key, n=-1) for key in there[:5]])
+        await app.enqueue_many([Step(key=key, n=0) for key in here])
+        await eventually(lambda: len(ran) == len(here))
+        await app.enqueue_many([Step(key=key, n=1) for key in there[5:] for _ in range(100 * busy)])
+        two_servers[1].pause()
+        try:
+            ending.set()
+            # Each timeout of a command is 5 s: the first few cost that, and no more.
+            with anyio.fail_after(60):
+                for n in range(1, 31):
+                    await app.enqueue_many([Step(key=key, n=n) for key in here])
+                    await eventually(lambda n=n: all(n in ran[key] for key in here), 60)
+        finally:
+            two_servers[1].resume()
+        await eventually(lambda: all(ran[key].count(-1) == 1 for key in there[:5]), 30)
+        await app.enqueue_many([Step(key=key, n=2) for key in there])
+        await eventually(lambda: all(2 in ran[key] for key in there), 30)
 
 
 async def test_growth_over_servers_that_old_processes_do_not_know(two_servers):

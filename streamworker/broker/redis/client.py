@@ -237,10 +237,10 @@ class RedisAddress:
     def _reader(self, block: float, control: aioredis.Redis) -> Reader:
         return Reader(CommandConnection(self._connection(), block + BLOCK_SLACK), control)
 
-    def pool(self, size: int = POOL_SIZE) -> CommandPool | ClusterClient:
-        """Pool for the commands of the hot path; in a cluster it is an ordinary client."""
+    def pool(self, size: int = POOL_SIZE, *, probes: bool = True) -> CommandPool | ClusterClient:
+        """Pool for the commands of the hot path; in a cluster it is an ordinary client (``probes``: see there)."""
         if self._slots is not None:
-            return ClusterClient(self._slots, lambda host: self.at(host).commands(size))
+            return ClusterClient(self._slots, lambda host: self.at(host).commands(size), probes=probes)
         return CommandPool(self._connection, size, COMMAND_TIMEOUT)
 
     def _connection(self) -> aioredis.Connection:

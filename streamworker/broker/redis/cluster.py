@@ -6,9 +6,11 @@ of all commands, and cannot be unblocked; these know our commands, and repeat on
 
 from __future__ import annotations
 
+import asyncio
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, Final
 
@@ -25,17 +27,24 @@ from streamworker.errors import ConfigurationError
 class ClusterClient(aioredis.Redis):
     """Client of a cluster: one client with a pool for each node.
 
+    Once a node did not answer in time, commands for it fail at once until it answers a PING: each would cost its
+    caller the seconds of a timeout, and callers have commands for other nodes, too.
+
     Args:
         slots: the map.
         connect: makes a node's client.
+        probes: find out that a node is silent, and that it answers again; else only what others found is known.
     """
 
-    def __init__(self, slots: ClusterSlots | PartitionServers, connect: Callable[[Host], aioredis.Redis]) -> None:
+    def __init__(
+        self, slots: ClusterSlots | PartitionServers, connect: Callable[[Host], aioredis.Redis], *, probes: bool = True
+    ) -> None:
         super().__init__()
         self._slots = slots
         self._connect = connect
         self._clients: dict[Host, aioredis.Redis] = {}
         self._looking = anyio.Lock()
+        self._probing: dict[Host, asyncio.Task[None]] | None = {} if probes else None
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         """Send a command to the node that serves its keys."""
@@ -43,6 +52,11 @@ class ClusterClient(aioredis.Redis):
         while True:
             host = await self.find(route)
             try:
+                if host in self._slots.silent:
+                    # By the word "connecting" the publisher knows that nothing was sent.
+                    raise redis_errors.ConnectionError(
+                        f"no reply lately, not connecting to {host[0]}: it is tried again"
+                    )
                 if route.asking is None:
                     return await self.at(host).execute_command(*args, **options)
                 async with self.at(host).pipeline(transaction=False) as pipe:  # ASKING holds for one connection
@@ -50,7 +64,25 @@ class ClusterClient(aioredis.Redis):
                     pipe.execute_command(*args, **options)
                     return (await pipe.execute())[1]
             except Exception as error:  # noqa: BLE001 - judged, and raised again unless it is a redirection
+                if isinstance(error, redis_errors.TimeoutError):
+                    self._no_reply(host)
                 await anyio.sleep(route.refused(error, host))
+
+    def _no_reply(self, host: Host) -> None:
+        if self._probing is not None and host not in self._slots.silent:
+            self._slots.silent.add(host)
+            self._probing[host] = asyncio.ensure_future(self._probe(host))
+
+    async def _probe(self, host: Host) -> None:
+        """Ask a silent node until it answers, or serves nothing any more."""
+        try:
+            while host in self._slots.masters:
+                with suppress(redis_errors.RedisError, OSError):
+                    await self.at(host).execute_command("PING")
+                    return
+                await anyio.sleep(PROBE_EVERY)
+        finally:  # closed, too: another client may find out again
+            self._slots.silent.discard(host)
 
     async def find(self, route: Route) -> Host:
         """The node for a command; reads the map again if it is unknown or in doubt."""
@@ -96,6 +128,8 @@ class ClusterClient(aioredis.Redis):
 
     async def aclose(self, close_connection_pool: bool | None = None) -> None:
         """Close all nodes' connections."""
+        for probe in (self._probing or {}).values():
+            probe.cancel()
         clients, self._clients = list(self._clients.values()), {}
         for client in clients:
             await client.aclose(close_connection_pool)
@@ -173,6 +207,8 @@ class ClusterReader:
             await at[1].close()
 
 
+PROBE_EVERY: Final = 1.0
+"""Seconds between questions to a node that does not answer."""
 PATIENCE: Final = 8
 """Most redirections and refusals of one command; the pauses between them add up to about 2 s."""
 PAUSE: Final = 0.05
@@ -211,6 +247,8 @@ class ClusterSlots:
         self._ranges: tuple[list[int], list[tuple[int, Host]]] = ([], [])
         self._moved: dict[int, Host] = {}
         self._doubted: dict[Host, float] = {}
+        self.silent: Final[set[Host]] = set()
+        """Nodes that did not answer in time and have not answered since."""
         self.stale = True
 
     def slot(self, key: str) -> int:
@@ -274,6 +312,8 @@ class PartitionServers:
     def __init__(self, main: Host, homes: Mapping[str, Host]) -> None:
         self.masters: Final = list(dict.fromkeys([main, *homes.values()]))
         self._slots = {home: self.masters.index(host) for home, host in homes.items()}
+        self.silent: Final[set[Host]] = set()
+        """Servers that did not answer in time and have not answered since."""
 
     def slot(self, key: str) -> int:
         """The number of a key's server."""

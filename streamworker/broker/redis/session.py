@@ -37,7 +37,7 @@ class Session:
         self.pool: Final = address.pool()
         self.reader = address.reader(BLOCK, self.commands)
         self._branches: list[tuple[Session, str]] = []
-        self.lease_pool = address.pool(1)
+        self.lease_pool = address.pool(1, probes=False)
         self.clock: tuple[int, float] | None = None
         """The server's time in ms when it was last read, and the monotonic seconds of that moment."""
         self._down_since: float | None = None
@@ -64,7 +64,7 @@ class Session:
     def named(self, name: str) -> None:
         """Name the readers and the lease thread's connection, as CLIENT LIST shows them."""
         address = self.address = self.address.renamed(name)
-        self.reader, self.lease_pool = address.reader(BLOCK, self.commands), address.pool(1)
+        self.reader, self.lease_pool = address.reader(BLOCK, self.commands), address.pool(1, probes=False)
         for branch, key in self._branches:
             branch.reader = address.reader(BLOCK, self.commands, key)
 
@@ -120,7 +120,7 @@ class Session:
 
     async def leave_thread(self) -> None:
         """Close the lease thread's connection, from that thread; the next call connects again."""
-        pool, self.lease_pool = self.lease_pool, self.address.pool(1)
+        pool, self.lease_pool = self.lease_pool, self.address.pool(1, probes=False)
         await pool.aclose()
 
     def clock_should_show(self) -> int:
