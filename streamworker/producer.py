@@ -129,7 +129,7 @@ class Producer:
         if settings.offload_bytes is not None:
             sent = await self._stored(made, None, settings.offload_bytes, blocking=False)
             if sent is not made:
-                return await self._forget_unused(sent, await self._publish(sent, settings, broker))
+                return await self._forget_unused(made, sent, await self._publish(sent, settings, broker))
         return await self._publish(made, settings, broker)
 
     async def _publish(self, made: Sequence[Job], settings: Settings, broker: ProducerBroker) -> list[Enqueued]:
@@ -172,10 +172,12 @@ class Producer:
             made[index] = msgspec.structs.replace(job, payload=reference_to(name, data))
         return made
 
-    async def _forget_unused(self, jobs: Sequence[Job], answers: list[Enqueued]) -> list[Enqueued]:
-        """Delete payloads that were stored for jobs in whose place earlier ones stay."""
-        pairs = zip(jobs, answers, strict=True)
-        unused = [stored_in(job.payload) for job, answer in pairs if not answer.new and not answer.replaced]
+    async def _forget_unused(self, made: Sequence[Job], sent: Sequence[Job], answers: list[Enqueued]) -> list[Enqueued]:
+        """Delete payloads that were stored for jobs in whose place earlier ones stay; none that a caller refers to."""
+        unused = [
+            stored_in(job.payload) for before, job, answer in zip(made, sent, answers, strict=True)
+            if job is not before and not answer.new and not answer.replaced
+        ]  # fmt: skip
         if names := [found.id for found in unused if found is not None]:
             with suppress(Exception):  # the relay's sweep finds them
                 await (await self._outlet.store(None, blocking=False)).delete(names)

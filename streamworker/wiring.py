@@ -42,7 +42,7 @@ from streamworker.postgres.archive import SCHEMA_LOOK, PostgresArchive, open_arc
 from streamworker.postgres.ledger import PostgresLedger
 from streamworker.postgres.memory import Memory, MemoryLedger
 from streamworker.postgres.outbox import PostgresOutbox, listen
-from streamworker.postgres.payloads import PostgresStore, referring
+from streamworker.postgres.payloads import PostgresStore, needed, referring
 from streamworker.postgres.pool import (
     CONNECTIONS,
     RELAY_CONNECTIONS,
@@ -63,6 +63,7 @@ from streamworker.settings import EMBEDDED, Settings
 from streamworker.telemetry.logs import get_logger
 from streamworker.worker.host import Relays, WorkerResources
 from streamworker.worker.relay_process import NothingToRelay, RelayDispatcher, RelayProcess, Scheduler
+from streamworker.worker.stored_payloads import PayloadReaper
 
 log = get_logger("streamworker.ledger")
 
@@ -82,6 +83,7 @@ async def open_relaying(
     queues: Sequence[str] = (),
     scheduler: Scheduler | None = None,
     store: PayloadStore | None = None,
+    alone: bool = False,
     redis: Redis | str | None = None,
 ) -> RelayProcess:
     """A relay, closed with ``stack``, the dispatcher too.
@@ -95,6 +97,7 @@ async def open_relaying(
         queues: those that this process serves.
         scheduler: runs beside it, if there is one.
         store: of the app, if it has one of its own.
+        alone: no worker of this process deletes the stored payloads of jobs that have ended.
         redis: where Redis is, if not where the settings say.
 
     Raises:
@@ -117,7 +120,13 @@ async def open_relaying(
     return RelayProcess(
         outbox, dispatcher, listener=listener, lease=settings.lease, queues=queues, scheduler=scheduler,
         sweepers=[PayloadSweeper(each, documents) for each in stores],
+        reaper=PayloadReaper(store or own, dispatcher.payloads, partial(needed, database.fetch), every=FOUND)
+        if alone else None,
     )  # fmt: skip
+
+
+FOUND: Final = 5.0
+"""Seconds between two looks of a relay for stored payloads of jobs that have ended: it does not know of new queues."""
 
 
 def listener_for(url: str | None, direct: str | None, *, pooled: bool) -> Listener | None:
@@ -403,7 +412,7 @@ async def open_relay_process(
         await dispatcher.open()
         return scheduler
     await dispatcher.open()
-    return await open_relaying(stack, settings, dispatcher, url, None, scheduler=scheduler, store=store)
+    return await open_relaying(stack, settings, dispatcher, url, None, scheduler=scheduler, store=store, alone=True)
 
 
 async def open_relay(stack: AsyncExitStack, settings: Settings) -> RelayProcess:

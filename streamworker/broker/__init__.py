@@ -245,6 +245,9 @@ class Signals(Protocol):
     async def pass_on(self, queue: str, order: str, job_id: str) -> None:
         """Pass an order key on that a job kept while it waited in the ledger."""
 
+    async def dispose(self, queue: str, job_id: str, body: bytes) -> None:
+        """Note that the stored payload of a job that has ended is needed no more, if its document has one."""
+
 
 class CronStore(Protocol):
     """Schedules of a queue, by the clock of its server."""
@@ -341,9 +344,46 @@ class HeldKeys(Protocol):
         """
 
 
+class EndedPayload(msgspec.Struct, frozen=True):
+    """A stored payload whose job has ended in Redis.
+
+    Attributes:
+        queue: of the job.
+        job_id: the job's id; empty if it never had one.
+        payload: id of the data in the store; empty if the note cannot be read.
+        note: where this is noted.
+    """
+
+    queue: str
+    job_id: str
+    payload: str
+    note: tuple[str, bytes]
+
+
+class EndedPayloads(Protocol):
+    """Notes of stored payloads whose jobs were deleted in Redis, for a process that has the store."""
+
+    async def some(self) -> list[EndedPayload]:
+        """Some that are noted, the oldest of each queue."""
+
+    async def forget(self, payloads: Sequence[EndedPayload]) -> None:
+        """These are deleted."""
+
+    async def listen(self, told: Callable[[], None]) -> None:
+        """Call ``told()`` when there are new ones; never returns: cancel it."""
+
+
+class HoldsPayloads(Protocol):
+    """Where jobs end whose payloads are in a store."""
+
+    @property
+    def payloads(self) -> EndedPayloads:
+        """They."""
+
+
 class WorkerBroker(
     Connected, Consumer, Heartbeats, Limiter, Results, Outputs, Signals, CronStore, ScheduleStorage, ServerClock,
-    RecordsHistory, OrderKeys, HeldKeys, Protocol
+    RecordsHistory, OrderKeys, HeldKeys, HoldsPayloads, Protocol
 ):  # fmt: skip
     """All roles: what `App` opens for a worker or a producer."""
 
@@ -473,6 +513,9 @@ class PendingJobs(Protocol):
 
     async def pass_on(self, queue: str, order: str, job_id: str) -> None:
         """Pass an order key on that a job kept while it waited in the ledger."""
+
+    async def dispose(self, queue: str, job_id: str, body: bytes) -> None:
+        """Note that the stored payload of a job that has ended is needed no more, if its document has one."""
 
     async def uncancel(self, queue: str, job_id: str) -> bool:
         """Delete the cancellation of a job; False if it was not cancelled, or has ended since."""

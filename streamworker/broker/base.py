@@ -13,7 +13,7 @@ import msgspec
 from typing_extensions import TypeVar
 
 from streamworker.broker import Refusal, SettleRequest, scripts
-from streamworker.broker.cancel import Cancels, cancel, cancel_in, pass_on, uncancel
+from streamworker.broker.cancel import Cancels, RedisEndedPayloads, cancel, cancel_in, dispose, pass_on, uncancel
 from streamworker.broker.claim import ClaimSource, Options, none_ended
 from streamworker.broker.keys import PROGRESS, QueueKeys, worker_key
 from streamworker.broker.partitions import JobMover, PartitionedPublisher, Partitions, Router, fresh_epoch
@@ -70,6 +70,7 @@ class RedisBroker(ABC, Generic[K, I]):
         self._subscriber = subscriber_of(self._session)
         self.schedules: Final = RedisSchedules(self._session, self._key, options.namespace, self._subscriber)
         self.history: Final = RedisHistory(self._session, self._key, options.namespace)
+        self.payloads: Final = RedisEndedPayloads(self._session, self._own_homes, self._subscriber)
         self._limits = RedisLimiter(self._session, self._keys, lease=options.lease)
         self._source = self._claim_source(queues)
         self._refusals: dict[str, Refusal] = {}
@@ -81,6 +82,9 @@ class RedisBroker(ABC, Generic[K, I]):
     def _homes(self, queues: Iterable[str]) -> list[K]:
         """The keys of queues, of each partition where they have some."""
         return [self._key(home) for queue in queues for home in self._partitions.homes(queue)]
+
+    async def _own_homes(self) -> Sequence[QueueKeys]:
+        return self._keys
 
     async def _fresh_epoch(self, keys: K) -> str:
         """An epoch for a queue that has none."""
@@ -310,6 +314,9 @@ class RedisBroker(ABC, Generic[K, I]):
             lambda keys: cancel(session, keys, job_id),
             lambda keys: uncancel(session, keys, job_id),
         )
+
+    async def dispose(self, queue: str, job_id: str, body: bytes) -> None:
+        await dispose(self._session, self._key(queue), job_id, body)
 
     async def pass_on(self, queue: str, order: str, job_id: str) -> None:
         for keys in self._homes([queue]):

@@ -2,6 +2,7 @@
 
 A marked job does not start any more, and ends if it runs. The mark stays in a set of the queue until a worker has
 settled the job. A field of the queue's meta hash, which claiming reads anyway, says whether there are marks at all.
+`RedisEndedPayloads` reads what deleted jobs leave in a store.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from streamworker import codec, results
-from streamworker.broker import scripts
+from streamworker.broker import EndedPayload, scripts
 from streamworker.broker.keys import QueueKeys, of_due_member
-from streamworker.broker.redis.session import OperatorSession, Session, text
+from streamworker.broker.pubsub import ServerSubscribers, Subscriber
+from streamworker.broker.redis.session import CommandSession, OperatorSession, Session, text
 from streamworker.broker.settle import id_of
 from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable
 from streamworker.job import Claim, StoredDocument
@@ -209,3 +211,67 @@ async def forget_traces(session: OperatorSession, keys: QueueKeys, ids: Sequence
         found["logs"] += await session.ask("UNLINK", keys.log(job_id))
         await session.ask("UNLINK", keys.ended(job_id), keys.held(job_id))
     return {name: count for name, count in found.items() if count}
+
+
+# -- stored payloads of jobs that have ended
+NOTES: Final = 500
+"""Most notes of a queue that one look reads."""
+_LOST: Final = ("payload_notes_lost", "stored payloads of jobs that were deleted are found within a minute")
+_note: Final = msgspec.json.Decoder(tuple[str, str]).decode
+
+
+class RedisEndedPayloads:
+    """`EndedPayloads` of both modes.
+
+    Args:
+        session: sends the commands.
+        homes: the keys of the queues, of each partition where they have some.
+        subscriber: hears of new notes.
+    """
+
+    def __init__(
+        self,
+        session: CommandSession,
+        homes: Callable[[], Awaitable[Sequence[QueueKeys]]],
+        subscriber: Subscriber | ServerSubscribers,
+    ) -> None:
+        self._session, self._homes, self._subscriber = session, homes, subscriber
+
+    async def some(self) -> list[EndedPayload]:
+        found = []
+        for keys in await self._homes():
+            for member in await self._session.ask("ZRANGE", keys.payloads, 0, NOTES - 1):
+                try:
+                    payload, job_id = _note(member)
+                except msgspec.MsgspecError:  # not ours, or of bytes that are no text: it names nothing
+                    payload = job_id = ""
+                found.append(EndedPayload(keys.name, job_id, payload, (keys.payloads, member)))
+        return found
+
+    async def forget(self, payloads: Sequence[EndedPayload]) -> None:
+        by_key: dict[str, list[bytes]] = {}
+        for each in payloads:
+            key, member = each.note
+            by_key.setdefault(key, []).append(member)
+        for key, members in by_key.items():
+            await self._session.ask("ZREM", key, *members)
+
+    async def listen(self, told: Callable[[], None]) -> None:
+        channels = [keys.payloads for keys in await self._homes()]
+        async with self._subscriber.on(channels, _LOST) as subscription:
+            while True:
+                await subscription.get()
+                told()
+
+
+async def dispose(session: CommandSession, keys: QueueKeys, job_id: str, body: bytes) -> None:
+    """Note the stored payload of a job that has ended, if it has one.
+
+    Args:
+        session: sends the script.
+        keys: of its queue.
+        job_id: its id.
+        body: its document.
+    """
+    if b'"streamworker_stored"' in body:
+        await session.run(scripts.DISPOSE, [keys.payloads], [job_id, body])

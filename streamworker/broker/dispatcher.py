@@ -19,6 +19,7 @@ import msgspec
 
 from streamworker.broker import listings, scripts
 from streamworker.broker.base import promote
+from streamworker.broker.cancel import RedisEndedPayloads
 from streamworker.broker.keys import ListKeys, QueueKeys, of_due_member
 from streamworker.broker.listings import derived_from
 from streamworker.broker.order import in_lines
@@ -106,6 +107,7 @@ class RedisDispatcher:
         self._publisher = Publisher(self._session.pool, address, keys)
         self._subscriber = subscriber_of(self._session)
         self.schedules: Final = RedisSchedules(self._session, keys, namespace, self._subscriber)
+        self.payloads: Final = RedisEndedPayloads(self._session, self._all_homes, self._subscriber)
         self._clocks: dict[object, float] = {}
         self._copies: dict[str, _Copies] = {}
 
@@ -327,6 +329,10 @@ class RedisDispatcher:
                 name, hop = _hop_of(claim.body)
                 page.append((name or claim.entry.decode(), hop))
             yield page
+
+    async def _all_homes(self) -> list[QueueKeys]:
+        homes = self._router.partitions.homes
+        return [self._keys(home) for queue in await self.queues() for home in homes(queue)]
 
     async def promote(self, queues: Sequence[str]) -> float:
         return await promote(

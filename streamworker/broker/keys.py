@@ -78,6 +78,7 @@ class QueueKeys(msgspec.Struct, frozen=True):
             self.halted: "hash",
             self.lines: "set",
             self.fair: "hash",
+            self.payloads: "zset",
         }
 
     def stream(self, level: Level) -> str:
@@ -224,6 +225,14 @@ class QueueKeys(msgspec.Struct, frozen=True):
         Behind this name and ``:tenants``: tenant to the end of its last one.
         """
         return f"{self.base}:fair:{level}"
+
+    @property
+    def payloads(self) -> str:
+        """Sorted set: stored payload of a job that has ended, and the job's id, as JSON, to the ms at which it ended.
+
+        And the channel on which it is published that there is one.
+        """
+        return f"{self.base}:payloads"
 
     def result(self, job_id: str) -> str:
         """Result note of a job, kept for a while; and the channel on which it is published."""

@@ -59,7 +59,7 @@ async def homes(session: OperatorSession) -> list[str]:
     """Names of queues and of partitions that have any key, sorted."""
     shape = re.compile(
         rf"{re.escape(session.namespace)}stream:\{{([A-Za-z0-9._:-]{{1,100}}(?:#[0-9]{{1,4}})?)\}}"
-        r"(?::(?:high|low|due|dead|meta))?"
+        r"(?::(?:high|low|due|dead|meta|payloads))?"
     )
     found = set()
     async for name in session.scan(f"{session.namespace}stream:{{*}}*"):

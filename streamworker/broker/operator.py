@@ -161,9 +161,14 @@ class RedisOperator(ABC):
 
     async def drop(self, entry: PendingEntry) -> bool:
         claim = await self._claim(entry)
-        ended = claim is not None and await self._end(entry, claim, Drop())
-        if ended and entry.job_id:
-            await self._freed(self._key(entry.queue).name, [entry.job_id])
+        if claim is None or not await self._end(entry, claim, Drop()):
+            return False
+        await self.dispose(entry.queue, entry.job_id or "", claim.body or b"")
+        return await self._free(entry.queue, entry.job_id, ended=True)
+
+    async def _free(self, queue: str, job_id: str | None, *, ended: bool) -> bool:
+        if ended and job_id:
+            await self._freed(self._key(queue).name, [job_id])
         return ended
 
     async def _end(self, entry: PendingEntry, claim: Claim, verdict: Verdict, next_form: bytes | None = None) -> bool:
@@ -181,6 +186,9 @@ class RedisOperator(ABC):
 
     async def cancel(self, queue: str, job_id: str) -> bool:
         return await cancel.cancel(self._session, self._key(queue), job_id)
+
+    async def dispose(self, queue: str, job_id: str, body: bytes) -> None:
+        await cancel.dispose(self._session, self._key(queue), job_id, body)
 
     async def pass_on(self, queue: str, order: str, job_id: str) -> None:
         await cancel.pass_on(self._session, self._key(queue), order, job_id)
@@ -249,9 +257,7 @@ class RedisOperator(ABC):
 
     async def forget(self, job: StoredJob) -> bool:
         ended = await cancel.forget(self._session, self._key(job.queue), job.handle)
-        if ended and job.job_id:
-            await self._freed(self._key(job.queue).name, [job.job_id])
-        return ended
+        return await self._free(job.queue, job.job_id, ended=ended)
 
     async def ready(self, queue: str, after: str = "") -> Page[StoredJob]:
         return await listings.ready(self._session, self._key(queue), self._group, after)
@@ -337,9 +343,7 @@ class RedisOperator(ABC):
         if found is not None:
             names, args = [*names, keys.key(found[0])], [*args, found[1]]
         ended = bool(await self._session.run(scripts.ERASE, names, args))
-        if ended and job.job_id:
-            await self._freed(self._key(job.queue).name, [job.job_id])
-        return ended
+        return await self._free(job.queue, job.job_id, ended=ended)
 
     # -- queues and the server
 

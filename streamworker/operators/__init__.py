@@ -27,7 +27,7 @@ from streamworker.job import FlowRecord, Job, Level
 from streamworker.operators.audit_trail import NEVER_SENT, Audit, AuditedOperator, actor, audited, keep_actions
 from streamworker.payload import refuse_stored
 from streamworker.policy import group_sizes
-from streamworker.postgres import FINAL, Archive, AuditRow
+from streamworker.postgres import FINAL, Archive, AuditRow, JobRecord
 from streamworker.settings import EMBEDDED, Settings
 from streamworker.telemetry.logs import get_logger
 from streamworker.views.listing import DELAYED, READY, Selection
@@ -48,6 +48,9 @@ class Canceller(Protocol):
 
     async def pass_on(self, queue: str, order: str, job_id: str) -> None:
         """Pass an order key on that a job kept while it waited in the ledger."""
+
+    async def dispose(self, queue: str, job_id: str, body: bytes) -> None:
+        """Note that the stored payload of a job is needed no more, if its document has one."""
 
 
 async def cancel_job(archive: Archive | None, canceller: Canceller | None, queue: str, job_id: str) -> CancelAnswer:
@@ -77,10 +80,17 @@ async def cancel_job(archive: Archive | None, canceller: Canceller | None, queue
     final = await archive.cancel(queue, job_id)
     if final and order:
         await canceller.pass_on(queue, order, job_id)
+    if final:
+        await canceller.dispose(queue, job_id, document_of(record))
     if final and record.status in NEVER_SENT:
         return "cancelled"
     gone = await canceller.cancel(queue, job_id)
     return "cancelled" if final or gone else "asked"
+
+
+def document_of(record: JobRecord) -> bytes:
+    """The document of a job in the ledger, as far as its payload goes."""
+    return record.document or b'{"payload":%b}' % bytes(record.payload or b"null")
 
 
 def order_key_of(body: bytes | None) -> str:

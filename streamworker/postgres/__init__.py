@@ -403,6 +403,9 @@ class Ledger(Protocol):
     async def park(self, runs: Sequence[RunRecord]) -> list[Stored]:
         """Let jobs wait whose runs have ended, or queue those for which the signal is there; answers in order."""
 
+    async def payloads_in_use(self, job_ids: Collection[str]) -> Collection[str]:
+        """Ids of the stored payloads of those jobs among some that may be queued again, whatever Redis knows."""
+
     async def keep_logs(self, logs: Sequence[KeptLog]) -> None:
         """Keep what runs that are recorded have logged."""
 

@@ -11,7 +11,7 @@ from streamworker.postgres.adapters import PoolTransaction, transaction_of
 from streamworker.postgres.encoding import SEPARATOR, separable, stored_id, within_python
 from streamworker.postgres.flow_graph import NodeParents
 from streamworker.postgres.ledger_history import LedgerHistory
-from streamworker.postgres.payloads import PostgresStore
+from streamworker.postgres.payloads import PostgresStore, needed
 from streamworker.postgres.pool import AnyPool, Database
 from streamworker.postgres.recording import Recording
 from streamworker.postgres.sqlstate import is_one_rows_fault, reason, translated, understood
@@ -116,6 +116,9 @@ class PostgresLedger:
     def payloads(self, namespace: str) -> PostgresStore:
         """`PayloadStore` of the jobs of a namespace."""
         return PostgresStore(self._database.fetch, namespace)
+
+    async def payloads_in_use(self, job_ids: Collection[str]) -> Collection[str]:
+        return await needed(self._database.fetch, job_ids)
 
     async def keep_logs(self, logs: Sequence[KeptLog]) -> None:
         columns = ([getattr(each, name) for each in logs] for name in ("queue", "hop", "deliveries", "lines"))

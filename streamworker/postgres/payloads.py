@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any, Final
 
 from streamworker.payload import STORED
+from streamworker.postgres.encoding import stored_id
 from streamworker.postgres.sqlstate import schema_expected, understood
+from streamworker.relay.payload_sweeper import reference_in
 
 PUT: Final = """
 insert into streamworker.payloads (id, namespace, data) values ($1::text, $3::text, decode($2::text, 'base64'))"""
@@ -63,15 +65,36 @@ class PostgresStore:
             await self._fetch(KEEP, list(ids))
 
 
-# Of jobs that may still run: others keep a reference to what is gone.
+_OPEN: Final = "'queued', 'dispatching', 'dispatched', 'running', 'retrying', 'waiting', 'blocked'"
+# Of jobs that may still run, in a flow also when the flow is retried: others keep a reference to what is gone.
 REFERENCES: Final = f"""
 select payload::text, document from streamworker.jobs
-where status in ('queued', 'dispatching', 'dispatched', 'running', 'retrying', 'waiting', 'blocked', 'dead')
+where (status in ({_OPEN}, 'dead') or node is not null and status in ('cancelled', 'expired'))
   and (payload ? '{STORED}' or document is not null)"""  # noqa: S608 - our own text
+# Of jobs that Redis knows no more: a dead letter that was deleted there needs its payload only if its flow is retried.
+IN_USE: Final = f"""
+select job.payload::text, job.document from streamworker.jobs as job
+where job.id = any($1::text[])
+  and (job.status in ({_OPEN}) or job.node is not null and job.status in ('dead', 'cancelled', 'expired'))
+  and (job.payload ? '{STORED}' or job.document is not null)"""  # noqa: S608 - our own text
 
 
 async def referring(fetch: Callable[..., Awaitable[Sequence[Any]]]) -> list[bytes]:
     """Documents of the ledger's jobs that may still run and refer to stored payloads, and some others."""
     with understood("looking for jobs with stored payloads"):
         rows = await fetch(REFERENCES)
+    return _documents(rows)
+
+
+async def needed(fetch: Callable[..., Awaitable[Sequence[Any]]], job_ids: Collection[str]) -> frozenset[str]:
+    """Ids of the stored payloads of those jobs among some that the ledger may queue again, whatever Redis knows.
+
+    A row with the id may be that of another queue, which keeps more than has to be kept, for a while.
+    """
+    with understood("looking for jobs with stored payloads"):
+        rows = await fetch(IN_USE, [stored_id(each) for each in job_ids])
+    return frozenset(reference_in(body) for body in _documents(rows))
+
+
+def _documents(rows: Sequence[Any]) -> list[bytes]:
     return [b'{"payload":%b}' % row[0].encode() if row[1] is None else bytes(row[1]) for row in rows]

@@ -72,11 +72,11 @@ class Pipeline:
         refused: Callable[[ConfigurationError], None],
     ) -> None:
         broker, concurrency = resources.broker, settings.concurrency
-        record, in_flight = _record(resources), InFlight()
+        self._stopping, record, in_flight = stopping, _record(resources), InFlight()
         tallies = RunTallies(durable=record is not None) if settings.history == "on" else None
         permits = Permits(broker) if any(each.quota is not None for each in app.handlers.registrations) else None
 
-        reaper = PayloadReaper(resources.store) if resources.store is not None else None
+        reaper = _reaper(resources)
         told = [each for each in (tallies, reaper) if each is not None]
         settler = Settler(broker, in_flight, parked=promoter.parked, observers=observers, buffers=buffers, counts=told)
         recorder = Recorder(record, settler, in_flight, logs=_logs(buffers)) if record is not None else None
@@ -111,6 +111,8 @@ class Pipeline:
         async with anyio.create_task_group() as loops:
             loops.start_soon(self.settler.run)
             loops.start_soon(self.admission.run)
+            if self.reaper is not None:
+                loops.start_soon(self.reaper.run, self._stopping)
             if self.recorder is not None and self.lookup is not None and self._marker is not None:
                 loops.start_soon(self.recorder.run)
                 loops.start_soon(self.lookup.run)
@@ -159,3 +161,13 @@ def _record(resources: WorkerResources) -> WorkerLedger | None:
 
 def _logs(buffers: Sequence[OutputBuffer]) -> LogBuffer | None:
     return next((each for each in buffers if isinstance(each, LogBuffer)), None)
+
+
+def _reaper(resources: WorkerResources) -> PayloadReaper | None:
+    """What deletes stored payloads; ``None`` without a store."""
+    if resources.store is None:
+        return None
+    ledger = resources.ledger
+    return PayloadReaper(
+        resources.store, resources.broker.payloads, ledger.payloads_in_use if ledger is not None else None
+    )

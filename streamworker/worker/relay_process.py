@@ -9,7 +9,7 @@ from typing import Final, Protocol
 
 import anyio
 
-from streamworker.broker import CronStore, ScheduleStorage
+from streamworker.broker import CronStore, HoldsPayloads, ScheduleStorage
 from streamworker.cron import Schedule
 from streamworker.cron.stored import ScheduleMirror
 from streamworker.encryption import Keys
@@ -22,6 +22,7 @@ from streamworker.settings import Settings
 from streamworker.telemetry.logs import get_logger
 from streamworker.worker.scheduler import CronLoop, ScheduleLoop
 from streamworker.worker.sealed import stages_of
+from streamworker.worker.stored_payloads import PayloadReaper
 
 log = get_logger("streamworker.relay")
 
@@ -90,7 +91,7 @@ class Scheduler:
                 await stopping.wait()
 
 
-class RelayDispatcher(Dispatcher, ScheduleStorage, Protocol):
+class RelayDispatcher(Dispatcher, ScheduleStorage, HoldsPayloads, Protocol):
     """Redis as a relay process uses it."""
 
 
@@ -105,6 +106,7 @@ class RelayProcess:
         queues: those that this process serves.
         scheduler: runs beside it, if there is one.
         sweepers: delete stored payloads that no job has.
+        reaper: deletes those of jobs that have just ended, where no worker does.
     """
 
     def __init__(
@@ -117,8 +119,9 @@ class RelayProcess:
         queues: Sequence[str] = (),
         scheduler: Scheduler | None = None,
         sweepers: Sequence[PayloadSweeper] = (),
+        reaper: PayloadReaper | None = None,
     ) -> None:
-        self._dispatcher = dispatcher
+        self._dispatcher, self._reaper = dispatcher, reaper
         self.sweepers: Final = tuple(sweepers)
         self.outbox: Final = outbox
         self._scheduler = scheduler
@@ -141,6 +144,8 @@ class RelayProcess:
                 loops.start_soon(self._scheduler.run, self._ending)
             for sweeper in self.sweepers:
                 loops.start_soon(sweeper.run, self._ending)
+            if self._reaper is not None:
+                loops.start_soon(self._reaper.run, self._ending)
             await stopping.wait()
             self._ending.set()
             self.relay.wake()

@@ -208,3 +208,21 @@ def test_call_sites_pass_as_many_keys_as_declared():
                     assert len(keys.elts) == FIXED[name.lower()], f"{path.name}:{call.lineno} {name}"
                     counted.add(name)
     assert counted >= {"DONE", "PARK", "CONFIRM", "RENEW", "OWN_PENDING", "CANCELS"}
+
+
+ENDS = {"change", "dispose", "erase", "purge", "remove", "unique", "unpark"}
+"""Scripts that end jobs without a worker: they delete documents for good."""
+SETTLES = {"done", "finish", "list_done", "list_finish"}
+"""Scripts that end jobs for a worker: its `PayloadReaper` sees what they settle."""
+MOVES = {
+    "bridge", "bury", "depart", "limit", "list_bury", "list_confirm", "list_park", "list_return", "list_take", "park", "prelude", "promote", "replay",
+}  # fmt: skip
+"""Scripts that delete a document where they have stored it elsewhere: nothing has ended."""
+
+
+def test_each_way_a_job_ends_is_known():
+    """A new script that deletes documents belongs to one of these: else a stored payload is left behind, or lost."""
+    deletes = re.compile(r"'(XDEL|LREM|LPOP|RPOP|ZPOPMAX|LMOVE|RPOPLPUSH)'|'HDEL', KEYS.+(member|ARGV\[2\])")
+    found = {path.stem for path in FILES if deletes.search(code(path.read_text()))}
+    assert found | {"dispose"} == ENDS | SETTLES | MOVES
+    assert {path.stem for path in FILES if "unstore(" in code(path.read_text())} - {"prelude"} == ENDS

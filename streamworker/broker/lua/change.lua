@@ -1,5 +1,6 @@
 -- change: change a job that waits: its time, level, queue or document, if it waits as it was read. A worker that has claimed it
--- meanwhile keeps it as it was. The growing write comes first: where it fails, nothing has changed.
+-- meanwhile keeps it as it was. The growing write comes first: where it fails, nothing has changed. The stored payload of a job that
+-- has another one now is noted.
 --
 -- KEYS[1]  due set of the queue
 -- KEYS[2]  bodies hash of the queue
@@ -46,6 +47,7 @@ else
   if failed(stored) then return stored end
   announce(KEYS[4], ARGV[7], math.max(0, tonumber(at) - now_ms()))
 end
+unstore(base_of(KEYS[1]), ARGV[5], ARGV[6])
 if ARGV[1] == 'delayed' then
   if ARGV[7] == ARGV[2] and KEYS[1] == KEYS[4] then return 1 end
   redis.call('ZREM', KEYS[1], ARGV[2])

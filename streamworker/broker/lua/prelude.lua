@@ -81,6 +81,23 @@ local function prolong(base, body, delay)
   end
 end
 
+-- A document was deleted for good, and no worker had its claim. Where its payload is in a store, that is noted for a process that has
+-- the store, unless the document in its place, `heir`, has the same. Every script that deletes documents calls this. A document
+-- without an id may be named by `id`. The oldest of very many notes go: the relay's sweep finds what they named.
+local function unstore(base, body, heir, id)
+  if not body or not string.find(body, '"streamworker_stored"', 1, true) then return end
+  local ok, job = pcall(cjson.decode, body)
+  local payload = ok and type(job) == 'table' and job.payload
+  local stored = type(payload) == 'table' and payload.streamworker_stored
+  local name = type(stored) == 'table' and stored.id
+  if type(name) ~= 'string' or heir and string.find(heir, name, 1, true) then return end
+  if type(job.id) == 'string' and job.id ~= '' then id = job.id end
+  local set, MOST = base .. ':payloads', 100000
+  redis.pcall('ZADD', set, string.format('%d', now_ms()), cjson.encode({ name, id or '' }))
+  if redis.pcall('ZCARD', set) == MOST + 1 then redis.call('ZPOPMIN', set) end
+  redis.pcall('PUBLISH', set, '')
+end
+
 -- Put a job behind the others of a ready key; returns the reply, which may be an error.
 local function add(shape, key, body)
   if shape == 'list' then return redis.pcall('LPUSH', key, body) end
@@ -338,13 +355,15 @@ local function pass_on(shape, base, keys, ids)
   end
 end
 
--- The document of a stream's entry, "" without.
-local function job_in(fields)
+-- A field of a stream's entry, nil without.
+local function field_of(fields, name)
   for f = 1, #fields, 2 do
-    if fields[f] == 'job' then return fields[f + 1] end
+    if fields[f] == name then return fields[f + 1] end
   end
-  return ''
 end
+
+-- The document of a stream's entry, "" without.
+local function job_in(fields) return field_of(fields, 'job') or '' end
 
 -- The job that holds an order key waits in the ledger: the key halts, so that no sweep takes the job for a lost one.
 local function keep_order(base, order)

@@ -1,6 +1,6 @@
 -- purge: delete jobs of a queue for good, a batch a call, but no claimed one: an entry is ready if it is behind the last
 -- delivered entry; what waits in lines is ready, too. Their deduplication keys are deleted too, unless other jobs have them by now, and
--- their order keys are passed on.
+-- their order keys are passed on, and their stored payloads are noted.
 --
 -- KEYS[1..3]  keys of ready jobs: high, normal, low
 -- KEYS[4]     due set
@@ -19,7 +19,8 @@ local orders, names = {}, {} -- of jobs that may hold order keys
 
 -- Our producers write the id first and the key behind it, list mode may have put its mark in front: only documents that
 -- have a key are looked into further, which keeps a batch of large ones short.
-local function freed(body)
+local function freed(body, id)
+  unstore(base, body, nil, id)
   local rest = string.match(body or '', '^{"streamworker":%b{},(.*)$') or string.sub(body or '', 2)
   local id, key = string.match(rest, '^"id":"([^"\\]+)","key":"([^"\\]*)"')
   local plain = string.match(rest, '^"id":"([^"\\]+)"')
@@ -41,7 +42,7 @@ local function delete(stream, first)
   if entries.err then return end
   for _, entry in ipairs(entries) do
     entry_ids[#entry_ids + 1] = entry[1]
-    freed(job_in(entry[2]))
+    freed(job_in(entry[2]), field_of(entry[2], 'id'))
     if ARGV[3] == 'dead' then unhalt(ARGV[1], base, job_in(entry[2])) end
   end
   if #entry_ids > 0 then gone = gone + redis.call('XDEL', stream, unpack(entry_ids)) end

@@ -1,5 +1,5 @@
 -- remove: delete one waiting job for good, wherever it waits, but not if a worker has claimed it meanwhile. Its deduplication key
--- is deleted too, unless another job has it by now, and its order key is passed on.
+-- is deleted too, unless another job has it by now, its order key is passed on, and its stored payload is noted.
 --
 -- KEYS[1]  due set of the queue
 -- KEYS[2]  where it waits: a key of ready jobs, a level's tenants' lines, or the line of an order key
@@ -27,6 +27,7 @@ else
   if not claimed then gone = redis.call('XDEL', KEYS[2], ARGV[3]) end
 end
 if gone == 1 then
+  unstore(base, ARGV[4])
   if KEYS[3] then let_go(KEYS[3], ARGV[6]) end
   local order, _, id = flow_of(ARGV[4])
   if order and order ~= '' and ARGV[2] ~= 'order' then pass_on(ARGV[1], base, { order }, { id }) end

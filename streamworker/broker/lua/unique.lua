@@ -1,6 +1,6 @@
 -- unique: store new jobs of one queue whose deduplication keys are held until they start or end. While a key is held, the
 -- answer is the earlier job's id; a job that replaces takes the place of an earlier one that has not started: of a delayed
--- one in place, under its id; a ready one is cancelled, and the new one takes its key. Repeating a call is safe: the same
+-- one in place, under its id; a ready one is cancelled, and the new one takes its key. The stored payload that a rewritten one had is noted. Repeating a call is safe: the same
 -- id under the same key is our own first try.
 --
 -- KEYS[1..3]  keys of ready jobs: high, normal, low
@@ -69,12 +69,14 @@ local function replace(i, k, earlier)
   local member = parked(earlier, ARGV[i + 9])
   if member then
     local due, mine = due_at(i, since), ARGV[i] .. '/' .. earlier .. '/' .. ARGV[i + 9]
+    local before = redis.call('HGET', KEYS[5], member)
     if mine ~= member then
       redis.call('ZREM', KEYS[4], member)
       redis.call('HDEL', KEYS[5], member)
     end
     local body = '{"id":' .. cjson.encode(earlier) .. string.sub(ARGV[i + 8], tonumber(ARGV[i + 7]) + 1)
     put_off(KEYS[4], KEYS[5], mine, body, due, now)
+    unstore(base, before, body)
     hold(KEYS[k], base .. ':held:' .. earlier, earlier, since, due, ARGV[i + 2])
     return 'rewritten'
   end

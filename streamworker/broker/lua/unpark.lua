@@ -1,6 +1,6 @@
 -- unpark: delete a parked job for good, or make it due now. A body given with it replaces the stored one, because a
 -- document that says "not before" would be parked again by the worker that reads it. The deduplication key of a deleted
--- job is deleted too, unless another job has it by now, and its order key is passed on.
+-- job is deleted too, unless another job has it by now, its order key is passed on, and its stored payload is noted.
 --
 -- KEYS[1]  due set of the queue
 -- KEYS[2]  bodies hash of the queue
@@ -14,9 +14,11 @@
 -- returns 1 done, 0 it is not parked any more, -1 it has no body and cannot run
 if not redis.call('ZSCORE', KEYS[1], ARGV[2]) then return 0 end
 if ARGV[1] == 'forget' then
-  local order, _, id = flow_of(redis.call('HGET', KEYS[2], ARGV[2]) or '')
+  local body = redis.call('HGET', KEYS[2], ARGV[2]) or ''
+  local order, _, id = flow_of(body)
   redis.call('ZREM', KEYS[1], ARGV[2])
   redis.call('HDEL', KEYS[2], ARGV[2])
+  unstore(base_of(KEYS[1]), body)
   if KEYS[3] then let_go(KEYS[3], ARGV[5]) end
   if order and order ~= '' then pass_on(ARGV[4], base_of(KEYS[1]), { order }, { id }) end
 else
