@@ -415,7 +415,7 @@ class App(Handlers[S], Calendar):
     async def job_log(
         self, job_id: str, /, *, queue: str | None = None, follow: bool = False
     ) -> AsyncGenerator[JobLogLine, None]:
-        """What a job's handler logs, each run apart, where workers keep it (docs/job-logs.md).
+        """What a job's handler logs, run by run, if workers store it (docs/job-logs.md).
 
         Args:
             job_id: as `enqueue` returned it.

@@ -1,9 +1,9 @@
 """Draws measured figures into the pages and pictures that show them: ``./dev figures``.
 
-The figures are the files in ``benchmarks/results``, which ``./dev bench``, ``bench-peers``, ``bench-fleet`` and
-``bench-scaling`` write with ``--json``. A page names a table between two comments, ``<!-- figures: bench -->`` and
-``<!-- /figures -->``; all files of that name (``bench.json``, ``bench-memory.json`` …) are its rows.
-tests/docs/test_figures.py holds that pages and pictures are what the files say.
+The figures are the files in ``benchmarks/results``, which ``./dev bench``, ``bench-peers``, ``bench-fleet``,
+``bench-scaling`` and ``soak`` write with ``--json``. A page names a table between two comments,
+``<!-- figures: bench -->`` and ``<!-- /figures -->``; all files of that name (``bench.json``, ``bench-memory.json`` …)
+are its rows. tests/docs/test_figures.py holds that pages and pictures are what the files say.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from benchmarks.report import number
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 RESULTS: Final = ROOT / "benchmarks/results"
-PAGES: Final = tuple(ROOT / "docs" / name for name in ("benchmarks.md", "comparison.md", "scaling.md"))
+PAGES: Final = tuple(ROOT / "docs" / name for name in ("benchmarks.md", "comparison.md", "faults.md", "scaling.md"))
 IMAGES: Final = ROOT / "docs/images"
 BLOCK: Final = re.compile(r"(?P<head><!-- figures: (?P<name>\w+) -->\n).*?(?P<tail><!-- /figures -->)", re.DOTALL)
 
@@ -63,7 +63,7 @@ def table(name: str, folder: Path = RESULTS) -> str:
     """One table, and below it where each of its figures comes from."""
     files = measured(name, folder)
     lines = TABLES[name]([row for file in files for row in file.rows])
-    lines += ["", *([] if name == "scaling" else ["Medians of all rounds.", ""])]
+    lines += ["", *([] if name in ("scaling", "soak") else ["Medians of all rounds.", ""])]
     for file in files:
         missing = "".join(f" Not measured: {who} ({why})." for who, why in file.missing.items())
         source = f"{file.version}, {file.software}; {file.machine}; {file.date}.{missing}"
@@ -154,9 +154,26 @@ def _scaling(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def _soak(rows: Sequence[Row]) -> list[str]:
+    """A line for each mode."""
+    times = "recovery p50, p99, max | alone p50, p99, max"
+    lines = [f"| mode | faults | jobs | runs repeated | {times} | lost | settles by lost claims |", "|---" * 8 + "|"]
+    found: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault(row.question, {})[row.what] = row
+    for mode, figures in found.items():
+        cells = [
+            ", ".join(number(figures[f"{what} {part}"].value) for part in ("p50", "p99", "max")) + " s"
+            for what in ("recovery", "alone")
+        ]
+        counts = [f"{figures[what].value:,.0f}" for what in ("faults", "jobs", "repeated", "lost", "fence")]
+        lines.append("| " + " | ".join((mode, *counts[:3], *cells, *counts[3:])) + " |")
+    return lines
+
+
 PICTURES: Final = ("throughput", "peers", "scaling")
 TABLES: Final[Mapping[str, Callable[[Sequence[Row]], list[str]]]] = {
-    "bench": _bench, "peers": _peers, "fleet": _fleet, "scaling": _scaling,
+    "bench": _bench, "peers": _peers, "fleet": _fleet, "scaling": _scaling, "soak": _soak,
 }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from streamworker.errors import UsageError
 from streamworker.job import Job
 from streamworker.operators import open_operator
 
-cron = Commands(name="cron", help="What is enqueued by the calendar, and when next.")
+cron = Commands(name="cron", help="Schedules, and when they tick next.")
 
 Payload = Annotated[str, Parameter(allow_leading_hyphen=True)]
 
@@ -98,7 +98,7 @@ def add(
     priority: str = "normal",
     flags: WorkerFlags = WORKER,
 ) -> int:
-    """Store a schedule as data, or change the one of that name. Workers hear of it at once.
+    """Store a schedule as data, or change the one of that name. Workers are notified at once.
 
     With an app (STREAMWORKER_APP) the payload is checked against the type of the kind's handler, which names the queue,
     too. Without one, --queue is needed.
@@ -172,7 +172,7 @@ def edit(
 
 @cron.command
 def pause(name: str, /, *, flags: WorkerFlags = WORKER) -> int:
-    """Stop the ticks of a schedule that is data, until it is resumed. Those that fall into that time are not caught up.
+    """Stop the ticks of a schedule that is data, until it is resumed. Ticks in that time are skipped.
 
     Args:
         name: Which.
@@ -187,7 +187,7 @@ def pause(name: str, /, *, flags: WorkerFlags = WORKER) -> int:
 
 @cron.command
 def resume(name: str, /, *, flags: WorkerFlags = WORKER) -> int:
-    """Let a schedule that is paused tick again.
+    """Undo the pause of a schedule.
 
     Args:
         name: Which.

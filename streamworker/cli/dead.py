@@ -111,7 +111,7 @@ def retry(
     acting: ActionFlags = ACTION,
     server: ServerFlags = SERVER,
 ) -> int:
-    """Put dead letters back on their queue, with all their attempts before them.
+    """Put dead letters back on their queue, with all their attempts.
 
     Args:
         ids: Entry ids or job ids.
@@ -190,7 +190,7 @@ def mute(group: str, /, *, server: ServerFlags = SERVER) -> int:
 
 @dead.command
 def unmute(group: str, /, *, server: ServerFlags = SERVER) -> int:
-    """Let a muted group of dead letters need attention again.
+    """Undo a mute.
 
     Args:
         group: As `dead groups` names it.

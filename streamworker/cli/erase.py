@@ -28,13 +28,13 @@ def erase(
     json: bool = False,
     flags: WorkerFlags = WORKER,
 ) -> int:
-    """Delete every trace of a person's jobs, in Redis and in the ledger. Without --yes it only says what there is.
+    """Delete every trace of a person's jobs, in Redis and in the ledger. Without --yes it only counts them.
 
     Sealed payloads are looked into with the keys of the app that STREAMWORKER_APP names. 1 if a job still runs, or if
     something is sealed that no key here opens.
 
     Args:
-        where: A field of the payload and its value, such as customer.email=ann@example.org; all of them have to fit.
+        where: A field of the payload and its value, such as customer.email=ann@example.org; all must match.
         header: A header and its value.
         queue: Only this queue.
         wait: Seconds to wait for jobs that run.

@@ -124,7 +124,7 @@ def show_(flow: str, /, *, all: bool = False, json: bool = False, flags: WorkerF
 
 @flows.command
 def cancel(*ids: str, flags: WorkerFlags = WORKER) -> int:
-    """Cancel flows: what has not begun never runs, and jobs that run are cancelled in their workers.
+    """Cancel flows: nodes that have not started never run, and running jobs are cancelled.
 
     Args:
         ids: Flow ids, or keys.
@@ -138,7 +138,7 @@ def cancel(*ids: str, flags: WorkerFlags = WORKER) -> int:
 
 @flows.command
 def retry(*ids: str, flags: WorkerFlags = WORKER) -> int:
-    """Queue the dead, expired and cancelled jobs of flows anew; what never ran for their sake goes on after them.
+    """Queue the dead, expired and cancelled jobs of flows anew; nodes that never ran because of them wait again.
 
     Args:
         ids: Flow ids, or keys.

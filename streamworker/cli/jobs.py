@@ -259,7 +259,7 @@ def logs(
     json: bool = False,
     flags: WorkerFlags = WORKER,
 ) -> int:
-    """Print what a job's handler logged, each run apart, where workers keep it (STREAMWORKER_JOB_LOG).
+    """Print what a job's handler logged, run by run, if workers store it (STREAMWORKER_JOB_LOG).
 
     Args:
         job_id: The job's id.
@@ -315,7 +315,7 @@ def retry(
     acting: ActionFlags = ACTION,
     flags: WorkerFlags = WORKER,
 ) -> int:
-    """Queue jobs anew that died or were cancelled, with all their attempts before them; a relay dispatches them.
+    """Queue dead and cancelled jobs again, with all their attempts; a relay dispatches them.
 
     Args:
         ids: Job ids.
@@ -493,7 +493,7 @@ def cancel(
     flags: WorkerFlags = WORKER,
 ) -> int:
     """Keep jobs from running, and end those that run. Without a ledger, and for jobs that it does not know, --queue
-    has to say where they lie.
+    must name their queue.
 
     Args:
         ids: Job ids.

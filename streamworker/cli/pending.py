@@ -76,7 +76,7 @@ def list_(
     listing: Listing = LISTING,
     server: ServerFlags = SERVER,
 ) -> int:
-    """List pending jobs: who holds them, since when they gave no sign, how often they were delivered.
+    """List pending jobs: their worker, the time since the last renewal, how often they were delivered.
 
     Args:
         queue: Only of this queue.

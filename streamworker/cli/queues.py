@@ -92,7 +92,7 @@ async def missing(operator: Operator, queue: str) -> str | None:
 
 @queues.command
 def pause(*names: OneQueue, all: bool = False, server: ServerFlags = SERVER) -> int:  # noqa: A002 - the flag's name
-    """Stop all claims from some queues, within a second; what runs goes on.
+    """Stop all claims from some queues, within a second; running jobs go on.
 
     Args:
         names: The queues.
@@ -157,7 +157,7 @@ def purge(
     dry_run: bool = False,
     server: ServerFlags = SERVER,
 ) -> int:
-    """Delete jobs of a queue for good. What workers hold goes on; deduplication keys stay remembered.
+    """Delete jobs of a queue for good. Running jobs go on; the deduplication keys of deleted jobs are free.
 
     Args:
         queue: Which.

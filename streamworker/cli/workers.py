@@ -25,7 +25,7 @@ from streamworker.cli.streams import say
 from streamworker.errors import UsageError
 from streamworker.views.rows import WorkerRow, age, size, worker_row
 
-workers = App(name="workers", help="Who works, and how busy they are.")
+workers = App(name="workers", help="Workers, and how busy they are.")
 
 
 def _text(value: int | None) -> str:

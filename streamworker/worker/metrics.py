@@ -79,7 +79,7 @@ SKIPPED: Final = Family("streamworker_skipped_total", "counter", "Claims of jobs
 RELEASED: Final = Family("streamworker_released_total", "counter", "Jobs given back uncharged.")
 LAG: Final = Family("streamworker_event_loop_lag_seconds", "gauge", "How late the event loop answers.")
 RECONNECTS: Final = Family("streamworker_reconnects_total", "counter", "Times Redis came back after it was away.")
-READY: Final = Family("streamworker_queue_ready_jobs", "gauge", "Jobs that wait to be claimed, by anybody.", ("queue",))
+READY: Final = Family("streamworker_queue_ready_jobs", "gauge", "Jobs that are ready to be claimed.", ("queue",))
 HELD: Final = Family("streamworker_queue_running_jobs", "gauge", "Jobs that all workers together hold.", ("queue",))
 WAITING: Final = Family(
     "streamworker_queue_waiting_jobs", "gauge", "Jobs that wait behind others with their order key.", ("queue",)
@@ -90,14 +90,14 @@ LOAD: Final = Family(
 WANTED: Final = Family(
     "streamworker_queue_wanted_slots", "gauge", "Slots that clear the queue within the target wait.", ("queue",)
 )
-DELAYED: Final = Family("streamworker_queue_delayed_jobs", "gauge", "Jobs parked until later, and retries.", ("queue",))
+DELAYED: Final = Family("streamworker_queue_delayed_jobs", "gauge", "Delayed jobs, retries included.", ("queue",))
 ERRORS: Final = Family(
     "streamworker_queue_dead_groups", "gauge", "Errors that dead letters have, muted ones aside.", ("queue",)
 )
 NEW_ERRORS: Final = Family(
-    "streamworker_queue_dead_groups_new", "gauge", "Those whose first letter died within the hour.", ("queue",)
+    "streamworker_queue_dead_groups_new", "gauge", "Errors whose first letter is under an hour old.", ("queue",)
 )
-LETTERS: Final = Family("streamworker_queue_dead_letters", "gauge", "Dead letters that lie there.", ("queue",))
+LETTERS: Final = Family("streamworker_queue_dead_letters", "gauge", "Dead letters of the queue.", ("queue",))
 OLDEST: Final = Family(
     "streamworker_queue_oldest_ready_seconds", "gauge", "Age of the oldest ready job; 0 when none waits.", ("queue",)
 )

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 
+from benchmarks.measure import Row
 from tests.crash.checker import Verdict
+
+PARTS = (("p50", 0.5), ("p99", 0.99), ("max", 1.0))
 
 
 def percentile(values: list[float], part: float) -> float:
@@ -37,9 +40,7 @@ def table(injected: Counter[str], verdict: Verdict) -> str:
         ("recovery, alone, s", verdict.alone),
         ("  since its last run, s", verdict.waited),
     ):
-        figures = "  ".join(
-            f"{label} {percentile(values, part):.2f}" for label, part in (("p50", 0.5), ("p99", 0.99), ("max", 1.0))
-        )
+        figures = "  ".join(f"{label} {percentile(values, part):.2f}" for label, part in PARTS)
         lines += ["", f"{name:<26}{figures}  ({len(values)} runs)"]
     broken = Counter(violation.partition(":")[0] for violation in verdict.violations)
     lines += [
@@ -49,3 +50,21 @@ def table(injected: Counter[str], verdict: Verdict) -> str:
     lines += ["", f"{'lost':<26}{len(verdict.lost):>8}", f"{'settles by lost claims':<26}{broken['fence']:>8}"]
     lines += [f"{'violations':<26}{len(verdict.violations):>8}  {dict(broken) or ''}"]
     return "\n".join(lines)
+
+
+def figures(mode: str, injected: Counter[str], verdict: Verdict) -> list[Row]:
+    """The same as rows of ``benchmarks/results``, for docs/faults.md."""
+    counts = {
+        "faults": sum(injected.values()),
+        "jobs": verdict.jobs,
+        "repeated": sum(verdict.duplicates.values()),
+        "lost": len(verdict.lost),
+        "fence": sum(violation.startswith("fence:") for violation in verdict.violations),
+    }
+    times = {"recovery": verdict.recovery, "alone": verdict.alone}
+    rows = [Row(question=mode, what=what, unit="", values=[float(count)]) for what, count in counts.items()]
+    return rows + [
+        Row(question=mode, what=f"{what} {label}", unit="s", values=[percentile(values, part)])
+        for what, values in times.items()
+        for label, part in PARTS
+    ]

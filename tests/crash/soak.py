@@ -17,10 +17,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.report import as_json
 from tests.crash.checker import Verdict
 from tests.crash.ground import GROUNDS, MODE, PARTITIONS
 from tests.crash.nemesis import WORKERS_ONLY, Nemesis
-from tests.crash.report import table
+from tests.crash.report import figures, table
 from tests.crash.rig import SLOWER, Rig
 from tests.crash.watchdog import watchdog
 
@@ -36,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--faults", choices=("all", "kill", "workers"), default="all")
     options.add_argument("--mode", choices=sorted(GROUNDS), default=MODE)
     options.add_argument("--partitions", type=int, default=PARTITIONS, help="of the queue")
+    options.add_argument(
+        "--json", type=Path, help="a file for the figures; ./dev figures draws those in benchmarks/results"
+    )
     options.add_argument("--keep", type=Path, help="a directory for history and logs; without it they are deleted")
     chosen = options.parse_args(arguments)
     if (chosen.mode, chosen.partitions) != (
@@ -55,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with watchdog(chosen.minutes * 60 + 300 + rest, f"soak, seed {chosen.seed}"):
         rig, verdict = asyncio.run(_soak(chosen, directory))
     print(table(rig.injected, verdict))
+    if chosen.json is not None:
+        as_json(figures(MODE, rig.injected, verdict), chosen.json, command="./dev soak")
     for violation in verdict.violations[:50]:
         print(f"violation: {violation}")
     if chosen.keep is None and not verdict.violations:

@@ -27,7 +27,7 @@ def test_a_picture_shows_what_was_measured(name: str):
 def test_each_table_names_its_command_version_machine_and_date(name: str):
     drawn = figures.table(name)
     for file in figures.measured(name):
-        assert file.command.startswith("./dev bench")
+        assert file.command.startswith(("./dev bench", "./dev soak"))
         assert all(file.rows)
         for field in (file.command, file.date, file.version, file.software, file.machine):
             assert field

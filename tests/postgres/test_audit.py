@@ -70,6 +70,8 @@ async def test_the_dashboard_keeps_who_signed_in_and_viewers_change_nothing(redi
             token = await viewer.token()
             answer = await viewer.post("pause", {"queue": "q"}, {"x-csrf-token": token, "origin": HERE})
             assert (answer.status_code, answer.text) == (403, "Viewers change nothing: ask an operator.\n")
+            answer = await client.get(f"/payload?place=dead&queue=q&id={raw.xrange('stream:{q}:dead')[0][0].decode()}")
+            assert answer.status_code == 400 and "payloads are shown to operators alone" in answer.text
         async with httpx2.AsyncClient(transport=transport, base_url=HERE, auth=("ann", "a")) as client:
             operator = Browser(client)
             assert (await operator.do("pause", queue="q"))["ok"]
