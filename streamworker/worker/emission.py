@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextvars import Context as Variables
 from typing import Final
@@ -20,6 +20,8 @@ log = get_logger("streamworker.worker")
 
 GATHER: Final = 0.02
 """Seconds in which chunks gather before they are sent: 50 round trips a second and worker, however many chunks."""
+TOGETHER: Final = 100
+"""Runs whose chunks are sent together: those of the last ones are not taken before the first ones are stored."""
 BATCH_CHUNKS: Final = 1000
 BATCH_BYTES: Final = 262_144
 """What a job may have unsent; then ``emit`` waits until the server has taken some of it."""
@@ -187,8 +189,21 @@ class OutputBuffer:
         Raises:
             Unreachable: no server answers; what was sent will be sent again.
         """
+        runs = list(self._unsent)
+        if len(runs) > TOGETHER:
+            runs.sort(key=lambda run: run.claim.place)  # a call is about one key
+        for start in range(0, len(runs), TOGETHER):
+            await self._flush(runs[start : start + TOGETHER])
+
+    async def _flush(self, some: Sequence[RunOutput]) -> None:
+        """Send one batch of each of some runs: of what they have emitted until now, not until the flush began."""
         async with self._lock:
-            runs = list(self._unsent)
+            runs = []
+            for run in some:
+                if run.waiting:
+                    runs.append(run)
+                else:  # another call has sent it meanwhile, or its run was closed
+                    self._unsent.pop(run, None)
             if not runs:
                 return
             try:
@@ -217,7 +232,7 @@ class OutputBuffer:
         for _ in range(_ROUNDS):
             if not any(run.waiting for run in runs):
                 return
-            await self.flush()
+            await self._flush(runs)
 
     def holds(self, claim: Claim) -> bool:
         """Whether the run of a claim has emitted."""

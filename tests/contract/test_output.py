@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -13,10 +14,10 @@ import pytest
 from streamworker import App, Backoff, Context, Discard, Payload, Retry, Settings, results
 from streamworker.broker import SettleRequest
 from streamworker.broker.base import RedisBroker
-from streamworker.errors import ClaimLost, UsageError
+from streamworker.errors import ClaimLost, Unreachable, UsageError
 from streamworker.job import Claim, Done, Settled
 from streamworker.results import LIFE, OutputBatch, OutputItem, packed
-from streamworker.worker.emission import BATCH_CHUNKS, RunOutput
+from streamworker.worker.emission import BATCH_CHUNKS, TOGETHER, OutputBuffer, RunOutput
 from tests.conftest import eventually
 from tests.contract.helpers import job, list_only, names, one, recover, settings, settle_one, working
 
@@ -395,3 +396,71 @@ async def test_where_to_begin(scene):
             await anext(other.output("j"))
     with pytest.raises(UsageError, match="async with app"):
         await anext(App(settings=Settings(redis_url="redis://127.0.0.1:1")).output("j"))
+
+
+class Taking:
+    """`Outputs` that note what is sent in each call, and may do something meanwhile."""
+
+    def __init__(self, meanwhile: Callable[[int], None]) -> None:
+        self.calls: list[dict[str, int]] = []
+        self.meanwhile = meanwhile
+
+    async def emit(self, batches: Any) -> list[Settled | None]:
+        self.calls.append({each.job_id: each.count for each in batches})
+        self.meanwhile(len(self.calls))
+        return [Settled.SETTLED] * len(batches)
+
+    def output(self, queues: Any, job_id: str, *, log: bool = False) -> Any:
+        return self
+
+
+def some_runs(buffer: OutputBuffer, count: int) -> list[RunOutput]:
+    claims = [Claim("q", "normal", "stream:{q}", f"1-{number}".encode(), 1, b"", b"") for number in range(count)]
+    return [buffer.begin(claim, str(number), 1) for number, claim in enumerate(claims)]
+
+
+async def test_what_is_emitted_while_others_are_sent_goes_with_its_own_turn():
+    """A chunk waits for one round of all jobs at most, not for what is left of one and all of the next."""
+    outputs = Taking(lambda call: runs[-1].add(packed("late")) if call == 1 else None)
+    buffer = OutputBuffer(outputs)
+    runs = some_runs(buffer, 3 * TOGETHER)
+    for run in runs:
+        await buffer.add(run, packed("x"))
+    await buffer.flush()
+    assert [len(call) for call in outputs.calls] == [TOGETHER] * 3
+    assert outputs.calls[-1][runs[-1].job_id] == 2
+    assert not any(run.waiting for run in runs)
+    await buffer.close()
+
+
+async def test_a_job_that_ends_sends_its_own_output_alone():
+    outputs = Taking(lambda _: None)
+    buffer = OutputBuffer(outputs)
+    runs = some_runs(buffer, 5)
+    for run in runs:
+        await buffer.add(run, packed("x"))
+    await buffer.flush_of([runs[3].claim])
+    assert outputs.calls == [{"3": 1}]
+    await buffer.flush()
+    assert outputs.calls[1:] == [{"0": 1, "1": 1, "2": 1, "4": 1}]
+    await buffer.close()
+
+
+async def test_what_could_not_be_sent_is_sent_again_and_in_order():
+    def fail_once(call: int) -> None:
+        if call == 2:
+            raise Unreachable("away")
+
+    outputs = Taking(fail_once)
+    buffer = OutputBuffer(outputs)
+    runs = some_runs(buffer, 2 * TOGETHER)
+    for run in runs:
+        await buffer.add(run, packed("x"))
+    with pytest.raises(Unreachable):
+        await buffer.flush()
+    runs[-1].add(packed("y"))  # not in the batch that may have been stored
+    await buffer.flush()
+    assert outputs.calls[1] == outputs.calls[2]
+    await buffer.flush()
+    assert outputs.calls[3:] == [{runs[-1].job_id: 1}]
+    await buffer.close()

@@ -13,12 +13,12 @@
 --
 -- returns one a job: 1 stored, 0 the claim is lost, or the error why it cannot be stored
 local result, lost = {}, false
+local bounds = { ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5]) }
 for i = 6, #ARGV, 6 do
   local pending, trouble = pending_entry(KEYS[1], ARGV[1], ARGV[i])
   if trouble then return redis.error_reply(trouble) end
   if pending and pending[2] == ARGV[2] and pending[4] == tonumber(ARGV[i + 1]) then
     local run = ARGV[i] .. ' ' .. ARGV[i + 1] .. ' ' .. ARGV[2]
-    local bounds = { ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5]) }
     result[#result + 1] = append(KEYS[#result + 2], run, { unpack(ARGV, i + 2, i + 5) }, bounds) or 1
   else
     result[#result + 1], lost = 0, true

@@ -21,9 +21,9 @@ local function holds(member)
 end
 
 local result, lost = {}, false
+local bounds = { ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]) }
 for i = 4, #ARGV, 6 do
   if ARGV[i + 1] == '0' or holds(ARGV[i]) then
-    local bounds = { ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]) }
     result[#result + 1] = append(KEYS[#result + 3], ARGV[i], { unpack(ARGV, i + 2, i + 5) }, bounds) or 1
   else
     result[#result + 1], lost = 0, true

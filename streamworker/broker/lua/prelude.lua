@@ -427,13 +427,9 @@ end
 local function append(key, token, batch, bounds)
   local attempt, offset, count, chunks = unpack(batch)
   offset, count = tonumber(offset), tonumber(count)
-  local info, last = redis.pcall('XINFO', 'STREAM', key), nil
-  local err = failed(info)
-  if err and not string.find(err, 'no such key', 1, true) then return err end
-  for f = 1, err and 0 or #info, 2 do
-    if info[f] == 'last-entry' then last = info[f + 1] end
-  end
-  local position, before, run = now_ms() * 1000, 0, nil
+  local rows = redis.pcall('XREVRANGE', key, '+', '-', 'COUNT', 1)
+  local err, last, position, before, run = failed(rows), rows[1], nil, 0, nil
+  if err then return err end
   if last then
     local is = last[2]
     position, before = tonumber(string.match(last[1], '^%d+')), tonumber(is[10]) + #is[14]
@@ -441,20 +437,24 @@ local function append(key, token, batch, bounds)
       if tonumber(is[6]) >= offset + count then return false end -- it is stored: the reply was lost
       run = is[2]
     end
+  else
+    position = now_ms() * 1000
   end
   local from = string.format('%d', position + 1)
-  local id, stored = string.format('%d', position + count), string.format('%d', offset + count)
-  local added = redis.pcall('XADD', key, id .. '-0', 'run', run or from, 'attempt', attempt, 'stored', stored, 'from', from,
+  local id, stored = string.format('%d-0', position + count), string.format('%d', offset + count)
+  local added = redis.pcall('XADD', key, id, 'run', run or from, 'attempt', attempt, 'stored', stored, 'from', from,
     'before', string.format('%d', before), 'token', token, 'chunks', chunks)
-  if failed(added) then return failed(added) end
-  while true do
+  err = failed(added)
+  if err then return err end
+  -- A chunk has a byte at least: an output that never had more bytes than it may have chunks needs no look at its oldest.
+  while before + #chunks > math.min(bounds[2], bounds[3]) do
     local first = redis.call('XRANGE', key, '-', '+', 'COUNT', 1)[1]
     local is = first[2]
     local held, bytes = position + count - tonumber(is[8]) + 1, before + #chunks - tonumber(is[10])
-    if first[1] == id .. '-0' or held <= bounds[2] and bytes <= bounds[3] then break end
+    if first[1] == id or held <= bounds[2] and bytes <= bounds[3] then break end
     redis.call('XDEL', key, first[1])
   end
   redis.call('PEXPIRE', key, bounds[1])
-  redis.pcall('PUBLISH', key, id)
+  redis.pcall('PUBLISH', key, string.sub(id, 1, -3))
   return false
 end
