@@ -59,7 +59,7 @@ end
 -- Name and id of the deduplication key in a document that is held until its job has started or ended; nil without one. Only
 -- documents in which such a word stands are decoded.
 local function held_in(body)
-  if not body or not string.find(body, '"unique":"', 1, true) then return nil end
+  if type(body) ~= 'string' or not string.find(body, '"unique":"', 1, true) then return nil end
   local ok, job = pcall(cjson.decode, body)
   if not ok or type(job) ~= 'table' or type(job.unique) ~= 'string' or type(job.key) ~= 'string' then return nil end
   if type(job.id) == 'string' then return job.key, job.id end
@@ -94,7 +94,7 @@ local function unstore(base, body, heir, id)
   if type(job.id) == 'string' and job.id ~= '' then id = job.id end
   local set, MOST = base .. ':payloads', 100000
   redis.pcall('ZADD', set, string.format('%d', now_ms()), cjson.encode({ name, id or '' }))
-  if redis.pcall('ZCARD', set) == MOST + 1 then redis.call('ZPOPMIN', set) end
+  if redis.pcall('ZCARD', set) == MOST + 1 then redis.pcall('ZPOPMIN', set) end
   redis.pcall('PUBLISH', set, '')
 end
 

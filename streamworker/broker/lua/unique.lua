@@ -1,7 +1,7 @@
 -- unique: store new jobs of one queue whose deduplication keys are held until they start or end. While a key is held, the
 -- answer is the earlier job's id; a job that replaces takes the place of an earlier one that has not started: of a delayed
--- one in place, under its id; a ready one is cancelled, and the new one takes its key. The stored payload that a rewritten one had is noted. Repeating a call is safe: the same
--- id under the same key is our own first try.
+-- one in place, under its id; a ready one is cancelled, and the new one takes its key. Repeating a call is safe: the same
+-- id under the same key is our own first try. The stored payload that a rewritten job had is noted.
 --
 -- KEYS[1..3]  keys of ready jobs: high, normal, low
 -- KEYS[4]     due set: notifications are published on the channel named like it
@@ -69,7 +69,7 @@ local function replace(i, k, earlier)
   local member = parked(earlier, ARGV[i + 9])
   if member then
     local due, mine = due_at(i, since), ARGV[i] .. '/' .. earlier .. '/' .. ARGV[i + 9]
-    local before = redis.call('HGET', KEYS[5], member)
+    local before = redis.pcall('HGET', KEYS[5], member)
     if mine ~= member then
       redis.call('ZREM', KEYS[4], member)
       redis.call('HDEL', KEYS[5], member)
