@@ -238,9 +238,15 @@ class RedisAddress:
         return Reader(CommandConnection(self._connection(), block + BLOCK_SLACK), control)
 
     def pool(self, size: int = POOL_SIZE, *, probes: bool = True) -> CommandPool | ClusterClient:
-        """Pool for the commands of the hot path; in a cluster it is an ordinary client (``probes``: see there)."""
+        """Pool for the commands of the hot path, per node in a cluster (``probes``: see there)."""
         if self._slots is not None:
-            return ClusterClient(self._slots, lambda host: self.at(host).commands(size), probes=probes)
+            return ClusterClient(
+                self._slots, lambda host: self.at(host).commands(size), lambda host: self.at(host)._pool(size),
+                probes=probes,
+            )  # fmt: skip
+        return self._pool(size)
+
+    def _pool(self, size: int) -> CommandPool:
         return CommandPool(self._connection, size, COMMAND_TIMEOUT)
 
     def _connection(self) -> aioredis.Connection:

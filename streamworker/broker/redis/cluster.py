@@ -19,7 +19,7 @@ import redis.asyncio as aioredis
 from redis import exceptions as redis_errors
 from redis.crc import key_slot
 
-from streamworker.broker.redis.connection import Reader
+from streamworker.broker.redis.connection import CommandPool, Reader
 from streamworker.broker.redis.url import Host, NotExecuted, RedisUrl
 from streamworker.errors import ConfigurationError
 
@@ -33,16 +33,24 @@ class ClusterClient(aioredis.Redis):
     Args:
         slots: the map.
         connect: makes a node's client.
+        hot: makes what sends single commands to a node; its client if not given.
         probes: find out that a node is silent, and that it answers again; else only what others found is known.
     """
 
     def __init__(
-        self, slots: ClusterSlots | PartitionServers, connect: Callable[[Host], aioredis.Redis], *, probes: bool = True
+        self,
+        slots: ClusterSlots | PartitionServers,
+        connect: Callable[[Host], aioredis.Redis],
+        hot: Callable[[Host], CommandPool] | None = None,
+        *,
+        probes: bool = True,
     ) -> None:
         super().__init__()
         self._slots = slots
         self._connect = connect
         self._clients: dict[Host, aioredis.Redis] = {}
+        self._hot = hot
+        self._pools: dict[Host, CommandPool] = {}
         self._looking = anyio.Lock()
         self._probing: dict[Host, asyncio.Task[None]] | None = {} if probes else None
 
@@ -58,7 +66,9 @@ class ClusterClient(aioredis.Redis):
                         f"no reply lately, not connecting to {host[0]}: it is tried again"
                     )
                 if route.asking is None:
-                    return await self.at(host).execute_command(*args, **options)
+                    if self._hot is None:
+                        return await self.at(host).execute_command(*args, **options)
+                    return await (self._pools.get(host) or self._pool(host, self._hot)).execute_command(*args)
                 async with self.at(host).pipeline(transaction=False) as pipe:  # ASKING holds for one connection
                     pipe.execute_command("ASKING")
                     pipe.execute_command(*args, **options)
@@ -67,6 +77,10 @@ class ClusterClient(aioredis.Redis):
                 if isinstance(error, redis_errors.TimeoutError):
                     self._no_reply(host)
                 await anyio.sleep(route.refused(error, host))
+
+    def _pool(self, host: Host, hot: Callable[[Host], CommandPool]) -> CommandPool:
+        pool = self._pools[host] = hot(host)
+        return pool
 
     def _no_reply(self, host: Host) -> None:
         if self._probing is not None and host not in self._slots.silent:
@@ -131,8 +145,11 @@ class ClusterClient(aioredis.Redis):
         for probe in (self._probing or {}).values():
             probe.cancel()
         clients, self._clients = list(self._clients.values()), {}
+        pools, self._pools = list(self._pools.values()), {}
         for client in clients:
             await client.aclose(close_connection_pool)
+        for pool in pools:
+            await pool.aclose()
 
 
 class _Commands:
