@@ -48,7 +48,7 @@ CLUSTER = TOPOLOGY == "cluster"
 MODES = ("stream",) if CLUSTER else ("stream", "list")
 """The modes that every contract is held to; list mode refuses a cluster."""
 
-_OURS = ("stream:schedules", "stream:history", "stream:{", "streamworker:worker:", "queue:")
+_OURS = ("stream:schedules", "stream:history", "stream:partitions", "stream:{", "streamworker:worker:", "queue:")
 
 
 def examples(most: int) -> int:

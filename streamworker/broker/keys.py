@@ -347,6 +347,12 @@ def recorded_queues(namespace: str) -> str:
     return f"{namespace}stream:history"
 
 
+def partitioned_queues(namespace: str) -> str:
+    """Hash: queue with partitions, to their number; with `ELSEWHERE` behind it if their servers are given by URL."""
+    return f"{namespace}stream:partitions"
+
+
+ELSEWHERE: Final = b" by URL"
 SECRET: Final = "secret"  # noqa: S105 - the name of a field
 """Field of a queue's meta hash: the secret that seals the state of jobs (`streamworker.codec`)."""
 PROGRESS: Final = "progress:"

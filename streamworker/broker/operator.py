@@ -31,7 +31,17 @@ from streamworker.broker import (
 )
 from streamworker.broker.claim import Options, StreamOptions
 from streamworker.broker.diagnostics import PROBE, examine
-from streamworker.broker.keys import PROGRESS, SECRET, ListKeys, QueueKeys, document, due_member, worker_key
+from streamworker.broker.keys import (
+    ELSEWHERE,
+    PROGRESS,
+    SECRET,
+    ListKeys,
+    QueueKeys,
+    document,
+    due_member,
+    partitioned_queues,
+    worker_key,
+)
 from streamworker.broker.listings import PAGE
 from streamworker.broker.lists import ListSettlement, refuse_cluster
 from streamworker.broker.redis.client import RedisAddress
@@ -124,6 +134,15 @@ class RedisOperator(ABC):
                 await self._address.greet(self._commands)
             except NoPermissionError:  # the user may not have the right to INFO
                 await self._commands.ping()
+
+    async def partitioned(self) -> dict[str, tuple[int, bool]]:
+        """Queues with partitions: their number, and whether their servers are given by URL; as their processes say."""
+        try:
+            found = await self._session.ask("HGETALL", partitioned_queues(self._namespace))
+        except StreamworkerError:  # no right to
+            return {}
+        numbers = {text(name): (said.removesuffix(ELSEWHERE), said.endswith(ELSEWHERE)) for name, said in found.items()}
+        return {name: (int(number), url) for name, (number, url) in numbers.items() if number.isdigit()}
 
     async def close(self) -> None:
         """Close the connections."""

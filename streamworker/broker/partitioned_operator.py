@@ -19,6 +19,9 @@ from streamworker.broker.operator import ERRORS, ListOperator, StreamOperator
 from streamworker.broker.partitions import Partitions, PartitionSpec, partition_of
 from streamworker.errors import UsageError
 from streamworker.job import DeadError, Depth, Level, StoredDocument
+from streamworker.telemetry.logs import get_logger
+
+log = get_logger("streamworker.broker")
 
 R = TypeVar("R", PendingEntry, StoredJob)
 
@@ -28,12 +31,13 @@ class PartitionedOperator:
 
     Args:
         operator: sees each partition as a queue.
-        partitions: by the settings.
+        partitions: all there are.
+        told: those that the settings say, which `check` is about.
     """
 
-    def __init__(self, operator: StreamOperator | ListOperator, partitions: Partitions) -> None:
+    def __init__(self, operator: StreamOperator | ListOperator, partitions: Partitions, told: Partitions) -> None:
         self._operator: Final = operator
-        self._partitions = partitions
+        self._partitions, self._told = partitions, told
 
     def __getattr__(self, name: str) -> Any:
         """Everything else is the operator's: what is about the server, a worker, or schedules."""
@@ -232,7 +236,7 @@ class PartitionedOperator:
         return await self._operator.refusal(self._homes(queues))
 
     async def findings(self, queues: Sequence[str]) -> list[Finding]:
-        return await self._operator.findings(self._homes(queues))
+        return await self._operator.findings([home for queue in queues for home in self._told.homes(queue)])
 
     async def workers(self, queues: Sequence[str], *, everywhere: bool = True) -> list[WorkerInfo]:
         found = await self._operator.workers(self._homes(queues), everywhere=everywhere)
@@ -245,15 +249,30 @@ class PartitionedOperator:
         return await self._operator.prune(self._homes(queues), worker_id)
 
 
-def whole_queues(operator: StreamOperator | ListOperator, partitions: Iterable[PartitionSpec]) -> Operator:
-    """The operator, which sees queues with partitions as one each.
+async def whole_queues(operator: StreamOperator | ListOperator, told: Iterable[PartitionSpec]) -> Operator:
+    """An operator that sees each queue as one, also if the settings do not say that it has partitions.
 
     Args:
-        operator: sees each partition as a queue.
-        partitions: (queue, number of partitions, URLs of their servers) by the settings.
+        operator: open; sees each partition as a queue.
+        told: partitions by the settings.
     """
-    parts = Partitions(partitions)
-    return cast("Operator", PartitionedOperator(operator, parts) if parts else operator)
+    told = list(told)
+    counts = {queue: count for queue, count, _ in told}
+    more = []
+    for queue, (count, by_url) in (await operator.partitioned()).items():
+        if count <= counts.get(queue, 1):
+            continue
+        if by_url:
+            hint = (
+                f"set STREAMWORKER_PARTITIONS={queue}=URL|URL|... as its workers have it: what is on servers that are "
+                "not named here is missing"
+            )
+            log.warning("partitions_elsewhere", queue=queue, partitions=count, hint=hint)
+        else:
+            more.append((queue, count, ()))
+    if not told and not more:
+        return cast("Operator", operator)
+    return cast("Operator", PartitionedOperator(operator, Partitions([*told, *more]), Partitions(told)))
 
 
 def _shown(row: R, queue: str, number: int) -> R:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from hashlib import sha1
 from time import monotonic
 from typing import Any, Final, NamedTuple, Protocol, TypeAlias
@@ -28,9 +29,9 @@ import msgspec
 
 from streamworker import codec
 from streamworker.broker import scripts
-from streamworker.broker.keys import QueueKeys, home_name, of_line
+from streamworker.broker.keys import ELSEWHERE, QueueKeys, home_name, of_line, partitioned_queues
 from streamworker.broker.publisher import Publisher
-from streamworker.errors import InvalidJob, Unreachable
+from streamworker.errors import InvalidJob, StreamworkerError, Unreachable
 from streamworker.job import Enqueued, PackedJob
 from streamworker.telemetry.logs import get_logger
 
@@ -128,6 +129,10 @@ class Partitions:
         """Whether it is known on which server a partition is; of a queue that has grown, some may not be."""
         return queue not in self._placed or number < self._counts[queue]
 
+    def placed(self, queue: str) -> bool:
+        """Whether the servers of its partitions are given by URL."""
+        return queue in self._placed
+
     def homes(self, queue: str) -> list[str]:
         """The homes of a queue: its own name if it has no partitions."""
         return [home_name(queue, number) for number in range(self._counts.get(queue, 1))]
@@ -165,6 +170,9 @@ class Router:
         text = (await self._session.run(scripts.RESIZE, [first.order, *used], [len(homes)])).decode()
         await self._tell(queue, text, homes[1:])
         found = [int(number) for number in text.split()]
+        with suppress(StreamworkerError):  # out of memory, or no right to: operators need the number in their settings
+            told = b"%d%b" % (found[-1], ELSEWHERE if self.partitions.placed(queue) else b"")
+            await self._session.ask("HSET", partitioned_queues(first.namespace), queue, told)
         if found[-1] > len(homes):
             hint = f"jobs in the others wait for workers that have STREAMWORKER_PARTITIONS={queue}={found[-1]}"
             log.warning("partitions_unserved", queue=queue, partitions=found[-1], here=len(homes), hint=hint)

@@ -201,7 +201,7 @@ async def open_operator(
         audit = Audit(ledger)
         stack.push_async_callback(audit.close)
         await operator.open()
-        yield cast("Operator", AuditedOperator(whole_queues(operator, settings.partitions), audit))
+        yield cast("Operator", AuditedOperator(await whole_queues(operator, settings.partitions), audit))
 
 
 async def open_servers(

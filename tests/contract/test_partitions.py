@@ -523,6 +523,26 @@ async def test_operators_act_on_jobs_of_any_partition(broker_factory, operator):
         assert (depth.ready, depth.delayed) == (3, 0)
 
 
+async def test_operators_need_no_settings_of_partitions(broker_factory, raw, ground):
+    """They find out from Redis, also that a queue has grown beyond their settings; `check` is about the settings."""
+    async with broker_factory("w", **FOUR) as broker:
+        await broker.publish([job(name) for name in IDS])
+        claims = await everything(broker)
+        await broker.settle([dead(claim, job_id=names([claim])[0]) for claim in claims[::2]])
+        for told in ("", "q=2"):
+            async with App(
+                settings=settings(raw, ground, **({"partitions": told} if told else {}))
+            ).operator() as found:
+                (depth,) = await found.depth(["q"])
+                assert (depth.running, depth.dead) == (20, 20) if not told else (10, 10)
+                letters = await rows(found.dead, "q")
+                assert told or len({row.handle.partition("#")[2] for row in letters}) == N
+                assert all([await found.replay(row) for row in letters[:10]])
+                assert all([await found.drop(row) for row in (await rows(found.pending, "q"))[:10]])
+                (finding,) = [each for each in await found.findings(["q"]) if each.subject == "partitions"]
+                assert f"q has 4 partitions, of which {told[2:] or 1} are served here" in finding.sentence
+
+
 async def test_pause_and_check_are_about_all_of_the_queue(broker_factory, operator, raw, ground):
     async with broker_factory("w", **FOUR) as broker:
         await broker.publish([job(name) for name in IDS])

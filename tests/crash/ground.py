@@ -166,7 +166,9 @@ class Ground:
         noted = tuple(
             name for keys in self.homes for name in (f"{keys.base}:limit:", keys.result(""), keys.ended(""), keys.swept)
         )
-        if key == "stream:history" or key.startswith(f"{self.keys.base}:history:"):  # kept for sixty days
+        if key in ("stream:history", "stream:partitions") or key.startswith(
+            f"{self.keys.base}:history:"
+        ):  # kept for sixty days
             return True
         return key.startswith(noted) and 0 <= int(self._client.pttl(key)) < 600_000
 

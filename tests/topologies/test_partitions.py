@@ -177,6 +177,16 @@ def reads(server: Server) -> int:
         return sum("b" in each["flags"] for each in client.client_list())
 
 
+async def test_an_operator_that_does_not_know_the_servers_says_what_to_set(two_servers, caplog):
+    app = served(two_servers, defaultdict(list), 2)
+    async with app:
+        await app.enqueue_many([Step(key=f"k{k}", n=1) for k in range(20)])
+    async with App(settings=Settings(redis_url=two_servers[0].url)).operator() as operator:
+        (depth,) = await operator.depth(["q"])
+    assert 0 < depth.ready < 20
+    assert "STREAMWORKER_PARTITIONS=q=URL|URL|... as its workers have it" in caplog.text
+
+
 async def test_one_server_is_away_and_the_other_goes_on(two_servers):
     ran: dict[str, list[int]] = defaultdict(list)
     app = served(two_servers, ran)
