@@ -81,6 +81,10 @@ bench-peers *args:
 bench-fleet *args:
     @python -m benchmarks.fleet "$@"
 
+# What a job of a queue over 1, 2 and 4 servers costs each server, worker and producer (--nodes 1 2 --workers 2 --rounds 3)
+bench-nodes *args:
+    @python -m benchmarks.nodes "$@"
+
 # Autoscaling by the scaling signal and by queue length, simulated on five recorded loads (steady burst --json FILE)
 bench-scaling *args:
     @python -m benchmarks.scaling "$@"

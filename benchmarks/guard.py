@@ -39,7 +39,12 @@ def main(arguments: list[str] | None = None) -> int:
     less: dict[Key, bool] = {}
     with tempfile.TemporaryDirectory(prefix="streamworker-guard-") as folder:
         base = Path(folder, "base")
-        subprocess.run(["git", "-C", ROOT, "worktree", "add", "-q", "--detach", base, options.base], check=True)
+        add = ["git", "-C", ROOT, "worktree", "add", "-q", "--detach", base, options.base]
+        made = subprocess.run(add, capture_output=True, text=True, check=False)
+        if made.returncode:
+            raise SystemExit(
+                f"{options.base} cannot be checked out ({made.stderr.strip()}): name a commit of this checkout"
+            )
         try:
             for number in range(options.pairs):
                 sides = [(base, before), (ROOT, now)]

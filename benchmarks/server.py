@@ -24,16 +24,20 @@ def on_any_core() -> None:
 
 
 @contextmanager
-def server() -> Iterator[str]:
-    """URL of a fresh server without persistence, pinned to its core; this process is pinned to the other."""
-    theirs, ours = cores()
+def server(*, pinned: bool = True) -> Iterator[str]:
+    """URL of a fresh server without persistence, pinned to its core; this process is pinned to the other.
+
+    Args:
+        pinned: else no process is bound to a core.
+    """
+    before = os.sched_getaffinity(0)
+    theirs, ours = ({core} for core in cores()) if pinned else (before, before)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [binary(), "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, preexec_fn=lambda: os.sched_setaffinity(0, {theirs}))
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {ours})
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, preexec_fn=lambda: os.sched_setaffinity(0, theirs))
+    os.sched_setaffinity(0, ours)
     try:
         _await_port(port)
         yield f"redis://127.0.0.1:{port}"

@@ -14,6 +14,7 @@ from redis import exceptions as redis_errors
 from streamworker import codec
 from streamworker.broker import KindCount, Page, PendingEntry, Place, StoredJob, WorkerInfo, scripts
 from streamworker.broker.keys import (
+    ELSEWHERE,
     UNKNOWN_EPOCH,
     WORKER_KEY,
     ListKeys,
@@ -21,6 +22,7 @@ from streamworker.broker.keys import (
     document,
     lease_of,
     of_due_member,
+    partitioned_queues,
     queue_of_home,
     queue_of_list,
     unwrapped,
@@ -67,6 +69,16 @@ async def homes(session: OperatorSession) -> list[str]:
         if match is not None:
             found.add(match[1])
     return sorted(found)
+
+
+async def partitioned(session: OperatorSession) -> dict[str, tuple[int, bool]]:
+    """Queues with partitions: their number, and whether their servers are given by URL; as their processes say."""
+    try:
+        found = await session.ask("HGETALL", partitioned_queues(session.namespace))
+    except StreamworkerError:  # no right to
+        return {}
+    numbers = {text(name): (said.removesuffix(ELSEWHERE), said.endswith(ELSEWHERE)) for name, said in found.items()}
+    return {name: (int(number), by_url) for name, (number, by_url) in numbers.items() if number.isdigit()}
 
 
 async def depth(run: Callable[..., Awaitable[Any]], keys: QueueKeys, group: str) -> Depth:

@@ -31,17 +31,7 @@ from streamworker.broker import (
 )
 from streamworker.broker.claim import Options, StreamOptions
 from streamworker.broker.diagnostics import PROBE, examine
-from streamworker.broker.keys import (
-    ELSEWHERE,
-    PROGRESS,
-    SECRET,
-    ListKeys,
-    QueueKeys,
-    document,
-    due_member,
-    partitioned_queues,
-    worker_key,
-)
+from streamworker.broker.keys import PROGRESS, SECRET, ListKeys, QueueKeys, document, due_member, worker_key
 from streamworker.broker.listings import PAGE
 from streamworker.broker.lists import ListSettlement, refuse_cluster
 from streamworker.broker.redis.client import RedisAddress
@@ -114,9 +104,9 @@ class RedisOperator(ABC):
         self._address = address
         self._namespace, self._group = options.namespace, group
         self._commands = address.commands()
-        self._session = OperatorSession(self._commands, address, group, self._namespace)
-        self.schedules: Final = RedisSchedules(self._session, self._key, self._namespace)
-        self.history: Final = RedisHistoryReader(self._session, self._key, self.now)
+        self.session: Final = OperatorSession(self._commands, address, group, self._namespace)
+        self.schedules: Final = RedisSchedules(self.session, self._key, self._namespace)
+        self.history: Final = RedisHistoryReader(self.session, self._key, self.now)
 
     @abstractmethod
     def _key(self, queue: str) -> QueueKeys:
@@ -134,15 +124,6 @@ class RedisOperator(ABC):
                 await self._address.greet(self._commands)
             except NoPermissionError:  # the user may not have the right to INFO
                 await self._commands.ping()
-
-    async def partitioned(self) -> dict[str, tuple[int, bool]]:
-        """Queues with partitions: their number, and whether their servers are given by URL; as their processes say."""
-        try:
-            found = await self._session.ask("HGETALL", partitioned_queues(self._namespace))
-        except StreamworkerError:  # no right to
-            return {}
-        numbers = {text(name): (said.removesuffix(ELSEWHERE), said.endswith(ELSEWHERE)) for name, said in found.items()}
-        return {name: (int(number), url) for name, (number, url) in numbers.items() if number.isdigit()}
 
     async def close(self) -> None:
         """Close the connections."""
@@ -171,7 +152,7 @@ class RedisOperator(ABC):
                 f"the entry {entry.entry_id} of {entry.queue} has no field 'job', or was deleted, and cannot go back: "
                 "drop it"
             )
-        secret = await self._session.ask("HGET", self._key(entry.queue).meta, SECRET)
+        secret = await self.session.ask("HGET", self._key(entry.queue).meta, SECRET)
         return await self._end(entry, claim, ReleaseAt(), _handed_back(entry, claim.body, secret or b""))
 
     async def bury(self, entry: PendingEntry, reason: str) -> bool:
@@ -204,17 +185,17 @@ class RedisOperator(ABC):
         return answers == [Settled.SETTLED]
 
     async def cancel(self, queue: str, job_id: str) -> bool:
-        return await cancel.cancel(self._session, self._key(queue), job_id)
+        return await cancel.cancel(self.session, self._key(queue), job_id)
 
     async def dispose(self, queue: str, job_id: str, body: bytes) -> None:
-        await cancel.dispose(self._session, self._key(queue), job_id, body)
+        await cancel.dispose(self.session, self._key(queue), job_id, body)
 
     async def pass_on(self, queue: str, order: str, job_id: str) -> None:
-        await cancel.pass_on(self._session, self._key(queue), order, job_id)
+        await cancel.pass_on(self.session, self._key(queue), order, job_id)
 
     async def progress(self, jobs: Sequence[tuple[str, str]]) -> list[Progress | None]:
         commands = [("HGET", worker_key(self._namespace, worker), PROGRESS + job_id) for worker, job_id in jobs]
-        answers = await self._session.gather(commands)
+        answers = await self.session.gather(commands)
         return [read(answer) if isinstance(answer, bytes) else None for answer in answers]
 
     @abstractmethod
@@ -242,28 +223,28 @@ class RedisOperator(ABC):
         return Page(rows, page.after, page.looked)
 
     async def ticks(self, queue: str) -> dict[str, float]:
-        found = await self._session.ask("HGETALL", self._key(queue).crons)
+        found = await self.session.ask("HGETALL", self._key(queue).crons)
         pairs = found.items() if isinstance(found, dict) else zip(found[::2], found[1::2], strict=True)
         # Other fields name the schedule in force for a name, as a time and the schedule.
         return {text(schedule): int(at) / 1000 for schedule, at in pairs if at.isdigit()}
 
     async def uncancel(self, queue: str, job_id: str) -> bool:
-        return await cancel.uncancel(self._session, self._key(queue), job_id)
+        return await cancel.uncancel(self.session, self._key(queue), job_id)
 
     # -- delayed and dead
 
     async def delayed(self, queue: str, after: str = "") -> Page[StoredJob]:
-        return await listings.delayed(self._session, self._key(queue), after)
+        return await listings.delayed(self.session, self._key(queue), after)
 
     async def delayed_job(self, queue: str, handle: str) -> StoredJob | None:
-        return await listings.delayed_job(self._session, self._key(queue), handle)
+        return await listings.delayed_job(self.session, self._key(queue), handle)
 
     async def run_now(self, job: StoredJob) -> bool:
         keys = self._key(job.queue)
         # Long listings leave the documents out.
-        body = await self._session.ask("HGET", keys.bodies, job.handle) if job.body is None else job.body
+        body = await self.session.ask("HGET", keys.bodies, job.handle) if job.body is None else job.body
         args = ["hasten", job.handle, _without_date(body) if body else b"", keys.shape]
-        answer = await self._session.run(scripts.UNPARK, [keys.due, keys.bodies], args)
+        answer = await self.session.run(scripts.UNPARK, [keys.due, keys.bodies], args)
         if answer == -1:
             raise StreamworkerError(
                 f"the delayed job {job.handle} of {job.queue} has no document and cannot run: drop it"
@@ -271,15 +252,15 @@ class RedisOperator(ABC):
         if not answer:
             return False
         # Promoted at once, even if no worker runs: the job is first in the set, so that one batch includes it.
-        await self._session.run(scripts.PROMOTE, [keys.due, keys.bodies, *keys.places], [PAGE, keys.shape])
+        await self.session.run(scripts.PROMOTE, [keys.due, keys.bodies, *keys.places], [PAGE, keys.shape])
         return True
 
     async def forget(self, job: StoredJob) -> bool:
-        ended = await cancel.forget(self._session, self._key(job.queue), job.handle)
+        ended = await cancel.forget(self.session, self._key(job.queue), job.handle)
         return await self._free(job.queue, job.job_id, ended=ended)
 
     async def ready(self, queue: str, after: str = "") -> Page[StoredJob]:
-        return await listings.ready(self._session, self._key(queue), self._group, after)
+        return await listings.ready(self.session, self._key(queue), self._group, after)
 
     async def change(
         self, job: StoredJob, body: bytes, *, queue: str, level: Level, due: float | None = None, park: bool = True
@@ -304,34 +285,34 @@ class RedisOperator(ABC):
             member if park else "",
             at,
         ]
-        done = bool(await self._session.run(scripts.CHANGE, names, args))
+        done = bool(await self.session.run(scripts.CHANGE, names, args))
         if done:
             was = msgspec.structs.replace(job, queue=keys.name)
             await self._changed(was, body, (target.name, level), due if park else 0.0)
         return done
 
     async def dead(self, queue: str, after: str = "", *, only: str | None = None) -> Page[StoredJob]:
-        return await listings.dead(self._session, self._key(queue), after, only)
+        return await listings.dead(self.session, self._key(queue), after, only)
 
     async def errors(self, queue: str, after: str = "", *, ids: bool = False) -> list[DeadError]:
         args = [after, ERRORS, ERROR_BYTES, int(ids)]
-        flat = [text(each) for each in await self._session.run(scripts.DEAD_ERRORS, [self._key(queue).dead], args)]
+        flat = [text(each) for each in await self.session.run(scripts.DEAD_ERRORS, [self._key(queue).dead], args)]
         if ids:
             return [DeadError(handle) for handle in flat]
         return [DeadError(*flat[start : start + 4]) for start in range(0, len(flat), 4)]
 
     async def muted(self, queue: str) -> dict[str, str]:
-        found = await self._session.ask("HGETALL", self._key(queue).muted)
+        found = await self.session.ask("HGETALL", self._key(queue).muted)
         pairs = found.items() if isinstance(found, dict) else zip(found[::2], found[1::2], strict=True)
         return {text(group): text(note) for group, note in pairs}
 
     async def mute(self, queue: str, group: str, note: str) -> bool:
         command = ["HSETNX", self._key(queue).muted, group, note] if note else ["HDEL", self._key(queue).muted, group]
-        return bool(await self._session.ask(*command))
+        return bool(await self.session.ask(*command))
 
     async def replay(self, job: StoredJob) -> bool:
         keys = self._key(job.queue)
-        found = (await listings.dead(self._session, keys, "", job.handle)).rows
+        found = (await listings.dead(self.session, keys, "", job.handle)).rows
         if not found:
             return False
         letter = found[0]
@@ -344,7 +325,7 @@ class RedisOperator(ABC):
         names = [keys.dead, keys.ready(letter.level), keys.result(letter.job_id or "")]
         if (own := codec.keyed(letter.body, held=True)) is not None:
             names, args = [*names, keys.key(own[0])], [*args, own[1], round(HELD * 1000)]
-        answer = await self._session.run(scripts.REPLAY, names, args)
+        answer = await self.session.run(scripts.REPLAY, names, args)
         if answer < 0:
             raise StreamworkerError(
                 f"another job has the key of the dead letter {job.handle} of {job.queue} by now: wait for its end, or "
@@ -356,26 +337,26 @@ class RedisOperator(ABC):
         keys = self._key(job.queue)
         body = job.body
         if body is None:  # long listings leave the documents out
-            body = next((row.body for row in (await listings.dead(self._session, keys, "", job.handle)).rows), None)
+            body = next((row.body for row in (await listings.dead(self.session, keys, "", job.handle)).rows), None)
         found = codec.keyed(body)
         names, args = [keys.dead], [job.handle, keys.shape]
         if found is not None:
             names, args = [*names, keys.key(found[0])], [*args, found[1]]
-        ended = bool(await self._session.run(scripts.ERASE, names, args))
+        ended = bool(await self.session.run(scripts.ERASE, names, args))
         return await self._free(job.queue, job.job_id, ended=ended)
 
     # -- queues and the server
 
     async def pause(self, queue: str, note: str) -> bool:
         keys = self._key(queue)
-        return bool(await self._session.run(scripts.PAUSE, [keys.meta, keys.due], [note or "paused"]))
+        return bool(await self.session.run(scripts.PAUSE, [keys.meta, keys.due], [note or "paused"]))
 
     async def resume(self, queue: str) -> bool:
         keys = self._key(queue)
-        return bool(await self._session.run(scripts.PAUSE, [keys.meta, keys.due], [""]))
+        return bool(await self.session.run(scripts.PAUSE, [keys.meta, keys.due], [""]))
 
     async def paused(self, queue: str) -> str | None:
-        note = await self._session.ask("HGET", self._key(queue).meta, "paused")
+        note = await self.session.ask("HGET", self._key(queue).meta, "paused")
         return None if note is None else text(note)
 
     async def purge(self, queue: str, place: Place, limit: int) -> int:
@@ -383,7 +364,7 @@ class RedisOperator(ABC):
         names = [*keys.places, keys.due, keys.bodies, keys.dead, keys.key("")]
         while gone < limit:
             batch = min(PURGE_BATCH, limit - gone)
-            count, *ids = await self._session.run(scripts.PURGE, names, [keys.shape, self._group, place, batch])
+            count, *ids = await self.session.run(scripts.PURGE, names, [keys.shape, self._group, place, batch])
             gone += count
             if ids:
                 await self._freed(keys.name, [text(each) for each in ids])
@@ -392,28 +373,28 @@ class RedisOperator(ABC):
         return gone
 
     async def waiting(self, queues: Sequence[str], limit: int) -> list[KindCount]:
-        return await listings.waiting(self._session, self._keys(queues), limit)
+        return await listings.waiting(self.session, self._keys(queues), limit)
 
     async def now(self) -> float:
         try:
-            seconds, micros = await self._session.ask("TIME")
+            seconds, micros = await self.session.ask("TIME")
         except ConfigurationError:  # the user may not have the right to TIME
             return time.time()
         return int(seconds) + int(micros) / 1e6
 
     async def documents(self, queue: str) -> AsyncIterator[StoredDocument]:
-        secret = await self._session.ask("HGET", self._key(queue).meta, SECRET)
-        async for found in listings.documents(self._session, self._key(queue), secret or b""):
+        secret = await self.session.ask("HGET", self._key(queue).meta, SECRET)
+        async for found in listings.documents(self.session, self._key(queue), secret or b""):
             yield found
 
     async def remove(self, found: StoredDocument) -> bool:
-        return await cancel.remove(self._session, self._key(found.queue), found, self._group)
+        return await cancel.remove(self.session, self._key(found.queue), found, self._group)
 
     async def forget_traces(self, queue: str, ids: Sequence[str]) -> dict[str, int]:
-        return await cancel.forget_traces(self._session, self._key(queue), ids)
+        return await cancel.forget_traces(self.session, self._key(queue), ids)
 
     async def key_uses(self) -> list[KeyUse]:
-        return await listings.key_uses(self._session)
+        return await listings.key_uses(self.session)
 
     async def refusal(self, queues: Sequence[str]) -> str | None:
         # A write that changes nothing: the hash makes it fail or, without one, NOMKSTREAM does. The server judges
@@ -421,14 +402,14 @@ class RedisOperator(ABC):
         if self._denied:
             return None
         keys = [self._key(queue).meta for queue in queues] or [self._key(PROBE).meta]
-        answers = await self._session.gather([("XADD", key, "NOMKSTREAM", "*", "probe", "1") for key in keys])
+        answers = await self.session.gather([("XADD", key, "NOMKSTREAM", "*", "probe", "1") for key in keys])
         errors = [answer for answer in answers if isinstance(answer, Exception)]
         # A user that may only read is not asked for again: each denial is an entry of the server's ACL log.
         self._denied = any(isinstance(error, NoPermissionError) for error in errors)
         return next((said for error in errors if (said := refused(error, self._address)) is not None), None)
 
     async def findings(self, queues: Sequence[str]) -> list[Finding]:
-        return await examine(self._session, self._keys(queues), self._key)
+        return await examine(self.session, self._keys(queues), self._key)
 
     def _keys(self, queues: Sequence[str]) -> list[QueueKeys]:
         return [self._key(queue) for queue in queues]
@@ -503,12 +484,12 @@ class StreamOperator(RedisOperator):
     async def _page(
         self, queue: str, after: str, consumer: str | None, min_idle: float, only: str | None
     ) -> Page[PendingEntry]:
-        return await listings.pending(self._session, self._key(queue), after, consumer, min_idle, only)
+        return await listings.pending(self.session, self._key(queue), after, consumer, min_idle, only)
 
     async def _claim(self, entry: PendingEntry) -> Claim | None:
         place = self._key(entry.queue).ready(entry.level)
         args = [self._group, entry.entry_id, entry.entry_id, 1, 0, entry.worker_id]
-        _, rows = await self._session.run(scripts.PENDING, [place], args)
+        _, rows = await self.session.run(scripts.PENDING, [place], args)
         if not rows:
             return None
         body = document(rows[0][4] or [])
@@ -518,35 +499,35 @@ class StreamOperator(RedisOperator):
         return StreamSettlement(self._commands, self._group, worker_id)
 
     async def workers(self, queues: Sequence[str], *, everywhere: bool = True) -> list[WorkerInfo]:
-        return await listings.workers(self._session, self._keys(queues), everywhere=everywhere)
+        return await listings.workers(self.session, self._keys(queues), everywhere=everywhere)
 
     async def prune(self, queues: Sequence[str], worker_id: str) -> bool:
-        if await self._session.ask("EXISTS", worker_key(self._namespace, worker_id)):
+        if await self.session.ask("EXISTS", worker_key(self._namespace, worker_id)):
             return False
         keys = self._keys(queues)
         for place in [place for each in keys for place in each.streams]:
-            _, rows = await self._session.run(scripts.PENDING, [place], [self._group, "-", "+", 1, 0, worker_id])
+            _, rows = await self.session.run(scripts.PENDING, [place], [self._group, "-", "+", 1, 0, worker_id])
             if rows:
                 return False
         # Each call checks again: deleting a consumer deletes its pending entries.
-        answers = [await self._session.run(scripts.LEAVE, each.streams, [self._group, worker_id]) for each in keys]
+        answers = [await self.session.run(scripts.LEAVE, each.streams, [self._group, worker_id]) for each in keys]
         return all(answers)
 
     # -- queues and the server
 
     async def depth(self, queues: Sequence[str]) -> list[Depth]:
-        return [await listings.depth(self._session.run, keys, self._group) for keys in self._keys(queues)]
+        return [await listings.depth(self.session.run, keys, self._group) for keys in self._keys(queues)]
 
     async def departed(self, queues: Sequence[str]) -> list[int | None]:
-        counts = [int(await self._session.run(scripts.FLOW, keys.streams, [])) for keys in self._keys(queues)]
+        counts = [int(await self.session.run(scripts.FLOW, keys.streams, [])) for keys in self._keys(queues)]
         return [count if count >= 0 else None for count in counts]
 
     async def queues(self) -> list[str]:
-        return await listings.queues(self._session)
+        return await listings.queues(self.session)
 
     async def homes(self) -> list[str]:
         """Names of all queues, and of all partitions that have any key, whatever the settings say."""
-        return await listings.homes(self._session)
+        return await listings.homes(self.session)
 
 
 class ListOperator(RedisOperator):
@@ -576,14 +557,14 @@ class ListOperator(RedisOperator):
         # One page for all: there are no more claims than the workers may run jobs.
         del after
         (keys,) = self._lists([queue])
-        held = await listings.list_pending(self._session, keys, consumer)
+        held = await listings.list_pending(self.session, keys, consumer)
         rows = [each for each in held if each.idle_ms >= min_idle * 1000 and only in (None, each.entry_id)]
         return Page(rows, None, len(held))
 
     async def _claim(self, entry: PendingEntry) -> Claim | None:
         (keys,) = self._lists([entry.queue])
         wanted = (entry.entry_id.encode(), entry.deliveries)
-        async for claim in listings.claimed(self._session, keys, entry.worker_id):
+        async for claim in listings.claimed(self.session, keys, entry.worker_id):
             if (claim.entry, claim.count) == wanted:
                 return claim
         return None
@@ -592,23 +573,23 @@ class ListOperator(RedisOperator):
         return ListSettlement(self._commands, worker_id)
 
     async def workers(self, queues: Sequence[str], *, everywhere: bool = True) -> list[WorkerInfo]:
-        return await listings.list_workers(self._session, self._lists(queues), everywhere=everywhere)
+        return await listings.list_workers(self.session, self._lists(queues), everywhere=everywhere)
 
     async def prune(self, queues: Sequence[str], worker_id: str) -> bool:
         """A worker without claims has no key, so that nothing is deleted."""
-        if await self._session.ask("EXISTS", worker_key(self._namespace, worker_id)):
+        if await self.session.ask("EXISTS", worker_key(self._namespace, worker_id)):
             return False
-        return not any([await self._session.ask("LLEN", keys.claimed(worker_id)) for keys in self._lists(queues)])
+        return not any([await self.session.ask("LLEN", keys.claimed(worker_id)) for keys in self._lists(queues)])
 
     async def depth(self, queues: Sequence[str]) -> list[Depth]:
-        return [await listings.list_depth(self._session.run, keys) for keys in self._lists(queues)]
+        return [await listings.list_depth(self.session.run, keys) for keys in self._lists(queues)]
 
     async def departed(self, queues: Sequence[str]) -> list[int | None]:
-        answers = await self._session.gather([("HGET", keys.meta, "left") for keys in self._lists(queues)])
+        answers = await self.session.gather([("HGET", keys.meta, "left") for keys in self._lists(queues)])
         return [None if isinstance(answer, Exception) else int(answer or 0) for answer in answers]
 
     async def queues(self) -> list[str]:
-        return await listings.list_queues(self._session)
+        return await listings.list_queues(self.session)
 
     async def homes(self) -> list[str]:
         """Names of all queues."""

@@ -14,7 +14,7 @@ import msgspec
 from streamworker.broker import Finding, KindCount, Operator, Page, PendingEntry, Place, StoredJob, WorkerInfo
 from streamworker.broker.cancel import cancel_in
 from streamworker.broker.keys import home_name, queue_of_home
-from streamworker.broker.listings import folded
+from streamworker.broker.listings import folded, partitioned
 from streamworker.broker.operator import ERRORS, ListOperator, StreamOperator
 from streamworker.broker.partitions import Partitions, PartitionSpec, partition_of
 from streamworker.errors import UsageError
@@ -259,7 +259,7 @@ async def whole_queues(operator: StreamOperator | ListOperator, told: Iterable[P
     told = list(told)
     counts = {queue: count for queue, count, _ in told}
     more = []
-    for queue, (count, by_url) in (await operator.partitioned()).items():
+    for queue, (count, by_url) in (await partitioned(operator.session)).items():
         if count <= counts.get(queue, 1):
             continue
         if by_url:

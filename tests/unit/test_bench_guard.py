@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from benchmarks import guard
 
 RATE = ("no-op jobs", "worker", "/s")
@@ -38,3 +40,8 @@ def test_the_table_names_each_figure_and_the_verdict():
     lines = guard.table(before, now, guard.compared(before, now, LESS))
     assert any("SLOWER by 50%" in line and line.startswith("no-op jobs") for line in lines)
     assert lines[-1] == "guard: 1 figures became slower by more than noise"
+
+
+def test_a_base_that_is_no_commit_is_said_in_a_sentence():
+    with pytest.raises(SystemExit, match="^cost cannot be checked out .*: name a commit of this checkout$"):
+        guard.main(["cost", "--pairs", "1"])
