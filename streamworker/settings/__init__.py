@@ -59,7 +59,7 @@ JobLog: TypeAlias = Literal["off", "ctx", "all"]
 # These two are read without the prefix as well: platforms that run containers set them so.
 _PLAIN = ("REDIS_URL", "DATABASE_URL")
 # Read by the dashboard alone; listed so that they are not reported as misspelled.
-_READ_ELSEWHERE = (f"{PREFIX}DASHBOARD_USER", f"{PREFIX}DASHBOARD_PASSWORD")
+_READ_ELSEWHERE = tuple(f"{PREFIX}DASHBOARD_{name}" for name in ("USER", "PASSWORD", "VIEWER", "VIEWER_PASSWORD"))
 
 _YEAR = 366 * 86_400
 # Redis parsers have let commands past their access rules for a group of this name (redis#15478).

@@ -17,6 +17,7 @@ from tests.conftest import examples
 # The documented variables (docs/design.md, "Environment"), their defaults, and values that must be accepted.
 NAME = st.from_regex(r"[A-Za-z0-9._-]{1,20}", fullmatch=True)
 SECONDS = st.floats(min_value=0.2, max_value=86_400)
+DASHBOARD = ("DASHBOARD_USER", "DASHBOARD_PASSWORD", "DASHBOARD_VIEWER", "DASHBOARD_VIEWER_PASSWORD")
 VARIABLES = {
     "REDIS_URL": (
         None,
@@ -237,7 +238,7 @@ def test_a_value_set_in_code_says_so():
     assert described(Settings(lease=3))["LEASE"] == ("STREAMWORKER_LEASE", "3", "code")
 
 
-@pytest.mark.parametrize("name", [*VARIABLES, "DASHBOARD_USER", "DASHBOARD_PASSWORD"])
+@pytest.mark.parametrize("name", [*VARIABLES, *DASHBOARD])
 @given(data=st.data())
 @bounded(max_examples=examples(20))  # of each of many names
 def test_one_wrong_letter_names_the_right_variable(name, data):
@@ -247,7 +248,7 @@ def test_one_wrong_letter_names_the_right_variable(name, data):
     if at:
         edits.append(name[: at - 1] + name[at] + name[at - 1] + name[at + 1 :])
     wrong = data.draw(st.sampled_from(edits))
-    known = {*VARIABLES, "DASHBOARD_USER", "DASHBOARD_PASSWORD"}
+    known = {*VARIABLES, *DASHBOARD}
     if wrong in known or wrong.startswith("TEST_") or wrong.endswith("_PORT"):
         return
     message = problem({f"STREAMWORKER_{wrong}": "x"})
@@ -255,7 +256,8 @@ def test_one_wrong_letter_names_the_right_variable(name, data):
 
 
 def test_unknown_names_are_warnings_and_known_ones_are_not():
-    env = {"STREAMWORKER_COLOUR": "red", "STREAMWORKER_DASHBOARD_PASSWORD": "x", "STREAMWORKER_PORT_6379_TCP_ADDR": "x"}
+    env = {"STREAMWORKER_COLOUR": "red", "STREAMWORKER_PORT_6379_TCP_ADDR": "x"}
+    env |= {f"STREAMWORKER_{name}": "x" for name in DASHBOARD}
     assert load(env).warnings == ("STREAMWORKER_COLOUR is not a streamworker variable and has no effect.",)
     assert load().warnings == ()
 

@@ -49,7 +49,7 @@ def _page(migrations: tuple[tuple[str, str], ...]) -> str:
     said = _comments(migrations)
     parts = [
         (
-            "# Tables in PostgreSQL\n\nMade by running the migrations and asking the server. Everything lies in the schema "
+            "# Tables in PostgreSQL\n\nMade by running the migrations and asking the server. Everything is in the schema "
             "`streamworker`; `streamworker migrate print` shows the SQL. What it is for: [PostgreSQL](../postgres.md).\n"
         )
     ]

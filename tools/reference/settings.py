@@ -40,14 +40,14 @@ def page() -> str:
 Made from `streamworker.settings`. A flag goes before the variable, `STREAMWORKER_X` before the plain `REDIS_URL` and
 `DATABASE_URL`, a variable before the default. Durations are seconds; fractions are allowed. An empty value counts as unset,
 and `X_FILE` names a file that holds the value of X (`STREAMWORKER_REDIS_URL_FILE=/run/secrets/redis`). Everything is checked
-at start, all mistakes are told at once (exit 78), and `streamworker config` shows what is in force and where it came from.
+at start, all mistakes are reported at once (exit 78), and `streamworker config` shows what is in force and where it came from.
 
 {table(["variable", "flag", "default", "what"], rows)}
 The app itself is the argument of `worker`, `dev`, `check` and `bridge`, or `STREAMWORKER_APP`. The dashboard alone reads
 `{"`, `".join(settings._READ_ELSEWHERE)}` ([security](../security.md#the-dashboard)).
 
 A name that is within two letters of a known one is a mistake, and an error; any other unknown `{PREFIX}` variable is a
-warning. What orchestrators inject (`*_SERVICE_HOST`, `*_PORT` and the like) is left alone.
+warning. What orchestrators inject (`*_SERVICE_HOST`, `*_PORT` and the like) is ignored.
 """
 
 

@@ -13,12 +13,12 @@ from tools.reference.tables import code, table
 
 _WHAT: Final = {
     "id": f"Any text up to {codec.MAX_ID_BYTES} bytes. Same id, same job. Without one the job gets one when it is first taken.",
-    "key": "The deduplication key it was enqueued with, so that whoever ends it by hand can free it. Written by `enqueue` alone.",
+    "key": "The deduplication key it was enqueued with, so that an operator who ends it frees the key. Written by `enqueue` alone.",
     "unique": "`done` or `started`: until when `key` is held. Written by `enqueue` alone.",
     "queue_name": "The queue; the key's unless given.",
     "kind": "Picks the handler. A queue with exactly one handler needs none.",
-    "priority": "Up to 50 is high, up to 150 normal, above that low; or one of the words. 100 unless given. Once a job lies in a "
-    "key, that key's level holds.",
+    "priority": "Up to 50 is high, up to 150 normal, above that low; or one of the words. 100 unless given. Once a job is stored "
+    "in the key of a level, that level holds.",
     "payload": "What the handler gets, decoded as its `Payload`.",
     "created_at": "When the producer made it, RFC 3339.",
     "run_at": "Not before this moment, RFC 3339; without a zone it is UTC.",
@@ -60,9 +60,9 @@ Any language may write it, and only `payload` is required:
 {table(["field", "type", "required", "what"], rows)}
 Every field but `payload` may also be null. Fields that streamworker does not know stay in the document, byte for byte, however
 often the job is retried. A document above `STREAMWORKER_MAX_JOB_BYTES`, or one that is no such object, goes to the dead letters
-with its bytes kept. Two fields are written by workers alone: `{STATE_FIELD}`, what they remember of a job that they put back
-(`deliveries`, `turn`, `unknown_since`), and `{MARK_FIELD}`, the same of a list's element. Both end with a `seal`; what is
-not sealed with the queue's secret is not believed. Header names that begin with `streamworker-` are reserved.
+with its bytes kept. Two fields are written by workers alone: `{STATE_FIELD}`, the state of a job that they released
+(`deliveries`, `turn`, `unknown_since`), and `{MARK_FIELD}`, the same of a list's element. Both end with a `seal`. State that is
+not sealed with the queue's secret is ignored. Header names that begin with `streamworker-` are reserved.
 
 ## JSON Schema
 

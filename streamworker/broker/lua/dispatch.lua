@@ -11,7 +11,7 @@
 -- ARGV[4]     ms after which even additions that no relay noted are forgotten
 -- ARGV[5..]   eight a job: number of its place in KEYS, "id/hop", body, the epoch without which it is not added ("": any): an
 --             earlier job with its order key may be lost; job id, its deduplication key ("": none), 1 if that is held until the
---             job has started or ended and not for a time, ms after which it is free whatever became of the job
+--             job has started or ended and not for a time, ms after which it is free in any case
 --
 -- returns { ms since the epoch, what was done: "added", "late" or "groups" (they must be made first), the queue's epoch,
 --           one value a job: 1 added, 0 was there, -1 another epoch, -2 another job holds its key, or the error }
