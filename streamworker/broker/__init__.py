@@ -370,7 +370,7 @@ class EndedPayloads(Protocol):
         """These are deleted."""
 
     async def listen(self, told: Callable[[], None]) -> None:
-        """Call ``told()`` when there are new ones; never returns: cancel it."""
+        """Call ``told()`` when there are new ones, until cancelled; it returns where that cannot be known."""
 
 
 class HoldsPayloads(Protocol):

@@ -257,7 +257,10 @@ class RedisEndedPayloads:
             await self._session.ask("ZREM", key, *members)
 
     async def listen(self, told: Callable[[], None]) -> None:
-        channels = [keys.payloads for keys in await self._homes()]
+        try:
+            channels = [keys.payloads for keys in await self._homes()]
+        except StreamworkerError:  # no server answers: looks find what is noted
+            return
         async with self._subscriber.on(channels, _LOST) as subscription:
             while True:
                 await subscription.get()

@@ -77,6 +77,11 @@ with changed as (
     queue_name = coalesce($6::text, queue_name), updated_at = now()
   where id = $1 and queue_name = $2 and status in ('queued', 'dispatching', 'dispatched', 'retrying')
   returning id
+), stored as (
+  delete from streamworker.payloads where exists (select from changed) and id = (
+    select payload->'streamworker_stored'->>'id' from streamworker.jobs
+    where id = $1 and queue_name = $2 and $3::text is not null and payload is distinct from $3::text::jsonb
+  )
 ), logs as (
   update streamworker.job_logs set queue_name = $6
   where job_id = $1 and queue_name = $2 and $6::text is not null and exists (select from changed)

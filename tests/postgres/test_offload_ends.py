@@ -236,21 +236,14 @@ async def test_what_the_ledger_may_queue_again_keeps_its_payload_until_it_is_can
 ):
     got: list[str] = []
     async with app_on(redis_url, database_url, got, mode=mode) as app:
-        async with pg.transaction():
-            made = await app.enqueue(Doc(LARGE), connection=pg)
-        async with app.relaying() as relay:
-            stopping = anyio.Event()
-            async with anyio.create_task_group() as group:
-                group.start_soon(relay.run, stopping)
-                await eventually_async(lambda: status(pg, made.id), "dispatched")
-                stopping.set()
+        made = await dispatched(app, pg)
         async with app.operator() as operator:
             assert await operator.purge("q", "ready", 10) == 1
         assert await notes(raw) == 1
         async with working(app):
             await eventually(lambda: not raw.exists("stream:{q}:payloads"))
             assert await stored(pg) == 1  # `jobs reconcile` queues it again
-            assert await app.cancel(made.id) == "cancelled"
+            assert await app.cancel(made) == "cancelled"
             await eventually_async(lambda: stored(pg), 0)
     assert not got
 
@@ -302,6 +295,32 @@ async def test_a_job_that_moves_keeps_its_payload(redis_url, database_url, pg, r
         assert await notes(raw) == 0
         assert (await drain(app)).done == 1
     assert got == [LARGE]
+
+
+async def dispatched(app: App[Any], pg: Any) -> str:
+    """A large job of the ledger that is in its queue."""
+    async with pg.transaction():
+        made = await app.enqueue(Doc(LARGE), connection=pg)
+    stopping = anyio.Event()
+    async with app.relaying() as relay, anyio.create_task_group() as group:
+        group.start_soon(relay.run, stopping)
+        await eventually_async(lambda: status(pg, made.id), "dispatched")
+        stopping.set()
+    return made.id
+
+
+async def test_a_job_of_the_ledger_that_gets_another_payload_leaves_none(redis_url, database_url, pg, raw, mode):
+    got: list[str] = []
+    async with app_on(redis_url, database_url, got, mode=mode) as app:
+        made = await dispatched(app, pg)
+        async with app.operator() as operator:
+            changer = JobChanger(operator, app, app.resolve(None))
+            assert await changer.change_by_id("q", made, JobChange(level="high"))
+            assert (await stored(pg), await notes(raw)) == (1, 0)
+            assert await changer.change_by_id("q", made, JobChange(payload={"text": "small"}))
+        assert (await stored(pg), await notes(raw)) == (0, 1)
+        async with working(app):
+            await eventually(lambda: got == ["small"] and not raw.exists("stream:{q}:payloads"))
 
 
 async def test_a_reference_that_a_caller_gives_is_not_the_producers_to_delete(redis_url, database_url, pg, mode):
