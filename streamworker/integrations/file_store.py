@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from streamworker.errors import ConfigurationError, UsageError
 
 T = TypeVar("T")
 _MOST: Final = 1000
+_DRAFT: Final = re.compile(r"\..+\.[0-9a-f]{8}")
 _NAME: Final = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-")
 
 
@@ -60,6 +62,11 @@ class FileStore:
             file.flush()
             os.fsync(file.fileno())
         draft.rename(path)
+        folder = os.open(self._folder, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the job that is sent next must not outlive the name of its data
+        finally:
+            os.close(folder)
 
     def _read(self, id: str) -> bytes | None:  # noqa: A002
         path = self._path(id)
@@ -82,7 +89,11 @@ class FileStore:
         with os.scandir(self._folder) as entries:
             for entry in entries:
                 with suppress(FileNotFoundError):
-                    if entry.is_file() and entry.stat().st_mtime < before and not entry.name.startswith("."):
+                    if not entry.is_file() or entry.stat().st_mtime >= before:
+                        continue
+                    if _DRAFT.fullmatch(entry.name):  # of a process that died: nothing refers to it
+                        (self._folder / entry.name).unlink()
+                    elif not entry.name.startswith("."):
                         found.append(entry.name)
                 if len(found) == _MOST:
                     break

@@ -80,7 +80,8 @@ with changed as (
 ), stored as (
   delete from streamworker.payloads where exists (select from changed) and id = (
     select payload->'streamworker_stored'->>'id' from streamworker.jobs
-    where id = $1 and queue_name = $2 and $3::text is not null and payload is distinct from $3::text::jsonb
+    where id = $1 and queue_name = $2 and $3::text is not null
+      and payload->'streamworker_stored'->'id' is distinct from $3::text::jsonb->'streamworker_stored'->'id'
   )
 ), logs as (
   update streamworker.job_logs set queue_name = $6

@@ -350,6 +350,21 @@ async def test_a_file_store_is_swept_too(redis_url, database_url, tmp_path):
         assert len(list(tmp_path.iterdir())) == 1
 
 
+async def test_drafts_of_processes_that_died_are_swept(tmp_path):
+    import os
+
+    draft, fresh = tmp_path / ".id.0badf00d", tmp_path / ".id.12345678"
+    theirs = tmp_path / ".nfs0001"
+    for path in (draft, fresh, theirs):
+        path.write_bytes(b"half of a payload")
+    os.utime(draft, (1, 1))
+    os.utime(theirs, (1, 1))
+    store = FileStore(tmp_path)
+    await store.put("id", b"x")
+    assert await store.idle(60) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == [fresh.name, theirs.name, "id"]
+
+
 async def test_a_folder_that_is_not_mounted_has_lost_nothing(tmp_path):
     store = FileStore(tmp_path / "not there")
     with pytest.raises(Exception, match="folder of stored payloads is not there"):
