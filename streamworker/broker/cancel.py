@@ -220,6 +220,14 @@ _LOST: Final = ("payload_notes_lost", "stored payloads of jobs that were deleted
 _note: Final = msgspec.json.Decoder(tuple[str, str]).decode
 
 
+def _ended(keys: QueueKeys, member: bytes) -> EndedPayload:
+    try:
+        payload, job_id = _note(member)
+    except msgspec.MsgspecError:  # not ours, or of bytes that are no text: it names nothing
+        payload = job_id = ""
+    return EndedPayload(keys.name, job_id, payload, (keys.payloads, member))
+
+
 class RedisEndedPayloads:
     """`EndedPayloads` of both modes.
 
@@ -231,21 +239,25 @@ class RedisEndedPayloads:
 
     def __init__(
         self,
-        session: CommandSession,
+        session: Session,
         homes: Callable[[], Awaitable[Sequence[QueueKeys]]],
         subscriber: Subscriber | ServerSubscribers,
     ) -> None:
         self._session, self._homes, self._subscriber = session, homes, subscriber
 
     async def some(self) -> list[EndedPayload]:
-        found = []
+        found, failure = list[EndedPayload](), None
         for keys in await self._homes():
-            for member in await self._session.ask("ZRANGE", keys.payloads, 0, NOTES - 1):
-                try:
-                    payload, job_id = _note(member)
-                except msgspec.MsgspecError:  # not ours, or of bytes that are no text: it names nothing
-                    payload = job_id = ""
-                found.append(EndedPayload(keys.name, job_id, payload, (keys.payloads, member)))
+            try:
+                members = await self._session.ask("ZRANGE", keys.payloads, 0, NOTES - 1)
+            except StreamworkerError as error:  # a node of a cluster, or a key of a wrong type: the others are read
+                if isinstance(error, Unreachable) and not self._session.address.spread:
+                    raise
+                failure = error
+                continue
+            found += [_ended(keys, member) for member in members]
+        if failure is not None and not found:
+            raise failure
         return found
 
     async def forget(self, payloads: Sequence[EndedPayload]) -> None:

@@ -177,6 +177,25 @@ async def test_a_store_without_a_ledger_and_groups_of_dead_letters(redis_url, tm
             await eventually(lambda: not list(tmp_path.iterdir()))
 
 
+async def test_of_each_partition_and_past_a_key_of_a_wrong_type(redis_url, database_url, pg, raw):
+    async with app_on(redis_url, database_url, [], partitions="q=3") as app:
+        for _ in range(12):
+            await app.enqueue(Doc(LARGE), delay=3600)
+        assert await stored(pg) == 12
+        async with app.operator() as operator:
+            assert await operator.purge("q", "delayed", 100) == 12
+        found = {name.decode() for name in raw.scan_iter("stream:{q*}:payloads")}
+        assert len(found) == 3
+        raw.rename("stream:{q#1}:payloads", "aside")
+        raw.set("stream:{q#1}:payloads", "not ours")
+        left = raw.zcard("aside")
+        async with working(app):
+            await eventually_async(lambda: stored(pg), left)
+        raw.rename("aside", "stream:{q#1}:payloads")
+        async with working(app):
+            await eventually_async(lambda: stored(pg), 0)
+
+
 async def test_a_relay_deletes_where_no_worker_runs(redis_url, database_url, pg, mode):
     async with app_on(redis_url, database_url, [], mode=mode) as app:
         await forget(app, pg)

@@ -17,6 +17,7 @@ from streamworker.broker.operator import StreamOperator
 from streamworker.broker.redis.client import RedisAddress
 from streamworker.broker.redis.cluster import key_of, slot_of
 from streamworker.errors import ConfigurationError, Unreachable
+from streamworker.integrations.file_store import FileStore
 from streamworker.job import Settled
 from streamworker.telemetry import logs
 from streamworker.worker import renewer
@@ -452,3 +453,27 @@ async def test_list_mode_refuses_a_cluster_in_one_sentence(masters, form, pop):
     with pytest.raises(ConfigurationError, match=sentence):
         async with app.operator():
             pass
+
+
+async def test_stored_payloads_of_deleted_jobs_are_deleted_whichever_master_had_them(masters, tmp_path):
+    app = App(settings=Settings(redis_url=masters.url, offload_bytes=1024), store=FileStore(tmp_path))
+
+    @app.handler
+    async def count(payload: Count) -> None: ...
+
+    @app.handler
+    async def other(payload: Other) -> None: ...
+
+    async with app, app.operator() as operator:
+        for payload in (Count(name="x" * 2000), Other(name="y" * 2000)):
+            await app.enqueue(payload, delay=3600)
+        assert len(list(tmp_path.iterdir())) == 2
+        for queue in ("q", "b"):
+            assert await operator.purge(queue, "delayed", 10) == 1
+        worker = QueueWorker(app, redis=None, database=None, services=None)
+        life = asyncio.create_task(worker.start())
+        await eventually(lambda: not list(tmp_path.iterdir()))
+        await app.cancel((await app.enqueue(Other(name="z" * 2000), delay=3600)).id, queue="b")
+        await eventually(lambda: not list(tmp_path.iterdir()))
+        await worker.stop()
+        await life
