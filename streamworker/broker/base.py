@@ -53,7 +53,7 @@ class RedisBroker(ABC, Generic[K, I]):
 
     def __init__(self, address: RedisAddress, options: Options) -> None:
         self._options: Final = options
-        self._session = Session(address)
+        self._session = Session(address, options.lease)
         self._partitions = partitions = Partitions(options.partitions)
         queues = [(self._key(home), cap) for name, cap in options.queues for home in partitions.homes(name)]
         self._keys = [keys for keys, _ in queues]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import re
 from collections import deque
@@ -95,26 +96,23 @@ class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
         return None
 
     async def renew(self, claims: Collection[Claim]) -> list[Claim]:
-        lost: list[Claim] = []
-        by_place: dict[str, dict[bytes, Claim]] = {}
+        by_home: dict[object, dict[str, dict[bytes, Claim]]] = {}
         for claim in claims:
-            by_place.setdefault(claim.place, {})[claim.entry] = claim
+            places = by_home.setdefault(self._session.address.home(claim.place), {})
+            places.setdefault(claim.place, {})[claim.entry] = claim
+        lost: list[Claim] = []
         down: dict[object, Unreachable] = {}
-        for place, mine in by_place.items():
-            home, meta = self._session.address.home(place), self._keys_by_place[place].meta
-            if home in down:
-                continue
-            entries = list(mine)
-            for start in range(0, len(entries), RENEW_BATCH):
-                args: list[Any] = [self._group, self._source.consumer, int(self._options.lease * 1000)]
-                for entry in entries[start : start + RENEW_BATCH]:
-                    args += (entry, mine[entry].count)
-                try:
-                    lost += [mine[entry] for entry in await self._session.in_thread(scripts.RENEW, [place, meta], args)]
-                except Unreachable as error:  # claims on other nodes of a cluster must not expire with these
-                    down[home] = error
-                    break
-        homes = {self._session.address.home(place) for place in by_place}
+
+        async def renewed(home: object, by_place: dict[str, dict[bytes, Claim]]) -> None:
+            try:
+                for place, mine in by_place.items():
+                    lost.extend(await self._renew(place, mine))
+            except Unreachable as error:  # claims on other nodes of a cluster must not expire with these
+                down[home] = error
+
+        # At once: while one node hangs, leases on the others must not expire.
+        await asyncio.gather(*(renewed(home, places) for home, places in by_home.items()))
+        homes = by_home.keys()
         if down and len(down) == len(homes):
             raise next(iter(down.values()))
         for away, problem in down.items():
@@ -123,6 +121,17 @@ class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
         for node in (self._renewal_failed & homes) - down.keys():
             log.info("renewal_back", node=str(node))
         self._renewal_failed = (self._renewal_failed - homes) | down.keys()
+        return lost
+
+    async def _renew(self, place: str, mine: dict[bytes, Claim]) -> list[Claim]:
+        """Renew claims of one stream; returns those that are lost."""
+        lost: list[Claim] = []
+        meta, entries = self._keys_by_place[place].meta, list(mine)
+        for start in range(0, len(entries), RENEW_BATCH):
+            args: list[Any] = [self._group, self._source.consumer, int(self._options.lease * 1000)]
+            for entry in entries[start : start + RENEW_BATCH]:
+                args += (entry, mine[entry].count)
+            lost += [mine[entry] for entry in await self._session.in_thread(scripts.RENEW, [place, meta], args)]
         return lost
 
     def _renewals(self) -> tuple[scripts.LuaScript, list[ScriptCall]]:

@@ -276,6 +276,35 @@ async def test_a_server_that_hangs_does_not_slow_down_the_others(two_servers, bu
         await eventually(lambda: all(2 in ran[key] for key in there), 30)
 
 
+async def test_a_server_that_hangs_costs_no_lease_on_another(two_servers):
+    """A lease that is shorter than the timeout of a command."""
+    started: Counter[str] = Counter()
+    ending = anyio.Event()
+    apps = []
+    for _ in range(2):
+        rules = Settings(redis_url=two_servers[0].url, partitions=f"q={two_servers[1].url}", lease=2, concurrency=20)
+        apps.append(App(settings=rules))
+
+        @apps[-1].handler
+        async def step(payload: Step) -> None:
+            started[payload.key] += 1
+            await ending.wait()
+
+    keys = [f"k{k}" for k in range(20)]
+    async with apps[0], apps[1], working(apps[0]), working(apps[1]):
+        await apps[0].enqueue_many([Step(key=key, n=0) for key in keys])
+        await eventually(lambda: len(started) == len(keys))
+        two_servers[1].pause()
+        try:
+            await anyio.sleep(8)  # four leases: what could go wrong did by then
+            assert {key: started[key] for key in keys if partition_of(key, 2) == 0} == {
+                key: 1 for key in keys if partition_of(key, 2) == 0
+            }
+        finally:
+            two_servers[1].resume()
+            ending.set()
+
+
 async def test_growth_over_servers_that_old_processes_do_not_know(two_servers):
     """Workers and producers of 1, 2 and 4 partitions at once; the old ones cannot reach what is new."""
     ran: dict[str, list[int]] = defaultdict(list)

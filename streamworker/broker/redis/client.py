@@ -237,17 +237,25 @@ class RedisAddress:
     def _reader(self, block: float, control: aioredis.Redis) -> Reader:
         return Reader(CommandConnection(self._connection(), block + BLOCK_SLACK), control)
 
-    def pool(self, size: int = POOL_SIZE, *, probes: bool = True) -> CommandPool | ClusterClient:
-        """Pool for the commands of the hot path, per node in a cluster (``probes``: see there)."""
+    def pool(
+        self, size: int = POOL_SIZE, *, limit: float = COMMAND_TIMEOUT, probes: bool = True
+    ) -> CommandPool | ClusterClient:
+        """Pool for the commands of the hot path, per node in a cluster.
+
+        Args:
+            size: most connections, per node.
+            limit: seconds a command may take, `COMMAND_TIMEOUT` at most.
+            probes: see `ClusterClient`.
+        """
         if self._slots is not None:
             return ClusterClient(
-                self._slots, lambda host: self.at(host).commands(size), lambda host: self.at(host)._pool(size),
+                self._slots, lambda host: self.at(host).commands(size), lambda host: self.at(host)._pool(size, limit),
                 probes=probes,
             )  # fmt: skip
-        return self._pool(size)
+        return self._pool(size, limit)
 
-    def _pool(self, size: int) -> CommandPool:
-        return CommandPool(self._connection, size, COMMAND_TIMEOUT)
+    def _pool(self, size: int, limit: float) -> CommandPool:
+        return CommandPool(self._connection, size, min(limit, COMMAND_TIMEOUT))
 
     def _connection(self) -> aioredis.Connection:
         connection: aioredis.Connection = self._async(

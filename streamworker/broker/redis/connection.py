@@ -63,13 +63,14 @@ class CommandConnection:
     """One connection, one command at a time.
 
     Args:
-        connection: not connected yet; its own ``socket_timeout`` bounds the handshake.
+        connection: not connected yet; its own timeouts bound connecting and the handshake, if they are below the limit.
         limit: seconds a command may take; then the connection is closed, because the reply may still arrive.
     """
 
     def __init__(self, connection: aioredis.Connection, limit: float) -> None:
         self._connection = connection
-        self._handshake = connection.socket_timeout
+        self._handshake = min(connection.socket_timeout or limit, limit)
+        connection.socket_connect_timeout = min(connection.socket_connect_timeout or limit, limit)
         self._limit = limit
 
     @property

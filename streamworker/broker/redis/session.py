@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
@@ -12,6 +13,7 @@ from redis.asyncio import Redis
 
 from streamworker.broker import scripts
 from streamworker.broker.redis.client import RedisAddress
+from streamworker.broker.redis.cluster import ClusterClient
 from streamworker.broker.redis.connection import CommandPool
 from streamworker.broker.redis.reactions import Reaction, reaction_to, understood
 from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable
@@ -29,21 +31,31 @@ def too_old(info: Mapping[str, Any]) -> bool:
 
 
 class Session:
-    """Connections of a broker to one address: commands, the reader, the lease thread's own; it raises our errors."""
+    """Connections of a broker to one address: commands, the reader, the lease thread's own; it raises our errors.
 
-    def __init__(self, address: RedisAddress) -> None:
+    Args:
+        address: of the server or servers.
+        lease: seconds, if the lease thread uses it.
+    """
+
+    def __init__(self, address: RedisAddress, lease: float = math.inf) -> None:
         self.address = address
+        self._lease = lease
         self.commands: Final = address.commands()
         self.pool: Final = address.pool()
         self.reader = address.reader(BLOCK, self.commands)
         self._branches: list[tuple[Session, str]] = []
-        self.lease_pool = address.pool(1, probes=False)
+        self.lease_pool = self._lease_pool()
         self.clock: tuple[int, float] | None = None
         """The server's time in ms when it was last read, and the monotonic seconds of that moment."""
         self._down_since: float | None = None
         self._outage = 0.0
         self._moved = False
         self._returns = 0
+
+    def _lease_pool(self) -> CommandPool | ClusterClient:
+        """The lease thread's connection to each node. One of several that hangs must not cost the others a lease."""
+        return self.address.pool(1, limit=self._lease / 6 if self.address.spread else math.inf, probes=False)
 
     async def greet(self) -> float:
         """Check the server; returns the seconds it has been up.
@@ -64,7 +76,7 @@ class Session:
     def named(self, name: str) -> None:
         """Name the readers and the lease thread's connection, as CLIENT LIST shows them."""
         address = self.address = self.address.renamed(name)
-        self.reader, self.lease_pool = address.reader(BLOCK, self.commands), address.pool(1, probes=False)
+        self.reader, self.lease_pool = address.reader(BLOCK, self.commands), self._lease_pool()
         for branch, key in self._branches:
             branch.reader = address.reader(BLOCK, self.commands, key)
 
@@ -115,12 +127,13 @@ class Session:
             with self.watched():
                 return await script(self.lease_pool, keys, args)
         except Unreachable:
-            await self.leave_thread()
+            if not self.address.spread:  # else the other nodes' connections may be in use
+                await self.leave_thread()
             raise
 
     async def leave_thread(self) -> None:
         """Close the lease thread's connection, from that thread; the next call connects again."""
-        pool, self.lease_pool = self.lease_pool, self.address.pool(1, probes=False)
+        pool, self.lease_pool = self.lease_pool, self._lease_pool()
         await pool.aclose()
 
     def clock_should_show(self) -> int:
