@@ -19,8 +19,8 @@ MOST_SKEW: Final = 1.0
 """Seconds the clocks may differ."""
 
 _ELSEWHERE: Final = {
-    "stream": "lie in lists, which stream mode does not read: run streamworker bridge",
-    "list": "lie in streams, which list mode does not read: run workers in stream mode until they are done",
+    "stream": "are in lists, which stream mode does not read: run streamworker bridge",
+    "list": "are in streams, which list mode does not read: run workers in stream mode until they are done",
 }
 
 LAST_ID: Final = f"{2**64 - 1}-{2**64 - 1}"

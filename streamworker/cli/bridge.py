@@ -122,7 +122,7 @@ def _all_moved(tally: BridgeTotals) -> None:
     if stuck:
         where = ", ".join(sorted({queue for queue, _ in stuck}))
         raise StreamworkerError(
-            f"{sum(stuck.values())} jobs of {where} could not be moved and lie where they were: the log says why"
+            f"{sum(stuck.values())} jobs of {where} could not be moved and are where they were: the log says why"
         )
 
 

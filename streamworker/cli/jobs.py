@@ -561,7 +561,7 @@ class MissingJob(NamedTuple):
 def reconcile(queue: QueueName = None, *, acting: ActionFlags = ACTION, flags: WorkerFlags = WORKER) -> int:
     """Compare the ledger with Redis job by job, and queue again what Redis lost.
 
-    Relays do the same by themselves one lease after Redis shows a sign of loss. Jobs that lie in Redis, ready, held or
+    Relays do the same by themselves one lease after Redis shows a sign of loss. Jobs that are in Redis, ready, held or
     delayed, are left alone.
 
     Args:

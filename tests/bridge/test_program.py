@@ -51,7 +51,7 @@ def test_drain_leaves_what_cannot_be_moved_and_says_so(sw, raw):
     done = sw("bridge", "--queue", "q", "--queue", "other", "--drain")
     assert (done.returncode, done.sentence) == (
         1,
-        "2 jobs of q could not be moved and lie where they were: the log says why",
+        "2 jobs of q could not be moved and are where they were: the log says why",
     )
     assert raw.lrange("queue:q", 0, -1) == [b"2", b"1"]
     assert stored(raw, "stream:{other}") == [b"x"]
