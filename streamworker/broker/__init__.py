@@ -350,12 +350,14 @@ class EndedPayload(msgspec.Struct, frozen=True):
     Attributes:
         queue: of the job.
         job_id: the job's id; empty if it never had one.
+        hop: of the document that was deleted.
         payload: id of the data in the store; empty if the note cannot be read.
         note: where this is noted.
     """
 
     queue: str
     job_id: str
+    hop: int
     payload: str
     note: tuple[str, bytes]
 

@@ -217,15 +217,15 @@ async def forget_traces(session: OperatorSession, keys: QueueKeys, ids: Sequence
 NOTES: Final = 500
 """Most notes of a queue that one look reads."""
 _LOST: Final = ("payload_notes_lost", "stored payloads of jobs that were deleted are found within a minute")
-_note: Final = msgspec.json.Decoder(tuple[str, str]).decode
+_note: Final = msgspec.json.Decoder(tuple[str, str, float]).decode
 
 
 def _ended(keys: QueueKeys, member: bytes) -> EndedPayload:
     try:
-        payload, job_id = _note(member)
+        payload, job_id, hop = _note(member)
     except msgspec.MsgspecError:  # not ours, or of bytes that are no text: it names nothing
-        payload = job_id = ""
-    return EndedPayload(keys.name, job_id, payload, (keys.payloads, member))
+        payload, job_id, hop = "", "", 0.0
+    return EndedPayload(keys.name, job_id, int(hop), payload, (keys.payloads, member))
 
 
 class RedisEndedPayloads:

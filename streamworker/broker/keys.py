@@ -228,7 +228,7 @@ class QueueKeys(msgspec.Struct, frozen=True):
 
     @property
     def payloads(self) -> str:
-        """Sorted set: stored payload of a job that has ended, and the job's id, as JSON, to the ms at which it ended.
+        """Sorted set: stored payload of a job that has ended, the job's id and hop, as JSON, to the ms of its end.
 
         And the channel on which it is published that there is one.
         """

@@ -9,7 +9,7 @@ answer.
 from __future__ import annotations
 
 import enum
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from datetime import datetime
 from typing import Any, Final, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
@@ -403,8 +403,12 @@ class Ledger(Protocol):
     async def park(self, runs: Sequence[RunRecord]) -> list[Stored]:
         """Let jobs wait whose runs have ended, or queue those for which the signal is there; answers in order."""
 
-    async def payloads_in_use(self, job_ids: Collection[str]) -> Collection[str]:
-        """Ids of the stored payloads of those jobs among some that may be queued again, whatever Redis knows."""
+    async def payloads_in_use(self, jobs: Mapping[str, int]) -> Collection[str]:
+        """Ids of the stored payloads of those jobs that may be queued again, whatever Redis knows.
+
+        Args:
+            jobs: ids of jobs that have ended in Redis, to the hops at which they did.
+        """
 
     async def keep_logs(self, logs: Sequence[KeptLog]) -> None:
         """Keep what runs that are recorded have logged."""

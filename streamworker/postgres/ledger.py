@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
 from streamworker.postgres import JobKey, KeptLog, Known, RunRecord, StepHost, Stored
@@ -117,8 +117,8 @@ class PostgresLedger:
         """`PayloadStore` of the jobs of a namespace."""
         return PostgresStore(self._database.fetch, namespace)
 
-    async def payloads_in_use(self, job_ids: Collection[str]) -> Collection[str]:
-        return await needed(self._database.fetch, job_ids)
+    async def payloads_in_use(self, jobs: Mapping[str, int]) -> Collection[str]:
+        return await needed(self._database.fetch, jobs)
 
     async def keep_logs(self, logs: Sequence[KeptLog]) -> None:
         columns = ([getattr(each, name) for each in logs] for name in ("queue", "hop", "deliveries", "lines"))

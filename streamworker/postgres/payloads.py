@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
 from streamworker.payload import STORED
@@ -71,11 +71,13 @@ REFERENCES: Final = f"""
 select payload::text, document from streamworker.jobs
 where (status in ({_OPEN}, 'dead') or node is not null and status in ('cancelled', 'expired'))
   and (payload ? '{STORED}' or document is not null)"""  # noqa: S608 - our own text
-# Of jobs that Redis knows no more: a dead letter that was deleted there needs its payload only if its flow is retried.
+# Of jobs that Redis knows no more. A job that died at a later hop has a later dead letter; when that is deleted,
+# only a flow that is retried needs the payload.
 IN_USE: Final = f"""
-select job.payload::text, job.document from streamworker.jobs as job
-where job.id = any($1::text[])
-  and (job.status in ({_OPEN}) or job.node is not null and job.status in ('dead', 'cancelled', 'expired'))
+select job.payload::text, job.document
+from unnest($1::text[], $2::bigint[]) as ended(id, hop) join streamworker.jobs as job on job.id = ended.id
+where (job.status in ({_OPEN}) or job.node is not null and job.status in ('dead', 'cancelled', 'expired')
+    or job.status = 'dead' and job.hop > ended.hop)
   and (job.payload ? '{STORED}' or job.document is not null)"""  # noqa: S608 - our own text
 
 
@@ -86,13 +88,17 @@ async def referring(fetch: Callable[..., Awaitable[Sequence[Any]]]) -> list[byte
     return _documents(rows)
 
 
-async def needed(fetch: Callable[..., Awaitable[Sequence[Any]]], job_ids: Collection[str]) -> frozenset[str]:
-    """Ids of the stored payloads of those jobs among some that the ledger may queue again, whatever Redis knows.
+async def needed(fetch: Callable[..., Awaitable[Sequence[Any]]], jobs: Mapping[str, int]) -> frozenset[str]:
+    """Ids of the stored payloads of those jobs that the ledger may queue again, whatever Redis knows.
 
     A row with the id may be that of another queue, which keeps more than has to be kept, for a while.
+
+    Args:
+        fetch: executes a statement.
+        jobs: ids of jobs that have ended in Redis, to the hops at which they did.
     """
     with understood("looking for jobs with stored payloads"):
-        rows = await fetch(IN_USE, [stored_id(each) for each in job_ids])
+        rows = await fetch(IN_USE, [stored_id(each) for each in jobs], list(jobs.values()))
     return frozenset(reference_in(body) for body in _documents(rows))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextvars import Context as Variables
 from typing import Final
 
@@ -36,7 +36,8 @@ class PayloadReaper:
     Args:
         store: has them.
         ended: those of jobs that were deleted in Redis.
-        needed: the ids of stored payloads of those jobs among some that the ledger may queue again, if there is one.
+        needed: the ids of stored payloads of those jobs among some that the ledger may queue again, if there is one;
+            it takes job ids and the last hops at which they ended.
         every: seconds between two looks at ``ended``, which also tells of new ones.
     """
 
@@ -44,7 +45,7 @@ class PayloadReaper:
         self,
         store: PayloadStore,
         ended: EndedPayloads,
-        needed: Callable[[Collection[str]], Awaitable[Collection[str]]] | None,
+        needed: Callable[[Mapping[str, int]], Awaitable[Collection[str]]] | None,
         *,
         every: float = LOOK,
     ) -> None:
@@ -61,7 +62,9 @@ class PayloadReaper:
             if result is Settled.SETTLED and run.reading is not None and _is_over(run, item):
                 found = stored_in(run.reading.payload)
                 if found is not None:
-                    self._gone.append(EndedPayload(run.claim.queue, item.job_id, found.id, NOWHERE))
+                    self._gone.append(
+                        EndedPayload(run.claim.queue, item.job_id, run.reading.hop or 0, found.id, NOWHERE)
+                    )
         if self._gone and (self._task is None or self._task.done()) and not self._closed.is_set():
             self._task = asyncio.get_running_loop().create_task(self._delete_settled(), context=Variables())
 
@@ -84,7 +87,10 @@ class PayloadReaper:
 
     async def _delete(self, ended: Sequence[EndedPayload]) -> None:
         """Delete those that no job of the ledger needs."""
-        jobs = {each.job_id for each in ended if each.job_id}
+        jobs: dict[str, int] = {}
+        for each in ended:
+            if each.job_id:
+                jobs[each.job_id] = max(each.hop, jobs.get(each.job_id, 0))
         needed = await self._needed(jobs) if self._needed is not None and jobs else ()
         gone = {each.payload for each in ended if each.payload and each.payload not in needed}
         if gone:

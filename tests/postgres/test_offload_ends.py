@@ -290,6 +290,30 @@ async def test_a_letter_of_a_job_that_the_ledger_has_queued_again_does_not_take_
         await eventually(lambda: got == [LARGE, LARGE])
 
 
+async def test_an_old_letter_of_a_job_that_died_again_does_not_take_its_payload(redis_url, database_url, pg, raw, mode):
+    got: list[str] = []
+    async with app_on(redis_url, database_url, got, mode=mode) as app, app.operator() as operator:
+        made = await app.enqueue(Doc(LARGE, "die"))
+        async with working(app):
+            await eventually_async(lambda: status(pg, made.id), "dead")
+            async with app.archive() as archive:
+                assert await archive.retry("q", made.id)
+            await eventually_async(lambda: letters(operator), 2)
+            old, new = sorted((await operator.dead("q")).rows, key=lambda each: each.handle)
+            assert await operator.erase(old)
+            await eventually(lambda: not raw.exists("stream:{q}:payloads"))
+            assert await stored(pg) == 1
+            assert await operator.replay(new)
+            await eventually(lambda: len(got) == 3)
+            await eventually_async(lambda: letters(operator), 1)
+            assert await operator.erase((await operator.dead("q")).rows[0])
+            await eventually_async(lambda: stored(pg), 0)
+
+
+async def letters(operator: Any) -> int:
+    return len((await operator.dead("q")).rows)
+
+
 async def test_a_replayed_letter_takes_its_payload_along(redis_url, database_url, pg, raw, mode):
     got: list[str] = []
     async with app_on(redis_url, database_url, got, mode=mode) as app:
@@ -405,7 +429,9 @@ async def test_a_ledger_that_does_not_answer_deletes_nothing(tmp_path: Path):
 
     store = FileStore(tmp_path)
     await store.put("p", b"x")
-    ended = Notes(EndedPayload("q", "id", "p", ("key", b"member")), EndedPayload("q", "", "", ("key", b"not ours")))
+    ended = Notes(
+        EndedPayload("q", "id", 0, "p", ("key", b"member")), EndedPayload("q", "", 0, "", ("key", b"not ours"))
+    )
 
     async def away(_: Any) -> list[str]:
         raise Unreachable("PostgreSQL does not answer")

@@ -93,7 +93,7 @@ local function unstore(base, body, heir, id)
   if type(name) ~= 'string' or heir and string.find(heir, name, 1, true) then return end
   if type(job.id) == 'string' and job.id ~= '' then id = job.id end
   local set, MOST = base .. ':payloads', 100000
-  redis.pcall('ZADD', set, string.format('%d', now_ms()), cjson.encode({ name, id or '' }))
+  redis.pcall('ZADD', set, string.format('%d', now_ms()), cjson.encode({ name, id or '', tonumber(job.hop) or 0 }))
   if redis.pcall('ZCARD', set) == MOST + 1 then redis.pcall('ZPOPMIN', set) end
   redis.pcall('PUBLISH', set, '')
 end
