@@ -112,7 +112,8 @@ async def test_a_zombie_that_emits_adds_nothing_to_its_successors_output(tmp_pat
 
         reading = asyncio.create_task(read())
         await rig.until(lambda: len(items) > 50, 30, "the zombie emits")
-        await rig.until(lambda: rig.raw.exists(f"stream:{{q}}:log:{job}"), 30, "the zombie's log is kept")
+        logs = [keys.log(job) for keys in rig.ground.homes]
+        await rig.until(lambda: rig.raw.exists(*logs), 30, "the zombie's log is kept")
         await rig.fleet.start(JOB_LOG="ctx", JOB_LOG_LINES=5000)
         await rig.all_ready()
         frozen = time.monotonic()
