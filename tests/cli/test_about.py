@@ -230,7 +230,7 @@ def test_check_finds_what_lies_where_the_other_mode_reads(sw, ground):
     ground.raw.execute_command(*other.adding("low", b'{"payload":{"text":"x"}}'))
     ((severity, sentence),) = found(sw("check", "--json", "--queues", "notes"), "mode")
     assert severity == "warning"
-    assert "1 jobs of notes lie in" in sentence
+    assert "1 jobs of notes are in" in sentence
     assert {"stream": "run streamworker bridge", "list": "stream mode"}[ground.mode] in sentence
 
 
