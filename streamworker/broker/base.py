@@ -221,6 +221,8 @@ class RedisBroker(ABC, Generic[K, I]):
         spread = self._session.address.spread
         with self._session.watched():
             answers = await settle(self._sender(), self._keys_by_place, items, self._refusals, spread=spread)
+        if self._refusals:
+            self._source.turns.refused(self._refusals)
         if self._mover is not None:
             await self._forget_cancelled(items, answers)
         return answers

@@ -6,7 +6,7 @@ import math
 import secrets
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from time import monotonic
 from typing import Final
 
@@ -38,8 +38,13 @@ DRAIN_LOOK: Final = 0.05
 """Seconds between looks while a worker drains for a suspect."""
 JUST_LOOKED: Final = 0.05
 """Seconds within which the next reclaim is due if the last one left suspects to other workers."""
-LEAVE, RESERVE, ASK, DRAIN = range(4)
-"""What to do about suspects: leave them; being idle, reserve a group; ask to be the one that drains; drain unasked."""
+TURN: Final = 1.0
+"""Least seconds of a turn of new jobs, and of suspects that run apart while there are more."""
+REFUSING: Final = 40.0
+"""Seconds after a refused ending in which the queue's suspects are left alone: longer than a pause between offers."""
+LEAVE, RESERVE, ASK, DRAIN, LATER = range(5)
+"""What to do about suspects that run apart: leave them; being idle, reserve a group; ask to be the one that drains;
+drain unasked; being idle, look for new jobs first."""
 
 
 def none_ended(queue: str) -> int:
@@ -80,6 +85,58 @@ class StreamOptions(Options, frozen=True, kw_only=True):
     group: str = "workers"
 
 
+class Turns:
+    """Turns of new jobs and of suspects that run apart.
+
+    A worker begins with new jobs: a fleet whose workers die one after the other still does them. Then suspects have a
+    turn while there are more of them, and new jobs have one as long. A worker without new jobs keeps no turn.
+    Suspects of a queue whose endings the server refuses have none: they would run in vain, one group after the other.
+    """
+
+    def __init__(self) -> None:
+        self._new_until = math.inf
+        self._apart_since: float | None = None
+        self._refusing: dict[str, float] = {}
+
+    def refused(self, queues: Iterable[str]) -> None:
+        """The server refused endings of these queues."""
+        self._refusing |= dict.fromkeys(queues, monotonic() + REFUSING)
+
+    def refuses(self, queue: str) -> bool:
+        """Whether the server has refused endings of this queue lately."""
+        return monotonic() < self._refusing.get(queue, 0.0)
+
+    @property
+    def new_first(self) -> bool:
+        """It is the turn of new jobs."""
+        return monotonic() < self._new_until
+
+    def apart(self, *, more: bool) -> bool:
+        """A group of suspects was reserved, and there are more or not; whether the next one follows at once."""
+        now = monotonic()
+        since = self._apart_since = (self._apart_since or now) if more else None
+        if since is not None and now - since > TURN:
+            self._apart_since, self._new_until = None, now + now - since
+            return False
+        return more
+
+    async def claim(
+        self,
+        look: Callable[[int, Collection[Claim]], Awaitable[list[Claim]]],
+        limit: int,
+        running: Collection[Claim],
+    ) -> list[Claim]:
+        """Look for claims. Where a worker that runs nothing finds none in the turn of new jobs, it looks again."""
+        claims = await look(limit, running)
+        if not self.new_first:
+            return claims
+        if not claims and not running:
+            self._new_until = 0.0
+            return await look(limit, running)
+        self._new_until = min(self._new_until, monotonic() + TURN)
+        return claims
+
+
 class ClaimSource(ABC):
     """Source of claims: caps, the pace of reclaiming, rest after an outage, keys that cannot be read.
 
@@ -96,10 +153,10 @@ class ClaimSource(ABC):
         self._session = session
         self._keys: Final[list[QueueKeys]] = [keys for keys, _ in queues]
         self._caps = [cap for _, cap in queues]
-        self._lease = options.lease
-        self._groups = options.groups
+        self._lease, self._groups = options.lease, options.groups
         self._apart_from = apart_from(options.groups)
         self._half_since: float | None = None
+        self.turns = Turns()
         names = [keys.name for keys in self._keys]
         self._order = Order(names, weighted=options.weighted, heads=heads)
         self._firsts: Final = [names.index(name) for name in names]
@@ -144,17 +201,22 @@ class ClaimSource(ABC):
         """`Broker.claim`, within the bounds that `bound` set."""
         # Before reclaiming: the first command after an outage would find all leases expired.
         self._rest_after_outage()
-        claims = await self.reclaim(limit, running)
-        # A suspect waits until all else has ended: nothing new is claimed beside it.
-        if len(claims) < limit and not any(claim.suspect for claim in claims):
-            self.stale = False  # from here on a notification may be newer than this look
-            claims += await self.take(limit - len(claims), [*running, *claims] if claims else running)
+        claims = await self.turns.claim(self._look, limit, running)
         self._rest_after_outage()
         if not claims and wait > 0 and not self._interrupted.is_set():
             if self.draining:
                 await self._idle(min(wait, DRAIN_LOOK))
                 return claims
             claims = await self.wait_unless_stale(limit, min(wait, SILENT_WAIT) if self.silent else wait, running)
+        return claims
+
+    async def _look(self, limit: int, running: Collection[Claim]) -> list[Claim]:
+        """Reclaim, then claim new jobs."""
+        claims = await self.reclaim(limit, running)
+        # A suspect waits until all else has ended: nothing new is claimed beside it.
+        if len(claims) < limit and not any(claim.suspect for claim in claims):
+            self.stale = False  # from here on a notification may be newer than this look
+            claims += await self.take(limit - len(claims), [*running, *claims] if claims else running)
         return claims
 
     async def _lined_up(self, fair: Sequence[int], left: int, running: Collection[Claim]) -> list[Claim]:
@@ -268,13 +330,16 @@ class ClaimSource(ABC):
     def _about_suspects(self, index: int, running: Collection[Claim]) -> int:
         """What to do about suspects of this queue.
 
-        An idle worker reserves a group and runs it at once. A busy worker leaves it to idle ones for a while; if there
-        are none, it asks to be the worker that drains: that claims nothing new until it is idle. The suspects stay
-        unclaimed meanwhile: the first idle worker reserves it, and a worker that dies while it drains delays it by a
-        second. After a lease a worker asks no more, so that another one, whose jobs are shorter, may drain too.
+        An idle worker reserves a group and runs it at once, unless it is the turn of new jobs. A busy worker leaves it
+        to idle ones for a while; if there are none, it asks to be the worker that drains: that claims nothing new until
+        it is idle. The suspects stay unclaimed meanwhile: the first idle worker reserves it, and a worker that dies
+        while it drains delays it by a second. After a lease a worker asks no more, so that another one, whose jobs are
+        shorter, may drain too.
         """
         if any(claim.suspect for claim in running):
             return LEAVE
+        if self.turns.new_first:
+            return LEAVE if running else LATER
         if not running:
             return RESERVE
         now, passing, draining = monotonic(), self._passing_since[index], self._draining_since[index]
@@ -295,12 +360,13 @@ class ClaimSource(ABC):
         now, draining = monotonic(), self._draining_since[index]
         if suspects == 0:
             self._passing_since[index] = self._draining_since[index] = None
-        elif wish == RESERVE:  # idle: claims nothing new before the next suspect, unless that takes too long
-            late = draining is not None and now - draining > self._lease
-            self._draining_since[index] = None if late else draining or now
+            if not self.draining:
+                self.turns.apart(more=False)
+        elif wish == RESERVE:  # idle: claims nothing new before the next suspect, while their turn lasts
+            self._draining_since[index] = (draining or now) if self.turns.apart(more=True) else None
         elif wish == ASK:
             self._draining_since[index] = (draining or now) if granted else None
-        if suspects > 0 and wish != RESERVE:
+        if suspects > 0 and wish not in (RESERVE, LATER):
             self._passing_since[index] = self._passing_since[index] or now
             self._reclaim_at[index] = max(self._reclaim_at[index], now + STEP_ASIDE)
 

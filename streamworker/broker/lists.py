@@ -84,7 +84,8 @@ class ListClaims(ClaimSource):
         held = [claim.entry for claim in running]
         args: list[Any] = [self.consumer, limit, len(self._lists), len(budgets), secrets.token_hex(6)]
         wish = self._about_suspects(0, running)
-        args += [self._apart_from, wish, *self._group_here(running), len(held)]
+        staying = [number for number, each in enumerate(self._lists, 1) if self.turns.refuses(each.name)]
+        args += [self._apart_from, " ".join(map(str, [wish, *staying])), *self._group_here(running), len(held)]
         args += [*self._bounds(limit, running), *budgets, *held, *self._order.walk()]
         answer = await self._session.read(scripts.FAIR_TAKE if self._lined else scripts.LIST_TAKE, keys, args)
         taken, trouble, paused, _, passed, suspects, cancelled, granted, sealed, fair = answer

@@ -22,6 +22,7 @@ from streamworker.broker.claim import (
     UNBLOCK_EVERY,
     ClaimSource,
     Options,
+    Turns,
 )
 from streamworker.broker.keys import UNKNOWN_EPOCH, QueueKeys, document
 from streamworker.broker.redis.reactions import Reaction, reaction_to, row_of
@@ -64,8 +65,9 @@ class ClusterStreamClaims:
         ]
         self.epochs: dict[str, bytes] = {}
         self.secrets: dict[str, bytes] = {}
+        self.turns = Turns()
         for part in self._parts:
-            part.epochs, part.secrets = self.epochs, self.secrets
+            part.epochs, part.secrets, part.turns = self.epochs, self.secrets, self.turns
         parts = dict(zip(by_slot, self._parts, strict=True))
         self._part_of = {keys.queue: parts[session.address.slot(keys.base)] for keys, _ in queues}
         self._rotation = _Rotation(queues, self._part_of)
@@ -111,6 +113,19 @@ class ClusterStreamClaims:
 
     async def claim(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:
         self._rest_after_outage()
+        claims = await self.turns.claim(self._look, limit, running)
+        if self._away:
+            self._look_after_the_away(running)
+        self._rest_after_outage()
+        if not claims and wait > 0 and self.draining:
+            await anyio.sleep(min(wait, DRAIN_LOOK))
+        elif not claims and wait > 0 and not self._interrupted:
+            claims = await self._wait(limit, min(wait, SILENT_WAIT) if self.silent else wait, running)
+            if not claims and self._away:
+                self._look_after_the_away(running)
+        return claims
+
+    async def _look(self, limit: int, running: Collection[Claim]) -> list[Claim]:
         claims = self._brought()
         steps = [step for step in self._rotation.next() if step[0] not in self._reads]
         idle = dict.fromkeys(part for part, _ in steps)
@@ -125,15 +140,6 @@ class ClusterStreamClaims:
             if len(claims) < limit and not suspect and not draining and not self._silent(part):
                 new = part.take(limit - len(claims), [*running, *claims] if claims else running, starts)
                 claims += await self._looked(part, new)
-        if self._away:
-            self._look_after_the_away(running)
-        self._rest_after_outage()
-        if not claims and wait > 0 and draining:
-            await anyio.sleep(min(wait, DRAIN_LOOK))
-        elif not claims and wait > 0 and not self._interrupted:
-            claims = await self._wait(limit, min(wait, SILENT_WAIT) if self.silent else wait, running)
-            if not claims and self._away:
-                self._look_after_the_away(running)
         return claims
 
     async def _looked(self, part: StreamClaims, look: Coroutine[Any, Any, list[Claim]]) -> list[Claim]:
@@ -430,8 +436,10 @@ class StreamClaims(ClaimSource):
         held = [f"{mine.index(claim.place) + 2}:{claim.entry.decode()}" for claim in running if claim.place in mine]
         args: list[Any] = [self._group, self.consumer, int(self._lease * 1000), limit]
         expected, sent = self._session.clock_should_show(), monotonic()
-        wish = self._about_suspects(index, running)
-        args += [self._apart_from, wish, expected, *self._group_here(running), self._tokens[index], *held]
+        wish, group = self._about_suspects(index, running), self._group_here(running)
+        if self.turns.refuses(keys.name):
+            wish, group, self._draining_since[index] = LEAVE, (0, *group[1:]), None
+        args += [self._apart_from, wish, expected, *group, self._tokens[index], *held]
         try:
             wait, entries, missing, passed, shown, granted, longest, token = await self._session.read(
                 scripts.RECLAIM, [keys.meta, *keys.streams], args

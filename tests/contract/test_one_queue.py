@@ -90,6 +90,25 @@ async def test_a_queue_that_was_spoilt_stops_no_other_and_no_shutdown(raw, groun
     assert ground.held("spoilt") == 0
 
 
+async def test_suspects_that_cannot_be_settled_keep_no_other_queue_waiting(raw, ground, monkeypatch, broker_factory):
+    """Each is run, refused and held: a worker that drained for the next one would claim nothing for a lease."""
+    monkeypatch.setattr("streamworker.broker.claim.TURN", 60.0)
+    async with broker_factory("dead", queues=("spoilt",), lease=60) as gone:
+        for _ in range(300):
+            ground.push("no json", queue="spoilt")
+        for claim in await gone.claim(300, 0, ()):
+            ground.ripen(claim, count=4)
+    ground.forget_pace("spoilt")
+    spoil(raw, "dead letters of a wrong type")
+    ran: list[int] = []
+    async with working(app := made(raw, ground, ran)._app):
+        await eventually(lambda: ground.held("spoilt") > 0)
+        for n in range(20):
+            ground.push(json.dumps({"kind": "other", "payload": {"n": n}}), queue="b")
+            await eventually(lambda count=n + 1: len(ran) == count, 15)
+    assert app is not None
+
+
 async def test_what_is_refused_is_named_by_its_error_once_and_settled_when_it_can_be(raw, ground, capsys, monkeypatch):
     monkeypatch.setattr("streamworker.worker.settler.REFUSED_PAUSE", 0.2)
     logs.configure("info", "json")

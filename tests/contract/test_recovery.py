@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections import Counter
 
+import anyio
 import msgspec
 import pytest
 
@@ -245,6 +246,11 @@ async def suspects_and_a_job(broker, ground, owner):
     return mine
 
 
+async def first_turn(broker):
+    """The turn of new jobs, with which every worker begins, is over: there are none."""
+    assert await broker.claim(1, 0, ()) == []
+
+
 async def until_it_drains(broker, running):
     """Claim until new jobs are left alone."""
     deadline = time.monotonic() + 10
@@ -261,6 +267,7 @@ async def test_a_busy_worker_leaves_suspects_to_idle_ones_and_only_then_drains(b
         broker_factory("busy", lease=1) as busy,
         broker_factory("idle", lease=1) as idle_one,
     ):
+        await first_turn(idle_one)
         mine = await suspects_and_a_job(gone, ground, "busy")
         assert await recover(busy, ground, running=[mine]) == [] and not busy._source.draining
         await gone.publish([job("new")])
@@ -285,9 +292,12 @@ async def test_only_one_worker_drains_and_another_one_follows_when_it_dies(broke
         broker_factory("one", lease=1) as one_,
         broker_factory("two", lease=1) as two,
     ):
+        await first_turn(one_)
+        await first_turn(two)
         await gone.publish([job("others")])
         other = await one(two)
         mine = await suspects_and_a_job(gone, ground, "one")
+        assert await recover(one_, ground, running=[mine]) == []
         await until_it_drains(one_, [mine])
         for part in getattr(two._source, "_parts", [two._source]):
             part._passing_since = [time.monotonic() - 60]
@@ -314,13 +324,14 @@ async def test_nobody_drains_for_what_somebody_else_has_taken(broker_factory, gr
         assert names(await recover(busy, ground, running=[mine])) == ["new"]
 
 
-async def test_an_idle_worker_runs_one_suspect_after_the_other_before_anything_new(broker_factory, ground):
+async def test_an_idle_worker_runs_one_suspect_after_the_other_before_anything_new(broker_factory, ground, monkeypatch):
+    monkeypatch.setattr("streamworker.broker.claim.TURN", 60.0)
     async with broker_factory("dead", lease=1) as gone, broker_factory("w", lease=1) as broker:
         await gone.publish([job(str(n)) for n in range(4)])
         for claim in await gone.claim(10, 0, ()):
             ground.ripen(claim, count=ALONE - 1)
-        await gone.publish([job("new")])
         taken = await recover(broker, ground)
+        await gone.publish([job("new")])
         deadline = time.monotonic() + 10
         while len(taken) < 5:
             assert time.monotonic() < deadline
@@ -330,6 +341,49 @@ async def test_an_idle_worker_runs_one_suspect_after_the_other_before_anything_n
                 assert time.monotonic() < deadline
             taken += more
         assert sorted(names(taken)[:4]) == ["0", "1", "2", "3"] and names(taken)[4] == "new"
+
+
+async def test_new_jobs_come_before_the_suspects_of_a_fleet_that_dies_again_and_again(broker_factory, ground):
+    """One producer's jobs kill each worker that begins with them: another queue's jobs must not wait for the last one."""
+    both = {"queues": ("q", "other"), "lease": 60}
+    async with broker_factory("dead", **both) as gone:
+        await gone.publish([job(str(n)) for n in range(30)])
+        for claim in await gone.claim(30, 0, ()):
+            ground.ripen(claim, count=ALONE - 1)
+        await gone.publish([job(f"new {n}", "other") for n in range(10)])
+    for life in range(10):
+        async with broker_factory(f"w{life}", **both) as broker:
+            (first,) = await recover(broker, ground, limit=1)
+            assert names([first]) == [f"new {life}"]
+            if life == 9:
+                assert await settle_one(broker, done(first)) is Settled.SETTLED
+                (suspect,) = await eventually_claimed(broker)
+                assert suspect.suspect  # without new jobs no turn is kept
+
+
+async def eventually_claimed(broker):
+    deadline = time.monotonic() + 10
+    while not (claims := await broker.claim(1, 0.02, ())):
+        assert time.monotonic() < deadline
+    return claims
+
+
+async def test_suspects_and_new_jobs_take_turns(broker_factory, ground, monkeypatch):
+    """An endless row of suspects does not keep an idle worker for itself."""
+    monkeypatch.setattr("streamworker.broker.claim.TURN", 0.1)
+    async with broker_factory("dead", lease=60) as gone, broker_factory("w", lease=60) as broker:
+        await gone.publish([job(str(n)) for n in range(40)])
+        for claim in await gone.claim(40, 0, ()):
+            ground.ripen(claim, count=ALONE - 1)
+        turns = [False]  # new jobs begin
+        while turns != [False, True, False, True]:
+            await gone.publish([job("new")])
+            (taken,) = await eventually_claimed(broker)
+            if taken.suspect != turns[-1]:
+                turns.append(taken.suspect)
+            counted = await broker.confirm(taken) if taken.suspect else taken
+            await anyio.sleep(0.01)  # it runs
+            assert await settle_one(broker, done(counted)) is Settled.SETTLED
 
 
 async def test_a_pause_ends_the_draining(broker_factory, raw, ground):
@@ -591,6 +645,7 @@ async def test_a_thousand_orphans_come_back_in_order(broker_factory, raw, ground
 @list_only
 async def test_nothing_new_comes_beside_a_suspect(broker_factory, ground):
     async with broker_factory("dead") as gone, broker_factory("w") as broker:
+        await first_turn(broker)
         await gone.publish([job("poison")])
         ground.ripen(await one(gone), count=ALONE - 1)
         await gone.publish([job("new")])
@@ -689,6 +744,7 @@ async def test_a_suspect_that_runs_for_longer_than_a_lease_keeps_the_other_half_
 async def test_from_the_fourth_delivery_on_a_small_group_of_one_half_runs_apart(broker_factory, raw, ground):
     async with broker_factory("dead") as gone, broker_factory("w", groups=group_sizes(6, 100)) as broker:
         assert group_sizes(6, 100) == (50, 14, 4, 1)
+        await first_turn(broker)
         await gone.publish([job(f"s{n}") for n in range(60)])
         suspects = await gone.claim(60, 0, ())
         for claim in suspects:

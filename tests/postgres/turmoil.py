@@ -377,6 +377,8 @@ class Turmoil:
         }
 
 
+PATIENCE = 10.0
+"""Seconds without progress after which a worker is killed all the same: it may be the one that is in the way."""
 Deed = Callable[[], Awaitable[None] | None]
 
 
@@ -408,9 +410,14 @@ async def main(jobs: int, workers: int, seed: int, timeout: float, stack: str, m
     turmoil = Turmoil(directory, jobs=jobs, workers=workers, seed=seed, stack=stack, mode=mode)
 
     async def every_second() -> None:
+        """On a busy machine less often: workers that are killed before they have done anything show nothing."""
+        done, killed = 0, 0.0
         while not turmoil.over.is_set():
             await anyio.sleep(1)
-            turmoil.kill_worker()
+            before, done = done, await turmoil.done()
+            if done > before or time.monotonic() - killed > PATIENCE:
+                turmoil.kill_worker()
+                killed = time.monotonic()
 
     async def milestones() -> None:
         await at_progress(

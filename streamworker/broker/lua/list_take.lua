@@ -17,7 +17,7 @@
 -- ARGV[5]      twelve random hexadecimal digits
 -- ARGV[6]      delivery count from which a job is a suspect that runs apart
 -- ARGV[7]      what the worker does about those: 1 it is idle and takes a group, 2 it asks to be the one that drains, 3 it
---              drains unasked, 0 it leaves them to others
+--              drains unasked, else it leaves them to others; then the numbers of queues whose suspects stay, all of them
 -- ARGV[8]      most jobs to take that are about to be delivered for the last time before that: a group of suspects
 -- ARGV[9]      half of those that run here already; empty: any
 -- ARGV[10]     most jobs of a group that runs apart, by delivery count from ARGV[6] on: numbers; one later
@@ -39,7 +39,8 @@
 --   secrets  secret of each queue ("": nothing yet)
 --   fair     indexes of queues with jobs in tenants' lines, see `pull`
 local worker, left, queues, budgets = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
-local may_reserve, reserved, left_to_others, drains = false, 0, 0, ARGV[7] == '3' and 1 or 0
+local wish, staying = string.match(ARGV[7], '^%d'), {}
+local may_reserve, reserved, left_to_others, drains = false, 0, 0, wish == '3' and 1 or 0
 local apart -- the group that is reserved: its delivery count, its half, how many more may be
 local LEVELS = { 'high', 'normal', 'low' }
 local PAGE, SKIP = 500, 500 -- elements of one move; elements that are read in vain
@@ -72,6 +73,9 @@ for q = 1, queues do
       shares[q] = nil
     end
   end
+end
+for n, q in ipairs(numbers(ARGV[7])) do
+  if n > 1 then staying[q] = true end
 end
 for b = 1, budgets do budget[b] = tonumber(ARGV[11 + queues + b]) end
 local walk = 12 + queues + budgets + tonumber(ARGV[11])
@@ -135,9 +139,10 @@ local function look(i, q, most, again)
       seen = seen + 1
       local suspect = id and deliveries + 1 >= tonumber(ARGV[6])
       local its = id and not suspect and deliveries + 1 >= 3 and half_of(id, 3)
-      if id and (running[id] or suspect and not joins(id, deliveries + 1) or its and (group <= 0 or half ~= '' and half ~= its)) then
+      local stays = id and (suspect or its) and staying[q]
+      if id and (running[id] or stays or suspect and not joins(id, deliveries + 1) or its and (group <= 0 or half ~= '' and half ~= its)) then
         skipped[i] = true
-        if not running[id] and suspect and not may_reserve then left_to_others, suspects[q] = left_to_others + 1, true end
+        if not running[id] and not stays and suspect and not may_reserve then left_to_others, suspects[q] = left_to_others + 1, true end
       else
         local n = suspect and deliveries or (deliveries or 0) + 1
         if suspect then reserved, apart[3] = reserved + 1, apart[3] - 1 end
@@ -204,11 +209,11 @@ end
 
 take_marked(left)
 if left_to_others > 0 then
-  if ARGV[7] == '1' and #taken == 0 then
+  if wish == '1' and #taken == 0 then
     may_reserve = true
     take_marked(left)
     may_reserve, left_to_others = false, left_to_others - reserved
-  elseif ARGV[7] == '2' then
+  elseif wish == '2' then
     for q in pairs(suspects) do
       if drains == 0 and appointed(KEYS[q], worker, tonumber(now)) then drains = 1 end
     end

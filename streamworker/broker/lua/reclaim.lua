@@ -15,8 +15,8 @@
 -- ARGV[3]    the worker's lease in ms
 -- ARGV[4]    most entries to take
 -- ARGV[5]    delivery count from which an entry is a suspect that runs apart
--- ARGV[6]    what the worker does about those: 1 it is idle and takes a group, 2 it asks to be the one that drains, else it
---            leaves them to others
+-- ARGV[6]    what the worker does about those: 1 it is idle and takes a group, 2 it asks to be the one that drains, 4 it
+--            looks for new jobs and asks again at once if there are none, else it leaves them to others
 -- ARGV[7]    the server's time as the worker expects it, in ms; 0 if it has not read it yet
 -- ARGV[8]    most entries to take that are about to be delivered for the last time before that: a group of suspects
 -- ARGV[9]    half of those that run here already; empty: any
@@ -167,7 +167,7 @@ if #entries >= limit or unfinished or passed > 0 and entries[1] and entries[1][6
 elseif left > 0 then
   wait = passed > 0 and 20 or 200 -- as soon as one of the group has ended
 elseif passed > 0 then
-  wait = 20 -- an idle worker can run one at once
+  wait = ARGV[6] == '4' and 0 or 20 -- an idle worker can run one at once
 else
   for k = 2, #KEYS do
     local summary = redis.pcall('XPENDING', KEYS[k], ARGV[1])
