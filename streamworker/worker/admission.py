@@ -13,6 +13,7 @@ import itertools
 import math
 import secrets
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from time import monotonic, time
 from typing import Any, Final, Protocol
 
@@ -88,6 +89,15 @@ class Admission:
         self._order_gate = OrderGate(broker, self._gate or self._held_gate, completion)
         self._load_gate = None if store is None else LoadGate(store, executor, self._order_gate, completion)
         self._due_check = DueCheck(broker, executor, self._load_gate or self._order_gate, completion)
+
+    def put_all(self, runs: Sequence[Execution]) -> None:
+        """Take prepared runs in."""
+        plain = [run for run in runs if not run.special]
+        self._tasks.put_all(plain)
+        if len(plain) < len(runs):
+            for run in runs:
+                if run.special:
+                    self.put(run)
 
     def put(self, run: Execution) -> None:
         """Take a prepared run in."""

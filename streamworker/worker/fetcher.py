@@ -268,20 +268,19 @@ class Fetcher:
 
     def _prepare(self, claims: list[Claim]) -> None:
         """Prepare these claims and pass them on."""
-        admit, prepare, put = self._in_flight.admit, self._executor.prepare, self._successor.put
-        for claim in claims:
-            run = admit(claim)
-            if run is None:
-                continue
+        prepare, caps, ready = self._executor.prepare, self._caps, []
+        for run in self._in_flight.admit(claims):
             prepare(run)
+            claim = run.claim
             if claim.count > 1:
                 self._recovered(run)
             if run.suspect and run.outcome is None:
                 self._suspects.append(run)
-            elif claim.queue in self._caps:
+            elif caps and claim.queue in caps:
                 self._capped.append(run)
             else:
-                put(run)
+                ready.append(run)
+        self._successor.put_all(ready)
 
     def _recovered(self, run: Execution) -> None:
         """Count and log a job that was delivered before."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from time import monotonic
 from typing import Final
 
@@ -92,13 +92,15 @@ class InFlight(Collection[Claim]):
     def __contains__(self, claim: object) -> bool:
         return isinstance(claim, Claim) and (claim.place, claim.entry) in self._runs
 
-    def admit(self, claim: Claim) -> Execution | None:
-        """Add a claim; ``None`` if its entry is held already."""
-        run = Execution(claim)
-        if self._runs.setdefault((claim.place, claim.entry), run) is not run:
-            return None
-        self.busy += 1
-        return run
+    def admit(self, claims: Sequence[Claim]) -> list[Execution]:
+        """Add claims; returns their runs, without those of entries that are held already."""
+        runs, admitted = self._runs, []
+        for claim in claims:
+            run = Execution(claim)
+            if runs.setdefault((claim.place, claim.entry), run) is run:
+                admitted.append(run)
+        self.busy += len(admitted)
+        return admitted
 
     def find(self, claim: Claim) -> Execution | None:
         """The run of a claim, if exactly this claim is held."""
@@ -119,10 +121,12 @@ class InFlight(Collection[Claim]):
         if not self._stirred:
             self.stir()
 
-    def forget(self, run: Execution) -> None:
-        """Remove a run: it is settled, or another worker has its claim."""
-        claim = run.claim
-        self._runs.pop((claim.place, claim.entry), None)
+    def forget(self, *runs: Execution) -> None:
+        """Remove runs: they are settled, or other workers have their claims."""
+        held = self._runs
+        for run in runs:
+            claim = run.claim
+            held.pop((claim.place, claim.entry), None)
         if not self._stirred:
             self.stir()
 

@@ -6,6 +6,7 @@ Without a ledger neither exists. Recording follows the run, see `recorder`.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from time import monotonic, time
 from typing import Final
 
@@ -124,6 +125,11 @@ class LedgerLookup:
         self._doubted = asyncio.Event()
         self._wake = asyncio.Event()
         self._stop = anyio.Event()
+
+    def put_all(self, runs: Sequence[Execution]) -> None:
+        """Take prepared runs in."""
+        for run in runs:
+            self.put(run)
 
     def put(self, run: Execution) -> None:
         """Take a prepared run in."""

@@ -172,10 +172,10 @@ class Settler:
         return again
 
     async def _flush(self, batch: list[Execution]) -> None:
-        now, items = time.time(), []
+        now = time.time()
         for run in batch:
             run.settling = True  # out of the renewal set before the claim can end, or the thread would report it lost
-            items.append(run.ending or judged(run, now))
+        items = [run.ending or judged(run, now) for run in batch]
         buffers = [each for each in self._buffers if each.runs]
         for each in buffers:
             await each.flush_of([run.claim for run in batch])
@@ -185,14 +185,25 @@ class Settler:
             ]
         results = await self._settled(items)
         self._told(batch, items, results, now)
+        if [item.verdict for item in items].count(DONE) == results.count(SETTLED) == len(batch) and not self._refused:
+            self._in_flight.forget(*batch)  # nearly all
+            self._in_flight.counts.done += len(batch)
+            self._uncertain.difference_update(batch)
+        else:
+            self._forget_each(batch, items, results)
+        for each in buffers:
+            each.forget(
+                item.claim for item, result in zip(items, results, strict=True) if result is not Settled.REFUSED
+            )
+
+    def _forget_each(self, batch: list[Execution], items: list[SettleRequest], results: list[Settled]) -> None:
         counts, forget, uncertain = self._in_flight.counts, self._in_flight.forget, self._uncertain
         refused: dict[str, list[Execution]] = {}
-        done = 0
         for run, item, result in zip(batch, items, results, strict=True):
             if result is SETTLED:
                 forget(run)
                 if item.verdict is DONE:
-                    done += 1
+                    counts.done += 1
                 else:
                     self._count(run, item)
             elif result is Settled.REFUSED:
@@ -205,13 +216,7 @@ class Settler:
                 if run not in uncertain:
                     counts.lost += 1
                     log.info("settle_lost", **facts_of(run))
-            if uncertain:
-                uncertain.discard(run)
-        counts.done += done
-        for each in buffers:
-            each.forget(
-                item.claim for item, result in zip(items, results, strict=True) if result is not Settled.REFUSED
-            )
+            uncertain.discard(run)
         if refused or self._refused:
             self._set_aside(refused, {run.claim.queue for run in batch})
 

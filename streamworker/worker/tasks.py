@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import copy_context
 from time import monotonic
 from typing import Final
@@ -96,8 +96,12 @@ class JobTasks:
 
     def put(self, run: Execution) -> None:
         """Take a prepared run in: it starts with the next turn of the event loop, if fewer than the limit run."""
-        self._waiting.append(run)
-        if not self._scheduled:
+        self.put_all((run,))
+
+    def put_all(self, runs: Sequence[Execution]) -> None:
+        """`put` these."""
+        self._waiting += runs
+        if self._waiting and not self._scheduled:
             self._schedule()
 
     def abandon_waiting(self) -> list[Execution]:
