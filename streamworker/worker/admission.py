@@ -89,15 +89,14 @@ class Admission:
         self._order_gate = OrderGate(broker, self._gate or self._held_gate, completion)
         self._load_gate = None if store is None else LoadGate(store, executor, self._order_gate, completion)
         self._due_check = DueCheck(broker, executor, self._load_gate or self._order_gate, completion)
+        gates = (self._due_check, self._load_gate, self._order_gate, self._gate, self._held_gate)
+        self._gates: Final = [gate for gate in gates if gate is not None]
 
     def put_all(self, runs: Sequence[Execution]) -> None:
         """Take prepared runs in."""
-        plain = [run for run in runs if not run.special]
-        self._tasks.put_all(plain)
-        if len(plain) < len(runs):
-            for run in runs:
-                if run.special:
-                    self.put(run)
+        self._tasks.put_all([run for run in runs if not run.special])
+        for run in [run for run in runs if run.special]:
+            self.put(run)
 
     def put(self, run: Execution) -> None:
         """Take a prepared run in."""
@@ -108,29 +107,19 @@ class Admission:
 
     def abandon_waiting(self) -> list[Execution]:
         """Remove and return the runs that wait here."""
-        stages = (self._due_check, self._load_gate, self._order_gate, self._gate, self._held_gate, self._batcher)
-        return [run for stage in stages if stage is not None for run in stage.abandon_waiting()]
+        waiting = [run for gate in self._gates for run in gate.abandon_waiting()]
+        return waiting + (self._batcher.abandon_waiting() if self._batcher is not None else [])
 
     async def run(self) -> None:
         """Run until closed."""
         async with anyio.create_task_group() as group:
-            group.start_soon(self._due_check.run)
-            group.start_soon(self._order_gate.run)
-            group.start_soon(self._held_gate.run)
-            if self._gate is not None:
-                group.start_soon(self._gate.run)
-            if self._load_gate is not None:
-                group.start_soon(self._load_gate.run)
+            for gate in self._gates:
+                group.start_soon(gate.run)
 
     def close(self, within: float) -> None:
         """End when every permit is given back, at the latest in ``within`` seconds."""
-        self._due_check.close(within)
-        self._order_gate.close(within)
-        self._held_gate.close(within)
-        if self._gate is not None:
-            self._gate.close(within)
-        if self._load_gate is not None:
-            self._load_gate.close(within)
+        for gate in self._gates:
+            gate.close(within)
 
 
 class Successor(Protocol):
