@@ -273,6 +273,10 @@ Chunk: TypeAlias = Any
 """A str, bytes, or what JSON can say."""
 
 
+READ: Final = 100
+"""Most entries of one read of an output."""
+
+
 class OutputItem(msgspec.Struct, frozen=True):
     """One chunk of a job's output.
 
@@ -473,6 +477,8 @@ async def follow(
                 for entry in entries:
                     for item in cursor.items(entry):
                         yield item
+                if len(entries) < READ and not ended:
+                    break  # of what is stored from now on the reader hears
             if ended:
                 return
             match await reader.heard_of(max(0.0, look_at - monotonic())):

@@ -21,7 +21,7 @@ from streamworker.broker.redis.reactions import understood
 from streamworker.broker.redis.session import Session
 from streamworker.broker.redis.url import Host
 from streamworker.errors import Unreachable
-from streamworker.results import OutputEntry, entry_of
+from streamworker.results import READ, OutputEntry, entry_of
 from streamworker.telemetry.logs import get_logger
 
 log = get_logger("streamworker.broker")
@@ -318,10 +318,6 @@ async def _confirmed(
         if not subscription.open.is_set():
             raise Unreachable(f"Redis at {session.address} takes no subscription: check the server and its ACL")
         yield subscription
-
-
-READ: Final = 100
-"""Most entries of one read of an output."""
 
 
 class RedisOutputReader(RedisResultWaiter):

@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Literal
 
 import anyio
 import pytest
@@ -16,7 +16,7 @@ from streamworker.broker import SettleRequest
 from streamworker.broker.base import RedisBroker
 from streamworker.errors import ClaimLost, Unreachable, UsageError
 from streamworker.job import Claim, Done, Settled
-from streamworker.results import LIFE, OutputBatch, OutputItem, packed
+from streamworker.results import LIFE, OutputBatch, OutputEntry, OutputItem, packed
 from streamworker.worker.emission import BATCH_CHUNKS, TOGETHER, OutputBuffer, RunOutput
 from tests.conftest import eventually
 from tests.contract.helpers import job, list_only, names, one, recover, settings, settle_one, working
@@ -464,3 +464,31 @@ async def test_what_could_not_be_sent_is_sent_again_and_in_order():
     await buffer.flush()
     assert outputs.calls[3:] == [{runs[-1].job_id: 1}]
     await buffer.close()
+
+
+class Told:
+    """An `OutputReader` of three batches, each of which is notified when it is stored."""
+
+    def __init__(self) -> None:
+        self.stored, self.reads = 0, list[int]()
+
+    async def kept(self) -> bytes | None:
+        return None
+
+    async def heard(self, timeout: float) -> bytes | None:
+        return None
+
+    async def read(self, after: int) -> list[OutputEntry]:
+        self.reads.append(after)
+        return [OutputEntry(n, 1, 1, n, b"\x91\xa1x") for n in range(after + 1, self.stored + 1)]
+
+    async def heard_of(self, timeout: float) -> Literal["output", "end", "look"]:
+        self.stored += 1
+        return "output" if self.stored <= 3 else "end"
+
+
+async def test_a_reader_asks_once_for_each_notification_and_reads_all_after_the_end():
+    reader = Told()
+    items = [item.position async for item in results.follow(reader, None, ("q", "a"), 0)]
+    assert items == [1, 2, 3, 4]
+    assert reader.reads == [0, 0, 1, 2, 3, 4]  # at the start, of each notification, and to the end
