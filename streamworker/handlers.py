@@ -20,8 +20,8 @@ from streamworker.payload import AnyPayload, Payload, check_queue, decoder_of, f
 from streamworker.policy import Backoff, Limits
 
 
-class Registration(msgspec.Struct, frozen=True):
-    """One handler: its kind, its function, and the options of its jobs."""
+class Registration(msgspec.Struct, frozen=True, eq=False):
+    """One handler: its kind, its function, and the options of its jobs. Another one is never equal to it."""
 
     kind: str
     queue: str

@@ -34,10 +34,10 @@ _DASH: Final = 13
 
 def ready_at(run: Execution) -> float | None:
     """The moment at which a job became ready, in epoch seconds; ``None`` if it is not known (see `JobRun.waited`)."""
-    entry = run.claim.entry
-    if entry[_DASH : _DASH + 1] == b"-" and entry[:_DASH].isdigit():  # every job of a stream pays for this
-        return int(entry[:_DASH]) / 1000
     claim, reading = run.claim, run.reading
+    millis, _, _ = claim.entry.partition(b"-")  # every job of a stream pays for this
+    if len(millis) == _DASH and millis.isdigit():
+        return int(millis) / 1000
     if claim.body is None or reading is None or reading.hop:
         return None
     made, due = codec.made_at(reading), codec.when(reading)

@@ -118,7 +118,7 @@ class Executor:
         self._begun = self.generators.begun
         self._thread_calls = JobThreads.calls
         self._describe: Callable[[BaseException], str] = describe
-        self._facts: dict[str, Facts] = {}  # by kind: hashing a registration would hash all its fields
+        self._facts: dict[str, Facts] = {}  # by kind
         self._observers = observers if observers is not None and observers.starts else None
 
     def prepare(self, run: Execution) -> None:

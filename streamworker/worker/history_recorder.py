@@ -1,7 +1,7 @@
 """RunTallies and HistoryRecorder: runs of a worker, counted as they are settled, and kept every ten seconds.
 
-A no-op job pays for the moment of its end and a share of a count over its batch. Where a batch has many jobs of one
-kind, some of them stand for the times of all: counts are exact, percentiles of busy kinds are those of a sample.
+A no-op job pays for the moment of its end and a share of a count over its batch. Counts are exact; of kinds that run
+hundreds of times a second a sample is timed.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from time import monotonic, time
-from typing import Final
+from typing import Final, TypeVar
 
 import anyio
 
 from streamworker.broker import SettleRequest
 from streamworker.execution import Execution
+from streamworker.handlers import Registration
 from streamworker.job import Dead, Done, RetryAt, Settled
 from streamworker.observe import ready_at
-from streamworker.policy import DONE
 from streamworker.telemetry.logs import get_logger
 from streamworker.telemetry.run_history import BOUNDS, MINUTE, HistoryRow, HistoryWriter, Place, RunTally
 from streamworker.worker.host import WorkerResources
@@ -30,14 +30,33 @@ log = get_logger("streamworker.worker")
 
 UNKNOWN: Final = "unknown"
 """The kind of jobs without a handler here: what the document says may be anything."""
-SAMPLES: Final = 4
-"""Jobs of one kind in one batch whose times stand for those of all; up to twice as many, each for as many jobs."""
+EXACT: Final = 512
+"""Jobs of a kind in one tally, some ten seconds, that are all timed. Of further ones each stands for itself and others:
+the more there were, the fewer are timed."""
 EVERY: Final = 10.0
 """Seconds between two flushes, about."""
 LAST_FLUSH: Final = 2.0
 """Seconds that the last one may take."""
 LOG_AGAIN: Final = 60.0
 SETTLED: Final = Settled.SETTLED
+_Key = TypeVar("_Key")
+
+
+class _Place:
+    """Runs of a queue and handler: how many are done, without a start too, and how many pass before one is timed."""
+
+    __slots__ = ("done", "skip", "tally", "unstarted")
+
+    def __init__(self) -> None:
+        self.done = self.unstarted = self.skip = 0
+        self.tally = RunTally()
+        """Everything else."""
+
+    def whole(self) -> RunTally:
+        """All of it in one tally; no further run is counted."""
+        self.tally.done = self.done
+        self.tally.started += self.done - self.unstarted
+        return self.tally
 
 
 class RunTallies:
@@ -49,86 +68,118 @@ class RunTallies:
 
     def __init__(self, *, durable: bool) -> None:
         self._durable = durable
-        self._by_place: dict[Place, RunTally] = {}
+        self._places: dict[tuple[str, Registration | None], _Place] = {}
         self.offset = time() - monotonic()
         """The clock by which jobs are ready, that of Redis, less the monotonic one. At first this machine's."""
 
     def take(self) -> dict[Place, RunTally]:
         """The tallies since the last call."""
-        taken, self._by_place = self._by_place, {}
-        return taken
+        taken, self._places = self._places, {}
+        return {(queue, _kind(registration)): place.whole() for (queue, registration), place in taken.items()}
 
-    def settled(self, batch: Sequence[Execution], items: Sequence[SettleRequest], results: Sequence[Settled]) -> None:
+    def settled(
+        self, batch: Sequence[Execution], items: Sequence[SettleRequest], results: Sequence[Settled], plain: bool, /
+    ) -> None:
         """Count a batch.
 
         Args:
             batch: the runs.
             items: their endings.
             results: the broker's answers.
+            plain: every run is done, and the broker settled it.
         """
-        size = len(batch)
-        registration, queue = batch[0].registration, batch[0].claim.queue
-        if (
-            registration is not None
-            and [run.registration for run in batch].count(registration) == size
-            and [run.claim.queue for run in batch].count(queue) == size
-            and results.count(SETTLED) == size
-            and [item.verdict for item in items].count(DONE) == size
-        ):  # nearly all, counted in C
-            tally = self._tally((queue, registration.kind))
-            tally.done += size
-            tally.started += size - ([run.started for run in batch].count(None) if self._durable else 0)
-            self._time(tally, batch)
+        done = batch if plain else self._count_others(batch, items, results)
+        if not done:
+            return
+        queues = [run.claim.queue for run in done]
+        if queues.count(queues[0]) == len(done):  # nearly always, and counted in C
+            self._count_queue(queues[0], done)
         else:
-            self._count_each(batch, items, results)
+            for queue, runs in _grouped(queues, done).items():
+                self._count_queue(queue, runs)
 
-    def _count_each(
+    def _count_queue(self, queue: str, runs: Sequence[Execution]) -> None:
+        registrations = [run.registration for run in runs]
+        first = registrations[0]
+        if first is registrations[-1] and registrations.count(first) == len(runs):  # as above
+            self._count_alike(queue, first, runs)
+        else:
+            for registration, part in _grouped(registrations, runs).items():
+                self._count_alike(queue, registration, part)
+
+    def _count_alike(self, queue: str, registration: Registration | None, runs: Sequence[Execution]) -> None:
+        place, size = self._place(queue, registration), len(runs)
+        place.done += size
+        if self._durable:
+            place.unstarted += [run.started for run in runs].count(None)
+        at = place.skip
+        while at < size:
+            self._sample(place, runs[at])
+            at += 1 + place.skip
+        place.skip = at - size
+
+    def _place(self, queue: str, registration: Registration | None) -> _Place:
+        try:
+            return self._places[queue, registration]
+        except KeyError:
+            place = self._places[queue, registration] = _Place()
+            return place
+
+    def _sample(self, place: _Place, run: Execution) -> None:
+        """Time a run for itself and those that were, or will be, passed over."""
+        weight = 1 + place.done // EXACT
+        self._time(place.tally, run, weight)
+        place.skip = int(random.random() * (2 * weight - 1))  # noqa: S311 - a fair sample, no secret
+
+    def _count_others(
         self, batch: Sequence[Execution], items: Sequence[SettleRequest], results: Sequence[Settled]
-    ) -> None:
-        timed: dict[Place, list[Execution]] = {}
+    ) -> list[Execution]:
+        """Count the runs that are not done, or that were not settled; the rest is returned."""
+        done = []
         for run, item, result in zip(batch, items, results, strict=True):
-            if result is Settled.REFUSED:
-                continue  # it is offered again
-            place = place_of(run)
-            tally, verdict = self._tally(place), item.verdict
+            if result is SETTLED and isinstance(item.verdict, Done):
+                done.append(run)
+                continue
+            if result is Settled.REFUSED or (run.started is None and result is not SETTLED):
+                continue  # it is offered again, or another worker has it
+            tally = self._place(run.claim.queue, run.registration).tally
             if run.started is not None:
                 tally.started += 1
-            if result is not SETTLED:
-                continue  # another worker has it
-            if run.started is not None:
-                timed.setdefault(place, []).append(run)
-            if isinstance(verdict, Done):
-                tally.done += 1
-            elif isinstance(verdict, RetryAt | Dead):
-                tally.failed += 1
-                tally.retried += isinstance(verdict, RetryAt)
-        for place, runs in timed.items():
-            self._time(self._tally(place), runs)
+            if result is SETTLED:
+                if isinstance(item.verdict, RetryAt | Dead):
+                    tally.failed += 1
+                    tally.retried += isinstance(item.verdict, RetryAt)
+                self._time(tally, run, 1)
+        return done
 
-    def _time(self, tally: RunTally, runs: Sequence[Execution]) -> None:
-        weight = len(runs) // SAMPLES or 1
-        if weight > 1:
-            runs = runs[int(random.random() * weight) :: weight]  # noqa: S311 - a fair sample, no secret
-        ran, waited, offset = tally.run, tally.wait, self.offset
-        for run in runs:
-            if (started := run.started) is None or run.ended is None:
-                continue
-            bucket = bisect(BOUNDS, run.ended - started)
-            ran[bucket] = ran.get(bucket, 0) + weight
-            if (since := ready_at(run)) is not None:
-                bucket = bisect(BOUNDS, started + offset - since)
-                waited[bucket] = waited.get(bucket, 0) + weight
+    def _time(self, tally: RunTally, run: Execution, weight: int) -> None:
+        """Count how long a run took and waited, for ``weight`` runs."""
+        if (started := run.started) is None or run.ended is None:
+            return
+        bucket = bisect(BOUNDS, run.ended - started)
+        tally.run[bucket] = tally.run.get(bucket, 0) + weight
+        if (since := ready_at(run)) is not None:
+            bucket = bisect(BOUNDS, started + self.offset - since)
+            tally.wait[bucket] = tally.wait.get(bucket, 0) + weight
 
-    def _tally(self, place: Place) -> RunTally:
-        tally = self._by_place.get(place)
-        if tally is None:
-            tally = self._by_place[place] = RunTally()
-        return tally
+
+def _grouped(keys: Sequence[_Key], runs: Sequence[Execution]) -> dict[_Key, list[Execution]]:
+    groups: dict[_Key, list[Execution]] = {}
+    for key, run in zip(keys, runs, strict=True):
+        try:
+            groups[key].append(run)
+        except KeyError:
+            groups[key] = [run]
+    return groups
+
+
+def _kind(registration: Registration | None) -> str:
+    return registration.kind if registration is not None else UNKNOWN
 
 
 def place_of(run: Execution) -> Place:
     """(queue, kind) of a run."""
-    return run.claim.queue, run.registration.kind if run.registration is not None else UNKNOWN
+    return run.claim.queue, _kind(run.registration)
 
 
 class HistoryRecorder:

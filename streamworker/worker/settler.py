@@ -74,8 +74,10 @@ class RefusedRuns:
 class SettledBatches(Protocol):
     """A stage that gets every settled batch."""
 
-    def settled(self, runs: Sequence[Execution], items: Sequence[SettleRequest], results: Sequence[Settled], /) -> None:
-        """A batch was settled."""
+    def settled(
+        self, runs: Sequence[Execution], items: Sequence[SettleRequest], results: Sequence[Settled], plain: bool, /
+    ) -> None:
+        """A batch was settled; ``plain``: every run of it is done, and the broker settled it."""
 
 
 class Settler:
@@ -184,8 +186,9 @@ class Settler:
                 for run, item in zip(batch, items, strict=True)
             ]
         results = await self._settled(items)
-        self._told(batch, items, results, now)
-        if [item.verdict for item in items].count(DONE) == results.count(SETTLED) == len(batch) and not self._refused:
+        plain = [item.verdict for item in items].count(DONE) == results.count(SETTLED) == len(batch)
+        self._told(batch, items, results, now, plain)
+        if plain and not self._refused:
             self._in_flight.forget(*batch)  # nearly all
             self._in_flight.counts.done += len(batch)
             self._uncertain.difference_update(batch)
@@ -220,11 +223,13 @@ class Settler:
         if refused or self._refused:
             self._set_aside(refused, {run.claim.queue for run in batch})
 
-    def _told(self, batch: list[Execution], items: list[SettleRequest], results: list[Settled], began: float) -> None:
+    def _told(
+        self, batch: list[Execution], items: list[SettleRequest], results: list[Settled], began: float, plain: bool
+    ) -> None:
         if self._observers is not None:
             self._observers.settled(batch, items, results, began)
         for each in self._counts:
-            each.settled(batch, items, results)
+            each.settled(batch, items, results, plain)
 
     def _set_aside(self, refused: dict[str, list[Execution]], queues: set[str]) -> None:
         """Keep refused runs, and set when they are offered again: at once if the server stored others of the queue."""

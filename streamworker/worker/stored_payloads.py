@@ -54,8 +54,11 @@ class PayloadReaper:
         self._task: asyncio.Task[None] | None = None
         self._closed = anyio.Event()
 
-    def settled(self, runs: Sequence[Execution], items: Sequence[SettleRequest], results: Sequence[Settled]) -> None:
+    def settled(
+        self, runs: Sequence[Execution], items: Sequence[SettleRequest], results: Sequence[Settled], plain: bool, /
+    ) -> None:
         """Take a settled batch. A dead letter keeps its payload, and so does a job that goes on."""
+        del plain  # a job that is done may have a payload there
         for run, item, result in zip(runs, items, results, strict=True):
             if isinstance(run.outcome, Ok) and not run.special:
                 continue  # nearly all: `Executor` marks those with a reference
