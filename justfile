@@ -89,7 +89,7 @@ bench-nodes *args:
 bench-scaling *args:
     @python -m benchmarks.scaling "$@"
 
-# A worker that leaks a megabyte a job under --max-rss: lost, run twice, the gap in throughput (--jobs 10000 --max-rss 200)
+# A worker that leaks a megabyte a job under --max-rss: lost, run twice, throughput and start latency while it is replaced (throughput, latency; --jobs 10000 --minutes 2 --max-rss 200)
 bench-leak *args:
     @python -m benchmarks.leak "$@"
 
