@@ -1,9 +1,9 @@
 """Draws measured figures into the pages and pictures that show them: ``./dev figures``.
 
 The figures are the files in ``benchmarks/results``, which ``./dev bench``, ``bench-peers``, ``bench-fleet``,
-``bench-leak``, ``bench-nodes``, ``bench-scaling`` and ``soak`` write with ``--json``. A page names a table between two comments,
-``<!-- figures: bench -->`` and ``<!-- /figures -->``; all files of that name (``bench.json``, ``bench-memory.json`` …)
-are its rows.
+``bench-leak``, ``bench-nodes``, ``bench-scaling`` and ``soak`` write with ``--json``. A page names a table between two
+comments, ``<!-- figures: bench -->`` and ``<!-- /figures -->``; all files of that name (``bench.json``,
+``bench-memory.json`` …) are its rows.
 tests/docs/test_figures.py holds that pages and pictures are what the files say.
 """
 
