@@ -518,6 +518,7 @@ class App(Handlers[S], Calendar):
         Raises:
             UsageError: the change makes no sense, or the queue of the job is not known.
             InvalidJob: the payload would not fit the type of the kind's handler.
+            StreamworkerError: a relay is taking the job from PostgreSQL to Redis at this moment.
         """
         wanted = {"queue" if name == "to_queue" else name: value for name, value in changes.items()}
         async with self.operator() as operator:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -165,6 +166,7 @@ def change(
     words, selection, wanted = ("change", "changed"), which.chosen(ids, "change"), flags.change()
     from streamworker.app import App  # noqa: PLC0415 - listings import no worker
     from streamworker.cli.app_loader import load_app, with_own  # noqa: PLC0415
+    from streamworker.operators import waiting_jobs  # noqa: PLC0415
 
     settings = server.settings(app=flags.app)
     app: App[Any] = App(settings=settings)
@@ -182,4 +184,5 @@ def change(
         return one
 
     resource = _READY if flags.ready else _DELAYED
-    return resource.change(words, selection, acting, server, do, bodies=True)
+    chosen = partial(waiting_jobs, listing=resource.jobs)
+    return resource.change(words, selection, acting, server, do, bodies=True, chosen=chosen)

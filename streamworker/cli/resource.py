@@ -192,6 +192,7 @@ class Resource(NamedTuple, Generic[J, R]):
         barred: Callable[[J], str | None] = lambda _: None,
         rate: float | None = None,
         bodies: bool = False,
+        chosen: Callable[[Operator, Selection], AsyncIterator[J]] | None = None,
     ) -> int:
         """Act on the jobs that fit.
 
@@ -204,11 +205,12 @@ class Resource(NamedTuple, Generic[J, R]):
             barred: as in `BulkAction`.
             rate: jobs a second at most.
             bodies: the action needs their documents.
+            chosen: reads the jobs that fit; those of the listing unless given.
         """
 
         async def work(operator: Operator) -> int:
             action = BulkAction(*words, self.noun, do(operator), job_names, barred)
-            jobs = self.jobs.chosen(operator, selection)
+            jobs = (chosen or self.jobs.chosen)(operator, selection)
             return await act(acting, jobs if bodies else _without_bodies(jobs), action, selection.ids, rate=rate)
 
         return operate(server, work)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
-from typing import Any, Literal, Protocol, TypeAlias, TypeVar, cast
+from typing import Any, Final, Literal, Protocol, TypeAlias, TypeVar, cast
 
 import anyio.to_thread
 import msgspec
@@ -27,10 +27,10 @@ from streamworker.job import FlowRecord, Job, Level
 from streamworker.operators.audit_trail import NEVER_SENT, Audit, AuditedOperator, actor, audited, keep_actions
 from streamworker.payload import refuse_stored
 from streamworker.policy import group_sizes
-from streamworker.postgres import FINAL, Archive, AuditRow, JobRecord
+from streamworker.postgres import FINAL, Archive, AuditRow, JobRecord, Wanted
 from streamworker.settings import EMBEDDED, Settings
 from streamworker.telemetry.logs import get_logger
-from streamworker.views.listing import DELAYED, READY, Selection
+from streamworker.views.listing import DELAYED, READY, JobListing, Selection
 
 log = get_logger("streamworker.ledger")
 
@@ -339,6 +339,11 @@ class JobChange(msgspec.Struct, frozen=True, kw_only=True):
     payload: dict[str, Any] | None = None
     fields: dict[str, Any] | None = None
 
+    @property
+    def timed(self) -> bool:
+        """Whether the time is to be different."""
+        return self.delay is not None or self.run_at is not None
+
     def check(self) -> None:
         """Refuse what makes no sense.
 
@@ -353,6 +358,48 @@ class JobChange(msgspec.Struct, frozen=True, kw_only=True):
             raise UsageError("the whole payload, and fields of it: keep one of them")
 
 
+QUEUED: Final = "ledger/"
+"""The handle of a job begins so that waits in the ledger, until a relay takes it to Redis."""
+TRIES: Final = 20
+"""Changes of others to the same job that are followed."""
+
+
+async def ledger_of(operator: Operator) -> Archive | None:
+    """The ledger beside an operator's Redis; ``None`` where there is none."""
+    return await operator.archive() if isinstance(operator, AuditedOperator) else None
+
+
+def queued_job(was: JobRecord) -> StoredJob:
+    """A job of the ledger as a listing shows those in Redis."""
+    due = (was.run_at or was.created_at).timestamp()
+    return StoredJob(was.queue, was.level, f"{QUEUED}{was.id}", was.id, was.kind, due * 1000, None)
+
+
+async def waiting_jobs(
+    operator: Operator, selection: Selection, listing: JobListing[StoredJob] = DELAYED
+) -> AsyncIterator[StoredJob]:
+    """The jobs that fit, those in the ledger first: one that goes to Redis meanwhile is there once.
+
+    Args:
+        operator: of their Redis.
+        selection: which.
+        listing: those that wait for their time (`DELAYED`), or the ready ones (`READY`): in the ledger these are due,
+            and their relay is behind.
+    """
+    seen: set[tuple[str, str | None]] = set()
+    if (archive := await ledger_of(operator)) is not None:
+        now = await archive.now() * 1000
+        wanted = Wanted(queue=selection.queue, kind=selection.kind, statuses=("queued",), ids=selection.ids)
+        async for was in archive.jobs(wanted):
+            job = queued_job(was)
+            if (job.at_ms > now) is (listing is DELAYED) and selection.fits_stored(job):
+                seen.add((job.queue, job.job_id))
+                yield job
+    async for job in listing.chosen(operator, selection):
+        if (job.queue, job.job_id) not in seen:
+            yield job
+
+
 class Kinds(Protocol):
     """What knows the handlers of kinds: an app. This module imports no handlers."""
 
@@ -361,7 +408,8 @@ class Kinds(Protocol):
 
 
 class JobChanger:
-    """Changes jobs that wait, in Redis and then in the ledger, if there is one.
+    """Changes jobs that wait: in Redis, and then in the ledger, if there is one; or in the ledger before a relay has
+    taken them.
 
     Args:
         operator: where they wait.
@@ -376,26 +424,98 @@ class JobChanger:
         self._operator, self._handlers, self._settings, self._sealer = operator, handlers, settings, sealer
 
     async def change_by_id(self, queue: str, job_id: str, change: JobChange, *, by: str = "") -> bool:
-        """Change the job with an id; False if no job with that id waits there. It reads the queue's waiting jobs."""
-        selection = Selection(queue=queue, ids=frozenset({job_id}))
-        for listing in (DELAYED, READY):
-            async for job in listing.chosen(self._operator, selection):
-                if await self.change(job, change):
-                    log.info("job_changed", queue=queue, job_id=job_id, who=by)
-                    return True
-        return False
+        """Change the job with an id; False if no job with that id waits there. It reads the queue's waiting jobs.
+
+        Raises:
+            UsageError: the change makes no sense for this job, or it waits for other jobs of its flow.
+            InvalidJob: the payload would not fit the type of the kind's handler.
+            StreamworkerError: a relay is taking it to Redis at this moment.
+        """
+        change.check()
+        # In this order: a job goes from the ledger to Redis.
+        done = await self._change_queued(queue, job_id, change) or await self._change_sent(queue, job_id, change)
+        if done:
+            log.info("job_changed", queue=queue, job_id=job_id, who=by)
+        return done
 
     async def change(self, job: StoredJob, change: JobChange) -> bool:
         """Change a ready or delayed job; False if it started, or changed, meanwhile: then it is as it was.
 
+        One that waited in the ledger is changed in Redis if a relay has taken it there meanwhile.
+
         Raises:
             UsageError: the change makes no sense for this job.
             InvalidJob: the payload would not fit the type of the kind's handler.
+            StreamworkerError: a relay is taking it to Redis at this moment.
         """
         change.check()
+        if job.handle.startswith(QUEUED):
+            where = job.queue, job.job_id or ""
+            return await self._change_queued(*where, change) or await self._change_sent(*where, change)
         if job.body is None:
             raise StreamworkerError(f"the job {job.handle} of {job.queue} has no document: drop it")
-        document = codec.read(job.body)
+        body, queue, level = self._changed(job, job.body, change)
+        due = change.run_at
+        if change.delay is not None:
+            due = await self._operator.now() + change.delay if change.delay else None
+        park = due is not None if change.timed else not job.handle.startswith("ready/")
+        return await self._operator.change(job, body, queue=queue, level=level, due=due, park=park)
+
+    async def _change_sent(self, queue: str, job_id: str, change: JobChange) -> bool:
+        """Change a job in Redis."""
+        selection = Selection(queue=queue, ids=frozenset({job_id}))
+        for listing in (DELAYED, READY):
+            async for job in listing.chosen(self._operator, selection):
+                if await self.change(job, change):
+                    return True
+        archive = await ledger_of(self._operator)
+        record = None if archive is None else await archive.find(job_id, queue)
+        if record is not None and record.status in ("queued", "dispatching"):
+            raise StreamworkerError(
+                f"a relay takes the job {job_id} to Redis at this moment: change it again in a while"
+            )
+        if record is not None and record.status == "blocked":
+            raise UsageError(
+                f"the job {job_id} waits for other jobs of its flow: it can be changed when they have ended"
+            )
+        return False
+
+    async def _change_queued(self, queue: str, job_id: str, change: JobChange) -> bool:
+        """Change a job that no relay has taken yet."""
+        archive = await ledger_of(self._operator)
+        if archive is None or not isinstance(self._operator, AuditedOperator):
+            return False
+        for _ in range(TRIES):
+            was = await archive.find(job_id, queue)
+            if was is None or was.status != "queued":
+                return False
+            job, before = queued_job(was), was.document
+            if before is None:
+                before = codec.rewrite(document_of(was), {"id": was.id, "kind": was.kind})
+            body, to, level = self._changed(job, before, change)
+            due = change.run_at
+            if change.delay is not None:
+                due = await archive.now() + change.delay if change.delay else 0.0
+
+            async def do(_: StoredJob, **wanted: Any) -> bool:
+                moved = wanted["queue"] if wanted["queue"] != was.queue else None  # noqa: B023 - called in this turn
+                return await archive.change_queued(was, body, level=wanted["level"], run_at=wanted["due"], moved=moved)  # noqa: B023
+
+            if await self._operator.change_queued(job, do, queue=to, level=level, due=due):
+                if change.payload is not None:
+                    await self._operator.dispose(queue, job_id, before)
+                return True
+        return False
+
+    def _changed(self, job: StoredJob, before: bytes, change: JobChange) -> tuple[bytes, str, Level]:
+        """(the document, queue and level of a job after a change).
+
+        Args:
+            job: as it was.
+            before: its document.
+            change: what is to be different.
+        """
+        document = codec.read(before)
         queue, level = change.queue or job.queue, change.level or job.level
         patch: dict[str, Any] = {"id": job.job_id}
         if change.payload is not None or change.fields is not None:
@@ -404,18 +524,12 @@ class JobChanger:
             patch["priority"] = codec.PRIORITY_OF[level]
         if queue != job.queue:
             patch["queue_name"] = queue
-        due = change.run_at
-        if change.delay is not None:
-            due = await self._operator.now() + change.delay if change.delay else None
-        delayed = not job.handle.startswith("ready/")
-        timed = change.delay is not None or change.run_at is not None
-        if timed:
-            patch["run_at"] = None  # the due set has its time
-        body = codec.rewrite(job.body, patch)
+        if change.timed:
+            patch["run_at"] = None  # the due set, or the row, has its time
+        body = codec.rewrite(before, patch)
         if len(body) > self._settings.max_job_bytes:
             raise StreamworkerError(f"the job {job.job_id} would have {len(body):,} bytes, more than is allowed")
-        park = due is not None if timed else delayed
-        return await self._operator.change(job, body, queue=queue, level=level, due=due, park=park)
+        return body, queue, level
 
     def _payload(self, job: StoredJob, document: Any, change: JobChange) -> msgspec.Raw:
         kind, job_id = document.kind or "", job.job_id or ""

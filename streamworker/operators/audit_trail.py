@@ -138,6 +138,20 @@ class AuditedOperator:
         found = getattr(self._operator, name)
         return partial(self._act, name, found) if name in AUDITED else found
 
+    async def archive(self) -> Archive | None:
+        """The ledger of this operator; ``None`` where there is none."""
+        return await self._audit.ledger.archive()
+
+    async def change_queued(self, job: StoredJob, change: Callable[..., Awaitable[bool]], **wanted: Any) -> bool:
+        """Change a job that is in the ledger alone, and keep that.
+
+        Args:
+            job: which.
+            change: does it, of the job and what is wanted.
+            wanted: what is to be different.
+        """
+        return bool(await self._act("change", change, job, **wanted))
+
     @property
     def schedules(self) -> Any:
         """The operator's, changes of which are kept, too; in the ledger, where there is one."""

@@ -750,6 +750,26 @@ class Archive(Protocol):
             moved: its new queue; ``None`` if it stays.
         """
 
+    async def change_queued(
+        self, was: JobRecord, body: bytes, *, level: str, run_at: float | None, moved: str | None
+    ) -> bool:
+        """Change a job that no relay has taken yet. A transaction that holds its row is waited for.
+
+        Args:
+            was: as it was read.
+            body: its new document.
+            level: its level.
+            run_at: epoch seconds at which it is due; 0 at once, ``None`` as before.
+            moved: its new queue; ``None`` if it stays.
+
+        Returns:
+            False if it does not wait as it was read any more.
+
+        Raises:
+            UsageError: it has to stay in its queue.
+            InvalidJob: PostgreSQL cannot keep its payload.
+        """
+
     @property
     def schedules(self) -> ScheduleLedger:
         """Schedules that are kept as data."""

@@ -8,12 +8,13 @@ from typing import Any, Final, overload
 
 import msgspec
 
+from streamworker import codec
 from streamworker.encryption import FIELD
-from streamworker.errors import ConfigurationError, UsageError
+from streamworker.errors import ConfigurationError, InvalidJob, UsageError
 from streamworker.job import Enqueued, Job, KeyUse
 from streamworker.postgres import Attempt, AuditRow, JobRecord, KeptLog, StepRow, Wanted
 from streamworker.postgres.encoding import stored_id, within_python
-from streamworker.postgres.enqueue import NOW, find_waiting
+from streamworker.postgres.enqueue import NOW, find_waiting, fits_jsonb
 from streamworker.postgres.flow_graph import PostgresFlows
 from streamworker.postgres.ledger import BATCH, PRUNABLE, PRUNE
 from streamworker.postgres.ledger_history import LedgerHistory
@@ -69,13 +70,13 @@ where id = $1 and queue_name = $2
   and status in ('blocked', 'queued', 'dispatching', 'dispatched', 'retrying', 'waiting')
 returning id"""
 
-CHANGE: Final = """
+_CHANGED: Final = """
 with changed as (
   update streamworker.jobs
-  set payload = coalesce($3::text::jsonb, payload), document = case when $3::text is null then document end, level = $4,
+  set payload = coalesce($3::text::jsonb, payload), document = {document}, level = $4,
     run_at = case when $5::float8 is null then run_at when $5 = 0 then null else to_timestamp($5) end,
     queue_name = coalesce($6::text, queue_name), updated_at = now()
-  where id = $1 and queue_name = $2 and status in ('queued', 'dispatching', 'dispatched', 'retrying')
+  where id = $1 and queue_name = $2 and {condition}
   returning id
 ), stored as (
   delete from streamworker.payloads where exists (select from changed) and id = (
@@ -91,6 +92,23 @@ with changed as (
   where job_id = $1 and queue_name = $2 and $6::text is not null and exists (select from changed)
 )
 select id from changed"""
+CHANGE: Final = _CHANGED.replace("{document}", "case when $3::text is null then document end").replace(
+    "{condition}", "status in ('queued', 'dispatching', 'dispatched', 'retrying')"
+)
+# The row is waited for, and judged anew when a relay or another change lets it go.
+CHANGE_QUEUED: Final = (
+    _CHANGED.replace("{document}", "$7::bytea")
+    .replace(
+        "{condition}",
+        "status = 'queued' and level = $10 and payload::text is not distinct from $8::text"
+    " and document is not distinct from $9::bytea",
+    )
+    .replace("select id from changed", "select pg_notify('streamworker', '') from changed")
+)
+STAYS: Final = """
+select order_key is not null or fair_key is not null or node is not null or exists (
+  select from streamworker.job_keys as known where known.job_id = job.id and known.queue_name = job.queue_name
+) from streamworker.jobs as job where id = $1 and queue_name = $2"""
 
 AUDITED: Final = ("who", "source", "action", "queue", "job_id", "kind", "details", "result")
 KEEP_AUDIT: Final = """
@@ -254,6 +272,25 @@ class PostgresArchive:
         text = None if payload is None else bytes(payload).decode()
         rows = await self._database.fetch(CHANGE, job_id, queue, text, level, run_at, moved)
         return bool(rows)
+
+    async def change_queued(
+        self, was: JobRecord, body: bytes, *, level: str, run_at: float | None, moved: str | None
+    ) -> bool:
+        payload, before = bytes(codec.read(body).payload), was.payload and bytes(was.payload).decode()
+        if before is not None and not fits_jsonb(payload):
+            raise InvalidJob(
+                f"PostgreSQL cannot keep this payload as it is, and the job {was.id} waits there: cancel it, and "
+                "enqueue another one"
+            )
+        with understood("changing a job"):
+            if moved is not None and any(row[0] for row in await self._database.fetch(STAYS, was.id, was.queue)):
+                raise UsageError(
+                    f"the job {was.id} has a key of its queue, or is part of a flow, and has to stay there"
+                )
+            text = None if before is None else payload.decode()
+            document = None if was.document is None else body
+            values = (was.id, was.queue, text, level, run_at, moved, document, before, was.document, was.level)
+            return bool(await self._database.fetch(CHANGE_QUEUED, *values))
 
     @property
     def schedules(self) -> LedgerSchedules:

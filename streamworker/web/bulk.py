@@ -12,6 +12,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 from streamworker.broker import Operator, StoredJob
 from streamworker.errors import StreamworkerError, UsageError
+from streamworker.operators import waiting_jobs
 from streamworker.telemetry.logs import get_logger
 from streamworker.views.listing import (
     DEAD,
@@ -189,7 +190,7 @@ async def _steps(operator: Operator, bulk_job: BulkJob) -> AsyncIterator[Callabl
                     yield partial(act, entry)
         case "change":
             if bulk_job.change is not None:
-                for job in [job async for job in DELAYED.chosen(operator, selection)]:  # they move while they change
+                for job in [job async for job in waiting_jobs(operator, selection)]:  # they move while they change
                     yield partial(bulk_job.change, job)
         case _:
             change, dead = stored_action(operator, what), what in ("replay", "erase")
