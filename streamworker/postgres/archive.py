@@ -101,7 +101,7 @@ CHANGE_QUEUED: Final = (
     .replace(
         "{condition}",
         "status = 'queued' and level = $10 and payload::text is not distinct from $8::text"
-    " and document is not distinct from $9::bytea",
+        " and document is not distinct from $9::bytea",
     )
     .replace("select id from changed", "select pg_notify('streamworker', '') from changed")
 )
