@@ -94,13 +94,13 @@ class InFlight(Collection[Claim]):
 
     def admit(self, claims: Sequence[Claim]) -> list[Execution]:
         """Add claims; returns their runs, without those of entries that are held already."""
-        runs, admitted = self._runs, []
-        for claim in claims:
-            run = Execution(claim)
-            if runs.setdefault((claim.place, claim.entry), run) is run:
-                admitted.append(run)
-        self.busy += len(admitted)
-        return admitted
+        held = self._runs
+        runs = {(claim.place, claim.entry): Execution(claim) for claim in claims}
+        if not held.keys().isdisjoint(runs):
+            runs = {key: run for key, run in runs.items() if key not in held}
+        held.update(runs)
+        self.busy += len(runs)
+        return list(runs.values())
 
     def find(self, claim: Claim) -> Execution | None:
         """The run of a claim, if exactly this claim is held."""

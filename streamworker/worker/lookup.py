@@ -128,16 +128,15 @@ class LedgerLookup:
 
     def put_all(self, runs: Sequence[Execution]) -> None:
         """Take prepared runs in."""
-        for run in runs:
-            self.put(run)
+        read = [run for run in runs if run.reading is not None]
+        if len(read) < len(runs):  # a document that cannot be read has no id to be looked up
+            self._admission.put_all([run for run in runs if run.reading is None])
+        self._waiting += read
+        self._wake.set()
 
     def put(self, run: Execution) -> None:
         """Take a prepared run in."""
-        if run.reading is None:  # its document cannot be read: it has no id
-            self._admission.put(run)
-            return
-        self._waiting.append(run)
-        self._wake.set()
+        self.put_all((run,))
 
     def abandon_waiting(self) -> list[Execution]:
         """Remove and return the runs that wait for an answer."""
@@ -183,8 +182,7 @@ class LedgerLookup:
             elif not known:
                 for run in batch:
                     run.new = True
-            for run in batch:
-                self._admission.put(run)
+            self._admission.put_all(batch)
 
     def _compared(self, batch: list[Execution], known: dict[JobKey, Known]) -> list[tuple[Execution, Known]]:
         """Apply the records; returns the runs of which a later hop is recorded."""
