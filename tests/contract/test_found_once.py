@@ -246,7 +246,7 @@ async def test_refused_jobs_are_offered_again_under_load(monkeypatch):
         nonlocal n
         n += 1
         body = json.dumps({"id": name, "payload": {}}).encode()
-        run = in_flight.admit(Claim("q", "normal", "s", b"%d-0" % n, 1, body, b"e"))
+        (run,) = in_flight.admit([Claim("q", "normal", "s", b"%d-0" % n, 1, body, b"e")])
         run.reading = codec.read(body)
         run.facts = Facts(0, Limits(), 1)
         run.outcome = outcome
