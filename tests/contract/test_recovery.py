@@ -268,6 +268,7 @@ async def test_a_busy_worker_leaves_suspects_to_idle_ones_and_only_then_drains(b
         broker_factory("idle", lease=1) as idle_one,
     ):
         await first_turn(idle_one)
+        await first_turn(busy)
         mine = await suspects_and_a_job(gone, ground, "busy")
         assert await recover(busy, ground, running=[mine]) == [] and not busy._source.draining
         await gone.publish([job("new")])

@@ -12,6 +12,7 @@ from typing import Final
 import redis
 
 from streamworker.broker.keys import ListKeys, QueueKeys, home_name
+from streamworker.job import LEVELS
 
 QUEUE: Final = "q"
 GROUP: Final = "workers"
@@ -94,7 +95,9 @@ class Ground:
     def backlog(self) -> int:
         """Jobs that are neither done nor dead."""
         # At one moment: a job that moves from one key to the next between two looks would lie nowhere.
+        # Tenants' lines, too: where the ready job of a level was deleted, they wait for the next look at what is due.
         names = [*self.places, *(name for keys in self.homes for name in (keys.due, keys.order))]
+        names += [keys.fair_line(level) for keys in self.homes for level in LEVELS]
         return int(self._client.eval(_COUNT, len(names), *names, self.elsewhere))
 
     def held(self) -> dict[str, int]:
