@@ -104,7 +104,7 @@ class Turns:
 
     def refuses(self, queue: str) -> bool:
         """Whether the server has refused endings of this queue lately."""
-        return monotonic() < self._refusing.get(queue, 0.0)
+        return queue in self._refusing and monotonic() < self._refusing[queue]  # each claim of list mode asks
 
     @property
     def new_first(self) -> bool:

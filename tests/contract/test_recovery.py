@@ -246,6 +246,20 @@ async def suspects_and_a_job(broker, ground, owner):
     return mine
 
 
+async def ripe_suspects(broker, ground, count):
+    """Suspects of a dead worker that run apart; they lie ripe."""
+    await broker.publish([job(str(n)) for n in range(count)])
+    for claim in await broker.claim(count, 0, ()):
+        ground.ripen(claim, count=ALONE - 1)
+
+
+async def eventually_claimed(broker, limit=1):
+    deadline = time.monotonic() + 10
+    while not (claims := await broker.claim(limit, 0.02, ())):
+        assert time.monotonic() < deadline
+    return claims
+
+
 async def first_turn(broker):
     """The turn of new jobs, with which every worker begins, is over: there are none."""
     assert await broker.claim(1, 0, ()) == []
@@ -328,9 +342,7 @@ async def test_nobody_drains_for_what_somebody_else_has_taken(broker_factory, gr
 async def test_an_idle_worker_runs_one_suspect_after_the_other_before_anything_new(broker_factory, ground, monkeypatch):
     monkeypatch.setattr("streamworker.broker.claim.TURN", 60.0)
     async with broker_factory("dead", lease=1) as gone, broker_factory("w", lease=1) as broker:
-        await gone.publish([job(str(n)) for n in range(4)])
-        for claim in await gone.claim(10, 0, ()):
-            ground.ripen(claim, count=ALONE - 1)
+        await ripe_suspects(gone, ground, 4)
         taken = await recover(broker, ground)
         await gone.publish([job("new")])
         deadline = time.monotonic() + 10
@@ -338,9 +350,7 @@ async def test_an_idle_worker_runs_one_suspect_after_the_other_before_anything_n
             assert time.monotonic() < deadline
             counted = await broker.confirm(taken[-1])
             assert counted is not None and await settle_one(broker, done(counted)) is Settled.SETTLED
-            while not (more := await broker.claim(10, 0.02, ())):
-                assert time.monotonic() < deadline
-            taken += more
+            taken += await eventually_claimed(broker, 10)
         assert sorted(names(taken)[:4]) == ["0", "1", "2", "3"] and names(taken)[4] == "new"
 
 
@@ -348,9 +358,7 @@ async def test_new_jobs_come_before_the_suspects_of_a_fleet_that_dies_again_and_
     """One producer's jobs kill each worker that begins with them: another queue's jobs must not wait for the last one."""
     both = {"queues": ("q", "other"), "lease": 60}
     async with broker_factory("dead", **both) as gone:
-        await gone.publish([job(str(n)) for n in range(30)])
-        for claim in await gone.claim(30, 0, ()):
-            ground.ripen(claim, count=ALONE - 1)
+        await ripe_suspects(gone, ground, 30)
         await gone.publish([job(f"new {n}", "other") for n in range(10)])
     for life in range(10):
         async with broker_factory(f"w{life}", **both) as broker:
@@ -362,20 +370,11 @@ async def test_new_jobs_come_before_the_suspects_of_a_fleet_that_dies_again_and_
                 assert suspect.suspect  # without new jobs no turn is kept
 
 
-async def eventually_claimed(broker):
-    deadline = time.monotonic() + 10
-    while not (claims := await broker.claim(1, 0.02, ())):
-        assert time.monotonic() < deadline
-    return claims
-
-
 async def test_suspects_and_new_jobs_take_turns(broker_factory, ground, monkeypatch):
     """An endless row of suspects does not keep an idle worker for itself."""
     monkeypatch.setattr("streamworker.broker.claim.TURN", 0.1)
     async with broker_factory("dead", lease=60) as gone, broker_factory("w", lease=60) as broker:
-        await gone.publish([job(str(n)) for n in range(40)])
-        for claim in await gone.claim(40, 0, ()):
-            ground.ripen(claim, count=ALONE - 1)
+        await ripe_suspects(gone, ground, 40)
         turns = [False]  # new jobs begin
         while turns != [False, True, False, True]:
             await gone.publish([job("new")])
