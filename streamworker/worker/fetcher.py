@@ -61,7 +61,7 @@ class Fetcher:
         executor: prepares runs.
         successor: the lookup in a worker with a ledger, else admission.
         settings: concurrency, and the caps of queues.
-        most: jobs of one claim.
+        most: jobs of one claim; where more end within `AHEAD`, so many.
         relay: whether due jobs are still on their way from the ledger; a burst waits for them.
         outage: nothing is claimed while the ledger is away; ``None`` without a ledger.
         stopping: set when nothing more is to be claimed.
@@ -178,12 +178,13 @@ class Fetcher:
             self.asking_since = None
             await in_flight.changed(0.5)
             return
-        free = self._concurrency - in_flight.busy + self._claimed_ahead()
+        ahead = self._claimed_ahead()
+        free = self._concurrency - in_flight.busy + ahead
         if free <= 0:
             self.asking_since = None
             await in_flight.changed()
             return
-        claims = await self._claim(min(free, self._most))
+        claims = await self._claim(min(free, max(self._most, ahead)))
         self.asking_since = None
         self._claimed += len(claims)
         await self._admit(claims)
@@ -193,11 +194,11 @@ class Fetcher:
             await self._look_for_the_end()
 
     def _claimed_ahead(self) -> int:
-        """How many jobs may be claimed beyond the free slots: as many as are about to end."""
+        """How many jobs may be claimed beyond the free slots: as many as are about to end, and at most as may run."""
         now = monotonic()
         if (over := now - self._counted_at) >= RATE_OVER:
             ended = self._claimed - self._in_flight.busy
-            self._ahead = min(int((ended - self._ended) / over * AHEAD), self._concurrency // 2)
+            self._ahead = min(int((ended - self._ended) / over * AHEAD), self._concurrency)
             self._ended, self._counted_at = ended, now
         return self._ahead
 

@@ -175,7 +175,7 @@ class WorkerLedger:
 
 MOST: Final = 500
 """Most runs of one statement."""
-WORTH_IT: Final = 50
+WORTH_IT: Final = 100
 """Runs that are worth a second batch beside one under way."""
 PAUSE: Final = 0.2
 """Seconds to wait at least after an error."""

@@ -79,3 +79,28 @@ async def test_at_a_stop_what_was_claimed_ahead_is_handed_back(raw, ground):
         await worker.stop()
     assert ground.held("q") == 0 and ground.ready(queue="q") == 8_000 - len(ran)
     assert len(ran) == len(set(ran))
+
+
+async def test_no_claim_takes_more_than_half_of_the_slots_where_jobs_are_slow(raw, ground, monkeypatch):
+    running, ran, go = Counter[str](), list[int](), anyio.Event()
+    app = made(raw, ground, running, ran, go)
+    worker = QueueWorker(app, redis=None, database=None, services=None)
+    asked: list[int] = []
+    claim = fetcher.Fetcher._claim
+
+    async def noted(self: fetcher.Fetcher, limit: int) -> Any:
+        asked.append(limit)
+        return await claim(self, limit)
+
+    monkeypatch.setattr(fetcher.Fetcher, "_claim", noted)
+    async with app, anyio.create_task_group() as group:
+        await app.enqueue_many([Task(n, slow=True) for n in range(SLOTS)])
+        group.start_soon(worker.start)
+        await eventually(lambda: running["now"] == SLOTS, 30)
+        assert max(asked) == SLOTS // 2, "the rest is for other workers"
+        await app.enqueue_many([Task(SLOTS + n) for n in range(4000)])
+        go.set()
+        await eventually(lambda: max(asked) > SLOTS // 2, 30)
+        await eventually(lambda: len(ran) == SLOTS + 4000, 30)
+        assert max(asked) <= SLOTS, "at most as many again as may run"
+        await worker.stop()
