@@ -28,7 +28,7 @@ from streamworker.worker.host import Relays
 from streamworker.worker.inflight import InFlight
 from streamworker.worker.lookup import LedgerLookup
 from streamworker.worker.recorder import LedgerOutage
-from streamworker.worker.tasks import TURN
+from streamworker.worker.tasks import TURN, TURNS_TO_START
 
 log = get_logger("streamworker.worker")
 
@@ -184,12 +184,16 @@ class Fetcher:
             self.asking_since = None
             await in_flight.changed()
             return
-        claims = await self._claim(min(free, max(self._most, ahead)))
+        limit = min(free, max(self._most, ahead))
+        claims = await self._claim(limit)
         self.asking_since = None
         self._claimed += len(claims)
         await self._admit(claims)
         if claims:
             self._quiet = False
+            if len(claims) < limit:  # no more are ready: what was claimed starts before the next look
+                for _ in range(TURNS_TO_START):
+                    await anyio.lowlevel.checkpoint()
         if self._burst and not claims:
             await self._look_for_the_end()
 

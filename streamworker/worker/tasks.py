@@ -31,6 +31,8 @@ WATCH_INTERVAL: Final = 0.1
 OVERTAKEN: Final = Interrupted("it was claimed ahead of running jobs that go on for longer than the jobs before them")
 STARTS: Final = 100
 """Most jobs that are started before the event loop turns."""
+TURNS_TO_START: Final = 1 if sys.version_info >= (3, 12) else 2
+"""Turns of the event loop after which a job has started that was put while a slot was free."""
 TURN: Final = 0.002
 """Seconds after which no other job is started before the event loop turns: first steps of handlers can be long."""
 

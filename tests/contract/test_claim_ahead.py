@@ -104,3 +104,28 @@ async def test_no_claim_takes_more_than_half_of_the_slots_where_jobs_are_slow(ra
         await eventually(lambda: len(ran) == SLOTS + 4000, 30)
         assert max(asked) <= SLOTS, "at most as many again as may run"
         await worker.stop()
+
+
+async def test_a_job_starts_before_the_worker_looks_for_the_next_one(raw, ground, monkeypatch):
+    events: list[str] = []
+    claim = fetcher.Fetcher._claim
+
+    async def noted(self: fetcher.Fetcher, limit: int) -> Any:
+        events.append("look")
+        if claims := await claim(self, limit):
+            events.append("brought")
+        return claims
+
+    monkeypatch.setattr(fetcher.Fetcher, "_claim", noted)
+    app = App(settings=settings(raw, ground, concurrency=SLOTS))
+
+    @app.handler
+    async def task(payload: Task) -> None:
+        events.append("start")
+
+    async with app, working(app):
+        for n in range(10):
+            events.clear()
+            await app.enqueue(Task(n))
+            await eventually(lambda: "start" in events)
+            assert events[-2:] == ["brought", "start"] or events[-3:] == ["brought", "start", "look"], "no round trip"
