@@ -15,7 +15,7 @@ from benchmarks.measure import Row
 
 QUESTIONS = (
     "throughput", "cost", "enqueueing", "latency", "ledger", "transactions", "concurrency", "modes", "processes",
-    "idle", "recovery", "flow", "flows", "history", "emission",
+    "idle", "recovery", "flow", "flows", "history", "emission", "profile",
 )  # fmt: skip
 LONG = ("memory",)
 

@@ -16,6 +16,8 @@ from benchmarks.measure import Options, Row
 from benchmarks.worker import Bench, settings
 
 SLOTS = 100
+GOALS = {("stream", "worker"): 7.0, ("stream", "Redis"): 5.0}
+"""Microseconds."""
 Costs = dict[str, list[float]]
 
 
@@ -66,9 +68,12 @@ async def ask(url: str, options: Options) -> list[Row]:
         base = figures["bare loop"][what]
         rows.append(Row(question=question, what="bare loop", unit=unit, values=base, less=True))
         rows += [
-            Row(question=question, what=name, unit=unit, values=figures[name][what], against=base, versus="bare loop")
+            Row(
+                question=question, what=name, unit=unit, values=figures[name][what], against=base, versus="bare loop",
+                goal=GOALS.get((name, what)), less=True, absolute=True,
+            )
             for name in ("stream", "list")
-        ]
+        ]  # fmt: skip
     return rows
 
 

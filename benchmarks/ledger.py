@@ -21,7 +21,7 @@ from benchmarks.worker import Bench, settings
 from streamworker import embedded
 from streamworker.postgres.migrate import Migrator
 
-SHARE = 0.4
+SHARE = 0.45
 """Of the throughput without a ledger: what it has to reach."""
 SLOTS = (100, 400)
 """The default, and more: a record takes longer than a no-op job, so that more jobs at once make larger batches."""

@@ -48,6 +48,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
         versus: who that was.
         goal: what the ratio (or, without ``against``, the value) shall reach.
         less: smaller is better.
+        absolute: the value itself is judged, although it is compared.
     """
 
     question: str
@@ -58,6 +59,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     versus: str = ""
     goal: float | None = None
     less: bool = False
+    absolute: bool = False
 
     @property
     def value(self) -> float:
@@ -74,7 +76,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
         """Whether the goal is reached; ``None`` without a goal."""
         if self.goal is None:
             return None
-        judged = self.value if self.ratio is None else self.ratio
+        judged = self.value if self.ratio is None or self.absolute else self.ratio
         return judged <= self.goal if self.less else judged >= self.goal
 
 

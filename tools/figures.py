@@ -96,7 +96,7 @@ def _bench(rows: Sequence[Row]) -> list[str]:
 def _goal(row: Row) -> str:
     if row.goal is None:
         return ""
-    unit = "" if row.against else row.unit
+    unit = "" if row.against and not row.absolute else row.unit
     return f"{'≤' if row.less else '≥'} {_figure(row.goal, unit)}" + ("" if row.holds else ": **missed**")
 
 
