@@ -1,4 +1,4 @@
-"""What does one job cost: CPU of the worker, CPU of Redis, and commands that a client sends?
+"""What does one job cost: CPU of the worker, CPU of Redis, and commands that a client sends? And to enqueue it in bulk?
 
 CPU seconds and counts, unlike jobs per second, hardly depend on what else the machine does: the place to look first
 when a change shall pay. Two processes on two cores can do no more jobs per second than the dearer side allows.
@@ -51,6 +51,7 @@ async def ask(url: str, options: Options) -> list[Row]:
     client = redis.Redis.from_url(url)
     jobs = options.jobs(60_000)
     figures: dict[str, Costs] = {"bare loop": {}, "stream": {}, "list": {}}
+    bulk: Costs = {}
     for _ in range(options.rounds):
         for name, costs_of in figures.items():
             await client.flushall()
@@ -59,7 +60,7 @@ async def ask(url: str, options: Options) -> list[Row]:
                 await costs(client, jobs, lambda: reference.drain(url, jobs, slots=SLOTS, handler=_nothing), costs_of)
             else:
                 bench = Bench(settings(url, mode=name, concurrency=SLOTS))
-                await bench.fill(jobs)
+                await costs(client, jobs, lambda: bench.fill(jobs), bulk if name == "stream" else {})  # noqa: B023
                 await costs(client, jobs, bench.drained, costs_of)
     await client.aclose()
     rows = []
@@ -74,7 +75,13 @@ async def ask(url: str, options: Options) -> list[Row]:
             )
             for name in ("stream", "list")
         ]  # fmt: skip
-    return rows
+    return [
+        *rows,
+        *(
+            Row(question=f"CPU of a job enqueued in bulk, {of}", what="enqueue_many", unit="us", values=bulk[side])
+            for side, of in (("worker", "Python"), ("Redis", "Redis"))
+        ),
+    ]
 
 
 async def _nothing(_: reference.Payload) -> None:
