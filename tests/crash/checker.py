@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
@@ -301,15 +302,36 @@ def _shares(
 ) -> None:
     """A tenant's job starts within the next (jobs in flight + tenants) starts, and tenants with work start equally often.
 
-    A start that a fault may have put off (of its worker, of the server) is not judged.
+    A start that a fault may have put off (of its worker, of the server) is not judged. Each partition has shares of its own.
     """
-    put = {line["job"]: line for line in enqueued if "tenant" in line and line["what"] == "acknowledged"}
+    homes: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    for line in enqueued:
+        if "tenant" in line and line["what"] == "acknowledged" and line["job"] in runs:
+            homes[_home(runs[line["job"]][0]["place"])][line["job"]] = line
+    for put in homes.values():
+        _shares_of(verdict, put, runs, faults, stalls, slots)
+
+
+def _home(place: str) -> str:
+    """The queue or partition of a ready key."""
+    return re.sub(r":(high|low)$", "", place)
+
+
+def _shares_of(
+    verdict: Verdict,
+    put: dict[str, dict[str, Any]],
+    runs: dict[str, list[dict[str, Any]]],
+    faults: list[dict[str, Any]],
+    stalls: list[dict[str, Any]],
+    slots: int,
+) -> None:
+    """The shares of one partition's tenants.
+
+    Args:
+        put: the acknowledged jobs of its tenants, all of which started.
+    """
     starts = sorted(
-        (
-            (runs[job][0]["mono"], line["tenant"], line["mono"], runs[job][0])
-            for job, line in put.items()
-            if job in runs
-        ),
+        ((runs[job][0]["mono"], line["tenant"], line["mono"], runs[job][0]) for job, line in put.items()),
         key=lambda start: start[0],
     )
     troubles = [(each["began"], each["ended"] + each.get("tail", 0.0), each["worker"]) for each in faults]

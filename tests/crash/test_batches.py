@@ -18,8 +18,8 @@ async def test_killed_halfway(tmp_path):
     async with Rig(tmp_path, seed=41) as rig:
         victim = await rig.fleet.start()
         await rig.all_ready()
-        jobs = await rig.put(*(Gathered(gate="g" if n == 4 else "") for n in range(8)))
-        await rig.until(lambda: rig.done_lines() >= 4 and rig.runs_of(jobs[4]), 30, "half of the batch is done")
+        jobs = await rig.put(*(Gathered(gate="g") for _ in range(8)))
+        await rig.until(lambda: rig.done_lines() >= 4, 30, "half of the batch is done")
         rig.kill(victim)
         rig.open_gate("g")
         fine(await rig.finish(), rig.seed)
