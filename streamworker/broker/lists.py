@@ -220,7 +220,8 @@ class Reclaimer:
             expected, sent = self._session.clock_should_show(), now
             args = [round(self._lease * 1000), MOST, expected, *(self._tokens[index] for index in due)]
             shown, *reply = await self._session.run(scripts.LIST_OVERDUE, names, args)
-            if self._session.clock_shows(shown, sent, expected, self._lease):
+            leap = self._session.clock_shows(shown, sent, expected, self._lease)
+            if leap:
                 self._tokens = [0] * len(self._tokens)
             own = None if running is None else {(claim.home, claim.entry) for claim in running}
             for index, (wait, members, trouble, longest, token, leapt) in zip(due, reply, strict=True):
@@ -237,6 +238,8 @@ class Reclaimer:
                     log.error("orphans_unreadable", queue=keys.queue, error=trouble.decode(errors="replace"))
                 elif members:
                     await self._return(keys, members, own)
+            if leap > 0:
+                self.rest(self._lease)  # the queues that were not due, too: all their leases look expired
         return max(0.0, min(self.look_at, default=self._lease + monotonic()) - monotonic())
 
     async def _return(self, keys: ListKeys, members: list[bytes], own: set[tuple[str, bytes]] | None) -> None:

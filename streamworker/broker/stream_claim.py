@@ -325,6 +325,8 @@ class StreamClaims(ClaimSource):
         """The moment of the next reclaim of each queue by the server's clock, as last seen; 0 for none."""
         self._seen: dict[str, bytes] = {}
         """The last entry of each stream that was claimed here."""
+        self._behind: dict[int, int] = {}
+        """By how many ms the server's clock was put back, of each queue that has not been looked at since."""
 
     async def ensure(self, keys: QueueKeys, epoch: str = "") -> tuple[list[str], list[str]]:
         """Create a queue's streams and groups; returns foreign groups as "stream group", errors as "stream error"."""
@@ -439,7 +441,8 @@ class StreamClaims(ClaimSource):
         wish, group = self._about_suspects(index, running), self._group_here(running)
         if self.turns.refuses(keys.name):
             wish, group, self._draining_since[index] = LEAVE, (0, *group[1:]), None
-        args += [self._apart_from, wish, expected, *group, self._tokens[index], *held]
+        behind = self._behind.get(index, 0)
+        args += [self._apart_from, wish, expected + behind, *group, self._tokens[index], *held]
         try:
             wait, entries, missing, passed, shown, granted, longest, token = await self._session.read(
                 scripts.RECLAIM, [keys.meta, *keys.streams], args
@@ -459,9 +462,10 @@ class StreamClaims(ClaimSource):
         if wish == RESERVE and entries and not entries[0][5]:
             wish = LEAVE  # not idle any more
         self._left_to_others(index, passed, wish, granted=bool(granted))
+        self._behind.pop(index, None)
         leap = self._session.clock_shows(shown, sent, expected, self._lease)
         if leap:
-            self._tokens = [0] * len(self._tokens)
+            self._leapt(index, expected - shown)
         if token >= 0:
             self._tokens[index] = token
         if passed == LEAPT_TWICE:
@@ -474,6 +478,14 @@ class StreamClaims(ClaimSource):
             place, body = keys.stream(level), document(fields)
             claims.append(Claim(keys.name, level, place, entry, count, body, epoch, bool(suspect), secret=secret))
         return claims
+
+    def _leapt(self, index: int, back: int) -> None:
+        """The look at a queue showed that the server's clock leapt, back by so many ms or ahead.
+
+        The script put the leases of its own queue right; those of the others do it when they are looked at.
+        """
+        self._tokens = [0] * len(self._tokens)
+        self._behind = {each: back for each in range(len(self._keys)) if each != index and back > 0}
 
     async def wait(self, limit: int, wait: float, running: Collection[Claim]) -> list[Claim]:  # noqa: ARG002 - one entry
         """Block until a new entry arrives, at most until the next reclaim is due."""

@@ -5,6 +5,7 @@ Tests say what happens to a job; how that looks on the server is said here and n
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -33,8 +34,8 @@ class Ground:
     def broker(self, url: str, queues: Any, **options: Any) -> Any:
         raise NotImplementedError
 
-    def sweep_soon(self, broker: Any) -> None:
-        """The next claim looks for orphans, whatever the pace says."""
+    def sweep_soon(self, broker: Any, *after: float) -> None:
+        """The next claim looks for orphans, whatever the pace says; or each queue's one after so many seconds."""
         raise NotImplementedError
 
     def keys(self, queue: str = "q", namespace: str = "") -> Any:
@@ -139,9 +140,9 @@ class StreamGround(Ground):
     def broker(self, url: str, queues: Any, **options: Any) -> StreamBroker:
         return StreamBroker(RedisAddress(url), StreamOptions(queues=queues, **options))
 
-    def sweep_soon(self, broker: Any) -> None:
+    def sweep_soon(self, broker: Any, *after: float) -> None:
         for intake in getattr(broker._source, "_parts", [broker._source]):  # in a cluster there is one per slot
-            intake._reclaim_at = [0.0] * len(intake._reclaim_at)
+            intake._reclaim_at = [time.monotonic() + each for each in after] or [0.0] * len(intake._reclaim_at)
 
     def keys(self, queue: str = "q", namespace: str = "") -> QueueKeys:
         return QueueKeys(queue, namespace)
@@ -204,8 +205,9 @@ class ListGround(Ground):
     def broker(self, url: str, queues: Any, **options: Any) -> ListBroker:
         return ListBroker(RedisAddress(url), Options(queues=queues, **options))
 
-    def sweep_soon(self, broker: Any) -> None:
-        broker._reclaimer.look_at = [0.0] * len(broker._reclaimer.look_at)
+    def sweep_soon(self, broker: Any, *after: float) -> None:
+        look_at = broker._reclaimer.look_at
+        broker._reclaimer.look_at = [time.monotonic() + each for each in after] or [0.0] * len(look_at)
 
     def keys(self, queue: str = "q", namespace: str = "") -> ListKeys:
         return ListKeys(queue, namespace)

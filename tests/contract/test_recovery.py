@@ -883,6 +883,55 @@ async def test_two_leaps_that_undo_each_other_expire_no_living_lease(broker_fact
         server.kill()
 
 
+TWO = ("q", "r")
+
+
+async def test_a_leap_back_lets_the_dead_go_in_every_queue(broker_factory, ground, tmp_path):
+    """The first queue that is looked at shows the leap; the leases of the others are put right, too."""
+    clock = Clock(tmp_path)
+    server = Server(tmp_path, environment=clock.environment)
+    try:
+        with server.client() as client:
+            theirs, at = type(ground)(client), {"url": server.url, "lease": 1, "queues": TWO}
+            async with broker_factory("gone", **at) as gone, broker_factory("rescuer", **at) as rescuer:
+                theirs.sweep_soon(rescuer)
+                assert await rescuer.claim(2, 0, ()) == []
+                await gone.publish([job("x"), job("y", "r")])
+                assert sorted(names(await gone.claim(2, 0, ()))) == ["x", "y"]
+                clock.show(-3600)
+                got: list = []
+
+                async def rescued() -> bool:
+                    got.extend(await rescuer.claim(2, 0.05, got))
+                    return sorted(names(got)) == ["x", "y"]
+
+                await eventually(rescued, 10)
+    finally:
+        server.kill()
+
+
+async def test_a_leap_ahead_expires_no_living_lease_of_a_queue_that_was_not_due(broker_factory, ground, tmp_path):
+    clock = Clock(tmp_path)
+    server = Server(tmp_path, environment=clock.environment)
+    try:
+        with server.client() as client:
+            theirs, at = type(ground)(client), {"url": server.url, "lease": 1, "queues": TWO}
+            async with broker_factory("living", **at) as living, broker_factory("looks", **at) as looks:
+                await living.publish([job("y", "r")])
+                claim = await one(living)
+                theirs.sweep_soon(looks)
+                assert await looks.claim(2, 0, ()) == []
+                clock.show(3600)
+                theirs.sweep_soon(looks, 0, 0.2)
+                assert await looks.claim(2, 0, ()) == []  # it looks at one queue, which shows the leap
+                until = time.monotonic() + 0.5
+                while time.monotonic() < until:
+                    assert await looks.claim(2, 0.05, ()) == []
+                assert await living.renew([claim]) == [], "its worker lives, and had no time to renew"
+    finally:
+        server.kill()
+
+
 # -- workers with different leases
 
 
