@@ -32,14 +32,14 @@ async def load(payload: Load, ctx: Context) -> None:
 
 
 async def seen() -> str:
-    """What an operator sees of the job, as soon as there is something."""
+    """What an operator sees of the job when its rows are loaded; before, it may be any number of them."""
     async with app.operator() as operator:
         for _ in range(300):
             after: str | None = ""
             while after is not None:  # a page a level
                 page = await operator.pending("loads", after)
                 for entry in page.rows:
-                    if entry.progress is not None:
+                    if entry.progress is not None and entry.progress.done == entry.progress.total:
                         return entry.progress.text
                 after = page.after
             await asyncio.sleep(0.1)
