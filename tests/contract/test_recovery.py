@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections import Counter
+from contextlib import contextmanager
 
 import anyio
 import msgspec
@@ -840,96 +841,87 @@ async def test_with_three_deliveries_the_third_runs_alone(broker_factory, ground
 # -- the server's clock
 
 
-async def test_two_leaps_that_undo_each_other_expire_no_living_lease(broker_factory, ground, tmp_path):
-    """A worker that did not look between them sees that another one did: the token of the sweeps has fallen."""
+@contextmanager
+def leaping(ground, tmp_path, **options):
+    """A server of its own with a clock that can leap: (clock, what stands on it, where brokers find it)."""
     clock = Clock(tmp_path)
     server = Server(tmp_path, environment=clock.environment)
     try:
         with server.client() as client:
-            theirs, at = type(ground)(client), {"url": server.url, "lease": 1}
-            async with (
-                broker_factory("living", **at) as living,
-                broker_factory("busy", **at) as busy,
-                broker_factory("looks", **at) as looks,
-            ):
-                await living.publish([job("x")])
-                claim = await one(living)
-                for broker in (busy, looks):
-                    theirs.sweep_soon(broker)
-                    assert await broker.claim(1, 0, ()) == []
-                clock.show(-3600)
-                tokens: list[float] = []
-                while not tokens or max(tokens) > time.time() - 3000:  # until it looked by that clock
-                    theirs.sweep_soon(looks)
-                    assert await looks.claim(1, 0, ()) == []
-                    tokens = [float(t) / 1000 for t in client.hmget(META, "sweep", "returns") if t is not None]
-                assert await living.renew([claim]) == []
-                clock.show(0)
-                theirs.sweep_soon(busy)
-                assert await busy.claim(1, 0, ()) == []
-                assert await living.renew([claim]) == []
-                until = time.monotonic() + 1.5  # the rest is over, and the worker lives
-                while time.monotonic() < until:
-                    assert await living.renew([claim]) == []
-                    assert await busy.claim(1, 0.05, ()) == []
-                got: list = []
-
-                async def rescued() -> bool:
-                    got.extend(await busy.claim(1, 0.05, ()))
-                    return names(got) == ["x"]
-
-                await eventually(rescued, 3)  # one lease after it died, and no rest before that
+            yield clock, type(ground)(client), {"url": server.url, "lease": 1, **options}
     finally:
         server.kill()
 
 
-TWO = ("q", "r")
+async def test_two_leaps_that_undo_each_other_expire_no_living_lease(broker_factory, ground, tmp_path):
+    """A worker that did not look between them sees that another one did: the token of the sweeps has fallen."""
+    with leaping(ground, tmp_path) as (clock, theirs, at):
+        async with (
+            broker_factory("living", **at) as living,
+            broker_factory("busy", **at) as busy,
+            broker_factory("looks", **at) as looks,
+        ):
+            await living.publish([job("x")])
+            claim = await one(living)
+            for broker in (busy, looks):
+                theirs.sweep_soon(broker)
+                assert await broker.claim(1, 0, ()) == []
+            clock.show(-3600)
+            tokens: list[float] = []
+            while not tokens or max(tokens) > time.time() - 3000:  # until it looked by that clock
+                theirs.sweep_soon(looks)
+                assert await looks.claim(1, 0, ()) == []
+                tokens = [float(t) / 1000 for t in theirs.raw.hmget(META, "sweep", "returns") if t is not None]
+            assert await living.renew([claim]) == []
+            clock.show(0)
+            theirs.sweep_soon(busy)
+            assert await busy.claim(1, 0, ()) == []
+            assert await living.renew([claim]) == []
+            until = time.monotonic() + 1.5  # the rest is over, and the worker lives
+            while time.monotonic() < until:
+                assert await living.renew([claim]) == []
+                assert await busy.claim(1, 0.05, ()) == []
+            got: list = []
+
+            async def rescued() -> bool:
+                got.extend(await busy.claim(1, 0.05, ()))
+                return names(got) == ["x"]
+
+            await eventually(rescued, 3)  # one lease after it died, and no rest before that
 
 
 async def test_a_leap_back_lets_the_dead_go_in_every_queue(broker_factory, ground, tmp_path):
     """The first queue that is looked at shows the leap; the leases of the others are put right, too."""
-    clock = Clock(tmp_path)
-    server = Server(tmp_path, environment=clock.environment)
-    try:
-        with server.client() as client:
-            theirs, at = type(ground)(client), {"url": server.url, "lease": 1, "queues": TWO}
-            async with broker_factory("gone", **at) as gone, broker_factory("rescuer", **at) as rescuer:
-                theirs.sweep_soon(rescuer)
-                assert await rescuer.claim(2, 0, ()) == []
-                await gone.publish([job("x"), job("y", "r")])
-                assert sorted(names(await gone.claim(2, 0, ()))) == ["x", "y"]
-                clock.show(-3600)
-                got: list = []
+    with leaping(ground, tmp_path, queues=("q", "r")) as (clock, theirs, at):
+        async with broker_factory("gone", **at) as gone, broker_factory("rescuer", **at) as rescuer:
+            theirs.sweep_soon(rescuer)
+            assert await rescuer.claim(2, 0, ()) == []
+            await gone.publish([job("x"), job("y", "r")])
+            assert sorted(names(await gone.claim(2, 0, ()))) == ["x", "y"]
+            clock.show(-3600)
+            got: list = []
 
-                async def rescued() -> bool:
-                    got.extend(await rescuer.claim(2, 0, got))  # a read that blocks would wait by that clock
-                    return sorted(names(got)) == ["x", "y"]
+            async def rescued() -> bool:
+                got.extend(await rescuer.claim(2, 0, got))  # a read that blocks would wait by that clock
+                return sorted(names(got)) == ["x", "y"]
 
-                await eventually(rescued, 10)
-    finally:
-        server.kill()
+            await eventually(rescued, 10)
 
 
 async def test_a_leap_ahead_expires_no_living_lease_of_a_queue_that_was_not_due(broker_factory, ground, tmp_path):
-    clock = Clock(tmp_path)
-    server = Server(tmp_path, environment=clock.environment)
-    try:
-        with server.client() as client:
-            theirs, at = type(ground)(client), {"url": server.url, "lease": 1, "queues": TWO}
-            async with broker_factory("living", **at) as living, broker_factory("looks", **at) as looks:
-                await living.publish([job("y", "r")])
-                claim = await one(living)
-                theirs.sweep_soon(looks)
-                assert await looks.claim(2, 0, ()) == []
-                clock.show(3600)
-                theirs.sweep_soon(looks, 0, 0.2)
-                assert await looks.claim(2, 0, ()) == []  # it looks at one queue, which shows the leap
-                until = time.monotonic() + 0.5
-                while time.monotonic() < until:
-                    assert await looks.claim(2, 0.05, ()) == []
-                assert await living.renew([claim]) == [], "its worker lives, and had no time to renew"
-    finally:
-        server.kill()
+    with leaping(ground, tmp_path, queues=("q", "r")) as (clock, theirs, at):
+        async with broker_factory("living", **at) as living, broker_factory("looks", **at) as looks:
+            await living.publish([job("y", "r")])
+            claim = await one(living)
+            theirs.sweep_soon(looks)
+            assert await looks.claim(2, 0, ()) == []
+            clock.show(3600)
+            theirs.sweep_soon(looks, 0, 0.2)
+            assert await looks.claim(2, 0, ()) == []  # it looks at one queue, which shows the leap
+            until = time.monotonic() + 0.5
+            while time.monotonic() < until:
+                assert await looks.claim(2, 0.05, ()) == []
+            assert await living.renew([claim]) == [], "its worker lives, and had no time to renew"
 
 
 # -- workers with different leases

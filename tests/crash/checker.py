@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import re
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from tests.crash.ground import home_of
 from tests.crash.history import read
 
 MAX_ATTEMPTS = {"work": 4}
@@ -307,14 +307,9 @@ def _shares(
     homes: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     for line in enqueued:
         if "tenant" in line and line["what"] == "acknowledged" and line["job"] in runs:
-            homes[_home(runs[line["job"]][0]["place"])][line["job"]] = line
+            homes[home_of(runs[line["job"]][0]["place"])][line["job"]] = line
     for put in homes.values():
         _shares_of(verdict, put, runs, faults, stalls, slots)
-
-
-def _home(place: str) -> str:
-    """The queue or partition of a ready key."""
-    return re.sub(r":(high|low)$", "", place)
 
 
 def _shares_of(

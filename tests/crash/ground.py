@@ -23,6 +23,12 @@ PARTITIONS: Final = int(os.environ.get("CRASH_PARTITIONS", "1"))
 """Partitions of the queue: all of the suite runs with it."""
 HOMES: Final = [home_name(QUEUE, number) for number in range(PARTITIONS)]
 
+
+def home_of(place: str) -> str:
+    """The queue or partition of a ready key."""
+    return re.sub(r":(high|low)$", "", place)
+
+
 _BODIES: Final = """
 local function bodies(key, out)
   local kind = redis.call('TYPE', key).ok
