@@ -322,6 +322,14 @@ async def test_growth_over_servers_that_old_processes_do_not_know(two_servers):
     assert ran == {key: list(range(count)) for key, count in sent.items()}
 
 
+def test_two_urls_of_one_server_are_one_server():
+    """Else a worker has two blocking reads there, and the end of each ends the other one."""
+    more = ("redis://h:2", "redis://h", "redis://h:2/0", "redis://h:2/1", "redis://user@h:2", "redis://h:6379?db=0")
+    given = RedisAddress("redis://h").spread_over((("q", 7, more),))
+    slots = [given.slot(f"stream:{{q#{number}}}:meta") for number in range(1, 7)]
+    assert slots == [1, 0, 1, 2, 3, 0]
+
+
 def test_what_cannot_be_is_said_in_a_sentence(tmp_path):
     with pytest.raises(ConfigurationError, match="a cluster needs a number"):
         Settings(partitions="q=redis+cluster://h:1")

@@ -126,11 +126,16 @@ class RedisAddress:
             raise ConfigurationError(
                 "partitions of a cluster are spread by their slots: set a number in STREAMWORKER_PARTITIONS, not URLs"
             )
-        addresses = {url: RedisAddress(url, self._name) for url in urls.values()}
-        hosts = {url: (str(addresses[url]), number) for number, url in enumerate(addresses, 1)}
-        other, main = self.renamed(self._name), (str(self), 0)
-        other._slots = PartitionServers(main, {home: hosts[url] for home, url in urls.items()})
-        other._servers = {main: self, **{hosts[url]: each for url, each in addresses.items()}}
+        places: dict[tuple[str, ...], Host] = {self._url.place: (str(self), 0)}
+        other = self.renamed(self._name)
+        other._servers = {(str(self), 0): self}
+        homes = {}
+        for home, url in urls.items():
+            each = RedisAddress(url, self._name)
+            # By what a URL means: two readings of one server would be two blocking reads there.
+            host = homes[home] = places.setdefault(each._url.place, (str(each), len(places)))
+            other._servers.setdefault(host, each)
+        other._slots = PartitionServers((str(self), 0), homes)
         return other
 
     @property

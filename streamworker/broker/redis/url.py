@@ -90,6 +90,11 @@ class RedisUrl(msgspec.Struct, frozen=True):
             return f"{self.scheme}://{hosts}/{db}"
         return f"{self.scheme}+{self.kind}://{hosts}" + (f"/{self.service}/{db}" if self.service else "")
 
+    @property
+    def place(self) -> tuple[str, ...]:
+        """What two URLs of one database and one user have in common."""
+        return str(self), *(str(self.options.get(option) or "") for option in ("username", "password"))
+
 
 def parse(url: str) -> RedisUrl:
     """Parse a URL.
