@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -69,17 +71,39 @@ POOR = """(() => {
 class Quiet(SimpleHTTPRequestHandler):
     """Files of a folder, without a line for each request."""
 
+    searched = True
+    """Whether pages get the whole index of the search, which each of them reads: half of what it costs to open one."""
+
+    def do_GET(self) -> None:
+        if self.searched or not self.path.endswith("search_index.json"):
+            super().do_GET()
+            return
+        index = json.loads(Path(self.translate_path(self.path)).read_bytes())
+        short = json.dumps(index | {"docs": index["docs"][:1]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(short)))
+        self.send_header("Cache-Control", "no-store")
+        self.end_headers()
+        self.wfile.write(short)
+
     def log_message(self, *args: object) -> None:
         pass
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site, with an older version beside it."""
-    into = tmp_path_factory.mktemp("site")
-    (into / "0.0").mkdir()
-    (into / "0.0/index.html").write_text("<title>an older version</title>")
-    return building.build(into)
+    """The site, with an older version beside it; built by the first process that needs it."""
+    run = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        run = run.parent
+    into, told = run / "site", run / "site.built"
+    with (run / "site.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not told.exists():
+            (into / "0.0").mkdir(parents=True, exist_ok=True)
+            (into / "0.0/index.html").write_text("<title>an older version</title>")
+            told.write_text(str(building.build(into)))
+        return Path(told.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -150,11 +174,14 @@ def test_the_versions_are_in_a_selector(page: Chromium, url: str, built: Path):
 @pytest.mark.parametrize(
     "every", [pytest.param(False, id="wide-ones"), pytest.param(True, id="every-page", marks=pytest.mark.all)]
 )
-def test_no_page_is_wider_than_a_screen(page: Chromium, url: str, built: Path, every: bool):
+def test_no_page_is_wider_than_a_screen(
+    page: Chromium, url: str, built: Path, every: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Quiet, "searched", False)
     wide = []
     for path in pages(built) if every else [f"{built.name}/{name}" for name in WIDE]:
         page.open(url + path, READY)
-        for width in WIDTHS:
+        for width in WIDTHS[:1] if every else WIDTHS:  # what fits a phone fits a desk; the widest ones are seen there
             page.size(width, 900)
             try:  # the layout follows with the next frame
                 page.until(f"innerWidth === {width} && document.documentElement.scrollWidth <= {width}", timeout=3)
