@@ -125,6 +125,7 @@ def forked(
     start_new_session: bool = False,
     module: str = "streamworker",
     constants: Mapping[str, float | str] | None = None,
+    preload: Sequence[str] = (),
 ) -> Forked:
     """Start ``python -m streamworker WORDS`` as a process of its own.
 
@@ -139,6 +140,7 @@ def forked(
         module: another one than ``streamworker`` to run as ``__main__``.
         constants: seconds that are too long to wait for, such as ``{"streamworker.worker.HURRIED": 0.5}``, for this
             process alone.
+        preload: modules that the fork server imports first, once, because many processes of these tests would.
     """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     connection.connect(_address())
@@ -157,7 +159,7 @@ def forked(
         else:
             theirs.append(wanted if isinstance(wanted, int) else wanted.fileno())
     order = {"words": [*words], "cwd": str(cwd), "env": dict(env), "session": start_new_session, "module": module}
-    order["constants"] = dict(constants or {})
+    order |= {"constants": dict(constants or {}), "preload": [*preload]}
     socket.send_fds(connection, [json.dumps(order).encode()], theirs)
     process = Forked(connection, words)
     for descriptor in mine:
@@ -284,13 +286,16 @@ def _main(alive: socket.socket) -> int:
         if listener in ready:
             connection, _ = listener.accept()
             data, descriptors, _, _ = socket.recv_fds(connection, MAX_ORDER, 3)
+            order = json.loads(data)
+            for name in order.get("preload", ()):
+                importlib.import_module(name)
             pid = os.fork()
             if not pid:
                 for mine in (alive, listener, connection, *children.values()):
                     mine.close()
                 for mine in (wake, waker):
                     os.close(mine)
-                return _child(json.loads(data), descriptors)
+                return _child(order, descriptors)
             for descriptor in descriptors:
                 os.close(descriptor)
             children[pid] = connection
