@@ -8,21 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from tests import mypy
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 GOLDEN = [str(path) for path in sorted(HERE.glob("*.py")) if not path.name.startswith("test_")]
 
 
-def check(*command: str) -> None:
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=170)
-    assert result.returncode == 0, result.stdout + result.stderr
-
-
 @pytest.mark.timeout(180)
 def test_mypy():
-    # A cache of its own: with other options than those of pyproject.toml, the two would throw away each other's.
-    cache = f"--cache-dir={ROOT}/.mypy_cache/golden"
-    check(sys.executable, "-m", "mypy", "--strict", "--warn-unused-ignores", "--follow-imports=silent", cache, *GOLDEN)
+    mypy.run(GOLDEN)
 
 
 # Without their tests.
@@ -35,28 +30,24 @@ EXAMPLES = [
 
 @pytest.mark.timeout(180)
 def test_basedpyright(tmp_path):
-    pyright(tmp_path, [*GOLDEN, str(ROOT / "examples/shop/shop")], "strict")
-
-
-@pytest.mark.timeout(180)
-def test_basedpyright_on_all_examples(tmp_path):
-    """In the mode that editors begin with."""
-    pyright(tmp_path, EXAMPLES, "standard")
-
-
-def pyright(directory, paths, mode):
+    """Both in one go, most of which is for what they import: the examples in the mode that editors begin with."""
     program = shutil.which("basedpyright", path=str(Path(sys.executable).parent))
     assert program, "basedpyright is not installed beside this Python"
+    strict = [*GOLDEN, str(ROOT / "examples/shop/shop")]
     rules = {
-        "include": paths,
+        "include": [*GOLDEN, *EXAMPLES],
         "extraPaths": [str(ROOT), str(ROOT / "examples/shop"), str(ROOT / "examples/mailer")],
         "pythonVersion": "3.11",
-        "typeCheckingMode": mode,
+        "typeCheckingMode": "standard",
+        "strict": strict,
         # Those are mypy's; in the golden files each checker has to find every mistake itself.
-        "enableTypeIgnoreComments": mode != "strict",
-        "reportUnnecessaryTypeIgnoreComment": "error" if mode == "strict" else "none",
+        "enableTypeIgnoreComments": False,
+        "reportUnnecessaryTypeIgnoreComment": "error",
     }
-    (directory / "pyrightconfig.json").write_text(json.dumps(rules))
-    check(
-        program, "--pythonpath", sys.executable, "--level", "error", "--project", str(directory / "pyrightconfig.json")
-    )
+    project = tmp_path / "pyrightconfig.json"
+    project.write_text(json.dumps(rules))
+    done = subprocess.run(
+        [program, "--pythonpath", sys.executable, "--level", "error", "--project", str(project)],
+        cwd=ROOT, capture_output=True, text=True, timeout=170,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
