@@ -195,12 +195,21 @@ _PROGRAM: Final = """#!{python} -IS
 import json, os, signal, socket, sys
 words = sys.argv[1:]
 module = "streamworker"
+real = [{real!r}, *words]
 if {python_itself}:
     module, *words = words
     if module == "-m":
         module, *words = words
     elif not module.endswith(".py"):
-        os.execv({python!r}, [{python!r}, *sys.argv[1:]])
+        os.execv(real[0], real)
+if {fresh_first}:
+    name = f"{{module}} {{words[0] if module == 'streamworker' and words else ''}}".strip().replace("/", "_")
+    try:
+        os.close(os.open(os.path.join({folder!r}, f"{{name}} was fresh"), os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        pass
+    else:
+        os.execv(real[0], real)
 order = {{"words": words, "cwd": os.getcwd(), "env": dict(os.environ), "session": False, "module": module}}
 connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 connection.connect({address!r})
@@ -216,15 +225,24 @@ os._exit(code)
 """
 
 
-def programs(folder: Path) -> Path:
+def programs(folder: Path, *, fresh_first: bool = False) -> Path:
     """Put ``streamworker`` and ``python`` into ``folder``, for the ``PATH`` of shells: processes of the fork server.
 
     ``python`` runs files and modules (``python register.py``, ``python -m pytest``), and is Python for all else. A
     program that is killed (SIGKILL) leaves its process behind: no shell here does that.
+
+    Args:
+        folder: is made.
+        fresh_first: whether each command of the program (``streamworker enqueue``), file and module is a Python of its
+            own when it is called for the first time.
     """
     folder.mkdir()
     for name in ("streamworker", "python"):
-        text = _PROGRAM.format(python=sys.executable, address=_address(), python_itself=name == "python")
+        real = sys.executable if name == "python" else str(Path(sys.executable).with_name(name))
+        text = _PROGRAM.format(
+            python=sys.executable, real=real, address=_address(), python_itself=name == "python", fresh_first=fresh_first,
+            folder=str(folder),
+        )  # fmt: skip
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     return folder
