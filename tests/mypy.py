@@ -30,7 +30,14 @@ def run(targets: Sequence[str], *, cwd: Path = ROOT, config: Path = ROOT / "pypr
         AssertionError: mypy has found something.
     """
     CACHE.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "mypy", "--follow-imports=silent", f"--cache-dir={CACHE}", f"--config-file={config}"]
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--follow-imports=silent",
+        f"--cache-dir={CACHE}",
+        f"--config-file={config}",
+    ]
     env = {**os.environ, "MYPYPATH": f"{cwd}{os.pathsep}{ROOT}"}
     with (CACHE / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
