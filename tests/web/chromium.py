@@ -10,6 +10,8 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections.abc import Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from queue import Empty, Queue
 from typing import Any
@@ -26,6 +28,19 @@ def program() -> str | None:
     """Where Chromium is; ``None`` if it is not installed."""
     named = os.environ.get("STREAMWORKER_TEST_CHROMIUM")
     return named or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+class _Nothing(BaseHTTPRequestHandler):
+    """An empty page."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Not on standard error."""
 
 
 class Chromium:
@@ -49,6 +64,8 @@ class Chromium:
         self.requests: list[str] = []
         """Addresses that pages asked for."""
         threading.Thread(target=self._listen, daemon=True).start()
+        self._nothing = HTTPServer(("127.0.0.1", 0), _Nothing)
+        threading.Thread(target=self._nothing.serve_forever, daemon=True).start()
         self._session = ""
         target = self._ask("Target.createTarget", url="about:blank")["targetId"]
         self._session = self._ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -59,6 +76,8 @@ class Chromium:
         self._process.kill()
         self._process.wait()
         os.close(self._write)
+        self._nothing.shutdown()
+        self._nothing.server_close()
         shutil.rmtree(self._home, ignore_errors=True)
 
     def _listen(self) -> None:
@@ -101,7 +120,21 @@ class Chromium:
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self._ask("Emulation.setEmulatedMedia", features=[scheme])
+        # Else the dot that beats is painted sixty times a second.
+        still = {"name": "prefers-reduced-motion", "value": "reduce"}
+        self._ask("Emulation.setEmulatedMedia", features=[scheme, still])
+
+    def looks(
+        self, *widths: int, height: int = 900, tones: Sequence[str] = ("light", "dark")
+    ) -> Iterator[tuple[int, str]]:
+        """See the open page in each width and tone, once it is laid out for that: (width, tone)."""
+        for width in widths:
+            for tone in tones:
+                self.size(width, height, dark=tone == "dark")
+                self.value(
+                    "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(true))))"
+                )
+                yield width, tone
 
     def headers(self, **headers: str) -> None:
         self._ask("Network.setExtraHTTPHeaders", headers=headers)
@@ -119,8 +152,12 @@ class Chromium:
         self.until(f"document.readyState === 'complete' && ({ready})")
 
     def leave(self) -> None:
-        """Go nowhere: a page that stays would call for its server after that has ended."""
-        self._ask("Page.navigate", url="about:blank")
+        """Go where nothing is: a page that stays would call for its server after that has ended.
+
+        Not to about:blank: this is the site of those pages (a port makes no other one), whose process is kept for the
+        next of them.
+        """
+        self._ask("Page.navigate", url=f"http://127.0.0.1:{self._nothing.server_port}/")
 
     def value(self, script: str) -> Any:
         answer = self._ask("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)

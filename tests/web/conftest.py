@@ -14,19 +14,20 @@ import pytest
 
 from streamworker import App, Settings
 from streamworker.web import Access, dashboard
-from tests.web.chromium import Chromium
+from tests.web.chromium import Chromium, program
 
 HERE = "http://127.0.0.1:8787"
 LOOKS = {"streamworker.web.monitor.WATCHED": 0.3, "streamworker.loops.FIRST": 0.2}
 """Seconds between two looks, of which tests want the next one."""
 
 
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Chromium]:
-    """A browser for the tests of a module."""
-    chromium = Chromium()
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Chromium | None]:
+    """A browser for all tests of this process; ``None`` if it is not installed."""
+    chromium = Chromium() if program() is not None else None
     yield chromium
-    chromium.close()
+    if chromium is not None:
+        chromium.close()
 
 
 @pytest.fixture(autouse=True)

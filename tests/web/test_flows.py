@@ -230,30 +230,26 @@ def legible(served: Served, width: int) -> Any:
 class TestInChromium:
     pytestmark = needs_chromium
 
-    @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-    @pytest.mark.parametrize("width", [390, 1400])
-    def test_graphs_are_legible_at_5_and_at_500_nodes(self, served, database_url, width, dark):
+    def test_graphs_are_legible_at_5_and_at_500_nodes(self, served, database_url):
         ends = [(0, "charge", "completed"), (0, "pack", "dead"), (1, "step", "completed"),
                 *((1, f"pages/step-{n}", "dead" if n % 90 == 0 else "completed") for n in range(2, 300)),
                 *((2, f"resize-{n}", "completed") for n in range(150))]  # fmt: skip
         beside(prepared, database_url, [five(), fan(500), drawn(500)], ends)
-        served.page.size(width, 900, dark=dark)
-        tone = "dark" if dark else "light"
         for name, boxes, links in (("A-1017", 5, 5), ("fan", 3, 500), ("drawn", None, 500)):
             served.open(f"/flows?id={name}")
-            found = legible(served, width)
-            served.shoot(f"flow-{name}-{width}-{tone}")
-            assert (found["overlaps"], found["outside"], found["upward"], found["page"]) == (0, 0, 0, width), (
-                name,
-                found,
-            )
-            assert found["links"] == links and found["cell"] >= 14 and found["smallest"] >= 11, (name, found)
-            assert found["boxes"] == boxes or (boxes is None and found["boxes"] > 300), (name, found)
+            for width, tone in served.page.looks(390, 1400):
+                found = legible(served, width)
+                served.shoot(f"flow-{name}-{width}-{tone}")
+                look = (name, width, tone, found)
+                assert (found["overlaps"], found["outside"], found["upward"], found["page"]) == (0, 0, 0, width), look
+                assert found["links"] == links and found["cell"] >= 14 and found["smallest"] >= 11, look
+                assert found["boxes"] == boxes or (boxes is None and found["boxes"] > 300), look
         served.open("/flows")
-        found = served.page.value(READ)
-        served.shoot(f"flows-{width}-{tone}")
-        assert (found["poor"], found["nameless"], found["wide"]) == ([], [], [])
-        assert served.page.value("document.documentElement.scrollWidth") == width
+        for width, tone in served.page.looks(390, 1400):
+            found = served.page.value(READ)
+            served.shoot(f"flows-{width}-{tone}")
+            assert (found["poor"], found["nameless"], found["wide"]) == ([], [], []), (width, tone)
+            assert served.page.value("document.documentElement.scrollWidth") == width
 
     def test_it_is_live_and_leads_to_the_job_and_back(self, served, database_url):
         (flow_id,) = beside(prepared, database_url, [five()])

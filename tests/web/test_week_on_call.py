@@ -31,14 +31,6 @@ BY = [
 ]
 
 
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Chromium | None]:
-    chromium = Chromium() if program() is not None else None
-    yield chromium
-    if chromium is not None:
-        chromium.close()
-
-
 @pytest.fixture
 def page(request: pytest.FixtureRequest, by: str, sw: Any, raw: Any, chromium: Chromium | None) -> Iterator[Any]:
     """The dashboard of the project's app in a browser; nothing on the command line."""
@@ -55,7 +47,6 @@ def page(request: pytest.FixtureRequest, by: str, sw: Any, raw: Any, chromium: C
     chromium.complaints.clear()
     yield Served(url, chromium, raw)
     complaints = list(chromium.complaints)
-    chromium.open(f"{url}/jobs")
     running.signal(signal.SIGTERM)
     assert running.wait(15) == 0
     chromium.leave()
