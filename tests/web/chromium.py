@@ -183,15 +183,26 @@ class Chromium:
             time.sleep(0.05)
 
     def click(self, selector: str) -> None:
-        """With the mouse, in the middle of it."""
-        quoted = json.dumps(selector)
+        """With the mouse, in the middle of it; once more if the page moved it away meanwhile, as it does when it is live."""
+        deadline = time.monotonic() + 30
+        while not self._hit(json.dumps(selector)):
+            assert time.monotonic() < deadline, f"{selector} gets no click"
+
+    def _hit(self, quoted: str) -> bool:
         self.until(f"(e => e && !e.disabled && e.getClientRects().length)(document.querySelector({quoted}))")
-        x, y = self.value(
-            f"(e => {{ e.scrollIntoView({{block: 'center'}}); const r = e.getBoundingClientRect();"
-            f" return [r.x + r.width / 2, r.y + r.height / 2]; }})(document.querySelector({quoted}))"
+        place = self.value(
+            "(e => { if (!e) return null; e.scrollIntoView({block: 'center'}); window.clicked = false;"
+            " addEventListener('click', (event) => { window.clicked = e.contains(event.target); }, {capture: true, once: true});"
+            f" const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]; }})(document.querySelector({quoted}))"
         )
+        if place is None:
+            return False
         for kind in ("mousePressed", "mouseReleased"):
-            self._ask("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+            self._ask("Input.dispatchMouseEvent", type=kind, x=place[0], y=place[1], button="left", clickCount=1)
+        try:
+            return self.value("window.clicked ?? true") is True  # nothing is known of it on the page where it led
+        except RuntimeError:  # in the middle of going there
+            return True
 
     def press(self, *keys: str) -> None:
         for key in keys:
