@@ -85,6 +85,8 @@ def build(work: Path) -> tuple[Path, Path]:
     try:
         second, moment = exported(work / "elsewhere/two")
         again = built(second, work / "dist-again", moment)
+        if made != again:
+            sys.exit(f"release: two builds differ:\n{made}\n{again}")
         (sdist,) = (work / "dist").glob("*.tar.gz")
         (wheel,) = (work / "dist").glob("*.whl")
         with tarfile.open(sdist) as archive:
@@ -102,8 +104,6 @@ def build(work: Path) -> tuple[Path, Path]:
         )
     finally:
         os.umask(old)
-    if made != again:
-        sys.exit(f"release: two builds differ:\n{made}\n{again}")
     third = hashlib.sha256((work / "dist-from-sdist" / wheel.name).read_bytes()).hexdigest()
     if third != made[wheel.name]:
         sys.exit(f"release: the wheel that {sdist.name} builds is another one")

@@ -11,7 +11,7 @@ import json
 import platform
 import sys
 from collections.abc import Iterator
-from importlib.metadata import Distribution, distributions
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,11 @@ def library(purl: str, name: str, version: str) -> dict[str, Any]:
 
 def python_packages() -> Iterator[dict[str, Any]]:
     """Every installed distribution, with the licence it declares."""
-    found: dict[str, Distribution] = {each.metadata["Name"].lower().replace("_", "-"): each for each in distributions()}
-    for name, each in sorted(found.items()):
-        purl = f"pkg:pypi/{name}@{each.version}"
-        component = library(purl, name, each.version)
-        declared = each.metadata.json  # unlike `metadata[...]`, a field may be missing here
+    texts = (each.metadata for each in distributions())  # each access would parse it anew
+    found = {text["Name"].lower().replace("_", "-"): text for text in texts}
+    for name, text in sorted(found.items()):
+        component = library(f"pkg:pypi/{name}@{text['Version']}", name, text["Version"])
+        declared = text.json  # unlike `text[...]`, a field may be missing here
         expression, licence = declared.get("license_expression"), declared.get("license")
         if isinstance(expression, str):
             component["licenses"] = [{"expression": expression}]
@@ -61,8 +61,9 @@ def bill(*, wheel: bool = False) -> dict[str, Any]:
     Args:
         wheel: it is about a wheel and its requirements, not about an image.
     """
-    ours = next((each for each in python_packages() if each["name"] == "streamworker"), {"version": "0"})
-    others = (each for each in python_packages() if not (wheel and each["name"] == "streamworker"))
+    packages = list(python_packages())
+    ours = next((each for each in packages if each["name"] == "streamworker"), {"version": "0"})
+    others = (each for each in packages if not (wheel and each["name"] == "streamworker"))
     interpreter = {
         "type": "platform",
         "bom-ref": f"pkg:generic/python@{platform.python_version()}",

@@ -17,20 +17,28 @@ import pytest
 
 from streamworker import demo
 from streamworker.demo import smtp
+from tests import forkserver
 
 
-def start(tmp_path: Path, *options: str, **env: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "streamworker", "demo", *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # The user's own settings, even broken ones, are not the demo's.
-        env={**os.environ, "TMPDIR": str(tmp_path), "REDIS_URL": "redis://192.0.2.1", "STREAMWORKER_MODE": "x", **env},
+def settings(tmp_path: Path) -> dict[str, str]:
+    """The user's own settings, even broken ones, are not the demo's."""
+    return {**os.environ, "TMPDIR": str(tmp_path), "REDIS_URL": "redis://192.0.2.1", "STREAMWORKER_MODE": "x"}
+
+
+def begun(tmp_path: Path) -> tuple[forkserver.Forked, list[psutil.Process]]:
+    """A demo whose jobs are enqueued, and its processes."""
+    process = forkserver.forked(
+        ["demo", "--jobs", "5000", "--no-kill"], cwd=Path.cwd(), env=settings(tmp_path), stdout=subprocess.PIPE
     )
+    assert process.stdout is not None
+    line = ""
+    while "enqueued" not in line:
+        line = process.stdout.readline()
+        assert line, "the demo ended"
+    return process, family(process, tmp_path)
 
 
-def family(process: subprocess.Popen[str], tmp_path: Path) -> list[psutil.Process]:
+def family(process: forkserver.Forked, tmp_path: Path) -> list[psutil.Process]:
     """The demo's children, and its servers, which are nobody's children."""
     servers = [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or ())]
     return [*psutil.Process(process.pid).children(recursive=True), *servers]
@@ -44,10 +52,13 @@ def eventually(condition: Callable[[], Any], timeout: float) -> None:
 
 
 def test_a_killed_worker_loses_nothing(tmp_path: Path):
-    process = start(tmp_path, "--jobs", "300", "--json")
-    story_out, story = process.communicate(timeout=40)
-    assert process.returncode == 0, story
-    result = json.loads(story_out)
+    done = subprocess.run(
+        [sys.executable, "-m", "streamworker", "demo", "--jobs", "300", "--json"],
+        capture_output=True, text=True, timeout=40, env=settings(tmp_path),
+    )  # fmt: skip
+    story = done.stderr
+    assert done.returncode == 0, story
+    result = json.loads(done.stdout)
     assert result["ok"] and result["missing"] == []
     assert result["jobs"] == 300 and result["workers"] == 3
     assert result["killed"]["held"] > 0
@@ -59,13 +70,7 @@ def test_a_killed_worker_loses_nothing(tmp_path: Path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.all)])
 def test_a_signal_cleans_everything_up(tmp_path: Path, number: signal.Signals):
-    process = start(tmp_path, "--jobs", "20000", "--no-kill")
-    assert process.stdout is not None
-    line = ""
-    while "enqueued" not in line:
-        line = process.stdout.readline()
-        assert line, "the demo ended"
-    began = family(process, tmp_path)
+    process, began = begun(tmp_path)
     assert len(began) >= 6  # SMTP, three workers, two servers
     process.send_signal(number)
     story, errors = process.communicate(timeout=30)
@@ -76,13 +81,7 @@ def test_a_signal_cleans_everything_up(tmp_path: Path, number: signal.Signals):
 
 
 def test_nothing_outlives_a_demo_that_is_killed(tmp_path: Path):
-    process = start(tmp_path, "--jobs", "20000", "--no-kill")
-    assert process.stdout is not None
-    line = ""
-    while "enqueued" not in line:
-        line = process.stdout.readline()
-        assert line, "the demo ended"
-    began = family(process, tmp_path)
+    process, began = begun(tmp_path)
     process.kill()
     process.communicate()
     eventually(lambda: not [p for p in began if p.is_running() and p.status() != psutil.STATUS_ZOMBIE], 15)

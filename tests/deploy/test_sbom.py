@@ -2,25 +2,34 @@
 
 import json
 from importlib.metadata import distributions, version
+from typing import Any
+
+import pytest
 
 from tools import sbom
 
 
-def test_every_installed_package_is_listed_once():
-    components = {each["bom-ref"]: each for each in sbom.bill()["components"]}
-    assert len(components) == len(sbom.bill()["components"])
+@pytest.fixture(scope="module")
+def packages() -> list[dict[str, Any]]:
+    return list(sbom.python_packages())
+
+
+def test_every_installed_package_is_listed_once(packages):
+    listed = sbom.bill()["components"]
+    components = {each["bom-ref"]: each for each in listed}
+    assert len(components) == len(listed)
     assert components[f"pkg:pypi/redis@{version('redis')}"]["name"] == "redis"
-    assert {each["name"] for each in sbom.python_packages()} == {
+    assert {each["name"] for each in packages} == {
         each.metadata["Name"].lower().replace("_", "-") for each in distributions()
     }
 
 
-def test_licences_are_in_one_of_the_two_forms():
-    for each in sbom.python_packages():
+def test_licences_are_in_one_of_the_two_forms(packages):
+    for each in packages:
         for choice in each.get("licenses", []):
             assert list(choice) in (["expression"], ["license"])
-    declared = [each for each in sbom.python_packages() if "licenses" in each]
-    assert len(declared) > len(list(sbom.python_packages())) / 2
+    declared = [each for each in packages if "licenses" in each]
+    assert len(declared) > len(packages) / 2
 
 
 def test_debian_packages_that_are_installed(tmp_path):
