@@ -1,4 +1,4 @@
-"""The small examples run as their first lines say, on a real server, in both modes."""
+"""The small examples run as their first lines say, on a real server, in both modes where those make a difference."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from tests import forkserver
 
 EXAMPLES = Path(__file__).parents[2] / "examples/everyday"
 # What the modes do differently is the contract's; here the examples are tested.
-pytestmark = pytest.mark.parametrize("ground", ["stream", pytest.param("list", marks=pytest.mark.all)], indirect=True)
+both_modes = pytest.mark.parametrize("ground", ["stream", pytest.param("list", marks=pytest.mark.all)], indirect=True)
+one_mode = pytest.mark.parametrize("ground", ["stream"], indirect=True)
+"""For what runs around handlers alone, which no mode sees."""
 
 
 def run(program: str, redis_url: str, mode: str, *, dies: bool = False) -> str:
@@ -26,12 +28,14 @@ def run(program: str, redis_url: str, mode: str, *, dies: bool = False) -> str:
     return done.stdout
 
 
+@both_modes
 def test_limits(ground, redis_url):
     said = run("limits.py", redis_url, ground.mode)
     match = re.fullmatch(r"10 calls in (\d+\.\d) s, 9 reports, one at a time for each tenant\n", said)
     assert match and float(match[1]) >= 0.8
 
 
+@both_modes
 def test_batches(ground, redis_url, raw):
     said = run("batches.py", redis_url, ground.mode)
     match = re.fullmatch(r"199 rows in (\d+) inserts\n", said)
@@ -40,12 +44,14 @@ def test_batches(ground, redis_url, raw):
     assert letter[b"reason"] == b"discarded"
 
 
+@one_mode
 def test_middleware(ground, redis_url):
     said = run("middleware.py", redis_url, ground.mode).splitlines()
     assert sorted(said[:3]) == ["HELLO Bob OF umbrella", "hello Ada of acme", "hello Eve of nobody"]
     assert said[3:] == ["greet took 0 s", "greet took 0 s", "shout took 0 s"]
 
 
+@one_mode
 def test_sentry(ground, redis_url):
     said = run("sentry.py", redis_url, ground.mode, dies=True).splitlines()
     assert sorted(said) == [
@@ -55,6 +61,7 @@ def test_sentry(ground, redis_url):
     ]
 
 
+@both_modes
 def test_pause(ground, redis_url):
     assert run("pause.py", redis_url, ground.mode).splitlines() == [
         "1 sent, 10 wait, paused by me: the printer is out of paper",

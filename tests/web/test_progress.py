@@ -44,7 +44,8 @@ async def test_pending_jobs_and_the_job_itself_show_how_far_it_is(redis_url, gro
             async def on_page(path: str, text: str) -> bool:
                 return html.escape(text) in await browser.text(path)
 
-            await eventually(lambda: on_page("/pending?queue=q", "37 of 100 (37 %) reading <b>"))
+            # Its worker says it with a heartbeat, one a second: a page each 5 ms says no more.
+            await eventually(lambda: on_page("/pending?queue=q", "37 of 100 (37 %) reading <b>"), interval=0.05)
             page = await browser.text("/pending")
             assert page.count('title="progress"') == 1
             (row,) = [each for each in page.split("<tr") if 'title="progress"' in each]
@@ -53,7 +54,7 @@ async def test_pending_jobs_and_the_job_itself_show_how_far_it_is(redis_url, gro
             assert made.id in shown
             assert html.escape("37 of 100 (37 %) reading <b>") in shown
             step.set()
-            await eventually(lambda: on_page(one, "100 of 100 (100 %) writing"))
+            await eventually(lambda: on_page(one, "100 of 100 (100 %) writing"), interval=0.05)
             end.set()
             await eventually(ground.empty)
             assert 'title="progress"' not in await browser.text("/pending")
