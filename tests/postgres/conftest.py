@@ -12,7 +12,7 @@ import asyncpg
 import pytest
 
 from streamworker.worker.lease import RenewalProcess
-from tests.postgres.databases import Databases, Killable, beside
+from tests.postgres.databases import Databases, Killable
 from tests.postgres.servers import PostgresServer
 
 WAITS = {
@@ -68,31 +68,35 @@ def own_postgres(killable: Killable) -> Iterator[PostgresServer]:
 
 
 @pytest.fixture(scope="session")
-def migrated(postgres: PostgresServer) -> Databases:
+def migrated(postgres: PostgresServer) -> Iterator[Databases]:
     """Databases with the schema."""
-    return Databases(postgres, migrated=True)
+    databases = Databases(postgres, migrated=True)
+    yield databases
+    databases.close()
 
 
 @pytest.fixture(scope="session")
-def bare(postgres: PostgresServer) -> Databases:
+def bare(postgres: PostgresServer) -> Iterator[Databases]:
     """Databases without the schema."""
-    return Databases(postgres, migrated=False)
+    databases = Databases(postgres, migrated=False)
+    yield databases
+    databases.close()
 
 
 @pytest.fixture
 def empty_database(postgres: PostgresServer, bare: Databases) -> Iterator[str]:
     """The URL of a database without the schema."""
-    name = beside(bare.take)
+    name = bare.take()
     yield postgres.url(name)
-    beside(bare.give_back, name)
+    bare.give_back(name)
 
 
 @pytest.fixture
 def database_url(postgres: PostgresServer, migrated: Databases) -> Iterator[str]:
     """The URL of a migrated, empty database."""
-    name = beside(migrated.take)
+    name = migrated.take()
     yield postgres.url(name)
-    beside(migrated.give_back, name)
+    migrated.give_back(name)
 
 
 @pytest.fixture

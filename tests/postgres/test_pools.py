@@ -18,6 +18,7 @@ from streamworker.postgres.pool import NamedPool, Pressure, open_database
 from streamworker.telemetry import logs
 from streamworker.wiring import examine, most_connections
 from tests.conftest import eventually
+from tests.postgres.databases import CLEANER
 from tests.postgres.pgbouncer import PgBouncer
 from tests.postgres.working import Job, settings_for, working
 
@@ -120,6 +121,7 @@ async def test_how_many_connections_a_worker_opens_at_most(redis_url, database_u
     settings = settings_for(redis_url, database_url, concurrency=50, database_connections=2, relay="on")
     app: App[None] = App(settings=settings)
     most = 0
+    others = f"pid <> pg_backend_pid() and application_name <> '{CLEANER}'"
 
     @app.handler(timeout=20)
     async def handler(_: Job, ctx: Context) -> None:
@@ -129,7 +131,7 @@ async def test_how_many_connections_a_worker_opens_at_most(redis_url, database_u
 
     async def ended() -> bool:
         nonlocal most
-        count = "select count(*) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
+        count = f"select count(*) from pg_stat_activity where datname = current_database() and {others}"
         most = max(most, await pg.fetchval(count))
         return not raw.xlen(Q)
 
