@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import shutil
 import signal
+import subprocess
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -30,17 +34,48 @@ def _holds_memory(pid: str) -> bool:
         return False
 
 
-class PostgresServer:
-    """One cluster under ``directory``; fsync is off unless ``durable``, because tests kill processes, not machines."""
+@functools.cache
+def _cluster() -> tempfile.TemporaryDirectory[str]:
+    """A cluster with its database, made once and stopped, that each server of this process begins as a copy of.
 
-    def __init__(self, directory: Path, *, durable: bool = False) -> None:
+    fsync is off, because tests kill processes, not machines; and nothing is vacuumed or analysed in the background, so that
+    no plan depends on how long a server has been there.
+    """
+    directory = tempfile.TemporaryDirectory(prefix="streamworker-pg-")
+    layout = open_layout(Path(directory.name))
+    postgres = Postgres(layout, find_binaries())
+    postgres.prepare()
+    with (layout.postgres / "data" / "postgresql.conf").open("a") as conf:
+        conf.write("fsync = off\nfull_page_writes = off\nautovacuum = off\n")
+    _stop(_started(postgres))
+    return directory
+
+
+def _started(postgres: Postgres) -> subprocess.Popen[bytes]:
+    process = postgres.spawn()
+    deadline = time.monotonic() + 20
+    while not postgres.answers():
+        assert process.poll() is None, postgres.log.read_text()[-2000:]
+        assert time.monotonic() < deadline, postgres.log.read_text()[-2000:]
+        time.sleep(0.01)
+    return process
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGINT)
+    process.wait(20)
+
+
+class PostgresServer:
+    """One cluster under ``directory``."""
+
+    def __init__(self, directory: Path) -> None:
         self._directory = directory
         self.listens = False
-        self._postgres = Postgres(open_layout(directory), find_binaries())
+        layout = open_layout(directory)
+        shutil.copytree(open_layout(Path(_cluster().name)).postgres, layout.postgres, dirs_exist_ok=True)
+        self._postgres = Postgres(layout, find_binaries())
         self._postgres.prepare()
-        if not durable:
-            with (directory / "embedded" / "postgres" / "data" / "postgresql.conf").open("a") as conf:
-                conf.write("fsync = off\nfull_page_writes = off\n")
         self.start()
 
     @property
@@ -55,12 +90,7 @@ class PostgresServer:
         return self._process.poll() is None
 
     def start(self) -> None:
-        self._process = self._postgres.spawn()
-        deadline = time.monotonic() + 20
-        while not self._postgres.answers():
-            assert self._process.poll() is None, self._postgres.log.read_text()[-2000:]
-            assert time.monotonic() < deadline, self._postgres.log.read_text()[-2000:]
-            time.sleep(0.01)
+        self._process = _started(self._postgres)
 
     def listen(self, address: str) -> None:
         """From the next start on, on TCP too, at one of the addresses of this machine that nothing else uses."""
@@ -72,8 +102,7 @@ class PostgresServer:
 
     def stop(self) -> None:
         """A restart by its owner: sessions are ended, nothing is lost."""
-        self._process.send_signal(signal.SIGINT)
-        self._process.wait(20)
+        _stop(self._process)
 
     def kill(self) -> None:
         """SIGKILL of all its processes, as a machine that loses its power."""
