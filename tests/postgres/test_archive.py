@@ -20,7 +20,7 @@ from streamworker.postgres import Wanted
 from streamworker.postgres.archive import PAGE, PostgresArchive
 from streamworker.postgres.ledger import PostgresLedger
 from streamworker.postgres.pool import Database, open_database
-from tests import forkserver
+from tests import inprocess
 from tests.cli.test_about import HEAVY, imported
 from tests.conftest import eventually
 from tests.postgres.databases import beside
@@ -172,7 +172,7 @@ def streamworker(database_url: str) -> Run:
     env = {**clean, "PYTHONPATH": str(ROOT), "DATABASE_URL": database_url, "NO_COLOR": "1"}
 
     def run(*words: str, **more: str) -> subprocess.CompletedProcess[str]:
-        return forkserver.run(["jobs", *words], env={**env, **more}, cwd=ROOT, timeout=50)
+        return inprocess.run(["jobs", *words], env={**env, **more}, cwd=ROOT)
 
     return run
 

@@ -15,7 +15,7 @@ from streamworker.operators.audit_trail import ACTOR, Actor
 from streamworker.postgres.ledger import PostgresLedger
 from streamworker.postgres.pool import open_database
 from streamworker.web import Access, dashboard
-from tests import forkserver
+from tests import inprocess
 from tests.conftest import eventually
 from tests.web.conftest import HERE, Browser, letter
 
@@ -150,7 +150,7 @@ async def test_the_command_line_keeps_them(database_url, redis_url, pg):
         job_id = str((await App(settings=Settings()).enqueue(Waits(), connection=pg)).id)
 
     def call(*words: str) -> str:
-        done = forkserver.run([*words], env=env, cwd=ROOT, timeout=50)
+        done = inprocess.run([*words], env=env, cwd=ROOT)
         assert done.returncode == 0, done.stderr
         return str(done.stdout)
 
@@ -175,7 +175,7 @@ async def test_an_erasure_is_kept_and_says_nothing_of_the_person(way, database_u
             "REDIS_URL": redis_url,
             "DATABASE_URL": database_url,
         }
-        done = forkserver.run(["jobs", "erase", "--where", "n=17", "--yes"], env=env, cwd=ROOT, timeout=50)
+        done = inprocess.run(["jobs", "erase", "--where", "n=17", "--yes"], env=env, cwd=ROOT)
         assert done.returncode == 0, done.stderr
     found = await rows(pg)
     (row,) = (row for row in found if row["action"] == "erase")

@@ -11,7 +11,7 @@ import pytest
 
 from streamworker import App, Context
 from streamworker.relay import Lost
-from tests import forkserver
+from tests import inprocess
 from tests.conftest import eventually
 from tests.postgres.working import Job, settings_for, working
 
@@ -161,7 +161,7 @@ def streamworker(redis_url, database_url):
     env = {**clean, "PYTHONPATH": str(ROOT), "DATABASE_URL": database_url, "REDIS_URL": redis_url, "NO_COLOR": "1"}
 
     def run(*words, **more):
-        return forkserver.run(words, env={**env, **more}, cwd=ROOT, timeout=50)
+        return inprocess.run(words, env={**env, **more}, cwd=ROOT)
 
     return run
 

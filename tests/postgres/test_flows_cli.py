@@ -12,7 +12,7 @@ from streamworker import App, Settings, chain, group
 from streamworker.errors import StreamworkerError
 from streamworker.operators import FlowOperator
 from streamworker.operators.audit_trail import ACTOR, Actor
-from tests import forkserver
+from tests import inprocess
 from tests.postgres.test_flows import Step, Sum, end, flow_status, look, order, started, states
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +25,7 @@ def flows(database_url, redis_url):
 
     def call(*words: str, code: int = 0, program: str = "flows", job: str = "", **more: str):
         words = ("--job", job, "--json") if job else words
-        done = forkserver.run([program, *words], env={**env, **more}, cwd=ROOT, timeout=50)
+        done = inprocess.run([program, *words], env={**env, **more}, cwd=ROOT)
         assert done.returncode == code, done.stderr
         return done
 

@@ -19,7 +19,7 @@ from streamworker.postgres.archive import PostgresArchive
 from streamworker.postgres.ledger import PostgresLedger
 from streamworker.postgres.migrate import Migrator, shipped
 from streamworker.postgres.pool import open_database
-from tests import forkserver
+from tests import inprocess
 from tests.conftest import MODES, eventually
 from tests.postgres.test_ledger import run_of
 from tests.postgres.working import settings_for, working
@@ -191,7 +191,7 @@ def test_the_command_asks_for_the_queue_where_an_id_is_not_enough(database_url, 
     env |= {"PYTHONPATH": str(ROOT), "DATABASE_URL": database_url, "REDIS_URL": redis_url, "NO_COLOR": "1"}
 
     def jobs(*words: str) -> subprocess.CompletedProcess[str]:
-        return forkserver.run(["jobs", *words], env=env, cwd=ROOT, timeout=60)
+        return inprocess.run(["jobs", *words], env=env, cwd=ROOT)
 
     for words in (("show", "a"), ("retry", "a", "--yes"), ("cancel", "a", "--yes")):
         asked = jobs(*words)

@@ -17,7 +17,7 @@ from streamworker.embedded.binaries import find_binaries
 from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable
 from streamworker.postgres import migrate
 from streamworker.postgres.migrate import LOCK, Migration, Migrator, load, printed, shipped
-from tests import forkserver
+from tests import inprocess
 
 ROOT = Path(__file__).parents[2]
 # A migration that takes long enough for others to arrive, and would fail if it ran twice.
@@ -41,7 +41,7 @@ def bare():
 
 
 def run(*words, **env):
-    return forkserver.run(["migrate", *words], env={**bare(), **env}, cwd=ROOT, timeout=30)
+    return inprocess.run(["migrate", *words], env={**bare(), **env}, cwd=ROOT)
 
 
 async def test_five_migrators_at_once_apply_everything_once(empty_database):

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
+from tests import forkserver
+
 ROOT = Path(__file__).parents[3]
 
 MANAGE = """
@@ -93,14 +95,12 @@ class Project:
             if not name.startswith(("STREAMWORKER_", "DJANGO_", "DATABASE_", "REDIS_"))
         }
         settings = {"REDIS_URL": self.redis_url, "STREAMWORKER_LEASE": "4", "STREAMWORKER_GRACE": "5"}
-        return {**clean, **settings, "PYTHONPATH": str(ROOT), **more}
+        return {**clean, **settings, "PYTHONPATH": f"{self.directory}{os.pathsep}{ROOT}", **more}
 
     def manage(self, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
         """Run ``manage.py`` from another folder, to its end."""
-        return subprocess.run(
-            [sys.executable, str(self.directory / "manage.py"), *words],
-            env=self.environment(**more), cwd="/", capture_output=True, text=True, timeout=120, check=False,
-        )  # fmt: skip
+        program = str(self.directory / "manage.py")
+        return forkserver.run(words, module=program, env=self.environment(**more), cwd=Path("/"), timeout=120)
 
     @contextmanager
     def started(self, *words: str, **more: str) -> Iterator[subprocess.Popen[bytes]]:
