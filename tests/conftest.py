@@ -235,8 +235,12 @@ def anyio_backend(request: pytest.FixtureRequest) -> Any:
 async def eventually(
     condition: Callable[[], Any] | Callable[[], Awaitable[Any]], timeout: float = 45.0, interval: float = 0.005
 ) -> Any:
-    """Poll until ``condition`` holds and return what it returned; fail at the deadline, with its last answer."""
-    deadline = time.monotonic() + timeout
+    """Poll until ``condition`` holds and return what it returned; fail at the deadline, with its last answer.
+
+    Each pause is a twentieth of what was waited, from ``interval`` on: asking is most of what a test that waits costs.
+    """
+    begun = time.monotonic()
+    deadline = begun + timeout
     while True:
         answer = condition()
         if isinstance(answer, Awaitable):
@@ -245,7 +249,7 @@ async def eventually(
             return answer
         if time.monotonic() > deadline:
             pytest.fail(f"{getattr(condition, '__name__', condition)} did not come true in {timeout} s: {answer!r}")
-        await anyio.sleep(interval)
+        await anyio.sleep(max(interval, min(0.025, (time.monotonic() - begun) / 20)))
 
 
 def eventually_blocking(condition: Callable[[], Any], timeout: float = 45.0, interval: float = 0.01) -> Any:
