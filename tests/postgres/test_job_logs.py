@@ -107,7 +107,7 @@ async def test_a_long_run_is_read_from_redis_and_then_from_the_ledger_once(redis
 @pytest.mark.parametrize("gather", [0.0, 60.0], ids=["in redis", "in the ledger"])
 async def test_with_encryption_no_byte_of_a_line_is_readable(redis_url, database_url, pg, raw, monkeypatch, gather):
     monkeypatch.setattr(job_logs, "GATHER", gather)
-    async with app_on(redis_url, database_url, encryption=KEYS) as app:
+    async with app_on(redis_url, database_url, encryption=KEYS, grace=0.2) as app:
         made = await app.enqueue(Work("MARKER", "retry"))
         running = await app.enqueue(Work("MARKER", "wait"))
         async with working(app):

@@ -5,8 +5,6 @@ import json
 import os
 import re
 import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import asyncpg
@@ -17,7 +15,7 @@ from streamworker.embedded.binaries import find_binaries
 from streamworker.errors import ConfigurationError, StreamworkerError, Unreachable
 from streamworker.postgres import migrate
 from streamworker.postgres.migrate import LOCK, Migration, Migrator, load, printed, shipped
-from tests import inprocess
+from tests import forkserver, inprocess
 
 ROOT = Path(__file__).parents[2]
 # A migration that takes long enough for others to arrive, and would fail if it ran twice.
@@ -50,16 +48,17 @@ async def test_five_migrators_at_once_apply_everything_once(empty_database):
     assert [state.state for state in await Migrator(empty_database, [SLOW, INDEX]).status()] == ["applied", "applied"]
 
 
-def test_five_processes_at_once(empty_database):
-    code = textwrap.dedent("""
-        import anyio, sys
-        from streamworker.postgres.migrate import Migrator
-        print(*anyio.run(Migrator(sys.argv[1]).up))
-    """)
+def test_five_processes_at_once(empty_database, tmp_path):
+    program = tmp_path / "up.py"
+    program.write_text(
+        "import anyio, sys\n"
+        "from streamworker.postgres.migrate import Migrator\n"
+        "print(*anyio.run(Migrator(sys.argv[1]).up))\n"
+    )
     processes = [
-        subprocess.Popen([sys.executable, "-c", code, empty_database], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        forkserver.forked([empty_database], module=str(program), cwd=ROOT, env=bare(), stdout=subprocess.PIPE)
         for _ in range(5)
-    ]  # fmt: skip
+    ]
     said = [process.communicate(timeout=30)[0].split() for process in processes]
     assert [process.returncode for process in processes] == [0] * 5
     assert sorted(name for words in said for name in words) == [each.name for each in shipped()]
@@ -215,15 +214,17 @@ async def test_waiting_for_another_migration_is_said_and_names_it(empty_database
     other = await asyncpg.connect(empty_database, server_settings={"application_name": "forgotten"})
     await other.execute("select pg_advisory_lock($1::bigint)", LOCK)
     pid = other.get_server_pid()
-    command = [sys.executable, "-m", "streamworker", "migrate", "up"]
-    env = {**bare(), "DATABASE_URL": empty_database}
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env) as process:
+    process = forkserver.forked(["migrate", "up"], cwd=ROOT, env={**bare(), "DATABASE_URL": empty_database})
+    try:
         assert process.stderr is not None
-        line = await asyncio.to_thread(next, (each for each in process.stderr if "migration_waits" in each))
-        assert f"PID {pid}, forgotten at" in line
-        assert "gives_up_in" in line
-        await other.close()
-        assert await asyncio.to_thread(process.wait, 30) == 0
+        with process.stderr as said:
+            line = await asyncio.to_thread(next, (each for each in said if "migration_waits" in each))
+            assert f"PID {pid}, forgotten at" in line
+            assert "gives_up_in" in line
+            await other.close()
+            assert await asyncio.to_thread(process.wait, 30) == 0
+    finally:
+        process.kill()
 
 
 async def test_it_gives_up_and_names_the_other(empty_database, monkeypatch):

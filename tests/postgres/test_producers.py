@@ -35,7 +35,7 @@ def node(directory: Path, database_url: str) -> str:
     if npm is None:
         pytest.skip("needs node and npm: install Node 20 or newer")
     shutil.copytree(EXAMPLES / "node", directory / "node", ignore=shutil.ignore_patterns("node_modules"))
-    run([npm, "install", "--no-audit", "--no-fund"], directory / "node", database_url)
+    run([npm, "install", "--no-audit", "--no-fund", "--prefer-offline"], directory / "node", database_url)
     # Node's URLs name a Unix socket in another way.
     parts, query = urlsplit(database_url), dict(parse_qsl(urlsplit(database_url).query))
     url = f"socket://{parts.username}@{query['host']}?db={parts.path.removeprefix('/')}&port={query['port']}"

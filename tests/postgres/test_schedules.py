@@ -98,7 +98,8 @@ async def test_flushall_loses_no_schedule(redis_url, database_url, raw, mode, mi
         assert raw.xlen("stream:{q}") + raw.llen("queue:q") == 1  # and it ticks
 
 
-async def test_a_relay_restores_them_by_itself(redis_url, database_url, raw, pg):
+async def test_a_relay_restores_them_by_itself(redis_url, database_url, raw, pg, monkeypatch):
+    monkeypatch.setattr("streamworker.cron.stored.COMPARE", 0.3)
     app = app_of(redis_url, database_url)
     async with app, app.relay_process() as relaying, anyio.create_task_group() as group:
         stopping = anyio.Event()
