@@ -442,9 +442,6 @@ BY_DEFAULT = {
 }  # fmt: skip
 """Each adapter of ours once, each driver below it, and a connection as well as a session."""
 
-CROSSED = {"sqlalchemy-session-psycopg", "sqlalchemy-connection-asyncpg"}
-"""Of the rest for `turmoil` alone: what the adapter does for a session, and what it does for a driver, know nothing of each other."""
-
 
 def params(*more: str, only: Callable[[Stack], bool] = lambda _: True) -> list[Any]:
     """All stacks as parameters of a test: those `BY_DEFAULT` and ``more``, the others with ``--all``."""
@@ -452,7 +449,7 @@ def params(*more: str, only: Callable[[Stack], bool] = lambda _: True) -> list[A
     return [
         pytest.param(each, id=each.name, marks=() if each.name in usual else pytest.mark.all)
         for each in STACKS
-        if only(each) and each.name not in CROSSED
+        if only(each)
     ]
 
 
