@@ -6,7 +6,7 @@ Tests say what happens to a job; how that looks on the server is said here and n
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,6 +56,10 @@ class Ground:
         """Jobs that wait or run."""
         raise NotImplementedError
 
+    def open_jobs(self, queue: str = "q") -> int:
+        """Jobs of all levels that wait or run."""
+        raise NotImplementedError
+
     def empty(self, queue: str = "q") -> bool:
         """No job of any level waits, runs or is parked."""
         return not any(self.left(level, queue) for level in LEVELS) and not self.raw.exists(self.keys(queue).due)
@@ -85,6 +89,11 @@ class Ground:
         del place  # only streams give the same entry ids
         found = [(owner, count) for each, owner, count in self.claims(queue) if each == entry]
         return found[0] if found else None
+
+    def owners(self, keys: Iterable[tuple[str, bytes]], queue: str = "q") -> dict[tuple[str, bytes], tuple[bytes, int]]:
+        """The same for many at once: those that are held."""
+        found = {entry: (owner, count) for entry, owner, count in self.claims(queue)}
+        return {key: found[key[1]] for key in keys if key[1] in found}
 
     def deliveries(self, claim: Claim) -> int | None:
         """How often it was delivered, whoever holds it now."""
@@ -154,6 +163,12 @@ class StreamGround(Ground):
     def left(self, level: Level = "normal", queue: str = "q") -> int:
         return int(self.raw.xlen(self.place(level, queue)))
 
+    def open_jobs(self, queue: str = "q") -> int:
+        with self.raw.pipeline(transaction=False) as pipe:
+            for place in self.keys(queue).streams:
+                pipe.xlen(place)
+            return sum(pipe.execute())
+
     def waiting(self, level: Level = "normal", queue: str = "q") -> list[bytes]:
         place = self.place(level, queue)
         pending = {each["message_id"] for each in self._pending(place)}
@@ -181,6 +196,17 @@ class StreamGround(Ground):
         except redis.ResponseError:
             return None  # no such stream or group
         return (found[0]["consumer"], found[0]["times_delivered"]) if found else None
+
+    def owners(self, keys: Iterable[tuple[str, bytes]], queue: str = "q") -> dict[tuple[str, bytes], tuple[bytes, int]]:
+        del queue
+        keys = list(keys)
+        places = {place for place, _ in keys}
+        found = {
+            (place, each["message_id"]): (each["consumer"], each["times_delivered"])
+            for place in places
+            for each in self._pending(place)
+        }
+        return {key: found[key] for key in keys if key in found}
 
     def idle(self, claim: Claim) -> int:
         return int(self.raw.xpending_range(claim.place, GROUP, claim.entry, claim.entry, 1)[0]["time_since_delivered"])
@@ -218,6 +244,12 @@ class ListGround(Ground):
     def left(self, level: Level = "normal", queue: str = "q") -> int:
         words = (level.encode(), level.encode() + b"?")
         return self.ready(level, queue) + sum(w.split(b" ", 3)[2] in words for _, w in self._wrappers(queue))
+
+    def open_jobs(self, queue: str = "q") -> int:
+        with self.raw.pipeline(transaction=False) as pipe:
+            for place in self.keys(queue).lists:
+                pipe.llen(place)
+            return sum(pipe.execute()) + self.held(queue)
 
     def waiting(self, level: Level = "normal", queue: str = "q") -> list[bytes]:
         return list(reversed(self.raw.lrange(self.place(level, queue), 0, -1)))

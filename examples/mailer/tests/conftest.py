@@ -122,14 +122,13 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def openssl(*words: str) -> None:
         subprocess.run(["openssl", *words], cwd=home, check=True, capture_output=True)
 
+    elliptic = "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"  # made in a hundredth of the time of RSA
     for name in ("ca", "other"):
         openssl(
-            *("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", f"{name}.key", "-out", f"{name}.pem"),
+            *("req", "-x509", *elliptic, "-nodes", "-keyout", f"{name}.key", "-out", f"{name}.pem"),
             *("-days", "2", "-subj", f"/CN={name}", "-addext", "keyUsage=critical,keyCertSign,cRLSign"),
         )
-    openssl(
-        *("req", "-newkey", "rsa:2048", "-nodes", "-keyout", "server.key", "-out", "server.csr", "-subj", "/CN=server")
-    )
+    openssl("req", *elliptic, "-nodes", "-keyout", "server.key", "-out", "server.csr", "-subj", "/CN=server")
     (home / "extensions").write_text(
         "extendedKeyUsage=serverAuth\nsubjectAltName=IP:127.0.0.1,DNS:hooks.example.com\nauthorityKeyIdentifier=keyid\n"
         "basicConstraints=critical,CA:FALSE\nkeyUsage=critical,digitalSignature\n"

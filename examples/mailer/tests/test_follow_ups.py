@@ -44,7 +44,6 @@ async def test_receivers_are_told_what_they_asked_for(world: Any):
     assert len(world.receiver.requests) == 2 and {each["status"] for each in await calls(world)} == {"delivered"}
 
 
-@pytest.mark.parametrize("mode", ["stream", pytest.param("list", marks=pytest.mark.all)])
 async def test_a_busy_receiver_is_tried_again_with_the_same_bytes(world: Any):
     await register(world, "sent")
     world.receiver.answer(503)
@@ -214,7 +213,6 @@ async def steps(world: Any) -> list[tuple[int, str, int, int]]:
     return [(row["day"], row["step"], row["mails"], row["spam"]) for row in rows]
 
 
-@pytest.mark.parametrize("mode", ["stream", pytest.param("list", marks=pytest.mark.all)])
 async def test_a_warm_up_walks_its_days(world: Any, warming: Any):
     """Days pass as fast as their jobs can run; the seeds' mail comes in as soon as it is sent."""
     await world.enqueue(WarmupOutbound(warmup_id=warming, day=1))

@@ -99,11 +99,16 @@ def test_a_large_body_comes_out_as_it_went_in(encoding: str, end: bytes):
     ]
 
 
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("blocks", [200, pytest.param(900, marks=pytest.mark.all)], ids=["11 MB", "50 MB"])
-def test_many_megabytes_in_little_memory(tmp_path: Path, blocks: int):
+def test_many_megabytes_in_little_memory(tmp_path: Path):
+    """As much for 6 MB as for 1.5 MB: tracing memory takes six times as long as reading."""
+    few, many = (_peak(tmp_path, blocks) for blocks in (25, 100))
+    assert many < 2_500_000 and many - few < 100_000
+
+
+def _peak(folder: Path, blocks: int) -> int:
+    """The most memory that reading an attachment of so many blocks took."""
     block = os.urandom(57 * 1024)
-    with (tmp_path / "message").open("w+b") as file, (tmp_path / "scratch").open("w+b") as scratch:
+    with (folder / "message").open("w+b") as file, (folder / "scratch").open("w+b") as scratch:
         file.write(b"From: a@b.example\r\nContent-Type: application/zip\r\nContent-Transfer-Encoding: base64\r\n\r\n")
         encoded = base64.encodebytes(block)
         for _ in range(blocks):
@@ -115,9 +120,9 @@ def test_many_megabytes_in_little_memory(tmp_path: Path, blocks: int):
         finally:
             tracemalloc.stop()
         (attachment,) = found.attachments
-        assert attachment.size == blocks * len(block) > 11_000_000
+        assert attachment.size == blocks * len(block)
         assert attachment.sha256 == hashlib.sha256(block * blocks).digest()
-        assert peak < 8_000_000
+        return peak
 
 
 def test_a_message_cannot_name_bytes_that_are_not_its_own():
@@ -239,8 +244,7 @@ def test_broken_base64_never_raises(broken: bytes):
     read(b"Content-Type: a/b\nContent-Transfer-Encoding: base64\n\n" + broken)
 
 
-@pytest.mark.parametrize("count", [200, pytest.param(600, marks=pytest.mark.all)])
-def test_mutilated_messages_never_raise(corpus: list[Path], count: int):
+def test_mutilated_messages_never_raise(corpus: list[Path]):
     chance = random.Random(7)
     junk = [
         b"\x00",
@@ -258,7 +262,7 @@ def test_mutilated_messages_never_raise(corpus: list[Path], count: int):
         b"%",
     ]
     originals = [path.read_bytes() for path in corpus if path.stat().st_size < 20_000]
-    for _ in range(count):
+    for _ in range(300):
         raw = bytearray(chance.choice(originals))
         for _ in range(chance.randrange(1, 12)):
             at = chance.randrange(len(raw) + 1)
