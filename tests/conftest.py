@@ -34,6 +34,7 @@ import structlog
 
 from streamworker.broker import Broker
 from streamworker.telemetry import logs
+from streamworker.worker.lease import RenewalProcess
 from tests.contract.ground import GROUNDS, Ground
 
 # Shared machines stall: how long an example takes says nothing about whether it is right.
@@ -184,6 +185,18 @@ def server() -> Iterator[Server]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_renewing_processes() -> Iterator[None]:
+    """A worker in this process starts no Python beside it, which costs more than the worker.
+
+    No handler of theirs keeps the interpreter lock. What that process does is held by tests/contract/test_standby.py,
+    that workers have one by tests/lifecycle.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RenewalProcess, "sign", lambda _: None)
+        yield
+
+
 @pytest.fixture
 def own_server(tmp_path: Path) -> Iterator[Server]:
     """A server of this test's own, with an append-only file: it may be killed and started again."""
@@ -194,24 +207,28 @@ def own_server(tmp_path: Path) -> Iterator[Server]:
         server.kill()
 
 
-@pytest.fixture
-def redis_url(server: Server) -> Iterator[str]:
-    """The server, empty; afterwards no key may be there that no page of ours names, and nothing foreign may linger."""
-    with server.client() as client:
-        client.flushall()
-        client.config_set("maxmemory", 0)
-    yield server.url
-    with server.client() as client:
-        client.config_set("maxmemory", 0)
-        leaked = [key for key in client.keys("*") if not key.decode().removeprefix("ns:").startswith(_OURS)]
-        assert not leaked, f"keys of no known family: {leaked}"
-
-
-@pytest.fixture
-def raw(redis_url: str, server: Server) -> Iterator[redis.Redis]:
-    """A plain client, to look at the server and to do what producers and bad luck do."""
+@pytest.fixture(scope="session")
+def _client(server: Server) -> Iterator[redis.Redis]:
+    """One for all tests: to make a client costs as much as twenty commands."""
     with server.client() as client:
         yield client
+
+
+@pytest.fixture
+def redis_url(server: Server, _client: redis.Redis) -> Iterator[str]:
+    """The server, empty; afterwards no key may be there that no page of ours names, and nothing foreign may linger."""
+    _client.flushall()
+    _client.config_set("maxmemory", 0)
+    yield server.url
+    _client.config_set("maxmemory", 0)
+    leaked = [key for key in _client.keys("*") if not key.decode().removeprefix("ns:").startswith(_OURS)]
+    assert not leaked, f"keys of no known family: {leaked}"
+
+
+@pytest.fixture
+def raw(redis_url: str, _client: redis.Redis) -> redis.Redis:
+    """A plain client, to look at the server and to do what producers and bad luck do."""
+    return _client
 
 
 @pytest.fixture(autouse=True)
@@ -273,12 +290,11 @@ BrokerFactory = Callable[..., Any]
 
 
 @pytest.fixture(params=MODES)
-def ground(request: pytest.FixtureRequest, redis_url: str, server: Server) -> Iterator[Ground]:
+def ground(request: pytest.FixtureRequest, raw: redis.Redis) -> Ground:
     """The server in one mode; the contract holds in all of them."""
     if request.param not in MODES:
         pytest.skip("list mode refuses a cluster")
-    with server.client() as client:
-        yield GROUNDS[request.param](client)
+    return GROUNDS[request.param](raw)
 
 
 @pytest.fixture

@@ -94,9 +94,9 @@ async def test_suspects_that_cannot_be_settled_keep_no_other_queue_waiting(raw, 
     """Each is run, refused and held: a worker that drained for the next one would claim nothing for a lease."""
     monkeypatch.setattr("streamworker.broker.claim.TURN", 60.0)
     async with broker_factory("dead", queues=("spoilt",), lease=60) as gone:
-        for _ in range(300):
+        for _ in range(100):
             ground.push("no json", queue="spoilt")
-        for claim in await gone.claim(300, 0, ()):
+        for claim in await gone.claim(100, 0, ()):
             ground.ripen(claim, count=4)
     ground.forget_pace("spoilt")
     spoil(raw, "dead letters of a wrong type")

@@ -33,7 +33,8 @@ def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(steady, "OUTPUT", tmp_path / "steady")
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  all: x\n")
     (tmp_path / "test_it.py").write_text(TESTS)
-    return ["-p", "tests.plugin", "-p", "no:valkey", "-p", "no:cacheprovider", "-n", "0", str(tmp_path)]
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # they take longer to import than these tests to run
+    return ["-p", "tests.plugin", "-p", "xdist", "-p", "no:cacheprovider", "-n", "0", str(tmp_path)]
 
 
 def test_what_fails_now_and_then_is_in_the_table(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
