@@ -11,6 +11,7 @@ from typing import Any
 
 import anyio
 import msgspec
+import pytest
 
 from streamworker import App, Backoff, Context, Payload, ProcessContext, Retry
 from streamworker.broker.base import RedisBroker
@@ -18,11 +19,17 @@ from streamworker.codec import read as read_document
 from streamworker.job import Settled
 from streamworker.results import LIFE, LogLine
 from streamworker.views.job_log import JobLogLine
+from streamworker.worker import job_logs
 from streamworker.worker.job_logs import RunLog
 from tests.conftest import eventually
 from tests.contract.helpers import job, one, recover, settings, working
 
 foreign = logging.getLogger("a.library")
+
+
+@pytest.fixture(autouse=True)
+def lines_gather_for_a_moment(monkeypatch):
+    monkeypatch.setattr(job_logs, "GATHER", 0.05)
 
 
 class Work(Payload, kind="work", queue="q"):
