@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import cyclopts
 import pytest
 
 from streamworker import cli
@@ -62,32 +63,88 @@ def test_help_imports_no_client(bare):
     assert "pending" in out
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        "queues",
-        "workers",
-        *(pytest.param(more, marks=pytest.mark.all) for more in ("queues --json", "pending", "delayed", "dead")),
-    ],
-)
-def test_listings_import_what_they_use(sw, raw, words):
-    """Nobody waits for PostgreSQL's driver, a worker, tracebacks in colours and OpenTelemetry in order to see a queue."""
+LISTINGS = ("queues", "queues --json", "workers", "pending", "delayed", "dead", "queues --log-format json")
+FORKING = """
+import gc, json, os, sys
+from streamworker.cli import main
+
+def run(words, names):
+    code = main(words.split())
+    print(json.dumps([words, [name for name in names if name in sys.modules], code, gc.isenabled()]), flush=True)
+
+first, *others = sys.argv[2:]
+run(first, sys.argv[1].split())
+for words in others:
+    print(f"# {words}", file=sys.stderr, flush=True)
+    if not (pid := os.fork()):
+        if "--log-format" in words:
+            os.environ["STREAMWORKER_NOSUCHTHING"] = "1"
+        run(words, sys.argv[1].split())
+        sys.exit()
+    os.waitpid(pid, 0)
+"""
+
+
+@pytest.fixture
+def listings(sw, raw):
+    """(what each listing printed, (what it imported, its exit code, whether it collects), its standard error).
+
+    The first runs in a Python of its own, and the others in forks of it: what they import beyond it is theirs.
+    """
     raw.xadd("stream:{notes}", {"job": json.dumps({"kind": "note.write", "payload": {"text": "x"}})})
-    found, out = imported(sw.env, words, HEAVY)
-    assert found == "[]"
-    assert ("notes" in out) is words.startswith("queues")
+    command = [sys.executable, "-c", FORKING, " ".join(HEAVY), *LISTINGS]
+    done = subprocess.run(command, env=sw.env, capture_output=True, text=True, timeout=45)
+    out, ends, printed = {}, {}, []
+    for line in done.stdout.splitlines():
+        if line.startswith('["') and json.loads(line)[0] in LISTINGS:
+            words, *end = json.loads(line)
+            out[words], ends[words], printed = "\n".join(printed), end, []
+        else:
+            printed.append(line)
+    return out, ends, dict(each.split("\n", 1) for each in done.stderr.split("# ")[1:])
 
 
-def test_a_listing_that_has_something_to_log_logs_it(sw):
-    """What was put off is not lost: the first event configures the logs as the flags say."""
-    done = sw("queues", "--log-format", "json", STREAMWORKER_NOSUCHTHING="1", fresh=True)
-    assert done.returncode == 0
-    (line,) = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
+def test_listings_import_what_they_use(listings):
+    """Nobody waits for PostgreSQL's driver, a worker, tracebacks in colours and OpenTelemetry in order to see a queue.
+
+    What was put off is not lost: the first event that a listing logs configures the logs as the flags say.
+    """
+    out, ends, errors = listings
+    *quiet, logs = LISTINGS
+    for words in quiet:
+        assert ends[words] == [[], 0, True], words
+        assert ("notes" in out[words]) is words.startswith("queues")
+    assert ends[logs][1:] == [0, True]
+    (line,) = [json.loads(line) for line in errors[logs].splitlines() if line.startswith("{")]
     assert (line["event"], line["level"]) == ("setting_without_effect", "warning")
 
 
-def test_every_command_has_help(capsys):
-    root = command_tree()
+@pytest.fixture(scope="module")
+def assembled():
+    """(the tree of commands, the arguments of those that have assembled them)."""
+    return command_tree(), {}
+
+
+@pytest.fixture
+def tree(assembled, monkeypatch):
+    """One tree for help and completion, whose commands assemble their arguments once: help does so three times a page."""
+    root, made = assembled
+    assemble = cyclopts.App.assemble_argument_collection
+
+    def once(app, **options):
+        if app.name == ("completion",):  # which is parsed here, and arguments keep what was parsed
+            return assemble(app, **options)
+        if id(app) not in made:
+            made[id(app)] = assemble(app, **{**options, "parse_docstring": True})
+        return made[id(app)]
+
+    monkeypatch.setattr(cyclopts.App, "assemble_argument_collection", once)
+    monkeypatch.setattr(cli, "command_tree", lambda: root)
+    return root
+
+
+def test_every_command_has_help(tree, capsys):
+    root = tree
     for name, *_ in cli._COMMANDS:
         app = root[name]
         subcommands = [sub for sub in app if not sub.startswith("-")]
@@ -119,8 +176,11 @@ def test_version(bare):
 @pytest.mark.parametrize(
     "shell", ["bash", pytest.param("zsh", marks=pytest.mark.all), pytest.param("fish", marks=pytest.mark.all)]
 )
-def test_completion(bare, shell):
-    assert "pending" in bare.ok("completion", shell).stdout
+def test_completion(bare, tree, shell):
+    script = bare.ok("completion", shell).stdout
+    assert "pending" in script
+    if shell != "bash":  # which describes nothing
+        assert "`dead groups`" in script.replace("\\`", "`"), "a text of help is no Markdown"
 
 
 def test_config(bare, tmp_path):
