@@ -6,11 +6,13 @@ streams and exit code; it ends as Python ends, `threading` and `atexit` included
 line (``PYTHON*``, the locale) is the fork server's: who tests that starts a Python of its own.
 
 ``forked(["worker", "jobs:app"], cwd=…, env=…)`` has the face of `subprocess.Popen`. The server is started by the first
-call, and ends with the process that called.
+call, and ends with the process that called. Workers of a supervisor, and what ``dev`` starts, come from it too: they
+differ from children of these in their parent alone.
 """
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import importlib
 import json
@@ -25,18 +27,25 @@ import subprocess
 import sys
 import time
 import traceback
+import types
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Final
 
+import anyio
+
 import streamworker
 from streamworker import cli
+from streamworker.cli import dev
 
 ROOT: Final = Path(__file__).parents[1]
 MAX_ORDER: Final = 1 << 20
 """Bytes of one order: words and environment."""
+MOST_DESCRIPTORS: Final = 8
+"""Standard streams, and sockets that a process inherits."""
+OURS: Final = (sys.executable, "-m", "streamworker")
 
 # -- the caller's side
 
@@ -126,6 +135,7 @@ def forked(
     module: str = "streamworker",
     constants: Mapping[str, float | str] | None = None,
     preload: Sequence[str] = (),
+    forks: bool = True,
 ) -> Forked:
     """Start ``python -m streamworker WORDS`` as a process of its own.
 
@@ -139,11 +149,10 @@ def forked(
         start_new_session: make it the leader of a session: it and its children share no process group with the test.
         module: another one than ``streamworker`` to run as ``__main__``.
         constants: seconds that are too long to wait for, such as ``{"streamworker.worker.HURRIED": 0.5}``, for this
-            process alone.
+            process and the workers that are forked for it.
         preload: modules that the fork server imports first, once, because many processes of these tests would.
+        forks: workers of a supervisor and of ``dev`` are forked too; else each starts a Python of its own.
     """
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    connection.connect(_address())
     ends: dict[str, int] = {}
     theirs: list[int] = []
     mine: list[int] = []
@@ -158,16 +167,24 @@ def forked(
             mine.append(theirs[-1])
         else:
             theirs.append(wanted if isinstance(wanted, int) else wanted.fileno())
-    order = {"words": [*words], "cwd": str(cwd), "env": dict(env), "session": start_new_session, "module": module}
-    order |= {"constants": dict(constants or {}), "preload": [*preload]}
-    socket.send_fds(connection, [json.dumps(order).encode()], theirs)
-    process = Forked(connection, words)
+    order = {
+        "words": [*words], "cwd": str(cwd), "env": dict(env), "session": start_new_session, "module": module,
+        "constants": dict(constants or {}), "preload": [*preload], "forks": forks, "numbers": [0, 1, 2],
+    }  # fmt: skip
+    process = _order(_address(), order, theirs)
     for descriptor in mine:
         os.close(descriptor)
     for name, descriptor in ends.items():
         # Unbuffered underneath, for `communicate` reads the descriptor itself.
         setattr(process, name, os.fdopen(descriptor, "w" if name == "stdin" else "r", errors="replace"))
     return process
+
+
+def _order(address: str, order: Mapping[str, Any], descriptors: Sequence[int]) -> Forked:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection.connect(address)
+    socket.send_fds(connection, [json.dumps(order).encode()], descriptors)
+    return Forked(connection, order["words"])
 
 
 def run(
@@ -210,10 +227,13 @@ if {fresh_first}:
         pass
     else:
         os.execv(real[0], real)
-order = {{"words": words, "cwd": os.getcwd(), "env": dict(os.environ), "session": False, "module": module}}
+order = {{
+    "words": words, "cwd": os.getcwd(), "env": dict(os.environ), "session": False, "module": module,
+    "constants": {{}}, "forks": True, "numbers": [0, 1, 2],
+}}
 connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 connection.connect({address!r})
-socket.send_fds(connection, [json.dumps({{**order, "constants": {{}}}}).encode()], [0, 1, 2])
+socket.send_fds(connection, [json.dumps(order).encode()], [0, 1, 2])
 pid = int(connection.recv(100))
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, lambda number, frame: os.kill(pid, number))
@@ -303,16 +323,18 @@ def _main(alive: socket.socket) -> int:
             return 0
         if listener in ready:
             connection, _ = listener.accept()
-            data, descriptors, _, _ = socket.recv_fds(connection, MAX_ORDER, 3)
+            data, descriptors, _, _ = socket.recv_fds(connection, MAX_ORDER, MOST_DESCRIPTORS)
             order = json.loads(data)
-            for name in order.get("preload", ()):
-                importlib.import_module(name)
+            for module in order.get("preload", ()):
+                importlib.import_module(module)
             pid = os.fork()
             if not pid:
                 for mine in (alive, listener, connection, *children.values()):
                     mine.close()
                 for mine in (wake, waker):
                     os.close(mine)
+                if order["forks"]:
+                    _fork_own("\0" + name, order)
                 return _child(order, descriptors)
             for descriptor in descriptors:
                 os.close(descriptor)
@@ -337,11 +359,7 @@ def _child(order: dict[str, Any], descriptors: Sequence[int]) -> int:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which `nohup` ignores
     if order["session"]:
         os.setsid()
-    for number, descriptor in enumerate(descriptors):
-        os.dup2(descriptor, number)
-    for descriptor in descriptors:
-        if descriptor > 2:
-            os.close(descriptor)
+    _put(descriptors, order["numbers"])
     os.environ.clear()
     os.environ.update(order["env"])
     time.tzset()
@@ -372,6 +390,60 @@ def _child(order: dict[str, Any], descriptors: Sequence[int]) -> int:
     except BaseException:
         traceback.print_exc()
         return 1
+
+
+def _put(descriptors: Sequence[int], numbers: Sequence[int]) -> None:
+    """Give descriptors their numbers."""
+    high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 100) for descriptor in descriptors]
+    for descriptor in descriptors:
+        os.close(descriptor)
+    for descriptor, number in zip(high, numbers, strict=True):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+
+
+class _Process:
+    """A forked process as a supervisor knows its workers; the part of `anyio.abc.Process` that it uses."""
+
+    def __init__(self, forked: Forked) -> None:
+        self._forked = forked
+        self.pid = forked.pid
+        self.kill = forked.kill
+        self.send_signal = forked.send_signal
+
+    async def wait(self) -> int:
+        await anyio.wait_readable(self._forked._connection)
+        return self._forked.wait()
+
+    async def __aenter__(self) -> _Process:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._forked.kill()
+        self._forked.wait()
+
+
+def _fork_own(address: str, mine: Mapping[str, Any]) -> None:
+    """Have what this process starts of ours forked, too."""
+    opened, popen = anyio.open_process, subprocess.Popen
+
+    def fork(words: Sequence[str], env: Mapping[str, str], passed: Sequence[int]) -> Forked:
+        numbers = [0, 1, 2, *passed]
+        order = {**mine, "words": [*words], "cwd": str(Path.cwd()), "env": dict(env), "session": True, "numbers": numbers}
+        return _order(address, order, numbers)
+
+    async def open_process(command: Sequence[str], **options: Any) -> Any:
+        if tuple(command[:3]) != OURS:
+            return await opened(command, **options)
+        return _Process(fork(command[3:], options["env"], options["pass_fds"]))
+
+    def start(command: Sequence[str], *, process_group: int, pass_fds: Sequence[int] = ()) -> Any:
+        if tuple(command[:3]) != OURS:
+            return popen(command, process_group=process_group, pass_fds=pass_fds)
+        return fork(command[3:], os.environ, pass_fds)
+
+    anyio.open_process = open_process
+    dev.subprocess = types.SimpleNamespace(Popen=start, TimeoutExpired=subprocess.TimeoutExpired)  # type: ignore[assignment]
 
 
 def set_constant(name: str, value: float | str) -> float | str:

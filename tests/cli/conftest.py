@@ -116,6 +116,8 @@ class Program:
             self.env["REDIS_URL"] = url
         self.constants: dict[str, float | str] = {}
         """Seconds that are too long to wait for for here: see `forkserver.forked`."""
+        self.forks = True
+        """Whether workers of a supervisor and of ``dev`` are forked; else they start as where there is no fork server."""
         self.running: list[forkserver.Forked | subprocess.Popen[str]] = []
 
     def command(self, *words: object) -> list[str]:
@@ -147,9 +149,10 @@ class Program:
         assert done.returncode == 0, (done.stdout, done.stderr)
         return done
 
-    def start(self, *words: object, **env: str) -> Running:
+    def start(self, *words: object, module: str = "streamworker", **env: str) -> Running:
         place = {"cwd": self.directory, "env": {**self.env, **env}}
-        return self._runs(forkserver.forked([*map(str, words)], constants=self.constants, **place))
+        options = {"module": module, "constants": self.constants, "forks": self.forks}
+        return self._runs(forkserver.forked([*map(str, words)], **options, **place))
 
     def piped(self, *words: object, stdout: int | IO[str] = subprocess.PIPE) -> forkserver.Forked:
         """A process whose standard error, and standard output unless it is to go elsewhere, are pipes to the test."""

@@ -9,19 +9,15 @@ import psutil
 import pytest
 
 from streamworker.cli.dev import Watch
+from tests.cli.test_processes import alive, ready
 from tests.conftest import eventually_blocking
-
-
-def children(running):
-    """The workers; the dashboard stands beside them."""
-    return [child for child in psutil.Process(running.process.pid).children() if "worker" in child.cmdline()]
 
 
 def test_reload(sw, raw, project, tmp_path):
     sw.constants |= {"streamworker.cli.dev.POLL": 0.05, "streamworker.cli.dev.GRACE": "0.3"}
     dev = sw.start("dev", "jobs:app", "--log-format", "json")
     eventually_blocking(lambda: dev.saw("worker_ready"), 20)
-    (first,) = children(dev)
+    [(_, first)] = ready(dev)
     sw.ok("enqueue", "note.write", '{"text": "x"}', "--app", "jobs:app")
     eventually_blocking(lambda: raw.xlen("stream:{notes}") == 0)
 
@@ -30,7 +26,7 @@ def test_reload(sw, raw, project, tmp_path):
     (project / "jobs.py").write_text(good + "\n1 / 0\n")
     eventually_blocking(lambda: dev.saw("ZeroDivisionError"), 20)
     eventually_blocking(lambda: dev.saw("worker_ended"), 20)
-    assert not first.is_running()
+    assert not alive(first)
     (project / "jobs.py").write_text(good + '\nprint("second version", flush=True)\n')
     eventually_blocking(lambda: dev.saw("worker_ready", 2), 20)
 
@@ -43,21 +39,22 @@ def test_reload(sw, raw, project, tmp_path):
     (tmp_path / "gate").touch()
     eventually_blocking(lambda: raw.xlen("stream:{holds}") == 0)
 
-    (last,) = children(dev)
+    _, last = ready(dev)[-1]
     dev.signal(signal.SIGINT)
     assert dev.wait() == 0
-    assert not last.is_running()
+    assert not alive(last)
     assert raw.xinfo_consumers("stream:{notes}", "workers") == []
 
 
 def test_the_worker_ends_with_dev_however_that_ended(sw, raw):
+    sw.forks = False
     dev = sw.start("dev", "jobs:app", "--log-format", "json")
     eventually_blocking(lambda: dev.saw("worker_ready"), 20)
-    (worker,) = children(dev)
+    [(_, worker)] = ready(dev)
     beside = psutil.Process(dev.process.pid).children()
     try:
         dev.kill()
-        eventually_blocking(lambda: not worker.is_running())
+        eventually_blocking(lambda: not alive(worker))
         assert raw.xinfo_consumers("stream:{notes}", "workers") == []
     finally:
         for each in beside:
@@ -68,10 +65,10 @@ def test_the_worker_ends_with_dev_however_that_ended(sw, raw):
 def test_a_hang_up_ends_dev_and_its_worker(sw, raw):
     dev = sw.start("dev", "jobs:app", "--log-format", "json")
     eventually_blocking(lambda: dev.saw("worker_ready"), 20)
-    (worker,) = children(dev)
+    [(_, worker)] = ready(dev)
     dev.signal(signal.SIGHUP)
     assert dev.wait() == 0
-    assert not worker.is_running()
+    assert not alive(worker)
 
 
 def test_embedded(bare, project):

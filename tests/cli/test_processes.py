@@ -26,6 +26,7 @@ def alive(pid):
 
 
 def test_one_signal_drains_all(sw, raw, tmp_path):
+    sw.forks = False
     supervisor = sw.worker("--processes", 2, "--concurrency", 1, "--queues", "holds")
     eventually_blocking(lambda: len(ready(supervisor)) == 2)
     names = {name for name, _ in ready(supervisor)}

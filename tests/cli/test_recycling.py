@@ -233,7 +233,8 @@ def ask(port, path):
         connection.close()
 
 
-def test_probes_at_one_address_see_no_gap(recycled, ground, ran, project):
+def test_probes_at_one_address_see_no_gap(sw, recycled, ground, ran, project):
+    sw.forks = False
     port = free_port()
     supervisor = recycled("--max-jobs", 1, "--concurrency", 2, "--http", f"127.0.0.1:{port}")
     eventually_blocking(lambda: ask(port, "/readyz")[0] == 200, 20)

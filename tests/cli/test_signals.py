@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import sys
 
 import pytest
 
@@ -11,19 +10,9 @@ from tests.cli.conftest import document
 from tests.cli.test_processes import alive, ready
 from tests.conftest import eventually_blocking, free_port
 
-FORKS = """
-import asyncio, concurrent.futures, multiprocessing, os, signal, subprocess, sys, threading, time
-from streamworker import App, Context, Payload
-
-class Fork(Payload, kind="fork", queue="forks"):
-    way: str
-    out: str
-
-class Neighbour(Payload, kind="neighbour", queue="forks"):
-    out: str
-    n: int
-
-app = App()
+CHILDREN = """
+# What children run: without Streamworker, which a spawned one would import with it.
+import os, signal, time
 
 def note(path, word):
     fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
@@ -46,6 +35,21 @@ def told(out):
     note(out, "up")
     for _ in range(1200):  # Python misses a signal that comes just before a long sleep begins
         time.sleep(0.05)
+"""
+FORKS = """
+import concurrent.futures, multiprocessing, os, signal, subprocess, sys, time
+from children import note, sleeps, told
+from streamworker import App, Payload
+
+class Fork(Payload, kind="fork", queue="forks"):
+    way: str
+    out: str
+
+class Loop(Payload, kind="loop", queue="forks"):
+    way: str
+    out: str
+
+app = App()
 
 def up(out):
     while not (os.path.exists(out) and os.path.getsize(out)):
@@ -90,7 +94,7 @@ def multi_pool(method, out):
 
 def program(out, **options):
     code = "import signal, sys, time; open(sys.argv[1], 'w').write('state ' + str(signal.getsignal(signal.SIGTERM)) + chr(10)); time.sleep(60)"
-    child = subprocess.Popen([sys.executable, "-c", code, out], **options)
+    child = subprocess.Popen([sys.executable, "-ISc", code, out], **options)
     up(out)
     child.terminate()
     return child.wait(10)
@@ -119,36 +123,28 @@ WAYS = {
     "system": shell,
 }
 
-@app.handler
-def neighbour(payload: Neighbour) -> None:
-    note(payload.out, f"neighbour {payload.n} {os.getpid()}")
-
 @app.handler(max_attempts=1)
 def fork(payload: Fork) -> None:
     note(payload.out + ".end", f"ended {WAYS[payload.way](payload.out)}")
+
+@app.handler(max_attempts=1)
+async def loop(payload: Loop) -> None:
+    note(payload.out + ".end", f"ended {WAYS[payload.way](payload.out)}")
 """
-ASYNC = FORKS.replace("def fork(payload", "async def fork(payload")
 ENDS = {
     "mp-handler": "7", "pool-fork": "BrokenProcessPool", "pool-spawn": "BrokenProcessPool", "mp-pool": "0", "system": "15",
 }  # fmt: skip
 
 
 @pytest.fixture
-def forks(project, request):
-    (project / "forks.py").write_text(ASYNC if request.param == "async" else FORKS)
+def forks(project):
+    (project / "children.py").write_text(CHILDREN)
+    (project / "forks.py").write_text(FORKS)
 
 
-@pytest.mark.parametrize(
-    ("loop", "forks"),
-    [
-        ("asyncio", "sync"),
-        ("uvloop", "async"),
-        pytest.param("asyncio", "async", marks=pytest.mark.all),
-        pytest.param("uvloop", "sync", marks=pytest.mark.all),
-    ],
-    indirect=["forks"],
-)
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 def test_the_signals_of_a_handlers_children_are_their_own(sw, ground, project, tmp_path, forks, loop):
+    """Of handlers in threads, and of those on the event loop."""
     ways = [
         "fork",
         "mp-fork",
@@ -164,21 +160,22 @@ def test_the_signals_of_a_handlers_children_are_their_own(sw, ground, project, t
     ]
     worker = sw.fresh(*sw.command("worker", "forks:app", "--concurrency", 4), STREAMWORKER_LOOP=loop)
     eventually_blocking(lambda: worker.saw("worker_ready"))
-    for way in ways:
-        ground.push(document("fork", way=way, out=str(tmp_path / way)), queue="forks")
-    eventually_blocking(lambda: worker.saw("worker_stopping") or ground.empty("forks"), 40)
-    assert not worker.saw("worker_stopping"), worker.text
-    for way in ways:
-        ends = (tmp_path / f"{way}.end").read_text().splitlines()
-        assert ends == [f"ended {ENDS.get(way, '-15')}"], (way, ends)
-    for way in ("fork", "mp-fork"):
-        assert (tmp_path / way).read_text() == "state <Handlers.SIG_DFL: 0> True <Handlers.SIG_DFL: 0> -1 set()\n", way
+    for kind in ("fork", "loop"):
+        for way in ways:
+            ground.push(document(kind, way=way, out=str(tmp_path / f"{kind}-{way}")), queue="forks")
+        eventually_blocking(lambda: worker.saw("worker_stopping") or ground.empty("forks"), 40)
+        assert not worker.saw("worker_stopping"), worker.text
+        for way in ways:
+            ends = (tmp_path / f"{kind}-{way}.end").read_text().splitlines()
+            assert ends == [f"ended {ENDS.get(way, '-15')}"], (kind, way, ends)
+        for way in ("fork", "mp-fork"):
+            state = (tmp_path / f"{kind}-{way}").read_text()
+            assert state == "state <Handlers.SIG_DFL: 0> True <Handlers.SIG_DFL: 0> -1 set()\n", (kind, way)
     worker.signal(signal.SIGTERM)
     assert worker.wait() == 0
 
 
-def test_a_child_that_outlives_a_killed_worker_does_not_keep_its_port(sw, ground, project, tmp_path):
-    (project / "forks.py").write_text(FORKS)
+def test_a_child_that_outlives_a_killed_worker_does_not_keep_its_port(sw, ground, forks, tmp_path):
     address = f"127.0.0.1:{free_port()}"
     first = sw.start("worker", "forks:app", "--http", address)
     ground.push(document("fork", way="orphan", out=str(tmp_path / "orphan")), queue="forks")
@@ -446,7 +443,7 @@ sys.exit(max(codes))
 @pytest.mark.parametrize("where", ["loop", "thread"])
 def test_two_workers_of_a_process_drain_on_one_signal(sw, ground, project, tmp_path, where):
     (project / "two.py").write_text(TWO)
-    process = sw.fresh(sys.executable, "two.py", where)
+    process = sw.start(where, module="two.py")
     eventually_blocking(lambda: process.saw("worker_ready", 2))
     ground.push(document("hold", gate=str(tmp_path / "gate")), queue="holds")
     eventually_blocking(lambda: ground.held("holds") == 1)
