@@ -155,10 +155,12 @@ def _process_state() -> Iterator[None]:
     level, handlers, pipeline, prepared = root.level, root.handlers[:], logs._pipeline, logs._prepared
     configured = structlog.is_configured()
     numbers = {number: signal.getsignal(number) for number in signals.STOP}
-    frozen = gc.get_freeze_count()
+    freeze = gc.freeze
+    gc.freeze = lambda: None  # what was frozen before stays so; to count it, in order to know, takes longer than a command
     try:
         yield
     finally:
+        gc.freeze = freeze
         logs._pipeline, logs._prepared = pipeline, prepared
         if not configured:
             structlog.reset_defaults()
@@ -169,8 +171,6 @@ def _process_state() -> Iterator[None]:
                 if signal.getsignal(number) is not handler:
                     signal.signal(number, handler)
             signals._before.clear()
-        if gc.get_freeze_count() > frozen:
-            gc.unfreeze()
 
 
 @contextmanager
