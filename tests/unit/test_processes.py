@@ -2,157 +2,44 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 import os
-import re
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from streamworker import Handlers, Payload, ProcessContext, Retry, Snooze
-from streamworker.context import Shared
+from streamworker import Handlers, Retry, Snooze
 from streamworker.errors import ConfigurationError, ProcessDied
-from streamworker.execution import CANCELLED, Execution
-from streamworker.job import Cancelled, Claim, Interrupted, Ok, Outcome, Raised, TimedOut
+from streamworker.execution import CANCELLED
+from streamworker.job import Cancelled, Interrupted, Ok, Raised, TimedOut
 from streamworker.redact import describe
 from streamworker.worker.calls import HandlerError
-from streamworker.worker.executor import Executor
-from streamworker.worker.tasks import JobTasks
+from tests import forkserver
 from tests.conftest import eventually
+from tests.unit import process_stage
+from tests.unit.process_stage import Work, stage
 
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.anyio
 
 
-class Work(Payload, kind="work", queue="q"):
-    what: str = ""
-    at: str = ""
+@pytest.fixture(scope="module")
+def anyio_backend():
+    return "asyncio", {"use_uvloop": False}
 
 
-class Odd(Exception):
-    """Cannot be made anew from its arguments."""
+@pytest.fixture(scope="module", autouse=True)
+async def _one_loop(anyio_backend):
+    """One event loop for all: idle processes belong to it, and what one test leaves idle the next one uses.
 
-    def __init__(self, *, reason: str) -> None:
-        super().__init__(reason)
-
-
-def killed() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def for_ever() -> None:
-    """Holds the interpreter lock of its process, in C."""
-    re.match(r"(a+)+$", "a" * 60 + "b")
-
-
-def signalled() -> str:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        os.kill(os.getpid(), number)
-    return "not for me"
-
-
-def raises(error: BaseException) -> None:
-    raise error
-
-
-DOES: dict[str, Any] = {
-    "pid": os.getpid,
-    "for ever": for_ever,
-    "raise": lambda: raises(ValueError("no such number")),
-    "retry": lambda: raises(Retry(7, "later")),
-    "snooze": lambda: raises(Snooze(5)),
-    "odd": lambda: raises(Odd(reason="of its own")),
-    "exit": lambda: sys.exit(3),
-    "die": killed,
-    "unsendable": object,
-    "signals": signalled,
-}
-
-
-def computes(payload: Work, ctx: ProcessContext) -> Any:
-    """A handler that does what its payload says."""
-    if payload.at:
-        Path(payload.at).write_text(str(os.getpid()))
-    if payload.what == "facts":
-        return [ctx.job.id, ctx.attempt, ctx.last_attempt, ctx.worker_id, ctx.deadline is not None]
-    if payload.what == "progress":
-        ctx.progress(3, 4, "nearly")
-        time.sleep(60)
-    return DOES[payload.what]()
-
-
-class Neighbour(Payload, kind="neighbour", queue="q"):
-    at: str
-    until: str
-
-
-class Turns(Payload, kind="turns", queue="q"):
-    until: str
-
-
-def waits(payload: Neighbour) -> int:
-    """A neighbour in a process of its own."""
-    Path(payload.at).write_text(str(os.getpid()))
-    while not Path(payload.until).exists():
-        time.sleep(0.01)
-    return os.getpid()
-
-
-TURNS = [0]
-
-
-async def turns(payload: Turns) -> str:
-    """A neighbour on the event loop."""
-    while not os.path.exists(payload.until):  # noqa: ASYNC240, PTH110 - a moment
-        await asyncio.sleep(0.01)
-        TURNS[0] += 1
-    return "ended"
-
-
-class Stage:
-    def __init__(self, timeout: float | None) -> None:
-        handlers: Handlers[Any] = Handlers()
-        handlers.handler(process=True, timeout=timeout, max_attempts=9)(computes)
-        handlers.handler(process=True, timeout=60)(waits)
-        handlers.handler(timeout=60)(turns)
-        self.executor = Executor(handlers, Shared("w", None))
-        self.ended: list[Execution] = []
-        self.stuck: list[Execution] = []
-        self.tasks = JobTasks(10, self.executor, self, stuck=self.stuck.append, grace=5)  # type: ignore[arg-type]
-
-    def finish(self, run: Execution) -> None:
-        self.ended.append(run)
-
-    def put(self, what: str, at: Path | str = "") -> Execution:
-        return self.put_kind("work", what=what, at=str(at))
-
-    def put_kind(self, kind: str, **payload: Any) -> Execution:
-        body = json.dumps({"id": payload.get("what", kind), "kind": kind, "payload": payload}).encode()
-        run = Execution(Claim("q", "normal", "stream:{q}", b"%d-0" % id(body), 1, body, b"e"))
-        self.executor.prepare(run)
-        self.tasks.put(run)
-        return run
-
-    async def outcome(self, run: Execution) -> Outcome | None:
-        await eventually(lambda: run in self.ended, 20, 0.002)
-        return run.outcome
-
-
-@asynccontextmanager
-async def stage(timeout: float | None = 60) -> AsyncIterator[Stage]:
-    made = Stage(timeout)
-    made.tasks.open()
-    try:
-        yield made
-    finally:
-        await made.tasks.close(5)
+    They import the main module as well, which is pytest's.
+    """
+    with pytest.MonkeyPatch.context() as patches:
+        patches.delattr(sys.modules["__main__"], "__file__", raising=False)
+        yield
 
 
 def gone(pid: int) -> bool:
@@ -220,10 +107,10 @@ async def test_code_that_never_ends_in_c_is_dead_within_a_second_and_its_neighbo
         other = await begun(tmp_path / "other")
         run = on.put("for ever", tmp_path / "pid")
         pid = await begun(tmp_path / "pid")
-        turned, began = TURNS[0], time.monotonic()
+        turned, began = process_stage.TURNS[0], time.monotonic()
         await eventually(lambda: gone(pid), 20, 0.002)
         assert time.monotonic() - began < 1 + 1  # its timeout, and a second
-        assert TURNS[0] - turned > 10
+        assert process_stage.TURNS[0] - turned > 10
         assert isinstance(await on.outcome(run), TimedOut)
         assert not gone(other)
         (tmp_path / "until").touch()
@@ -251,18 +138,9 @@ async def test_progress_reaches_the_worker():
         assert await on.outcome(run) == Cancelled()
 
 
-WORKER = """
-import asyncio, sys
-from tests.unit.test_processes import stage
-async def main():
-    async with stage(timeout=None) as on:
-        await on.outcome(on.put("for ever", sys.argv[1]))
-asyncio.run(main())
-"""
-
-
 async def test_it_ends_with_its_worker_whatever_it_computes(tmp_path):
-    worker = subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path / "pid")])
+    words, module = [str(tmp_path / "pid")], "tests.unit.process_stage"
+    worker = forkserver.forked(words, cwd=ROOT, env=os.environ, module=module, stderr=subprocess.DEVNULL)
     try:
         pid = await begun(tmp_path / "pid")
     finally:
