@@ -294,20 +294,11 @@ TESTS = """
 """
 
 
-def inner(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.RunResult:
+def test_the_plugin_in_a_users_project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch):
+    pytester.makepyfile(shop=MODULE, test_shop=TESTS, test_without="def test_it(streamworker_live_app): ...")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(pytester.path), *(path for path in sys.path if path)]))
     monkeypatch.setenv("REDIS_URL", "redis://192.0.2.1")  # nobody's; the plugin must not look there
     options = [] if LOADED else ["-p", PLUGIN]
-    return pytester.runpytest_subprocess(*options, "-p", "no:valkey", "-p", "no:cacheprovider", "-q", timeout=50)
-
-
-def test_the_plugin_in_a_users_project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch):
-    pytester.makepyfile(shop=MODULE, test_shop=TESTS)
-    inner(pytester, monkeypatch).assert_outcomes(passed=7)
-
-
-def test_a_missing_app_is_said(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch):
-    pytester.makepyfile("def test_it(streamworker_live_app): ...")
-    result = inner(pytester, monkeypatch)
-    result.assert_outcomes(errors=1)
+    result = pytester.runpytest_subprocess(*options, "-p", "no:valkey", "-p", "no:cacheprovider", "-q", timeout=50)
+    result.assert_outcomes(passed=7, errors=1)
     result.stdout.fnmatch_lines(["*define a fixture `streamworker_app` that returns your App*"])
