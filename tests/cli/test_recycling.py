@@ -117,7 +117,7 @@ def order(supervisor, *events):
 
 @both_modes
 def test_a_worker_that_leaks_is_replaced_and_nothing_is_lost_or_run_twice(recycled, ground, ran):
-    supervisor = recycled("--max-rss", 100, "--concurrency", 2)
+    supervisor = recycled("--max-rss", 120, "--concurrency", 2)
     leak(ground, *range(300))
     eventually_blocking(lambda: len(ran()) >= 300 and ground.empty("leaks"), 60)
     replaced(supervisor)
