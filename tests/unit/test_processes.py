@@ -26,20 +26,10 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture(scope="module")
-def anyio_backend():
-    return "asyncio", {"use_uvloop": False}
-
-
-@pytest.fixture(scope="module", autouse=True)
-async def _one_loop(anyio_backend):
-    """One event loop for all: idle processes belong to it, and what one test leaves idle the next one uses.
-
-    They import the main module as well, which is pytest's.
-    """
-    with pytest.MonkeyPatch.context() as patches:
-        patches.delattr(sys.modules["__main__"], "__file__", raising=False)
-        yield
+@pytest.fixture(autouse=True)
+def _no_main_module(monkeypatch):
+    """Processes import the main module as well, which is pytest's."""
+    monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)
 
 
 def gone(pid: int) -> bool:
