@@ -290,11 +290,11 @@ BrokerFactory = Callable[..., Any]
 
 
 @pytest.fixture(params=MODES)
-def ground(request: pytest.FixtureRequest, raw: redis.Redis) -> Ground:
+def ground(request: pytest.FixtureRequest, redis_url: str, _client: redis.Redis) -> Ground:
     """The server in one mode; the contract holds in all of them."""
     if request.param not in MODES:
         pytest.skip("list mode refuses a cluster")
-    return GROUNDS[request.param](raw)
+    return GROUNDS[request.param](_client)
 
 
 @pytest.fixture

@@ -40,6 +40,8 @@ AGAIN: dict[str, str] = {
     "crash": "crash",
 }
 
+LOOK = 0.5
+"""Seconds."""
 LAST_WORDS = 60.0
 """Seconds for a check that is ended by Ctrl-C to clean up what it started."""
 
@@ -68,13 +70,10 @@ class Checks:
         try:
             for thread in threads:
                 thread.start()
-            for thread in threads:
-                thread.join()
+            _join(threads)
         except KeyboardInterrupt:
             self._stop("Ctrl-C")
-            for thread in threads:
-                if thread.is_alive():
-                    thread.join()
+            _join(threads)
         seconds = time.monotonic() - self._began
         for line in self._not_run:
             print(f"=== ci: {line}", flush=True)
@@ -127,6 +126,13 @@ class Checks:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(LAST_WORDS)
             _signal(process, signal.SIGKILL)
+
+
+def _join(threads: Sequence[threading.Thread]) -> None:
+    """Wait for them, with a look now and then: a signal that comes just before a wait without end is not heard."""
+    for thread in threads:
+        while thread.is_alive():
+            thread.join(LOOK)
 
 
 def _signal(process: subprocess.Popen[bytes], number: int) -> None:
