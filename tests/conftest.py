@@ -209,7 +209,7 @@ def own_server(tmp_path: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def _client(server: Server) -> Iterator[redis.Redis]:
-    """One for all tests: to make a client costs as much as twenty commands."""
+    """To empty the server between tests: to make a client costs as much as twenty commands."""
     with server.client() as client:
         yield client
 
@@ -226,9 +226,10 @@ def redis_url(server: Server, _client: redis.Redis) -> Iterator[str]:
 
 
 @pytest.fixture
-def raw(redis_url: str, _client: redis.Redis) -> redis.Redis:
+def raw(redis_url: str, server: Server) -> Iterator[redis.Redis]:
     """A plain client, to look at the server and to do what producers and bad luck do."""
-    return _client
+    with server.client() as client:
+        yield client
 
 
 @pytest.fixture(autouse=True)
