@@ -156,9 +156,8 @@ def _process_state() -> Iterator[None]:
     configured = structlog.is_configured()
     numbers = {number: signal.getsignal(number) for number in signals.STOP}
     freeze = gc.freeze
-    gc.freeze = lambda: (
-        None
-    )  # what was frozen before stays so; to count it, in order to know, takes longer than a command
+    # What was frozen before stays so, and nothing else is: to count it, in order to know, takes longer than a command.
+    gc.freeze = lambda: None
     try:
         yield
     finally:
