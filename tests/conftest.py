@@ -291,11 +291,12 @@ BrokerFactory = Callable[..., Any]
 
 
 @pytest.fixture(params=MODES)
-def ground(request: pytest.FixtureRequest, redis_url: str, _client: redis.Redis) -> Ground:
+def ground(request: pytest.FixtureRequest, redis_url: str, server: Server) -> Iterator[Ground]:
     """The server in one mode; the contract holds in all of them."""
     if request.param not in MODES:
         pytest.skip("list mode refuses a cluster")
-    return GROUNDS[request.param](_client)
+    with server.client() as client:
+        yield GROUNDS[request.param](client)
 
 
 @pytest.fixture
