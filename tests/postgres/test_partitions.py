@@ -99,12 +99,15 @@ async def test_what_a_partition_lost_runs_again(redis_url, raw, database_url, pg
         await operator.pause("q", "until it is lost")
     async with app, working(app):
         async with pg.transaction():
-            await app.enqueue_many([Plain(n=n) for n in range(20)], connection=pg)
+            await app.enqueue_many([Plain(n=n) for n in range(60)], connection=pg)
 
         async def dispatched() -> bool:
-            return await statuses(pg) == {"dispatched": 20}
+            return await statuses(pg) == {"dispatched": 60}
 
         await eventually(dispatched)
+        # Sixty, of which some come to each partition; all are there, as nothing is claimed yet.
+        homes = ("q", "q#1", "q#2", "q#3")
+        await eventually(lambda: sum(raw.xlen(f"stream:{{{home}}}") for home in homes) == 60)
         lost = [name for name in raw.keys("stream:{q#2}*") if not name.endswith(b":order")]
         assert raw.xlen("stream:{q#2}")
         raw.delete(*lost)
@@ -112,7 +115,7 @@ async def test_what_a_partition_lost_runs_again(redis_url, raw, database_url, pg
             await operator.resume("q")
 
         async def done() -> bool:
-            return await statuses(pg) == {"completed": 20}
+            return await statuses(pg) == {"completed": 60}
 
         await eventually(done)
-    assert sorted(ran["plain"]) == list(range(20))
+    assert sorted(ran["plain"]) == list(range(60))

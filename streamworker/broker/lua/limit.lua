@@ -118,8 +118,9 @@ local function ask(n, token, member, before, arrival, order)
   forget(n, member)
   if before ~= '' then forget(n, before) end
   if cap[n] > 0 and redis.call('ZSCORE', KEYS[key(n)], token) then return { 1, 0, '' } end -- the reply was lost
-  local first = arrival <= 0 or arrival > now
-  if first then arrival = now + order / 1000 end -- those of one call keep their order
+  local first = arrival <= 0 or arrival > now + 1
+  -- To the microsecond, or one that comes within a ms could overtake; those of one call keep their order.
+  if first then arrival = (micros + order) / 1000 end
   local stamp = string.format('%.3f', arrival)
   local rank = redis.call('ZCOUNT', KEYS[key(n) + 1], '-inf', (first and '' or '(') .. stamp)
   if rank < free(n) then
