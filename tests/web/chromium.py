@@ -192,7 +192,9 @@ class Chromium:
         self.until(f"(e => e && !e.disabled && e.getClientRects().length)(document.querySelector({quoted}))")
         place = self.value(
             "(e => { if (!e) return null; e.scrollIntoView({block: 'center'}); window.clicked = false;"
-            " addEventListener('click', (event) => { window.clicked = e.contains(event.target); }, {capture: true, once: true});"
+            # By the selector: a live page may have put another element there, which has got the click.
+            f" addEventListener('click', (event) => {{ window.clicked = !!event.target.closest({quoted}); }},"
+            " {capture: true, once: true});"
             f" const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]; }})(document.querySelector({quoted}))"
         )
         if place is None:
