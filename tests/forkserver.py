@@ -232,7 +232,7 @@ if {fresh_first}:
         os.execv(real[0], real)
 order = {{
     "words": words, "cwd": os.getcwd(), "env": dict(os.environ), "session": False, "module": module,
-    "constants": {{}}, "forks": True, "numbers": [0, 1, 2],
+    "constants": {{}}, "preload": [], "forks": True, "numbers": [0, 1, 2],
 }}
 connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 connection.connect({address!r})
@@ -328,7 +328,7 @@ def _main(alive: socket.socket) -> int:
             connection, _ = listener.accept()
             data, descriptors, _, _ = socket.recv_fds(connection, MAX_ORDER, MOST_DESCRIPTORS)
             order = json.loads(data)
-            for module in order.get("preload", ()):
+            for module in order["preload"]:
                 importlib.import_module(module)
             pid = os.fork()
             if not pid:

@@ -41,7 +41,7 @@ AGAIN: dict[str, str] = {
 }
 
 LOOK = 0.5
-"""Seconds."""
+"""Seconds between two looks whether a signal has come."""
 LAST_WORDS = 60.0
 """Seconds for a check that is ended by Ctrl-C to clean up what it started."""
 

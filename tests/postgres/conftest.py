@@ -11,7 +11,6 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from streamworker.worker.lease import RenewalProcess
 from tests.postgres.databases import Databases, Killable
 from tests.postgres.servers import PostgresServer
 
@@ -32,8 +31,6 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, seconds in WAITS.items():
         assert isinstance(pkgutil.resolve_name(name), float), name
         monkeypatch.setattr(name, seconds)
-    # A Python of its own for each worker, which these never need: no handler here keeps the interpreter lock.
-    monkeypatch.setattr(RenewalProcess, "sign", lambda _: None)
 
 
 @pytest.fixture(scope="session")

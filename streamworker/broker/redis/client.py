@@ -126,16 +126,16 @@ class RedisAddress:
             raise ConfigurationError(
                 "partitions of a cluster are spread by their slots: set a number in STREAMWORKER_PARTITIONS, not URLs"
             )
-        places: dict[tuple[str, ...], Host] = {self._url.place: (str(self), 0)}
-        other = self.renamed(self._name)
-        other._servers = {(str(self), 0): self}
-        homes = {}
-        for home, url in urls.items():
+        main = (str(self), 0)
+        hosts, other = {self._url.place: main}, self.renamed(self._name)
+        other._servers = {main: self}
+        of_url = {}
+        for url in dict.fromkeys(urls.values()):
             each = RedisAddress(url, self._name)
             # By what a URL means: two readings of one server would be two blocking reads there.
-            host = homes[home] = places.setdefault(each._url.place, (str(each), len(places)))
-            other._servers.setdefault(host, each)
-        other._slots = PartitionServers((str(self), 0), homes)
+            of_url[url] = hosts.setdefault(each._url.place, (str(each), len(hosts)))
+            other._servers.setdefault(of_url[url], each)
+        other._slots = PartitionServers(main, {home: of_url[url] for home, url in urls.items()})
         return other
 
     @property
