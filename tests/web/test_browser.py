@@ -158,6 +158,23 @@ def test_ticks_survive_what_happens_meanwhile(served):
     assert page.value("[...document.querySelectorAll('tbody input')].map(box => box.checked)") == [False] * 3 + [True]
 
 
+def test_a_traceback_opens_and_stays_open(served):
+    letter(served.raw, id="d1")
+    served.open("/groups")
+    page = served.page
+    opened = "document.querySelector('#live details').open"
+    page.click("#live summary")
+    page.until(opened)
+    letter(served.raw, id="d2")
+    page.until("document.querySelector('#live tbody tr td.n').innerText === '2'")  # it was updated
+    assert page.value(opened)
+    page.press("j")
+    page.until("(document.querySelector('#live summary').focus(), !!document.querySelector('#live tr.at'))")
+    page.press("Enter")
+    page.until(f"!{opened}")
+    assert page.value("location.pathname") == "/groups"  # which no click and no Enter there has left
+
+
 def test_light_and_dark(served):
     served.raw.xadd("stream:{q}", {"job": "{}"})
     page = served.page

@@ -187,6 +187,9 @@
 
   // -- acting
 
+  // What does something of its own with a click, with Enter and with space.
+  const CONTROLS = "a, button, input, label, details";
+
   function toast(text, bad) {
     if (!text) return;
     const box = document.createElement("div");
@@ -273,7 +276,7 @@
     const button = event.target.closest("[data-do]");
     if (button) { event.preventDefault(); return void act(button); }
     const row = event.target.closest("tr[data-open]");
-    if (row && !event.target.closest("a, button, input, label") && !String(getSelection())) {
+    if (row && !event.target.closest(CONTROLS) && !String(getSelection())) {
       if (event.target.closest(".tick")) { const box = $('input[name="row"]', row); box.checked = !box.checked; return picked(); }
       if (event.metaKey || event.ctrlKey) window.open(row.dataset.open, "_blank", "noopener");
       else location.assign(row.dataset.open);
@@ -323,14 +326,14 @@
       g: () => { going = Date.now(); },
       "/": () => ($("[data-search]") || $(".filter input"))?.focus(),
       j: () => step(1), ArrowDown: () => step(1), k: () => step(-1), ArrowUp: () => step(-1),
-      Enter: () => row && !event.target.closest("a, button") && location.assign(row.dataset.open),
-      " ": () => { const box = row && $('input[name="row"]', row); if (box) { box.checked = !box.checked; picked(); } },
+      Enter: () => location.assign(row.dataset.open),
+      " ": () => { const box = $('input[name="row"]', row); if (box) { box.checked = !box.checked; picked(); } },
       a: () => $("[data-all]")?.click(),
       t: () => $("#theme").click(),
       "?": () => $("#keys").showModal(),
     };
     const run = keys[event.key];
-    if (!run || (event.key === "Enter" && (!row || event.target.closest("a, button"))) || (event.key === " " && !row)) return;
+    if (!run || (["Enter", " "].includes(event.key) && (!row || event.target.closest(CONTROLS)))) return;
     if (["ArrowDown", "ArrowUp"].includes(event.key) && !$("#live tbody tr[data-open]")) return;
     event.preventDefault();
     run();
