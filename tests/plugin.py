@@ -1,8 +1,8 @@
 """Which tests run, in which order, and one line about those that did not: a plugin of pytest, named in pyproject.toml.
 
-``pytest`` leaves out what a marker of `LEFT_OUT` carries. ``--all`` runs what is marked ``all`` too. A test runs whatever its
-markers when it is asked for: by its node id, by ``-m`` with the name of its marker, by ``--last-failed``, or by a ``-k`` that
-fits no other test. ``--order-seed N`` runs everything in an order of chance, the same for the same N.
+``pytest`` leaves out what a marker of `LEFT_OUT` carries. ``--all`` runs what is marked ``all`` too, as is by itself what tries
+a promise once more (`AGAIN`). A test runs whatever its markers when it is asked for: by its node id, by ``-m`` with the name of
+its marker, by ``--last-failed``, or by a ``-k`` that fits no other test. ``--order-seed N`` runs everything in an order of chance, the same for the same N.
 """
 
 from __future__ import annotations
@@ -21,6 +21,13 @@ import pytest
 LEFT_OUT = {"all": "--all", "slow": "-m slow", "crash": "./dev crash"}
 """Markers of tests that run only when they are asked for, and how to ask."""
 
+AGAIN = ("ground", "mode", "stack", "dispatcher", "loop")
+"""Parameters whose values try the same promise in another mode, with another driver or loop: the first is tried every day.
+
+Not where brokers themselves are tested: tests/contract, except for what is ``mode_free``.
+"""
+CONTRACT = Path(__file__).parent / "contract"
+
 _left_out = pytest.StashKey[Counter[str]]()
 
 
@@ -37,6 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_left_out] = Counter()
+    config.pluginmanager.register(_Again(), "streamworker-again")
     if config.pluginmanager.has_plugin("xdist"):
         config.pluginmanager.register(_Distributed(), "streamworker-distributed")
 
@@ -75,6 +83,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     _choose(config, items)
     if config.option.order_seed is not None:
         _shuffle(items, config.option.order_seed)
+
+
+class _Again:
+    """Marks ``all`` what tries a promise once more, before anything is chosen by its markers."""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        seen = set()
+        for item in items:
+            parameters = getattr(item, "callspec", None) and item.callspec.params
+            if not parameters or parameters.keys().isdisjoint(AGAIN):
+                continue
+            if CONTRACT in item.path.parents and not item.get_closest_marker("mode_free"):
+                continue
+            others = [(name, repr(value)) for name, value in parameters.items() if name not in AGAIN]
+            promise = item.nodeid.partition("[")[0], *sorted(others)
+            if promise in seen:
+                item.add_marker("all")
+            seen.add(promise)
 
 
 def _choose(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -71,14 +71,13 @@ _DEAD: Final = "status = 'dead', last_error = $3, finished_at = clock_timestamp(
 
 # Of the jobs with one order key the relay takes one at a time, and none while its queue is compared with Redis: those
 # that Redis lost come first. One that is not due yet takes its place when it is.
-_KNOWN: Final = """not exists (
-      select from streamworker.job_queues as queue where queue.name = jobs.queue_name and queue.recheck_at is not null
-    )"""
-_FIRST: Final = f"""not exists (
+_FIRST: Final = """not exists (
       select from streamworker.jobs as before
       where before.queue_name = jobs.queue_name and before.order_key = jobs.order_key and before.place < jobs.place
         and before.status in ('queued', 'dispatching') and coalesce(before.run_at, before.created_at) <= now()
-    ) and {_KNOWN}"""
+    ) and not exists (
+      select from streamworker.job_queues as queue where queue.name = jobs.queue_name and queue.recheck_at is not null
+    )"""
 
 
 def _due(level: Level) -> str:
@@ -100,7 +99,7 @@ _QUEUED: Final = f"""{", ".join(map(_due, LEVELS))}, due as (
 _STUCK: Final = f"""stuck as materialized (
   select id, queue_name from streamworker.jobs
   where status = 'dispatching' and updated_at < now() - make_interval(secs => $2)
-    and (order_key is null or {_KNOWN})
+    and (order_key is null or {_FIRST})
   order by updated_at limit $1 for update skip locked
 )"""  # noqa: S608
 CLAIM: Final = f"""

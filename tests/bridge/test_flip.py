@@ -7,6 +7,7 @@ import pytest
 from tests.bridge.flip import Flip, play
 
 
+@pytest.mark.all
 @pytest.mark.timeout(400)
 async def test_there_and_back_while_producers_push_hundreds_of_jobs_a_second(tmp_path):
     flip = Flip(tmp_path, workers=3, rate=300, lease=5.0, seed=1, later=1.0)

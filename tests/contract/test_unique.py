@@ -152,9 +152,10 @@ async def test_a_job_of_before_frees_nothing_of_its_successor(scene, ground, raw
     assert scene.holder == "another"
 
 
-async def test_a_worker_that_dies_frees_nothing_and_its_rescuer_does(scene, ground, raw, broker_factory):
-    first = await scene.put(1, unique="done")
-    async with broker_factory("dead") as dead:
+async def test_a_worker_that_dies_frees_nothing_and_its_rescuer_does(ground, raw, broker_factory):
+    scene = Scene(raw, ground, lease=1)
+    async with scene.app, broker_factory("dead") as dead:
+        first = await scene.put(1, unique="done")
         (claim,) = await dead.claim(1, 0, ())
         ground.ripen(claim)
         assert scene.holder == first.id

@@ -68,7 +68,8 @@ def test_a_killed_worker_loses_nothing(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.all)])
+@pytest.mark.all
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_cleans_everything_up(tmp_path: Path, number: signal.Signals):
     process, began = begun(tmp_path)
     assert len(began) >= 6  # SMTP, three workers, two servers

@@ -9,6 +9,7 @@ import pytest
 from tools import release
 
 
+@pytest.mark.all
 @pytest.mark.timeout(300)
 def test_two_builds_are_the_same_bytes_and_complete(tmp_path: Path):
     sdist, wheel = release.build(tmp_path)  # ends the process if they differ
@@ -32,6 +33,7 @@ def test_two_builds_are_the_same_bytes_and_complete(tmp_path: Path):
     } <= inside
 
 
+@pytest.mark.all
 @pytest.mark.timeout(300)
 def test_builds_that_differ_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     real, moments = release.exported, iter(["1700000000", "1700086400"])

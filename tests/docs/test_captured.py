@@ -16,6 +16,7 @@ from tools.capture import capture
 PAGES = [page for page in walk.walked_pages() if page.name != "tutorial.md"]
 
 
+@pytest.mark.all
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_the_page_does_what_it_says(page: Path, tmp_path: Path, pytestconfig: pytest.Config):

@@ -18,7 +18,7 @@ from tests.web.chromium import Chromium, program
 from tools.site import __main__ as building
 
 pytestmark = [
-    pytest.mark.mode_free,
+    pytest.mark.all,
     pytest.mark.skipif(program() is None, reason="needs Chromium: apt-get install chromium"),
     pytest.mark.timeout(600),
 ]

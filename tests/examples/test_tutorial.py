@@ -65,6 +65,7 @@ def mail_server() -> Iterator[tuple[int, list[str]]]:
 
 # The first block starts the embedded servers with each of its commands and stops them again; then they stay, which saves
 # two seconds each.
+@pytest.mark.all
 @pytest.mark.timeout(900)
 def test_the_tutorial_does_what_it_says(tmp_path: Path, pytestconfig: pytest.Config):
     home = tmp_path / "hello"

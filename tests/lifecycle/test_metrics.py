@@ -98,7 +98,7 @@ def test_a_redis_that_refuses_writes_is_told(start, redis_url, raw):  # noqa: F8
 
 
 def test_it_answers_while_a_handler_blocks_the_loop(start, redis_url, raw):  # noqa: F811
-    worker = start(redis_url, CONCURRENCY=2).ready()
+    worker = start(redis_url, constants=SOON, CONCURRENCY=2).ready()
     put(raw, "block", "b", seconds=12.0)
     eventually_blocking(lambda: traces(raw, "block"), 20)
     put(raw, "quick", "waits")

@@ -7,6 +7,7 @@ import pytest
 from tests.postgres.flow_turmoil import FlowTurmoil, all_in_all, at_progress
 
 
+@pytest.mark.all
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("mode", ["stream", "list"])
@@ -22,6 +23,7 @@ async def test_flows_end_as_foretold_whatever_dies(tmp_path, mode):
         print("\n".join(turmoil.told))
 
 
+@pytest.mark.all
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.timeout(240)
 async def test_a_release_after_the_ack_loses_flows(tmp_path):

@@ -86,6 +86,18 @@ async def test_any_driver_names_the_keys(pg, redis_url, database_url):
         await eventually(lambda: ran["s"] == [0, 1, 2, 3], timeout=20)
 
 
+async def test_a_job_that_a_relay_took_and_did_not_send_waits_for_an_earlier_one_that_was_lost(pg, redis_url, database_url):
+    await commit(pg, *(Step("k", number) for number in range(3)))
+    await pg.execute(
+        "update streamworker.jobs set status = 'dispatching', updated_at = now() - interval '1 minute' "
+        "where (payload->>'number')::int > 0"
+    )
+    ran = defaultdict(list)
+    async with working(working_app(redis_url, database_url, ran)):
+        await eventually(lambda: len(ran["k"]) == 3, timeout=20)
+    assert ran["k"] == [0, 1, 2]
+
+
 @pytest.mark.parametrize("mode", ["stream", "list"])
 async def test_what_redis_lost_runs_again_in_order(pg, raw, redis_url, database_url, mode):
     ran = defaultdict(list)

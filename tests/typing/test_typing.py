@@ -28,6 +28,7 @@ EXAMPLES = [
 ]
 
 
+@pytest.mark.all
 @pytest.mark.timeout(180)
 def test_basedpyright(tmp_path):
     """Both in one go, most of which is for what they import: the examples in the mode that editors begin with."""

@@ -225,6 +225,7 @@ READ = """
 """
 
 
+@pytest.mark.all
 def test_every_page_can_be_read_shows_all_its_columns_and_fits_a_phone(served):
     raw = served.raw
     held(raw, 2, worker="worker-with-a-rather-long-hostname.internal-12345-abcdefghi")
