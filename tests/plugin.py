@@ -24,9 +24,8 @@ LEFT_OUT = {"all": "--all", "slow": "-m slow", "crash": "./dev crash"}
 AGAIN = ("ground", "mode", "stack", "dispatcher", "loop")
 """Parameters whose values try the same promise in another mode, with another driver or loop: the first is tried every day.
 
-Not where brokers themselves are tested: tests/contract, except for what is ``mode_free``.
+Both modes of what calls a broker itself (`broker_factory`) are, unless it is ``mode_free``: their scripts differ.
 """
-CONTRACT = Path(__file__).parent / "contract"
 
 _left_out = pytest.StashKey[Counter[str]]()
 
@@ -95,7 +94,7 @@ class _Again:
             parameters = getattr(item, "callspec", None) and item.callspec.params
             if not parameters or parameters.keys().isdisjoint(AGAIN):
                 continue
-            if CONTRACT in item.path.parents and not item.get_closest_marker("mode_free"):
+            if "broker_factory" in item.fixturenames and not item.get_closest_marker("mode_free"):
                 continue
             others = [(name, repr(value)) for name, value in parameters.items() if name not in AGAIN]
             promise = item.nodeid.partition("[")[0], *sorted(others)

@@ -25,6 +25,7 @@ def test_every_setting_has_its_line():
         assert f"`{PREFIX}{line.name.removeprefix(PREFIX)}`" in page, line.name
 
 
+@pytest.mark.all
 def test_every_command_has_its_heading():
     from streamworker.cli import _COMMANDS
 

@@ -27,7 +27,13 @@ pytestmark = pytest.mark.timeout(180)
 
 BY = [
     "command line",
-    pytest.param("web", marks=pytest.mark.skipif(program() is None, reason="needs Chromium: apt-get install chromium")),
+    pytest.param(
+        "web",
+        marks=[
+            pytest.mark.all,
+            pytest.mark.skipif(program() is None, reason="needs Chromium: apt-get install chromium"),
+        ],
+    ),
 ]
 
 
@@ -345,6 +351,7 @@ def test_a_job_that_blocks_the_event_loop_for_ever(ran, sw, ground, raw, by, pag
     assert second.stop() == 0
 
 
+@pytest.mark.all
 @pytest.mark.parametrize("by", ["command line and web"])
 def test_a_leaking_worker(ran, sw, ground, raw, by, page):
     """A megabyte a job: seen as memory of the worker; with --max-rss it is replaced, nothing is lost or run twice."""
