@@ -112,7 +112,7 @@ docs-serve *args:
 
 # Every code block of README and docs, run or checked; and pages that are a story, followed
 docs-test *args:
-    pytest -q -n auto --dist worksteal tests/docs "$@"
+    pytest -q -n auto --dist worksteal --all tests/docs "$@"
 
 # README and tutorial alone, in a fresh clone with an empty home, the commands copied out of the files (five minutes)
 newcomer *args:

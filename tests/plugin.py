@@ -68,7 +68,7 @@ def pytest_xdist_auto_num_workers() -> int | None:
     if os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS"):
         return None  # xdist reads it
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(3 * cores, 12)
+    return min(3 * cores + 1, 12)
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:

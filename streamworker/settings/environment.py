@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from os.path import commonprefix
 from pathlib import Path
 from typing import NamedTuple
 
@@ -110,6 +111,8 @@ def _read(name: str, path: str) -> str:
 
 def edit_distance(a: str, b: str) -> int:
     """Return the Damerau-Levenshtein distance: insertions, deletions, replacements and swaps of neighbours."""
+    start = len(commonprefix((a, b)))  # most names have the same one, and it changes nothing
+    a, b = a[start:], b[start:]
     width = len(a) + len(b)
     last_row: dict[str, int] = {}  # where each character of `a` was last seen
     # Row and column 0 are a wall: no swap may reach before the first character.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -25,29 +26,35 @@ from streamworker.web.security import Access
 HERE = Path(__file__).parent
 
 
+@cache
+def _environment() -> jinja2.Environment:
+    """The templates of this process, each compiled when it is used first."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "age": age,
+        "ago": _ago,
+        "count": _count,
+        "due": _due,
+        "duration": duration,
+        "percent": percent,
+        "shown": _shown,
+        "size": size,
+        "took": _took,
+        "when": _when,
+    }
+    return environment
+
+
 class PageTemplates:
     """The templates. Everything that is put into them is escaped."""
 
     def __init__(self) -> None:
-        self._environment = jinja2.Environment(
-            loader=jinja2.FileSystemLoader(HERE / "templates"),
-            autoescape=True,
-            undefined=jinja2.StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        self._environment.filters |= {
-            "age": age,
-            "ago": _ago,
-            "count": _count,
-            "due": _due,
-            "duration": duration,
-            "percent": percent,
-            "shown": _shown,
-            "size": size,
-            "took": _took,
-            "when": _when,
-        }
         digest = hashlib.sha256()
         for path in sorted((HERE / "static").iterdir()):
             digest.update(path.read_bytes())
@@ -74,7 +81,7 @@ class PageTemplates:
             "who": scope.get("state", {}).get("who", ""),
             "counts": {},
         }
-        text = self._environment.get_template(template).render({**common, **values})
+        text = _environment().get_template(template).render({**common, **values})
         return HTMLResponse(text, status, {"vary": "HX-Request"})
 
 

@@ -202,6 +202,7 @@ async def test_run_now_leaves_the_ticks_as_they_are(ground, redis_url):
         assert await states(app) == before
 
 
+@pytest.mark.all
 async def test_a_hundred_thousand_cost_one_look_and_one_timer_a_fleet(ground, redis_url, raw, monkeypatch):
     monkeypatch.setattr("streamworker.broker.schedules.LATE", 30.0)  # a step may take seconds on a busy machine
     async with app_of(ground, redis_url) as app, app.operator() as operator:

@@ -51,6 +51,7 @@ def eventually(condition: Callable[[], Any], timeout: float) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.all
 def test_a_killed_worker_loses_nothing(tmp_path: Path):
     done = subprocess.run(
         [sys.executable, "-m", "streamworker", "demo", "--jobs", "300", "--json"],

@@ -116,6 +116,7 @@ warn_unused_ignores = false
 """What mypy lets pass on pages: they show what matters there."""
 
 
+@pytest.mark.all
 @pytest.mark.timeout(300)
 def test_python_has_the_types_it_shows(modules: tuple[Path, list[str]], tmp_path: Path):
     folder, packages = modules
@@ -138,6 +139,7 @@ def database(servers) -> str:
     return servers.database_url
 
 
+@pytest.mark.all
 @pytest.mark.timeout(300)
 async def test_python_runs(modules: tuple[Path, list[str]], servers, database):
     folder, packages = modules

@@ -391,9 +391,11 @@ def test_one_sigterm_waits_for_users_two_do_not(state: Path, user: Callable[...,
 
 
 def crash(*pids: int | None) -> None:
-    for pid in pids:
-        if pid:
-            os.kill(pid, signal.SIGKILL)
+    # Stopped first: none may hear that another one died, and tidy up.
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in pids:
+            if pid:
+                os.kill(pid, number)
     until(lambda: not any(running(pid) for pid in pids))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import shutil
 import signal
 import subprocess
 import tempfile
@@ -73,7 +72,8 @@ class PostgresServer:
         self._directory = directory
         self.listens = False
         layout = open_layout(directory)
-        shutil.copytree(open_layout(Path(_cluster().name)).postgres, layout.postgres, dirs_exist_ok=True)
+        made = open_layout(Path(_cluster().name)).postgres
+        subprocess.run(["cp", "-R", f"{made}/.", layout.postgres], check=True)  # a third of what Python takes
         self._postgres = Postgres(layout, find_binaries())
         self._postgres.prepare()
         self.start()

@@ -39,6 +39,7 @@ async def ask(server: PostgresServer, question: str) -> Any:
         await connection.close()
 
 
+@pytest.mark.all
 async def test_killed_and_restarted_under_load(redis_url, raw, own_postgres):
     """Commits whose answers were lost are looked up; attempts that were cut off are tried again."""
     jobs = 500

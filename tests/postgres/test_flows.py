@@ -427,6 +427,7 @@ async def quiet(pg: asyncpg.Connection) -> bool:
     return not busy and not await pg.fetchval("select count(*) from streamworker.flow_checks")
 
 
+@pytest.mark.all
 @pytest.mark.parametrize("mode", ["stream", "list"])
 async def test_random_flows_end_as_foretold_and_again_when_they_are_healed(redis_url, database_url, pg, mode):
     await prepare(pg)

@@ -210,6 +210,7 @@ async def test_what_is_handed_back_waits_again(redis_url, database_url, raw, pg)
     assert json.loads(entry[b"job"])["hop"] == 1
 
 
+@pytest.mark.all
 async def test_ten_thousand_jobs(redis_url, database_url, pg, raw):
     app: App[None] = App(settings=settings_for(redis_url, database_url, concurrency=100))
 

@@ -369,6 +369,7 @@ async def test_without_a_ledger_one_sentence_says_what_is_missing(redis_url):
             await app.signal("x", "go")
 
 
+@pytest.mark.all
 async def test_a_hundred_thousand_waiting_jobs_cost_redis_and_the_relay_nothing(redis_url, database_url, pg, raw):
     """Neither memory of Redis, nor reads of PostgreSQL that grow with them: counted in pages, which no load changes."""
     database = await open_database(database_url)

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+pytestmark = pytest.mark.all
 pytest_plugins = ["pytester"]
 
 A = """
@@ -42,6 +43,29 @@ import pytest
 def test_other(n): pass
 """
 
+MODES = """
+import pytest
+
+@pytest.fixture
+def broker_factory(): pass
+
+each = pytest.mark.parametrize("mode", ["stream", "list"])
+
+@pytest.mark.parametrize("n", [1, 2])
+@each
+def test_above(mode, n): pass
+
+@each
+def test_broker(mode, broker_factory): pass
+
+@pytest.mark.mode_free
+@each
+def test_free(mode, broker_factory): pass
+
+@pytest.mark.parametrize(("mode", "n"), [("stream", 1), ("list", 2)])
+def test_two(mode, n): pass
+"""
+
 EVERY_DAY = {
     "test_once",
     "test_browser[1]",
@@ -53,7 +77,7 @@ EVERY_DAY = {
 
 @pytest.fixture
 def folder(pytester: pytest.Pytester) -> pytest.Pytester:
-    pytester.makeini("[pytest]\nmarkers =\n  all: x\n  slow: x\n  crash: x\n")
+    pytester.makeini("[pytest]\nmarkers =\n  all: x\n  slow: x\n  crash: x\n  mode_free: x\n")
     pytester.makepyfile(test_a=A, test_b=B)
     return pytester
 
@@ -73,6 +97,17 @@ def test_a_day_runs_what_is_not_marked_and_says_in_one_line_what_did_not_run(fol
         "not run: 2 skipped (needs Chromium: apt-get install chromium), 1 skipped (needs PgBouncer: apt-get install pgbouncer), "
         "2 marked all (--all), 2 marked slow (-m slow), 1 marked crash (./dev crash)"
     )
+
+
+def test_another_mode_is_tried_with_all_where_the_promise_is_the_same(folder: pytest.Pytester):
+    folder.makepyfile(test_m=MODES)
+    both = {"test_broker[stream]", "test_broker[list]", "test_two[stream-1]", "test_two[list-2]"}
+    ran, line = run(folder, "test_m.py")
+    assert set(ran) == both | {"test_above[stream-1]", "test_above[stream-2]", "test_free[stream]"}
+    assert line == "not run: 3 marked all (--all)"
+    more = {"test_above[list-1]", "test_above[list-2]", "test_free[list]"}
+    assert set(run(folder, "test_m.py", "--all")[0]) == set(ran) | more
+    assert run(folder, "test_m.py::test_above[list-2]")[0] == ["test_above[list-2]"]
 
 
 def test_all_runs_all_but_what_is_slow(folder: pytest.Pytester):

@@ -8,6 +8,8 @@ import pytest
 
 from tools import steady
 
+pytestmark = pytest.mark.all
+
 TESTS = """
 import pytest
 

@@ -228,9 +228,8 @@ def legible(served: Served, width: int) -> Any:
 
 
 class TestInChromium:
-    pytestmark = needs_chromium
+    pytestmark = [*needs_chromium, pytest.mark.all]
 
-    @pytest.mark.all
     def test_graphs_are_legible_at_5_and_at_500_nodes(self, served, database_url):
         ends = [(0, "charge", "completed"), (0, "pack", "dead"), (1, "step", "completed"),
                 *((1, f"pages/step-{n}", "dead" if n % 90 == 0 else "completed") for n in range(2, 300)),

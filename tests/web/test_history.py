@@ -178,6 +178,7 @@ async def test_sixty_days_of_forty_kinds_in_postgresql(redis_url, database_url, 
     assert max(seen.values()) < 20 * LIMIT * 1000
 
 
+@pytest.mark.all
 @pytest.mark.skipif(program() is None, reason="needs Chromium: apt-get install chromium")
 @pytest.mark.timeout(180)
 class TestInChromium:

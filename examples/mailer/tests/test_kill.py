@@ -68,6 +68,7 @@ def fleet(world: Any, tmp_path: Path) -> Iterator[Fleet]:
     made.close()
 
 
+@pytest.mark.all
 @pytest.mark.parametrize("mode", ["stream", pytest.param("list", marks=pytest.mark.all)])
 async def test_a_worker_that_dies_between_the_servers_250_and_our_commit(world: Any, fleet: Fleet):
     """The one place where a mail is sent twice: under the same name, and counted."""
@@ -87,6 +88,7 @@ async def test_a_worker_that_dies_between_the_servers_250_and_our_commit(world: 
     assert await world.events() == ["sent"]
 
 
+@pytest.mark.all
 @pytest.mark.parametrize("mode", ["stream", pytest.param("list", marks=pytest.mark.all)])
 @pytest.mark.timeout(300)
 async def test_workers_that_die_at_work(world: Any, fleet: Fleet, tmp_path: Path):
