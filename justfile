@@ -23,7 +23,7 @@ worker *args:
 test *args:
     pytest -n auto --dist worksteal "$@"
 
-# The unit tests, the brokers' contract and Django's tasks on every other Python we claim and this machine has
+# The unit tests, the brokers' contract and Django's tasks on every other Python we claim and this machine has, on Redis 6.2 and 8.2
 pythons *args:
     @./dev pythons "$@"
 
@@ -35,7 +35,7 @@ django-tests python="build/python-3.12/bin/python":
 steady *args:
     @python -m tools.steady "$@"
 
-# The brokers' contract against Redis 8.2 and Redis 6.2
+# The brokers' contract against Redis 6.2 and Redis 8.2 on this Python; `pythons` does so on the others (compat redis-6.2)
 compat *args:
     @python tools/compat.py "$@"
 

@@ -24,9 +24,10 @@ OUTPUT = ROOT / "build" / "check"
 
 # By hand: what is marked slow beyond the topologies, soaks, mutants, benchmarks.
 ROWS: tuple[tuple[str, ...], ...] = (
-    ("test --all -o faulthandler_timeout=600", "pythons", "topologies", "compat", "crash"),
+    ("test --all -o faulthandler_timeout=600", "pythons", "topologies", "crash"),
     (
         *("lint", "types", "layers", "ceilings", "hosts", "links", "spell", "docs", "wheel-test", "demo --jobs 2000"),
+        "pythons --set-up",
         "containers --or-skip",
     ),
 )
@@ -36,7 +37,6 @@ AGAIN: dict[str, str] = {
     "test": "test --all -n 0 --last-failed --last-failed-no-failures none -o faulthandler_timeout=600",
     "pythons": "pythons",
     "topologies": "topologies",
-    "compat": "compat",
     "crash": "crash",
 }
 

