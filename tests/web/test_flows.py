@@ -29,6 +29,7 @@ __all__ = ["database_url", "migrated", "pg", "postgres"]
 
 HOSTILE = "<script>alert(1)</script>\u202e"
 needs_chromium = [
+    pytest.mark.all,
     pytest.mark.skipif(program() is None, reason="needs Chromium: apt-get install chromium"),
     pytest.mark.timeout(180),
 ]
@@ -228,7 +229,7 @@ def legible(served: Served, width: int) -> Any:
 
 
 class TestInChromium:
-    pytestmark = [*needs_chromium, pytest.mark.all]
+    pytestmark = needs_chromium
 
     def test_graphs_are_legible_at_5_and_at_500_nodes(self, served, database_url):
         ends = [(0, "charge", "completed"), (0, "pack", "dead"), (1, "step", "completed"),
