@@ -1,7 +1,7 @@
 """The brokers' contract suite, and the bridge's, against older and other servers, one after the other.
 
 ``python tools/compat.py [server ...] [pytest arguments]``; without names, all servers. They come from wheels of the dev
-lock. A wheel that does not exist for this Python is said aloud and skipped, because nobody can cure that here. ``--names``
+lock. A wheel that does not exist for this Python is said aloud and skipped, as nobody can cure that here. ``--names``
 prints all servers, ``--first server ...`` the first one that this Python has a wheel of: for ``./dev pythons``.
 """
 

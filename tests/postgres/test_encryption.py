@@ -220,7 +220,9 @@ async def test_a_job_whose_key_never_comes_is_dead_with_its_bytes_and_runs_when_
     assert sorted(got) == ["x", "y"]
 
 
-@pytest.mark.parametrize("width", [pytest.param(1, id="small", marks=pytest.mark.all), pytest.param(2000, id="in a store")])
+@pytest.mark.parametrize(
+    "width", [pytest.param(1, id="small", marks=pytest.mark.all), pytest.param(2000, id="in a store")]
+)
 async def test_rotation_under_load_loses_nothing(redis_url, database_url, pg, width):
     """Workers and producers change their keys one after the other while jobs come, as a rolling deploy does."""
     got: list[str] = []

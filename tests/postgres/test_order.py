@@ -86,7 +86,9 @@ async def test_any_driver_names_the_keys(pg, redis_url, database_url):
         await eventually(lambda: ran["s"] == [0, 1, 2, 3], timeout=20)
 
 
-async def test_a_job_that_a_relay_took_and_did_not_send_waits_for_an_earlier_one_that_was_lost(pg, redis_url, database_url):
+async def test_a_job_that_a_relay_took_and_did_not_send_waits_for_an_earlier_one_that_was_lost(
+    pg, redis_url, database_url
+):
     await commit(pg, *(Step("k", number) for number in range(3)))
     await pg.execute(
         "update streamworker.jobs set status = 'dispatching', updated_at = now() - interval '1 minute' "
