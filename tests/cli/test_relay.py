@@ -44,7 +44,7 @@ def test_delayed_jobs_become_ready_without_a_ledger_and_without_an_app(sw, groun
     assert relay.saw("relay_stopped")
 
 
-@pytest.mark.parametrize("ground", ["stream", pytest.param("list", marks=pytest.mark.all)], indirect=True)
+@both_modes
 def test_schedules_tick_without_a_worker(sw, ground, project):
     (project / "scheduled.py").write_text(SCHEDULED)
     by_name = sw.start("relay", "scheduled:app")

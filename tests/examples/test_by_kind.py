@@ -11,8 +11,6 @@ import pytest
 from tests import forkserver
 
 EXAMPLES = Path(__file__).parents[2] / "examples/everyday"
-# What the modes do differently is the contract's; here the examples are tested.
-both_modes = pytest.mark.parametrize("ground", ["stream", pytest.param("list", marks=pytest.mark.all)], indirect=True)
 one_mode = pytest.mark.parametrize("ground", ["stream"], indirect=True)
 """For what runs around handlers alone, which no mode sees."""
 
@@ -28,14 +26,12 @@ def run(program: str, redis_url: str, mode: str, *, dies: bool = False) -> str:
     return done.stdout
 
 
-@both_modes
 def test_limits(ground, redis_url):
     said = run("limits.py", redis_url, ground.mode)
     match = re.fullmatch(r"10 calls in (\d+\.\d) s, 9 reports, one at a time for each tenant\n", said)
     assert match and float(match[1]) >= 0.8
 
 
-@both_modes
 def test_batches(ground, redis_url, raw):
     said = run("batches.py", redis_url, ground.mode)
     match = re.fullmatch(r"199 rows in (\d+) inserts\n", said)
@@ -61,7 +57,6 @@ def test_sentry(ground, redis_url):
     ]
 
 
-@both_modes
 def test_pause(ground, redis_url):
     assert run("pause.py", redis_url, ground.mode).splitlines() == [
         "1 sent, 10 wait, paused by me: the printer is out of paper",

@@ -81,11 +81,6 @@ class Process:
 
 Start = Callable[..., Process]
 
-list_with_all = pytest.mark.parametrize(
-    "ground", ["stream", pytest.param("list", marks=pytest.mark.all)], indirect=True
-)
-"""Of what happens in the worker, whatever its jobs lie in."""
-
 
 @pytest.fixture
 def start(redis_url: str, ground: Ground, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Start]:
@@ -203,7 +198,6 @@ def test_a_second_signal_waits_no_longer(start, raw, number, code, ground):
     assert json.loads(ground.waiting()[0])["hop"] == 1
 
 
-@list_with_all
 def test_a_handler_that_blocks_the_loop_keeps_its_lease_and_is_named(start, raw, ground):
     first, second = start().ready(), start().ready()
     put(ground, "block", "x", seconds=2.4)
@@ -245,7 +239,6 @@ def test_c_code_that_keeps_the_interpreter_lock_keeps_its_place_of_a_limit(start
     assert not any(worker.said("claim_lost") for worker in workers)
 
 
-@list_with_all
 def test_the_renewing_process_ends_with_its_worker(start, raw, ground):
     def children(pid: int) -> list[int]:
         asked = subprocess.run(
@@ -284,7 +277,6 @@ def test_snoozing_charges_nothing(start, raw, ground):
     assert [run[1:] for run in traced(raw, "nap", "x")] == [["1", "1", "0"], ["1", "1", "1"], ["1", "1", "2"]]
 
 
-@list_with_all
 def test_a_thread_that_never_returns_costs_the_process(start, raw, ground):
     worker = start(GRACE=0.5).ready()
     put(ground, "thread", "x")
@@ -297,7 +289,6 @@ def test_a_thread_that_never_returns_costs_the_process(start, raw, ground):
     assert ground.names() == []
 
 
-@list_with_all
 def test_a_handler_past_its_deadline_is_rescued(start, raw, ground):
     """`hang` swallows its timeout: nobody can stop it, but its lease is renewed no more."""
     first, second = start().ready(), start().ready()

@@ -68,7 +68,7 @@ async def outbox(database_url):
     database.close()
 
 
-@pytest.fixture(params=[pytest.param(QueueKeys, id="stream"), pytest.param(ListKeys, id="list", marks=pytest.mark.all)])
+@pytest.fixture(params=[pytest.param(QueueKeys, id="stream"), pytest.param(ListKeys, id="list")])
 async def dispatcher(request, redis_url):
     made = RedisDispatcher(RedisAddress(redis_url), request.param, group="workers", namespace="")
     yield made
