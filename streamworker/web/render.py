@@ -29,25 +29,14 @@ HERE = Path(__file__).parent
 @cache
 def _environment() -> jinja2.Environment:
     """The templates of this process, each compiled when it is used first."""
+    loader = jinja2.FileSystemLoader(HERE / "templates")
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {
-        "age": age,
-        "ago": _ago,
-        "count": _count,
-        "due": _due,
-        "duration": duration,
-        "percent": percent,
-        "shown": _shown,
-        "size": size,
-        "took": _took,
-        "when": _when,
-    }
+        "age": age, "ago": _ago, "count": _count, "due": _due, "duration": duration, "percent": percent,
+        "shown": _shown, "size": size, "took": _took, "when": _when,
+    }  # fmt: skip
     return environment
 
 
