@@ -293,6 +293,16 @@ def _address() -> str:
 _keep: list[socket.socket] = []
 
 
+@atexit.register
+def _end() -> None:
+    """The fork server ends before this process."""
+    if _server is not None and _server[0] == os.getpid():
+        while _keep:
+            _keep.pop().close()
+        with suppress(subprocess.TimeoutExpired):
+            _server[1].wait(5)
+
+
 def _receive(connection: socket.socket) -> bytes:
     data = connection.recv(100)
     if not data:
