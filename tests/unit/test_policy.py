@@ -8,22 +8,39 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamworker.errors import Discard, Retry, Snooze
+from streamworker.errors import Discard, Parked, Retry, Snooze
 from streamworker.job import (
     Abandoned,
+    Cancelled,
     Dead,
+    Deferred,
     Done,
+    Expired,
     Interrupted,
     Ok,
+    OutOfTurn,
     Postponed,
     Raised,
+    Recorded,
     ReleaseAt,
     RetryAt,
     TimedOut,
     Undecodable,
     UnknownKind,
+    Unopened,
 )
-from streamworker.policy import Backoff, Facts, Limits, abandoned, apart_from, group_sizes, half_of, judge
+from streamworker.policy import (
+    Backoff,
+    Facts,
+    Limits,
+    abandoned,
+    apart_from,
+    group_sizes,
+    half_of,
+    judge,
+    least_wait,
+    word_of,
+)
 from streamworker.redact import MAX_CHARS as MAX_ERROR_CHARS
 from streamworker.redact import describe
 
@@ -238,3 +255,23 @@ def test_each_delivery_splits_each_group_in_two():
         halves = {half_of(entry, delivery) for entry in entries}
         assert len(halves) == 2 ** (delivery - 2)
         assert all(half_of(entry, delivery + 1).startswith(half_of(entry, delivery)) for entry in entries)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "word"),
+    [
+        (Ok(), "ok"), (Raised(ValueError()), "raised"), (Raised(Snooze(1)), "snoozed"), (Raised(Discard("no")), "discarded"),
+        (Raised(Parked("go", None)), "waiting"),
+        (TimedOut(1.0), "timed_out"), (Interrupted("shutdown"), "interrupted"), (Cancelled(), "cancelled"),
+        (Expired(), "expired"), (Deferred(NOW, "", ""), "deferred"), (OutOfTurn(), "out_of_turn"), (Undecodable("why"), "undecodable"),
+        (UnknownKind("k"), "unknown_kind"), (Unopened("why"), "unopened"), (Postponed(NOW), "postponed"),
+        (Abandoned(3), "abandoned"), (Recorded(Done(), "why"), "recorded"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_an_outcome_has_the_word_that_metrics_and_the_ledger_use(outcome, word):
+    assert word_of(outcome) == word
+
+
+def test_the_least_wait_after_rapid_returns_doubles_from_the_eleventh_on():
+    assert [least_wait(rapid) for rapid in (0, 10, 11, 12, 13, 19, 30, 10_000)] == [0, 0, 0.2, 0.4, 0.8, 51.2, 60, 60]
