@@ -2,7 +2,8 @@
 
 ``pytest`` leaves out what a marker of `LEFT_OUT` carries. ``--all`` runs what is marked ``all`` too, as is by itself what tries
 a promise once more (`AGAIN`). A test runs whatever its markers when it is asked for: by its node id, by ``-m`` with the name of
-its marker, by ``--last-failed``, or by a ``-k`` that fits no other test. ``--order-seed N`` runs everything in an order of chance, the same for the same N.
+its marker, by ``--last-failed``, or by a ``-k`` that fits no other test. ``--order-seed N`` runs everything in an order of
+chance, the same for the same N.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import pytest
 LEFT_OUT = {"all": "--all", "slow": "-m slow", "crash": "./dev crash"}
 """Markers of tests that run only when they are asked for, and how to ask."""
 
-AGAIN = ("ground", "mode", "stack", "dispatcher", "loop")
-"""Parameters whose values try the same promise in another mode, with another driver or loop: the first is tried every day.
+AGAIN = ("ground", "mode", "dispatcher", "loop")
+"""Parameters whose values try the same promise in another mode or on another loop: the first is tried every day.
 
 Both modes of what calls a broker itself (`broker_factory`) are, unless it is ``mode_free``: their scripts differ.
 """

@@ -171,9 +171,7 @@ def test_the_versions_are_in_a_selector(page: Chromium, url: str, built: Path):
     assert page.value("document.querySelector('.md-version__current').textContent.trim()") == built.name
 
 
-@pytest.mark.parametrize(
-    "every", [pytest.param(False, id="wide-ones"), pytest.param(True, id="every-page", marks=pytest.mark.all)]
-)
+@pytest.mark.parametrize("every", [pytest.param(False, id="wide-ones"), pytest.param(True, id="every-page")])
 def test_no_page_is_wider_than_a_screen(
     page: Chromium, url: str, built: Path, every: bool, monkeypatch: pytest.MonkeyPatch
 ):

@@ -69,7 +69,7 @@ def fleet(world: Any, tmp_path: Path) -> Iterator[Fleet]:
 
 
 @pytest.mark.all
-@pytest.mark.parametrize("mode", ["stream", pytest.param("list", marks=pytest.mark.all)])
+@pytest.mark.parametrize("mode", ["stream", "list"])
 async def test_a_worker_that_dies_between_the_servers_250_and_our_commit(world: Any, fleet: Fleet):
     """The one place where a mail is sent twice: under the same name, and counted."""
     (delivery,) = await world.campaign("ann@example.org")
@@ -89,7 +89,7 @@ async def test_a_worker_that_dies_between_the_servers_250_and_our_commit(world: 
 
 
 @pytest.mark.all
-@pytest.mark.parametrize("mode", ["stream", pytest.param("list", marks=pytest.mark.all)])
+@pytest.mark.parametrize("mode", ["stream", "list"])
 @pytest.mark.timeout(300)
 async def test_workers_that_die_at_work(world: Any, fleet: Fleet, tmp_path: Path):
     """The promise of the whole example, in small: two workers, each killed once while mail goes out."""
