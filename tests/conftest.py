@@ -1,12 +1,14 @@
 """Servers and waiting, shared by all suites.
 
 ``STREAMWORKER_TEST_SERVER`` picks the server: ``valkey`` (default), ``redis-8.2`` or ``redis-6.2``, each a real process out
-of a wheel. ``STREAMWORKER_TEST_TOPOLOGY=sentinel`` or ``cluster`` runs the same tests behind those. Which tests
+of a wheel. ``STREAMWORKER_TEST_TOPOLOGY=sentinel`` or ``cluster`` runs the same tests behind those, and
+``STREAMWORKER_TEST_LOOP=asyncio`` on another event loop than uvloop. Which tests
 run, and in which order, is tests/plugin.py's.
 """
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import importlib.util
 import logging
@@ -31,9 +33,11 @@ import redis
 import redis.asyncio
 import redis.utils
 import structlog
+import uvloop
 
 from streamworker.broker import Broker
 from streamworker.telemetry import logs
+from streamworker.worker.calls import JobThreads
 from streamworker.worker.lease import RenewalProcess
 from tests.contract.ground import GROUNDS, Ground
 
@@ -245,7 +249,16 @@ def _unconfigured_logs() -> Iterator[None]:
         root.handlers[:] = handlers
 
 
-@pytest.fixture(params=[pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio")])
+def event_loop() -> asyncio.AbstractEventLoop:
+    """One as ``streamworker worker`` makes it; `./dev pythons` tries asyncio's own."""
+    loop = (
+        asyncio.new_event_loop() if os.environ.get("STREAMWORKER_TEST_LOOP") == "asyncio" else uvloop.new_event_loop()
+    )
+    JobThreads.install(loop)
+    return loop
+
+
+@pytest.fixture(params=[pytest.param(("asyncio", {"loop_factory": event_loop}), id="asyncio")])
 def anyio_backend(request: pytest.FixtureRequest) -> Any:
     return request.param
 

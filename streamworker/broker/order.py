@@ -22,37 +22,75 @@ Asks: TypeAlias = Session | OperatorSession
 
 SWEEP_EVERY: Final = 60.0
 """Seconds between two sweeps of a queue, whichever worker makes them."""
+SWEEP_AGAIN: Final = 2.0
+"""Seconds after which the one that missed a job looks again."""
 PAGE: Final = 500
 MOST: Final = 10_000
 """Most keys of one sweep."""
 
 
-async def sweep(session: Asks, keys: QueueKeys) -> int:
-    """Pass on keys for which jobs wait and whose holders are nowhere; returns how many. One worker a minute looks.
+class OrderSweeper:
+    """Passes on keys for which jobs wait and whose holders are nowhere.
+
+    A queue is read place after place, and a job may move meanwhile, from one that is not read yet to one that was.
+    So a key is passed on only if the same job was missing in the sweep before, which is kept here: the one that missed it
+    looks again soon.
 
     Args:
         session: the connections.
-        keys: of the queue.
     """
-    if not await session.ask("EXISTS", keys.lines) and not int(await session.ask("HGET", keys.meta, "waiting") or 0):
-        return 0
-    if not await session.ask("SET", keys.swept, "1", "NX", "PX", round(SWEEP_EVERY * 1000)):
-        return 0
-    await session.run(scripts.SWEEP, [keys.meta], [keys.shape])
-    missing: dict[bytes, bytes] = {}
-    for look in range(2):  # twice: a job may move while the queue is read
-        waiting = await session.ask("SRANDMEMBER", keys.lines, MOST)
-        known = {key: holder for key, holder in await _holders(session, keys, waiting) if not look or key in missing}
-        if not known:
+
+    def __init__(self, session: Asks) -> None:
+        self._session = session
+        self._missing: dict[str, dict[bytes, bytes]] = {}
+        """By meta hash of a queue: keys, with the jobs that were missing in the last sweep."""
+
+    @property
+    def is_in_doubt(self) -> bool:
+        """Whether jobs were missing in the last sweep; the next one tells whether they are."""
+        return bool(self._missing)
+
+    async def sweep(self, keys: QueueKeys) -> int:
+        """Look through a queue, once a minute among all workers, or again after a job was missing.
+
+        Args:
+            keys: of the queue.
+
+        Returns:
+            How many keys were passed on.
+        """
+        ask, before = self._session.ask, self._missing.pop(keys.meta, {})
+        if not await ask("EXISTS", keys.lines) and not int(await ask("HGET", keys.meta, "waiting") or 0):
             return 0
-        found = {job_id async for job_id in _ids(session, keys)}
-        missing = {key: holder for key, holder in known.items() if text(holder) not in found}
-    args = [part for pair in missing.items() for part in pair]
-    healed = int(await session.run(scripts.SWEEP, [keys.meta], [keys.shape, *args])) if missing else 0
-    if healed:
-        hint = "their jobs were deleted by hand, or ended by a worker that knows no order; the next jobs are ready"
-        log.warning("order_key_healed", queue=keys.queue, keys=healed, hint=hint)
-    return healed
+        if not before:
+            if not await ask("SET", keys.swept, "1", "NX", "PX", round(SWEEP_EVERY * 1000)):
+                return 0
+            await self._session.run(scripts.SWEEP, [keys.meta], [keys.shape])
+        missing = await self._look(keys)
+        nowhere = {key: holder for key, holder in missing.items() if before.get(key) == holder}
+        if first := {key: holder for key, holder in missing.items() if key not in nowhere}:
+            self._missing[keys.meta] = first
+        if not nowhere:
+            return 0
+        args = [part for pair in nowhere.items() for part in pair]
+        healed = int(await self._session.run(scripts.SWEEP, [keys.meta], [keys.shape, *args]))
+        if healed:
+            hint = "their jobs were deleted by hand, or ended by a worker that knows no order; the next jobs are ready"
+            log.warning("order_key_healed", queue=keys.queue, keys=healed, hint=hint)
+        return healed
+
+    async def _look(self, keys: QueueKeys) -> dict[bytes, bytes]:
+        """Keys whose holders two looks did not find, each of them the same one."""
+        missing: dict[bytes, bytes] = {}
+        for look in range(2):
+            waiting = await self._session.ask("SRANDMEMBER", keys.lines, MOST)
+            known = await _holders(self._session, keys, waiting)
+            missing = {key: holder for key, holder in known if not look or missing.get(key) == holder}
+            if not missing:
+                break
+            found = {job_id async for job_id in _ids(self._session, keys)}
+            missing = {key: holder for key, holder in missing.items() if text(holder) not in found}
+        return missing
 
 
 async def _holders(session: Asks, keys: QueueKeys, waiting: list[bytes]) -> list[tuple[bytes, bytes]]:

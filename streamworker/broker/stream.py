@@ -17,7 +17,7 @@ from streamworker.broker import listings, scripts
 from streamworker.broker.base import RENEW_BATCH, RedisBroker, ScriptCall, promote
 from streamworker.broker.claim import StreamOptions
 from streamworker.broker.keys import UNKNOWN_EPOCH, QueueKeys, document, worker_key
-from streamworker.broker.order import sweep
+from streamworker.broker.order import SWEEP_AGAIN, OrderSweeper
 from streamworker.broker.redis.client import RedisAddress
 from streamworker.broker.redis.reactions import Reaction, reaction_to
 from streamworker.broker.redis.session import Session
@@ -38,6 +38,7 @@ class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
         self._group = options.group
         super().__init__(address, options)
         self._tidy_at = 0.0
+        self._order = OrderSweeper(self._session)
         self._renewal_failed: set[object] = set()
         """Nodes of a cluster whose claims could not be renewed the last time."""
         self._confirmed_lately: deque[tuple[str, bytes, int]] = deque(maxlen=max(options.groups))
@@ -180,7 +181,9 @@ class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
                 return bool(await self._session.run(scripts.LEAVE, keys.streams, [self._group, name]))
 
             await forget_leases(self._session, keys, self._options.namespace, gone)
-            await sweep(self._session, keys)
+            await self._order.sweep(keys)
+        if self._order.is_in_doubt:
+            self._tidy_at = monotonic() + SWEEP_AGAIN
 
     async def depth(self) -> list[Depth]:
         return listings.folded([await listings.depth(self._session.run, keys, self._group) for keys in self._keys])

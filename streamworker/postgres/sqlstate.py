@@ -47,6 +47,7 @@ _UNABLE: Final = ("53", "57", "58", "F0", "XX")
 _VALUES: Final = (ValueError, ArithmeticError, TypeError, RecursionError, struct.error)
 # Errors of poolers that cannot reach a server, and of clients whose connection broke.
 _BROKEN: Final = ("connection is closed", "connection was closed", "pool is clos", "released back to the pool")
+_ENDING: Final = ("cannot switch to state", "not connected")
 _NO_SERVER_CODES: Final = ("08", "57P01", "57P02", "57P03", "57P05", "25P03", "53300")
 
 
@@ -61,6 +62,8 @@ def is_outage(error: BaseException) -> bool:
         return True
     if isinstance(error, asyncpg.InterfaceError):
         return any(words in str(error) for words in _BROKEN)
+    if isinstance(error, asyncpg.InternalClientError):  # the server has said goodbye, and its end is not read yet
+        return str(error).startswith(_ENDING)
     return not isinstance(error, asyncpg.PostgresError) and _breaks_foreign(error)
 
 

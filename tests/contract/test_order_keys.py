@@ -13,7 +13,7 @@ import pytest
 from streamworker import App, Backoff, Discard, Payload, Retry, Settings, Snooze, codec
 from streamworker.broker import SettleRequest
 from streamworker.broker.dispatcher import RedisDispatcher
-from streamworker.broker.order import sweep
+from streamworker.broker.order import OrderSweeper
 from streamworker.broker.redis.client import RedisAddress
 from streamworker.job import Claim, Dead, Done, Drop, PackedJob, ReleaseAt, RetryAt, Settled
 from tests.conftest import eventually
@@ -272,12 +272,72 @@ async def test_a_key_whose_job_is_nowhere_is_found_and_passed_on(broker_factory,
     async with broker_factory("w") as broker:
         await broker.publish([ordered("a"), ordered("b"), ordered("x", "other"), ordered("y", "other")])
         claims = {names([claim])[0]: claim for claim in await broker.claim(10, 0, ())}
-        assert await sweep(broker._session, broker._keys[0]) == 0
+        sweeper, keys = broker._order, broker._keys[0]
+        assert await sweeper.sweep(keys) == 0
         ground.finish(claims["a"])  # by hand, or by a version without order
-        assert await sweep(broker._session, broker._keys[0]) == 0, "one look a minute"
+        assert await sweeper.sweep(keys) == 0 and not sweeper.is_in_doubt, "one look a minute"
         raw.delete("stream:{q}:swept")
-        assert await sweep(broker._session, broker._keys[0]) == 1
+        assert await sweeper.sweep(keys) == 0 and sweeper.is_in_doubt
+        assert await sweeper.sweep(keys) == 1 and not sweeper.is_in_doubt
         assert await claimed(broker) == ["b"]
+
+
+async def test_a_worker_looks_again_soon_for_a_job_that_it_missed(broker_factory, ground, raw, monkeypatch):
+    for mode in ("stream", "lists"):
+        monkeypatch.setattr(f"streamworker.broker.{mode}.SWEEP_AGAIN", 0.01)
+    async with broker_factory("w") as broker:
+        await broker.publish([ordered("a"), ordered("b")])
+        ground.finish(await one(broker))
+
+        async def passed_on():
+            await broker.promote()
+            return await claimed(broker)
+
+        assert await eventually(passed_on) == ["b"]
+
+
+class Dodging:
+    """A session whose every question a job dodges: it is among the delayed ones while others are asked for, and ready else."""
+
+    def __init__(self, session, raw, ground, member, body):
+        self.run, self._session, self._raw, self._ground, self._job = session.run, session, raw, ground, (member, body)
+
+    async def ask(self, command, key, *rest):
+        member, body = self._job
+        place = self._ground.place("normal")
+        self._raw.delete(place)
+        if key == "stream:{q}:due":
+            self._raw.zrem(key, member)
+            self._ground.push(body)
+        else:
+            self._raw.zadd("stream:{q}:due", {member: 1})
+        return await self._session.ask(command, key, *rest)
+
+
+async def test_a_job_that_moves_while_its_queue_is_read_keeps_its_key(broker_factory, ground, raw):
+    """As one does that waits for a permit: another job of its key would run before it."""
+    async with broker_factory("w") as broker:
+        await broker.publish([ordered("a"), ordered("b")])
+        claim = await one(broker)
+        ground.finish(claim)
+        sweeper = OrderSweeper(Dodging(broker._session, raw, ground, "normal/a/1", claim.body))
+        assert await sweeper.sweep(broker._keys[0]) == 0 and sweeper.is_in_doubt
+        sweeper._session = broker._session  # it stays for a moment
+        assert await sweeper.sweep(broker._keys[0]) == 0 and not sweeper.is_in_doubt
+
+
+async def test_a_key_that_passes_on_while_its_queue_is_read_keeps_its_job(broker_factory, ground, raw, monkeypatch):
+    """Jobs end, and the next of their key is another one, which was missing once."""
+    async with broker_factory("w") as broker:
+        await broker.publish([ordered("a"), ordered("b"), ordered("c")])
+
+        async def nothing(session, keys):
+            raw.hset("stream:{q}:order", "k", "b")
+            for found in ():
+                yield found
+
+        monkeypatch.setattr("streamworker.broker.order._ids", nothing)
+        assert await broker._order.sweep(broker._keys[0]) == 0 and not broker._order.is_in_doubt
 
 
 async def test_what_waits_is_counted_anew_when_the_meta_hash_is_lost(broker_factory, raw):
@@ -287,7 +347,7 @@ async def test_what_waits_is_counted_anew_when_the_meta_hash_is_lost(broker_fact
         await settle_one(broker, ending(await one(broker)))
         assert (await broker.depth())[0].waiting < 1, "the number is lost"
         raw.delete("stream:{q}:swept")
-        assert await sweep(broker._session, broker._keys[0]) == 0
+        assert await broker._order.sweep(broker._keys[0]) == 0
         assert (await broker.depth())[0].waiting == 1
 
 
@@ -301,7 +361,7 @@ async def test_a_key_whose_job_waits_somewhere_stays(broker_factory, where):
             await settle_one(broker, ending(claim, RetryAt(time.time() + 60, "why")))
         elif where == "halted":
             await settle_one(broker, ending(claim, Dead("why"), halts=True))
-        assert await sweep(broker._session, broker._keys[0]) == 0
+        assert await broker._order.sweep(broker._keys[0]) == 0
 
 
 async def test_what_waits_in_lines_is_in_the_queue_for_the_ledger(broker_factory, ground, redis_url):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import Any
 
 import pytest
 
@@ -20,8 +19,3 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
     limit = (marker.args[0] if marker is not None else 60) + PATIENCE
     with watchdog(limit, item.nodeid, first=lambda: capture.suspend_global_capture(in_=False)):
         return (yield)
-
-
-@pytest.fixture(params=[pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio")])
-def anyio_backend(request: pytest.FixtureRequest) -> Any:
-    return request.param

@@ -457,6 +457,7 @@ ERRORS = (
     OSError,
     asyncpg.PostgresError,
     asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
     psycopg.Error,
     sqlalchemy.exc.SQLAlchemyError,
     django.db.Error,

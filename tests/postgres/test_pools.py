@@ -15,6 +15,7 @@ from streamworker import App, Backoff, Context, Payload, Settings
 from streamworker.errors import ConfigurationError, NoConnection
 from streamworker.postgres import pool as pools
 from streamworker.postgres.pool import NamedPool, Pressure, open_database
+from streamworker.postgres.sqlstate import is_outage
 from streamworker.telemetry import logs
 from streamworker.wiring import examine, most_connections
 from tests.conftest import eventually
@@ -267,3 +268,19 @@ async def test_check_counts_what_max_connections_leaves(redis_url, database_url,
         await pg.execute(f"drop role {role}")
     assert found.severity == "warning", found
     assert "raise max_connections" in found.sentence
+
+
+async def test_whatever_a_server_that_goes_makes_of_a_statement_is_an_outage(own_postgres):
+    """Between its goodbye and the end of the connection there is a turn of the event loop or two, in which asyncpg knows neither."""
+    said = set()
+    for turns in range(8):
+        connection = await asyncpg.connect(own_postgres.url())
+        own_postgres.stop()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        with pytest.raises(Exception, match="connection|state") as raised:
+            await connection.fetchval("select 1")
+        assert is_outage(raised.value), repr(raised.value)
+        said.add(type(raised.value))
+        own_postgres.start()
+    assert {asyncpg.InterfaceError, asyncpg.InternalClientError} <= said

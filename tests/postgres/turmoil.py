@@ -251,7 +251,7 @@ class Turmoil:
                     await pg.execute("select pg_reload_conf()")
                     await pg.close()
                     break
-                except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+                except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError):
                     await anyio.sleep(0.1)
             self.tell(f"PostgreSQL: {verb}")
             await anyio.sleep(pause)
@@ -345,7 +345,7 @@ class Turmoil:
                     if self._connection is None:
                         self._connection = await self.connect()
                     return await self._connection.fetchval(question, timeout=5)
-                except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+                except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError):
                     if self._connection is not None:
                         self._connection.terminate()
                         self._connection = None

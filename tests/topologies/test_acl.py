@@ -19,7 +19,7 @@ from streamworker.broker.claim import Options, StreamOptions
 from streamworker.broker.keys import ListKeys, QueueKeys
 from streamworker.broker.lists import ListBroker
 from streamworker.broker.operator import ListOperator, StreamOperator
-from streamworker.broker.order import sweep
+from streamworker.broker.order import OrderSweeper
 from streamworker.broker.redis.client import RedisAddress
 from streamworker.errors import ConfigurationError, StreamworkerError
 from streamworker.telemetry.run_history import DAY, HOUR, HistoryQuery
@@ -457,7 +457,7 @@ async def test_order_and_fairness_need_what_the_docs_say_beside_it(moded):
         running = asyncio.create_task(worker.start())
         await eventually(lambda: running.done() or len(ran) == 31, 15)
         users.raw.hset(ground.keys("q", users.namespace).meta, "waiting", 1)  # so that stuck keys are looked for
-        assert await sweep(worker._broker._session, ground.keys("q", users.namespace)) == 0
+        assert await OrderSweeper(worker._broker._session).sweep(ground.keys("q", users.namespace)) == 0
         await worker.stop()
         await running
     denied = {each for each in users.denials() if "setname" not in each[2]}

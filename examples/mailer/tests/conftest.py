@@ -109,7 +109,7 @@ def streamworker_app() -> Any:
 
 @pytest.fixture
 def anyio_backend() -> Any:
-    return "asyncio", {"use_uvloop": False}
+    return "asyncio", {"use_uvloop": True}
 
 
 @pytest.fixture(scope="session")
