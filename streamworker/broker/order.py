@@ -33,8 +33,8 @@ class OrderSweeper:
     """Passes on keys for which jobs wait and whose holders are nowhere.
 
     A queue is read place after place, and a job may move meanwhile, from one that is not read yet to one that was.
-    So a key is passed on only if the same job was missing in the sweep before, which is kept here: the one that missed it
-    looks again soon.
+    So a key is passed on only if the same job was missing in the sweep before, which is kept here: the one that missed
+    it looks again soon.
 
     Args:
         session: the connections.
