@@ -341,8 +341,8 @@ async def test_a_relay_that_was_frozen_adds_nothing_when_it_comes_back(outbox, s
     assert not raw.exists("stream:{billing}:relayed")
     raw.xtrim("stream:{billing}", maxlen=0)
     # It does not know that time passed: its own check comes first, and it is frozen right behind it.
-    server_now = time.monotonic() - 0.001
-    assert await streams.dispatch("billing", [Dispatch(each, 1, "normal", b"{}") for each in ids], server_now) is None
+    until = time.monotonic() - 0.01  # deadlines are whole milliseconds
+    assert await streams.dispatch("billing", [Dispatch(each, 1, "normal", b"{}") for each in ids], until) is None
     frozen._until = time.monotonic() - 1
     await frozen._dispatch()
     assert raw.xlen("stream:{billing}") == 0
