@@ -143,6 +143,7 @@ def tree(assembled, monkeypatch):
     return root
 
 
+@pytest.mark.all
 def test_every_command_has_help(tree, capsys):
     root = tree
     for name, *_ in cli._COMMANDS:

@@ -373,7 +373,9 @@ class Secret(Payload, kind="secret", queue="q"):
     how: str
 
 
-@pytest.mark.parametrize("sealed", [True, False], ids=["sealed", "plain"])
+@pytest.mark.parametrize(
+    "sealed", [pytest.param(True, id="sealed"), pytest.param(False, id="plain", marks=pytest.mark.all)]
+)
 async def test_no_byte_of_a_payload_result_error_output_or_step_is_left_anywhere(
     own_server, own_postgres, tmp_path, sealed
 ):

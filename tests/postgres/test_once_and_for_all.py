@@ -14,18 +14,19 @@ OTHERS = {*BY_DEFAULT, "sqlalchemy-scoped-asyncpg", "sqlalchemy-scoped-blocking"
 # asyncpg forgets to close a connection whose server is killed while it comes about.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.timeout(240)
+@pytest.mark.all
 @pytest.mark.parametrize(
     ("stack", "jobs", "mode"),
     [
         ("asyncpg", 150, "stream"),
-        pytest.param("asyncpg", 300, "list", marks=pytest.mark.all),
+        ("asyncpg", 300, "list"),
         # Each adapter by one driver; session and connection of an adapter differ in nothing that a kill could show.
-        *(pytest.param(each.name, 150, "stream", marks=pytest.mark.all) for each in STACKS if each.name in OTHERS),
+        *((each.name, 150, "stream") for each in STACKS if each.name in OTHERS),
         pytest.param(
             "django-tasks",
             150,
             "stream",
-            marks=[pytest.mark.all, pytest.mark.skipif(django.VERSION < (6,), reason="needs Django 6")],
+            marks=pytest.mark.skipif(django.VERSION < (6,), reason="needs Django 6"),
         ),
     ],
 )

@@ -39,7 +39,7 @@ async def test_a_pooler_is_recognised(database_url, pooled_url):
     through.close()
 
 
-@pytest.mark.parametrize("pool", ["ours", "the user's"])
+@pytest.mark.parametrize("pool", ["ours", pytest.param("the user's", marks=pytest.mark.all)])
 async def test_jobs_through_it(redis_url, pooled_url, raw, pg, pool):
     """More clients than server connections, so that transactions of one client wander between them."""
     await pg.execute("create table effect (job text)")

@@ -133,7 +133,10 @@ async def test_it_fits_the_migrated_schema(name, pg):
 
 
 @pytest.mark.timeout(180)  # whoever comes first fills the database
-@pytest.mark.parametrize("ours", [True, False], ids=["our-connections", "users-connections"])
+@pytest.mark.parametrize(
+    "ours",
+    [pytest.param(True, id="our-connections"), pytest.param(False, id="users-connections", marks=pytest.mark.all)],
+)
 async def test_nothing_reads_a_large_table_from_end_to_end(full, ours):
     if ours:
         for setting, value in SETTINGS.items():

@@ -85,6 +85,7 @@ def test_it_is_live_and_pauses_a_queue(served):
     assert page.value("document.querySelector('#pulse').classList.contains('on')")  # and is when the server ends
 
 
+@pytest.mark.all
 def test_dead_letters_by_mouse(served):
     for n in range(5):
         letter(served.raw, id=f"d{n}", error=HOSTILE, reason=HOSTILE, kind="k",
@@ -144,6 +145,7 @@ def test_it_is_used_with_the_keyboard_alone(served):
     page.until("document.activeElement.matches('[data-search]')")
 
 
+@pytest.mark.all
 def test_ticks_survive_what_happens_meanwhile(served):
     for n in range(3):
         letter(served.raw, id=f"d{n}")
@@ -158,6 +160,7 @@ def test_ticks_survive_what_happens_meanwhile(served):
     assert page.value("[...document.querySelectorAll('tbody input')].map(box => box.checked)") == [False] * 3 + [True]
 
 
+@pytest.mark.all
 def test_a_traceback_opens_and_stays_open(served):
     letter(served.raw, id="d1")
     served.open("/groups")
@@ -175,6 +178,7 @@ def test_a_traceback_opens_and_stays_open(served):
     assert page.value("location.pathname") == "/groups"  # which no click and no Enter there has left
 
 
+@pytest.mark.all
 def test_light_and_dark(served):
     served.raw.xadd("stream:{q}", {"job": "{}"})
     page = served.page
@@ -267,6 +271,7 @@ def can_be_read(page: Chromium, look: str, ticks: int) -> None:
     assert found["ticks"] == ticks, look
 
 
+@pytest.mark.all
 def test_output_appears_as_it_comes(served):
     key, chunks = "stream:{q}:output:talker", ["one\n", HOSTILE, {"two": 2}, "three"]
 
