@@ -21,7 +21,7 @@ from streamworker.broker import SettleRequest, listings, scripts
 from streamworker.broker.base import RENEW_BATCH, RedisBroker, ScriptCall, promote
 from streamworker.broker.claim import LEAVE, RESERVE, ClaimSource, Options
 from streamworker.broker.keys import ListKeys, QueueKeys, lease_of, leased, unwrapped, worker_key, wrapped
-from streamworker.broker.order import SWEEP_AGAIN, OrderSweeper
+from streamworker.broker.order import OrderSweeper
 from streamworker.broker.redis.client import RedisAddress
 from streamworker.broker.redis.cluster import ClusterReader
 from streamworker.broker.redis.connection import Reader
@@ -369,8 +369,7 @@ class ListBroker(RedisBroker[ListKeys, ClaimSource]):
             for keys in self._keys:
                 await forget_leases(self._session, keys, self._options.namespace, self._holds_nothing_of(keys))
                 await self._order.sweep(keys)
-            if self._order.is_in_doubt:
-                self._tidy_at = monotonic() + SWEEP_AGAIN
+            self._tidy_at = self._order.next_look(self._tidy_at)
         return min(wait, await self._reclaimer.give_back(None))
 
     def _holds_nothing_of(self, keys: ListKeys) -> Callable[[str], Awaitable[bool]]:

@@ -7,6 +7,7 @@ popped and died, a worker of a version without order) leaves a key with a job th
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from time import monotonic
 from typing import Any, Final, TypeAlias
 
 from streamworker import codec
@@ -50,14 +51,15 @@ class OrderSweeper:
         """Whether jobs were missing in the last sweep; the next one tells whether they are."""
         return bool(self._missing)
 
+    def next_look(self, at: float) -> float:
+        """When to sweep again, in monotonic seconds: ``at``, or soon after a job was missing."""
+        return monotonic() + SWEEP_AGAIN if self.is_in_doubt else at
+
     async def sweep(self, keys: QueueKeys) -> int:
-        """Look through a queue, once a minute among all workers, or again after a job was missing.
+        """Pass keys on; returns how many. One worker a minute looks, and again if a job was missing.
 
         Args:
             keys: of the queue.
-
-        Returns:
-            How many keys were passed on.
         """
         ask, before = self._session.ask, self._missing.pop(keys.meta, {})
         if not await ask("EXISTS", keys.lines) and not int(await ask("HGET", keys.meta, "waiting") or 0):
@@ -67,12 +69,12 @@ class OrderSweeper:
                 return 0
             await self._session.run(scripts.SWEEP, [keys.meta], [keys.shape])
         missing = await self._look(keys)
-        nowhere = {key: holder for key, holder in missing.items() if before.get(key) == holder}
-        if first := {key: holder for key, holder in missing.items() if key not in nowhere}:
+        nowhere = missing.items() & before.items()
+        if first := dict(missing.items() - nowhere):
             self._missing[keys.meta] = first
         if not nowhere:
             return 0
-        args = [part for pair in nowhere.items() for part in pair]
+        args = [part for pair in nowhere for part in pair]
         healed = int(await self._session.run(scripts.SWEEP, [keys.meta], [keys.shape, *args]))
         if healed:
             hint = "their jobs were deleted by hand, or ended by a worker that knows no order; the next jobs are ready"

@@ -17,7 +17,7 @@ from streamworker.broker import listings, scripts
 from streamworker.broker.base import RENEW_BATCH, RedisBroker, ScriptCall, promote
 from streamworker.broker.claim import StreamOptions
 from streamworker.broker.keys import UNKNOWN_EPOCH, QueueKeys, document, worker_key
-from streamworker.broker.order import SWEEP_AGAIN, OrderSweeper
+from streamworker.broker.order import OrderSweeper
 from streamworker.broker.redis.client import RedisAddress
 from streamworker.broker.redis.reactions import Reaction, reaction_to
 from streamworker.broker.redis.session import Session
@@ -182,8 +182,7 @@ class StreamBroker(RedisBroker[QueueKeys, StreamClaims | ClusterStreamClaims]):
 
             await forget_leases(self._session, keys, self._options.namespace, gone)
             await self._order.sweep(keys)
-        if self._order.is_in_doubt:
-            self._tidy_at = monotonic() + SWEEP_AGAIN
+        self._tidy_at = self._order.next_look(self._tidy_at)
 
     async def depth(self) -> list[Depth]:
         return listings.folded([await listings.depth(self._session.run, keys, self._group) for keys in self._keys])

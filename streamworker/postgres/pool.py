@@ -375,7 +375,7 @@ async def count_sessions(url: str, wanted: int) -> int:
             connection = await dsn.connect(url, timeout=TRY, statement_cache_size=0)
             there.append(connection)
             await connection.execute("select 1", timeout=TRY)
-        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError):
             return False
         return True
 

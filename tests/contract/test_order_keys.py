@@ -283,8 +283,7 @@ async def test_a_key_whose_job_is_nowhere_is_found_and_passed_on(broker_factory,
 
 
 async def test_a_worker_looks_again_soon_for_a_job_that_it_missed(broker_factory, ground, raw, monkeypatch):
-    for mode in ("stream", "lists"):
-        monkeypatch.setattr(f"streamworker.broker.{mode}.SWEEP_AGAIN", 0.01)
+    monkeypatch.setattr("streamworker.broker.order.SWEEP_AGAIN", 0.01)
     async with broker_factory("w") as broker:
         await broker.publish([ordered("a"), ordered("b")])
         ground.finish(await one(broker))

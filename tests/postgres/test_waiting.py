@@ -298,10 +298,8 @@ async def test_a_job_that_waits_holds_its_order_key_and_passes_it_on_when_it_end
         await eventually(lambda: raw.hget(f"{Q}:halted", "a") is not None)
         broker = app._connection.broker()
         raw.delete(broker._key("q").swept)
-        sweeper = OrderSweeper(broker._session)
-        assert (
-            await sweeper.sweep(broker._key("q")) == 0 and not sweeper.is_in_doubt
-        )  # nowhere in Redis, and not taken for lost
+        sweeper = OrderSweeper(broker._session)  # to it, the job is nowhere in Redis and not lost
+        assert await sweeper.sweep(broker._key("q")) == 0 and not sweeper.is_in_doubt
         await anyio.sleep(0.3)
         assert seen == []
         if end == "signal":

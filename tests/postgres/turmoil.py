@@ -251,7 +251,7 @@ class Turmoil:
                     await pg.execute("select pg_reload_conf()")
                     await pg.close()
                     break
-                except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError):
+                except ERRORS:
                     await anyio.sleep(0.1)
             self.tell(f"PostgreSQL: {verb}")
             await anyio.sleep(pause)
@@ -291,7 +291,7 @@ class Turmoil:
                         sent += len(ids) + 5
                     if self.random.random() < 0.1:
                         client.set(self.public.dead, "x")
-            except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, redis.RedisError):
+            except (*ERRORS, redis.RedisError):
                 continue
         self.tell(f"the hostile producer sent {sent} documents")
 
@@ -345,7 +345,7 @@ class Turmoil:
                     if self._connection is None:
                         self._connection = await self.connect()
                     return await self._connection.fetchval(question, timeout=5)
-                except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError):
+                except ERRORS:
                     if self._connection is not None:
                         self._connection.terminate()
                         self._connection = None
